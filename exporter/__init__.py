@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The exporter: make quantized checkpoints, file to file."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from exporter import codecs
+    from exporter.api import export, merge, plan_export
+
+__all__ = ["codecs", "export", "merge", "plan_export"]
+
+
+def __getattr__(name: str) -> Any:
+    # torch costs more than a second, and the command line imports this package for its help.
+    import importlib  # noqa: PLC0415
+
+    from verifier.errors import MissingExtra  # noqa: PLC0415
+
+    if name not in __all__:
+        raise AttributeError(f"module 'exporter' has no attribute {name!r}")
+    try:
+        return importlib.import_module("exporter.codecs") if name == "codecs" else getattr(
+            importlib.import_module("exporter.api"), name
+        )
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise MissingExtra("the exporter", "export") from error

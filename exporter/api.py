@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Export and merge as functions: open, plan, write, emit; each returns the manifest it wrote."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from exporter import emit, stream
+from exporter.plan import Plan, build, header_digest, merge as plan_merge, parse_layers
+from exporter.recipes import Recipe, load as load_recipe
+from verifier import __version__
+from verifier.checkpoint import Checkpoint, open_checkpoint
+from verifier.errors import PlanError, UsageError
+from verifier.manifest import MANIFEST, File, Manifest, Source, digest
+from verifier.schemes import gather
+
+PathLike = str | os.PathLike[str]
+Progress = Callable[[int], None]
+STATS_LEAF = "input_amax"
+
+
+def plan_export(
+    source: PathLike,
+    *,
+    recipe: str | Path | Recipe,
+    onto: PathLike | None = None,
+    layers: str | None = None,
+    input_scale: Literal["one", "stats"] | None = None,
+    stats: PathLike | None = None,
+) -> Plan:
+    """Return the plan of an export without writing anything; the arguments are those of `export`.
+
+    Raises:
+        UsageError: options that contradict, an unknown recipe, a missing folder.
+        PlanError: what the checkpoints do not allow.
+    """
+    if stats is not None and input_scale == "one":
+        raise UsageError("--input-scale one and --stats contradict: give one of them")
+    if input_scale == "stats" and stats is None:
+        raise UsageError("--input-scale stats needs --stats FILE")
+    found = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    chosen = parse_layers(layers) if layers is not None else None
+    opened, target = open_checkpoint(source), open_checkpoint(onto) if onto is not None else None
+    values = read_stats(stats) if stats is not None else None
+    how: Literal["one", "stats"] | None = "stats" if stats is not None else input_scale
+    if how is None and onto is not None:
+        how = "one"
+    return build(opened, found, onto=target, layers=chosen, input_scale=how, stats=values)
+
+
+def export(
+    source: PathLike,
+    out: PathLike,
+    *,
+    recipe: str | Path | Recipe,
+    onto: PathLike | None = None,
+    layers: str | None = None,
+    input_scale: Literal["one", "stats"] | None = None,
+    stats: PathLike | None = None,
+    overwrite: bool = False,
+    workers: int | None = None,
+    shard_bytes: int | None = None,
+    progress: Progress | None = None,
+) -> Manifest:
+    """Quantize a checkpoint from folder to folder and return the manifest that was written.
+
+    Args:
+        source: folder of an unquantized checkpoint in hub layout.
+        out: folder to make; its parent must exist.
+        recipe: a recipe's name, a YAML file, or a `Recipe`.
+        onto: the checkpoint whose bytes everything that is not selected keeps (a mixed export).
+        layers: ``3-59`` or ``3,5``: quantize in these layers only.
+        input_scale: ``one`` writes 1.0 for every activation scale (the default with ``onto``).
+        stats: a safetensors file of input maxima, ``<hub module>.input_amax``.
+        overwrite: swap an existing checkpoint at ``out`` whole.
+        workers: shards written at a time; by default the number of processors, at most 4.
+        shard_bytes: the size at which a new shard begins, in bytes.
+        progress: called with the bytes of each finished step.
+
+    Raises:
+        UsageError: options that contradict, an unknown recipe, ``out`` in use or existing.
+        PlanError, EncodeError: what the checkpoints do not allow, or a weight that cannot be encoded.
+        OSError: the disk.
+    """
+    target = Path(out)
+    stream.check_out(target, overwrite=overwrite, inputs=_inputs(source, onto))
+    plan = plan_export(source, recipe=recipe, onto=onto, layers=layers, input_scale=input_scale, stats=stats)
+    return _write(plan, target, overwrite, workers, shard_bytes, progress)
+
+
+def merge(
+    experts: PathLike,
+    out: PathLike,
+    *,
+    onto: PathLike,
+    input_scale: Literal["keep", "one"] = "keep",
+    overwrite: bool = False,
+    workers: int | None = None,
+    shard_bytes: int | None = None,
+    progress: Progress | None = None,
+) -> Manifest:
+    """Move routed experts that another tool quantized onto a checkpoint of another format; no byte is re-quantized.
+
+    Args:
+        experts: folder whose quantized routed experts are taken.
+        out: folder to make.
+        onto: folder that everything else is kept from.
+        input_scale: ``keep`` the experts' activation scales, or write ``one``.
+        overwrite, workers, shard_bytes, progress: as for `export`.
+    """
+    target = Path(out)
+    stream.check_out(target, overwrite=overwrite, inputs=_inputs(experts, onto))
+    plan = plan_merge(open_checkpoint(experts), open_checkpoint(onto), input_scale=input_scale)
+    return _write(plan, target, overwrite, workers, shard_bytes, progress)
+
+
+def _inputs(*paths: PathLike | None) -> tuple[str, ...]:
+    return tuple(os.fspath(p) for p in paths if p is not None)
+
+
+def read_stats(path: PathLike) -> dict[str, float]:
+    """Return input maxima by hub module name from a stats file.
+
+    Raises:
+        UsageError: no such file.
+        PlanError: no safetensors, no entry, or a value that is not finite and positive.
+    """
+    from safetensors import SafetensorError  # noqa: PLC0415  (of use here only)
+    from safetensors.numpy import load_file  # noqa: PLC0415
+
+    if not Path(path).is_file():
+        raise UsageError(f"{os.fspath(path)}: no such stats file")
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, KeyError, TypeError) as error:
+        raise PlanError(f"{os.fspath(path)}: no stats file: {error}") from error
+    found: dict[str, float] = {}
+    for name, value in tensors.items():
+        module, _, leaf = name.rpartition(".")
+        if leaf != STATS_LEAF:
+            continue
+        amax = float(np.asarray(value, np.float32).reshape(-1).max(initial=0.0))
+        if not math.isfinite(amax) or amax / 2688.0 < np.finfo(np.float32).tiny:
+            raise PlanError(f"{os.fspath(path)}: {name} is {amax}; an input maximum is a finite number above zero")
+        found[module] = amax
+    if not found:
+        raise PlanError(f"{os.fspath(path)}: holds no tensor named <module>.{STATS_LEAF}")
+    return found
+
+
+def _write(
+    plan: Plan, out: Path, overwrite: bool, workers: int | None, shard_bytes: int | None, progress: Progress | None
+) -> Manifest:
+    kept = plan.kept
+    with stream.working(out, plan.fingerprint()) as folder:
+        written = stream.write(
+            plan, folder, workers=workers or min(4, os.cpu_count() or 1), progress=progress or (lambda _n: None),
+            shard_bytes=shard_bytes or 5_000_000_000,
+        )  # fmt: skip
+        emit.write_index(folder, written.digests)
+        emit.write_configs(folder, kept.config or {})
+        sides = emit.copy_side_files(folder, [kept, plan.source])
+        manifest = _manifest(plan, out, folder, written, sides)
+        (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
+        stream.finish(folder, out, overwrite=overwrite)
+    return manifest
+
+
+def _manifest(plan: Plan, out: Path, folder: Path, written: stream.Written, sides: list[str]) -> Manifest:
+    result = open_checkpoint(folder)
+    shown = [m.shown for m in gather(result.tensors.values()).values() if m.quantized]
+    formats = {f.algo: sum(1 for s in shown if s is f) for f in shown if f is not None}
+    files = {n: File(bytes=size, sha256=found) for n, (found, size) in sorted(written.digests.items())}
+    for name in [*sides, "config.json", "hf_quant_config.json", "model.safetensors.index.json"]:
+        files[name] = digest(folder / name)
+    roles: list[tuple[Literal["source", "onto", "experts"], Checkpoint]] = [
+        ("experts" if plan.kind == "merge" else "source", plan.source)
+    ]
+    if plan.onto is not None:
+        roles.append(("onto", plan.onto))
+    return Manifest(
+        kind=plan.kind, name=out.name,
+        made_by={"tool": "ckptgate", "version": __version__, "python": sys.version.split()[0]},
+        sources=[Source(role=r, uri=c.uri, tensors=len(c.tensors), header_sha256=header_digest(c)) for r, c in roles],
+        options=plan.options, formats=formats, tensors=len(result.tensors), bytes=result.nbytes, files=files,
+        notes={
+            "quantized_here": dict(plan.formats()),
+            "scale_range": {a: [f"{low:.2e}", f"{high:.2e}"] for a, (low, high) in sorted(written.ranges.items())},
+            "resumed_shards": written.resumed,
+        },
+    )  # fmt: skip

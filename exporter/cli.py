@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``ckptgate export`` and ``ckptgate merge``; the only place of the exporter that calls `verifier.check`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from verifier.errors import UsageError
+
+if TYPE_CHECKING:
+    from exporter.plan import Plan
+    from verifier.manifest import Manifest
+
+OVERWRITE = click.option("--overwrite", is_flag=True, help="Swap an existing OUT whole.")
+WORKERS = click.option("--workers", type=click.IntRange(1, 64), help="Shards at a time; by default processors, at most 4.")
+REPORT = click.option("--report", "report_file", type=click.Path(path_type=Path), help="Write summary and check as JSON here.")
+
+
+@click.command()
+@click.argument("source")
+@click.argument("out")
+@click.option("--recipe", required=True, help="A recipe's name, or a YAML file.")
+@click.option("--onto", metavar="VENDOR", help="Keep everything that is not selected from this checkpoint (mixed export).")
+@click.option("--layers", metavar="3-59", help="Quantize in these layers only.")
+@click.option("--input-scale", type=click.Choice(["one", "stats"]), help="Activation scales: 1.0 (default with --onto), or --stats.")
+@click.option("--stats", metavar="FILE", help="Input maxima by hub module name (safetensors).")
+@click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
+@OVERWRITE
+@WORKERS
+@REPORT
+@click.pass_context
+def export(
+    ctx: click.Context,
+    source: str,
+    out: str,
+    recipe: str,
+    onto: str | None,
+    layers: str | None,
+    input_scale: str | None,
+    stats: str | None,
+    dry_run: bool,
+    overwrite: bool,
+    workers: int | None,
+    report_file: Path | None,
+) -> None:
+    """Quantize the checkpoint in SOURCE into the folder OUT, file to file, and check what was written."""
+    import exporter  # noqa: PLC0415  (torch costs a second, and --help does not need it)
+
+    given: dict[str, Any] = {
+        "recipe": recipe, "onto": onto, "layers": layers, "input_scale": input_scale, "stats": stats
+    }  # fmt: skip
+    if dry_run:
+        click.echo(describe(exporter.plan_export(source, **given)), nl=False)
+        return
+    with _bar(lambda: exporter.plan_export(source, **given).nbytes) as progress:
+        manifest = exporter.export(source, out, overwrite=overwrite, workers=workers, progress=progress, **given)
+    _finish(ctx, manifest, out, base=source, merged_from=onto, report_file=report_file)
+
+
+@click.command()
+@click.argument("experts")
+@click.argument("out")
+@click.option("--onto", metavar="VENDOR", required=True, help="The checkpoint that everything else is kept from.")
+@click.option("--input-scale", type=click.Choice(["keep", "one"]), default="keep", show_default=True)
+@OVERWRITE
+@WORKERS
+@REPORT
+@click.pass_context
+def merge(
+    ctx: click.Context, experts: str, out: str, onto: str, input_scale: str, overwrite: bool, workers: int | None,
+    report_file: Path | None,
+) -> None:  # fmt: skip
+    """Move the quantized routed experts of EXPERTS onto VENDOR's checkpoint, byte for byte, into OUT."""
+    import exporter  # noqa: PLC0415  (as above)
+
+    manifest = exporter.merge(
+        experts, out, onto=onto, input_scale=input_scale, overwrite=overwrite, workers=workers,  # type: ignore[arg-type]
+    )  # fmt: skip
+    _finish(ctx, manifest, out, base=None, merged_from=onto, report_file=report_file)
+
+
+def describe(plan: Plan) -> str:
+    """Return a plan as text: what is quantized, kept and left, and the exact size of the result."""
+    layers = {m.split(".layers.")[1].split(".")[0] for e in plan.encodes for m in e.modules if ".layers." in m}
+    lines = [f"{plan.kind} {plan.name}: {plan.source.uri}" + (f" onto {plan.onto.uri}" if plan.onto else "")]
+    for algo, count in sorted(plan.formats().items()):
+        lines.append(f"  quantize  {count:,} linears to {algo} in {len(layers)} layers")
+    copies = [a for a in plan.actions if hasattr(a, "origin")]
+    lines.append(f"  keep      {len(copies):,} tensors byte for byte from {plan.kept.uri}")
+    reasons: dict[str, int] = {}
+    for origin, _, reason in plan.left:
+        reasons[f"{origin}, {reason}"] = reasons.get(f"{origin}, {reason}", 0) + 1
+    lines += [f"  leave     {n:,} tensors ({why})" for why, n in reasons.items()]
+    lines.append(f"  result    {len(plan.specs):,} tensors, {plan.nbytes:,} bytes")
+    lines.append("nothing was written (dry run)")
+    return "\n".join(lines) + "\n"
+
+
+@contextmanager
+def _bar(total: Callable[[], int]) -> Iterator[Callable[[int], None] | None]:
+    """Yield a progress callback that draws a bar on a terminal, and None elsewhere."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console  # noqa: PLC0415  (of use on a terminal only)
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: PLC0415
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("writing", total=total())
+        yield lambda n: bar.advance(task, n)
+
+
+def _finish(
+    ctx: click.Context, manifest: Manifest, out: str, *, base: str | None, merged_from: str | None, report_file: Path | None
+) -> None:
+    """Print the summary, check what was written, and end with the check's exit code."""
+    import verifier  # noqa: PLC0415  (numpy)
+    from verifier.report import render_json, render_text  # noqa: PLC0415
+
+    lines = [f"wrote {out}: {manifest.tensors:,} tensors, {manifest.bytes:,} bytes"]
+    here = manifest.notes.get("quantized_here", {})
+    ranges = manifest.notes.get("scale_range", {})
+    for algo, count in sorted(manifest.formats.items()):
+        made = here.get(algo, 0)
+        scale = f", block scales {ranges[algo][0]} to {ranges[algo][1]}" if algo in ranges else ""
+        lines.append(f"  {algo:12} {count:,} modules ({made:,} quantized here, {count - made:,} kept){scale}")
+    click.echo("\n".join(lines))
+    report = verifier.check(out, base=base, merged_from=merged_from, depth="payload")
+    click.echo(render_text(report), nl=False)
+    if report_file is not None:
+        try:
+            report_file.parent.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise UsageError(f"{report_file}: its folder cannot be made") from error
+        value = {"manifest": manifest.model_dump(mode="json"), "check": json.loads(render_json(report))}
+        report_file.write_text(json.dumps(value, indent=2) + "\n")
+    ctx.exit(report.exit_code)

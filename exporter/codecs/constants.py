@@ -1,0 +1,19 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Numbers of the formats. OCP Microscaling Formats (MX) v1.0, section 5.3; NVFP4 as ModelOpt 0.47 writes it."""
+
+from __future__ import annotations
+
+E4M3_MAX = 448.0
+"""Largest finite E4M3 (S.1111.110)."""
+E2M1_MAX = 6.0
+"""Largest E2M1 (S.11.1)."""
+SCALE_FLOOR = 2.0**-9
+"""Smallest positive E4M3 (S.0000.001): no block scale of a nonzero tensor goes below it."""
+NVFP4_BLOCK = 16
+MX_BLOCK = 32
+FP8_TILE = 128
+E8M0_BIAS = 127
+NVFP4_RANGE = E2M1_MAX * E4M3_MAX
+"""2688: what amax is divided by to give ``weight_scale_2``."""
+CHUNK = 1 << 18
+"""Elements worked on at a time: the temporaries of a chunk fit the second-level cache (measured, 2^17 to 2^19)."""

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Both quantization declarations, made from the tensors on disk.
+
+A uniform checkpoint is declared as ModelOpt 0.47 declares it; a mixed one as the published nvidia/MiniMax-M3-NVFP4:
+one ``quantized_layers`` entry for each module, ``group_size`` on NVFP4 entries only (SGLang refuses unequal ones).
+Exclusions are the full hub name of every unquantized module whose weight has two dimensions or more.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from verifier import __version__
+from verifier.checkpoint import Checkpoint
+from verifier.errors import PlanError
+from verifier.schemes import Format, Module, gather
+
+PRODUCER = {"name": "ckptgate", "version": __version__}
+
+
+def declare(ckpt: Checkpoint) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return (quantization_config, hf_quant_config) for what a checkpoint's headers show.
+
+    Raises:
+        PlanError: a quantized module whose format cannot be told, or nothing quantized at all.
+    """
+    formats: dict[str, Format] = {}
+    excluded: list[str] = []
+    for module in gather(ckpt.tensors.values()).values():
+        if module.quantized:
+            shown = module.shown
+            if shown is None:
+                raise PlanError(f"{module.name}: quantized, and its format cannot be told from its tensors")
+            formats[module.name] = shown
+        elif _multidimensional(module):
+            excluded.append(module.name)
+    algos = {f.algo for f in formats.values()}
+    if not algos:
+        raise PlanError("nothing is quantized")
+    excluded.sort()
+    if len(algos) > 1:
+        return _mixed(formats, excluded)
+    return _uniform(next(iter(formats.values())), excluded)
+
+
+def _multidimensional(module: Module) -> bool:
+    return module.weight is not None and len(module.weight.shape) >= 2
+
+
+def _mixed(formats: Mapping[str, Format], excluded: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    layers: dict[str, dict[str, Any]] = {}
+    for name in sorted(formats):
+        fmt = formats[name]
+        layers[name] = {"quant_algo": fmt.algo} | ({"group_size": fmt.group_size} if fmt.packed else {})
+    body = {
+        "quant_algo": "MIXED_PRECISION", "quant_method": "modelopt", "kv_cache_quant_algo": None,
+        "exclude_modules": excluded, "quantized_layers": layers,
+    }  # fmt: skip
+    inline = {**body, "ignore": excluded, "producer": PRODUCER}
+    return inline, {"producer": PRODUCER, "quant_method": "modelopt", "quantization": body}
+
+
+def _uniform(fmt: Format, excluded: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    inline: dict[str, Any] = {}
+    if fmt.algo != "MXFP8":  # ModelOpt 0.47 writes no config_groups for MXFP8
+        bits: dict[str, Any] = {"dynamic": False, "num_bits": 4 if fmt.packed else 8, "type": "float"}
+        if fmt.packed:
+            bits["group_size"] = fmt.group_size
+        quantized_input = None if fmt.algo == "W4A16_NVFP4" else dict(bits)
+        inline["config_groups"] = {
+            "group_0": {"input_activations": quantized_input, "weights": dict(bits), "targets": ["Linear"]}
+        }
+    inline |= {"ignore": excluded, "quant_algo": fmt.algo, "producer": PRODUCER, "quant_method": "modelopt"}
+    body: dict[str, Any] = {"quant_algo": fmt.algo, "kv_cache_quant_algo": None}
+    if fmt.group_size is not None:
+        body["group_size"] = fmt.group_size
+    body["exclude_modules"] = excluded
+    return inline, {"producer": PRODUCER, "quantization": body}
+
+
+def with_quantization(config: Mapping[str, Any], inline: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config with only ``quantization_config`` replaced."""
+    result = copy.deepcopy(dict(config))
+    result["quantization_config"] = dict(inline)
+    text = result.get("text_config")
+    if isinstance(text, dict):
+        text.pop("quantization_config", None)
+    return result

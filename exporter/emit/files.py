@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Index, side files and manifest of an output folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from exporter.emit.configs import declare, with_quantization
+from verifier.checkpoint import INDEX, Checkpoint, open_checkpoint
+
+SIDE_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
+NOT_SIDE = {INDEX, "config.json", "hf_quant_config.json", "ckptgate_manifest.json"}
+MAX_SIDE_BYTES = 200_000_000
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write one JSON file, two-space indented, with a final newline."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_index(folder: Path, files: Iterable[str]) -> None:
+    """Write ``model.safetensors.index.json`` from the shards on disk."""
+    ckpt = open_checkpoint(folder)
+    wanted = set(files)
+    weight_map = {t.name: t.file for t in ckpt.tensors.values() if t.file in wanted}
+    write_json(
+        folder / INDEX, {"metadata": {"total_size": ckpt.nbytes}, "weight_map": dict(sorted(weight_map.items()))}
+    )
+
+
+def write_configs(folder: Path, config: Mapping[str, Any]) -> None:
+    """Write config.json and hf_quant_config.json from the tensors on disk and the config that is kept."""
+    inline, nested = declare(open_checkpoint(folder))
+    write_json(folder / "config.json", with_quantization(config, inline))
+    write_json(folder / "hf_quant_config.json", nested)
+
+
+def copy_side_files(folder: Path, origins: Iterable[Checkpoint]) -> list[str]:
+    """Copy tokenizer, generation config, templates, processor files and Python files; the first origin wins."""
+    copied: list[str] = []
+    for ckpt in origins:
+        for name, size in ckpt.files.items():
+            side = name.endswith(SIDE_SUFFIXES) or name.upper().startswith("LICENSE")
+            if not side or name in NOT_SIDE or name in copied or name.startswith(".") or size > MAX_SIDE_BYTES:
+                continue
+            (folder / name).write_bytes(ckpt.source.read(name, 0, size).tobytes())
+            copied.append(name)
+    return copied

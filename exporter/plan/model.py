@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a plan is made of: for every tensor that will be written, where its bytes come from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
+
+from verifier.checkpoint import DTYPE_BITS, Checkpoint, Tensor
+from verifier.schemes import Format
+
+Origin = Literal["source", "onto"]
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """A tensor to be written: name, safetensors dtype, shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in bytes."""
+        count = 1
+        for s in self.shape:
+            count *= s
+        return count * DTYPE_BITS[self.dtype] // 8
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """Pass a tensor through, byte for byte."""
+
+    tensor: Tensor
+    origin: Origin
+
+    @property
+    def specs(self) -> tuple[Spec, ...]:
+        """The one tensor that it writes."""
+        return (Spec(self.tensor.name, self.tensor.dtype, self.tensor.shape),)
+
+
+@dataclass(frozen=True, slots=True)
+class Constant:
+    """Write a float32 scalar."""
+
+    name: str
+    value: float
+
+    @property
+    def specs(self) -> tuple[Spec, ...]:
+        """The one tensor that it writes."""
+        return (Spec(self.name, "F32", ()),)
+
+
+@dataclass(frozen=True, slots=True)
+class Encode:
+    """Quantize the weights of a fused group (or one weight) together: they share their global scale.
+
+    ``scale_leaf`` names the block scale; ``input_scales`` gives each module's activation scale, None for weight-only.
+    """
+
+    modules: tuple[str, ...]
+    weights: tuple[Tensor, ...]
+    format: Format
+    scale_leaf: str
+    input_scales: tuple[float, ...] | None
+
+    @property
+    def specs(self) -> tuple[Spec, ...]:
+        """The tensors that it writes, module by module."""
+        return tuple(s for i in range(len(self.modules)) for s in self.specs_of(i))
+
+    def specs_of(self, index: int) -> tuple[Spec, ...]:
+        """The tensors of one module."""
+        module, (out, in_) = self.modules[index], self.weights[index].shape
+        size = self.format.group_size or 1
+        found = [
+            Spec(f"{module}.weight", self.format.weight_dtype, (out, in_ // 2 if self.format.packed else in_)),
+            Spec(f"{module}.{self.scale_leaf}", "F8_E4M3" if self.format.packed else "U8", (out, in_ // size)),
+        ]
+        if self.format.packed:
+            found.append(Spec(f"{module}.weight_scale_2", "F32", ()))
+        if self.input_scales is not None:
+            found.append(Spec(f"{module}.input_scale", "F32", ()))
+        return tuple(found)
+
+
+Action = Copy | Constant | Encode
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every tensor to be written has one action; every tensor that is not taken has its reason in ``left``."""
+
+    kind: Literal["export", "merge"]
+    name: str
+    source: Checkpoint
+    onto: Checkpoint | None
+    actions: tuple[Action, ...]
+    left: tuple[tuple[Origin, str, str], ...]
+    options: dict[str, object] = field(default_factory=dict)
+
+    @property
+    def kept(self) -> Checkpoint:
+        """The checkpoint whose bytes and configs are kept."""
+        return self.onto or self.source
+
+    @cached_property
+    def specs(self) -> tuple[Spec, ...]:
+        """Every tensor to be written."""
+        return tuple(s for a in self.actions for s in a.specs)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all tensors to be written."""
+        return sum(s.nbytes for s in self.specs)
+
+    @property
+    def encodes(self) -> Iterator[Encode]:
+        """The quantizations."""
+        return (a for a in self.actions if isinstance(a, Encode))
+
+    def origin(self, name: Origin) -> Checkpoint:
+        """Return the checkpoint that an action copies from."""
+        return self.onto if name == "onto" and self.onto is not None else self.source
+
+    def formats(self) -> Counter[str]:
+        """Return how many modules are quantized to each algorithm by this plan."""
+        return Counter({a: n for a, n in _count(self.encodes)})
+
+    def fingerprint(self) -> str:
+        """Return a digest of everything that decides the output's bytes."""
+        parts: list[object] = [self.kind, self.options]
+        for ckpt in (self.source, self.onto):
+            parts.append(None if ckpt is None else header_digest(ckpt))
+        for a in self.actions:
+            parts.append([[s.name, s.dtype, s.shape] for s in a.specs])
+            if isinstance(a, Constant):
+                parts.append(a.value)
+            elif isinstance(a, Encode):
+                parts.append(a.input_scales)
+            else:
+                parts.append(a.origin)
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _count(encodes: Iterable[Encode]) -> Iterator[tuple[str, int]]:
+    counts: Counter[str] = Counter()
+    for e in encodes:
+        counts[e.format.algo] += len(e.modules)
+    yield from counts.items()
+
+
+def header_digest(ckpt: Checkpoint) -> str:
+    """Return a digest of the names, dtypes, shapes and places of a checkpoint's tensors, and of its file sizes."""
+    state = hashlib.sha256()
+    for shard in ckpt.shards:
+        state.update(f"{shard.file}\0{shard.size}\0".encode())
+        for t in shard.tensors.values():
+            state.update(f"{t.name}\0{t.dtype}\0{t.shape}\0{t.offset}\0".encode())
+    return state.hexdigest()

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recipes: which modules get which format, as checked YAML. The last rule that matches a module decides."""
+
+from __future__ import annotations
+
+import fnmatch
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from verifier.errors import UsageError
+from verifier.schemes import ROLES, role
+
+FormatName = Literal["nvfp4", "w4a16_nvfp4", "mxfp8"]
+MAX_RECIPE_BYTES = 1_000_000
+
+
+class Rule(BaseModel):
+    """One rule: modules by role, by name pattern (fnmatch on the full hub name), or both; ``format`` None leaves them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    roles: tuple[str, ...] = ()
+    modules: tuple[str, ...] = ()
+    format: FormatName | None
+
+    @model_validator(mode="after")
+    def _selects(self) -> Rule:
+        if not self.roles and not self.modules:
+            raise ValueError("a rule names roles, modules or both")
+        unknown = [r for r in self.roles if r not in ROLES]
+        if unknown:
+            raise ValueError(f"no role {unknown[0]!r}; one of {', '.join(ROLES)}")
+        return self
+
+    def matches(self, module: str) -> bool:
+        """Whether the rule speaks of a module."""
+        if self.roles and role(module) not in self.roles:
+            return False
+        return not self.modules or any(fnmatch.fnmatchcase(module, p) for p in self.modules)
+
+    def __str__(self) -> str:
+        return ", ".join([*self.roles, *self.modules])
+
+
+class Recipe(BaseModel):
+    """A named list of rules."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    name: Annotated[str, Field(min_length=1)]
+    description: str = ""
+    rules: Annotated[tuple[Rule, ...], Field(min_length=1)]
+
+    def format_of(self, module: str) -> FormatName | None:
+        """Return the format that the recipe gives a module, or None to leave it."""
+        found: FormatName | None = None
+        for rule in self.rules:
+            if rule.matches(module):
+                found = rule.format
+        return found
+
+
+def names() -> list[str]:
+    """Return the names of the recipes in the package."""
+    folder = resources.files("exporter.recipes")
+    return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
+
+
+def load(name: str | Path) -> Recipe:
+    """Return a recipe of the package by name, or one from a YAML file.
+
+    Raises:
+        UsageError: no such recipe or file, no YAML, or a key or value that the schema does not have.
+    """
+    text = str(name)
+    if text in names():
+        source = (resources.files("exporter.recipes") / f"{text}.yaml").read_text(encoding="utf-8")
+    elif text.endswith((".yaml", ".yml")) and Path(text).is_file():
+        if Path(text).stat().st_size > MAX_RECIPE_BYTES:
+            raise UsageError(f"recipe {text}: larger than {MAX_RECIPE_BYTES:,} bytes")
+        source = Path(text).read_text(encoding="utf-8", errors="replace")
+    else:
+        raise UsageError(f"no recipe {text!r}; one of {', '.join(names())}, or a .yaml file")
+    try:
+        return Recipe.model_validate(yaml.safe_load(source))
+    except yaml.YAMLError as error:
+        raise UsageError(f"recipe {text}: not YAML: {' '.join(str(error).split())}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(p) for p in first["loc"])
+        raise UsageError(f"recipe {text}: {place or 'top level'}: {first['msg']}") from error

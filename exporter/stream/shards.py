@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Distribute a plan over shards and write each: independent, idempotent, a few tensors in memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from exporter import codecs
+from exporter.plan import Action, Constant, Copy, Encode, Plan, Spec
+from verifier.checkpoint import DTYPE_BITS, MAX_HEADER, Checkpoint, Tensor
+from verifier.errors import EncodeError
+
+SHARD_BYTES = 5_000_000_000
+SHARD_TENSORS = 200_000
+COPY_BYTES = 16 << 20
+_TORCH = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+@dataclass(frozen=True)
+class ScaleRange:
+    """Smallest and largest effective block scale of an encoding."""
+
+    algo: str
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Task:
+    """One output shard: its file name and actions."""
+
+    file: str
+    actions: tuple[Action, ...]
+
+    @property
+    def specs(self) -> list[Spec]:
+        """Its tensors in file order: widest elements first, so that every tensor is aligned to its own dtype."""
+        found = [s for a in self.actions for s in a.specs]
+        return sorted(found, key=lambda s: (-DTYPE_BITS[s.dtype], s.name))
+
+
+def tasks(plan: Plan, shard_bytes: int = SHARD_BYTES) -> list[Task]:
+    """Return the shards of a plan, at most ``shard_bytes`` each unless one action alone is larger."""
+    groups: list[list[Action]] = [[]]
+    size = count = 0
+    for action in plan.actions:
+        nbytes, n = sum(s.nbytes for s in action.specs), len(action.specs)
+        if groups[-1] and (size + nbytes > shard_bytes or count + n > SHARD_TENSORS):
+            groups.append([])
+            size = count = 0
+        groups[-1].append(action)
+        size, count = size + nbytes, count + n
+    total = len(groups)
+    return [Task(f"model-{i:05d}-of-{total:05d}.safetensors", tuple(g)) for i, g in enumerate(groups, 1)]
+
+
+def header(specs: list[Spec]) -> bytes:
+    """Return the safetensors header of a shard, padded to eight bytes.
+
+    Raises:
+        EncodeError: the header would exceed what readers accept.
+    """
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for s in specs:
+        entries[s.name] = {"dtype": s.dtype, "shape": list(s.shape), "data_offsets": [offset, offset + s.nbytes]}
+        offset += s.nbytes
+    raw = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    raw += b" " * (-len(raw) % 8)
+    if len(raw) > MAX_HEADER:
+        raise EncodeError(f"a shard header of {len(raw):,} bytes; at most {MAX_HEADER:,} are readable")
+    return len(raw).to_bytes(8, "little") + raw
+
+
+def write_shard(
+    task: Task, plan: Plan, folder: Path, progress: Callable[[int], None]
+) -> tuple[str, int, list[ScaleRange]]:
+    """Write one shard under a temporary name, sync it, give it its name; return digest, size and scale ranges.
+
+    Raises:
+        EncodeError: a weight that cannot be encoded, by name.
+        OSError: the disk.
+    """
+    specs = task.specs
+    head = header(specs)
+    places, offset = {}, len(head)
+    for s in specs:
+        places[s.name] = offset
+        offset += s.nbytes
+    temporary = folder / f"{task.file}.part"
+    ranges: list[ScaleRange] = []
+    fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+    try:
+        _put(fd, head, 0)
+        os.ftruncate(fd, offset)
+        for action in task.actions:
+            if isinstance(action, Encode):
+                ranges.append(_encode(action, plan, fd, places))
+            elif isinstance(action, Constant):
+                _put(fd, torch.tensor(action.value).numpy().tobytes(), places[action.name])
+            else:
+                _copy(action, plan, fd, places[action.tensor.name])
+            progress(sum(s.nbytes for s in action.specs))
+        os.fsync(fd)
+        found = _digest(fd)
+    except BaseException:
+        os.close(fd)
+        temporary.unlink(missing_ok=True)
+        raise
+    os.close(fd)
+    temporary.rename(folder / task.file)
+    return found, offset, ranges
+
+
+def _put(fd: int, data: bytes | memoryview, offset: int) -> None:
+    view = memoryview(data).cast("B")
+    while view:
+        written = os.pwrite(fd, view, offset)
+        view, offset = view[written:], offset + written
+
+
+def _copy(action: Copy, plan: Plan, fd: int, place: int) -> None:
+    source, t = plan.origin(action.origin).source, action.tensor
+    for start in range(0, t.nbytes, COPY_BYTES):
+        length = min(COPY_BYTES, t.nbytes - start)
+        _put(fd, source.read(t.file, t.offset + start, length).data, place + start)
+
+
+def _encode(action: Encode, plan: Plan, fd: int, places: dict[str, int]) -> ScaleRange:
+    weights = []
+    for tensor in action.weights:
+        weights.append(load(plan.source, tensor))
+    low, high = float("inf"), 0.0
+    try:
+        shared = None
+        if action.format.packed:
+            shared = torch.stack([codecs.amax(w, action.format.name) for w in weights]).amax()
+        for i, module in enumerate(action.modules):
+            parts = codecs.encode(weights[i], action.format.name, amax=shared)
+            named = {
+                f"{module}.{action.scale_leaf if leaf == 'weight_scale' else leaf}": value for leaf, value in parts.items()
+            }
+            if action.input_scales is not None:
+                named[f"{module}.input_scale"] = torch.tensor(action.input_scales[i])
+            for spec in action.specs_of(i):
+                _put(fd, _bytes(named[spec.name]), places[spec.name])
+            lo, hi = _scale_range(parts)
+            low, high = min(low, lo), max(high, hi)
+    except EncodeError as error:
+        raise EncodeError(f"{', '.join(w.name for w in action.weights)}: {error}") from error
+    return ScaleRange(action.format.algo, low, high)
+
+
+def load(ckpt: Checkpoint, tensor: Tensor) -> torch.Tensor:
+    """Return a floating tensor of a checkpoint."""
+    return torch.from_numpy(ckpt.read(tensor)).view(_TORCH[tensor.dtype]).reshape(tensor.shape)
+
+
+def _bytes(t: torch.Tensor) -> memoryview:
+    return t.contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _scale_range(parts: dict[str, torch.Tensor]) -> tuple[float, float]:
+    scale = parts["weight_scale"]
+    if scale.dtype == torch.uint8:
+        return 2.0 ** (int(scale.min()) - 127), 2.0 ** (int(scale.max()) - 127)
+    # E4M3 without a sign orders like its bytes.
+    raw, whole = scale.view(torch.uint8), parts["weight_scale_2"].item()
+    ends = torch.stack([raw.min(), raw.max()]).view(torch.float8_e4m3fn).float()
+    return ends[0].item() * whole, ends[1].item() * whole
+
+
+def _digest(fd: int) -> str:
+    state = hashlib.sha256()
+    for block in _blocks(fd):
+        state.update(block)
+    return state.hexdigest()
+
+
+def _blocks(fd: int) -> Iterator[bytes]:
+    offset = 0
+    while block := os.pread(fd, COPY_BYTES, offset):
+        yield block
+        offset += len(block)

@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The safetensors header, read as hostile input.
+
+Format: 8 bytes little-endian header length N (at most 100,000,000), N bytes of JSON, then the tensor bytes, covered
+without gap or overlap (https://github.com/huggingface/safetensors, "Format"). What is wrong becomes a `Problem`, a
+value, so that one broken shard does not hide the others.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from verifier.checkpoint.source import Source
+from verifier.errors import ContainerError
+
+MAX_HEADER = 100_000_000
+MAX_RANK = 16
+MAX_ELEMENTS = 2**56
+DTYPE_BITS = {
+    "BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32,
+    "U64": 64, "I64": 64, "F64": 64, "C64": 64,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """One tensor of a shard: ``offset`` is absolute in the file, ``nbytes`` its length in bytes."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+    offset: int
+    nbytes: int
+
+    @property
+    def elements(self) -> int:
+        """The number of values as the header counts them (two packed nibbles are one U8)."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something wrong with a file; ``kind`` is stable, ``message`` says what and where."""
+
+    kind: str
+    file: str
+    message: str
+    tensor: str | None = None
+    observed: str = ""
+    expected: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """What one ``*.safetensors`` file declares."""
+
+    file: str
+    size: int
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str] = field(default_factory=dict)
+    problems: tuple[Problem, ...] = ()
+
+
+class _DuplicateKey(ValueError):
+    """A JSON object names a key twice."""
+
+
+def strict_json(text: bytes | str) -> Any:
+    """Parse JSON; refuse duplicate keys, NaN and Infinity, and nesting beyond the interpreter's depth.
+
+    Raises:
+        ValueError: with one sentence on what is wrong.
+    """
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(items)
+        if len(result) != len(items):
+            seen: set[str] = set()
+            key = next(k for k, _ in items if k in seen or seen.add(k))  # type: ignore[func-returns-value]
+            raise _DuplicateKey(f"the key {key!r} stands twice")
+        return result
+
+    def constant(name: str) -> None:
+        raise ValueError(f"{name} is not JSON")
+
+    try:
+        return json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 at byte {error.start}") from None
+
+
+def read_shard(source: Source, file: str, size: int) -> Shard:
+    """Return what ``file`` declares; never raises for what the file holds."""
+    if size < 8:
+        return _broken(file, size, "short", f"{size} bytes, shorter than the 8-byte header length")
+    length = int.from_bytes(source.read(file, 0, 8).tobytes(), "little")
+    if length > MAX_HEADER:
+        what = "the file is all zeros or not safetensors" if length > size else "the header is too large"
+        return _broken(file, size, "header-length", f"declares a header of {length:,} bytes; {what}")
+    if 8 + length > size:
+        return _broken(file, size, "truncated", f"ends inside its header: {8 + length - size:,} bytes are missing")
+    if length == 0:
+        return _broken(file, size, "header-length", "declares a header of 0 bytes; a file of zeros is not safetensors")
+    raw = source.read(file, 8, length).tobytes()
+    try:
+        entries = strict_json(raw)
+    except _DuplicateKey as error:
+        return _broken(file, size, "duplicate", f"the header is ambiguous: {error}")
+    except ValueError as error:
+        return _broken(file, size, "json", f"the header is not JSON: {error}")
+    if not isinstance(entries, dict):
+        return _broken(file, size, "json", "the header is not a JSON object")
+    return _from_entries(file, size, 8 + length, entries)
+
+
+def _broken(file: str, size: int, kind: str, message: str) -> Shard:
+    return Shard(file, size, {}, {}, (Problem(kind, file, message),))
+
+
+def _from_entries(file: str, size: int, start: int, entries: dict[str, Any]) -> Shard:
+    problems: list[Problem] = []
+
+    def note(kind: str, message: str, tensor: str | None = None, observed: str = "", expected: str = "") -> None:
+        problems.append(Problem(kind, file, message, tensor, observed, expected))
+
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        note("metadata", "__metadata__ is not an object of strings")
+        metadata = {}
+    tensors: dict[str, Tensor] = {}
+    for name, entry in entries.items():
+        tensor = _tensor(file, start, name, entry, note)
+        if tensor is not None:
+            tensors[name] = tensor
+    end = start
+    for t in sorted(tensors.values(), key=lambda t: (t.offset, t.nbytes)):
+        if t.offset < end:
+            note("overlap", f"overlaps the tensor before it by {end - t.offset:,} bytes", t.name)
+        elif t.offset > end:
+            note("gap", f"{t.offset - end:,} bytes before it belong to no tensor", t.name)
+        end = max(end, t.offset + t.nbytes)
+    if end > size:
+        lost = [t.name for t in tensors.values() if t.offset + t.nbytes > size]
+        note(
+            "truncated",
+            f"ends {end - size:,} bytes early; {len(lost)} of {len(tensors)} tensors are cut off",
+            lost[0], f"{size:,} bytes", f"{end:,} bytes",
+        )  # fmt: skip
+        for name in lost:
+            del tensors[name]
+    elif end < size and not any(p.kind in ("entry", "offsets") for p in problems):
+        note("trailing", f"{size - end:,} bytes after the last tensor", None, f"{size:,} bytes", f"{end:,} bytes")
+    return Shard(file, size, tensors, metadata, tuple(problems))
+
+
+def _tensor(file: str, start: int, name: str, entry: Any, note: Callable[..., None]) -> Tensor | None:
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        note("entry", "its header entry is not {dtype, shape, data_offsets}", name)
+        return None
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        note("dtype", f"has the unknown dtype {str(dtype)[:40]!r}", name)
+        return None
+    if not _naturals(shape) or len(shape) > MAX_RANK or math.prod(shape) > MAX_ELEMENTS:
+        note("shape", f"has the impossible shape {str(shape)[:60]}", name)
+        return None
+    if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1] or offsets[1] > 2**62:
+        note("offsets", f"has the impossible data_offsets {str(offsets)[:60]}", name)
+        return None
+    bits = math.prod(shape) * DTYPE_BITS[dtype]
+    if bits % 8 or bits // 8 != offsets[1] - offsets[0]:
+        note(
+            "offsets", f"takes {offsets[1] - offsets[0]:,} bytes where {dtype} {list(shape)} takes {-(-bits // 8):,}", name,
+            f"{offsets[1] - offsets[0]:,} bytes", f"{-(-bits // 8):,} bytes",
+        )  # fmt: skip
+        return None
+    return Tensor(name, dtype, tuple(shape), file, start + offsets[0], offsets[1] - offsets[0])
+
+
+def _naturals(value: Any) -> bool:
+    return isinstance(value, list) and all(type(v) is int and v >= 0 for v in value)
+
+
+def read_json(source: Source, file: str, size: int, limit: int = MAX_HEADER) -> tuple[Any, Problem | None]:
+    """Return the parsed file and what is wrong with it (one of both is None)."""
+    if size > limit:
+        return None, Problem("json", file, f"{size:,} bytes, more than the {limit:,} allowed")
+    try:
+        value = strict_json(source.read(file, 0, size).tobytes())
+    except ContainerError as error:
+        return None, Problem("json", file, str(error))
+    except ValueError as error:
+        return None, Problem("json", file, f"not JSON: {error}")
+    if not isinstance(value, dict):
+        return None, Problem("json", file, f"a JSON {type(value).__name__} where an object belongs")
+    return value, None

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A checkpoint as its headers, index and configs declare it; immutable, and lazy about bytes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import PurePosixPath
+from types import MappingProxyType
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from verifier.checkpoint.header import Problem, Shard, Tensor, read_json, read_shard
+from verifier.checkpoint.source import Bytes, FsspecSource, LocalSource, open_source
+from verifier.errors import ContainerError
+
+INDEX = "model.safetensors.index.json"
+NUMPY_DTYPES: dict[str, npt.DTypeLike] = {
+    "BOOL": np.bool_, "U8": np.uint8, "I8": np.int8, "U16": np.uint16, "I16": np.int16, "U32": np.uint32,
+    "I32": np.int32, "U64": np.uint64, "I64": np.int64, "F16": np.float16, "F32": np.float32, "F64": np.float64,
+    "BF16": ml_dtypes.bfloat16, "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2,
+    "F8_E8M0": ml_dtypes.float8_e8m0fnu,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Index:
+    """``model.safetensors.index.json``: which shard should hold which tensor."""
+
+    weight_map: Mapping[str, str]
+    total_size: int | None
+    problems: tuple[Problem, ...]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """All shards of a folder, its index and its two configs.
+
+    ``tensors`` holds each name once (the indexed copy where the index names one, else the first); names that several
+    files hold are in ``duplicates``.
+    """
+
+    uri: str
+    source: LocalSource | FsspecSource
+    files: Mapping[str, int]
+    shards: tuple[Shard, ...]
+    index: Index | None
+    config: Mapping[str, Any] | None
+    hf_quant_config: Mapping[str, Any] | None
+    problems: tuple[Problem, ...]
+
+    @cached_property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Every tensor by name, in file order."""
+        found: dict[str, Tensor] = {}
+        wanted = self.index.weight_map if self.index else {}
+        for shard in self.shards:
+            for name, tensor in shard.tensors.items():
+                if name not in found or wanted.get(name) == shard.file:
+                    found[name] = tensor
+        return MappingProxyType(found)
+
+    @cached_property
+    def duplicates(self) -> Mapping[str, tuple[str, ...]]:
+        """Names that more than one file holds, with those files."""
+        seen: dict[str, list[str]] = {}
+        for shard in self.shards:
+            for name in shard.tensors:
+                seen.setdefault(name, []).append(shard.file)
+        return {n: tuple(f) for n, f in seen.items() if len(f) > 1}
+
+    @property
+    def model_type(self) -> str | None:
+        """The ``model_type`` of config.json, or None."""
+        value = (self.config or {}).get("model_type")
+        return value if isinstance(value, str) else None
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all tensors together."""
+        return sum(t.nbytes for t in self.tensors.values())
+
+    def read(self, tensor: Tensor) -> Bytes:
+        """Return the bytes of a tensor, uint8, one dimension."""
+        return self.source.read(tensor.file, tensor.offset, tensor.nbytes)
+
+    def array(self, tensor: Tensor) -> npt.NDArray[Any]:
+        """Return a tensor in its own dtype and shape.
+
+        Raises:
+            ContainerError: numpy has no such dtype.
+        """
+        dtype = NUMPY_DTYPES.get(tensor.dtype)
+        if dtype is None:
+            raise ContainerError(f"{tensor.name}: values of dtype {tensor.dtype} cannot be read")
+        return self.read(tensor).view(dtype).reshape(tensor.shape)
+
+
+def open_checkpoint(uri: str | os.PathLike[str]) -> Checkpoint:
+    """Read headers, index and configs of a folder; a 250 GB checkpoint costs some megabytes.
+
+    Raises:
+        UsageError: no such folder.
+        ContainerError: the folder holds no ``*.safetensors``.
+        MachineError: reading failed.
+    """
+    source = open_source(uri)
+    files = source.files()
+    names = sorted(n for n in files if n.endswith(".safetensors"))
+    if not names and INDEX not in files:
+        what = "is empty" if not files else f"holds {len(files)} files and no *.safetensors"
+        raise ContainerError(f"{source.uri}: not a checkpoint: the folder {what}")
+    problems = [
+        Problem("link", n, "a link that leads out of the folder; it is not followed") for n in source.escaping
+    ]
+    shards = tuple(read_shard(source, n, files[n]) for n in names)
+    configs: dict[str, Mapping[str, Any] | None] = {}
+    for name in ("config.json", "hf_quant_config.json"):
+        configs[name] = None
+        if name in files:
+            configs[name], problem = read_json(source, name, files[name])
+            if problem:
+                problems.append(problem)
+    index = _read_index(source, files) if INDEX in files else None
+    return Checkpoint(
+        uri=source.uri, source=source, files=MappingProxyType(files), shards=shards, index=index,
+        config=configs["config.json"], hf_quant_config=configs["hf_quant_config.json"], problems=tuple(problems),
+    )  # fmt: skip
+
+
+def _read_index(source: LocalSource | FsspecSource, files: Mapping[str, int]) -> Index:
+    value, problem = read_json(source, INDEX, files[INDEX])
+    if problem:
+        return Index({}, None, (problem,))
+    problems: list[Problem] = []
+    raw = value.get("weight_map")
+    if not isinstance(raw, dict):
+        problems.append(Problem("json", INDEX, "has no weight_map object"))
+        raw = {}
+    weight_map: dict[str, str] = {}
+    for name, file in raw.items():
+        if not isinstance(file, str) or not _plain(file):
+            problems.append(
+                Problem("path", INDEX, f"names the shard {str(file)[:80]!r}, which is no plain file name", name)
+            )
+        else:
+            weight_map[name] = file
+    metadata = value.get("metadata")
+    total = metadata.get("total_size") if isinstance(metadata, dict) else None
+    whole = isinstance(total, int) or (isinstance(total, float) and total.is_integer())
+    return Index(weight_map, int(total) if whole else None, tuple(problems))
+
+
+def _plain(file: str) -> bool:
+    return file == PurePosixPath(file).name and "\\" not in file and "\0" not in file and file not in ("", ".", "..")
+
+

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the bytes of a checkpoint come from: a local folder, or any fsspec URL."""
+
+from __future__ import annotations
+
+import os
+import stat
+import threading
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from verifier.errors import ContainerError, MachineError, UsageError
+
+Bytes = npt.NDArray[np.uint8]
+
+
+class Source(Protocol):
+    """A flat folder of files, read by range."""
+
+    uri: str
+
+    def files(self) -> dict[str, int]:
+        """Return the size in bytes of every readable file, by name."""
+
+    def read(self, name: str, offset: int, length: int) -> Bytes:
+        """Return exactly ``length`` bytes of file ``name`` as uint8.
+
+        Raises:
+            ContainerError: the file ends before.
+            MachineError: the read failed.
+        """
+
+
+class LocalSource:
+    """A folder on this machine.
+
+    A link that leads out of the folder is not followed, except the hub cache's own: ``snapshots/REV/FILE`` points into
+    ``blobs/`` beside ``snapshots/``.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.uri = str(path)
+        self._fds: dict[str, int] = {}
+        self._lock = threading.Lock()
+        self.escaping: tuple[str, ...] = ()
+
+    def files(self) -> dict[str, int]:
+        """Return the size of every regular file in the folder; links that lead outside go to ``escaping``."""
+        root = self.path.resolve()
+        allowed = [root]
+        if root.parent.name == "snapshots":
+            allowed.append(root.parent.parent / "blobs")
+        sizes: dict[str, int] = {}
+        escaping: list[str] = []
+        for entry in sorted(os.scandir(self.path), key=lambda e: e.name):
+            if entry.is_symlink():
+                target = Path(entry.path).resolve()
+                if not any(target.is_relative_to(a) for a in allowed):
+                    escaping.append(entry.name)
+                    continue
+            try:
+                info = entry.stat()
+            except OSError:
+                continue  # a dangling link is an absent file; the index rule names it
+            if stat.S_ISREG(info.st_mode):
+                sizes[entry.name] = info.st_size
+        self.escaping = tuple(escaping)
+        return sizes
+
+    def read(self, name: str, offset: int, length: int) -> Bytes:
+        """Return ``length`` bytes of ``name`` from ``offset``."""
+        out = np.empty(length, np.uint8)
+        view = memoryview(out)
+        done = 0
+        try:
+            fd = self._fd(name)
+            while done < length:
+                got = os.preadv(fd, [view[done:]], offset + done)
+                if got == 0:
+                    raise ContainerError(f"{name}: ends at byte {offset + done:,}, {length - done:,} bytes are missing")
+                done += got
+        except OSError as error:
+            raise MachineError(f"cannot read {self.path / name}: {error.strerror or error}") from error
+        return out
+
+    def _fd(self, name: str) -> int:
+        with self._lock:
+            fd = self._fds.get(name)
+            if fd is None:
+                if len(self._fds) >= 64:
+                    os.close(self._fds.pop(next(iter(self._fds))))
+                fd = self._fds[name] = os.open(self.path / name, os.O_RDONLY)
+            return fd
+
+    def close(self) -> None:
+        """Close every file that reads opened."""
+        with self._lock:
+            while self._fds:
+                os.close(self._fds.popitem()[1])
+
+    def __del__(self) -> None:
+        self.close()
+
+
+class FsspecSource:
+    """A folder behind an fsspec URL (``hf://``, ``s3://``, ``memory://`` …), read by range requests."""
+
+    def __init__(self, uri: str) -> None:
+        # fsspec costs 70 ms and is of no use to a local check.
+        import fsspec  # noqa: PLC0415
+
+        self.uri = uri
+        self.escaping: tuple[str, ...] = ()
+        try:
+            self._fs, self._root = fsspec.core.url_to_fs(uri)
+        except (ImportError, ValueError) as error:
+            raise UsageError(f"{uri}: no such kind of address here: {error}") from error
+
+    def files(self) -> dict[str, int]:
+        """Return the size of every file in the folder."""
+        try:
+            entries = self._fs.ls(self._root, detail=True)
+        except FileNotFoundError as error:
+            raise UsageError(f"{self.uri}: no such folder") from error
+        except OSError as error:
+            raise MachineError(f"cannot list {self.uri}: {error}") from error
+        return {e["name"].rsplit("/", 1)[-1]: int(e["size"]) for e in entries if e["type"] == "file"}
+
+    def read(self, name: str, offset: int, length: int) -> Bytes:
+        """Return ``length`` bytes of ``name`` from ``offset``."""
+        if length == 0:
+            return np.empty(0, np.uint8)
+        try:
+            data = self._fs.cat_file(f"{self._root}/{name}", start=offset, end=offset + length)
+        except OSError as error:
+            raise MachineError(f"cannot read {self.uri}/{name}: {error}") from error
+        if len(data) != length:
+            raise ContainerError(f"{name}: {length - len(data):,} bytes are missing at byte {offset + len(data):,}")
+        return np.frombuffer(data, np.uint8)
+
+    def close(self) -> None:
+        """Do nothing: fsspec keeps its own connections."""
+
+
+def open_source(uri: str | os.PathLike[str]) -> LocalSource | FsspecSource:
+    """Return the source at a path or URL.
+
+    Raises:
+        UsageError: there is no such folder.
+    """
+    text = os.fspath(uri)
+    if "://" in text:
+        return FsspecSource(text)
+    path = Path(text)
+    if not path.exists():
+        raise UsageError(f"{text}: no such folder")
+    if not path.is_dir():
+        raise UsageError(f"{text}: a file; give the folder that holds the checkpoint")
+    return LocalSource(path)

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The click root: lazy commands, and the one place where errors become a message and an exit code."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from importlib.metadata import entry_points
+from types import FrameType
+from typing import NoReturn
+
+import click
+
+from verifier import __version__
+from verifier.errors import CkptgateError
+
+BUILT_IN = {
+    "check": ("verifier.cli.check", "Judge a checkpoint."),
+    "explain": ("verifier.cli.rules", "Print what a rule means, whom it hurts and how to mend it."),
+    "gate": ("verifier.cli.gate", "Measure a candidate's loss against its base."),
+    "rules": ("verifier.cli.rules", "List the rules."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group that imports a command only when it runs; the help texts of the built-in ones stand in the table."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return all command names, sorted."""
+        return sorted({*BUILT_IN, *(e.name for e in entry_points(group="ckptgate.commands"))})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import and return a command."""
+        if cmd_name in BUILT_IN:
+            command: click.Command = getattr(importlib.import_module(BUILT_IN[cmd_name][0]), cmd_name)
+            return command
+        for entry in entry_points(group="ckptgate.commands", name=cmd_name):
+            loaded: click.Command = entry.load()
+            return loaded
+        return None
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the list of commands without importing the built-in ones."""
+        rows = []
+        for name in self.list_commands(ctx):
+            if name in BUILT_IN:
+                rows.append((name, BUILT_IN[name][1]))
+            else:
+                command = self.get_command(ctx, name)
+                rows.append((name, command.get_short_help_str(80) if command else ""))
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="ckptgate")
+def cli() -> None:
+    """The gate between an exporter and a serving engine: judge quantized LLM checkpoints before they ship.
+
+    Exit codes: 0 passed, 1 failed, 2 usage, 3 unproven, 4 broken; docs/exit-codes.md.
+    """
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run a command line in this process and return its exit code; messages go to stderr."""
+    try:
+        result = cli.main(args=list(argv), prog_name="ckptgate", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
+    except click.ClickException as error:
+        error.show()
+        return 2
+    except (click.Abort, KeyboardInterrupt):
+        return _say("interrupted; nothing was left under a final name", 130)
+    except CkptgateError as error:
+        return _say(str(error), error.exit_code)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        what = "the disk is full" if error.errno == errno.ENOSPC else (error.strerror or str(error))
+        return _say(f"{what}{f': {error.filename}' if error.filename else ''}", 4)
+    except MemoryError:
+        return _say("out of memory", 4)
+    except Exception as error:  # noqa: BLE001  (the last resort: a defect is reported as one, with exit code 4)
+        if os.environ.get("CKPTGATE_DEBUG"):
+            raise
+        return _say(
+            f"a defect of ckptgate: {type(error).__name__}: {error} (CKPTGATE_DEBUG=1 shows where; please report it)", 4
+        )
+
+
+def _say(message: str, code: int) -> int:
+    from verifier.report import printable  # noqa: PLC0415  (only where there is something to say)
+
+    click.echo(f"ckptgate: {printable(message, 2000)}", err=True)
+    return code
+
+
+def _terminated(_number: int, _frame: FrameType | None) -> NoReturn:
+    raise SystemExit(143)
+
+
+def main() -> NoReturn:
+    """Run the process's own command line and exit."""
+    signal.signal(signal.SIGTERM, _terminated)
+    sys.exit(run(sys.argv[1:]))

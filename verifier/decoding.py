@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Codes and scales on disk to float32, by numpy look-up tables built from ml_dtypes.
+
+Formats: E2M1, E4M3 and E8M0 as in OCP Microscaling Formats v1.0 section 5.3; NVFP4's two-level scale as ModelOpt and
+vLLM read it, ``(weight_scale * weight_scale_2) * code`` in float32. Nothing here is shared with the exporter's codecs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from verifier.errors import ContentError
+from verifier.schemes import FORMATS, Format
+
+Float32 = npt.NDArray[np.float32]
+E4M3_MAX = np.float32(448.0)
+E2M1_MAX = np.float32(6.0)
+
+
+@cache
+def e4m3_table() -> Float32:
+    """Return the 256 values of E4M3 (0x7F and 0xFF are NaN)."""
+    return np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+
+
+@cache
+def e8m0_table() -> Float32:
+    """Return the 256 powers of two of E8M0, 2^(b-127) (0xFF is NaN)."""
+    return np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e8m0fnu).astype(np.float32)
+
+
+@cache
+def e2m1_table() -> Float32:
+    """Return the 16 values of E2M1."""
+    return np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float32)
+
+
+@cache
+def nibble_pairs() -> Float32:
+    """Return [256, 2]: the two E2M1 values of a byte, low nibble (even column) first."""
+    codes = np.arange(256)
+    return np.stack([e2m1_table()[codes & 15], e2m1_table()[codes >> 4]], axis=1)
+
+
+def decode(parts: Mapping[str, npt.NDArray[Any]], fmt: str) -> Float32:
+    """Return the values of one quantized weight, float32, shape [..., out, in].
+
+    Args:
+        parts: the tensors by their leaf on disk (``weight``, ``weight_scale`` or ``weight_scale_inv``,
+            ``weight_scale_2``), each in its on-disk dtype or as raw uint8 bytes of the same shape.
+        fmt: a name of `verifier.schemes.FORMATS`.
+
+    Raises:
+        ContentError: an unknown format, a missing part, a shape that does not fit.
+    """
+    found = FORMATS.get(fmt)
+    if found is None:
+        raise ContentError(f"no format {fmt!r}; one of {', '.join(sorted(FORMATS))}")
+    weight = _bytes(_part(parts, "weight", "weight_packed", fmt=fmt))
+    if weight.ndim < 2:
+        raise ContentError(f"{fmt}: a weight of {weight.ndim} dimensions; [out, in] is the least")
+    scale = _part(parts, "weight_scale", "weight_scale_inv", fmt=fmt)
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        if found.packed:
+            return _nvfp4(weight, _bytes(scale), _scalar(_part(parts, "weight_scale_2", fmt=fmt)))
+        values = e4m3_table()[weight]
+        if fmt == "mxfp8":
+            return _by_block(values, e8m0_table()[_bytes(scale)], found)
+        return _scaled(values, _floats(scale), found)
+
+
+def _part(parts: Mapping[str, npt.NDArray[Any]], *names: str, fmt: str) -> npt.NDArray[Any]:
+    for name in names:
+        if name in parts:
+            return np.asarray(parts[name])
+    raise ContentError(f"{fmt}: {names[0]} is missing")
+
+
+def _bytes(array: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+    if array.dtype.itemsize != 1:
+        raise ContentError(f"a tensor of {array.dtype} where one byte a value belongs")
+    return array.view(np.uint8)
+
+
+def _floats(array: npt.NDArray[Any]) -> Float32:
+    if array.dtype == np.uint8:
+        array = np.ascontiguousarray(array).view(np.float32)
+    if array.dtype != np.float32:
+        raise ContentError(f"a scale of {array.dtype} where float32 belongs")
+    return array
+
+
+def _scalar(array: npt.NDArray[Any]) -> Float32:
+    values = _floats(array)
+    if values.ndim > 0 and values.shape[-1] == 1:
+        values = values[..., 0]
+    return values
+
+
+def _nvfp4(packed: npt.NDArray[np.uint8], scale: npt.NDArray[np.uint8], scale_2: Float32) -> Float32:
+    width = packed.shape[-1] * 2
+    if scale.shape != (*packed.shape[:-1], width // 16) or width % 16:
+        raise ContentError(f"nvfp4: weight_scale {list(scale.shape)} does not fit a weight of {[*packed.shape[:-1], width]}")
+    combined = e4m3_table()[scale] * scale_2.reshape(scale_2.shape + (1,) * (scale.ndim - scale_2.ndim))
+    values = nibble_pairs()[packed].reshape(*packed.shape[:-1], width // 16, 16)
+    return (values * combined[..., None]).reshape(*packed.shape[:-1], width)
+
+
+def _by_block(values: Float32, scale: Float32, fmt: Format) -> Float32:
+    size = fmt.group_size or 1
+    if scale.shape != (*values.shape[:-1], -(-values.shape[-1] // size)):
+        raise ContentError(f"{fmt.name}: scale {list(scale.shape)} does not fit a weight of {list(values.shape)}")
+    return values * np.repeat(scale, size, axis=-1)[..., : values.shape[-1]]
+
+
+def _scaled(values: Float32, scale: Float32, fmt: Format) -> Float32:
+    out, in_ = values.shape[-2:]
+    if fmt.name == "fp8_block":
+        grid = scale.reshape(*values.shape[:-2], -(-out // 128), -(-in_ // 128))
+        rows = np.repeat(grid, 128, axis=-2)[..., :out, :]
+        return values * np.repeat(rows, 128, axis=-1)[..., :in_]
+    if fmt.name == "fp8_per_channel":
+        return values * scale.reshape(*values.shape[:-1], 1)
+    if scale.size != 1 and scale.shape != values.shape[:-2]:
+        raise ContentError(f"{fmt.name}: scale {list(scale.shape)} is no scalar")
+    return values * (scale.reshape(()) if scale.size == 1 else scale[..., None, None])
+
+
+def widen(array: npt.NDArray[Any]) -> Float32:
+    """Return an unquantized tensor as float32 (BF16 and F16 widen exactly)."""
+    return array.astype(np.float32)
+
+
+def nearest(values: Float32, parts: Mapping[str, npt.NDArray[Any]], fmt: str) -> Float32:
+    """Return the best that a format can do for ``values`` under the stored scales: each value's nearest code, decoded.
+
+    Args:
+        values: float32 [out, in].
+        parts: the stored scales, as for `decode`.
+        fmt: a name of `verifier.schemes.FORMATS`.
+    """
+    ones = {**parts, "weight": _unit_codes(values, fmt)}
+    step = decode(ones, fmt)  # the value of the code 1.0 at every place: the whole scale
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        quotient = np.where(step == 0, np.float32(0), values / step)
+    if FORMATS[fmt].packed:
+        codes = np.clip(quotient, -E2M1_MAX, E2M1_MAX).astype(ml_dtypes.float4_e2m1fn)
+    else:
+        codes = np.clip(quotient, -E4M3_MAX, E4M3_MAX).astype(ml_dtypes.float8_e4m3fn)
+    result: Float32 = codes.astype(np.float32) * step
+    return result
+
+
+def _unit_codes(values: Float32, fmt: str) -> npt.NDArray[np.uint8]:
+    if FORMATS[fmt].packed:
+        return np.full((*values.shape[:-1], values.shape[-1] // 2), 0x22, np.uint8)
+    return np.full(values.shape, 0x38, np.uint8)
+
+
+def max_scales(values: Float32, fmt: str, amax: float | None = None) -> dict[str, npt.NDArray[Any]] | None:
+    """Return the scales that plain ``max`` calibration gives ``values`` ([out, in], float32); None where undefined.
+
+    ``amax`` is a shared tensor maximum, at least that of ``values``. The verifier's own arithmetic: a yardstick of
+    what the format can do on a tensor, not a reference for bytes.
+    """
+    found = FORMATS[fmt]
+    out, in_ = values.shape
+    top = np.float32(max(float(np.abs(values).max(initial=0.0)), amax or 0.0))
+    if not np.isfinite(top) or top == 0:
+        return None
+    if found.packed:
+        scale_2 = top / np.float32(6 * 448)
+        block = np.abs(values.reshape(out, in_ // 16, 16)).max(axis=2)
+        scale = np.clip(block / (E2M1_MAX * scale_2), np.float32(2**-9), E4M3_MAX).astype(ml_dtypes.float8_e4m3fn)
+        return {"weight_scale": scale, "weight_scale_2": np.float32(scale_2).reshape(())}
+    if fmt == "mxfp8":
+        pad = -in_ % 32
+        block = np.abs(np.pad(values, ((0, 0), (0, pad)))).reshape(out, -1, 32).max(axis=2)
+        with np.errstate(divide="ignore"):
+            exponent = np.ceil(np.log2(block / E4M3_MAX))
+        return {"weight_scale": (np.clip(exponent, -127, 127) + 127).astype(np.uint8)}
+    if fmt == "fp8":
+        return {"weight_scale": (top / E4M3_MAX).reshape(())}
+    if fmt == "fp8_per_channel":
+        rows = np.abs(values).max(axis=1) / E4M3_MAX
+        return {"weight_scale": np.where(rows == 0, np.float32(1), rows)}
+    tiles = np.zeros((-(-out // 128), -(-in_ // 128)), np.float32)
+    for i in range(tiles.shape[0]):
+        for j in range(tiles.shape[1]):
+            tiles[i, j] = np.abs(values[i * 128 : i * 128 + 128, j * 128 : j * 128 + 128]).max(initial=0.0) / E4M3_MAX
+    return {"weight_scale_inv": np.where(tiles == 0, np.float32(1), tiles)}

@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hub layouts as data: which tensors a family has, with which shapes, from its config alone.
+
+The JSON files are written by ``tools/make_families.py`` from what transformers saves. Shapes are products of config
+values; a value that neither the config nor transformers' defaults give makes that one shape unknown, nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from importlib import resources
+from typing import Any
+
+from verifier.errors import ContentError
+
+Shape = tuple[int, ...]
+MAX_LAYERS = 10_000
+MAX_TENSORS = 5_000_000
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family's layout; ``data`` is its JSON file."""
+
+    model_type: str
+    data: Mapping[str, Any]
+
+    def value(self, config: Mapping[str, Any], path: str) -> int | None:
+        """Return the whole number at a dotted config path, by its other spellings or default; None where unknown."""
+        for candidate in (path, *self.data["spellings"].get(path, ())):
+            node: Any = config
+            for part in candidate.split("."):
+                node = node.get(part) if isinstance(node, Mapping) else None
+            if type(node) is int:
+                return node
+        default = self.data["defaults"].get(path)
+        if type(default) is int:
+            return default
+        if path.rpartition(".")[2] == "head_dim":  # what transformers derives where the family sets no default
+            text = self.data["text"]
+            hidden, heads = self.value(config, f"{text}hidden_size"), self.value(config, f"{text}num_attention_heads")
+            if hidden and heads:
+                return hidden // heads
+        return None
+
+    def shape(self, config: Mapping[str, Any], dims: list[str]) -> Shape | None:
+        """Return the shape that products of config paths give, or None where a value is unknown."""
+        shape = []
+        for product in dims:
+            total = 1
+            for factor in product.split("*"):
+                value = int(factor) if factor.isdigit() else self.value(config, factor)
+                if value is None:
+                    return None
+                total *= value
+            shape.append(total)
+        return tuple(shape)
+
+    def layers(self, config: Mapping[str, Any], kind: str) -> list[int]:
+        """Return the text layers of a kind: ``all``, ``dense``, ``sparse`` or ``indexer``."""
+        count = min(self.value(config, self.data["ranges"]["layer"]) or 0, MAX_LAYERS)
+        if kind == "all":
+            return list(range(count))
+        text = config.get(self.data["text"].rstrip("."), {}) if self.data["text"] else config
+        flags = _indexer_flags(text, count) if kind == "indexer" else _sparse_flags(text, count)
+        return [i for i in range(count) if flags[i] == (kind != "dense")]
+
+    def expected(self, config: Mapping[str, Any]) -> dict[str, Shape | None]:
+        """Return every tensor that the hub layout has under this config, with its shape where known.
+
+        Raises:
+            ContentError: the config declares more layers or experts than any model has.
+        """
+        found: dict[str, Shape | None] = {}
+        tied = bool(config.get("tie_word_embeddings"))
+        for entry in self.data["tensors"]:
+            flag = entry.get("if")
+            if flag and not config.get(flag):
+                continue
+            if tied and entry["name"].endswith("lm_head.weight"):
+                continue
+            shape = self.shape(config, entry["shape"])
+            for name in self._names(config, entry["name"], entry.get("layers")):
+                found[name] = shape
+        return found
+
+    def _names(self, config: Mapping[str, Any], pattern: str, kind: str | None) -> Iterator[str]:
+        ranges: dict[str, list[int]] = {}
+        for key, path in self.data["ranges"].items():
+            if "{" + key + "}" in pattern:
+                count = self.value(config, path) or 0
+                if count > MAX_LAYERS:
+                    raise ContentError(f"config.json declares {path} = {count:,}")
+                ranges[key] = self.layers(config, kind or "all") if key == "layer" else list(range(count))
+        if math.prod(len(r) for r in ranges.values()) > MAX_TENSORS:
+            raise ContentError(f"config.json declares more than {MAX_TENSORS:,} tensors like {pattern}")
+        names = [pattern]
+        for key, numbers in ranges.items():
+            names = [n.replace("{" + key + "}", str(i)) for n in names for i in numbers]
+        yield from names
+
+    def experts(self, config: Mapping[str, Any]) -> int | None:
+        """Return the number of routed experts of a sparse layer, or None for a dense family."""
+        path = self.data["ranges"].get("expert")
+        return self.value(config, path) if path else None
+
+    @cached_property
+    def _memory(self) -> re.Pattern[str] | None:
+        patterns = [re.sub(r"\\{\w+\\}", r"\\d+", re.escape(p)) for p in self.data["in_memory"]]
+        return re.compile("|".join(f"(?:{p})$" for p in patterns)) if patterns else None
+
+    def in_memory(self, name: str) -> bool:
+        """Whether a name is one that transformers uses in memory and the hub layout does not."""
+        return bool(self._memory and self._memory.match(name))
+
+    def optional(self, name: str) -> bool:
+        """Whether a name is one that releases may carry beside what transformers saves (MTP heads)."""
+        return any(re.search(p, name) for p in self.data["optional"]) or name.endswith(".rotary_emb.inv_freq")
+
+
+def _sparse_flags(text: Mapping[str, Any], count: int) -> list[bool]:
+    kinds, freq = text.get("mlp_layer_types"), text.get("moe_layer_freq")
+    if isinstance(kinds, list) and len(kinds) >= count:
+        return [k == "sparse" for k in kinds]
+    if isinstance(freq, list) and len(freq) >= count:
+        return [bool(f) for f in freq]
+    dense = text.get("mlp_only_layers")
+    dense = set(dense) if isinstance(dense, list) and all(type(d) is int for d in dense) else set()
+    step = text.get("decoder_sparse_step")
+    step = step if type(step) is int and step > 0 else 1
+    first = text.get("first_k_dense_replace")
+    first = first if type(first) is int else 0
+    return [i not in dense and (i + 1) % step == 0 and i >= first for i in range(count)]
+
+
+def _indexer_flags(text: Mapping[str, Any], count: int) -> list[bool]:
+    kinds = text.get("layer_types")
+    sparse = text.get("sparse_attention_config")
+    freq = sparse.get("sparse_attention_freq") if isinstance(sparse, Mapping) else None
+    if isinstance(kinds, list) and len(kinds) >= count:
+        return [k == "minimax_m3_sparse" for k in kinds]
+    if isinstance(freq, list) and len(freq) >= count:
+        return [bool(f) for f in freq]
+    return [False] * count
+
+
+@lru_cache(maxsize=1)
+def known() -> tuple[str, ...]:
+    """Return the model types that have a layout file, sorted."""
+    return tuple(
+        sorted(f.name.removesuffix(".json") for f in resources.files(__name__).iterdir() if f.name.endswith(".json"))
+    )
+
+
+@lru_cache(maxsize=64)
+def load(model_type: str | None) -> Family | None:
+    """Return the family of a model type, or None where no file describes it."""
+    if model_type not in known():
+        return None
+    data = json.loads((resources.files(__name__) / f"{model_type}.json").read_text(encoding="utf-8"))
+    return Family(str(model_type), data)
+
+
+def family_of(config: Mapping[str, Any] | None) -> Family | None:
+    """Return the family that a config.json belongs to, or None."""
+    value = (config or {}).get("model_type")
+    return load(value) if isinstance(value, str) else None
+
+
+__all__ = ["Family", "family_of", "known", "load"]

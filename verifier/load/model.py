@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decode a checkpoint tensor by tensor and let transformers build the model from it.
+
+transformers is no oracle for quantized experts (huggingface/transformers#48371): it is given plain BF16 values (float32
+where the file is), decoded by `verifier.decoding`, under hub names, and its own conversion mapping does the rest. Tensors
+are decoded when transformers asks for them, so memory holds the model and a few tensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from verifier.checkpoint import Checkpoint, Tensor, open_checkpoint
+from verifier.decoding import decode
+from verifier.errors import ContentError, MissingExtra
+from verifier.schemes import FLOATS, FORMATS, Format, Module, canonical, gather, read_declarations
+
+try:
+    import transformers
+except ImportError as error:  # pragma: no cover - the extra is there wherever coverage is measured
+    raise MissingExtra("loading a model", "load") from error
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in evaluation mode, and what transformers' loading report said."""
+
+    model: Any
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    float32: tuple[str, ...]
+
+
+class _Lazy:
+    """Stands for a tensor that is decoded when transformers slices it."""
+
+    def __init__(self, checkpoint: Checkpoint, module: Module, leaf: str, fmt: Format | None) -> None:
+        self._checkpoint, self._module, self._leaf, self._format = checkpoint, module, leaf, fmt
+
+    def __getitem__(self, _index: Any) -> torch.Tensor:
+        if self._format is not None:
+            parts = {leaf: self._checkpoint.array(t) for leaf, t in self._module.parts.items()}
+            return torch.from_numpy(decode(parts, self._format.name)).to(torch.bfloat16)
+        return plain(self._checkpoint, self._module.parts[self._leaf])
+
+
+def plain(checkpoint: Checkpoint, tensor: Tensor) -> torch.Tensor:
+    """Return an unquantized tensor in its own dtype.
+
+    Raises:
+        ContentError: a dtype that a model's weights do not have.
+    """
+    dtypes = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+    if tensor.dtype not in dtypes:
+        raise ContentError(f"{tensor.name}: {tensor.dtype} and no scale; a model cannot be built from it")
+    data = torch.from_numpy(checkpoint.read(tensor).copy())
+    return data.view(dtypes[tensor.dtype]).reshape(tensor.shape)
+
+
+def decoded_tensors(checkpoint: Checkpoint) -> dict[str, _Lazy]:
+    """Return every weight of a checkpoint by its unquantized hub name, decoded on access.
+
+    Raises:
+        ContentError: a quantized weight whose format cannot be told.
+    """
+    declaration = read_declarations(checkpoint).effective
+    found: dict[str, _Lazy] = {}
+    for module in gather(checkpoint.tensors.values()).values():
+        for leaf, tensor in module.parts.items():
+            name = canonical(tensor.name)
+            if name is None:
+                continue
+            fmt = None
+            if tensor is module.weight and module.quantized:
+                cover = declaration.cover(module.name) if declaration is not None and declaration.known else None
+                fmt = (cover.format if cover else None) or module.shown
+                if fmt is None or fmt.weight_dtype != tensor.dtype:
+                    raise ContentError(f"{tensor.name}: {tensor.dtype}, and its format cannot be told; run check first")
+                if fmt.name not in FORMATS:
+                    raise ContentError(f"{tensor.name}: {fmt.algo} cannot be decoded")
+            elif tensor.dtype not in FLOATS:
+                continue
+            found[name] = _Lazy(checkpoint, module, leaf, fmt)
+    return found
+
+
+def load_model(checkpoint: Checkpoint | str, *, device: str = "cpu", attention: str = "sdpa") -> LoadedModel:
+    """Return the checkpoint's model in BF16, with float32 for the tensors that the file holds in float32.
+
+    Args:
+        checkpoint: what to load, opened or by path.
+        device: where the parameters go.
+        attention: transformers' attention implementation.
+
+    Raises:
+        ContentError: a tensor that cannot be decoded, keys that are missing or of other shape, an unknown architecture.
+    """
+    ckpt = open_checkpoint(checkpoint) if isinstance(checkpoint, str) else checkpoint
+    if ckpt.config is None:
+        raise ContentError(f"{ckpt.uri}: no config.json to build a model from")
+    config = _config(ckpt)
+    architecture = (config.architectures or [""])[0]
+    cls = getattr(transformers, architecture, None)
+    if cls is None:
+        raise ContentError(f"{ckpt.uri}: transformers {transformers.__version__} has no architecture {architecture!r}")
+    state = decoded_tensors(ckpt)
+    with _quiet():
+        try:
+            model, info = cls.from_pretrained(
+                None, config=config, state_dict=state, dtype=torch.bfloat16, attn_implementation=attention,
+                output_loading_info=True, device_map={"": device},
+            )  # fmt: skip
+        except (RuntimeError, ValueError) as error:
+            raise ContentError(f"{ckpt.uri}: transformers cannot build the model: {' '.join(str(error).split())[:300]}") from error
+    if info["missing_keys"] or info["mismatched_keys"]:
+        names = sorted(str(k) for k in info["missing_keys"]) or sorted(str(k) for k in info["mismatched_keys"])
+        raise ContentError(f"{ckpt.uri}: {len(names)} keys of the model are missing or of another shape, {names[0]} first")
+    kept = _restore_float32(model, ckpt)
+    return LoadedModel(model.eval(), (), tuple(sorted(info["unexpected_keys"])), kept)
+
+
+def _config(ckpt: Checkpoint) -> Any:
+    """Return the model's config without its quantization, which was decoded away."""
+    raw = {k: v for k, v in (ckpt.config or {}).items() if k not in ("quantization_config", "auto_map")}
+    try:
+        return transformers.AutoConfig.for_model(**raw)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ContentError(f"{ckpt.uri}: transformers cannot read config.json: {' '.join(str(error).split())[:300]}") from error
+
+
+def _restore_float32(model: Any, ckpt: Checkpoint) -> tuple[str, ...]:
+    """Give back their float32 values to the tensors that from_pretrained cast to the model's dtype.
+
+    transformers has no public way to say "this one stays float32" by hub name, so its own renaming is asked where each
+    tensor went; stacked ones are not renamed but converted, and keep BF16.
+    """
+    # The one use of the conversion internals in the verifier: hub name to parameter name, one to one.
+    from transformers.conversion_mapping import get_model_conversion_mapping  # noqa: PLC0415
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key  # noqa: PLC0415
+
+    wanted = [
+        t for t in ckpt.tensors.values() if t.dtype == "F32" and canonical(t.name) == t.name
+    ]
+    if not wanted:
+        return ()
+    mapping = get_model_conversion_mapping(model)
+    renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
+    converters = [m for m in mapping if isinstance(m, WeightConverter)]
+    state = model.state_dict()
+    kept = []
+    for tensor in wanted:
+        key, pattern = rename_source_key(tensor.name, renamings, converters, model.base_model_prefix, state)
+        if pattern is not None or key not in state or tuple(state[key].shape) != tensor.shape:
+            continue
+        owner, _, leaf = key.rpartition(".")
+        module = model.get_submodule(owner)
+        value = plain(ckpt, tensor).to(state[key].device)
+        if leaf in module._parameters:
+            module._parameters[leaf] = torch.nn.Parameter(value, requires_grad=False)
+        else:
+            module._buffers[leaf] = value
+        kept.append(tensor.name)
+    return tuple(kept)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence transformers' progress bars and reports; what they would say is raised or returned."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            logger.setLevel(level)

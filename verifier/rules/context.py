@@ -1,0 +1,302 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every rule is given: the checkpoint, what it is judged against, and a tally of what was examined."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from verifier.checkpoint import Bytes, Checkpoint, Tensor
+from verifier.decoding import Float32, decode, widen
+from verifier.errors import ContentError
+from verifier.families import Family, family_of
+from verifier.findings import Finding, Severity, Where
+from verifier.rules.naming import Naming, classify
+from verifier.schemes import (
+    FLOATS,
+    Cover,
+    Declaration,
+    Declarations,
+    Format,
+    Module,
+    canonical,
+    gather,
+    read_declarations,
+    role,
+)
+
+Shape = tuple[int, ...]
+
+
+@dataclass(slots=True)
+class Tally:
+    """How much a rule had to examine (``of``), how much it did (``checked``), and why not the rest."""
+
+    checked: int = 0
+    of: int = 0
+    reason: str = ""
+
+    def see(self, count: int = 1) -> None:
+        """Count units that the checkpoint has and that were examined."""
+        self.checked += count
+        self.of += count
+
+    def miss(self, count: int, reason: str) -> None:
+        """Count units that the checkpoint has and that could not be judged."""
+        self.of += count
+        if count:
+            self.reason = reason
+
+
+class Judged:
+    """A checkpoint with its modules, family and declarations worked out."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+
+    @cached_property
+    def modules(self) -> dict[str, Module]:
+        """Every module by name."""
+        return gather(self.checkpoint.tensors.values())
+
+    @cached_property
+    def names(self) -> frozenset[str]:
+        """The unquantized names that the tensors stand for."""
+        return frozenset(c for c in map(canonical, self.checkpoint.tensors) if c is not None)
+
+    @cached_property
+    def declarations(self) -> Declarations:
+        """Both quantization declarations."""
+        return read_declarations(self.checkpoint)
+
+    @cached_property
+    def declaration(self) -> Declaration | None:
+        """The declaration that engines act on, where it is in a dialect that is judged."""
+        found = self.declarations.effective
+        return found if found is not None and found.known else None
+
+    def cover(self, module: Module) -> Cover | None:
+        """Return what the declaration says about a module, or None without a declaration."""
+        return self.declaration.cover(module.name) if self.declaration else None
+
+    def format_of(self, module: Module) -> Format | None:
+        """Return the format that a quantized module must satisfy: the declared one, else the one it shows.
+
+        None where it is not quantized, or where its weight has another dtype than the declared format's (QC305, QC408).
+        """
+        if not module.quantized or module.weight is None or module.dims is None:
+            return None
+        cover = self.cover(module)
+        declared = cover.format if cover else None
+        found = declared or module.shown
+        if found is None and cover is not None and cover.algo is not None:
+            return None
+        if found is not None and found.weight_dtype != module.weight.dtype:
+            return None
+        return found
+
+    def values(self, module: Module) -> Float32 | None:
+        """Return a weight's values in float32, decoded where it is quantized; None where it cannot be."""
+        weight = module.weight
+        if weight is None:
+            return None
+        if not module.quantized:
+            return widen(self.checkpoint.array(weight)) if weight.dtype in FLOATS else None
+        found = self.format_of(module) or module.shown
+        if found is None:
+            return None
+        try:
+            return decode({leaf: self.checkpoint.array(t) for leaf, t in module.parts.items()}, found.name)
+        except ContentError:
+            return None  # its parts do not fit one another: the shape rules name that
+
+
+class Context(Judged):
+    """The candidate, with its base and the checkpoint whose bytes it keeps."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, base: Checkpoint | None = None, merged_from: Checkpoint | None = None
+    ) -> None:
+        super().__init__(checkpoint)
+        self.base = Judged(base) if base else None
+        self.merged_from = Judged(merged_from) if merged_from else None
+        self.tally = Tally()
+        self.rule_id = ""
+        self.rule_severity: Severity = "error"
+        self._extremes: dict[str, tuple[int, int]] = {}
+
+    @cached_property
+    def family(self) -> Family | None:
+        """The family that config.json names, where its layout is known."""
+        return family_of(self.checkpoint.config)
+
+    @cached_property
+    def _layout(self) -> tuple[dict[str, Shape | None], str]:
+        if self.family is None or self.checkpoint.config is None:
+            return {}, f"the family {self.checkpoint.model_type!r} is not known and there is no base"
+        try:
+            return self.family.expected(self.checkpoint.config), ""
+        except ContentError as error:
+            return {}, str(error)
+
+    @cached_property
+    def expected(self) -> dict[str, Shape | None]:
+        """Every unquantized name that belongs here, with its logical shape where known: the family's, and the base's."""
+        found = dict(self._layout[0])
+        if self.base:
+            names = self.base.names
+            found = {n: s for n, s in found.items() if n in names}
+            for name in names:
+                if found.get(name) is None:
+                    found[name] = logical_shape(self.base, name)
+        return found
+
+    @property
+    def why_not_expected(self) -> str:
+        """Why names cannot be judged, or '' where they can."""
+        return "" if self.base else self._layout[1]
+
+    @cached_property
+    def naming(self) -> Naming:
+        """How the names here differ from those expected."""
+        allowed = set(self._layout[0])
+        if self.base:
+            allowed |= self.base.names
+        return classify(self.names, set(self.expected), allowed, self.checkpoint.tensors, self.family)
+
+    @cached_property
+    def unrelated_base(self) -> str:
+        """A sentence on why the base is another model, or '' where it is not."""
+        if self.base is None:
+            return ""
+        common = len(self.names & self.base.names)
+        if self.base.names and common * 10 < len(self.base.names):
+            return f"{common} of {len(self.base.names)} names are those of the base"
+        differing = [
+            n for n in sorted(self.names & self.base.names)
+            if (a := logical_shape(self, n)) and (b := logical_shape(self.base, n)) and a != b
+        ]  # fmt: skip
+        if common and len(differing) * 2 > common:
+            return f"{len(differing)} of {common} common tensors have other shapes than the base's, {differing[0]} first"
+        return ""
+
+    @cached_property
+    def quantized_modules(self) -> tuple[Module, ...]:
+        """Modules whose weight is stored as codes or that carry scales."""
+        return tuple(m for m in self.modules.values() if m.quantized)
+
+    def formatted(self) -> Iterator[tuple[Module, Format]]:
+        """Yield the quantized modules whose format is known."""
+        for module in self.quantized_modules:
+            found = self.format_of(module)
+            if found is not None:
+                yield module, found
+
+    @cached_property
+    def linears(self) -> tuple[Module, ...]:
+        """Two-dimensional weights that engines build as linear layers (not embeddings or norms)."""
+        return tuple(
+            m for m in self.modules.values()
+            if m.dims is not None and "weight" in m.parts and role(m.name) not in ("embedding", "norm")
+        )  # fmt: skip
+
+    def declared_group(self, module: Module, found: Format) -> int | None:
+        """Return the group size that the declaration states for a module, else its format's own."""
+        cover = self.cover(module)
+        return (cover.group_size if cover else None) or found.group_size
+
+    @property
+    def untouched_source(self) -> Judged:
+        """The checkpoint whose bytes are kept: ``--merged-from``, else the base (only where one of both is given)."""
+        source = self.merged_from or self.base
+        if source is None:
+            raise ValueError("neither a base nor a merged-from checkpoint")
+        return source
+
+    def untouched(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (tensor here, tensor of the source) for each that no re-quantization touched."""
+        source = self.untouched_source
+        for module in self.modules.values():
+            theirs = source.modules.get(module.name)
+            if theirs is None:
+                continue
+            mine, kept = (self.format_of(module) or module.shown), (source.format_of(theirs) or theirs.shown)
+            if (module.quantized or theirs.quantized) and (mine is not kept or self.merged_from is None):
+                parts = {leaf: t for leaf, t in module.parts.items() if leaf == "bias"}
+            else:
+                parts = dict(module.parts)
+            for leaf, tensor in parts.items():
+                if leaf in theirs.parts:
+                    yield tensor, theirs.parts[leaf]
+
+    def scale_tensors(self, leaves: tuple[str, ...]) -> Iterator[tuple[Module, Format, Tensor]]:
+        """Yield the scale tensors of some leaves whose dtype is the format's."""
+        for module, found in self.formatted():
+            for leaf in leaves:
+                tensor, sibling = module.parts.get(leaf), found.sibling(leaf)
+                if tensor is not None and sibling is not None and tensor.dtype in sibling.dtypes:
+                    yield module, found, tensor
+
+    def bytes_of(self, tensor: Tensor) -> Bytes:
+        """Return a tensor's bytes."""
+        return self.checkpoint.read(tensor)
+
+    def extremes(self, tensor: Tensor) -> tuple[int, int]:
+        """Return the smallest and largest byte of a tensor; read once, whichever rules ask."""
+        found = self._extremes.get(tensor.name)
+        if found is None:
+            data = self.bytes_of(tensor)
+            found = (int(data.min()), int(data.max())) if data.size else (1, 1)
+            self._extremes[tensor.name] = found
+        return found
+
+    def array(self, tensor: Tensor) -> npt.NDArray[Any]:
+        """Return a tensor of the candidate in its own dtype and shape."""
+        return self.checkpoint.array(tensor)
+
+    def finding(
+        self,
+        message: str,
+        *,
+        tensor: str | None = None,
+        severity: Severity | None = None,
+        where: Where | None = None,
+        observed: object = "",
+        expected: object = "",
+        count: int = 1,
+    ) -> Finding:
+        """Return a finding of the running rule."""
+        if where is None:
+            known = self.checkpoint.tensors.get(tensor) if tensor else None
+            where = Where(tensor, known.file if known else None)
+        return Finding(
+            self.rule_id, severity or self.rule_severity, message, where, str(observed), str(expected), count
+        )
+
+    def at_byte(self, tensor: Tensor, flat: int) -> Where:
+        """Return the place of the byte ``flat`` of a tensor: row, block, offset in its file."""
+        itemsize = max(1, tensor.nbytes // max(1, tensor.elements))
+        index = np.unravel_index(flat // itemsize, tensor.shape) if tensor.shape else ()
+        row = int(index[-2]) if len(index) >= 2 else (int(index[0]) if index else None)
+        block = int(index[-1]) if len(index) >= 2 else None
+        return Where(tensor.name, tensor.file, row, block, tensor.offset + flat)
+
+
+def logical_shape(judged: Judged, name: str) -> Shape | None:
+    """Return the unquantized shape of a canonical name in a checkpoint, packed widths doubled."""
+    module, _, leaf = name.rpartition(".")
+    found = judged.modules.get(module) if leaf == "weight" else None
+    if found is not None and found.dims is not None and found.weight is not None:
+        return found.dims if found.weight.dtype == "U8" and found.quantized else found.weight.shape
+    tensor = judged.checkpoint.tensors.get(name)
+    return tensor.shape if tensor else None
+
+
+def stored(parts: Mapping[str, Tensor], checkpoint: Checkpoint) -> dict[str, npt.NDArray[Any]]:
+    """Return the arrays of a module's parts."""
+    return {leaf: checkpoint.array(t) for leaf, t in parts.items()}

@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""QC105: bytes after the last tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from verifier.findings import Finding, Where
+from verifier.rules.context import Context
+from verifier.rules.registry import rule
+
+
+@rule(
+    "QC105", "bytes after the last tensor", severity="warning", depth="header", unit="shards",
+    consumers=("transformers",), sources=("Comfy-Org/ComfyUI#15602",),
+)  # fmt: skip
+def check(ctx: Context) -> Iterator[Finding]:
+    """A shard ends where its last tensor ends.
+
+    **Why.** A writer padded the file, or a longer file was overwritten in place.
+    **Hurts.** Newer safetensors refuses such a file; older ones read it.
+    **Mend.** Write the shard again.
+    """
+    for shard in ctx.checkpoint.shards:
+        ctx.tally.see()
+        for problem in shard.problems:
+            if problem.kind == "trailing":
+                yield ctx.finding(
+                    f"{shard.file}: {problem.message}", where=Where(None, shard.file),
+                    observed=problem.observed, expected=problem.expected,
+                )  # fmt: skip

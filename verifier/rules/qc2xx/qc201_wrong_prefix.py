@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""QC201: names under another prefix, or unknown to the layout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from verifier.findings import Finding
+from verifier.rules.context import Context
+from verifier.rules.registry import rule
+
+
+@rule(
+    "QC201", "name is not the hub's", severity="error", depth="header", unit="tensors",
+    consumers=("vLLM", "SGLang", "TensorRT-LLM", "transformers"),
+    sources=("NVIDIA/Model-Optimizer#1833", "NVIDIA/Model-Optimizer#2076"),
+)  # fmt: skip
+def check(ctx: Context) -> Iterator[Finding]:
+    """Every tensor has the name that the hub layout gives it: no in-memory name, no other prefix, no invention.
+
+    **Why.** transformers renames modules when it loads; an exporter that writes what is in memory writes names that no
+    engine knows (``model.language_model.layers`` for ``language_model.model.layers``).
+    **Hurts.** vLLM raises "no module or parameter named", or skips the tensor and leaves the parameter unwritten.
+    **Mend.** Apply the family's conversion mapping in reverse to every key, scale siblings included.
+    """
+    if ctx.why_not_expected:
+        ctx.tally.miss(len(ctx.names), ctx.why_not_expected)
+        return
+    ctx.tally.see(len(ctx.names))
+    if ctx.unrelated_base:
+        yield ctx.finding(f"the base is another model: {ctx.unrelated_base}", expected="the same architecture and sizes")
+        return
+    for name, wanted in ctx.naming.prefix:
+        memory = ctx.family is not None and ctx.family.in_memory(name)
+        what = "a name of transformers' memory where the hub's belongs" if memory else "the name has another prefix"
+        yield ctx.finding(what, tensor=name, observed=name, expected=wanted)
+    for name in ctx.naming.unknown:
+        yield ctx.finding("no tensor of this layout has this name", tensor=name, observed=name)

@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""QC205: a tensor of the layout is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from verifier.findings import Finding, Where
+from verifier.rules.context import Context
+from verifier.rules.registry import rule
+
+
+@rule(
+    "QC205", "tensor of the layout is missing", severity="error", depth="header", unit="tensors",
+    consumers=("vLLM", "SGLang", "TensorRT-LLM", "transformers"), sources=("NVIDIA/Model-Optimizer#876",),
+)  # fmt: skip
+def check(ctx: Context) -> Iterator[Finding]:
+    """Every tensor of the layout (with a base: of the base) is there, as a weight or as its quantized parts.
+
+    **Why.** The export dropped modules that it had replaced or did not recognise.
+    **Hurts.** vLLM starts with the parameter uninitialised and says nothing.
+    **Mend.** Copy the tensor from the source checkpoint.
+    """
+    if ctx.why_not_expected:
+        ctx.tally.miss(len(ctx.names), ctx.why_not_expected)
+        return
+    lost = ctx.naming.lost
+    ctx.tally.see(len(ctx.expected))
+    if ctx.unrelated_base:
+        return
+    for name in lost:
+        yield ctx.finding("missing", where=Where(name), observed="absent", expected=_shape(ctx, name))
+
+
+def _shape(ctx: Context, name: str) -> str:
+    shape = ctx.expected.get(name)
+    return str(list(shape)) if shape else "present"

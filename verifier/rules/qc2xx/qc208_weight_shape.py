@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""QC208: a weight has another shape than the layout gives it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from verifier.findings import Finding
+from verifier.rules.context import Context
+from verifier.rules.registry import rule
+
+from verifier.rules.context import logical_shape
+
+
+@rule(
+    "QC208", "weight has another shape", severity="error", depth="header", unit="tensors",
+    consumers=("vLLM", "SGLang", "TensorRT-LLM", "transformers"),
+    sources=("vllm-project/vllm#50610", "NVIDIA/Model-Optimizer#858"),
+)  # fmt: skip
+def check(ctx: Context) -> Iterator[Finding]:
+    """Each weight has the shape that config (with a base: the base) gives it; packed NVFP4 counts two codes a byte.
+
+    **Why.** A batched-matmul expert was written transposed; a width was halved twice; config and weights are of
+    different models.
+    **Hurts.** A size error at best; where a loader narrows, part of the parameter stays unwritten.
+    **Mend.** Write the tensor as [out, in], packed along ``in``.
+    """
+    if ctx.why_not_expected:
+        ctx.tally.miss(len(ctx.names), ctx.why_not_expected)
+        return
+    if ctx.unrelated_base:
+        return
+    for name in sorted(ctx.names):
+        wanted = ctx.expected.get(name)
+        found = logical_shape(ctx, name)
+        if wanted is None or found is None:
+            continue
+        ctx.tally.see()
+        if found != wanted:
+            turned = " (transposed)" if len(found) == 2 and found == wanted[::-1] else ""
+            yield ctx.finding(
+                f"has another logical shape{turned}", tensor=name if name in ctx.checkpoint.tensors else None,
+                observed=list(found), expected=list(wanted),
+            )  # fmt: skip

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""QC302: a weight scale is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from verifier.findings import Finding, Where
+from verifier.rules.context import Context
+from verifier.rules.registry import rule
+
+
+@rule(
+    "QC302", "weight scale is missing", severity="error", depth="header", unit="modules",
+    consumers=("vLLM", "SGLang", "TensorRT-LLM", "transformers"),
+    sources=("vllm-project/vllm#54444", "charlie12345/ROCmFPX#85"),
+)  # fmt: skip
+def check(ctx: Context) -> Iterator[Finding]:
+    """Each quantized weight has all weight scales of its format (NVFP4: ``weight_scale`` and ``weight_scale_2``).
+
+    **Why.** An exporter or merger dropped scalars, or a filter on "weight" did.
+    **Hurts.** vLLM folds arbitrary memory into the product, without a word.
+    **Mend.** Take the scale from the exporter's state; it cannot be recovered from the codes.
+    """
+    for module in ctx.quantized_modules:
+        found = ctx.format_of(module)
+        if found is None:
+            if module.weight is not None and module.weight.dtype == "F8_E4M3" and not module.scale and module.dims:
+                ctx.tally.see()
+                yield _missing(ctx, module.name, "weight_scale", "a scale")
+            continue
+        ctx.tally.see()
+        for sibling in found.siblings:
+            leaf = sibling.leaves[0]
+            if leaf != "input_scale" and sibling.required and not any(n in module.parts for n in sibling.leaves):
+                yield _missing(ctx, module.name, leaf, f"{' or '.join(sibling.dtypes)} for {found.algo}")
+
+
+def _missing(ctx: Context, module: str, leaf: str, expected: str) -> Finding:
+    return ctx.finding(
+        f"a quantized weight has no {leaf}", where=Where(f"{module}.{leaf}"), observed="absent", expected=expected
+    )

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""QC308: the declared group size is not the format's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from verifier.findings import Finding, Where
+from verifier.rules.context import Context
+from verifier.rules.registry import rule
+
+
+@rule(
+    "QC308", "declared group size is wrong", severity="error", depth="header", unit="modules",
+    consumers=("vLLM", "SGLang", "TensorRT-LLM"), sources=("NVIDIA/Model-Optimizer#1552",),
+)  # fmt: skip
+def check(ctx: Context) -> Iterator[Finding]:
+    """The declared ``group_size`` is the format's block width, 16 for NVFP4 and 32 for MXFP8, as on disk.
+
+    **Why.** The recipe's block size and the config's are set in two places.
+    **Hurts.** Engines size the scale parameter from the config: a size error, or for experts a silent partial load.
+    **Mend.** State the size that was used; no engine serves NVFP4 with another than 16, or MXFP8 with another than 32.
+    """
+    for module, found in ctx.formatted():
+        if found.group_size is None or module.scale is None or module.dims is None:
+            continue
+        ctx.tally.see()
+        declared = ctx.declared_group(module, found)
+        if declared != found.group_size:
+            width = module.scale.shape[-1] if module.scale.shape else 0
+            shown = f"{module.dims[1] // width}" if width else "none"
+            yield ctx.finding(
+                f"{found.algo} is declared with group_size {declared}; the scales on disk are for {shown}",
+                where=Where(module.scale.name, module.scale.file), observed=declared, expected=found.group_size,
+            )  # fmt: skip

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""QC401: an excluded module carries scales."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from verifier.findings import Finding, Where
+from verifier.rules.context import Context
+from verifier.rules.registry import rule
+
+from verifier.schemes import Exclusions
+
+
+@rule(
+    "QC401", "excluded module is quantized", severity="error", depth="header", unit="quantized modules",
+    consumers=("vLLM", "SGLang", "TensorRT-LLM"),
+    sources=("vllm-project/vllm#45102", "vllm-project/vllm#45132", "vllm-project/vllm#35660"),
+)  # fmt: skip
+def check(ctx: Context) -> Iterator[Finding]:
+    """A module that the config excludes from quantization has no scales on disk.
+
+    **Why.** Config and weights are from different passes.
+    **Hurts.** The engine builds a plain layer and meets scales it has no parameter for: vLLM raises ValueError
+    (``lm_head.input_scale``), others read codes as weights.
+    **Mend.** Drop the pattern, or export the module unquantized. It is an error where the pattern names the module
+    exactly, by glob or by ``re:``; a warning where only engines that match substrings or parts exclude it.
+    """
+    declaration = ctx.declaration
+    if declaration is None:
+        return
+    for module in ctx.quantized_modules:
+        ctx.tally.see()
+        if not declaration.exclusions.loose(module.name):
+            continue
+        pattern = declaration.exclusions.pattern_for(module.name) or ""
+        strict = Exclusions([pattern]).strict(module.name) or declaration.exclusions.strict(module.name)
+        listed = declaration.mixed and declaration.cover(module.name).via == "exact"
+        part = module.parts.get(module.scales[0]) if module.scales else module.weight
+        where = Where(part.name, part.file) if part else Where(module.name)
+        if strict:
+            yield ctx.finding(f"excluded by {pattern!r}, and carries scales", where=where, observed=pattern)
+        else:
+            also = ", though quantized_layers lists it" if listed else ""
+            yield ctx.finding(
+                f"carries scales, and engines that match parts of names exclude it by {pattern!r}{also}", where=where,
+                observed=pattern, severity="warning",
+            )  # fmt: skip

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""QC501: a weight scale is zero."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from verifier.findings import Finding, Where
+from verifier.rules.context import Context
+from verifier.rules.registry import rule
+
+import numpy as np
+
+from verifier.checkpoint import Tensor
+from verifier.schemes import Format, Module
+
+
+@rule(
+    "QC501", "zero weight scale", severity="error", depth="payload", unit="weight scales",
+    consumers=("vLLM", "SGLang", "TensorRT-LLM", "transformers"), sources=("NVIDIA/Model-Optimizer#1382",),
+)  # fmt: skip
+def check(ctx: Context) -> Iterator[Finding]:
+    """No block scale, global scale or tensor scale is zero.
+
+    **Why.** A block's scale falls below 2^-9 and rounds to zero in E4M3 where the exporter does not clamp.
+    **Hurts.** Every value of the block reads as zero; a zero ``weight_scale_2`` erases the whole tensor.
+    **Mend.** Clamp the scale at 2^-9 before the cast and encode again. Where all codes of the block are zero nothing
+    is lost, and it is a warning.
+    """
+    for module, found, tensor in ctx.scale_tensors(("weight_scale", "weight_scale_inv")):
+        ctx.tally.see(tensor.elements)
+        if tensor.dtype == "F8_E4M3":
+            low, high = ctx.extremes(tensor)
+            if low == 0 or high >= 0x80:
+                yield from _blocks(ctx, module, found, tensor)
+        elif tensor.dtype == "F32":
+            yield from _floats(ctx, tensor)
+    for _, _, tensor in ctx.scale_tensors(("weight_scale_2",)):
+        ctx.tally.see(tensor.elements)
+        yield from _floats(ctx, tensor)
+
+
+def _blocks(ctx: Context, module: Module, found: Format, tensor: Tensor) -> Iterator[Finding]:
+    flat = ctx.bytes_of(tensor)
+    zero = np.flatnonzero((flat & 0x7F) == 0)
+    if not zero.size:
+        return
+    weight = module.weight
+    lost = zero
+    if weight is not None and found.group_size and weight.nbytes == flat.size * found.group_size // 2:
+        codes = ctx.bytes_of(weight).reshape(flat.size, -1)
+        lost = zero[((codes[zero] & 0x77) != 0).any(axis=1)]
+    for places, severity, message in (
+        (lost, "error", "zero block scales: these blocks read as zero"),
+        (np.setdiff1d(zero, lost), "warning", "zero block scales of blocks whose codes are zero anyway"),
+    ):
+        if places.size:
+            yield ctx.finding(
+                message, where=ctx.at_byte(tensor, int(places[0])), observed=f"0x{int(flat[places[0]]):02X}",
+                expected="0x01..0x7E", count=int(places.size), severity="error" if severity == "error" else "warning",
+            )  # fmt: skip
+
+
+def _floats(ctx: Context, tensor: Tensor) -> Iterator[Finding]:
+    values = ctx.array(tensor).reshape(-1)
+    zero = np.flatnonzero(values == 0)
+    if zero.size:
+        leaf = tensor.name.rpartition(".")[2]
+        yield ctx.finding(
+            f"zero {leaf}: everything it scales reads as zero", where=Where(tensor.name, tensor.file, byte=tensor.offset),
+            observed=0.0, expected="> 0", count=int(zero.size),
+        )  # fmt: skip

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""QC502: a weight scale is NaN, infinite or negative."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from verifier.findings import Finding, Where
+from verifier.rules.context import Context
+from verifier.rules.registry import rule
+
+import numpy as np
+
+from verifier.checkpoint import Tensor
+
+
+@rule(
+    "QC502", "NaN, infinite or negative weight scale", severity="error", depth="payload", unit="weight scales",
+    consumers=("vLLM", "SGLang", "TensorRT-LLM", "transformers"),
+    sources=("vllm-project/compressed-tensors#595", "NVIDIA/Model-Optimizer#1633"),
+)  # fmt: skip
+def check(ctx: Context) -> Iterator[Finding]:
+    """Weight scales are finite and not negative: E4M3 bytes below 0x7F, E8M0 bytes below 0xFF, finite float32.
+
+    **Why.** An all-zero expert (0/0), an uncalibrated or infinite amax.
+    **Hurts.** NaN spreads to the whole output for the prompts that reach the block; vLLM loads it without a word.
+    **Mend.** Define the scale of a zero block (1.0) and encode again.
+    """
+    for _, _, tensor in ctx.scale_tensors(("weight_scale", "weight_scale_inv")):
+        ctx.tally.see(tensor.elements)
+        if tensor.dtype == "F32":
+            yield from _floats(ctx, tensor)
+            continue
+        limit = 0x7F if tensor.dtype == "F8_E4M3" else 0xFF
+        if ctx.extremes(tensor)[1] >= limit:
+            flat = ctx.bytes_of(tensor)
+            if limit == 0x7F:  # 0x80 is a negative zero, QC501's
+                groups = (("NaN", (flat & 0x7F) == 0x7F), ("negative", (flat > 0x80) & (flat < 0xFF)))
+            else:
+                groups = (("NaN", flat == 0xFF), ("", np.zeros(0, bool)))
+            for what, mask in groups:
+                places = np.flatnonzero(mask)
+                if places.size:
+                    yield ctx.finding(
+                        f"{what} block scales", where=ctx.at_byte(tensor, int(places[0])),
+                        observed=f"0x{int(flat[places[0]]):02X}",
+                        expected="0x01..0x7E" if limit == 0x7F else "0x00..0xFE", count=int(places.size),
+                    )  # fmt: skip
+    for _, _, tensor in ctx.scale_tensors(("weight_scale_2",)):
+        ctx.tally.see(tensor.elements)
+        yield from _floats(ctx, tensor)
+
+
+def _floats(ctx: Context, tensor: Tensor) -> Iterator[Finding]:
+    values = ctx.array(tensor).reshape(-1)
+    bad = np.flatnonzero(~np.isfinite(values) | (values < 0))
+    if bad.size:
+        leaf = tensor.name.rpartition(".")[2]
+        yield ctx.finding(
+            f"{leaf} is not a finite positive number",
+            where=Where(tensor.name, tensor.file, byte=tensor.offset + 4 * int(bad[0])),
+            observed=float(values[bad[0]]), expected="finite and > 0", count=int(bad.size),
+        )  # fmt: skip

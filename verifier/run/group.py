@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Equal findings over layers and experts become one, counted, with the first as its witness."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from verifier.findings import Finding, Where
+from verifier.schemes import collapse
+
+MAX_GROUPS = 40
+
+
+def group(findings: Iterable[Finding], of: int) -> list[Finding]:
+    """Return one finding for each kind and place (numbers in names collapsed), in order of first appearance.
+
+    At most `MAX_GROUPS` of them; one more says how many findings the rest held.
+    """
+    first: dict[tuple[str, str, str], Finding] = {}
+    counts: dict[tuple[str, str, str], int] = {}
+    dropped = 0
+    severity = "warning"
+    for f in findings:
+        place = collapse(f.where.tensor) if f.where.tensor else (f.where.file or "")
+        key = (f.severity, f.message, place)
+        if key in first:
+            counts[key] += f.count
+        elif len(first) < MAX_GROUPS:
+            first[key], counts[key] = f, f.count
+        else:
+            dropped += f.count
+            severity = "error" if "error" in (severity, f.severity) else severity
+    grouped = [replace(f, count=counts[k], of=max(of, counts[k])) for k, f in first.items()]
+    if dropped:
+        rest = replace(grouped[-1], message="and more of other names", where=Where(), observed="", expected="")
+        grouped.append(replace(rest, count=dropped, severity="error" if severity == "error" else "warning"))
+    return grouped
