@@ -8,8 +8,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from exporter import codecs
     from exporter.api import export, merge, plan_export
+    from exporter.calibration import calibrate
 
-__all__ = ["codecs", "export", "merge", "plan_export"]
+__all__ = ["calibrate", "codecs", "export", "merge", "plan_export"]
+_HOME = {
+    "calibrate": "exporter.calibration", "export": "exporter.api", "merge": "exporter.api", "plan_export": "exporter.api",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
@@ -21,9 +25,9 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'exporter' has no attribute {name!r}")
     try:
-        return importlib.import_module("exporter.codecs") if name == "codecs" else getattr(
-            importlib.import_module("exporter.api"), name
-        )
+        if name == "codecs":
+            return importlib.import_module("exporter.codecs")
+        return getattr(importlib.import_module(_HOME[name]), name)
     except ModuleNotFoundError as error:
         if error.name != "torch":
             raise

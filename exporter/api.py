@@ -13,13 +13,17 @@ from typing import Literal
 import numpy as np
 
 from exporter import emit, stream
-from exporter.plan import Plan, build, header_digest, merge as plan_merge, parse_layers
-from exporter.recipes import Recipe, load as load_recipe
+from exporter.plan import Plan, build, header_digest, parse_layers
+from exporter.plan import merge as plan_merge
+from exporter.recipes import Recipe
+from exporter.recipes import load as load_recipe
 from verifier import __version__
-from verifier.checkpoint import Checkpoint, open_checkpoint
+from verifier.checkpoint import NUMPY_DTYPES, Checkpoint, open_checkpoint
+from verifier.checkpoint.header import read_shard
+from verifier.checkpoint.source import LocalSource
 from verifier.errors import PlanError, UsageError
 from verifier.manifest import MANIFEST, File, Manifest, Source, digest
-from verifier.schemes import gather
+from verifier.schemes import FLOATS, gather
 
 PathLike = str | os.PathLike[str]
 Progress = Callable[[int], None]
@@ -113,7 +117,10 @@ def merge(
         out: folder to make.
         onto: folder that everything else is kept from.
         input_scale: ``keep`` the experts' activation scales, or write ``one``.
-        overwrite, workers, shard_bytes, progress: as for `export`.
+        overwrite: swap an existing checkpoint at ``out`` whole.
+        workers: shards written at a time.
+        shard_bytes: the size at which a new shard begins, in bytes.
+        progress: called with the bytes of each finished step.
     """
     target = Path(out)
     stream.check_out(target, overwrite=overwrite, inputs=_inputs(experts, onto))
@@ -132,26 +139,27 @@ def read_stats(path: PathLike) -> dict[str, float]:
         UsageError: no such file.
         PlanError: no safetensors, no entry, or a value that is not finite and positive.
     """
-    from safetensors import SafetensorError  # noqa: PLC0415  (of use here only)
-    from safetensors.numpy import load_file  # noqa: PLC0415
-
-    if not Path(path).is_file():
-        raise UsageError(f"{os.fspath(path)}: no such stats file")
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, KeyError, TypeError) as error:
-        raise PlanError(f"{os.fspath(path)}: no stats file: {error}") from error
+    file = Path(path)
+    if not file.is_file():
+        raise UsageError(f"{file}: no such stats file")
+    source = LocalSource(file.parent)
+    shard = read_shard(source, file.name, file.stat().st_size)
+    if shard.problems:
+        raise PlanError(f"{file}: no stats file: {shard.problems[0].message}")
     found: dict[str, float] = {}
-    for name, value in tensors.items():
+    for name, tensor in shard.tensors.items():
         module, _, leaf = name.rpartition(".")
         if leaf != STATS_LEAF:
             continue
-        amax = float(np.asarray(value, np.float32).reshape(-1).max(initial=0.0))
+        if tensor.dtype not in FLOATS:
+            raise PlanError(f"{file}: {name} is {tensor.dtype}; an input maximum is one of {', '.join(sorted(FLOATS))}")
+        value = source.read(tensor.file, tensor.offset, tensor.nbytes).view(NUMPY_DTYPES[tensor.dtype])
+        amax = float(value.astype(np.float32).max(initial=0.0))
         if not math.isfinite(amax) or amax / 2688.0 < np.finfo(np.float32).tiny:
-            raise PlanError(f"{os.fspath(path)}: {name} is {amax}; an input maximum is a finite number above zero")
+            raise PlanError(f"{file}: {name} is {amax}; an input maximum is a finite number above zero")
         found[module] = amax
     if not found:
-        raise PlanError(f"{os.fspath(path)}: holds no tensor named <module>.{STATS_LEAF}")
+        raise PlanError(f"{file}: holds no tensor named <module>.{STATS_LEAF}")
     return found
 
 
@@ -159,11 +167,11 @@ def _write(
     plan: Plan, out: Path, overwrite: bool, workers: int | None, shard_bytes: int | None, progress: Progress | None
 ) -> Manifest:
     kept = plan.kept
-    with stream.working(out, plan.fingerprint()) as folder:
+    todo = stream.tasks(plan, shard_bytes or stream.SHARD_BYTES)
+    with stream.working(out, stream.fingerprint(plan, todo), overwrite=overwrite) as folder:
         written = stream.write(
-            plan, folder, workers=workers or min(4, os.cpu_count() or 1), progress=progress or (lambda _n: None),
-            shard_bytes=shard_bytes or 5_000_000_000,
-        )  # fmt: skip
+            plan, todo, folder, workers=workers or min(4, os.cpu_count() or 1), progress=progress or (lambda _n: None)
+        )
         emit.write_index(folder, written.digests)
         emit.write_configs(folder, kept.config or {})
         sides = emit.copy_side_files(folder, [kept, plan.source])

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
 
 OVERWRITE = click.option("--overwrite", is_flag=True, help="Swap an existing OUT whole.")
 WORKERS = click.option("--workers", type=click.IntRange(1, 64), help="Shards at a time; by default processors, at most 4.")
-REPORT = click.option("--report", "report_file", type=click.Path(path_type=Path), help="Write summary and check as JSON here.")
+REPORT = click.option(
+    "--report", "report_file", type=click.Path(path_type=Path), help="Write summary and check as JSON here."
+)
 
 
 @click.command()
@@ -29,7 +32,9 @@ REPORT = click.option("--report", "report_file", type=click.Path(path_type=Path)
 @click.option("--recipe", required=True, help="A recipe's name, or a YAML file.")
 @click.option("--onto", metavar="VENDOR", help="Keep everything that is not selected from this checkpoint (mixed export).")
 @click.option("--layers", metavar="3-59", help="Quantize in these layers only.")
-@click.option("--input-scale", type=click.Choice(["one", "stats"]), help="Activation scales: 1.0 (default with --onto), or --stats.")
+@click.option(
+    "--input-scale", type=click.Choice(["one", "stats"]), help="Activation scales: 1.0 (default with --onto), or --stats."
+)
 @click.option("--stats", metavar="FILE", help="Input maxima by hub module name (safetensors).")
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
 @OVERWRITE
@@ -59,6 +64,7 @@ def export(
     if dry_run:
         click.echo(describe(exporter.plan_export(source, **given)), nl=False)
         return
+    _require_writable(report_file, out)
     with _bar(lambda: exporter.plan_export(source, **given).nbytes) as progress:
         manifest = exporter.export(source, out, overwrite=overwrite, workers=workers, progress=progress, **given)
     _finish(ctx, manifest, out, base=source, merged_from=onto, report_file=report_file)
@@ -80,6 +86,7 @@ def merge(
     """Move the quantized routed experts of EXPERTS onto VENDOR's checkpoint, byte for byte, into OUT."""
     import exporter  # noqa: PLC0415  (as above)
 
+    _require_writable(report_file, out)
     manifest = exporter.merge(
         experts, out, onto=onto, input_scale=input_scale, overwrite=overwrite, workers=workers,  # type: ignore[arg-type]
     )  # fmt: skip
@@ -118,6 +125,28 @@ def _bar(total: Callable[[], int]) -> Iterator[Callable[[int], None] | None]:
         yield lambda n: bar.advance(task, n)
 
 
+def _require_writable(report_file: Path | None, out: str) -> None:
+    """Refuse a report path that cannot be written, before an export runs for hours; make its folder.
+
+    Raises:
+        UsageError: the path is a folder, or its folder cannot be made or written to.
+    """
+    if report_file is None:
+        return
+    folder, target = report_file.parent, Path(out).resolve()
+    if report_file.resolve() == target:
+        raise UsageError(f"{report_file}: is OUT; --report takes a file")
+    if folder.resolve().is_relative_to(target):
+        return  # only the export makes OUT
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        is_folder = report_file.is_dir()
+    except OSError as error:
+        raise UsageError(f"{report_file}: its folder cannot be made") from error
+    if is_folder or not os.access(report_file if report_file.exists() else folder, os.W_OK):
+        raise UsageError(f"{report_file}: {'a folder' if is_folder else 'cannot be written'}; --report takes a file")
+
+
 def _finish(
     ctx: click.Context, manifest: Manifest, out: str, *, base: str | None, merged_from: str | None, report_file: Path | None
 ) -> None:
@@ -136,10 +165,7 @@ def _finish(
     report = verifier.check(out, base=base, merged_from=merged_from, depth="payload")
     click.echo(render_text(report), nl=False)
     if report_file is not None:
-        try:
-            report_file.parent.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError) as error:
-            raise UsageError(f"{report_file}: its folder cannot be made") from error
         value = {"manifest": manifest.model_dump(mode="json"), "check": json.loads(render_json(report))}
+        report_file.parent.mkdir(parents=True, exist_ok=True)  # one inside OUT could not be made before
         report_file.write_text(json.dumps(value, indent=2) + "\n")
     ctx.exit(report.exit_code)

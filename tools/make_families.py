@@ -101,7 +101,7 @@ def saved(config: Any, model: str) -> tuple[dict[str, tuple[int, ...]], dict[str
         names = {}
         for file in Path(folder).glob("*.safetensors"):
             with safe_open(file, "pt") as handle:
-                names |= {k: tuple(handle.get_slice(k).get_shape()) for k in handle.keys()}  # noqa: SIM118
+                names |= {k: tuple(handle.get_slice(k).get_shape()) for k in handle.keys()}
     return names, memory
 
 
@@ -125,7 +125,10 @@ def values(config: Any) -> dict[str, int]:
                 walk(f"{prefix}{key}.", value)
 
     walk("", config.to_dict())
-    skip = re.compile(r"(_token_id|_token_index|rotary_dim|max_position|merged_hidden|topk|block|per_tok|image_size|window|num_hidden_layers)")
+    skip = re.compile(
+        r"(_token_id|_token_index|rotary_dim|max_position|merged_hidden|topk|block|per_tok|image_size|window|"
+        r"num_hidden_layers)"
+    )
     return {k: v for k, v in found.items() if not skip.search(k)}
 
 
@@ -215,9 +218,8 @@ def _flagged(spec: dict[str, Any], flag: str, seen: dict[str, Any], tables: list
         pat = pattern(name)
         if pat in seen:
             continue
-        entry = more.setdefault(
-            pat, {"name": pat, "shape": [explain((a, b), tables) for a, b in zip(shape, one[pat], strict=True)], "if": flag, "at": set()}
-        )
+        dims = [explain((a, b), tables) for a, b in zip(shape, one[pat], strict=True)]
+        entry = more.setdefault(pat, {"name": pat, "shape": dims, "if": flag, "at": set()})
         entry["at"].add(int(re.search(r"layers\.(\d+)", name)[1]))
     for entry in more.values():
         entry["layers"] = layer_kind(entry["name"], entry.pop("at"), config[0])

@@ -7,7 +7,7 @@ vLLM read it, ``(weight_scale * weight_scale_2) * code`` in float32. Nothing her
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
@@ -26,19 +26,22 @@ E2M1_MAX = np.float32(6.0)
 @cache
 def e4m3_table() -> Float32:
     """Return the 256 values of E4M3 (0x7F and 0xFF are NaN)."""
-    return np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    values: Float32 = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    return values
 
 
 @cache
 def e8m0_table() -> Float32:
     """Return the 256 powers of two of E8M0, 2^(b-127) (0xFF is NaN)."""
-    return np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e8m0fnu).astype(np.float32)
+    values: Float32 = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e8m0fnu).astype(np.float32)
+    return values
 
 
 @cache
 def e2m1_table() -> Float32:
     """Return the 16 values of E2M1."""
-    return np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float32)
+    values: Float32 = np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float32)
+    return values
 
 
 @cache
@@ -54,11 +57,13 @@ def decode(parts: Mapping[str, npt.NDArray[Any]], fmt: str) -> Float32:
     Args:
         parts: the tensors by their leaf on disk (``weight``, ``weight_scale`` or ``weight_scale_inv``,
             ``weight_scale_2``), each in its on-disk dtype or as raw uint8 bytes of the same shape.
-        fmt: a name of `verifier.schemes.FORMATS`.
+        fmt: a name of `verifier.schemes.FORMATS`, or ``mxfp4`` (gpt-oss: ``blocks`` [..., in/32, 16], ``scales``).
 
     Raises:
         ContentError: an unknown format, a missing part, a shape that does not fit.
     """
+    if fmt == "mxfp4":
+        return _mxfp4(_bytes(_part(parts, "blocks", fmt=fmt)), _bytes(_part(parts, "scales", fmt=fmt)))
     found = FORMATS.get(fmt)
     if found is None:
         raise ContentError(f"no format {fmt!r}; one of {', '.join(sorted(FORMATS))}")
@@ -66,13 +71,24 @@ def decode(parts: Mapping[str, npt.NDArray[Any]], fmt: str) -> Float32:
     if weight.ndim < 2:
         raise ContentError(f"{fmt}: a weight of {weight.ndim} dimensions; [out, in] is the least")
     scale = _part(parts, "weight_scale", "weight_scale_inv", fmt=fmt)
-    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+    with np.errstate(over="ignore", under="ignore", divide="ignore", invalid="ignore"):
+        if fmt == "nvfp4_ct":  # a divisor
+            return _packed(weight, _bytes(scale), _part(parts, "weight_global_scale", fmt=fmt), np.divide)
         if found.packed:
-            return _nvfp4(weight, _bytes(scale), _scalar(_part(parts, "weight_scale_2", fmt=fmt)))
+            return _packed(weight, _bytes(scale), _part(parts, "weight_scale_2", fmt=fmt), np.multiply)
         values = e4m3_table()[weight]
         if fmt == "mxfp8":
             return _by_block(values, e8m0_table()[_bytes(scale)], found)
-        return _scaled(values, _floats(scale), found)
+        return _scaled(values, scale, found)
+
+
+def _mxfp4(blocks: npt.NDArray[np.uint8], scales: npt.NDArray[np.uint8]) -> Float32:
+    """Return E2M1 codes (even column in the low nibble) times 2^(scale - 127), [..., in]."""
+    if blocks.ndim < 2 or blocks.shape[-1] != 16 or blocks.shape[:-1] != scales.shape:
+        raise ContentError(f"mxfp4: scales {list(scales.shape)} do not fit blocks {list(blocks.shape)}")
+    with np.errstate(over="ignore", invalid="ignore"):
+        values: Float32 = nibble_pairs()[blocks].reshape(*scales.shape, 32) * e8m0_table()[scales][..., None]
+    return values.reshape(*scales.shape[:-1], scales.shape[-1] * 32)
 
 
 def _part(parts: Mapping[str, npt.NDArray[Any]], *names: str, fmt: str) -> npt.NDArray[Any]:
@@ -89,25 +105,40 @@ def _bytes(array: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
 
 
 def _floats(array: npt.NDArray[Any]) -> Float32:
+    """Return float32 scales, also from their raw bytes along the last axis."""
     if array.dtype == np.uint8:
+        if array.ndim == 0 or array.shape[-1] % 4:
+            raise ContentError(f"a scale of {list(array.shape)} bytes where float32 belongs")
         array = np.ascontiguousarray(array).view(np.float32)
     if array.dtype != np.float32:
         raise ContentError(f"a scale of {array.dtype} where float32 belongs")
     return array
 
 
-def _scalar(array: npt.NDArray[Any]) -> Float32:
-    values = _floats(array)
-    if values.ndim > 0 and values.shape[-1] == 1:
-        values = values[..., 0]
-    return values
+def _fitted(scale: Float32, shape: tuple[int, ...], fmt: str) -> Float32:
+    """Return a scale in ``shape``; on disk it may have more axes of length 1, or fewer."""
+    if [n for n in scale.shape if n != 1] != [n for n in shape if n != 1]:
+        raise ContentError(f"{fmt}: a scale of shape {list(scale.shape)}; {list(shape)} belongs here")
+    return scale.reshape(shape)
 
 
-def _nvfp4(packed: npt.NDArray[np.uint8], scale: npt.NDArray[np.uint8], scale_2: Float32) -> Float32:
+def _by_matrix(array: npt.NDArray[Any], lead: tuple[int, ...], fmt: str) -> Float32:
+    """Return one scale for each matrix of a stack, or one for all, such that it broadcasts over [..., out, in]."""
+    scale = _floats(array)
+    return scale.reshape(()) if scale.size == 1 else _fitted(scale, lead, fmt)[..., None, None]
+
+
+def _packed(
+    packed: npt.NDArray[np.uint8],
+    scale: npt.NDArray[np.uint8],
+    tensor_scale: npt.NDArray[Any],
+    combine: Callable[[Float32, Float32], Float32],
+) -> Float32:
+    """Return codes times their blocks' whole scale, [..., out, in]."""
     width = packed.shape[-1] * 2
     if scale.shape != (*packed.shape[:-1], width // 16) or width % 16:
-        raise ContentError(f"nvfp4: weight_scale {list(scale.shape)} does not fit a weight of {[*packed.shape[:-1], width]}")
-    combined = e4m3_table()[scale] * scale_2.reshape(scale_2.shape + (1,) * (scale.ndim - scale_2.ndim))
+        raise ContentError(f"nvfp4: weight_scale {list(scale.shape)} does not fit {[*packed.shape[:-1], width]}")
+    combined = combine(e4m3_table()[scale], _by_matrix(tensor_scale, packed.shape[:-2], "nvfp4"))
     values = nibble_pairs()[packed].reshape(*packed.shape[:-1], width // 16, 16)
     return (values * combined[..., None]).reshape(*packed.shape[:-1], width)
 
@@ -119,17 +150,16 @@ def _by_block(values: Float32, scale: Float32, fmt: Format) -> Float32:
     return values * np.repeat(scale, size, axis=-1)[..., : values.shape[-1]]
 
 
-def _scaled(values: Float32, scale: Float32, fmt: Format) -> Float32:
+def _scaled(values: Float32, scale: npt.NDArray[Any], fmt: Format) -> Float32:
+    """Return values times their float32 scale: one a matrix, a row, or a tile of 128x128."""
     out, in_ = values.shape[-2:]
     if fmt.name == "fp8_block":
-        grid = scale.reshape(*values.shape[:-2], -(-out // 128), -(-in_ // 128))
+        grid = _fitted(_floats(scale), (*values.shape[:-2], -(-out // 128), -(-in_ // 128)), fmt.name)
         rows = np.repeat(grid, 128, axis=-2)[..., :out, :]
         return values * np.repeat(rows, 128, axis=-1)[..., :in_]
     if fmt.name == "fp8_per_channel":
-        return values * scale.reshape(*values.shape[:-1], 1)
-    if scale.size != 1 and scale.shape != values.shape[:-2]:
-        raise ContentError(f"{fmt.name}: scale {list(scale.shape)} is no scalar")
-    return values * (scale.reshape(()) if scale.size == 1 else scale[..., None, None])
+        return values * _fitted(_floats(scale), values.shape[:-1], fmt.name)[..., None]
+    return values * _by_matrix(scale, values.shape[:-2], fmt.name)
 
 
 def widen(array: npt.NDArray[Any]) -> Float32:
@@ -153,7 +183,8 @@ def nearest(values: Float32, parts: Mapping[str, npt.NDArray[Any]], fmt: str) ->
         codes = np.clip(quotient, -E2M1_MAX, E2M1_MAX).astype(ml_dtypes.float4_e2m1fn)
     else:
         codes = np.clip(quotient, -E4M3_MAX, E4M3_MAX).astype(ml_dtypes.float8_e4m3fn)
-    result: Float32 = codes.astype(np.float32) * step
+    with np.errstate(invalid="ignore", over="ignore"):
+        result: Float32 = codes.astype(np.float32) * step
     return result
 
 
@@ -161,6 +192,20 @@ def _unit_codes(values: Float32, fmt: str) -> npt.NDArray[np.uint8]:
     if FORMATS[fmt].packed:
         return np.full((*values.shape[:-1], values.shape[-1] // 2), 0x22, np.uint8)
     return np.full(values.shape, 0x38, np.uint8)
+
+
+def _max_nvfp4(values: Float32, top: np.float32, *, divisor: bool) -> dict[str, npt.NDArray[Any]] | None:
+    """Return NVFP4's scales, the tensor's as a divisor or a factor; None where float32 does not hold it."""
+    scale_2 = top / np.float32(6 * 448)
+    with np.errstate(divide="ignore", over="ignore"):
+        inverse = np.float32(1) / scale_2
+    if scale_2 == 0 or (divisor and np.isinf(inverse)):
+        return None
+    block = np.abs(values.reshape(values.shape[0], values.shape[1] // 16, 16)).max(axis=2)
+    scale = np.clip(block / (E2M1_MAX * scale_2), np.float32(2**-9), E4M3_MAX).astype(ml_dtypes.float8_e4m3fn)
+    if divisor:
+        return {"weight_scale": scale, "weight_global_scale": np.asarray(inverse, np.float32)}
+    return {"weight_scale": scale, "weight_scale_2": np.asarray(scale_2, np.float32)}
 
 
 def max_scales(values: Float32, fmt: str, amax: float | None = None) -> dict[str, npt.NDArray[Any]] | None:
@@ -172,13 +217,10 @@ def max_scales(values: Float32, fmt: str, amax: float | None = None) -> dict[str
     found = FORMATS[fmt]
     out, in_ = values.shape
     top = np.float32(max(float(np.abs(values).max(initial=0.0)), amax or 0.0))
-    if not np.isfinite(top) or top == 0:
+    if not values.size or not np.isfinite(top) or top == 0:
         return None
     if found.packed:
-        scale_2 = top / np.float32(6 * 448)
-        block = np.abs(values.reshape(out, in_ // 16, 16)).max(axis=2)
-        scale = np.clip(block / (E2M1_MAX * scale_2), np.float32(2**-9), E4M3_MAX).astype(ml_dtypes.float8_e4m3fn)
-        return {"weight_scale": scale, "weight_scale_2": np.float32(scale_2).reshape(())}
+        return _max_nvfp4(values, top, divisor=fmt == "nvfp4_ct")
     if fmt == "mxfp8":
         pad = -in_ % 32
         block = np.abs(np.pad(values, ((0, 0), (0, pad)))).reshape(out, -1, 32).max(axis=2)
@@ -186,7 +228,8 @@ def max_scales(values: Float32, fmt: str, amax: float | None = None) -> dict[str
             exponent = np.ceil(np.log2(block / E4M3_MAX))
         return {"weight_scale": (np.clip(exponent, -127, 127) + 127).astype(np.uint8)}
     if fmt == "fp8":
-        return {"weight_scale": (top / E4M3_MAX).reshape(())}
+        tensor_scale = np.asarray(top / E4M3_MAX, np.float32)
+        return {"weight_scale": tensor_scale} if tensor_scale > 0 else None
     if fmt == "fp8_per_channel":
         rows = np.abs(values).max(axis=1) / E4M3_MAX
         return {"weight_scale": np.where(rows == 0, np.float32(1), rows)}

@@ -1,17 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Encode and decode weights, by the format names of `verifier.schemes`. Pure functions on torch tensors, any device."""
+"""Encode and decode weights, by format names of `verifier.schemes`. Pure functions on torch tensors, any device."""
 
 from __future__ import annotations
 
 import torch
 
 from exporter.codecs import fp8, mxfp8, nvfp4
-from exporter.codecs.blocks import tensor_amax
+from exporter.codecs.blocks import take, tensor_amax
 from exporter.codecs.constants import MX_BLOCK, NVFP4_BLOCK
 from verifier.errors import EncodeError
-from verifier.schemes import FORMATS
 
 Parts = dict[str, torch.Tensor]
+BLOCKS = {
+    "nvfp4": NVFP4_BLOCK, "w4a16_nvfp4": NVFP4_BLOCK, "mxfp8": MX_BLOCK, "fp8": 1, "fp8_per_channel": 1, "fp8_block": 1,
+}  # fmt: skip
+"""The formats that are written here, with what must divide the input dimension."""
 
 
 def encode(
@@ -27,13 +30,15 @@ def encode(
 
     Args:
         x: float32, bfloat16 or float16, any stride, any device.
-        fmt: a name of `verifier.schemes.FORMATS`.
-        amax, weight_scale_2, weight_scale: each fixes what would be computed; one that the format has no use for, or
-            that contradicts another, is refused.
-        out: tensors to write into, by leaf (``nvfp4``, ``w4a16_nvfp4``, ``mxfp8``).
+        fmt: a name of `BLOCKS`.
+        amax: fixes the maximum that scales are derived from; refused where the format has no tensor scale.
+        weight_scale_2: fixes the global scale (NVFP4).
+        weight_scale: fixes the block, row or tensor scale; NVFP4 needs ``weight_scale_2`` with it.
+        out: tensors to write into, by leaf (``nvfp4``, ``w4a16_nvfp4``, ``mxfp8``); of the result's shapes and dtypes.
 
     Raises:
-        EncodeError: NaN or infinity in ``x`` (named by index), a width the block does not divide, a refused argument.
+        EncodeError: NaN or infinity in ``x`` (named by index), a width the block does not divide, a refused argument, a
+            tensor among the arguments that does not fit ``x``, scales that are not positive and finite.
     """
     _known(fmt)
     if fmt in ("nvfp4", "w4a16_nvfp4"):
@@ -54,10 +59,18 @@ def encode(
 def decode(parts: Parts, fmt: str, *, dtype: torch.dtype = torch.float32, out: torch.Tensor | None = None) -> torch.Tensor:
     """Return the values of one weight or stack, [..., out, in], computed in float32 and cast to ``dtype``.
 
+    Args:
+        parts: the tensors by their leaf, as `encode` returns them; one-byte formats may be uint8.
+        fmt: a name of `BLOCKS`.
+        dtype: of the result.
+        out: where to write it, instead of allocating: of the result's shape and dtype.
+
     Raises:
-        EncodeError: an unknown format, parts that do not fit one another.
+        EncodeError: an unknown format, a part that is missing, parts that do not fit one another, a misfit ``out``.
     """
     _known(fmt)
+    if (weight := take(parts, fmt, ("weight",))).ndim < 2:
+        raise EncodeError(f"{fmt}: a weight of shape {list(weight.shape)}; [out, in] is the least")
     if fmt in ("nvfp4", "w4a16_nvfp4"):
         return nvfp4.decode(parts, dtype=dtype, out=out)
     if fmt == "mxfp8":
@@ -66,14 +79,18 @@ def decode(parts: Parts, fmt: str, *, dtype: torch.dtype = torch.float32, out: t
 
 
 def amax(x: torch.Tensor, fmt: str) -> torch.Tensor:
-    """Return max |x| of each matrix of [..., out, in], float32 [...]; what a fused group shares."""
+    """Return max |x| of each matrix of [..., out, in], float32 [...]; what a fused group shares.
+
+    Raises:
+        EncodeError: an unknown format, NaN or infinity in ``x``, a width the block does not divide.
+    """
     _known(fmt)
-    return tensor_amax(x, fmt, {"nvfp4": NVFP4_BLOCK, "w4a16_nvfp4": NVFP4_BLOCK, "mxfp8": MX_BLOCK}.get(fmt, 1))
+    return tensor_amax(x, fmt, BLOCKS[fmt])
 
 
 def _known(fmt: str) -> None:
-    if fmt not in FORMATS:
-        raise EncodeError(f"no format {fmt!r}; one of {', '.join(sorted(FORMATS))}")
+    if fmt not in BLOCKS:
+        raise EncodeError(f"no format {fmt!r}; one of {', '.join(sorted(BLOCKS))}")
 
 
 __all__ = ["amax", "decode", "encode"]

@@ -11,9 +11,11 @@ from functools import lru_cache
 
 import torch
 
-from exporter.codecs.blocks import block_amax, chunks, require_finite, rows_of
+from exporter.codecs.blocks import block_amax, chunks, require_finite, require_fit, rows_of, take, target
 from exporter.codecs.constants import E4M3_MAX, E8M0_BIAS, MX_BLOCK
 from verifier.errors import EncodeError
+
+_NAN = 255
 
 
 def exponents(maxima: torch.Tensor) -> torch.Tensor:
@@ -33,29 +35,35 @@ def encode(
 
     Args:
         x: float32, bfloat16 or float16; any stride, any device.
-        weight_scale: the E8M0 bytes themselves, uint8 [..., out, in/32].
-        out: tensors to write into, by leaf.
+        weight_scale: the E8M0 bytes themselves, uint8 or float8_e8m0fnu [..., out, in/32].
+        out: tensors to write into, by leaf, as they are returned.
 
     Returns:
         ``weight`` float8_e4m3fn [..., out, in], ``weight_scale`` uint8 [..., out, in/32].
 
     Raises:
-        EncodeError: NaN or infinity (named by index), or a width that 32 does not divide.
+        EncodeError: NaN or infinity (named by index), a width that 32 does not divide, a scale of NaN (255), a
+            ``weight_scale`` or ``out`` of another shape or dtype.
     """
     flat = rows_of(x, "mxfp8", MX_BLOCK)
     rows, width = flat.shape
     out = out or {}
-    code = out.get("weight", torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device))
-    scales = out.get("weight_scale", torch.empty((*x.shape[:-1], width // MX_BLOCK), dtype=torch.uint8, device=x.device))
-    flat_code, flat_scales = code.view(rows, -1), scales.view(rows, -1)
-    given = weight_scale.view(torch.uint8).reshape(rows, -1) if weight_scale is not None else None
+    shape = (*x.shape[:-1], width // MX_BLOCK)
+    code, flat_code = target(out.get("weight"), "mxfp8", "weight", x.shape, torch.float8_e4m3fn, x.device)
+    scales, flat_scales = target(out.get("weight_scale"), "mxfp8", "weight_scale", shape, torch.uint8, x.device)
+    given = None
+    if weight_scale is not None:
+        require_fit(weight_scale, "mxfp8", "weight_scale", shape, torch.uint8, torch.float8_e8m0fnu)
+        given = weight_scale.view(torch.uint8).reshape(flat_scales.shape)
+        if bool((given == _NAN).any()):
+            raise EncodeError("mxfp8: the given weight_scale holds NaN (255)")
     for part in chunks(rows, width):
         values = flat[part].float()
         maxima = block_amax(values, MX_BLOCK)
         require_finite(maxima, flat[part], part.start, x.shape)
         byte = exponents(maxima) if given is None else given[part].to(torch.int32)
         flat_scales[part] = byte.to(torch.uint8)
-        quotient = values.unflatten(-1, (-1, MX_BLOCK)) * _power(byte).unsqueeze(-1)
+        quotient = values.reshape(*byte.shape, MX_BLOCK) * _power(byte).unsqueeze(-1)
         flat_code[part] = quotient.clamp_(-E4M3_MAX, E4M3_MAX).flatten(-2).to(torch.float8_e4m3fn)
     return {"weight": code, "weight_scale": scales}
 
@@ -65,7 +73,7 @@ def _tables(device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
     every = torch.arange(256, dtype=torch.uint8)
     codes = every.view(torch.float8_e4m3fn).float()
     powers = torch.ldexp(torch.ones(256), torch.arange(256) - E8M0_BIAS)
-    powers[255] = torch.nan
+    powers[_NAN] = torch.nan
     inverse = torch.ldexp(torch.ones(256), E8M0_BIAS - torch.arange(256))
     return codes.to(device), powers.to(device), inverse.to(device)
 
@@ -76,18 +84,21 @@ def decode(
     """Return ``code * 2^(scale - 127)`` in float32, cast to ``dtype``; a ragged last block is read, [..., out, in].
 
     Args:
-        parts: ``weight`` and ``weight_scale`` (or ``weight_scale_inv``), uint8 or float8_e8m0fnu.
+        parts: ``weight`` float8_e4m3fn [..., out, in] and ``weight_scale`` (or ``weight_scale_inv``) float8_e8m0fnu
+            [..., out, ceil(in/32)], or their bytes as uint8.
         dtype: of the result.
-        out: where to write it, instead of allocating.
+        out: where to write it, instead of allocating: of the result's shape and dtype.
+
+    Raises:
+        EncodeError: a part is missing, parts do not fit one another, ``out`` does not fit.
     """
-    code = parts["weight"].view(torch.uint8)
-    scale = parts["weight_scale" if "weight_scale" in parts else "weight_scale_inv"].view(torch.uint8)
+    code = take(parts, "mxfp8", ("weight",), torch.uint8, torch.float8_e4m3fn).view(torch.uint8)
+    scale = take(parts, "mxfp8", ("weight_scale", "weight_scale_inv"), torch.uint8, torch.float8_e8m0fnu).view(torch.uint8)
     width = code.shape[-1]
-    if scale.shape != (*code.shape[:-1], -(-width // MX_BLOCK)):
-        raise EncodeError(f"mxfp8: weight_scale {list(scale.shape)} does not fit a weight of {list(code.shape)}")
-    result = torch.empty(code.shape, dtype=dtype, device=code.device) if out is None else out
-    rows = code.shape[:-1].numel()
-    flat, flat_code, flat_scale = result.view(rows, -1), code.reshape(rows, -1), scale.reshape(rows, -1)
+    require_fit(scale, "mxfp8", "weight_scale", (*code.shape[:-1], -(-width // MX_BLOCK)))
+    result, flat = target(out, "mxfp8", "out", code.shape, dtype, code.device)
+    rows = flat.shape[0]
+    flat_code, flat_scale = code.reshape(flat.shape), scale.reshape(rows, scale.shape[-1])
     codes, powers, _ = _tables(code.device)
     for part in chunks(rows, width):
         index = flat_code[part].to(torch.int32)
@@ -96,5 +107,5 @@ def decode(
         if width % MX_BLOCK:
             flat[part] = values * factor.repeat_interleave(MX_BLOCK, dim=1)[:, :width]
         else:
-            flat[part] = (values.unflatten(-1, (-1, MX_BLOCK)) * factor.unsqueeze(-1)).flatten(-2)
+            flat[part] = (values.reshape(*factor.shape, MX_BLOCK) * factor.unsqueeze(-1)).flatten(-2)
     return result

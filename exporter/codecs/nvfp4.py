@@ -11,7 +11,21 @@ from functools import lru_cache
 
 import torch
 
-from exporter.codecs.blocks import block_amax, chunks, per_row, require_finite, rows_of, tensor_amax
+from exporter.codecs.blocks import (
+    FLOATS,
+    block_amax,
+    chunks,
+    given_amax,
+    per_row,
+    require_finite,
+    require_fit,
+    require_positive,
+    rows_of,
+    scalar_or,
+    take,
+    target,
+    tensor_amax,
+)
 from exporter.codecs.constants import E2M1_MAX, E4M3_MAX, NVFP4_BLOCK, NVFP4_RANGE, SCALE_FLOOR
 from verifier.errors import EncodeError
 
@@ -40,27 +54,30 @@ def encode(
     Args:
         x: the weights; a stack is encoded in one call, each matrix with its own global scale.
         amax: the maximum to derive ``weight_scale_2`` from, shared by a fused group or a stack (scalar, or [...]).
-        weight_scale_2: the global scale itself, float32 [...]; then ``amax`` must be None.
-        weight_scale: the block scales themselves, E4M3 [..., out, in/16]; then ``weight_scale_2`` must be given.
-        out: tensors to write into, by leaf.
+        weight_scale_2: the global scale itself, float32, scalar or [...]; then ``amax`` must be None.
+        weight_scale: the block scales themselves, float8_e4m3fn or its bytes as uint8, [..., out, in/16]; then
+            ``weight_scale_2`` must be given.
+        out: tensors to write into, by leaf, as they are returned.
 
     Returns:
         ``weight`` uint8 [..., out, in/2] (even column in the low nibble), ``weight_scale`` float8_e4m3fn
-        [..., out, in/16], ``weight_scale_2`` float32 [...].
+        [..., out, in/16], ``weight_scale_2`` float32 [...] (scalar where a scalar was given).
 
     Raises:
-        EncodeError: NaN or infinity (named by index), a width that 16 does not divide, arguments that contradict.
+        EncodeError: NaN or infinity (named by index), a width that 16 does not divide, arguments that contradict,
+            a given scale that is not positive and finite, a given tensor or ``out`` of another shape or dtype.
     """
     flat = rows_of(x, "nvfp4", NVFP4_BLOCK)
     scale_2 = _global(x, amax, weight_scale_2, weight_scale)
     rows, width = flat.shape
     out = out or {}
-    packed = out.get("weight", torch.empty((*x.shape[:-1], width // 2), dtype=torch.uint8, device=x.device))
-    scales = out.get(
-        "weight_scale", torch.empty((*x.shape[:-1], width // NVFP4_BLOCK), dtype=torch.float8_e4m3fn, device=x.device)
-    )
-    flat_packed, flat_scales = packed.view(rows, -1), scales.view(rows, -1)
-    given = weight_scale.reshape(rows, -1) if weight_scale is not None else None
+    lead, grid = x.shape[:-1], (*x.shape[:-1], width // NVFP4_BLOCK)
+    packed, flat_packed = target(out.get("weight"), "nvfp4", "weight", (*lead, width // 2), torch.uint8, x.device)
+    scales, flat_scales = target(out.get("weight_scale"), "nvfp4", "weight_scale", grid, torch.float8_e4m3fn, x.device)
+    given = _given_scales(weight_scale, grid).reshape(flat_scales.shape) if weight_scale is not None else None
+    if "weight_scale_2" in out:
+        require_fit(out["weight_scale_2"], "nvfp4", "weight_scale_2", scale_2.shape, torch.float32)
+        scale_2 = out["weight_scale_2"].copy_(scale_2)
     row_scale = per_row(scale_2, x.shape)
     for part in chunks(rows, width):
         values = flat[part].float()
@@ -83,15 +100,22 @@ def _global(
     if weight_scale_2 is not None:
         if amax is not None:
             raise EncodeError("nvfp4: amax and weight_scale_2 were both given; each fixes the other")
-        return weight_scale_2.float()
+        scale_2 = scalar_or(weight_scale_2.float(), "nvfp4", "weight_scale_2", x.shape[:-2])
+        require_positive(scale_2, "nvfp4", "weight_scale_2")
+        return scale_2
     if weight_scale is not None:
         raise EncodeError("nvfp4: weight_scale was given without the weight_scale_2 that it is relative to")
     if amax is None:
         return global_scale(tensor_amax(x, "nvfp4", NVFP4_BLOCK))
-    given = torch.as_tensor(amax, dtype=torch.float32, device=x.device)
-    if not bool((torch.isfinite(given) & (given >= 0)).all()):
-        raise EncodeError("nvfp4: the given amax is not a finite number of at least 0")
-    return global_scale(given)
+    return global_scale(given_amax(amax, "nvfp4", x.shape[:-2], x.device))
+
+
+def _given_scales(weight_scale: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """Return given block scales as float8_e4m3fn, all of them positive numbers."""
+    require_fit(weight_scale, "nvfp4", "weight_scale", shape, torch.float8_e4m3fn, torch.uint8)
+    scales = weight_scale.view(torch.float8_e4m3fn)
+    require_positive(scales.float(), "nvfp4", "weight_scale")
+    return scales
 
 
 def block_scales(maxima: torch.Tensor, scale_2: torch.Tensor) -> torch.Tensor:
@@ -109,7 +133,7 @@ def codes(values: torch.Tensor, combined: torch.Tensor) -> torch.Tensor:
         values: float32 [rows, in].
         combined: ``weight_scale * weight_scale_2``, float32 [rows, in/16].
     """
-    quotient = (values.unflatten(-1, (-1, NVFP4_BLOCK)) / combined.unsqueeze(-1)).flatten(-2)
+    quotient = (values.reshape(*combined.shape, NVFP4_BLOCK) / combined.unsqueeze(-1)).flatten(-2)
     negative = (quotient < 0).to(torch.int32) << 3
     y = quotient.abs_().clamp_(max=E2M1_MAX)
     # Adding 2^(22 + k) leaves a unit in the last place of 2^(k-1): the sum is y rounded to even multiples of the
@@ -117,7 +141,8 @@ def codes(values: torch.Tensor, combined: torch.Tensor) -> torch.Tensor:
     exponent = (y.view(torch.int32) & _EXPONENT).clamp_(min=_ONE)
     magic = exponent + (22 << 23)
     steps = (y + magic.view(torch.float32)).view(torch.int32) - magic
-    return (steps + ((exponent - _ONE) >> 22) + negative).to(torch.uint8)
+    code: torch.Tensor = steps + ((exponent - _ONE) >> 22) + negative
+    return code.to(torch.uint8)
 
 
 def pack(code: torch.Tensor) -> torch.Tensor:
@@ -142,20 +167,22 @@ def decode(
     """Return ``(weight_scale * weight_scale_2) * code`` in float32, cast to ``dtype``; [..., out, in].
 
     Args:
-        parts: the tensors that `encode` returns.
+        parts: the tensors that `encode` returns; ``weight_scale`` may be uint8, ``weight_scale_2`` a scalar or [1].
         dtype: of the result.
-        out: where to write it, instead of allocating.
+        out: where to write it, instead of allocating: of the result's shape and dtype.
+
+    Raises:
+        EncodeError: a part is missing, parts do not fit one another, ``out`` does not fit.
     """
-    packed, scale_2 = parts["weight"], parts["weight_scale_2"]
-    if scale_2.ndim == 1 and scale_2.shape[0] == 1 and packed.ndim == 2:
-        scale_2 = scale_2.reshape(())
+    packed = take(parts, "nvfp4", ("weight",), torch.uint8)
+    scale = take(parts, "nvfp4", ("weight_scale",), torch.uint8, torch.float8_e4m3fn).view(torch.uint8)
+    scale_2 = scalar_or(take(parts, "nvfp4", ("weight_scale_2",), *FLOATS), "nvfp4", "weight_scale_2", packed.shape[:-2])
     shape = torch.Size((*packed.shape[:-1], packed.shape[-1] * 2))
-    scale = parts["weight_scale"].view(torch.uint8)
     if scale.shape != (*shape[:-1], shape[-1] // NVFP4_BLOCK) or shape[-1] % NVFP4_BLOCK:
         raise EncodeError(f"nvfp4: weight_scale {list(scale.shape)} does not fit a weight of {list(shape)}")
-    result = torch.empty(shape, dtype=dtype, device=packed.device) if out is None else out
-    rows = shape[:-1].numel()
-    flat, flat_packed, flat_scale = result.view(rows, -1), packed.reshape(rows, -1), scale.reshape(rows, -1)
+    result, flat = target(out, "nvfp4", "out", shape, dtype, packed.device)
+    rows = flat.shape[0]
+    flat_packed, flat_scale = packed.reshape(rows, packed.shape[-1]), scale.reshape(rows, scale.shape[-1])
     pairs, table = _tables(packed.device)
     row_scale = per_row(scale_2, shape)
     for part in chunks(rows, shape[-1]):

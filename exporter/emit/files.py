@@ -43,9 +43,15 @@ def copy_side_files(folder: Path, origins: Iterable[Checkpoint]) -> list[str]:
     copied: list[str] = []
     for ckpt in origins:
         for name, size in ckpt.files.items():
-            side = name.endswith(SIDE_SUFFIXES) or name.upper().startswith("LICENSE")
-            if not side or name in NOT_SIDE or name in copied or name.startswith(".") or size > MAX_SIDE_BYTES:
+            if not _is_side(name) or name in copied or size > MAX_SIDE_BYTES:
                 continue
             (folder / name).write_bytes(ckpt.source.read(name, 0, size).tobytes())
             copied.append(name)
     return copied
+
+
+def _is_side(name: str) -> bool:
+    """Whether a file belongs beside any weights; an index names the shards of one layout, which are not here."""
+    if name in NOT_SIDE or name.startswith(".") or name.endswith(".index.json"):
+        return False
+    return name.endswith(SIDE_SUFFIXES) or name.upper().startswith("LICENSE")

@@ -26,7 +26,10 @@ from verifier.schemes import (
 )
 
 InputScale = Literal["one", "stats"]
-_STACKED = re.compile(r"\.experts\.[^.]+(\.weight)?$")
+_STACKED = re.compile(
+    r"\.experts\.[^.]+(\.weight)?$"
+    r"|(^|\.)((\w+_)?moe|experts)\.([^.]+\.)*weight$"  # granitemoe: block_sparse_moe.input_linear.weight
+)
 
 
 def parse_layers(text: str) -> frozenset[int]:
@@ -60,10 +63,15 @@ def require_sound(ckpt: Checkpoint, what: str) -> None:
             if name not in shard.tensors and not shard.problems:
                 raise PlanError(f"{what} {ckpt.uri}: the index says {name} is in {file}, and it is not")
     if problems:
-        raise PlanError(f"{what} {ckpt.uri}: {problems[0].file}: {problems[0].message}")
+        first = problems[0]
+        place = f"{first.file}: {first.tensor}" if first.tensor else first.file
+        raise PlanError(f"{what} {ckpt.uri}: {place}: {first.message}")
     if ckpt.duplicates:
         name, files = next(iter(ckpt.duplicates.items()))
         raise PlanError(f"{what} {ckpt.uri}: {name} stands in {' and '.join(files)}; remove the stray files")
+    for name in (*ckpt.tensors, *(s.file for s in ckpt.shards)):
+        if any("\ud800" <= c <= "\udfff" for c in name):
+            raise PlanError(f"{what} {ckpt.uri}: the name {name} is no text: it holds a lone surrogate")
     if not isinstance(ckpt.config, Mapping):
         raise PlanError(f"{what} {ckpt.uri}: config.json is missing or no JSON object")
 
@@ -115,12 +123,13 @@ def build(
     if onto is not None:
         _same_experts(modules, targets, onto)
     _check_targets(modules, wanted, targets, onto)
+    groups = _groups(wanted, {**modules, **targets})
     if input_scale is None and any(_has_input(FORMATS[f]) for f in wanted.values()):
         raise UsageError(
             f"recipe {recipe.name} quantizes activations: give --input-scale one, or --stats FILE with their maxima"
         )
     scale_leaf = _mxfp8_leaf(targets)
-    units = _units(modules, wanted, scale_leaf, input_scale, stats)
+    units = _units(modules, wanted, groups, scale_leaf, input_scale, stats, recipe.calibration)
     kept: Origin = "onto" if onto is not None else "source"
     actions: list[Action] = []
     left: list[tuple[Origin, str, str]] = []
@@ -143,7 +152,7 @@ def build(
         left += [("source", n, "kept from onto") for n in source.tensors if n not in taken]
     options: dict[str, object] = {
         "recipe": recipe.name, "layers": sorted(layers) if layers is not None else None, "input_scale": input_scale,
-        "calibration": "max", "mxfp8_scale": scale_leaf,
+        "calibration": recipe.calibration, "mxfp8_scale": scale_leaf,
     }  # fmt: skip
     plan = Plan("export", recipe.name, source, onto, tuple(actions), tuple(left), options)
     _one_fate(plan)
@@ -153,7 +162,7 @@ def build(
 def _select(modules: Mapping[str, Module], recipe: Recipe, layers: frozenset[int] | None) -> dict[str, str]:
     """Return format by module for the linears that the recipe selects."""
     linears = {n: m for n, m in modules.items() if m.dims is not None and "weight" in m.parts}
-    chosen = {n: f for n in linears if (f := recipe.format_of(n)) is not None}
+    chosen: dict[str, str] = {n: f for n in linears if (f := recipe.format_of(n)) is not None}
     if not chosen:
         kinds = sorted({collapse(n) for n in linears if role(n) not in ("norm", "embedding", "lm_head")})
         text = " ".join(str(r) for r in recipe.rules)
@@ -168,6 +177,9 @@ def _select(modules: Mapping[str, Module], recipe: Recipe, layers: frozenset[int
                 f"--layers: {', '.join(map(str, without))} hold no routed experts (layers that do: {have})"
             )
         chosen = {n: f for n, f in chosen.items() if layer_of(n) in layers}
+        if not chosen:
+            text = ", ".join(map(str, sorted(layers)))
+            raise PlanError(f"recipe {recipe.name} selects nothing in the layers that --layers names ({text})")
     return chosen
 
 
@@ -215,20 +227,33 @@ def _mxfp8_leaf(targets: Mapping[str, Module]) -> str:
     return "weight_scale"
 
 
+def _groups(wanted: Mapping[str, str], present: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Return the fused group of each selected module that has one; a group is selected whole, in one format.
+
+    Raises:
+        PlanError: a group with two formats, or of which a part is not selected.
+    """
+    groups: dict[str, tuple[str, ...]] = {}
+    for _, members in fused_groups(present):
+        formats = {wanted.get(m) for m in members}
+        if len(formats) > 1:
+            odd = ", ".join(f"{m} {wanted.get(m, 'not selected')}" for m in members)
+            raise PlanError(f"engines fuse these and need one format for all: {odd}")
+        if None not in formats:
+            groups |= dict.fromkeys(members, members)
+    return groups
+
+
 def _units(
     modules: Mapping[str, Module],
     wanted: Mapping[str, str],
+    groups: Mapping[str, tuple[str, ...]],
     mxfp8_leaf: str,
     input_scale: InputScale | None,
     stats: Mapping[str, float] | None,
+    method: str,
 ) -> dict[str, Encode]:
     """Return the quantization of each selected module; members of a fused group share one."""
-    groups: dict[str, tuple[str, ...]] = {}
-    for _, members in fused_groups(wanted):
-        if len({wanted[m] for m in members}) > 1:
-            odd = ", ".join(f"{m} {wanted[m]}" for m in members)
-            raise PlanError(f"engines fuse these and need one format for all: {odd}")
-        groups |= dict.fromkeys(members, members)
     found: dict[str, Encode] = {}
     for name, fmt_name in wanted.items():
         if name in found:
@@ -241,7 +266,7 @@ def _units(
             value = _input_scale(members, input_scale, stats)
             scales = tuple(value for _ in members)
         leaf = "weight_scale" if fmt.packed else mxfp8_leaf
-        found |= dict.fromkeys(members, Encode(members, weights, fmt, leaf, scales))
+        found |= dict.fromkeys(members, Encode(members, weights, fmt, leaf, scales, method if fmt.packed else "max"))
     return found
 
 
@@ -290,17 +315,19 @@ def merge(
         if new.dims != module.dims:
             raise PlanError(f"{name}: {new.dims} in {experts.uri}, {module.dims} in {onto.uri}")
         left += [("onto", t.name, "replaced") for t in module.parts.values()]
-        packed = new.weight is not None and new.weight.dtype == "U8"
         for leaf, tensor in new.parts.items():
             if leaf == "input_scale" and input_scale == "one":
-                continue
-            actions.append(Copy(tensor, "source"))
-        if packed and input_scale == "one":
+                left.append(("source", tensor.name, "replaced"))
+            else:
+                actions.append(Copy(tensor, "source"))
+        if new.weight is not None and new.weight.dtype == "U8" and input_scale == "one":
             actions.append(Constant(f"{name}.input_scale", 1.0))
     left += [("source", t.name, "kept from onto") for n, m in ours.items() if n not in moved for t in m.parts.values()]
-    without = [n for n, m in moved.items() if m.weight is not None and m.weight.dtype == "U8" and "input_scale" not in m.parts]
-    if input_scale == "keep" and without and len(without) != len(moved):
-        raise PlanError(f"{without[0]} has no input_scale to keep ({len(without):,} of {len(moved):,}); --input-scale one writes 1.0")
+    packed = [n for n, m in moved.items() if m.weight is not None and m.weight.dtype == "U8"]
+    without = [n for n in packed if "input_scale" not in moved[n].parts]
+    if input_scale == "keep" and without and len(without) != len(packed):
+        count = f"{len(without):,} of {len(packed):,}"
+        raise PlanError(f"{without[0]} has no input_scale to keep ({count}); --input-scale one writes 1.0")
     plan = Plan("merge", "merge", experts, onto, tuple(actions), tuple(left), {"input_scale": input_scale})
     _one_fate(plan)
     return plan

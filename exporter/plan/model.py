@@ -64,7 +64,8 @@ class Constant:
 class Encode:
     """Quantize the weights of a fused group (or one weight) together: they share their global scale.
 
-    ``scale_leaf`` names the block scale; ``input_scales`` gives each module's activation scale, None for weight-only.
+    ``scale_leaf`` names the block scale; ``input_scales`` gives each module's activation scale, None for weight-only;
+    ``method`` is the weight calibration (`exporter.weights`), ``max`` for formats that have no other.
     """
 
     modules: tuple[str, ...]
@@ -72,6 +73,7 @@ class Encode:
     format: Format
     scale_leaf: str
     input_scales: tuple[float, ...] | None
+    method: str = "max"
 
     @property
     def specs(self) -> tuple[Spec, ...]:
@@ -79,7 +81,7 @@ class Encode:
         return tuple(s for i in range(len(self.modules)) for s in self.specs_of(i))
 
     def specs_of(self, index: int) -> tuple[Spec, ...]:
-        """The tensors of one module."""
+        """Return the tensors of one module."""
         module, (out, in_) = self.modules[index], self.weights[index].shape
         size = self.format.group_size or 1
         found = [
@@ -146,7 +148,7 @@ class Plan:
             if isinstance(a, Constant):
                 parts.append(a.value)
             elif isinstance(a, Encode):
-                parts.append(a.input_scales)
+                parts.append([a.input_scales, a.method])
             else:
                 parts.append(a.origin)
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()

@@ -15,6 +15,7 @@ from verifier.errors import UsageError
 from verifier.schemes import ROLES, role
 
 FormatName = Literal["nvfp4", "w4a16_nvfp4", "mxfp8"]
+CalibrationName = Literal["max", "mse", "sweep", "four_over_six"]
 MAX_RECIPE_BYTES = 1_000_000
 
 
@@ -46,11 +47,12 @@ class Rule(BaseModel):
 
 
 class Recipe(BaseModel):
-    """A named list of rules."""
+    """A named list of rules, and how weight scales are chosen (``calibration``; see `exporter.weights`)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: Annotated[str, Field(min_length=1)]
     description: str = ""
+    calibration: CalibrationName = "max"
     rules: Annotated[tuple[Rule, ...], Field(min_length=1)]
 
     def format_of(self, module: str) -> FormatName | None:
@@ -91,3 +93,7 @@ def load(name: str | Path) -> Recipe:
         first = error.errors()[0]
         place = ".".join(str(p) for p in first["loc"])
         raise UsageError(f"recipe {text}: {place or 'top level'}: {first['msg']}") from error
+    except RecursionError as error:
+        raise UsageError(f"recipe {text}: not YAML: nested too deeply") from error
+    except ValueError as error:  # PyYAML lets the constructors' own errors through: an impossible date
+        raise UsageError(f"recipe {text}: not YAML: {' '.join(str(error).split())}") from error

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From file to file: shard tasks and the writer."""
 
-from exporter.stream.shards import Task, tasks
-from exporter.stream.write import Written, check_out, finish, working, write
+from exporter.stream.shards import SHARD_BYTES, Task, tasks
+from exporter.stream.write import Written, check_out, fingerprint, finish, working, write
 
-__all__ = ["Task", "Written", "check_out", "finish", "tasks", "working", "write"]
+__all__ = ["SHARD_BYTES", "Task", "Written", "check_out", "fingerprint", "finish", "tasks", "working", "write"]

@@ -6,13 +6,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 
-from exporter import codecs
+from exporter import codecs, weights
 from exporter.plan import Action, Constant, Copy, Encode, Plan, Spec
 from verifier.checkpoint import DTYPE_BITS, MAX_HEADER, Checkpoint, Tensor
 from verifier.errors import EncodeError
@@ -21,6 +24,10 @@ SHARD_BYTES = 5_000_000_000
 SHARD_TENSORS = 200_000
 COPY_BYTES = 16 << 20
 _TORCH = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+class StoppedError(Exception):
+    """The shard was given up between two actions, because the export ends; it does not leave this package."""
 
 
 @dataclass(frozen=True)
@@ -80,12 +87,13 @@ def header(specs: list[Spec]) -> bytes:
 
 
 def write_shard(
-    task: Task, plan: Plan, folder: Path, progress: Callable[[int], None]
+    task: Task, plan: Plan, folder: Path, progress: Callable[[int], None], stop: threading.Event
 ) -> tuple[str, int, list[ScaleRange]]:
     """Write one shard under a temporary name, sync it, give it its name; return digest, size and scale ranges.
 
     Raises:
         EncodeError: a weight that cannot be encoded, by name.
+        StoppedError: ``stop`` was set before the last action.
         OSError: the disk.
     """
     specs = task.specs
@@ -101,6 +109,8 @@ def write_shard(
         _put(fd, head, 0)
         os.ftruncate(fd, offset)
         for action in task.actions:
+            if stop.is_set():
+                raise StoppedError
             if isinstance(action, Encode):
                 ranges.append(_encode(action, plan, fd, places))
             elif isinstance(action, Constant):
@@ -134,33 +144,50 @@ def _copy(action: Copy, plan: Plan, fd: int, place: int) -> None:
 
 
 def _encode(action: Encode, plan: Plan, fd: int, places: dict[str, int]) -> ScaleRange:
-    weights = []
-    for tensor in action.weights:
-        weights.append(load(plan.source, tensor))
+    values = [load(plan.source, tensor) for tensor in action.weights]
     low, high = float("inf"), 0.0
-    try:
-        shared = None
-        if action.format.packed:
-            shared = torch.stack([codecs.amax(w, action.format.name) for w in weights]).amax()
-        for i, module in enumerate(action.modules):
-            parts = codecs.encode(weights[i], action.format.name, amax=shared)
-            named = {
-                f"{module}.{action.scale_leaf if leaf == 'weight_scale' else leaf}": value for leaf, value in parts.items()
-            }
-            if action.input_scales is not None:
-                named[f"{module}.input_scale"] = torch.tensor(action.input_scales[i])
-            for spec in action.specs_of(i):
-                _put(fd, _bytes(named[spec.name]), places[spec.name])
-            lo, hi = _scale_range(parts)
-            low, high = min(low, lo), max(high, hi)
-    except EncodeError as error:
-        raise EncodeError(f"{', '.join(w.name for w in action.weights)}: {error}") from error
+    shared = _shared_amax(action, values)
+    method = cast(weights.Method, action.method)
+    for i, module in enumerate(action.modules):
+        with _naming(action.weights[i]):
+            parts = weights.encode(values[i], action.format.name, method=method, amax=shared)
+        named = {
+            f"{module}.{action.scale_leaf if leaf == 'weight_scale' else leaf}": value for leaf, value in parts.items()
+        }
+        if action.input_scales is not None:
+            named[f"{module}.input_scale"] = torch.tensor(action.input_scales[i])
+        for spec in action.specs_of(i):
+            _put(fd, _bytes(named[spec.name]), places[spec.name])
+        lo, hi = _scale_range(parts)
+        low, high = min(low, lo), max(high, hi)
     return ScaleRange(action.format.algo, low, high)
+
+
+def _shared_amax(action: Encode, values: list[torch.Tensor]) -> torch.Tensor | None:
+    """Return the maximum that a fused group shares, None for a format without a global scale."""
+    if not action.format.packed:
+        return None
+    found: list[torch.Tensor] = []
+    for tensor, value in zip(action.weights, values, strict=True):
+        with _naming(tensor):
+            found.append(codecs.amax(value, action.format.name))
+    return torch.stack(found).amax()
+
+
+@contextmanager
+def _naming(tensor: Tensor) -> Iterator[None]:
+    try:
+        yield
+    except EncodeError as error:
+        raise EncodeError(f"{tensor.name}: {error}") from error
 
 
 def load(ckpt: Checkpoint, tensor: Tensor) -> torch.Tensor:
     """Return a floating tensor of a checkpoint."""
-    return torch.from_numpy(ckpt.read(tensor)).view(_TORCH[tensor.dtype]).reshape(tensor.shape)
+    raw = ckpt.read(tensor)
+    if not raw.flags.writeable:  # a remote read is bytes, and torch warns of every view on them
+        raw = raw.copy()
+    return torch.from_numpy(raw).view(_TORCH[tensor.dtype]).reshape(tensor.shape)
 
 
 def _bytes(t: torch.Tensor) -> memoryview:

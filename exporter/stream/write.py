@@ -8,7 +8,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,10 +19,13 @@ from typing import Any
 import torch
 
 from exporter.plan import Plan
-from exporter.stream.shards import SHARD_BYTES, ScaleRange, Task, tasks, write_shard
+from exporter.stream.shards import ScaleRange, Task, write_shard
+from verifier.checkpoint import Checkpoint
+from verifier.checkpoint.source import LocalSource
 from verifier.errors import UsageError
 
 STATE = "ckptgate-work.json"
+LOCK = ".lock"
 
 
 @dataclass
@@ -62,29 +66,70 @@ def work_folder(out: Path) -> Path:
     return out.with_name(f".{out.name}.ckptgate-work")
 
 
+def fingerprint(plan: Plan, todo: list[Task]) -> str:
+    """Return a digest of what decides the bytes of every shard file: the plan, its inputs' files, who holds what."""
+    parts: list[object] = [plan.fingerprint(), [[t.file, [s.name for s in t.specs]] for t in todo]]
+    parts += [_identity(c) for c in (plan.source, plan.onto) if c is not None]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _identity(ckpt: Checkpoint) -> list[tuple[str | int, ...]]:
+    """Return what changes when a shard is written anew under the same header; of a remote one only its size is known."""
+    found: list[tuple[str | int, ...]] = []
+    for shard in ckpt.shards:
+        if isinstance(ckpt.source, LocalSource):
+            info = os.stat(ckpt.source.path / shard.file)
+            found.append((shard.file, info.st_size, info.st_mtime_ns, info.st_ino))
+        else:
+            found.append((shard.file, shard.size))
+    return found
+
+
 @contextmanager
-def working(out: Path, fingerprint: str) -> Iterator[Path]:
+def working(out: Path, fingerprint: str, *, overwrite: bool) -> Iterator[Path]:
     """Hold the work folder of ``out``: kept from an interrupted run of the same plan, else fresh.
 
     Raises:
-        UsageError: another export to the same OUT is running.
+        UsageError: another export to the same OUT is running, or has just made it.
     """
     folder = work_folder(out)
-    folder.mkdir(exist_ok=True)
-    lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    lock = _lock(folder, out)
     try:
-        try:  # released when the process ends, however it ends
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UsageError(f"{out}: another export to it is running") from error
+        if not overwrite and os.path.lexists(out):  # another export ended since OUT was looked at
+            if not (folder / STATE).exists():  # made above; one with a state is worth resuming
+                _clear(folder)
+                folder.rmdir()
+            raise UsageError(f"{out}: exists; --overwrite swaps it whole")
         if _state(folder).get("plan") != fingerprint:
-            for entry in folder.iterdir():
-                if entry.name != ".lock":
-                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            _clear(folder, keep={LOCK})
             _save_state(folder, {"plan": fingerprint, "shards": {}})
         yield folder
     finally:
         os.close(lock)
+
+
+def _lock(folder: Path, out: Path) -> int:
+    """Make the work folder and return its lock; it is released when the process ends, however it ends."""
+    busy = UsageError(f"{out}: another export to it is running")
+    folder.mkdir(exist_ok=True)
+    try:
+        lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    except FileNotFoundError as error:  # the folder has just become OUT
+        raise busy from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.path.samestat(os.fstat(lock), os.stat(folder / LOCK)):
+            raise FileNotFoundError(folder)
+    except (BlockingIOError, FileNotFoundError) as error:
+        os.close(lock)
+        raise busy from error
+    return lock
+
+
+def _clear(folder: Path, keep: Collection[str] = ()) -> None:
+    for entry in folder.iterdir():
+        if entry.name not in keep:
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
 
 def _state(folder: Path) -> dict[str, object]:
@@ -102,53 +147,74 @@ def _save_state(folder: Path, state: dict[str, object]) -> None:
 
 
 def write(
-    plan: Plan, folder: Path, *, workers: int, progress: Callable[[int], None], shard_bytes: int = SHARD_BYTES
+    plan: Plan, todo: list[Task], folder: Path, *, workers: int, progress: Callable[[int], None]
 ) -> Written:
     """Write every shard of the plan into the work folder; finished ones of an earlier run are verified and kept.
 
+    Whatever else an earlier run left in the folder is removed. When an error or a signal ends the run, shards stop
+    between two actions, and those that were finished by then are noted.
+
     Args:
         plan: what to write.
-        folder: the work folder, held by `working`.
+        todo: its shards.
+        folder: the work folder, held by `working` under their fingerprint.
         workers: shards at a time; each works with one intra-op thread.
         progress: called with the bytes of each finished action.
-        shard_bytes: the size at which a new shard begins.
     """
-    result = Written()
-    state = _state(folder)
-    kept = state.get("shards")
-    finished: dict[str, list[Any]] = kept if isinstance(kept, dict) else {}
-    todo: list[Task] = []
-    for task in tasks(plan, shard_bytes):
-        if _intact(folder / task.file, finished.get(task.file)):
-            entry = finished[task.file]
-            result.digests[task.file] = (entry[0], entry[1])
-            _widen(result, [ScaleRange(*r) for r in entry[2]])
-            result.resumed += 1
-            progress(sum(s.nbytes for s in task.specs))
-        else:
-            todo.append(task)
+    job = _Job(folder)
+    left = [t for t in todo if not job.resume(t, progress)]
+    _clear(folder, keep={LOCK, STATE, *job.finished})
+    stop = threading.Event()
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(max(1, workers)) as pool:
-            futures = {pool.submit(write_shard, t, plan, folder, progress): t for t in todo}
             try:
-                while futures:
-                    done, _ = wait(futures, timeout=0.2, return_when=FIRST_EXCEPTION)
+                running = {pool.submit(job.run, t, plan, progress, stop) for t in left}
+                while running:
+                    done, running = wait(running, timeout=0.2, return_when=FIRST_EXCEPTION)
                     for future in done:
-                        task = futures.pop(future)
-                        digest, size, ranges = future.result()
-                        result.digests[task.file] = (digest, size)
-                        _widen(result, ranges)
-                        finished[task.file] = [digest, size, [[a, *r] for a, r in _by_algo(ranges).items()]]
-                        _save_state(folder, {**state, "shards": finished})
-            except BaseException:
-                for future in futures:
-                    future.cancel()
+                        future.result()
+            except BaseException:  # a signal can come at any point above, even inside `submit`
+                stop.set()
                 raise
     finally:
         torch.set_num_threads(before)
-    return result
+    return job.result
+
+
+class _Job:
+    """What of an export is done, here and in the state of its folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.result = Written()
+        self.finished: dict[str, list[Any]] = {}
+        self._lock = threading.Lock()
+        self._state = _state(folder)
+        earlier = self._state.get("shards")
+        self._earlier: dict[str, list[Any]] = earlier if isinstance(earlier, dict) else {}
+
+    def resume(self, task: Task, progress: Callable[[int], None]) -> bool:
+        """Take over a shard that an earlier run finished; False where there is none, or it was damaged."""
+        entry = self._earlier.get(task.file)
+        if not entry or not _intact(self.folder / task.file, entry):
+            return False
+        self.finished[task.file] = entry
+        self.result.digests[task.file] = (entry[0], entry[1])
+        _widen(self.result, [ScaleRange(*r) for r in entry[2]])
+        self.result.resumed += 1
+        progress(sum(s.nbytes for s in task.specs))
+        return True
+
+    def run(self, task: Task, plan: Plan, progress: Callable[[int], None], stop: threading.Event) -> None:
+        """Write a shard and note it, in a worker: there no signal comes between the two."""
+        digest, size, ranges = write_shard(task, plan, self.folder, progress, stop)
+        with self._lock:
+            self.result.digests[task.file] = (digest, size)
+            _widen(self.result, ranges)
+            self.finished[task.file] = [digest, size, [[a, *r] for a, r in _by_algo(ranges).items()]]
+            _save_state(self.folder, {**self._state, "shards": self.finished})
 
 
 def _by_algo(ranges: list[ScaleRange]) -> dict[str, tuple[float, float]]:
@@ -165,17 +231,21 @@ def _widen(result: Written, ranges: list[ScaleRange]) -> None:
         result.ranges[algo] = (min(old[0], low), max(old[1], high))
 
 
-def _intact(path: Path, entry: list[Any] | None) -> bool:
-    if not entry or not path.is_file() or path.stat().st_size != entry[1]:
+def _intact(path: Path, entry: list[Any]) -> bool:
+    if not path.is_file() or path.stat().st_size != entry[1]:
         return False
     with path.open("rb") as handle:
         return bool(hashlib.file_digest(handle, "sha256").hexdigest() == entry[0])
 
 
 def finish(folder: Path, out: Path, *, overwrite: bool) -> None:
-    """Give the work folder its final name, in place of an old OUT where ``overwrite``."""
-    (folder / STATE).unlink()
-    (folder / ".lock").unlink()
+    """Give the work folder its final name, in place of an old OUT where ``overwrite``.
+
+    The lock, held by `working`, guards the folder until it has its name; its file goes last.
+
+    Raises:
+        UsageError: somebody else made OUT meanwhile; the work folder stays.
+    """
     for entry in folder.iterdir():
         _sync(entry)
     _sync(folder)
@@ -184,7 +254,12 @@ def finish(folder: Path, out: Path, *, overwrite: bool) -> None:
         if old.exists():
             shutil.rmtree(old)
         out.rename(old)
+    if os.path.lexists(out):
+        raise UsageError(f"{out}: exists; --overwrite swaps it whole")
+    (folder / STATE).unlink()
     folder.rename(out)
+    (out / LOCK).unlink(missing_ok=True)
+    _sync(out)
     _sync(out.parent)
     if old.exists() and overwrite:
         shutil.rmtree(old)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,8 +71,12 @@ class _DuplicateKey(ValueError):
     """A JSON object names a key twice."""
 
 
-def strict_json(text: bytes | str) -> Any:
-    """Parse JSON; refuse duplicate keys, NaN and Infinity, and nesting beyond the interpreter's depth.
+def strict_json(text: bytes | str, *, constants: bool = False) -> Any:
+    """Parse JSON; refuse duplicate keys, another encoding than UTF-8, and nesting beyond the interpreter's depth.
+
+    Args:
+        text: the document; bytes are UTF-8 without a byte order mark.
+        constants: accept Infinity, as some released configs hold it; a header must not.
 
     Raises:
         ValueError: with one sentence on what is wrong.
@@ -81,16 +85,18 @@ def strict_json(text: bytes | str) -> Any:
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(items)
         if len(result) != len(items):
-            seen: set[str] = set()
-            key = next(k for k, _ in items if k in seen or seen.add(k))  # type: ignore[func-returns-value]
-            raise _DuplicateKey(f"the key {key!r} stands twice")
+            keys = [k for k, _ in items]
+            raise _DuplicateKey(f"the key {next(k for i, k in enumerate(keys) if k in keys[:i])!r} stands twice")
         return result
 
-    def constant(name: str) -> None:
-        raise ValueError(f"{name} is not JSON")
+    def constant(name: str) -> float:
+        if not constants or name == "NaN":
+            raise ValueError(f"{name} is not JSON")
+        return float(name.replace("Infinity", "inf"))
 
     try:
-        return json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
+        decoded = text.decode("utf-8") if isinstance(text, bytes) else text
+        return json.loads(decoded, object_pairs_hook=pairs, parse_constant=constant)
     except RecursionError:
         raise ValueError("nested too deeply") from None
     except UnicodeDecodeError as error:
@@ -135,16 +141,20 @@ def _from_entries(file: str, size: int, start: int, entries: dict[str, Any]) -> 
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         note("metadata", "__metadata__ is not an object of strings")
         metadata = {}
+    for name in _not_text(entries):
+        note("name", "the name is no Unicode text (a lone surrogate); safetensors refuses the file", name)
     tensors: dict[str, Tensor] = {}
     for name, entry in entries.items():
         tensor = _tensor(file, start, name, entry, note)
         if tensor is not None:
             tensors[name] = tensor
+    # An entry that could not be read may well be what fills a gap.
+    whole = not problems or all(p.kind in ("metadata", "name") for p in problems)
     end = start
     for t in sorted(tensors.values(), key=lambda t: (t.offset, t.nbytes)):
         if t.offset < end:
             note("overlap", f"overlaps the tensor before it by {end - t.offset:,} bytes", t.name)
-        elif t.offset > end:
+        elif t.offset > end and whole:
             note("gap", f"{t.offset - end:,} bytes before it belong to no tensor", t.name)
         end = max(end, t.offset + t.nbytes)
     if end > size:
@@ -156,9 +166,17 @@ def _from_entries(file: str, size: int, start: int, entries: dict[str, Any]) -> 
         )  # fmt: skip
         for name in lost:
             del tensors[name]
-    elif end < size and not any(p.kind in ("entry", "offsets") for p in problems):
+    elif end < size and whole:
         note("trailing", f"{size - end:,} bytes after the last tensor", None, f"{size:,} bytes", f"{end:,} bytes")
     return Shard(file, size, tensors, metadata, tuple(problems))
+
+
+def _not_text(names: Iterable[str]) -> list[str]:
+    try:
+        "".join(names).encode()
+    except UnicodeEncodeError:
+        return [n for n in names if any("\ud800" <= c <= "\udfff" for c in n)]
+    return []
 
 
 def _tensor(file: str, start: int, name: str, entry: Any, note: Callable[..., None]) -> Tensor | None:
@@ -194,7 +212,7 @@ def read_json(source: Source, file: str, size: int, limit: int = MAX_HEADER) -> 
     if size > limit:
         return None, Problem("json", file, f"{size:,} bytes, more than the {limit:,} allowed")
     try:
-        value = strict_json(source.read(file, 0, size).tobytes())
+        value = strict_json(source.read(file, 0, size).tobytes(), constants=True)
     except ContainerError as error:
         return None, Problem("json", file, str(error))
     except ValueError as error:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import PurePosixPath
 from types import MappingProxyType
 from typing import Any
@@ -112,7 +112,8 @@ def open_checkpoint(uri: str | os.PathLike[str]) -> Checkpoint:
     source = open_source(uri)
     files = source.files()
     names = sorted(n for n in files if n.endswith(".safetensors"))
-    if not names and INDEX not in files:
+    linked = any(n.endswith(".safetensors") for n in source.escaping)
+    if not names and INDEX not in files and not linked:
         what = "is empty" if not files else f"holds {len(files)} files and no *.safetensors"
         raise ContainerError(f"{source.uri}: not a checkpoint: the folder {what}")
     problems = [
@@ -152,10 +153,12 @@ def _read_index(source: LocalSource | FsspecSource, files: Mapping[str, int]) ->
             weight_map[name] = file
     metadata = value.get("metadata")
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
-    whole = isinstance(total, int) or (isinstance(total, float) and total.is_integer())
-    return Index(weight_map, int(total) if whole else None, tuple(problems))
+    if isinstance(total, float) and total.is_integer():
+        total = int(total)
+    return Index(weight_map, total if type(total) is int else None, tuple(problems))
 
 
+@lru_cache(maxsize=4096)
 def _plain(file: str) -> bool:
     return file == PurePosixPath(file).name and "\\" not in file and "\0" not in file and file not in ("", ".", "..")
 

@@ -58,7 +58,11 @@ class LocalSource:
         escaping: list[str] = []
         for entry in sorted(os.scandir(self.path), key=lambda e: e.name):
             if entry.is_symlink():
-                target = Path(entry.path).resolve()
+                try:
+                    target = Path(entry.path).resolve()
+                except (OSError, RuntimeError):  # a link to itself: RuntimeError before Python 3.13
+                    escaping.append(entry.name)
+                    continue
                 if not any(target.is_relative_to(a) for a in allowed):
                     escaping.append(entry.name)
                     continue
@@ -74,7 +78,7 @@ class LocalSource:
     def read(self, name: str, offset: int, length: int) -> Bytes:
         """Return ``length`` bytes of ``name`` from ``offset``."""
         out = np.empty(length, np.uint8)
-        view = memoryview(out)
+        view = out.data
         done = 0
         try:
             fd = self._fd(name)
@@ -111,7 +115,7 @@ class FsspecSource:
 
     def __init__(self, uri: str) -> None:
         # fsspec costs 70 ms and is of no use to a local check.
-        import fsspec  # noqa: PLC0415
+        import fsspec  # type: ignore[import-untyped]  # noqa: PLC0415
 
         self.uri = uri
         self.escaping: tuple[str, ...] = ()
@@ -126,8 +130,8 @@ class FsspecSource:
             entries = self._fs.ls(self._root, detail=True)
         except FileNotFoundError as error:
             raise UsageError(f"{self.uri}: no such folder") from error
-        except OSError as error:
-            raise MachineError(f"cannot list {self.uri}: {error}") from error
+        except Exception as error:
+            raise MachineError(f"cannot list {self.uri}: {type(error).__name__}: {error}") from error
         return {e["name"].rsplit("/", 1)[-1]: int(e["size"]) for e in entries if e["type"] == "file"}
 
     def read(self, name: str, offset: int, length: int) -> Bytes:
@@ -136,8 +140,8 @@ class FsspecSource:
             return np.empty(0, np.uint8)
         try:
             data = self._fs.cat_file(f"{self._root}/{name}", start=offset, end=offset + length)
-        except OSError as error:
-            raise MachineError(f"cannot read {self.uri}/{name}: {error}") from error
+        except Exception as error:
+            raise MachineError(f"cannot read {self.uri}/{name}: {type(error).__name__}: {error}") from error
         if len(data) != length:
             raise ContainerError(f"{name}: {length - len(data):,} bytes are missing at byte {offset + len(data):,}")
         return np.frombuffer(data, np.uint8)

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import click
 
-from verifier.errors import MachineError
-from verifier.findings import Report
+from verifier.errors import ContentError, MachineError
+from verifier.findings import Finding, Report
 
 
 @click.command()
@@ -43,6 +43,10 @@ def check(
         report = judge(
             uri, base=base, merged_from=merged_from, depth=depth, require=require, fail_on=fail_on,  # type: ignore[arg-type]
         )  # fmt: skip
+    except ContentError as error:  # BASE or VENDOR is no checkpoint; what is wrong with URI is a finding of the check
+        if format_ != "json":
+            raise
+        report = Report("failed", uri, base, (Finding("QC104", "error", str(error)),), (), {"error": str(error)})
     except MachineError as error:
         if format_ != "json":
             raise

@@ -5,18 +5,22 @@ from __future__ import annotations
 
 import errno
 import importlib
+import io
 import os
 import signal
 import sys
 from collections.abc import Sequence
 from importlib.metadata import entry_points
 from types import FrameType
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn, TextIO
 
 import click
 
 from verifier import __version__
 from verifier.errors import CkptgateError
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 BUILT_IN = {
     "check": ("verifier.cli.check", "Judge a checkpoint."),
@@ -59,7 +63,7 @@ class LazyGroup(click.Group):
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="ckptgate")
 def cli() -> None:
-    """The gate between an exporter and a serving engine: judge quantized LLM checkpoints before they ship.
+    """Judge quantized LLM checkpoints before they ship: the gate between an exporter and a serving engine.
 
     Exit codes: 0 passed, 1 failed, 2 usage, 3 unproven, 4 broken; docs/exit-codes.md.
     """
@@ -79,15 +83,12 @@ def run(argv: Sequence[str]) -> int:
         return _say("interrupted; nothing was left under a final name", 130)
     except CkptgateError as error:
         return _say(str(error), error.exit_code)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except OSError as error:
         what = "the disk is full" if error.errno == errno.ENOSPC else (error.strerror or str(error))
         return _say(f"{what}{f': {error.filename}' if error.filename else ''}", 4)
     except MemoryError:
         return _say("out of memory", 4)
-    except Exception as error:  # noqa: BLE001  (the last resort: a defect is reported as one, with exit code 4)
+    except Exception as error:
         if os.environ.get("CKPTGATE_DEBUG"):
             raise
         return _say(
@@ -106,7 +107,32 @@ def _terminated(_number: int, _frame: FrameType | None) -> NoReturn:
     raise SystemExit(143)
 
 
+class _Output(io.FileIO):
+    """A standard stream that swallows what is written after its reader went away.
+
+    click ends a command with 1 where a pipe is closed, which is the code of a failed check.
+    """
+
+    def write(self, data: ReadableBuffer, /) -> int:
+        """Write, or drop what nobody reads."""
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            return memoryview(data).nbytes
+
+
+def _unbreakable(stream: TextIO) -> TextIO:
+    """Return a standard stream as `_Output`; one that is closed, or no file, stays as it is."""
+    if not isinstance(stream, io.TextIOWrapper):
+        return stream
+    raw = _Output(stream.fileno(), "w", closefd=False)
+    return io.TextIOWrapper(
+        io.BufferedWriter(raw), stream.encoding, stream.errors, line_buffering=stream.line_buffering
+    )
+
+
 def main() -> NoReturn:
     """Run the process's own command line and exit."""
     signal.signal(signal.SIGTERM, _terminated)
+    sys.stdout, sys.stderr = _unbreakable(sys.stdout), _unbreakable(sys.stderr)
     sys.exit(run(sys.argv[1:]))

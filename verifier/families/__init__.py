@@ -20,7 +20,7 @@ from verifier.errors import ContentError
 
 Shape = tuple[int, ...]
 MAX_LAYERS = 10_000
-MAX_TENSORS = 5_000_000
+MAX_TENSORS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,9 @@ class Family:
         count = min(self.value(config, self.data["ranges"]["layer"]) or 0, MAX_LAYERS)
         if kind == "all":
             return list(range(count))
-        text = config.get(self.data["text"].rstrip("."), {}) if self.data["text"] else config
+        text = config.get(self.data["text"].rstrip(".")) if self.data["text"] else config
+        if not isinstance(text, Mapping):
+            text = {}
         flags = _indexer_flags(text, count) if kind == "indexer" else _sparse_flags(text, count)
         return [i for i in range(count) if flags[i] == (kind != "dense")]
 
@@ -85,9 +87,16 @@ class Family:
             if tied and entry["name"].endswith("lm_head.weight"):
                 continue
             shape = self.shape(config, entry["shape"])
+            if len(found) + self._count(config, entry) > MAX_TENSORS:
+                raise ContentError(f"config.json declares more than {MAX_TENSORS:,} tensors")
             for name in self._names(config, entry["name"], entry.get("layers")):
                 found[name] = shape
         return found
+
+    def _count(self, config: Mapping[str, Any], entry: Mapping[str, Any]) -> int:
+        """Return an upper bound of the tensors that an entry stands for."""
+        paths = [p for k, p in self.data["ranges"].items() if "{" + k + "}" in entry["name"]]
+        return math.prod(self.value(config, p) or 0 for p in paths)
 
     def _names(self, config: Mapping[str, Any], pattern: str, kind: str | None) -> Iterator[str]:
         ranges: dict[str, list[int]] = {}
@@ -97,8 +106,6 @@ class Family:
                 if count > MAX_LAYERS:
                     raise ContentError(f"config.json declares {path} = {count:,}")
                 ranges[key] = self.layers(config, kind or "all") if key == "layer" else list(range(count))
-        if math.prod(len(r) for r in ranges.values()) > MAX_TENSORS:
-            raise ContentError(f"config.json declares more than {MAX_TENSORS:,} tensors like {pattern}")
         names = [pattern]
         for key, numbers in ranges.items():
             names = [n.replace("{" + key + "}", str(i)) for n in names for i in numbers]

@@ -21,7 +21,7 @@ import torch
 from verifier.checkpoint import Checkpoint, Tensor, open_checkpoint
 from verifier.decoding import decode
 from verifier.errors import ContentError, MissingExtra
-from verifier.schemes import FLOATS, FORMATS, Format, Module, canonical, gather, read_declarations
+from verifier.schemes import FLOATS, Format, Module, canonical, format_of, gather, read_declarations
 
 try:
     import transformers
@@ -80,12 +80,9 @@ def decoded_tensors(checkpoint: Checkpoint) -> dict[str, _Lazy]:
                 continue
             fmt = None
             if tensor is module.weight and module.quantized:
-                cover = declaration.cover(module.name) if declaration is not None and declaration.known else None
-                fmt = (cover.format if cover else None) or module.shown
-                if fmt is None or fmt.weight_dtype != tensor.dtype:
+                fmt = format_of(module, declaration)
+                if fmt is None:
                     raise ContentError(f"{tensor.name}: {tensor.dtype}, and its format cannot be told; run check first")
-                if fmt.name not in FORMATS:
-                    raise ContentError(f"{tensor.name}: {fmt.algo} cannot be decoded")
             elif tensor.dtype not in FLOATS:
                 continue
             found[name] = _Lazy(checkpoint, module, leaf, fmt)
@@ -119,12 +116,16 @@ def load_model(checkpoint: Checkpoint | str, *, device: str = "cpu", attention: 
                 output_loading_info=True, device_map={"": device},
             )  # fmt: skip
         except (RuntimeError, ValueError) as error:
-            raise ContentError(f"{ckpt.uri}: transformers cannot build the model: {' '.join(str(error).split())[:300]}") from error
+            raise ContentError(f"{ckpt.uri}: transformers cannot build the model: {_short(error)}") from error
     if info["missing_keys"] or info["mismatched_keys"]:
         names = sorted(str(k) for k in info["missing_keys"]) or sorted(str(k) for k in info["mismatched_keys"])
         raise ContentError(f"{ckpt.uri}: {len(names)} keys of the model are missing or of another shape, {names[0]} first")
     kept = _restore_float32(model, ckpt)
     return LoadedModel(model.eval(), (), tuple(sorted(info["unexpected_keys"])), kept)
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def _config(ckpt: Checkpoint) -> Any:
@@ -133,14 +134,15 @@ def _config(ckpt: Checkpoint) -> Any:
     try:
         return transformers.AutoConfig.for_model(**raw)
     except (ValueError, KeyError, TypeError) as error:
-        raise ContentError(f"{ckpt.uri}: transformers cannot read config.json: {' '.join(str(error).split())[:300]}") from error
+        raise ContentError(f"{ckpt.uri}: transformers cannot read config.json: {_short(error)}") from error
 
 
 def _restore_float32(model: Any, ckpt: Checkpoint) -> tuple[str, ...]:
     """Give back their float32 values to the tensors that from_pretrained cast to the model's dtype.
 
     transformers has no public way to say "this one stays float32" by hub name, so its own renaming is asked where each
-    tensor went; stacked ones are not renamed but converted, and keep BF16.
+    tensor went; stacked ones are not renamed but converted, and keep BF16, as do matrices of modules that cannot run
+    in two dtypes.
     """
     # The one use of the conversion internals in the verifier: hub name to parameter name, one to one.
     from transformers.conversion_mapping import get_model_conversion_mapping  # noqa: PLC0415
@@ -163,12 +165,26 @@ def _restore_float32(model: Any, ckpt: Checkpoint) -> tuple[str, ...]:
         owner, _, leaf = key.rpartition(".")
         module = model.get_submodule(owner)
         value = plain(ckpt, tensor).to(state[key].device)
-        if leaf in module._parameters:
+        before = module._parameters.get(leaf)
+        if before is not None:
             module._parameters[leaf] = torch.nn.Parameter(value, requires_grad=False)
+            if value.ndim == 2 and not _runs(module, value):
+                module._parameters[leaf] = before
+                continue
         else:
             module._buffers[leaf] = value
         kept.append(tensor.name)
     return tuple(kept)
+
+
+def _runs(module: Any, weight: torch.Tensor) -> bool:
+    """Whether a module takes BF16 hidden states with its weight in float32 (MiniMax-M3's router does, Qwen3's not)."""
+    try:
+        with torch.inference_mode():
+            module(torch.zeros((1, weight.shape[1]), dtype=torch.bfloat16, device=weight.device))
+    except (RuntimeError, TypeError, IndexError):
+        return False
+    return True
 
 
 @contextlib.contextmanager

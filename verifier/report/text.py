@@ -59,7 +59,8 @@ def _footer(report: Report) -> str:
     formats = ", ".join(f"{n:,} {a}" for a, n in sorted(s["formats"].items())) or "none"
     payload = any(c.ran and "scales" in c.unit for c in report.coverage)
     scales = f", {_size(s['scale_bytes'])} of scales read" if payload else ""
-    return f"checked {s['tensors']:,} tensors in {s['shards']} shards, {_size(s['bytes'])}{scales}; quantized modules: {formats}"
+    size = f"{s['tensors']:,} tensors in {s['shards']} shards, {_size(s['bytes'])}"
+    return f"checked {size}{scales}; quantized modules: {formats}"
 
 
 def _size(count: int) -> str:

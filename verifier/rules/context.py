@@ -25,6 +25,7 @@ from verifier.schemes import (
     Format,
     Module,
     canonical,
+    format_of,
     gather,
     read_declarations,
     role,
@@ -85,20 +86,8 @@ class Judged:
         return self.declaration.cover(module.name) if self.declaration else None
 
     def format_of(self, module: Module) -> Format | None:
-        """Return the format that a quantized module must satisfy: the declared one, else the one it shows.
-
-        None where it is not quantized, or where its weight has another dtype than the declared format's (QC305, QC408).
-        """
-        if not module.quantized or module.weight is None or module.dims is None:
-            return None
-        cover = self.cover(module)
-        declared = cover.format if cover else None
-        found = declared or module.shown
-        if found is None and cover is not None and cover.algo is not None:
-            return None
-        if found is not None and found.weight_dtype != module.weight.dtype:
-            return None
-        return found
+        """Return the format that a quantized module must satisfy (`verifier.schemes.format_of`)."""
+        return format_of(module, self.declaration)
 
     def values(self, module: Module) -> Float32 | None:
         """Return a weight's values in float32, decoded where it is quantized; None where it cannot be."""
@@ -174,9 +163,14 @@ class Context(Judged):
         """A sentence on why the base is another model, or '' where it is not."""
         if self.base is None:
             return ""
+        if not self.names or not self.base.names:
+            return ""
         common = len(self.names & self.base.names)
-        if self.base.names and common * 10 < len(self.base.names):
-            return f"{common} of {len(self.base.names)} names are those of the base"
+        naming = self.naming
+        known = common + len(naming.prefix) + len(naming.leaf) + sum(n for _, n in naming.fused)
+        types = {self.checkpoint.model_type, self.base.checkpoint.model_type}
+        if known * 10 < len(self.base.names) or (len(types) > 1 and known * 2 < len(self.base.names)):
+            return f"{known} of {len(self.base.names)} names are those of the base"
         differing = [
             n for n in sorted(self.names & self.base.names)
             if (a := logical_shape(self, n)) and (b := logical_shape(self.base, n)) and a != b
@@ -190,12 +184,10 @@ class Context(Judged):
         """Modules whose weight is stored as codes or that carry scales."""
         return tuple(m for m in self.modules.values() if m.quantized)
 
-    def formatted(self) -> Iterator[tuple[Module, Format]]:
-        """Yield the quantized modules whose format is known."""
-        for module in self.quantized_modules:
-            found = self.format_of(module)
-            if found is not None:
-                yield module, found
+    @cached_property
+    def formatted(self) -> tuple[tuple[Module, Format], ...]:
+        """The quantized modules whose format is known, with it."""
+        return tuple((m, f) for m in self.quantized_modules if (f := self.format_of(m)) is not None)
 
     @cached_property
     def linears(self) -> tuple[Module, ...]:
@@ -206,9 +198,12 @@ class Context(Judged):
         )  # fmt: skip
 
     def declared_group(self, module: Module, found: Format) -> int | None:
-        """Return the group size that the declaration states for a module, else its format's own."""
-        cover = self.cover(module)
-        return (cover.group_size if cover else None) or found.group_size
+        """Return the group size that a declaration states for a module where it is not the format's, else the format's."""
+        for declaration in (self.declarations.inline, self.declarations.file):
+            cover = declaration.cover(module.name) if declaration is not None and declaration.known else None
+            if cover is not None and cover.group_size not in (None, found.group_size):
+                return cover.group_size
+        return found.group_size
 
     @property
     def untouched_source(self) -> Judged:
@@ -236,7 +231,7 @@ class Context(Judged):
 
     def scale_tensors(self, leaves: tuple[str, ...]) -> Iterator[tuple[Module, Format, Tensor]]:
         """Yield the scale tensors of some leaves whose dtype is the format's."""
-        for module, found in self.formatted():
+        for module, found in self.formatted:
             for leaf in leaves:
                 tensor, sibling = module.parts.get(leaf), found.sibling(leaf)
                 if tensor is not None and sibling is not None and tensor.dtype in sibling.dtypes:

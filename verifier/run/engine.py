@@ -115,7 +115,8 @@ def _verdict(
         if c.ran and c.of and not c.checked:
             return "unproven", f"{c.rule} examined none of {c.of:,} {c.unit}: {c.reason}"
         if c.rule in require and (not c.ran or not c.checked):
-            return "unproven", f"{c.rule} is required and " + (f"did not run: {c.reason}" if not c.ran else "found nothing to examine")
+            why = f"did not run: {c.reason}" if not c.ran else "found nothing to examine"
+            return "unproven", f"{c.rule} is required and {why}"
     return "passed", ""
 
 

@@ -15,8 +15,9 @@ from typing import Any
 
 from verifier.checkpoint import Checkpoint
 from verifier.schemes.exclusions import Exclusions
-from verifier.schemes.formats import FORMAT_OF_ALGO, FORMATS, Format
+from verifier.schemes.formats import FORMAT_OF_ALGO, FORMATS, Format, same_layout
 from verifier.schemes.groups import packed_name
+from verifier.schemes.modules import Module
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +121,22 @@ def read_declarations(checkpoint: Checkpoint) -> Declarations:
     )
 
 
+def format_of(module: Module, declaration: Declaration | None) -> Format | None:
+    """Return the format that a quantized module must satisfy: the declared one, else the one that it shows.
+
+    None where it is not quantized, where it shows another format than the declared one (QC305, QC408, QC410), or where
+    an algorithm is declared that is not judged.
+    """
+    if not module.quantized or module.weight is None or module.dims is None:
+        return None
+    cover = declaration.cover(module.name) if declaration is not None and declaration.known else None
+    shown = module.shown
+    found = cover.format if cover is not None and cover.algo is not None else shown
+    if found is None or found.weight_dtype != module.weight.dtype:
+        return None
+    return found if shown is None or same_layout(found, shown) else None
+
+
 def parse(raw: Any, file: str) -> Declaration:
     """Normalise one declaration; what is malformed is listed in ``problems``, never raised."""
     problems: list[str] = []
@@ -136,7 +153,9 @@ def parse(raw: Any, file: str) -> Declaration:
     group = _integer(body.get("group_size"))
     if method in ("mxfp8", "fp8"):
         form = "vendor"
-        algo, group = _vendor_algo(method, body, problems)
+        vendor, size = _vendor_algo(method, body, problems)
+        if algo is None:  # DeepSeek-V4 states both: the algorithm is then the finer word
+            algo, group = vendor, size
     elif not method.startswith("modelopt") and algo is None:
         form = "foreign"
     if group is None:

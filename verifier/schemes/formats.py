@@ -82,7 +82,10 @@ FORMATS: dict[str, Format] = {
         ),
         Format(
             "fp8", "FP8", "F8_E4M3", None,
-            (Sibling(("weight_scale", "weight_scale_inv"), ("F32",), _scalar), Sibling(("input_scale",), ("F32",), _scalar, False)),
+            (
+                Sibling(("weight_scale", "weight_scale_inv"), ("F32",), _scalar),
+                Sibling(("input_scale",), ("F32",), _scalar, required=False),
+            ),
         ),
         Format(
             "fp8_per_channel", "FP8_PER_CHANNEL_PER_TOKEN", "F8_E4M3", None,
@@ -92,8 +95,24 @@ FORMATS: dict[str, Format] = {
             "fp8_block", "FP8_PB_WO", "F8_E4M3", (128, 128),
             (Sibling(("weight_scale_inv", "weight_scale"), ("F32",), _tiles),),
         ),
+        # compressed-tensors 0.20: the global scales are divisors, 2688 / amax.
+        Format(
+            "nvfp4_ct", "NVFP4_PACK_QUANTIZED", "U8", (1, 16),
+            (
+                Sibling(("weight_scale",), ("F8_E4M3",), _blocks(16)),
+                Sibling(("weight_global_scale",), ("F32",), _scalar),
+                Sibling(("input_global_scale",), ("F32",), _scalar, required=False),
+            ),
+        ),
     )
 }  # fmt: skip
+
+
+def same_layout(a: Format, b: Format) -> bool:
+    """Whether two formats store weights alike (NVFP4 with and without an input scale)."""
+    return a is b or {a.name, b.name} == {"nvfp4", "w4a16_nvfp4"}
+
+
 FORMAT_OF_ALGO: dict[str, str] = {
     **{f.algo: f.name for f in FORMATS.values()},
     "FP8_BLOCK_SCALES": "fp8_block",

@@ -74,13 +74,15 @@ class Module:
         weight, scale = self.weight, self.scale
         if weight is None or not self.quantized or self.dims is None:
             return None
+        if "weight_packed" in self.parts:
+            return FORMATS["nvfp4_ct"] if weight.dtype == "U8" else None
         if weight.dtype == "U8":
             return FORMATS["nvfp4" if "input_scale" in self.parts else "w4a16_nvfp4"]
         if weight.dtype != "F8_E4M3" or scale is None:
             return None
-        if scale.dtype in ("U8", "F8_E8M0"):
-            return FORMATS["mxfp8"]
         out, in_ = self.dims
+        if scale.dtype in ("U8", "F8_E8M0"):
+            return FORMATS["mxfp8"] if scale.shape in FORMATS["mxfp8"].siblings[0].shapes(out, in_) else None
         for name in ("fp8", "fp8_per_channel", "fp8_block"):
             sibling = FORMATS[name].siblings[0]
             if scale.shape in sibling.shapes(out, in_):

@@ -46,3 +46,8 @@ def check(ctx: Context) -> Iterator[Finding]:
                 f"the index names {file}, which is not in the folder; {len(names)} tensors are lost",
                 where=Where(names[0], file), observed="absent", expected="present",
             )  # fmt: skip
+        elif not file.endswith(".safetensors"):
+            yield ctx.finding(
+                f"the index names {file} as a shard, which is no safetensors file", where=Where(names[0], file),
+                observed=file, expected="*.safetensors",
+            )  # fmt: skip

@@ -25,7 +25,7 @@ def check(ctx: Context) -> Iterator[Finding]:
     for shard in ctx.checkpoint.shards:
         ctx.tally.see()
         for problem in shard.problems:
-            if problem.kind in ("trailing", "metadata"):
+            if problem.kind == "trailing":
                 continue
             yield ctx.finding(
                 f"{shard.file}: {problem.message}", where=Where(problem.tensor, shard.file),

@@ -5,11 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from verifier.checkpoint import INDEX
 from verifier.findings import Finding, Where
 from verifier.rules.context import Context
 from verifier.rules.registry import rule
-
-from verifier.checkpoint import INDEX
 
 
 @rule(

@@ -28,7 +28,9 @@ def check(ctx: Context) -> Iterator[Finding]:
         return
     ctx.tally.see(len(ctx.names))
     if ctx.unrelated_base:
-        yield ctx.finding(f"the base is another model: {ctx.unrelated_base}", expected="the same architecture and sizes")
+        yield ctx.finding(
+            "the base is another model", observed=ctx.unrelated_base, expected="the same architecture and sizes"
+        )
         return
     for name, wanted in ctx.naming.prefix:
         memory = ctx.family is not None and ctx.family.in_memory(name)

@@ -31,6 +31,6 @@ def check(ctx: Context) -> Iterator[Finding]:
         return
     for key, name in ctx.naming.experts:
         yield ctx.finding(
-            f"expert {key.expert} of {key.container} has no {key.leaf}",
-            where=Where(name), observed="absent", expected="present",
+            f"a routed expert has no {key.leaf}", where=Where(name),
+            observed=f"expert {key.expert} absent", expected="present",
         )  # fmt: skip

@@ -6,10 +6,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from verifier.findings import Finding
-from verifier.rules.context import Context
+from verifier.rules.context import Context, logical_shape
 from verifier.rules.registry import rule
-
-from verifier.rules.context import logical_shape
 
 
 @rule(

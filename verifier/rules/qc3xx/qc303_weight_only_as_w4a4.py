@@ -21,7 +21,7 @@ def check(ctx: Context) -> Iterator[Finding]:
     **Hurts.** vLLM multiplies every expert by an unset scale: the same token again and again.
     **Mend.** Set ``quant_algo`` to W4A16_NVFP4 in both configs, or write input scales.
     """
-    modules = [m for m, f in ctx.formatted() if f.name == "nvfp4" and ctx.cover(m) is not None]
+    modules = [m for m, f in ctx.formatted if f.name == "nvfp4" and ctx.cover(m) is not None]
     ctx.tally.see(len(modules))
     if modules and not any("input_scale" in m.parts for m in modules):
         yield ctx.finding(

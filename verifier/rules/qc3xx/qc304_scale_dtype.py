@@ -22,7 +22,7 @@ def check(ctx: Context) -> Iterator[Finding]:
     model is garbage without a message. TensorRT-LLM asserts.
     **Mend.** Save the bytes of the format's own dtype.
     """
-    for module, found in ctx.formatted():
+    for module, found in ctx.formatted:
         for leaf in module.scales:
             sibling = found.sibling(leaf)
             if sibling is None:

@@ -23,7 +23,7 @@ def check(ctx: Context) -> Iterator[Finding]:
     **Hurts.** For experts vLLM narrows and leaves the rest unwritten, silently.
     **Mend.** Write the scale in the linear layout, computed from the unpacked weight.
     """
-    for module, found in ctx.formatted():
+    for module, found in ctx.formatted:
         out, in_ = module.dims or (0, 0)
         declared = ctx.declared_group(module, found)
         for leaf in module.scales:

@@ -21,7 +21,7 @@ def check(ctx: Context) -> Iterator[Finding]:
     **Hurts.** Engines size the scale parameter from the config: a size error, or for experts a silent partial load.
     **Mend.** State the size that was used; no engine serves NVFP4 with another than 16, or MXFP8 with another than 32.
     """
-    for module, found in ctx.formatted():
+    for module, found in ctx.formatted:
         if found.group_size is None or module.scale is None or module.dims is None:
             continue
         ctx.tally.see()

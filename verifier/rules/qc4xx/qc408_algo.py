@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from verifier.findings import Finding, Where
 from verifier.rules.context import Context
 from verifier.rules.registry import rule
-
-from verifier.schemes import KNOWN_ALGOS
+from verifier.schemes import KNOWN_ALGOS, same_layout
 
 
 @rule(
@@ -34,7 +33,8 @@ def check(ctx: Context) -> Iterator[Finding]:
         return
     if declaration.algo not in KNOWN_ALGOS:
         ctx.tally.see()
-        yield ctx.finding(f"quant_algo {declaration.algo!r} is none that engines know", where=where, observed=declaration.algo)
+        algo = declaration.algo
+        yield ctx.finding(f"quant_algo {algo!r} is none that engines know", where=where, observed=algo)
         return
     if declaration.mixed:
         return  # QC410 compares module by module
@@ -43,7 +43,7 @@ def check(ctx: Context) -> Iterator[Finding]:
         if declared is None or shown is None or module.weight is None:
             continue
         ctx.tally.see()
-        if declared.weight_dtype != module.weight.dtype and not declared.packed:
+        if not same_layout(declared, shown) and not declared.packed:
             yield ctx.finding(
                 f"{declaration.algo} is declared, the tensors are {shown.algo}", tensor=module.weight.name,
                 observed=shown.algo, expected=declaration.algo,

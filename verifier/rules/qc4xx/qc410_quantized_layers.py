@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from verifier.findings import Finding, Where
 from verifier.rules.context import Context
 from verifier.rules.registry import rule
-
-from verifier.schemes import Cover, Module, packed_name
+from verifier.schemes import Cover, Module, packed_name, same_layout
 
 
 @rule(
@@ -54,7 +53,7 @@ def _judge(ctx: Context, module: Module, cover: Cover) -> Iterator[Finding]:
     shown = module.shown
     if cover.algo is None:
         yield ctx.finding("no entry of quantized_layers covers this quantized module", where=where, observed="no entry")
-    elif cover.format is not None and shown is not None and not _agree(cover.format.name, shown.name):
+    elif cover.format is not None and shown is not None and not same_layout(cover.format, shown):
         yield ctx.finding(
             f"quantized_layers says {cover.algo}, the tensors are {shown.algo}", where=where,
             observed=shown.algo, expected=cover.algo,
@@ -65,7 +64,3 @@ def _judge(ctx: Context, module: Module, cover: Cover) -> Iterator[Finding]:
             f"listed only through {kind}: TensorRT-LLM matches exactly and drops its scales", where=where,
             observed=cover.entry, expected=module.name, severity="warning",
         )  # fmt: skip
-
-
-def _agree(declared: str, shown: str) -> bool:
-    return declared == shown or {declared, shown} == {"nvfp4", "w4a16_nvfp4"}

@@ -5,13 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from verifier.findings import Finding, Where
-from verifier.rules.context import Context
-from verifier.rules.registry import rule
-
 import numpy as np
 
 from verifier.checkpoint import Tensor
+from verifier.findings import Finding
+from verifier.rules.context import Context
+from verifier.rules.registry import rule
 from verifier.schemes import Format, Module
 
 
@@ -67,6 +66,6 @@ def _floats(ctx: Context, tensor: Tensor) -> Iterator[Finding]:
     if zero.size:
         leaf = tensor.name.rpartition(".")[2]
         yield ctx.finding(
-            f"zero {leaf}: everything it scales reads as zero", where=Where(tensor.name, tensor.file, byte=tensor.offset),
+            f"zero {leaf}: everything it scales reads as zero", where=ctx.at_byte(tensor, 4 * int(zero[0])),
             observed=0.0, expected="> 0", count=int(zero.size),
         )  # fmt: skip

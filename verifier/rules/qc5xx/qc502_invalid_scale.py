@@ -5,13 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from verifier.findings import Finding, Where
-from verifier.rules.context import Context
-from verifier.rules.registry import rule
-
 import numpy as np
 
 from verifier.checkpoint import Tensor
+from verifier.findings import Finding, Where
+from verifier.rules.context import Context
+from verifier.rules.registry import rule
 
 
 @rule(

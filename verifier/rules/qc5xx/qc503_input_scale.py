@@ -5,13 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from verifier.findings import Finding, Where
-from verifier.rules.context import Context
-from verifier.rules.registry import rule
-
 import numpy as np
 
 from verifier.checkpoint import Tensor
+from verifier.findings import Finding, Where
+from verifier.rules.context import Context
+from verifier.rules.registry import rule
 from verifier.schemes import collapse, expert_key
 
 SMALLEST = 1e-30
@@ -45,9 +44,9 @@ def check(ctx: Context) -> Iterator[Finding]:
             key = expert_key(module.name)
             group = f"{key.container}.*.{key.leaf}" if key else collapse(module.name)
             groups.setdefault(group, []).append((tensor, float(values[0])))
-    for group in groups.values():
-        middle = float(np.median([v for _, v in group]))
-        for tensor, value in group:
+    for siblings in groups.values():
+        middle = float(np.median([v for _, v in siblings]))
+        for tensor, value in siblings:
             if not middle / FAR <= value <= middle * FAR:
                 yield ctx.finding(
                     "input_scale is far from its siblings", where=Where(tensor.name, tensor.file, byte=tensor.offset),

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from verifier.findings import Finding, Where
 from verifier.rules.context import Context
 from verifier.rules.registry import rule
-
 from verifier.schemes import expert_key, fused_groups
 
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
+
 from verifier.findings import Finding
 from verifier.rules.context import Context
 from verifier.rules.registry import rule
-
-import numpy as np
-
 from verifier.schemes import FLOATS, SCALE_LEAVES, split
 
 EXPONENT = {"BF16": (np.uint16, 0x7F80), "F16": (np.uint16, 0x7C00), "F32": (np.uint32, 0x7F800000)}

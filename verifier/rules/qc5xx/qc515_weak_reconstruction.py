@@ -5,15 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from verifier.findings import Finding
-from verifier.rules.context import Context
-from verifier.rules.registry import rule
-
 import numpy as np
 
 from verifier.checkpoint import Tensor
-from verifier.decoding import Float32, decode, max_scales, nearest
-from verifier.rules.context import stored
+from verifier.decoding import Float32, max_scales, nearest
+from verifier.findings import Finding
+from verifier.rules.context import Context, stored
+from verifier.rules.registry import rule
 from verifier.schemes import Format, Module
 
 WEAK = 1.25
@@ -56,6 +54,15 @@ def _judge(
     ctx: Context, module: Module, weight: Tensor, found: Format, wanted: Float32, got: Float32
 ) -> Iterator[Finding]:
     size = _norm(wanted)
+    if not found.packed:
+        flat = ctx.bytes_of(weight)
+        bad = np.flatnonzero((flat & 0x7F) == 0x7F)
+        if bad.size:
+            yield ctx.finding(
+                "NaN codes", where=ctx.at_byte(weight, int(bad[0])), severity="error", count=int(bad.size),
+                observed=f"0x{int(flat[bad[0]]):02X}", expected="0x00..0x7E or 0x80..0xFE",
+            )  # fmt: skip
+            return
     if not np.isfinite(size) or not np.isfinite(got).all():
         return  # QC502 and QC508 name those
     error = _norm(got - wanted)
@@ -83,5 +90,5 @@ def _judge(
 
 
 def _norm(values: Float32) -> float:
-    flat = values.reshape(-1).astype(np.float64)
-    return float(np.sqrt(flat @ flat))
+    # Not a dot product: that would start BLAS threads beside the others.
+    return float(np.sqrt(np.square(values, dtype=np.float64).sum()))

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
+
 from verifier.findings import Finding
 from verifier.rules.context import Context
 from verifier.rules.registry import rule
-
-import numpy as np
 
 
 @rule(
@@ -35,5 +35,6 @@ def check(ctx: Context) -> Iterator[Finding]:
             first = int(differing[0])
             yield ctx.finding(
                 "bytes differ from the source", where=ctx.at_byte(ours, first),
-                observed=f"0x{int(mine[first]):02X}, {differing.size:,} bytes differ", expected=f"0x{int(source[first]):02X}",
+                observed=f"0x{int(mine[first]):02X}, {differing.size:,} bytes differ",
+                expected=f"0x{int(source[first]):02X}",
             )  # fmt: skip

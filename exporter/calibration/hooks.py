@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Put readers on a model and take them off again, whatever happens in between."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from exporter.calibration.experts import reading
+from exporter.calibration.names import Target
+from exporter.calibration.sites import Site
+from verifier.errors import PlanError
+
+
+@dataclass
+class Readers:
+    """The sites of a model under calibration: by target, and the KV outputs by the name of their statistic."""
+
+    inputs: dict[Target, Site] = field(default_factory=dict)
+    outputs: dict[str, Site] = field(default_factory=dict)
+
+
+@contextmanager
+def observing(
+    model: Any, targets: Sequence[Target], kv: Mapping[str, str], *, percentile: float | None = None
+) -> Iterator[Readers]:
+    """Read the inputs of ``targets`` and the outputs of ``kv`` while the context is open.
+
+    Hooks, the experts implementation of every config, and transformers' registry are as before when it closes, also
+    after an exception. Parameters and outputs are not touched.
+
+    Args:
+        model: a transformers model.
+        targets: what to read the input of.
+        kv: module in memory by name of the statistic.
+        percentile: of the magnitudes of inputs, in (0, 100]; None for their maximum. Outputs are always maxima.
+
+    Raises:
+        PlanError: the experts implementation of a module cannot be set.
+    """
+    readers, handles = Readers(), []
+    linears: dict[str, Site] = {}
+    stacks: dict[str, tuple[Site, Site]] = {}
+    for target in targets:
+        if target.kind == "linear":
+            readers.inputs[target] = linears.setdefault(target.path, Site(1, percentile))
+            continue
+        if target.path not in stacks:
+            count = model.get_submodule(target.path).down_proj.shape[0]
+            stacks[target.path] = (Site(count, percentile), Site(count, percentile))
+        readers.inputs[target] = stacks[target.path][target.kind == "down"]
+    try:
+        for path, site in linears.items():
+            module = model.get_submodule(path)
+            handles.append(module.register_forward_pre_hook(_input_hook(site), with_kwargs=True))
+        for name, path in kv.items():
+            readers.outputs[name] = Site(1)
+            handles.append(model.get_submodule(path).register_forward_hook(_output_hook(readers.outputs[name])))
+        with _experts(model, stacks):
+            yield readers
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _input_hook(site: Site) -> Callable[..., None]:
+    def hook(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        site.update(0, args[0] if args else kwargs["input"])
+
+    return hook
+
+
+def _output_hook(site: Site) -> Callable[..., None]:
+    def hook(_module: Any, _args: Any, output: torch.Tensor) -> None:
+        site.update(0, output)
+
+    return hook
+
+
+@contextmanager
+def _experts(model: Any, stacks: Mapping[str, tuple[Site, Site]]) -> Iterator[None]:
+    """Have the experts modules call the reading implementation."""
+    if not stacks:
+        yield
+        return
+    from transformers.integrations import moe  # noqa: PLC0415  (of use to models with experts only)
+
+    functions: Any = moe.ALL_EXPERTS_FUNCTIONS
+    name = f"ckptgate_{uuid.uuid4().hex}"
+    before = _implementations(model)
+    # An entry of the instance can be deleted; what its method register() adds cannot.
+    functions[name] = reading({model.get_submodule(path): sites for path, sites in stacks.items()})
+    try:
+        model.set_experts_implementation(name)
+        for path in stacks:
+            module = model.get_submodule(path)
+            if module.config._experts_implementation != name:
+                raise PlanError(f"{path} ({type(module).__name__}) does not follow transformers' experts interface")
+        yield
+    finally:
+        for config, implementation in before:
+            config._experts_implementation = implementation
+        del functions[name]
+
+
+def _implementations(model: Any) -> list[tuple[Any, Any]]:
+    """Return every config of the model with its implementation, outer ones first: setting one sets those within."""
+    found: dict[int, tuple[Any, Any]] = {}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if config is not None and hasattr(config, "_experts_implementation"):
+            found.setdefault(id(config), (config, config._experts_implementation))
+    return list(found.values())

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the modules of a hub checkpoint are in transformers' model; transformers' own conversion mapping is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from verifier.checkpoint import Checkpoint
+from verifier.errors import PlanError
+from verifier.schemes import expert_key, role
+
+Kind = Literal["linear", "gate_up", "down"]
+OUTSIDE = ("dbrx", "inkling", "jetmoe", "llama4", "llama4_text", "longcat_flash", "step3p7")
+"""Model types with stacked experts whose class does not call transformers' experts interface (transformers 5.23)."""
+_FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "config")
+_NO_CACHE = ("vision", "projector", "indexer", "mtp")
+_STACKS: Mapping[str, Kind] = {"gate_up_proj": "gate_up", "up_proj": "gate_up", "down_proj": "down"}
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A module to read: its hub name, the module in memory, what that is, and which slot of it (the expert)."""
+
+    hub: str
+    path: str
+    kind: Kind
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a hub tensor is in memory; ``converted`` where it is only a part or another shape of that parameter."""
+
+    key: str
+    converted: bool
+
+
+def places(model: Any, names: Iterable[str]) -> dict[str, Place]:
+    """Return the parameter or buffer that transformers' loader makes of each hub tensor."""
+    # The one use of the conversion internals in the exporter.
+    from transformers.conversion_mapping import get_model_conversion_mapping  # noqa: PLC0415
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key  # noqa: PLC0415
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
+    converters = [m for m in mapping if isinstance(m, WeightConverter)]
+    state = model.state_dict()
+    found = {}
+    for name in sorted(names):
+        key, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        found[name] = Place(key, pattern is not None)
+    return found
+
+
+def refuse_outside(checkpoint: Checkpoint) -> None:
+    """Refuse the families whose experts transformers' experts interface does not reach.
+
+    Raises:
+        PlanError: naming the family.
+    """
+    if checkpoint.model_type in OUTSIDE:
+        raise PlanError(
+            f"{checkpoint.uri}: {checkpoint.model_type} is outside transformers' experts interface, so the inputs of its "
+            f"experts cannot be read; not supported: {', '.join(OUTSIDE)}"
+        )
+
+
+def targets(model: Any, checkpoint: Checkpoint, where: Mapping[str, Place], wanted: Iterable[str]) -> list[Target]:
+    """Return where to read the input of each wanted hub module.
+
+    Args:
+        model: the model that transformers built.
+        checkpoint: the source.
+        where: the places of the source's tensors.
+        wanted: hub module names.
+
+    Raises:
+        PlanError: a module that the model does not have, or that is of a kind that cannot be read; it is named.
+    """
+    state = model.state_dict()
+    experts: dict[str, set[int]] = {}
+    for name in checkpoint.tensors:
+        key = expert_key(name.removesuffix(".weight"))
+        if key is not None:
+            experts.setdefault(key.container, set()).add(key.expert)
+    found = []
+    for hub in wanted:
+        place = where[f"{hub}.weight"]
+        if place.key not in state:
+            raise PlanError(
+                f"{hub} is in the source and not in transformers' {type(model).__name__}, so it sees no input; a recipe "
+                "that leaves it out can be calibrated"
+            )
+        path, _, leaf = place.key.rpartition(".")
+        module, key = model.get_submodule(path), expert_key(hub)
+        if isinstance(module, torch.nn.Linear) and leaf == "weight":
+            found.append(Target(hub, path, "linear", 0))
+        elif key is not None and state[place.key].ndim == 3 and _interface(module) and leaf in _STACKS:
+            count = state[place.key].shape[0]
+            if experts[key.container] != set(range(count)):
+                raise PlanError(f"{key.container}: its expert numbers are not 0 to {count - 1}, as transformers stacks them")
+            found.append(Target(hub, path, _STACKS[leaf], key.expert))
+        else:
+            raise PlanError(
+                f"{hub} is {place.key} of a {type(module).__name__} in transformers: neither a linear layer nor experts "
+                "that call its experts interface, so its input cannot be read"
+            )
+    return found
+
+
+def _interface(module: Any) -> bool:
+    return all(hasattr(module, flag) for flag in _FLAGS)
+
+
+def kv_targets(model: Any, where: Mapping[str, Place]) -> dict[str, str]:
+    """Return the module in memory of each ``<hub>.k_amax`` and ``<hub>.v_amax``: linear ones of the language model."""
+    found = {}
+    for name, place in where.items():
+        hub, _, leaf = name.rpartition(".")
+        kind = hub.rpartition(".")[2]
+        path, _, inner = place.key.rpartition(".")
+        if leaf != "weight" or kind not in ("k_proj", "v_proj") or role(hub) in _NO_CACHE:
+            continue
+        if place.converted or inner != "weight" or not _has_linear(model, path):
+            continue
+        found[f"{hub}.{kind[0]}_amax"] = path
+    return found
+
+
+def _has_linear(model: Any, path: str) -> bool:
+    try:
+        return isinstance(model.get_submodule(path), torch.nn.Linear)
+    except AttributeError:
+        return False

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is kept of the activations that a module sees: maximum, token count and, for percentiles, a histogram.
+
+Everything stays on the device where the activations are, maxima in float32 and counts in int64, until `collect`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+LOWEST = (127 - 24) << 7
+"""Bit pattern, as BF16, of 2^-24; the histogram's bins are the BF16 values from here on."""
+BINS = 48 * 128 + 1
+"""48 octaves of 128 BF16 values and one bin for 2^24 and above; the first bin holds all that is at most 2^-24."""
+CHUNK = 1 << 22
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What a site saw, by slot: the statistic (0.0 where there was no token), and tokens."""
+
+    amax: tuple[float, ...]
+    tokens: tuple[int, ...]
+
+
+class Site:
+    """One place where activations are read. ``slots`` is 1, or the number of experts that share the place."""
+
+    def __init__(self, slots: int, percentile: float | None = None) -> None:
+        self.slots, self.percentile = slots, percentile
+        self.called = False
+        self._amax: torch.Tensor | None = None
+        self._tokens: torch.Tensor | None = None
+        self._counts: torch.Tensor | None = None
+
+    def update(self, slot: int, rows: torch.Tensor) -> None:
+        """Take activations in, [..., features], any floating dtype; NaN and infinity are kept as they are."""
+        self.called = True
+        if rows.numel() == 0:
+            return
+        if self._amax is None or self._tokens is None:
+            self._amax = torch.zeros(self.slots, dtype=torch.float32, device=rows.device)
+            self._tokens = torch.zeros(self.slots, dtype=torch.int64, device=rows.device)
+            if self.percentile is not None:
+                self._counts = torch.zeros((self.slots, BINS), dtype=torch.int64, device=rows.device)
+        rows = rows.detach().to(self._amax.device)
+        low, high = rows.aminmax()
+        self._amax[slot] = torch.maximum(self._amax[slot], torch.maximum(high, -low).float())
+        self._tokens[slot] += rows.numel() // rows.shape[-1]
+        if self._counts is not None:
+            for chunk in torch.split(rows.reshape(-1), CHUNK):
+                self._counts[slot] += torch.bincount(_bins(chunk), minlength=BINS)
+
+    def reduced(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return the statistic (float32) and the tokens (int64) of each slot on the site's device; None if unseen."""
+        if self._amax is None or self._tokens is None:
+            return None
+        if self._counts is None or self.percentile is None:
+            return self._amax, self._tokens
+        return _quantile(self._counts, self._amax, self.percentile), self._tokens
+
+
+def _bins(values: torch.Tensor) -> torch.Tensor:
+    """Return the bin of each value: the BF16 value that is its magnitude, rounded up; exact for BF16."""
+    bits = values.float().abs().view(torch.int32)
+    return (((bits + 0xFFFF) >> 16) - LOWEST).clamp_(0, BINS - 1)
+
+
+def _quantile(counts: torch.Tensor, amax: torch.Tensor, percentile: float) -> torch.Tensor:
+    """Return the smallest magnitude that at least ``percentile`` % of the values do not exceed, float32 [slots].
+
+    Args:
+        counts: int64 [slots, BINS].
+        amax: float32 [slots]; the result is never above it, and not finite where it is not.
+        percentile: above 0, at most 100.
+    """
+    total = counts.sum(-1, keepdim=True)
+    rank = (total.double() * (percentile / 100.0)).ceil().clamp_(min=1.0)
+    first = (counts.cumsum(-1).double() >= rank).to(torch.uint8).argmax(-1)
+    value = ((first + LOWEST) << 16).to(torch.int32).view(torch.float32)
+    value = torch.where(first == 0, torch.zeros_like(value), value)
+    value = torch.where(first == BINS - 1, amax, value)
+    return torch.where(amax.isfinite(), torch.minimum(value, amax), amax)
+
+
+def collect(sites: Iterable[Site]) -> dict[Site, Seen]:
+    """Return what each site saw, copied to the host at once, one copy of each kind from each device."""
+    groups: dict[torch.device, list[tuple[Site, torch.Tensor, torch.Tensor]]] = {}
+    found: dict[Site, Seen] = {}
+    for site in sites:
+        parts = site.reduced()
+        if parts is None:
+            found[site] = Seen((0.0,) * site.slots, (0,) * site.slots)
+        else:
+            groups.setdefault(parts[0].device, []).append((site, *parts))
+    for group in groups.values():
+        amax = torch.cat([a for _, a, _ in group]).cpu().tolist()
+        tokens = torch.cat([t for _, _, t in group]).cpu().tolist()
+        start = 0
+        for site, _, _ in group:
+            stop = start + site.slots
+            found[site] = Seen(tuple(amax[start:stop]), tuple(tokens[start:stop]))
+            start = stop
+    return found
+
+
+def problem(amax: float) -> str | None:
+    """Return what is wrong with an input maximum, or None: it must give a normal float32 scale (amax / 2688)."""
+    if math.isnan(amax):
+        return "NaN"
+    if math.isinf(amax):
+        return "infinite"
+    if amax < 0:
+        return "negative"
+    if amax == 0:
+        return "zero"
+    info = torch.finfo(torch.float32)
+    if amax / 2688.0 < info.tiny:
+        return "tiny"
+    return "huge" if amax > info.max else None

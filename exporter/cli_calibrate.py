@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``ckptgate calibrate``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+
+import click
+
+from verifier.errors import MissingExtra, UsageError
+
+FALLBACK = click.Choice(["fallback", "error"])
+
+
+@click.command()
+@click.argument("source")
+@click.option("--recipe", required=True, help="A recipe's name, or a YAML file.")
+@click.option("--texts", metavar="FILE", multiple=True, required=True, help="Documents: text, or .jsonl of text or ids.")
+@click.option("--samples", metavar="512,256", required=True, help="Sequences to take, one number for each --texts.")
+@click.option("--seq-len", type=click.IntRange(2, 10_000_000), default=2048, show_default=True, help="Tokens in a sequence.")
+@click.option("--batch-size", type=click.IntRange(1, 4096), default=1, show_default=True, help="Sequences at a time.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Decides which documents are taken.")
+@click.option("-o", "--output", "out", metavar="FILE", required=True, help="The stats file to write (safetensors).")
+@click.option("--device", type=click.Choice(["cpu", "cuda", "auto"]), default="cpu", show_default=True)
+@click.option("--method", type=click.Choice(["max", "percentile"]), default="max", show_default=True)
+@click.option("--percentile", type=float, default=99.9, show_default=True, help="With --method percentile.")
+@click.option("--on-bad-stat", type=FALLBACK, default="error", show_default=True, help="Zero, NaN, infinite, tiny, huge.")
+@click.option("--on-dead-expert", type=FALLBACK, default="fallback", show_default=True, help="Experts without tokens.")
+@click.option("--min-tokens", type=click.IntRange(0), default=32, show_default=True, help="Warn of experts with fewer.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing stats file.")
+def calibrate(
+    source: str,
+    recipe: str,
+    texts: tuple[str, ...],
+    samples: str,
+    seq_len: int,
+    batch_size: int,
+    seed: int,
+    out: str,
+    device: str,
+    method: str,
+    percentile: float,
+    on_bad_stat: str,
+    on_dead_expert: str,
+    min_tokens: int,
+    overwrite: bool,
+) -> None:
+    """Run texts through the unquantized model in SOURCE and write each module's largest input, by hub name.
+
+    The file is what `export --stats` takes. Exit 0: written, warnings and fallbacks listed. 1: refused.
+    """
+    counts = _numbers(samples)
+    for module in ("torch", "transformers"):
+        if find_spec(module) is None:
+            raise MissingExtra("calibrate", "load")
+    from exporter import calibration  # noqa: PLC0415  (torch and transformers cost seconds)
+
+    with _bar() as progress:
+        report = calibration.calibrate(
+            source, out, recipe=recipe, texts=texts, samples=counts, seq_len=seq_len, batch_size=batch_size, seed=seed,
+            device=device, method=method, percentile=percentile,  # type: ignore[arg-type]
+            on_bad_stat=on_bad_stat, on_dead_expert=on_dead_expert,  # type: ignore[arg-type]
+            min_tokens=min_tokens, overwrite=overwrite, progress=progress,
+        )  # fmt: skip
+    click.echo(calibration.render_text(report), nl=False)
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise UsageError(f"--samples {text}: whole numbers with commas between them") from error
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[int, int], None] | None]:
+    """Yield a progress callback that draws a bar on a terminal, and None elsewhere."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console  # noqa: PLC0415  (of use on a terminal only)
+    from rich.progress import Progress  # noqa: PLC0415
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("calibrating", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

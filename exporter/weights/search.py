@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which E4M3 scale a block of NVFP4 gets: ``max``, ``mse``, ``sweep`` or ``four_over_six``.
+
+All but ``max`` minimise the block's squared error in float32 (`exporter.weights.loss.block_loss`), and take the first
+minimum in ascending order of their candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Literal
+
+import torch
+
+from exporter.codecs.constants import E2M1_MAX, E4M3_MAX, NVFP4_RANGE, SCALE_FLOOR
+from exporter.weights.loss import block_loss
+
+Method = Literal["max", "mse", "sweep", "four_over_six"]
+METHODS: tuple[Method, ...] = ("max", "mse", "sweep", "four_over_six")
+MULTIPLIERS = 39
+"""ModelOpt's ``mse`` calibrator: 39 multipliers of the block's maximum, evenly from 0.25 to 4."""
+FOUR_OVER_SIX_TOP = 256.0
+"""Largest block scale that ``four_over_six`` plans for: half as much again (6/4) stays below 448 (arXiv 2512.02010)."""
+SLACK = 1e-5
+"""Rounding of the float32 loss, relative: a lower bound is trusted only beyond it."""
+
+
+def global_divisor(method: Method) -> float:
+    """Return what amax is divided by to give ``weight_scale_2``."""
+    return E2M1_MAX * FOUR_OVER_SIX_TOP if method == "four_over_six" else NVFP4_RANGE
+
+
+def block_scales(magnitude: torch.Tensor, maxima: torch.Tensor, scale_2: torch.Tensor, method: Method) -> torch.Tensor:
+    """Return the E4M3 scale of each block, float8_e4m3fn [rows, blocks]; 1.0 for a zero block.
+
+    Args:
+        magnitude: |x|, float32 [rows, blocks, 16].
+        maxima: its maximum over each block, float32 [rows, blocks].
+        scale_2: ``weight_scale_2`` of each row, float32 [rows, 1] or [1, 1].
+        method: one of `METHODS`.
+    """
+    chosen = _SEARCHES[method](magnitude, maxima, scale_2.expand(maxima.shape[0], 1))
+    zero = (maxima / (E2M1_MAX * scale_2)) == 0
+    return chosen.float().masked_fill_(zero, 1.0).to(torch.float8_e4m3fn)
+
+
+def _cast(wanted: torch.Tensor) -> torch.Tensor:
+    return wanted.clamp(SCALE_FLOOR, E4M3_MAX).to(torch.float8_e4m3fn)
+
+
+def _max(magnitude: torch.Tensor, maxima: torch.Tensor, scale_2: torch.Tensor) -> torch.Tensor:
+    """Map the block's maximum to 6: no value is clipped (but by the rounding of the scale)."""
+    del magnitude
+    return _cast(maxima / (E2M1_MAX * scale_2))
+
+
+def _best_of(
+    candidates: list[torch.Tensor], magnitude: torch.Tensor, scale_2: torch.Tensor
+) -> torch.Tensor:
+    best = candidates[0]
+    least = block_loss(magnitude, best.float() * scale_2)
+    for candidate in candidates[1:]:
+        loss = block_loss(magnitude, candidate.float() * scale_2)
+        better = loss < least
+        least = torch.where(better, loss, least)
+        best = torch.where(better, candidate.view(torch.uint8), best.view(torch.uint8)).view(torch.float8_e4m3fn)
+    return best
+
+
+def _mse(magnitude: torch.Tensor, maxima: torch.Tensor, scale_2: torch.Tensor) -> torch.Tensor:
+    """Try multiples of the maximum, as ModelOpt's MSE calibrator does; the error is that of the rounded scale."""
+    plain = maxima / (E2M1_MAX * scale_2)
+    steps = [0.25 + i * (4.0 - 0.25) / (MULTIPLIERS - 1) for i in range(MULTIPLIERS)]
+    return _best_of([_cast(plain * m) for m in steps], magnitude, scale_2)
+
+
+def _four_over_six(magnitude: torch.Tensor, maxima: torch.Tensor, scale_2: torch.Tensor) -> torch.Tensor:
+    """Map the block's maximum to 6 or to 4, whichever is nearer in squared error (Cook et al., arXiv 2512.02010)."""
+    return _best_of([_cast(maxima / (E2M1_MAX * scale_2)), _cast(maxima / (4.0 * scale_2))], magnitude, scale_2)
+
+
+@lru_cache(maxsize=8)
+def _codes(device: torch.device) -> torch.Tensor:
+    return torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float().to(device)
+
+
+def sweep_all(magnitude: torch.Tensor, scale_2: torch.Tensor) -> torch.Tensor:
+    """Return the best of all 126 positive E4M3 scales by trying each: the reference for `_sweep`."""
+    shape = magnitude.shape[:-1]
+    table = _codes(magnitude.device)
+    best = torch.ones(shape, dtype=torch.uint8, device=magnitude.device)
+    least = torch.full(shape, torch.inf, device=magnitude.device)
+    for code in range(1, 127):
+        loss = block_loss(magnitude, (table[code] * scale_2).expand(shape))
+        better = loss < least
+        least = torch.where(better, loss, least)
+        best = torch.where(better, torch.full_like(best, code), best)
+    return best.view(torch.float8_e4m3fn)
+
+
+def _sweep(magnitude: torch.Tensor, maxima: torch.Tensor, scale_2: torch.Tensor) -> torch.Tensor:
+    """Return the best of all 126 positive E4M3 scales, trying about ten.
+
+    From the smallest scale s0 that clips nothing, only one octave upwards can win: 2s represents, within reach, a
+    subset of what s does. (Codes 1 to 8 have no exact half, so two octaves are tried there.) Below s0 the largest
+    value alone costs (amax - 6s)^2, and the walk ends where that exceeds the best. Equal to `sweep_all` by test.
+    """
+    shape = maxima.shape
+    x = magnitude.reshape(-1, magnitude.shape[-1])
+    top = maxima.reshape(-1)
+    whole = scale_2.expand(shape).reshape(-1)
+    table = _codes(x.device)
+    # The product is the scale that a reader uses: compare what is compared there.
+    first = torch.searchsorted(table[1:], (top / (E2M1_MAX * whole)).clamp(max=E4M3_MAX)).add_(1).clamp_(1, 126)
+    first = torch.where((table[first - 1] * whole * E2M1_MAX >= top) & (first > 1), first - 1, first)
+    best = first.clone()
+    least = block_loss(x, table[best] * whole)
+    for step in range(1, 16):
+        code = first + step
+        active = ((code <= 126) & ((step < 8) | (first <= 8))).nonzero()[:, 0]
+        if not active.numel():
+            break
+        _try(x, whole, table, code, active, best, least, torch.lt)
+    code = first - 1
+    active = (code >= 1).nonzero()[:, 0]
+    while active.numel():
+        scale = table[code[active]] * whole[active]
+        bound = (top[active] - E2M1_MAX * scale).clamp_(min=0).square_() * (1 - SLACK)
+        active = active[bound <= least[active]]
+        # Downwards, an equal loss is an earlier first minimum.
+        _try(x, whole, table, code, active, best, least, torch.le)
+        code = code - 1
+        active = active[code[active] >= 1]
+    return best.to(torch.uint8).view(torch.float8_e4m3fn).reshape(shape)
+
+
+def _try(
+    x: torch.Tensor,
+    whole: torch.Tensor,
+    table: torch.Tensor,
+    code: torch.Tensor,
+    active: torch.Tensor,
+    best: torch.Tensor,
+    least: torch.Tensor,
+    wins: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+) -> None:
+    """Try ``code`` for the blocks ``active``; update ``best`` and ``least`` in place where it wins."""
+    tried = code[active]
+    loss = block_loss(x[active], table[tried] * whole[active])
+    better = wins(loss, least[active])
+    place = active[better]
+    best[place] = tried[better]
+    least[place] = loss[better]
+
+
+_SEARCHES = {"max": _max, "mse": _mse, "sweep": _sweep, "four_over_six": _four_over_six}

@@ -1,0 +1,614 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line as a person and a CI job see it: exit codes, one message, valid JSON, cheap help."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import fsspec
+import jsonschema
+import ml_dtypes
+import numpy as np
+import pytest
+
+import verifier
+from verifier.cli import run
+from verifier.manifest import Manifest
+from verifier.report import schema
+from verifier.rules import all_rules
+
+DATA = Path(__file__).parents[1] / "data" / "modelopt"
+QWEN, QWEN_NVFP4 = DATA / "src_qwen3moe", DATA / "qwen3moe_nvfp4_experts_max"
+LLAMA, LLAMA_MXFP8 = DATA / "src_llama", DATA / "llama_mxfp8"
+COMMANDS = ("check", "explain", "export", "gate", "merge", "rules")
+NVFP4 = ["--recipe", "nvfp4_experts_only", "--input-scale", "one"]
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def call(capsys: Capture) -> Callable[..., tuple[int, str, str]]:
+    """Return a function that runs a command line and returns exit code, stdout and stderr."""
+
+    def one(*argv: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = run([str(a) for a in argv])
+        return (code, *capsys.readouterr())
+
+    return one
+
+
+@pytest.fixture
+def candidate(tmp_path: Path) -> Path:
+    """Copy a clean quantized checkpoint, to be damaged."""
+    return Path(shutil.copytree(QWEN_NVFP4, tmp_path / "candidate"))
+
+
+def python(*args: str, **options: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *args], capture_output=True, text=True, check=False, timeout=120, **options)
+
+
+def one_message(result: tuple[int, str, str], code: int, *words: str) -> None:
+    """Hold that a command ended with one line on stderr and nothing on stdout."""
+    assert result[0] == code
+    assert result[1] == ""
+    lines = result[2].splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("ckptgate: ")
+    assert "Traceback" not in result[2]
+    for word in words:
+        assert word in lines[0]
+
+
+def finding(result: tuple[int, str, str], *words: str) -> None:
+    """Hold that a check failed with a finding on stdout and nothing on stderr."""
+    assert result[0] == 1
+    assert result[2] == ""
+    assert "verdict: FAILED" in result[1]
+    assert "Traceback" not in result[1]
+    for word in words:
+        assert word in result[1]
+
+
+def edit_header(shard: Path, change: Callable[[dict[str, object]], dict[str, object]]) -> None:
+    blob = shard.read_bytes()
+    start = 8 + int.from_bytes(blob[:8], "little")
+    raw = json.dumps(change(json.loads(blob[8:start]))).encode()
+    shard.write_bytes(len(raw).to_bytes(8, "little") + raw + blob[start:])
+
+
+# exit 2: wrong before a header is read
+
+
+@pytest.mark.parametrize(
+    "command", ["check", "check --base", "check --merged-from", "export", "export --onto", "merge", "merge --onto"]
+)
+def test_a_missing_path_is_named(call, tmp_path: Path, command: str) -> None:
+    missing, out = tmp_path / "missing", tmp_path / "out"
+    argv = {
+        "check": ("check", missing), "check --base": ("check", QWEN_NVFP4, "--base", missing),
+        "check --merged-from": ("check", QWEN_NVFP4, "--merged-from", missing),
+        "export": ("export", missing, out, *NVFP4), "export --onto": ("export", QWEN, out, *NVFP4, "--onto", missing),
+        "merge": ("merge", missing, out, "--onto", QWEN), "merge --onto": ("merge", QWEN_NVFP4, out, "--onto", missing),
+    }[command]  # fmt: skip
+    one_message(call(*argv), 2, str(missing), "no such folder")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_instead_of_a_folder(call, tmp_path: Path) -> None:
+    file = QWEN_NVFP4 / "model.safetensors"
+    one_message(call("check", file), 2, "a file; give the folder")
+    one_message(call("check", QWEN_NVFP4, "--base", file), 2, "a file; give the folder")
+    one_message(call("export", file, tmp_path / "out", *NVFP4), 2, "a file; give the folder")
+
+
+def test_an_unknown_recipe(call, tmp_path: Path) -> None:
+    one_message(call("export", QWEN, tmp_path / "out", "--recipe", "int3"), 2, "'int3'", "nvfp4_experts_only")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_rule(call) -> None:
+    one_message(call("explain", "QC999"), 2, "QC999", "ckptgate rules")
+    one_message(call("explain", ""), 2, "ckptgate rules")
+    one_message(call("check", QWEN_NVFP4, "--require", "QC999"), 2, "QC999", "ckptgate rules")
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["check", "check . --depth abyss", "check . --format yaml", "check . --nosuch", "nosuch", "export a b", "merge a b",
+     "export a b --recipe r --workers 0"],
+)  # fmt: skip
+def test_a_wrong_call_is_exit_2(call, line: str) -> None:
+    code, out, err = call(*line.split())
+    assert (code, out) == (2, "")
+    assert "Error: " in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("uri", ["memory://ckptgate/no/such", "nosuch://folder"])
+def test_an_address_that_leads_nowhere(call, uri: str) -> None:
+    one_message(call("check", uri), 2, uri)
+
+
+def test_an_extra_that_is_not_installed_is_named() -> None:
+    script = f"""
+import sys
+sys.modules["torch"] = None
+from verifier.cli import run
+for argv in (
+    ["export", {str(QWEN)!r}, "/nonexistent/out", *{NVFP4}],
+    ["export", {str(QWEN)!r}, "/nonexistent/out", *{NVFP4}, "--dry-run"],
+    ["merge", {str(QWEN_NVFP4)!r}, "/nonexistent/out", "--onto", {str(QWEN)!r}],
+    ["gate", {str(QWEN_NVFP4)!r}, "--base", {str(QWEN)!r}, "--corpus", "wikitext2-test"],
+    ["check", {str(QWEN_NVFP4)!r}],
+    ["export", "--help"],
+):
+    print("code", run(argv))
+"""
+    done = python("-c", script)
+    assert re.findall(r"^code (\d)$", done.stdout, re.M) == ["2", "2", "2", "2", "0", "0"]
+    lines = done.stderr.splitlines()
+    assert len(lines) == 4
+    assert all("pip install 'ckptgate[export]'" in line for line in lines[:3])
+    assert "pip install 'ckptgate[gate]'" in lines[3]
+
+
+# exit 1: the contents
+
+
+def test_an_empty_folder_and_one_without_safetensors(call, tmp_path: Path) -> None:
+    finding(call("check", tmp_path), "QC104", "is empty")
+    (tmp_path / "notes.txt").write_text("x")
+    finding(call("check", tmp_path), "QC104", "1 files and no *.safetensors")
+    one_message(call("check", QWEN_NVFP4, "--base", tmp_path), 1, "no *.safetensors")
+    one_message(call("export", tmp_path, tmp_path / "out", *NVFP4), 1, "no *.safetensors")
+
+
+def test_a_truncated_shard(call, candidate: Path, tmp_path: Path) -> None:
+    shard = candidate / "model.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1000])
+    for depth in ("header", "payload"):
+        finding(call("check", candidate, "--depth", depth), "QC104", "model.safetensors", "ends 1,000 bytes early")
+    shard.write_bytes(shard.read_bytes()[:20])
+    finding(call("check", candidate), "QC104", "ends inside its header")
+    shard.write_bytes(b"")
+    finding(call("check", candidate), "QC104", "0 bytes")
+    one_message(call("export", candidate, tmp_path / "out", *NVFP4), 1, "model.safetensors")
+
+
+def test_a_shard_of_zeros(call, candidate: Path) -> None:
+    shard = candidate / "model.safetensors"
+    shard.write_bytes(bytes(shard.stat().st_size))
+    finding(call("check", candidate), "QC104", "zeros")
+
+
+@pytest.mark.parametrize("text", ["[1]", "3", "null", '"x"', "{", "", '{"a": NaN}', "[" * 99_999, '{"a": 1, "a": 2}', "\0"])
+def test_a_config_that_is_no_object(call, candidate: Path, tmp_path: Path, text: str) -> None:
+    (candidate / "config.json").write_text(text)
+    finding(call("check", candidate), "config.json")
+    finding(call("check", candidate, "--depth", "payload", "--base", QWEN), "config.json")
+    one_message(call("export", candidate, tmp_path / "out", *NVFP4), 1, "config.json")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_json_that_is_not_utf_8(call, candidate: Path, encoding: str) -> None:
+    """Neither transformers nor safetensors reads a byte order mark or another encoding."""
+    config = candidate / "config.json"
+    text = config.read_text()
+    config.write_bytes(text.encode(encoding))
+    finding(call("check", candidate), "config.json")
+    config.write_text(text)
+    shard = candidate / "model.safetensors"
+    blob = shard.read_bytes()
+    start = 8 + int.from_bytes(blob[:8], "little")
+    raw = blob[8:start].decode().encode(encoding)
+    shard.write_bytes(len(raw).to_bytes(8, "little") + raw + blob[start:])
+    finding(call("check", candidate), "QC104")
+
+
+@pytest.mark.parametrize(
+    "value", [[], "x", 3, {"quant_algo": 4}, {"quant_algo": "NVFP4", "ignore": "x"}, {"quantized_layers": []}]
+)
+def test_a_declaration_of_the_wrong_type(call, candidate: Path, value: object) -> None:
+    config = json.loads((candidate / "config.json").read_text())
+    (candidate / "config.json").write_text(json.dumps(config | {"quantization_config": value}))
+    code, out, err = call("check", candidate)
+    assert (code, err) == (1, "")
+    assert "QC4" in out
+
+
+def test_a_base_of_another_model(call) -> None:
+    for depth in ("header", "payload"):
+        finding(call("check", LLAMA_MXFP8, "--base", QWEN, "--depth", depth), "error", "the base is another model", "15 of 69 names")
+        finding(call("check", QWEN_NVFP4, "--base", LLAMA, "--depth", depth), "error")
+
+
+# exits 0 and 3
+
+
+def test_a_clean_checkpoint(call) -> None:
+    for argv in ((QWEN_NVFP4,), (LLAMA_MXFP8, "--base", LLAMA), (QWEN_NVFP4, "--base", QWEN, "--depth", "payload")):
+        code, out, err = call("check", *argv)
+        assert (code, err) == (0, "")
+        assert out.endswith("verdict: PASSED (0 errors, 0 warnings)\n")
+
+
+def test_an_unquantized_checkpoint_is_unproven(call) -> None:
+    for depth in ("header", "payload"):
+        code, out, err = call("check", LLAMA, "--depth", depth)
+        assert (code, err) == (3, "")
+        assert "verdict: UNPROVEN (0 errors, 0 warnings; no quantized tensor)" in out
+
+
+def test_a_required_rule_that_did_not_run_is_unproven(call) -> None:
+    code, out, _ = call("check", QWEN_NVFP4, "--require", "QC605", "--depth", "payload")
+    assert code == 3
+    assert "QC605 is required and did not run: needs --base or --merged-from" in out
+    code, out, _ = call("check", QWEN_NVFP4, "--require", "QC501")
+    assert code == 3
+    assert "QC501 is required and did not run: depth payload" in out
+    assert call("check", QWEN_NVFP4, "--require", "QC605", "--depth", "payload", "--base", QWEN)[0] == 0
+    assert call("check", QWEN_NVFP4, "--depth", "payload")[0] == 0
+
+
+def test_fail_on_warning(call, candidate: Path) -> None:
+    shard = candidate / "model.safetensors"
+    shard.write_bytes(shard.read_bytes() + b"\0" * 8)
+    code, out, _ = call("check", candidate)
+    assert code == 0
+    assert "verdict: PASSED (0 errors, 1 warning)" in out
+    code, out, _ = call("check", candidate, "--fail-on", "warning")
+    assert code == 1
+    assert "verdict: FAILED (0 errors, 1 warning)" in out
+    assert call("check", QWEN_NVFP4, "--fail-on", "warning")[0] == 0
+
+
+# JSON
+
+
+def report_of(result: tuple[int, str, str], code: int, verdict: str) -> dict[str, object]:
+    assert result[0] == code
+    value = json.loads(result[1])
+    jsonschema.Draft202012Validator.check_schema(schema())
+    jsonschema.validate(value, schema())
+    assert value["verdict"] == verdict
+    return value
+
+
+def test_json_of_a_clean_an_unproven_and_a_failed_check(call, candidate: Path) -> None:
+    clean = report_of(call("check", QWEN_NVFP4, "--base", QWEN, "--depth", "payload", "--format", "json"), 0, "passed")
+    assert clean["findings"] == []
+    assert {c["rule"] for c in clean["coverage"]} == set(all_rules())
+    assert clean["stats"]["tensors"] == 213
+    report_of(call("check", LLAMA, "--format", "json"), 3, "unproven")
+    report_of(call("check", LLAMA_MXFP8, "--base", QWEN, "--format", "json"), 1, "failed")
+    shard = candidate / "model.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1000])
+    cut = report_of(call("check", candidate, "--format", "json"), 1, "failed")
+    assert "QC104" in {f["rule"] for f in cut["findings"]}
+    shard.unlink()
+    report_of(call("check", candidate, "--format", "json"), 1, "failed")
+
+
+def test_json_where_the_base_is_no_checkpoint(call, tmp_path: Path) -> None:
+    """A consumer of the JSON reads stdout whenever the exit code is 1."""
+    for option in ("--base", "--merged-from"):
+        report_of(call("check", QWEN_NVFP4, option, tmp_path, "--format", "json"), 1, "failed")
+
+
+def test_json_says_where(call, candidate: Path) -> None:
+    name = "model.layers.1.mlp.experts.5.up_proj.weight_scale"
+    shard = candidate / "model.safetensors"
+    tensor = verifier.open_checkpoint(candidate).tensors[name]
+    with shard.open("r+b") as handle:
+        handle.seek(tensor.offset + 3 * tensor.shape[1] + 2)
+        handle.write(b"\x7f")
+    report = report_of(call("check", candidate, "--depth", "payload", "--format", "json"), 1, "failed")
+    found = next(f for f in report["findings"] if f["rule"] == "QC502")
+    byte = tensor.offset + 3 * tensor.shape[1] + 2
+    assert found["where"] == {"tensor": name, "file": "model.safetensors", "row": 3, "block": 2, "byte": byte}
+    text = call("check", candidate, "--depth", "payload")[1]
+    assert f"{name} [row 3, block 2, byte {byte:,}, of model.safetensors]" in text
+
+
+class _Failing(fsspec.AbstractFileSystem):
+    """A folder whose files cannot be read."""
+
+    protocol = "failing"
+    cachable = False
+
+    def ls(self, path: str, detail: bool = True, **kwargs: object) -> list[dict[str, object]]:
+        if "list" in path:
+            raise OSError(5, "Input/output error")
+        return [{"name": f"{path}/{n}", "size": 4096, "type": "file"} for n in ("config.json", "model.safetensors")]
+
+    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **kwargs: object) -> bytes:
+        if "timeout" in path:
+            raise TimeoutError("timed out")
+        if "client" in path:  # what httpx and botocore raise is no OSError
+            raise RuntimeError("connection reset by peer")
+        raise OSError(5, "Input/output error")
+
+
+@pytest.fixture
+def failing() -> None:
+    fsspec.register_implementation("failing", _Failing, clobber=True)
+
+
+@pytest.mark.parametrize("how", ["list", "read", "timeout", "client"])
+def test_a_read_that_fails_is_exit_4(call, failing: None, how: str) -> None:
+    report = report_of(call("check", f"failing://{how}", "--format", "json"), 4, "broken")
+    assert report["uri"] == f"failing://{how}"
+    code, out, err = call("check", f"failing://{how}")
+    assert code == 4
+    assert "Traceback" not in out + err
+    assert len(err.splitlines()) == 1
+    report_of(call("check", QWEN_NVFP4, "--base", f"failing://{how}", "--format", "json"), 4, "broken")
+
+
+# rules, explain, help
+
+
+def test_rules(call) -> None:
+    code, out, err = call("rules")
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert [line.split()[0] for line in lines] == sorted(all_rules())
+    assert any("(needs --base or --merged-from)" in line for line in lines)
+    code, out, _ = call("rules", "--format", "json")
+    assert code == 0
+    rows = json.loads(out)
+    assert [r["id"] for r in rows] == sorted(all_rules())
+    assert all(r["doc"] and r["title"] and r["consumers"] and r["sources"] for r in rows)
+    assert {r["severity"] for r in rows} <= {"error", "warning"}
+
+
+def test_explain_prints_the_docstring(call) -> None:
+    code, out, err = call("explain", "QC501")
+    assert (code, err) == (0, "")
+    assert "No block scale, global scale or tensor scale is zero." in out
+    assert "Clamp the scale at 2^-9 before the cast" in out
+    assert call("explain", "qc501")[1] == out
+    for rule in all_rules().values():
+        assert rule.doc in call("explain", rule.id)[1]
+
+
+def test_every_command_is_listed_and_has_help(call) -> None:
+    code, out, err = call("--help")
+    assert (code, err) == (0, "")
+    for command in COMMANDS:
+        assert re.search(rf"^  {command}  +\S", out, re.M)
+        code, text, err = call(command, "--help")
+        assert (code, err) == (0, "")
+        assert text.startswith(f"Usage: ckptgate {command}")
+    assert call("--version")[:2] == (0, f"ckptgate, version {verifier.__version__}\n")
+
+
+@pytest.mark.parametrize("argv", [(), *((c,) for c in COMMANDS)], ids=["root", *COMMANDS])
+def test_help_imports_no_torch(argv: tuple[str, ...]) -> None:
+    done = python("-X", "importtime", "-m", "verifier", *argv, "--help")
+    assert done.returncode == 0
+    assert "Usage: ckptgate" in done.stdout
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "verifier.cli.main" in imported
+    assert not {"torch", "transformers", "numpy"} & imported
+
+
+def test_a_header_check_imports_no_torch() -> None:
+    done = python("-X", "importtime", "-m", "verifier", "check", str(QWEN_NVFP4), "--base", str(QWEN))
+    assert done.returncode == 0
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "numpy" in imported
+    assert not {"torch", "transformers", "exporter", "fsspec"} & imported
+
+
+def test_the_process_ends_with_the_exit_code(tmp_path: Path) -> None:
+    for uri, code in ((QWEN_NVFP4, 0), (tmp_path, 1), (tmp_path / "no", 2), (LLAMA, 3)):
+        assert python("-m", "verifier", "check", str(uri)).returncode == code
+
+
+@pytest.mark.parametrize(("argv", "code"), [(["rules"], 0), (["check", str(QWEN_NVFP4)], 0), (["check", str(DATA)], 1)])
+def test_a_reader_that_closes_the_pipe_changes_no_verdict(argv: list[str], code: int) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "verifier", *argv], stdout=writer, stderr=subprocess.PIPE, text=True, check=False
+        )
+    finally:
+        os.close(writer)
+    assert (done.returncode, done.stderr) == (code, "")
+
+
+# hostile names
+
+
+HOSTILE = "model.\x1b[31mred\x1b]0;title\x07\r\n\x9b2J\u202egpj.\ud800.weight"
+
+
+def clean(text: str) -> bool:
+    return all(c == "\n" or c.isprintable() for c in text)
+
+
+def test_hostile_tensor_names_are_escaped(call, candidate: Path, tmp_path: Path) -> None:
+    def add(header: dict[str, object]) -> dict[str, object]:
+        end = max(e["data_offsets"][1] for n, e in header.items() if n != "__metadata__")
+        header[HOSTILE] = {"dtype": "F32", "shape": [0, 4], "data_offsets": [end, end]}
+        return header
+
+    edit_header(candidate / "model.safetensors", add)
+    for depth in ("header", "payload"):
+        code, out, err = call("check", candidate, "--depth", depth)
+        assert (code, err) == (1, "")
+        assert clean(out)
+        assert "\\x1b[31mred" in out
+    report = report_of(call("check", candidate, "--format", "json"), 1, "failed")
+    assert HOSTILE in {f["where"]["tensor"] for f in report["findings"]}
+    result = call("export", candidate, tmp_path / "out", *NVFP4)
+    one_message(result, 1)
+    assert clean(result[2])
+
+
+def test_hostile_file_names_and_configs_are_escaped(call, candidate: Path) -> None:
+    (candidate / "model.safetensors").rename(candidate / "model\x1b[2J\x07.safetensors")
+    (candidate / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a\x1b[31m": "b\x1b[31m.safetensors"}, "metadata": {"total_size": "\x1b[31m"}})
+    )
+    config = json.loads((candidate / "config.json").read_text())
+    config["model_type"] = "\x1b[31m"
+    config["quantization_config"] |= {"quant_algo": "NVFP4\x1b[31m", "ignore": ["\x1b[31m*"], "quant_method": "\x1b[31m"}
+    (candidate / "config.json").write_text(json.dumps(config))
+    code, out, err = call("check", candidate, "--depth", "payload")
+    assert (code, err) == (1, "")
+    assert clean(out)
+    assert "\\x1b" in out
+
+
+def test_a_surrogate_in_a_name_does_not_reach_the_exporter(call, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(QWEN, tmp_path / "source"))
+    edit_header(
+        source / "model.safetensors", lambda h: {n.replace("model.norm.", "model.norm\ud800."): e for n, e in h.items()}
+    )
+    one_message(call("export", source, tmp_path / "out", *NVFP4), 1, "\\xd800")
+    assert not (tmp_path / "out").exists()
+
+
+def test_output_in_an_encoding_that_lacks_a_character(candidate: Path) -> None:
+    name = "model.n\u00f6rm\u2026."
+    edit_header(candidate / "model.safetensors", lambda h: {n.replace("model.norm.", name): e for n, e in h.items()})
+    done = python("-m", "verifier", "check", str(candidate), env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 1, done.stderr
+    assert done.stderr == ""
+    assert "verdict: FAILED" in done.stdout
+
+
+# export
+
+
+def test_a_dry_run_writes_nothing(call, tmp_path: Path) -> None:
+    code, out, err = call("export", QWEN, tmp_path / "out", *NVFP4, "--dry-run")
+    assert (code, err) == (0, "")
+    assert not list(tmp_path.iterdir())
+    assert "quantize  48 linears to NVFP4 in 2 layers" in out
+    assert f"result    213 tensors, {verifier.open_checkpoint(QWEN_NVFP4).nbytes:,} bytes" in out
+    assert "nothing was written (dry run)" in out
+    code, out, _ = call("export", LLAMA, tmp_path / "out", "--recipe", "mxfp8_default", "--dry-run")
+    assert code == 0
+    assert "quantize  14 linears to MXFP8 in 2 layers" in out
+
+
+def test_an_export_ends_with_a_check(call, tmp_path: Path) -> None:
+    code, out, err = call("export", QWEN, tmp_path / "out", *NVFP4)
+    assert (code, err) == (0, "")
+    assert out.startswith(f"wrote {tmp_path / 'out'}: 213 tensors")
+    assert "48 modules (48 quantized here, 0 kept)" in out
+    assert out.endswith("verdict: PASSED (0 errors, 0 warnings)\n")
+    again = call("check", tmp_path / "out", "--base", QWEN, "--depth", "payload")
+    assert again[0] == 0
+    assert out.endswith(again[1])
+    one_message(call("export", QWEN, tmp_path / "out", *NVFP4), 2, "exists", "--overwrite")
+    assert call("export", QWEN, tmp_path / "out", *NVFP4, "--overwrite")[0] == 0
+
+
+def nan_in_a_norm(folder: Path) -> Path:
+    tensor = verifier.open_checkpoint(folder).tensors["model.norm.weight"]
+    with (folder / tensor.file).open("r+b") as handle:
+        handle.seek(tensor.offset)
+        handle.write(np.array(np.nan, ml_dtypes.bfloat16).tobytes())
+    return folder
+
+
+def test_an_export_that_fails_its_check_returns_the_checks_exit_code(call, tmp_path: Path) -> None:
+    source = nan_in_a_norm(Path(shutil.copytree(QWEN, tmp_path / "source")))
+    code, out, err = call("export", source, tmp_path / "out", *NVFP4, "--report", tmp_path / "report.json")
+    assert (code, err) == (1, "")
+    assert "QC508" in out
+    assert "verdict: FAILED" in out
+    assert (tmp_path / "out" / "config.json").is_file()
+    check = json.loads((tmp_path / "report.json").read_text())["check"]
+    assert check["verdict"] == "failed"
+
+
+def test_the_report_is_written_into_a_folder_that_is_made(call, tmp_path: Path) -> None:
+    file = tmp_path / "a" / "b" / "report.json"
+    assert call("export", QWEN, tmp_path / "out", *NVFP4, "--report", file)[0] == 0
+    value = json.loads(file.read_text())
+    assert set(value) == {"manifest", "check"}
+    jsonschema.validate(value["check"], schema())
+    assert value["check"]["verdict"] == "passed"
+    written = Manifest.model_validate_json((tmp_path / "out" / "ckptgate_manifest.json").read_text())
+    assert Manifest.model_validate(value["manifest"]) == written
+    merged = tmp_path / "c" / "merge.json"
+    assert call("merge", QWEN_NVFP4, tmp_path / "merged", "--onto", QWEN, "--report", merged)[0] == 0
+    assert json.loads(merged.read_text())["manifest"]["kind"] == "merge"
+
+
+@pytest.mark.parametrize("place", ["below a file", "a folder"])
+def test_a_report_that_cannot_be_written_is_refused_before_the_work(call, tmp_path: Path, place: str) -> None:
+    """A report path that cannot be is wrong before a header is read; the export must not have run for hours by then."""
+    (tmp_path / "file").write_text("x")
+    report = tmp_path / "file" / "report.json" if place == "below a file" else tmp_path
+    code, _, err = call("export", QWEN, tmp_path / "out", *NVFP4, "--report", report)
+    assert code == 2
+    assert len(err.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_error_of_the_exporter_is_one_message(call, tmp_path: Path) -> None:
+    one_message(call("export", LLAMA, tmp_path / "out", *NVFP4), 1, "nothing matches routed_expert", "nearest names")
+    one_message(call("export", QWEN_NVFP4, tmp_path / "out", *NVFP4), 1, "is U8 in the source")
+    one_message(call("export", QWEN, tmp_path / "out", *NVFP4, "--layers", "5"), 1, "hold no routed experts")
+    one_message(call("export", QWEN, tmp_path / "out", *NVFP4, "--layers", "x"), 2, "no range")
+    one_message(call("export", QWEN, tmp_path / "out", *NVFP4, "--stats", tmp_path / "no"), 2, "contradict")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_nan_in_a_weight_is_exit_1_and_leaves_no_out(call, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(QWEN, tmp_path / "source"))
+    tensor = verifier.open_checkpoint(source).tensors["model.layers.0.mlp.experts.2.down_proj.weight"]
+    with (source / tensor.file).open("r+b") as handle:
+        handle.seek(tensor.offset + 2 * (5 * tensor.shape[1] + 9))
+        handle.write(np.array(np.nan, ml_dtypes.bfloat16).tobytes())
+    one_message(call("export", source, tmp_path / "out", *NVFP4), 1, tensor.name, "NaN at index [5, 9]")
+    assert not (tmp_path / "out").exists()
+
+
+# fsspec
+
+
+@pytest.fixture
+def memory() -> Iterator[Callable[[Path], str]]:
+    """Return a function that copies a folder into memory and returns its address."""
+    system = fsspec.filesystem("memory")
+
+    def put(folder: Path) -> str:
+        system.put(f"{folder}/", f"/ckptgate-tests/{folder.name}/", recursive=True)
+        return f"memory://ckptgate-tests/{folder.name}"
+
+    yield put
+    if system.exists("/ckptgate-tests"):
+        system.rm("/ckptgate-tests", recursive=True)
+
+
+def test_a_checkpoint_behind_an_address(call, memory: Callable[[Path], str]) -> None:
+    candidate, base = memory(QWEN_NVFP4), memory(QWEN)
+    for depth in ("header", "payload"):
+        remote = verifier.check(candidate, base=base, depth=depth)
+        local = verifier.check(QWEN_NVFP4, base=QWEN, depth=depth)
+        assert (remote.verdict, remote.findings, remote.coverage) == (local.verdict, (), local.coverage)
+    assert remote.uri == candidate
+    code, out, err = call("check", candidate, "--base", QWEN, "--depth", "payload")
+    assert (code, err) == (0, "")
+    assert "213 tensors" in out
+
+
+def test_a_broken_checkpoint_behind_an_address(call, memory: Callable[[Path], str], candidate: Path) -> None:
+    shard = candidate / "model.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1000])
+    finding(call("check", memory(candidate)), "QC104", "ends 1,000 bytes early")

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The gate on real exports of the golden: a pass, a fail, an inconclusive; rescoring; what is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import exporter
+import verifier
+from verifier.checkpoint import open_checkpoint
+from verifier.cli import run
+from verifier.corrupt.edit import Folder
+from verifier.errors import ContentError, MachineError, UsageError
+from verifier.gate.corpora import load_corpus
+from verifier.gate.run import plan_jobs, score_all, weights_digest
+from verifier.gate.scorer import score
+from verifier.manifest import Manifest, digest
+
+GOLDEN = Path(__file__).parents[2] / "goldens" / "minimax-m3-tiny"
+BF16, VENDOR, CORPUS = GOLDEN / "bf16", GOLDEN / "mxfp8", GOLDEN / "corpus.jsonl"
+# Loading a model and scoring the corpus takes seconds on one thread: one worker process each for base and candidate.
+pytestmark = pytest.mark.xdist_group("gate")
+
+
+@pytest.fixture(scope="session")
+def manifest() -> Manifest:
+    return Manifest.model_validate_json((GOLDEN / "manifest.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("gate") / "mixed"
+    exporter.export(BF16, out, recipe="nvfp4_experts_only", onto=VENDOR)
+    return out
+
+
+def edit_bytes(folder: Path, change: dict[str, str]) -> None:
+    """Give tensors the bytes of others of the same folder: {tensor: tensor whose bytes it gets}."""
+    ckpt = open_checkpoint(folder)
+    data = {n: ckpt.read(ckpt.tensors[o]).tobytes() for n, o in change.items()}
+    for name, raw in data.items():
+        t = ckpt.tensors[name]
+        assert len(raw) == t.nbytes
+        with (folder / t.file).open("r+b") as handle:
+            handle.seek(t.offset)
+            handle.write(raw)
+
+
+def test_the_golden_is_what_its_manifest_says(manifest: Manifest) -> None:
+    for name, file in manifest.files.items():
+        assert digest(GOLDEN / name) == file, name
+    ckpt = open_checkpoint(BF16)
+    assert (len(ckpt.tensors), ckpt.nbytes) == (manifest.tensors, manifest.bytes)
+    assert manifest.notes["weights_sha256"]["bf16"] == weights_digest(ckpt)
+    assert manifest.notes["lowest_expert_share"] >= 0.02
+    wiki = next(s for s in manifest.scores if s.corpus == "wikitext2-test" and s.protocol["protocol"] == "tokens")
+    assert wiki.perplexity <= 150 < wiki.extra["unigram_perplexity"]
+    floats = {n for n, t in ckpt.tensors.items() if t.dtype == "F32"}
+    assert all(re.search(r"gate\.weight$|e_score_correction_bias$|patch_embedding\.weight$", n) for n in floats)
+    assert len(floats) == 7
+    assert sum(f.stat().st_size for f in GOLDEN.parent.rglob("*") if f.is_file()) < 25_000_000
+
+
+def test_vendor_golden_is_clean() -> None:
+    report = verifier.check(VENDOR, base=BF16, depth="payload")
+    assert (report.verdict, report.findings) == ("passed", ())
+
+
+def test_rescoring_gives_the_manifest(manifest: Manifest) -> None:
+    want = next(s for s in manifest.scores if s.corpus == "corpus.jsonl")
+    corpus = load_corpus(str(CORPUS))
+    key, jobs = plan_jobs([open_checkpoint(BF16)], corpus, "tokens", 512, 8, "cpu", 1)
+    assert key == want.protocol
+    sums = score(jobs[0][0], lambda _n: None)
+    assert sums.tokens == [t for _, t in want.documents]
+    difference = np.abs(np.array(sums.nats) - np.array([n for n, _ in want.documents])) / np.array(sums.tokens)
+    assert difference.max() < 1e-4
+
+
+def test_a_good_export_passes(mixed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = run(["gate", str(mixed), "--base", str(BF16), "--corpus", str(CORPUS)])
+    text = capsys.readouterr().out
+    assert code == 0, text
+    assert "default budget of NVFP4, 8% of perplexity" in text
+    assert "estimates KL(base || candidate)" in text
+    loss = float(re.search(r"loss\s+([+-][\d.]+) nats", text)[1])  # type: ignore[index]
+    assert 0 < loss < 0.03
+
+
+def test_gate_and_up_swapped_throughout_a_layer_fails(mixed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = tmp_path / "swapped"
+    shutil.copytree(mixed, broken)
+    ckpt = open_checkpoint(broken)
+    layer = [n for n in ckpt.tensors if ".layers.2." in n and re.search(r"experts\.\d+\.w[13]\.", n)]
+    swap = {n: (n.replace(".w1.", ".w3.") if ".w1." in n else n.replace(".w3.", ".w1.")) for n in layer}
+    edit_bytes(broken, swap)
+    code = run(["gate", str(broken), "--base", str(BF16), "--corpus", str(CORPUS), "--format", "json", "--max-increase", "1%"])
+    result = json.loads(capsys.readouterr().out)
+    assert (code, result["verdict"], result["outcome"]) == (1, "failed", "failed")
+    assert result["interval"]["low"] > result["margin"]["nats"]
+    report = verifier.check(broken, base=BF16, depth="payload")
+    assert {f.rule for f in report.findings if f.severity == "error"} == {"QC515"}
+
+
+def test_few_documents_and_a_margin_near_the_effect_are_inconclusive(mixed: Path) -> None:
+    first = verifier.gate.run(mixed, base=BF16, corpus=str(CORPUS), documents=4, max_increase="8%")
+    assert first.interval is not None
+    near = verifier.gate.run(
+        mixed, base=BF16, corpus=str(CORPUS), documents=4, max_increase=max(first.interval.delta, 1e-4), workers=1
+    )
+    assert near.outcome == "inconclusive"
+    assert near.exit_code == 3
+    assert not near.measures_kl or near.interval is not None
+
+
+def test_logits_that_are_not_finite_fail_without_statistics(mixed: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "nan"
+    shutil.copytree(mixed, broken)
+    ckpt = open_checkpoint(broken)
+    t = ckpt.tensors["language_model.model.norm.weight"]
+    with (broken / t.file).open("r+b") as handle:
+        handle.seek(t.offset)
+        handle.write(b"\xc0\x7f")  # a BF16 NaN
+    result = verifier.gate.run(broken, base=BF16, corpus=str(CORPUS), documents=2)
+    assert (result.outcome, result.interval, result.nonfinite) == ("failed", None, [0, 1])
+    assert "not finite in 2 documents" in verifier.gate.render_text(result)
+    assert json.loads(verifier.gate.render_json(result))["perplexity_candidate"] is None
+
+
+def test_the_candidate_is_not_the_base(tmp_path: Path) -> None:
+    for same in (BF16, shutil.copytree(BF16, tmp_path / "copy")):
+        with pytest.raises(UsageError, match="the base itself"):
+            verifier.gate.run(same, base=BF16, corpus=str(CORPUS), max_increase="8%")
+
+
+def test_what_is_refused_before_a_model_is_loaded(mixed: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="token ids"):
+        verifier.gate.run(mixed, base=BF16, corpus=str(CORPUS), protocol="lm-eval")
+    with pytest.raises(UsageError, match="at least"):
+        verifier.gate.run(mixed, base=BF16, corpus=str(CORPUS), window=1)
+    with pytest.raises(UsageError, match="no protocol"):
+        verifier.gate.run(mixed, base=BF16, corpus=str(CORPUS), protocol="words")  # type: ignore[arg-type]
+    other = shutil.copytree(mixed, tmp_path / "other")
+    (other / "tokenizer.json").write_text((other / "tokenizer.json").read_text() + " ")
+    text = tmp_path / "t.txt"
+    text.write_text("one document")
+    with pytest.raises(ContentError, match="different tokenizers"):
+        verifier.gate.run(other, base=BF16, corpus=str(text))
+    (other / "tokenizer.json").unlink()
+    with pytest.raises(ContentError, match=r"no tokenizer\.json"):
+        verifier.gate.run(other, base=BF16, corpus=str(text))
+
+
+def test_what_a_worker_meets_reaches_the_caller(mixed: Path, tmp_path: Path) -> None:
+    ids = tmp_path / "far.jsonl"
+    ids.write_text('{"ids": [1, 999999]}\n')
+    with pytest.raises(ContentError, match="999999"):
+        verifier.gate.run(mixed, base=BF16, corpus=str(ids))
+    strange = shutil.copytree(mixed, tmp_path / "strange")
+    config = json.loads((strange / "config.json").read_text())
+    (strange / "config.json").write_text(json.dumps(config | {"architectures": ["NoSuchModel"]}))
+    with pytest.raises(ContentError, match="NoSuchModel"):
+        verifier.gate.run(strange, base=BF16, corpus=str(CORPUS), documents=1)
+    with pytest.raises((MachineError, ContentError)):
+        verifier.gate.run(mixed, base=BF16, corpus=str(CORPUS), documents=1, device="nosuchdevice")
+
+
+def test_a_module_without_its_scale_cannot_be_scored(mixed: Path, tmp_path: Path) -> None:
+    broken = shutil.copytree(mixed, tmp_path / "noscale")
+    Folder(broken).drop(["language_model.model.layers.1.self_attn.q_proj.weight_scale_inv"])
+    with pytest.raises(ContentError):
+        verifier.gate.run(broken, base=BF16, corpus=str(CORPUS), documents=1)
+
+
+@pytest.mark.slow
+def test_wikitext_by_tokens_and_by_lm_eval(shared_data: Path, mixed: Path, manifest: Manifest) -> None:
+    corpus = load_corpus("wikitext2-test").head(3)
+    for protocol in ("tokens", "lm-eval"):
+        want = next(s for s in manifest.scores if s.corpus == "wikitext2-test" and s.protocol["protocol"] == protocol)
+        _, jobs = plan_jobs([open_checkpoint(BF16)], corpus, protocol, 512, 8, "cpu", 2)  # type: ignore[arg-type]
+        sums = score_all(jobs, len(corpus), "cpu", 2, None)[0]
+        # The third document's last window is cut elsewhere than in the whole text.
+        for i in range(2):
+            assert sums.tokens[i] == want.documents[i][1]
+            assert abs(sums.nats[i] - want.documents[i][0]) / sums.tokens[i] < 1e-3
+    result = verifier.gate.run(mixed, base=BF16, corpus="wikitext2-test", documents=4)
+    assert result.outcome == "passed"
+    assert not result.measures_kl

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Render docs/rules.md and docs/exit-codes.md from the code.
+
+    python tools/make_docs.py [--check]
+
+``--check`` writes nothing and fails where a committed page differs.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from verifier.errors import EXIT_CODES
+from verifier.rules import all_rules
+
+DOCS = Path(__file__).parent.parent / "docs"
+FAMILIES = {
+    "1": "Container, index, files", "2": "Names and layout", "3": "Scale keys, dtypes, shapes", "4": "Configuration",
+    "5": "Values", "6": "Reload and round trip",
+}  # fmt: skip
+NOT_YET = """## Not judged yet
+
+Known defects without a rule in this version: QC107, QC109 to QC111 (header near its limit, metadata, missing sidecar
+files, leaked quantizer buffers), QC206 (lost MTP layers), QC209, QC307, QC309 to QC315, QC403, QC405, QC411 to
+QC415, QC505 to QC507, QC509 to QC514, QC517, and everything that needs a loaded model or an engine (QC601 to QC604,
+QC608). Perplexity (QC7xx) is `ckptgate gate`. QC108 (shared storage at save) cannot occur in a file; QC602, QC603 and
+QC607 need an engine's own loader or a second export.
+"""
+
+
+def rules_page() -> str:
+    """Return docs/rules.md."""
+    lines = [
+        "# Rules", "",
+        "Rendered from the rules' own docstrings by `tools/make_docs.py`; `ckptgate explain QC501` prints one.", "",
+        "An error fails the check. A warning does not, unless `--fail-on warning`. A rule that needs a base is listed as",
+        "*not run* without one and does not change the verdict, unless `--require` names it.", "",
+        "| rule | severity | depth | what |", "| --- | --- | --- | --- |",
+    ]  # fmt: skip
+    for r in all_rules().values():
+        lines.append(f"| [{r.id}](#{r.id.lower()}) | {r.severity} | {r.depth} | {r.title} |")
+    family = ""
+    for r in all_rules().values():
+        if r.id[2] != family:
+            family = r.id[2]
+            lines += ["", f"## QC{family}xx {FAMILIES[family]}"]
+        needs = f", needs {' or '.join('`--' + n.replace('_', '-') + '`' for n in r.needs[0].split('|'))}" if r.needs else ""
+        lines += ["", f'<a id="{r.id.lower()}"></a>', f"### {r.id} {r.title}", ""]
+        lines += [f"*{r.severity}, depth {r.depth}{needs}; counts {r.unit}*", "", r.doc, ""]
+        lines.append(f"Engines: {', '.join(r.consumers)}. Seen in: {', '.join(r.sources)}.")
+    return "\n".join(lines) + "\n\n" + NOT_YET
+
+
+def exit_codes_page() -> str:
+    """Return docs/exit-codes.md."""
+    lines = [
+        "# Exit codes", "", "The same in every command. With `--format json`, stdout is one valid report for 0, 1, 3 and 4.",
+        "", "| code | meaning |", "| --- | --- |",
+    ]  # fmt: skip
+    lines += [f"| {code} | {text} |" for code, text in EXIT_CODES.items()]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    """Write or compare both pages."""
+    stale = []
+    for name, text in (("rules.md", rules_page()), ("exit-codes.md", exit_codes_page())):
+        file = DOCS / name
+        if "--check" in sys.argv:
+            if not file.is_file() or file.read_text(encoding="utf-8") != text:
+                stale.append(name)
+        else:
+            file.write_text(text, encoding="utf-8")
+    if stale:
+        print("differ from the code (python tools/make_docs.py writes them):", ", ".join(stale))
+    return bool(stale)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,8 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Defects on purpose: one corruptor or more for each rule, by hand on the bytes, with nothing of the rules' code."""
+
+from verifier.corrupt.corruptor import Corruptor, kind_of, traits_of
+from verifier.corrupt.edit import Folder, Place
+from verifier.corrupt.table import CORRUPTORS
+
+__all__ = ["CORRUPTORS", "Corruptor", "Folder", "Place", "kind_of", "traits_of"]
