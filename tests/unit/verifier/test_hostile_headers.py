@@ -65,7 +65,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "not_utf8": (_file(b'{"\xff\xfe": 1}'), "json"),
     "utf16": (_file(json.dumps(_entry()).encode("utf-16")), "json"),
     "utf8_with_a_mark": (_file(b"\xef\xbb\xbf" + SHORT_HEADER), "json"),
-    "lone_surrogate": (_file(b'{"\\ud800.weight":' + json.dumps(ENTRY).encode() + b"}"), "json"),
+    "lone_surrogate": (_file(b'{"\\ud800.weight":' + json.dumps(ENTRY).encode() + b"}"), "name"),
     "not_json": (_file(b"{'a': 1}"), "json"),
     "cut_json": (_file(SHORT_HEADER[:-3]), "json"),
     "two_values": (_file(SHORT_HEADER + b"{}"), "json"),
