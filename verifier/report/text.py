@@ -59,7 +59,7 @@ def _footer(report: Report) -> str:
     formats = ", ".join(f"{n:,} {a}" for a, n in sorted(s["formats"].items())) or "none"
     payload = any(c.ran and "scales" in c.unit for c in report.coverage)
     scales = f", {_size(s['scale_bytes'])} of scales read" if payload else ""
-    size = f"{s['tensors']:,} tensors in {s['shards']} shards, {_size(s['bytes'])}"
+    size = f"{s['tensors']:,} tensors in {s['shards']} shard{'s' * (s['shards'] != 1)}, {_size(s['bytes'])}"
     return f"checked {size}{scales}; quantized modules: {formats}"
 
 

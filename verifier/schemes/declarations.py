@@ -77,6 +77,17 @@ class Declaration:
 
     def cover(self, module: str) -> Cover:
         """Return what the declaration says about a module on disk, strictly read."""
+        found = self._covers.get(module)
+        if found is None:
+            found = self._covers[module] = self._cover(module)
+        return found
+
+    @cached_property
+    def _covers(self) -> dict[str, Cover]:
+        """Answers already given: every rule asks about every module."""
+        return {}
+
+    def _cover(self, module: str) -> Cover:
         if not self.mixed:
             if self.exclusions.strict(module):
                 return Cover(None, "excluded")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from verifier.checkpoint import Tensor
 from verifier.schemes.formats import FORMATS, Format
@@ -32,19 +33,19 @@ def canonical(name: str) -> str | None:
     return f"{module}.weight" if leaf == "weight_packed" else name
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Module:
     """A module of a checkpoint: its tensors by leaf (``weight``, ``weight_scale`` …)."""
 
     name: str
     parts: Mapping[str, Tensor]
 
-    @property
+    @cached_property
     def weight(self) -> Tensor | None:
         """The weight, packed or not; a bare parameter is its own weight."""
         return self.parts.get("weight") or self.parts.get("weight_packed") or self.parts.get("")
 
-    @property
+    @cached_property
     def scales(self) -> tuple[str, ...]:
         """The leaves of its weight and activation scales."""
         return tuple(leaf for leaf in self.parts if leaf in SCALE_LEAVES)
@@ -54,13 +55,13 @@ class Module:
         """The block, row or tensor scale, whichever its name."""
         return self.parts.get("weight_scale") or self.parts.get("weight_scale_inv")
 
-    @property
+    @cached_property
     def quantized(self) -> bool:
         """Whether the weight is stored as codes, or has a scale."""
         weight = self.weight
         return bool(self.scales) or (weight is not None and weight.dtype in ("F8_E4M3", "U8"))
 
-    @property
+    @cached_property
     def dims(self) -> tuple[int, int] | None:
         """The logical (out, in) of a two-dimensional weight, in elements."""
         weight = self.weight
@@ -68,7 +69,7 @@ class Module:
             return None
         return weight.shape[0], weight.shape[1] * (2 if weight.dtype == "U8" else 1)
 
-    @property
+    @cached_property
     def shown(self) -> Format | None:
         """The format that dtypes and shapes on disk show, or None where they show none or contradict one another."""
         weight, scale = self.weight, self.scale
