@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -518,22 +517,19 @@ def test_declaration_within_text_config_is_found(tmp_path: Path) -> None:
     assert found.effective.algo == "MXFP8"
 
 
-def _released_files() -> list[Path]:
-    """Return the released configs; skip where they are not here, fail where they are required."""
-    root = os.environ.get("CKPTGATE_TEST_DATA")
-    if not root:
-        if os.environ.get("CKPTGATE_REQUIRE_TEST_DATA") == "1":
-            pytest.fail("CKPTGATE_REQUIRE_TEST_DATA=1 and CKPTGATE_TEST_DATA is not set")
-        pytest.skip("CKPTGATE_TEST_DATA is not set: the configs of released checkpoints are not here")
-    files = sorted((Path(root) / "configs").glob("*.json"))
+@pytest.fixture
+def released_files(shared_data: Path) -> list[Path]:
+    """Return the released configs; skipped where they are not here, a failure where they are required."""
+    files = sorted((shared_data / "configs").glob("*.json"))
     assert len(files) >= 30
     return files
 
 
-def _released() -> dict[str, Declaration]:
+@pytest.fixture
+def released(released_files: list[Path]) -> dict[str, Declaration]:
     """Return the declarations in the released configs by file name."""
     found = {}
-    for file in _released_files():
+    for file in released_files:
         raw = json.loads(file.read_bytes())
         body = raw if file.name.endswith("hf_quant_config.json") else raw.get("quantization_config")
         if body is not None:
@@ -541,9 +537,9 @@ def _released() -> dict[str, Declaration]:
     return found
 
 
-def test_configs_of_released_checkpoints_parse() -> None:
+def test_configs_of_released_checkpoints_parse(released: dict[str, Declaration]) -> None:
     """No crash, no problem, and an algorithm that is known wherever the dialect is judged."""
-    found = _released()
+    found = released
     for name, declaration in found.items():
         assert declaration.problems == (), (name, declaration.problems)
         if declaration.known:
@@ -561,11 +557,11 @@ def test_configs_of_released_checkpoints_parse() -> None:
     }  # fmt: skip
 
 
-def test_released_configs_are_read_from_a_folder(tmp_path: Path) -> None:
+def test_released_configs_are_read_from_a_folder(released_files: list[Path], tmp_path: Path) -> None:
     """Transformers reads every one of them; two hold ``Infinity``, as Python writes it (``time_step_limit``)."""
     (tmp_path / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
     refused = {}
-    for file in _released_files():
+    for file in released_files:
         target = tmp_path / ("hf_quant_config.json" if file.name.endswith("hf_quant_config.json") else "config.json")
         target.write_bytes(file.read_bytes())
         problems = open_checkpoint(tmp_path).problems
@@ -575,9 +571,9 @@ def test_released_configs_are_read_from_a_folder(tmp_path: Path) -> None:
     assert refused == {}
 
 
-def test_both_files_of_a_release_name_one_algorithm() -> None:
+def test_both_files_of_a_release_name_one_algorithm(released: dict[str, Declaration]) -> None:
     """As published, config.json and hf_quant_config.json state the same ``quant_algo``, whatever dialect each is in."""
-    found = _released()
+    found = released
     pairs = [(n, n.replace("_hf_quant_config", "_config")) for n in found if n.endswith("_hf_quant_config.json")]
     differing = {a: (found[a].algo, found[b].algo) for a, b in pairs if b in found and found[a].algo != found[b].algo}
     assert sum(b in found for _, b in pairs) >= 8
