@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from verifier.findings import Finding, Where
 from verifier.rules.context import Context
 from verifier.rules.registry import rule
-from verifier.schemes import Exclusions
 
 
 @rule(
@@ -33,11 +32,10 @@ def check(ctx: Context) -> Iterator[Finding]:
         if not declaration.exclusions.loose(module.name):
             continue
         pattern = declaration.exclusions.pattern_for(module.name) or ""
-        strict = Exclusions([pattern]).strict(module.name) or declaration.exclusions.strict(module.name)
         listed = declaration.mixed and declaration.cover(module.name).via == "exact"
         part = module.parts.get(module.scales[0]) if module.scales else module.weight
         where = Where(part.name, part.file) if part else Where(module.name)
-        if strict:
+        if declaration.exclusions.strict(module.name):
             yield ctx.finding(f"excluded by {pattern!r}, and carries scales", where=where, observed=pattern)
         else:
             also = ", though quantized_layers lists it" if listed else ""

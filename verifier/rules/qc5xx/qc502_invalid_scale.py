@@ -33,10 +33,9 @@ def check(ctx: Context) -> Iterator[Finding]:
         limit = 0x7F if tensor.dtype == "F8_E4M3" else 0xFF
         if ctx.extremes(tensor)[1] >= limit:
             flat = ctx.bytes_of(tensor)
+            groups = [("NaN", (flat & limit) == limit)]
             if limit == 0x7F:  # 0x80 is a negative zero, QC501's
-                groups = (("NaN", (flat & 0x7F) == 0x7F), ("negative", (flat > 0x80) & (flat < 0xFF)))
-            else:
-                groups = (("NaN", flat == 0xFF), ("", np.zeros(0, bool)))
+                groups.append(("negative", (flat > 0x80) & (flat < 0xFF)))
             for what, mask in groups:
                 places = np.flatnonzero(mask)
                 if places.size:
