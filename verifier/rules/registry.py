@@ -6,8 +6,8 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal
 
@@ -16,12 +16,17 @@ from verifier.rules.context import Context
 
 Depth = Literal["header", "payload", "load"]
 DEPTHS: tuple[Depth, ...] = ("header", "payload", "load")
+Engine = Literal["vllm", "sglang", "trtllm", "transformers"]
 Check = Callable[[Context], Iterator[Finding]]
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One rule. ``unit`` is what it counts; ``needs`` names the inputs without which it is listed as not run."""
+    """One rule. ``unit`` is what it counts; ``needs`` names the inputs without which it is listed as not run.
+
+    ``engines`` gives an engine's own severity of the defect, and what that engine does with it, where it differs from
+    ``severity`` or is known from its code.
+    """
 
     id: str
     title: str
@@ -33,6 +38,7 @@ class Rule:
     sources: tuple[str, ...]
     doc: str
     check: Check
+    engines: Mapping[Engine, tuple[Severity, str]] = field(default_factory=dict)
 
 
 _RULES: dict[str, Rule] = {}
@@ -48,6 +54,7 @@ def rule(
     needs: tuple[str, ...] = (),
     consumers: tuple[str, ...] = (),
     sources: tuple[str, ...] = (),
+    engines: Mapping[Engine, tuple[Severity, str]] | None = None,
 ) -> Callable[[Check], Check]:
     """Register the decorated function as the check of a rule; its docstring is what ``explain`` prints."""
 
@@ -55,7 +62,7 @@ def rule(
         if id_ in _RULES:
             raise ValueError(f"{id_} is registered twice")
         _RULES[id_] = Rule(
-            id_, title, severity, depth, unit, needs, consumers, sources, inspect.getdoc(check) or "", check
+            id_, title, severity, depth, unit, needs, consumers, sources, inspect.getdoc(check) or "", check, engines or {}
         )
         return check
 
