@@ -30,6 +30,7 @@ FALLBACK = click.Choice(["fallback", "error"])
 @click.option("--on-bad-stat", type=FALLBACK, default="error", show_default=True, help="Zero, NaN, infinite, tiny, huge.")
 @click.option("--on-dead-expert", type=FALLBACK, default="fallback", show_default=True, help="Experts without tokens.")
 @click.option("--min-tokens", type=click.IntRange(0), default=32, show_default=True, help="Warn of experts with fewer.")
+@click.option("--kv", is_flag=True, help="KV maxima are wanted, also by a recipe without static activation scales.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing stats file.")
 def calibrate(
     source: str,
@@ -46,9 +47,10 @@ def calibrate(
     on_bad_stat: str,
     on_dead_expert: str,
     min_tokens: int,
+    kv: bool,
     overwrite: bool,
 ) -> None:
-    """Run texts through the unquantized model in SOURCE and write each module's largest input, by hub name.
+    """Run texts through the model in SOURCE and write each module's largest input, by hub name.
 
     The file is what `export --stats` takes. Exit 0: written, warnings and fallbacks listed. 1: refused.
     """
@@ -63,7 +65,7 @@ def calibrate(
             source, out, recipe=recipe, texts=texts, samples=counts, seq_len=seq_len, batch_size=batch_size, seed=seed,
             device=device, method=method, percentile=percentile,  # type: ignore[arg-type]
             on_bad_stat=on_bad_stat, on_dead_expert=on_dead_expert,  # type: ignore[arg-type]
-            min_tokens=min_tokens, overwrite=overwrite, progress=progress,
+            min_tokens=min_tokens, kv=kv, overwrite=overwrite, progress=progress,
         )  # fmt: skip
     click.echo(calibration.render_text(report), nl=False)
 
