@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from exporter.cli_preview import read_prompts, show_preview
 from verifier.errors import UsageError
 
 if TYPE_CHECKING:
@@ -44,10 +45,16 @@ REPORT = click.option(
     "--kv", "kv_cache", type=click.Choice(["fp8", "fp8_cast"]),
     help="An FP8 KV cache: fp8 with scales from --stats, fp8_cast without.",
 )  # fmt: skip
+@click.option(
+    "--calibrate-texts", metavar="FILE", multiple=True,
+    help="Calibrate first, on these texts; what follows after -- goes to calibrate.",
+)  # fmt: skip
+@click.option("--preview", "prompts", metavar="FILE", help="Then let both models go on from these prompts, side by side.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
 @OVERWRITE
 @WORKERS
 @REPORT
+@click.argument("more", nargs=-1, metavar="[-- CALIBRATE OPTIONS]", type=click.UNPROCESSED)
 @click.pass_context
 def export(
     ctx: click.Context,
@@ -60,10 +67,13 @@ def export(
     stats: str | None,
     rest: str | None,
     kv_cache: str | None,
+    calibrate_texts: tuple[str, ...],
+    prompts: str | None,
     dry_run: bool,
     overwrite: bool,
     workers: int | None,
     report_file: Path | None,
+    more: tuple[str, ...],
 ) -> None:
     """Quantize the checkpoint in SOURCE into the folder OUT, file to file, and check what was written."""
     import exporter  # noqa: PLC0415  (torch costs a second, and --help does not need it)
@@ -72,13 +82,23 @@ def export(
         "recipe": recipe, "onto": onto, "layers": layers, "input_scale": input_scale, "stats": stats, "rest": rest,
         "kv_cache": kv_cache,
     }  # fmt: skip
+    if more and not calibrate_texts:
+        raise UsageError(f"{' '.join(more)}: what follows OUT goes to calibrate, and there is no --calibrate-texts")
+    if calibrate_texts:
+        from exporter.cli_calibrate import within_export  # noqa: PLC0415  (of use here only)
+
+        given["stats"] = within_export(source, out, recipe, calibrate_texts, more, given, overwrite, dry_run)
     if dry_run:
         click.echo(describe(exporter.plan_export(source, **given)), nl=False)
         return
     _require_writable(report_file, out)
+    read = read_prompts(prompts) if prompts is not None else []
     with _bar(lambda: exporter.plan_export(source, **given).nbytes) as progress:
         manifest = exporter.export(source, out, overwrite=overwrite, workers=workers, progress=progress, **given)
-    _finish(ctx, manifest, out, base=source, merged_from=onto, report_file=report_file)
+    code = _finish(manifest, out, base=source, merged_from=onto, report_file=report_file)
+    if read:
+        show_preview(source, out, read, report_file)
+    ctx.exit(code)
 
 
 @click.command()
@@ -101,7 +121,7 @@ def merge(
     manifest = exporter.merge(
         experts, out, onto=onto, input_scale=input_scale, overwrite=overwrite, workers=workers,  # type: ignore[arg-type]
     )  # fmt: skip
-    _finish(ctx, manifest, out, base=None, merged_from=onto, report_file=report_file)
+    ctx.exit(_finish(manifest, out, base=None, merged_from=onto, report_file=report_file))
 
 
 def describe(plan: Plan) -> str:
@@ -163,9 +183,9 @@ def _require_writable(report_file: Path | None, out: str) -> None:
 
 
 def _finish(
-    ctx: click.Context, manifest: Manifest, out: str, *, base: str | None, merged_from: str | None, report_file: Path | None
-) -> None:
-    """Print the summary, check what was written, and end with the check's exit code."""
+    manifest: Manifest, out: str, *, base: str | None, merged_from: str | None, report_file: Path | None
+) -> int:
+    """Print the summary, check what was written, and return the check's exit code."""
     import verifier  # noqa: PLC0415  (numpy)
     from verifier.report import render_json, render_text  # noqa: PLC0415
 
@@ -190,4 +210,4 @@ def _finish(
         value = {"manifest": manifest.model_dump(mode="json"), "check": json.loads(render_json(report))}
         report_file.parent.mkdir(parents=True, exist_ok=True)  # one inside OUT could not be made before
         report_file.write_text(json.dumps(value, indent=2) + "\n")
-    ctx.exit(report.exit_code)
+    return report.exit_code

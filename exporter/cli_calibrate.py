@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
+from typing import Any
 
 import click
 
@@ -89,3 +91,37 @@ def _bar() -> Iterator[Callable[[int, int], None] | None]:
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("calibrating", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+CONTROLLED = ("--recipe", "--texts", "-o", "--output", "--overwrite", "--kv")
+"""Options of calibrate that export decides."""
+
+
+def within_export(
+    source: str, out: str, recipe: str, texts: tuple[str, ...], more: tuple[str, ...], given: Mapping[str, Any],
+    overwrite: bool, dry_run: bool,
+) -> str:  # fmt: skip
+    """Run calibrate with what the user gave it, and return the stats file, which stays beside OUT.
+
+    Raises:
+        UsageError: an option that export controls, or that contradicts.
+    """
+    for other, option in (("stats", "--stats"), ("input_scale", "--input-scale")):
+        if given[other] is not None:
+            raise UsageError(f"--calibrate-texts and {option} contradict: give one of them")
+    if dry_run:
+        raise UsageError("--calibrate-texts runs the model; --dry-run goes with --stats or --input-scale one")
+    for word in more:
+        if word.split("=")[0] in CONTROLLED or (word.startswith("-o") and not word.startswith("--")):
+            raise UsageError(f"{word}: export sets this option of calibrate")
+    if os.path.lexists(out) and not overwrite:
+        raise UsageError(f"{out}: exists; --overwrite swaps it whole")
+    stats = os.path.normpath(out) + ".stats.safetensors"
+    arguments = [source, "--recipe", recipe, *(w for t in texts for w in ("--texts", t)), "-o", stats, *more]
+    if overwrite:
+        arguments.append("--overwrite")
+    if given["kv_cache"] == "fp8":
+        arguments.append("--kv")
+    with calibrate.make_context("calibrate", arguments) as inner:
+        calibrate.invoke(inner)
+    return stats

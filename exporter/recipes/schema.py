@@ -109,7 +109,9 @@ def load(name: str | Path) -> Recipe:
             raise UsageError(f"recipe {text}: larger than {MAX_RECIPE_BYTES:,} bytes")
         source = Path(text).read_text(encoding="utf-8", errors="replace")
     else:
-        raise UsageError(f"no recipe {text!r}; one of {', '.join(names())}, or a .yaml file")
+        near = difflib.get_close_matches(text, names(), n=1)
+        nearest = f" (nearest: {near[0]})" if near else ""
+        raise UsageError(f"no recipe {text!r}; one of {', '.join(names())}, or a .yaml file{nearest}")
     try:
         return Recipe.model_validate(yaml.safe_load(source))
     except yaml.YAMLError as error:
