@@ -501,7 +501,7 @@ def test_a_dry_run_writes_nothing(call, tmp_path: Path) -> None:
     assert "nothing was written (dry run)" in out
     code, out, _ = call("export", LLAMA, tmp_path / "out", "--recipe", "mxfp8_default", "--dry-run")
     assert code == 0
-    assert "quantize  14 linears to MXFP8 in 2 layers" in out
+    assert "quantize  14 linears (8 stacked) to MXFP8 in 2 layers" in out
 
 
 def test_an_export_ends_with_a_check(call, tmp_path: Path) -> None:
