@@ -40,7 +40,7 @@ def meta(model_type: str, **more: Any) -> Any:
         ("nemotron_h", {"layers_block_type": ["moe", "moe"]}, (False, False, False, False, "flags"), 16),
         ("llama4_text", {"moe_layers": [0, 1]}, (True, True, False, False, "class"), 24),
         ("granitemoe", {}, (True, False, False, False, "flags"), 24),
-        ("longcat_flash", {"zero_expert_num": 2, "expert_ffn_hidden_size": 48, "num_layers": 2}, (True, False, False, False, "class"), 24),
+        ("longcat_flash", {"zero_expert_num": 2, "expert_ffn_hidden_size": 48}, (True, False, False, False, "class"), 12),
     ],
 )
 def test_layouts_of_families(model_type: str, more: dict[str, Any], layout: tuple[object, ...], linears: int) -> None:
