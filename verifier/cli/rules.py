@@ -40,4 +40,7 @@ def explain(rule_id: str) -> None:
         raise UsageError(f"no rule {rule_id!r}; `ckptgate rules` lists them")
     click.echo(f"{found.id}  {found.title}  [{found.severity}, depth {found.depth}, counts {found.unit}]\n")
     click.echo(found.doc)
-    click.echo(f"\nEngines: {', '.join(found.consumers)}\nSeen in: {', '.join(found.sources)}")
+    click.echo(f"\nEngines: {', '.join(found.consumers)}")
+    for engine, (severity, what) in found.engines.items():
+        click.echo(f"  {engine:12}  {severity:7}  {what}")
+    click.echo(f"Seen in: {', '.join(found.sources)}")
