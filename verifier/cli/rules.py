@@ -20,6 +20,7 @@ def rules(format_: str) -> None:
     if format_ == "json":
         rows = [
             {k: getattr(r, k) for k in ("id", "title", "severity", "depth", "unit", "needs", "consumers", "sources", "doc")}
+            | {"engines": {e: {"severity": level, "what": what} for e, (level, what) in r.engines.items()}}
             for r in table
         ]
         click.echo(json.dumps(rows, indent=2))
