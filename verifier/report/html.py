@@ -14,6 +14,7 @@ from verifier.report.parts import (
     about_baseline,
     amount,
     by_engine,
+    cell,
     not_run,
     place,
     printable,
@@ -36,7 +37,7 @@ def render_html(report: Report) -> str:
         loader=DictLoader({"report": source}), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters |= {"printable": printable}
+    environment.filters |= {"printable": printable, "cell": cell}
     template = environment.get_template("report")
     rows = MAX_FINDINGS
     while True:

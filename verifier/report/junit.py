@@ -34,7 +34,7 @@ def render_junit(report: Report) -> str:
     document.add_testsuite(suite)
     document.update_statistics()  # type: ignore[no-untyped-call]
     data: bytes = document.tostring()  # type: ignore[no-untyped-call]
-    return data.decode("utf-8").rstrip() + "\n"
+    return f'<?xml version="1.0" encoding="utf-8"?>\n{data.decode("utf-8").rstrip()}\n'
 
 
 def _case(rule: str, covered: Coverage | None, findings: tuple[Finding, ...], bad: set[int]) -> TestCase:

@@ -10,6 +10,7 @@ from verifier.report.parts import (
     about_baseline,
     amount,
     by_engine,
+    cell,
     counted,
     not_run,
     place,
@@ -83,6 +84,6 @@ def _engines(report: Report) -> list[str]:
     engines = list(next(iter(table.values())))
     lines = [f"| rule | {' | '.join(engines)} |", f"| --- |{' --- |' * len(engines)}"]
     for rule, cells in table.items():
-        shown = ["<br>".join([cells[e][0], *map(_words, cells[e][1][:3])]) for e in engines]
+        shown = ["<br>".join([cell(cells[e]), *map(_words, cells[e][1][:3])]) for e in engines]
         lines.append(f"| {_words(rule)} | {' | '.join(shown)} |")
     return [*lines, ""]

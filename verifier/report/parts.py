@@ -47,7 +47,7 @@ def seen(finding: Finding) -> str:
 
 def remarks(finding: Finding) -> list[str]:
     """Return where the severity comes from, and how the finding stands against the baseline."""
-    lines = [f"by {printable(finding.because)}"] if finding.because else []
+    lines = [printable(finding.because)] if finding.because else []
     if finding.standing:
         lines.append(f"{finding.standing}: {printable(finding.note)}")
     return lines
@@ -119,6 +119,11 @@ def by_engine(report: Report) -> dict[str, dict[str, tuple[Severity, list[str]]]
             severity, what = cells.get(effect.engine, (effect.severity, []))
             cells[effect.engine] = (min(severity, effect.severity, key=SEVERITIES.index), _with(what, effect))
     return table
+
+
+def cell(found: tuple[Severity, list[str]]) -> str:
+    """Return a severity of `by_engine`; in parentheses where it is the rule's, nothing being known of the engine."""
+    return found[0] if found[1] else f"({found[0]})"
 
 
 def _with(what: list[str], effect: Effect) -> list[str]:

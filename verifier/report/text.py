@@ -11,6 +11,7 @@ from verifier.report.parts import (
     about_baseline,
     amount,
     by_engine,
+    cell,
     not_run,
     place,
     printable,
@@ -80,7 +81,7 @@ def _engines(report: Report) -> list[str]:
     engines = list(next(iter(table.values())))
     lines = ["        " + "  ".join(f"{e:12}" for e in engines).rstrip()]
     for rule, cells in table.items():
-        lines.append(f"{rule:7} " + "  ".join(f"{cells[e][0]:12}" for e in engines).rstrip())
+        lines.append(f"{rule:7} " + "  ".join(f"{cell(cells[e]):12}" for e in engines).rstrip())
         lines += [f"        {e}: {what}" for e in engines for what in cells[e][1][:3]]
     return lines
 
