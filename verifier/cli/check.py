@@ -8,13 +8,10 @@ from typing import Any
 import click
 
 from verifier.cli.main import explain_failure, shows_defects
-from verifier.cli.outputs import Paired, emit, output_options, outputs, require
+from verifier.cli.outputs import STDOUT, Paired, output_options, outputs, require, write_files, write_stdout
 from verifier.cli.settings import judging, judging_options, settings
-from verifier.errors import ContentError, UsageError
+from verifier.errors import ContentError, MachineError, UsageError
 from verifier.findings import Finding, Report
-
-# With one of these on stdout there is one document whatever happens after the usage is right.
-DOCUMENTS = ("json", "junit", "sarif")
 
 
 @click.command(cls=Paired)
@@ -63,9 +60,12 @@ def check(
         failure = error
     if file is not None:
         report.stats.setdefault("options", {})["config"] = str(file)
-    on_stdout = [o.format for o in wanted if o.file == "-"]
-    if failure is not None and not any(f in DOCUMENTS for f in on_stdout):
-        emit(report, [o for o in wanted if o.file != "-"])
+    try:
+        write_files(report, wanted)
+    except MachineError as error:
+        report, failure = Report("broken", uri, base, (), (), {"error": str(error)}), error
+    # A person reads the message on stderr; what parses stdout gets one document whatever went wrong.
+    if failure is not None and not any(o.file == STDOUT and o.format != "text" for o in wanted):
         raise failure
-    emit(report, wanted)
+    write_stdout(report, wanted)
     ctx.exit(report.exit_code)

@@ -103,8 +103,8 @@ def require(wanted: Sequence[Output]) -> None:
             require_writable(output.file)
 
 
-def emit(report: Report, wanted: Sequence[Output]) -> None:
-    """Write all reports; for ``github`` the step summary too, where $GITHUB_STEP_SUMMARY names one.
+def write_files(report: Report, wanted: Sequence[Output]) -> None:
+    """Write the reports that go to files; for ``github`` the step summary too, where $GITHUB_STEP_SUMMARY names one.
 
     Raises:
         MachineError: a file could not be written.
@@ -115,15 +115,19 @@ def emit(report: Report, wanted: Sequence[Output]) -> None:
     for output in wanted:
         if output.file != STDOUT:
             write_atomic(output.file, render(report, output.format))
+            if sys.stderr.isatty():
+                click.echo(f"wrote {output.file}", err=True)
+    if any(o.format == "github" for o in wanted):
+        _summarize(report)
+
+
+def write_stdout(report: Report, wanted: Sequence[Output]) -> None:
+    """Write the report that goes to stdout, if any."""
+    from verifier.report import render  # noqa: PLC0415
+
     for output in wanted:
         if output.file == STDOUT:
             click.echo(render(report, output.format, color=colored()), nl=False, color=True)
-        if output.format == "github":
-            _summarize(report)
-    if sys.stderr.isatty():
-        for output in wanted:
-            if output.file != STDOUT:
-                click.echo(f"wrote {output.file}", err=True)
 
 
 def colored() -> bool:

@@ -11,6 +11,7 @@ from jinja2 import DictLoader, Environment, StrictUndefined
 from verifier import __version__
 from verifier.findings import Report
 from verifier.report.parts import (
+    PARENTHESES,
     about_baseline,
     amount,
     by_engine,
@@ -63,5 +64,6 @@ def _values(report: Report, rows: int) -> dict[str, Any]:
         "unshown": max(0, len(ordered) - rows), "footer": footer(report), "not_run": not_run(report),
         "about_baseline": about_baseline(report), "coverage": report.coverage[:MAX_RULES],
         "unshown_rules": max(0, len(report.coverage) - MAX_RULES), "table": table,
+        "parentheses": PARENTHESES,
         "engines": list(next(iter(table.values()))) if table else [], "options": report.stats.get("options", {}),
     }  # fmt: skip

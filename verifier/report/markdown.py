@@ -7,6 +7,7 @@ import re
 
 from verifier.findings import Finding, Report
 from verifier.report.parts import (
+    PARENTHESES,
     about_baseline,
     amount,
     by_engine,
@@ -86,4 +87,4 @@ def _engines(report: Report) -> list[str]:
     for rule, cells in table.items():
         shown = ["<br>".join([cell(cells[e]), *map(_words, cells[e][1][:3])]) for e in engines]
         lines.append(f"| {_words(rule)} | {' | '.join(shown)} |")
-    return [*lines, ""]
+    return [*lines, "", PARENTHESES, ""]

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from verifier.findings import SEVERITIES, Effect, Finding, Report, Severity
 
 SHOWN_OF_A_RULE = 10
+PARENTHESES = "(in parentheses: the rule's own severity; what the engine does is not known)"
 
 
 def printable(text: str, limit: int = 400) -> str:

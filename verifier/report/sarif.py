@@ -75,7 +75,7 @@ def _result(f: Finding, index: int) -> dict[str, Any]:
         "ruleId": printable(f.rule), "ruleIndex": index, "level": _LEVEL[f.severity], "kind": "fail",
         "message": {"text": _message("; ".join(p for p in parts if p))},
         "locations": [_location(f)],
-        "partialFingerprints": {VERSION: f.fingerprint},
+        "partialFingerprints": {VERSION: f.fingerprint} if f.fingerprint else {},
         "occurrenceCount": f.count,
         "properties": _properties(f),
     }  # fmt: skip

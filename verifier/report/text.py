@@ -7,6 +7,7 @@ from itertools import groupby
 
 from verifier.findings import Finding, Report
 from verifier.report.parts import (
+    PARENTHESES,
     SHOWN_OF_A_RULE,
     about_baseline,
     amount,
@@ -79,11 +80,11 @@ def _engines(report: Report) -> list[str]:
     if not table:
         return []
     engines = list(next(iter(table.values())))
-    lines = ["        " + "  ".join(f"{e:12}" for e in engines).rstrip()]
+    lines = [f"engines  {'  '.join(f'{e:12}' for e in engines).rstrip()}"]
     for rule, cells in table.items():
-        lines.append(f"{rule:7} " + "  ".join(f"{cell(cells[e]):12}" for e in engines).rstrip())
-        lines += [f"        {e}: {what}" for e in engines for what in cells[e][1][:3]]
-    return lines
+        lines.append(f"{rule:8} " + "  ".join(f"{cell(cells[e]):12}" for e in engines).rstrip())
+        lines += [f"         {e}: {what}" for e in engines for what in cells[e][1][:3]]
+    return [*lines, f"         {PARENTHESES}"]
 
 
 def footer(report: Report) -> str:
