@@ -80,7 +80,7 @@ def test_prefixes_select_and_the_longer_one_decides() -> None:
      ("QB5", ("nearest: QC5",)), ("QC5011", ("nearest: QC501",))],
 )  # fmt: skip
 @pytest.mark.parametrize("option", ["--select", "--ignore", "--require"])
-def test_an_unknown_rule_is_a_usage_error_with_the_nearest(call: Call, option: str, text: str, words: tuple[str, ...]) -> None:
+def test_an_unknown_rule_is_a_usage_error(call: Call, option: str, text: str, words: tuple[str, ...]) -> None:
     code, out, err = call("check", QWEN_NVFP4, option, text)
     assert (code, out) == (2, "")
     assert len(err.splitlines()) == 1
