@@ -102,8 +102,8 @@ def test_container_findings_do_not_name_their_shard(candidate: Path) -> None:
     assert prints(candidate) == before
 
 
-def found(rule: str, message: str, where: Where = Where()) -> Finding:
-    return Finding(rule, "error", message, where)
+def found(rule: str, message: str, where: Where | None = None) -> Finding:
+    return Finding(rule, "error", message, where or Where())
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,8 @@ def found(rule: str, message: str, where: Where = Where()) -> Finding:
         (found("QC103", "a-1.safetensors holds 3 tensors"), found("QC103", "b.safetensors holds 14 tensors")),
         (found("QC103", "in a.safetensors, b.safetensors"), found("QC103", "in c.safetensors")),
         (found("QC208", "of [128, 64]", Where("a.0.b")), found("QC208", "of [64, 1,024]", Where("a.7.b"))),
-        (found("QC5", "x", Where("a", "f.safetensors", 1, 2, 3)), replace(found("QC5", "x", Where("a")), severity="warning", observed="o", count=9)),
+        (found("QC5", "x", Where("a", "f.safetensors", 1, 2, 3)),
+         replace(found("QC5", "x", Where("a")), severity="warning", observed="o", count=9)),
         (found("QC5", "by 1.5e-3 or +7"), found("QC5", "by 2 or -1,000.25")),
     ],
 )  # fmt: skip
