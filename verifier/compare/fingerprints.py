@@ -17,6 +17,7 @@ from verifier.findings import Finding
 from verifier.schemes import collapse
 
 VERSION = "ckptgate/v1"
+MAX_MESSAGE = 2_000
 _SHARD = re.compile(r"[^\s'\"]*\.safetensors\b")
 _SHARDS = re.compile(r"<shard>(, <shard>)+")
 # A number by itself: those in NVFP4, F8_E4M3, w13 and weight_scale_2 tell kinds apart.
@@ -24,8 +25,9 @@ _NUMBER = re.compile(r"(?<![A-Za-z0-9_])[-+]?\d[\d,]*(\.\d+)?(e[-+]?\d+)?(?![A-Z
 
 
 def kind(finding: Finding) -> str:
-    """Return the message without file names of shards and without numbers."""
-    text = finding.message
+    """Return the message, its first `MAX_MESSAGE` characters, without file names of shards and without numbers."""
+    # Names stand in messages, and a hostile one can be as long as a header: the patterns below are not linear.
+    text = finding.message[:MAX_MESSAGE]
     if finding.where.file and finding.where.file.endswith(".safetensors"):
         text = text.replace(finding.where.file, "<shard>")
     return _NUMBER.sub("#", _SHARDS.sub("<shard>", _SHARD.sub("<shard>", text)))

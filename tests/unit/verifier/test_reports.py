@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -28,8 +27,8 @@ from verifier.report.markdown import code
 from verifier.report.text import render_text
 
 HOSTILE = (
-    "a.\x1b[31mred\x1b]0;t\x07\r\n::error title=x::owned\r::stop-commands::y\n\x9b2J\u202egpj\ud800]]><script>alert(1)</script>"
-    "<img src=x onerror=alert(2)>{0}[l](javascript:x)`|``| @someone #1 https://evil.example/%0A%25&amp;\u2028.weight"
+    "a.\x1b[31mred\x1b]0;t\x07\r\n::error title=x::owned\r::stop-commands::y\n\x9b2J\u202egpj\ud800"
+    "]]><script>alert(1)</script><img src=x onerror=alert(2)>{0}[l](javascript:x)`|``| @someone #1 https://evil.example/%0A%25&amp;\u2028.weight"
 )
 COVERAGE = (
     Coverage("QC101", True, 3, 3, "shards", "", "index names a missing shard"),
@@ -41,8 +40,8 @@ STATS = {
     "model_type": "x", "options": {"depth": "header", "fail_on": "error", "profile": None}, "seconds": 0.1,
 }  # fmt: skip
 ERROR = Finding(
-    "QC201", "error", "no tensor of this layout has this name", Where("model.x.weight", "model.safetensors", 3, 2, 77), "A", "B",
-    4, 10, (Effect("vllm", "error", "stops"), Effect("trtllm", "warning", "")), "vllm: stops",
+    "QC201", "error", "no tensor of this layout has this name", Where("model.x.weight", "model.safetensors", 3, 2, 77),
+    "A", "B", 4, 10, (Effect("vllm", "error", "stops"), Effect("trtllm", "warning", "")), "vllm: stops",
 )  # fmt: skip
 WARNING = Finding("QC101", "warning", "no index")
 NOTE = Finding("QC101", "info", "a remark", Where(None, "config.json"))
@@ -56,7 +55,9 @@ CLEAN = report(verdict="passed")
 FAILED = report(ERROR, WARNING, NOTE)
 UNPROVEN = report(WARNING, verdict="unproven", unproven="no quantized tensor")
 BROKEN = Report("broken", "s3://bucket/x", None, (), (), {"error": "Input/output error"})
-KNOWN = report(replace(ERROR, standing="known", note="agreed"), replace(WARNING, standing="grown", note="2 now"), verdict="passed")
+KNOWN = report(
+    replace(ERROR, standing="known", note="agreed"), replace(WARNING, standing="grown", note="2 now"), verdict="passed"
+)
 EVERY = {"clean": CLEAN, "failed": FAILED, "unproven": UNPROVEN, "broken": BROKEN, "known": KNOWN}
 HOSTILES = report(
     Finding("QC201", "error", f"message of {HOSTILE}", Where(HOSTILE, f"{HOSTILE}.safetensors", 1), HOSTILE, HOSTILE),
@@ -68,7 +69,8 @@ HOSTILES = report(
     options={"profile": "all", "base": HOSTILE, "config": HOSTILE, "fail_on": "error"},
 )  # fmt: skip
 HOSTILES = replace(HOSTILES, uri=f"/data/{HOSTILE}", base=HOSTILE, coverage=(
-    *COVERAGE, Coverage("QC9", True, 1, 2, HOSTILE, HOSTILE, HOSTILE), Coverage("QC8", False, 0, 0, HOSTILE, HOSTILE, HOSTILE),
+    *COVERAGE, Coverage("QC9", True, 1, 2, HOSTILE, HOSTILE, HOSTILE),
+    Coverage("QC8", False, 0, 0, HOSTILE, HOSTILE, HOSTILE),
 ))  # fmt: skip
 
 
@@ -394,14 +396,15 @@ def test_the_engine_table_is_there_under_all_only() -> None:
 def test_size_is_bounded_whatever_there_is_to_tell(format_: str, limit: int, long: bool) -> None:
     name = HOSTILE * 200 if long else "model.layers.1.x"
     many = report(*(
-        Finding("QC201", "error", f"m {i} {name}", Where(f"{name}.{i}", name), name, name, because=name) for i in range(5_000)
+        Finding("QC201", "error", f"m {i} {name}", Where(f"{name}.{i}", name), name, name, because=name)
+        for i in range(2_500)
     ))  # fmt: skip
     many = replace(many, uri=name * 50, coverage=COVERAGE * 1_000)
     text = render(many, format_)
     assert len(text.encode()) <= limit
     counted = re.search(r"([\d,]+) more findings", text)
     assert counted is not None
-    assert int(counted[1].replace(",", "")) > 1_000
+    assert int(counted[1].replace(",", "")) > 400
 
 
 def test_two_thousand_findings_are_shown_whole() -> None:
@@ -419,6 +422,5 @@ def test_a_format_without_its_package_names_the_extra(monkeypatch: pytest.Monkey
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(MissingExtra, match=r"--format \w+ needs the extra 'report': pip install 'ckptgate\[report\]'"):
         render(CLEAN, format_)
-    others: Callable[[str], str] = lambda f: render(CLEAN, f)  # noqa: E731
     for other in set(FORMATS) - {"junit", "html"}:
-        assert others(other)
+        assert render(CLEAN, other)
