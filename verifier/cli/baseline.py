@@ -13,6 +13,7 @@ from verifier.cli.settings import judging, judging_options, settings
 from verifier.errors import ContentError, UsageError
 
 if TYPE_CHECKING:
+    from verifier.compare.baseline import Baseline
     from verifier.findings import Report
 
 
@@ -49,7 +50,7 @@ def write(uri: str, base: str | None, merged_from: str | None, depth: str, reaso
     old = load(file) if os.path.exists(file) else Baseline()
     found, new, raised = accept(old, report.findings, reason.strip())
     save(found, file)
-    click.echo(f"{file}: {len(found.entries)} entries ({new} new, {raised} raised)")
+    click.echo(f"{file}: {_entries(found)} ({new} new, {raised} raised)")
 
 
 @baseline.command()
@@ -63,7 +64,12 @@ def prune(uri: str, base: str | None, merged_from: str | None, depth: str, **giv
     found, dropped, lowered = prune(load(file), report.findings, report.coverage)
     if dropped or lowered:
         save(found, file)
-    click.echo(f"{file}: {len(found.entries)} entries ({dropped} dropped, {lowered} lowered)")
+    click.echo(f"{file}: {_entries(found)} ({dropped} dropped, {lowered} lowered)")
+
+
+def _entries(found: Baseline) -> str:
+    count = len(found.entries)
+    return f"{count} entr{'y' if count == 1 else 'ies'}"
 
 
 def _judge(uri: str, base: str | None, merged_from: str | None, depth: str, given: dict[str, Any]) -> tuple[Report, str]:

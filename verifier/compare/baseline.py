@@ -26,7 +26,7 @@ Path = str | os.PathLike[str]
 
 
 class Entry(BaseModel):
-    """One accepted defect: ``count`` and ``severity`` are the most that is accepted."""
+    """One accepted defect: ``count`` and ``severity`` are the most that is accepted, ``witness`` is the first one's name."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -36,6 +36,7 @@ class Entry(BaseModel):
     count: int = Field(ge=1)
     what: str = ""
     place: str = ""
+    witness: str = ""
     reason: str = Field(min_length=1)
     added: str = ""
 
@@ -131,7 +132,7 @@ def accept(baseline: Baseline, findings: Iterable[Finding], reason: str) -> tupl
         new, raised = new + (old is None), raised + (old is not None)
         entries[key] = Entry(
             fingerprint=key, rule=first.rule, severity=severity, count=count, what=_whole(kind(first)),
-            place=_whole(place(first)), reason=_whole(reason), added=today,
+            place=_whole(place(first)), witness=_whole(first.where.tensor or ""), reason=_whole(reason), added=today,
         )  # fmt: skip
     return Baseline(entries=tuple(entries.values())), new, raised
 
@@ -173,7 +174,10 @@ def _stand(finding: Finding, entry: Entry | None, now: tuple[int, Severity]) -> 
     if entry is None:
         return finding
     if _holds(entry, *now):
-        return replace(finding, standing="known", note=entry.reason)
+        here = _whole(finding.where.tensor or "")
+        # As many as were accepted, but not the same ones: that does not fail, and is said.
+        moved = f"; first {here}, when accepted {entry.witness}" if entry.witness and here != entry.witness else ""
+        return replace(finding, standing="known", note=entry.reason + moved)
     note = f"{now[0]:,} {now[1]} now, {entry.count:,} {entry.severity} accepted ({entry.reason})"
     return replace(finding, standing="grown", note=note)
 

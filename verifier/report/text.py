@@ -67,7 +67,7 @@ def _finding(f: Finding, color: bool) -> list[str]:
 
 def _known(findings: list[Finding]) -> list[str]:
     lines = [
-        f"known   {f.rule}  {printable(f.message)}{'   ' + amount(f) if amount(f) else ''} ({printable(f.note, 160)})"
+        f"known   {f.rule}  {printable(f.message)}{'   ' + amount(f) if amount(f) else ''} ({printable(f.note)})"
         for f in findings[:MAX_KNOWN]
     ]
     if len(findings) > MAX_KNOWN:

@@ -90,14 +90,14 @@ def _order(setting: _Setting) -> tuple[bool, int]:
 
 def _settings(levels: Levels, rules: Iterable[str]) -> Iterable[_Setting]:
     known = list(rules)
-    # Of two that are equal otherwise the one that stands later decides.
-    for key, value in reversed(list(levels.items())):
+    for key, value in levels.items():
         if "," in key:
             raise UsageError(f"severity {key!r}: one rule or prefix for each key")
         (prefix,) = prefixes([key], known, "severity")
         if isinstance(value, str):
             yield _Setting(prefix, "", _level(prefix, value), None)
         else:
+            # Of two globs that match, the later one decides.
             for glob, level in reversed(list(value.items())):
                 yield _Setting(prefix, glob, _level(f"{prefix} {glob}", level), re.compile(translate(glob)))
 

@@ -217,7 +217,7 @@ def test_adopt_today_fail_on_what_is_new_or_worse_and_prune(call: Call, candidat
     assert call("check", candidate)[0] == 1
     code, out, err = call("baseline", "write", candidate, "--baseline", file, "--reason", "calibration set of v1")
     assert (code, err) == (0, "")
-    assert out == f"{file}: 1 entries (1 new, 0 raised)\n"
+    assert out == f"{file}: 1 entry (1 new, 0 raised)\n"
     (only,) = load(file).entries
     assert (only.rule, only.count, only.severity, only.reason) == ("QC301", 1, "error", "calibration set of v1")
     assert only.place == "model.layers.*.mlp.experts.*.up_proj.input_scale"
@@ -252,6 +252,17 @@ def test_adopt_today_fail_on_what_is_new_or_worse_and_prune(call: Call, candidat
     code, out, _ = call("baseline", "prune", whole, "--baseline", file)
     assert (code, out) == (0, f"{file}: 0 entries (1 dropped, 0 lowered)\n")
     assert load(file).entries == ()
+
+
+def test_a_known_defect_that_moved_is_said(call: Call, candidate: Path, tmp_path: Path) -> None:
+    file, whole = tmp_path / "known.json", Path(shutil.copytree(candidate, tmp_path / "whole"))
+    drop(candidate, scale(0, 2))
+    assert call("baseline", "write", candidate, "--baseline", file, "--reason", "v1")[0] == 0
+    assert "when accepted" not in call("check", candidate, "--baseline", file)[1]
+    drop(whole, scale(1, 7))
+    code, out, _ = call("check", whole, "--baseline", file)
+    assert code == 0
+    assert f"(v1; first {scale(1, 7)}, when accepted {scale(0, 2)})" in out
 
 
 def test_a_known_warning_does_not_fail_under_fail_on_warning(call: Call, candidate: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from verifier.config import Config, effective, find, load
 from verifier.errors import UsageError
 from verifier.rules import all_rules
 from verifier.run.select import Selection, prefixes
+from verifier.run.severity import PROFILES
 
 DATA = Path(__file__).parents[2] / "data" / "modelopt"
 QWEN_NVFP4 = DATA / "qwen3moe_nvfp4_experts_max"
@@ -271,3 +273,13 @@ def test_the_library_reads_no_file(project: Path, padded: Path) -> None:
 def test_effective_values_keep_their_defaults(project: Path) -> None:
     assert {k: s.value for k, s in effective({}, None).items()} == Config().model_dump()
     assert {s.origin for s in effective({"select": (), "profile": None}, None).values()} == {"default"}
+
+
+def test_the_example_of_the_docs_is_a_configuration(project: Path) -> None:
+    page = (Path(__file__).parents[3] / "docs" / "configuration.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```toml\n(.*?)```", page, re.S)
+    file = project / "ckptgate.toml"
+    file.write_text(example)
+    assert load(file).model_fields_set == set(Config.model_fields)
+    for profile in PROFILES:
+        assert f"`{profile}`" in page or profile in example
