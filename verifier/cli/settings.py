@@ -47,7 +47,11 @@ def settings(given: dict[str, Any]) -> tuple[dict[str, Setting], Path | None]:
     wanted, none = given.get("config"), given.get("no_config")
     if wanted and none:
         raise UsageError("--config and --no-config contradict each other")
-    file = None if none else (Path(wanted) if wanted else find(Path.cwd()))
+    try:
+        file = None if none else (Path(wanted) if wanted else find(Path.cwd()))
+    except OSError as error:  # a working directory that was removed, a folder above it that must not be read
+        where = f" {error.filename}" if error.filename else ""
+        raise UsageError(f"looking for a configuration:{where} {error.strerror}; --no-config judges without one") from error
     return effective(given, file), file
 
 

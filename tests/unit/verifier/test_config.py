@@ -265,6 +265,14 @@ def test_a_config_that_is_not_there_or_contradicts(call: Call, project: Path) ->
     assert "contradict" in err
 
 
+def test_a_working_directory_that_is_gone(call: Call, project: Path) -> None:
+    project.rmdir()
+    code, out, err = call("check", QWEN_NVFP4, "--format", "json")
+    assert (code, out) == (2, "")
+    assert "--no-config" in err
+    assert call("check", QWEN_NVFP4, "--no-config")[0] == 0
+
+
 def test_the_library_reads_no_file(project: Path, padded: Path) -> None:
     (project / "ckptgate.toml").write_text('[severity]\nQC105 = "error"\n')
     assert verifier.check(padded).verdict == "passed"
