@@ -487,9 +487,16 @@ def _full(_descriptor: int) -> None:
     raise OSError(28, "No space left on device")
 
 
-def test_what_is_no_file_is_written_to_and_stays(call) -> None:
-    assert call("check", QWEN_NVFP4, "--format", "json=/dev/null") == (0, "", "")
-    assert Path("/dev/null").is_char_device()
+def test_what_is_no_file_is_written_to_and_stays(call, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDWR | os.O_NONBLOCK)
+    try:
+        assert call("check", LLAMA, "--format", f"github={pipe}") == (3, "", "")
+        assert pipe.is_fifo()
+        assert os.read(reader, 65536).startswith(b"::error title=ckptgate")
+    finally:
+        os.close(reader)
 
 
 def test_github_appends_to_the_step_summary(call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

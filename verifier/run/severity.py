@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from fnmatch import translate
 from typing import NamedTuple
 
@@ -50,17 +49,26 @@ class Severities:
             raise UsageError(f"no profile {profile!r}; {nearest(profile, PROFILES)}one of {', '.join(PROFILES)}")
         self._rules = rules
         self.profile = profile
+        self._mapped: dict[tuple[object, ...], tuple[tuple[Effect, ...], Severity, str]] = {}
         self._set = sorted(_settings(levels or {}, rules), key=_order)
 
     def judge(self, finding: Finding) -> Finding:
         """Return the finding with its severity in this run, where that comes from, and what every engine makes of it."""
-        effects = self._effects(finding)
+        f = finding
+        key = (f.rule, f.severity, f.effects)
+        if key not in self._mapped:
+            effects = self._effects(f)
+            self._mapped[key] = (effects, *self._by_profile(f, effects))
+        effects, severity, because = self._mapped[key]
         for setting in self._set:
-            if setting.fits(finding):
-                source = f"configuration: {setting.prefix}{f' {setting.glob}' if setting.glob else ''} is {setting.level}"
-                return replace(finding, severity=setting.level, because=source, effects=effects)
-        severity, because = self._by_profile(finding, effects)
-        return replace(finding, severity=severity, because=because, effects=effects)
+            if setting.fits(f):
+                glob = f" {setting.glob}" if setting.glob else ""
+                severity, because = setting.level, f"configuration: {setting.prefix}{glob} is {setting.level}"
+                break
+        # Not dataclasses.replace, which is ten times slower: a rule may have a finding for every expert.
+        return Finding(
+            f.rule, severity, f.message, f.where, f.observed, f.expected, f.count, f.of, effects, because
+        )  # fmt: skip
 
     def _effects(self, finding: Finding) -> tuple[Effect, ...]:
         """Every engine in order: what the finding says of it, else the rule where the severity is the rule's own."""

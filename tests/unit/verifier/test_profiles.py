@@ -211,11 +211,11 @@ def test_explain_prints_what_engines_do(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_findings_beyond_the_limit_have_the_worst_severity_of_theirs() -> None:
-    def many(last: Severity) -> list[Finding]:
+    def many(worst: Severity) -> list[Finding]:
         names = [f"t{chr(97 + i // 26)}{chr(97 + i % 26)}" for i in range(MAX_GROUPS + 3)]
         found = [Finding("QC201", "info", "x", Where(name)) for name in names]
-        return [*found[:-1], replace(found[-1], severity=last)]
+        return [*found[:-2], replace(found[-2], severity=worst), found[-1]]
 
-    for last in ("error", "warning", "info"):
-        rest = group(many(last), 0)[-1]
-        assert (rest.severity, rest.count, rest.message) == (last, 3, "and more of other names")
+    for worst in ("error", "warning", "info"):
+        rest = group(many(worst), 0)[-1]
+        assert (rest.severity, rest.count, rest.message) == (worst, 3, "and more of other names")
