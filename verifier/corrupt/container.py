@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Defects of files and index: QC101 to QC106."""
+"""Defects of files and index: QC101 to QC111."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from verifier.corrupt.corruptor import Corruptor, edit, embedding, ids, norm
-from verifier.corrupt.edit import INDEX, Folder, Place, read_shard
+from verifier.corrupt.corruptor import MIXED, MXFP8, Corruptor, edit, embedding, ids, norm
+from verifier.corrupt.edit import INDEX, Folder, Place, read_shard, write_shard
 
 _INDEXED = frozenset({"index"})
 _SHARDED = frozenset({"index", "shards"})
@@ -167,6 +168,35 @@ def size_of_source(folder: Folder) -> Place:
     return Place(None, INDEX)
 
 
+def _header_of(length: int) -> Callable[[Folder], Place]:
+    """Return a change that pads the header of the first shard with spaces to a length."""
+
+    def apply(folder: Folder) -> Place:
+        file = folder.shards[0]
+        raw = (folder.path / file).read_bytes()
+        old = int.from_bytes(raw[:8], "little")
+        text = raw[8 : 8 + old].rstrip().ljust(length)
+        if len(text) != length:
+            raise ValueError(f"{file}: its header takes {len(text)} bytes without padding")
+        (folder.path / file).write_bytes(length.to_bytes(8, "little") + text + raw[8 + old :])
+        return Place(None, file)
+
+    return apply
+
+
+def _metadata(found: dict[str, str]) -> Callable[[Folder], Place]:
+    """Return a change of the first shard's metadata."""
+
+    def apply(folder: Folder) -> Place:
+        file = folder.shards[0]
+        shard = read_shard(folder.path / file)
+        shard.metadata = found
+        write_shard(folder.path / file, shard)
+        return Place(None, file)
+
+    return apply
+
+
 _LOST = ids("205 207 404")  # what a checkpoint misses whose only shard, or whose shard of a norm, cannot be read
 CONTAINER: tuple[Corruptor, ...] = (
     Corruptor("QC101", "shard-lost", edit(shard_lost), traits=_SHARDED, also=ids("205 207")),
@@ -188,4 +218,9 @@ CONTAINER: tuple[Corruptor, ...] = (
     Corruptor("QC105", "bytes-after-the-last-tensor", edit(trailing), severity="warning"),
     Corruptor("QC106", "total-size-of-files", edit(size_of_files), traits=_INDEXED, severity="warning"),
     Corruptor("QC106", "total-size-of-source", edit(size_of_source), traits=_INDEXED, severity="warning"),
+    Corruptor("QC107", "header-that-hub-clients-cut", edit(_header_of(99_997)), severity="warning"),
+    Corruptor("QC107", "header-of-26-MB", edit(_header_of(26_000_000)), formats=MXFP8, severity="warning"),
+    Corruptor("QC107", "header-of-91-MB", edit(_header_of(91_000_000)), formats=MIXED, severity="warning"),
+    Corruptor("QC109", "metadata-of-a-training-run", edit(_metadata({"step": "4000"})), severity="warning"),
+    Corruptor("QC109", "format-of-another-framework", edit(_metadata({"format": "np"})), severity="warning"),
 )
