@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from verifier.corrupt.corruptor import MIXED, MXFP8, Corruptor, edit, embedding, ids, norm
-from verifier.corrupt.edit import INDEX, Folder, Place, read_shard, write_shard
+from verifier.corrupt.edit import CONFIG, INDEX, Folder, Place, read_shard, write_shard
 
 _INDEXED = frozenset({"index"})
 _SHARDED = frozenset({"index", "shards"})
@@ -197,6 +197,38 @@ def _metadata(found: dict[str, str]) -> Callable[[Folder], Place]:
     return apply
 
 
+def _without(*files: str) -> Callable[[Folder], Place]:
+    """Return the loss of side files; the place is the first of them."""
+
+    def apply(folder: Folder) -> Place:
+        for file in files:
+            folder.remove(file)
+        return Place(None, files[0])
+
+    return apply
+
+
+def lfs_pointer(folder: Folder) -> Place:
+    """Leave the pointer of Git LFS in place of a JSON file."""
+    file = "generation_config.json"
+    (folder.path / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 4221\n")
+    return Place(None, file)
+
+
+def code_not_uploaded(folder: Folder) -> Place:
+    """Name code in config.json that nobody uploaded."""
+    auto_map = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    folder.edit_json(CONFIG, lambda value: value.update({"auto_map": auto_map}))
+    return Place(None, "configuration_own.py")
+
+
+def import_not_uploaded(folder: Folder) -> Place:
+    """Upload the code that config.json names, and not what it imports."""
+    folder.edit_json(CONFIG, lambda value: value.update({"auto_map": {"AutoConfig": "configuration_own.OwnConfig"}}))
+    (folder.path / "configuration_own.py").write_text("from .rope_own import scaling\n")
+    return Place(None, "rope_own.py")
+
+
 _LOST = ids("205 207 404")  # what a checkpoint misses whose only shard, or whose shard of a norm, cannot be read
 CONTAINER: tuple[Corruptor, ...] = (
     Corruptor("QC101", "shard-lost", edit(shard_lost), traits=_SHARDED, also=ids("205 207")),
@@ -223,4 +255,16 @@ CONTAINER: tuple[Corruptor, ...] = (
     Corruptor("QC107", "header-of-91-MB", edit(_header_of(91_000_000)), formats=MIXED, severity="warning"),
     Corruptor("QC109", "metadata-of-a-training-run", edit(_metadata({"step": "4000"})), severity="warning"),
     Corruptor("QC109", "format-of-another-framework", edit(_metadata({"format": "np"})), severity="warning"),
-)
+    Corruptor("QC110", "generation-config-lost", edit(_without("generation_config.json")), needs=("base",)),
+    Corruptor("QC110", "pointer-of-git-lfs", edit(lfs_pointer)),
+    Corruptor("QC110", "code-not-uploaded", edit(code_not_uploaded)),
+    Corruptor("QC110", "import-not-uploaded", edit(import_not_uploaded)),
+    Corruptor("QC110", "vocabulary-lost", edit(_without("tokenizer.json")), traits=frozenset({"tokenizer"})),
+    Corruptor(
+        "QC110", "tokenizer-lost", edit(_without("tokenizer_config.json", "tokenizer.json", "chat_template.jinja")),
+        needs=("base",), traits=frozenset({"tokenizer"}),
+    ),
+    Corruptor(
+        "QC110", "template-lost", edit(_without("chat_template.jinja")), needs=("base",), traits=frozenset({"tokenizer"})
+    ),
+)  # fmt: skip

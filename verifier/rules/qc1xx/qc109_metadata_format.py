@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from verifier.findings import Finding, Where
+from verifier.findings import Finding, Severity, Where
 from verifier.rules.context import Context
 from verifier.rules.registry import rule
 
@@ -27,6 +27,7 @@ def check(ctx: Context) -> Iterator[Finding]:
     note. (Metadata that is no object of strings is QC104.)
     **Mend.** Write the header again with ``{"format": "pt"}``; the tensors' bytes stay as they are.
     """
+    said: dict[tuple[str, str, Severity], list[str]] = {}
     for shard in ctx.checkpoint.shards:
         if any(p.kind == "metadata" for p in shard.problems) or not shard.header:
             continue
@@ -34,16 +35,15 @@ def check(ctx: Context) -> Iterator[Finding]:
         found = shard.metadata.get("format")
         if found == "pt":
             continue
-        where = Where(None, shard.file)
         if not shard.metadata:
-            yield ctx.finding(
-                "the header has no __metadata__", where=where, observed="absent", expected="format: pt", severity="info"
-            )
+            key: tuple[str, str, Severity] = ("the header has no __metadata__", "absent", "info")
         elif found is None:
-            yield ctx.finding(
-                "__metadata__ names no format", where=where, observed=sorted(shard.metadata)[:8], expected="format: pt"
-            )
+            key = ("__metadata__ names no format", ", ".join(sorted(shard.metadata)[:8]), "warning")
         else:
-            yield ctx.finding(
-                "__metadata__ names another format than PyTorch's", where=where, observed=found[:40], expected="pt"
-            )
+            key = ("__metadata__ names another format than PyTorch's", found[:40], "warning")
+        said.setdefault(key, []).append(shard.file)
+    for (message, observed, severity), files in said.items():
+        yield ctx.finding(
+            message, where=Where(None, files[0]), observed=observed, expected="format: pt", severity=severity,
+            count=len(files),
+        )  # fmt: skip

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Header rules where a corruptor cannot show it: what stays clean, what a base changes, and options."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import verifier
+from verifier.corrupt import Folder
+from verifier.corrupt.edit import read_shard, write_shard
+from verifier.findings import Finding
+
+DATA = Path(__file__).parents[2] / "data" / "modelopt"
+GOLDEN = Path(__file__).parents[3] / "goldens" / "minimax-m3-tiny"
+QWEN, NVFP4 = DATA / "src_qwen3moe", DATA / "qwen3moe_nvfp4_experts_max"
+LLAMA, MXFP8 = DATA / "src_llama", DATA / "llama_mxfp8"
+Copy = Callable[[Path], Folder]
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Copy:
+    """Return a function that copies a checkpoint to edit it."""
+
+    def one(source: Path) -> Folder:
+        target = tmp_path / f"{source.parent.name}-{source.name}"
+        target.mkdir()
+        for file in source.iterdir():
+            shutil.copyfile(file, target / file.name)
+        return Folder(target)
+
+    return one
+
+
+def said(folder: Folder | Path, rule: str, **options: Any) -> list[Finding]:
+    """Return what one rule says about a checkpoint."""
+    return list(verifier.check(getattr(folder, "path", folder), **options).by_rule(rule))
+
+
+def severities(found: list[Finding]) -> list[str]:
+    return [f.severity for f in found]
+
+
+# QC107, QC109
+
+
+def test_header_padded_beyond_the_gap_is_clean(copy: Copy) -> None:
+    folder = copy(MXFP8)
+    path = folder.path / folder.shards[0]
+    raw = path.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    for size, told in ((99_993, False), (99_994, True), (100_000, True), (100_001, False)):
+        text = raw[8 : 8 + length].rstrip().ljust(size)
+        path.write_bytes(size.to_bytes(8, "little") + text + raw[8 + length :])
+        assert bool(said(folder, "QC107")) == told, size
+
+
+def test_absent_metadata_is_a_note(copy: Copy) -> None:
+    folder = copy(MXFP8)
+    path = folder.path / folder.shards[0]
+    shard = read_shard(path)
+    shard.metadata = {}
+    write_shard(path, shard)
+    assert severities(said(folder, "QC109")) == ["info"]
+    assert verifier.check(folder.path, fail_on="warning").exit_code == 0
+
+
+# QC110
+
+
+def test_side_files_in_another_spelling_are_there(copy: Copy) -> None:
+    """As transformers 5 writes them: one processor_config.json, and one tokenizer.json for vocab.json and merges.txt."""
+    base, folder = copy(LLAMA), copy(MXFP8)
+    for name in ("vocab.json", "special_tokens_map.json", "tokenizer_config.json", "preprocessor_config.json"):
+        (base.path / name).write_text("{}")
+    (base.path / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}')
+    for name in ("merges.txt", "README.md", "LICENSE"):
+        (base.path / name).write_text("#version")
+    assert {f.where.file for f in said(folder, "QC110", base=base.path)} == {
+        "vocab.json", "tokenizer_config.json", "preprocessor_config.json",
+    }  # fmt: skip
+    (folder.path / "tokenizer.json").write_text("{}")
+    (folder.path / "tokenizer_config.json").write_text("{}")
+    (folder.path / "processor_config.json").write_text('{"image_processor": {}}')
+    found = said(folder, "QC110", base=base.path)
+    assert [f.where.file for f in found] == ["tokenizer_config.json"]
+    assert "chat template" in found[0].message
+    (folder.path / "chat_template.jinja").write_text("{{ messages }}")
+    assert said(folder, "QC110", base=base.path) == []
+
+
+def test_a_side_file_that_is_broken_is_told_once(copy: Copy) -> None:
+    base, folder = copy(GOLDEN / "bf16"), copy(GOLDEN / "mxfp8")
+    for text in (b"{", b"[]", "\ufeff{}".encode(), "{}".encode("utf-16"), b"[" * 100_000, b""):
+        (folder.path / "tokenizer_config.json").write_bytes(text)
+        found = said(folder, "QC110", base=base.path)
+        assert [(f.severity, f.where.file) for f in found] == [("error", "tokenizer_config.json")], text[:9]
+
+
+def test_code_that_the_base_names_and_lacks_is_its_habit(copy: Copy) -> None:
+    base, folder = copy(LLAMA), copy(MXFP8)
+    auto_map = {"AutoConfig": "configuration_own.OwnConfig", "AutoModel": "org/other--modeling_far.Far"}
+    folder.edit_json("config.json", lambda value: value.update({"auto_map": auto_map}))
+    assert severities(said(folder, "QC110")) == ["error"]
+    assert severities(said(folder, "QC110", base=base.path)) == ["error"]
+    base.edit_json("config.json", lambda value: value.update({"auto_map": auto_map}))
+    assert severities(said(folder, "QC110", base=base.path)) == ["warning"]
+    (folder.path / "configuration_own.py").write_text("from .configuration_own import OwnConfig\n")
+    assert said(folder, "QC110", base=base.path) == []
+
+
+@pytest.mark.parametrize(
+    "auto_map", [7, {"a": None}, {"a": ["x", None]}, {"a": "../x.Y"}, {"a": ["t.S", None]}, {"a": "." * 99}]
+)
+def test_hostile_auto_maps(copy: Copy, auto_map: object) -> None:
+    folder = copy(MXFP8)
+    folder.edit_json("config.json", lambda value: value.update({"auto_map": auto_map}))
+    assert [f.where.file for f in said(folder, "QC110")] == (["t.py"] if auto_map == {"a": ["t.S", None]} else [])
+
+
+@pytest.mark.parametrize("text", ["", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"])
+def test_vocabulary_that_is_a_pointer(copy: Copy, text: str) -> None:
+    folder = copy(MXFP8)
+    (folder.path / "tokenizer.model").write_text(text)
+    assert severities(said(folder, "QC110")) == ["error"]
