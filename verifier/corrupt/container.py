@@ -242,7 +242,7 @@ CONTAINER: tuple[Corruptor, ...] = (
     Corruptor("QC103", "stray-copy-of-a-tensor", edit(stray_copy)),
     Corruptor("QC103", "overlay-of-a-shard", edit(stray_overlay)),
     Corruptor("QC103", "tensor-not-in-index", edit(not_in_index), traits=_INDEXED),
-    Corruptor("QC103", "stray-amax-file", edit(stray_amax), traits=_INDEXED, also=ids("201")),
+    Corruptor("QC103", "stray-amax-file", edit(stray_amax), traits=_INDEXED),
     Corruptor("QC104", "truncated", edit(truncated), also=ids("207 302")),
     Corruptor("QC104", "cut-in-the-header", edit(cut_in_header), also=_LOST),
     Corruptor("QC104", "file-of-zeros", edit(zeros), also=_LOST),

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Defects of names and layout: QC201 to QC208."""
+"""Defects of names and layout: QC111 and QC201 to QC209."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -66,9 +66,17 @@ def quantized_prefix(folder: Folder) -> Place:
     return folder.place(f"{new}.weight")
 
 
-def leaked_quantizer(folder: Folder) -> Place:
-    """Save a quantizer's buffer with the weights."""
-    return folder.add(f"{target(folder)}.weight_quantizer._amax", np.ones((), np.float32))
+def _leaked(leaf: str) -> Callable[[Folder], Place]:
+    """Return a change that saves a quantizer's buffer with the weights."""
+    return lambda folder: folder.add(f"{target(folder)}.{leaf}", np.ones((), np.float32))
+
+
+def fused_quantizers(folder: Folder) -> Place:
+    """Save the quantizers of one layer's fused experts with the weights."""
+    container = expert_of(target(folder))[0]
+    for number in range(3):
+        place = folder.add(f"{container}.down_proj_weight_quantizers.{number}._amax", np.ones((), np.float32))
+    return Place(f"{container}.down_proj_weight_quantizers.0._amax", place.file)
 
 
 def _stack(folder: Folder, modules: list[str], leaf: str) -> npt.NDArray[Any]:
@@ -207,7 +215,9 @@ NAMES: tuple[Corruptor, ...] = (
     Corruptor("QC201", "all-names-of-memory", edit(all_in_memory), also=ids("410")),
     Corruptor("QC201", "one-name-of-memory", edit(one_prefix)),
     Corruptor("QC201", "quantized-module-under-another-prefix", edit(quantized_prefix), also=ids("410")),
-    Corruptor("QC201", "leaked-quantizer-buffer", edit(leaked_quantizer)),
+    Corruptor("QC111", "amax-of-a-quantizer", edit(_leaked("weight_quantizer._amax"))),
+    Corruptor("QC111", "scale-of-a-quantizer", edit(_leaked("weight_quantizer._double_scale"))),
+    Corruptor("QC111", "amax-of-fused-experts", edit(fused_quantizers), traits=_EXPERTS),
     Corruptor("QC203", "experts-stacked", edit(experts_stacked), traits=_EXPERTS, also=ids("410")),
     Corruptor("QC203", "qkv-fused", edit(qkv_fused), also=_RENAMED),
     Corruptor("QC204", "expert-leaves", edit(leaves_of_another_family), traits=_EXPERTS, also=ids("410")),

@@ -25,10 +25,13 @@ from verifier.schemes import (
     Format,
     Module,
     canonical,
+    collapse,
     format_of,
     gather,
+    layer_of,
     read_declarations,
     role,
+    split,
 )
 
 Shape = tuple[int, ...]
@@ -156,7 +159,29 @@ class Context(Judged):
         allowed = set(self._layout[0])
         if self.base:
             allowed |= self.base.names
-        return classify(self.names, set(self.expected), allowed, self.checkpoint.tensors, self.family)
+        return classify(self.names, set(self.expected), allowed, self.checkpoint.tensors, self.family, self.is_mtp)
+
+    @cached_property
+    def layers(self) -> int | None:
+        """The number of text layers by the base's config, or without a base by the candidate's; None where unknown."""
+        return config_value((self.base or self).checkpoint.config, "num_hidden_layers")
+
+    def is_mtp(self, name: str) -> bool:
+        """Whether a tensor or module belongs to an MTP module: by its name, or a layer behind the last text layer."""
+        what = role(split(name)[0])
+        if what == "mtp" or self.layers is None:
+            return what == "mtp"
+        layer = layer_of(name)
+        return layer is not None and layer >= self.layers and what not in ("vision", "projector")
+
+    @cached_property
+    def kinds(self) -> dict[str, list[Module]]:
+        """The modules by their name with layer and expert numbers replaced, MTP modules apart."""
+        found: dict[str, list[Module]] = {}
+        for name, module in self.modules.items():
+            kind = collapse(name)
+            found.setdefault(f"mtp {kind}" if self.is_mtp(name) else kind, []).append(module)
+        return found
 
     @cached_property
     def unrelated_base(self) -> str:
@@ -280,6 +305,17 @@ class Context(Judged):
         row = int(index[-2]) if len(index) >= 2 else (int(index[0]) if index else None)
         block = int(index[-1]) if len(index) >= 2 else None
         return Where(tensor.name, tensor.file, row, block, tensor.offset + flat)
+
+
+def config_value(config: Mapping[str, Any] | None, *keys: str) -> int | None:
+    """Return the first whole number that a config states under some keys, in its text part or at the top."""
+    top = config or {}
+    text = top.get("text_config")
+    for node in (text if isinstance(text, Mapping) else {}, top):
+        for key in keys:
+            if type(node.get(key)) is int:
+                return int(node[key])
+    return None
 
 
 def logical_shape(judged: Judged, name: str) -> Shape | None:
