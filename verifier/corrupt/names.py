@@ -79,6 +79,20 @@ def fused_quantizers(folder: Folder) -> Place:
     return Place(f"{container}.down_proj_weight_quantizers.0._amax", place.file)
 
 
+def vision_rule_on_all(folder: Folder) -> Place:
+    """Apply a renaming that is meant for the vision tower to every key."""
+    names = {n: f"model.visual.{n.removeprefix('model.')}" for n in folder.tensors()}
+    folder.rename(names)
+    return folder.place(min(names[n] for n in names if ".layers." in n))
+
+
+def text_rule_on_the_tower(folder: Folder) -> Place:
+    """Put the vision tower under the language model's prefix."""
+    names = {n: f"language_model.model.{n}" for n in folder.tensors() if n.startswith("vision_tower.")}
+    folder.rename(names)
+    return _place_of_first(folder, names.values())
+
+
 def _stack(folder: Folder, modules: list[str], leaf: str) -> npt.NDArray[Any]:
     return np.stack([folder.array(f"{m}.{leaf}") for m in modules])
 
@@ -218,6 +232,10 @@ NAMES: tuple[Corruptor, ...] = (
     Corruptor("QC111", "amax-of-a-quantizer", edit(_leaked("weight_quantizer._amax"))),
     Corruptor("QC111", "scale-of-a-quantizer", edit(_leaked("weight_quantizer._double_scale"))),
     Corruptor("QC111", "amax-of-fused-experts", edit(fused_quantizers), traits=_EXPERTS),
+    Corruptor("QC202", "vision-rule-on-all", edit(vision_rule_on_all), also=ids("402 404 410")),
+    Corruptor(
+        "QC202", "text-rule-on-the-tower", edit(text_rule_on_the_tower), traits=frozenset({"vision"}), also=ids("402 404")
+    ),
     Corruptor("QC203", "experts-stacked", edit(experts_stacked), traits=_EXPERTS, also=ids("410")),
     Corruptor("QC203", "qkv-fused", edit(qkv_fused), also=_RENAMED),
     Corruptor("QC204", "expert-leaves", edit(leaves_of_another_family), traits=_EXPERTS, also=ids("410")),

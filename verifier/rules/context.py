@@ -192,7 +192,8 @@ class Context(Judged):
             return ""
         common = len(self.names & self.base.names)
         naming = self.naming
-        known = common + len(naming.prefix) + len(naming.leaf) + sum(n for _, n in naming.fused)
+        renamed = (naming.prefix, naming.leaf, naming.submodel, naming.wrapped)
+        known = common + sum(map(len, renamed)) + sum(n for _, n in naming.fused)
         types = {self.checkpoint.model_type, self.base.checkpoint.model_type}
         if known * 10 < len(self.base.names) or (len(types) > 1 and known * 2 < len(self.base.names)):
             return f"{known} of {len(self.base.names)} names are those of the base"

@@ -85,9 +85,9 @@ def classify(
     surplus = _take_fused(surplus, missing, tensors, naming)
     by_form: dict[str, str] = {_form(m): m for m in missing}
     by_tail: dict[tuple[str, ...], str] = {}
-    for m in missing:
+    for m in sorted(missing):
         parts = m.split(".")
-        for i in range(1, len(parts) - 1):
+        for i in range(len(parts) - 1):
             by_tail.setdefault(tuple(parts[i:]), m)
     for name in surplus:
         memory = family is not None and family.in_memory(name)
