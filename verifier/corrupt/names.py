@@ -191,6 +191,17 @@ def layer_of_experts_lost(folder: Folder) -> Place:
     return Place(min(n for n in names if n.endswith(".weight")))
 
 
+def _mtp_lost(number: int | None) -> Callable[[Folder], Place]:
+    """Return the loss of the first ``number`` MTP tensors, or of all: transformers drops them when it loads."""
+
+    def apply(folder: Folder) -> Place:
+        names = [n for n in folder.tensors() if n.startswith("mtp.")][:number]
+        folder.drop(names)
+        return Place(min(names))
+
+    return apply
+
+
 def transposed(folder: Folder) -> Place:
     """Write a quantized projection and its block scale transposed."""
     module = target(folder, DOWNS)
@@ -242,6 +253,8 @@ NAMES: tuple[Corruptor, ...] = (
     Corruptor("QC204", "container", edit(container_of_another_family), also=_RENAMED),
     Corruptor("QC205", "norm-lost", edit(norm_lost)),
     Corruptor("QC205", "linear-lost", edit(linear_lost), also=ids("404")),
+    Corruptor("QC206", "mtp-lost", edit(_mtp_lost(None)), needs=("base",), traits=frozenset({"mtp"})),
+    Corruptor("QC206", "mtp-tensor-lost", edit(_mtp_lost(1)), needs=("base",), traits=frozenset({"mtp"})),
     Corruptor("QC207", "expert-lost", edit(expert_lost), traits=_EXPERTS),
     Corruptor("QC207", "expert-projection-lost", edit(expert_projection_lost), traits=_EXPERTS),
     Corruptor("QC207", "layer-without-experts", edit(layer_of_experts_lost), traits=_EXPERTS),

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import verifier
@@ -127,3 +128,35 @@ def test_vocabulary_that_is_a_pointer(copy: Copy, text: str) -> None:
     folder = copy(MXFP8)
     (folder.path / "tokenizer.model").write_text(text)
     assert severities(said(folder, "QC110")) == ["error"]
+
+
+# QC206
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_mtp_declared_and_shipped_by_nobody_is_clean(copy: Copy, count: int) -> None:
+    base, folder = copy(GOLDEN / "bf16"), copy(GOLDEN / "mxfp8")
+    for one in (base, folder):
+        one.edit_json("config.json", lambda value: value["text_config"].update({"num_mtp_modules": count}))
+    for given in (None, base.path):
+        report = verifier.check(folder.path, base=given)
+        assert report.findings == ()
+        assert report.verdict == "passed"
+
+
+def test_fewer_mtp_modules_than_declared(copy: Copy) -> None:
+    """Layers behind the last one are MTP modules too, as DeepSeek and GLM store them."""
+    folder = copy(MXFP8)
+    folder.edit_json("config.json", lambda value: value.update({"num_nextn_predict_layers": 2, "model_type": "unknown"}))
+    assert said(folder, "QC206") == []
+    folder.add("model.layers.2.enorm.weight", np.ones(128, np.float32))
+    assert severities(said(folder, "QC206")) == ["warning"]
+    folder.add("model.layers.3.enorm.weight", np.ones(128, np.float32))
+    assert said(folder, "QC206") == []
+
+
+def test_mtp_layer_of_the_base_is_missing_once(copy: Copy) -> None:
+    base, folder = copy(LLAMA), copy(MXFP8)
+    base.add("model.layers.2.enorm.weight", np.ones(128, np.float32))
+    report = verifier.check(folder.path, base=base.path)
+    assert [(f.rule, f.where.tensor) for f in report.findings] == [("QC206", "model.layers.2.enorm.weight")]

@@ -48,6 +48,10 @@ CLEAN = {
         "mxfp8", frozenset({"index", "experts", "shards", "f32", "vision", "tokenizer"}),
         only=frozenset({"vocabulary-lost", "tokenizer-lost", "template-lost", "text-rule-on-the-tower"}),
     ),
+    "mtp": Spec(
+        "mxfp8", frozenset({"index", "experts", "shards", "f32", "vision", "tokenizer", "mtp"}),
+        only=frozenset({"mtp-lost", "mtp-tensor-lost"}),
+    ),
 }  # fmt: skip
 
 
@@ -78,6 +82,23 @@ def _float32_router(source: Path) -> Path:
     return source
 
 
+def _with_mtp(path: Path) -> Path:
+    """Give a copy of the golden one MTP module, unquantized, and declare it."""
+    folder = Folder(path)
+    rng = np.random.default_rng(11)
+    for leaf, shape in (("eh_proj", (128, 256)), ("enorm", (128,)), ("hnorm", (128,))):
+        values = rng.normal(0, 0.05, shape).astype(ml_dtypes.bfloat16)
+        folder.add(f"mtp.layers.0.{leaf}.weight", values, file=folder.shards[-1])
+
+    def declare(config: dict[str, Any]) -> None:
+        config["text_config"]["num_mtp_modules"] = 1
+        if "quantization_config" in config:
+            config["quantization_config"]["ignored_layers"].append("mtp.layers.0.eh_proj")
+
+    folder.edit_json("config.json", declare)
+    return path
+
+
 @pytest.fixture(scope="session")
 def clean(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Clean]:
     """Build the clean checkpoints once: two that NVIDIA ModelOpt wrote, four that the exporter makes, the golden."""
@@ -96,6 +117,7 @@ def clean(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Clean]:
         "mixed": Clean(root / "mixed", qwen, root / "mxfp8"),
         "f32_router": Clean(root / "f32_router", routed),
         "golden": Clean(GOLDEN / "mxfp8", GOLDEN / "bf16"),
+        "mtp": Clean(_with_mtp(_copy(GOLDEN / "mxfp8", root / "mtp")), _with_mtp(_copy(GOLDEN / "bf16", root / "src_mtp"))),
     }  # fmt: skip
 
 
