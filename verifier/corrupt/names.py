@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
@@ -13,10 +14,13 @@ from verifier.corrupt.corruptor import (
     DOWNS,
     GATES,
     NVFP4,
+    UNIFORM,
     UPS,
     Corruptor,
     block_scale,
+    declarations,
     edit,
+    exclusions,
     expert_of,
     ids,
     is_expert,
@@ -29,6 +33,7 @@ from verifier.corrupt.corruptor import (
 from verifier.corrupt.edit import CONFIG, Folder, Place
 
 _EXPERTS = frozenset({"experts"})
+_VISION = frozenset({"vision"})
 _LEAVES = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2", "w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 _MEMORY = (("language_model.model.", "model.language_model."), ("model.", "model.language_model."))
 
@@ -202,6 +207,56 @@ def _mtp_lost(number: int | None) -> Callable[[Folder], Place]:
     return apply
 
 
+def tower_excluded_by_wrapper(folder: Folder) -> Place:
+    """Exclude a linear of the tower under the name of the module that wraps it during calibration."""
+    name = f"{_tower_linear(folder)}.linear"
+    declarations(folder, exclusions(lambda listed: [*listed, name]))
+    return Place(None, CONFIG)
+
+
+def router_excluded_by_wrapper(folder: Folder) -> Place:
+    """Exclude the router under a wrapper's name only."""
+    module = plain_linear(folder)
+    declarations(folder, exclusions(lambda listed: [f"{p}.linear" if p == module else p for p in listed]))
+    return Place(None, CONFIG)
+
+
+def wrapped_norm(folder: Folder) -> Place:
+    """Save a norm under the name that activation checkpointing gives it."""
+    name = norm(folder)
+    new = name.replace(".weight", "._checkpoint_wrapped_module.weight")
+    folder.rename({name: new})
+    return folder.place(new)
+
+
+def wrapped_tower(folder: Folder) -> Place:
+    """Save the tower's linears under the names of the modules that wrap them during calibration."""
+    modules = [m for m, p in folder.modules().items() if "vision_tower." in m and "weight" in p and "_proj" in m]
+    names = {n: f"{m}.linear{n[len(m) :]}" for m in modules for n in folder.siblings(m)}
+    folder.rename(names)
+    return _place_of_first(folder, (n for n in names.values() if n.endswith("weight")))
+
+
+def _tower_linear(folder: Folder) -> str:
+    return next(m for m, p in folder.modules().items() if "vision_tower." in m and len(p["weight"].shape) == 2)
+
+
+def tower_quantized(folder: Folder) -> Place:
+    """Quantize one linear of the tower to MXFP8, and take it out of the exclusions."""
+    module = _tower_linear(folder)
+    values = folder.array(f"{module}.weight").astype(np.float32)
+    blocks = values.reshape(len(values), -1, 32)
+    largest = np.maximum(np.abs(blocks).max(axis=2, keepdims=True), np.float32(2.0**-100))
+    exponents = np.ceil(np.log2(largest / 448))
+    codes = (blocks / np.exp2(exponents)).reshape(values.shape).astype(ml_dtypes.float8_e4m3fn)
+    folder.store(f"{module}.weight", codes)
+    file = folder.tensors()[f"{module}.weight"].file
+    folder.add(f"{module}.weight_scale_inv", (exponents[..., 0] + 127).astype(np.uint8), file=file)
+    others = [m for m, p in folder.modules().items() if "vision_tower." in m and len(p["weight"].shape) > 1 and m != module]
+    declarations(folder, exclusions(lambda listed: [*(p for p in listed if p != "vision_tower"), *others]))
+    return folder.place(f"{module}.weight")
+
+
 def transposed(folder: Folder) -> Place:
     """Write a quantized projection and its block scale transposed."""
     module = target(folder, DOWNS)
@@ -245,7 +300,7 @@ NAMES: tuple[Corruptor, ...] = (
     Corruptor("QC111", "amax-of-fused-experts", edit(fused_quantizers), traits=_EXPERTS),
     Corruptor("QC202", "vision-rule-on-all", edit(vision_rule_on_all), also=ids("402 404 410")),
     Corruptor(
-        "QC202", "text-rule-on-the-tower", edit(text_rule_on_the_tower), traits=frozenset({"vision"}), also=ids("402 404")
+        "QC202", "text-rule-on-the-tower", edit(text_rule_on_the_tower), traits=_VISION, also=ids("402 404")
     ),
     Corruptor("QC203", "experts-stacked", edit(experts_stacked), traits=_EXPERTS, also=ids("410")),
     Corruptor("QC203", "qkv-fused", edit(qkv_fused), also=_RENAMED),
@@ -262,4 +317,9 @@ NAMES: tuple[Corruptor, ...] = (
     Corruptor("QC208", "linear-transposed", edit(linear_transposed)),
     Corruptor("QC208", "halved-twice", edit(halved_twice), formats=NVFP4, also=ids("306")),
     Corruptor("QC208", "config-of-another-size", edit(config_of_another_size)),
+    Corruptor("QC209", "tower-excluded-by-wrapper", edit(tower_excluded_by_wrapper), traits=_VISION),
+    Corruptor("QC209", "router-excluded-by-wrapper", edit(router_excluded_by_wrapper), formats=UNIFORM, also=ids("402")),
+    Corruptor("QC209", "wrapped-norm", edit(wrapped_norm)),
+    Corruptor("QC209", "wrapped-tower", edit(wrapped_tower), traits=_VISION),
+    Corruptor("QC209", "tower-quantized", edit(tower_quantized), traits=_VISION, severity="warning"),
 )

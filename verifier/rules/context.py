@@ -16,12 +16,13 @@ from verifier.decoding import Float32, decode, widen
 from verifier.errors import ContentError
 from verifier.families import Family, family_of
 from verifier.findings import Finding, Severity, Where
-from verifier.rules.naming import Naming, classify
+from verifier.rules.naming import Naming, classify, unwrapped
 from verifier.schemes import (
     FLOATS,
     Cover,
     Declaration,
     Declarations,
+    Exclusions,
     Format,
     Module,
     canonical,
@@ -173,6 +174,17 @@ class Context(Judged):
             return what == "mtp"
         layer = layer_of(name)
         return layer is not None and layer >= self.layers and what not in ("vision", "projector")
+
+    @cached_property
+    def wrapped_exclusions(self) -> dict[str, str]:
+        """Dead exclusions that match a module once the part of a wrapper is taken out of them, with what is left."""
+        listed = self.declaration.exclude if self.declaration else ()
+        plain = {p: w for p in listed if not p.startswith("re:") and (w := unwrapped(p))}
+        if not plain:
+            return {}
+        names = set(self.modules) | {m.rpartition(".")[0] for m in self.modules}
+        dead = set(Exclusions([*plain, *plain.values()]).dead(names))
+        return {p: w for p, w in plain.items() if p in dead and w not in dead}
 
     @cached_property
     def kinds(self) -> dict[str, list[Module]]:
