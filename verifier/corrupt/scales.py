@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Defects of scale tensors that headers show: QC301 to QC308."""
+"""Defects of scale tensors that headers show: QC301 to QC315."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import numpy.typing as npt
 
 from verifier.corrupt.corruptor import (
     DOWNS,
@@ -21,6 +22,7 @@ from verifier.corrupt.corruptor import (
     edit,
     ids,
     quantized,
+    scale_leaf,
     target,
 )  # fmt: skip
 from verifier.corrupt.edit import QUANT_CONFIG, Folder, Place
@@ -92,13 +94,40 @@ def half_width(folder: Folder) -> Place:
     return folder.place(name)
 
 
+def _ragged(folder: Folder) -> str:
+    """Return the block scale of a module whose rows fill no tile of 128."""
+    return next(block_scale(folder, m) for m, p in folder.modules().items() if scale_leaf(p) and p["weight"].shape[0] % 128)
+
+
+def _pad(values: npt.NDArray[Any], rows: int, columns: int) -> npt.NDArray[Any]:
+    high, wide = -len(values) % rows, -values.shape[1] % columns
+    return np.pad(values.view(np.uint8), ((0, high), (0, wide))).view(values.dtype)
+
+
 def padded(folder: Folder) -> Place:
     """Pad the rows of a block scale to a multiple of 128, a runtime layout."""
-    name = block_scale(folder, target(folder))
+    name = _ragged(folder)
+    return folder.store(name, _pad(folder.array(name), 128, 4))
+
+
+def swizzled(folder: Folder) -> Place:
+    """Write a block scale as the flat sequence of 128x4 tiles that cuBLAS reads."""
+    name = _ragged(folder)
+    tiles = _pad(folder.array(name), 128, 4)
+    high, wide = len(tiles) // 128, tiles.shape[1] // 4
+    # Within a tile: row = 32 a + b, column = c; stored as [b, a, c].
+    turned = tiles.reshape(high, 4, 32, wide, 4).transpose(0, 3, 2, 1, 4)
+    return folder.store(name, np.ascontiguousarray(turned).reshape(-1))
+
+
+def tiled(folder: Folder) -> Place:
+    """Write a block scale as [tiles, tiles, 32, 16]."""
+    place = swizzled(folder)
+    name = str(place.tensor)
+    tensor = folder.modules()[name.rpartition(".")[0]]["weight"]
     values = folder.array(name)
-    rows = -(len(values) + 1) % 128 + 1
-    folder.store(name, np.concatenate([values, np.zeros((rows, values.shape[1]), values.dtype)]))
-    return folder.place(name)
+    high = -(-tensor.shape[0] // 128)
+    return folder.store(name, values.reshape(high, -1, 32, 16))
 
 
 def input_scale_vector(folder: Folder) -> Place:
@@ -159,8 +188,10 @@ SCALES: tuple[Corruptor, ...] = (
     Corruptor("QC305", "weight-not-packed", edit(not_packed), formats=NVFP4),
     Corruptor("QC306", "one-column-short", edit(column_short)),
     Corruptor("QC306", "half-the-columns", edit(half_width)),
-    Corruptor("QC306", "padded-to-128-rows", edit(padded), also=ids("501")),
     Corruptor("QC306", "input-scale-a-vector", edit(input_scale_vector), formats=NVFP4),
+    Corruptor("QC307", "padded-to-128-rows", edit(padded), also=ids("501")),
+    Corruptor("QC307", "swizzled-flat", edit(swizzled), also=ids("501")),
+    Corruptor("QC307", "swizzled-tiles", edit(tiled), also=ids("501")),
     Corruptor("QC308", "group-size-32", edit(group_size_32), formats=frozenset({"nvfp4"})),
     Corruptor("QC308", "group-size-128", edit(group_size_128), formats=UNIFORM),
     Corruptor("QC308", "group-size-in-one-file", edit(group_size_in_file), formats=MXFP8, also=ids("406")),

@@ -8,18 +8,20 @@ from collections.abc import Iterator
 from verifier.findings import Finding
 from verifier.rules.context import Context
 from verifier.rules.registry import rule
+from verifier.schemes import runtime_layout
 
 
 @rule(
     "QC306", "scale has another shape", severity="error", depth="header", unit="scale tensors",
     consumers=("vLLM", "SGLang", "TensorRT-LLM"),
-    sources=("NVIDIA/Model-Optimizer#2038", "NVIDIA/Model-Optimizer#1195"),
+    sources=("NVIDIA/Model-Optimizer#2038",),
 )  # fmt: skip
 def check(ctx: Context) -> Iterator[Finding]:
-    """A block scale is [out, in/block] of its weight's logical width, unpadded and not swizzled; the others are scalars.
+    """A block scale is [out, in/block] of its weight's logical width; the others are scalars.
 
-    **Why.** Scales computed from the packed bytes have half the columns; a runtime layout is padded to 128 rows; a
-    column went missing.
+    The padded and swizzled layouts of kernels are QC307's.
+
+    **Why.** Scales computed from the packed bytes have half the columns; a column went missing.
     **Hurts.** For experts vLLM narrows and leaves the rest unwritten, silently.
     **Mend.** Write the scale in the linear layout, computed from the unpacked weight.
     """
@@ -33,8 +35,11 @@ def check(ctx: Context) -> Iterator[Finding]:
             ctx.tally.see()
             tensor, wanted = module.parts[leaf], sibling.shapes(out, in_)
             follows = declared != found.group_size and declared and tensor.shape == (out, in_ // declared)
-            if tensor.shape not in wanted and not follows:  # QC308 speaks of scales that follow a wrong declaration
-                yield ctx.finding(
-                    f"{found.algo}: {leaf} does not fit its weight of [{out}, {in_}]", tensor=tensor.name,
-                    observed=list(tensor.shape), expected=list(wanted[0]),
-                )  # fmt: skip
+            if tensor.shape in wanted or follows:  # QC308 speaks of scales that follow a wrong declaration
+                continue
+            if tensor is module.scale and found.rowwise and runtime_layout(tensor.shape, *wanted[0]):
+                continue  # QC307
+            yield ctx.finding(
+                f"{found.algo}: {leaf} does not fit its weight of [{out}, {in_}]", tensor=tensor.name,
+                observed=list(tensor.shape), expected=list(wanted[0]),
+            )  # fmt: skip
