@@ -19,6 +19,8 @@ from verifier.findings import Finding, Report
 )  # fmt: skip
 @click.option("--require", metavar="RULE", multiple=True, help="A rule that must run, else the verdict is unproven.")
 @click.option("--fail-on", type=click.Choice(["error", "warning"]), default="error", show_default=True)
+@click.option("--tp", metavar="N", type=click.IntRange(1, 65536), help="The tensor parallel size to serve with.")
+@click.option("--ep", metavar="N", type=click.IntRange(1, 65536), help="The expert parallel size to serve with.")
 @click.option("--format", "format_", type=click.Choice(["text", "json"]), default="text", show_default=True)
 @click.pass_context
 def check(
@@ -29,6 +31,8 @@ def check(
     depth: str,
     require: tuple[str, ...],
     fail_on: str,
+    tp: int | None,
+    ep: int | None,
     format_: str,
 ) -> None:
     """Judge the checkpoint in the folder URI (a path or an fsspec URL).
@@ -41,7 +45,7 @@ def check(
 
     try:
         report = judge(
-            uri, base=base, merged_from=merged_from, depth=depth, require=require, fail_on=fail_on,  # type: ignore[arg-type]
+            uri, base=base, merged_from=merged_from, depth=depth, require=require, fail_on=fail_on, tp=tp, ep=ep,  # type: ignore[arg-type]
         )  # fmt: skip
     except ContentError as error:  # BASE or VENDOR is no checkpoint; what is wrong with URI is a finding of the check
         if format_ != "json":

@@ -178,6 +178,13 @@ def group_size_of_entry(folder: Folder) -> Place:
     return folder.place(block_scale(folder, module))
 
 
+def ragged_width(folder: Folder) -> Place:
+    """Quantize a projection whose input width is no multiple of the block: eight columns less."""
+    name = f"{target(folder, DOWNS)}.weight"
+    codes = folder.array(name)
+    return folder.store(name, np.ascontiguousarray(codes[:, : -(4 if codes.dtype == np.uint8 else 8)]))
+
+
 SCALES: tuple[Corruptor, ...] = (
     Corruptor("QC301", "input-scale-of-one-expert", edit(input_scale_lost), formats=NVFP4),
     Corruptor("QC302", "weight-scale-2-lost", edit(scale_2_lost), formats=NVFP4),
@@ -196,4 +203,5 @@ SCALES: tuple[Corruptor, ...] = (
     Corruptor("QC308", "group-size-128", edit(group_size_128), formats=UNIFORM),
     Corruptor("QC308", "group-size-in-one-file", edit(group_size_in_file), formats=MXFP8, also=ids("406")),
     Corruptor("QC308", "group-size-of-one-entry", edit(group_size_of_entry), formats=MIXED),
+    Corruptor("QC309", "ragged-width", edit(ragged_width), also=ids("208")),
 )

@@ -110,14 +110,24 @@ class Judged:
 
 
 class Context(Judged):
-    """The candidate, with its base and the checkpoint whose bytes it keeps."""
+    """The candidate, with its base and the checkpoint whose bytes it keeps.
+
+    ``tp`` and ``ep`` are the tensor and expert parallel sizes that it is to be served with, None where nobody says.
+    """
 
     def __init__(
-        self, checkpoint: Checkpoint, base: Checkpoint | None = None, merged_from: Checkpoint | None = None
+        self,
+        checkpoint: Checkpoint,
+        base: Checkpoint | None = None,
+        merged_from: Checkpoint | None = None,
+        *,
+        tp: int | None = None,
+        ep: int | None = None,
     ) -> None:
         super().__init__(checkpoint)
         self.base = Judged(base) if base else None
         self.merged_from = Judged(merged_from) if merged_from else None
+        self.tp, self.ep = tp, ep
         self.tally = Tally()
         self.rule_id = ""
         self.rule_severity: Severity = "error"

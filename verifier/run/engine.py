@@ -25,6 +25,8 @@ def check(
     depth: Depth = "header",
     require: Sequence[str] = (),
     fail_on: Severity = "error",
+    tp: int | None = None,
+    ep: int | None = None,
 ) -> Report:
     """Judge a checkpoint and return the report; nothing is written.
 
@@ -36,9 +38,11 @@ def check(
             base or ``merged_from`` every weight.
         require: rules that must run; one that did not makes the verdict unproven.
         fail_on: ``warning`` lets warnings fail too.
+        tp: the tensor parallel size to serve with; every linear is then divided as engines divide it (QC309).
+        ep: the expert parallel size to serve with.
 
     Raises:
-        UsageError: a folder that does not exist, an unknown rule or depth.
+        UsageError: a folder that does not exist, an unknown rule or depth, no ranks.
         ContentError: the base cannot be read as a checkpoint.
         MachineError: reading failed.
     """
@@ -50,9 +54,12 @@ def check(
         raise UsageError(f"no rule {unknown[0]!r}; `ckptgate rules` lists them")
     if fail_on not in ("error", "warning"):
         raise UsageError(f"cannot fail on {fail_on!r}; error or warning")
+    for name, ranks in (("tp", tp), ("ep", ep)):
+        if ranks is not None and ranks < 1:
+            raise UsageError(f"cannot serve with {name} = {ranks}; 1 or more")
     started = time.perf_counter()
     others = {"base": base, "merged_from": merged_from}
-    options = {"depth": depth, "require": list(require), "fail_on": fail_on} | {
+    options = {"depth": depth, "require": list(require), "fail_on": fail_on, "tp": tp, "ep": ep} | {
         k: os.fspath(v) if v is not None else None for k, v in others.items()
     }
     opened = {k: open_checkpoint(v) if v is not None else None for k, v in others.items()}
@@ -61,7 +68,7 @@ def check(
     except ContainerError as error:
         finding = Finding("QC104", "error", str(error), Where())
         return Report("failed", os.fspath(uri), options["base"], (finding,), (), {"options": options})  # type: ignore[arg-type]
-    ctx = Context(candidate, opened["base"], opened["merged_from"])
+    ctx = Context(candidate, opened["base"], opened["merged_from"], tp=tp, ep=ep)
     inputs = {k for k, v in opened.items() if v is not None}
     findings: list[Finding] = []
     coverage: list[Coverage] = []

@@ -131,7 +131,7 @@ def runtime_layout(shape: Shape, rows: int, columns: int) -> str:
     if shape in ((tall, wide), (tall, columns), (rows, wide)):
         return "padded"
     tiled = len(shape) != 2 or shape == (tall // 4, wide * 4)
-    return "swizzled" if shape and tiled and math.prod(shape) == tall * wide else ""
+    return "swizzled" if shape and tiled and math.prod(shape) == tall * wide > 0 else ""
 
 
 FORMAT_OF_ALGO: dict[str, str] = {

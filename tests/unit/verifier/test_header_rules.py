@@ -12,9 +12,12 @@ import numpy as np
 import pytest
 
 import verifier
+from verifier.cli import run
 from verifier.corrupt import Folder
 from verifier.corrupt.edit import read_shard, write_shard
+from verifier.errors import UsageError
 from verifier.findings import Finding
+from verifier.schemes import runtime_layout
 
 DATA = Path(__file__).parents[2] / "data" / "modelopt"
 GOLDEN = Path(__file__).parents[3] / "goldens" / "minimax-m3-tiny"
@@ -160,3 +163,81 @@ def test_mtp_layer_of_the_base_is_missing_once(copy: Copy) -> None:
     base.add("model.layers.2.enorm.weight", np.ones(128, np.float32))
     report = verifier.check(folder.path, base=base.path)
     assert [(f.rule, f.where.tensor) for f in report.findings] == [("QC206", "model.layers.2.enorm.weight")]
+
+
+# QC307
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows", "columns", "said"),
+    [
+        ((64, 4), 64, 4, ""), ((128, 4), 64, 4, "padded"), ((64, 4), 64, 3, "padded"), ((128, 3), 64, 3, "padded"),
+        ((512,), 64, 4, "swizzled"), ((1, 1, 32, 16), 64, 4, "swizzled"), ((1, 2, 32, 4, 4), 128, 8, "swizzled"),
+        ((32, 32), 64, 8, "swizzled"), ((1024,), 128, 8, "swizzled"), ((64, 3), 64, 4, ""), ((4, 64), 64, 4, ""),
+        ((8, 128), 128, 8, ""), ((256, 4), 64, 4, ""), ((), 64, 4, ""), ((0,), 0, 0, ""),
+    ],
+)  # fmt: skip
+def test_runtime_layouts(shape: tuple[int, ...], rows: int, columns: int, said: str) -> None:
+    assert runtime_layout(shape, rows, columns) == said
+
+
+def test_padded_mxfp8_scale_without_a_declaration(copy: Copy) -> None:
+    """As compressed-tensors declares it, in a dialect that is not read: dtypes alone show the format."""
+    folder = copy(MXFP8)
+    name = "model.layers.0.self_attn.k_proj.weight_scale"
+    folder.store(name, np.pad(folder.array(name), ((0, 64), (0, 0))))
+    foreign = {"quantization_config": {"quant_method": "compressed-tensors"}}
+    folder.edit_json("config.json", lambda value: value.update(foreign))
+    folder.remove("hf_quant_config.json")
+    assert [f.where.tensor for f in said(folder, "QC307")] == [name]
+
+
+# QC309
+
+
+@pytest.mark.parametrize(("options", "told"), [
+    ({"tp": 1}, set()),
+    ({"ep": 8}, set()),
+    ({"tp": 2, "ep": 2}, set()),
+    ({"tp": 2}, {("warning", "gate_proj"), ("warning", "up_proj")}),
+    ({"tp": 4, "ep": 2}, {("warning", "gate_proj"), ("warning", "up_proj")}),
+    ({"tp": 4, "ep": 3}, {("warning", "config.json")}),
+    ({"ep": 16}, {("error", "config.json")}),
+    ({"tp": 8}, {("error", "config.json"), ("warning", "gate_proj"), ("warning", "up_proj"), ("error", "down_proj")}),
+    ({"tp": 3, "ep": 3}, {("error", "config.json"), ("warning", "config.json"), ("error", "q_proj"), ("error", "o_proj")}),
+])  # fmt: skip
+def test_nvfp4_over_ranks(options: dict[str, int], told: set[tuple[str, str]]) -> None:
+    """Experts of 64 x 128 and 128 x 64, four heads, two of keys and values, eight experts."""
+    report = verifier.check(NVFP4, **options)
+    found = {(f.severity, f.where.tensor.split(".")[-2] if f.where.tensor else f.where.file) for f in report.findings}
+    assert found == told
+    assert {f.rule for f in report.findings} <= {"QC309"}
+    assert report.stats["options"]["tp"] == options.get("tp")
+
+
+def test_a_shard_cuts_a_byte(copy: Copy) -> None:
+    folder = copy(NVFP4)
+    folder.edit_json("config.json", lambda value: value.update({"num_attention_heads": 64, "num_key_value_heads": 64}))
+    messages = [f.message for f in said(folder, "QC309", tp=64) if f.severity == "error"]
+    assert messages == ["NVFP4: a shard cuts a block, and a packed byte"]
+
+
+def test_one_value_head_stands_on_many_ranks() -> None:
+    """Two heads of keys on four ranks: two ranks hold the same one, and 32 of 64 rows each."""
+    assert said(LLAMA, "QC309", tp=4) == []
+    assert {f.where.tensor for f in said(MXFP8, "QC309", tp=4) if "k_proj" in str(f.where.tensor)} == {
+        "model.layers.0.self_attn.k_proj.weight"
+    }
+
+
+def test_no_ranks_is_usage() -> None:
+    for options in ({"tp": 0}, {"ep": -1}):
+        with pytest.raises(UsageError):
+            verifier.check(NVFP4, **options)
+
+
+def test_ranks_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["check", str(NVFP4), "--tp", "2", "--ep", "2"]) == 0
+    assert run(["check", str(NVFP4), "--tp", "8"]) == 1
+    assert "QC309" in capsys.readouterr().out
+    assert run(["check", str(NVFP4), "--tp", "0"]) == 2
