@@ -185,6 +185,39 @@ def ragged_width(folder: Folder) -> Place:
     return folder.store(name, np.ascontiguousarray(codes[:, : -(4 if codes.dtype == np.uint8 else 8)]))
 
 
+_SPELLINGS = {"weight_scale": "weight_scale_inv", "weight_scale_inv": "weight_scale"}
+
+
+def _mxfp8(folder: Folder) -> list[str]:
+    """Return the names of the E8M0 scales."""
+    found = (block_scale(folder, m) for m, p in folder.modules().items() if scale_leaf(p) and p["weight"].dtype == "F8_E4M3")
+    return list(found)
+
+
+def _respell(folder: Folder, names: list[str]) -> Place:
+    made = {n: f"{n.rpartition('.')[0]}.{_SPELLINGS[n.rpartition('.')[2]]}" for n in names}
+    folder.rename(made)
+    return folder.place(made[names[0]])
+
+
+def one_spelled_otherwise(folder: Folder) -> Place:
+    """Take one MXFP8 scale from a checkpoint of the other vendor's convention."""
+    return _respell(folder, _mxfp8(folder)[2:3])
+
+
+def all_spelled_otherwise(folder: Folder) -> Place:
+    """Name all MXFP8 scales by the other vendor's convention."""
+    return _respell(folder, _mxfp8(folder))
+
+
+def spelled_both_ways(folder: Folder) -> Place:
+    """Write one MXFP8 scale under both names."""
+    name = _mxfp8(folder)[2]
+    other = f"{name.rpartition('.')[0]}.{_SPELLINGS[name.rpartition('.')[2]]}"
+    folder.add(other, folder.array(name))
+    return Place(f"{name.rpartition('.')[0]}.weight_scale_inv")
+
+
 SCALES: tuple[Corruptor, ...] = (
     Corruptor("QC301", "input-scale-of-one-expert", edit(input_scale_lost), formats=NVFP4),
     Corruptor("QC302", "weight-scale-2-lost", edit(scale_2_lost), formats=NVFP4),
@@ -204,4 +237,7 @@ SCALES: tuple[Corruptor, ...] = (
     Corruptor("QC308", "group-size-in-one-file", edit(group_size_in_file), formats=MXFP8, also=ids("406")),
     Corruptor("QC308", "group-size-of-one-entry", edit(group_size_of_entry), formats=MIXED),
     Corruptor("QC309", "ragged-width", edit(ragged_width), also=ids("208")),
+    Corruptor("QC310", "one-spelled-otherwise", edit(one_spelled_otherwise), formats=MXFP8 | MIXED, severity="warning"),
+    Corruptor("QC310", "all-spelled-otherwise", edit(all_spelled_otherwise), formats=MXFP8 | MIXED, severity="warning"),
+    Corruptor("QC310", "spelled-both-ways", edit(spelled_both_ways), formats=MXFP8 | MIXED, severity="warning"),
 )
