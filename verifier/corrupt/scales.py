@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -61,13 +63,6 @@ def scale_as_f32(folder: Folder) -> Place:
     """Save a block scale as float32: values for NVFP4, codes for MXFP8."""
     name = block_scale(folder, target(folder))
     folder.store(name, folder.array(name).astype(np.float32))
-    return folder.place(name)
-
-
-def scale_2_as_bf16(folder: Folder) -> Place:
-    """Cast a global scale to the model's dtype."""
-    name = f"{target(folder, UPS)}.weight_scale_2"
-    folder.store(name, folder.array(name).astype(ml_dtypes.bfloat16))
     return folder.place(name)
 
 
@@ -218,13 +213,88 @@ def spelled_both_ways(folder: Folder) -> Place:
     return Place(f"{name.rpartition('.')[0]}.weight_scale_inv")
 
 
+def _longer(leaf: str) -> Callable[[Folder], Place]:
+    """Return a change of one scalar's shape from [] to [1]."""
+
+    def apply(folder: Folder) -> Place:
+        name = f"{target(folder, UPS)}.{leaf}"
+        return folder.store(name, folder.array(name).reshape(1))
+
+    return apply
+
+
+def _as(leaf: str, dtype: npt.DTypeLike) -> Callable[[Folder], Place]:
+    """Return a cast of one scalar."""
+
+    def apply(folder: Folder) -> Place:
+        name = f"{target(folder, UPS)}.{leaf}"
+        return folder.store(name, folder.array(name).astype(dtype))
+
+    return apply
+
+
+def _kv(change: Callable[[Folder, list[str]], Place], declared: bool = True) -> Callable[[Path], Place]:
+    """Return a change of a checkpoint that has FP8 KV scales; ``change`` is given the attention modules."""
+
+    def declare(body: dict[str, Any]) -> None:
+        if "kv_cache_quant_algo" in body:
+            body["kv_cache_quant_algo"] = "FP8"
+        else:
+            body["kv_cache_scheme"] = {"dynamic": False, "num_bits": 8, "type": "float"}
+
+    def apply(folder: Folder) -> Place:
+        layers = [m.removesuffix(".k_proj") for m in folder.modules() if m.endswith(".k_proj") and "vision" not in m]
+        for layer in layers:
+            for one in "kv":
+                folder.add(f"{layer}.{one}_proj.{one}_scale", np.asarray(0.03, np.float32))
+        if declared:
+            declarations(folder, declare)
+        return change(folder, layers)
+
+    return edit(apply)
+
+
+def _kv_lost(folder: Folder, layers: list[str]) -> Place:
+    """Leave one layer's values without a scale."""
+    name = f"{layers[-1]}.v_proj.v_scale"
+    folder.drop([name])
+    return Place(name)
+
+
+def _kv_layer_lost(folder: Folder, layers: list[str]) -> Place:
+    """Leave one layer without both scales."""
+    names = [f"{layers[0]}.{one}_proj.{one}_scale" for one in "kv"]
+    folder.drop(names)
+    return Place(names[0])
+
+
+def _kv_misplaced(folder: Folder, layers: list[str]) -> Place:
+    """Write the scales of keys on the query projection."""
+    names = {f"{m}.k_proj.k_scale": f"{m}.q_proj.k_scale" for m in layers}
+    folder.rename(names)
+    return folder.place(next(iter(names.values())))
+
+
+def _kv_kept(folder: Folder, layers: list[str]) -> Place:
+    return folder.place(f"{layers[0]}.k_proj.k_scale")
+
+
+def _kv_as_bf16(folder: Folder, layers: list[str]) -> Place:
+    name = f"{layers[-1]}.v_proj.v_scale"
+    return folder.store(name, folder.array(name).astype(ml_dtypes.bfloat16))
+
+
+def _kv_longer(folder: Folder, layers: list[str]) -> Place:
+    name = f"{layers[-1]}.v_proj.v_scale"
+    return folder.store(name, folder.array(name).reshape(1))
+
+
 SCALES: tuple[Corruptor, ...] = (
     Corruptor("QC301", "input-scale-of-one-expert", edit(input_scale_lost), formats=NVFP4),
     Corruptor("QC302", "weight-scale-2-lost", edit(scale_2_lost), formats=NVFP4),
     Corruptor("QC302", "block-scale-lost", edit(block_scale_lost)),
     Corruptor("QC303", "no-input-scales", edit(no_input_scales), formats=NVFP4),
     Corruptor("QC304", "block-scale-as-f32", edit(scale_as_f32)),
-    Corruptor("QC304", "weight-scale-2-as-bf16", edit(scale_2_as_bf16), formats=NVFP4),
     Corruptor("QC305", "weight-not-packed", edit(not_packed), formats=NVFP4),
     Corruptor("QC306", "one-column-short", edit(column_short)),
     Corruptor("QC306", "half-the-columns", edit(half_width)),
@@ -240,4 +310,14 @@ SCALES: tuple[Corruptor, ...] = (
     Corruptor("QC310", "one-spelled-otherwise", edit(one_spelled_otherwise), formats=MXFP8 | MIXED, severity="warning"),
     Corruptor("QC310", "all-spelled-otherwise", edit(all_spelled_otherwise), formats=MXFP8 | MIXED, severity="warning"),
     Corruptor("QC310", "spelled-both-ways", edit(spelled_both_ways), formats=MXFP8 | MIXED, severity="warning"),
+    Corruptor("QC311", "one-weight-scale-2-longer", edit(_longer("weight_scale_2")), formats=NVFP4, severity="warning"),
+    Corruptor("QC311", "one-input-scale-longer", edit(_longer("input_scale")), formats=NVFP4, severity="warning"),
+    Corruptor("QC311", "one-kv-scale-longer", _kv(_kv_longer), severity="warning"),
+    Corruptor("QC312", "values-of-one-layer", _kv(_kv_lost)),
+    Corruptor("QC312", "one-layer", _kv(_kv_layer_lost)),
+    Corruptor("QC312", "keys-on-the-query", _kv(_kv_misplaced)),
+    Corruptor("QC312", "not-declared", _kv(_kv_kept, declared=False), severity="warning"),
+    Corruptor("QC315", "weight-scale-2-as-bf16", edit(_as("weight_scale_2", ml_dtypes.bfloat16)), formats=NVFP4),
+    Corruptor("QC315", "input-scale-as-f16", edit(_as("input_scale", np.float16)), formats=NVFP4),
+    Corruptor("QC315", "kv-scale-as-bf16", _kv(_kv_as_bf16)),
 )

@@ -41,6 +41,11 @@ class Sibling:
     shapes: Callable[[int, int], tuple[Shape, ...]]
     required: bool = True
 
+    @property
+    def scalar(self) -> bool:
+        """Whether the format gives it one value for the whole tensor."""
+        return self.shapes is _scalar
+
 
 @dataclass(frozen=True, slots=True)
 class Format:

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""QC312: scales of the KV cache are missing or misplaced."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from verifier.findings import Finding, Where
+from verifier.rules.context import Context
+from verifier.rules.registry import rule
+from verifier.schemes import KV_LEAVES, role
+
+LATENT = ("kv_a_proj_with_mqa", "kv_a_proj", "kv_b_proj", "kv_proj")
+PLACES = {
+    "k_scale": frozenset({"k_proj", "qkv_proj", "self_attn", "attn", "attention", "mixer", *LATENT}),
+    "v_scale": frozenset({"v_proj", "qkv_proj", "self_attn", "attn", "attention", "mixer", *LATENT}),
+}
+"""Modules that a KV scale may stand on: ModelOpt's, compressed-tensors', and what vLLM's loader maps besides."""
+_ATTENTION = re.compile(r"^(.+?\.(?:self_attn|attn|attention|mixer))(?:\.|$)")
+
+
+@rule(
+    "QC312", "KV scale is missing or misplaced", severity="error", depth="header", unit="KV scales",
+    consumers=("vLLM", "SGLang"), sources=("vllm-project/vllm#34293", "vllm-project/vllm#25968", "sgl-project/sglang#25792"),
+    engines={"vllm": ("error", "takes 1.0 for a missing scale with a warning; KeyError for one at a place it does not map")},
+)  # fmt: skip
+def check(ctx: Context) -> Iterator[Finding]:
+    """Where KV scales are stored, each attention layer has ``k_scale`` and ``v_scale``, at a place that loaders know.
+
+    The places are ``k_proj.k_scale`` and ``v_proj.v_scale`` (ModelOpt), or the attention module itself. A declaration of an
+    FP8 cache without any scale is sound: ModelOpt's ``kv_fp8_cast`` recipes use a constant and store none. Scales that no
+    config declares are a warning.
+
+    **Why.** A layer was not calibrated, a merge took it from elsewhere, or scales were written on the wrong projection.
+    **Hurts.** vLLM takes 1.0 for a missing scale: values above 448 are clipped in that layer alone. A scale on a place
+    that the loader does not map is a KeyError, or is lost.
+    **Mend.** Calibrate the cache in all layers, or drop all KV scales and keep the declaration.
+    """
+    layers: dict[str, set[str]] = {}
+    example = ""
+    for name, module in ctx.modules.items():
+        for leaf in sorted(KV_LEAVES & module.parts.keys()):
+            ctx.tally.see()
+            tensor = module.parts[leaf]
+            last = name.rpartition(".")[2]
+            if last not in PLACES[leaf]:
+                yield ctx.finding(
+                    f"{leaf} stands on a module that loaders do not look at", tensor=tensor.name,
+                    observed=last, expected=f"{leaf[0]}_proj.{leaf}, or the attention module",
+                )  # fmt: skip
+            else:
+                example = example or tensor.name
+            layers.setdefault(_layer(name), set()).add(leaf)
+    if not layers:
+        return
+    for layer in _attention(ctx):
+        for leaf in sorted(KV_LEAVES - layers.get(layer, set())):
+            ctx.tally.see()
+            inner = f"{leaf[0]}_proj." if not example or "_proj." in example else ""
+            yield ctx.finding(
+                f"an attention layer has no {leaf}, and others have KV scales", where=Where(f"{layer}.{inner}{leaf}"),
+                observed="absent", expected="F32 scalar",
+            )  # fmt: skip
+    known = [d for d in (ctx.declarations.inline, ctx.declarations.file) if d is not None and d.known]
+    if example and known and not any(d.kv for d in known):
+        yield ctx.finding(
+            "KV scales are stored and no config declares a quantized cache", tensor=example, observed="KV scales",
+            expected="kv_cache_scheme", severity="warning",
+        )  # fmt: skip
+
+
+def _layer(module: str) -> str:
+    found = _ATTENTION.match(module)
+    return found[1] if found else module.rpartition(".")[0]
+
+
+def _attention(ctx: Context) -> Iterator[str]:
+    """Yield the text attention layers that hold their own keys and values, MTP modules and latent attention apart."""
+    for name in ctx.modules:
+        head, _, leaf = name.rpartition(".")
+        if leaf in ("k_proj", "qkv_proj") and role(name) == "attention":
+            if ctx.is_mtp(name):
+                ctx.tally.miss(1, "whether an MTP module has a quantized cache is not known")
+            else:
+                yield head
