@@ -22,12 +22,14 @@ from verifier.corrupt.corruptor import (
     block_scale,
     declarations,
     edit,
+    expert_of,
     ids,
+    is_expert,
     quantized,
     scale_leaf,
     target,
 )  # fmt: skip
-from verifier.corrupt.edit import QUANT_CONFIG, Folder, Place
+from verifier.corrupt.edit import CONFIG, QUANT_CONFIG, Folder, Place
 
 
 def input_scale_lost(folder: Folder) -> Place:
@@ -289,6 +291,40 @@ def _kv_longer(folder: Folder, layers: list[str]) -> Place:
     return folder.store(name, folder.array(name).reshape(1))
 
 
+def scales_of_another_pass(folder: Folder) -> Place:
+    """Take a weight from the source and its scales from the quantized model."""
+    name = f"{target(folder)}.weight"
+    codes = folder.array(name)
+    shape = (len(codes), codes.shape[1] * (2 if codes.dtype == np.uint8 else 1))
+    return folder.store(name, np.full(shape, 0.02, ml_dtypes.bfloat16))
+
+
+def tied_head_stored(folder: Folder) -> Place:
+    """Declare the head tied, and store one."""
+    folder.edit_json(CONFIG, lambda value: value.update({"tie_word_embeddings": True}))
+    return folder.place("lm_head.weight")
+
+
+def _smoothed(lost: Callable[[str, int], bool]) -> Callable[[Folder], Place]:
+    """Return the loss of ``pre_quant_scale`` for some (layer, expert) where AWQ gave one to every expert."""
+
+    def apply(folder: Folder) -> Place:
+        experts = [m for m in quantized(folder) if is_expert(m)]
+        missing = ""
+        for module in experts:
+            container, number, _ = expert_of(module)
+            if lost(container, number):
+                missing = missing or module
+            else:
+                weight = folder.modules()[module]["weight"]
+                width = weight.shape[1] * (2 if weight.dtype == "U8" else 1)
+                folder.add(f"{module}.pre_quant_scale", np.ones(width, ml_dtypes.bfloat16), file=weight.file)
+        return Place(f"{missing}.pre_quant_scale")
+
+    return apply
+
+
+_EXPERTS = frozenset({"experts"})
 SCALES: tuple[Corruptor, ...] = (
     Corruptor("QC301", "input-scale-of-one-expert", edit(input_scale_lost), formats=NVFP4),
     Corruptor("QC302", "weight-scale-2-lost", edit(scale_2_lost), formats=NVFP4),
@@ -317,7 +353,17 @@ SCALES: tuple[Corruptor, ...] = (
     Corruptor("QC312", "one-layer", _kv(_kv_layer_lost)),
     Corruptor("QC312", "keys-on-the-query", _kv(_kv_misplaced)),
     Corruptor("QC312", "not-declared", _kv(_kv_kept, declared=False), severity="warning"),
+    Corruptor("QC313", "scales-of-another-pass", edit(scales_of_another_pass)),
+    Corruptor("QC313", "tied-head-stored", edit(tied_head_stored), severity="warning"),
+    Corruptor(
+        "QC314", "pre-quant-scale-of-one-expert", edit(_smoothed(lambda container, number: number == 3)), formats=NVFP4,
+        traits=_EXPERTS,
+    ),
+    Corruptor(
+        "QC314", "pre-quant-scale-of-one-layer", edit(_smoothed(lambda container, number: ".1." in container)),
+        formats=NVFP4, traits=_EXPERTS, severity="warning",
+    ),
     Corruptor("QC315", "weight-scale-2-as-bf16", edit(_as("weight_scale_2", ml_dtypes.bfloat16)), formats=NVFP4),
     Corruptor("QC315", "input-scale-as-f16", edit(_as("input_scale", np.float16)), formats=NVFP4),
     Corruptor("QC315", "kv-scale-as-bf16", _kv(_kv_as_bf16)),
-)
+)  # fmt: skip

@@ -85,6 +85,17 @@ class Judged:
         found = self.declarations.effective
         return found if found is not None and found.known else None
 
+    @cached_property
+    def tied_heads(self) -> frozenset[str]:
+        """The weights of output heads that are stored although every level of config.json that speaks of it ties them."""
+        top = self.checkpoint.config or {}
+        text = top.get("text_config")
+        said = [c.get("tie_word_embeddings") for c in (top, text if isinstance(text, Mapping) else {})]
+        flags = [f for f in said if isinstance(f, bool)]
+        if not flags or not all(flags):
+            return frozenset()
+        return frozenset(f"{m}.weight" for m in self.modules if m == "lm_head" or m.endswith(".lm_head"))
+
     def cover(self, module: Module) -> Cover | None:
         """Return what the declaration says about a module, or None without a declaration."""
         return self.declaration.cover(module.name) if self.declaration else None

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -47,6 +48,63 @@ def said(folder: Folder | Path, rule: str, **options: Any) -> list[Finding]:
 
 def severities(found: list[Finding]) -> list[str]:
     return [f.severity for f in found]
+
+
+CT = {"quantization_config": {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized", "ignore": ["lm_head"]}}
+
+
+@pytest.fixture
+def packed(copy: Copy) -> Folder:
+    """Return NVFP4 as compressed-tensors writes it: packed weights, divisors of shape [1]."""
+    folder = copy(NVFP4)
+    shard = read_shard(folder.path / folder.shards[0])
+    made = {}
+    for name, (dtype, shape, data) in shard.entries.items():
+        module, _, leaf = name.rpartition(".")
+        new = {"weight_scale_2": "weight_global_scale", "input_scale": "input_global_scale"}.get(leaf)
+        if new:
+            value = 1 / np.frombuffer(data, np.float32)
+            made[f"{module}.{new}"] = ("F32", (1,), value.astype(np.float32).tobytes())
+        else:
+            made[f"{module}.weight_packed" if dtype == "U8" else name] = (dtype, shape, data)
+    shard.entries = made
+    write_shard(folder.path / folder.shards[0], shard)
+    folder.edit_json("config.json", lambda value: value.update(CT))
+    folder.remove("hf_quant_config.json")
+    return folder
+
+
+def test_compressed_tensors_is_clean(packed: Folder) -> None:
+    for base in (None, QWEN):
+        report = verifier.check(packed.path, base=base, depth="payload")
+        assert report.findings == ()
+        assert report.verdict == "passed"
+        assert report.stats["formats"] == {"NVFP4_PACK_QUANTIZED": 48}
+
+
+EXPERT = "model.layers.1.mlp.experts.3.down_proj"
+
+
+@pytest.mark.parametrize(("rule", "leaf", "change", "severity"), [
+    ("QC307", "weight_scale", lambda v: np.pad(v.view(np.uint8), ((0, 0), (0, 1)))[:, :3].repeat(128, 0)[:512, 0], "error"),
+    ("QC311", "weight_global_scale", lambda v: v.reshape(()), "warning"),
+    ("QC315", "weight_global_scale", lambda v: v.astype(ml_dtypes.bfloat16), "error"),
+    ("QC315", "input_global_scale", lambda v: v.astype(np.float16), "error"),
+])  # fmt: skip
+def test_defects_of_compressed_tensors(packed: Folder, rule: str, leaf: str, change: Any, severity: str) -> None:
+    name = f"{EXPERT}.{leaf}"
+    values = change(packed.array(name))
+    if values.dtype == np.uint8:
+        values = values.view(ml_dtypes.float8_e4m3fn)
+    packed.store(name, values)
+    report = verifier.check(packed.path)
+    assert [(f.rule, f.severity, f.where.tensor) for f in report.findings] == [(rule, severity, name)]
+
+
+def test_weight_packed_and_plain(packed: Folder) -> None:
+    packed.add(f"{EXPERT}.weight", np.zeros((128, 64), ml_dtypes.bfloat16))
+    report = verifier.check(packed.path)
+    assert [(f.rule, f.where.tensor) for f in report.findings] == [("QC313", f"{EXPERT}.weight")]
 
 
 # QC107, QC109
@@ -241,3 +299,138 @@ def test_ranks_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["check", str(NVFP4), "--tp", "8"]) == 1
     assert "QC309" in capsys.readouterr().out
     assert run(["check", str(NVFP4), "--tp", "0"]) == 2
+
+
+# QC311, QC312, QC315
+
+
+def test_scalars_of_one_shape_are_clean(copy: Copy) -> None:
+    folder = copy(NVFP4)
+    path = folder.path / folder.shards[0]
+    shard = read_shard(path)
+    shard.entries = {n: (d, s or (1,), b) for n, (d, s, b) in shard.entries.items()}
+    write_shard(path, shard)
+    assert verifier.check(folder.path, depth="payload").findings == ()
+
+
+def _declare_kv(folder: Folder) -> None:
+    scheme = {"kv_cache_scheme": {"dynamic": False, "num_bits": 8, "type": "float"}}
+    folder.edit_json("config.json", lambda value: value["quantization_config"].update(scheme))
+    folder.edit_json("hf_quant_config.json", lambda value: value["quantization"].update({"kv_cache_quant_algo": "FP8"}))
+
+
+@pytest.mark.parametrize("source", [NVFP4, MXFP8])
+def test_kv_declared_by_constant_cast_is_clean(copy: Copy, source: Path) -> None:
+    folder = copy(source)
+    _declare_kv(folder)
+    for base in (None, LLAMA if source is MXFP8 else QWEN):
+        report = verifier.check(folder.path, base=base, depth="payload")
+        assert report.findings == ()
+        assert report.verdict == "passed"
+
+
+@pytest.mark.parametrize(
+    "places", [("k_proj.k_scale", "v_proj.v_scale"), ("k_scale", "v_scale"), ("attn.k_scale", "attn.v_scale")]
+)
+def test_kv_scales_at_known_places_are_clean(copy: Copy, places: tuple[str, str]) -> None:
+    folder = copy(MXFP8)
+    _declare_kv(folder)
+    for layer in range(2):
+        for place in places:
+            folder.add(f"model.layers.{layer}.self_attn.{place}", np.asarray(0.03, np.float32))
+    assert verifier.check(folder.path, base=LLAMA, depth="payload").findings == ()
+    folder.drop([f"model.layers.1.self_attn.{places[1]}"])
+    found = verifier.check(folder.path).findings
+    wanted = f"model.layers.1.self_attn.{places[1].replace('attn.', '')}"
+    assert [(f.rule, f.severity, f.where.tensor) for f in found] == [("QC312", "error", wanted)]
+
+
+def test_scales_of_compressed_tensors_may_be_bf16(copy: Copy) -> None:
+    """It stores FP8 scales in the model's dtype; ModelOpt does not."""
+    folder = copy(LLAMA)
+    shard = read_shard(folder.path / folder.shards[0])
+    for name, (_, shape, data) in list(shard.entries.items()):
+        if name.endswith("_proj.weight"):
+            codes = np.frombuffer(data, ml_dtypes.bfloat16).astype(ml_dtypes.float8_e4m3fn)
+            shard.entries[name] = ("F8_E4M3", shape, codes.tobytes())
+            scale = np.ones((shape[0], 1), ml_dtypes.bfloat16)
+            shard.entries[f"{name}_scale"] = ("BF16", scale.shape, scale.tobytes())
+    write_shard(folder.path / folder.shards[0], shard)
+    folder.edit_json("config.json", lambda value: value.update(CT))
+    assert verifier.check(folder.path).findings == ()
+    declared = {"quant_method": "modelopt", "quant_algo": "FP8_PER_CHANNEL_PER_TOKEN", "ignore": ["lm_head"]}
+    folder.edit_json("config.json", lambda value: value.update({"quantization_config": declared}))
+    assert {f.rule for f in verifier.check(folder.path).findings} == {"QC304"}
+
+
+# QC313
+
+
+def _tied(folder: Folder, *, drop: bool = True) -> Folder:
+    folder.edit_json("config.json", lambda value: value.update({"tie_word_embeddings": True}))
+    if drop:
+        folder.drop(["lm_head.weight"])
+    return folder
+
+
+@pytest.mark.parametrize(("source", "quantized"), [(QWEN, NVFP4), (LLAMA, MXFP8)])
+def test_tied_heads_are_clean(copy: Copy, source: Path, quantized: Path) -> None:
+    base, folder = _tied(copy(source)), _tied(copy(quantized))
+    for given in (None, base.path):
+        report = verifier.check(folder.path, base=given, depth="payload")
+        assert report.findings == ()
+        assert report.verdict == "passed"
+
+
+def test_tied_head_that_the_base_stores_too_is_its_habit(copy: Copy) -> None:
+    base, folder = _tied(copy(LLAMA), drop=False), _tied(copy(MXFP8), drop=False)
+    assert verifier.check(folder.path, base=base.path).findings == ()
+    assert [(f.rule, f.severity) for f in verifier.check(folder.path).findings] == [("QC313", "warning")]
+
+
+def test_tied_head_that_is_quantized(copy: Copy) -> None:
+    folder = _tied(copy(MXFP8), drop=False)
+    folder.store("lm_head.weight", folder.array("lm_head.weight").astype(ml_dtypes.float8_e4m3fn))
+    folder.add("lm_head.weight_scale", np.full((512, 4), 127, np.uint8))
+    assert severities(said(folder, "QC313")) == ["error"]
+
+
+def test_flags_that_disagree_tie_nothing(copy: Copy) -> None:
+    folder = _tied(copy(MXFP8), drop=False)
+    folder.edit_json("config.json", lambda value: value.update({"text_config": {"tie_word_embeddings": False}}))
+    assert said(folder, "QC313") == []
+
+
+# QC314
+
+
+def _with_biases(folder: Folder, without: str = "") -> Folder:
+    """Give every expert's down projection a bias, as gpt-oss has, except one."""
+    names = [n for n in folder.tensors() if ".experts." in n and n.endswith("down_proj.weight")]
+    shard = read_shard(folder.path / folder.shards[0])
+    for name in names:
+        bias = name.removesuffix("weight") + "bias"
+        if bias != without:
+            shard.entries[bias] = ("BF16", (128,), bytes(256))
+    write_shard(folder.path / folder.shards[0], shard)
+    return folder
+
+
+def test_bias_of_one_expert_with_and_without_base(copy: Copy) -> None:
+    name = f"{EXPERT}.bias"
+    base, whole = _with_biases(copy(QWEN)), _with_biases(copy(NVFP4))
+    assert verifier.check(whole.path, base=base.path).findings == ()
+    whole.drop([name])
+    found = verifier.check(whole.path, base=base.path).findings
+    assert [(f.rule, f.severity, f.where.tensor) for f in found] == [("QC314", "error", name)]
+    whole.edit_json("config.json", lambda value: value.update({"model_type": "unknown"}))
+    assert [(f.severity, f.where.tensor) for f in said(whole, "QC314")] == [("error", name)]
+
+
+def test_bias_of_one_layer_is_a_warning_where_nothing_is_known(copy: Copy) -> None:
+    folder = copy(MXFP8)
+    folder.edit_json("config.json", lambda value: value.update({"model_type": "unknown"}))
+    folder.add("model.layers.0.self_attn.q_proj.bias", np.zeros(128, ml_dtypes.bfloat16))
+    assert [(f.severity, f.where.tensor) for f in said(folder, "QC314")] == [
+        ("warning", "model.layers.1.self_attn.q_proj.bias")
+    ]

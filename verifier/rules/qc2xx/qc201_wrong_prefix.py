@@ -38,4 +38,5 @@ def check(ctx: Context) -> Iterator[Finding]:
         what = "a name of transformers' memory where the hub's belongs" if memory else "the name has another prefix"
         yield ctx.finding(what, tensor=name, observed=name, expected=wanted)
     for name in ctx.naming.unknown:
-        yield ctx.finding("no tensor of this layout has this name", tensor=name, observed=name)
+        if name not in ctx.tied_heads:
+            yield ctx.finding("no tensor of this layout has this name", tensor=name, observed=name)
