@@ -24,13 +24,13 @@ def check(ctx: Context) -> Iterator[Finding]:
     **Why.** A custom writer: ``save_file`` without metadata, another framework's, or metadata of its own in its place.
     **Hurts.** transformers 4 refuses a file whose metadata names another format or none ("make sure to save your model
     with the save_pretrained method"). Where there is no metadata at all only its older releases stumble, and this is a
-    note. (Metadata that is no object of strings is QC104.)
+    note. (A broken header is QC104.)
     **Mend.** Write the header again with ``{"format": "pt"}``; the tensors' bytes stay as they are.
     """
     said: dict[tuple[str, str, Severity], list[str]] = {}
     for shard in ctx.checkpoint.shards:
-        if any(p.kind == "metadata" for p in shard.problems) or not shard.header:
-            continue
+        if not shard.header or any(p.kind != "trailing" for p in shard.problems):
+            continue  # QC104
         ctx.tally.see()
         found = shard.metadata.get("format")
         if found == "pt":
