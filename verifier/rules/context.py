@@ -19,12 +19,14 @@ from verifier.findings import Finding, Severity, Where
 from verifier.rules.naming import Naming, classify, unwrapped
 from verifier.schemes import (
     FLOATS,
+    FORMATS,
     Cover,
     Declaration,
     Declarations,
     Exclusions,
     Format,
     Module,
+    Sibling,
     canonical,
     collapse,
     format_of,
@@ -247,6 +249,22 @@ class Context(Judged):
     def formatted(self) -> tuple[tuple[Module, Format], ...]:
         """The quantized modules whose format is known, with it."""
         return tuple((m, f) for m in self.quantized_modules if (f := self.format_of(m)) is not None)
+
+    @cached_property
+    def scales(self) -> tuple[tuple[Module, Format, Sibling, Tensor], ...]:
+        """Every scale tensor that a module's format knows: module, format, what the format says of it, the tensor."""
+        known = {(f.name, leaf): s for f in FORMATS.values() for s in f.siblings for leaf in s.leaves}
+        return tuple(
+            (m, f, sibling, m.parts[leaf]) for m, f in self.formatted for leaf in m.scales
+            if (sibling := known.get((f.name, leaf))) is not None
+        )  # fmt: skip
+
+    @cached_property
+    def kv_scales(self) -> tuple[tuple[Module, str, Tensor], ...]:
+        """Every scale of the KV cache: the module that it stands on, its leaf, the tensor."""
+        return tuple(
+            (m, leaf, m.parts[leaf]) for m in self.modules.values() for leaf in ("k_scale", "v_scale") if leaf in m.parts
+        )
 
     @cached_property
     def linears(self) -> tuple[Module, ...]:

@@ -26,15 +26,13 @@ def check(ctx: Context) -> Iterator[Finding]:
     **Mend.** Save the bytes of the format's own dtype.
     """
     lenient = ctx.declarations.effective is not None and not ctx.declarations.effective.known
-    for module, found in ctx.formatted:
-        for leaf in module.scales:
-            sibling, tensor = found.sibling(leaf), module.parts[leaf]
-            if sibling is None or (sibling.scalar and tensor is not module.scale):
-                continue
-            ctx.tally.see()
-            own = lenient and sibling.dtypes == ("F32",) and tensor.dtype in FLOATS
-            if tensor.dtype not in sibling.dtypes and not own:
-                yield ctx.finding(
-                    f"{found.algo}: {leaf} is stored as {tensor.dtype}", tensor=tensor.name,
-                    observed=tensor.dtype, expected=" or ".join(sibling.dtypes),
-                )  # fmt: skip
+    for module, found, sibling, tensor in ctx.scales:
+        if sibling.scalar and tensor is not module.scale:
+            continue
+        ctx.tally.see()
+        own = lenient and sibling.dtypes == ("F32",) and tensor.dtype in FLOATS
+        if tensor.dtype not in sibling.dtypes and not own:
+            yield ctx.finding(
+                f"{found.algo}: {tensor.name.rpartition('.')[2]} is stored as {tensor.dtype}", tensor=tensor.name,
+                observed=tensor.dtype, expected=" or ".join(sibling.dtypes),
+            )  # fmt: skip

@@ -25,21 +25,18 @@ def check(ctx: Context) -> Iterator[Finding]:
     **Hurts.** For experts vLLM narrows and leaves the rest unwritten, silently.
     **Mend.** Write the scale in the linear layout, computed from the unpacked weight.
     """
-    for module, found in ctx.formatted:
+    for module, found, sibling, tensor in ctx.scales:
+        ctx.tally.see()
         out, in_ = module.dims or (0, 0)
+        wanted = sibling.shapes(out, in_)
+        if tensor.shape in wanted:
+            continue
         declared = ctx.declared_group(module, found)
-        for leaf in module.scales:
-            sibling = found.sibling(leaf)
-            if sibling is None:
-                continue
-            ctx.tally.see()
-            tensor, wanted = module.parts[leaf], sibling.shapes(out, in_)
-            follows = declared != found.group_size and declared and tensor.shape == (out, in_ // declared)
-            if tensor.shape in wanted or follows:  # QC308 speaks of scales that follow a wrong declaration
-                continue
-            if tensor is module.scale and found.rowwise and runtime_layout(tensor.shape, *wanted[0]):
-                continue  # QC307
-            yield ctx.finding(
-                f"{found.algo}: {leaf} does not fit its weight of [{out}, {in_}]", tensor=tensor.name,
-                observed=list(tensor.shape), expected=list(wanted[0]),
-            )  # fmt: skip
+        if declared and declared != found.group_size and tensor.shape == (out, in_ // declared):
+            continue  # QC308: scales that follow a wrong declaration
+        if tensor is module.scale and found.rowwise and runtime_layout(tensor.shape, *wanted[0]):
+            continue  # QC307
+        yield ctx.finding(
+            f"{found.algo}: {tensor.name.rpartition('.')[2]} does not fit its weight of [{out}, {in_}]", tensor=tensor.name,
+            observed=list(tensor.shape), expected=list(wanted[0]),
+        )  # fmt: skip

@@ -27,9 +27,9 @@ def check(ctx: Context) -> Iterator[Finding]:
     **Hurts.** Engines swizzle the scale themselves when they load it: a size error at best.
     **Mend.** Write the scale before the exporter's padding and swizzle, or undo them; no value is lost.
     """
-    for module in ctx.quantized_modules:
-        scale, found = module.scale, _format(ctx, module)
-        if scale is None or module.dims is None or found is None or not found.rowwise or not found.group_size:
+    for module, found in (*ctx.formatted, *_undeclared(ctx)):
+        scale = module.scale
+        if scale is None or module.dims is None or not found.rowwise or not found.group_size:
             continue
         ctx.tally.see()
         rows, columns = module.dims[0], -(-module.dims[1] // found.group_size)
@@ -41,10 +41,11 @@ def check(ctx: Context) -> Iterator[Finding]:
             )  # fmt: skip
 
 
-def _format(ctx: Context, module: Module) -> Format | None:
-    """Return a module's format; MXFP8 where dtypes alone show it, as no declaration is needed to know such a shape."""
-    found = ctx.format_of(module)
-    if found is None and module.weight is not None and module.scale is not None:
-        known = (module.weight.dtype, module.scale.dtype) in (("F8_E4M3", "U8"), ("F8_E4M3", "F8_E8M0"))
-        return FORMATS["mxfp8"] if known and ctx.cover(module) is None else None
-    return found
+def _undeclared(ctx: Context) -> Iterator[tuple[Module, Format]]:
+    """Yield modules that dtypes alone show to be MXFP8; without a declaration a wrong shape hides their format."""
+    if ctx.declaration is not None:
+        return
+    for module in ctx.quantized_modules:
+        if module.shown is None and module.weight is not None and module.scale is not None:
+            if module.weight.dtype == "F8_E4M3" and module.scale.dtype in ("U8", "F8_E8M0"):
+                yield module, FORMATS["mxfp8"]

@@ -9,7 +9,6 @@ from verifier.checkpoint import Tensor
 from verifier.findings import Finding
 from verifier.rules.context import Context
 from verifier.rules.registry import rule
-from verifier.schemes import KV_LEAVES
 
 ZERO, ONE = (), (1,)
 
@@ -37,14 +36,11 @@ def check(ctx: Context) -> Iterator[Finding]:
         if tensor.shape in (ZERO, ONE):
             kinds.setdefault((kind, leaf), ([], []))[len(tensor.shape)].append(tensor)
 
-    for module, found in ctx.formatted:
-        for leaf in module.scales:
-            sibling = found.sibling(leaf)
-            if sibling is not None and sibling.scalar:
-                add(found.weight_dtype, leaf, module.parts[leaf])
-    for module in ctx.modules.values():
-        for leaf in KV_LEAVES & module.parts.keys():
-            add("", leaf, module.parts[leaf])
+    for _, found, sibling, tensor in ctx.scales:
+        if sibling.scalar:
+            add(found.weight_dtype, tensor.name.rpartition(".")[2], tensor)
+    for _, leaf, tensor in ctx.kv_scales:
+        add("", leaf, tensor)
     for (_, leaf), (zero, one) in sorted(kinds.items()):
         ctx.tally.see(len(zero) + len(one))
         odd = one if len(one) <= len(zero) else zero

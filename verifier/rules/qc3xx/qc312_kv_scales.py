@@ -39,19 +39,17 @@ def check(ctx: Context) -> Iterator[Finding]:
     """
     layers: dict[str, set[str]] = {}
     example = ""
-    for name, module in ctx.modules.items():
-        for leaf in sorted(KV_LEAVES & module.parts.keys()):
-            ctx.tally.see()
-            tensor = module.parts[leaf]
-            last = name.rpartition(".")[2]
-            if last not in PLACES[leaf]:
-                yield ctx.finding(
-                    f"{leaf} stands on a module that loaders do not look at", tensor=tensor.name,
-                    observed=last, expected=f"{leaf[0]}_proj.{leaf}, or the attention module",
-                )  # fmt: skip
-            else:
-                example = example or tensor.name
-            layers.setdefault(_layer(name), set()).add(leaf)
+    for module, leaf, tensor in ctx.kv_scales:
+        ctx.tally.see()
+        last = module.name.rpartition(".")[2]
+        if last not in PLACES[leaf]:
+            yield ctx.finding(
+                f"{leaf} stands on a module that loaders do not look at", tensor=tensor.name,
+                observed=last, expected=f"{leaf[0]}_proj.{leaf}, or the attention module",
+            )  # fmt: skip
+        else:
+            example = example or tensor.name
+        layers.setdefault(_layer(module.name), set()).add(leaf)
     if not layers:
         return
     for layer in _attention(ctx):

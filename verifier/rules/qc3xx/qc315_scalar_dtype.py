@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from verifier.findings import Finding
 from verifier.rules.context import Context
 from verifier.rules.registry import rule
-from verifier.schemes import FLOATS, KV_LEAVES
+from verifier.schemes import FLOATS
 
 
 @rule(
@@ -30,24 +30,20 @@ def check(ctx: Context) -> Iterator[Finding]:
     **Mend.** Save them as float32 from the exporter's state; a cast back does not bring the bits back.
     """
     lenient = ctx.declarations.effective is not None and not ctx.declarations.effective.known
-    for module, found in ctx.formatted:
-        for leaf in module.scales:
-            sibling, tensor = found.sibling(leaf), module.parts[leaf]
-            if sibling is None or not sibling.scalar or tensor is module.scale:
-                continue
-            ctx.tally.see()
-            own = lenient and not found.packed and tensor.dtype in FLOATS
-            if tensor.dtype not in sibling.dtypes and not own:
-                yield ctx.finding(
-                    f"{found.algo}: {leaf} is stored as {tensor.dtype}", tensor=tensor.name, observed=tensor.dtype,
-                    expected="F32",
-                )  # fmt: skip
-    for module in ctx.modules.values():
-        for leaf in sorted(KV_LEAVES & module.parts.keys()):
-            ctx.tally.see()
-            tensor = module.parts[leaf]
-            if tensor.dtype != "F32" and not (lenient and tensor.dtype in FLOATS):
-                yield ctx.finding(
-                    f"{leaf} of the KV cache is stored as {tensor.dtype}", tensor=tensor.name, observed=tensor.dtype,
-                    expected="F32",
-                )  # fmt: skip
+    for module, found, sibling, tensor in ctx.scales:
+        if not sibling.scalar or tensor is module.scale:
+            continue
+        ctx.tally.see()
+        own = lenient and not found.packed and tensor.dtype in FLOATS
+        if tensor.dtype not in sibling.dtypes and not own:
+            yield ctx.finding(
+                f"{found.algo}: {tensor.name.rpartition('.')[2]} is stored as {tensor.dtype}", tensor=tensor.name,
+                observed=tensor.dtype, expected="F32",
+            )  # fmt: skip
+    for _, leaf, tensor in ctx.kv_scales:
+        ctx.tally.see()
+        if tensor.dtype != "F32" and not (lenient and tensor.dtype in FLOATS):
+            yield ctx.finding(
+                f"{leaf} of the KV cache is stored as {tensor.dtype}", tensor=tensor.name, observed=tensor.dtype,
+                expected="F32",
+            )  # fmt: skip
