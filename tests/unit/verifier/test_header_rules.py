@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import verifier
+from tests import sparse
 from verifier.cli import run
 from verifier.corrupt import Folder
 from verifier.corrupt.edit import read_shard, write_shard
@@ -184,6 +185,14 @@ def test_hostile_auto_maps(copy: Copy, auto_map: object) -> None:
     assert [f.where.file for f in said(folder, "QC110")] == (["t.py"] if auto_map == {"a": ["t.S", None]} else [])
 
 
+def test_processor_that_the_tokenizer_names(copy: Copy) -> None:
+    folder = copy(GOLDEN / "mxfp8")
+    folder.edit_json("tokenizer_config.json", lambda value: value.update({"processor_class": "MiniMaxVLProcessor"}))
+    assert severities(said(folder, "QC110")) == ["warning"]
+    (folder.path / "preprocessor_config.json").write_text("{}")
+    assert said(folder, "QC110") == []
+
+
 @pytest.mark.parametrize("text", ["", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"])
 def test_vocabulary_that_is_a_pointer(copy: Copy, text: str) -> None:
     folder = copy(MXFP8)
@@ -288,6 +297,32 @@ def test_one_value_head_stands_on_many_ranks() -> None:
     }
 
 
+def _block_fp8(folder: Folder) -> Folder:
+    """Quantize the projections of a copy to 128x128 block FP8; values do not matter here."""
+    shard = read_shard(folder.path / folder.shards[0])
+    for name, (_, shape, _) in list(shard.entries.items()):
+        if name.endswith("_proj.weight"):
+            shard.entries[name] = ("F8_E4M3", shape, bytes([56]) * (shape[0] * shape[1]))
+            tiles = (-(-shape[0] // 128), -(-shape[1] // 128))
+            shard.entries[f"{name}_scale_inv"] = ("F32", tiles, np.ones(tiles, np.float32).tobytes())
+    write_shard(folder.path / folder.shards[0], shard)
+    declared = {"quant_method": "fp8", "weight_block_size": [128, 128], "modules_to_not_convert": ["lm_head"]}
+    folder.edit_json("config.json", lambda value: value.update({"quantization_config": declared}))
+    return folder
+
+
+@pytest.mark.parametrize(("tp", "told"), [
+    (None, set()),
+    (1, {"k_proj"}),  # 64 rows within the fused qkv, values behind them; q has 128, gate 256
+    (2, {"q_proj", "k_proj", "v_proj", "o_proj"}),
+    (4, {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
+])  # fmt: skip
+def test_block_fp8_over_ranks(copy: Copy, tp: int | None, told: set[str]) -> None:
+    report = verifier.check(_block_fp8(copy(LLAMA)).path, tp=tp)
+    assert {str(f.where.tensor).split(".")[-2] for f in report.findings} == told
+    assert {(f.rule, f.severity) for f in report.findings} <= {("QC309", "error")}
+
+
 def test_no_ranks_is_usage() -> None:
     for options in ({"tp": 0}, {"ep": -1}):
         with pytest.raises(UsageError):
@@ -363,6 +398,28 @@ def test_scales_of_compressed_tensors_may_be_bf16(copy: Copy) -> None:
     assert {f.rule for f in verifier.check(folder.path).findings} == {"QC304"}
 
 
+@pytest.mark.parametrize("extra", ["model.layers.1.self_attn.A_log", "model.layers.1.self_attn.k_conv1d.weight"])
+def test_linear_attention_has_no_cache(copy: Copy, extra: str) -> None:
+    folder = copy(MXFP8)
+    _declare_kv(folder)
+    for one in "kv":
+        folder.add(f"model.layers.0.self_attn.{one}_proj.{one}_scale", np.asarray(0.03, np.float32))
+    assert len(said(folder, "QC312")) == 2
+    folder.add(extra, np.ones(4, np.float32))
+    assert said(folder, "QC312") == []
+
+
+def test_layers_that_share_a_cache_are_not_judged(copy: Copy) -> None:
+    folder = copy(MXFP8)
+    _declare_kv(folder)
+    for one in "kv":
+        folder.add(f"model.layers.0.self_attn.{one}_proj.{one}_scale", np.asarray(0.03, np.float32))
+    folder.edit_json("config.json", lambda value: value.update({"num_kv_shared_layers": 1}))
+    report = verifier.check(folder.path)
+    assert report.by_rule("QC312") == ()
+    assert [(c.checked, c.of) for c in report.coverage if c.rule == "QC312"] == [(2, 4)]
+
+
 # QC313
 
 
@@ -434,3 +491,102 @@ def test_bias_of_one_layer_is_a_warning_where_nothing_is_known(copy: Copy) -> No
     assert [(f.severity, f.where.tensor) for f in said(folder, "QC314")] == [
         ("warning", "model.layers.1.self_attn.q_proj.bias")
     ]
+
+
+# Every format
+
+
+def _fp8(folder: Folder, how: str) -> Folder:
+    """Quantize the projections of a copy to FP8 with a scale for each tensor or row; values do not matter here."""
+    shard = read_shard(folder.path / folder.shards[0])
+    for name, (_, shape, _) in list(shard.entries.items()):
+        if name.endswith("_proj.weight"):
+            shard.entries[name] = ("F8_E4M3", shape, bytes([56]) * (shape[0] * shape[1]))
+            scale = np.ones(() if how == "FP8" else shape[:1], np.float32)
+            shard.entries[f"{name}_scale"] = ("F32", scale.shape, scale.tobytes())
+            if how == "FP8":
+                shard.entries[f"{name.removesuffix('weight')}input_scale"] = ("F32", (), scale.tobytes())
+    write_shard(folder.path / folder.shards[0], shard)
+    declared = {"quant_method": "modelopt", "quant_algo": how, "ignore": ["lm_head"]}
+    folder.edit_json("config.json", lambda value: value.update({"quantization_config": declared}))
+    return folder
+
+
+def _weight_only(folder: Folder) -> Folder:
+    folder.drop([n for n in folder.tensors() if n.endswith(".input_scale")])
+    for file, key in (("config.json", "quantization_config"), ("hf_quant_config.json", "quantization")):
+        folder.edit_json(file, lambda value, key=key: value[key].update({"quant_algo": "W4A16_NVFP4"}))  # type: ignore[misc]
+    return folder
+
+
+FORMATS: dict[str, Callable[[Copy], Folder]] = {
+    "nvfp4": lambda copy: copy(NVFP4),
+    "w4a16_nvfp4": lambda copy: _weight_only(copy(NVFP4)),
+    "mxfp8": lambda copy: copy(MXFP8),
+    "fp8": lambda copy: _fp8(copy(LLAMA), "FP8"),
+    "fp8_per_channel": lambda copy: _fp8(copy(LLAMA), "FP8_PER_CHANNEL_PER_TOKEN"),
+    "fp8_block": lambda copy: _block_fp8(copy(LLAMA)),
+}
+
+
+@pytest.fixture(params=[*FORMATS, "nvfp4_ct"])
+def any_format(request: pytest.FixtureRequest, copy: Copy) -> Folder:
+    if request.param == "nvfp4_ct":
+        made: Folder = request.getfixturevalue("packed")
+        return made
+    return FORMATS[request.param](copy)
+
+
+def _down(folder: Folder) -> str:
+    """Return the last layer's last down projection."""
+    return [m for m in folder.modules() if m.endswith("down_proj")][-1]
+
+
+def test_every_format_is_clean(any_format: Folder) -> None:
+    report = verifier.check(any_format.path)
+    assert report.findings == ()
+    assert report.verdict == "passed"
+
+
+def test_plain_weight_beside_scales_in_every_format(any_format: Folder) -> None:
+    module = _down(any_format)
+    name = next(n for n in any_format.tensors() if n in (f"{module}.weight", f"{module}.weight_packed"))
+    out, width = any_format.tensors()[name].shape
+    any_format.drop([name])
+    width *= 2 if any_format.tensors().get(f"{module}.weight_scale_2") or name.endswith("packed") else 1
+    any_format.add(f"{module}.weight", np.full((out, width), 0.01, ml_dtypes.bfloat16))
+    report = verifier.check(any_format.path)
+    assert [(f.rule, f.where.tensor) for f in report.findings] == [("QC313", f"{module}.weight")]
+
+
+def test_buffers_wrappers_and_siblings_in_every_format(any_format: Folder) -> None:
+    module = _down(any_format)
+    any_format.add(f"{module}.input_quantizer._amax", np.ones((), np.float32))
+    any_format.add(f"{module.rpartition('.')[0]}.up_proj.pre_quant_scale", np.ones(128, ml_dtypes.bfloat16))
+    any_format.rename({"model.norm.weight": "model.norm._orig_mod.weight"})
+    assert {f.rule for f in verifier.check(any_format.path).findings} == {"QC111", "QC209", "QC314"}
+
+
+def test_kv_scales_in_every_format(any_format: Folder) -> None:
+    for layer in range(2):
+        for one in "kv":
+            any_format.add(f"model.layers.{layer}.self_attn.{one}_proj.{one}_scale", np.asarray(0.03, np.float32))
+    foreign = any_format.json("config.json")["quantization_config"]["quant_method"] == "compressed-tensors"
+    found = verifier.check(any_format.path).findings
+    assert [(f.rule, f.severity) for f in found] == ([] if foreign else [("QC312", "warning")])
+    any_format.drop(["model.layers.1.self_attn.k_proj.k_scale"])
+    assert severities(said(any_format, "QC312", depth="payload"))[0] == "error"
+
+
+def test_real_release_over_its_ranks(tmp_path: Path) -> None:
+    """MiniMax-M3 as released, on eight ranks: nothing is told, and one MTP module declared without tensors is no error."""
+    release = sparse.mixed(sparse.rows())
+    config = sparse.m3_config() | {"quantization_config": sparse.release_quantization(release)}
+    config["text_config"] |= {"num_mtp_modules": 1, "num_attention_heads": 64, "num_key_value_heads": 4}  # type: ignore[operator]
+    path = sparse.write(tmp_path / "release", release, config, 60)
+    report = verifier.check(path, tp=8, ep=8)
+    assert report.findings == ()
+    assert report.verdict == "passed"
+    assert said(path, "QC309", tp=8) == []
+    told = {(f.severity, f.message) for f in said(path, "QC309", tp=16)}  # 3072 / 16 = 192 rows of an expert
+    assert told == {("warning", f"{algo}: kernels pad a shard to tiles of 128 rows") for algo in ("NVFP4", "MXFP8")}

@@ -69,6 +69,13 @@ def check(ctx: Context) -> Iterator[Finding]:
         ctx.tally.see()
         if not _vocabulary(ckpt.files) and not _brings_code(read[TOKENIZER_CONFIG]):
             yield _absent(ctx, "tokenizer.json", "a tokenizer config, and no vocabulary for it", "a vocabulary")
+        named = read[TOKENIZER_CONFIG].get("processor_class")
+        sees = any(k in (ckpt.config or {}) for k in ("vision_config", "audio_config"))
+        if named and sees and not any(n in ckpt.files for n in (PROCESSOR, *PROCESSORS)):
+            yield ctx.finding(
+                "the tokenizer config names a processor, and no processor config is here", where=Where(None, PROCESSOR),
+                observed="absent", expected=str(named)[:80], severity="warning",
+            )  # fmt: skip
     if ctx.base is None:
         if ctx.tally.checked:
             ctx.tally.miss(1, "without a base nobody knows which further files belong here")

@@ -67,5 +67,6 @@ def _wanted(ctx: Context) -> tuple[str, Severity]:
         return "", "warning"
     if declaration.form == "vendor":
         return (INVERSE, "warning") if declaration.method == "mxfp8" else ("", "warning")
-    family = ctx.checkpoint.model_type or ""
-    return (INVERSE, "info") if family in INVERSE_FAMILIES else (PLAIN, "warning")
+    if ctx.checkpoint.model_type in INVERSE_FAMILIES:
+        return INVERSE, "info"
+    return PLAIN if ctx.family is not None else "", "warning"  # of other families nobody knows what a loader renames

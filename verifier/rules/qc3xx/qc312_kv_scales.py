@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 
 from verifier.findings import Finding, Where
-from verifier.rules.context import Context
+from verifier.rules.context import Context, config_value
 from verifier.rules.registry import rule
 from verifier.schemes import KV_LEAVES, role
 
@@ -17,6 +17,8 @@ PLACES = {
     "v_scale": frozenset({"v_proj", "qkv_proj", "self_attn", "attn", "attention", "mixer", *LATENT}),
 }
 """Modules that a KV scale may stand on: ModelOpt's, compressed-tensors', and what vLLM's loader maps besides."""
+RECURRENT = ("A_log", "dt_bias", "conv1d", "k_conv1d")
+"""What stands beside the projections of a linear attention, which has no cache of keys."""
 _ATTENTION = re.compile(r"^(.+?\.(?:self_attn|attn|attention|mixer))(?:\.|$)")
 
 
@@ -74,11 +76,17 @@ def _layer(module: str) -> str:
 
 
 def _attention(ctx: Context) -> Iterator[str]:
-    """Yield the text attention layers that hold their own keys and values, MTP modules and latent attention apart."""
+    """Yield the text layers that cache keys and values of their own; where that is not known, count them as not judged."""
+    shared = config_value(ctx.checkpoint.config, "num_kv_shared_layers")
     for name in ctx.modules:
         head, _, leaf = name.rpartition(".")
-        if leaf in ("k_proj", "qkv_proj") and role(name) == "attention":
-            if ctx.is_mtp(name):
-                ctx.tally.miss(1, "whether an MTP module has a quantized cache is not known")
-            else:
-                yield head
+        if leaf not in ("k_proj", "qkv_proj") or role(name) != "attention":
+            continue
+        if any(f"{head}.{sign}" in ctx.modules for sign in RECURRENT) or "encoder" in name.split("."):
+            continue
+        if ctx.is_mtp(name):
+            ctx.tally.miss(1, "whether an MTP module has a quantized cache is not known")
+        elif shared:
+            ctx.tally.miss(1, "some layers share the cache of others (num_kv_shared_layers)")
+        else:
+            yield head
