@@ -164,6 +164,30 @@ def test_a_side_file_that_is_broken_is_told_once(copy: Copy) -> None:
         assert [(f.severity, f.where.file) for f in found] == [("error", "tokenizer_config.json")], text[:9]
 
 
+def test_large_vocabulary_is_held_to_its_ends(copy: Copy) -> None:
+    folder = copy(GOLDEN / "mxfp8")
+    text = '{"model": "' + "x" * 5_000_000 + '"}'
+    (folder.path / "tokenizer.json").write_text(text + "\n")
+    assert said(folder, "QC110") == []
+    (folder.path / "tokenizer.json").write_text(text[:-1])
+    assert severities(said(folder, "QC110")) == ["error"]
+
+
+@pytest.mark.parametrize("value", [-3, 0, 10**30, "1", None, [1], {}, True])
+def test_odd_numbers_in_a_config(copy: Copy, value: object) -> None:
+    keys = (
+        "num_attention_heads", "num_key_value_heads", "num_hidden_layers", "num_mtp_modules", "num_nextn_predict_layers",
+        "num_kv_shared_layers", "num_local_experts", "num_experts", "tie_word_embeddings", "text_config", "auto_map",
+    )  # fmt: skip
+    for key in keys:
+        folder = copy(NVFP4)
+        folder.edit_json("config.json", lambda body, key=key: body.update({key: value, "model_type": "unknown"}))  # type: ignore[misc]
+        report = verifier.check(folder.path, base=QWEN, tp=2, ep=2)
+        assert report.exit_code in (0, 1), key
+        assert all(c.of >= c.checked >= 0 for c in report.coverage), key
+        shutil.rmtree(folder.path)
+
+
 def test_code_that_the_base_names_and_lacks_is_its_habit(copy: Copy) -> None:
     base, folder = copy(LLAMA), copy(MXFP8)
     auto_map = {"AutoConfig": "configuration_own.OwnConfig", "AutoModel": "org/other--modeling_far.Far"}

@@ -14,7 +14,8 @@ from verifier.findings import Finding, Where
 from verifier.rules.context import Context
 from verifier.rules.registry import rule
 
-MAX_BYTES = 64_000_000
+MAX_BYTES = 4_000_000
+"""Larger JSON files, which are vocabularies, are held to their first and last character: parsing costs ten times as much."""
 TOKENIZER_CONFIG, PROCESSOR = "tokenizer_config.json", "processor_config.json"
 VOCABULARIES = (
     "tokenizer.json", "tokenizer.model", "tokenizer.model.v3", "tekken.json", "tiktoken.model", "spiece.model",
@@ -118,24 +119,38 @@ def _against(ctx: Context, base: Checkpoint, read: Mapping[str, Any]) -> Iterato
 def _parse(ctx: Context, name: str, read: dict[str, Any]) -> Iterator[Finding]:
     """Parse one file into ``read``; yield what is wrong with it."""
     ckpt = ctx.checkpoint
-    if ckpt.files[name] > MAX_BYTES:
-        ctx.tally.miss(1, f"{name} is larger than {MAX_BYTES:,} bytes")
-        return
     ctx.tally.see()
+    said = ""
     try:
-        value = json.loads(ckpt.source.read(name, 0, ckpt.files[name]).tobytes().decode("utf-8"))
-    except (ValueError, RecursionError, ContainerError) as error:
-        what = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        value = _ends(ckpt, name) if ckpt.files[name] > MAX_BYTES else json.loads(_text(ckpt, name))
+        said = "" if isinstance(value, dict) else f"a JSON {type(value).__name__}"
+    except RecursionError:
+        said = "nested too deeply"
+    except (ValueError, ContainerError) as error:
+        said = str(error)[:160]
+    if said:
         yield ctx.finding(
-            f"{name} is not JSON", where=Where(None, name), observed=what[:160], expected="a JSON object"
+            f"{name} is no JSON object", where=Where(None, name), observed=said, expected="a JSON object"
         )
-        return
-    if not isinstance(value, dict):
-        yield ctx.finding(
-            f"{name} holds no JSON object", where=Where(None, name), observed=type(value).__name__, expected="a JSON object"
-        )
-        return
-    read[name] = value
+    else:
+        read[name] = value
+
+
+def _text(ckpt: Checkpoint, name: str) -> str:
+    return ckpt.source.read(name, 0, ckpt.files[name]).tobytes().decode("utf-8")
+
+
+def _ends(ckpt: Checkpoint, name: str) -> dict[str, Any]:
+    """Return an empty object for a large file that begins and ends as an object does.
+
+    Raises:
+        ValueError: it does not.
+    """
+    size = ckpt.files[name]
+    first, last = (ckpt.source.read(name, start, 256).tobytes() for start in (0, size - 256))
+    if not first.lstrip().startswith(b"{") or not last.rstrip().endswith(b"}"):
+        raise ValueError("it does not begin with { and end with }: cut, or another kind of file")
+    return {}
 
 
 def _pointers(ctx: Context) -> Iterator[Finding]:
@@ -172,7 +187,7 @@ def _code(ctx: Context, read: Mapping[str, Any]) -> Iterator[Finding]:
                 f"{source} {verb} code that is not in the folder{', nor in the base' if habit else ''}",
                 where=Where(None, file), observed="absent", expected=file, severity="warning" if habit else "error",
             )  # fmt: skip
-        elif ckpt.files[file] <= MAX_BYTES // 16 and len(wanted) < 256:
+        elif ckpt.files[file] <= MAX_BYTES and len(wanted) < 256:
             text = ckpt.source.read(file, 0, ckpt.files[file]).tobytes().decode("utf-8", "replace")
             for module in _IMPORT.findall(text):
                 if f"{module}.py" not in wanted:
@@ -219,10 +234,10 @@ def _template(ckpt: Checkpoint, read: Mapping[str, Any]) -> str:
 
 def _object(ckpt: Checkpoint, name: str) -> Mapping[str, Any]:
     """Return the object of a base's JSON file, or an empty one."""
-    if ckpt.files.get(name, MAX_BYTES) >= MAX_BYTES:
+    if not 0 < ckpt.files.get(name, 0) <= MAX_BYTES:
         return {}
     try:
-        value = json.loads(ckpt.source.read(name, 0, ckpt.files[name]).tobytes())
+        value = json.loads(_text(ckpt, name))
     except (ValueError, RecursionError, ContainerError):
         return {}
     return value if isinstance(value, dict) else {}

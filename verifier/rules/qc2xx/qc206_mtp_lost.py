@@ -33,7 +33,7 @@ def check(ctx: Context) -> Iterator[Finding]:
     **Hurts.** Speculative decoding fails, or runs with an unwritten draft head.
     **Mend.** Copy the tensors from the source checkpoint, and exclude them from quantization (QC402, QC403).
     """
-    declared = min(config_value(ctx.checkpoint.config, *COUNTS) or 0, 1000)
+    declared = max(0, min(config_value(ctx.checkpoint.config, *COUNTS) or 0, 1000))
     if ctx.base is not None:
         ctx.tally.see(sum(map(ctx.is_mtp, ctx.base.names)) if declared or ctx.naming.mtp else 0)
         if ctx.unrelated_base:

@@ -73,6 +73,7 @@ def _served(ctx: Context) -> Iterator[Finding]:
     """Yield what does not divide over the ranks."""
     config, tp = ctx.checkpoint.config, ctx.tp or 1
     heads, kv = config_value(config, "num_attention_heads"), config_value(config, "num_key_value_heads")
+    heads = heads if heads and heads > 0 else None
     kv = kv if kv and kv > 0 else heads
     where = Where(None, "config.json")
     if heads and heads % tp:
