@@ -22,6 +22,8 @@ from verifier.findings import Finding, Report
     "--depth", type=click.Choice(["header", "payload"]), default="header", show_default=True,
     help="header: names, shapes, configs. payload: every scale and unquantized tensor too; with --base every weight.",
 )  # fmt: skip
+@click.option("--tp", metavar="N", type=click.IntRange(1, 65536), help="The tensor parallel size to serve with.")
+@click.option("--ep", metavar="N", type=click.IntRange(1, 65536), help="The expert parallel size to serve with.")
 @judging_options
 @output_options
 @click.pass_context
@@ -32,6 +34,8 @@ def check(
     base: str | None,
     merged_from: str | None,
     depth: str,
+    tp: int | None,
+    ep: int | None,
     files: tuple[str, ...],
     **given: Any,
 ) -> None:
@@ -47,7 +51,9 @@ def check(
     require(wanted)
     failure: Exception | None = None
     try:
-        report = judge(uri, base=base, merged_from=merged_from, depth=depth, **judging(found))  # type: ignore[arg-type]
+        report = judge(
+            uri, base=base, merged_from=merged_from, depth=depth, tp=tp, ep=ep, **judging(found),  # type: ignore[arg-type]
+        )  # fmt: skip
     except UsageError:
         raise
     except ContentError as error:  # BASE or VENDOR is no checkpoint; what is wrong with URI is a finding of the check
