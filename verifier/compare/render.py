@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Diffs and stats as text and as JSON."""
+"""Diffs, stats and places as text and as JSON."""
 
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import asdict
 from typing import Any
 
 from verifier.compare.diff import Change, Diff, Side
+from verifier.compare.show import Element, Shown
 from verifier.compare.stats import Codes, Floats, Row, Stats, bins, shares
 from verifier.report import printable
 
@@ -241,3 +244,63 @@ def size(count: int) -> str:
             break
         value /= 1000
     return f"{count} B" if unit == "B" else f"{value:.1f} {unit}"
+
+
+# show
+
+
+def show_text(found: Shown) -> str:
+    """Return a place as plain text: tensor, module, scales, then a line for each element."""
+    t, shown = found.tensor, found.elements
+    block = f", block {found.block:,}" if found.block is not None else ""
+    columns = f": columns {shown[0].column:,} to {shown[-1].column:,} of {found.width:,}" if shown else ""
+    lines = [
+        f"tensor   {printable(t.name)}",
+        f"         {t.dtype} {list(t.shape)}, bytes {t.offset:,} to {t.offset + t.nbytes - 1:,} of {printable(t.file)}",
+        f"module   {printable(found.module)}: {found.role}, {found.format}",
+        f"         {printable(', '.join(found.siblings))}",
+        f"place    row {found.row:,}{block}{columns}, from byte {found.byte:,}",
+    ]
+    for s in found.scales:
+        lines.append(f"  {s.leaf:20} {s.raw:10} {_number(s.value):>14}  at byte {s.byte:,}; {s.valid} belongs here")
+    if found.scale is not None:
+        lines.append(f"  {'whole scale':20} {'':10} {_number(found.scale):>14}")
+    rows = [_element_cells(e) for e in found.elements]
+    quantized = found.scale is not None
+    head = ["column", "code" if quantized else "bytes", "stands for", "value", "base", "nearest", "gives"]
+    keep = [i for i in range(7) if (i != 2 or quantized) and any(r[i] for r in rows)]
+    table = [[r[i] for i in keep] for r in [head, *rows]]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines += ["  " + "  ".join(c.rjust(w) for c, w in zip(r, widths, strict=True)) for r in table]
+    if found.wanted is not None:
+        w = found.wanted
+        lines.append(
+            f"expected the base's block asks for {w.leaf} {w.raw} = {_number(w.value)}; root mean squared error "
+            f"{_number(w.error)} with it, {_number(w.stored_error)} as stored"
+        )
+    lines += [f"note     {printable(n)}" for n in found.notes]
+    return "\n".join(lines) + "\n"
+
+
+def show_json(found: Shown) -> str:
+    """Return a place as one JSON object; a value that JSON lacks is the string NaN, Infinity or -Infinity."""
+    return json.dumps(_plain_value(asdict(found)), indent=2, allow_nan=False) + "\n"
+
+
+def _plain_value(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain_value(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain_value(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
+def _element_cells(e: Element) -> list[str]:
+    base, gives = ("" if v is None else _number(v) for v in (e.base, e.gives))
+    return [f"{e.column:,}", e.raw, _number(e.stands_for), _number(e.value), base, e.code or "", gives]
+
+
+def _number(value: float) -> str:
+    return f"{value:.7g}"
