@@ -120,9 +120,15 @@ def _decodes() -> str:
 
 
 def _rules() -> str:
+    from verifier.rules.registry import built_in_rules  # noqa: PLC0415  (as above)
+
+    return f"{len(built_in_rules())} rules"
+
+
+def _further_rules() -> str:
     from verifier.rules import all_rules  # noqa: PLC0415  (as above)
 
-    return f"{len(all_rules())} rules"
+    return ", ".join(f"{r.id} of {r.origin}" for r in all_rules().values() if r.origin)
 
 
 def _extras() -> Iterator[Item]:
@@ -206,10 +212,11 @@ def _plugins() -> Iterator[Item]:
         return
     if version != __version__:
         yield Item("entry points", "ckptgate", f"the installed package is {version}, this code {__version__}", "broken")
-    for group in ("ckptgate.commands", "ckptgate.rules"):
-        for entry in sorted(metadata.entry_points(group=group), key=lambda e: e.name):
-            owner = f"{entry.value}, of {entry.dist.name} {entry.dist.version}" if entry.dist else entry.value
-            yield _tried("entry points", f"{group} {entry.name}", lambda e=entry, o=owner: (e.load(), o)[1])  # type: ignore[misc]
+    for entry in sorted(metadata.entry_points(group="ckptgate.commands"), key=lambda e: e.name):
+        owner = f"{entry.value}, of {entry.dist.name} {entry.dist.version}" if entry.dist else entry.value
+        yield _tried("entry points", f"command {entry.name}", lambda e=entry, o=owner: (e.load(), o)[1])  # type: ignore[misc]
+    if metadata.entry_points(group="ckptgate.rules"):
+        yield _tried("entry points", "further rules", _further_rules)
 
 
 def _told(error: BaseException) -> str:

@@ -18,6 +18,7 @@ from verifier.findings import Finding, Report
     help="header: names, shapes, configs. payload: every scale and unquantized tensor too; with --base every weight.",
 )  # fmt: skip
 @click.option("--require", metavar="RULE", multiple=True, help="A rule that must run, else the verdict is unproven.")
+@click.option("--plugin", "plugins", metavar="FILE.py", multiple=True, help="A Python file of further rules.")
 @click.option("--fail-on", type=click.Choice(["error", "warning"]), default="error", show_default=True)
 @click.option("--format", "format_", type=click.Choice(["text", "json"]), default="text", show_default=True)
 @click.pass_context
@@ -28,6 +29,7 @@ def check(
     merged_from: str | None,
     depth: str,
     require: tuple[str, ...],
+    plugins: tuple[str, ...],
     fail_on: str,
     format_: str,
 ) -> None:
@@ -42,6 +44,7 @@ def check(
     try:
         report = judge(
             uri, base=base, merged_from=merged_from, depth=depth, require=require, fail_on=fail_on,  # type: ignore[arg-type]
+            plugins=plugins,
         )  # fmt: skip
     except ContentError as error:  # BASE or VENDOR is no checkpoint; what is wrong with URI is a finding of the check
         if format_ != "json":

@@ -9,20 +9,23 @@ import click
 
 from verifier.errors import UsageError
 
+PLUGIN = click.option("--plugin", "plugins", metavar="FILE.py", multiple=True, help="A Python file of further rules.")
+FIELDS = (
+    "id", "title", "severity", "depth", "unit", "needs", "consumers", "sources", "doc", "engines", "origin",
+)  # fmt: skip
+
 
 @click.command()
 @click.option("--format", "format_", type=click.Choice(["text", "json"]), default="text", show_default=True)
-def rules(format_: str) -> None:
-    """List every rule: id, severity, depth, title."""
-    from verifier.rules import all_rules  # noqa: PLC0415  (numpy, see check)
+@click.option("--json", "format_", flag_value="json", help="The same as --format json: every field of every rule.")
+@PLUGIN
+def rules(format_: str, plugins: tuple[str, ...]) -> None:
+    """List every rule: id, severity, depth, title; those of plugins too."""
+    from verifier.rules import with_plugins  # noqa: PLC0415  (numpy, see check)
 
-    table = all_rules().values()
+    table = with_plugins(plugins).values()
     if format_ == "json":
-        rows = [
-            {k: getattr(r, k) for k in ("id", "title", "severity", "depth", "unit", "needs", "consumers", "sources", "doc")}
-            for r in table
-        ]
-        click.echo(json.dumps(rows, indent=2))
+        click.echo(json.dumps([{k: getattr(r, k) for k in FIELDS} for r in table], indent=2))
         return
     for r in table:
         needs = f"  (needs {' or '.join('--' + n.replace('_', '-') for n in r.needs[0].split('|'))})" if r.needs else ""
@@ -31,13 +34,15 @@ def rules(format_: str) -> None:
 
 @click.command()
 @click.argument("rule_id", metavar="RULE")
-def explain(rule_id: str) -> None:
+@PLUGIN
+def explain(rule_id: str, plugins: tuple[str, ...]) -> None:
     """Print what RULE means, why it matters, which engines it hurts and how to mend it."""
-    from verifier.rules import all_rules  # noqa: PLC0415  (numpy, see check)
+    from verifier.rules import with_plugins  # noqa: PLC0415  (numpy, see check)
 
-    found = all_rules().get(rule_id.upper())
+    found = with_plugins(plugins).get(rule_id.upper())
     if found is None:
         raise UsageError(f"no rule {rule_id!r}; `ckptgate rules` lists them")
     click.echo(f"{found.id}  {found.title}  [{found.severity}, depth {found.depth}, counts {found.unit}]\n")
     click.echo(found.doc)
-    click.echo(f"\nEngines: {', '.join(found.consumers)}\nSeen in: {', '.join(found.sources)}")
+    told = (("Engines", ", ".join(found.consumers)), ("Seen in", ", ".join(found.sources)), ("Rule of", found.origin))
+    click.echo("\n" + "\n".join(f"{k}: {v}" for k, v in told if v))

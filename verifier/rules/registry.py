@@ -7,6 +7,8 @@ import importlib
 import inspect
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal
@@ -39,9 +41,22 @@ class Rule:
     doc: str
     check: Check
     engines: Mapping[Engine, tuple[Severity, str]] = field(default_factory=dict)
+    origin: str = ""  # whose plugin it is of; '' for the built-in ones
 
 
 _RULES: dict[str, Rule] = {}
+_TARGET: ContextVar[list[Rule] | None] = ContextVar("_TARGET", default=None)
+
+
+@contextmanager
+def collecting() -> Iterator[list[Rule]]:
+    """Yield a list that takes the rules registered meanwhile, instead of the table."""
+    target: list[Rule] = []
+    token = _TARGET.set(target)
+    try:
+        yield target
+    finally:
+        _TARGET.reset(token)
 
 
 def rule(
@@ -59,22 +74,46 @@ def rule(
     """Register the decorated function as the check of a rule; its docstring is what ``explain`` prints."""
 
     def register(check: Check) -> Check:
-        if id_ in _RULES:
+        doc = inspect.getdoc(check) or ""
+        made = Rule(id_, title, severity, depth, unit, needs, consumers, sources, doc, check, engines or {})
+        target = _TARGET.get()
+        if target is not None:
+            target.append(made)
+        elif id_ in _RULES:
             raise ValueError(f"{id_} is registered twice")
-        _RULES[id_] = Rule(
-            id_, title, severity, depth, unit, needs, consumers, sources, inspect.getdoc(check) or "", check, engines or {}
-        )
+        else:
+            _RULES[id_] = made
         return check
 
     return register
 
 
 @lru_cache(maxsize=1)
-def all_rules() -> dict[str, Rule]:
-    """Return every rule by id, in order."""
+def built_in_rules() -> dict[str, Rule]:
+    """Return ckptgate's own rules by id, in order."""
     import verifier.rules as package  # noqa: PLC0415  (the package imports this module)
 
-    for info in pkgutil.walk_packages(package.__path__, "verifier.rules."):
-        if ".qc" in info.name:
-            importlib.import_module(info.name)
-    return dict(sorted(_RULES.items()))
+    token = _TARGET.set(None)  # a plugin may be the first to ask
+    try:
+        for info in pkgutil.walk_packages(package.__path__, "verifier.rules."):
+            if ".qc" in info.name:
+                importlib.import_module(info.name)
+    finally:
+        _TARGET.reset(token)
+    return dict(sorted((k, r) for k, r in _RULES.items() if k.startswith("QC")))
+
+
+def registered() -> tuple[Rule, ...]:
+    """Return the rules that were registered by an import, built-in or not."""
+    return tuple(_RULES.values())
+
+
+def all_rules() -> dict[str, Rule]:
+    """Return every rule by id, in order: ckptgate's own, then those of installed packages.
+
+    Raises:
+        UsageError: an installed package's rules cannot be loaded.
+    """
+    from verifier.rules.plugins import with_plugins  # noqa: PLC0415  (it imports this module)
+
+    return with_plugins()
