@@ -100,7 +100,7 @@ def diff(
     if payload:
         found, compared = _bytes(left, right, progress)
         changes += found
-    return Diff(_side(left), _side(right), len(common), tuple(changes), tuple(_files(left, right)), compared)
+    return Diff(side_of(left), side_of(right), len(common), tuple(changes), tuple(_files(left, right)), compared)
 
 
 def layout(left: Checkpoint, right: Checkpoint) -> list[Change]:
@@ -131,7 +131,8 @@ def _shown(tensor: Tensor) -> str:
     return f"{tensor.dtype} {list(tensor.shape)}"
 
 
-def _side(checkpoint: Checkpoint) -> Side:
+def side_of(checkpoint: Checkpoint) -> Side:
+    """Return one checkpoint in numbers."""
     judged = Judged(checkpoint)
     precision = Counter((role(m.name), precision_of(judged, m)) for m in judged.modules.values() if m.weight is not None)
     return Side(
