@@ -13,12 +13,12 @@ from verifier.findings import Finding, Report
 @click.argument("uri", metavar="URI")
 @click.option("--base", metavar="REF", help="The unquantized checkpoint to judge against.")
 @click.option("--merged-from", metavar="VENDOR", help="The checkpoint whose bytes a mixed export keeps.")
+@click.option("--plugin", "plugins", metavar="FILE.py", multiple=True, help="A Python file of further rules.")
 @click.option(
     "--depth", type=click.Choice(["header", "payload"]), default="header", show_default=True,
     help="header: names, shapes, configs. payload: every scale and unquantized tensor too; with --base every weight.",
 )  # fmt: skip
 @click.option("--require", metavar="RULE", multiple=True, help="A rule that must run, else the verdict is unproven.")
-@click.option("--plugin", "plugins", metavar="FILE.py", multiple=True, help="A Python file of further rules.")
 @click.option("--fail-on", type=click.Choice(["error", "warning"]), default="error", show_default=True)
 @click.option("--format", "format_", type=click.Choice(["text", "json"]), default="text", show_default=True)
 @click.pass_context
@@ -27,9 +27,9 @@ def check(
     uri: str,
     base: str | None,
     merged_from: str | None,
+    plugins: tuple[str, ...],
     depth: str,
     require: tuple[str, ...],
-    plugins: tuple[str, ...],
     fail_on: str,
     format_: str,
 ) -> None:

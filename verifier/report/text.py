@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from verifier.findings import Finding, Report
 
 
@@ -33,11 +31,6 @@ def render_text(report: Report) -> str:
     detail = f"{errors} error{'s' * (errors != 1)}, {warnings} warning{'s' * (warnings != 1)}"
     lines.append(f"verdict: {report.verdict.upper()} ({detail}{f'; {printable(str(why))}' if why else ''})")
     return "\n".join(lines) + "\n"
-
-
-def render_findings(findings: Iterable[Finding]) -> str:
-    """Return findings alone as plain text lines."""
-    return "".join(f"{line}\n" for f in findings for line in _finding(f))
 
 
 def _finding(f: Finding) -> list[str]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 import pkgutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -108,12 +109,12 @@ def registered() -> tuple[Rule, ...]:
     return tuple(_RULES.values())
 
 
-def all_rules() -> dict[str, Rule]:
-    """Return every rule by id, in order: ckptgate's own, then those of installed packages.
+def all_rules(plugins: Sequence[str | os.PathLike[str]] = ()) -> dict[str, Rule]:
+    """Return every rule by id: ckptgate's own in order, those of installed packages, and those of some Python files.
 
     Raises:
-        UsageError: an installed package's rules cannot be loaded.
+        UsageError: a plugin cannot be loaded.
     """
     from verifier.rules.plugins import with_plugins  # noqa: PLC0415  (it imports this module)
 
-    return with_plugins()
+    return with_plugins(plugins)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from verifier.checkpoint import Checkpoint, open_checkpoint
 from verifier.errors import ContainerError, ContentError, UsageError
 from verifier.findings import Coverage, Finding, Report, Severity, Verdict, Where
-from verifier.rules import DEPTHS, Context, Depth, Rule, Tally, with_plugins
+from verifier.rules import DEPTHS, Context, Depth, Rule, Tally, all_rules
 from verifier.run.group import group
 
 Path = str | os.PathLike[str]
@@ -22,10 +22,10 @@ def check(
     *,
     base: Path | None = None,
     merged_from: Path | None = None,
+    plugins: Sequence[Path] = (),
     depth: Depth = "header",
     require: Sequence[str] = (),
     fail_on: Severity = "error",
-    plugins: Sequence[Path] = (),
 ) -> Report:
     """Judge a checkpoint and return the report; nothing is written.
 
@@ -33,19 +33,18 @@ def check(
         uri: the folder, a path or an fsspec URL.
         base: the unquantized (or less quantized) checkpoint to judge against.
         merged_from: the checkpoint whose bytes a mixed export keeps.
+        plugins: Python files of further rules; those of installed packages run anyway (docs/plugins.md).
         depth: ``header`` reads headers and configs; ``payload`` every scale and unquantized tensor as well, and with a
             base or ``merged_from`` every weight.
         require: rules that must run; one that did not makes the verdict unproven.
         fail_on: ``warning`` lets warnings fail too.
-        plugins: Python files of further rules; those of installed packages (entry-point group ``ckptgate.rules``) run
-            anyway.
 
     Raises:
         UsageError: a folder that does not exist, an unknown rule or depth, a plugin that cannot be loaded.
         ContentError: the base cannot be read as a checkpoint.
         MachineError: reading failed.
     """
-    rules = with_plugins(plugins)
+    rules = all_rules(plugins)
     if depth not in DEPTHS[:2]:
         raise UsageError(f"no depth {depth!r}; one of header, payload")
     unknown = [r for r in require if r not in rules]
@@ -55,9 +54,10 @@ def check(
         raise UsageError(f"cannot fail on {fail_on!r}; error or warning")
     started = time.perf_counter()
     others = {"base": base, "merged_from": merged_from}
-    options = {"depth": depth, "require": list(require), "fail_on": fail_on, "plugins": [os.fspath(p) for p in plugins]} | {
+    options = {"depth": depth, "require": list(require), "fail_on": fail_on} | {
         k: os.fspath(v) if v is not None else None for k, v in others.items()
     }
+    options["plugins"] = [os.fspath(p) for p in plugins]
     opened = {k: open_checkpoint(v) if v is not None else None for k, v in others.items()}
     try:
         candidate = open_checkpoint(uri)
