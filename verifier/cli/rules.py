@@ -46,7 +46,7 @@ def explain(rule_id: str, plugins: tuple[str, ...]) -> None:
     if found is None:
         raise UsageError(f"no rule {rule_id!r}; `ckptgate rules` lists them")
     click.echo(f"{found.id}  {found.title}  [{found.severity}, depth {found.depth}, counts {found.unit}]\n")
+    if found.origin:
+        click.echo(f"A rule of {found.origin}\n")
     click.echo(found.doc)
     click.echo(f"\nEngines: {', '.join(found.consumers)}\nSeen in: {', '.join(found.sources)}")
-    if found.origin:
-        click.echo(f"Rule of: {found.origin}")

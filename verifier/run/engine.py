@@ -20,9 +20,9 @@ Path = str | os.PathLike[str]
 def check(
     uri: Path,
     *,
+    plugins: Sequence[Path] = (),
     base: Path | None = None,
     merged_from: Path | None = None,
-    plugins: Sequence[Path] = (),
     depth: Depth = "header",
     require: Sequence[str] = (),
     fail_on: Severity = "error",
@@ -31,16 +31,16 @@ def check(
 
     Args:
         uri: the folder, a path or an fsspec URL.
+        plugins: Python files of further rules; those of installed packages run anyway (docs/plugins.md).
         base: the unquantized (or less quantized) checkpoint to judge against.
         merged_from: the checkpoint whose bytes a mixed export keeps.
-        plugins: Python files of further rules; those of installed packages run anyway (docs/plugins.md).
         depth: ``header`` reads headers and configs; ``payload`` every scale and unquantized tensor as well, and with a
             base or ``merged_from`` every weight.
         require: rules that must run; one that did not makes the verdict unproven.
         fail_on: ``warning`` lets warnings fail too.
 
     Raises:
-        UsageError: a folder that does not exist, an unknown rule or depth, a plugin that cannot be loaded.
+        UsageError: a folder that does not exist, an unknown rule or depth.
         ContentError: the base cannot be read as a checkpoint.
         MachineError: reading failed.
     """

@@ -89,7 +89,7 @@ def test_rules_and_explain_know_a_file(capsys: Capture) -> None:
     assert run(["explain", "acme101", "--plugin", str(MODULE)]) == 0
     out = capsys.readouterr().out
     assert "Copy the base model's licence" in out
-    assert f"Rule of: {MODULE}" in out
+    assert f"A rule of {MODULE}" in out
 
 
 def test_every_field_of_every_rule_is_listed(capsys: Capture) -> None:
