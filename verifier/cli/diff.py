@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import click
 
+from verifier.cli.common import byte_bar, errors_as
+
 
 @click.command()
 @click.argument("a", metavar="A")
@@ -17,11 +19,10 @@ def diff(ctx: click.Context, a: str, b: str, payload: bool, format_: str) -> Non
 
     How tensors are spread over shards, and other files, are no difference. Exit 0 equal, 1 different.
     """
-    from verifier.cli.progress import byte_bar  # noqa: PLC0415  (as below)
     from verifier.compare.diff import diff as compare  # noqa: PLC0415  (numpy, see check)
     from verifier.compare.render import diff_json, diff_text  # noqa: PLC0415
 
-    with byte_bar("comparing") as progress:
+    with errors_as(format_), byte_bar("comparing") as progress:
         found = compare(a, b, payload=payload, progress=progress)
     click.echo(diff_json(found) if format_ == "json" else diff_text(found), nl=False)
     ctx.exit(0 if found.equal else 1)

@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import click
 
+from verifier.cli.common import errors_as
+from verifier.errors import UsageError
+
 PLACE = click.IntRange(0, 2**62)
 
 
@@ -25,9 +28,9 @@ def show(
     """
     from verifier.compare.render import show_json, show_text  # noqa: PLC0415  (numpy, see check)
     from verifier.compare.show import show as look  # noqa: PLC0415
-    from verifier.errors import UsageError  # noqa: PLC0415
 
     if byte is not None and (row is not None or block is not None):
         raise UsageError("--byte says where; --row and --block do not go with it")
-    found = look(uri, tensor, row=row, block=block, byte=byte, base=base)
+    with errors_as(format_):
+        found = look(uri, tensor, row=row, block=block, byte=byte, base=base)
     click.echo(show_json(found) if format_ == "json" else show_text(found), nl=False)

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import click
 
+from verifier.cli.common import byte_bar, errors_as
+
 
 @click.command()
 @click.argument("uri", metavar="URI")
@@ -19,11 +21,10 @@ def stats(ctx: click.Context, uri: str, depth: str, format_: str) -> None:
 
     It judges nothing. Exit 0, or 1 where the checkpoint cannot be read whole.
     """
-    from verifier.cli.progress import byte_bar  # noqa: PLC0415  (as below)
     from verifier.compare.render import stats_json, stats_text  # noqa: PLC0415  (numpy, see check)
     from verifier.compare.stats import stats as count  # noqa: PLC0415
 
-    with byte_bar("reading scales") as progress:
+    with errors_as(format_), byte_bar("reading scales") as progress:
         found = count(uri, depth=depth, progress=progress)
     click.echo(stats_json(found) if format_ == "json" else stats_text(found), nl=False)
     ctx.exit(1 if found.problems else 0)

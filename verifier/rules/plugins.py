@@ -56,12 +56,13 @@ _LOADED: dict[str, tuple[Rule, ...]] = {}
 def _of_entry(entry: EntryPoint, owner: str) -> tuple[Rule, ...]:
     found = _LOADED.get(entry.value)
     if found is None:
-        with collecting() as target:
+        table: dict[str, Rule] = {}
+        with collecting(table):
             try:
                 entry.load()
             except Exception as error:
                 raise UsageError(f"the rules of {owner} cannot be loaded: {_told(error)}") from error
-        found = _LOADED[entry.value] = tuple(target)
+        found = _LOADED[entry.value] = tuple(table.values())
     return found
 
 
@@ -74,14 +75,15 @@ def _of_file(path: Path) -> tuple[Rule, ...]:
         raise UsageError(f"{path}: not a Python file; its name must end in .py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look their module up
-    with collecting() as target:
+    table: dict[str, Rule] = {}
+    with collecting(table):
         try:
             spec.loader.exec_module(module)
         except Exception as error:
             raise UsageError(f"{path} cannot be loaded: {_told(error)}") from error
         finally:
             del sys.modules[name]
-    return tuple(target)
+    return tuple(table.values())
 
 
 def _told(error: BaseException) -> str:

@@ -46,18 +46,17 @@ class Rule:
 
 
 _RULES: dict[str, Rule] = {}
-_TARGET: ContextVar[list[Rule] | None] = ContextVar("_TARGET", default=None)
+_TABLE: ContextVar[dict[str, Rule]] = ContextVar("_TABLE", default=_RULES)
 
 
 @contextmanager
-def collecting() -> Iterator[list[Rule]]:
-    """Yield a list that takes the rules registered meanwhile, instead of the table."""
-    target: list[Rule] = []
-    token = _TARGET.set(target)
+def collecting(table: dict[str, Rule]) -> Iterator[None]:
+    """Put the rules that are registered meanwhile into this table."""
+    token = _TABLE.set(table)
     try:
-        yield target
+        yield
     finally:
-        _TARGET.reset(token)
+        _TABLE.reset(token)
 
 
 def rule(
@@ -75,15 +74,12 @@ def rule(
     """Register the decorated function as the check of a rule; its docstring is what ``explain`` prints."""
 
     def register(check: Check) -> Check:
-        doc = inspect.getdoc(check) or ""
-        made = Rule(id_, title, severity, depth, unit, needs, consumers, sources, doc, check, engines or {})
-        target = _TARGET.get()
-        if target is not None:
-            target.append(made)
-        elif id_ in _RULES:
+        table = _TABLE.get()
+        if id_ in table:
             raise ValueError(f"{id_} is registered twice")
-        else:
-            _RULES[id_] = made
+        table[id_] = Rule(
+            id_, title, severity, depth, unit, needs, consumers, sources, inspect.getdoc(check) or "", check, engines or {}
+        )
         return check
 
     return register
@@ -94,13 +90,10 @@ def built_in_rules() -> dict[str, Rule]:
     """Return ckptgate's own rules by id, in order."""
     import verifier.rules as package  # noqa: PLC0415  (the package imports this module)
 
-    token = _TARGET.set(None)  # a plugin may be the first to ask
-    try:
+    with collecting(_RULES):  # a plugin may be the first to ask
         for info in pkgutil.walk_packages(package.__path__, "verifier.rules."):
             if ".qc" in info.name:
                 importlib.import_module(info.name)
-    finally:
-        _TARGET.reset(token)
     return dict(sorted((k, r) for k, r in _RULES.items() if k.startswith("QC")))
 
 

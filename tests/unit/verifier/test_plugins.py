@@ -139,6 +139,7 @@ def test_two_plugins_with_one_id_are_both_named(tmp_path: Path) -> None:
         ("def f(:", "SyntaxError"),
         ("raise KeyError('x')", "KeyError: 'x'"),
         ("x = 1", "registers no rule"),
+        (MODULE.read_text() * 2, "ValueError: ACME101 is registered twice"),
     ],
 )
 def test_a_file_that_cannot_be_loaded_is_a_usage_error(tmp_path: Path, capsys: Capture, text: str, words: str) -> None:

@@ -1,11 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A bar of bytes on a terminal."""
+"""What the commands that look at checkpoints share: a bar of bytes, and errors where stdout must be JSON."""
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+import click
+
+from verifier.errors import CkptgateError, UsageError
+
+
+@contextmanager
+def errors_as(format_: str) -> Iterator[None]:
+    """Where the format is json, print an error as ``{"error": …}`` on stdout and end with its exit code.
+
+    A wrong call stays a message on stderr.
+    """
+    try:
+        yield
+    except UsageError:
+        raise
+    except CkptgateError as error:
+        if format_ != "json":
+            raise
+        click.echo(json.dumps({"error": str(error)}, indent=2))
+        raise click.exceptions.Exit(error.exit_code) from error
 
 
 @contextmanager
