@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from tests import sparse
 from verifier.cli import run
 from verifier.compare.diff import Diff, diff
 from verifier.compare.names import gathered
@@ -215,3 +217,25 @@ def test_ranges_of_names() -> None:
         ("model.layers.{3-5,9}.mlp.experts.{0-7}.w1", 32, 32), ("model.norm.weight", 1, 1),
     ]  # fmt: skip
     assert gathered(f"a.{i}.b" for i in range(0, 40, 2))[0].label == "a.{0,2,4,6,8,10,…}.b"
+
+
+def test_a_release_is_a_page(tmp_path: Path) -> None:
+    """The published MiniMax-M3 to its layer 9 against the mixed export of it: 11,000 tensors, headers only."""
+    later = re.compile(r"language_model\.model\.layers\.[1-9]\d\.")
+    vendor = [r for r in sparse.rows() if not later.match(r[0])]
+    mixed = sparse.mixed(vendor)
+    config = sparse.m3_config()
+    a = sparse.write(tmp_path / "vendor", vendor, config | {QC: sparse.vendor_quantization()}, 3)
+    b = sparse.write(tmp_path / "mixed", mixed, config | {QC: sparse.release_quantization(mixed)}, 7)
+    found = diff(a, b)
+    experts = "language_model.model.layers.{3-9}.block_sparse_moe.experts.{0-127}"
+    assert {c.names.label: c.names.count for c in found.of("dtype and shape")} == {
+        f"{experts}.{w}.weight": 7 * 128 for w in ("w1", "w2", "w3")
+    }
+    assert sum(c.names.count for c in found.of("only A")) == 3 * 7 * 128
+    assert sum(c.names.count for c in found.of("only B")) == 9 * 7 * 128
+    assert found.of("dtype", "shape") == ()
+    text = diff_text(found)
+    assert len(text.splitlines()) < 80
+    assert max(map(len, text.splitlines())) < 300
+    assert "  routed_expert  2,688 MXFP8 → 2,688 NVFP4" in text
