@@ -38,13 +38,16 @@ def pointer(folder: Path) -> Path | None:
 @click.option("--fail-on", default="error", show_default=True)
 def main(files: tuple[str, ...], depth: str, require: tuple[str, ...], fail_on: str) -> None:
     """Check every checkpoint among the folders of FILES; end with the worst exit code."""
+    from verifier.report import printable  # noqa: PLC0415  (as in main)
+
     options = ["--depth", depth, "--fail-on", fail_on, *(x for r in require for x in ("--require", r))]
     codes = set()
     for folder in folders(files):
-        click.echo(f"{folder}:")
+        click.echo(f"{printable(str(folder))}:")
         missing = pointer(folder)
         if missing is not None:
-            click.echo(f"{missing}: a Git LFS pointer, so nothing can be judged; `git lfs pull` fetches the tensors")
+            told = printable(str(missing))
+            click.echo(f"{told}: a Git LFS pointer, so nothing can be judged; `git lfs pull` fetches the tensors")
             codes.add(3)
         else:
             codes.add(run(["check", *options, "--", str(folder)]))

@@ -287,6 +287,26 @@ def action(project: Path, **inputs: object) -> tuple[Done, dict[str, str], str]:
     return done, pairs, summary.read_text()
 
 
+@pytest.mark.parametrize(
+    ("install", "expected"),
+    [("", [str(ROOT)]), ("ckptgate[report]==0.1 house-rules", ["ckptgate[report]==0.1", "house-rules"])],
+)
+def test_what_the_action_installs(project: Path, install: str, expected: list[str]) -> None:
+    log = project / "log"
+    fake = f'#!/bin/sh\nprintf "%s\\n" "$@" >> {shlex.quote(str(log))}\n'
+    (project.parent / "bin/python").write_text(f'{fake}mkdir -p "$3/bin" && cp "$0" "$3/bin/python"\n')
+    (project.parent / "bin/python").chmod(0o755)
+    step = ACTION["runs"]["steps"][0]
+    done = shell(
+        project, step["run"], CKPTGATE_INSTALL=install, CKPTGATE_ACTION=ROOT, RUNNER_TEMP=project.parent / "runner"
+    )
+    assert done.returncode == 0, done.stderr
+    words = log.read_text().splitlines()
+    assert words[:3] == ["-m", "venv", str(project.parent / "runner/ckptgate")]
+    assert words[3:7] == ["-m", "pip", "install", "--quiet"]
+    assert words[7:] == expected
+
+
 def test_the_action_hands_every_input_over() -> None:
     text = json.dumps(ACTION["runs"]["steps"])
     for name in ACTION["inputs"]:
