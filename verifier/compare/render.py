@@ -253,13 +253,14 @@ def show_text(found: Shown) -> str:
     """Return a place as plain text: tensor, module, scales, then a line for each element."""
     t, shown = found.tensor, found.elements
     block = f", block {found.block:,}" if found.block is not None else ""
-    columns = f": columns {shown[0].column:,} to {shown[-1].column:,} of {found.width:,}" if shown else ""
+    columns = f"{shown[0].column:,} to {shown[-1].column:,} of {found.width:,}" if shown else "none"
+    where = f"row {found.row:,}{block}: columns {columns}" if len(t.shape) > 1 or found.scales else f"elements {columns}"
     lines = [
         f"tensor   {printable(t.name)}",
         f"         {t.dtype} {list(t.shape)}, bytes {t.offset:,} to {t.offset + t.nbytes - 1:,} of {printable(t.file)}",
         f"module   {printable(found.module)}: {found.role}, {found.format}",
         f"         {printable(', '.join(found.siblings))}",
-        f"place    row {found.row:,}{block}{columns}, from byte {found.byte:,}",
+        f"place    {where}, from byte {found.byte:,}",
     ]
     for s in found.scales:
         lines.append(f"  {s.leaf:20} {s.raw:10} {_number(s.value):>14}  at byte {s.byte:,}; {s.valid} belongs here")
@@ -271,7 +272,9 @@ def show_text(found: Shown) -> str:
     keep = [i for i in range(7) if (i != 2 or quantized) and any(r[i] for r in rows)]
     table = [[r[i] for i in keep] for r in [head, *rows]]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines += ["  " + "  ".join(c.rjust(w) for c, w in zip(r, widths, strict=True)) for r in table]
+    marks = ["  ", *("> " if e.column in found.asked else "  " for e in found.elements)]
+    for mark, row in zip(marks, table, strict=True):
+        lines.append(mark + "  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)))
     if found.wanted is not None:
         w = found.wanted
         lines.append(

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from verifier.checkpoint import NUMPY_DTYPES, Checkpoint, Tensor, open_checkpoint
+from verifier.compare.diff import precision_of
 from verifier.decoding import Float32, decode, max_scales, nearest
 from verifier.errors import ContentError
 from verifier.report import printable
@@ -78,7 +79,10 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Shown:
-    """What one place holds. ``format`` is the algorithm, or the dtype where nothing is quantized."""
+    """What one place holds. ``format`` is the algorithm, or the dtype where nothing is quantized.
+
+    ``asked`` are the columns that a place named exactly: one, or the two of a packed byte.
+    """
 
     uri: str
     tensor: Tensor
@@ -97,6 +101,7 @@ class Shown:
     notes: tuple[str, ...] = ()
     base: str | None = None
     wanted: Wanted | None = None
+    asked: tuple[int, ...] = ()
 
 
 def parse_place(text: str) -> Place:
@@ -142,9 +147,11 @@ def show(
     )  # fmt: skip
     # A report counts stored elements in a row of a weight; --block counts blocks.
     elementwise = found.block is not None and block is None
-    module = judged.modules[split(tensor.name)[0]]
+    name, leaf = split(tensor.name)
+    module = judged.modules[name]
     fmt = judged.format_of(module) or module.shown
-    if fmt is None or module.dims is None or not _whole(module, fmt):
+    of_block = tensor is module.weight or leaf in _OF_BLOCKS or (leaf in SCALE_LEAVES and tensor.elements == 1)
+    if fmt is None or module.dims is None or not of_block or not _whole(module, fmt):
         return _plain(judged, other, module, tensor, given)
     return _block(judged, other, module, fmt, tensor, given, elementwise)
 
@@ -227,7 +234,7 @@ def _plain(judged: Judged, other: Judged | None, module: Module, tensor: Tensor,
     notes = []
     if tensor.dtype not in NUMPY_DTYPES:
         notes.append(f"{tensor.dtype} is shown as bytes")
-    if module.quantized:
+    if module.quantized and tensor is module.weight:
         notes.append("the parts of this module make no format that can be decoded; `ckptgate check` says what is wrong")
     theirs = _same_elements(other, tensor, first, count, notes) if other is not None else None
     elements = tuple(
@@ -237,11 +244,12 @@ def _plain(judged: Judged, other: Judged | None, module: Module, tensor: Tensor,
         )
         for i in range(len(numbers))
     )  # fmt: skip
-    kind = tensor.dtype if not module.quantized else "undetermined"
+    kind = precision_of(judged, module)
     return Shown(
         judged.checkpoint.uri, tensor, module.name, role(module.name), kind, _siblings(module), start // max(1, row_length),
         None, tensor.offset + first * _itemsize(tensor), first - start, row_length, (), None, elements, tuple(notes),
         other.checkpoint.uri if other else None,
+        asked=(flat - start,) if (given.row, given.block, given.byte) != (None, None, None) else (),
     )  # fmt: skip
 
 
@@ -322,11 +330,13 @@ def _block(
         notes.append(f"the first {MOST} of {last - first} columns of the block are shown")
     if fmt.block is None:
         notes.append(f"{fmt.algo} has no blocks along a row: a window of {WINDOW} columns is shown")
+    exact = tensor is weight and (given.byte is not None or elementwise)
     byte = weight.offset + row * weight.shape[1] * _itemsize(weight) + first // (2 if fmt.packed else 1)
     return Shown(
         judged.checkpoint.uri, tensor, module.name, role(module.name), fmt.algo, _siblings(module), row,
         None if fmt.block is None else block, byte, first, in_, _stored(judged.checkpoint, module, fmt, row, block),
         float(units[0]), elements, tuple(notes), other.checkpoint.uri if other else None, wanted,
+        tuple(range(column, column + (2 if fmt.packed else 1))) if exact else (),
     )  # fmt: skip
 
 

@@ -79,7 +79,7 @@ def _of_file(path: Path) -> tuple[Rule, ...]:
     with collecting(table):
         try:
             spec.loader.exec_module(module)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise UsageError(f"{path} cannot be loaded: {_told(error)}") from error
         finally:
             del sys.modules[name]

@@ -138,6 +138,7 @@ def test_two_plugins_with_one_id_are_both_named(tmp_path: Path) -> None:
         ("import no_such_module_at_all", "ModuleNotFoundError: No module named 'no_such_module_at_all'"),
         ("def f(:", "SyntaxError"),
         ("raise KeyError('x')", "KeyError: 'x'"),
+        ("raise SystemExit(0)", "SystemExit: 0"),
         ("x = 1", "registers no rule"),
         (MODULE.read_text() * 2, "ValueError: ACME101 is registered twice"),
     ],

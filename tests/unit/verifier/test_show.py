@@ -144,7 +144,8 @@ def test_a_place_in_a_weight_is_the_element_that_differs(tmp_path: Path) -> None
     line = next(x.strip() for x in text.splitlines() if "embed_tokens" in x)
     for place in (line, re.sub(r", byte.*", "]", line)):
         found = show(folder.path, place, base=LLAMA)
-        assert (found.row, found.first) == (3, 96)
+        assert (found.row, found.first, found.asked) == (3, 96, (100,))
+        assert [x.split()[1] for x in show_text(found).splitlines() if x.startswith("> ")] == ["100"]
         assert found.elements[4].raw == "0x7F80"
         assert found.elements[4].value == np.inf
         assert found.elements[4].base != np.inf
@@ -153,7 +154,9 @@ def test_a_place_in_a_weight_is_the_element_that_differs(tmp_path: Path) -> None
 def test_a_byte_in_packed_codes(copy: Folder) -> None:
     tensor = copy.tensors()[f"{EXPERT}.weight"]
     found = show(copy.path, f"{EXPERT}.weight", byte=tensor.offset + 5 * tensor.shape[1] + 9)
-    assert (found.row, found.block, found.first) == (5, 1, 16)
+    assert (found.row, found.block, found.first, found.asked) == (5, 1, 16, (18, 19))
+    assert [x.split()[1] for x in show_text(found).splitlines() if x.startswith("> ")] == ["18", "19"]
+    assert show(copy.path, f"{EXPERT}.weight", row=5, block=1).asked == ()
 
 
 def test_the_nearest_codes_of_a_sound_export_are_those_stored() -> None:
@@ -187,9 +190,28 @@ def test_an_infinite_base_is_told(tmp_path: Path) -> None:
 def test_what_no_format_fits_is_shown_as_stored(copy: Folder) -> None:
     copy.drop([f"{EXPERT}.weight_scale"])
     found = show(copy.path, f"{EXPERT}.weight", row=2)
-    assert found.format == "undetermined"
+    assert found.scales == ()
     assert [e.raw for e in found.elements] == [f"0x{b:02X}" for b in copy.array(f"{EXPERT}.weight")[2, :16]]
     assert "ckptgate check" in show_text(found)
+
+
+def test_a_bias_and_a_cache_scale_of_a_quantized_module(tmp_path: Path) -> None:
+    folder = Folder(Path(shutil.copytree(LLAMA_MXFP8, tmp_path / "copy")))
+    name = "model.layers.0.self_attn.k_proj"
+    folder.add(f"{name}.bias", np.arange(64, dtype=np.float32))
+    folder.add(f"{name}.k_scale", np.float32(0.25))
+    found = show(folder.path, f"{name}.bias", row=20)
+    assert ([e.value for e in found.elements[:2]], found.first, found.scales) == ([16, 17], 16, ())
+    assert found.format == "MXFP8"
+    assert [e.value for e in show(folder.path, f"{name}.k_scale").elements] == [0.25]
+    assert show(folder.path, name).elements[0].base is None
+
+
+def test_a_global_scale_shows_what_it_scales() -> None:
+    found = show(QWEN_NVFP4, f"{EXPERT}.weight_scale_2")
+    assert (found.row, found.block) == (0, 0)
+    byte = next(s.byte for s in found.scales if s.leaf == "weight_scale_2")
+    assert show(QWEN_NVFP4, f"{EXPERT}.weight_scale_2 [byte {byte:,}, of model.safetensors]") == found
 
 
 def test_three_dimensions_need_a_byte(copy: Folder) -> None:
