@@ -18,6 +18,7 @@ from verifier.findings import Finding, Report
 @click.argument("uri", metavar="URI")
 @click.option("--base", metavar="REF", help="The unquantized checkpoint to judge against.")
 @click.option("--merged-from", metavar="VENDOR", help="The checkpoint whose bytes a mixed export keeps.")
+@click.option("--plugin", "plugins", metavar="FILE.py", multiple=True, help="A Python file of further rules.")
 @click.option(
     "--depth", type=click.Choice(["header", "payload"]), default="header", show_default=True,
     help="header: names, shapes, configs. payload: every scale and unquantized tensor too; with --base every weight.",
@@ -33,6 +34,7 @@ def check(
     uri: str,
     base: str | None,
     merged_from: str | None,
+    plugins: tuple[str, ...],
     depth: str,
     tp: int | None,
     ep: int | None,
@@ -52,7 +54,8 @@ def check(
     failure: Exception | None = None
     try:
         report = judge(
-            uri, base=base, merged_from=merged_from, depth=depth, tp=tp, ep=ep, **judging(found),  # type: ignore[arg-type]
+            uri, base=base, merged_from=merged_from, depth=depth, tp=tp, ep=ep, plugins=plugins,  # type: ignore[arg-type]
+            **judging(found),
         )  # fmt: skip
     except UsageError:
         raise

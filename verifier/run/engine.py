@@ -28,6 +28,7 @@ Path = str | os.PathLike[str]
 def check(
     uri: Path,
     *,
+    plugins: Sequence[Path] = (),
     base: Path | None = None,
     merged_from: Path | None = None,
     depth: Depth = "header",
@@ -45,6 +46,7 @@ def check(
 
     Args:
         uri: the folder, a path or an fsspec URL.
+        plugins: Python files of further rules; those of installed packages run anyway (docs/plugins.md).
         base: the unquantized (or less quantized) checkpoint to judge against.
         merged_from: the checkpoint whose bytes a mixed export keeps.
         depth: ``header`` reads headers and configs; ``payload`` every scale and unquantized tensor as well, and with a
@@ -66,7 +68,7 @@ def check(
         ContentError: the base cannot be read as a checkpoint.
         MachineError: reading failed.
     """
-    rules = all_rules()
+    rules = all_rules(plugins)
     if depth not in DEPTHS[:2]:
         raise UsageError(f"no depth {depth!r}; one of header, payload")
     chosen, severities = Selection(rules, select, ignore, require), Severities(rules, profile, severity)
@@ -82,6 +84,7 @@ def check(
         k: os.fspath(v) if v is not None else None for k, v in (others | {"baseline": baseline}).items()
     }
     options |= {"select": list(chosen.select), "ignore": list(chosen.ignore), "profile": profile}
+    options["plugins"] = [os.fspath(p) for p in plugins]
     opened = {k: open_checkpoint(v) if v is not None else None for k, v in others.items()}
     try:
         candidate = open_checkpoint(uri)
