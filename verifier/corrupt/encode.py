@@ -13,11 +13,14 @@ Array = npt.NDArray[Any]
 E4M3, E2M1 = ml_dtypes.float8_e4m3fn, ml_dtypes.float4_e2m1fn
 
 
-def nvfp4(values: Array) -> dict[str, Array]:
-    """Return NVFP4 tensors by leaf for values [out, in], in divisible by 16; ``input_scale`` is 1."""
+def nvfp4(values: Array, amax: float | None = None) -> dict[str, Array]:
+    """Return NVFP4 tensors by leaf for values [out, in], in divisible by 16; ``input_scale`` is 1.
+
+    ``amax`` is a maximum shared with other tensors; their own by default.
+    """
     out, width = values.shape
     wide = values.astype(np.float32).reshape(out, width // 16, 16)
-    scale_2 = np.float32(np.abs(wide).max() / 2688)
+    scale_2 = np.float32((amax or np.abs(wide).max()) / 2688)
     scale = np.clip(np.abs(wide).max(axis=2) / (6 * scale_2), 2**-9, 448).astype(E4M3)
     steps = scale.astype(np.float32)[..., None] * scale_2
     codes = np.clip(wide / steps, -6, 6).astype(E2M1).view(np.uint8).reshape(out, width)
