@@ -205,7 +205,8 @@ _ONLY_NVFP4: frozenset[Kind] = frozenset({"nvfp4"})
 
 def _contents(
     rule: str, name: str, change: Callable[[Folder], Place], formats: frozenset[Kind] = KINDS, *,
-    needs: tuple[str, ...] = (), experts: bool = False, severity: Literal["error", "warning", "info"] = "error", also: str = "",
+    needs: tuple[str, ...] = (), experts: bool = False, also: str = "",
+    severity: Literal["error", "warning", "info"] = "error",
 ) -> Corruptor:  # fmt: skip
     return Corruptor(
         rule, name, edit(change), "payload", needs, formats, _EXPERTS if experts else frozenset(),

@@ -24,7 +24,8 @@ def check(ctx: Context) -> Iterator[Finding]:
     **Hurts.** Quality; with a foreign tensor, everything.
     **Mend.** Encode the tensor again from the base. Beyond 1.25 times what is possible it is a warning; where more than
     half of the tensor is lost and the format is not to blame, an error. Where the cause can be told, the rule that tells
-    it speaks instead: QC507, QC509 to QC512, QC517.
+    it speaks instead: QC507, QC509 to QC512, QC517. Codes beside the nearest all over a tensor, as often above as below, are
+    what GPTQ and its like do on purpose (or a base of another revision): information only.
     """
     if ctx.base is None or ctx.unrelated_base:
         ctx.tally.miss(len(ctx.quantized_modules), "the base is another model")
@@ -48,6 +49,12 @@ def check(ctx: Context) -> Iterator[Finding]:
             yield ctx.finding(
                 "the decoded weight is not the base's", tensor=weight.name, severity="error",
                 observed=f"relative error {r.relative:.3f}", expected=f"about {r.by_max:.3f} ({found.algo} on this tensor)",
+            )  # fmt: skip
+        elif r.cause == "moved":
+            yield ctx.finding(
+                "codes beside the nearest throughout, in both directions: weights that GPTQ or its like moved, or another"
+                " revision of the base", tensor=weight.name, severity="info",
+                observed=f"relative error {r.relative:.4f}", expected=f"{r.best:.4f} with the nearest codes",
             )  # fmt: skip
         elif r.cause == "weak":
             yield ctx.finding(
