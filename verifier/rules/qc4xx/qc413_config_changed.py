@@ -47,8 +47,11 @@ def _compare(ctx: Context, theirs: Mapping[str, Any], ours: Mapping[str, Any], p
             continue
         ctx.tally.see()
         got = ours.get(key, _MISSING)
-        if key in _ROPE and rope:
-            continue
+        if key in _ROPE:
+            # Spelled alike it is compared alone, spelled otherwise with all that is said of rope.
+            alike = got is not _MISSING and got is not None and wanted is not None
+            if _rope({key: wanted}) == _rope({key: got}) if alike else rope:
+                continue
         if isinstance(wanted, Mapping) and isinstance(got, Mapping) and key not in _ROPE:
             yield from _compare(ctx, wanted, got, f"{path}{key}.")
         elif got is _MISSING and wanted is not None:
