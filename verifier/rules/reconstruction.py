@@ -104,6 +104,8 @@ def _reconstruct(ctx: Context, module: Module) -> Reconstruction:
     found = ctx.format_of(module)
     if module.weight is None or source is None or found is None:
         return Reconstruction("unjudged", "the base has no such weight, or the format is not known")
+    if "pre_quant_scale" in module.parts:
+        return Reconstruction("unjudged", "the weight is scaled by its pre_quant_scale (AWQ)")
     wanted = base.values(source)
     parts = {leaf: ctx.array(t) for leaf, t in module.parts.items()}
     try:

@@ -40,6 +40,7 @@ class Exclusions:
     def __init__(self, patterns: Iterable[str]) -> None:
         self.patterns = tuple(patterns)
         self._exact = frozenset(self.patterns)
+        self._loose: dict[str, bool] = {}
 
     @cached_property
     def _globs(self) -> re.Pattern[str] | None:
@@ -84,6 +85,8 @@ class Exclusions:
         Source: ``is_layer_excluded`` of vLLM 0.32 and SGLang 0.5.23, TensorRT-LLM's exclusion check. A fused
         projection is read through its members.
         """
+        if module in self._exact and not module.startswith("re:"):
+            return True
         if reader == "vllm":
             literals, globs = self._vllm
             return any(p in module for p in literals) or (globs is not None and globs.match(module) is not None)
@@ -107,6 +110,12 @@ class Exclusions:
 
     def loose(self, module: str) -> bool:
         """Whether the module is excluded under any reading at all."""
+        found = self._loose.get(module)
+        if found is None:
+            found = self._loose[module] = self._read_loosely(module)
+        return found
+
+    def _read_loosely(self, module: str) -> bool:
         if self.strict(module) or any(p in module for p in self._plain):
             return True
         if self._globs is not None and module != _bare(module) and self._globs.match(_bare(module)):

@@ -41,11 +41,13 @@ def check(ctx: Context) -> Iterator[Finding]:
         if module.quantized or module.weight is None:
             continue
         ctx.tally.see()
+        # `loose` also knows consumers that are none of these: where nobody at all reads it so, QC402 and QC403 speak.
+        if not exclusions.loose(module.name):
+            continue
         kind = role(module.name)
         readers = [r for r in READERS if r != "trtllm" or kind not in _NOT_TEXT]
         blind = [NAMES[r] for r in readers if not exclusions.excludes(r, module.name)]
-        # `loose` also knows consumers that are none of these: where nobody at all reads it so, QC402 and QC403 speak.
-        if blind and exclusions.loose(module.name):
+        if blind:
             pattern = exclusions.pattern_for(module.name) or ""
             yield ctx.finding(
                 f"excluded by {pattern!r} as some consumers read it, and not as {' and '.join(blind)} read it",

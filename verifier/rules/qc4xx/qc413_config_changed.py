@@ -37,6 +37,12 @@ def check(ctx: Context) -> Iterator[Finding]:
     if theirs is None or ours is None or ctx.unrelated_base:
         ctx.tally.miss(1, "the base is another model" if ctx.unrelated_base else "there is no config.json to compare with")
         return
+    types = theirs.get("model_type"), ours.get("model_type")
+    if types[0] != types[1]:
+        ctx.tally.see()
+        ctx.tally.miss(len(theirs) - 1, "the base's config.json is of another model_type")
+        yield _told(ctx, "model_type", "has another value", types[1], types[0])
+        return
     yield from _compare(ctx, theirs, ours, "")
 
 
