@@ -16,7 +16,7 @@ import pytest
 import verifier
 from verifier.corrupt import Folder
 from verifier.findings import Report
-from verifier.schemes import READERS, Exclusions
+from verifier.schemes import READERS, Exclusions, parse
 
 DATA = Path(__file__).parents[2] / "data" / "modelopt"
 QWEN, SOURCE = DATA / "qwen3moe_nvfp4_experts_max", DATA / "src_qwen3moe"
@@ -193,6 +193,23 @@ def test_released_configs_raise_no_alarm_of_the_rules_on_fields(shared_data: Pat
         seen += 1
     assert told == known
     assert seen > 20
+
+
+def test_engines_agree_on_the_exclusions_of_releases(shared_data: Path) -> None:
+    """Each pattern of a published ModelOpt config, on a module of its own making, is read alike by all."""
+    seen = 0
+    for file in sorted((shared_data / "configs").glob("nvidia--*.json")):
+        raw = json.loads(file.read_text())
+        body = raw if "hf_quant_config" in file.name else raw.get("quantization_config")
+        declared = parse(body, file.name) if body else None
+        if declared is None or not declared.known or declared.mixed or declared.form == "vendor":
+            continue
+        for pattern in declared.exclude:
+            plain = [pattern] if "*" not in pattern else [pattern.replace("*", ""), f"{pattern.rstrip('.*')}.q_proj"]
+            for module in plain:
+                assert all(declared.exclusions.excludes(r, module) for r in READERS), (file.name, pattern)
+                seen += 1
+    assert seen > 1000
 
 
 def test_a_tied_heads_copy_is_no_invention(tmp_path: Path) -> None:

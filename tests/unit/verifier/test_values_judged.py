@@ -324,3 +324,54 @@ def test_every_weight_is_judged_or_said_not_to_be(tmp_path: Path) -> None:
     for rule, missed in (("QC510", 1), ("QC511", 1), ("QC515", 1), ("QC517", 1), ("QC509", 0)):
         assert coverage[rule].of - coverage[rule].checked == missed, rule
         assert bool(coverage[rule].reason) == bool(missed)
+
+
+def test_w4a16_is_judged_alike(tmp_path: Path) -> None:
+    export(SOURCE, tmp_path / "out", recipe="w4a16_nvfp4_experts_only")
+    assert_clean(tmp_path / "out", SOURCE)
+    folder = Folder(tmp_path / "out")
+    name = f"{GATE.replace('gate_proj', 'down_proj')}.weight_scale_2"
+    folder.store(name, np.asarray(1 / folder.array(name), np.float32))
+    assert assert_told(folder.path, "QC509", None).where.tensor == name
+    assert assert_told(folder.path, "QC509", SOURCE).where.tensor == name
+
+
+def test_k_and_v_exchanged(tmp_path: Path) -> None:
+    folder = copy(LLAMA, tmp_path / "ckpt")
+    head = "model.layers.1.self_attn"
+    for leaf in ("weight", "weight_scale"):
+        k, v = folder.array(f"{head}.k_proj.{leaf}"), folder.array(f"{head}.v_proj.{leaf}")
+        folder.store(f"{head}.k_proj.{leaf}", v)
+        folder.store(f"{head}.v_proj.{leaf}", k)
+    assert "v_proj" in assert_told(folder.path, "QC511", LLAMA_SOURCE).message
+
+
+def test_one_foreign_block_is_placed(tmp_path: Path) -> None:
+    folder = copy(QWEN, tmp_path / "ckpt")
+    codes = folder.array(f"{GATE}.weight")
+    codes[5, 16:24] = codes[5, 24:32][::-1] ^ 0x88
+    folder.store(f"{GATE}.weight", codes)
+    found = assert_told(folder.path, "QC517", SOURCE)
+    assert (found.where.tensor, found.where.row, found.where.block, found.count) == (f"{GATE}.weight", 5, 2, 1)
+
+
+def test_weights_scaled_for_awq_are_not_judged(tmp_path: Path) -> None:
+    folder = copy(QWEN, tmp_path / "ckpt")
+    source = Folder(SOURCE).array(f"{GATE}.weight").astype(np.float32)
+    factor = np.linspace(0.2, 3, source.shape[1], dtype=np.float32)
+    scale_2 = float(folder.array(f"{GATE}.weight_scale_2")) * 4
+    for leaf, tensor in nvfp4(source * factor, scale_2, (6.0,)).items():
+        folder.store(f"{GATE}.{leaf}", tensor)
+    folder.add(f"{GATE}.pre_quant_scale", (1 / factor).astype(ml_dtypes.bfloat16))
+    report = verifier.check(folder.path, base=SOURCE, depth="payload")
+    assert not {"QC515", "QC517"} & {f.rule for f in loud(report)}
+    coverage = next(c for c in report.coverage if c.rule == "QC515")
+    assert (coverage.of - coverage.checked, "pre_quant_scale" in coverage.reason) == (1, True)
+
+
+@pytest.mark.parametrize("leaf", ["weight_scale_2", "input_scale", "weight", "weight_scale"])
+def test_an_empty_tensor_is_no_crash(tmp_path: Path, leaf: str) -> None:
+    folder = copy(QWEN, tmp_path / "ckpt")
+    folder.store(f"{UP}.{leaf}", folder.array(f"{UP}.{leaf}").reshape(-1)[:0])
+    for base in (None, SOURCE):
+        assert verifier.check(folder.path, base=base, depth="payload").verdict == "failed"
