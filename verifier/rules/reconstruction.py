@@ -20,7 +20,7 @@ from verifier.decoding import Float32, decode, max_scales, nearest
 from verifier.errors import ContentError
 from verifier.rules.context import Context
 from verifier.rules.experts import duplicated
-from verifier.schemes import Format, Module
+from verifier.schemes import Format, Module, expert_key
 
 Cause = Literal[
     "", "unjudged", "bad scale", "zero base", "nan codes", "lost", "weak", "inverted", "nibbles", "order", "e8m0",
@@ -159,7 +159,7 @@ def _judge(
     if foreign and not moved:
         return replace(known, cause="part", place=place, count=foreign)
     if lost:
-        return replace(known, cause="lost")
+        return replace(known, cause="lost", detail=_another(ctx, module, got, max(FOUND, 1.5 * by_max)))
     if relative <= WEAK * best:
         return known
     return replace(known, cause="moved" if _moved(wanted, got, ideal, found.group_size or CHUNK) else "weak")
@@ -214,6 +214,25 @@ def _orders(ctx: Context, module: Module, wanted: Float32) -> Iterator[tuple[str
     woven = np.stack([first, second], axis=1).reshape(2 * rows, -1)
     yield "rows of gate and up in turn: interleaved, and split in halves", woven[:rows]
     yield "rows of gate and up in turn: interleaved, and split in halves", woven[rows:]
+
+
+def _another(ctx: Context, module: Module, got: Float32, enough: float) -> str:
+    """Return the expert of the same layer whose base weight begins with this one's first row, or ''."""
+    key, base = expert_key(module.name), ctx.base
+    if key is None or base is None or not len(got) or not np.any(got[0]):
+        return ""
+    rows: dict[str, dict[str, Float32]] = ctx.once("first rows", dict)
+    kind = f"{key.container}.*.{key.leaf}"
+    if kind not in rows:
+        rows.clear()  # of one layer at a time: modules come in the order of the files
+        rows[kind] = {
+            m.name: values[0].copy() for m in base.modules.values()
+            if (k := expert_key(m.name)) and (k.container, k.leaf) == (key.container, key.leaf)
+            and (values := base.values(m)) is not None and len(values)
+        }  # fmt: skip
+    errors = {n: _far(got[0], row) for n, row in rows[kind].items() if row.shape == got[0].shape and n != module.name}
+    best = min(errors, key=errors.__getitem__, default="")
+    return best if best and errors[best] <= enough else ""
 
 
 def _foreign(wanted: Float32, got: Float32, ideal: Float32, width: int) -> tuple[int, tuple[int, int] | None, bool]:

@@ -375,3 +375,40 @@ def test_an_empty_tensor_is_no_crash(tmp_path: Path, leaf: str) -> None:
     folder.store(f"{UP}.{leaf}", folder.array(f"{UP}.{leaf}").reshape(-1)[:0])
     for base in (None, SOURCE):
         assert verifier.check(folder.path, base=base, depth="payload").verdict == "failed"
+
+
+def test_an_exchanged_expert_is_named(tmp_path: Path) -> None:
+    folder = copy(QWEN, tmp_path / "ckpt")
+    one, other = (f"model.layers.1.mlp.experts.{i}.down_proj" for i in (2, 7))
+    for leaf in folder.modules()[one]:
+        mine, theirs = folder.array(f"{one}.{leaf}"), folder.array(f"{other}.{leaf}")
+        folder.store(f"{one}.{leaf}", theirs)
+        folder.store(f"{other}.{leaf}", mine)
+    found = assert_told(folder.path, "QC515", SOURCE)
+    assert found.observed.endswith(f"; it begins as {other} of the base")
+    assert found.count == 2
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("dense") / "out"
+    export(LLAMA_SOURCE, out, recipe="nvfp4_default", input_scale="one")
+    return out
+
+
+def test_clean_dense_nvfp4(dense: Path) -> None:
+    assert_clean(dense, LLAMA_SOURCE)
+    covered = {c.rule: c.checked for c in verifier.check(dense, depth="payload").coverage}
+    assert covered["QC505"] == covered["QC506"] == 4  # two layers of q/k/v and gate/up
+
+
+@pytest.mark.parametrize("module", ["self_attn.k_proj", "self_attn.v_proj", "mlp.up_proj"])
+@pytest.mark.parametrize(
+    ("leaf", "rule", "severity"), [("weight_scale_2", "QC505", "error"), ("input_scale", "QC506", "warning")]
+)
+def test_fused_scales_of_dense_layers(dense: Path, tmp_path: Path, module: str, leaf: str, rule: str, severity: str) -> None:
+    folder = copy(dense, tmp_path / "ckpt")
+    name = f"model.layers.1.{module}.{leaf}"
+    folder.store(name, np.nextafter(folder.array(name), np.float32(np.inf)))
+    for base in (None, LLAMA_SOURCE):
+        assert assert_told(folder.path, rule, base, severity).where.tensor == name

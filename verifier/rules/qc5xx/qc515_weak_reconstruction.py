@@ -46,9 +46,11 @@ def check(ctx: Context) -> Iterator[Finding]:
         elif r.cause == "zero base":
             yield ctx.finding("the base is all zero and the decoded weight is not", tensor=weight.name, severity="error")
         elif r.cause == "lost":
+            other = f"; it begins as {r.detail} of the base" if r.detail else ""
             yield ctx.finding(
                 "the decoded weight is not the base's", tensor=weight.name, severity="error",
-                observed=f"relative error {r.relative:.3f}", expected=f"about {r.by_max:.3f} ({found.algo} on this tensor)",
+                observed=f"relative error {r.relative:.3f}{other}",
+                expected=f"about {r.by_max:.3f} ({found.algo} on this tensor)",
             )  # fmt: skip
         elif r.cause == "moved":
             yield ctx.finding(
