@@ -13,8 +13,10 @@ from verifier.schemes import FLOATS, Module, expert_key
 _MAGNITUDE = {"U8": 0x77, "F8_E4M3": 0x7F}
 
 
-def duplicated(ctx: Context) -> Mapping[str, str]:
-    """Return the routed experts' projections whose weight and scales equal an earlier one's, with that one's name."""
+def duplicated(ctx: Context) -> Mapping[str, tuple[str, bool]]:
+    """Return the routed experts' projections whose weight and scales equal an earlier one's: that one's name, and whether
+    both say little (all zero, or one number up to its sign).
+    """
     return ctx.once("duplicated experts", lambda: _duplicated(ctx))
 
 
@@ -23,7 +25,7 @@ def expert_weights(ctx: Context) -> list[Module]:
     return [m for m in ctx.modules.values() if m.weight is not None and expert_key(m.name) and len(m.weight.shape) == 2]
 
 
-def _duplicated(ctx: Context) -> dict[str, str]:
+def _duplicated(ctx: Context) -> dict[str, tuple[str, bool]]:
     # Equal weights have equal scales, which are a ninth of the bytes: codes are read only where scales are equal.
     likely: dict[tuple[object, ...], list[Module]] = {}
     for module in expert_weights(ctx):
@@ -44,7 +46,7 @@ def _duplicated(ctx: Context) -> dict[str, str]:
             if first != module.name:
                 result[module.name] = first
     poor = {first: _says_little(ctx, ctx.modules[first]) for first in set(result.values())}
-    return {name: first for name, first in result.items() if not poor[first]}
+    return {name: (first, poor[first]) for name, first in result.items()}
 
 
 def _says_little(ctx: Context, module: Module) -> bool:

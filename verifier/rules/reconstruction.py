@@ -19,7 +19,6 @@ import numpy.typing as npt
 from verifier.decoding import Float32, decode, max_scales, nearest
 from verifier.errors import ContentError
 from verifier.rules.context import Context
-from verifier.rules.experts import duplicated
 from verifier.schemes import Format, Module, expert_key
 
 Cause = Literal[
@@ -142,27 +141,30 @@ def _negative(parts: Mapping[str, npt.NDArray[Any]]) -> bool:
 def _judge(
     ctx: Context, module: Module, found: Format, parts: Mapping[str, npt.NDArray[Any]], wanted: Float32, got: Float32
 ) -> Reconstruction:
-    size = _norm(wanted)
+    size, width = _norm(wanted), found.group_size or CHUNK
     relative = _norm(got - wanted) / size
+    plain = max_scales(wanted, found.name)
+    by_max = _norm(nearest(wanted, plain, found.name) - wanted) / size if plain is not None else None
+    ordinary = by_max is not None and relative <= WEAK * by_max
+    if ordinary and not suspects(wanted, got, width).any():
+        return Reconstruction("", relative=relative, best=by_max or 0.0, by_max=by_max or 0.0)
     ideal = nearest(wanted, parts, found.name)
     possible = _norm(ideal - wanted) / size
-    plain = max_scales(wanted, found.name)
-    by_max = _norm(nearest(wanted, plain, found.name) - wanted) / size if plain is not None else possible
+    by_max = possible if by_max is None else by_max
     best = max(min(possible, 4 * by_max), by_max)
     known = Reconstruction("", relative=relative, best=best, by_max=by_max)
-    lost = relative > max(LOST, 2 * by_max)
-    if lost:
-        cause, detail = _explain(ctx, module, found, parts, wanted, got, max(FOUND, 1.5 * by_max))
-        if cause:
-            return replace(known, cause=cause, detail=detail)
-    foreign, place, moved = _foreign(wanted, got, ideal, found.group_size or CHUNK)
-    if foreign and not moved:
+    lost, enough = relative > max(LOST, 2 * by_max), max(FOUND, 1.5 * by_max)
+    cause, detail = _explain(ctx, module, found, parts, wanted, got, enough) if lost else ("", "")
+    if cause:
+        return replace(known, cause=cause, detail=detail)
+    foreign, place = _foreign(wanted, got, ideal, width)
+    if foreign:
         return replace(known, cause="part", place=place, count=foreign)
     if lost:
-        return replace(known, cause="lost", detail=_another(ctx, module, got, max(FOUND, 1.5 * by_max)))
+        return _another(ctx, module, got, known, enough)
     if relative <= WEAK * best:
         return known
-    return replace(known, cause="moved" if _moved(wanted, got, ideal, found.group_size or CHUNK) else "weak")
+    return replace(known, cause="moved" if _moved(wanted, got, ideal, width) else "weak")
 
 
 def _explain(
@@ -181,77 +183,36 @@ def _explain(
     if is_it(decode(inverse(parts, found), found.name)):
         return "inverted", ""
     if found.packed:
-        leaf = "weight_packed" if "weight_packed" in parts else "weight"
-        codes = parts[leaf].view(np.uint8)
-        if is_it(decode({**parts, leaf: (codes << 4) | (codes >> 4)}, found.name)):
-            return "nibbles", ""
-    if module.name in duplicated(ctx):
-        return "duplicate", ""
-    if size > 0:
-        for detail, target in _orders(ctx, module, wanted):
-            if is_it(got, target):
-                return "order", detail
-    return "", ""
+        tensors = ctx.checkpoint.tensors
+    same = all(
+        (other := tensors.get(f"{best}{t.name.removeprefix(module.name)}")) is not None and ctx.digest(other) == ctx.digest(t)
+        for t in (module.weight, module.scale) if t is not None
+    )  # fmt: skip
+    return replace(lost, cause="duplicate" if same else "lost", detail=best)
 
 
-def _orders(ctx: Context, module: Module, wanted: Float32) -> Iterator[tuple[str, Float32]]:
-    """Yield what a wrong split of a fused projection would have put here."""
-    head, _, leaf = module.name.rpartition(".")
-    partner = _PARTNERS.get(leaf)
-    base = ctx.base
-    source = base.modules.get(f"{head}.{partner}") if base is not None and partner else None
-    other = base.values(source) if base is not None and source is not None else None
-    if other is None or other.shape != wanted.shape:
-        return
-    yield f"the values are those of {partner}", other
-    if leaf in ("k_proj", "v_proj"):
-        return
-    first, second = (wanted, other) if leaf in ("gate_proj", "w1") else (other, wanted)
-    rows = len(wanted)
-    joined = np.concatenate([first, second])
-    yield "every second row of gate and up behind one another: split as if interleaved", joined[0::2]
-    yield "every second row of gate and up behind one another: split as if interleaved", joined[1::2]
-    woven = np.stack([first, second], axis=1).reshape(2 * rows, -1)
-    yield "rows of gate and up in turn: interleaved, and split in halves", woven[:rows]
-    yield "rows of gate and up in turn: interleaved, and split in halves", woven[rows:]
+def suspects(wanted: Float32, got: Float32, width: int) -> npt.NDArray[np.bool_]:
+    """Return which blocks are off by more than half of themselves, and of half the usual block; [rows, blocks]."""
+    far, size = _blocks(got - wanted, width), _blocks(wanted, width)
+    result: npt.NDArray[np.bool_] = far > 0.25 * np.maximum(size, 0.25 * float(size.mean()))
+    return result
 
 
-def _another(ctx: Context, module: Module, got: Float32, enough: float) -> str:
-    """Return the expert of the same layer whose base weight begins with this one's first row, or ''."""
-    key, base = expert_key(module.name), ctx.base
-    if key is None or base is None or not len(got) or not np.any(got[0]):
-        return ""
-    rows: dict[str, dict[str, Float32]] = ctx.once("first rows", dict)
-    kind = f"{key.container}.*.{key.leaf}"
-    if kind not in rows:
-        rows.clear()  # of one layer at a time: modules come in the order of the files
-        rows[kind] = {
-            m.name: values[0].copy() for m in base.modules.values()
-            if (k := expert_key(m.name)) and (k.container, k.leaf) == (key.container, key.leaf)
-            and (values := base.values(m)) is not None and len(values)
-        }  # fmt: skip
-    errors = {n: _far(got[0], row) for n, row in rows[kind].items() if row.shape == got[0].shape and n != module.name}
-    best = min(errors, key=errors.__getitem__, default="")
-    return best if best and errors[best] <= enough else ""
+def _foreign(wanted: Float32, got: Float32, ideal: Float32, width: int) -> tuple[int, tuple[int, int] | None]:
+    """Return (blocks that are not the base's though the scales could hold it, the first of them).
 
-
-def _foreign(wanted: Float32, got: Float32, ideal: Float32, width: int) -> tuple[int, tuple[int, int] | None, bool]:
-    """Return (blocks that are not the base's though the scales could hold it, the first of them, whether the rest moved).
-
-    A foreign block is off by more than half of itself (or of half the usual block), and by four times what its scale
-    allows. A method that compensates errors (GPTQ) has codes beside the nearest all over the tensor; where it does, no
-    block is called foreign.
+    A foreign block is a suspect that is off by four times what its scale allows. A method that compensates errors (GPTQ)
+    has codes beside the nearest all over the tensor; where it does, no block is called foreign.
     """
-    far, near, size = (_blocks(x, width) for x in (got - wanted, ideal - wanted, wanted))
-    usual = float(size.mean())
-    foreign = (far > 0.25 * np.maximum(size, 0.25 * usual)) & (far > 16 * near)
+    foreign = suspects(wanted, got, width) & (_blocks(got - wanted, width) > 16 * _blocks(ideal - wanted, width))
     count = int(foreign.sum())
     if not count:
-        return 0, None, False
+        return 0, None
     others = _blocks(_beside(wanted, got, ideal).astype(np.float32), width)[~foreign]
-    moved = bool(others.size == 0 or (others > 0).mean() > MOVED)
+    if others.size == 0 or (others > 0).mean() > MOVED:
+        return 0, None
     row, block = np.unravel_index(int(np.argmax(foreign)), foreign.shape)
-    return count, (int(row), int(block)), moved
+    return count, (int(row), int(block))
 
 
 def _beside(wanted: Float32, got: Float32, ideal: Float32) -> npt.NDArray[np.bool_]:

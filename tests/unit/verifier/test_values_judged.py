@@ -412,3 +412,19 @@ def test_fused_scales_of_dense_layers(dense: Path, tmp_path: Path, module: str, 
     folder.store(name, np.nextafter(folder.array(name), np.float32(np.inf)))
     for base in (None, LLAMA_SOURCE):
         assert assert_told(folder.path, rule, base, severity).where.tensor == name
+
+
+def test_a_copy_that_says_little_is_told_by_a_base(tmp_path: Path) -> None:
+    base = with_experts(ODD_WEIGHTS["one number up to its sign"], tmp_path / "base")
+    export(base, tmp_path / "out", recipe="nvfp4_experts_only", input_scale="one")
+    folder = Folder(tmp_path / "out")
+    one_expert_over_another(folder)
+    assert loud(verifier.check(folder.path, depth="payload")) == []
+    assert_told(folder.path, "QC507", base)
+
+
+def test_a_copy_of_codes_alone_is_still_told(tmp_path: Path) -> None:
+    folder = copy(QWEN, tmp_path / "ckpt")
+    down = "model.layers.0.mlp.experts.{}.down_proj.weight"
+    folder.store(down.format(6), folder.array(down.format(2)))
+    assert_told(folder.path, "QC515", SOURCE)

@@ -24,12 +24,12 @@ def check(ctx: Context) -> Iterator[Finding]:
     **Why.** A wrong index in un-stacking, or an expert that was never filled in.
     **Hurts.** The router sends tokens to an expert that is another one; quality falls and nothing fails.
     **Mend.** Un-stack again. Without a base it is a warning (a model that was just upcycled has equal experts); with one in
-    which the two differ, an error. Weights that are all zero, or one number up to its sign, are no sign of anything.
+    which the two differ, an error. Without one, weights that are all zero, or one number up to its sign, say nothing.
     """
     ctx.tally.see(len(expert_weights(ctx)))
-    for name, first in duplicated(ctx).items():
+    for name, (first, poor) in duplicated(ctx).items():
         weight, same = ctx.modules[name].weight, _same_in_base(ctx, name, first)
-        if weight is None or same:
+        if weight is None or same or (poor and same is None):
             continue
         yield ctx.finding(
             "the same bytes as another expert's", where=Where(weight.name, weight.file), observed=f"equal to {first}",
