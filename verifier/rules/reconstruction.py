@@ -183,10 +183,64 @@ def _explain(
     if is_it(decode(inverse(parts, found), found.name)):
         return "inverted", ""
     if found.packed:
-        tensors = ctx.checkpoint.tensors
+        leaf = "weight_packed" if "weight_packed" in parts else "weight"
+        codes = parts[leaf].view(np.uint8)
+        if is_it(decode({**parts, leaf: (codes << 4) | (codes >> 4)}, found.name)):
+            return "nibbles", ""
+    if size > 0:
+        for detail, target in _orders(ctx, module, wanted):
+            if is_it(got, target):
+                return "order", detail
+    return "", ""
+
+
+def _orders(ctx: Context, module: Module, wanted: Float32) -> Iterator[tuple[str, Float32]]:
+    """Yield what a wrong split of a fused projection would have put here."""
+    head, _, leaf = module.name.rpartition(".")
+    partner = _PARTNERS.get(leaf)
+    base = ctx.base
+    source = base.modules.get(f"{head}.{partner}") if base is not None and partner else None
+    other = base.values(source) if base is not None and source is not None else None
+    if other is None or other.shape != wanted.shape:
+        return
+    yield f"the values are those of {partner}", other
+    if leaf in ("k_proj", "v_proj"):
+        return
+    first, second = (wanted, other) if leaf in ("gate_proj", "w1") else (other, wanted)
+    rows = len(wanted)
+    joined = np.concatenate([first, second])
+    yield "every second row of gate and up behind one another: split as if interleaved", joined[0::2]
+    yield "every second row of gate and up behind one another: split as if interleaved", joined[1::2]
+    woven = np.stack([first, second], axis=1).reshape(2 * rows, -1)
+    yield "rows of gate and up in turn: interleaved, and split in halves", woven[:rows]
+    yield "rows of gate and up in turn: interleaved, and split in halves", woven[rows:]
+
+
+def _another(ctx: Context, module: Module, got: Float32, known: Reconstruction, enough: float) -> Reconstruction:
+    """Return a loss with the expert of the same layer whose base weight begins with this one's first row.
+
+    Where that expert holds the same bytes here, the one is the other's copy.
+    """
+    lost, key, base = replace(known, cause="lost"), expert_key(module.name), ctx.base
+    if key is None or base is None or not len(got) or not np.any(got[0]):
+        return lost
+    rows: dict[str, dict[str, Float32]] = ctx.once("first rows", dict)
+    kind = f"{key.container}.*.{key.leaf}"
+    found = rows.get(kind)
+    if found is None:
+        rows.clear()  # of one layer at a time: modules come in the order of the files
+        found = rows[kind] = {
+            m.name: values[0].copy() for m in base.modules.values()
+            if (k := expert_key(m.name)) and (k.container, k.leaf) == (key.container, key.leaf)
+            and (values := base.values(m)) is not None and len(values)
+        }  # fmt: skip
+    errors = {n: _far(got[0], row) for n, row in found.items() if row.shape == got[0].shape and n != module.name}
+    best = min(errors, key=errors.__getitem__, default="")
+    if not best or errors[best] > enough:
+        return lost
     same = all(
-        (other := tensors.get(f"{best}{t.name.removeprefix(module.name)}")) is not None and ctx.digest(other) == ctx.digest(t)
-        for t in (module.weight, module.scale) if t is not None
+        (other := ctx.checkpoint.tensors.get(f"{best}{t.name.removeprefix(module.name)}")) is not None
+        and ctx.digest(other) == ctx.digest(t) for t in (module.weight, module.scale) if t is not None
     )  # fmt: skip
     return replace(lost, cause="duplicate" if same else "lost", detail=best)
 
