@@ -3,13 +3,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
-from verifier.errors import ContentError, MachineError
+from verifier.cli.main import explain_failure, shows_defects
+from verifier.cli.outputs import STDOUT, Paired, output_options, outputs, require, write_files, write_stdout
+from verifier.cli.settings import judging, judging_options, settings
+from verifier.errors import ContentError, MachineError, UsageError
 from verifier.findings import Finding, Report
 
 
-@click.command()
+@click.command(cls=Paired)
 @click.argument("uri", metavar="URI")
 @click.option("--base", metavar="REF", help="The unquantized checkpoint to judge against.")
 @click.option("--merged-from", metavar="VENDOR", help="The checkpoint whose bytes a mixed export keeps.")
@@ -17,39 +22,50 @@ from verifier.findings import Finding, Report
     "--depth", type=click.Choice(["header", "payload"]), default="header", show_default=True,
     help="header: names, shapes, configs. payload: every scale and unquantized tensor too; with --base every weight.",
 )  # fmt: skip
-@click.option("--require", metavar="RULE", multiple=True, help="A rule that must run, else the verdict is unproven.")
-@click.option("--fail-on", type=click.Choice(["error", "warning"]), default="error", show_default=True)
-@click.option("--format", "format_", type=click.Choice(["text", "json"]), default="text", show_default=True)
+@judging_options
+@output_options
 @click.pass_context
 def check(
     ctx: click.Context,
+    /,
     uri: str,
     base: str | None,
     merged_from: str | None,
     depth: str,
-    require: tuple[str, ...],
-    fail_on: str,
-    format_: str,
+    files: tuple[str, ...],
+    **given: Any,
 ) -> None:
     """Judge the checkpoint in the folder URI (a path or an fsspec URL).
 
     Exit 0 passed, 1 failed, 2 usage, 3 unproven (nothing quantized, a required rule examined nothing), 4 broken.
     """
     # numpy and the rules cost 150 ms, and --help needs neither.
-    from verifier.report import render_json, render_text  # noqa: PLC0415
     from verifier.run import check as judge  # noqa: PLC0415
 
+    found, file = settings(given)
+    wanted = outputs(found["formats"].value, files)
+    require(wanted)
+    failure: Exception | None = None
     try:
-        report = judge(
-            uri, base=base, merged_from=merged_from, depth=depth, require=require, fail_on=fail_on,  # type: ignore[arg-type]
-        )  # fmt: skip
+        report = judge(uri, base=base, merged_from=merged_from, depth=depth, **judging(found))  # type: ignore[arg-type]
+    except UsageError:
+        raise
     except ContentError as error:  # BASE or VENDOR is no checkpoint; what is wrong with URI is a finding of the check
-        if format_ != "json":
-            raise
         report = Report("failed", uri, base, (Finding("QC104", "error", str(error)),), (), {"error": str(error)})
-    except MachineError as error:
-        if format_ != "json":
+        failure = error
+    except Exception as error:
+        if shows_defects(error):
             raise
-        report = Report("broken", uri, base, (), (), {"error": str(error)})
-    click.echo(render_json(report) if format_ == "json" else render_text(report), nl=False)
+        report = Report("broken", uri, base, (), (), {"error": explain_failure(error)})
+        failure = error
+    if file is not None:
+        report.stats.setdefault("options", {})["config"] = str(file)
+    try:
+        write_files(report, wanted)
+    except MachineError as error:
+        report, failure = Report("broken", uri, base, (), (), {"error": str(error)}), error
+    # A person reads the message on stderr; what parses stdout gets one document whatever went wrong.
+    if failure is not None and not any(o.file == STDOUT and o.format != "text" for o in wanted):
+        raise failure
+    write_stdout(report, wanted)
     ctx.exit(report.exit_code)

@@ -20,6 +20,7 @@ def rules(format_: str) -> None:
     if format_ == "json":
         rows = [
             {k: getattr(r, k) for k in ("id", "title", "severity", "depth", "unit", "needs", "consumers", "sources", "doc")}
+            | {"engines": {e: {"severity": level, "what": what} for e, (level, what) in r.engines.items()}}
             for r in table
         ]
         click.echo(json.dumps(rows, indent=2))
@@ -40,4 +41,7 @@ def explain(rule_id: str) -> None:
         raise UsageError(f"no rule {rule_id!r}; `ckptgate rules` lists them")
     click.echo(f"{found.id}  {found.title}  [{found.severity}, depth {found.depth}, counts {found.unit}]\n")
     click.echo(found.doc)
-    click.echo(f"\nEngines: {', '.join(found.consumers)}\nSeen in: {', '.join(found.sources)}")
+    click.echo(f"\nEngines: {', '.join(found.consumers)}")
+    for engine, (severity, what) in found.engines.items():
+        click.echo(f"  {engine:12}  {severity:7}  {what}")
+    click.echo(f"Seen in: {', '.join(found.sources)}")

@@ -16,7 +16,7 @@ from verifier.checkpoint import Bytes, Checkpoint, Tensor
 from verifier.decoding import Float32, decode, widen
 from verifier.errors import ContentError
 from verifier.families import Family, family_of
-from verifier.findings import Finding, Severity, Where
+from verifier.findings import Effect, Finding, Severity, Where
 from verifier.rules.naming import Naming, classify
 from verifier.schemes import (
     FLOATS,
@@ -166,6 +166,9 @@ class Context(Judged):
         allowed = set(self._layout[0])
         if self.base:
             allowed |= self.base.names
+        family, config = self.family, self.checkpoint.config
+        if family is not None and config is not None:
+            allowed |= {n for n in self.names - allowed if family.beyond(config, n)}
         return classify(self.names, set(self.expected), allowed, self.checkpoint.tensors, self.family)
 
     @cached_property
@@ -280,14 +283,17 @@ class Context(Judged):
         observed: object = "",
         expected: object = "",
         count: int = 1,
+        engines: Mapping[str, tuple[Severity, str]] | None = None,
     ) -> Finding:
-        """Return a finding of the running rule."""
+        """Return a finding of the running rule; ``engines`` as in `verifier.rules.Rule`, for this finding alone."""
         if where is None:
             known = self.checkpoint.tensors.get(tensor) if tensor else None
             where = Where(tensor, known.file if known else None)
+        effects = tuple(Effect(engine, *rest) for engine, rest in (engines or {}).items())
         return Finding(
-            self.rule_id, severity or self.rule_severity, message, where, str(observed), str(expected), count
-        )
+            self.rule_id, severity or self.rule_severity, message, where, str(observed), str(expected), count,
+            effects=effects,
+        )  # fmt: skip
 
     def at_byte(self, tensor: Tensor, flat: int) -> Where:
         """Return the place of the byte ``flat`` of a tensor: row, block, offset in its file."""

@@ -12,16 +12,22 @@ from verifier.schemes.formats import FORMATS, Format
 
 SCALE_LEAVES = frozenset(
     {"weight_scale", "weight_scale_inv", "weight_scale_2", "input_scale", "pre_quant_scale", "weight_global_scale",
-     "input_global_scale"}
+     "input_global_scale", "scales"}
 )  # fmt: skip
 KV_LEAVES = frozenset({"k_scale", "v_scale"})
-LEAVES = SCALE_LEAVES | KV_LEAVES | {"weight", "bias", "weight_packed"}
+LEAVES = (SCALE_LEAVES - {"scales"}) | KV_LEAVES | {"weight", "bias", "weight_packed"}
 FLOATS = frozenset({"BF16", "F16", "F32"})
 
 
 def split(name: str) -> tuple[str, str]:
-    """Return module and leaf of a tensor name; a bare parameter is its own module with the leaf ''."""
+    """Return module and leaf of a tensor name; a bare parameter is its own module with the leaf ''.
+
+    MXFP4's ``<parameter>_blocks`` and ``<parameter>_scales`` are the leaves ``blocks`` and ``scales``.
+    """
     head, _, leaf = name.rpartition(".")
+    parameter, _, kind = leaf.rpartition("_")
+    if kind in ("blocks", "scales") and parameter and head:
+        return (head if parameter == "weight" else f"{head}.{parameter}"), kind
     return (head, leaf) if leaf in LEAVES and head else (name, "")
 
 
@@ -30,6 +36,8 @@ def canonical(name: str) -> str | None:
     module, leaf = split(name)
     if leaf in SCALE_LEAVES or leaf in KV_LEAVES:
         return None
+    if leaf == "blocks":
+        return name.removesuffix("_blocks")
     return f"{module}.weight" if leaf == "weight_packed" else name
 
 
@@ -43,7 +51,7 @@ class Module:
     @cached_property
     def weight(self) -> Tensor | None:
         """The weight, packed or not; a bare parameter is its own weight."""
-        return self.parts.get("weight") or self.parts.get("weight_packed") or self.parts.get("")
+        return next((self.parts[leaf] for leaf in ("weight", "weight_packed", "", "blocks") if leaf in self.parts), None)
 
     @cached_property
     def scales(self) -> tuple[str, ...]:
@@ -53,7 +61,7 @@ class Module:
     @property
     def scale(self) -> Tensor | None:
         """The block, row or tensor scale, whichever its name."""
-        return self.parts.get("weight_scale") or self.parts.get("weight_scale_inv")
+        return next((self.parts[n] for n in ("weight_scale", "weight_scale_inv", "scales") if n in self.parts), None)
 
     @cached_property
     def quantized(self) -> bool:
@@ -65,6 +73,8 @@ class Module:
     def dims(self) -> tuple[int, int] | None:
         """The logical (out, in) of a two-dimensional weight, in elements."""
         weight = self.weight
+        if weight is not None and "blocks" in self.parts and len(weight.shape) == 3:
+            return weight.shape[0], weight.shape[1] * 32
         if weight is None or len(weight.shape) != 2:
             return None
         return weight.shape[0], weight.shape[1] * (2 if weight.dtype == "U8" else 1)
@@ -75,6 +85,10 @@ class Module:
         weight, scale = self.weight, self.scale
         if weight is None or not self.quantized or self.dims is None:
             return None
+        mxfp4 = FORMATS["mxfp4"]
+        if weight.dtype == "U8" and scale is not None and scale.dtype in mxfp4.siblings[0].dtypes:
+            if scale.shape in mxfp4.siblings[0].shapes(*self.dims):
+                return mxfp4
         if "weight_packed" in self.parts:
             return FORMATS["nvfp4_ct"] if weight.dtype == "U8" else None
         if weight.dtype == "U8":

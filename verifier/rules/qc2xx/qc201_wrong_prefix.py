@@ -14,6 +14,9 @@ from verifier.rules.registry import rule
     "QC201", "name is not the hub's", severity="error", depth="header", unit="tensors",
     consumers=("vLLM", "SGLang", "TensorRT-LLM", "transformers"),
     sources=("NVIDIA/Model-Optimizer#1833", "NVIDIA/Model-Optimizer#2076"),
+    engines={
+        "vllm": ("error", "stops: no module or parameter of that name"),
+    },
 )  # fmt: skip
 def check(ctx: Context) -> Iterator[Finding]:
     """Every tensor has the name that the hub layout gives it: no in-memory name, no other prefix, no invention.

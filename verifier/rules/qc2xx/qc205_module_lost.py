@@ -13,6 +13,9 @@ from verifier.rules.registry import rule
 @rule(
     "QC205", "tensor of the layout is missing", severity="error", depth="header", unit="tensors",
     consumers=("vLLM", "SGLang", "TensorRT-LLM", "transformers"), sources=("NVIDIA/Model-Optimizer#876",),
+    engines={
+        "vllm": ("error", "starts without a word, and the parameter keeps what memory held"),
+    },
 )  # fmt: skip
 def check(ctx: Context) -> Iterator[Finding]:
     """Every tensor of the layout (with a base: of the base) is there, as a weight or as its quantized parts.

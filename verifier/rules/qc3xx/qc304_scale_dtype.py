@@ -13,6 +13,10 @@ from verifier.rules.registry import rule
 @rule(
     "QC304", "scale has another dtype", severity="error", depth="header", unit="scale tensors",
     consumers=("vLLM", "SGLang", "TensorRT-LLM"), sources=("NVIDIA/Model-Optimizer#868",),
+    engines={
+        "vllm": ("error", "copies with a cast: MXFP8 scales stored as F32 become the byte 0"),
+        "trtllm": ("error", "stops: it asserts F8_E4M3 block scales"),
+    },
 )  # fmt: skip
 def check(ctx: Context) -> Iterator[Finding]:
     """Block scales are F8_E4M3 (NVFP4) or U8/F8_E8M0 (MXFP8), global and input scales F32.

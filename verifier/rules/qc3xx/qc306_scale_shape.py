@@ -14,6 +14,9 @@ from verifier.rules.registry import rule
     "QC306", "scale has another shape", severity="error", depth="header", unit="scale tensors",
     consumers=("vLLM", "SGLang", "TensorRT-LLM"),
     sources=("NVIDIA/Model-Optimizer#2038", "NVIDIA/Model-Optimizer#1195"),
+    engines={
+        "vllm": ("error", "narrows in experts and leaves the rest unwritten; stops at padded or swizzled scales"),
+    },
 )  # fmt: skip
 def check(ctx: Context) -> Iterator[Finding]:
     """A block scale is [out, in/block] of its weight's logical width, unpadded and not swizzled; the others are scalars.

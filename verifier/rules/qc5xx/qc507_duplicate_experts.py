@@ -10,6 +10,7 @@ import numpy as np
 from verifier.findings import Finding, Where
 from verifier.rules.context import Context
 from verifier.rules.experts import duplicated, expert_weights
+from verifier.rules.reconstruction import reconstruction
 from verifier.rules.registry import rule
 
 
@@ -29,8 +30,10 @@ def check(ctx: Context) -> Iterator[Finding]:
     ctx.tally.see(len(expert_weights(ctx)))
     for name, (first, poor) in duplicated(ctx).items():
         weight, same = ctx.modules[name].weight, _same_in_base(ctx, name, first)
-        if weight is None or same or (poor and same is None):
+        if weight is None or same:
             continue
+        if poor and "duplicate" not in {reconstruction(ctx, ctx.modules[m]).cause for m in (name, first)}:
+            continue  # zeros of an expert that was lost are QC501's and QC502's
         yield ctx.finding(
             "the same bytes as another expert's", where=Where(weight.name, weight.file), observed=f"equal to {first}",
             expected="bytes of its own", severity="error" if same is False else None,
