@@ -28,6 +28,7 @@ Path = str | os.PathLike[str]
 def check(
     uri: Path,
     *,
+    plugins: Sequence[Path] = (),
     base: Path | None = None,
     merged_from: Path | None = None,
     depth: Depth = "header",
@@ -38,11 +39,14 @@ def check(
     profile: str | None = None,
     severity: Levels | None = None,
     baseline: Path | None = None,
+    tp: int | None = None,
+    ep: int | None = None,
 ) -> Report:
     """Judge a checkpoint and return the report; nothing is written.
 
     Args:
         uri: the folder, a path or an fsspec URL.
+        plugins: Python files of further rules; those of installed packages run anyway (docs/plugins.md).
         base: the unquantized (or less quantized) checkpoint to judge against.
         merged_from: the checkpoint whose bytes a mixed export keeps.
         depth: ``header`` reads headers and configs; ``payload`` every scale and unquantized tensor as well, and with a
@@ -55,25 +59,32 @@ def check(
             the four, ``strict`` makes errors of warnings.
         severity: a severity for each prefix of rules, or for each glob over tensor names: ``{"QC515": {"*.w2.*": "info"}}``.
         baseline: a file of accepted findings, which do not fail the check as long as they do not get worse.
+        tp: the tensor parallel size to serve with; every linear is then divided as engines divide it (QC309).
+        ep: the expert parallel size to serve with.
 
     Raises:
-        UsageError: a folder that does not exist, an unknown rule, depth, profile or severity, a baseline that is none.
+        UsageError: a folder that does not exist, an unknown rule, depth, profile or severity, a baseline that is none, no
+            ranks.
         ContentError: the base cannot be read as a checkpoint.
         MachineError: reading failed.
     """
-    rules = all_rules()
+    rules = all_rules(plugins)
     if depth not in DEPTHS[:2]:
         raise UsageError(f"no depth {depth!r}; one of header, payload")
     chosen, severities = Selection(rules, select, ignore, require), Severities(rules, profile, severity)
     if fail_on not in ("error", "warning"):
         raise UsageError(f"cannot fail on {fail_on!r}; error or warning")
+    for name, ranks in (("tp", tp), ("ep", ep)):
+        if ranks is not None and ranks < 1:
+            raise UsageError(f"cannot serve with {name} = {ranks}; 1 or more")
     started = time.perf_counter()
     others = {"base": base, "merged_from": merged_from}
     known = _baseline(baseline)
-    options = {"depth": depth, "require": sorted(chosen.required), "fail_on": fail_on} | {
+    options = {"depth": depth, "require": sorted(chosen.required), "fail_on": fail_on, "tp": tp, "ep": ep} | {
         k: os.fspath(v) if v is not None else None for k, v in (others | {"baseline": baseline}).items()
     }
     options |= {"select": list(chosen.select), "ignore": list(chosen.ignore), "profile": profile}
+    options["plugins"] = [os.fspath(p) for p in plugins]
     opened = {k: open_checkpoint(v) if v is not None else None for k, v in others.items()}
     try:
         candidate = open_checkpoint(uri)
@@ -81,7 +92,7 @@ def check(
         # Nothing could be judged: neither a profile nor a baseline makes that less than an error.
         (finding,) = fingerprinted([Finding("QC104", "error", str(error), Where())])
         return Report("failed", os.fspath(uri), options["base"], (finding,), (), {"options": options})  # type: ignore[arg-type]
-    ctx = Context(candidate, opened["base"], opened["merged_from"])
+    ctx = Context(candidate, opened["base"], opened["merged_from"], tp=tp, ep=ep)
     inputs = {k for k, v in opened.items() if v is not None}
     findings: list[Finding] = []
     coverage: list[Coverage] = []

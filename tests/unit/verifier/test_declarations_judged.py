@@ -217,3 +217,25 @@ def test_a_tied_heads_copy_is_no_invention(tmp_path: Path) -> None:
     folder.edit_json("config.json", lambda c: c.update(tie_word_embeddings=True))
     assert json.loads((folder.path / "config.json").read_text())["tie_word_embeddings"] is True
     assert verifier.check(folder.path).by_rule("QC201") == ()
+
+
+@pytest.mark.parametrize(
+    ("pattern", "told"),
+    [
+        ("gate", {"vllm": "info", "sglang": "info", "trtllm": "error"}),
+        ("mlp.gate", {"vllm": "info", "sglang": "error", "trtllm": "error"}),
+        ("re:.*mlp[.]gate$", {"vllm": "error", "sglang": "error", "trtllm": "error"}),
+    ],
+)
+def test_a_profile_hears_of_its_own_reading(tmp_path: Path, pattern: str, told: dict[str, str]) -> None:
+    folder = copy(QWEN, tmp_path / "ckpt")
+
+    def change(body: dict[str, Any], key: str) -> None:
+        body[key] = [p for p in body[key] if not p.endswith("gate")] + [pattern]
+
+    folder.edit_json("config.json", lambda c: change(c["quantization_config"], "ignore"))
+    folder.edit_json("hf_quant_config.json", lambda c: change(c["quantization"], "exclude_modules"))
+    assert {f.severity for f in verifier.check(folder.path).by_rule("QC405")} == {"warning"}
+    for engine, severity in told.items():
+        report = verifier.check(folder.path, profile=engine)
+        assert {f.severity for f in report.by_rule("QC405")} == {severity}, engine

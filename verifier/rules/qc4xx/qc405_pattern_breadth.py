@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from verifier.findings import Finding, Where
+from verifier.findings import Finding, Severity, Where
 from verifier.rules.context import Context
 from verifier.rules.registry import rule
 from verifier.schemes import READERS, Reader, role
@@ -13,6 +13,8 @@ from verifier.schemes import READERS, Reader, role
 NAMES: dict[Reader, str] = {"vllm": "vLLM", "sglang": "SGLang", "trtllm": "TensorRT-LLM"}
 # TensorRT-LLM builds the text model alone, and strips its prefix.
 _NOT_TEXT = frozenset({"vision", "projector"})
+_BUILT: tuple[Severity, str] = ("error", "reads it otherwise, and builds a quantized layer for an unquantized weight")
+_READ: tuple[Severity, str] = ("info", "reads the pattern so")
 
 
 @rule(
@@ -46,10 +48,12 @@ def check(ctx: Context) -> Iterator[Finding]:
             continue
         kind = role(module.name)
         readers = [r for r in READERS if r != "trtllm" or kind not in _NOT_TEXT]
-        blind = [NAMES[r] for r in readers if not exclusions.excludes(r, module.name)]
+        blind = [r for r in readers if not exclusions.excludes(r, module.name)]
         if blind:
             pattern = exclusions.pattern_for(module.name) or ""
             yield ctx.finding(
-                f"excluded by {pattern!r} as some consumers read it, and not as {' and '.join(blind)} read it",
+                f"excluded by {pattern!r} as some consumers read it, and not as"
+                f" {' and '.join(NAMES[r] for r in blind)} read it",
                 where=Where(module.weight.name, module.weight.file), observed=pattern, expected=module.name,
+                engines={r: _BUILT if r in blind else _READ for r in READERS},
             )  # fmt: skip
