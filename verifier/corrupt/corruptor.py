@@ -40,7 +40,7 @@ class Corruptor:
     needs: tuple[str, ...] = ()
     formats: frozenset[Kind] = KINDS
     traits: frozenset[str] = frozenset()
-    severity: Literal["error", "warning"] = "error"
+    severity: Literal["error", "warning", "info"] = "error"
     also: frozenset[str] = frozenset()
 
     def suits(self, kind: Kind, traits: frozenset[str]) -> bool:

@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import hashlib
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +39,7 @@ from verifier.schemes import (
 )
 
 Shape = tuple[int, ...]
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -145,6 +147,14 @@ class Context(Judged):
         self.rule_id = ""
         self.rule_severity: Severity = "error"
         self._extremes: dict[str, tuple[int, int]] = {}
+        self._once: dict[Hashable, Any] = {}
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """Return what ``make`` gives, made once for each key; for small results that several rules need."""
+        if key not in self._once:
+            self._once[key] = make()
+        found: T = self._once[key]
+        return found
 
     @cached_property
     def family(self) -> Family | None:
@@ -329,6 +339,12 @@ class Context(Judged):
             found = (int(data.min()), int(data.max())) if data.size else (1, 1)
             self._extremes[tensor.name] = found
         return found
+
+    def digest(self, tensor: Tensor) -> bytes:
+        """Return a digest of a tensor's bytes; read once, whichever rules ask."""
+        return self.once(
+            ("digest", tensor.name), lambda: hashlib.blake2b(self.bytes_of(tensor).data, digest_size=16).digest()
+        )
 
     def array(self, tensor: Tensor) -> npt.NDArray[Any]:
         """Return a tensor of the candidate in its own dtype and shape."""

@@ -8,6 +8,7 @@
     substring  the pattern stands anywhere in the name                          vLLM
 
 The first three are *strict*: all who read the pattern so agree on what it means. The other two are *loose*.
+`Exclusions.excludes` puts them together as each engine does.
 """
 
 from __future__ import annotations
@@ -16,6 +17,21 @@ import fnmatch
 import re
 from collections.abc import Iterable
 from functools import cached_property
+from typing import Literal
+
+Reader = Literal["vllm", "sglang", "trtllm"]
+READERS: tuple[Reader, ...] = ("vllm", "sglang", "trtllm")
+_WILD = "*?["
+
+
+def _bare(module: str) -> str:
+    """Return a name as engines ask for it that strip the tower's prefix."""
+    return module.removeprefix("language_model.")
+
+
+def _compiled(globs: Iterable[str]) -> re.Pattern[str] | None:
+    found = [fnmatch.translate(g) for g in globs]
+    return re.compile("|".join(found)) if found else None
 
 
 class Exclusions:
@@ -24,11 +40,11 @@ class Exclusions:
     def __init__(self, patterns: Iterable[str]) -> None:
         self.patterns = tuple(patterns)
         self._exact = frozenset(self.patterns)
+        self._loose: dict[str, bool] = {}
 
     @cached_property
     def _globs(self) -> re.Pattern[str] | None:
-        globs = [p for p in self.patterns if any(c in p for c in "*?[") and not p.startswith("re:")]
-        return re.compile("|".join(fnmatch.translate(p) for p in globs)) if globs else None
+        return _compiled(p for p in self.patterns if any(c in p for c in _WILD) and not p.startswith("re:"))
 
     @cached_property
     def _regexes(self) -> tuple[re.Pattern[str], ...]:
@@ -50,6 +66,40 @@ class Exclusions:
         plain = [p for p in self.patterns if not p.startswith("re:") and "." not in p]
         return re.compile("|".join(fnmatch.translate(p) for p in plain)) if plain else None
 
+    @cached_property
+    def _vllm(self) -> tuple[tuple[str, ...], re.Pattern[str] | None]:
+        """As vLLM 0.32 reads: ``x*`` becomes ``x`` and ``x.*``; the rest are substrings and globs."""
+        spread = [e for p in self.patterns for e in ((p[:-1], f"{p[:-1]}.*") if p.endswith("*") and len(p) > 1 else (p,))]
+        return tuple(e for e in spread if e and not any(c in e for c in _WILD)), _compiled(
+            e for e in spread if any(c in e for c in _WILD)
+        )
+
+    @cached_property
+    def _readable(self) -> re.Pattern[str] | None:
+        """Every pattern as a glob on a whole name: TensorRT-LLM; SGLang, which tries each part as well."""
+        return _compiled(p for p in self.patterns if not p.startswith("re:"))
+
+    def excludes(self, reader: Reader, module: str) -> bool:
+        """Whether one engine excludes a module on disk; of an expert's projection it asks for the container too.
+
+        Source: ``is_layer_excluded`` of vLLM 0.32 and SGLang 0.5.23, TensorRT-LLM's exclusion check. A fused
+        projection is read through its members.
+        """
+        if module in self._exact and not module.startswith("re:"):
+            return True
+        if reader == "vllm":
+            literals, globs = self._vllm
+            return any(p in module for p in literals) or (globs is not None and globs.match(module) is not None)
+        if self._readable is None:
+            return False
+        bare = _bare(module)
+        names = [module, bare]
+        if ".experts." in module:
+            names += [f"{n[: n.index('.experts.')]}.experts" for n in (module, bare)]
+        if reader == "sglang":
+            names += module.split(".")
+        return any(self._readable.match(n) for n in names)
+
     def strict(self, module: str) -> bool:
         """Whether the module is excluded under exact, glob or ``re:`` reading."""
         if module in self._exact:
@@ -60,7 +110,15 @@ class Exclusions:
 
     def loose(self, module: str) -> bool:
         """Whether the module is excluded under any reading at all."""
+        found = self._loose.get(module)
+        if found is None:
+            found = self._loose[module] = self._read_loosely(module)
+        return found
+
+    def _read_loosely(self, module: str) -> bool:
         if self.strict(module) or any(p in module for p in self._plain):
+            return True
+        if self._globs is not None and module != _bare(module) and self._globs.match(_bare(module)):
             return True
         return self._parts is not None and any(self._parts.match(part) for part in module.split("."))
 

@@ -177,7 +177,7 @@ def _assert_told(report: Report, corruptor: Corruptor, place: Place) -> None:
         assert finding.count >= 1
         assert finding.of is None or finding.of >= finding.count, finding
         assert finding.message
-    if corruptor.severity == "warning":
+    if corruptor.severity != "error":
         assert corruptor.rule not in rules_of(report.findings, "error"), report.by_rule(corruptor.rule)
     assert rules_of(report.findings, "error") <= {corruptor.rule} | corruptor.also, report.findings
     wanted = 1 if corruptor.severity == "error" or rules_of(report.findings, "error") else 0
@@ -369,11 +369,24 @@ def _fp8_weight(folder: Folder, name: str) -> Place:
     return folder.store(weight, np.roll(folder.array(weight), 1, axis=0))
 
 
+def _fp8_inverted(folder: Folder, name: str) -> Place:
+    return folder.store(name, np.asarray(np.float32(1) / folder.array(name), np.float32))
+
+
+def _fp8_rows(folder: Folder, name: str) -> Place:
+    """Write the codes of four rows over four others."""
+    weight = f"{VICTIM}.weight"
+    codes = folder.array(weight)
+    codes[4:8] = codes[12:16]
+    return folder.store(weight, codes)
+
+
 FP8_DEFECTS: dict[str, tuple[str, Callable[[Folder, str], Place]]] = {
     "zero": ("QC501", _fp8_value(0.0)), "nan": ("QC502", _fp8_value(float("nan"))),
     "inf": ("QC502", _fp8_value(float("inf"))),
     "negative": ("QC502", _fp8_value(-0.5)), "lost": ("QC302", _fp8_lost), "as_bf16": ("QC304", _fp8_as(ml_dtypes.bfloat16)),
     "as_u8": ("QC304", _fp8_as(np.uint8)), "longer": ("QC306", _fp8_longer), "rolled": ("QC515", _fp8_weight),
+    "inverted": ("QC509", _fp8_inverted), "rows": ("QC517", _fp8_rows),
 }  # fmt: skip
 
 
@@ -397,3 +410,10 @@ def test_defect_of_fp8_is_told(fp8: dict[str, Path], tmp_path: Path, how: str, d
     found = [f for f in report.by_rule(rule) if f.severity == "error"]
     assert any(_points_at(f, place) for f in found), (place, report.findings)
     assert rules_of(report.findings, "error") <= {rule, "QC515"}
+
+
+@pytest.mark.parametrize("how", FP8_DECLARED)
+def test_inverted_fp8_is_told_without_base(fp8: dict[str, Path], tmp_path: Path, how: str) -> None:
+    folder = Folder(_copy(fp8[how], tmp_path / "ckpt"))
+    _fp8_inverted(folder, f"{VICTIM}.{'weight_scale_inv' if how == 'block' else 'weight_scale'}")
+    assert {f.rule for f in verifier.check(folder.path, depth="payload").findings} == {"QC509"}
