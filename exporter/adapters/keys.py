@@ -152,7 +152,8 @@ class _Builder:
         stacked = [(s, i, m) for s in table.stacks for i, h in enumerate(s.hub) if (m := _pattern(h).fullmatch(tail))]
         if len(moved) + len(stacked) > 1:
             rules = " and ".join(repr(r) for r in [a for a, _ in moved] + [s.hub[i] for s, i, _ in stacked])
-            raise PlanError(f"{place.hub[0]}{tail}: two rules of the table for {table.family} claim it, {rules}")
+            name = place.hub[0].format(**numbers) + block + tail
+            raise PlanError(f"{name}: two rules of the table for {table.family} claim it, {rules}")
         head = place.native.format(**numbers) + block
         if stacked:
             stack, piece, match = stacked[0]
