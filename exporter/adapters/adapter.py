@@ -36,7 +36,7 @@ class StateDictAdapter:
 
     ``from_hf`` and ``to_hf`` follow the interface of NeMo AutoModel's adapters. What a family's tensors are called comes
     from its `Table`, what it has from `verifier.families`, what is quantized from the config's declaration: a further
-    family is a further table.
+    family is a further table. Keywords that frameworks pass beside the named ones are taken and not used.
     """
 
     def __init__(
@@ -183,7 +183,9 @@ class StateDictAdapter:
         missing = [k.hub for k in self._keys.native[native] if k.expert in wanted and id(k) not in have]
         if missing:
             total = len(wanted) * len(found[0].key.stack.hub)
-            raise PlanError(f"{native}: {len(missing)} of its {total} parts are not in the state dict: {_some(missing)}")
+            hint = "; experts that are spread over ranks need device_mesh=" if len(wanted) == self._keys.experts else ""
+            lack = f"{len(missing)} of its {total} parts are not in the state dict"
+            raise PlanError(f"{native}: {lack}: {_some(missing)}{hint}")
 
     def _take(self, given: StateDict, part: _Part) -> torch.Tensor:
         """Remove a weight and its scale from the state dict and return its values."""
@@ -204,8 +206,7 @@ class StateDictAdapter:
             raise EncodeError(f"{found[0].weight}: shape {list(matrix.shape)}; a stack is made of [out, in]")
         stacked = shards.whole(stack, matrix, len(wanted))
         kept = stacked is not None and all(
-            p.scale is None and shards.same_memory(given[p.weight], stacked, stack, p.key.expert - wanted.start, p.key.piece)
-            for p in found[1:]
+            shards.same_memory(given[p.weight], stacked, stack, p.key.expert - wanted.start, p.key.piece) for p in found[1:]
         )
         if stacked is None or not kept:
             stacked = shards.allocate(stack, len(wanted), matrix)

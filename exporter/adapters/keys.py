@@ -65,7 +65,7 @@ class Keys:
     def unknown(self, name: str) -> str:
         """Return why a hub name is not in the table."""
         if role(name) == "mtp" and self.mtp is not None:
-            return f"{name}: the config declares {self.mtp} MTP modules, and this tensor belongs to none of them"
+            return f"{name}: the config declares {self.mtp} MTP modules, none of which has this tensor"
         return f"{name}: no tensor that this family has under this config; exclude_key_regex= leaves it out"
 
 
@@ -202,8 +202,9 @@ class _Builder:
         """Return a tensor's algorithm and its scale's leaf: what is on disk where that is known, else what is declared."""
         if not spellings[0].endswith(".weight") or rank not in (2, None):
             return None, self.scale
-        modules = [self.table.strip + s.removesuffix(".weight") for s in spellings]
-        modules += [s.removesuffix(".weight") for s in spellings]
+        modules = [s.removesuffix(".weight") for s in spellings]
+        if self.table.strip:
+            modules = [self.table.strip + m for m in modules] + modules
         if self.names is not None:
             head = spellings[0].removesuffix("weight")
             on_disk = [leaf for leaf in SCALES if head + leaf in self.names]

@@ -219,6 +219,14 @@ def test_the_spelling_and_the_scales_on_disk_win_over_the_config(mxfp8: State) -
     assert [n for n, _ in found] == [head, f"{head}_scale_inv"]
 
 
+@pytest.mark.parametrize("pattern", ["layers.1.self_attn", "language_model.*.layers.1.self_attn*", "re:.*layers.1.self_attn"])
+def test_what_the_declaration_excludes_is_not_quantized(m3: StateDictAdapter, pattern: str) -> None:
+    config = adapting.mtp_config()
+    config["quantization_config"]["ignored_layers"] += [pattern, "mlp.gate", "layers.2.self_att"]
+    left = set(m3.quantized) - set(StateDictAdapter(config).quantized)
+    assert left == {f"{L1}.self_attn.{p}_proj.weight" for p in ("q", "k", "v", "o", "index_q", "index_k")}
+
+
 # --- a further family is a further table
 
 
@@ -344,7 +352,7 @@ MTP = "mtp.layers.0."
         (
             lambda s: [s.pop(f"{L1}.block_sparse_moe.experts.5.w3.{x}") for x in ("weight", "weight_scale_inv")],
             PlanError,
-            r"model\.layers\.1\.mlp\.experts\.gate_and_up_projs: 1 of its 16 parts .*experts\.5\.w3\.weight",
+            r"model\.layers\.1\.mlp\.experts\.gate_and_up_projs: 1 of its 16 parts .*experts\.5\.w3\.weight; .*device_mesh=",
         ),
     ],
 )  # fmt: skip
@@ -619,9 +627,14 @@ def test_views_of_a_native_stack_give_it_back_uncopied(native: State, m3: StateD
 def test_views_in_another_order_are_copied(native: State, m3: StateDictAdapter) -> None:
     name = "model.layers.1.mlp.experts.down_projs"
     parts = m3.to_hf({name: native[name]})
-    names = sorted(parts)
-    swapped = dict(zip(names, [parts[n] for n in reversed(names)], strict=True))
-    assert same(m3.from_hf(swapped)[name], native[name].flip(0))
+    two, three = (f"{L1}.block_sparse_moe.experts.{e}.w2.weight" for e in (2, 3))
+    parts[two], parts[three] = parts[three], parts[two]
+    assert same(m3.from_hf(parts)[name], native[name][[0, 1, 3, 2, 4, 5, 6, 7]])
+    parts = m3.to_hf({name: native[name]})
+    parts[two] = m3.to_hf({name: native[name] * 2})[two]
+    made = m3.from_hf(parts)[name]
+    assert same(made[2], native[name][2] * 2)
+    assert same(made[3], native[name][3])
 
 
 # --- the page
