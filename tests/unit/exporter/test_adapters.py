@@ -88,6 +88,22 @@ def test_every_tensor_of_the_release_has_its_published_native_name(released: Sta
         assert released.native_name(name) == expected
 
 
+def test_a_load_of_the_release_asks_for_its_45838_tensors(released: StateDictAdapter) -> None:
+    rows = {n: (d, s) for n, d, s in sparse.rows()}
+    native: State = {}
+    for name, (dtype, shape) in rows.items():
+        if ".experts." not in name and not name.endswith("_scale_inv"):
+            kept = torch.float32 if dtype == "F32" else torch.bfloat16
+            native[released.native_name(name)] = torch.empty(shape, dtype=kept, device="meta")
+    for i in range(3, 60):
+        for leaf, shape in (("gate_and_up_projs", (128, 6144, 6144)), ("down_projs", (128, 3072, 6144))):
+            native[f"model.layers.{i}.mlp.experts.{leaf}"] = torch.empty(shape, dtype=torch.bfloat16, device="meta")
+    dtypes = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float8_e4m3fn: "F8_E4M3", torch.uint8: "U8"}
+    asked = {n: (dtypes[t.dtype], tuple(t.shape)) for n, t in released.to_hf(native, quantization=True).items()}
+    assert len(asked) == 45_838
+    assert asked == rows
+
+
 @pytest.mark.parametrize(
     ("hub", "expected"),
     [
@@ -219,7 +235,7 @@ def test_the_spelling_and_the_scales_on_disk_win_over_the_config(mxfp8: State) -
     assert [n for n, _ in found] == [head, f"{head}_scale_inv"]
 
 
-@pytest.mark.parametrize("pattern", ["layers.1.self_attn", "language_model.*.layers.1.self_attn*", "re:.*layers.1.self_attn"])
+@pytest.mark.parametrize("pattern", ["layers.1.self_attn", "language_model.*.1.self_attn*", "re:.*layers.1.self_attn"])
 def test_what_the_declaration_excludes_is_not_quantized(m3: StateDictAdapter, pattern: str) -> None:
     config = adapting.mtp_config()
     config["quantization_config"]["ignored_layers"] += [pattern, "mlp.gate", "layers.2.self_att"]
@@ -555,6 +571,24 @@ def test_experts_are_spread_over_ranks_and_a_mesh(rank: int, native: State, mxfp
     assert same(made.to_local(), native[name][mine.start : mine.stop])
     with pytest.raises(PlanError, match="none named 'ep'"):
         m3.from_hf(dict(mxfp8), init_device_mesh("cpu", (2, 2)))
+
+
+def test_experts_that_ranks_do_not_divide(rank: int) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard
+
+    adapter, mesh = StateDictAdapter(adapting.ragged()[0] | {"num_local_experts": 5}), init_device_mesh("cpu", (4,))
+    name = "model.layers.0.mlp.experts.gate_and_up_projs"
+    stack = torch.randn(5, 80, 96)
+    parts = adapter.to_hf({name: adapting.shard(stack, mesh, [Shard(0)])})
+    assert len(parts) == 2 * [2, 2, 1, 0][rank]
+    if rank == 3:
+        with pytest.raises(PlanError, match="5 experts over 4 ranks leave none for rank 3"):
+            adapter.from_hf(parts, mesh)
+        return
+    made = adapter.from_hf(parts, mesh)[name]
+    assert (made.shape, made.placements) == (stack.shape, (Shard(0),))
+    assert same(made.to_local(), stack[2 * rank : 2 * rank + 2])
 
 
 # --- memory
