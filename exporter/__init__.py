@@ -6,11 +6,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from exporter import codecs
+    from exporter import adapters, codecs
     from exporter.api import export, merge, plan_export
     from exporter.calibration import calibrate
 
-__all__ = ["calibrate", "codecs", "export", "merge", "plan_export"]
+__all__ = ["adapters", "calibrate", "codecs", "export", "merge", "plan_export"]
 _HOME = {
     "calibrate": "exporter.calibration", "export": "exporter.api", "merge": "exporter.api", "plan_export": "exporter.api",
 }  # fmt: skip
@@ -25,8 +25,8 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'exporter' has no attribute {name!r}")
     try:
-        if name == "codecs":
-            return importlib.import_module("exporter.codecs")
+        if name in ("adapters", "codecs"):
+            return importlib.import_module(f"exporter.{name}")
         return getattr(importlib.import_module(_HOME[name]), name)
     except ModuleNotFoundError as error:
         if error.name != "torch":

@@ -26,7 +26,7 @@ def test_the_public_names_are_these() -> None:
         "Checkpoint", "CkptgateError", "Coverage", "Finding", "Report", "Where", "check", "decode", "diff", "gate",
         "open_checkpoint",
     ]  # fmt: skip
-    assert exporter.__all__ == ["calibrate", "codecs", "export", "merge", "plan_export"]
+    assert exporter.__all__ == ["adapters", "calibrate", "codecs", "export", "merge", "plan_export"]
 
 
 @pytest.mark.parametrize("name", ["verifier", "exporter"])
