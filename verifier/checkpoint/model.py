@@ -68,6 +68,8 @@ class Checkpoint:
     @cached_property
     def duplicates(self) -> Mapping[str, tuple[str, ...]]:
         """Names that more than one file holds, with those files."""
+        if len(self.tensors) == sum(len(s.tensors) for s in self.shards):
+            return {}
         seen: dict[str, list[str]] = {}
         for shard in self.shards:
             for name in shard.tensors:

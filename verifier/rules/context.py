@@ -19,13 +19,14 @@ from verifier.findings import Finding, Severity, Where
 from verifier.rules.naming import Naming, classify
 from verifier.schemes import (
     FLOATS,
+    KV_LEAVES,
+    SCALE_LEAVES,
     Cover,
     Declaration,
     Declarations,
     Format,
     Module,
-    canonical,
-    format_of,
+    fitting,
     gather,
     read_declarations,
     role,
@@ -54,6 +55,23 @@ class Tally:
             self.reason = reason
 
 
+@dataclass(frozen=True, slots=True)
+class Alike:
+    """Quantized modules that differ in name and place only: leaves, dtypes, shapes and declarations are the same.
+
+    ``format`` is `Judged.format_of` each; ``cover`` that of the first (``entry`` aside, that of each).
+    """
+
+    modules: tuple[Module, ...]
+    format: Format | None
+    cover: Cover | None
+
+    @property
+    def first(self) -> Module:
+        """The first of them, in file order."""
+        return self.modules[0]
+
+
 class Judged:
     """A checkpoint with its modules, family and declarations worked out."""
 
@@ -66,9 +84,27 @@ class Judged:
         return gather(self.checkpoint.tensors.values())
 
     @cached_property
+    def shapes(self) -> dict[str, Shape | None]:
+        """Every unquantized name that the tensors stand for, with its unquantized shape, packed widths doubled.
+
+        None is the shape of a packed weight that has other than two dimensions.
+        """
+        found: dict[str, Shape | None] = {}
+        for module in self.modules.values():
+            for leaf, tensor in module.parts.items():
+                if leaf in SCALE_LEAVES or leaf in KV_LEAVES:
+                    continue
+                if leaf == "weight" or (leaf == "weight_packed" and "weight" not in module.parts):
+                    name = tensor.name if leaf == "weight" else f"{module.name}.weight"
+                    found[name] = module.dims or (tensor.shape if leaf == "weight" else None)
+                elif leaf != "weight_packed":
+                    found[tensor.name] = tensor.shape
+        return found
+
+    @cached_property
     def names(self) -> frozenset[str]:
         """The unquantized names that the tensors stand for."""
-        return frozenset(c for c in map(canonical, self.checkpoint.tensors) if c is not None)
+        return frozenset(self.shapes)
 
     @cached_property
     def declarations(self) -> Declarations:
@@ -87,7 +123,42 @@ class Judged:
 
     def format_of(self, module: Module) -> Format | None:
         """Return the format that a quantized module must satisfy (`verifier.schemes.format_of`)."""
-        return format_of(module, self.declaration)
+        return self._formats[module.name] if module.quantized else None
+
+    @cached_property
+    def quantized_modules(self) -> tuple[Module, ...]:
+        """Modules whose weight is stored as codes or that carry scales."""
+        return tuple(m for m in self.modules.values() if m.quantized)
+
+    @cached_property
+    def alike(self) -> tuple[Alike, ...]:
+        """The quantized modules, gathered by what headers and declarations say; each is in one of them.
+
+        A rule whose judgement needs neither names nor bytes judges `Alike.first` and counts the others.
+        """
+        declarations = [d for d in (self.declarations.inline, self.declarations.file) if d is not None and d.known]
+        effective = self.declaration
+        groups: dict[tuple[object, ...], list[Module]] = {}
+        for module in self.quantized_modules:
+            name = module.name
+            key: tuple[object, ...] = (module.look,)
+            for declaration in declarations:
+                algo, via, _, size = declaration.cover(name)
+                key += (algo, via, size)
+            found = groups.get(key)
+            if found is None:
+                groups[key] = [module]
+            else:
+                found.append(module)
+        result = []
+        for modules in groups.values():
+            cover = effective.cover(modules[0].name) if effective else None
+            result.append(Alike(tuple(modules), fitting(modules[0], cover), cover))
+        return tuple(result)
+
+    @cached_property
+    def _formats(self) -> dict[str, Format | None]:
+        return {m.name: a.format for a in self.alike for m in a.modules}
 
     def values(self, module: Module) -> Float32 | None:
         """Return a weight's values in float32, decoded where it is quantized; None where it cannot be."""
@@ -142,7 +213,7 @@ class Context(Judged):
             found = {n: s for n, s in found.items() if n in names}
             for name in names:
                 if found.get(name) is None:
-                    found[name] = logical_shape(self.base, name)
+                    found[name] = self.base.shapes[name]
         return found
 
     @property
@@ -173,21 +244,17 @@ class Context(Judged):
             return f"{known} of {len(self.base.names)} names are those of the base"
         differing = [
             n for n in sorted(self.names & self.base.names)
-            if (a := logical_shape(self, n)) and (b := logical_shape(self.base, n)) and a != b
+            if (a := self.shapes[n]) and (b := self.base.shapes[n]) and a != b
         ]  # fmt: skip
         if common and len(differing) * 2 > common:
             return f"{len(differing)} of {common} common tensors have other shapes than the base's, {differing[0]} first"
         return ""
 
     @cached_property
-    def quantized_modules(self) -> tuple[Module, ...]:
-        """Modules whose weight is stored as codes or that carry scales."""
-        return tuple(m for m in self.modules.values() if m.quantized)
-
-    @cached_property
     def formatted(self) -> tuple[tuple[Module, Format], ...]:
         """The quantized modules whose format is known, with it."""
-        return tuple((m, f) for m in self.quantized_modules if (f := self.format_of(m)) is not None)
+        formats = self._formats
+        return tuple((m, f) for m in self.quantized_modules if (f := formats[m.name]) is not None)
 
     @cached_property
     def linears(self) -> tuple[Module, ...]:
@@ -284,12 +351,7 @@ class Context(Judged):
 
 def logical_shape(judged: Judged, name: str) -> Shape | None:
     """Return the unquantized shape of a canonical name in a checkpoint, packed widths doubled."""
-    module, _, leaf = name.rpartition(".")
-    found = judged.modules.get(module) if leaf == "weight" else None
-    if found is not None and found.dims is not None and found.weight is not None:
-        return found.dims if found.weight.dtype == "U8" and found.quantized else found.weight.shape
-    tensor = judged.checkpoint.tensors.get(name)
-    return tensor.shape if tensor else None
+    return judged.shapes.get(name)
 
 
 def stored(parts: Mapping[str, Tensor], checkpoint: Checkpoint) -> dict[str, npt.NDArray[Any]]:

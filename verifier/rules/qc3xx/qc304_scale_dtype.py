@@ -22,14 +22,19 @@ def check(ctx: Context) -> Iterator[Finding]:
     model is garbage without a message. TensorRT-LLM asserts.
     **Mend.** Save the bytes of the format's own dtype.
     """
-    for module, found in ctx.formatted:
-        for leaf in module.scales:
+    for alike in ctx.alike:
+        first, found = alike.first, alike.format
+        if found is None:
+            continue
+        for leaf in first.scales:
             sibling = found.sibling(leaf)
             if sibling is None:
                 continue
-            ctx.tally.see()
-            tensor = module.parts[leaf]
-            if tensor.dtype not in sibling.dtypes:
+            ctx.tally.see(len(alike.modules))
+            if first.parts[leaf].dtype in sibling.dtypes:
+                continue
+            for module in alike.modules:
+                tensor = module.parts[leaf]
                 yield ctx.finding(
                     f"{found.algo}: {leaf} is stored as {tensor.dtype}", tensor=tensor.name,
                     observed=tensor.dtype, expected=" or ".join(sibling.dtypes),

@@ -21,14 +21,16 @@ def check(ctx: Context) -> Iterator[Finding]:
     **Hurts.** A size error, or codes read as something else.
     **Mend.** Export again; check that the weight leaves the exporter as uint8.
     """
-    for module in ctx.quantized_modules:
-        cover = ctx.cover(module)
-        declared = cover.format if cover else None
-        if declared is None or not declared.packed or module.weight is None:
+    for alike in ctx.alike:
+        declared = alike.cover.format if alike.cover else None
+        weight = alike.first.weight
+        if declared is None or not declared.packed or weight is None:
             continue
-        ctx.tally.see()
-        if module.weight.dtype != declared.weight_dtype:
+        ctx.tally.see(len(alike.modules))
+        if weight.dtype == declared.weight_dtype:
+            continue
+        for weight in (m.weight for m in alike.modules if m.weight is not None):
             yield ctx.finding(
-                f"declared {declared.algo}, and the weight is {module.weight.dtype}", tensor=module.weight.name,
-                observed=f"{module.weight.dtype} {list(module.weight.shape)}", expected="U8 [out, in/2]",
+                f"declared {declared.algo}, and the weight is {weight.dtype}", tensor=weight.name,
+                observed=f"{weight.dtype} {list(weight.shape)}", expected="U8 [out, in/2]",
             )  # fmt: skip

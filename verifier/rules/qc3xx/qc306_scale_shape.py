@@ -23,17 +23,23 @@ def check(ctx: Context) -> Iterator[Finding]:
     **Hurts.** For experts vLLM narrows and leaves the rest unwritten, silently.
     **Mend.** Write the scale in the linear layout, computed from the unpacked weight.
     """
-    for module, found in ctx.formatted:
-        out, in_ = module.dims or (0, 0)
-        declared = ctx.declared_group(module, found)
-        for leaf in module.scales:
+    for alike in ctx.alike:
+        first, found = alike.first, alike.format
+        if found is None:
+            continue
+        out, in_ = first.dims or (0, 0)
+        declared = ctx.declared_group(first, found)
+        for leaf in first.scales:
             sibling = found.sibling(leaf)
             if sibling is None:
                 continue
-            ctx.tally.see()
-            tensor, wanted = module.parts[leaf], sibling.shapes(out, in_)
-            follows = declared != found.group_size and declared and tensor.shape == (out, in_ // declared)
-            if tensor.shape not in wanted and not follows:  # QC308 speaks of scales that follow a wrong declaration
+            ctx.tally.see(len(alike.modules))
+            shape, wanted = first.parts[leaf].shape, sibling.shapes(out, in_)
+            follows = declared != found.group_size and declared and shape == (out, in_ // declared)
+            if shape in wanted or follows:  # QC308 speaks of scales that follow a wrong declaration
+                continue
+            for module in alike.modules:
+                tensor = module.parts[leaf]
                 yield ctx.finding(
                     f"{found.algo}: {leaf} does not fit its weight of [{out}, {in_}]", tensor=tensor.name,
                     observed=list(tensor.shape), expected=list(wanted[0]),
