@@ -202,7 +202,8 @@ def _sound(file: str, start: int, entries: dict[str, Any]) -> dict[str, Tensor] 
         columns = [(e["dtype"], e["shape"], *e["data_offsets"]) for e in entries.values() if len(e) == 3]
         dtypes, shapes, begins, ends = zip(*columns, strict=True)
         numbers = set(map(type, chain(begins, ends, chain.from_iterable(shapes))))
-        if len(columns) != len(entries) or numbers != {int} or {*map(type, dtypes)} != {str} or {*map(type, shapes)} != {list}:
+        kinds = {*map(type, dtypes)}, {*map(type, shapes)}, numbers
+        if len(columns) != len(entries) or kinds != ({str}, {list}, {int}):
             return None
     except (KeyError, TypeError, ValueError):
         return None

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import copy
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,11 +12,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from verifier.checkpoint import Bytes, Checkpoint, Tensor
+from verifier.checkpoint import NUMPY_DTYPES, Bytes, Checkpoint, Tensor
 from verifier.decoding import Float32, decode, widen
 from verifier.errors import ContentError
 from verifier.families import Family, family_of
 from verifier.findings import Finding, Severity, Where
+from verifier.rules.facts import Facts, survey
 from verifier.rules.naming import Naming, classify
 from verifier.schemes import (
     FLOATS,
@@ -33,6 +35,7 @@ from verifier.schemes import (
 )
 
 Shape = tuple[int, ...]
+SMALL = 4096
 
 
 @dataclass(slots=True)
@@ -188,7 +191,34 @@ class Context(Judged):
         self.tally = Tally()
         self.rule_id = ""
         self.rule_severity: Severity = "error"
-        self._extremes: dict[str, tuple[int, int]] = {}
+        self._facts: dict[str, Facts] = {}
+        self._small: dict[str, Bytes] = {}
+
+    def part(self, modules: Iterable[Module]) -> Context:
+        """Return a context of some of the modules only, with a tally of its own.
+
+        Names, declarations and what is judged against stay whole; `modules`, `tensors` and what follows from them are
+        those of the part. What tensors tell is not shared with other parts.
+        """
+        _ = self.expected, self.unrelated_base, self._formats, self.partners
+        part = copy.copy(self)
+        for name in ("quantized_modules", "alike", "formatted", "linears"):
+            part.__dict__.pop(name, None)
+        part.__dict__["modules"] = {m.name: m for m in modules}
+        part.tally, part._facts = Tally(), {}
+        return part
+
+    @property
+    def tensors(self) -> Iterator[Tensor]:
+        """The tensors of the modules, module by module."""
+        return (t for m in self.modules.values() for t in m.parts.values())
+
+    @cached_property
+    def partners(self) -> dict[str, Tensor]:
+        """The tensors of the source that untouched ones are to equal, by name; what was recast has none."""
+        if self.base is None and self.merged_from is None:
+            return {}
+        return {a.name: b for a, b in self.untouched() if (a.dtype, a.shape) == (b.dtype, b.shape)}
 
     @cached_property
     def family(self) -> Family | None:
@@ -305,21 +335,38 @@ class Context(Judged):
                     yield module, found, tensor
 
     def bytes_of(self, tensor: Tensor) -> Bytes:
-        """Return a tensor's bytes."""
-        return self.checkpoint.read(tensor)
-
-    def extremes(self, tensor: Tensor) -> tuple[int, int]:
-        """Return the smallest and largest byte of a tensor; read once, whichever rules ask."""
-        found = self._extremes.get(tensor.name)
+        """Return a tensor's bytes, all at once; `pieces` is for tensors that may be large."""
+        if tensor.nbytes > SMALL:
+            return self.checkpoint.read(tensor)
+        found = self._small.get(tensor.name)
         if found is None:
-            data = self.bytes_of(tensor)
-            found = (int(data.min()), int(data.max())) if data.size else (1, 1)
-            self._extremes[tensor.name] = found
+            found = self._small[tensor.name] = self.checkpoint.read(tensor)
+            found.flags.writeable = False
         return found
 
+    def pieces(self, tensor: Tensor) -> Iterator[tuple[int, Bytes]]:
+        """Yield (start, bytes) of a tensor, a piece at a time; each overwrites the one before it."""
+        return self.checkpoint.pieces(tensor)
+
+    def facts(self, tensor: Tensor) -> Facts:
+        """Return what one pass over a tensor's bytes tells; read once, whichever rules ask."""
+        found = self._facts.get(tensor.name)
+        if found is None:
+            partner = self.partners.get(tensor.name)
+            theirs = self.untouched_source.checkpoint.pieces(partner) if partner is not None else None
+            mine = self.pieces(tensor) if tensor.nbytes > SMALL else ((0, b) for b in [self.bytes_of(tensor)] if b.size)
+            found = self._facts[tensor.name] = survey(tensor.dtype, mine, theirs)
+        return found
+
+    def extremes(self, tensor: Tensor) -> tuple[int, int]:
+        """Return the smallest and largest byte of a tensor of one-byte values; read once, whichever rules ask."""
+        found = self.facts(tensor)
+        return found.low, found.high
+
     def array(self, tensor: Tensor) -> npt.NDArray[Any]:
-        """Return a tensor of the candidate in its own dtype and shape."""
-        return self.checkpoint.array(tensor)
+        """Return a tensor of the candidate in its own dtype and shape, all at once."""
+        dtype = NUMPY_DTYPES.get(tensor.dtype) if tensor.nbytes <= SMALL else None
+        return self.checkpoint.array(tensor) if dtype is None else self.bytes_of(tensor).view(dtype).reshape(tensor.shape)
 
     def finding(
         self,

@@ -1,7 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """What each algorithm puts on disk, roles, fused groups, and the dialects of configs and exclusions."""
 
-from verifier.schemes.declarations import Cover, Declaration, Declarations, Entry, fitting, format_of, parse, read_declarations
+from verifier.schemes.declarations import (
+    Cover,
+    Declaration,
+    Declarations,
+    Entry,
+    fitting,
+    format_of,
+    parse,
+    read_declarations,
+)
 from verifier.schemes.exclusions import Exclusions
 from verifier.schemes.formats import FORMAT_OF_ALGO, FORMATS, KNOWN_ALGOS, Format, Sibling, same_layout
 from verifier.schemes.groups import PACKED, fused_groups, packed_name
@@ -11,6 +20,6 @@ from verifier.schemes.roles import ROLES, ExpertKey, collapse, expert_key, layer
 __all__ = [
     "FLOATS", "FORMATS", "FORMAT_OF_ALGO", "KNOWN_ALGOS", "KV_LEAVES", "PACKED", "ROLES", "SCALE_LEAVES", "Cover",
     "Declaration", "Declarations", "Entry", "Exclusions", "ExpertKey", "Format", "Look", "Module", "Sibling",
-    "canonical", "collapse", "expert_key", "fitting", "format_of", "fused_groups", "gather", "layer_of", "packed_name", "parse",
-    "read_declarations", "role", "same_layout", "split",
+    "canonical", "collapse", "expert_key", "fitting", "format_of", "fused_groups", "gather", "layer_of", "packed_name",
+    "parse", "read_declarations", "role", "same_layout", "split",
 ]  # fmt: skip

@@ -17,7 +17,6 @@ import re
 from collections.abc import Iterable
 from functools import cached_property
 
-
 _DIGITS = re.compile(r"\d+")
 
 
