@@ -19,6 +19,10 @@ from verifier.findings import Finding, Report
 )  # fmt: skip
 @click.option("--require", metavar="RULE", multiple=True, help="A rule that must run, else the verdict is unproven.")
 @click.option("--fail-on", type=click.Choice(["error", "warning"]), default="error", show_default=True)
+@click.option("--workers", metavar="N", type=int, help="Threads that read bytes.  [default: the processors, at most 4]")
+@click.option("--subset", metavar="K/N", help="Read the K-th of N shares of the shards; `merge-reports` puts them together.")
+@click.option("--sample", metavar="P%", help="Read this part of the modules only, at least one of each look.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Which modules --sample takes.")
 @click.option("--format", "format_", type=click.Choice(["text", "json"]), default="text", show_default=True)
 @click.pass_context
 def check(
@@ -29,6 +33,10 @@ def check(
     depth: str,
     require: tuple[str, ...],
     fail_on: str,
+    workers: int | None,
+    subset: str | None,
+    sample: str | None,
+    seed: int,
     format_: str,
 ) -> None:
     """Judge the checkpoint in the folder URI (a path or an fsspec URL).
@@ -42,6 +50,7 @@ def check(
     try:
         report = judge(
             uri, base=base, merged_from=merged_from, depth=depth, require=require, fail_on=fail_on,  # type: ignore[arg-type]
+            workers=workers, subset=subset, sample=sample, seed=seed,
         )  # fmt: skip
     except ContentError as error:  # BASE or VENDOR is no checkpoint; what is wrong with URI is a finding of the check
         if format_ != "json":

@@ -36,6 +36,7 @@ from verifier.schemes import (
 
 Shape = tuple[int, ...]
 SMALL = 4096
+_DECODED = ("weight", "weight_packed", "weight_scale", "weight_scale_inv", "weight_scale_2", "weight_global_scale")
 
 
 @dataclass(slots=True)
@@ -177,6 +178,51 @@ class Judged:
             return decode({leaf: self.checkpoint.array(t) for leaf, t in module.parts.items()}, found.name)
         except ContentError:
             return None  # its parts do not fit one another: the shape rules name that
+
+
+    def stored_rows(self, module: Module, start: int, stop: int) -> dict[str, npt.NDArray[Any]]:
+        """Return what decoding rows ``start`` to ``stop`` of a two-dimensional weight takes, in dtypes and shapes on disk.
+
+        ``start`` is a multiple of 128, for the sake of formats with tiles of as many rows.
+
+        Raises:
+            ContentError: a scale has neither one value nor one row for each row or tile of rows.
+        """
+        out = module.dims[0] if module.dims else 0
+        found = {}
+        for leaf, tensor in module.parts.items():
+            if leaf not in _DECODED and leaf != module.look.weight:
+                continue
+            if tensor.elements == 1 and leaf in SCALE_LEAVES:
+                found[leaf] = self.checkpoint.array(tensor)
+                continue
+            rows = tensor.shape[0] if tensor.shape else 0
+            tile = 1 if rows == out else 128
+            if rows not in (out, -(-out // 128)) or tensor.dtype not in NUMPY_DTYPES:
+                raise ContentError(f"{tensor.name}: {list(tensor.shape)} does not fit {out} rows")
+            size, first, last = tensor.nbytes // max(1, rows), start // tile, -(-stop // tile)
+            data = self.checkpoint.read_range(tensor, first * size, (last - first) * size)
+            found[leaf] = data.view(NUMPY_DTYPES[tensor.dtype]).reshape(last - first, *tensor.shape[1:])
+        return found
+
+    def rows(self, module: Module, start: int, stop: int) -> npt.NDArray[Any] | None:
+        """Return rows of a two-dimensional weight: the bits of BF16 as uint16, all else decoded or widened to float32.
+
+        None where its values cannot be decoded; ``start`` as in `stored_rows`.
+        """
+        if module.weight is None or (not module.quantized and module.weight.dtype not in FLOATS):
+            return None
+        found = (self.format_of(module) or module.shown) if module.quantized else None
+        if module.quantized and found is None:
+            return None
+        try:
+            parts = self.stored_rows(module, start, stop)
+            if found is not None:
+                return decode(parts, found.name)
+        except ContentError:
+            return None  # its parts do not fit one another: the shape rules name that
+        stored = parts[module.look.weight or ""]
+        return stored.view(np.uint16) if module.weight.dtype == "BF16" else widen(stored)
 
 
 class Context(Judged):
