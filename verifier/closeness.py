@@ -21,7 +21,7 @@ from verifier.decoding import E4M3_MAX, Float32, decode, e2m1_table, e4m3_table,
 from verifier.schemes import FORMATS
 
 Parts = dict[str, npt.NDArray[Any]]
-PIECE = 1 << 21
+PIECE = 1 << 20
 """Values of a piece of rows."""
 LANE = 1 << 17
 """Values that the fast pass holds at a time: its buffers stay in a core's cache."""
@@ -176,19 +176,28 @@ class _Lanes:
             base[...] = pairs.view(np.float32)
         got *= np.repeat(step, 2)
         got -= base
-        found = Distance(error=_squares(got))
-        np.abs(base, out=base)
-        np.copyto(got, base)
-        found.size = _squares(got)
-        peak = base.max(axis=0)
-        plain = self._plain(np.maximum(peak[0::2], peak[1::2]), top)
+        found = Distance(_squares(base), _squares(got))
+        peak = self._peak(pairs, base)
+        plain = self._plain(peak, top)
         wide = np.repeat(plain, 2)
         base *= 1 / wide
-        self._to_grid(base, got, grid)
+        _round(base, got, grid, *((1, 1.0) if self.packed else (3, 2.0**-6)))
+        if self.packed and float((peak / plain).max()) > 6.9:  # a block scale that was rounded down below 2^-6
+            np.clip(got, -6, 6, out=got)
         base -= got
-        np.multiply(base, base, out=base)
-        found.plain = float((base.sum(axis=0) * (wide * wide)).sum(dtype=np.float64))
+        base *= wide
+        found.plain = _squares(base)
         return found
+
+    def _peak(self, pairs: npt.NDArray[Any], base: Float32) -> Float32:
+        """Return the largest magnitude of each block; overwrites the pairs."""
+        if pairs.dtype == np.uint32:
+            bits = pairs.view(np.uint16)
+            bits &= 0x7FFF
+            top = floats(bits.max(axis=0))
+        else:
+            top = np.maximum(base.max(axis=0), -base.min(axis=0))
+        return np.maximum(top[0::2], top[1::2])
 
     def _plain(self, peak: Float32, top: np.float32) -> Float32:
         """Return the step of each block under ``max`` calibration."""
@@ -201,15 +210,9 @@ class _Lanes:
         exponent = np.clip(np.ceil(np.log2(peak / E4M3_MAX)), -126, 127)
         return np.asarray(np.ldexp(np.float32(1), exponent.astype(np.int32)), np.float32)
 
-    def _to_grid(self, quotient: Float32, out: Float32, grid: Float32) -> None:
-        """Write the code nearest to each quotient, all of them positive, into ``out``."""
-        largest, bits, least = (6.0, 1, 1.0) if self.packed else (448.0, 3, 2.0**-6)
-        np.minimum(quotient, np.float32(largest), out=out)
-        _round(out, out, grid, bits, least)
-
 
 def _round(values: Float32, out: Float32, grid: Float32, bits: int, least: float) -> None:
-    """Round positive values to ``bits`` bits after the leading one, and below ``least`` to its grid.
+    """Round values to ``bits`` bits after the leading one, and below ``least`` to its grid.
 
     Adding and taking away 1.5 x 2^23 units rounds to whole units, ties to even.
     """
@@ -222,6 +225,5 @@ def _round(values: Float32, out: Float32, grid: Float32, bits: int, least: float
 
 
 def _squares(values: Float32) -> float:
-    """Return the sum of squares, which overwrite the values."""
-    np.multiply(values, values, out=values)
-    return float(values.sum(axis=0).sum(dtype=np.float64))
+    """Return the sum of squares of some thousand values, without a copy of them."""
+    return float(np.einsum("ij,ij->", values, values, optimize=False))

@@ -21,6 +21,7 @@ class Source(Protocol):
     """A flat folder of files, read by range."""
 
     uri: str
+    remote: bool
 
     def files(self) -> dict[str, int]:
         """Return the size in bytes of every readable file, by name."""
@@ -56,6 +57,8 @@ class LocalSource:
     A link that leads out of the folder is not followed, except the hub cache's own: ``snapshots/REV/FILE`` points into
     ``blobs/`` beside ``snapshots/``.
     """
+
+    remote = False
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -127,6 +130,8 @@ class LocalSource:
 
 class FsspecSource:
     """A folder behind an fsspec URL (``hf://``, ``s3://``, ``memory://`` …), read by range requests."""
+
+    remote = True
 
     def __init__(self, uri: str) -> None:
         # fsspec costs 70 ms and is of no use to a local check.

@@ -149,11 +149,13 @@ def _each(read: Callable[[_Task], list[Outcome]], tasks: Sequence[_Task], worker
     if workers == 1 or len(tasks) < 2:
         yield from map(read, tasks)
         return
+    # The largest first, so that no thread is left with one at the end.
+    largest = sorted(range(len(tasks)), key=lambda i: -sum(t.nbytes for m in tasks[i].modules for t in m.parts.values()))
     with ThreadPoolExecutor(workers, "ckptgate") as pool:
-        futures = [pool.submit(read, task) for task in tasks]
+        futures = {i: pool.submit(read, tasks[i]) for i in largest}
         try:
-            for future in futures:
-                yield future.result()
+            for i in range(len(tasks)):
+                yield futures[i].result()
         finally:
-            for future in futures:
+            for future in futures.values():
                 future.cancel()

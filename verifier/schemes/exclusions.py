@@ -118,6 +118,8 @@ class Exclusions:
             if pattern in known or (pattern.strip("*") and not pattern.startswith("re:") and pattern.strip("*") in text):
                 continue
             one = Exclusions([pattern])
-            if not any(one.loose(n) for n in names):
+            # With a dot and without a wildcard, what is in no name as it stands matches none.
+            plain = "." in pattern and not any(c in pattern for c in "*?[") and not pattern.startswith("re:")
+            if plain or not any(one.loose(n) for n in names):
                 result.append(pattern)
         return result

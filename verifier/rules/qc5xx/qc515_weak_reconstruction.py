@@ -62,15 +62,14 @@ def check(ctx: Context) -> Iterator[Finding]:
 
 
 class _Pieces:
-    """A weight and its base, some rows at a time; a base of moderate size is read once."""
+    """A weight and its base, some rows at a time; a remote base of moderate size is fetched once."""
 
     def __init__(self, ctx: Context, module: Module, base: Judged, source: Module) -> None:
         self.ctx, self.module, self.base, self.source = ctx, module, base, source
-        self.held: npt.NDArray[Any] | None = None
         self.fit = source.dims == module.dims and module.dims is not None
-        if self.fit and source.weight is not None and source.weight.nbytes <= HELD:
-            self.held = base.rows(source, 0, source.weight.shape[0])
-            self.fit = self.held is not None
+        # The base is walked twice. What the system's cache holds is cheaper to read again than fresh memory is.
+        self.held: list[npt.NDArray[Any]] = []
+        self.holds = base.checkpoint.source.remote and source.weight is not None and source.weight.nbytes <= HELD
 
     def __iter__(self) -> Iterator[Piece]:
         for start, stop, wanted in self._base():
@@ -80,11 +79,16 @@ class _Pieces:
         out, in_ = self.module.dims or (0, 0)
         count = max(1, PIECE // max(1, in_))
         count = max(128, count // 128 * 128)  # FP8's tiles have 128 rows
-        for start in range(0, out, count):
+        for i, start in enumerate(range(0, out, count)):
             stop = min(out, start + count)
-            rows = self.held[start:stop] if self.held is not None else self.base.rows(self.source, start, stop)
+            if i < len(self.held):
+                yield start, stop, self.held[i]
+                continue
+            rows = self.base.rows(self.source, start, stop)
             if rows is None:
                 raise ContentError(f"{self.source.name}: its values cannot be decoded")
+            if self.holds:
+                self.held.append(rows)
             yield start, stop, rows
 
     def distance(self, found: Format) -> tuple[Distance, bool]:
