@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from exporter.cli_preview import read_prompts, show_preview
 from verifier.errors import UsageError
 
 if TYPE_CHECKING:
@@ -35,11 +36,25 @@ REPORT = click.option(
 @click.option(
     "--input-scale", type=click.Choice(["one", "stats"]), help="Activation scales: 1.0 (default with --onto), or --stats."
 )
-@click.option("--stats", metavar="FILE", help="Input maxima by hub module name (safetensors).")
+@click.option("--stats", metavar="FILE", help="Input and KV maxima by hub module name (safetensors).")
+@click.option(
+    "--rest", type=click.Choice(["keep", "bf16"]),
+    help="Quantized modules that the recipe leaves: keep their bytes or decode them; by default as engines read them.",
+)  # fmt: skip
+@click.option(
+    "--kv", "kv_cache", type=click.Choice(["fp8", "fp8_cast"]),
+    help="An FP8 KV cache: fp8 with scales from --stats, fp8_cast without.",
+)  # fmt: skip
+@click.option(
+    "--calibrate-texts", metavar="FILE", multiple=True,
+    help="Calibrate first, on these texts; what follows after -- goes to calibrate.",
+)  # fmt: skip
+@click.option("--preview", "prompts", metavar="FILE", help="Then let both models go on from these prompts, side by side.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
 @OVERWRITE
 @WORKERS
 @REPORT
+@click.argument("more", nargs=-1, metavar="[-- CALIBRATE OPTIONS]", type=click.UNPROCESSED)
 @click.pass_context
 def export(
     ctx: click.Context,
@@ -50,24 +65,40 @@ def export(
     layers: str | None,
     input_scale: str | None,
     stats: str | None,
+    rest: str | None,
+    kv_cache: str | None,
+    calibrate_texts: tuple[str, ...],
+    prompts: str | None,
     dry_run: bool,
     overwrite: bool,
     workers: int | None,
     report_file: Path | None,
+    more: tuple[str, ...],
 ) -> None:
     """Quantize the checkpoint in SOURCE into the folder OUT, file to file, and check what was written."""
     import exporter  # noqa: PLC0415  (torch costs a second, and --help does not need it)
 
     given: dict[str, Any] = {
-        "recipe": recipe, "onto": onto, "layers": layers, "input_scale": input_scale, "stats": stats
+        "recipe": recipe, "onto": onto, "layers": layers, "input_scale": input_scale, "stats": stats, "rest": rest,
+        "kv_cache": kv_cache,
     }  # fmt: skip
+    if more and not calibrate_texts:
+        raise UsageError(f"{' '.join(more)}: what follows OUT goes to calibrate, and there is no --calibrate-texts")
+    if calibrate_texts:
+        from exporter.cli_calibrate import within_export  # noqa: PLC0415  (of use here only)
+
+        given["stats"] = within_export(source, out, recipe, calibrate_texts, more, given, overwrite, dry_run)
     if dry_run:
         click.echo(describe(exporter.plan_export(source, **given)), nl=False)
         return
     _require_writable(report_file, out)
+    read = read_prompts(prompts) if prompts is not None else []
     with _bar(lambda: exporter.plan_export(source, **given).nbytes) as progress:
         manifest = exporter.export(source, out, overwrite=overwrite, workers=workers, progress=progress, **given)
-    _finish(ctx, manifest, out, base=source, merged_from=onto, report_file=report_file)
+    code = _finish(manifest, out, base=source, merged_from=onto, report_file=report_file)
+    if read:
+        show_preview(source, out, read, report_file)
+    ctx.exit(code)
 
 
 @click.command()
@@ -90,15 +121,19 @@ def merge(
     manifest = exporter.merge(
         experts, out, onto=onto, input_scale=input_scale, overwrite=overwrite, workers=workers,  # type: ignore[arg-type]
     )  # fmt: skip
-    _finish(ctx, manifest, out, base=None, merged_from=onto, report_file=report_file)
+    ctx.exit(_finish(manifest, out, base=None, merged_from=onto, report_file=report_file))
 
 
 def describe(plan: Plan) -> str:
     """Return a plan as text: what is quantized, kept and left, and the exact size of the result."""
     layers = {m.split(".layers.")[1].split(".")[0] for e in plan.encodes for m in e.modules if ".layers." in m}
     lines = [f"{plan.kind} {plan.name}: {plan.source.uri}" + (f" onto {plan.onto.uri}" if plan.onto else "")]
+    stacked = plan.stacked()
     for algo, count in sorted(plan.formats().items()):
-        lines.append(f"  quantize  {count:,} linears to {algo} in {len(layers)} layers")
+        lines.append(f"  quantize  {count:,} linears ({stacked[algo]:,} stacked) to {algo} in {len(layers)} layers")
+    for (read, written), count in sorted(plan.requantized().items()):
+        kind = "decode" if written == "BF16" else "re-quantized"
+        lines.append(f"  {kind:9} {count:,} modules from {read} to {written}")
     copies = [a for a in plan.actions if hasattr(a, "origin")]
     lines.append(f"  keep      {len(copies):,} tensors byte for byte from {plan.kept.uri}")
     reasons: dict[str, int] = {}
@@ -148,19 +183,26 @@ def _require_writable(report_file: Path | None, out: str) -> None:
 
 
 def _finish(
-    ctx: click.Context, manifest: Manifest, out: str, *, base: str | None, merged_from: str | None, report_file: Path | None
-) -> None:
-    """Print the summary, check what was written, and end with the check's exit code."""
+    manifest: Manifest, out: str, *, base: str | None, merged_from: str | None, report_file: Path | None
+) -> int:
+    """Print the summary, check what was written, and return the check's exit code."""
     import verifier  # noqa: PLC0415  (numpy)
     from verifier.report import render_json, render_text  # noqa: PLC0415
 
     lines = [f"wrote {out}: {manifest.tensors:,} tensors, {manifest.bytes:,} bytes"]
-    here = manifest.notes.get("quantized_here", {})
-    ranges = manifest.notes.get("scale_range", {})
+    here, ranges, linears = (manifest.notes.get(n, {}) for n in ("quantized_here", "scale_range", "linears"))
     for algo, count in sorted(manifest.formats.items()):
         made = here.get(algo, 0)
-        scale = f", block scales {ranges[algo][0]} to {ranges[algo][1]}" if algo in ranges else ""
+        scale = f", scales {ranges[algo][0]} to {ranges[algo][1]}" if algo in ranges else ""
         lines.append(f"  {algo:12} {count:,} modules ({made:,} quantized here, {count - made:,} kept){scale}")
+        if algo in linears:
+            done, of, stacked = linears[algo]
+            how = manifest.options.get("calibration") if "NVFP4" in algo else "max"
+            lines.append(f"  {'':12} {done:,} of {of:,} linears ({stacked:,} stacked) calibrated by {how}")
+    for pair, count in manifest.notes.get("requantized", {}).items():
+        lines.append(f"  {'decoded' if pair.endswith('BF16') else 're-quantized':12} {count:,} modules from {pair}")
+    for same, blocks in manifest.notes.get("mxfp4_blocks", {}).values():
+        lines.append(f"  MXFP4        {same:,} of {blocks:,} blocks carried over without loss, {blocks - same:,} not")
     click.echo("\n".join(lines))
     report = verifier.check(out, base=base, merged_from=merged_from, depth="payload")
     click.echo(render_text(report), nl=False)
@@ -168,4 +210,4 @@ def _finish(
         value = {"manifest": manifest.model_dump(mode="json"), "check": json.loads(render_json(report))}
         report_file.parent.mkdir(parents=True, exist_ok=True)  # one inside OUT could not be made before
         report_file.write_text(json.dumps(value, indent=2) + "\n")
-    ctx.exit(report.exit_code)
+    return report.exit_code

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
+from typing import Any
 
 import click
 
@@ -30,6 +32,7 @@ FALLBACK = click.Choice(["fallback", "error"])
 @click.option("--on-bad-stat", type=FALLBACK, default="error", show_default=True, help="Zero, NaN, infinite, tiny, huge.")
 @click.option("--on-dead-expert", type=FALLBACK, default="fallback", show_default=True, help="Experts without tokens.")
 @click.option("--min-tokens", type=click.IntRange(0), default=32, show_default=True, help="Warn of experts with fewer.")
+@click.option("--kv", is_flag=True, help="KV maxima are wanted, also by a recipe without static activation scales.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing stats file.")
 def calibrate(
     source: str,
@@ -46,9 +49,10 @@ def calibrate(
     on_bad_stat: str,
     on_dead_expert: str,
     min_tokens: int,
+    kv: bool,
     overwrite: bool,
 ) -> None:
-    """Run texts through the unquantized model in SOURCE and write each module's largest input, by hub name.
+    """Run texts through the model in SOURCE and write each module's largest input, by hub name.
 
     The file is what `export --stats` takes. Exit 0: written, warnings and fallbacks listed. 1: refused.
     """
@@ -63,7 +67,7 @@ def calibrate(
             source, out, recipe=recipe, texts=texts, samples=counts, seq_len=seq_len, batch_size=batch_size, seed=seed,
             device=device, method=method, percentile=percentile,  # type: ignore[arg-type]
             on_bad_stat=on_bad_stat, on_dead_expert=on_dead_expert,  # type: ignore[arg-type]
-            min_tokens=min_tokens, overwrite=overwrite, progress=progress,
+            min_tokens=min_tokens, kv=kv, overwrite=overwrite, progress=progress,
         )  # fmt: skip
     click.echo(calibration.render_text(report), nl=False)
 
@@ -87,3 +91,37 @@ def _bar() -> Iterator[Callable[[int, int], None] | None]:
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("calibrating", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+CONTROLLED = ("--recipe", "--texts", "-o", "--output", "--overwrite", "--kv")
+"""Options of calibrate that export decides."""
+
+
+def within_export(
+    source: str, out: str, recipe: str, texts: tuple[str, ...], more: tuple[str, ...], given: Mapping[str, Any],
+    overwrite: bool, dry_run: bool,
+) -> str:  # fmt: skip
+    """Run calibrate with what the user gave it, and return the stats file, which stays beside OUT.
+
+    Raises:
+        UsageError: an option that export controls, or that contradicts.
+    """
+    for other, option in (("stats", "--stats"), ("input_scale", "--input-scale")):
+        if given[other] is not None:
+            raise UsageError(f"--calibrate-texts and {option} contradict: give one of them")
+    if dry_run:
+        raise UsageError("--calibrate-texts runs the model; --dry-run goes with --stats or --input-scale one")
+    for word in more:
+        if word.split("=")[0] in CONTROLLED or (word.startswith("-o") and not word.startswith("--")):
+            raise UsageError(f"{word}: export sets this option of calibrate")
+    if os.path.lexists(out) and not overwrite:
+        raise UsageError(f"{out}: exists; --overwrite swaps it whole")
+    stats = os.path.normpath(out) + ".stats.safetensors"
+    arguments = [source, "--recipe", recipe, *(w for t in texts for w in ("--texts", t)), "-o", stats, *more]
+    if overwrite:
+        arguments.append("--overwrite")
+    if given["kv_cache"] == "fp8":
+        arguments.append("--kv")
+    with calibrate.make_context("calibrate", arguments) as inner:
+        calibrate.invoke(inner)
+    return stats

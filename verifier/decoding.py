@@ -57,13 +57,18 @@ def decode(parts: Mapping[str, npt.NDArray[Any]], fmt: str) -> Float32:
     Args:
         parts: the tensors by their leaf on disk (``weight``, ``weight_scale`` or ``weight_scale_inv``,
             ``weight_scale_2``), each in its on-disk dtype or as raw uint8 bytes of the same shape.
-        fmt: a name of `verifier.schemes.FORMATS`, or ``mxfp4`` (gpt-oss: ``blocks`` [..., in/32, 16], ``scales``).
+        fmt: a name of `verifier.schemes.FORMATS`; ``mxfp4`` also as gpt-oss ships it, ``blocks`` [..., in/32, 16] and
+            ``scales`` [..., in/32].
 
     Raises:
         ContentError: an unknown format, a missing part, a shape that does not fit.
     """
     if fmt == "mxfp4":
-        return _mxfp4(_bytes(_part(parts, "blocks", fmt=fmt)), _bytes(_part(parts, "scales", fmt=fmt)))
+        scales = _bytes(_part(parts, "scales", "weight_scale", fmt=fmt))
+        blocks = _bytes(_part(parts, "blocks", "weight", "weight_packed", fmt=fmt))
+        if "blocks" not in parts and scales.ndim and blocks.shape[-1:] == (scales.shape[-1] * 16,):
+            blocks = blocks.reshape(*scales.shape, 16)
+        return _mxfp4(blocks, scales)
     found = FORMATS.get(fmt)
     if found is None:
         raise ContentError(f"no format {fmt!r}; one of {', '.join(sorted(FORMATS))}")
@@ -110,6 +115,8 @@ def _floats(array: npt.NDArray[Any]) -> Float32:
         if array.ndim == 0 or array.shape[-1] % 4:
             raise ContentError(f"a scale of {list(array.shape)} bytes where float32 belongs")
         array = np.ascontiguousarray(array).view(np.float32)
+    if array.dtype in (ml_dtypes.bfloat16, np.float16):  # compressed-tensors keeps FP8 scales in the model's dtype
+        return array.astype(np.float32)
     if array.dtype != np.float32:
         raise ContentError(f"a scale of {array.dtype} where float32 belongs")
     return array
@@ -175,7 +182,7 @@ def nearest(values: Float32, parts: Mapping[str, npt.NDArray[Any]], fmt: str) ->
         parts: the stored scales, as for `decode`.
         fmt: a name of `verifier.schemes.FORMATS`.
     """
-    ones = {**parts, "weight": _unit_codes(values, fmt)}
+    ones = {**{k: v for k, v in parts.items() if k != "blocks"}, "weight": _unit_codes(values, fmt)}
     step = decode(ones, fmt)  # the value of the code 1.0 at every place: the whole scale
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         quotient = np.where(step == 0, np.float32(0), values / step)
@@ -219,6 +226,10 @@ def max_scales(values: Float32, fmt: str, amax: float | None = None) -> dict[str
     top = np.float32(max(float(np.abs(values).max(initial=0.0)), amax or 0.0))
     if not values.size or not np.isfinite(top) or top == 0:
         return None
+    if fmt == "mxfp4":
+        with np.errstate(divide="ignore"):
+            exponent = np.ceil(np.log2(np.abs(values.reshape(out, in_ // 32, 32)).max(axis=2) / E2M1_MAX))
+        return {"weight_scale": (np.clip(exponent, -127, 127) + 127).astype(np.uint8)}
     if found.packed:
         return _max_nvfp4(values, top, divisor=fmt == "nvfp4_ct")
     if fmt == "mxfp8":

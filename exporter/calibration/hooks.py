@@ -4,13 +4,12 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
+from exporter.calibration.attention import KvSpot
 from exporter.calibration.experts import reading
 from exporter.calibration.names import Target
 from exporter.calibration.sites import Site
@@ -19,17 +18,17 @@ from verifier.errors import PlanError
 
 @dataclass
 class Readers:
-    """The sites of a model under calibration: by target, and the KV outputs by the name of their statistic."""
+    """The sites of a model under calibration: by target, and by what goes into its KV cache."""
 
     inputs: dict[Target, Site] = field(default_factory=dict)
-    outputs: dict[str, Site] = field(default_factory=dict)
+    cache: dict[KvSpot, Site] = field(default_factory=dict)
 
 
 @contextmanager
 def observing(
-    model: Any, targets: Sequence[Target], kv: Mapping[str, str], *, percentile: float | None = None
+    model: Any, targets: Sequence[Target], kv: Iterable[KvSpot], *, percentile: float | None = None
 ) -> Iterator[Readers]:
-    """Read the inputs of ``targets`` and the outputs of ``kv`` while the context is open.
+    """Read the inputs of ``targets`` while the context is open; the sites of ``kv`` are for `attention.ReadingCache`.
 
     Hooks, the experts implementation of every config, and transformers' registry are as before when it closes, also
     after an exception. Parameters and outputs are not touched.
@@ -37,13 +36,13 @@ def observing(
     Args:
         model: a transformers model.
         targets: what to read the input of.
-        kv: module in memory by name of the statistic.
-        percentile: of the magnitudes of inputs, in (0, 100]; None for their maximum. Outputs are always maxima.
+        kv: what to read of the KV cache.
+        percentile: of the magnitudes of inputs, in (0, 100]; None for their maximum. KV statistics are always maxima.
 
     Raises:
         PlanError: the experts implementation of a module cannot be set.
     """
-    readers, handles = Readers(), []
+    readers, handles = Readers(cache={spot: Site(1) for spot in kv}), []
     linears: dict[str, Site] = {}
     stacks: dict[str, tuple[Site, Site]] = {}
     for target in targets:
@@ -58,9 +57,6 @@ def observing(
         for path, site in linears.items():
             module = model.get_submodule(path)
             handles.append(module.register_forward_pre_hook(_input_hook(site), with_kwargs=True))
-        for name, path in kv.items():
-            readers.outputs[name] = Site(1)
-            handles.append(model.get_submodule(path).register_forward_hook(_output_hook(readers.outputs[name])))
         with _experts(model, stacks):
             yield readers
     finally:
@@ -71,13 +67,6 @@ def observing(
 def _input_hook(site: Site) -> Callable[..., None]:
     def hook(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         site.update(0, args[0] if args else kwargs["input"])
-
-    return hook
-
-
-def _output_hook(site: Site) -> Callable[..., None]:
-    def hook(_module: Any, _args: Any, output: torch.Tensor) -> None:
-        site.update(0, output)
 
     return hook
 

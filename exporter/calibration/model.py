@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Load an unquantized source with transformers' own loader, in the dtype that the file has."""
+"""Load a source with transformers' own loader, in the dtype that the file has; a quantized one is decoded to BF16."""
 
 from __future__ import annotations
 
@@ -11,25 +11,18 @@ from typing import Any
 import torch
 import transformers
 
+from exporter.calibration.decoded import decoded_state
 from exporter.calibration.names import Place, places
 from verifier.checkpoint import Checkpoint
 from verifier.errors import PlanError, UsageError
-from verifier.schemes import gather, read_declarations, role
+from verifier.schemes import canonical, gather, role
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
-def refuse_quantized(checkpoint: Checkpoint) -> None:
-    """Refuse a source that is quantized: transformers would have to decode it, and does so for few formats.
-
-    Raises:
-        PlanError: naming its declaration or the first quantized module.
-    """
-    declared = read_declarations(checkpoint).effective
-    first = next((m.name for m in gather(checkpoint.tensors.values()).values() if m.quantized), None)
-    if declared is not None or first is not None:
-        by = (declared.algo or declared.method) if declared is not None else f"codes in {first}"
-        raise PlanError(f"{checkpoint.uri}: is quantized ({by}); activations are calibrated on an unquantized source")
+def is_quantized(checkpoint: Checkpoint) -> bool:
+    """Whether a source is quantized; transformers decodes few formats, so it is then given decoded values."""
+    return any(m.quantized for m in gather(checkpoint.tensors.values()).values())
 
 
 def load_source(checkpoint: Checkpoint, device: str) -> tuple[Any, dict[str, Place]]:
@@ -39,7 +32,7 @@ def load_source(checkpoint: Checkpoint, device: str) -> tuple[Any, dict[str, Pla
     the model can run them.
 
     Args:
-        checkpoint: a local, unquantized source.
+        checkpoint: a local source.
         device: ``cpu``, ``cuda``, ``cuda:1`` …, or ``auto``: all GPUs (one without accelerate), else the CPU.
 
     Raises:
@@ -52,24 +45,32 @@ def load_source(checkpoint: Checkpoint, device: str) -> tuple[Any, dict[str, Pla
             size[tensor.dtype] = size.get(tensor.dtype, 0) + tensor.nbytes
     if not size:
         raise PlanError(f"{checkpoint.uri}: holds no floating tensor")
-    dtype, (device_map, target) = DTYPES[max(size, key=lambda d: size[d])], _placement(device)
+    quantized = is_quantized(checkpoint)
+    dtype = torch.bfloat16 if quantized else DTYPES[max(size, key=lambda d: size[d])]
+    device_map, target = _placement(device)
+    state = decoded_state(checkpoint) if quantized else None
     with _quiet():
-        config = _said(checkpoint, lambda: transformers.AutoConfig.from_pretrained(
-            checkpoint.uri, trust_remote_code=False, local_files_only=True
-        ))  # fmt: skip
+        config = _said(checkpoint, lambda: _config(checkpoint, quantized=quantized))
         cls = _class(checkpoint, config)
         model, info = _said(checkpoint, lambda: cls.from_pretrained(
-            checkpoint.uri, config=config, dtype=dtype, local_files_only=True, use_safetensors=True,
-            output_loading_info=True, device_map=device_map,
+            None if quantized else checkpoint.uri, config=config, state_dict=state, dtype=dtype, local_files_only=True,
+            use_safetensors=True, output_loading_info=True, device_map=device_map,
         ))  # fmt: skip
     lost = sorted(str(k) for k in [*info["missing_keys"], *info["mismatched_keys"]])
     if lost:
         raise PlanError(f"{checkpoint.uri}: {len(lost)} keys of the model are missing or of another shape, {lost[0]} first")
     if target is not None:
         model.to(target)
-    where = places(model.eval(), checkpoint.tensors)
+    where = places(model.eval(), {c for c in map(canonical, checkpoint.tensors) if c is not None})
     _keep_float32_routers(model, checkpoint, where, dtype)
     return model, where
+
+
+def _config(checkpoint: Checkpoint, *, quantized: bool) -> Any:
+    if not quantized:
+        return transformers.AutoConfig.from_pretrained(checkpoint.uri, trust_remote_code=False, local_files_only=True)
+    raw = {k: v for k, v in (checkpoint.config or {}).items() if k not in ("quantization_config", "auto_map")}
+    return transformers.AutoConfig.for_model(**raw)
 
 
 def tokenizer_of(checkpoint: Checkpoint) -> Callable[[str], list[int]]:
@@ -137,9 +138,9 @@ def _keep_float32_routers(model: Any, checkpoint: Checkpoint, where: Mapping[str
     """Give routers their float32 values back, which from_pretrained rounded; what an expert sees depends on them."""
     state = model.state_dict()
     for name, place in where.items():
-        tensor, present = checkpoint.tensors[name], state.get(place.key)
+        tensor, present = checkpoint.tensors.get(name), state.get(place.key)
         module = name.removesuffix(".weight").removesuffix(".bias")
-        if tensor.dtype != "F32" or role(module) != "router" or place.converted or present is None:
+        if tensor is None or tensor.dtype != "F32" or role(module) != "router" or place.converted or present is None:
             continue
         if present.dtype == torch.float32 or present.is_meta or tuple(present.shape) != tensor.shape:
             continue

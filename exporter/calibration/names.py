@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 
+from exporter.calibration.attention import KvSpot
 from verifier.checkpoint import Checkpoint
 from verifier.errors import PlanError
 from verifier.schemes import expert_key, role
@@ -69,12 +70,11 @@ def refuse_outside(checkpoint: Checkpoint) -> None:
         )
 
 
-def targets(model: Any, checkpoint: Checkpoint, where: Mapping[str, Place], wanted: Iterable[str]) -> list[Target]:
+def targets(model: Any, where: Mapping[str, Place], wanted: Iterable[str]) -> list[Target]:
     """Return where to read the input of each wanted hub module.
 
     Args:
         model: the model that transformers built.
-        checkpoint: the source.
         where: the places of the source's tensors.
         wanted: hub module names.
 
@@ -83,7 +83,7 @@ def targets(model: Any, checkpoint: Checkpoint, where: Mapping[str, Place], want
     """
     state = model.state_dict()
     experts: dict[str, set[int]] = {}
-    for name in checkpoint.tensors:
+    for name in where:
         key = expert_key(name.removesuffix(".weight"))
         if key is not None:
             experts.setdefault(key.container, set()).add(key.expert)
@@ -116,23 +116,26 @@ def _interface(module: Any) -> bool:
     return all(hasattr(module, flag) for flag in _FLAGS)
 
 
-def kv_targets(model: Any, where: Mapping[str, Place]) -> dict[str, str]:
-    """Return the module in memory of each ``<hub>.k_amax`` and ``<hub>.v_amax``: linear ones of the language model."""
-    found = {}
+def kv_targets(model: Any, where: Mapping[str, Place]) -> dict[str, KvSpot]:
+    """Return what of the KV cache each ``<hub k_proj>.k_amax`` and ``<hub v_proj>.v_amax`` is, in the language model."""
+    found: dict[str, KvSpot] = {}
     for name, place in where.items():
         hub, _, leaf = name.rpartition(".")
         kind = hub.rpartition(".")[2]
         path, _, inner = place.key.rpartition(".")
         if leaf != "weight" or kind not in ("k_proj", "v_proj") or role(hub) in _NO_CACHE:
             continue
-        if place.converted or inner != "weight" or not _has_linear(model, path):
+        number = _layer_index(model, path.rpartition(".")[0])
+        if place.converted or inner != "weight" or number is None:
             continue
-        found[f"{hub}.{kind[0]}_amax"] = path
+        found[f"{hub}.{kind[0]}_amax"] = (number, "k" if kind == "k_proj" else "v")
     return found
 
 
-def _has_linear(model: Any, path: str) -> bool:
+def _layer_index(model: Any, path: str) -> int | None:
+    """Return the number under which an attention module stores its states in the cache."""
     try:
-        return isinstance(model.get_submodule(path), torch.nn.Linear)
+        number = getattr(model.get_submodule(path), "layer_idx", None)
     except AttributeError:
-        return False
+        return None
+    return number if isinstance(number, int) else None

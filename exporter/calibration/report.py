@@ -48,7 +48,7 @@ class Fallback:
 class CalibrationReport:
     """What a calibration saw and wrote.
 
-    ``modules`` counts input maxima, ``kv`` maxima of k_proj and v_proj outputs; ``dead`` and ``few`` name experts
+    ``modules`` counts input maxima, ``kv`` maxima of cached keys and values; ``dead`` and ``few`` name experts
     (``<container>.<number>``) without tokens, and with fewer than the minimum; ``smallest`` and ``largest`` are
     (module, input maximum), fallbacks included.
     """
@@ -103,7 +103,7 @@ def render_text(report: CalibrationReport) -> str:
         lines.append(f"  fallback  {len(hit):,} statistics ({condition}): {values}")
     low, high = report.smallest, report.largest
     lines.append(f"  amax      {low[1]:.4g} ({low[0]}) to {high[1]:.4g} ({high[0]})")
-    lines.append(f"  kv        {report.kv:,} maxima of k_proj and v_proj outputs")
+    lines.append(f"  kv        {report.kv:,} maxima of cached keys and values")
     lines.append(f"wrote {report.out}")
     return "\n".join(lines) + "\n"
 

@@ -13,12 +13,13 @@ from typing import Any, Literal
 
 import torch
 
+from exporter.calibration.attention import KvSpot, ReadingCache
 from exporter.calibration.extra import VERSIONS
 from exporter.calibration.hooks import observing
-from exporter.calibration.model import load_source, refuse_quantized, tokenizer_of
+from exporter.calibration.model import load_source, tokenizer_of
 from exporter.calibration.names import kv_targets, refuse_outside, targets
 from exporter.calibration.report import CalibrationReport, TextUse
-from exporter.calibration.sites import collect
+from exporter.calibration.sites import Site, collect
 from exporter.calibration.stats import OnProblem, Statistics, experts_with, layers_of, require_seen, settle, write
 from exporter.calibration.texts import Ids, TextFile, batches, choose, read_texts
 from exporter.plan import build, header_digest
@@ -83,16 +84,17 @@ def calibrate(
     on_bad_stat: OnProblem = "error",
     on_dead_expert: OnProblem = "fallback",
     min_tokens: int = MIN_TOKENS,
+    kv: bool = False,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> CalibrationReport:
     """Run texts through the source's model and write each module's largest input to a stats file, by hub name.
 
-    Read are exactly the modules that the recipe quantizes with static activation scales, and the outputs of k_proj and
-    v_proj.
+    Read are exactly the modules that the recipe quantizes with static activation scales, and what goes into the KV cache:
+    keys after rotary embedding, and values.
 
     Args:
-        source: local folder of an unquantized checkpoint in hub layout.
+        source: local folder of a checkpoint in hub layout; a quantized one is decoded.
         out: the stats file (safetensors) to make; its parent must exist.
         recipe: a recipe's name, a YAML file, or a `Recipe`.
         texts: files of documents: ``.jsonl`` with ``text`` or ``ids``, else UTF-8 text with blank lines between documents.
@@ -106,6 +108,7 @@ def calibrate(
         on_bad_stat: ``error``, or replace values that give no normal float32 scale.
         on_dead_expert: replace the maximum of an expert without tokens, or ``error``.
         min_tokens: experts with fewer tokens are reported.
+        kv: KV maxima are wanted, also by a recipe without static activations.
         overwrite: replace an existing file.
         progress: called with (done, total) sequences.
 
@@ -122,7 +125,7 @@ def calibrate(
     files = [read_texts(p) for p in texts]
     found = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     checkpoint = open_checkpoint(source)
-    wanted = static_modules(checkpoint, found)
+    wanted = static_modules(checkpoint, found, kv=kv)
     chosen = _choose(checkpoint, files, options)
     try:
         seen = _read(checkpoint, wanted, [s for part in chosen for s in part], options, progress)
@@ -138,17 +141,16 @@ def calibrate(
     return report
 
 
-def static_modules(checkpoint: Checkpoint, recipe: Recipe) -> tuple[str, ...]:
+def static_modules(checkpoint: Checkpoint, recipe: Recipe, *, kv: bool = False) -> tuple[str, ...]:
     """Return the hub modules that a recipe quantizes with static activation scales.
 
     Raises:
-        PlanError: the source is quantized, outside the experts interface, or no plan can be made of it; none.
+        PlanError: the source is outside the experts interface, or no plan can be made of it; there is none, nor KV scales.
     """
-    refuse_quantized(checkpoint)
     refuse_outside(checkpoint)
-    plan = build(checkpoint, recipe, input_scale="one")
+    plan = build(checkpoint, recipe, input_scale="one", kv_cache="fp8_cast")
     found = tuple(m for e in plan.encodes if e.input_scales is not None for m in e.modules)
-    if not found:
+    if not found and not kv and recipe.kv_cache != "fp8":
         formats = ", ".join(sorted(plan.formats()))
         raise PlanError(f"recipe {recipe.name} gives no module a static activation scale ({formats}): nothing to calibrate")
     return found
@@ -191,16 +193,17 @@ def _read(
     """Return what the wanted modules see when the model reads the sequences."""
     model, where = load_source(checkpoint, options.device)
     _check_ids(model, checkpoint, sequences, options.seq_len)
-    spots, kv = targets(model, checkpoint, where, wanted), kv_targets(model, where)
+    spots, kv = targets(model, where, wanted), kv_targets(model, where)
     percentile = options.percentile if options.method == "percentile" else None
-    with observing(model, spots, kv, percentile=percentile) as readers:
+    with observing(model, spots, set(kv.values()), percentile=percentile) as readers:
         head = model.get_output_embeddings()
-        _forward(model, sequences, options, progress, every=any(model.get_submodule(s.path) is head for s in spots))
-    seen = collect(dict.fromkeys([*readers.inputs.values(), *readers.outputs.values()]))
+        every = any(model.get_submodule(s.path) is head for s in spots)
+        _forward(model, sequences, options, progress, readers.cache, every=every)
+    seen = collect(dict.fromkeys([*readers.inputs.values(), *readers.cache.values()]))
     found = Statistics()
     for spot, site in readers.inputs.items():
         found.amax[spot.hub], found.tokens[spot.hub] = seen[site].amax[spot.slot], seen[site].tokens[spot.slot]
-    found.kv = {name: seen[site].amax[0] for name, site in readers.outputs.items() if site.called}
+    found.kv = {n: seen[site].amax[0] for n, spot in kv.items() if (site := readers.cache[spot]).called}
     require_seen([spot.hub for spot, site in readers.inputs.items() if not site.called], found.tokens)
     return found
 
@@ -220,17 +223,20 @@ def _forward(
     sequences: Sequence[Ids],
     options: Options,
     progress: Callable[[int, int], None] | None,
+    kv: Mapping[KvSpot, Site],
     *,
     every: bool,
 ) -> None:
     """Run the model over the sequences; ``every`` where the output head must see every position, too."""
-    given: dict[str, Any] = {"use_cache": False}
+    given: dict[str, Any] = {"use_cache": bool(kv)}
     # Logits of all positions would be the largest tensor of all.
     if not every and "logits_to_keep" in inspect.signature(model.forward).parameters:
         given["logits_to_keep"] = 1
     done = 0
     with torch.inference_mode():
         for batch in batches(sequences, options.batch_size):
+            if kv:
+                given["past_key_values"] = ReadingCache(model.config, kv)
             model(input_ids=torch.tensor(batch, dtype=torch.long, device=model.device), **given)
             done += len(batch)
             if progress is not None:
@@ -240,7 +246,7 @@ def _forward(
 def _report(
     checkpoint: Checkpoint, out: Path, recipe: Recipe, options: Options, uses: tuple[TextUse, ...], settled: Statistics
 ) -> CalibrationReport:
-    ordered = sorted(settled.amax.items(), key=lambda item: item[1])
+    ordered = sorted((settled.amax or settled.kv).items(), key=lambda item: item[1])
     few = experts_with(settled.tokens, lambda n: 0 < n < options.min_tokens)
     return CalibrationReport(
         source=checkpoint.uri, out=str(out), recipe=recipe.name, method=_method(options), modules=len(settled.amax),

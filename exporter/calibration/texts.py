@@ -55,7 +55,8 @@ def read_texts(path: str | os.PathLike[str]) -> TextFile:
         raise PlanError(f"{name}: not UTF-8 at byte {error.start}") from error
     found: list[str | tuple[int, ...]] = []
     if file.suffix == ".jsonl":
-        found += [_row(name, n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+        rows = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+        found += [row for n, line in rows if (row := _row(name, n, line)) is not None]
     else:
         found += [p.strip("\r\n") for p in re.split(r"\n(?:[ \t\r]*\n)+", text) if p.strip()]
     if not found:
@@ -63,11 +64,14 @@ def read_texts(path: str | os.PathLike[str]) -> TextFile:
     return TextFile(name, hashlib.sha256(raw).hexdigest(), tuple(found))
 
 
-def _row(name: str, number: int, line: str) -> str | tuple[int, ...]:
+def _row(name: str, number: int, line: str) -> str | tuple[int, ...] | None:
+    """Return a document, or None for the first line of a corpus that says which model wrote it (`sampled_from`)."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise PlanError(f"{name} line {number}: not JSON") from error
+    if number == 1 and isinstance(row, dict) and "sampled_from" in row and not {"ids", "text"} & row.keys():
+        return None
     ids: Any = row.get("ids") if isinstance(row, dict) else None
     if isinstance(ids, list) and ids and all(type(i) is int and i >= 0 for i in ids):
         return tuple(ids)

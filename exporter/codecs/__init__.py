@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import torch
 
-from exporter.codecs import fp8, mxfp8, nvfp4
+from exporter.codecs import foreign, fp8, mxfp8, nvfp4
 from exporter.codecs.blocks import take, tensor_amax
 from exporter.codecs.constants import MX_BLOCK, NVFP4_BLOCK
 from verifier.errors import EncodeError
@@ -15,6 +15,8 @@ BLOCKS = {
     "nvfp4": NVFP4_BLOCK, "w4a16_nvfp4": NVFP4_BLOCK, "mxfp8": MX_BLOCK, "fp8": 1, "fp8_per_channel": 1, "fp8_block": 1,
 }  # fmt: skip
 """The formats that are written here, with what must divide the input dimension."""
+READ_ONLY = {"nvfp4_ct": foreign.nvfp4_ct, "mxfp4": foreign.mxfp4}
+"""The formats that are only decoded."""
 
 
 def encode(
@@ -61,13 +63,15 @@ def decode(parts: Parts, fmt: str, *, dtype: torch.dtype = torch.float32, out: t
 
     Args:
         parts: the tensors by their leaf, as `encode` returns them; one-byte formats may be uint8.
-        fmt: a name of `BLOCKS`.
+        fmt: a name of `BLOCKS` or `READ_ONLY`.
         dtype: of the result.
         out: where to write it, instead of allocating: of the result's shape and dtype.
 
     Raises:
         EncodeError: an unknown format, a part that is missing, parts that do not fit one another, a misfit ``out``.
     """
+    if fmt in READ_ONLY:
+        return READ_ONLY[fmt](parts, dtype=dtype, out=out)
     _known(fmt)
     if (weight := take(parts, fmt, ("weight",))).ndim < 2:
         raise EncodeError(f"{fmt}: a weight of shape {list(weight.shape)}; [out, in] is the least")

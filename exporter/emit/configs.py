@@ -3,7 +3,8 @@
 
 A uniform checkpoint is declared as ModelOpt 0.47 declares it; a mixed one as the published nvidia/MiniMax-M3-NVFP4:
 one ``quantized_layers`` entry for each module, ``group_size`` on NVFP4 entries only (SGLang refuses unequal ones).
-Exclusions are the full hub name of every unquantized module whose weight has two dimensions or more.
+128x128 block FP8 is declared in config.json only, as DeepSeek-V3 does, for that is what engines read of it. Exclusions are
+the full hub name of every unquantized module whose weight has two dimensions or more.
 """
 
 from __future__ import annotations
@@ -18,13 +19,19 @@ from verifier.errors import PlanError
 from verifier.schemes import Format, Module, gather
 
 PRODUCER = {"name": "ckptgate", "version": __version__}
+KV_SCHEME = {"dynamic": False, "num_bits": 8, "type": "float"}
 
 
-def declare(ckpt: Checkpoint) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return (quantization_config, hf_quant_config) for what a checkpoint's headers show.
+def declare(ckpt: Checkpoint, *, kv_cache: bool = False) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Return (quantization_config, hf_quant_config) for what a checkpoint's headers show; no second where none is read.
+
+    Args:
+        ckpt: what was written.
+        kv_cache: declare an FP8 KV cache also where no KV scale is on disk.
 
     Raises:
-        PlanError: a quantized module whose format cannot be told, or nothing quantized at all.
+        PlanError: a quantized module whose format cannot be told, or nothing quantized at all; a KV cache that the format
+            has no declaration of.
     """
     formats: dict[str, Format] = {}
     excluded: list[str] = []
@@ -40,29 +47,46 @@ def declare(ckpt: Checkpoint) -> tuple[dict[str, Any], dict[str, Any]]:
     if not algos:
         raise PlanError("nothing is quantized")
     excluded.sort()
+    kv_cache = kv_cache or any(t.name.endswith((".k_scale", ".v_scale")) for t in ckpt.tensors.values())
     if len(algos) > 1:
-        return _mixed(formats, excluded)
-    return _uniform(next(iter(formats.values())), excluded)
+        return _mixed(formats, excluded, kv_cache=kv_cache)
+    fmt = next(iter(formats.values()))
+    if fmt.name == "fp8_block":
+        if kv_cache:
+            raise PlanError("128x128 block FP8 is declared as DeepSeek-V3 does, which says nothing of a KV cache")
+        return _block_fp8(excluded), None
+    return _uniform(fmt, excluded, kv_cache=kv_cache)
 
 
 def _multidimensional(module: Module) -> bool:
     return module.weight is not None and len(module.weight.shape) >= 2
 
 
-def _mixed(formats: Mapping[str, Format], excluded: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _block_fp8(excluded: list[str]) -> dict[str, Any]:
+    return {
+        "activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128],
+        "modules_to_not_convert": excluded,
+    }  # fmt: skip
+
+
+def _mixed(
+    formats: Mapping[str, Format], excluded: list[str], *, kv_cache: bool
+) -> tuple[dict[str, Any], dict[str, Any]]:
     layers: dict[str, dict[str, Any]] = {}
     for name in sorted(formats):
         fmt = formats[name]
         layers[name] = {"quant_algo": fmt.algo} | ({"group_size": fmt.group_size} if fmt.packed else {})
-    body = {
-        "quant_algo": "MIXED_PRECISION", "quant_method": "modelopt", "kv_cache_quant_algo": None,
+    body: dict[str, Any] = {
+        "quant_algo": "MIXED_PRECISION", "quant_method": "modelopt", "kv_cache_quant_algo": "FP8" if kv_cache else None,
         "exclude_modules": excluded, "quantized_layers": layers,
     }  # fmt: skip
     inline = {**body, "ignore": excluded, "producer": PRODUCER}
+    if kv_cache:
+        inline["kv_cache_scheme"] = KV_SCHEME  # vLLM reads no other field here
     return inline, {"producer": PRODUCER, "quant_method": "modelopt", "quantization": body}
 
 
-def _uniform(fmt: Format, excluded: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _uniform(fmt: Format, excluded: list[str], *, kv_cache: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     inline: dict[str, Any] = {}
     if fmt.algo != "MXFP8":  # ModelOpt 0.47 writes no config_groups for MXFP8
         bits: dict[str, Any] = {"dynamic": False, "num_bits": 4 if fmt.packed else 8, "type": "float"}
@@ -73,7 +97,9 @@ def _uniform(fmt: Format, excluded: list[str]) -> tuple[dict[str, Any], dict[str
             "group_0": {"input_activations": quantized_input, "weights": dict(bits), "targets": ["Linear"]}
         }
     inline |= {"ignore": excluded, "quant_algo": fmt.algo, "producer": PRODUCER, "quant_method": "modelopt"}
-    body: dict[str, Any] = {"quant_algo": fmt.algo, "kv_cache_quant_algo": None}
+    if kv_cache:
+        inline["kv_cache_scheme"] = KV_SCHEME
+    body: dict[str, Any] = {"quant_algo": fmt.algo, "kv_cache_quant_algo": "FP8" if kv_cache else None}
     if fmt.group_size is not None:
         body["group_size"] = fmt.group_size
     body["exclude_modules"] = excluded

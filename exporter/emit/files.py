@@ -31,11 +31,18 @@ def write_index(folder: Path, files: Iterable[str]) -> None:
     )
 
 
-def write_configs(folder: Path, config: Mapping[str, Any]) -> None:
-    """Write config.json and hf_quant_config.json from the tensors on disk and the config that is kept."""
-    inline, nested = declare(open_checkpoint(folder))
+def write_configs(folder: Path, config: Mapping[str, Any], *, kv_cache: bool = False) -> list[str]:
+    """Write config.json and hf_quant_config.json from the tensors on disk and the config that is kept; return their names.
+
+    An old hf_quant_config.json is removed where none belongs beside the format.
+    """
+    inline, nested = declare(open_checkpoint(folder), kv_cache=kv_cache)
     write_json(folder / "config.json", with_quantization(config, inline))
+    if nested is None:
+        (folder / "hf_quant_config.json").unlink(missing_ok=True)
+        return ["config.json"]
     write_json(folder / "hf_quant_config.json", nested)
+    return ["config.json", "hf_quant_config.json"]
 
 
 def copy_side_files(folder: Path, origins: Iterable[Checkpoint]) -> list[str]:

@@ -1,7 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plans: what happens to every tensor. Pure and printable."""
 
-from exporter.plan.build import build, merge, parse_layers
-from exporter.plan.model import Action, Constant, Copy, Encode, Plan, Spec, header_digest
+from exporter.plan.build import build
+from exporter.plan.merge import merge
+from exporter.plan.model import (
+    Action,
+    Constant,
+    Copy,
+    Decode,
+    Encode,
+    Plan,
+    Spec,
+    Stats,
+    Weight,
+    header_digest,
+)
+from exporter.plan.select import parse_layers
+from exporter.plan.sources import Reader, Rest
 
-__all__ = ["Action", "Constant", "Copy", "Encode", "Plan", "Spec", "build", "header_digest", "merge", "parse_layers"]
+__all__ = [
+    "Action", "Constant", "Copy", "Decode", "Encode", "Plan", "Reader", "Rest", "Spec", "Stats", "Weight", "build",
+    "header_digest", "merge", "parse_layers",
+]  # fmt: skip

@@ -6,13 +6,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
 from verifier.checkpoint import DTYPE_BITS, Checkpoint, Tensor
-from verifier.schemes import Format
+from verifier.schemes import Format, fused_groups
 
 Origin = Literal["source", "onto"]
 
@@ -61,15 +61,45 @@ class Constant:
 
 
 @dataclass(frozen=True, slots=True)
+class Weight:
+    """A weight to be read, [out, in]: its tensors by leaf, and the format that they are in (None: unquantized)."""
+
+    tensor: Tensor
+    parts: Mapping[str, Tensor]
+    format: Format | None
+    shape: tuple[int, int]
+
+    @property
+    def name(self) -> str:
+        """The name of its weight tensor on disk."""
+        return self.tensor.name
+
+
+@dataclass(frozen=True, slots=True)
+class Decode:
+    """Write a quantized weight's values as BF16 under its unquantized name."""
+
+    name: str
+    weight: Weight
+    origin: Origin
+
+    @property
+    def specs(self) -> tuple[Spec, ...]:
+        """The one tensor that it writes."""
+        return (Spec(self.name, "BF16", self.weight.shape),)
+
+
+@dataclass(frozen=True, slots=True)
 class Encode:
     """Quantize the weights of a fused group (or one weight) together: they share their global scale.
 
-    ``scale_leaf`` names the block scale; ``input_scales`` gives each module's activation scale, None for weight-only;
-    ``method`` is the weight calibration (`exporter.weights`), ``max`` for formats that have no other.
+    ``scale_leaf`` names the block, row or tensor scale; ``input_scales`` gives each module's activation scale, None
+    where it has none; ``method`` is the weight calibration (`exporter.weights`), ``max`` for formats that have no other,
+    ``exact`` for MXFP4 to NVFP4.
     """
 
     modules: tuple[str, ...]
-    weights: tuple[Tensor, ...]
+    weights: tuple[Weight, ...]
     format: Format
     scale_leaf: str
     input_scales: tuple[float, ...] | None
@@ -83,19 +113,27 @@ class Encode:
     def specs_of(self, index: int) -> tuple[Spec, ...]:
         """Return the tensors of one module."""
         module, (out, in_) = self.modules[index], self.weights[index].shape
-        size = self.format.group_size or 1
-        found = [
-            Spec(f"{module}.weight", self.format.weight_dtype, (out, in_ // 2 if self.format.packed else in_)),
-            Spec(f"{module}.{self.scale_leaf}", "F8_E4M3" if self.format.packed else "U8", (out, in_ // size)),
-        ]
-        if self.format.packed:
-            found.append(Spec(f"{module}.weight_scale_2", "F32", ()))
+        found = [Spec(f"{module}.weight", self.format.weight_dtype, (out, in_ // 2 if self.format.packed else in_))]
+        for sibling in self.format.siblings:
+            leaf = sibling.leaves[0]
+            if leaf == "input_scale":
+                continue
+            leaf = self.scale_leaf if self.scale_leaf in sibling.leaves else leaf
+            found.append(Spec(f"{module}.{leaf}", sibling.dtypes[0], sibling.shapes(out, in_)[0]))
         if self.input_scales is not None:
             found.append(Spec(f"{module}.input_scale", "F32", ()))
         return tuple(found)
 
 
-Action = Copy | Constant | Encode
+Action = Copy | Constant | Decode | Encode
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """What a stats file holds: input maxima by hub module, and KV maxima by ``<hub k_proj>.k_amax``, ``….v_amax``."""
+
+    inputs: Mapping[str, float]
+    kv: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -138,6 +176,24 @@ class Plan:
         """Return how many modules are quantized to each algorithm by this plan."""
         return Counter({a: n for a, n in _count(self.encodes)})
 
+    def stacked(self) -> Counter[str]:
+        """Return by algorithm how many tensors the quantized modules are where fused groups are one each."""
+        algo = {m: e.format.algo for e in self.encodes for m in e.modules}
+        found = Counter(algo.values())
+        for _, members in fused_groups(algo):
+            found[algo[members[0]]] -= len(members) - 1
+        return found
+
+    def requantized(self) -> Counter[tuple[str, str]]:
+        """Return how many quantized modules are decoded and written anew, by (algorithm read, algorithm written)."""
+        found: Counter[tuple[str, str]] = Counter()
+        for a in self.actions:
+            if isinstance(a, Encode):
+                found.update((w.format.algo, a.format.algo) for w in a.weights if w.format is not None)
+            elif isinstance(a, Decode) and a.weight.format is not None:
+                found[a.weight.format.algo, "BF16"] += 1
+        return found
+
     def fingerprint(self) -> str:
         """Return a digest of everything that decides the output's bytes."""
         parts: list[object] = [self.kind, self.options]
@@ -148,7 +204,9 @@ class Plan:
             if isinstance(a, Constant):
                 parts.append(a.value)
             elif isinstance(a, Encode):
-                parts.append([a.input_scales, a.method])
+                parts.append([a.input_scales, a.method, [w.format.name if w.format else None for w in a.weights]])
+            elif isinstance(a, Decode):
+                parts.append([a.origin, a.weight.format.name if a.weight.format else None])
             else:
                 parts.append(a.origin)
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()

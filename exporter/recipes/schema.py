@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 from importlib import resources
 from pathlib import Path
@@ -14,17 +15,24 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from verifier.errors import UsageError
 from verifier.schemes import ROLES, role
 
-FormatName = Literal["nvfp4", "w4a16_nvfp4", "mxfp8"]
+FormatName = Literal["nvfp4", "w4a16_nvfp4", "mxfp8", "fp8", "fp8_per_channel", "fp8_block"]
 CalibrationName = Literal["max", "mse", "sweep", "four_over_six"]
+KvName = Literal["fp8", "fp8_cast"]
+PROTECTED = frozenset({"router", "norm", "embedding", "lm_head", "vision", "projector", "indexer", "mtp"})
+"""Roles that no wildcard reaches: a rule names them by role, or by a pattern that itself reads as that role."""
 MAX_RECIPE_BYTES = 1_000_000
 
 
 class Rule(BaseModel):
-    """One rule: modules by role, by name pattern (fnmatch on the full hub name), or both; ``format`` None leaves them."""
+    """One rule: modules by role, by name pattern (fnmatch on the full hub name), or both; ``format`` None leaves them.
+
+    Every role that it lists must be in the model, unless ``match`` is ``any``: then one of them is enough.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     roles: tuple[str, ...] = ()
     modules: tuple[str, ...] = ()
+    match: Literal["all", "any"] = "all"
     format: FormatName | None
 
     @model_validator(mode="after")
@@ -33,35 +41,52 @@ class Rule(BaseModel):
             raise ValueError("a rule names roles, modules or both")
         unknown = [r for r in self.roles if r not in ROLES]
         if unknown:
-            raise ValueError(f"no role {unknown[0]!r}; one of {', '.join(ROLES)}")
+            near = difflib.get_close_matches(unknown[0], ROLES, n=1)
+            hint = f"{near[0]!r} is one" if near else f"one of {', '.join(ROLES)}"
+            raise ValueError(f"no role {unknown[0]!r}; {hint}")
         return self
 
     def matches(self, module: str) -> bool:
         """Whether the rule speaks of a module."""
-        if self.roles and role(module) not in self.roles:
+        if not self.modules:
+            return role(module) in self.roles
+        return any(self.reaches(module, p) for p in self.modules)
+
+    def reaches(self, module: str, pattern: str) -> bool:
+        """Whether one of the rule's patterns finds a module."""
+        what = role(module)
+        if self.roles and what not in self.roles:
             return False
-        return not self.modules or any(fnmatch.fnmatchcase(module, p) for p in self.modules)
+        if not fnmatch.fnmatchcase(module, pattern):
+            return False
+        return self.format is None or what not in PROTECTED or what in self.roles or role(pattern) == what
 
     def __str__(self) -> str:
         return ", ".join([*self.roles, *self.modules])
 
 
 class Recipe(BaseModel):
-    """A named list of rules, and how weight scales are chosen (``calibration``; see `exporter.weights`)."""
+    """A named list of rules, and how weight scales are chosen (``calibration``; see `exporter.weights`).
+
+    ``kv_cache``: ``fp8`` declares an FP8 KV cache with a scale for each layer, from calibration; ``fp8_cast`` declares one
+    without scales (engines use 1.0).
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: Annotated[str, Field(min_length=1)]
     description: str = ""
     calibration: CalibrationName = "max"
+    kv_cache: KvName | None = None
     rules: Annotated[tuple[Rule, ...], Field(min_length=1)]
+
+    def deciding(self, module: str) -> Rule | None:
+        """Return the last rule that speaks of a module."""
+        return next((r for r in reversed(self.rules) if r.matches(module)), None)
 
     def format_of(self, module: str) -> FormatName | None:
         """Return the format that the recipe gives a module, or None to leave it."""
-        found: FormatName | None = None
-        for rule in self.rules:
-            if rule.matches(module):
-                found = rule.format
-        return found
+        rule = self.deciding(module)
+        return rule.format if rule is not None else None
 
 
 def names() -> list[str]:
@@ -84,7 +109,9 @@ def load(name: str | Path) -> Recipe:
             raise UsageError(f"recipe {text}: larger than {MAX_RECIPE_BYTES:,} bytes")
         source = Path(text).read_text(encoding="utf-8", errors="replace")
     else:
-        raise UsageError(f"no recipe {text!r}; one of {', '.join(names())}, or a .yaml file")
+        near = difflib.get_close_matches(text, names(), n=1)
+        nearest = f" (nearest: {near[0]})" if near else ""
+        raise UsageError(f"no recipe {text!r}; one of {', '.join(names())}, or a .yaml file{nearest}")
     try:
         return Recipe.model_validate(yaml.safe_load(source))
     except yaml.YAMLError as error:

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """From file to file: shard tasks and the writer."""
 
-from exporter.stream.shards import SHARD_BYTES, Task, tasks
+from exporter.stream.shards import SHARD_BYTES, Made, Task, load, tasks
 from exporter.stream.write import Written, check_out, fingerprint, finish, working, write
 
-__all__ = ["SHARD_BYTES", "Task", "Written", "check_out", "fingerprint", "finish", "tasks", "working", "write"]
+__all__ = [
+    "SHARD_BYTES", "Made", "Task", "Written", "check_out", "fingerprint", "finish", "load", "tasks", "working", "write",
+]  # fmt: skip

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +16,14 @@ from typing import cast
 import torch
 
 from exporter import codecs, weights
-from exporter.plan import Action, Constant, Copy, Encode, Plan, Spec
+from exporter.plan import Action, Constant, Copy, Decode, Encode, Plan, Spec, Weight
 from verifier.checkpoint import DTYPE_BITS, MAX_HEADER, Checkpoint, Tensor
 from verifier.errors import EncodeError
 
 SHARD_BYTES = 5_000_000_000
 SHARD_TENSORS = 200_000
 COPY_BYTES = 16 << 20
-_TORCH = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_TORCH = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F8_E8M0": torch.float8_e8m0fnu}
 
 
 class StoppedError(Exception):
@@ -31,12 +31,31 @@ class StoppedError(Exception):
 
 
 @dataclass(frozen=True)
-class ScaleRange:
-    """Smallest and largest effective block scale of an encoding."""
+class Made:
+    """What encodings to one algorithm made: linears, scale range, MXFP4 blocks.
+
+    ``low`` and ``high`` are the smallest and largest effective scale; of ``blocks`` of 16 that were read from MXFP4,
+    ``lost`` hold other values now.
+    """
 
     algo: str
+    linears: int
     low: float
     high: float
+    blocks: int = 0
+    lost: int = 0
+
+
+def combine(made: Iterable[Made]) -> dict[str, Made]:
+    """Return the sum of what was made, by algorithm."""
+    found: dict[str, Made] = {}
+    for m in made:
+        old = found.get(m.algo)
+        found[m.algo] = m if old is None else Made(
+            m.algo, old.linears + m.linears, min(old.low, m.low), max(old.high, m.high), old.blocks + m.blocks,
+            old.lost + m.lost,
+        )  # fmt: skip
+    return found
 
 
 @dataclass(frozen=True)
@@ -88,8 +107,8 @@ def header(specs: list[Spec]) -> bytes:
 
 def write_shard(
     task: Task, plan: Plan, folder: Path, progress: Callable[[int], None], stop: threading.Event
-) -> tuple[str, int, list[ScaleRange]]:
-    """Write one shard under a temporary name, sync it, give it its name; return digest, size and scale ranges.
+) -> tuple[str, int, list[Made]]:
+    """Write one shard under a temporary name, sync it, give it its name; return digest, size and what was encoded.
 
     Raises:
         EncodeError: a weight that cannot be encoded, by name.
@@ -103,7 +122,7 @@ def write_shard(
         places[s.name] = offset
         offset += s.nbytes
     temporary = folder / f"{task.file}.part"
-    ranges: list[ScaleRange] = []
+    made: list[Made] = []
     fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
     try:
         _put(fd, head, 0)
@@ -112,9 +131,12 @@ def write_shard(
             if stop.is_set():
                 raise StoppedError
             if isinstance(action, Encode):
-                ranges.append(_encode(action, plan, fd, places))
+                made.append(_encode(action, plan, fd, places))
             elif isinstance(action, Constant):
                 _put(fd, torch.tensor(action.value).numpy().tobytes(), places[action.name])
+            elif isinstance(action, Decode):
+                values = load(plan.origin(action.origin), action.weight)
+                _put(fd, _bytes(values.to(torch.bfloat16)), places[action.name])
             else:
                 _copy(action, plan, fd, places[action.tensor.name])
             progress(sum(s.nbytes for s in action.specs))
@@ -126,7 +148,7 @@ def write_shard(
         raise
     os.close(fd)
     temporary.rename(folder / task.file)
-    return found, offset, ranges
+    return found, offset, made
 
 
 def _put(fd: int, data: bytes | memoryview, offset: int) -> None:
@@ -143,14 +165,10 @@ def _copy(action: Copy, plan: Plan, fd: int, place: int) -> None:
         _put(fd, source.read(t.file, t.offset + start, length).data, place + start)
 
 
-def _encode(action: Encode, plan: Plan, fd: int, places: dict[str, int]) -> ScaleRange:
-    values = [load(plan.source, tensor) for tensor in action.weights]
+def _encode(action: Encode, plan: Plan, fd: int, places: dict[str, int]) -> Made:
     low, high = float("inf"), 0.0
-    shared = _shared_amax(action, values)
-    method = cast(weights.Method, action.method)
-    for i, module in enumerate(action.modules):
-        with _naming(action.weights[i]):
-            parts = weights.encode(values[i], action.format.name, method=method, amax=shared)
+    encoded, blocks, lost = _encoded(action, plan)
+    for i, (module, parts) in enumerate(zip(action.modules, encoded, strict=True)):
         named = {
             f"{module}.{action.scale_leaf if leaf == 'weight_scale' else leaf}": value for leaf, value in parts.items()
         }
@@ -160,7 +178,22 @@ def _encode(action: Encode, plan: Plan, fd: int, places: dict[str, int]) -> Scal
             _put(fd, _bytes(named[spec.name]), places[spec.name])
         lo, hi = _scale_range(parts)
         low, high = min(low, lo), max(high, hi)
-    return ScaleRange(action.format.algo, low, high)
+    return Made(action.format.algo, len(action.modules), low, high, blocks, lost)
+
+
+def _encoded(action: Encode, plan: Plan) -> tuple[list[codecs.Parts], int, int]:
+    """Return the tensors of each module of a group, and of MXFP4 sources the blocks and those that lost something."""
+    if action.method == "exact":
+        with _naming(action.weights[0]):
+            return weights.exact([_parts(plan.source, w) for w in action.weights])
+    values = [load(plan.source, w) for w in action.weights]
+    shared = _shared_amax(action, values)
+    method = cast(weights.Method, action.method)
+    found = []
+    for weight, value in zip(action.weights, values, strict=True):
+        with _naming(weight):
+            found.append(weights.encode(value, action.format.name, method=method, amax=shared))
+    return found, 0, 0
 
 
 def _shared_amax(action: Encode, values: list[torch.Tensor]) -> torch.Tensor | None:
@@ -168,26 +201,43 @@ def _shared_amax(action: Encode, values: list[torch.Tensor]) -> torch.Tensor | N
     if not action.format.packed:
         return None
     found: list[torch.Tensor] = []
-    for tensor, value in zip(action.weights, values, strict=True):
-        with _naming(tensor):
+    for weight, value in zip(action.weights, values, strict=True):
+        with _naming(weight):
             found.append(codecs.amax(value, action.format.name))
     return torch.stack(found).amax()
 
 
 @contextmanager
-def _naming(tensor: Tensor) -> Iterator[None]:
+def _naming(weight: Weight) -> Iterator[None]:
     try:
         yield
     except EncodeError as error:
-        raise EncodeError(f"{tensor.name}: {error}") from error
+        raise EncodeError(f"{weight.name}: {error}") from error
 
 
-def load(ckpt: Checkpoint, tensor: Tensor) -> torch.Tensor:
-    """Return a floating tensor of a checkpoint."""
+def load(ckpt: Checkpoint, weight: Weight) -> torch.Tensor:
+    """Return the values of a weight, [out, in]: as stored, or decoded to float32.
+
+    Raises:
+        EncodeError: the tensors of a quantized weight do not fit one another.
+    """
+    parts = _parts(ckpt, weight)
+    if weight.format is None:
+        return parts["weight"]
+    with _naming(weight):
+        return codecs.decode(parts, weight.format.name)
+
+
+def _parts(ckpt: Checkpoint, weight: Weight) -> codecs.Parts:
+    return {leaf: _tensor(ckpt, t) for leaf, t in weight.parts.items()}
+
+
+def _tensor(ckpt: Checkpoint, tensor: Tensor) -> torch.Tensor:
+    """Return a tensor of a checkpoint; FP8 codes as their bytes."""
     raw = ckpt.read(tensor)
     if not raw.flags.writeable:  # a remote read is bytes, and torch warns of every view on them
         raw = raw.copy()
-    return torch.from_numpy(raw).view(_TORCH[tensor.dtype]).reshape(tensor.shape)
+    return torch.from_numpy(raw).view(_TORCH.get(tensor.dtype, torch.uint8)).reshape(tensor.shape)
 
 
 def _bytes(t: torch.Tensor) -> memoryview:
@@ -195,7 +245,9 @@ def _bytes(t: torch.Tensor) -> memoryview:
 
 
 def _scale_range(parts: dict[str, torch.Tensor]) -> tuple[float, float]:
-    scale = parts["weight_scale"]
+    scale = parts["weight_scale"] if "weight_scale" in parts else parts["weight_scale_inv"]
+    if scale.dtype == torch.float32:
+        return float(scale.min()), float(scale.max())
     if scale.dtype == torch.uint8:
         return 2.0 ** (int(scale.min()) - 127), 2.0 ** (int(scale.max()) - 127)
     # E4M3 without a sign orders like its bytes.

@@ -12,14 +12,14 @@ import threading
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from exporter.plan import Plan
-from exporter.stream.shards import ScaleRange, Task, write_shard
+from exporter.stream.shards import Made, Task, combine, write_shard
 from verifier.checkpoint import Checkpoint
 from verifier.checkpoint.source import LocalSource
 from verifier.errors import UsageError
@@ -30,10 +30,10 @@ LOCK = ".lock"
 
 @dataclass
 class Written:
-    """What was written: digest and size by file, and the scale range by algorithm."""
+    """What was written: digest and size by file, and what was encoded by algorithm."""
 
     digests: dict[str, tuple[str, int]] = field(default_factory=dict)
-    ranges: dict[str, tuple[float, float]] = field(default_factory=dict)
+    made: dict[str, Made] = field(default_factory=dict)
     resumed: int = 0
 
 
@@ -202,33 +202,19 @@ class _Job:
             return False
         self.finished[task.file] = entry
         self.result.digests[task.file] = (entry[0], entry[1])
-        _widen(self.result, [ScaleRange(*r) for r in entry[2]])
+        self.result.made = combine([*self.result.made.values(), *(Made(**m) for m in entry[2])])
         self.result.resumed += 1
         progress(sum(s.nbytes for s in task.specs))
         return True
 
     def run(self, task: Task, plan: Plan, progress: Callable[[int], None], stop: threading.Event) -> None:
         """Write a shard and note it, in a worker: there no signal comes between the two."""
-        digest, size, ranges = write_shard(task, plan, self.folder, progress, stop)
+        digest, size, made = write_shard(task, plan, self.folder, progress, stop)
         with self._lock:
             self.result.digests[task.file] = (digest, size)
-            _widen(self.result, ranges)
-            self.finished[task.file] = [digest, size, [[a, *r] for a, r in _by_algo(ranges).items()]]
+            self.result.made = combine([*self.result.made.values(), *made])
+            self.finished[task.file] = [digest, size, [asdict(m) for m in combine(made).values()]]
             _save_state(self.folder, {**self._state, "shards": self.finished})
-
-
-def _by_algo(ranges: list[ScaleRange]) -> dict[str, tuple[float, float]]:
-    found: dict[str, tuple[float, float]] = {}
-    for r in ranges:
-        low, high = found.get(r.algo, (r.low, r.high))
-        found[r.algo] = (min(low, r.low), max(high, r.high))
-    return found
-
-
-def _widen(result: Written, ranges: list[ScaleRange]) -> None:
-    for algo, (low, high) in _by_algo(ranges).items():
-        old = result.ranges.get(algo, (low, high))
-        result.ranges[algo] = (min(old[0], low), max(old[1], high))
 
 
 def _intact(path: Path, entry: list[Any]) -> bool:

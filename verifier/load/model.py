@@ -21,7 +21,7 @@ import torch
 from verifier.checkpoint import Checkpoint, Tensor, open_checkpoint
 from verifier.decoding import decode
 from verifier.errors import ContentError, MissingExtra
-from verifier.schemes import FLOATS, Format, Module, canonical, format_of, gather, read_declarations
+from verifier.schemes import FLOATS, FORMATS, Format, Module, canonical, format_of, gather, read_declarations
 
 try:
     import transformers
@@ -48,7 +48,9 @@ class _Lazy:
     def __getitem__(self, _index: Any) -> torch.Tensor:
         if self._format is not None:
             parts = {leaf: self._checkpoint.array(t) for leaf, t in self._module.parts.items()}
-            return torch.from_numpy(decode(parts, self._format.name)).to(torch.bfloat16)
+            values = torch.from_numpy(decode(parts, self._format.name)).to(torch.bfloat16)
+            # gpt-oss stores its stacks [expert, out, in] in MXFP4, and [expert, in, out] otherwise.
+            return values.transpose(-1, -2).contiguous() if "blocks" in parts and values.ndim == 3 else values
         return plain(self._checkpoint, self._module.parts[self._leaf])
 
 
@@ -80,7 +82,7 @@ def decoded_tensors(checkpoint: Checkpoint) -> dict[str, _Lazy]:
                 continue
             fmt = None
             if tensor is module.weight and module.quantized:
-                fmt = format_of(module, declaration)
+                fmt = FORMATS["mxfp4"] if "blocks" in module.parts else format_of(module, declaration)
                 if fmt is None:
                     raise ContentError(f"{tensor.name}: {tensor.dtype}, and its format cannot be told; run check first")
             elif tensor.dtype not in FLOATS:
@@ -89,13 +91,13 @@ def decoded_tensors(checkpoint: Checkpoint) -> dict[str, _Lazy]:
     return found
 
 
-def load_model(checkpoint: Checkpoint | str, *, device: str = "cpu", attention: str = "sdpa") -> LoadedModel:
+def load_model(checkpoint: Checkpoint | str, *, device: str = "cpu", attention: str | None = None) -> LoadedModel:
     """Return the checkpoint's model in BF16, with float32 for the tensors that the file holds in float32.
 
     Args:
         checkpoint: what to load, opened or by path.
         device: where the parameters go.
-        attention: transformers' attention implementation.
+        attention: transformers' attention implementation; by default ``sdpa``, or ``eager`` for classes without it.
 
     Raises:
         ContentError: a tensor that cannot be decoded, keys that are missing or of other shape, an unknown architecture.
@@ -109,10 +111,11 @@ def load_model(checkpoint: Checkpoint | str, *, device: str = "cpu", attention: 
     if cls is None:
         raise ContentError(f"{ckpt.uri}: transformers {transformers.__version__} has no architecture {architecture!r}")
     state = decoded_tensors(ckpt)
+    chosen = attention or ("sdpa" if getattr(cls, "_supports_sdpa", False) else "eager")
     with _quiet():
         try:
             model, info = cls.from_pretrained(
-                None, config=config, state_dict=state, dtype=torch.bfloat16, attn_implementation=attention,
+                None, config=config, state_dict=state, dtype=torch.bfloat16, attn_implementation=chosen,
                 output_loading_info=True, device_map={"": device},
             )  # fmt: skip
         except (RuntimeError, ValueError) as error:

@@ -36,7 +36,7 @@ from verifier.schemes import (
 
 Shape = tuple[int, ...]
 SMALL = 4096
-_DECODED = ("weight", "weight_packed", "weight_scale", "weight_scale_inv", "weight_scale_2", "weight_global_scale")
+_DECODED = ("weight", "weight_packed", "weight_scale", "weight_scale_inv", "weight_scale_2", "weight_global_scale", "scales")
 
 
 @dataclass(slots=True)
@@ -101,6 +101,9 @@ class Judged:
                 if leaf == "weight" or (leaf == "weight_packed" and "weight" not in module.parts):
                     name = tensor.name if leaf == "weight" else f"{module.name}.weight"
                     found[name] = module.dims or (tensor.shape if leaf == "weight" else None)
+                elif leaf == "blocks":
+                    name = tensor.name.removesuffix("_blocks")
+                    found[name] = module.dims if name.endswith(".weight") else None
                 elif leaf != "weight_packed":
                     found[tensor.name] = tensor.shape
         return found

@@ -2,8 +2,8 @@
 """What each quantization format puts on disk: siblings, dtypes, shapes, block.
 
 Sources: NVIDIA ModelOpt 0.47 (unified HF export) for the NVFP4, MXFP8 and FP8 layouts; OCP Microscaling Formats v1.0
-section 5.3 for MXFP8; DeepSeek-V3's config for 128x128 block FP8. Here ``out`` and ``in`` are the logical dimensions
-of the linear layer, in elements.
+section 5.3 for MXFP8 and MXFP4; DeepSeek-V3's config for 128x128 block FP8. Here ``out`` and ``in`` are the logical
+dimensions of the linear layer, in elements.
 """
 
 from __future__ import annotations
@@ -103,6 +103,10 @@ FORMATS: dict[str, Format] = {
                 Sibling(("weight_global_scale",), ("F32",), _scalar),
                 Sibling(("input_global_scale",), ("F32",), _scalar, required=False),
             ),
+        ),
+        # gpt-oss spells weight and scale `<parameter>_blocks` [out, in/32, 16] and `<parameter>_scales`.
+        Format(
+            "mxfp4", "MXFP4", "U8", (1, 32), (Sibling(("weight_scale", "scales"), ("U8", "F8_E8M0"), _blocks(32)),)
         ),
     )
 }  # fmt: skip

@@ -11,16 +11,22 @@ from verifier.schemes.formats import FORMATS, Format
 
 SCALE_LEAVES = frozenset(
     {"weight_scale", "weight_scale_inv", "weight_scale_2", "input_scale", "pre_quant_scale", "weight_global_scale",
-     "input_global_scale"}
+     "input_global_scale", "scales"}
 )  # fmt: skip
 KV_LEAVES = frozenset({"k_scale", "v_scale"})
-LEAVES = SCALE_LEAVES | KV_LEAVES | {"weight", "bias", "weight_packed"}
+LEAVES = (SCALE_LEAVES - {"scales"}) | KV_LEAVES | {"weight", "bias", "weight_packed"}
 FLOATS = frozenset({"BF16", "F16", "F32"})
 
 
 def split(name: str) -> tuple[str, str]:
-    """Return module and leaf of a tensor name; a bare parameter is its own module with the leaf ''."""
+    """Return module and leaf of a tensor name; a bare parameter is its own module with the leaf ''.
+
+    MXFP4's ``<parameter>_blocks`` and ``<parameter>_scales`` are the leaves ``blocks`` and ``scales``.
+    """
     head, _, leaf = name.rpartition(".")
+    parameter, _, kind = leaf.rpartition("_")
+    if kind in ("blocks", "scales") and parameter and head:
+        return (head if parameter == "weight" else f"{head}.{parameter}"), kind
     return (head, leaf) if leaf in LEAVES and head else (name, "")
 
 
@@ -29,6 +35,8 @@ def canonical(name: str) -> str | None:
     module, leaf = split(name)
     if leaf in SCALE_LEAVES or leaf in KV_LEAVES:
         return None
+    if leaf == "blocks":
+        return name.removesuffix("_blocks")
     return f"{module}.weight" if leaf == "weight_packed" else name
 
 
@@ -77,13 +85,15 @@ class Module:
 
 def look_at(parts: Mapping[str, Tensor]) -> Look:
     """Return what the tensors of one module show."""
-    leaf = next((n for n in ("weight", "weight_packed", "") if n in parts), None)
-    scale = next((n for n in ("weight_scale", "weight_scale_inv") if n in parts), None)
+    leaf = next((n for n in ("weight", "weight_packed", "", "blocks") if n in parts), None)
+    scale = next((n for n in ("weight_scale", "weight_scale_inv", "scales") if n in parts), None)
     scales = tuple(n for n in parts if n in SCALE_LEAVES)
     weight = parts[leaf] if leaf is not None else None
     quantized = bool(scales) or (weight is not None and weight.dtype in ("F8_E4M3", "U8"))
     dims = None
-    if weight is not None and len(weight.shape) == 2:
+    if weight is not None and "blocks" in parts and len(weight.shape) == 3:
+        dims = weight.shape[0], weight.shape[1] * 32
+    elif weight is not None and len(weight.shape) == 2:
         dims = weight.shape[0], weight.shape[1] * (2 if weight.dtype == "U8" else 1)
     shown = None
     if weight is not None and quantized and dims is not None:
@@ -92,6 +102,10 @@ def look_at(parts: Mapping[str, Tensor]) -> Look:
 
 
 def _shown(parts: Mapping[str, Tensor], weight: Tensor, scale: Tensor | None, dims: tuple[int, int]) -> Format | None:
+    mxfp4 = FORMATS["mxfp4"]
+    if weight.dtype == "U8" and scale is not None and scale.dtype in mxfp4.siblings[0].dtypes:
+        if scale.shape in mxfp4.siblings[0].shapes(*dims):
+            return mxfp4
     if "weight_packed" in parts:
         return FORMATS["nvfp4_ct"] if weight.dtype == "U8" else None
     if weight.dtype == "U8":
@@ -113,7 +127,7 @@ def gather(tensors: Iterable[Tensor]) -> dict[str, Module]:
         name = tensor[0]
         module, _, leaf = name.rpartition(".")
         if leaf not in LEAVES or not module:
-            module, leaf = name, ""
+            module, leaf = split(name)
         found = parts.get(module)
         if found is None:
             parts[module] = {leaf: tensor}

@@ -26,7 +26,7 @@ from exporter.calibration import stats as room
 from exporter.calibration.experts import reading
 from exporter.calibration.hooks import observing
 from exporter.calibration.model import load_source
-from exporter.calibration.names import OUTSIDE, kv_targets, targets
+from exporter.calibration.names import OUTSIDE, Target, kv_targets, targets
 from exporter.calibration.report import Fallback
 from exporter.calibration.sites import Seen, Site, collect, problem
 from exporter.calibration.texts import TextFile, batches, choose, read_texts
@@ -179,22 +179,16 @@ def test_mixtral_equals_the_eager_loop(ids: Path, tmp_path: Path, monkeypatch: p
     assert maxima(tmp_path / "stats", "tokens") == {n: t for n, (_, t) in seen.items()}
 
 
-def test_kv_maxima_are_those_of_the_projections(kit, qwen) -> None:
+def test_kv_maxima_are_those_of_what_the_cache_holds(kit, qwen) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(kit.qwen, dtype=torch.bfloat16, experts_implementation="eager")
-    expected = {}
-    for i, layer in enumerate(model.model.layers):
-        for kind in "kv":
-            module = getattr(layer.self_attn, f"{kind}_proj")
-            name = f"model.layers.{i}.self_attn.{kind}_proj"
-            expected[name, kind] = 0.0
-
-            def keep(_m: Any, _a: Any, output: torch.Tensor, key: tuple[str, str] = (name, kind)) -> None:
-                expected[key] = max(expected[key], output.abs().max().item())
-
-            module.register_forward_hook(keep)
+    expected: dict[tuple[str, str], float] = {}
     with torch.no_grad():
         for row in documents(512):
-            model(input_ids=torch.tensor([row]), use_cache=False)
+            cache = model(input_ids=torch.tensor([row]), use_cache=True).past_key_values
+            for i, layer in enumerate(cache.layers):
+                for kind, states in (("k", layer.keys), ("v", layer.values)):
+                    key = f"model.layers.{i}.self_attn.{kind}_proj", kind
+                    expected[key] = max(expected.get(key, 0.0), states.abs().max().item())
     out, report = qwen
     assert maxima(out, "k_amax") == {n: v for (n, k), v in expected.items() if k == "k"}
     assert maxima(out, "v_amax") == {n: v for (n, k), v in expected.items() if k == "v"}
@@ -304,8 +298,7 @@ def test_kv_is_that_of_the_language_model_and_of_what_was_called(tmp_path: Path,
     model, where = load_source(open_checkpoint(GOLDEN), "cpu")
     found = kv_targets(model, where)
     assert len(found) == 8 and all(n.startswith("language_model.model.layers.") and ".self_attn." in n for n in found)
-    tower = next(n for n, m in model.named_modules() if "vision_tower" in n and isinstance(m, torch.nn.Linear))
-    monkeypatch.setattr("exporter.calibration.run.kv_targets", lambda *_: {"vision.k_proj.k_amax": tower})
+    monkeypatch.setattr("exporter.calibration.run.kv_targets", lambda *_: {"vision.k_proj.k_amax": (99, "k")})
     report = run(GOLDEN, tmp_path / "stats", ids_file(tmp_path / "t.jsonl", documents(2048, 2)), samples=[2])
     assert report.kv == 0 and maxima(tmp_path / "stats", "k_amax") == {}
 
@@ -474,7 +467,7 @@ def test_everything_is_as_before(kit, implementation: str, fails: bool) -> None:
     model, where = load_source(checkpoint, "cpu")
     model.set_experts_implementation(implementation)
     wanted = [n.removesuffix(".weight") for n in checkpoint.tensors if "_proj." in n]
-    spots, kv = targets(model, checkpoint, where, wanted), kv_targets(model, where)
+    spots, kv = targets(model, where, wanted), kv_targets(model, where)
     given = torch.tensor(documents(512, 1))
     with torch.inference_mode():
         output = model(input_ids=given).logits
@@ -484,9 +477,9 @@ def test_everything_is_as_before(kit, implementation: str, fails: bool) -> None:
         raise ZeroDivisionError("in the middle")
 
     bomb = model.model.layers[1].register_forward_pre_hook(boom) if fails else None
-    with observing(model, spots, kv) as readers, torch.inference_mode():
+    with observing(model, spots, kv.values()) as readers, torch.inference_mode():
         inside = traces(model)
-        assert sum(inside["hooks"].values()) == 12 + fails and inside["implementations"][""].startswith("ckptgate_")
+        assert sum(inside["hooks"].values()) == 8 + fails and inside["implementations"][""].startswith("ckptgate_")
         if fails:
             with pytest.raises(ZeroDivisionError):
                 model(input_ids=given)
@@ -505,12 +498,13 @@ def test_everything_is_as_before(kit, implementation: str, fails: bool) -> None:
 def test_the_context_cleans_up_when_the_body_raises(kit) -> None:
     checkpoint = open_checkpoint(kit.qwen)
     model, where = load_source(checkpoint, "cpu")
-    spots = targets(model, checkpoint, where, ["model.layers.0.mlp.experts.0.up_proj", "model.layers.0.self_attn.q_proj"])
+    spots = targets(model, where, ["model.layers.0.mlp.experts.0.up_proj", "model.layers.0.self_attn.q_proj"])
     before = traces(model)
-    with pytest.raises(ZeroDivisionError), observing(model, spots, {}):
+    with pytest.raises(ZeroDivisionError), observing(model, spots, ()):
         raise ZeroDivisionError
     assert traces(model) == before
-    with pytest.raises(AttributeError), observing(model, spots, {"x.k_amax": "model.no.such"}):
+    lost = Target("x", "model.no.such", "linear", 0)
+    with pytest.raises(AttributeError), observing(model, [*spots, lost], ()):
         pass
     assert traces(model) == before
 
@@ -780,15 +774,24 @@ def test_a_recipe_without_static_activations(kit, ids: Path, tmp_path: Path, rec
         run(kit.qwen, tmp_path / "stats", ids, recipe=recipe)
 
 
-def test_quantized_sources_are_refused(kit, ids: Path, tmp_path: Path) -> None:
-    for source, said in ((kit.qwen_nvfp4, "NVFP4"), (kit.llama_mxfp8, "MXFP8")):
-        with pytest.raises(PlanError, match=rf"is quantized \({said}\); activations are calibrated on an"):
-            run(source, tmp_path / "stats", ids)
-    silent = kit.edit(kit.qwen_nvfp4, tmp_path / "silent", lambda _: None)
-    (silent / "hf_quant_config.json").unlink()
-    (silent / "config.json").write_text(json.dumps(kit.config(kit.qwen)))
-    with pytest.raises(PlanError, match=r"is quantized \(codes in model\.layers\.\d\.mlp\.experts\."):
-        run(silent, tmp_path / "stats", ids)
+def test_a_quantized_source_is_calibrated_by_its_values(kit, ids: Path, tmp_path: Path) -> None:
+    """The same maxima as from a BF16 checkpoint of the values that verifier's decoder gives."""
+    source = kit.llama_mxfp8
+    parts, tensors = kit.read(source), {}
+    for name, raw in parts.items():
+        if raw.dtype == "F8_E4M3":
+            scale = parts[f"{name}_scale"].array()
+            values = verifier.decode({"weight": raw.array(), "weight_scale": scale}, "mxfp8")
+            tensors[name] = kit.raw(values.astype(ml_dtypes.bfloat16))
+        elif not name.endswith("_scale"):
+            tensors[name] = raw
+    config = {k: v for k, v in kit.config(source).items() if k != "quantization_config"}
+    plain = kit.folder(tmp_path / "plain", tensors, config)
+    for path in (source, plain):
+        run(path, tmp_path / f"{path.name}.stats", ids, recipe="fp8_default")
+    for leaf in ("input_amax", "k_amax", "v_amax"):
+        found = maxima(tmp_path / f"{source.name}.stats", leaf)
+        assert found and found == maxima(tmp_path / "plain.stats", leaf)
 
 
 Change = Callable[[dict[str, Any]], object]

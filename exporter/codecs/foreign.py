@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Formats that are read and never written: MXFP4 (OCP Microscaling v1.0) and compressed-tensors' NVFP4."""
+
+from __future__ import annotations
+
+import torch
+
+from exporter.codecs.blocks import FLOATS, chunks, require_fit, scalar_or, take, target
+from exporter.codecs.constants import E8M0_BIAS, MX_BLOCK, NVFP4_BLOCK
+from verifier.errors import EncodeError
+
+_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_NAN = 255
+
+
+def mxfp4(
+    parts: dict[str, torch.Tensor], *, dtype: torch.dtype = torch.float32, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return E2M1 codes times 2^(scale - 127) in float32, cast to ``dtype``; [..., out, in].
+
+    Args:
+        parts: ``weight`` or ``weight_packed`` uint8 [..., out, in/2] with ``weight_scale`` [..., out, in/32] (uint8 or
+            float8_e8m0fnu), or gpt-oss's ``blocks`` uint8 [..., out, in/32, 16] with ``scales``; the even column is in
+            the low nibble.
+        dtype: of the result.
+        out: where to write it, instead of allocating: of the result's shape and dtype.
+
+    Raises:
+        EncodeError: a part is missing, parts do not fit one another, ``out`` does not fit.
+    """
+    code, scale = mxfp4_codes(parts)
+    result, flat = target(out, "mxfp4", "out", torch.Size((*code.shape[:-1], code.shape[-1] * 2)), dtype, code.device)
+    power = torch.ldexp(torch.ones(256), torch.arange(256) - E8M0_BIAS)
+    power[_NAN] = torch.nan
+    _write(flat, code, power.to(code.device)[scale.to(torch.int64)], MX_BLOCK)
+    return result
+
+
+def mxfp4_codes(parts: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the codes, uint8 [..., out, in/2], and the scale bytes, uint8 [..., out, in/32], of an MXFP4 weight.
+
+    Raises:
+        EncodeError: a part is missing, or they do not fit one another.
+    """
+    scale = take(parts, "mxfp4", ("scales", "weight_scale"), torch.uint8, torch.float8_e8m0fnu).view(torch.uint8)
+    code = take(parts, "mxfp4", ("blocks", "weight", "weight_packed"), torch.uint8)
+    if "blocks" in parts:
+        require_fit(code, "mxfp4", "blocks", (*scale.shape, MX_BLOCK // 2))
+        code = code.reshape(*scale.shape[:-1], scale.shape[-1] * (MX_BLOCK // 2))
+    if code.ndim < 2 or code.shape[:-1] != scale.shape[:-1] or code.shape[-1] * 2 != scale.shape[-1] * MX_BLOCK:
+        raise EncodeError(f"mxfp4: scales {list(scale.shape)} do not fit codes {list(code.shape)}")
+    return code, scale
+
+
+def nvfp4_ct(
+    parts: dict[str, torch.Tensor], *, dtype: torch.dtype = torch.float32, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return ``(weight_scale / weight_global_scale) * code`` in float32, cast to ``dtype``; [..., out, in].
+
+    Args:
+        parts: as compressed-tensors 0.20 writes ``nvfp4-pack-quantized``: ``weight_packed`` uint8 [..., out, in/2],
+            ``weight_scale`` float8_e4m3fn [..., out, in/16], ``weight_global_scale`` float32 [1] (a divisor).
+        dtype: of the result.
+        out: where to write it, instead of allocating: of the result's shape and dtype.
+
+    Raises:
+        EncodeError: a part is missing, parts do not fit one another, ``out`` does not fit.
+    """
+    code = take(parts, "nvfp4_ct", ("weight_packed", "weight"), torch.uint8)
+    scale = take(parts, "nvfp4_ct", ("weight_scale",), torch.uint8, torch.float8_e4m3fn).view(torch.float8_e4m3fn)
+    divisor = take(parts, "nvfp4_ct", ("weight_global_scale",), *FLOATS).float()
+    divisor = scalar_or(divisor, "nvfp4_ct", "weight_global_scale", code.shape[:-2])
+    if code.ndim < 2:
+        raise EncodeError(f"nvfp4_ct: a weight of shape {list(code.shape)}; [out, in] is the least")
+    require_fit(scale, "nvfp4_ct", "weight_scale", (*code.shape[:-1], code.shape[-1] * 2 // NVFP4_BLOCK))
+    result, flat = target(out, "nvfp4_ct", "out", torch.Size((*code.shape[:-1], code.shape[-1] * 2)), dtype, code.device)
+    _write(flat, code, scale.float() / (divisor[..., None, None] if divisor.ndim else divisor), NVFP4_BLOCK)
+    return result
+
+
+def _write(flat: torch.Tensor, code: torch.Tensor, scale: torch.Tensor, block: int) -> None:
+    """Write codes times their blocks' scale into rows, a chunk at a time."""
+    nibble = torch.tensor([*_MAGNITUDES, *(-m for m in _MAGNITUDES)])
+    byte = torch.arange(256)
+    pairs = torch.stack([nibble[byte & 15], nibble[byte >> 4]], 1).to(code.device)
+    rows, width = flat.shape
+    flat_code, flat_scale = code.reshape(rows, -1), scale.reshape(rows, -1)
+    for part in chunks(rows, width):
+        values = pairs[flat_code[part].to(torch.int64)].reshape(-1, width // block, block)
+        flat[part] = (values * flat_scale[part].unsqueeze(-1)).flatten(1)

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a checkpoint's model says next to a few prompts, greedily: a look at it, not a measure of it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+
+from verifier.checkpoint import Checkpoint, open_checkpoint
+from verifier.errors import ContentError
+from verifier.load.model import load_model
+
+
+@dataclass(frozen=True, slots=True)
+class Continuation:
+    """A prompt and what the model makes of it, as text and as token ids."""
+
+    prompt: str
+    text: str
+    tokens: tuple[int, ...]
+
+    def same(self, other: Continuation) -> int:
+        """Return how many tokens from the start another continuation shares."""
+        pairs = zip(self.tokens, other.tokens, strict=False)
+        return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(self.tokens), len(other.tokens)))
+
+
+def trim(ids: Sequence[int], pad: int | None) -> list[int]:
+    """Return ids without leading pads, unless nothing else would remain (the pad may be a token that means something)."""
+    start = next((i for i, t in enumerate(ids) if t != pad), None)
+    return list(ids if start is None else ids[start:])
+
+
+def preview(uri: str, prompts: Sequence[str | Sequence[int]], new_tokens: int) -> list[Continuation]:
+    """Return each prompt's greedy continuation; special tokens are not shown.
+
+    Args:
+        uri: a local checkpoint; its tokenizer is used, and without one ids are shown as they are.
+        prompts: texts or token ids.
+        new_tokens: at most so many more.
+
+    Raises:
+        ContentError: the model cannot be loaded, or a text is given and there is no tokenizer.
+    """
+    checkpoint = open_checkpoint(uri)
+    tokenizer = _tokenizer(checkpoint)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = load_model(checkpoint, device=device).model
+    pad = getattr(tokenizer, "pad_token_id", None)
+    found = []
+    for prompt in prompts:
+        if isinstance(prompt, str) and tokenizer is None:
+            raise ContentError(f"{uri}: has no tokenizer; give the prompts as token ids")
+        ids = tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else list(prompt)
+        ids = trim(ids, pad)
+        vocabulary = model.get_input_embeddings().num_embeddings
+        if not ids or max(ids) >= vocabulary:
+            raise ContentError(f"{uri}: a prompt of {len(ids)} tokens up to {max(ids, default=0)}; {vocabulary} are known")
+        given = torch.tensor([ids], device=model.device)
+        with torch.inference_mode(), _greedy(model):
+            made = model.generate(
+                given, attention_mask=torch.ones_like(given), do_sample=False, max_new_tokens=new_tokens,
+                pad_token_id=pad if pad is not None else 0,
+            )  # fmt: skip
+        new = tuple(int(i) for i in made[0, len(ids) :])
+        found.append(Continuation(_text(tokenizer, ids), _text(tokenizer, new), new))
+    return found
+
+
+@contextlib.contextmanager
+def _greedy(model: Any) -> Iterator[None]:
+    """Have generate() use no setting of the checkpoint's own: temperatures and penalties are not the question here."""
+    before = model.generation_config
+    settings: Any = transformers.GenerationConfig
+    model.generation_config = settings(eos_token_id=before.eos_token_id)
+    try:
+        yield
+    finally:
+        model.generation_config = before
+
+
+def _tokenizer(checkpoint: Checkpoint) -> Any:
+    if not any(n in checkpoint.files for n in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+        return None
+    try:
+        return transformers.AutoTokenizer.from_pretrained(checkpoint.uri, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        said = " ".join(str(error).split())[:300]
+        raise ContentError(f"{checkpoint.uri}: its tokenizer cannot be read: {said}") from error
+
+
+def _text(tokenizer: Any, ids: Sequence[int]) -> str:
+    if tokenizer is None:
+        return " ".join(map(str, ids))
+    return str(tokenizer.decode(list(ids), skip_special_tokens=True))
