@@ -6,12 +6,14 @@ from __future__ import annotations
 import difflib
 from importlib import resources
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from exporter.recipes import PROTECTED, Recipe, load, names
 from verifier.errors import PlanError
-from verifier.schemes import collapse, gather, role
+
+if TYPE_CHECKING:
+    from exporter.recipes import Recipe
 
 
 @click.group()
@@ -22,6 +24,8 @@ def recipes() -> None:
 @recipes.command("list")
 def list_() -> None:
     """List the recipes of the package."""
+    from exporter.recipes import load, names  # noqa: PLC0415  (numpy, and the root help lists this command)
+
     found = [load(n) for n in names()]
     width = max(len(r.name) for r in found)
     for recipe in found:
@@ -32,6 +36,8 @@ def list_() -> None:
 @click.argument("name")
 def show(name: str) -> None:
     """Print a recipe, checked: a name, or a YAML file."""
+    from exporter.recipes import load, names  # noqa: PLC0415  (as above)
+
     load(name)
     file = Path(name) if name not in names() else None
     text = (file or resources.files("exporter.recipes") / f"{name}.yaml").read_text(encoding="utf-8")
@@ -44,6 +50,9 @@ def show(name: str) -> None:
 @click.option("--source", metavar="DIR", help="The checkpoint that MODULE is in; its name is then checked.")
 def explain(module: str, chosen: str | None, source: str | None) -> None:
     """Print what recipes do to MODULE, a full hub name, and which rule decides."""
+    from exporter.recipes import PROTECTED, load, names  # noqa: PLC0415  (as above)
+    from verifier.schemes import role  # noqa: PLC0415
+
     if source is not None:
         _require(module, source)
     what = role(module)
@@ -75,7 +84,8 @@ def _require(module: str, source: str) -> None:
     Raises:
         PlanError: with the nearest names.
     """
-    from verifier.checkpoint import open_checkpoint  # noqa: PLC0415  (numpy)
+    from verifier.checkpoint import open_checkpoint  # noqa: PLC0415  (as above)
+    from verifier.schemes import collapse, gather  # noqa: PLC0415
 
     present = gather(open_checkpoint(source).tensors.values())
     if module not in present:

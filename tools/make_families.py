@@ -24,7 +24,37 @@ import transformers
 from safetensors import safe_open
 
 OUT = Path(__file__).parent.parent / "verifier" / "families"
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 LAYER_KINDS = {"all", "sparse", "dense", "indexer"}
+
+
+NUMBERS = {
+    "vocab_size": (331, 337), "hidden_size": (114, 130), "intermediate_size": (208, 232), "num_attention_heads": (6, 10),
+    "num_key_value_heads": (2, 5), "num_local_experts": (7, 9), "num_experts": (7, 9), "n_routed_experts": (14, 18),
+    "moe_num_experts": (7, 9), "moe_intermediate_size": (40, 56), "shared_expert_intermediate_size": (88, 136),
+    "n_shared_experts": (3, 2), "moe_num_shared_experts": (3, 2), "q_lora_rank": (34, 38), "kv_lora_rank": (22, 26),
+    "qk_nope_head_dim": (44, 46), "qk_rope_head_dim": (12, 20), "v_head_dim": (52, 58), "num_experts_per_tok": (2, 2),
+    "moe_k": (2, 2), "n_group": (2, 2), "topk_group": (1, 1),
+}  # fmt: skip
+"""Two telling values for each config key that decides a shape."""
+
+
+def text_model(model_type: str, *, own_head_dim: bool = True, **more: Any) -> Any:
+    """Return the config function of a text family: `NUMBERS` where its config has the key, and ``more``.
+
+    ``own_head_dim`` says whether its classes take a ``head_dim`` that is not hidden size / heads.
+    """
+
+    def config(v: int) -> Any:
+        base = transformers.AutoConfig.for_model(model_type)
+        given: dict[str, Any] = {k: n[v] for k, n in NUMBERS.items() if hasattr(base, k)}
+        if own_head_dim and "kv_lora_rank" not in given:
+            given["head_dim"] = (24, 28)[v]  # classes without the key take it all the same
+        given |= {k: 0 for k in ("pad_token_id", "bos_token_id", "eos_token_id") if hasattr(base, k)}
+        given |= {"num_hidden_layers": 3, "tie_word_embeddings": False} | more
+        return transformers.AutoConfig.for_model(model_type, **given)
+
+    return config
 
 
 def llama(v: int) -> Any:
@@ -76,6 +106,30 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"config": llama, "model": "LlamaForCausalLM", "flags": ["attention_bias", "mlp_bias"]},
     "mixtral": {"config": mixtral, "model": "MixtralForCausalLM", "flags": []},
     "qwen3_moe": {"config": qwen3_moe, "model": "Qwen3MoeForCausalLM", "flags": ["attention_bias"]},
+    "qwen3": {"config": text_model("qwen3"), "model": "Qwen3ForCausalLM", "flags": ["attention_bias"]},
+    "qwen2": {"config": text_model("qwen2"), "model": "Qwen2ForCausalLM", "flags": []},
+    "qwen2_moe": {"config": text_model("qwen2_moe", mlp_only_layers=[1]), "model": "Qwen2MoeForCausalLM", "flags": []},
+    "mistral": {"config": text_model("mistral"), "model": "MistralForCausalLM", "flags": []},
+    "minimax_m2": {"config": text_model("minimax_m2"), "model": "MiniMaxM2ForCausalLM", "flags": []},
+    "olmoe": {"config": text_model("olmoe", own_head_dim=False), "model": "OlmoeForCausalLM", "flags": ["attention_bias"]},
+    "phimoe": {
+        "config": text_model("phimoe"), "model": "PhimoeForCausalLM", "flags": ["attention_bias", "lm_head_bias"],
+    },
+    "deepseek_v3": {
+        "config": text_model("deepseek_v3", first_k_dense_replace=1), "model": "DeepseekV3ForCausalLM",
+        "flags": ["attention_bias"], "nullable": ["q_lora_rank"], "more_layers": "num_nextn_predict_layers",
+    },
+    "glm4_moe": {
+        "config": text_model("glm4_moe", first_k_dense_replace=1), "model": "Glm4MoeForCausalLM",
+        "flags": ["attention_bias", "use_qk_norm"], "more_layers": "num_nextn_predict_layers",
+    },
+    "dots1": {
+        "config": text_model("dots1", first_k_dense_replace=1), "model": "Dots1ForCausalLM", "flags": ["attention_bias"],
+    },
+    "ernie4_5_moe": {
+        "config": text_model("ernie4_5_moe", mlp_layer_types=["dense", "sparse", "sparse"]),
+        "model": "Ernie4_5_MoeForCausalLM", "flags": ["use_bias"], "optional": ["^model\\.mtp_"],
+    },
     "minimax_m3_vl": {
         "config": minimax_m3_vl, "model": "MiniMaxM3SparseForConditionalGeneration", "flags": [],
         "optional": ["^mtp\\."],
@@ -84,6 +138,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 SPELLINGS = {
     "num_local_experts": ["num_experts", "n_routed_experts"],
     "num_experts": ["num_local_experts"],
+    "n_routed_experts": ["num_experts", "num_local_experts"],
     "text_config.index_n_heads": ["text_config.sparse_attention_config.sparse_num_index_heads"],
     "text_config.index_head_dim": ["text_config.sparse_attention_config.sparse_index_dim"],
     "vision_config.spatial_merge_size": ["vision_config.img_token_compression_config.spatial_merge_size"],
@@ -125,9 +180,13 @@ def values(config: Any) -> dict[str, int]:
                 walk(f"{prefix}{key}.", value)
 
     walk("", config.to_dict())
+    if "qk_rope_head_dim" in found:
+        found.pop("head_dim", None)  # transformers' own, derived
+    elif "head_dim" not in found and {"hidden_size", "num_attention_heads"} <= found.keys():
+        found["head_dim"] = found["hidden_size"] // found["num_attention_heads"]
     skip = re.compile(
         r"(_token_id|_token_index|rotary_dim|max_position|merged_hidden|topk|block|per_tok|image_size|window|"
-        r"num_hidden_layers)"
+        r"num_hidden_layers|qk_head_dim|n_group|window_layers|num_nextn)"
     )
     return {k: v for k, v in found.items() if not skip.search(k)}
 
@@ -141,6 +200,16 @@ def explain(dims: tuple[int, int], tables: list[dict[str, int]]) -> str:
                 return "*".join(combo)
     if dims[0] == dims[1]:
         return str(dims[0])
+    for numbers in ((2,), (3,)):
+        for path in paths:
+            if all(numbers[0] * t[path] == d for t, d in zip(tables, dims, strict=True)):
+                return f"{numbers[0]}*{path}"
+    pairs = [c for n in (1, 2) for c in itertools.combinations_with_replacement(paths, n)]
+    sums = {tuple(_product(t, c) for t in tables): "*".join(c) for c in reversed(pairs)}
+    for first, name in reversed(sums.items()):
+        second = sums.get(tuple(d - f for d, f in zip(dims, first, strict=True)))
+        if second is not None:
+            return f"{name}+{second}"
     raise SystemExit(f"no product of config values explains {dims}")
 
 
@@ -157,7 +226,7 @@ def layer_kind(name: str, layers: set[int], config: Any) -> str:
     everything = set(range(text.num_hidden_layers))
     mlp = getattr(text, "mlp_layer_types", None)
     if mlp is None:
-        dense = set(getattr(text, "mlp_only_layers", None) or [])
+        dense = set(getattr(text, "mlp_only_layers", None) or range(getattr(text, "first_k_dense_replace", 0)))
     else:
         dense = {i for i, k in enumerate(mlp) if k == "dense"}
     kinds = {"all": everything, "dense": dense, "sparse": everything - dense}
@@ -186,22 +255,25 @@ def make(model_type: str) -> dict[str, Any]:
         tensors.append(entry)
     for flag in spec["flags"]:
         tensors += _flagged(spec, flag, seen, tables)
+    for key in spec.get("nullable", []):
+        tensors = _nullable(spec, key, tensors, tables)
     memory = sorted({pattern(n) for n in observed[0][1]} - set(seen))
-    used = {p for t in tensors for d in t["shape"] for p in d.split("*") if not p.isdigit()}
+    used = {p for t in tensors for d in t["shape"] for p in re.split(r"[*+]", d) if not p.isdigit()}
     text = "text_config." if hasattr(configs[0], "text_config") else ""
-    experts = next((p for p in ("num_local_experts", "num_experts") if text + p in tables[0]), None)
+    experts = next((p for p in EXPERTS if text + p in tables[0]), None)
     ranges = {"layer": text + "num_hidden_layers"}
     if experts:
         ranges["expert"] = text + experts
     if any("{vision_layer}" in p for p in seen):
         ranges["vision_layer"] = "vision_config.num_hidden_layers"
-    defaults = _defaults(type(configs[0]), used | set(ranges.values()))
+    deciding = {text + k for k in ("first_k_dense_replace", "moe_layer_start_index", "decoder_sparse_step")}
+    defaults = _defaults(type(configs[0]), used | set(ranges.values()) | deciding)
     return {
         "model_type": model_type,
         "made_by": f"tools/make_families.py, transformers {transformers.__version__}, {spec['model']}",
         "text": text, "ranges": ranges, "defaults": defaults,
         "spellings": {p: SPELLINGS[p] for p in sorted(used | set(ranges.values())) if p in SPELLINGS},
-        "optional": spec.get("optional", []),
+        "optional": spec.get("optional", []), "more_layers": spec.get("more_layers", ""),
         "tensors": sorted(tensors, key=lambda t: t["name"]),
         "in_memory": memory,
     }  # fmt: skip
@@ -220,10 +292,29 @@ def _flagged(spec: dict[str, Any], flag: str, seen: dict[str, Any], tables: list
             continue
         dims = [explain((a, b), tables) for a, b in zip(shape, one[pat], strict=True)]
         entry = more.setdefault(pat, {"name": pat, "shape": dims, "if": flag, "at": set()})
-        entry["at"].add(int(re.search(r"layers\.(\d+)", name)[1]))
+        entry["at"] |= {int(i) for i in re.findall(r"layers\.(\d+)", name)}
     for entry in more.values():
-        entry["layers"] = layer_kind(entry["name"], entry.pop("at"), config[0])
+        at = entry.pop("at")
+        if at:
+            entry["layers"] = layer_kind(entry["name"], at, config[0])
     return list(more.values())
+
+
+def _nullable(
+    spec: dict[str, Any], key: str, tensors: list[dict[str, Any]], tables: list[dict[str, int]]
+) -> list[dict[str, Any]]:
+    """Return the tensors with those that only belong where a config value is set, or is null, marked so."""
+    config = [spec["config"](0), spec["config"](1)]
+    for c in config:
+        setattr(c, key, None)
+    found = [{pattern(n): s for n, s in saved(c, spec["model"])[0].items()} for c in config]
+    known = {t["name"] for t in tensors}
+    marked = [t if t["name"] in found[0] or t.get("if") else t | {"if": key} for t in tensors]
+    for name, shape in found[0].items():
+        if name not in known:
+            dims = [explain((a, b), tables) for a, b in zip(shape, found[1][name], strict=True)]
+            marked.append({"name": name, "shape": dims, "unless": key, "layers": "all"})
+    return marked
 
 
 def _defaults(cls: type, paths: set[str]) -> dict[str, int]:
@@ -238,8 +329,10 @@ def _defaults(cls: type, paths: set[str]) -> dict[str, int]:
     for path in [p for p in found if p.endswith("head_dim") and "index" not in p]:
         text = path.removesuffix("head_dim")
         hidden, heads = found.get(f"{text}hidden_size"), found.get(f"{text}num_attention_heads")
-        if hidden and heads and hidden // heads == found[path]:
-            del found[path]  # transformers derived it: another hidden size has another
+        if hidden and heads and hidden // heads == found[path] and not text:
+            other = cls(hidden_size=2 * hidden).to_dict().get("head_dim")
+            if other != found[path]:
+                del found[path]  # transformers derives it
     return found
 
 

@@ -496,12 +496,12 @@ def test_a_dry_run_writes_nothing(call, tmp_path: Path) -> None:
     code, out, err = call("export", QWEN, tmp_path / "out", *NVFP4, "--dry-run")
     assert (code, err) == (0, "")
     assert not list(tmp_path.iterdir())
-    assert "quantize  48 linears to NVFP4 in 2 layers" in out
+    assert "quantize  48 linears (32 stacked) to NVFP4 in 2 layers" in out
     assert f"result    213 tensors, {verifier.open_checkpoint(QWEN_NVFP4).nbytes:,} bytes" in out
     assert "nothing was written (dry run)" in out
     code, out, _ = call("export", LLAMA, tmp_path / "out", "--recipe", "mxfp8_default", "--dry-run")
     assert code == 0
-    assert "quantize  14 linears to MXFP8 in 2 layers" in out
+    assert "quantize  14 linears (8 stacked) to MXFP8 in 2 layers" in out
 
 
 def test_an_export_ends_with_a_check(call, tmp_path: Path) -> None:
@@ -563,7 +563,7 @@ def test_a_report_that_cannot_be_written_is_refused_before_the_work(call, tmp_pa
 
 def test_an_error_of_the_exporter_is_one_message(call, tmp_path: Path) -> None:
     one_message(call("export", LLAMA, tmp_path / "out", *NVFP4), 1, "nothing matches routed_expert", "nearest names")
-    one_message(call("export", QWEN_NVFP4, tmp_path / "out", *NVFP4), 1, "is U8 in the source")
+    one_message(call("export", QWEN_NVFP4, tmp_path / "out", *NVFP4), 1, "are nvfp4 already")
     one_message(call("export", QWEN, tmp_path / "out", *NVFP4, "--layers", "5"), 1, "hold no routed experts")
     one_message(call("export", QWEN, tmp_path / "out", *NVFP4, "--layers", "x"), 2, "no range")
     one_message(call("export", QWEN, tmp_path / "out", *NVFP4, "--stats", tmp_path / "no"), 2, "contradict")

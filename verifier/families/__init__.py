@@ -17,6 +17,7 @@ from importlib import resources
 from typing import Any
 
 from verifier.errors import ContentError
+from verifier.schemes.roles import layer_of
 
 Shape = tuple[int, ...]
 MAX_LAYERS = 10_000
@@ -52,12 +53,15 @@ class Family:
         """Return the shape that products of config paths give, or None where a value is unknown."""
         shape = []
         for product in dims:
-            total = 1
-            for factor in product.split("*"):
-                value = int(factor) if factor.isdigit() else self.value(config, factor)
-                if value is None:
-                    return None
-                total *= value
+            total = 0
+            for term in product.split("+"):
+                part = 1
+                for factor in term.split("*"):
+                    value = int(factor) if factor.isdigit() else self.value(config, factor)
+                    if value is None:
+                        return None
+                    part *= value
+                total += part
             shape.append(total)
         return tuple(shape)
 
@@ -69,8 +73,25 @@ class Family:
         text = config.get(self.data["text"].rstrip(".")) if self.data["text"] else config
         if not isinstance(text, Mapping):
             text = {}
-        flags = _indexer_flags(text, count) if kind == "indexer" else _sparse_flags(text, count)
+        flags = _indexer_flags(text, count) if kind == "indexer" else self._sparse_flags(text, count)
         return [i for i in range(count) if flags[i] == (kind != "dense")]
+
+    def _sparse_flags(self, text: Mapping[str, Any], count: int) -> list[bool]:
+        kinds, freq = text.get("mlp_layer_types"), text.get("moe_layer_freq")
+        if isinstance(kinds, list) and len(kinds) >= count:
+            return [k == "sparse" for k in kinds]
+        if isinstance(freq, list) and len(freq) >= count:
+            return [bool(f) for f in freq]
+        dense = text.get("mlp_only_layers")
+        dense = set(dense) if isinstance(dense, list) and all(type(d) is int for d in dense) else set()
+        step = self._stated(text, "decoder_sparse_step") or 1
+        first = self._stated(text, "first_k_dense_replace") or self._stated(text, "moe_layer_start_index") or 0
+        return [i not in dense and (i + 1) % step == 0 and i >= first for i in range(count)]
+
+    def _stated(self, text: Mapping[str, Any], key: str) -> int | None:
+        """Return a whole number of the text config that decides which layers are sparse, or the family's default."""
+        value = text.get(key, self.data["defaults"].get(self.data["text"] + key))
+        return value if type(value) is int and value > 0 else None
 
     def expected(self, config: Mapping[str, Any]) -> dict[str, Shape | None]:
         """Return every tensor that the hub layout has under this config, with its shape where known.
@@ -81,8 +102,7 @@ class Family:
         found: dict[str, Shape | None] = {}
         tied = bool(config.get("tie_word_embeddings"))
         for entry in self.data["tensors"]:
-            flag = entry.get("if")
-            if flag and not config.get(flag):
+            if not self._applies(config, entry):
                 continue
             if tied and entry["name"].endswith("lm_head.weight"):
                 continue
@@ -92,6 +112,15 @@ class Family:
             for name in self._names(config, entry["name"], entry.get("layers")):
                 found[name] = shape
         return found
+
+    def _applies(self, config: Mapping[str, Any], entry: Mapping[str, Any]) -> bool:
+        """Whether a tensor belongs under this config; null is unset, an absent key has its default."""
+        defaults = self.data["defaults"]
+        for word, wanted in (("if", True), ("unless", False)):
+            key = entry.get(word)
+            if key and bool(config.get(key, defaults.get(key))) != wanted:
+                return False
+        return True
 
     def _count(self, config: Mapping[str, Any], entry: Mapping[str, Any]) -> int:
         """Return an upper bound of the tensors that an entry stands for."""
@@ -111,6 +140,14 @@ class Family:
             names = [n.replace("{" + key + "}", str(i)) for n in names for i in numbers]
         yield from names
 
+    def beyond(self, config: Mapping[str, Any], name: str) -> bool:
+        """Whether a name is of a layer after the last, where the family puts its next-token-prediction layers."""
+        path = self.data.get("more_layers")
+        number, count = layer_of(name), self.value(config, self.data["ranges"]["layer"]) or 0
+        if not path or number is None:
+            return False
+        return count <= number < count + (self.value(config, path) or 0)
+
     def experts(self, config: Mapping[str, Any]) -> int | None:
         """Return the number of routed experts of a sparse layer, or None for a dense family."""
         path = self.data["ranges"].get("expert")
@@ -128,21 +165,6 @@ class Family:
     def optional(self, name: str) -> bool:
         """Whether a name is one that releases may carry beside what transformers saves (MTP heads)."""
         return any(re.search(p, name) for p in self.data["optional"]) or name.endswith(".rotary_emb.inv_freq")
-
-
-def _sparse_flags(text: Mapping[str, Any], count: int) -> list[bool]:
-    kinds, freq = text.get("mlp_layer_types"), text.get("moe_layer_freq")
-    if isinstance(kinds, list) and len(kinds) >= count:
-        return [k == "sparse" for k in kinds]
-    if isinstance(freq, list) and len(freq) >= count:
-        return [bool(f) for f in freq]
-    dense = text.get("mlp_only_layers")
-    dense = set(dense) if isinstance(dense, list) and all(type(d) is int for d in dense) else set()
-    step = text.get("decoder_sparse_step")
-    step = step if type(step) is int and step > 0 else 1
-    first = text.get("first_k_dense_replace")
-    first = first if type(first) is int else 0
-    return [i not in dense and (i + 1) % step == 0 and i >= first for i in range(count)]
 
 
 def _indexer_flags(text: Mapping[str, Any], count: int) -> list[bool]:

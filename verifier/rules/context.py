@@ -306,6 +306,9 @@ class Context(Judged):
         allowed = set(self._layout[0])
         if self.base:
             allowed |= self.base.names
+        family, config = self.family, self.checkpoint.config
+        if family is not None and config is not None:
+            allowed |= {n for n in self.names - allowed if family.beyond(config, n)}
         return classify(self.names, set(self.expected), allowed, self.checkpoint.tensors, self.family)
 
     @cached_property
