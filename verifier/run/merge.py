@@ -89,10 +89,10 @@ def _in_order(reports: list[Report]) -> list[Report]:
         if not isinstance(text, str):
             raise ContentError(f"a report on {report.uri} that is of no subset (`check --subset k/n`): {report.verdict}")
         share = share_of(text)
-        if share.number in found:
-            raise ContentError(f"two reports are of the subset {share}")
         if of not in (0, share.of):
             raise ContentError(f"a report of the subset {share} among those of n = {of}")
+        if share.number in found:
+            raise ContentError(f"two reports are of the subset {share}")
         found[share.number], of = report, share.of
     missing = [n for n in range(1, of + 1) if n not in found]
     if missing:
