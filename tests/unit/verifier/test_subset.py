@@ -182,7 +182,10 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "1 of 2 subsets have no report" in capsys.readouterr().err
     assert run(["merge-reports", str(tmp_path / "absent.json")]) == 2
     capsys.readouterr()
-    odd = ("", "[]", "{}", '{"a": 1, "a": 2}', '{"schema_version": "9.9"}', '{"schema_version": "1.0", "findings": [1]}', "\xff")
+    odd = (
+        "", "[]", "{}", '{"a": 1, "a": 2}', '{"schema_version": "9.9"}',
+        '{"schema_version": "1.0", "findings": [1]}', "\xff",
+    )  # fmt: skip
     for text in odd:
         (tmp_path / "odd.json").write_bytes(text.encode("latin-1"))
         assert run(["merge-reports", str(tmp_path / "odd.json")]) == 1
