@@ -250,6 +250,8 @@ class Context(Judged):
         those of the part. What tensors tell is not shared with other parts.
         """
         _ = self.expected, self.unrelated_base, self._formats, self.partners
+        for other in (self.base, self.merged_from):
+            _ = other._formats if other else None
         part = copy.copy(self)
         for name in ("quantized_modules", "alike", "formatted", "linears"):
             part.__dict__.pop(name, None)
