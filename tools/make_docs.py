@@ -22,11 +22,10 @@ FAMILIES = {
 }  # fmt: skip
 NOT_YET = """## Not judged yet
 
-Known defects without a rule in this version: QC107, QC109 to QC111 (header near its limit, metadata, missing sidecar
-files, leaked quantizer buffers), QC206 (lost MTP layers), QC209, QC307, QC309 to QC315, QC403, QC405, QC411 to
-QC415, QC505 to QC507, QC509 to QC514, QC517, and everything that needs a loaded model or an engine (QC601 to QC604,
-QC608). Perplexity (QC7xx) is `ckptgate gate`. QC108 (shared storage at save) cannot occur in a file; QC602, QC603 and
-QC607 need an engine's own loader or a second export.
+Known defects without a rule in this version: QC403, QC405, QC411 to QC415, QC505 to QC507, QC509 to QC514, QC517, and
+everything that needs a loaded model or an engine (QC601 to QC604, QC608). Perplexity (QC7xx) is `ckptgate gate`. QC108
+(shared storage at save) cannot occur in a file, and the key that it loses is QC301's or QC302's; QC602, QC603 and QC607
+need an engine's own loader or a second export.
 """
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 Severity = Literal["error", "warning", "info"]
 Verdict = Literal["passed", "failed", "unproven", "broken"]
-SCHEMA_VERSION = "1.0"
+Standing = Literal["", "known", "grown"]
+SEVERITIES: tuple[Severity, ...] = ("error", "warning", "info")
+SCHEMA_VERSION = "1.1"
 EXIT_OF_VERDICT: dict[str, int] = {"passed": 0, "failed": 1, "unproven": 3, "broken": 4}
 
 
@@ -24,9 +26,23 @@ class Where:
     byte: int | None = None
 
 
+class Effect(NamedTuple):
+    """What one engine makes of a defect: its severity there, and what that engine does with it ('' where not known)."""
+
+    engine: str
+    severity: Severity
+    what: str
+
+
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One defect: what was seen, what belongs there, how many of how many, and one witness in ``where``."""
+    """One defect: what was seen, what belongs there, how many of how many, and one witness in ``where``.
+
+    A rule fills the fields up to ``of``, and ``effects`` where engines treat this finding otherwise than the rule's
+    others. The run fills the rest: ``because`` says where a severity comes from that is not the rule's or the finding's
+    own; ``fingerprint`` is the same in every run over the same defect; ``standing`` is ``known`` for one in the baseline,
+    ``grown`` for one that got worse than its entry; ``note`` says why it was accepted, or how it grew.
+    """
 
     rule: str
     severity: Severity
@@ -36,6 +52,11 @@ class Finding:
     expected: str = ""
     count: int = 1
     of: int | None = None
+    effects: tuple[Effect, ...] = ()
+    because: str = ""
+    fingerprint: str = ""
+    standing: Standing = ""
+    note: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +69,7 @@ class Coverage:
     of: int
     unit: str
     reason: str = ""
+    title: str = ""
 
 
 @dataclass(frozen=True)
@@ -67,12 +89,23 @@ class Report:
         return EXIT_OF_VERDICT[self.verdict]
 
     def count(self, severity: Severity) -> int:
-        """Return the number of findings of one severity."""
-        return sum(f.severity == severity for f in self.findings)
+        """Return the number of findings of one severity; those that the baseline holds are not counted."""
+        return sum(f.severity == severity and f.standing != "known" for f in self.findings)
+
+    @property
+    def failing(self) -> tuple[Finding, ...]:
+        """The findings that make the check fail: of a failing severity, and not known from the baseline."""
+        return failing(self.findings, self.stats.get("options", {}).get("fail_on", "error"))
 
     def by_rule(self, rule: str) -> tuple[Finding, ...]:
         """Return the findings of one rule."""
         return tuple(f for f in self.findings if f.rule == rule)
+
+
+def failing(findings: Iterable[Finding], fail_on: Severity) -> tuple[Finding, ...]:
+    """Return the findings that fail a check: errors, with ``fail_on="warning"`` warnings too; none that is known."""
+    levels = SEVERITIES[: SEVERITIES.index(fail_on) + 1]
+    return tuple(f for f in findings if f.severity in levels and f.standing != "known")
 
 
 def rules_of(findings: Iterable[Finding], severity: Severity | None = None) -> set[str]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 
 from exporter.calibration.decoded import decoded_state
 from exporter.calibration.names import Place, places
@@ -126,7 +127,7 @@ def _said(checkpoint: Checkpoint, call: Callable[[], Any]) -> Any:
         if error.errno is not None:  # the disk; transformers' own "no such file" has no number
             raise
         raise _unreadable(checkpoint, error) from error
-    except (RuntimeError, ValueError, KeyError, TypeError, ImportError) as error:
+    except (RuntimeError, ValueError, KeyError, TypeError, ImportError, StrictDataclassError) as error:
         raise _unreadable(checkpoint, error) from error
 
 

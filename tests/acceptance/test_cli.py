@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
+from xml.etree import ElementTree
 
 import fsspec
 import jsonschema
@@ -21,13 +24,13 @@ import pytest
 import verifier
 from verifier.cli import run
 from verifier.manifest import Manifest
-from verifier.report import schema
+from verifier.report import FORMATS, schema
 from verifier.rules import all_rules
 
 DATA = Path(__file__).parents[1] / "data" / "modelopt"
 QWEN, QWEN_NVFP4 = DATA / "src_qwen3moe", DATA / "qwen3moe_nvfp4_experts_max"
 LLAMA, LLAMA_MXFP8 = DATA / "src_llama", DATA / "llama_mxfp8"
-COMMANDS = ("check", "explain", "export", "gate", "merge", "rules")
+COMMANDS = ("baseline", "check", "config", "explain", "export", "gate", "merge", "rules")
 NVFP4 = ["--recipe", "nvfp4_experts_only", "--input-scale", "one"]
 Capture = pytest.CaptureFixture[str]
 
@@ -351,6 +354,203 @@ def test_a_read_that_fails_is_exit_4(call, failing: None, how: str) -> None:
     assert "Traceback" not in out + err
     assert len(err.splitlines()) == 1
     report_of(call("check", QWEN_NVFP4, "--base", f"failing://{how}", "--format", "json"), 4, "broken")
+
+
+# reports: where they go, and what is on stdout
+
+DOCUMENTS = ("json", "sarif", "junit")
+
+
+def parsed(text: str, format_: str) -> object:
+    """Parse a whole text as one document; anything beside it is an error."""
+    if format_ == "junit":
+        return ElementTree.fromstring(text)  # noqa: S314  (our own output)
+    return json.loads(text)
+
+
+@pytest.mark.parametrize("format_", DOCUMENTS)
+def test_stdout_is_one_document_for_every_exit_code(call, failing: None, tmp_path: Path, format_: str) -> None:
+    cases = [
+        (0, (QWEN_NVFP4,)), (1, (tmp_path,)), (1, (QWEN_NVFP4, "--base", tmp_path)), (3, (LLAMA,)),
+        (3, (QWEN_NVFP4, "--select", "QC501")), (4, ("failing://read",)), (4, ("failing://client",)),
+        (4, (QWEN_NVFP4, "--base", "failing://list")),
+    ]  # fmt: skip
+    for wanted, argv in cases:
+        code, out, err = call("check", *argv, "--format", format_)
+        assert (code, err) == (wanted, ""), argv
+        assert parsed(out, format_) is not None
+        assert call("check", *argv)[0] == wanted
+    code, out, err = call("check", tmp_path / "missing", "--format", format_)
+    assert (code, out) == (2, "")
+
+
+@pytest.mark.parametrize("format_", FORMATS)
+def test_the_exit_code_does_not_depend_on_the_format(call, candidate: Path, tmp_path: Path, format_: str) -> None:
+    shard = candidate / "model.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1000])
+    for uri, wanted in ((QWEN_NVFP4, 0), (candidate, 1), (LLAMA, 3)):
+        assert call("check", uri, "--format", format_)[0] == wanted
+        assert call("check", uri, "--format", f"{format_}={tmp_path / 'out'}")[0] == wanted
+
+
+def test_a_defect_of_the_tool_is_a_broken_document(call, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exit 4 and one document even where something raises that nobody thought of."""
+    monkeypatch.delenv("CKPTGATE_DEBUG", raising=False)
+    errors = ((ZeroDivisionError("boom"), "a defect of ckptgate"), (MemoryError(), "memory"), (OSError(5, "I/O"), "I/O"))
+    for error, words in errors:
+
+        def raising(*_: object, error: Exception = error, **__: object) -> None:
+            raise error
+
+        monkeypatch.setattr("verifier.run.engine.open_checkpoint", raising)
+        for format_ in DOCUMENTS:
+            code, out, err = call("check", QWEN_NVFP4, "--format", format_)
+            assert (code, err) == (4, "")
+            assert words in out
+            assert parsed(out, format_) is not None
+        code, out, err = call("check", QWEN_NVFP4)
+        assert (code, out) == (4, "")
+        assert len(err.splitlines()) == 1
+        assert words in err
+
+
+def test_o_belongs_to_the_format_before_it(call, tmp_path: Path) -> None:
+    sarif, junit, text = tmp_path / "a" / "out.sarif", tmp_path / "out.xml", tmp_path / "out.txt"
+    code, out, err = call(
+        "check", QWEN_NVFP4, "--format", "text", "-o", text, "--format", "json", "--format", "sarif", "-o", sarif,
+        "--format", f"junit={junit}",
+    )  # fmt: skip
+    assert (code, err) == (0, "")
+    assert json.loads(out)["verdict"] == "passed"
+    assert json.loads(sarif.read_text())["version"] == "2.1.0"
+    assert ElementTree.parse(junit).getroot().tag == "testsuites"  # noqa: S314
+    assert text.read_text().endswith("verdict: PASSED (0 errors, 0 warnings)\n")
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["a", "out.sarif", "out.txt", "out.xml"]
+    code, out, _ = call("check", QWEN_NVFP4, "--format", "text", "--format", "sarif", "-o", sarif)
+    assert out.startswith("checked 213 tensors")
+    assert call("check", QWEN_NVFP4, "--format", "sarif", "-o", sarif)[1] == ""
+    assert call("check", QWEN_NVFP4, "--format", "json", "-o", "-")[1].startswith("{")
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (("-o", "x.sarif"), "belongs to the --format before it"),
+        (("-o", "x.sarif", "--format", "sarif"), "belongs to the --format before it"),
+        (("--format", "sarif", "-o", "x", "-o", "y"), "has its file already"),
+        (("--format", "sarif=x", "-o", "y"), "has its file already"),
+        (("--format", "text", "--format", "json"), "text and json both go to stdout"),
+        (("--format", "json=x", "--format", "sarif=./x"), "both go to"),
+        (("--format", "sarif", "-o", "."), "a folder"),
+    ],
+)
+def test_reports_that_cannot_be_placed(
+    call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, argv: tuple[str, ...], words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = call("check", QWEN_NVFP4, *argv)
+    assert (code, out) == (2, "")
+    assert words in err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("text", ["yaml", "sarif=", "=x", ""])
+def test_a_format_that_is_none(call, text: str) -> None:
+    code, out, err = call("check", QWEN_NVFP4, "--format", text)
+    assert (code, out) == (2, "")
+    assert "Error: " in err
+
+
+def test_a_report_replaces_a_file_whole_or_not_at_all(call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, link = tmp_path / "out.json", tmp_path / "link.json"
+    file.write_text("before")
+    file.chmod(0o640)
+    link.symlink_to(file)
+    monkeypatch.setattr("os.fsync", _full)
+    for argv in (("--format", f"json={file}"), ("--format", f"json={file}", "--format", "text")):
+        code, out, err = call("check", QWEN_NVFP4, *argv)
+        assert (code, out) == (4, "")
+        assert "No space left" in err
+    code, out, err = call("check", QWEN_NVFP4, "--format", f"json={file}", "--format", "sarif")
+    assert (code, err) == (4, "")
+    assert json.loads(out)["runs"][0]["invocations"][0]["exitCode"] == 4
+    assert file.read_text() == "before"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link.json", "out.json"]
+    monkeypatch.undo()
+    assert call("check", QWEN_NVFP4, "--format", f"json={link}")[0] == 0
+    assert json.loads(file.read_text())["verdict"] == "passed"
+    assert link.is_symlink()
+    assert file.stat().st_mode & 0o777 == 0o640
+
+
+def _full(_descriptor: int) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_what_is_no_file_is_written_to_and_stays(call, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDWR | os.O_NONBLOCK)
+    try:
+        assert call("check", LLAMA, "--format", f"github={pipe}") == (3, "", "")
+        assert pipe.is_fifo()
+        assert os.read(reader, 65536).startswith(b"::error title=ckptgate")
+    finally:
+        os.close(reader)
+
+
+def test_github_appends_to_the_step_summary(call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    summary = tmp_path / "summary.md"
+    summary.write_text("# before\n")
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
+    code, out, _ = call("check", LLAMA, "--format", "github")
+    assert code == 3
+    assert out.startswith("::error title=ckptgate%3A unproven::no quantized tensor\n")
+    assert summary.read_text().startswith("# before\n## ckptgate: unproven\n")
+    before = summary.read_text()
+    call("check", LLAMA, "--format", "text")
+    assert summary.read_text() == before
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path))
+    code, out, _ = call("check", LLAMA, "--format", "github")
+    assert code == 4
+    assert "GITHUB_STEP_SUMMARY" in out
+
+
+def test_a_missing_package_is_said_before_the_check(call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, format_ in (("junitparser", "junit"), ("jinja2", "html")):
+        monkeypatch.setitem(sys.modules, module, None)
+        one_message(call("check", "failing://read", "--format", f"{format_}={tmp_path / 'x'}"), 2, "ckptgate[report]")
+    assert not list(tmp_path.iterdir())
+
+
+def on_a_terminal(*argv: str, **env: str) -> str:
+    """Run a command with a terminal as its stdout and return what the terminal got."""
+    master, slave = pty.openpty()
+    try:
+        subprocess.run(
+            [sys.executable, "-m", "verifier", *argv], stdout=slave, stderr=subprocess.PIPE, check=False, timeout=120,
+            env={k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "TERM")} | {"TERM": "xterm"} | env,
+        )  # fmt: skip
+        os.close(slave)
+        found = b""
+        with suppress(OSError):  # the end of a terminal whose other side is closed
+            while part := os.read(master, 65536):
+                found += part
+    finally:
+        os.close(master)
+    return found.decode().replace("\r\n", "\n")
+
+
+def test_colour_is_for_terminals_that_want_it() -> None:
+    argv = ("check", str(QWEN_NVFP4))
+    colored = on_a_terminal(*argv)
+    assert "\x1b[1;32mPASSED" in colored
+    plain = on_a_terminal(*argv, NO_COLOR="1")
+    assert plain == re.sub(r"\x1b\[[\d;]*m", "", colored)
+    assert "\x1b" not in on_a_terminal(*argv, TERM="dumb")
+    assert "\x1b" in on_a_terminal(*argv, NO_COLOR="")
+    assert "\x1b" not in on_a_terminal(*argv, "--format", "json")
+    assert python("-m", "verifier", *argv).stdout == plain
 
 
 # rules, explain, help

@@ -58,13 +58,14 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """What one ``*.safetensors`` file declares."""
+    """What one ``*.safetensors`` file declares; ``header`` is the length of its JSON in bytes, padding included."""
 
     file: str
     size: int
     tensors: dict[str, Tensor]
     metadata: dict[str, str] = field(default_factory=dict)
     problems: tuple[Problem, ...] = ()
+    header: int = 0
 
 
 class _DuplicateKey(ValueError):
@@ -190,7 +191,7 @@ def _from_entries(file: str, size: int, start: int, entries: dict[str, Any]) -> 
             del tensors[name]
     elif end < size and whole:
         note("trailing", f"{size - end:,} bytes after the last tensor", None, f"{size:,} bytes", f"{end:,} bytes")
-    return Shard(file, size, tensors, metadata, tuple(problems))
+    return Shard(file, size, tensors, metadata, tuple(problems), start - 8)
 
 
 def _sound(file: str, start: int, entries: dict[str, Any]) -> dict[str, Tensor] | None:

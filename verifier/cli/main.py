@@ -23,11 +23,17 @@ if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
 BUILT_IN = {
+    "baseline": ("verifier.cli.baseline", "Accept findings with a reason; a check then fails on new ones."),
     "check": ("verifier.cli.check", "Judge a checkpoint."),
+    "config": ("verifier.cli.config", "Show how checks are configured here."),
+    "diff": ("verifier.cli.diff", "Tell in what two checkpoints differ."),
+    "doctor": ("verifier.cli.doctor", "Tell what is installed here and what it enables."),
     "explain": ("verifier.cli.rules", "Print what a rule means, whom it hurts and how to mend it."),
     "gate": ("verifier.cli.gate", "Measure a candidate's loss against its base."),
     "merge-reports": ("verifier.cli.merge_reports", "Make one report of the reports on all subsets of a checkpoint."),
     "rules": ("verifier.cli.rules", "List the rules."),
+    "show": ("verifier.cli.show", "Show one block of a tensor: bytes, scale, values, what belongs there."),
+    "stats": ("verifier.cli.stats", "Count formats, bits per parameter and scales."),
 }
 
 
@@ -84,17 +90,27 @@ def run(argv: Sequence[str]) -> int:
         return _say("interrupted; nothing was left under a final name", 130)
     except CkptgateError as error:
         return _say(str(error), error.exit_code)
-    except OSError as error:
-        what = "the disk is full" if error.errno == errno.ENOSPC else (error.strerror or str(error))
-        return _say(f"{what}{f': {error.filename}' if error.filename else ''}", 4)
-    except MemoryError:
-        return _say("out of memory", 4)
     except Exception as error:
-        if os.environ.get("CKPTGATE_DEBUG"):
+        if shows_defects(error):
             raise
-        return _say(
-            f"a defect of ckptgate: {type(error).__name__}: {error} (CKPTGATE_DEBUG=1 shows where; please report it)", 4
-        )
+        return _say(explain_failure(error), 4)
+
+
+def shows_defects(error: Exception) -> bool:
+    """Whether an error is a defect of ckptgate and $CKPTGATE_DEBUG asks to see where it is."""
+    return not isinstance(error, CkptgateError | OSError | MemoryError) and bool(os.environ.get("CKPTGATE_DEBUG"))
+
+
+def explain_failure(error: Exception) -> str:
+    """Return what the machine or the tool is at fault with, in one line."""
+    if isinstance(error, CkptgateError):
+        return str(error)
+    if isinstance(error, OSError):
+        what = "the disk is full" if error.errno == errno.ENOSPC else (error.strerror or str(error))
+        return f"{what}{f': {error.filename}' if error.filename else ''}"
+    if isinstance(error, MemoryError):
+        return "out of memory"
+    return f"a defect of ckptgate: {type(error).__name__}: {error} (CKPTGATE_DEBUG=1 shows where; please report it)"
 
 
 def _say(message: str, code: int) -> int:

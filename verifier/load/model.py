@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
 from verifier.checkpoint import Checkpoint, Tensor, open_checkpoint
 from verifier.decoding import decode
@@ -136,7 +137,7 @@ def _config(ckpt: Checkpoint) -> Any:
     raw = {k: v for k, v in (ckpt.config or {}).items() if k not in ("quantization_config", "auto_map")}
     try:
         return transformers.AutoConfig.for_model(**raw)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, StrictDataclassError) as error:
         raise ContentError(f"{ckpt.uri}: transformers cannot read config.json: {_short(error)}") from error
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The report as JSON, by the schema in ``schemas/report-1.0.json``."""
+"""The report as JSON, by the schema in ``schemas/report-1.1.json``."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from verifier.findings import SCHEMA_VERSION, Report
 def render_json(report: Report) -> str:
     """Return the report as one JSON object, two-space indented, with a final newline."""
     value = {"schema_version": SCHEMA_VERSION, **asdict(report)}
+    for shown, finding in zip(value["findings"], report.findings, strict=True):
+        shown["effects"] = {e.engine: {"severity": e.severity, "what": e.what} for e in finding.effects}
     return json.dumps(value, indent=2, ensure_ascii=True, allow_nan=False) + "\n"
 
 
 def schema() -> dict[str, Any]:
     """Return the JSON schema of the report."""
-    text = (resources.files(__name__.rpartition(".")[0]) / "schemas" / "report-1.0.json").read_text(encoding="utf-8")
+    text = (resources.files(__name__.rpartition(".")[0]) / "schemas" / "report-1.1.json").read_text(encoding="utf-8")
     value: dict[str, Any] = json.loads(text)
     return value

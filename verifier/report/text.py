@@ -1,58 +1,94 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The report for a person: one block a finding, then what was and was not examined, then the verdict."""
+"""The report for a person: findings by rule, then what was and was not examined, then the verdict."""
 
 from __future__ import annotations
 
+from itertools import groupby
+
 from verifier.findings import Finding, Report
+from verifier.report.parts import (
+    PARENTHESES,
+    SHOWN_OF_A_RULE,
+    about_baseline,
+    amount,
+    by_engine,
+    cell,
+    not_run,
+    place,
+    printable,
+    remarks,
+    seen,
+    verdict,
+    worst_first,
+)
+
+MAX_KNOWN = 20
+_STYLE = {
+    "error": "\x1b[1;31m", "warning": "\x1b[33m", "info": "\x1b[36m", "passed": "\x1b[1;32m", "failed": "\x1b[1;31m",
+    "unproven": "\x1b[1;33m", "broken": "\x1b[1;35m",
+}  # fmt: skip
+_PLAIN = "\x1b[0m"
 
 
-def printable(text: str, limit: int = 400) -> str:
-    """Return text with control characters escaped and a bounded length; names come from files and may be hostile."""
-    safe = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
-    return safe if len(safe) <= limit else f"{safe[: limit - 1]}…"
-
-
-def render_text(report: Report) -> str:
-    """Return the report as plain text lines."""
+def render_text(report: Report, *, color: bool = False) -> str:
+    """Return the report as lines of text; with ``color``, severities and verdict in ANSI colours."""
     lines: list[str] = []
-    for finding in report.findings:
-        lines += _finding(finding)
-    lines.append(_footer(report))
-    not_run: dict[str, list[str]] = {}
-    for c in report.coverage:
-        if not c.ran:
-            not_run.setdefault(c.reason, []).append(c.rule)
-        elif c.checked < c.of:
-            not_run.setdefault(f"on {c.of - c.checked:,} of {c.of:,} {c.unit}: {c.reason}", []).append(c.rule)
-    if not_run:
-        lines.append("not run: " + "; ".join(f"{' '.join(rules)} ({printable(why)})" for why, rules in not_run.items()))
-    errors, warnings = report.count("error"), report.count("warning")
-    why = report.stats.get("unproven") or report.stats.get("error")
-    detail = f"{errors} error{'s' * (errors != 1)}, {warnings} warning{'s' * (warnings != 1)}"
-    lines.append(f"verdict: {report.verdict.upper()} ({detail}{f'; {printable(str(why))}' if why else ''})")
+    ordered = worst_first(report.findings)
+    new = [f for f in ordered if f.standing != "known"]
+    for rule, findings in groupby(new, key=lambda f: (f.severity, f.rule)):
+        lines += _of_a_rule(rule[1], list(findings), color)
+    lines += _known([f for f in ordered if f.standing == "known"])
+    lines += _engines(report)
+    lines.append(footer(report))
+    skipped = not_run(report)
+    if skipped:
+        lines.append("not run: " + "; ".join(f"{' '.join(rules)} ({why})" for why, rules in skipped))
+    if about := about_baseline(report):
+        lines.append(f"baseline: {about}")
+    if config := report.stats.get("options", {}).get("config"):
+        lines.append(f"configuration: {printable(str(config))}")
+    lines.append(f"verdict: {_styled(verdict(report), report.verdict, color)}")
     return "\n".join(lines) + "\n"
 
 
-def _finding(f: Finding) -> list[str]:
-    amount = f"   {f.count:,} of {f.of:,}" if f.of and f.of > 1 else (f"   {f.count:,}" if f.count > 1 else "")
-    lines = [f"{f.severity:7} {f.rule}  {printable(f.message)}{amount}"]
-    place = f.where.tensor or f.where.file
-    if place:
-        spots = [
-            f"{label} {value:,}"
-            for label, value in (("row", f.where.row), ("block", f.where.block), ("byte", f.where.byte))
-            if value is not None
-        ]
-        if f.where.file and f.where.tensor:
-            spots.append(f"of {printable(f.where.file)}" if f.where.byte is not None else f"in {printable(f.where.file)}")
-        lines.append(f"        {printable(place)}{' [' + ', '.join(spots) + ']' if spots else ''}")
-    seen = [f"{label} {printable(v, 160)}" for label, v in (("observed", f.observed), ("expected", f.expected)) if v]
-    if seen:
-        lines.append(f"        {', '.join(seen)}")
+def _of_a_rule(rule: str, findings: list[Finding], color: bool) -> list[str]:
+    lines = [line for f in findings[:SHOWN_OF_A_RULE] for line in _finding(f, color)]
+    rest = len(findings) - SHOWN_OF_A_RULE
+    if rest > 0:
+        lines.append(f"        and {rest} more findings of {rule}; --format json lists them")
     return lines
 
 
-def _footer(report: Report) -> str:
+def _finding(f: Finding, color: bool) -> list[str]:
+    much = amount(f)
+    head = f"{_styled(f'{f.severity:7}', f.severity, color)} {f.rule}  {printable(f.message)}{'   ' + much if much else ''}"
+    return [head, *(f"        {line}" for line in (place(f), seen(f), *remarks(f)) if line)]
+
+
+def _known(findings: list[Finding]) -> list[str]:
+    lines = [
+        f"known   {f.rule}  {printable(f.message)}{'   ' + amount(f) if amount(f) else ''} ({printable(f.note)})"
+        for f in findings[:MAX_KNOWN]
+    ]
+    if len(findings) > MAX_KNOWN:
+        lines.append(f"        and {len(findings) - MAX_KNOWN} more known findings")
+    return lines
+
+
+def _engines(report: Report) -> list[str]:
+    table = by_engine(report)
+    if not table:
+        return []
+    engines = list(next(iter(table.values())))
+    lines = [f"engines  {'  '.join(f'{e:12}' for e in engines).rstrip()}"]
+    for rule, cells in table.items():
+        lines.append(f"{rule:8} " + "  ".join(f"{cell(cells[e]):12}" for e in engines).rstrip())
+        lines += [f"         {e}: {what}" for e in engines for what in cells[e][1][:3]]
+    return [*lines, f"         {PARENTHESES}"]
+
+
+def footer(report: Report) -> str:
+    """Return what was examined, in one line."""
     s = report.stats
     if "tensors" not in s:
         return f"checked {printable(report.uri)}: nothing could be read"
@@ -65,6 +101,10 @@ def _footer(report: Report) -> str:
     if options.get("sample"):
         of = f"by a sample of {options['sample']:g}% (seed {options['seed']}), "
     return f"checked {of}{size}{scales}; quantized modules: {formats}"
+
+
+def _styled(text: str, kind: str, color: bool) -> str:
+    return f"{_STYLE[kind]}{text}{_PLAIN}" if color else text
 
 
 def _size(count: int) -> str:

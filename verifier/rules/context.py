@@ -16,26 +16,37 @@ from verifier.checkpoint import NUMPY_DTYPES, Bytes, Checkpoint, Tensor
 from verifier.decoding import Float32, decode, widen
 from verifier.errors import ContentError
 from verifier.families import Family, family_of
-from verifier.findings import Finding, Severity, Where
+from verifier.findings import Effect, Finding, Severity, Where
 from verifier.rules.facts import Facts, survey
-from verifier.rules.naming import Naming, classify
+from verifier.rules.naming import Naming, classify, unwrapped
 from verifier.schemes import (
     FLOATS,
+    FORMATS,
     KV_LEAVES,
     SCALE_LEAVES,
     Cover,
     Declaration,
     Declarations,
+    Exclusions,
     Format,
     Module,
+    Sibling,
+    collapse,
     fitting,
     gather,
+    layer_of,
     read_declarations,
     role,
+    split,
 )
 
 Shape = tuple[int, ...]
 SMALL = 4096
+# What a part of the modules takes over from the whole; all else that is worked out once follows from its own modules.
+_WHOLE = frozenset({
+    "shapes", "names", "declarations", "declaration", "family", "_layout", "expected", "naming", "unrelated_base",
+    "_formats", "partners",
+})  # fmt: skip
 _DECODED = ("weight", "weight_packed", "weight_scale", "weight_scale_inv", "weight_scale_2", "weight_global_scale", "scales")
 
 
@@ -123,6 +134,17 @@ class Judged:
         """The declaration that engines act on, where it is in a dialect that is judged."""
         found = self.declarations.effective
         return found if found is not None and found.known else None
+
+    @cached_property
+    def tied_heads(self) -> frozenset[str]:
+        """The weights of output heads that are stored although every level of config.json that speaks of it ties them."""
+        top = self.checkpoint.config or {}
+        text = top.get("text_config")
+        said = [c.get("tie_word_embeddings") for c in (top, text if isinstance(text, Mapping) else {})]
+        flags = [f for f in said if isinstance(f, bool)]
+        if not flags or not all(flags):
+            return frozenset()
+        return frozenset(f"{m}.weight" for m in self.modules if m == "lm_head" or m.endswith(".lm_head"))
 
     def cover(self, module: Module) -> Cover | None:
         """Return what the declaration says about a module, or None without a declaration."""
@@ -229,14 +251,24 @@ class Judged:
 
 
 class Context(Judged):
-    """The candidate, with its base and the checkpoint whose bytes it keeps."""
+    """The candidate, with its base and the checkpoint whose bytes it keeps.
+
+    ``tp`` and ``ep`` are the tensor and expert parallel sizes that it is to be served with, None where nobody says.
+    """
 
     def __init__(
-        self, checkpoint: Checkpoint, base: Checkpoint | None = None, merged_from: Checkpoint | None = None
+        self,
+        checkpoint: Checkpoint,
+        base: Checkpoint | None = None,
+        merged_from: Checkpoint | None = None,
+        *,
+        tp: int | None = None,
+        ep: int | None = None,
     ) -> None:
         super().__init__(checkpoint)
         self.base = Judged(base) if base else None
         self.merged_from = Judged(merged_from) if merged_from else None
+        self.tp, self.ep = tp, ep
         self.tally = Tally()
         self.rule_id = ""
         self.rule_severity: Severity = "error"
@@ -253,8 +285,9 @@ class Context(Judged):
         for other in (self.base, self.merged_from):
             _ = other._formats if other else None
         part = copy.copy(self)
-        for name in ("quantized_modules", "alike", "formatted", "linears"):
-            part.__dict__.pop(name, None)
+        for name in list(part.__dict__):
+            if isinstance(getattr(type(self), name, None), cached_property) and name not in _WHOLE:
+                del part.__dict__[name]
         part.__dict__["modules"] = {m.name: m for m in modules}
         part.tally, part._facts = Tally(), {}
         return part
@@ -311,7 +344,40 @@ class Context(Judged):
         family, config = self.family, self.checkpoint.config
         if family is not None and config is not None:
             allowed |= {n for n in self.names - allowed if family.beyond(config, n)}
-        return classify(self.names, set(self.expected), allowed, self.checkpoint.tensors, self.family)
+        return classify(self.names, set(self.expected), allowed, self.checkpoint.tensors, self.family, self.is_mtp)
+
+    @cached_property
+    def layers(self) -> int | None:
+        """The number of text layers by the base's config, or without a base by the candidate's; None where unknown."""
+        return config_value((self.base or self).checkpoint.config, "num_hidden_layers")
+
+    def is_mtp(self, name: str) -> bool:
+        """Whether a tensor or module belongs to an MTP module: by its name, or a layer behind the last text layer."""
+        what = role(split(name)[0])
+        if what == "mtp" or self.layers is None:
+            return what == "mtp"
+        layer = layer_of(name)
+        return layer is not None and layer >= self.layers and what not in ("vision", "projector")
+
+    @cached_property
+    def wrapped_exclusions(self) -> dict[str, str]:
+        """Dead exclusions that match a module once the part of a wrapper is taken out of them, with what is left."""
+        listed = self.declaration.exclude if self.declaration else ()
+        plain = {p: w for p in listed if not p.startswith("re:") and (w := unwrapped(p))}
+        if not plain:
+            return {}
+        names = set(self.modules) | {m.rpartition(".")[0] for m in self.modules}
+        dead = set(Exclusions([*plain, *plain.values()]).dead(names))
+        return {p: w for p, w in plain.items() if p in dead and w not in dead}
+
+    @cached_property
+    def kinds(self) -> dict[str, list[Module]]:
+        """The modules by their name with layer and expert numbers replaced, MTP modules apart."""
+        found: dict[str, list[Module]] = {}
+        for name, module in self.modules.items():
+            kind = collapse(name)
+            found.setdefault(f"mtp {kind}" if self.is_mtp(name) else kind, []).append(module)
+        return found
 
     @cached_property
     def unrelated_base(self) -> str:
@@ -322,7 +388,8 @@ class Context(Judged):
             return ""
         common = len(self.names & self.base.names)
         naming = self.naming
-        known = common + len(naming.prefix) + len(naming.leaf) + sum(n for _, n in naming.fused)
+        renamed = (naming.prefix, naming.leaf, naming.submodel, naming.wrapped)
+        known = common + sum(map(len, renamed)) + sum(n for _, n in naming.fused)
         types = {self.checkpoint.model_type, self.base.checkpoint.model_type}
         if known * 10 < len(self.base.names) or (len(types) > 1 and known * 2 < len(self.base.names)):
             return f"{known} of {len(self.base.names)} names are those of the base"
@@ -339,6 +406,22 @@ class Context(Judged):
         """The quantized modules whose format is known, with it."""
         formats = self._formats
         return tuple((m, f) for m in self.quantized_modules if (f := formats[m.name]) is not None)
+
+    @cached_property
+    def scales(self) -> tuple[tuple[Module, Format, Sibling, Tensor], ...]:
+        """Every scale tensor that a module's format knows: module, format, what the format says of it, the tensor."""
+        known = {(f.name, leaf): s for f in FORMATS.values() for s in f.siblings for leaf in s.leaves}
+        return tuple(
+            (m, f, sibling, m.parts[leaf]) for m, f in self.formatted for leaf in m.scales
+            if (sibling := known.get((f.name, leaf))) is not None
+        )  # fmt: skip
+
+    @cached_property
+    def kv_scales(self) -> tuple[tuple[Module, str, Tensor], ...]:
+        """Every scale of the KV cache: the module that it stands on, its leaf, the tensor."""
+        return tuple(
+            (m, leaf, m.parts[leaf]) for m in self.modules.values() for leaf in ("k_scale", "v_scale") if leaf in m.parts
+        )
 
     @cached_property
     def linears(self) -> tuple[Module, ...]:
@@ -432,14 +515,17 @@ class Context(Judged):
         observed: object = "",
         expected: object = "",
         count: int = 1,
+        engines: Mapping[str, tuple[Severity, str]] | None = None,
     ) -> Finding:
-        """Return a finding of the running rule."""
+        """Return a finding of the running rule; ``engines`` as in `verifier.rules.Rule`, for this finding alone."""
         if where is None:
             known = self.checkpoint.tensors.get(tensor) if tensor else None
             where = Where(tensor, known.file if known else None)
+        effects = tuple(Effect(engine, *rest) for engine, rest in (engines or {}).items())
         return Finding(
-            self.rule_id, severity or self.rule_severity, message, where, str(observed), str(expected), count
-        )
+            self.rule_id, severity or self.rule_severity, message, where, str(observed), str(expected), count,
+            effects=effects,
+        )  # fmt: skip
 
     def at_byte(self, tensor: Tensor, flat: int) -> Where:
         """Return the place of the byte ``flat`` of a tensor: row, block, offset in its file."""
@@ -448,6 +534,17 @@ class Context(Judged):
         row = int(index[-2]) if len(index) >= 2 else (int(index[0]) if index else None)
         block = int(index[-1]) if len(index) >= 2 else None
         return Where(tensor.name, tensor.file, row, block, tensor.offset + flat)
+
+
+def config_value(config: Mapping[str, Any] | None, *keys: str) -> int | None:
+    """Return the first whole number that a config states under some keys, in its text part or at the top."""
+    top = config or {}
+    text = top.get("text_config")
+    for node in (text if isinstance(text, Mapping) else {}, top):
+        for key in keys:
+            if type(node.get(key)) is int:
+                return int(node[key])
+    return None
 
 
 def logical_shape(judged: Judged, name: str) -> Shape | None:

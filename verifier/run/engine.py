@@ -7,59 +7,27 @@ import gc
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from verifier.checkpoint import Checkpoint, open_checkpoint
+from verifier.compare.fingerprints import fingerprinted
 from verifier.errors import ContainerError, UsageError
-from verifier.findings import Coverage, Finding, Report, Severity, Verdict, Where
+from verifier.findings import SEVERITIES, Coverage, Finding, Report, Severity, Verdict, Where, failing
 from verifier.rules import DEPTHS, Context, Depth, Rule, all_rules
 from verifier.run.group import MAX_GROUPS, group
 from verifier.run.sample import Sample, sample_of
 from verifier.run.schedule import MAX_KINDS, Outcome, run_rules, workers_of
+from verifier.run.select import Prefixes, Selection
+from verifier.run.severity import Levels, Severities
 from verifier.run.share import Share, share_of
 
+if TYPE_CHECKING:
+    from verifier.compare.baseline import Baseline
+
 Path = str | os.PathLike[str]
-
-
-def check(
-    uri: Path,
-    *,
-    base: Path | None = None,
-    merged_from: Path | None = None,
-    depth: Depth = "header",
-    require: Sequence[str] = (),
-    fail_on: Severity = "error",
-    workers: int | None = None,
-    subset: str | None = None,
-    sample: str | float | None = None,
-    seed: int = 0,
-) -> Report:
-    """Judge a checkpoint and return the report; nothing is written.
-
-    Args:
-        uri: the folder, a path or an fsspec URL.
-        base: the unquantized (or less quantized) checkpoint to judge against.
-        merged_from: the checkpoint whose bytes a mixed export keeps.
-        depth: ``header`` reads headers and configs; ``payload`` every scale and unquantized tensor as well, and with a
-            base or ``merged_from`` every weight.
-        require: rules that must run; one that did not makes the verdict unproven.
-        fail_on: ``warning`` lets warnings fail too.
-        workers: threads that read and judge bytes; the processors of this process, at most four, where none is given. The
-            report does not depend on it.
-        subset: ``2/8`` reads the second eighth of the shards. Headers are judged in every subset; `merge_reports` makes
-            one report of all of them.
-        sample: ``5%`` reads that part of the modules of each look; the report says so.
-        seed: which modules a sample takes.
-
-    Raises:
-        UsageError: a folder that does not exist, an unknown rule or depth, a subset or sample that is none, or both.
-        ContentError: the base cannot be read as a checkpoint.
-        MachineError: reading failed.
-    """
-    with _rare_collections():
-        return _check(uri, base, merged_from, depth, require, fail_on, _reading(depth, workers, subset, sample, seed))
 
 
 @contextmanager
@@ -71,6 +39,120 @@ def _rare_collections() -> Iterator[None]:
         yield
     finally:
         gc.set_threshold(*before)
+
+
+@_rare_collections()
+def check(
+    uri: Path,
+    *,
+    plugins: Sequence[Path] = (),
+    base: Path | None = None,
+    merged_from: Path | None = None,
+    depth: Depth = "header",
+    require: Prefixes = (),
+    fail_on: Severity = "error",
+    select: Prefixes = (),
+    ignore: Prefixes = (),
+    profile: str | None = None,
+    severity: Levels | None = None,
+    baseline: Path | None = None,
+    tp: int | None = None,
+    ep: int | None = None,
+    workers: int | None = None,
+    subset: str | None = None,
+    sample: str | float | None = None,
+    seed: int = 0,
+) -> Report:
+    """Judge a checkpoint and return the report; nothing is written.
+
+    Args:
+        uri: the folder, a path or an fsspec URL.
+        plugins: Python files of further rules; those of installed packages run anyway (docs/plugins.md).
+        base: the unquantized (or less quantized) checkpoint to judge against.
+        merged_from: the checkpoint whose bytes a mixed export keeps.
+        depth: ``header`` reads headers and configs; ``payload`` every scale and unquantized tensor as well, and with a
+            base or ``merged_from`` every weight.
+        require: rules, by id or prefix, that must run; one that did not makes the verdict unproven.
+        fail_on: ``warning`` lets warnings fail too.
+        select: prefixes of rule ids (``QC5``, ``QC501,QC3``, ``ALL``): the rules that run; without any, all.
+        ignore: prefixes of rules that do not run; of two prefixes that match a rule the longer one decides.
+        profile: judge as one engine would: ``vllm``, ``sglang``, ``trtllm``, ``transformers``; ``all`` takes the worst of
+            the four, ``strict`` makes errors of warnings.
+        severity: a severity for each prefix of rules, or for each glob over tensor names: ``{"QC515": {"*.w2.*": "info"}}``.
+        baseline: a file of accepted findings, which do not fail the check as long as they do not get worse.
+        tp: the tensor parallel size to serve with; every linear is then divided as engines divide it (QC309).
+        ep: the expert parallel size to serve with.
+        workers: threads that read and judge bytes; the processors of this process, at most four, where none is given. The
+            report does not depend on it.
+        subset: ``2/8`` reads the second eighth of the shards. Headers are judged in every subset; `merge_reports` makes
+            one report of all of them.
+        sample: ``5%`` reads that part of the modules of each look; the report says so.
+        seed: which modules a sample takes.
+
+    Raises:
+        UsageError: a folder that does not exist, an unknown rule, depth, profile or severity, a baseline that is none, no
+            ranks, a subset or sample that is none, or both.
+        ContentError: the base cannot be read as a checkpoint.
+        MachineError: reading failed.
+    """
+    rules = all_rules(plugins)
+    if depth not in DEPTHS[:2]:
+        raise UsageError(f"no depth {depth!r}; one of header, payload")
+    chosen, severities = Selection(rules, select, ignore, require), Severities(rules, profile, severity)
+    if fail_on not in ("error", "warning"):
+        raise UsageError(f"cannot fail on {fail_on!r}; error or warning")
+    for name, ranks in (("tp", tp), ("ep", ep)):
+        if ranks is not None and ranks < 1:
+            raise UsageError(f"cannot serve with {name} = {ranks}; 1 or more")
+    reading = _reading(depth, workers, subset, sample, seed)
+    if reading.share is not None and baseline is not None:
+        raise UsageError("--subset and --baseline: a baseline counts the defects of all shards")
+    started = time.perf_counter()
+    others = {"base": base, "merged_from": merged_from}
+    known = _baseline(baseline)
+    options: dict[str, Any] = {"depth": depth, "require": sorted(chosen.required), "fail_on": fail_on, "tp": tp, "ep": ep}
+    options |= {
+        k: os.fspath(v) if v is not None else None for k, v in (others | {"baseline": baseline}).items()
+    }
+    options |= {"select": list(chosen.select), "ignore": list(chosen.ignore), "profile": profile}
+    options["plugins"] = [os.fspath(p) for p in plugins]
+    options |= reading.options()
+    opened = {k: open_checkpoint(v) if v is not None else None for k, v in others.items()}
+    try:
+        candidate = open_checkpoint(uri)
+    except ContainerError as error:
+        # Nothing could be judged: neither a profile nor a baseline makes that less than an error.
+        (finding,) = fingerprinted([Finding("QC104", "error", str(error), Where())])
+        return Report("failed", os.fspath(uri), options["base"], (finding,), (), {"options": options})
+    ctx = Context(candidate, opened["base"], opened["merged_from"], tp=tp, ep=ep)
+    inputs = {k for k, v in opened.items() if v is not None}
+    findings: list[Finding] = []
+    coverage: list[Coverage] = []
+    reasons = {r.id: chosen.why_not(r.id) or _why_not(r, depth, inputs) for r in rules.values()}
+    running = [r for r in rules.values() if not reasons[r.id]]
+    outcomes = run_rules(
+        ctx, running, workers=reading.workers, share=reading.share, sample=reading.sample, judge=severities.judge
+    )
+    for rule in rules.values():
+        found, covered = settle(rule, outcomes.get(rule.id, Outcome(deferred=reasons[rule.id])), reading.share is None)
+        findings += found
+        coverage.append(covered)
+    findings = fingerprinted(sorted(findings, key=level))
+    coverage = [replace(c, title=rules[c.rule].title) for c in coverage]
+    stats = _stats(ctx, candidate) | {"options": options}
+    if known is not None and baseline is not None:
+        judged = known.judge(findings, coverage)
+        findings, stats["baseline"] = judged.findings, judged.stats(os.fspath(baseline))
+    # What a subset need not have examined is required of all subsets together.
+    required = () if reading.share else chosen.required
+    verdict, why = judge(bool(ctx.quantized_modules), findings, coverage, required, fail_on)
+    stopped = {rule: o.stopped for rule, o in outcomes.items() if o.stopped}
+    if stopped:
+        stats["stopped"] = stopped
+    stats["seconds"] = round(time.perf_counter() - started, 3)
+    if why:
+        stats["unproven"] = why
+    return Report(verdict, os.fspath(uri), options["base"], tuple(findings), tuple(coverage), stats)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,57 +182,6 @@ def _reading(depth: Depth, workers: int | None, subset: str | None, sample: str 
     return found
 
 
-def _check(
-    uri: Path, base: Path | None, merged_from: Path | None, depth: Depth, require: Sequence[str], fail_on: Severity,
-    reading: _Reading,
-) -> Report:  # fmt: skip
-    rules = all_rules()
-    if depth not in DEPTHS[:2]:
-        raise UsageError(f"no depth {depth!r}; one of header, payload")
-    unknown = [r for r in require if r not in rules]
-    if unknown:
-        raise UsageError(f"no rule {unknown[0]!r}; `ckptgate rules` lists them")
-    if fail_on not in ("error", "warning"):
-        raise UsageError(f"cannot fail on {fail_on!r}; error or warning")
-    started = time.perf_counter()
-    others = {"base": base, "merged_from": merged_from}
-    options: dict[str, object] = {"depth": depth, "require": list(require), "fail_on": fail_on} | {
-        k: os.fspath(v) if v is not None else None for k, v in others.items()
-    }
-    options |= reading.options()
-    base_uri = os.fspath(base) if base is not None else None
-    opened = {k: open_checkpoint(v) if v is not None else None for k, v in others.items()}
-    try:
-        candidate = open_checkpoint(uri)
-    except ContainerError as error:
-        finding = Finding("QC104", "error", str(error), Where())
-        return Report("failed", os.fspath(uri), base_uri, (finding,), (), {"options": options})
-    ctx = Context(candidate, opened["base"], opened["merged_from"])
-    inputs = {k for k, v in opened.items() if v is not None}
-    findings: list[Finding] = []
-    coverage: list[Coverage] = []
-    reasons = {rule.id: _why_not(rule, depth, inputs) for rule in rules.values()}
-    outcomes = run_rules(
-        ctx, [r for r in rules.values() if not reasons[r.id]],
-        workers=reading.workers, share=reading.share, sample=reading.sample,
-    )  # fmt: skip
-    for rule in rules.values():
-        outcome = outcomes.get(rule.id, Outcome(deferred=reasons[rule.id]))
-        found, covered = settle(rule, outcome, whole=reading.share is None)
-        findings += found
-        coverage.append(covered)
-    findings.sort(key=lambda f: ("error", "warning", "info").index(f.severity))
-    # What a subset need not have examined is required of all subsets together.
-    verdict, why = judge(bool(ctx.quantized_modules), findings, coverage, () if reading.share else require, fail_on)
-    stats = _stats(ctx, candidate) | {"options": options, "seconds": round(time.perf_counter() - started, 3)}
-    stopped = {rule: o.stopped for rule, o in outcomes.items() if o.stopped}
-    if stopped:
-        stats["stopped"] = stopped
-    if why:
-        stats["unproven"] = why
-    return Report(verdict, os.fspath(uri), base_uri, tuple(findings), tuple(coverage), stats)
-
-
 def _why_not(rule: Rule, depth: Depth, inputs: set[str]) -> str:
     if DEPTHS.index(rule.depth) > DEPTHS.index(depth):
         return f"depth {rule.depth}"
@@ -160,22 +191,33 @@ def _why_not(rule: Rule, depth: Depth, inputs: set[str]) -> str:
     return ""
 
 
-def settle(rule: Rule, outcome: Outcome, *, whole: bool = True) -> tuple[list[Finding], Coverage]:
+def _baseline(file: Path | None) -> Baseline | None:
+    if file is None:
+        return None
+    from verifier.compare.baseline import load  # noqa: PLC0415  (pydantic, which a check without a baseline does not need)
+
+    return load(file)
+
+
+def settle(rule: Rule, outcome: Outcome, whole: bool = True) -> tuple[list[Finding], Coverage]:
     """Return a rule's findings, equal ones counted as one, and its coverage."""
     if outcome.deferred:
         return [], Coverage(rule.id, False, 0, 0, rule.unit, outcome.deferred)
     tally = outcome.tally
-    ordered = sorted(outcome.findings, key=lambda f: ("error", "warning", "info").index(f.severity))
-    found = group(ordered, tally.of, MAX_GROUPS if whole else MAX_KINDS)
+    found = group(sorted(outcome.findings, key=level), tally.of, MAX_GROUPS if whole else MAX_KINDS)
     return found, Coverage(rule.id, True, 0 if outcome.stopped else tally.checked, tally.of, rule.unit, tally.reason)
 
 
+def level(finding: Finding) -> int:
+    """Return the rank of a finding's severity, the worst first."""
+    return SEVERITIES.index(finding.severity)
+
+
 def judge(
-    quantized: bool, findings: Iterable[Finding], coverage: Iterable[Coverage], require: Sequence[str], fail_on: Severity
+    quantized: bool, findings: Iterable[Finding], coverage: Sequence[Coverage], require: Collection[str], fail_on: Severity
 ) -> tuple[Verdict, str]:
     """Return the verdict, and why where it is unproven."""
-    failing = ("error",) if fail_on == "error" else ("error", "warning")
-    if any(f.severity in failing for f in findings):
+    if failing(findings, fail_on):
         return "failed", ""
     if not quantized:
         return "unproven", "no quantized tensor"
@@ -185,6 +227,9 @@ def judge(
         if c.rule in require and (not c.ran or not c.checked):
             why = f"did not run: {c.reason}" if not c.ran else "found nothing to examine"
             return "unproven", f"{c.rule} is required and {why}"
+    if not any(c.checked for c in coverage):
+        ran = any(c.ran for c in coverage)
+        return "unproven", "the selected rules found nothing to examine" if ran else "none of the selected rules ran"
     return "passed", ""
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from verifier.findings import Finding, Where
+from verifier.findings import SEVERITIES, Finding, Severity
 from verifier.schemes import collapse
 
 MAX_GROUPS = 40
@@ -17,22 +17,21 @@ def group(findings: Iterable[Finding], of: int, limit: int = MAX_GROUPS) -> list
 
     At most ``limit`` of them; one more says how many findings the rest held.
     """
-    first: dict[tuple[str, str, str], Finding] = {}
-    counts: dict[tuple[str, str, str], int] = {}
+    first: dict[tuple[str, ...], Finding] = {}
+    counts: dict[tuple[str, ...], int] = {}
     dropped = 0
-    severity = "warning"
+    severity: Severity = "info"
     for f in findings:
         place = collapse(f.where.tensor) if f.where.tensor else (f.where.file or "")
-        key = (f.severity, f.message, place)
+        key = (f.severity, f.because, f.message, place)
         if key in first:
             counts[key] += f.count
         elif len(first) < limit:
             first[key], counts[key] = f, f.count
         else:
             dropped += f.count
-            severity = "error" if "error" in (severity, f.severity) else severity
+            severity = min(severity, f.severity, key=SEVERITIES.index)
     grouped = [replace(f, count=counts[k], of=max(of, counts[k])) for k, f in first.items()]
     if dropped:
-        rest = replace(grouped[-1], message="and more of other names", where=Where(), observed="", expected="")
-        grouped.append(replace(rest, count=dropped, severity="error" if severity == "error" else "warning"))
+        grouped.append(Finding(grouped[-1].rule, severity, "and more of other names", count=dropped, of=max(of, dropped)))
     return grouped

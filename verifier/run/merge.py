@@ -7,10 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from verifier.compare.fingerprints import fingerprinted
 from verifier.errors import ContentError
-from verifier.findings import SCHEMA_VERSION, Coverage, Finding, Report, Where
+from verifier.findings import SCHEMA_VERSION, Coverage, Effect, Finding, Report, Where
 from verifier.rules import Rule, all_rules
-from verifier.run.engine import judge
+from verifier.run.engine import judge, level
 from verifier.run.group import group
 from verifier.run.share import share_of
 
@@ -25,12 +26,17 @@ def report_of(value: Any) -> Report:
         version = value["schema_version"]
         if version != SCHEMA_VERSION:
             raise ContentError(f"a report of version {version!r}; {SCHEMA_VERSION} is read here")
-        findings = tuple(Finding(**{**f, "where": Where(**f["where"])}) for f in value["findings"])
+        findings = tuple(map(_finding, value["findings"]))
         coverage = tuple(Coverage(**c) for c in value["coverage"])
         stats = dict(value["stats"])
         return Report(value["verdict"], value["uri"], value["base"], findings, coverage, stats)
-    except (KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError) as error:
         raise ContentError(f"not a report of `ckptgate check --format json`: {type(error).__name__}: {error}") from None
+
+
+def _finding(value: Any) -> Finding:
+    effects = tuple(Effect(engine, e["severity"], e["what"]) for engine, e in value["effects"].items())
+    return Finding(**{**value, "where": Where(**value["where"]), "effects": effects})
 
 
 def merge_reports(reports: Iterable[Report]) -> Report:
@@ -58,10 +64,10 @@ def merge_reports(reports: Iterable[Report]) -> Report:
     for i, covered in enumerate(first.coverage):
         split = rules[covered.rule].split and covered.ran
         whole = _sum([p.coverage[i] for p in parts], covered.rule in stopped) if split else covered
-        found = sorted((f for p in (parts if split else [first]) for f in p.by_rule(covered.rule)), key=_level)
+        found = sorted((f for p in (parts if split else [first]) for f in p.by_rule(covered.rule)), key=level)
         findings += group(found, whole.of)
         coverage.append(whole)
-    findings.sort(key=_level)
+    findings = fingerprinted(sorted(findings, key=level))
     options = {k: v for k, v in first.stats["options"].items() if k != "subset"}
     stats: dict[str, Any] = {k: v for k, v in first.stats.items() if k not in ("stopped", "unproven")}
     stats |= {"options": options, "seconds": round(sum(p.stats["seconds"] for p in parts), 3)}
@@ -71,10 +77,6 @@ def merge_reports(reports: Iterable[Report]) -> Report:
     if why:
         stats["unproven"] = why
     return Report(verdict, first.uri, first.base, tuple(findings), tuple(coverage), stats)
-
-
-def _level(finding: Finding) -> int:
-    return ("error", "warning", "info").index(finding.severity)
 
 
 def _in_order(reports: list[Report]) -> list[Report]:

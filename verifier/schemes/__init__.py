@@ -12,7 +12,7 @@ from verifier.schemes.declarations import (
     read_declarations,
 )
 from verifier.schemes.exclusions import Exclusions
-from verifier.schemes.formats import FORMAT_OF_ALGO, FORMATS, KNOWN_ALGOS, Format, Sibling, same_layout
+from verifier.schemes.formats import FORMAT_OF_ALGO, FORMATS, KNOWN_ALGOS, Format, Sibling, runtime_layout, same_layout
 from verifier.schemes.groups import PACKED, fused_groups, packed_name
 from verifier.schemes.modules import FLOATS, KV_LEAVES, SCALE_LEAVES, Look, Module, canonical, gather, split
 from verifier.schemes.roles import ROLES, ExpertKey, collapse, expert_key, layer_of, role
@@ -21,5 +21,5 @@ __all__ = [
     "FLOATS", "FORMATS", "FORMAT_OF_ALGO", "KNOWN_ALGOS", "KV_LEAVES", "PACKED", "ROLES", "SCALE_LEAVES", "Cover",
     "Declaration", "Declarations", "Entry", "Exclusions", "ExpertKey", "Format", "Look", "Module", "Sibling",
     "canonical", "collapse", "expert_key", "fitting", "format_of", "fused_groups", "gather", "layer_of", "packed_name",
-    "parse", "read_declarations", "role", "same_layout", "split",
+    "parse", "read_declarations", "role", "runtime_layout", "same_layout", "split",
 ]  # fmt: skip

@@ -24,6 +24,7 @@ from verifier.findings import Finding, Report, rules_of
 from verifier.rules import all_rules
 
 DATA = Path(__file__).parents[2] / "data" / "modelopt"
+GOLDEN = Path(__file__).parents[3] / "goldens" / "minimax-m3-tiny"
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,18 @@ CLEAN = {
     "mxfp8": Spec("mxfp8", frozenset({"index", "experts"})),
     "mixed": Spec("mixed", frozenset({"index", "experts", "shards"}), merged=True),
     "f32_router": Spec("nvfp4", frozenset({"index", "experts", "f32"}), only=frozenset({"router-recast"})),
-}
+    "golden": Spec(
+        "mxfp8", frozenset({"index", "experts", "shards", "f32", "vision", "tokenizer"}),
+        only=frozenset({
+            "vocabulary-lost", "tokenizer-lost", "template-lost", "text-rule-on-the-tower", "tower-excluded-by-wrapper",
+            "wrapped-tower", "tower-quantized",
+        }),
+    ),
+    "mtp": Spec(
+        "mxfp8", frozenset({"index", "experts", "shards", "f32", "vision", "tokenizer", "mtp"}),
+        only=frozenset({"mtp-lost", "mtp-tensor-lost"}),
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -73,9 +85,26 @@ def _float32_router(source: Path) -> Path:
     return source
 
 
+def _with_mtp(path: Path) -> Path:
+    """Give a copy of the golden one MTP module, unquantized, and declare it."""
+    folder = Folder(path)
+    rng = np.random.default_rng(11)
+    for leaf, shape in (("eh_proj", (128, 256)), ("enorm", (128,)), ("hnorm", (128,))):
+        values = rng.normal(0, 0.05, shape).astype(ml_dtypes.bfloat16)
+        folder.add(f"mtp.layers.0.{leaf}.weight", values, file=folder.shards[-1])
+
+    def declare(config: dict[str, Any]) -> None:
+        config["text_config"]["num_mtp_modules"] = 1
+        if "quantization_config" in config:
+            config["quantization_config"]["ignored_layers"].append("mtp.layers.0.eh_proj")
+
+    folder.edit_json("config.json", declare)
+    return path
+
+
 @pytest.fixture(scope="session")
 def clean(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Clean]:
-    """Build the clean checkpoints once: two that NVIDIA ModelOpt wrote, four that the exporter makes."""
+    """Build the clean checkpoints once: two that NVIDIA ModelOpt wrote, four that the exporter makes, the golden."""
     root = tmp_path_factory.mktemp("clean")
     qwen, llama = DATA / "src_qwen3moe", DATA / "src_llama"
     routed = _float32_router(_copy(qwen, root / "src_f32_router"))
@@ -90,6 +119,8 @@ def clean(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Clean]:
         "mxfp8": Clean(root / "mxfp8", qwen),
         "mixed": Clean(root / "mixed", qwen, root / "mxfp8"),
         "f32_router": Clean(root / "f32_router", routed),
+        "golden": Clean(GOLDEN / "mxfp8", GOLDEN / "bf16"),
+        "mtp": Clean(_with_mtp(_copy(GOLDEN / "mxfp8", root / "mtp")), _with_mtp(_copy(GOLDEN / "bf16", root / "src_mtp"))),
     }  # fmt: skip
 
 
@@ -221,7 +252,8 @@ def test_an_edit_that_changes_nothing_is_no_finding(clean: dict[str, Clean], nam
     folder.rename({moved: "x.weight"})
     folder.rename({"x.weight": moved})
     for file in ("config.json", "hf_quant_config.json"):
-        folder.edit_json(file, lambda value: None)
+        if (folder.path / file).is_file():
+            folder.edit_json(file, lambda value: None)
     assert {n: folder.read(n) for n in folder.tensors()} == before
     if folder.has_index:
         index = json.loads((folder.path / INDEX).read_text())

@@ -14,6 +14,9 @@ from verifier.rules.registry import rule
     "QC101", "index names a missing shard", severity="error", depth="header", unit="shards",
     consumers=("vLLM", "SGLang", "TensorRT-LLM", "transformers"),
     sources=("Neph0s/CoSER#3",),
+    engines={
+        "vllm": ("error", "stops with FileNotFoundError"),
+    },
 )  # fmt: skip
 def check(ctx: Context) -> Iterator[Finding]:
     """Every shard that model.safetensors.index.json names must be a file of the folder.
@@ -30,7 +33,7 @@ def check(ctx: Context) -> Iterator[Finding]:
             ctx.tally.see(len(ckpt.shards))
             yield ctx.finding(
                 f"{len(ckpt.shards)} shards and no model.safetensors.index.json: transformers does not find them",
-                severity="warning",
+                severity="warning", engines={"transformers": ("error", "does not find the shards")},
             )
         return
     for problem in index.problems:

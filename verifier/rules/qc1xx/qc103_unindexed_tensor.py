@@ -14,6 +14,9 @@ from verifier.rules.registry import rule
     "QC103", "tensor outside the index, or twice", severity="error", depth="header", unit="tensors",
     consumers=("vLLM", "transformers"),
     sources=("vllm-project/vllm#54230", "Blaizzy/mlx-vlm#1464", "JustVugg/colibri#1479"),
+    engines={
+        "vllm": ("error", "reads every tensor of the files it selects, and the last one wins"),
+    },
 )  # fmt: skip
 def check(ctx: Context) -> Iterator[Finding]:
     """Each tensor name occurs once over all safetensors files of the folder, and the index lists it.

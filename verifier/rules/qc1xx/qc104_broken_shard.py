@@ -14,6 +14,9 @@ from verifier.rules.registry import rule
     "QC104", "shard is truncated or malformed", severity="error", depth="header", unit="shards",
     consumers=("vLLM", "SGLang", "TensorRT-LLM", "transformers"),
     sources=("osaurus-ai/vmlx-swift#217", "PersuGPT/PersuGPT.github.io#2"),
+    engines={
+        "vllm": ("error", "stops with SafetensorError"),
+    },
 )  # fmt: skip
 def check(ctx: Context) -> Iterator[Finding]:
     """Each shard is whole: a header that parses, byte ranges without gap or overlap, and all of them within the file.

@@ -14,6 +14,9 @@ from verifier.rules.registry import rule
 @rule(
     "QC106", "index total_size is wrong", severity="warning", depth="header", unit="indexes",
     consumers=("transformers",), sources=("ml-explore/mlx-examples#413",),
+    engines={
+        "vllm": ("info", "does not read it"),
+    },
 )  # fmt: skip
 def check(ctx: Context) -> Iterator[Finding]:
     """``metadata.total_size`` of the index is the sum of all tensor bytes; a missing one is not judged wrong.

@@ -13,9 +13,14 @@ from verifier.rules.registry import rule
 @rule(
     "QC205", "tensor of the layout is missing", severity="error", depth="header", unit="tensors",
     consumers=("vLLM", "SGLang", "TensorRT-LLM", "transformers"), sources=("NVIDIA/Model-Optimizer#876",),
+    engines={
+        "vllm": ("error", "starts without a word, and the parameter keeps what memory held"),
+    },
 )  # fmt: skip
 def check(ctx: Context) -> Iterator[Finding]:
     """Every tensor of the layout (with a base: of the base) is there, as a weight or as its quantized parts.
+
+    An MTP module's tensor is QC206, a bias whose weight is here QC314.
 
     **Why.** The export dropped modules that it had replaced or did not recognise.
     **Hurts.** vLLM starts with the parameter uninitialised and says nothing.

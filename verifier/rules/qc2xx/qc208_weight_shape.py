@@ -14,6 +14,9 @@ from verifier.rules.registry import rule
     "QC208", "weight has another shape", severity="error", depth="header", unit="tensors",
     consumers=("vLLM", "SGLang", "TensorRT-LLM", "transformers"),
     sources=("vllm-project/vllm#50610", "NVIDIA/Model-Optimizer#858"),
+    engines={
+        "vllm": ("error", "stops at the shape, or narrows and leaves part of the parameter unwritten"),
+    },
 )  # fmt: skip
 def check(ctx: Context) -> Iterator[Finding]:
     """Each weight has the shape that config (with a base: the base) gives it; packed NVFP4 counts two codes a byte.

@@ -14,6 +14,11 @@ from verifier.rules.registry import rule
     "QC301", "input_scale is missing", severity="error", depth="header", unit="modules",
     consumers=("vLLM", "SGLang", "TensorRT-LLM"),
     sources=("vllm-project/vllm#45212", "vllm-project/vllm#45320", "vllm-project/vllm#54189"),
+    engines={
+        "vllm": ("error", "reads uninitialised memory as the scale"),
+        "sglang": ("warning", "takes 1.0 as the scale"),
+        "trtllm": ("error", "stops in its linear layers, which need the scale"),
+    },
 )  # fmt: skip
 def check(ctx: Context) -> Iterator[Finding]:
     """Where a checkpoint declares NVFP4 with quantized activations, every NVFP4 module carries ``input_scale``.

@@ -14,6 +14,9 @@ from verifier.rules.registry import rule
     "QC302", "weight scale is missing", severity="error", depth="header", unit="modules",
     consumers=("vLLM", "SGLang", "TensorRT-LLM", "transformers"),
     sources=("vllm-project/vllm#54444", "charlie12345/ROCmFPX#85"),
+    engines={
+        "vllm": ("error", "folds uninitialised memory into the product"),
+    },
 )  # fmt: skip
 def check(ctx: Context) -> Iterator[Finding]:
     """Each quantized weight has all weight scales of its format (NVFP4: ``weight_scale`` and ``weight_scale_2``).

@@ -13,6 +13,9 @@ from verifier.rules.registry import rule
 @rule(
     "QC303", "weight-only NVFP4 declared with activations", severity="error", depth="header", unit="modules",
     consumers=("vLLM", "TensorRT-LLM"), sources=("vllm-project/vllm#54189",),
+    engines={
+        "vllm": ("error", "multiplies every expert by a scale that was never set"),
+    },
 )  # fmt: skip
 def check(ctx: Context) -> Iterator[Finding]:
     """A checkpoint without any ``input_scale`` declares W4A16_NVFP4, not NVFP4.

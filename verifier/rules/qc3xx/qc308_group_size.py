@@ -13,6 +13,10 @@ from verifier.rules.registry import rule
 @rule(
     "QC308", "declared group size is wrong", severity="error", depth="header", unit="modules",
     consumers=("vLLM", "SGLang", "TensorRT-LLM"), sources=("NVIDIA/Model-Optimizer#1552",),
+    engines={
+        "vllm": ("error", "sizes the scales by it and stops"),
+        "trtllm": ("error", "stops: it asserts 16 for NVFP4 and 32 for MXFP8"),
+    },
 )  # fmt: skip
 def check(ctx: Context) -> Iterator[Finding]:
     """The declared ``group_size`` is the format's block width, 16 for NVFP4 and 32 for MXFP8, as on disk.

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from verifier.findings import Finding, Where
+from verifier.findings import Finding, Severity, Where
 from verifier.rules.context import Context
 from verifier.rules.registry import rule
 
@@ -14,6 +14,9 @@ from verifier.rules.registry import rule
     "QC401", "excluded module is quantized", severity="error", depth="header", unit="quantized modules",
     consumers=("vLLM", "SGLang", "TensorRT-LLM"),
     sources=("vllm-project/vllm#45102", "vllm-project/vllm#45132", "vllm-project/vllm#35660"),
+    engines={
+        "vllm": ("error", "builds a plain layer and stops at the first scale"),
+    },
 )  # fmt: skip
 def check(ctx: Context) -> Iterator[Finding]:
     """A module that the config excludes from quantization has no scales on disk.
@@ -41,5 +44,11 @@ def check(ctx: Context) -> Iterator[Finding]:
             also = ", though quantized_layers lists it" if listed else ""
             yield ctx.finding(
                 f"carries scales, and engines that match parts of names exclude it by {pattern!r}{also}", where=where,
-                observed=pattern, severity="warning",
+                observed=pattern, severity="warning", engines=None if listed else _substring(pattern, module.name),
             )  # fmt: skip
+
+
+def _substring(pattern: str, module: str) -> dict[str, tuple[Severity, str]] | None:
+    if pattern not in module:
+        return None
+    return {"vllm": ("error", "excludes every name that the pattern stands in, and stops at the first scale")}

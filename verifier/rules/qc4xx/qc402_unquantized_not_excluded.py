@@ -14,6 +14,9 @@ from verifier.rules.registry import rule
     "QC402", "unquantized module is not excluded", severity="error", depth="header", unit="unquantized linears",
     consumers=("vLLM", "SGLang", "TensorRT-LLM"),
     sources=("NVIDIA/Model-Optimizer#1858", "vllm-project/vllm#52501"),
+    engines={
+        "vllm": ("error", "builds a packed parameter: a size error, or NaN after the load"),
+    },
 )  # fmt: skip
 def check(ctx: Context) -> Iterator[Finding]:
     """In a checkpoint of one format, every linear that is not quantized is named by an exclusion.

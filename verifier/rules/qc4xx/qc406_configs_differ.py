@@ -14,6 +14,11 @@ from verifier.rules.registry import rule
     "QC406", "the two declarations disagree", severity="error", depth="header", unit="fields",
     consumers=("vLLM", "SGLang", "TensorRT-LLM"),
     sources=("https://huggingface.co/nvidia/Qwen3.6-35B-A3B-NVFP4",),
+    engines={
+        "vllm": ("error", "reads config.json first"),
+        "sglang": ("error", "reads config.json first"),
+        "trtllm": ("error", "reads hf_quant_config.json, and warns that config.json differs"),
+    },
 )  # fmt: skip
 def check(ctx: Context) -> Iterator[Finding]:
     """``quantization_config`` and hf_quant_config.json state the same algorithm, KV cache, group size, lists and layers.

@@ -13,6 +13,9 @@ from verifier.rules.registry import rule
 @rule(
     "QC407", "quantization is not declared", severity="error", depth="header", unit="quantized modules",
     consumers=("vLLM", "SGLang", "TensorRT-LLM", "transformers"), sources=("sgl-project/sglang#13919",),
+    engines={
+        "vllm": ("error", "builds an unquantized model and stops at the first scale"),
+    },
 )  # fmt: skip
 def check(ctx: Context) -> Iterator[Finding]:
     """A checkpoint with quantized tensors says so, in config.json, in hf_quant_config.json or in both.

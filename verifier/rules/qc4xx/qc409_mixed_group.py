@@ -15,6 +15,9 @@ from verifier.schemes import Module, fused_groups, same_layout
     "QC409", "mixed formats in a fused group", severity="error", depth="header", unit="fused groups",
     consumers=("vLLM", "SGLang", "TensorRT-LLM"),
     sources=("vllm-project/llm-compressor#2730", "vLLM _resolve_quant_algo"),
+    engines={
+        "vllm": ("error", "stops: mixed quant_algo within a fused layer"),
+    },
 )  # fmt: skip
 def check(ctx: Context) -> Iterator[Finding]:
     """Projections that engines fuse into one parameter (q/k/v, gate/up, w1/w3) have one format, or none.

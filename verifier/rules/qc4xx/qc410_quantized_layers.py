@@ -14,6 +14,10 @@ from verifier.schemes import Cover, Module, packed_name, same_layout
 @rule(
     "QC410", "quantized_layers does not match", severity="error", depth="header", unit="modules",
     consumers=("TensorRT-LLM", "vLLM", "SGLang"), sources=("kekzl/imp#1385",),
+    engines={
+        "vllm": ("error", "builds a module without an entry unquantized"),
+        "trtllm": ("error", "drops the scales of what it misses, and activations explode"),
+    },
 )  # fmt: skip
 def check(ctx: Context) -> Iterator[Finding]:
     """Under MIXED_PRECISION each quantized module has an entry of its own, with the format that its tensors show.
@@ -65,4 +69,5 @@ def _judge(ctx: Context, module: Module, cover: Cover) -> Iterator[Finding]:
         yield ctx.finding(
             f"listed only through {kind}: TensorRT-LLM matches exactly and drops its scales", where=where,
             observed=cover.entry, expected=module.name, severity="warning",
+            engines={"trtllm": ("error", "matches names exactly and drops the scales of what it misses")},
         )  # fmt: skip

@@ -18,6 +18,9 @@ from verifier.schemes import Format, Module
 @rule(
     "QC501", "zero weight scale", severity="error", depth="payload", unit="weight scales", split=True,
     consumers=("vLLM", "SGLang", "TensorRT-LLM", "transformers"), sources=("NVIDIA/Model-Optimizer#1382",),
+    engines={
+        "vllm": ("error", "loads it without a word"),
+    },
 )  # fmt: skip
 def check(ctx: Context) -> Iterator[Finding]:
     """No block scale, global scale or tensor scale is zero.

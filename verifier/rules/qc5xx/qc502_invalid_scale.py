@@ -18,6 +18,9 @@ from verifier.rules.registry import rule
     "QC502", "NaN, infinite or negative weight scale", severity="error", depth="payload", unit="weight scales", split=True,
     consumers=("vLLM", "SGLang", "TensorRT-LLM", "transformers"),
     sources=("vllm-project/compressed-tensors#595", "NVIDIA/Model-Optimizer#1633"),
+    engines={
+        "vllm": ("error", "loads it in experts without a word"),
+    },
 )  # fmt: skip
 def check(ctx: Context) -> Iterator[Finding]:
     """Weight scales are finite and not negative: E4M3 bytes below 0x7F, E8M0 bytes below 0xFF, finite float32.

@@ -21,6 +21,9 @@ FAR = 1e4
     "QC503", "unusable input_scale", severity="error", depth="payload", unit="input scales",
     consumers=("vLLM", "SGLang", "TensorRT-LLM"),
     sources=("vllm-project/vllm#42601", "vllm-project/vllm#45320"),
+    engines={
+        "vllm": ("error", "loads it without a word and divides by it"),
+    },
 )  # fmt: skip
 def check(ctx: Context) -> Iterator[Finding]:
     """Each ``input_scale`` is a finite number of at least 1e-30, and within 10,000 times the median of its siblings.

@@ -15,6 +15,11 @@ from verifier.schemes import expert_key, fused_groups
     "QC504", "weight_scale_2 differs within an expert", severity="error", depth="payload", unit="expert pairs",
     consumers=("vLLM", "SGLang", "TensorRT-LLM"),
     sources=("vllm-project/vllm#54974", "NVIDIA/TensorRT-LLM#14199", "NVIDIA/Model-Optimizer#1411"),
+    engines={
+        "vllm": ("error", "keeps the scale of gate (w1) for both and warns"),
+        "sglang": ("warning", "keeps both under its trtllm and cutedsl backends; Marlin keeps gate's and warns"),
+        "trtllm": ("error", "asserts that they are equal, or takes the larger, by version"),
+    },
 )  # fmt: skip
 def check(ctx: Context) -> Iterator[Finding]:
     """``w1`` and ``w3`` (gate and up) of a routed expert have the same ``weight_scale_2``, bit for bit.

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Experts modules without transformers' decorator, by class name: how to read them, or why they are refused.
+
+Another package adds its own by the entry-point group ``ckptgate.experts``: a function that calls `register`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from importlib.metadata import entry_points
+from typing import Any
+
+from exporter.detect.layouts import ExpertStack, Refused, parameters
+from verifier.errors import UsageError
+
+Reader = Callable[[str, Any], ExpertStack | Refused]
+READERS: dict[str, Reader] = {}
+
+
+def register(cls: str) -> Callable[[Reader], Reader]:
+    """Register the decorated function as the reader of the modules of a class.
+
+    Raises:
+        UsageError: the class has a reader already.
+    """
+
+    def add(reader: Reader) -> Reader:
+        if cls in READERS:
+            raise UsageError(f"the experts class {cls} is registered twice")
+        READERS[cls] = reader
+        return reader
+
+    return add
+
+
+@lru_cache(maxsize=1)
+def load_plugins() -> None:
+    """Run the registering functions of other packages, once."""
+    for entry in entry_points(group="ckptgate.experts"):
+        entry.load()()
+
+
+@register("Llama4TextExperts")
+def llama4(path: str, module: Any) -> ExpertStack | Refused:
+    """Read [experts, hidden, 2 * intermediate] and [experts, intermediate, hidden], gate first."""
+    own = parameters(module)
+    count, hidden, rows = own["gate_up_proj"]
+    return ExpertStack(
+        path, type(module).__name__, count, "gate_up_proj", "down_proj", hidden, rows // 2, True, True, False, False, "class"
+    )
+
+
+@register("Step3p7Experts")
+def step3p7(path: str, module: Any) -> ExpertStack | Refused:
+    """Read the standard layout; the hub keeps gate, up and down as three stacks."""
+    own = parameters(module)
+    count, rows, hidden = own["gate_up_proj"]
+    return ExpertStack(
+        path,
+        type(module).__name__,
+        count,
+        "gate_up_proj",
+        "down_proj",
+        hidden,
+        rows // 2,
+        True,
+        False,
+        False,
+        False,
+        "class",
+    )
+
+
+@register("LongcatFlashExperts")
+def longcat_flash(path: str, module: Any) -> ExpertStack | Refused:
+    """Read the standard layout; gate and up have rows for zero experts after the routed ones."""
+    own = parameters(module)
+    if not own:
+        return Refused(path, type(module).__name__, "it has zero experts only")
+    count, hidden, inner = own["down_proj"]
+    return ExpertStack(
+        path, type(module).__name__, count, "gate_up_proj", "down_proj", hidden, inner, True, False, False, False, "class"
+    )
+
+
+@register("DbrxExpertGLU")
+def dbrx(path: str, module: Any) -> ExpertStack | Refused:
+    """Refuse two-dimensional stacks w1, v1, w2 of [experts * intermediate, hidden]."""
+    return Refused(path, type(module).__name__, "its experts are rows of two-dimensional stacks, down transposed")
+
+
+@register("JetMoeParallelExperts")
+def jetmoe(path: str, module: Any) -> ExpertStack | Refused:
+    """Refuse one stack for input and one for output, also in attention."""
+    return Refused(
+        path, type(module).__name__, "its input and output stacks stand in modules of their own, also in attention"
+    )
+
+
+@register("InklingSharedExperts")
+def inkling_shared(path: str, module: Any) -> ExpertStack | Refused:
+    """Refuse stacks of shared experts, interleaved on the hub."""
+    return Refused(path, type(module).__name__, "it holds shared experts, which the hub stores interleaved")

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What stays the same about a finding from one run to the next.
+
+A fingerprint stands for a rule, a kind of defect and a kind of place. Shard names, layer and expert numbers, counts and
+offsets are not part of it: they change with the sharding, with the order in a header, and with findings beside it. The
+severity is not either, so that a profile does not turn a known finding into a new one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable
+from dataclasses import replace
+
+from verifier.findings import Finding
+from verifier.schemes import collapse
+
+VERSION = "ckptgate/v1"
+MAX_MESSAGE = 2_000
+_SHARD = re.compile(r"[^\s'\"]*\.safetensors\b")
+_SHARDS = re.compile(r"<shard>(, <shard>)+")
+# A number by itself: those in NVFP4, F8_E4M3, w13 and weight_scale_2 tell kinds apart.
+_NUMBER = re.compile(r"(?<![A-Za-z0-9_])[-+]?\d[\d,]*(\.\d+)?(e[-+]?\d+)?(?![A-Za-z0-9_])")
+
+
+def kind(finding: Finding) -> str:
+    """Return the message, its first `MAX_MESSAGE` characters, without file names of shards and without numbers."""
+    # Names stand in messages, and a hostile one can be as long as a header: the patterns below are not linear.
+    text = finding.message[:MAX_MESSAGE]
+    if finding.where.file and finding.where.file.endswith(".safetensors"):
+        text = text.replace(finding.where.file, "<shard>")
+    return _NUMBER.sub("#", _SHARDS.sub("<shard>", _SHARD.sub("<shard>", text)))
+
+
+def place(finding: Finding) -> str:
+    """Return the tensor's name with layer and expert numbers as ``*``; without a tensor, a file that is no shard."""
+    if finding.where.tensor:
+        return collapse(finding.where.tensor)
+    file = finding.where.file or ""
+    return "" if file.endswith(".safetensors") else file
+
+
+def fingerprint(finding: Finding) -> str:
+    """Return 32 hexadecimal digits: of the SHA-256 of version, rule, kind and place."""
+    text = "\0".join((VERSION, finding.rule, kind(finding), place(finding)))
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
+def fingerprinted(findings: Iterable[Finding]) -> list[Finding]:
+    """Return the findings with their fingerprints."""
+    return [replace(f, fingerprint=fingerprint(f)) for f in findings]

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``[tool.ckptgate]`` in pyproject.toml, or ckptgate.toml: how a project judges its checkpoints.
+
+The file is the nearest one from the working directory upwards; in one folder ckptgate.toml is taken before
+pyproject.toml. An option of the command line replaces the file's value of the same key. Paths in the file (``baseline``,
+and files in ``formats``) are relative to its folder.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from verifier.errors import UsageError
+from verifier.findings import Severity
+from verifier.report import FORMATS
+from verifier.rules import all_rules
+from verifier.run.select import nearest, prefixes
+from verifier.run.severity import PROFILES, Severities
+
+NAME, PYPROJECT = "ckptgate.toml", "pyproject.toml"
+MAX_BYTES = 1 << 20
+
+
+class Config(BaseModel):
+    """The keys of a configuration file, with their defaults."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    select: list[str] = []
+    ignore: list[str] = []
+    require: list[str] = []
+    fail_on: Literal["error", "warning"] = "error"
+    profile: str | None = None
+    severity: dict[str, Severity | dict[str, Severity]] = {}
+    baseline: str | None = None
+    formats: list[str] = ["text"]
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """An effective value and where it comes from: ``command line``, a file, or ``default``."""
+
+    value: Any
+    origin: str
+
+
+def find(start: Path) -> Path | None:
+    """Return the configuration file that holds in a folder: the nearest upwards, or None.
+
+    Raises:
+        UsageError: a pyproject.toml on the way is no TOML.
+    """
+    for folder in (start, *start.parents):
+        if (folder / NAME).is_file():
+            return folder / NAME
+        project = folder / PYPROJECT
+        if project.is_file() and _table(project) is not None:
+            return project
+    return None
+
+
+def load(file: Path) -> Config:
+    """Read and check a configuration file.
+
+    Raises:
+        UsageError: it cannot be read; an unknown key, rule, profile, severity or format. The message names file and key.
+    """
+    table = _table(file)
+    if table is None:
+        raise UsageError(f"{file}: has no [tool.ckptgate]")
+    known = list(Config.model_fields)
+    for key in table:
+        if key not in known:
+            at = "tool.ckptgate." if file.name == PYPROJECT else ""
+            top = "; its keys stand at the top, without [tool.ckptgate]" if key == "tool" else ""
+            near = nearest(key, known) if not top else ""
+            raise UsageError(f"{file}: unknown key {at + key!r}{top}; {near}the keys are {', '.join(known)}")
+    try:
+        config = Config.model_validate(table)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        place = [p for p in map(str, first["loc"]) if p in table or not p.startswith(("literal[", "dict["))]
+        raise UsageError(f"{file}: {'.'.join(place)}: {first['msg']}") from error
+    try:
+        _check_values(config)
+    except UsageError as error:
+        raise UsageError(f"{file}: {error}") from None
+    return config
+
+
+def effective(given: Mapping[str, Any], file: Path | None) -> dict[str, Setting]:
+    """Return every setting with its origin: what was given, else the file's, else the default.
+
+    Args:
+        given: values of the command line by key; None and () stand for "not given".
+        file: the configuration file, or None.
+    """
+    config = load(file) if file is not None else Config()
+    settings = {}
+    for key in Config.model_fields:
+        if given.get(key) not in (None, ()):
+            settings[key] = Setting(given[key], "command line")
+        elif file is not None and key in config.model_fields_set:
+            settings[key] = Setting(_resolved(key, getattr(config, key), file.parent), str(file))
+        else:
+            settings[key] = Setting(getattr(config, key), "default")
+    return settings
+
+
+def _check_values(config: Config) -> None:
+    rules = all_rules()
+    for key in ("select", "ignore", "require"):
+        prefixes(getattr(config, key), rules, key)
+    if config.profile is not None and config.profile not in PROFILES:
+        near = nearest(config.profile, PROFILES)
+        raise UsageError(f"profile: no profile {config.profile!r}; {near}one of {_list(PROFILES)}")
+    Severities(rules, None, config.severity)
+    for text in config.formats:
+        name = text.partition("=")[0]
+        if name not in FORMATS:
+            raise UsageError(f"formats: no format {name!r}; {nearest(name, FORMATS)}one of {_list(FORMATS)}")
+
+
+def _resolved(key: str, value: Any, folder: Path) -> Any:
+    if key == "baseline" and value is not None:
+        return str(folder / value)
+    if key == "formats":
+        parts = [text.partition("=") for text in value]
+        return [f"{name}={folder / path}" if path and path != "-" else name for name, _, path in parts]
+    return value
+
+
+def _list(names: tuple[str, ...]) -> str:
+    return ", ".join(names)
+
+
+def _table(file: Path) -> dict[str, Any] | None:
+    """Return the keys that a file states for ckptgate; None for a pyproject.toml without any."""
+    try:
+        with file.open("rb") as handle:
+            raw = handle.read(MAX_BYTES + 1)
+        if len(raw) > MAX_BYTES:
+            raise UsageError(f"{file}: larger than {MAX_BYTES:,} bytes")
+        value = tomllib.loads(raw.decode("utf-8"))
+    except OSError as error:
+        raise UsageError(f"{file}: {error.strerror or error}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise UsageError(f"{file}: no TOML: {error} (--no-config judges without it)") from error
+    if file.name != PYPROJECT:
+        return value
+    tool = value.get("tool")
+    found = tool.get("ckptgate") if isinstance(tool, dict) else None
+    if found is not None and not isinstance(found, dict):
+        raise UsageError(f"{file}: tool.ckptgate is no table")
+    return found

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The report as one HTML file: no script, nothing fetched, at most 2 MB whatever there is to tell."""
+
+from __future__ import annotations
+
+from importlib import resources
+from typing import Any
+
+from jinja2 import DictLoader, Environment, StrictUndefined
+
+from verifier import __version__
+from verifier.findings import Report
+from verifier.report.parts import (
+    PARENTHESES,
+    about_baseline,
+    amount,
+    by_engine,
+    cell,
+    not_run,
+    place,
+    printable,
+    remarks,
+    seen,
+    verdict,
+    worst_first,
+)
+from verifier.report.text import footer
+
+MAX_BYTES = 2_000_000
+MAX_FINDINGS = 2_000
+MAX_RULES = 500
+
+
+def render_html(report: Report) -> str:
+    """Return the page; findings that would make it larger than `MAX_BYTES` are counted instead."""
+    source = (resources.files(__name__.rpartition(".")[0]) / "templates" / "report.html.j2").read_text(encoding="utf-8")
+    environment = Environment(
+        loader=DictLoader({"report": source}), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters |= {"printable": printable, "cell": cell}
+    template = environment.get_template("report")
+    rows = MAX_FINDINGS
+    while True:
+        page = template.render(_values(report, rows)) + "\n"
+        if len(page.encode("utf-8")) <= MAX_BYTES or not rows:
+            return page
+        rows //= 2
+
+
+def _values(report: Report, rows: int) -> dict[str, Any]:
+    ordered = worst_first(report.findings)
+    titles = {c.rule: c.title for c in report.coverage}
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for f in ordered[:rows]:
+        key = ("known" if f.standing == "known" else f.severity, f.rule)
+        told = [t for t in (seen(f), *remarks(f)) if t]
+        groups.setdefault(key, []).append(
+            {"message": f.message, "amount": amount(f), "place": place(f), "told": told, "fingerprint": f.fingerprint}
+        )
+    table = by_engine(report)
+    return {
+        "report": report, "version": __version__, "verdict": verdict(report), "groups": groups, "titles": titles,
+        "unshown": max(0, len(ordered) - rows), "footer": footer(report), "not_run": not_run(report),
+        "about_baseline": about_baseline(report), "coverage": report.coverage[:MAX_RULES],
+        "unshown_rules": max(0, len(report.coverage) - MAX_RULES), "table": table,
+        "parentheses": PARENTHESES,
+        "engines": list(next(iter(table.values()))) if table else [], "options": report.stats.get("options", {}),
+    }  # fmt: skip

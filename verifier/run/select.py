@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which rules run: prefixes of rule ids, the longer one of two that match deciding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+from verifier.errors import UsageError
+
+ALL = "ALL"
+Prefixes = str | Iterable[str]
+
+
+def prefixes(given: Prefixes, known: Iterable[str], option: str) -> tuple[str, ...]:
+    """Return rule prefixes in upper case, each once; ``ALL`` stands for every rule.
+
+    Args:
+        given: one text or several, each of one prefix or of several with commas between.
+        known: the ids that a prefix must begin.
+        option: where they come from, for the message.
+
+    Raises:
+        UsageError: an empty prefix, or one that no rule begins with; it names the nearest.
+    """
+    ids = list(known)
+    found: dict[str, None] = {}
+    for text in (given,) if isinstance(given, str) else given:
+        for part in text.split(","):
+            prefix = part.strip().upper()
+            if not prefix:
+                raise UsageError(f"{option} {text!r}: an empty rule id; `ckptgate rules` lists them")
+            if prefix != ALL and not any(i.startswith(prefix) for i in ids):
+                near = nearest(prefix, [*ids, *sorted({i[:3] for i in ids})])
+                raise UsageError(f"{option}: no rule {part.strip()!r}; {near}`ckptgate rules` lists them")
+            found[prefix] = None
+    return tuple(found)
+
+
+def nearest(name: str, among: Iterable[str]) -> str:
+    """Return the names like ``name`` as the beginning of a hint, or ''."""
+    near = get_close_matches(name, list(among), n=3, cutoff=0.6)
+    return f"nearest: {', '.join(near)}; " if near else ""
+
+
+def match(rule: str, among: Iterable[str]) -> str | None:
+    """Return the longest prefix that a rule id begins with, or None; ``ALL`` is the shortest of all."""
+    return max((p for p in among if p == ALL or rule.startswith(p)), key=_length, default=None)
+
+
+class Selection:
+    """What ``select``, ``ignore`` and ``require`` come to for each rule.
+
+    Without ``select`` every rule is selected. Where a rule is both selected and ignored the longer prefix decides, and of
+    two equal ones ``ignore``.
+
+    Raises:
+        UsageError: an unknown prefix, or a required one none of whose rules is selected.
+    """
+
+    def __init__(self, known: Iterable[str], select: Prefixes = (), ignore: Prefixes = (), require: Prefixes = ()) -> None:
+        ids = list(known)
+        self.select = prefixes(select, ids, "--select")
+        self.ignore = prefixes(ignore, ids, "--ignore")
+        self.required = frozenset(i for p in prefixes(require, ids, "--require") for i in self._require(p, ids))
+
+    def _require(self, prefix: str, ids: Iterable[str]) -> list[str]:
+        meant = [i for i in ids if match(i, [prefix]) is not None]
+        chosen = [i for i in meant if not self.why_not(i)]
+        if not chosen:
+            raise UsageError(f"{prefix} is required and {self.why_not(meant[0])}")
+        return chosen
+
+    def why_not(self, rule: str) -> str:
+        """Return why a rule is deselected, or '' where it is not."""
+        chosen = match(rule, self.select) if self.select else ALL
+        if chosen is None:
+            return "not selected"
+        ignored = match(rule, self.ignore)
+        if ignored is None or _length(chosen) > _length(ignored):
+            return ""
+        return f"ignored by {ignored}"
+
+
+def _length(prefix: str) -> int:
+    return 0 if prefix == ALL else len(prefix)
