@@ -25,6 +25,10 @@ from verifier.findings import Finding, Report
 )  # fmt: skip
 @click.option("--tp", metavar="N", type=click.IntRange(1, 65536), help="The tensor parallel size to serve with.")
 @click.option("--ep", metavar="N", type=click.IntRange(1, 65536), help="The expert parallel size to serve with.")
+@click.option("--workers", metavar="N", type=int, help="Threads that read bytes.  [default: the processors, at most 4]")
+@click.option("--subset", metavar="K/N", help="Read the K-th of N shares of the shards; `merge-reports` puts them together.")
+@click.option("--sample", metavar="P%", help="Read this part of the modules only, at least one of each look.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Which modules --sample takes.")
 @judging_options
 @output_options
 @click.pass_context
@@ -38,6 +42,10 @@ def check(
     depth: str,
     tp: int | None,
     ep: int | None,
+    workers: int | None,
+    subset: str | None,
+    sample: str | None,
+    seed: int,
     files: tuple[str, ...],
     **given: Any,
 ) -> None:
@@ -55,7 +63,7 @@ def check(
     try:
         report = judge(
             uri, base=base, merged_from=merged_from, depth=depth, tp=tp, ep=ep, plugins=plugins,  # type: ignore[arg-type]
-            **judging(found),
+            workers=workers, subset=subset, sample=sample, seed=seed, **judging(found),
         )  # fmt: skip
     except UsageError:
         raise

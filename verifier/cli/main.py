@@ -30,6 +30,7 @@ BUILT_IN = {
     "doctor": ("verifier.cli.doctor", "Tell what is installed here and what it enables."),
     "explain": ("verifier.cli.rules", "Print what a rule means, whom it hurts and how to mend it."),
     "gate": ("verifier.cli.gate", "Measure a candidate's loss against its base."),
+    "merge-reports": ("verifier.cli.merge_reports", "Make one report of the reports on all subsets of a checkpoint."),
     "rules": ("verifier.cli.rules", "List the rules."),
     "show": ("verifier.cli.show", "Show one block of a tensor: bytes, scale, values, what belongs there."),
     "stats": ("verifier.cli.stats", "Count formats, bits per parameter and scales."),
@@ -46,7 +47,7 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Import and return a command."""
         if cmd_name in BUILT_IN:
-            command: click.Command = getattr(importlib.import_module(BUILT_IN[cmd_name][0]), cmd_name)
+            command: click.Command = getattr(importlib.import_module(BUILT_IN[cmd_name][0]), cmd_name.replace("-", "_"))
             return command
         for entry in entry_points(group="ckptgate.commands", name=cmd_name):
             loaded: click.Command = entry.load()

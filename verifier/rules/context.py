@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
@@ -12,15 +13,18 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from verifier.checkpoint import Bytes, Checkpoint, Tensor
+from verifier.checkpoint import NUMPY_DTYPES, Bytes, Checkpoint, Tensor
 from verifier.decoding import Float32, decode, widen
 from verifier.errors import ContentError
 from verifier.families import Family, family_of
 from verifier.findings import Effect, Finding, Severity, Where
+from verifier.rules.facts import Facts, survey
 from verifier.rules.naming import Naming, classify, unwrapped
 from verifier.schemes import (
     FLOATS,
     FORMATS,
+    KV_LEAVES,
+    SCALE_LEAVES,
     Cover,
     Declaration,
     Declarations,
@@ -28,9 +32,8 @@ from verifier.schemes import (
     Format,
     Module,
     Sibling,
-    canonical,
     collapse,
-    format_of,
+    fitting,
     gather,
     layer_of,
     read_declarations,
@@ -40,6 +43,13 @@ from verifier.schemes import (
 
 Shape = tuple[int, ...]
 T = TypeVar("T")
+SMALL = 4096
+# What a part of the modules takes over from the whole; all else that is worked out once follows from its own modules.
+_WHOLE = frozenset({
+    "shapes", "names", "declarations", "declaration", "family", "_layout", "expected", "naming", "unrelated_base",
+    "_formats", "partners",
+})  # fmt: skip
+_DECODED = ("weight", "weight_packed", "weight_scale", "weight_scale_inv", "weight_scale_2", "weight_global_scale", "scales")
 
 
 @dataclass(slots=True)
@@ -62,6 +72,23 @@ class Tally:
             self.reason = reason
 
 
+@dataclass(frozen=True, slots=True)
+class Alike:
+    """Quantized modules that differ in name and place only: leaves, dtypes, shapes and declarations are the same.
+
+    ``format`` is `Judged.format_of` each; ``cover`` that of the first (``entry`` aside, that of each).
+    """
+
+    modules: tuple[Module, ...]
+    format: Format | None
+    cover: Cover | None
+
+    @property
+    def first(self) -> Module:
+        """The first of them, in file order."""
+        return self.modules[0]
+
+
 class Judged:
     """A checkpoint with its modules, family and declarations worked out."""
 
@@ -74,9 +101,30 @@ class Judged:
         return gather(self.checkpoint.tensors.values())
 
     @cached_property
+    def shapes(self) -> dict[str, Shape | None]:
+        """Every unquantized name that the tensors stand for, with its unquantized shape, packed widths doubled.
+
+        None is the shape of a packed weight that has other than two dimensions.
+        """
+        found: dict[str, Shape | None] = {}
+        for module in self.modules.values():
+            for leaf, tensor in module.parts.items():
+                if leaf in SCALE_LEAVES or leaf in KV_LEAVES:
+                    continue
+                if leaf == "weight" or (leaf == "weight_packed" and "weight" not in module.parts):
+                    name = tensor.name if leaf == "weight" else f"{module.name}.weight"
+                    found[name] = module.dims or (tensor.shape if leaf == "weight" else None)
+                elif leaf == "blocks":
+                    name = tensor.name.removesuffix("_blocks")
+                    found[name] = module.dims if name.endswith(".weight") else None
+                elif leaf != "weight_packed":
+                    found[tensor.name] = tensor.shape
+        return found
+
+    @cached_property
     def names(self) -> frozenset[str]:
         """The unquantized names that the tensors stand for."""
-        return frozenset(c for c in map(canonical, self.checkpoint.tensors) if c is not None)
+        return frozenset(self.shapes)
 
     @cached_property
     def declarations(self) -> Declarations:
@@ -106,7 +154,42 @@ class Judged:
 
     def format_of(self, module: Module) -> Format | None:
         """Return the format that a quantized module must satisfy (`verifier.schemes.format_of`)."""
-        return format_of(module, self.declaration)
+        return self._formats[module.name] if module.quantized else None
+
+    @cached_property
+    def quantized_modules(self) -> tuple[Module, ...]:
+        """Modules whose weight is stored as codes or that carry scales."""
+        return tuple(m for m in self.modules.values() if m.quantized)
+
+    @cached_property
+    def alike(self) -> tuple[Alike, ...]:
+        """The quantized modules, gathered by what headers and declarations say; each is in one of them.
+
+        A rule whose judgement needs neither names nor bytes judges `Alike.first` and counts the others.
+        """
+        declarations = [d for d in (self.declarations.inline, self.declarations.file) if d is not None and d.known]
+        effective = self.declaration
+        groups: dict[tuple[object, ...], list[Module]] = {}
+        for module in self.quantized_modules:
+            name = module.name
+            key: tuple[object, ...] = (module.look,)
+            for declaration in declarations:
+                algo, via, _, size = declaration.cover(name)
+                key += (algo, via, size)
+            found = groups.get(key)
+            if found is None:
+                groups[key] = [module]
+            else:
+                found.append(module)
+        result = []
+        for modules in groups.values():
+            cover = effective.cover(modules[0].name) if effective else None
+            result.append(Alike(tuple(modules), fitting(modules[0], cover), cover))
+        return tuple(result)
+
+    @cached_property
+    def _formats(self) -> dict[str, Format | None]:
+        return {m.name: a.format for a in self.alike for m in a.modules}
 
     def values(self, module: Module) -> Float32 | None:
         """Return a weight's values in float32, decoded where it is quantized; None where it cannot be."""
@@ -122,6 +205,51 @@ class Judged:
             return decode({leaf: self.checkpoint.array(t) for leaf, t in module.parts.items()}, found.name)
         except ContentError:
             return None  # its parts do not fit one another: the shape rules name that
+
+
+    def stored_rows(self, module: Module, start: int, stop: int) -> dict[str, npt.NDArray[Any]]:
+        """Return what decoding rows ``start`` to ``stop`` of a two-dimensional weight takes, in dtypes and shapes on disk.
+
+        ``start`` is a multiple of 128, for the sake of formats with tiles of as many rows.
+
+        Raises:
+            ContentError: a scale has neither one value nor one row for each row or tile of rows.
+        """
+        out = module.dims[0] if module.dims else 0
+        found = {}
+        for leaf, tensor in module.parts.items():
+            if leaf not in _DECODED and leaf != module.look.weight:
+                continue
+            if tensor.elements == 1 and leaf in SCALE_LEAVES:
+                found[leaf] = self.checkpoint.array(tensor)
+                continue
+            rows = tensor.shape[0] if tensor.shape else 0
+            tile = 1 if rows == out else 128
+            if rows not in (out, -(-out // 128)) or tensor.dtype not in NUMPY_DTYPES:
+                raise ContentError(f"{tensor.name}: {list(tensor.shape)} does not fit {out} rows")
+            size, first, last = tensor.nbytes // max(1, rows), start // tile, -(-stop // tile)
+            data = self.checkpoint.read_range(tensor, first * size, (last - first) * size)
+            found[leaf] = data.view(NUMPY_DTYPES[tensor.dtype]).reshape(last - first, *tensor.shape[1:])
+        return found
+
+    def rows(self, module: Module, start: int, stop: int) -> npt.NDArray[Any] | None:
+        """Return rows of a two-dimensional weight: the bits of BF16 as uint16, all else decoded or widened to float32.
+
+        None where its values cannot be decoded; ``start`` as in `stored_rows`.
+        """
+        if module.weight is None or (not module.quantized and module.weight.dtype not in FLOATS):
+            return None
+        found = (self.format_of(module) or module.shown) if module.quantized else None
+        if module.quantized and found is None:
+            return None
+        try:
+            parts = self.stored_rows(module, start, stop)
+            if found is not None:
+                return decode(parts, found.name)
+        except ContentError:
+            return None  # its parts do not fit one another: the shape rules name that
+        stored = parts[module.look.weight or ""]
+        return stored.view(np.uint16) if module.weight.dtype == "BF16" else widen(stored)
 
 
 class Context(Judged):
@@ -146,8 +274,10 @@ class Context(Judged):
         self.tally = Tally()
         self.rule_id = ""
         self.rule_severity: Severity = "error"
-        self._extremes: dict[str, tuple[int, int]] = {}
         self._once: dict[Hashable, Any] = {}
+
+        self._facts: dict[str, Facts] = {}
+        self._small: dict[str, Bytes] = {}
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
         """Return what ``make`` gives, made once for each key; for small results that several rules need."""
@@ -155,6 +285,35 @@ class Context(Judged):
             self._once[key] = make()
         found: T = self._once[key]
         return found
+
+    def part(self, modules: Iterable[Module]) -> Context:
+        """Return a context of some of the modules only, with a tally of its own.
+
+        Names, declarations and what is judged against stay whole; `modules`, `tensors` and what follows from them are
+        those of the part. What tensors tell is not shared with other parts.
+        """
+        _ = self.expected, self.unrelated_base, self._formats, self.partners
+        for other in (self.base, self.merged_from):
+            _ = other._formats if other else None
+        part = copy.copy(self)
+        for name in list(part.__dict__):
+            if isinstance(getattr(type(self), name, None), cached_property) and name not in _WHOLE:
+                del part.__dict__[name]
+        part.__dict__["modules"] = {m.name: m for m in modules}
+        part.tally, part._facts = Tally(), {}
+        return part
+
+    @property
+    def tensors(self) -> Iterator[Tensor]:
+        """The tensors of the modules, module by module."""
+        return (t for m in self.modules.values() for t in m.parts.values())
+
+    @cached_property
+    def partners(self) -> dict[str, Tensor]:
+        """The tensors of the source that untouched ones are to equal, by name; what was recast has none."""
+        if self.base is None and self.merged_from is None:
+            return {}
+        return {a.name: b for a, b in self.untouched() if (a.dtype, a.shape) == (b.dtype, b.shape)}
 
     @cached_property
     def family(self) -> Family | None:
@@ -179,7 +338,7 @@ class Context(Judged):
             found = {n: s for n, s in found.items() if n in names}
             for name in names:
                 if found.get(name) is None:
-                    found[name] = logical_shape(self.base, name)
+                    found[name] = self.base.shapes[name]
         return found
 
     @property
@@ -247,21 +406,17 @@ class Context(Judged):
             return f"{known} of {len(self.base.names)} names are those of the base"
         differing = [
             n for n in sorted(self.names & self.base.names)
-            if (a := logical_shape(self, n)) and (b := logical_shape(self.base, n)) and a != b
+            if (a := self.shapes[n]) and (b := self.base.shapes[n]) and a != b
         ]  # fmt: skip
         if common and len(differing) * 2 > common:
             return f"{len(differing)} of {common} common tensors have other shapes than the base's, {differing[0]} first"
         return ""
 
     @cached_property
-    def quantized_modules(self) -> tuple[Module, ...]:
-        """Modules whose weight is stored as codes or that carry scales."""
-        return tuple(m for m in self.modules.values() if m.quantized)
-
-    @cached_property
     def formatted(self) -> tuple[tuple[Module, Format], ...]:
         """The quantized modules whose format is known, with it."""
-        return tuple((m, f) for m in self.quantized_modules if (f := self.format_of(m)) is not None)
+        formats = self._formats
+        return tuple((m, f) for m in self.quantized_modules if (f := formats[m.name]) is not None)
 
     @cached_property
     def scales(self) -> tuple[tuple[Module, Format, Sibling, Tensor], ...]:
@@ -328,16 +483,13 @@ class Context(Judged):
                     yield module, found, tensor
 
     def bytes_of(self, tensor: Tensor) -> Bytes:
-        """Return a tensor's bytes."""
-        return self.checkpoint.read(tensor)
-
-    def extremes(self, tensor: Tensor) -> tuple[int, int]:
-        """Return the smallest and largest byte of a tensor; read once, whichever rules ask."""
-        found = self._extremes.get(tensor.name)
+        """Return a tensor's bytes, all at once; `pieces` is for tensors that may be large."""
+        if tensor.nbytes > SMALL:
+            return self.checkpoint.read(tensor)
+        found = self._small.get(tensor.name)
         if found is None:
-            data = self.bytes_of(tensor)
-            found = (int(data.min()), int(data.max())) if data.size else (1, 1)
-            self._extremes[tensor.name] = found
+            found = self._small[tensor.name] = self.checkpoint.read(tensor)
+            found.flags.writeable = False
         return found
 
     def digest(self, tensor: Tensor) -> bytes:
@@ -346,9 +498,29 @@ class Context(Judged):
             ("digest", tensor.name), lambda: hashlib.blake2b(self.bytes_of(tensor).data, digest_size=16).digest()
         )
 
+    def pieces(self, tensor: Tensor) -> Iterator[tuple[int, Bytes]]:
+        """Yield (start, bytes) of a tensor, a piece at a time; each overwrites the one before it."""
+        return self.checkpoint.pieces(tensor)
+
+    def facts(self, tensor: Tensor) -> Facts:
+        """Return what one pass over a tensor's bytes tells; read once, whichever rules ask."""
+        found = self._facts.get(tensor.name)
+        if found is None:
+            partner = self.partners.get(tensor.name)
+            theirs = self.untouched_source.checkpoint.pieces(partner) if partner is not None else None
+            mine = self.pieces(tensor) if tensor.nbytes > SMALL else ((0, b) for b in [self.bytes_of(tensor)] if b.size)
+            found = self._facts[tensor.name] = survey(tensor.dtype, mine, theirs)
+        return found
+
+    def extremes(self, tensor: Tensor) -> tuple[int, int]:
+        """Return the smallest and largest byte of a tensor of one-byte values; read once, whichever rules ask."""
+        found = self.facts(tensor)
+        return found.low, found.high
+
     def array(self, tensor: Tensor) -> npt.NDArray[Any]:
-        """Return a tensor of the candidate in its own dtype and shape."""
-        return self.checkpoint.array(tensor)
+        """Return a tensor of the candidate in its own dtype and shape, all at once."""
+        dtype = NUMPY_DTYPES.get(tensor.dtype) if tensor.nbytes <= SMALL else None
+        return self.checkpoint.array(tensor) if dtype is None else self.bytes_of(tensor).view(dtype).reshape(tensor.shape)
 
     def finding(
         self,
@@ -394,12 +566,7 @@ def config_value(config: Mapping[str, Any] | None, *keys: str) -> int | None:
 
 def logical_shape(judged: Judged, name: str) -> Shape | None:
     """Return the unquantized shape of a canonical name in a checkpoint, packed widths doubled."""
-    module, _, leaf = name.rpartition(".")
-    found = judged.modules.get(module) if leaf == "weight" else None
-    if found is not None and found.dims is not None and found.weight is not None:
-        return found.dims if found.weight.dtype == "U8" and found.quantized else found.weight.shape
-    tensor = judged.checkpoint.tensors.get(name)
-    return tensor.shape if tensor else None
+    return judged.shapes.get(name)
 
 
 def stored(parts: Mapping[str, Tensor], checkpoint: Checkpoint) -> dict[str, npt.NDArray[Any]]:

@@ -28,7 +28,8 @@ class Rule:
     """One rule. ``unit`` is what it counts; ``needs`` names the inputs without which it is listed as not run.
 
     ``engines`` gives an engine's own severity of the defect, and what that engine does with it, where it differs from
-    ``severity`` or is known from its code.
+    ``severity`` or is known from its code. ``split``: each module is judged by itself, so that the check may be run on
+    parts of the modules (`Context.part`), in threads and on several machines.
     """
 
     id: str
@@ -43,6 +44,7 @@ class Rule:
     check: Check
     engines: Mapping[Engine, tuple[Severity, str]] = field(default_factory=dict)
     origin: str = ""  # whose plugin it is of; '' for the built-in ones
+    split: bool = False
 
 
 _RULES: dict[str, Rule] = {}
@@ -70,6 +72,7 @@ def rule(
     consumers: tuple[str, ...] = (),
     sources: tuple[str, ...] = (),
     engines: Mapping[Engine, tuple[Severity, str]] | None = None,
+    split: bool = False,
 ) -> Callable[[Check], Check]:
     """Register the decorated function as the check of a rule; its docstring is what ``explain`` prints."""
 
@@ -78,8 +81,9 @@ def rule(
         if id_ in table:
             raise ValueError(f"{id_} is registered twice")
         table[id_] = Rule(
-            id_, title, severity, depth, unit, needs, consumers, sources, inspect.getdoc(check) or "", check, engines or {}
-        )
+            id_, title, severity, depth, unit, needs, consumers, sources, inspect.getdoc(check) or "", check, engines or {},
+            split=split,
+        )  # fmt: skip
         return check
 
     return register

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from verifier.checkpoint import Checkpoint
 from verifier.schemes.exclusions import Exclusions
@@ -28,8 +28,7 @@ class Entry:
     group_size: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Cover:
+class Cover(NamedTuple):
     """What the declaration says about one module: its algorithm (None: unquantized) and how it says so.
 
     ``via`` is ``uniform``, ``exact``, ``container``, ``packed``, ``excluded`` or ``unlisted``.
@@ -138,9 +137,13 @@ def format_of(module: Module, declaration: Declaration | None) -> Format | None:
     None where it is not quantized, where it shows another format than the declared one (QC305, QC408, QC410), or where
     an algorithm is declared that is not judged.
     """
+    return fitting(module, declaration.cover(module.name) if declaration is not None and declaration.known else None)
+
+
+def fitting(module: Module, cover: Cover | None) -> Format | None:
+    """Return `format_of` a module where what the declaration says about it is known already."""
     if not module.quantized or module.weight is None or module.dims is None:
         return None
-    cover = declaration.cover(module.name) if declaration is not None and declaration.known else None
     shown = module.shown
     found = cover.format if cover is not None and cover.algo is not None else shown
     if found is None or found.weight_dtype != module.weight.dtype:

@@ -33,6 +33,13 @@ def _compiled(globs: Iterable[str]) -> re.Pattern[str] | None:
     found = [fnmatch.translate(g) for g in globs]
     return re.compile("|".join(found)) if found else None
 
+_DIGITS = re.compile(r"\d+")
+
+
+def _outline(text: str) -> str:
+    """Return text with each run of digits as one ``0``: what stands in a text has an outline that stands in its outline."""
+    return _DIGITS.sub("0", text)
+
 
 class Exclusions:
     """A list of exclusion patterns, compiled once."""
@@ -40,7 +47,10 @@ class Exclusions:
     def __init__(self, patterns: Iterable[str]) -> None:
         self.patterns = tuple(patterns)
         self._exact = frozenset(self.patterns)
-        self._loose: dict[str, bool] = {}
+        # Answers already given: every rule on exclusions asks about every module.
+        self._answers: dict[str, bool] = {}
+        self._part_answers: dict[str, bool] = {}
+        self._candidates: dict[str, tuple[str, ...]] = {}
 
     @cached_property
     def _globs(self) -> re.Pattern[str] | None:
@@ -60,6 +70,33 @@ class Exclusions:
     @cached_property
     def _plain(self) -> tuple[str, ...]:
         return tuple(p.strip("*") for p in self.patterns if not p.startswith("re:") and p.strip("*"))
+
+    @cached_property
+    def _plain_by_outline(self) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for pattern in self._plain:
+            found.setdefault(_outline(pattern), []).append(pattern)
+        return found
+
+    def _stands_in(self, module: str) -> bool:
+        """Whether a plain pattern is a substring of the name; only one whose outline is in the name's can be."""
+        outline = _outline(module)
+        found = self._candidates.get(outline)
+        if found is None:
+            among = (patterns for o, patterns in self._plain_by_outline.items() if o in outline)
+            found = self._candidates[outline] = tuple(p for patterns in among for p in patterns)
+        return any(p in module for p in found) if found else False
+
+    def _matches_part(self, module: str) -> bool:
+        if self._parts is None:
+            return False
+        for part in module.split("."):
+            found = self._part_answers.get(part)
+            if found is None:
+                found = self._part_answers[part] = self._parts.match(part) is not None
+            if found:
+                return True
+        return False
 
     @cached_property
     def _parts(self) -> re.Pattern[str] | None:
@@ -106,21 +143,17 @@ class Exclusions:
             return True
         if self._globs is not None and self._globs.match(module):
             return True
-        return any(r.match(module) for r in self._regexes)
+        return bool(self._regexes) and any(r.match(module) for r in self._regexes)
 
     def loose(self, module: str) -> bool:
         """Whether the module is excluded under any reading at all."""
-        found = self._loose.get(module)
+        found = self._answers.get(module)
         if found is None:
-            found = self._loose[module] = self._read_loosely(module)
+            found = self.strict(module) or self._stands_in(module) or self._matches_part(module)
+            if not found and self._globs is not None and module != _bare(module):
+                found = self._globs.match(_bare(module)) is not None
+            self._answers[module] = found
         return found
-
-    def _read_loosely(self, module: str) -> bool:
-        if self.strict(module) or any(p in module for p in self._plain):
-            return True
-        if self._globs is not None and module != _bare(module) and self._globs.match(_bare(module)):
-            return True
-        return self._parts is not None and any(self._parts.match(part) for part in module.split("."))
 
     def pattern_for(self, module: str) -> str | None:
         """Return the first pattern that excludes the module under any reading."""
@@ -136,6 +169,8 @@ class Exclusions:
             if pattern in known or (pattern.strip("*") and not pattern.startswith("re:") and pattern.strip("*") in text):
                 continue
             one = Exclusions([pattern])
-            if not any(one.loose(n) for n in names):
+            # With a dot and without a wildcard, what is in no name as it stands matches none.
+            plain = "." in pattern and not any(c in pattern for c in "*?[") and not pattern.startswith("re:")
+            if plain or not any(one.loose(n) for n in names):
                 result.append(pattern)
         return result

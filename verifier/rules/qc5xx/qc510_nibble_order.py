@@ -12,7 +12,7 @@ from verifier.rules.registry import rule
 
 
 @rule(
-    "QC510", "nibbles are swapped", severity="error", depth="payload", unit="packed weights", needs=("base",),
+    "QC510", "nibbles are swapped", severity="error", depth="payload", split=True, unit="packed weights", needs=("base",),
     consumers=("vLLM", "SGLang", "TensorRT-LLM"),
     sources=("sgl-project/sglang#23625", "Comfy-Org/comfy-kitchen#41"),
 )  # fmt: skip

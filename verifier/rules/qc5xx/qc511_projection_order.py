@@ -14,7 +14,7 @@ SPLIT = frozenset({"gate_proj", "up_proj", "w1", "w3", "k_proj", "v_proj"})
 
 
 @rule(
-    "QC511", "projections exchanged or interleaved", severity="error", depth="payload", unit="split projections",
+    "QC511", "projections exchanged or interleaved", severity="error", depth="payload", split=True, unit="split projections",
     needs=("base",), consumers=("vLLM", "SGLang", "TensorRT-LLM", "transformers"),
     sources=("vllm-project/vllm#46641", "NVIDIA/Model-Optimizer#1678", "NVIDIA/TensorRT-LLM#8956"),
 )  # fmt: skip

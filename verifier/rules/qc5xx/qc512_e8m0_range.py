@@ -12,7 +12,7 @@ from verifier.rules.registry import rule
 
 
 @rule(
-    "QC512", "E8M0 scale out of range", severity="error", depth="payload", unit="E8M0 scales",
+    "QC512", "E8M0 scale out of range", severity="error", depth="payload", split=True, unit="E8M0 scales",
     consumers=("vLLM", "SGLang", "TensorRT-LLM"), sources=("vLLM 0.32 loads MXFP8 scales stored as float32, reproduced",),
     engines={"vllm": ("error", "casts float scales to uint8 on load: 2^-10 becomes 0, which is 2^-127, without a word")},
 )  # fmt: skip

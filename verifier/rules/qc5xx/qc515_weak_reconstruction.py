@@ -13,7 +13,7 @@ from verifier.rules.registry import rule
 
 @rule(
     "QC515", "weak reconstruction", severity="warning", depth="payload", unit="quantized weights", needs=("base",),
-    consumers=("vLLM", "SGLang", "TensorRT-LLM", "transformers"), sources=("NVIDIA/Model-Optimizer#2243",),
+    split=True, consumers=("vLLM", "SGLang", "TensorRT-LLM", "transformers"), sources=("NVIDIA/Model-Optimizer#2243",),
 )  # fmt: skip
 def check(ctx: Context) -> Iterator[Finding]:
     """Decoded, each quantized weight is as near to the base as its format can be on that very tensor.

@@ -12,7 +12,7 @@ from verifier.rules.registry import rule
 
 
 @rule(
-    "QC517", "codes are not the base's nearest", severity="error", depth="payload", unit="quantized weights",
+    "QC517", "codes are not the base's nearest", severity="error", depth="payload", split=True, unit="quantized weights",
     needs=("base",), consumers=("vLLM", "SGLang", "TensorRT-LLM", "transformers"),
     sources=("re-encoding of the base under the stored scales, own",),
 )  # fmt: skip
