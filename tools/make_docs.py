@@ -83,6 +83,7 @@ def performance_page() -> str:
         f"of its own, as a user starts it. {min(counts.values()):,} to {max(counts.values()):,} tensors: the same release",
         "with fewer or more layers.", *head,
         row(f"{counts['60']:,} tensors", "header", "check_60_s", "2 s", "1 s"),
+        row("processor seconds of it", "header", "check_60_cpu_s", "", ""),
         row("memory", "header", "check_60_mb", "300 MB", "200 MB", 0),
         row("parsing the same headers with `json` alone", "header", "parse_60_s", "", ""),
         *(

@@ -164,7 +164,7 @@ def _from_entries(file: str, size: int, start: int, entries: dict[str, Any]) -> 
         note("name", "the name is no Unicode text (a lone surrogate); safetensors refuses the file", name)
     tensors = _sound(file, start, entries)
     if tensors is not None and not problems and start + sum(t.nbytes for t in tensors.values()) == size:
-        return Shard(file, size, tensors, metadata)
+        return Shard(file, size, tensors, metadata, header=start - 8)
     if tensors is None:
         tensors = {}
         for name, entry in entries.items():

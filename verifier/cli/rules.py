@@ -10,7 +10,7 @@ import click
 from verifier.errors import UsageError
 
 PLUGIN = click.option("--plugin", "plugins", metavar="FILE.py", multiple=True, help="A Python file of further rules.")
-FIELDS = ("id", "title", "severity", "depth", "unit", "needs", "consumers", "sources", "doc", "origin")
+FIELDS = ("id", "title", "severity", "depth", "unit", "needs", "consumers", "sources", "doc", "origin", "split")
 
 
 @click.command()
