@@ -23,6 +23,8 @@ from verifier.schemes import FORMATS
 Parts = dict[str, npt.NDArray[Any]]
 PIECE = 1 << 20
 """Values of a piece of rows."""
+CHUNK = 32
+"""Values that stand for a block where a format has none."""
 LANE = 1 << 17
 """Values that the fast pass holds at a time: its buffers stay in a core's cache."""
 TINY, HUGE = 1e-20, 1e30
@@ -30,17 +32,22 @@ TINY, HUGE = 1e-20, 1e30
 
 @dataclass(slots=True)
 class Distance:
-    """Sums of squares over a weight: of the base's values, of decoded - base, and of ``max`` calibrated - base."""
+    """Sums of squares over a weight: of the base's values, of decoded - base, and of ``max`` calibrated - base.
+
+    ``suspect``: a block is off by more than half of itself, and of half the usual block around it.
+    """
 
     size: float = 0.0
     error: float = 0.0
     plain: float = 0.0
+    suspect: bool = False
 
     def add(self, other: Distance) -> None:
         """Take in another piece."""
         self.size += other.size
         self.error += other.error
         self.plain += other.plain
+        self.suspect = self.suspect or other.suspect
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +74,27 @@ def norm2(values: Float32) -> float:
     return float(np.square(values, dtype=np.float64).sum())
 
 
+def block_norms2(values: Float32, width: int) -> npt.NDArray[np.float32]:
+    """Return the sum of squares of each block of ``width`` values, [rows, blocks]; the last may be short."""
+    rows, cols = values.shape
+    blocks = -(-cols // width)
+    if blocks * width != cols:
+        values = np.pad(values, ((0, 0), (0, blocks * width - cols)))
+    wide = values.reshape(rows, blocks, width)
+    result: npt.NDArray[np.float32] = np.einsum("rbw,rbw->rb", wide, wide)
+    return result
+
+
+def suspects(wanted: Float32, got: Float32, width: int) -> npt.NDArray[np.bool_]:
+    """Return which blocks are off by more than half of themselves, and of half the usual block; [rows, blocks]."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        far, size = block_norms2(got - wanted, width), block_norms2(wanted, width)
+    if not size.size:
+        return np.zeros(size.shape, np.bool_)
+    result: npt.NDArray[np.bool_] = far > 0.25 * np.maximum(size, 0.25 * float(size.mean()))
+    return result
+
+
 def floats(wanted: npt.NDArray[Any]) -> Float32:
     """Return a piece's base values as float32."""
     if wanted.dtype != np.uint16:
@@ -87,13 +115,14 @@ def distance(pieces: Iterable[Piece], fmt: str, amax: float) -> tuple[Distance, 
         ContentError: the parts do not fit one another.
     """
     total, plain = Distance(), amax > 0 and np.isfinite(amax)
+    width = FORMATS[fmt].group_size or CHUNK
     for piece in pieces:
         found = _fast(piece, fmt, amax) if plain else None
         if found is None:
             wanted = floats(piece.wanted)
             got = decode(piece.parts, fmt)
             with np.errstate(over="ignore", invalid="ignore"):
-                found = Distance(norm2(wanted), norm2(got - wanted))
+                found = Distance(norm2(wanted), norm2(got - wanted), suspect=bool(suspects(wanted, got, width).any()))
             scales = max_scales(wanted, fmt, amax) if plain else None
             if scales is None:
                 plain = False
@@ -176,7 +205,10 @@ class _Lanes:
             base[...] = pairs.view(np.float32)
         got *= np.repeat(step, 2)
         got -= base
-        found = Distance(_squares(base), _squares(got))
+        sizes, errors = _by_block(base), _by_block(got)
+        usual = np.float32(0.25) * sizes.mean()
+        suspect = bool((errors > np.float32(0.25) * np.maximum(sizes, usual)).any())
+        found = Distance(float(sizes.sum(dtype=np.float64)), float(errors.sum(dtype=np.float64)), suspect=suspect)
         peak = self._peak(pairs, base)
         plain = self._plain(peak, top)
         wide = np.repeat(plain, 2)
@@ -222,6 +254,12 @@ def _round(values: Float32, out: Float32, grid: Float32, bits: int, least: float
     grid *= np.float32(1.5 * 2 ** (23 - bits))
     np.add(values, grid, out=out)
     out -= grid
+
+
+def _by_block(values: Float32) -> Float32:
+    """Return the sum of squares of each block, from lanes of [block / 2, 2 x blocks]."""
+    columns = np.einsum("ij,ij->j", values, values, optimize=False)
+    return np.asarray(columns[0::2] + columns[1::2], np.float32)
 
 
 def _squares(values: Float32) -> float:

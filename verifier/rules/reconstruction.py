@@ -2,8 +2,8 @@
 """A quantized weight against the base's: how far it is, and the one cause that explains it.
 
 Several rules ask of every weight and exactly one of them speaks: QC507 (duplicate), QC509 (inverted), QC510 (nibbles),
-QC511 (order), QC512 (e8m0), QC517 (part), QC515 (the rest; what was moved on
-purpose, for information). The weight and its base are read once for all of them.
+QC511 (order), QC512 (e8m0), QC517 (part), QC515 (the rest; what was moved on purpose, for information). A weight is compared
+once for all of them, in pieces of rows; only one that is not as near as its format allows is decoded whole.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from verifier.closeness import CHUNK, block_norms2, suspects
 from verifier.decoding import Float32, decode, max_scales, nearest
 from verifier.errors import ContentError
 from verifier.rules.context import Context
+from verifier.rules.pieces import WeightPieces
 from verifier.schemes import Format, Module, expert_key
 
 Cause = Literal[
@@ -29,7 +31,6 @@ WEAK = 1.25
 LOST = 0.5
 FOUND = 0.2
 """An explanation holds where it brings the relative error below this, or to 1.5 times what ``max`` gives."""
-CHUNK = 32
 MOVED = 0.02
 """Where more of the other blocks have codes that are clearly not the nearest, the method moves weights."""
 E8M0_WIDESPREAD = 0.1
@@ -105,6 +106,12 @@ def _reconstruct(ctx: Context, module: Module) -> Reconstruction:
         return Reconstruction("unjudged", "the base has no such weight, or the format is not known")
     if "pre_quant_scale" in module.parts:
         return Reconstruction("unjudged", "the weight is scaled by its pre_quant_scale (AWQ)")
+    try:
+        quick = _quick(WeightPieces(ctx, module, base, source), found)
+    except ContentError:
+        return Reconstruction("unjudged", "the values cannot be decoded")  # the shape rules name why
+    if quick is not None:
+        return quick
     wanted = base.values(source)
     parts = {leaf: ctx.array(t) for leaf, t in module.parts.items()}
     try:
@@ -126,6 +133,23 @@ def _reconstruct(ctx: Context, module: Module) -> Reconstruction:
     if error / size < 1e-3:
         return Reconstruction("", relative=error / size)
     return _judge(ctx, module, found, parts, wanted, got)
+
+
+def _quick(pieces: WeightPieces, found: Format) -> Reconstruction | None:
+    """Return the comparison of a weight that is as near as its format allows in every block, None for any other.
+
+    Raises:
+        ContentError: the two do not fit one another, or cannot be decoded.
+    """
+    if not pieces.fit:
+        raise ContentError(f"{pieces.module.name}: the base's weight has another shape")
+    measured, defined = pieces.distance(found)
+    if not (np.isfinite(measured.error) and np.isfinite(measured.size)) or measured.size == 0 or not defined:
+        return None
+    relative, by_max = (float(np.sqrt(v / measured.size)) for v in (measured.error, measured.plain))
+    if relative >= 1e-3 and (measured.suspect or relative > WEAK * by_max):
+        return None
+    return Reconstruction("", relative=relative, best=by_max, by_max=by_max)
 
 
 def _negative(parts: Mapping[str, npt.NDArray[Any]]) -> bool:
@@ -245,24 +269,17 @@ def _another(ctx: Context, module: Module, got: Float32, known: Reconstruction, 
     return replace(lost, cause="duplicate" if same else "lost", detail=best)
 
 
-def suspects(wanted: Float32, got: Float32, width: int) -> npt.NDArray[np.bool_]:
-    """Return which blocks are off by more than half of themselves, and of half the usual block; [rows, blocks]."""
-    far, size = _blocks(got - wanted, width), _blocks(wanted, width)
-    result: npt.NDArray[np.bool_] = far > 0.25 * np.maximum(size, 0.25 * float(size.mean()))
-    return result
-
-
 def _foreign(wanted: Float32, got: Float32, ideal: Float32, width: int) -> tuple[int, tuple[int, int] | None]:
     """Return (blocks that are not the base's though the scales could hold it, the first of them).
 
     A foreign block is a suspect that is off by four times what its scale allows. A method that compensates errors (GPTQ)
     has codes beside the nearest all over the tensor; where it does, no block is called foreign.
     """
-    foreign = suspects(wanted, got, width) & (_blocks(got - wanted, width) > 16 * _blocks(ideal - wanted, width))
+    foreign = suspects(wanted, got, width) & (block_norms2(got - wanted, width) > 16 * block_norms2(ideal - wanted, width))
     count = int(foreign.sum())
     if not count:
         return 0, None
-    others = _blocks(_beside(wanted, got, ideal).astype(np.float32), width)[~foreign]
+    others = block_norms2(_beside(wanted, got, ideal).astype(np.float32), width)[~foreign]
     if others.size == 0 or (others > 0).mean() > MOVED:
         return 0, None
     row, block = np.unravel_index(int(np.argmax(foreign)), foreign.shape)
@@ -282,23 +299,12 @@ def _moved(wanted: Float32, got: Float32, ideal: Float32, width: int) -> bool:
     truncation and coarse grids go one way.
     """
     beside = _beside(wanted, got, ideal)
-    blocks = float((_blocks(beside.astype(np.float32), width) > 0).mean())
+    blocks = float((block_norms2(beside.astype(np.float32), width) > 0).mean())
     known = beside & (ideal != 0)
     if blocks < 0.3 or not known.any():
         return False
     above = float((np.abs(got[known]) > np.abs(ideal[known])).mean())
     return 0.3 <= above <= 0.7
-
-
-def _blocks(values: Float32, width: int) -> npt.NDArray[np.float32]:
-    """Return the sum of squares of each block, [rows, blocks]."""
-    rows, cols = values.shape
-    blocks = -(-cols // width)
-    if blocks * width != cols:
-        values = np.pad(values, ((0, 0), (0, blocks * width - cols)))
-    wide = values.reshape(rows, blocks, width)
-    result: npt.NDArray[np.float32] = np.einsum("rbw,rbw->rb", wide, wide)
-    return result
 
 
 def _far(values: Float32, target: Float32) -> float:
