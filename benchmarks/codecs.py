@@ -38,8 +38,6 @@ OURS = ["ckptgate", "ckptgate fresh", "ckptgate torch"]
 SHAPES = [(4096, 4096), (8, 1536, 4096)]
 SWEEP = (512, 2048)
 OPS = ["nvfp4_encode", "nvfp4_decode", "mxfp8_encode", "mxfp8_decode"]
-SLOW = 1.0
-"""Seconds: a peer whose first call takes longer makes a third of the rounds."""
 
 
 class Worker:
@@ -88,15 +86,18 @@ def environment(folder: Path, name: str) -> str | None:
     return str(python)
 
 
-def rounds_of(workers: list[Worker], case: dict[str, Any], rounds: int) -> list[dict[str, Any]]:
-    """Return the raw rounds of one case, for each library that has it."""
-    first = {w.name: w.ask(case)["seconds"] for w in workers}
-    turns = {w: [first[w.name]] for w in workers if first[w.name] is not None}
-    for i in range(1, rounds):
-        for worker, seconds in turns.items():
-            rare = worker.name in PEERS and (first[worker.name] > SLOW or len(case["shape"]) > 2)
-            if not rare or i % 3 == 0:
-                seconds.append(worker.ask(case)["seconds"])
+def rounds_of(workers: list[Worker], case: dict[str, Any], rounds: int, seconds: float) -> list[dict[str, Any]]:
+    """Return the raw rounds of one case, for each library that has it; the peers stop when the seconds are used up."""
+    started = time.monotonic()
+    aside = case["threads"] > 1 and len(case["shape"]) > 2
+    taking = [w for w in workers if not (aside and w.name in PEERS)]
+    first = {w: w.ask(case)["seconds"] for w in taking}
+    turns = {w: [s] for w, s in first.items() if s is not None}
+    for _ in range(1, rounds):
+        late = time.monotonic() - started > seconds
+        for worker, found in turns.items():
+            if not (late and worker.name in PEERS):
+                found.append(worker.ask(case)["seconds"])
     return [
         {**case, "library": w.name, "median_s": statistics.median(s), "rounds_s": [round(x, 6) for x in s]}
         for w, s in turns.items()
@@ -128,14 +129,16 @@ def agreement(workers: list[Worker], case: dict[str, Any], folder: Path) -> dict
     return shares
 
 
-def cases() -> list[dict[str, Any]]:
-    """Return what is timed; the sweep last."""
+def cases() -> dict[str, dict[str, Any]]:
+    """Return what is timed, by label; one shape after the other, and the sweep between them."""
+    sweeps = [("sweep", 1), ("sweep_all", 1), ("sweep", 2)]
     every = [
         {"op": op, "dtype": dtype, "shape": shape, "threads": threads}
         for shape in SHAPES for dtype in ("f32", "bf16") for threads in (1, 2) for op in OPS
     ]  # fmt: skip
-    sweeps = (("sweep", 1), ("sweep_all", 1), ("sweep", 2))
-    return every + [{"op": op, "dtype": "f32", "shape": SWEEP, "threads": t} for op, t in sweeps]
+    half = len(every) // 2
+    every[half:half] = [{"op": op, "dtype": "f32", "shape": SWEEP, "threads": t} for op, t in sweeps]
+    return {f"{c['dtype']}-{c['threads']}-{c['op']}-{'x'.join(map(str, c['shape']))}": c for c in every}
 
 
 def main() -> None:
@@ -143,6 +146,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--peers", type=Path, default=Path(tempfile.gettempdir()) / "ckptgate-peers")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--seconds", type=float, default=300, help="for all cases; the peers make fewer rounds then")
     parser.add_argument("--only", default="", help="cases whose name has this in it, such as f32-1-nvfp4")
     parser.add_argument("--ours", action="store_true", help="without the peers")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "codecs.json")
@@ -157,11 +161,10 @@ def main() -> None:
         here = {n: sys.executable for n in ["copy", *OURS]}
         workers = [Worker(n, p, folder) for n, p in (here | {n: p for n, p in pythons.items() if p}).items()]
         measured, agree = [], {}
-        for case in cases():
-            label = f"{case['dtype']}-{case['threads']}-{case['op']}-{'x'.join(map(str, case['shape']))}"
-            if args.only not in label:
-                continue
-            found = rounds_of(workers, case, args.rounds)
+        every = [(label, case) for label, case in cases().items() if args.only in label]
+        for place, (label, case) in enumerate(every):
+            left = args.seconds - (time.monotonic() - made)
+            found = rounds_of(workers, case, args.rounds, left / (len(every) - place))
             if case["threads"] == 1 and len(case["shape"]) == 2 and case["op"] in (*OPS, "sweep"):
                 agree[label] = agreement(workers, case, folder)
             measured += found
@@ -175,7 +178,7 @@ def main() -> None:
         "not_run": [n for n, p in pythons.items() if p is None],
         "versions": {"python": platform.python_version(), "torch": version("torch"), **versions},
         "machine": f"{platform.machine()}, {os.cpu_count()} processors, shared",
-        "slow": f"a peer makes a third of the rounds on the stack, and where its first call takes more than {SLOW} s",
+        "rounds": f"{args.rounds}; peers as many as {args.seconds:.0f} s allow, none on the stack with 2 threads",
         "agreement": agree, "measured": measured,
     }  # fmt: skip
     args.out.parent.mkdir(exist_ok=True)

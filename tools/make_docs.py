@@ -117,8 +117,7 @@ def codecs_section(r: dict[str, Any]) -> list[str]:
         theirs, mine = found.get((*case, library)), found[(*case, ours)]
         if theirs is None:
             return ""
-        step = 1 if len(theirs) == len(mine) else 3
-        return f"{statistics.median(t / m for t, m in zip(theirs, mine[::step], strict=False)):.1f}x"
+        return f"{statistics.median(t / m for t, m in zip(theirs, mine, strict=False)):.1f}x"
 
     def share(case: tuple[Any, ...]) -> str:
         """Return bytes in and out a second, over those of the copy of a float32 input in the same round."""
@@ -133,7 +132,7 @@ def codecs_section(r: dict[str, Any]) -> list[str]:
         f"`{r['command']}`, {r['seconds']} s; {r['machine']}. Milliseconds, median (range), of rounds in which every",
         "library makes one call, each from an environment of its own; standard normal weights. *out*: into tensors that",
         "exist; *new*: into new ones, as the peers; *torch*: *out* without the compiled back end. *share*: bytes in and out",
-        f"a second, over those of a float32 copy in the same rounds. {r['slow'][0].upper()}{r['slow'][1:]}.", "",
+        f"a second, over those of a float32 copy in the same rounds. Rounds: {r['rounds']}.", "",
         ", ".join(f"{k} {v}" for k, v in r["versions"].items() if k != "copy") + ".", "",
     ]  # fmt: skip
     for threads in (1, 2):
