@@ -173,7 +173,7 @@ def main() -> None:
         for worker in workers:
             worker.stop()
     result = {
-        "command": "python " + shlex.join([str(Path(sys.argv[0]).name), *sys.argv[1:]]),
+        "command": shlex.join(["python", "benchmarks/codecs.py", *sys.argv[1:]]),
         "seconds": round(time.monotonic() - made), "install_s": round(made - started),
         "not_run": [n for n, p in pythons.items() if p is None],
         "versions": {"python": platform.python_version(), "torch": version("torch"), **versions},

@@ -96,6 +96,7 @@ def judge(place: Path) -> str:
     env = inherited | {
         "PYTHONPATH": os.pathsep.join([str(place), os.environ.get("PYTHONPATH", "")]), "CKPTGATE_EXAMPLES": "8",
         "OMP_NUM_THREADS": "1", "CKPTGATE_FAST": "0", "PYTHONDONTWRITEBYTECODE": "1",
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
     }  # fmt: skip
     command = [sys.executable, "-m", "pytest", *TESTS, "-x", "-q", "-p", "no:cacheprovider", "-k", "not numba"]
     try:
