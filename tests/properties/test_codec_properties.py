@@ -17,6 +17,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from exporter.codecs import amax, decode, encode
+from exporter.codecs.blocks import parts_of
 from exporter.codecs.constants import CHUNK
 from tests import oracle
 from tests.conftest import to_numpy, to_torch
@@ -940,6 +941,21 @@ def test_a_stack_of_transposed_matrices_is_read_where_it_lies() -> None:
             view = view[..., : view.shape[-1] // 32 * 32]
         for fmt in ("nvfp4", "mxfp8"):
             parts_equal(to_numpy(encode(view, fmt)), to_numpy(encode(view.contiguous(), fmt)))
+
+
+@given(st.integers(0, 3000), st.sampled_from([0, 1, 32, 96, 4096, CHUNK - 32, CHUNK, CHUNK + 32, 3 * CHUNK]))
+def test_parts_tile_the_rows(rows: int, width: int) -> None:
+    """In order, without a gap, none empty, and none of more than `CHUNK` elements: the bound on all temporaries."""
+    rows = min(rows, 8 * CHUNK // max(width, 1))
+    parts = list(parts_of(rows, width))
+    sizes = [(p.stop - p.start) * (p.right - p.left) for p in parts]
+    assert sum(sizes) == rows * width
+    assert all(0 < size <= CHUNK for size in sizes)
+    flat = 0
+    for part, size in zip(parts, sizes, strict=True):
+        assert part.start * width + part.left == flat
+        assert (part.left, part.right) == (0, width) or part.stop == part.start + 1
+        flat += size
 
 
 class Largest(torch.utils._python_dispatch.TorchDispatchMode):
