@@ -893,6 +893,23 @@ def test_a_scale_whose_product_underflows_gives_code_zero_for_zero() -> None:
     assert (found == wanted).all()
 
 
+@pytest.mark.parametrize("top", [2.0**-149, 2.0**-140, 1343 * 2.0**-149, 1345 * 2.0**-149])
+def test_the_global_scale_of_a_tiny_tensor_is_not_zero(top: float) -> None:
+    """Where amax / 2688 underflows, the smallest subnormal takes its place."""
+    x = np.zeros((2, 32), np.float32)
+    x[1, 4] = -top
+    found = to_numpy(encode(to_torch(x), "nvfp4"))
+    assert found["weight_scale_2"] == np.float32(2.0**-149)
+    parts_equal(found, oracle.nvfp4_encode(x))
+
+
+@pytest.mark.parametrize("fmt", EVERY)
+def test_a_part_may_end_one_row_into_the_next_matrix(fmt: str) -> None:
+    x = torch.full((2, CHUNK // 32 - 1, 32), 0.5)
+    x[0, 3, 1], x[1, 0, 5] = -3.0, 7.0
+    assert amax(x, fmt).tolist() == [3.0, 7.0]
+
+
 @pytest.mark.parametrize("fmt", EVERY)
 @pytest.mark.parametrize("shape", [(64, 4096), (3, 200, 1024), (2, CHUNK + 64), (7, 96)])
 def test_threads_give_the_same_bytes(fmt: str, shape: tuple[int, ...]) -> None:
