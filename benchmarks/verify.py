@@ -83,7 +83,7 @@ def run(args: list[str]) -> tuple[float, float, float, str]:
     """Return seconds, seconds of processor, peak megabytes and output of one process."""
     started = time.perf_counter()
     child = subprocess.Popen([sys.executable, *args], stdout=subprocess.PIPE, text=True, env=CHILD_ENV)
-    assert child.stdout is not None  # noqa: S101  (for mypy: it is a pipe)
+    assert child.stdout is not None
     output = child.stdout.read()
     _, status, usage = os.wait4(child.pid, 0)
     seconds = time.perf_counter() - started
