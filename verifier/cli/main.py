@@ -27,6 +27,7 @@ BUILT_IN = {
     "explain": ("verifier.cli.rules", "Print what a rule means, whom it hurts and how to mend it."),
     "gate": ("verifier.cli.gate", "Measure a candidate's loss against its base."),
     "rules": ("verifier.cli.rules", "List the rules."),
+    "selftest": ("verifier.cli.selftest", "Prove the rules where they are installed."),
 }
 
 
