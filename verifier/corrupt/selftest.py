@@ -27,7 +27,7 @@ Status = Literal["told", "silent", "unfit", "skipped"]
 
 @dataclass(frozen=True, slots=True)
 class Clean:
-    """A sound checkpoint: ``found`` are the rules that spoke up all the same, with a base and without."""
+    """A sound checkpoint: ``found`` are the rules that warned or failed it all the same, with a base and without."""
 
     name: str
     family: str
@@ -37,7 +37,7 @@ class Clean:
 
     @property
     def silent(self) -> bool:
-        """Whether no rule spoke up and the verdict was passed."""
+        """Whether no rule warned or failed it and the verdict was passed."""
         return not self.found and self.verdict == "passed"
 
 
@@ -133,7 +133,7 @@ def selftest(rules: Collection[str] = (), *, checkpoints: Collection[str] = ()) 
 
 def _clean(made: Made) -> Clean:
     reports = (_judge(made, made.path), check(made.path, depth="payload"))
-    found = sorted({rule for report in reports for rule in rules_of(report.findings)})
+    found = sorted({f.rule for report in reports for f in report.findings if f.severity != "info"})
     worst = next((r.verdict for r in reports if r.verdict != "passed"), "passed")
     return Clean(made.tiny.name, made.tiny.family, made.tiny.kind, tuple(found), worst)
 

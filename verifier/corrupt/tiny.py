@@ -7,6 +7,7 @@ numpy. They are sound, not byte-equal to any exporter's.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ PRODUCER = {"name": "ckptgate-selftest", "version": "1"}
 _TEXT = {
     "hidden_size": 64, "head_dim": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2,
     "vocab_size": 96, "rms_norm_eps": 1e-6, "max_position_embeddings": 64, "hidden_act": "silu", "bos_token_id": 1,
-    "eos_token_id": 2, "tie_word_embeddings": False,
+    "eos_token_id": 2, "tie_word_embeddings": False, "rope_parameters": {"rope_theta": 50000.0, "rope_type": "default"},
 }  # fmt: skip
 CONFIGS: Mapping[str, Mapping[str, Any]] = {
     "llama": {
@@ -66,7 +67,8 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
 class Tiny:
     """A clean checkpoint to be made: a family, and the format of each role (the first pattern that fits a module).
 
-    ``kind`` is what corruptors are chosen by; ``shards`` above 1 comes with an index, as does ``index``.
+    ``kind`` is what corruptors are chosen by; ``shards`` above 1 comes with an index, as does ``index``. ``merged``: it
+    keeps the bytes of another; ``mtp``: it has a draft head, unquantized.
     """
 
     name: str
@@ -77,6 +79,7 @@ class Tiny:
     shards: int = 1
     index: bool = True
     merged: bool = False
+    mtp: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +112,7 @@ TINY: tuple[Tiny, ...] = (
     Tiny("qwen3-moe-nvfp4", "qwen3_moe", "nvfp4", _EXPERTS, index=False),
     Tiny("qwen3-moe-mxfp8", "qwen3_moe", "mxfp8", _all("mxfp8"), shards=2),
     Tiny("qwen3-moe-mixed", "qwen3_moe", "mixed", _MIXED, shards=3, merged=True),
-    Tiny("minimax-m3-mxfp8", "minimax_m3_vl", "mxfp8", _all("mxfp8"), shards=2),
+    Tiny("minimax-m3-mxfp8", "minimax_m3_vl", "mxfp8", _all("mxfp8"), shards=2, mtp=True),
     Tiny("minimax-m3-vendor", "minimax_m3_vl", "vendor_mxfp8", _all("mxfp8"), dialect="vendor_mxfp8", shards=2),
     Tiny("minimax-m3-mixed", "minimax_m3_vl", "mixed", _MIXED, shards=2, merged=True),
 )
@@ -117,16 +120,20 @@ TINY: tuple[Tiny, ...] = (
 
 def make(root: Path, tiny: Tiny, seed: int = 0) -> Made:
     """Write a tiny checkpoint, its BF16 base and, for a mixed one, the checkpoint it keeps bytes of, below ``root``."""
-    values = dict(_values(CONFIGS[tiny.family], seed))
-    base = _write(root / f"{tiny.name}.base", CONFIGS[tiny.family], values, {}, None, 1)
+    config = copy.deepcopy(dict(CONFIGS[tiny.family]))
+    values = dict(_values(config, seed))
+    if tiny.mtp:
+        config.get("text_config", config)["num_mtp_modules"] = 1
+        values |= _mtp(int(config.get("text_config", config)["hidden_size"]), seed)
+    base = _write(root / f"{tiny.name}.base", config, values, {}, None, 1)
     kept: Stored | None = None
     merged: Path | None = None
     if tiny.merged:
         vendor, kept = _encode(values, lambda module: "mxfp8" if role(module) in _LINEAR else None)
-        merged = _write(root / f"{tiny.name}.kept", CONFIGS[tiny.family], kept, vendor, "modelopt", 1)
+        merged = _write(root / f"{tiny.name}.kept", config, kept, vendor, "modelopt", 1)
     table = dict(tiny.formats)
     formats, tensors = _encode(values, lambda module: table.get(role(module)), inverse=tiny.dialect != "modelopt")
-    path = _write(root / tiny.name, CONFIGS[tiny.family], tensors, formats, tiny.dialect, tiny.shards, tiny.index)
+    path = _write(root / tiny.name, config, tensors, formats, tiny.dialect, tiny.shards, tiny.index)
     return Made(tiny, path, base, merged)
 
 
@@ -146,6 +153,14 @@ def _values(config: Mapping[str, Any], seed: int) -> Iterator[tuple[str, Array]]
             values = 0.05 * rows * rng.standard_normal(shape)
         wide = config["model_type"] == "minimax_m3_vl" and role(split(name)[0]) == "router"
         yield name, values.astype(np.float32 if wide else ml_dtypes.bfloat16)
+
+
+def _mtp(hidden: int, seed: int) -> Stored:
+    rng = np.random.default_rng(seed + 1)
+    shapes = {"eh_proj": (hidden, 2 * hidden), "enorm": (hidden,), "hnorm": (hidden,)}
+    return {
+        f"mtp.layers.0.{k}.weight": (0.05 * rng.standard_normal(s)).astype(ml_dtypes.bfloat16) for k, s in shapes.items()
+    }
 
 
 def _encode(
@@ -225,6 +240,10 @@ def _write(
             _json(path / QUANT_CONFIG, nested)
     _json(path / CONFIG, declared)
     _json(path / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2})
+    words = {f"w{i}": i for i in range(int(config.get("text_config", config)["vocab_size"]))}
+    _json(path / "tokenizer.json", {"version": "1.0", "model": {"type": "WordLevel", "vocab": words, "unk_token": "w0"}})
+    _json(path / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "w0"})
+    (path / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}", encoding="utf-8")
     return path
 
 
