@@ -19,6 +19,9 @@ from verifier.schemes.formats import FORMAT_OF_ALGO, FORMATS, Format, same_layou
 from verifier.schemes.groups import packed_name
 from verifier.schemes.modules import Module
 
+MAX_PARTS = 64
+"""The most containers of a module that are looked up; names nest some ten deep."""
+
 
 @dataclass(frozen=True, slots=True)
 class Entry:
@@ -99,8 +102,10 @@ class Declaration:
         if packed and packed in self.layers:
             return Cover(self.layers[packed].algo, "packed", packed, self.layers[packed].group_size)
         head = module
-        while "." in head:
+        for _ in range(MAX_PARTS):
             head = head.rpartition(".")[0]
+            if not head:
+                break
             if head in self.layers:
                 return Cover(self.layers[head].algo, "container", head, self.layers[head].group_size)
         return Cover(None, "unlisted")

@@ -17,6 +17,15 @@ import re
 from collections.abc import Iterable
 from functools import cached_property
 
+from verifier.schemes.patterns import Regex, compile_regex
+
+MAX_MATCHES = 2_000_000
+
+
+def _literals(pattern: str) -> list[str]:
+    """Return pieces that every name which a glob matches must hold; of one with a class none are known."""
+    return [] if "[" in pattern else [p for p in re.split(r"[*?]", pattern) if p]
+
 
 class Exclusions:
     """A list of exclusion patterns, compiled once."""
@@ -31,15 +40,9 @@ class Exclusions:
         return re.compile("|".join(fnmatch.translate(p) for p in globs)) if globs else None
 
     @cached_property
-    def _regexes(self) -> tuple[re.Pattern[str], ...]:
-        found = []
-        for pattern in self.patterns:
-            if pattern.startswith("re:"):
-                try:
-                    found.append(re.compile(pattern[3:]))
-                except re.error:
-                    continue  # a pattern that does not compile matches nothing, and is then reported dead
-        return tuple(found)
+    def _regexes(self) -> tuple[Regex, ...]:
+        # A pattern that does not compile matches nothing, and is then reported dead.
+        return tuple(r for p in self.patterns if p.startswith("re:") and (r := compile_regex(p[3:])) is not None)
 
     @cached_property
     def _plain(self) -> tuple[str, ...]:
@@ -69,15 +72,26 @@ class Exclusions:
         return next((p for p in self.patterns if Exclusions([p]).loose(module)), None)
 
     def dead(self, modules: Iterable[str]) -> list[str]:
-        """Return the patterns that exclude none of the modules under any reading."""
+        """Return the patterns that exclude none of the modules under any reading.
+
+        A list of so many wildcards that judging all would take more than `MAX_MATCHES` is judged in part.
+        """
         names = list(modules)
         known = set(names)
         text = "\n".join(names)
         result = []
+        left = MAX_MATCHES
         for pattern in self.patterns:
             if pattern in known or (pattern.strip("*") and not pattern.startswith("re:") and pattern.strip("*") in text):
                 continue
+            if not pattern.startswith("re:") and any(part not in text for part in _literals(pattern)):
+                result.append(pattern)
+                continue
+            if left <= 0:
+                continue
             one = Exclusions([pattern])
-            if not any(one.loose(n) for n in names):
+            alive = next((i for i, n in enumerate(names) if one.loose(n)), None)
+            left -= len(names) if alive is None else alive
+            if alive is None:
                 result.append(pattern)
         return result
