@@ -19,6 +19,8 @@ from verifier.schemes.formats import FORMAT_OF_ALGO, FORMATS, Format, same_layou
 from verifier.schemes.groups import packed_name
 from verifier.schemes.modules import Module
 
+MAX_WILDCARDS = 1000
+"""The most exclusions with wildcards; a release has some for each layer."""
 MAX_PARTS = 64
 """The most containers of a module that are looked up; names nest some ten deep."""
 
@@ -184,7 +186,12 @@ def parse(raw: Any, file: str) -> Declaration:
         if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
             problems.append(f"{key} is not a list of strings")
         else:
-            exclude += [v for v in value if v not in exclude]
+            wild = sum(any(c in v for c in "*?[") for v in value)
+            if wild > MAX_WILDCARDS:
+                problems.append(f"{key} holds {wild:,} patterns with wildcards; more than {MAX_WILDCARDS:,} are not read")
+            else:
+                exclude += value
+    exclude = list(dict.fromkeys(exclude))
     return Declaration(
         file, form, method, algo, group, tuple(exclude), _layers(body.get("quantized_layers"), problems), _kv(body),
         tuple(problems),

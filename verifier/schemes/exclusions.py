@@ -19,7 +19,8 @@ from functools import cached_property
 
 from verifier.schemes.patterns import Regex, compile_regex
 
-MAX_MATCHES = 2_000_000
+MAX_MATCHES = 1_000_000
+MANY = 1000
 
 
 def _literals(pattern: str) -> list[str]:
@@ -63,9 +64,27 @@ class Exclusions:
 
     def loose(self, module: str) -> bool:
         """Whether the module is excluded under any reading at all."""
-        if self.strict(module) or any(p in module for p in self._plain):
+        if self.strict(module) or self._has_piece(module):
             return True
         return self._parts is not None and any(self._parts.match(part) for part in module.split("."))
+
+    def _has_piece(self, module: str) -> bool:
+        """Whether any pattern stands somewhere in the name."""
+        if len(self._plain) <= MANY or len(module) > MANY:
+            return any(p in module for p in self._plain)
+        # A list of every excluded expert by name has tens of thousands of entries and some ten lengths.
+        pieces = self._by_length
+        return any(
+            module[i : i + n] in found
+            for n, found in pieces.items() for i in range(len(module) - n + 1)
+        )  # fmt: skip
+
+    @cached_property
+    def _by_length(self) -> dict[int, frozenset[str]]:
+        found: dict[int, set[str]] = {}
+        for p in self._plain:
+            found.setdefault(len(p), set()).add(p)
+        return {n: frozenset(s) for n, s in found.items()}
 
     def pattern_for(self, module: str) -> str | None:
         """Return the first pattern that excludes the module under any reading."""
@@ -82,12 +101,15 @@ class Exclusions:
         result = []
         left = MAX_MATCHES
         for pattern in self.patterns:
-            if pattern in known or (pattern.strip("*") and not pattern.startswith("re:") and pattern.strip("*") in text):
+            if pattern in known or left <= 0:
+                continue
+            piece = "" if pattern.startswith("re:") else pattern.strip("*")
+            at = text.find(piece) if piece else -1
+            left -= (len(text) if at < 0 else at) // 1500
+            if at >= 0:
                 continue
             if not pattern.startswith("re:") and any(part not in text for part in _literals(pattern)):
                 result.append(pattern)
-                continue
-            if left <= 0:
                 continue
             one = Exclusions([pattern])
             alive = next((i for i, n in enumerate(names) if one.loose(n)), None)
