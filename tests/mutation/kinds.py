@@ -574,6 +574,8 @@ def vendor_method_changed(image: Image, rng: Rng) -> str:
     else:
         sizes = [b for b in ([1, 32], [128, 128], [64, 64], [1, 16]) if b != body["weight_block_size"]]
         body["weight_block_size"] = one(rng, sizes)
+    if (body["quant_method"], body["weight_block_size"]) == ("fp8", [1, 32]):
+        raise Unfit("another spelling of MXFP8")
     return f"{body['quant_method']} {body['weight_block_size']}"
 
 
