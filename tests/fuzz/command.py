@@ -68,11 +68,11 @@ def check(path: Path, how: str = "json") -> Ended:
 
 
 def cases(seed: int, count: int, root: Path) -> Iterator[tuple[str, Path]]:
-    """Write the bombs and some seeded inputs below ``root``, and yield their names and folders."""
-    for i, (name, files) in enumerate(bombs().items()):
-        if i < count:
-            yield name, write(files, [], root / f"bomb-{i}")
-    for i, data in enumerate(inputs(seed, max(0, count - len(bombs())))):
+    """Write the bombs (all, where the count allows that) and seeded inputs below ``root``; yield names and folders."""
+    special = bombs() if count > len(bombs()) else {}
+    for i, (name, files) in enumerate(special.items()):
+        yield name, write(files, [], root / f"bomb-{i}")
+    for i, data in enumerate(inputs(seed, count - len(special))):
         yield data.hex(), write(*build(data, root), root / f"input-{i}")
 
 

@@ -13,6 +13,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+from tests.mutation import render
 from tests.mutation.kinds import KINDS
 from tests.mutation.run import FIRST_HARMLESS, FIRST_MODELOPT, HARMLESS, MODELOPT, by_kind, run, schedule, score
 
@@ -35,10 +36,14 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--kind", help="judge all seeds of one kind")
     parser.add_argument("--kinds", action="store_true", help="print the table of KINDS.md")
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--write", action="store_true", help=f"write {RESULTS.name} (the whole score)")
+    parser.add_argument("--write", action="store_true", help=f"write {RESULTS.name} (the whole score) and docs/proof.md")
+    parser.add_argument("--render", action="store_true", help="write docs/proof.md from the results as they are")
     given = parser.parse_args(argv)
     modelopt = Path(os.environ.get("CKPTGATE_TEST_DATA", "/nonexistent")) / "modelopt"
     shared = modelopt if modelopt.is_dir() else None
+    if given.render:
+        render.PAGE.write_text(render.render(), encoding="utf-8")
+        return 0
     if given.kinds:
         print(kinds_table(), end="")
         return 0
@@ -75,6 +80,7 @@ def main(argv: list[str]) -> int:
     }
     if given.write:
         RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+        render.PAGE.write_text(render.render(), encoding="utf-8")
     print(json.dumps({k: found[k] for k in ("score", "modelopt_score", "harmless")}))
     for name, row in found["kinds"].items():  # type: ignore[attr-defined]
         weak = row["told"] < row["n"] or (row["knows"] == "nothing" and row["told_without"] < row["n"])
