@@ -21,11 +21,14 @@ def render() -> str:
         "# Proof that the verifier catches what it should, and nothing else", "",
         "Rendered from `tests/mutation/results.json` and `tests/fuzz/results.json`; nothing here is written by hand.", "",
         "## Every rule, on the machine where it is installed", "",
-        "`ckptgate selftest` makes tiny sound checkpoints, sees that a check of each is silent with a base and without, makes "
-        "every known defect in every one that it suits, and sees that its rule speaks up. It needs neither torch nor a network.",
+        "`ckptgate selftest` makes tiny sound checkpoints, sees that a check of each is silent with a base and "
+        "without, makes "
+        "every known defect in every one that it suits, and sees that its rule speaks up. It needs neither "
+        "torch nor a network.",
         "",
         "## Mutation score", "",
-        f"`{found['command']}` (`tox -e mutation`), {_versions(found['versions'])}. What counts as harm, and what a judge needs "
+        f"`{found['command']}` (`tox -e mutation`), {_versions(found['versions'])}. What counts as harm, and "
+        f"what a judge needs "
         "to know each kind, is in `tests/mutation/KINDS.md`, committed before the first score.", "",
         "| mutations | told | of | percent | stopped (exit code not 0) |", "| --- | ---: | ---: | ---: | ---: |",
     ]  # fmt: skip
@@ -38,7 +41,8 @@ def render() -> str:
     parts += [
         "", f"Harmless rewritings: {found['harmless']['alarms']} new findings on {found['harmless']['n']}. Crashes: "
         f"{len(found['crashes'])}.", "",
-        "The checkpoints are small, so that one block is a larger share of a tensor than in a released one: rules that measure "
+        "The checkpoints are small, so that one block is a larger share of a tensor than in a released one: "
+        "rules that measure "
         "a whole tensor (QC515) do better here than on a tensor of millions.", "",
         "| kind | needs | number | told | stopped | told without base | rules that told it most |",
         "| --- | --- | ---: | ---: | ---: | ---: | --- |",
@@ -62,7 +66,8 @@ def _survivors(survivors: list[dict[str, Any]]) -> list[str]:
         return ["No mutation survived."]
     lines = [
         f"## Survivors ({len(survivors)})", "",
-        f"`python -m tests.mutation --seed N` makes one again. The first {min(SURVIVORS, len(survivors))}; the JSON has all.", "",
+        f"`python -m tests.mutation --seed N` makes one again. The first {min(SURVIVORS, len(survivors))}; the "
+        f"JSON has all.", "",
         "| seed | kind | checkpoint | what was done | told with base, without |", "| ---: | --- | --- | --- | --- |",
     ]  # fmt: skip
     for s in survivors[:SURVIVORS]:
@@ -75,7 +80,8 @@ def _fuzz(found: dict[str, Any]) -> list[str]:
     commands = found["commands"]
     return [
         "## Hostile input", "",
-        f"`{found['command']}` (`tox -e fuzz`), engine {found['engine']}, {_versions(found['versions'])}. Inputs are edits of "
+        f"`{found['command']}` (`tox -e fuzz`), engine {found['engine']}, {_versions(found['versions'])}. "
+        f"Inputs are edits of "
         "sound headers, indexes and configs, in their structure and in their bytes; `tests/fuzz/hostile.py` lists them.", "",
         "| | in process | as command lines |", "| --- | ---: | ---: |",
         f"| inputs | {found['runs']:,} | {commands['runs']:,} |",
