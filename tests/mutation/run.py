@@ -139,6 +139,9 @@ def _judged(outcome: Outcome, clean: Clean, path: Path) -> Outcome:
             stopped.append(False)
             continue
         new = _told(report) - before
+        if outcome.kind == "harmless":  # another order of tensors gives another witness
+            known = {t[:3] for t in before}
+            new = frozenset(t for t in new if t[:3] not in known)
         rules |= {t[0] for t in new}
         told.append(bool(new))
         stopped.append(report.exit_code != 0)

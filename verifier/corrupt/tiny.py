@@ -176,12 +176,16 @@ def _encode(
         group = packed_name(module) or module
         amax[group] = max(amax.get(group, 0.0), float(np.abs(values[f"{module}.weight"].astype(np.float32)).max()))
     found: Stored = {}
+    groups = list(amax)
     for name, tensor in values.items():
         module = split(name)[0]
         if not name.endswith(".weight") or module not in formats:
             found[name] = tensor
             continue
         parts = encode(tensor.astype(np.float32), formats[module], amax[packed_name(module) or module])
+        if formats[module] == "nvfp4":  # one for each fused group, as calibration on text gives
+            number = groups.index(packed_name(module) or module)
+            parts["input_scale"] = np.asarray(0.01 * (1 + number / len(groups)), np.float32)
         for leaf, part in parts.items():
             renamed = "weight_scale_inv" if inverse and leaf == "weight_scale" else leaf
             found[f"{module}.{renamed}"] = part
@@ -202,10 +206,7 @@ def encode(values: Float32, fmt: str, amax: float | None = None) -> Stored:
         weight: Array = codes[:, 0::2] | (codes[:, 1::2] << 4)
     else:
         weight = np.clip(quotient, -448, 448).astype(ml_dtypes.float8_e4m3fn)
-    stored: Stored = {"weight": weight, **parts}
-    if fmt == "nvfp4":
-        stored["input_scale"] = np.asarray(0.0125, np.float32)
-    return stored
+    return {"weight": weight, **parts}
 
 
 def _write(
