@@ -53,6 +53,7 @@ def view(path: Path) -> View:
                 found.tensors[name] = (entry["dtype"], tuple(entry["shape"]), bytes(entry["data"]))
         except (SafetensorError, ValueError) as error:
             found.broken.append(f"{file.name}: {str(error)[:60]}")
+    found.tensors = dict(sorted(found.tensors.items()))  # the reader gives them in any order
     found.config = _json(path / CONFIG, found.broken)
     if (path / NESTED).exists():
         found.nested = _json(path / NESTED, found.broken)
