@@ -32,6 +32,7 @@ BUILT_IN = {
     "gate": ("verifier.cli.gate", "Measure a candidate's loss against its base."),
     "merge-reports": ("verifier.cli.merge_reports", "Make one report of the reports on all subsets of a checkpoint."),
     "rules": ("verifier.cli.rules", "List the rules."),
+    "selftest": ("verifier.cli.selftest", "Prove the rules where they are installed."),
     "show": ("verifier.cli.show", "Show one block of a tensor: bytes, scale, values, what belongs there."),
     "stats": ("verifier.cli.stats", "Count formats, bits per parameter and scales."),
 }

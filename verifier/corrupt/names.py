@@ -282,9 +282,10 @@ def halved_twice(folder: Folder) -> Place:
 def config_of_another_size(folder: Folder) -> Place:
     """Take config.json from a model with narrower projections."""
 
-    def narrow(value: dict[str, int]) -> None:
-        key = "moe_intermediate_size" if "moe_intermediate_size" in value else "intermediate_size"
-        value[key] //= 2
+    def narrow(value: dict[str, Any]) -> None:
+        text = value.get("text_config", value)
+        key = "moe_intermediate_size" if "moe_intermediate_size" in text else "intermediate_size"
+        text[key] //= 2
 
     folder.edit_json(CONFIG, narrow)
     return Place()

@@ -61,6 +61,21 @@ def no_input_scales(folder: Folder) -> Place:
     return Place(first)
 
 
+def tagged_weight_only(folder: Folder) -> Place:
+    """Declare weight-only NVFP4 over tensors with input scales."""
+    module = next(m for m, p in folder.modules().items() if "input_scale" in p)
+
+    def change(body: dict[str, Any]) -> None:
+        if body.get("quant_algo") == "NVFP4":
+            body["quant_algo"] = "W4A16_NVFP4"
+        for entry in body.get("quantized_layers", {}).values():
+            if entry["quant_algo"] == "NVFP4":
+                entry["quant_algo"] = "W4A16_NVFP4"
+
+    declarations(folder, change)
+    return folder.place(f"{module}.input_scale")
+
+
 def scale_as_f32(folder: Folder) -> Place:
     """Save a block scale as float32: values for NVFP4, codes for MXFP8."""
     name = block_scale(folder, target(folder))
@@ -330,6 +345,7 @@ SCALES: tuple[Corruptor, ...] = (
     Corruptor("QC302", "weight-scale-2-lost", edit(scale_2_lost), formats=NVFP4),
     Corruptor("QC302", "block-scale-lost", edit(block_scale_lost)),
     Corruptor("QC303", "no-input-scales", edit(no_input_scales), formats=NVFP4),
+    Corruptor("QC303", "tagged-weight-only", edit(tagged_weight_only), formats=NVFP4, severity="warning"),
     Corruptor("QC304", "block-scale-as-f32", edit(scale_as_f32)),
     Corruptor("QC305", "weight-not-packed", edit(not_packed), formats=NVFP4),
     Corruptor("QC306", "one-column-short", edit(column_short)),

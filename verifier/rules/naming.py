@@ -13,6 +13,8 @@ from verifier.schemes import PACKED, ExpertKey, expert_key, packed_name, split
 
 _FUSED = re.compile(r"\.(gate_up_proj|qkv_proj|w13|fc1|gate_up)(\.weight)?$")
 _STACKED = re.compile(r"\.experts\.(gate_up_proj|gate_proj|up_proj|down_proj|w1|w2|w3|w13|w2_weight|w13_weight)(\.weight)?$")
+MAX_PARTS = 64
+"""The longest tail of a name that is compared, in dot parts; names have some ten."""
 _ALIASES = (
     (".block_sparse_moe.", ".mlp."), (".feed_forward.", ".mlp."), (".ffn.", ".mlp."), (".moe.", ".mlp."),
     (".w1.", ".gate_proj."), (".w3.", ".up_proj."), (".w2.", ".down_proj."), (".indexer.", ".index_"),
@@ -87,7 +89,7 @@ def classify(
     by_tail: dict[tuple[str, ...], str] = {}
     for m in sorted(missing):
         parts = m.split(".")
-        for i in range(len(parts) - 1):
+        for i in range(max(0, len(parts) - MAX_PARTS), len(parts) - 1):
             by_tail.setdefault(tuple(parts[i:]), m)
     for name in surplus:
         memory = family is not None and family.in_memory(name)
@@ -204,7 +206,7 @@ def _layer_tail(name: str) -> str:
 
 def _by_tail(name: str, by_tail: dict[tuple[str, ...], str], missing: set[str]) -> str | None:
     parts = name.split(".")
-    for i in range(len(parts) - 1):
+    for i in range(max(0, len(parts) - MAX_PARTS), len(parts) - 1):
         found = by_tail.get(tuple(parts[i:]))
         if found in missing:
             return found

@@ -19,6 +19,11 @@ from verifier.schemes.formats import FORMAT_OF_ALGO, FORMATS, Format, same_layou
 from verifier.schemes.groups import packed_name
 from verifier.schemes.modules import Module
 
+MAX_WILDCARDS = 1000
+"""The most exclusions with wildcards; a release has some for each layer."""
+MAX_PARTS = 64
+"""The most containers of a module that are looked up; names nest some ten deep."""
+
 
 @dataclass(frozen=True, slots=True)
 class Entry:
@@ -98,8 +103,10 @@ class Declaration:
         if packed and packed in self.layers:
             return Cover(self.layers[packed].algo, "packed", packed, self.layers[packed].group_size)
         head = module
-        while "." in head:
+        for _ in range(MAX_PARTS):
             head = head.rpartition(".")[0]
+            if not head:
+                break
             if head in self.layers:
                 return Cover(self.layers[head].algo, "container", head, self.layers[head].group_size)
         return Cover(None, "unlisted")
@@ -182,7 +189,12 @@ def parse(raw: Any, file: str) -> Declaration:
         if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
             problems.append(f"{key} is not a list of strings")
         else:
-            exclude += [v for v in value if v not in exclude]
+            wild = sum(any(c in v for c in "*?[") for v in value)
+            if wild > MAX_WILDCARDS:
+                problems.append(f"{key} holds {wild:,} patterns with wildcards; more than {MAX_WILDCARDS:,} are not read")
+            else:
+                exclude += value
+    exclude = list(dict.fromkeys(exclude))
     return Declaration(
         file, form, method, algo, group, tuple(exclude), _layers(body.get("quantized_layers"), problems), _kv(body),
         tuple(problems),

@@ -19,6 +19,10 @@ from collections.abc import Iterable
 from functools import cached_property
 from typing import Literal
 
+from verifier.schemes.patterns import Regex, compile_regex
+
+MAX_MATCHES = 1_000_000
+MANY = 1000
 Reader = Literal["vllm", "sglang", "trtllm"]
 READERS: tuple[Reader, ...] = ("vllm", "sglang", "trtllm")
 _WILD = "*?["
@@ -33,12 +37,18 @@ def _compiled(globs: Iterable[str]) -> re.Pattern[str] | None:
     found = [fnmatch.translate(g) for g in globs]
     return re.compile("|".join(found)) if found else None
 
+
 _DIGITS = re.compile(r"\d+")
 
 
 def _outline(text: str) -> str:
     """Return text with each run of digits as one ``0``: what stands in a text has an outline that stands in its outline."""
     return _DIGITS.sub("0", text)
+
+
+def _literals(pattern: str) -> list[str]:
+    """Return pieces that every name which a glob matches must hold; of one with a class none are known."""
+    return [] if "[" in pattern else [p for p in re.split(r"[*?]", pattern) if p]
 
 
 class Exclusions:
@@ -57,15 +67,9 @@ class Exclusions:
         return _compiled(p for p in self.patterns if any(c in p for c in _WILD) and not p.startswith("re:"))
 
     @cached_property
-    def _regexes(self) -> tuple[re.Pattern[str], ...]:
-        found = []
-        for pattern in self.patterns:
-            if pattern.startswith("re:"):
-                try:
-                    found.append(re.compile(pattern[3:]))
-                except re.error:
-                    continue  # a pattern that does not compile matches nothing, and is then reported dead
-        return tuple(found)
+    def _regexes(self) -> tuple[Regex, ...]:
+        # A pattern that does not compile matches nothing, and is then reported dead.
+        return tuple(r for p in self.patterns if p.startswith("re:") and (r := compile_regex(p[3:])) is not None)
 
     @cached_property
     def _plain(self) -> tuple[str, ...]:
@@ -149,28 +153,58 @@ class Exclusions:
         """Whether the module is excluded under any reading at all."""
         found = self._answers.get(module)
         if found is None:
-            found = self.strict(module) or self._stands_in(module) or self._matches_part(module)
+            found = self.strict(module) or self._has_piece(module) or self._matches_part(module)
             if not found and self._globs is not None and module != _bare(module):
                 found = self._globs.match(_bare(module)) is not None
             self._answers[module] = found
         return found
+
+    def _has_piece(self, module: str) -> bool:
+        """Whether any pattern stands somewhere in the name."""
+        if len(self._plain) <= MANY or len(module) > MANY:
+            return self._stands_in(module)
+        # A list of every excluded expert by name has tens of thousands of entries and some ten lengths.
+        pieces = self._by_length
+        return any(
+            module[i : i + n] in found
+            for n, found in pieces.items() for i in range(len(module) - n + 1)
+        )  # fmt: skip
+
+    @cached_property
+    def _by_length(self) -> dict[int, frozenset[str]]:
+        found: dict[int, set[str]] = {}
+        for p in self._plain:
+            found.setdefault(len(p), set()).add(p)
+        return {n: frozenset(s) for n, s in found.items()}
 
     def pattern_for(self, module: str) -> str | None:
         """Return the first pattern that excludes the module under any reading."""
         return next((p for p in self.patterns if Exclusions([p]).loose(module)), None)
 
     def dead(self, modules: Iterable[str]) -> list[str]:
-        """Return the patterns that exclude none of the modules under any reading."""
+        """Return the patterns that exclude none of the modules under any reading.
+
+        A list of so many wildcards that judging all would take more than `MAX_MATCHES` is judged in part.
+        """
         names = list(modules)
         known = set(names)
         text = "\n".join(names)
         result = []
+        left = MAX_MATCHES
         for pattern in self.patterns:
-            if pattern in known or (pattern.strip("*") and not pattern.startswith("re:") and pattern.strip("*") in text):
+            if pattern in known or left <= 0:
+                continue
+            piece = "" if pattern.startswith("re:") else pattern.strip("*")
+            at = text.find(piece) if piece else -1
+            left -= (len(text) if at < 0 else at) // 1500
+            if at >= 0:
+                continue
+            if not pattern.startswith("re:") and any(part not in text for part in _literals(pattern)):
+                result.append(pattern)
                 continue
             one = Exclusions([pattern])
-            # With a dot and without a wildcard, what is in no name as it stands matches none.
-            plain = "." in pattern and not any(c in pattern for c in "*?[") and not pattern.startswith("re:")
-            if plain or not any(one.loose(n) for n in names):
+            alive = next((i for i, n in enumerate(names) if one.loose(n)), None)
+            left -= len(names) if alive is None else alive
+            if alive is None:
                 result.append(pattern)
         return result
