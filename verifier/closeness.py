@@ -34,7 +34,7 @@ TINY, HUGE = 1e-20, 1e30
 class Distance:
     """Sums of squares over a weight: of the base's values, of decoded - base, and of ``max`` calibrated - base.
 
-    ``suspect``: a block is off by more than half of itself, and of half the usual block around it.
+    ``suspect``: a block is off by half as much again as ``max`` leaves there, and by more than rounding.
     """
 
     size: float = 0.0
@@ -85,13 +85,19 @@ def block_norms2(values: Float32, width: int) -> npt.NDArray[np.float32]:
     return result
 
 
-def suspects(wanted: Float32, got: Float32, width: int) -> npt.NDArray[np.bool_]:
-    """Return which blocks are off by more than half of themselves, and of half the usual block; [rows, blocks]."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        far, size = block_norms2(got - wanted, width), block_norms2(wanted, width)
+def beyond(far: Float32, near: Float32, size: Float32) -> npt.NDArray[np.bool_]:
+    """Return which blocks are off by half as much again as a yardstick leaves, and by more than rounding.
+
+    Args:
+        far: squared error of each block.
+        near: the yardstick's squared error of each.
+        size: sum of squares of each.
+    """
     if not size.size:
         return np.zeros(size.shape, np.bool_)
-    result: npt.NDArray[np.bool_] = far > 0.25 * np.maximum(size, 0.25 * float(size.mean()))
+    with np.errstate(over="ignore", invalid="ignore"):
+        floor = np.float32(2**-12) * np.maximum(size, np.float32(float(size.mean()) / 16))
+        result: npt.NDArray[np.bool_] = (far > np.float32(2.25) * near) & (far > floor)
     return result
 
 
@@ -115,19 +121,22 @@ def distance(pieces: Iterable[Piece], fmt: str, amax: float) -> tuple[Distance, 
         ContentError: the parts do not fit one another.
     """
     total, plain = Distance(), amax > 0 and np.isfinite(amax)
-    width = FORMATS[fmt].group_size or CHUNK
+    width = min(FORMATS[fmt].group_size or CHUNK, CHUNK)
     for piece in pieces:
         found = _fast(piece, fmt, amax) if plain else None
         if found is None:
             wanted = floats(piece.wanted)
             got = decode(piece.parts, fmt)
             with np.errstate(over="ignore", invalid="ignore"):
-                found = Distance(norm2(wanted), norm2(got - wanted), suspect=bool(suspects(wanted, got, width).any()))
+                found = Distance(norm2(wanted), norm2(got - wanted))
             scales = max_scales(wanted, fmt, amax) if plain else None
             if scales is None:
                 plain = False
             else:
-                found.plain = norm2(nearest(wanted, scales, fmt) - wanted)
+                usual = nearest(wanted, scales, fmt)
+                found.plain = norm2(usual - wanted)
+                blocks = (block_norms2(x, width) for x in (got - wanted, usual - wanted, wanted))
+                found.suspect = bool(beyond(*blocks).any())
         total.add(found)
     return total, bool(plain)
 
@@ -206,9 +215,7 @@ class _Lanes:
         got *= np.repeat(step, 2)
         got -= base
         sizes, errors = _by_block(base), _by_block(got)
-        usual = np.float32(0.25) * sizes.mean()
-        suspect = bool((errors > np.float32(0.25) * np.maximum(sizes, usual)).any())
-        found = Distance(float(sizes.sum(dtype=np.float64)), float(errors.sum(dtype=np.float64)), suspect=suspect)
+        found = Distance(float(sizes.sum(dtype=np.float64)), float(errors.sum(dtype=np.float64)))
         peak = self._peak(pairs, base)
         plain = self._plain(peak, top)
         wide = np.repeat(plain, 2)
@@ -218,7 +225,9 @@ class _Lanes:
             np.clip(got, -6, 6, out=got)
         base -= got
         base *= wide
-        found.plain = _squares(base)
+        best = _by_block(base)
+        found.plain = float(best.sum(dtype=np.float64))
+        found.suspect = bool(beyond(errors, best, sizes).any())
         return found
 
     def _peak(self, pairs: npt.NDArray[Any], base: Float32) -> Float32:
@@ -260,8 +269,3 @@ def _by_block(values: Float32) -> Float32:
     """Return the sum of squares of each block, from lanes of [block / 2, 2 x blocks]."""
     columns = np.einsum("ij,ij->j", values, values, optimize=False)
     return np.asarray(columns[0::2] + columns[1::2], np.float32)
-
-
-def _squares(values: Float32) -> float:
-    """Return the sum of squares of some thousand values, without a copy of them."""
-    return float(np.einsum("ij,ij->", values, values, optimize=False))

@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from verifier.closeness import CHUNK, block_norms2, suspects
+from verifier.closeness import CHUNK, beyond, block_norms2
 from verifier.decoding import Float32, decode, max_scales, nearest
 from verifier.errors import ContentError
 from verifier.rules.context import Context
@@ -31,7 +31,7 @@ WEAK = 1.25
 LOST = 0.5
 FOUND = 0.2
 """An explanation holds where it brings the relative error below this, or to 1.5 times what ``max`` gives."""
-MOVED = 0.02
+MOVED = 0.1
 """Where more of the other blocks have codes that are clearly not the nearest, the method moves weights."""
 E8M0_WIDESPREAD = 0.1
 _PARTNERS = {"gate_proj": "up_proj", "up_proj": "gate_proj", "w1": "w3", "w3": "w1", "k_proj": "v_proj", "v_proj": "k_proj"}
@@ -168,10 +168,8 @@ def _judge(
     size, width = _norm(wanted), found.group_size or CHUNK
     relative = _norm(got - wanted) / size
     plain = max_scales(wanted, found.name)
-    by_max = _norm(nearest(wanted, plain, found.name) - wanted) / size if plain is not None else None
-    ordinary = by_max is not None and relative <= WEAK * by_max
-    if ordinary and not suspects(wanted, got, width).any():
-        return Reconstruction("", relative=relative, best=by_max or 0.0, by_max=by_max or 0.0)
+    usual = nearest(wanted, plain, found.name) if plain is not None else None
+    by_max = _norm(usual - wanted) / size if usual is not None else None
     ideal = nearest(wanted, parts, found.name)
     possible = _norm(ideal - wanted) / size
     by_max = possible if by_max is None else by_max
@@ -181,14 +179,14 @@ def _judge(
     cause, detail = _explain(ctx, module, found, parts, wanted, got, enough) if lost else ("", "")
     if cause:
         return replace(known, cause=cause, detail=detail)
-    foreign, place = _foreign(wanted, got, ideal, width)
+    foreign, place = _foreign(wanted, got, ideal, min(width, CHUNK))
     if foreign:
         return replace(known, cause="part", place=place, count=foreign)
     if lost:
         return _another(ctx, module, got, known, enough)
     if relative <= WEAK * best:
         return known
-    return replace(known, cause="moved" if _moved(wanted, got, ideal, width) else "weak")
+    return replace(known, cause="moved" if relative <= 4 * best and _moved(wanted, got, ideal, width) else "weak")
 
 
 def _explain(
@@ -272,10 +270,10 @@ def _another(ctx: Context, module: Module, got: Float32, known: Reconstruction, 
 def _foreign(wanted: Float32, got: Float32, ideal: Float32, width: int) -> tuple[int, tuple[int, int] | None]:
     """Return (blocks that are not the base's though the scales could hold it, the first of them).
 
-    A foreign block is a suspect that is off by four times what its scale allows. A method that compensates errors (GPTQ)
-    has codes beside the nearest all over the tensor; where it does, no block is called foreign.
+    A foreign block is off by half as much again as its scale allows. A method that compensates errors (GPTQ) has codes
+    beside the nearest all over the tensor; where it does, no block is called foreign.
     """
-    foreign = suspects(wanted, got, width) & (block_norms2(got - wanted, width) > 16 * block_norms2(ideal - wanted, width))
+    foreign = beyond(*(block_norms2(x, width) for x in (got - wanted, ideal - wanted, wanted)))
     count = int(foreign.sum())
     if not count:
         return 0, None
