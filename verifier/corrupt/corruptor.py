@@ -30,7 +30,8 @@ class Corruptor:
     ``apply`` breaks the folder in place and returns where, as far as that is known. ``depth`` is the least depth that
     sees it. ``needs`` holds the inputs without which nobody can see it: ``base``, ``merged_from``, or
     ``base|merged_from`` where either will do. ``formats`` and ``traits`` say which checkpoints it can be applied to
-    (any of the formats, all of the traits). ``also`` are other rules that rightly speak up at error level too.
+    (any of the formats, all of the traits). ``also`` are other rules that rightly speak up at error level too, ``instead``
+    those of which one may say it in the rule's place.
     """
 
     rule: str
@@ -42,6 +43,7 @@ class Corruptor:
     traits: frozenset[str] = frozenset()
     severity: Literal["error", "warning", "info"] = "error"
     also: frozenset[str] = frozenset()
+    instead: frozenset[str] = frozenset()
 
     def suits(self, kind: Kind, traits: frozenset[str]) -> bool:
         """Whether a checkpoint of this kind and with these traits can be broken so."""

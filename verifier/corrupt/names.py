@@ -253,7 +253,7 @@ def tower_quantized(folder: Folder) -> Place:
     file = folder.tensors()[f"{module}.weight"].file
     folder.add(f"{module}.weight_scale_inv", (exponents[..., 0] + 127).astype(np.uint8), file=file)
     others = [m for m, p in folder.modules().items() if "vision_tower." in m and len(p["weight"].shape) > 1 and m != module]
-    declarations(folder, exclusions(lambda listed: [*(p for p in listed if p != "vision_tower"), *others]))
+    declarations(folder, exclusions(lambda listed: [*(p for p in listed if p not in ("vision_tower", module)), *others]))
     return folder.place(f"{module}.weight")
 
 

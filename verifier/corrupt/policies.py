@@ -73,14 +73,19 @@ def numbered_mtp_not_excluded(folder: Folder) -> Place:
     return folder.add(name, _plain(width, width))
 
 
+def _in_mtp(module: str) -> str:
+    """Return the name that a module of a layer has in the MTP layer."""
+    return f"{_MTP}.{module.partition('.layers.')[2].partition('.')[2]}"
+
+
 def _mtp_experts(folder: Folder) -> list[str]:
     """Copy one layer's experts into an MTP layer; return the new modules."""
     container = expert_of(target(folder))[0]
     found = [m for m in folder.modules() if m.startswith(f"{container}.")]
     for module in found:
         for leaf, tensor in folder.modules()[module].items():
-            folder.add(f"{_MTP}.mlp.{module[module.index('experts.') :]}.{leaf}", folder.array(tensor.name))
-    new = [f"{_MTP}.mlp.{m[m.index('experts.') :]}" for m in found]
+            folder.add(f"{_in_mtp(module)}.{leaf}", folder.array(tensor.name))
+    new = [_in_mtp(m) for m in found]
     _declare(folder, new, "NVFP4" if kind_of(folder) != "mxfp8" else "MXFP8")
     return new
 
@@ -202,6 +207,8 @@ def shared_expert_plain(folder: Folder) -> Place:
     gate = target(folder)
     container = expert_of(gate)[0]
     shared = f"{container.removesuffix('.experts')}.shared_experts.gate_proj"
+    if shared in folder.modules():
+        raise LookupError("the layer has shared experts")
     parts = folder.modules()[gate]["weight"]
     folder.add(f"{shared}.weight", _plain(parts.shape[0], parts.shape[1] * (2 if parts.dtype == "U8" else 1)))
     _exclude(folder, shared)

@@ -219,6 +219,9 @@ def one_spelled_otherwise(folder: Folder) -> Place:
 
 def all_spelled_otherwise(folder: Folder) -> Place:
     """Name all MXFP8 scales by the other vendor's convention."""
+    minimax = "minimax" in str(folder.json(CONFIG).get("model_type"))
+    if minimax and all(n.endswith(".weight_scale") for n in _mxfp8(folder)):
+        raise LookupError("the vendor's own convention is the other one")
     return _respell(folder, _mxfp8(folder))
 
 

@@ -45,13 +45,15 @@ class Clean:
 class Trial:
     """One corruptor: on which checkpoints its rule spoke up at the severity that it states, and on which it did not.
 
-    ``others`` are the other rules that spoke up; ``unexpected`` those at error level that the corruptor does not name.
+    ``unmade`` are those where the defect cannot be made, which proves nothing either way. ``others`` are the other rules
+    that spoke up; ``unexpected`` those at error level that the corruptor does not name.
     """
 
     rule: str
     name: str
     told: list[str] = field(default_factory=list)
     silent: list[str] = field(default_factory=list)
+    unmade: list[str] = field(default_factory=list)
     others: set[str] = field(default_factory=set)
     unexpected: set[str] = field(default_factory=set)
     skipped: str = ""
@@ -59,7 +61,7 @@ class Trial:
     @property
     def status(self) -> Status:
         """What became of it."""
-        if self.silent:
+        if self.silent or (self.unmade and not self.told):
             return "silent"
         if self.told:
             return "told"
@@ -164,12 +166,13 @@ def _try(root: Path, made: Made, traits: frozenset[str], corruptor: Corruptor, t
             corruptor.apply(work)
         except (StopIteration, LookupError, ValueError, TypeError, OSError) as error:
             if stated:
-                trial.silent.append(f"{made.tiny.name} (cannot be made: {type(error).__name__}: {error})")
+                trial.unmade.append(f"{made.tiny.name} (cannot be made: {type(error).__name__}: {error})")
             return
         report = _judge(made, work)
     finally:
         shutil.rmtree(root / "work")
     told = any(f.severity == corruptor.severity for f in report.by_rule(corruptor.rule))
+    told = told or any(report.by_rule(r) for r in corruptor.instead)
     if not told and not stated:
         return
     (trial.told if told else trial.silent).append(made.tiny.name)
@@ -185,8 +188,8 @@ def lines(result: Result) -> Iterator[str]:
     for trial in result.trials:
         count = len(trial.told) + len(trial.silent)
         said = f"{trial.status}{f' on {len(trial.told)} of {count}' if count else ''}"
-        if trial.silent:
-            said = f"SILENT on {', '.join(trial.silent)}"
+        if trial.status == "silent":
+            said = f"SILENT on {', '.join(trial.silent or trial.unmade)}"
         elif trial.status == "skipped":
             said = f"skipped: {trial.skipped}"
         others = f"   others: {', '.join(sorted(trial.others))}" if trial.others else ""

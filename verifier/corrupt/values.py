@@ -307,8 +307,10 @@ VALUES: tuple[Corruptor, ...] = (
     Corruptor("QC515", "scales-doubled", edit(scale_doubled), "payload", _BASE),
     Corruptor("QC515", "nan-code", edit(nan_code), "payload", _BASE, MXFP8),
     _values("QC512", "scales-cast-to-bytes", scales_cast_to_zero, formats=MXFP8),
-    Corruptor("QC515", "coarse-codes", edit(coarse_nvfp4), "payload", _BASE, NVFP4, severity="warning"),
-    Corruptor("QC515", "coarse-codes-mxfp8", edit(coarse_mxfp8), "payload", _BASE, MXFP8, severity="warning"),
+    Corruptor("QC515", "coarse-codes", edit(coarse_nvfp4), "payload", _BASE, NVFP4, severity="warning", instead=ids("517")),
+    Corruptor(
+        "QC515", "coarse-codes-mxfp8", edit(coarse_mxfp8), "payload", _BASE, MXFP8, severity="warning", instead=ids("517"),
+    ),
     Corruptor("QC516", "router-recast", edit(router_recast), "header", _EITHER, traits=frozenset({"f32"})),
     Corruptor("QC516", "norm-widened", edit(norm_widened), "header", _EITHER),
     Corruptor("QC516", "embedding-as-f16", edit(head_as_f16), "header", _EITHER),
