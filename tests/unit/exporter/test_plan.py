@@ -363,14 +363,16 @@ def test_minimax_m3_layers_without_experts(m3: dict[str, Path]) -> None:
 
 def test_the_published_mix_of_minimax_m3_passes(m3: dict[str, Path]) -> None:
     report = verifier.check(m3["mixed"])
-    assert (report.verdict, report.findings) == ("passed", ())
+    # Shared experts in MXFP8 beside routed ones in NVFP4 are information.
+    assert (report.verdict, {(f.rule, f.severity) for f in report.findings}) == ("passed", {("QC414", "info")})
     assert report.stats["tensors"] == 89_614
     assert report.stats["formats"]["NVFP4"] == 21_888
 
 
 def test_the_published_mix_of_minimax_m3_passes_against_its_sources(m3: dict[str, Path]) -> None:
     report = verifier.check(m3["mixed"], base=m3["base"], merged_from=m3["vendor"])
-    assert (report.verdict, report.findings) == ("passed", ())
+    # Shared experts in MXFP8 beside routed ones in NVFP4 are information.
+    assert (report.verdict, {(f.rule, f.severity) for f in report.findings}) == ("passed", {("QC414", "info")})
     ran = {c.rule: c for c in report.coverage if c.ran}
     assert ran["QC516"].checked == ran["QC516"].of > 1000
 
