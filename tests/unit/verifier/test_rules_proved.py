@@ -160,7 +160,8 @@ def broken(
 
 
 def _told(report: Report, corruptor: Corruptor) -> list[Finding]:
-    return [f for f in report.by_rule(corruptor.rule) if f.severity == corruptor.severity]
+    instead = [f for r in corruptor.instead for f in report.by_rule(r)]
+    return [f for f in report.by_rule(corruptor.rule) if f.severity == corruptor.severity] or instead
 
 
 def _points_at(finding: Finding, place: Place) -> bool:
@@ -179,7 +180,7 @@ def _assert_told(report: Report, corruptor: Corruptor, place: Place) -> None:
         assert finding.message
     if corruptor.severity != "error":
         assert corruptor.rule not in rules_of(report.findings, "error"), report.by_rule(corruptor.rule)
-    assert rules_of(report.findings, "error") <= {corruptor.rule} | corruptor.also, report.findings
+    assert rules_of(report.findings, "error") <= {corruptor.rule} | corruptor.also | corruptor.instead, report.findings
     wanted = 1 if corruptor.severity == "error" or rules_of(report.findings, "error") else 0
     assert report.exit_code == wanted
 
