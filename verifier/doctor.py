@@ -23,6 +23,7 @@ CORE = ("numpy", "ml_dtypes", "click", "rich", "pydantic", "PyYAML", "fsspec", "
 EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
     "load": (("torch", "transformers"), "calibrate"),
     "export": (("torch",), "export, merge"),
+    "fast": (("torch", "numba"), "compiled CPU codecs"),
     "gate": (("torch", "transformers", "scipy", "tokenizers", "lm-eval", "accelerate", "datasets"), "gate"),
     "report": (("jinja2", "matplotlib", "junitparser"), "HTML reports and plots"),
     "ray": (("ray",), "work spread over machines"),

@@ -107,7 +107,7 @@ def test_gate_and_up_swapped_throughout_a_layer_fail(
     assert (code, result["verdict"], result["outcome"]) == (1, "failed", "failed")
     assert result["interval"]["low"] > result["margin"]["nats"]
     report = verifier.check(broken, base=BF16, depth="payload")
-    assert {f.rule for f in report.findings if f.severity == "error"} == {"QC515"}
+    assert {f.rule for f in report.findings if f.severity == "error"} == {"QC511"}
 
 
 def test_few_documents_and_a_margin_near_the_effect_are_inconclusive(mixed: Path) -> None:

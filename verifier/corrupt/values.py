@@ -317,5 +317,5 @@ VALUES: tuple[Corruptor, ...] = (
     Corruptor("QC605", "one-bit-of-the-embedding", edit(one_bit), "payload", _EITHER),
     Corruptor("QC605", "router-cast-there-and-back", edit(cast_there_and_back), "payload", _EITHER),
     Corruptor("QC605", "one-code-of-a-kept-tensor", edit(kept_code), "payload", ("merged_from",), MIXED),
-    Corruptor("QC605", "one-scale-of-a-kept-tensor", edit(kept_scale), "payload", ("merged_from",), MIXED),
+    Corruptor("QC605", "one-scale-of-a-kept-tensor", edit(kept_scale), "payload", ("merged_from",), MIXED, also=ids("517")),
 )  # fmt: skip

@@ -312,7 +312,7 @@ def _rescaled(
         mended = (np.abs(factor - 1) > FACTOR) & (factor > 0) & np.isfinite(left)
         mended &= (left < 0.25 * far / np.maximum(np.square(factor), 1)) & ~beyond(np.asarray(left, np.float32), best, size)
         # So small a factor that nothing is left to mend.
-        found = beyond(far, best, size) & (mended | (got_ < np.float32(2**-12) * size))
+        found = beyond(far, best, size) & (mended | ((got_ > 0) & (got_ < np.float32(2**-12) * size)))
     if floor is not None and floor.shape == found.shape:
         found &= ~floor
     count = int(found.sum())
@@ -327,7 +327,7 @@ def _at_floor(parts: Mapping[str, npt.NDArray[Any]], found: Format) -> npt.NDArr
     scale = parts.get("weight_scale", parts.get("weight_scale_inv"))
     if scale is None or scale.dtype.itemsize != 1 or scale.ndim != 2:
         return None
-    least: npt.NDArray[np.bool_] = scale.view(np.uint8) <= (1 if found.packed else 0)
+    least: npt.NDArray[np.bool_] = (scale.view(np.uint8) & 0x7F) <= 1 if found.packed else scale.view(np.uint8) == 0
     return least
 
 

@@ -78,7 +78,7 @@ def test_prefixes_select_and_the_longer_one_decides() -> None:
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("QC999", ("'QC999'", "ckptgate rules")), ("QC50l", ("nearest: ", "QC501")), ("", ("empty",)),
+    [("QC999", ("'QC999'", "ckptgate rules")), ("QC50l", ("nearest: QC5",)), ("", ("empty",)),
      ("QC501,,QC502", ("empty",)), ("QB5", ("nearest: QC5",)), ("QC5011", ("nearest: ", "QC501"))],
 )  # fmt: skip
 @pytest.mark.parametrize("option", ["--select", "--ignore", "--require"])

@@ -37,7 +37,7 @@ def test_tiny_checkpoints_are_sound(spec: tiny.Tiny, tmp_path: Path) -> None:
         verifier.check(made.path, base=made.base, merged_from=made.merged_from, depth="payload"),
         verifier.check(made.path, depth="payload"),
     ):
-        assert report.findings == ()
+        assert [f for f in report.findings if f.severity != "info"] == []
         assert report.verdict == "passed"
     with safe_open(made.path / Folder(made.path).shards[0], framework="numpy") as file:  # another reader
         assert file.metadata() == {"format": "pt"}

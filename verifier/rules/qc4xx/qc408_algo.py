@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from verifier.findings import Finding, Where
 from verifier.rules.context import Context
 from verifier.rules.registry import rule
-from verifier.schemes import KNOWN_ALGOS, same_layout
+from verifier.schemes import FLOATS, KNOWN_ALGOS, same_layout
 
 _INTEGER_ALGOS = frozenset({"INT8_SQ", "INT4_AWQ", "W4A16_AWQ", "W4A8_AWQ", "W8A16", "W8A8_SQ_PER_CHANNEL"})
 _INTEGER = frozenset({"awq", "gptq", "bitsandbytes", "aqlm", "eetq", "hqq", "vptq", "spqr", "higgs", "auto-round"})
@@ -54,7 +54,8 @@ def check(ctx: Context) -> Iterator[Finding]:
             continue
         ctx.tally.see()
         if shown is None:
-            if module.weight.dtype != declared.weight_dtype and not declared.packed:  # packed ones are QC305's
+            # Packed ones are QC305's, plain weights beside scales QC313's.
+            if module.weight.dtype not in (*FLOATS, declared.weight_dtype) and not declared.packed:
                 yield ctx.finding(
                     f"{cover.algo} is declared, and a weight is {module.weight.dtype}", tensor=module.weight.name,
                     observed=module.weight.dtype, expected=declared.weight_dtype,
