@@ -77,7 +77,7 @@ def test_every_error_has_an_exit_code() -> None:
 def test_the_tree_in_the_docstring_states_the_exit_codes() -> None:
     import verifier.errors
 
-    stated = dict(re.findall(r"(\w+Error|MissingExtra)\s+(\d)\s", verifier.errors.__doc__ or ""))
+    stated = dict(re.findall(r"(\w+Error|MissingExtra|UnsupportedConversion)\s+(\d)\s", verifier.errors.__doc__ or ""))
     assert stated == {e.__name__: str(e.exit_code) for e in tree(CkptgateError)}
 
 
