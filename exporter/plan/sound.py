@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from exporter.plan.model import Copy, Decode, Encode, Plan
+from exporter.plan.model import Copy, Decode, Encode, Plan, Take
 from verifier.checkpoint import Checkpoint
 from verifier.errors import PlanError
 from verifier.schemes import Module, expert_key
@@ -89,7 +89,7 @@ def one_fate(plan: Plan) -> None:
         raise PlanError(f"{twice} would be written twice")
     used: set[tuple[str, str]] = {(o, n) for o, n, _ in plan.left}
     for action in plan.actions:
-        if isinstance(action, Copy):
+        if isinstance(action, Copy | Take):
             used.add((action.origin, action.tensor.name))
         elif isinstance(action, Decode):
             used |= {(action.origin, t.name) for t in action.weight.parts.values()}

@@ -26,7 +26,9 @@ def test_the_public_names_are_these() -> None:
         "Checkpoint", "CkptgateError", "Coverage", "Finding", "Report", "Where", "check", "decode", "gate",
         "open_checkpoint",
     ]  # fmt: skip
-    assert exporter.__all__ == ["calibrate", "codecs", "export", "merge", "plan_export"]
+    assert exporter.__all__ == [
+        "calibrate", "codecs", "export", "merge", "plan_export", "plan_repair", "repair",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["verifier", "exporter"])
