@@ -29,7 +29,7 @@ from verifier.checkpoint.header import read_shard
 from verifier.checkpoint.source import LocalSource
 from verifier.errors import ContentError, EncodeError, PlanError, UsageError
 from verifier.manifest import MANIFEST, File, Manifest, Source, digest
-from verifier.schemes import FLOATS, gather, read_declarations, split
+from verifier.schemes import FLOATS, gather, read_declarations
 
 PathLike = str | os.PathLike[str]
 Progress = Callable[[int], None]
@@ -236,11 +236,13 @@ def summary(found: Diagnosis) -> dict[str, Any]:
 def _described(it: Repair) -> dict[str, Any]:
     """Return what the export's own description says that its tensors do not show."""
     declared = read_declarations(it.plan.source).effective
-    modules = {split(s.name)[0] for s in it.plan.specs}
+    written = gather(Tensor(s.name, s.dtype, s.shape, "", 0, s.nbytes) for s in it.plan.specs)
+    modules, algos = set(written), sorted({m.shown.algo for m in written.values() if m.quantized and m.shown is not None})
+    shown = algos[0] if len(algos) == 1 else f"MIXED_PRECISION of {' and '.join(algos)}"
     if declared is None or not declared.known:
-        return {"was": "nothing" if declared is None else declared.method, "dead": [0, []], "absent": [0, []]}
+        return {"was": "nothing" if declared is None else declared.method, "shown": shown, "dead": [0, []], "absent": [0, []]}
     dead, absent = declared.exclusions.dead(modules), [n for n in declared.layers if n not in modules]
-    return {"was": declared.algo, "dead": [len(dead), dead[:3]], "absent": [len(absent), absent[:3]]}
+    return {"was": declared.algo, "shown": shown, "dead": [len(dead), dead[:3]], "absent": [len(absent), absent[:3]]}
 
 
 def _inputs(*paths: PathLike | None) -> tuple[str, ...]:

@@ -90,7 +90,7 @@ def describe(found: dict[str, Any]) -> list[str]:
             what = "tensors of the base that it lacks" if word == "add" else "tensors that belong to no checkpoint"
             lines.append(f"  {word:12} {count:,} {what}: {', '.join(listed[:3])}")
     described = found["described"]
-    lines.append(f"  describe     index, config.json, hf_quant_config.json anew, from the tensors (declared: {described['was']})")
+    lines.append(f"  describe     index and configs anew: {described['shown']} (declared: {described['was']})")
     for kind, what in (("dead", "exclusions that match no module"), ("absent", "quantized_layers that are no module")):
         count, names = described[kind]
         if count:

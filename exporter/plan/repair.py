@@ -19,7 +19,7 @@ from exporter.plan.sound import one_fate, require_sound
 from exporter.plan.sources import NEVER_WRITTEN
 from verifier.checkpoint import Checkpoint, Tensor
 from verifier.errors import PlanError, UnsupportedConversion
-from verifier.schemes import FLOATS, Module, canonical, collapse, expert_key, gather, role, split
+from verifier.schemes import FLOATS, Format, Module, canonical, collapse, expert_key, gather, role, split
 
 Shape = tuple[int, ...]
 _QUANTIZER = re.compile(r"(^|[._])(\w*quantizer)(\.|$)|\._(amax|pre_quant_scale|scale)$")
@@ -67,7 +67,7 @@ def repair(broken: Checkpoint, base: Checkpoint, layout: Callable[[], Layout | N
             along the wrong axis, a format that cannot be described.
         UnsupportedConversion: a tensor that cannot be brought to the hub's layout, by name.
     """
-    require_sound(broken, "the broken export")
+    require_sound(broken, "the broken export", described=False)
     require_sound(base, "the base")
     takes, dropped, doubtful = _takes(broken, base, layout)
     parts = _modules(takes)
@@ -220,18 +220,60 @@ def _require_known(parts: Mapping[str, Module], targets: Mapping[str, Module], b
             leaves = ", ".join(module.parts)
             raise PlanError(f"{name}: {leaves} without a two-dimensional weight; the codes cannot be made from scales")
         if target.dims is not None and target.dims != module.dims:
-            _refuse_axis(name, module.dims, target.dims)
+            _refuse_shape(module, target.dims)
         shown = module.shown
         if shown is None or shown.name in NEVER_WRITTEN:
             what = shown.algo if shown is not None else f"{weight.dtype} with {', '.join(module.scales) or 'no scale'}"
             raise PlanError(f"{name}: {what}: its format cannot be told or is not written here; export it anew")
-        for sibling in shown.siblings:
-            absent = not set(sibling.leaves) & set(module.parts)
-            if sibling.required and absent and sibling.leaves != ("input_scale",):
-                raise PlanError(f"{name}: {sibling.leaves[0]} is lost, so its values cannot be known; export it anew")
+        _require_siblings(module, shown, module.dims)
+    _require_input_scales(parts)
 
 
-def _refuse_axis(name: str, dims: tuple[int, int], wanted: tuple[int, int]) -> None:
+def _require_siblings(module: Module, shown: Format, dims: tuple[int, int]) -> None:
+    for sibling in shown.siblings:
+        found = [module.parts[leaf] for leaf in sibling.leaves if leaf in module.parts]
+        if not found and sibling.required and sibling.leaves != ("input_scale",):
+            raise PlanError(f"{module.name}: {sibling.leaves[0]} is lost, so its values cannot be known; export it anew")
+        for tensor in found:
+            if tensor.dtype not in sibling.dtypes or tensor.shape not in sibling.shapes(*dims):
+                wanted = f"{' or '.join(sibling.dtypes)} {list(sibling.shapes(*dims)[0])}"
+                said = f"{tensor.name} is {tensor.dtype} {list(tensor.shape)}, where {shown.algo} has {wanted}"
+                raise PlanError(f"{said}: its values cannot be known; export it anew")
+
+
+def _require_input_scales(parts: Mapping[str, Module]) -> None:
+    """Refuse modules of one kind of which some have an activation scale and some have lost it.
+
+    Raises:
+        PlanError: naming the first that has none.
+    """
+    kinds: dict[str, list[Module]] = {}
+    for name, module in parts.items():
+        if module.quantized:
+            kinds.setdefault(collapse(name), []).append(module)
+    for members in kinds.values():
+        without = [m.name for m in members if "input_scale" not in m.parts]
+        if without and len(without) != len(members):
+            raise PlanError(
+                f"{without[0]} has no input_scale, and {len(members) - len(without):,} modules like it have one: it is lost "
+                "and cannot be known; calibrate and export anew"
+            )
+
+
+def _refuse_shape(module: Module, wanted: tuple[int, int]) -> None:
+    """Refuse a quantized weight of another shape than the base's, saying how it came about where that is plain.
+
+    Raises:
+        PlanError: always.
+    """
+    name, dims, weight, scale = module.name, module.dims or (0, 0), module.weight, module.scale
+    packed = weight is not None and weight.dtype == "U8"
+    stored = (wanted[0], wanted[1] // 2) if packed else wanted
+    if weight is not None and weight.shape == stored[::-1] and scale is not None and scale.shape[:1] != (dims[0],):
+        raise PlanError(
+            f"{name}: weight {list(weight.shape)} and scale {list(scale.shape)} are stored transposed, and the base is "
+            f"[{wanted[0]}, {wanted[1]}]: every byte would have to move, which is no repair; export it anew"
+        )
     if dims == wanted[::-1]:
         raise PlanError(
             f"{name} is stored [{dims[0]}, {dims[1]}] where the base is [{wanted[0]}, {wanted[1]}]: it was quantized "

@@ -41,15 +41,15 @@ def require_scales(repair: Repair, broken: Checkpoint) -> None:
         if leaf in ("weight", "weight_packed", "blocks", "bias", ""):
             continue
         values = _values(broken, take)
-        bad: npt.NDArray[np.bool_] = np.asarray(~np.isfinite(values) | (values <= 0))
+        bad = np.less_equal(values, 0) | np.logical_not(np.isfinite(values))
         if leaf == "weight_scale" and (values[bad] == 0).all():  # the scale of a block of zeros says nothing
-            bad &= _coded(repair, broken, take, values.shape)
+            bad = bad & _coded(repair, broken, take, values.shape)
         if bad.any():
             first = values.reshape(-1)[int(np.argmax(bad.reshape(-1)))]
             what = "NaN" if np.isnan(first) else f"{first:g}"
             raise PlanError(
-                f"{take.tensor.name}: {int(bad.sum()):,} of {bad.size:,} scales are no positive numbers ({what} first): the "
-                "values behind them are lost and cannot be known; quantize this module anew from the base"
+                f"{take.tensor.name}: {int(bad.sum()):,} of {bad.size:,} scales are no positive numbers ({what} first): "
+                "what they were cannot be known; quantize this module anew from the base"
             )
 
 
@@ -60,8 +60,7 @@ def _coded(repair: Repair, broken: Checkpoint, take: Take, shape: tuple[int, ...
     if weight is None:
         return np.ones(shape, np.bool_)
     codes = region(broken, weight)
-    found: npt.NDArray[np.bool_] = (codes.reshape(*shape, -1) & 0x77).any(axis=-1)
-    return found
+    return np.asarray((codes.reshape(*shape, -1) & 0x77).any(axis=-1), np.bool_)
 
 
 def compare(repair: Repair, broken: Checkpoint, base: Checkpoint) -> dict[str, How]:
@@ -142,8 +141,8 @@ def _decoded(module: Module, takes: Mapping[str, Take], broken: Checkpoint) -> n
         raise PlanError(f"{module.name}: its format cannot be told")
     parts = {}
     for leaf, tensor in module.parts.items():
-        raw = region(broken, takes[tensor.name])
-        value = torch.from_numpy(raw.view(np.float32) if tensor.dtype == "F32" else raw.view(np.uint8).reshape(raw.shape))
+        raw = region(broken, takes[tensor.name]).copy()
+        value = torch.from_numpy(raw.view(np.float32) if tensor.dtype == "F32" else raw.view(np.uint8))
         parts[leaf] = value
     try:
         found: npt.NDArray[Any] = codecs.decode(parts, shown.name).numpy()
