@@ -240,7 +240,8 @@ def _described(it: Repair) -> dict[str, Any]:
     modules, algos = set(written), sorted({m.shown.algo for m in written.values() if m.quantized and m.shown is not None})
     shown = algos[0] if len(algos) == 1 else f"MIXED_PRECISION of {' and '.join(algos)}"
     if declared is None or not declared.known:
-        return {"was": "nothing" if declared is None else declared.method, "shown": shown, "dead": [0, []], "absent": [0, []]}
+        was = "nothing" if declared is None else declared.method
+        return {"was": was, "shown": shown, "dead": [0, []], "absent": [0, []]}
     dead, absent = declared.exclusions.dead(modules), [n for n in declared.layers if n not in modules]
     return {"was": declared.algo, "shown": shown, "dead": [len(dead), dead[:3]], "absent": [len(absent), absent[:3]]}
 
