@@ -216,9 +216,11 @@ def _require_known(parts: Mapping[str, Module], targets: Mapping[str, Module], b
                 f"{name} has a pre_quant_scale (AWQ): what was folded into its neighbours cannot be known, and no "
                 "declaration of it is written here"
             )
-        if weight is None or module.dims is None:
-            leaves = ", ".join(module.parts)
-            raise PlanError(f"{name}: {leaves} without a two-dimensional weight; the codes cannot be made from scales")
+        if weight is None:
+            raise PlanError(f"{name}: {', '.join(module.parts)} without a weight; codes cannot be made from scales")
+        if module.dims is None:
+            said = f"{weight.name} {list(weight.shape)} is a quantized stack, as the base's is"
+            raise PlanError(f"{said}; only two-dimensional quantized weights are judged and described here")
         if target.dims is not None and target.dims != module.dims:
             _refuse_shape(module, target.dims)
         shown = module.shown

@@ -13,9 +13,9 @@ import numpy.typing as npt
 import torch
 
 from exporter import codecs
-from exporter.plan import Plan, Take
+from exporter.plan import Plan, Reader, Take
 from exporter.plan.repair import Repair, Same
-from exporter.stream.shards import region
+from exporter.stream.shards import load, region
 from verifier.checkpoint import NUMPY_DTYPES, Checkpoint, Tensor, open_checkpoint
 from verifier.errors import EncodeError, PlanError
 from verifier.schemes import FLOATS, Module, gather, split
@@ -108,25 +108,25 @@ def _relative(mine: npt.NDArray[Any], wanted: npt.NDArray[Any]) -> float:
 def require_places(repair: Repair, broken: Checkpoint, base: Checkpoint) -> int:
     """Refuse a quantized module that was given a name or cut out of a stack, and does not hold the base's values.
 
-    Returns how many were compared; a module that the base quantizes too is not.
+    Returns how many were compared; a base that is itself quantized is decoded first.
 
     Raises:
         PlanError: naming both.
     """
     takes = {t.name: t for t in repair.quantized}
-    targets = gather(base.tensors.values())
+    reader = Reader(base, gather(base.tensors.values()))
     modules = gather(_tensors(repair.quantized))
     compared = 0
     for name in repair.doubtful:
-        module, target = modules.get(name), targets[name]
-        if module is None or target.weight is None or target.quantized or target.weight.dtype not in FLOATS:
+        module = modules.get(name)
+        if module is None:  # not quantized: it was compared as such
             continue
         values = _decoded(module, takes, broken)
-        off = _relative(values, base.array(target.weight).astype(np.float32))
+        off = _relative(values, load(base, reader.weight(name)).float().numpy())
         compared += 1
         if off > SWAPPED:
             was = takes[f"{name}.weight"].tensor.name
-            said = f"its values are not those of the base's {name}, as its name says: off by {off:.0%}"
+            said = f"its values are not those of the base's {name}, which its name and place say it is: off by {off:.0%}"
             raise PlanError(f"{was}: {said}")
     return compared
 
