@@ -19,7 +19,7 @@ from exporter.plan.sound import one_fate, require_sound
 from exporter.plan.sources import NEVER_WRITTEN
 from verifier.checkpoint import Checkpoint, Tensor
 from verifier.errors import PlanError, UnsupportedConversion
-from verifier.schemes import FLOATS, Format, Module, canonical, collapse, expert_key, gather, role, split
+from verifier.schemes import KV_LEAVES, Format, Module, canonical, collapse, expert_key, gather, role, split
 
 Shape = tuple[int, ...]
 _QUANTIZER = re.compile(r"(^|[._])(\w*quantizer)(\.|$)|\._(amax|pre_quant_scale|scale)$")
@@ -81,24 +81,21 @@ def repair(broken: Checkpoint, base: Checkpoint, layout: Callable[[], Layout | N
     lossy = {collapse(n) for n, m in parts.items() if m.quantized}
     for name, target in targets.items():
         mine = parts.get(name)
-        if mine is not None and mine.quantized:
+        if mine is not None and (mine.quantized or target.quantized):
             moved = [takes[t.name] for t in mine.parts.values()]
-            quantized += moved
+            quantized += moved if mine.quantized else []
             actions += moved
-            left += [("onto", t.name, "quantized in the export") for t in target.parts.values()]
+            left += [("onto", t.name, "the export's is kept") for t in target.parts.values()]
             continue
-        for leaf, tensor in target.parts.items():
+        actions += [takes[t.name] for t in _beyond(mine, target, base)]
+        for tensor in target.parts.values():
             take = takes.get(tensor.name)
             if take is None:
-                _require_untouched(name, leaf, lossy, base)
+                _require_untouched(target, lossy, base)
                 missing.append(tensor.name)
-            elif tensor.dtype in FLOATS and leaf in ("", "weight", "bias"):
+            else:
                 same.append(Same(take, tensor))
                 left.append(("source", take.tensor.name, "the base's is written"))
-            else:  # the base is quantized here, and the export is not
-                actions.append(take)
-                left.append(("onto", tensor.name, "not quantized in the export"))
-                continue
             actions.append(Copy(tensor, "onto"))
     if not quantized:
         raise PlanError(f"{broken.uri}: nothing in it is quantized, so there is nothing to keep")
@@ -284,20 +281,34 @@ def _refuse_shape(module: Module, wanted: tuple[int, int]) -> None:
     raise PlanError(f"{name} is [{dims[0]}, {dims[1]}], and the base has [{wanted[0]}, {wanted[1]}]; is it the right base?")
 
 
-def _require_untouched(name: str, leaf: str, lossy: set[str], base: Checkpoint) -> None:
+def _beyond(mine: Module | None, target: Module, base: Checkpoint) -> list[Tensor]:
+    """Return the KV scales of an unquantized module; the base has none.
+
+    Raises:
+        PlanError: another tensor that the base's module does not have.
+    """
+    more = {leaf: t for leaf, t in (mine.parts if mine is not None else {}).items() if leaf not in target.parts}
+    for leaf, tensor in more.items():
+        if leaf not in KV_LEAVES:
+            raise PlanError(f"{tensor.name}: {base.uri} has {target.name} without a {leaf}; where it belongs is not known")
+    return list(more.values())
+
+
+def _require_untouched(target: Module, lossy: set[str], base: Checkpoint) -> None:
     """Refuse to fill in what was quantized: the base's values are not the export's.
 
     Raises:
         PlanError: naming the tensor.
     """
+    name = target.name
     quantized_expert = expert_key(name) is not None and any(".experts.*." in n for n in lossy)
     if collapse(name) in lossy or quantized_expert:
         raise PlanError(
             f"{name} is in {base.uri} and not in the export, where modules like it are quantized: its codes are lost and "
             "cannot be known; export it anew"
         )
-    if leaf in SIBLINGS - {"bias"}:
-        raise PlanError(f"{name}.{leaf} is in {base.uri} and not in the export")
+    if target.quantized:
+        raise PlanError(f"{name} is not in the export, and {base.uri} holds it quantized only; what it was cannot be known")
 
 
 def _refuse_wrong_axis(odd: Iterable[Tensor], base: Checkpoint) -> None:

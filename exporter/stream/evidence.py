@@ -74,12 +74,12 @@ def compare(repair: Repair, broken: Checkpoint, base: Checkpoint) -> dict[str, H
 
 def _difference(same: Same, broken: Checkpoint, base: Checkpoint) -> How:
     (spec,) = same.take.specs
-    theirs = base.array(same.base)
-    if spec.dtype not in FLOATS:
+    if spec.dtype == same.base.dtype and spec.shape == same.base.shape:
+        if region(broken, same.take).tobytes() == base.read(same.base).tobytes():
+            return "equal"
+    if spec.dtype not in FLOATS or same.base.dtype not in FLOATS:
         raise PlanError(f"{same.take.tensor.name} is {spec.dtype} without a scale; the base has {same.base.dtype}")
-    mine = region(broken, same.take).view(NUMPY_DTYPES[spec.dtype])
-    if spec.dtype == same.base.dtype and spec.shape == same.base.shape and mine.tobytes() == theirs.tobytes():
-        return "equal"
+    mine, theirs = region(broken, same.take).view(NUMPY_DTYPES[spec.dtype]), base.array(same.base)
     if mine.shape != theirs.shape:
         if mine.ndim != 2 or mine.T.shape != theirs.shape:
             raise PlanError(f"{same.take.tensor.name} is {list(mine.shape)}, and the base has {list(theirs.shape)}")

@@ -192,6 +192,18 @@ def test_a_kv_cache_that_the_export_declares_is_declared_again(kit, shared_data:
     assert made["kv_cache_scheme"]["num_bits"] == 8
 
 
+def test_kv_scales_of_attention_that_is_not_quantized(kit, tmp_path: Path) -> None:
+    twin = copy(kit.qwen_nvfp4, tmp_path / "twin")
+    for layer in (0, 1):
+        for kind in "kv":
+            Folder(twin).add(f"model.layers.{layer}.self_attn.{kind}_proj.{kind}_scale", np.array(0.25, np.float32))
+    broken = copy(twin, tmp_path / "broken")
+    BY_NAME["all-names-of-memory"].apply(broken)
+    exporter.repair(broken, tmp_path / "out", base=kit.qwen)
+    assert kit.read(tmp_path / "out") == kit.read(twin)
+    clean(tmp_path / "out", kit.qwen)
+
+
 # refusals
 
 
@@ -275,6 +287,10 @@ def add_a_pre_quant_scale(folder: Folder) -> None:
     folder.add("model.layers.0.mlp.experts.0.gate_proj.pre_quant_scale", np.ones(128, ml_dtypes.bfloat16))
 
 
+def add_a_bias(folder: Folder) -> None:
+    folder.add("model.layers.0.self_attn.o_proj.bias", np.ones(128, ml_dtypes.bfloat16))
+
+
 def call_a_norm_anything(folder: Folder) -> None:
     folder.rename({"model.norm.weight": "model.thing.weight"})
 
@@ -293,6 +309,7 @@ def two_of_one_name(folder: Folder) -> None:
         (fold_a_scale, PlanError, "post_attention_layernorm.* which no cast explains"),
         (add_a_pre_quant_scale, PlanError, "has a pre_quant_scale .AWQ."),
         (call_a_norm_anything, PlanError, "model.thing.weight: neither transformers' mapping nor any spelling"),
+        (add_a_bias, PlanError, r"o_proj\.bias: .* has model\.layers\.0\.self_attn\.o_proj without a bias"),
         (two_of_one_name, UnsupportedConversion, r"experts\.0\.w1\.\w+: rename .*becomes .*gate_proj"),
     ],
 )
