@@ -6,11 +6,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from exporter import codecs
+    from exporter import adapters, codecs
     from exporter.api import export, merge, plan_export, plan_repair, repair
     from exporter.calibration import calibrate
 
-__all__ = ["calibrate", "codecs", "export", "merge", "plan_export", "plan_repair", "repair"]
+__all__ = ["adapters", "calibrate", "codecs", "export", "merge", "plan_export", "plan_repair", "repair"]
 _HOME = {
     "calibrate": "exporter.calibration", "export": "exporter.api", "merge": "exporter.api", "plan_export": "exporter.api",
     "plan_repair": "exporter.api", "repair": "exporter.api",
@@ -26,8 +26,8 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'exporter' has no attribute {name!r}")
     try:
-        if name == "codecs":
-            return importlib.import_module("exporter.codecs")
+        if name in ("adapters", "codecs"):
+            return importlib.import_module(f"exporter.{name}")
         return getattr(importlib.import_module(_HOME[name]), name)
     except ModuleNotFoundError as error:
         if error.name != "torch":

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,18 @@ def shared_data() -> Path:
     if os.environ.get("CKPTGATE_REQUIRE_TEST_DATA") == "1":
         pytest.fail(reason)
     pytest.skip(reason)
+
+
+@pytest.fixture(scope="module", params=["torch", "numba"])
+def back_end(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run a module's tests under each back end of the codecs; the compiled one is skipped where numba is missing."""
+    from exporter import codecs
+
+    if request.param == "numba":
+        pytest.importorskip("numba")
+    codecs.use(request.param)
+    yield request.param
+    codecs.use(None)
 
 
 def to_torch(array: Any) -> torch.Tensor:

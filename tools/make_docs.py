@@ -9,8 +9,12 @@
 from __future__ import annotations
 
 import json
+import math
+import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from verifier.errors import EXIT_CODES
 from verifier.rules import all_rules
@@ -22,11 +26,9 @@ FAMILIES = {
 }  # fmt: skip
 NOT_YET = """## Not judged yet
 
-Known defects without a rule in this version: QC107, QC109 to QC111 (header near its limit, metadata, missing sidecar
-files, leaked quantizer buffers), QC206 (lost MTP layers), QC209, QC307, QC309 to QC315, QC403, QC405, QC411 to
-QC415, QC505 to QC507, QC509 to QC514, QC517, and everything that needs a loaded model or an engine (QC601 to QC604,
-QC608). Perplexity (QC7xx) is `ckptgate gate`. QC108 (shared storage at save) cannot occur in a file; QC602, QC603 and
-QC607 need an engine's own loader or a second export.
+Known defects without a rule in this version: everything that needs a loaded model or an engine (QC601 to QC604, QC608).
+Perplexity (QC7xx) is `ckptgate gate`. QC108 (shared storage at save) cannot occur in a file, and the key that it loses is
+QC301's or QC302's; QC602, QC603 and QC607 need an engine's own loader or a second export.
 """
 
 
@@ -65,22 +67,160 @@ def exit_codes_page() -> str:
 
 def performance_page() -> str:
     """Return docs/performance.md, from the results that the benchmarks wrote."""
-    r = json.loads((DOCS.parent / "benchmarks" / "results" / "headers.json").read_text(encoding="utf-8"))
+    results = DOCS.parent / "benchmarks" / "results"
+    page = ["# Performance", "", "Rendered from `benchmarks/results/` by `tools/make_docs.py`.", ""]
+    page += verify_section(json.loads((results / "verify.json").read_text(encoding="utf-8")))
+    if (results / "codecs.json").is_file():
+        page += codecs_section(json.loads((results / "codecs.json").read_text(encoding="utf-8")))
+    return "\n".join(page)
 
-    def row(what: str, key: str) -> str:
-        seconds, memory = [x[f"{key}_s"] for x in r["rounds"]], r["median"][f"{key}_mb"]
-        return f"| {what} | {r['median'][f'{key}_s']:.2f} ({min(seconds):.2f} to {max(seconds):.2f}) | {memory:.0f} |"
 
+def verify_section(r: dict[str, Any]) -> list[str]:
+    """Return the sections on the verifier's speed and memory."""
     versions = ", ".join(f"{k} {v}" for k, v in r["versions"].items())
-    return "\n".join([
-        "# Performance", "", "Rendered from `benchmarks/results/` by `tools/make_docs.py`.", "",
-        "## Header check of the real MiniMax-M3 mixed release", "",
-        f"{r['tensors']:,} tensors in 60 sparse files; `{r['command']}`, median of {len(r['rounds'])} rounds (range),",
-        f"each a process of its own, interleaved. {versions}; {r['machine']}.", "",
-        "| process | seconds | peak MB |", "| --- | --- | --- |",
-        row("`ckptgate check`", "check"), row("parse the same headers with `json` alone", "parse"),
-        f"| ratio | {r['median']['check_s'] / r['median']['parse_s']:.1f} | |", "",
-    ])  # fmt: skip
+
+    def row(what: str, part: str, key: str, must: str, aim: str, digits: int = 2) -> str:
+        raw = [x[key] for x in r[part]["rounds"]]
+        unit = " MB" if key.endswith("_mb") else " s" if key.endswith("_s") else ""
+        middle = f"{r[part]['median'][key]:.{digits}f}{unit}"
+        return f"| {what} | {middle} ({min(raw):.{digits}f} to {max(raw):.{digits}f}) | {must} | {aim} |"
+
+    counts = r["header"]["tensors"]
+    head = ["", "| what | median (range) | must | aim |", "| --- | --- | --- | --- |"]
+    lines = [
+        f"`{r['command']}`, medians of {len(r['header']['rounds'])} rounds (range) after one that fills caches; what a row",
+        f"is compared with runs in the same rounds. {versions}; {r['machine']}; load {r['load'][0]:.1f} at the end.", "",
+        "## Header check", "",
+        f"The real MiniMax-M3 mixed release, {counts['60']:,} tensors in 60 sparse files, all header rules; each a process",
+        f"of its own, as a user starts it. {min(counts.values()):,} to {max(counts.values()):,} tensors: the same release",
+        "with fewer or more layers.", *head,
+        row(f"{counts['60']:,} tensors", "header", "check_60_s", "2 s", "1 s"),
+        row("processor seconds of it", "header", "check_60_cpu_s", "", ""),
+        row("memory", "header", "check_60_mb", "300 MB", "200 MB", 0),
+        row("parsing the same headers with `json` alone", "header", "parse_60_s", "", ""),
+        *(
+            row(f"{count:,} tensors", "header", f"check_{layers}_s", "", "")
+            for layers, count in counts.items() if layers != "60"
+        ),
+        row("slope of log time over log tensors", "header", "slope", "1.1", "1.0"),
+        row("a tiny checkpoint", "header", "tiny_s", "1 s", "0.4 s"), "",
+        "## Depth payload", "",
+        f"Scan: one layer as released, 128 experts, {r['scan']['tensors']:,} tensors, {r['scan']['bytes'] / 1e6:,.0f} MB of",
+        f"scales and unquantized tensors. With a base: one layer with six experts and its BF16 base, "
+        f"{r['payload']['bytes'] / 1e6:,.0f} MB;",
+        "every quantized weight is decoded, its error measured and compared with `max` calibration. The files are in the",
+        "page cache. A ratio is the seconds of `readinto` of the same bytes over those of the check, by one thread; below",
+        "it that of processor seconds, which other work on the machine changes less.", *head,
+        row("scan, ratio", "scan", "ratio", "0.25", "0.4"),
+        row("scan, ratio of processor seconds", "scan", "cpu_ratio", "", ""),
+        row("with a base, ratio", "payload", "ratio", "0.04", "0.1", 3),
+        row("with a base, ratio of processor seconds", "payload", "cpu_ratio", "", "", 3),
+        row("with a base, two threads against one", "payload", "speedup", "1.7", ""), "",
+        "Private pages beyond those of the idle process, with an embedding of "
+        f"{r['memory']['largest_tensor_mb']:,.0f} MB and an expert of 16,384 x 16,384", "",
+        *head[1:],
+        row("scan", "memory", "scan_mb", "500 MB", "150 MB", 0),
+        row("with a base", "memory", "payload_mb", "500 MB", "150 MB", 0),
+        row("with a base, two threads", "memory", "payload_two_threads_mb", "500 MB", "150 MB", 0), "",
+    ]  # fmt: skip
+    return lines
+
+
+PEERS = ("modelopt", "torchao", "compressed-tensors")
+MOVED = {"nvfp4": 0.5 + 1 / 16, "mxfp8": 1 + 1 / 32}
+"""Bytes a weight on the encoded side."""
+
+
+def codecs_section(r: dict[str, Any]) -> list[str]:
+    """Return the section on the codecs' speed."""
+    found = {(m["op"], m["dtype"], tuple(m["shape"]), m["threads"], m["library"]): m["rounds_s"] for m in r["measured"]}
+    cases = list(dict.fromkeys(key[:4] for key in found))
+
+    def cell(case: tuple[Any, ...], library: str) -> str:
+        rounds = found.get((*case, library))
+        if rounds is None:
+            return "not run" if library in r["not_run"] else ""
+        low, middle, high = (1e3 * f(rounds) for f in (min, statistics.median, max))
+        return f"{middle:.1f} ({low:.1f} to {high:.1f})"
+
+    def times(case: tuple[Any, ...], library: str, ours: str = "ckptgate") -> str:
+        """Return how many times as long as ours, round by round, the median of these."""
+        theirs, mine = found.get((*case, library)), found[(*case, ours)]
+        if theirs is None:
+            return ""
+        return f"{statistics.median(t / m for t, m in zip(theirs, mine, strict=False)):.1f}x"
+
+    def share(case: tuple[Any, ...]) -> str:
+        """Return bytes in and out a second, over those of the copy of a float32 input in the same round."""
+        op, dtype = case[:2]
+        moved = (4 if dtype == "f32" else 2) + MOVED[op.split("_")[0]]
+        copies, mine = found[(*case, "copy")], found[(*case, "ckptgate")]
+        return f"{statistics.median(moved * c / (8 * m) for c, m in zip(copies, mine, strict=True)):.2f}"
+
+    ours = ("ckptgate", "ckptgate fresh", "ckptgate torch")
+    lines = [
+        "## Encoding and decoding on a CPU", "",
+        f"`{r['command']}`, {r['seconds']} s; {r['machine']}. Milliseconds, median (range), of rounds in which every",
+        "library makes one call, each from an environment of its own; standard normal weights. *out*: into tensors that",
+        "exist; *new*: into new ones, as the peers; *torch*: *out* without the compiled back end. *share*: bytes in and out",
+        f"a second, over those of a float32 copy in the same rounds. Rounds: {r['rounds']}.", "",
+        ", ".join(f"{k} {v}" for k, v in r["versions"].items() if k != "copy") + ".", "",
+    ]  # fmt: skip
+    for threads in (1, 2):
+        chosen = [c for c in cases if c[3] == threads and c[0] in OPS]
+        if not chosen:
+            continue
+        lines += [f"### {threads} thread{'s' * (threads > 1)}", ""]
+        head = ["operation", "dtype", "shape", "copy", "out", "new", "torch", "share", *PEERS]
+        head += ["ModelOpt / out", "ModelOpt / torch"]
+        head += ["one thread / out"] if threads > 1 else []
+        lines += ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+        for c in chosen:
+            row = [c[0].replace("_", " ").upper().replace("CODE", "code").replace("EN", "en").replace("DE", "de"), c[1]]
+            row += ["x".join(map(str, c[2])), *(cell(c, n) for n in ("copy", *ours)), share(c), *(cell(c, p) for p in PEERS)]
+            row += [times(c, "modelopt"), times(c, "modelopt", "ckptgate torch")]
+            if threads > 1:
+                alone, both = (statistics.median(found[(*c[:3], t, "ckptgate")]) for t in (1, 2))
+                row.append(f"{alone / both:.2f}x")
+            lines.append("| " + " | ".join(row) + " |")
+        lines.append("")
+    return lines + sweep_lines(found, cell) + agreement_lines(r)
+
+
+OPS = ("nvfp4_encode", "nvfp4_decode", "mxfp8_encode", "mxfp8_decode")
+
+
+def sweep_lines(found: dict[Any, list[float]], cell: Callable[[tuple[Any, ...], str], str]) -> list[str]:
+    """Return the table of the sweep."""
+    case = next((key[1:3] for key in found if key[0] == "sweep"), None)
+    if case is None:
+        return []
+    rows = [
+        ("ckptgate", ("sweep", *case, 1), "ckptgate"), ("ckptgate, torch", ("sweep", *case, 1), "ckptgate torch"),
+        ("ckptgate, 2 threads", ("sweep", *case, 2), "ckptgate"),
+        ("brute force of ours (`sweep_all`, torch)", ("sweep_all", *case, 1), "ckptgate torch"),
+        ("ModelOpt's loop, `NVFP4MSECalibrator`", ("sweep", *case, 1), "modelopt"),
+    ]  # fmt: skip
+    count = math.prod(case[1])
+    base = statistics.median(found[(*rows[0][1], rows[0][2])])
+    lines = [f"### FP8 scale sweep, {case[0]} {case[1][0]}x{case[1][1]}", "", "| search | ms | Mweights/s | times ours |"]
+    lines.append("| --- | --- | --- | --- |")
+    for name, key, library in rows:
+        if (rounds := found.get((*key, library))) is not None:
+            middle = statistics.median(rounds)
+            lines.append(f"| {name} | {cell(key, library)} | {count / middle / 1e6:.1f} | {middle / base:.1f} |")
+    return [*lines, ""]
+
+
+def agreement_lines(r: dict[str, Any]) -> list[str]:
+    """Return which share of the results equals ours."""
+    lines = ["### The same results?", "", "Share of bytes (decoding: of values) that equal ours, by leaf.", ""]
+    lines += ["| case | library | equal |", "| --- | --- | --- |"]
+    for case, libraries in r["agreement"].items():
+        for library, leaves in libraries.items():
+            shares = ", ".join(f"{leaf} {'all' if v == 1 else f'{v:.7f}'}" for leaf, v in sorted(leaves.items()))
+            lines.append(f"| {case} | {library} | {shares} |")
+    return [*lines, ""]
 
 
 def main() -> int:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from verifier import gate
     from verifier.checkpoint import Checkpoint, open_checkpoint
+    from verifier.compare.diff import diff
     from verifier.decoding import decode
     from verifier.errors import CkptgateError
     from verifier.findings import Coverage, Finding, Report, Where
@@ -17,10 +18,11 @@ __version__ = "0.1.0"
 _HOME = {
     "Checkpoint": "verifier.checkpoint", "CkptgateError": "verifier.errors", "Coverage": "verifier.findings",
     "Finding": "verifier.findings", "Report": "verifier.findings", "Where": "verifier.findings", "check": "verifier.run",
-    "decode": "verifier.decoding", "open_checkpoint": "verifier.checkpoint",
+    "decode": "verifier.decoding", "diff": "verifier.compare.diff", "open_checkpoint": "verifier.checkpoint",
 }  # fmt: skip
 __all__ = [
-    "Checkpoint", "CkptgateError", "Coverage", "Finding", "Report", "Where", "check", "decode", "gate", "open_checkpoint",
+    "Checkpoint", "CkptgateError", "Coverage", "Finding", "Report", "Where", "check", "decode", "diff", "gate",
+    "open_checkpoint",
 ]  # fmt: skip
 
 

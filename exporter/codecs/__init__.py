@@ -8,6 +8,7 @@ import torch
 from exporter.codecs import foreign, fp8, mxfp8, nvfp4
 from exporter.codecs.blocks import take, tensor_amax
 from exporter.codecs.constants import MX_BLOCK, NVFP4_BLOCK
+from exporter.codecs.fast import backend, use
 from verifier.errors import EncodeError
 
 Parts = dict[str, torch.Tensor]
@@ -27,6 +28,7 @@ def encode(
     weight_scale_2: torch.Tensor | None = None,
     weight_scale: torch.Tensor | None = None,
     out: Parts | None = None,
+    threads: int | None = None,
 ) -> Parts:
     """Encode weights [..., out, in] and return the tensors by their leaf on disk.
 
@@ -37,6 +39,8 @@ def encode(
         weight_scale_2: fixes the global scale (NVFP4).
         weight_scale: fixes the block, row or tensor scale; NVFP4 needs ``weight_scale_2`` with it.
         out: tensors to write into, by leaf (``nvfp4``, ``w4a16_nvfp4``, ``mxfp8``); of the result's shapes and dtypes.
+        threads: how many work on one CPU tensor, each with one intra-op thread; None takes `torch.get_num_threads`. The
+            bytes do not depend on it.
 
     Raises:
         EncodeError: NaN or infinity in ``x`` (named by index), a width the block does not divide, a refused argument, a
@@ -44,21 +48,30 @@ def encode(
     """
     _known(fmt)
     if fmt in ("nvfp4", "w4a16_nvfp4"):
-        return nvfp4.encode(x, amax=amax, weight_scale_2=weight_scale_2, weight_scale=weight_scale, out=out)
+        return nvfp4.encode(
+            x, amax=amax, weight_scale_2=weight_scale_2, weight_scale=weight_scale, out=out, threads=threads
+        )
     if weight_scale_2 is not None:
         raise EncodeError(f"{fmt} has no weight_scale_2")
     if fmt == "mxfp8":
         if amax is not None:
             raise EncodeError("mxfp8 has no tensor scale: amax is of no use to it")
-        return mxfp8.encode(x, weight_scale=weight_scale, out=out)
+        return mxfp8.encode(x, weight_scale=weight_scale, out=out, threads=threads)
     if out is not None:
         raise EncodeError(f"{fmt}: out= is not supported")
     if amax is not None and weight_scale is not None:
         raise EncodeError(f"{fmt}: amax and weight_scale were both given; each fixes the other")
-    return fp8.encode(x, fmt, amax=amax, weight_scale=weight_scale)
+    return fp8.encode(x, fmt, amax=amax, weight_scale=weight_scale, threads=threads)
 
 
-def decode(parts: Parts, fmt: str, *, dtype: torch.dtype = torch.float32, out: torch.Tensor | None = None) -> torch.Tensor:
+def decode(
+    parts: Parts,
+    fmt: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    out: torch.Tensor | None = None,
+    threads: int | None = None,
+) -> torch.Tensor:
     """Return the values of one weight or stack, [..., out, in], computed in float32 and cast to ``dtype``.
 
     Args:
@@ -66,30 +79,31 @@ def decode(parts: Parts, fmt: str, *, dtype: torch.dtype = torch.float32, out: t
         fmt: a name of `BLOCKS` or `READ_ONLY`.
         dtype: of the result.
         out: where to write it, instead of allocating: of the result's shape and dtype.
+        threads: as for `encode`.
 
     Raises:
         EncodeError: an unknown format, a part that is missing, parts that do not fit one another, a misfit ``out``.
     """
     if fmt in READ_ONLY:
-        return READ_ONLY[fmt](parts, dtype=dtype, out=out)
+        return READ_ONLY[fmt](parts, dtype=dtype, out=out, threads=threads)
     _known(fmt)
     if (weight := take(parts, fmt, ("weight",))).ndim < 2:
         raise EncodeError(f"{fmt}: a weight of shape {list(weight.shape)}; [out, in] is the least")
     if fmt in ("nvfp4", "w4a16_nvfp4"):
-        return nvfp4.decode(parts, dtype=dtype, out=out)
+        return nvfp4.decode(parts, dtype=dtype, out=out, threads=threads)
     if fmt == "mxfp8":
-        return mxfp8.decode(parts, dtype=dtype, out=out)
-    return fp8.decode(parts, fmt, dtype=dtype, out=out)
+        return mxfp8.decode(parts, dtype=dtype, out=out, threads=threads)
+    return fp8.decode(parts, fmt, dtype=dtype, out=out, threads=threads)
 
 
-def amax(x: torch.Tensor, fmt: str) -> torch.Tensor:
+def amax(x: torch.Tensor, fmt: str, *, threads: int | None = None) -> torch.Tensor:
     """Return max |x| of each matrix of [..., out, in], float32 [...]; what a fused group shares.
 
     Raises:
         EncodeError: an unknown format, NaN or infinity in ``x``, a width the block does not divide.
     """
     _known(fmt)
-    return tensor_amax(x, fmt, BLOCKS[fmt])
+    return tensor_amax(x, fmt, BLOCKS[fmt], threads)
 
 
 def _known(fmt: str) -> None:
@@ -97,4 +111,4 @@ def _known(fmt: str) -> None:
         raise EncodeError(f"no format {fmt!r}; one of {', '.join(sorted(BLOCKS))}")
 
 
-__all__ = ["amax", "decode", "encode"]
+__all__ = ["amax", "backend", "decode", "encode", "use"]

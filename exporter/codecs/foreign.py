@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import torch
 
-from exporter.codecs.blocks import FLOATS, chunks, require_fit, scalar_or, take, target
+from exporter.codecs.blocks import FLOATS, Part, Rows, Scratch, each_part, require_fit, scalar_or, take, target
 from exporter.codecs.constants import E8M0_BIAS, MX_BLOCK, NVFP4_BLOCK
 from verifier.errors import EncodeError
 
@@ -14,7 +14,11 @@ _NAN = 255
 
 
 def mxfp4(
-    parts: dict[str, torch.Tensor], *, dtype: torch.dtype = torch.float32, out: torch.Tensor | None = None
+    parts: dict[str, torch.Tensor],
+    *,
+    dtype: torch.dtype = torch.float32,
+    out: torch.Tensor | None = None,
+    threads: int | None = None,
 ) -> torch.Tensor:
     """Return E2M1 codes times 2^(scale - 127) in float32, cast to ``dtype``; [..., out, in].
 
@@ -24,6 +28,7 @@ def mxfp4(
             the low nibble.
         dtype: of the result.
         out: where to write it, instead of allocating: of the result's shape and dtype.
+        threads: how many work on CPU tensors (`exporter.codecs.blocks.each_part`).
 
     Raises:
         EncodeError: a part is missing, parts do not fit one another, ``out`` does not fit.
@@ -32,7 +37,7 @@ def mxfp4(
     result, flat = target(out, "mxfp4", "out", torch.Size((*code.shape[:-1], code.shape[-1] * 2)), dtype, code.device)
     power = torch.ldexp(torch.ones(256), torch.arange(256) - E8M0_BIAS)
     power[_NAN] = torch.nan
-    _write(flat, code, power.to(code.device)[scale.to(torch.int64)], MX_BLOCK)
+    _write(flat, code, power.to(code.device)[scale.to(torch.int64)], MX_BLOCK, threads)
     return result
 
 
@@ -53,7 +58,11 @@ def mxfp4_codes(parts: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Ten
 
 
 def nvfp4_ct(
-    parts: dict[str, torch.Tensor], *, dtype: torch.dtype = torch.float32, out: torch.Tensor | None = None
+    parts: dict[str, torch.Tensor],
+    *,
+    dtype: torch.dtype = torch.float32,
+    out: torch.Tensor | None = None,
+    threads: int | None = None,
 ) -> torch.Tensor:
     """Return ``(weight_scale / weight_global_scale) * code`` in float32, cast to ``dtype``; [..., out, in].
 
@@ -62,6 +71,7 @@ def nvfp4_ct(
             ``weight_scale`` float8_e4m3fn [..., out, in/16], ``weight_global_scale`` float32 [1] (a divisor).
         dtype: of the result.
         out: where to write it, instead of allocating: of the result's shape and dtype.
+        threads: how many work on CPU tensors (`exporter.codecs.blocks.each_part`).
 
     Raises:
         EncodeError: a part is missing, parts do not fit one another, ``out`` does not fit.
@@ -74,17 +84,20 @@ def nvfp4_ct(
         raise EncodeError(f"nvfp4_ct: a weight of shape {list(code.shape)}; [out, in] is the least")
     require_fit(scale, "nvfp4_ct", "weight_scale", (*code.shape[:-1], code.shape[-1] * 2 // NVFP4_BLOCK))
     result, flat = target(out, "nvfp4_ct", "out", torch.Size((*code.shape[:-1], code.shape[-1] * 2)), dtype, code.device)
-    _write(flat, code, scale.float() / (divisor[..., None, None] if divisor.ndim else divisor), NVFP4_BLOCK)
+    _write(flat, code, scale.float() / (divisor[..., None, None] if divisor.ndim else divisor), NVFP4_BLOCK, threads)
     return result
 
 
-def _write(flat: torch.Tensor, code: torch.Tensor, scale: torch.Tensor, block: int) -> None:
-    """Write codes times their blocks' scale into rows, a chunk at a time."""
+def _write(flat: torch.Tensor, code: torch.Tensor, scale: torch.Tensor, block: int, threads: int | None) -> None:
+    """Write codes times their blocks' scale into rows, a part at a time."""
     nibble = torch.tensor([*_MAGNITUDES, *(-m for m in _MAGNITUDES)])
     byte = torch.arange(256)
     pairs = torch.stack([nibble[byte & 15], nibble[byte >> 4]], 1).to(code.device)
-    rows, width = flat.shape
-    flat_code, flat_scale = code.reshape(rows, -1), scale.reshape(rows, -1)
-    for part in chunks(rows, width):
-        values = pairs[flat_code[part].to(torch.int64)].reshape(-1, width // block, block)
-        flat[part] = (values * flat_scale[part].unsqueeze(-1)).flatten(1)
+    codes, scales = Rows(code), Rows(scale)
+
+    def work(part: Part, _scratch: Scratch) -> None:
+        stored, factor = codes.of(part.scaled(2)), scales.of(part.scaled(block))
+        values = pairs.index_select(0, stored.to(torch.int32).reshape(-1)).view(*factor.shape, block)
+        part.of(flat).copy_((values * factor.unsqueeze(-1)).flatten(1))
+
+    each_part((flat.shape[0], flat.shape[1]), code.device, threads, work)

@@ -6,13 +6,20 @@ from __future__ import annotations
 import torch
 
 from exporter import codecs
-from exporter.codecs.blocks import block_amax, chunks, given_amax, per_row, require_finite, rows_of
+from exporter.codecs.blocks import Part, Scratch, block_amax, each_part, given_amax, per_row, require_finite, rows_of
 from exporter.codecs.constants import NVFP4_BLOCK
 from exporter.weights.search import Method, block_scales, global_divisor
 from verifier.errors import EncodeError
 
 
-def encode(x: torch.Tensor, fmt: str, *, method: Method = "max", amax: torch.Tensor | None = None) -> codecs.Parts:
+def encode(
+    x: torch.Tensor,
+    fmt: str,
+    *,
+    method: Method = "max",
+    amax: torch.Tensor | None = None,
+    threads: int | None = None,
+) -> codecs.Parts:
     """Return the tensors of a weight [..., out, in] by their leaf on disk, its scales chosen by ``method``.
 
     Args:
@@ -20,6 +27,7 @@ def encode(x: torch.Tensor, fmt: str, *, method: Method = "max", amax: torch.Ten
         fmt: a format name; methods other than ``max`` are NVFP4's.
         method: one of `exporter.weights.METHODS`.
         amax: the maximum that a fused group shares, a scalar, or [...] of a stack; not for ``mxfp8``.
+        threads: how many work on one CPU tensor, as in `exporter.codecs.encode`.
 
     Raises:
         EncodeError: NaN or infinity, a width that the block does not divide, a method that the format does not have, an
@@ -29,33 +37,38 @@ def encode(x: torch.Tensor, fmt: str, *, method: Method = "max", amax: torch.Ten
     if method == "max" or not packed:
         if method != "max":
             raise EncodeError(f"{fmt}: no calibration method {method!r}; it has max only")
-        return codecs.encode(x, fmt, amax=amax)
-    top = codecs.amax(x, fmt) if amax is None else given_amax(amax, fmt, x.shape[:-2], x.device)
+        return codecs.encode(x, fmt, amax=amax, threads=threads)
+    top = codecs.amax(x, fmt, threads=threads) if amax is None else given_amax(amax, fmt, x.shape[:-2], x.device)
     scale_2 = top / global_divisor(method)
     scale_2 = torch.where(top == 0, torch.ones_like(scale_2), scale_2.clamp(min=2.0**-149))
-    return codecs.encode(x, fmt, weight_scale_2=scale_2, weight_scale=search(x, scale_2, method))
+    chosen = search(x, scale_2, method, threads=threads)
+    return codecs.encode(x, fmt, weight_scale_2=scale_2, weight_scale=chosen, threads=threads)
 
 
-def search(x: torch.Tensor, scale_2: torch.Tensor, method: Method) -> torch.Tensor:
+def search(x: torch.Tensor, scale_2: torch.Tensor, method: Method, *, threads: int | None = None) -> torch.Tensor:
     """Return the block scales of a weight or stack under its global scale, float8_e4m3fn [..., out, in/16].
 
     Args:
         x: float32, bfloat16 or float16 [..., out, in].
         scale_2: positive, float32, a scalar or [...].
         method: one of `exporter.weights.METHODS`.
+        threads: how many work on one CPU tensor, as in `exporter.codecs.encode`.
 
     Raises:
         EncodeError: NaN or infinity in ``x``, or a width that 16 does not divide.
     """
-    flat = rows_of(x, "nvfp4", NVFP4_BLOCK)
-    rows, width = flat.shape
-    scales = torch.empty((rows, width // NVFP4_BLOCK), dtype=torch.float8_e4m3fn, device=x.device)
-    row_scale = per_row(scale_2, x.shape)
-    for part in chunks(rows, width):
-        values = flat[part].float()
-        maxima = block_amax(values, NVFP4_BLOCK)
-        require_finite(maxima, flat[part], part.start, x.shape)
-        wide = row_scale if row_scale.shape[0] == 1 else row_scale[part]
-        magnitude = values.abs_() if values.data_ptr() != flat[part].data_ptr() else values.abs()
-        scales[part] = block_scales(magnitude.reshape(*maxima.shape, NVFP4_BLOCK), maxima, wide, method)
-    return scales.reshape(*x.shape[:-1], width // NVFP4_BLOCK)
+    rows = rows_of(x, "nvfp4", NVFP4_BLOCK)
+    grid = (rows.shape[0], rows.shape[1] // NVFP4_BLOCK)
+    scales = torch.empty(grid, dtype=torch.float8_e4m3fn, device=x.device)
+
+    def work(part: Part, scratch: Scratch) -> None:
+        values = scratch.floats(rows.of(part))
+        maxima = block_amax(values, NVFP4_BLOCK, scratch)
+        require_finite(maxima, values, part, x.shape)
+        magnitude = torch.abs(values, out=scratch.take("wide", torch.float32, *values.shape))
+        wide = per_row(scale_2, part, x.shape)
+        found = block_scales(magnitude.view(*maxima.shape, NVFP4_BLOCK), maxima, wide, method)
+        part.of(scales, NVFP4_BLOCK).copy_(found)
+
+    each_part(rows.shape, x.device, threads, work)
+    return scales.reshape(*x.shape[:-1], grid[1])

@@ -11,8 +11,10 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Literal
 
+import numpy as np
 import torch
 
+from exporter.codecs import fast
 from exporter.codecs.constants import E2M1_MAX, E4M3_MAX, NVFP4_RANGE, SCALE_FLOOR
 from exporter.weights.loss import block_loss
 
@@ -22,6 +24,8 @@ MULTIPLIERS = 39
 """ModelOpt's ``mse`` calibrator: 39 multipliers of the block's maximum, evenly from 0.25 to 4."""
 FOUR_OVER_SIX_TOP = 256.0
 """Largest block scale that ``four_over_six`` plans for: half as much again (6/4) stays below 448 (arXiv 2512.02010)."""
+ONE = 0x38
+"""1.0 as E4M3."""
 SLACK = 1e-5
 """Rounding of the float32 loss, relative: a lower bound is trusted only beyond it."""
 
@@ -40,9 +44,16 @@ def block_scales(magnitude: torch.Tensor, maxima: torch.Tensor, scale_2: torch.T
         scale_2: ``weight_scale_2`` of each row, float32 [rows, 1] or [1, 1].
         method: one of `METHODS`.
     """
-    chosen = _SEARCHES[method](magnitude, maxima, scale_2.expand(maxima.shape[0], 1))
+    compiled = fast.kernels(magnitude.device)
+    if method == "sweep" and compiled is not None:
+        chosen = torch.empty(maxima.shape, dtype=torch.float8_e4m3fn)
+        given = (magnitude.flatten(1).contiguous(), maxima.contiguous(), scale_2.contiguous().view(-1))
+        table = fast.array(_codes(magnitude.device))
+        compiled.sweep(*map(fast.array, given), np.float32(1 - SLACK), table, fast.array(chosen))
+    else:
+        chosen = _SEARCHES[method](magnitude, maxima, scale_2.expand(maxima.shape[0], 1))
     zero = (maxima / (E2M1_MAX * scale_2)) == 0
-    return chosen.float().masked_fill_(zero, 1.0).to(torch.float8_e4m3fn)
+    return chosen.view(torch.uint8).masked_fill_(zero, ONE).view(torch.float8_e4m3fn)
 
 
 def _cast(wanted: torch.Tensor) -> torch.Tensor:
@@ -82,7 +93,7 @@ def _four_over_six(magnitude: torch.Tensor, maxima: torch.Tensor, scale_2: torch
 
 @lru_cache(maxsize=8)
 def _codes(device: torch.device) -> torch.Tensor:
-    return torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float().to(device)
+    return torch.arange(128, dtype=torch.uint8).view(torch.float8_e4m3fn).float().to(device)
 
 
 def sweep_all(magnitude: torch.Tensor, scale_2: torch.Tensor) -> torch.Tensor:
@@ -112,7 +123,7 @@ def _sweep(magnitude: torch.Tensor, maxima: torch.Tensor, scale_2: torch.Tensor)
     whole = scale_2.expand(shape).reshape(-1)
     table = _codes(x.device)
     # The product is the scale that a reader uses: compare what is compared there.
-    first = torch.searchsorted(table[1:], (top / (E2M1_MAX * whole)).clamp(max=E4M3_MAX)).add_(1).clamp_(1, 126)
+    first = torch.searchsorted(table[1:127], (top / (E2M1_MAX * whole)).clamp(max=E4M3_MAX)).add_(1).clamp_(1, 126)
     first = torch.where((table[first - 1] * whole * E2M1_MAX >= top) & (first > 1), first - 1, first)
     best = first.clone()
     least = block_loss(x, table[best] * whole)

@@ -567,7 +567,7 @@ def test_rules(call) -> None:
     rows = json.loads(out)
     assert [r["id"] for r in rows] == sorted(all_rules())
     assert all(r["doc"] and r["title"] and r["consumers"] and r["sources"] for r in rows)
-    assert {r["severity"] for r in rows} <= {"error", "warning"}
+    assert {r["severity"] for r in rows} <= {"error", "warning", "info"}
 
 
 def test_explain_prints_the_docstring(call) -> None:

@@ -13,6 +13,7 @@ from tests import oracle
 from tests.conftest import to_numpy, to_torch
 from verifier import decoding
 
+pytestmark = pytest.mark.usefixtures("back_end")
 BYTES = np.arange(256, dtype=np.uint8)
 E2M1 = np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float32)
 E4M3 = BYTES.view(ml_dtypes.float8_e4m3fn).astype(np.float32)

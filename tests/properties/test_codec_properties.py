@@ -17,12 +17,14 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from exporter.codecs import amax, decode, encode
+from exporter.codecs.blocks import parts_of
 from exporter.codecs.constants import CHUNK
 from tests import oracle
 from tests.conftest import to_numpy, to_torch
 from verifier import decoding
 from verifier.errors import EncodeError
 
+pytestmark = pytest.mark.usefixtures("back_end")
 Array = np.ndarray
 BF16 = ml_dtypes.bfloat16
 F32_MAX = float(np.finfo(np.float32).max)
@@ -877,3 +879,135 @@ def test_out_takes_the_global_scale_too() -> None:
     found = encode(x, "nvfp4", out=out)
     parts_equal(to_numpy(out), to_numpy(wanted))
     assert found["weight_scale_2"] is out["weight_scale_2"]
+
+
+# --- back ends, threads, memory
+
+
+def test_a_scale_whose_product_underflows_gives_code_zero_for_zero() -> None:
+    """2^-9 * 2^-149 is 0 in float32: 0/0 is code 0, anything else over 0 saturates."""
+    x = np.zeros((2, 32), np.float32)
+    x[0, 3], x[1, 20], x[1, 21] = 1.0, -(2.0**-149), -0.0
+    found = codes(x, np.full((2, 2), 1, np.uint8), np.float32(2.0**-149))
+    wanted = np.where(x > 0, 7, np.where(x < 0, 15, 0))
+    assert (found == wanted).all()
+
+
+@pytest.mark.parametrize("top", [2.0**-149, 2.0**-140, 1343 * 2.0**-149, 1345 * 2.0**-149])
+def test_the_global_scale_of_a_tiny_tensor_is_not_zero(top: float) -> None:
+    """Where amax / 2688 underflows, the smallest subnormal takes its place."""
+    x = np.zeros((2, 32), np.float32)
+    x[1, 4] = -top
+    found = to_numpy(encode(to_torch(x), "nvfp4"))
+    assert found["weight_scale_2"] == np.float32(2.0**-149)
+    parts_equal(found, oracle.nvfp4_encode(x))
+
+
+@pytest.mark.parametrize("fmt", EVERY)
+def test_a_part_may_end_one_row_into_the_next_matrix(fmt: str) -> None:
+    x = torch.full((2, CHUNK // 32 - 1, 32), 0.5)
+    x[0, 3, 1], x[1, 0, 5] = -3.0, 7.0
+    assert amax(x, fmt).tolist() == [3.0, 7.0]
+
+
+@pytest.mark.parametrize("fmt", EVERY)
+@pytest.mark.parametrize("shape", [(64, 4096), (3, 200, 1024), (2, CHUNK + 64), (7, 96)])
+def test_threads_give_the_same_bytes(fmt: str, shape: tuple[int, ...]) -> None:
+    """And leave the number of intra-op threads as it was."""
+    x = to_torch(finite(np.random.default_rng(4).standard_normal(shape) * 3))
+    before = torch.get_num_threads()
+    one, three = encode(x, fmt, threads=1), encode(x, fmt, threads=3)
+    parts_equal(to_numpy(three), to_numpy(one))
+    assert torch.equal(decode(one, fmt, threads=3), decode(one, fmt, threads=1))
+    assert torch.equal(amax(x, fmt, threads=3), x.abs().amax((-2, -1)))
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_of_two_bad_values_the_first_is_named_whatever_the_threads(threads: int) -> None:
+    x = torch.zeros(64, 1 << 14)
+    x[17, 5] = float("nan")
+    x[63, 0] = float("inf")
+    for given_scale in ({}, {"amax": 1.0}):
+        with pytest.raises(EncodeError, match=r"^NaN at index \[17, 5\]"):
+            encode(x, "nvfp4", threads=threads, **given_scale)
+    with pytest.raises(EncodeError, match=r"^NaN at index \[17, 5\]"):
+        encode(x, "mxfp8", threads=threads)
+
+
+def test_no_thread_is_refused() -> None:
+    with pytest.raises(EncodeError, match="threads is 0"):
+        encode(X, "nvfp4", threads=0)
+
+
+def test_a_parameter_is_encoded_and_no_graph_is_kept() -> None:
+    x = torch.nn.Parameter(to_torch(finite(np.random.default_rng(5).standard_normal((3, 64)))))
+    for fmt in EVERY:
+        found = encode(x, fmt)
+        parts_equal(to_numpy(found), to_numpy(encode(x.detach(), fmt)))
+        assert not any(part.requires_grad for part in found.values())
+        assert not decode(found, fmt).requires_grad
+
+
+def test_a_stack_of_transposed_matrices_is_read_where_it_lies() -> None:
+    """[E, in, out] transposed has no view as rows; parts that end within a matrix, and parts that hold several."""
+    for shape in ((3, 640, 1030), (5, 64, 32), (2, 3, 64, 48)):
+        base = to_torch(finite(np.random.default_rng(6).standard_normal(shape)))
+        view = base.transpose(-1, -2)
+        if view.shape[-1] % 32:
+            view = view[..., : view.shape[-1] // 32 * 32]
+        for fmt in ("nvfp4", "mxfp8"):
+            parts_equal(to_numpy(encode(view, fmt)), to_numpy(encode(view.contiguous(), fmt)))
+
+
+@given(st.integers(0, 3000), st.sampled_from([0, 1, 32, 96, 4096, CHUNK - 32, CHUNK, CHUNK + 32, 3 * CHUNK]))
+def test_parts_tile_the_rows(rows: int, width: int) -> None:
+    """In order, without a gap, none empty, and none of more than `CHUNK` elements: the bound on all temporaries."""
+    rows = min(rows, 8 * CHUNK // max(width, 1))
+    parts = list(parts_of(rows, width))
+    sizes = [(p.stop - p.start) * (p.right - p.left) for p in parts]
+    assert sum(sizes) == rows * width
+    assert all(0 < size <= CHUNK for size in sizes)
+    flat = 0
+    for part, size in zip(parts, sizes, strict=True):
+        assert part.start * width + part.left == flat
+        assert (part.left, part.right) == (0, width) or part.stop == part.start + 1
+        flat += size
+
+
+class Largest(torch.utils._python_dispatch.TorchDispatchMode):
+    """Notes the most bytes that a single torch operation returned in new memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        found = func(*args, **(kwargs or {}))
+        known = {a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)}
+        for value in found if isinstance(found, tuple) else (found,):
+            if isinstance(value, torch.Tensor) and value.untyped_storage().data_ptr() not in known:
+                self.bytes = max(self.bytes, value.untyped_storage().nbytes())
+        return found
+
+
+@pytest.mark.parametrize("fmt", EVERY)
+@pytest.mark.parametrize("layout", ["rows", "one row", "transposed stack"])
+def test_temporaries_do_not_grow_with_the_tensor(fmt: str, layout: str, back_end: str) -> None:
+    """With ``out=``, nothing of more than a part's elements as float32 is allocated, whatever the layout."""
+    x = torch.linspace(-1, 1, 8 * CHUNK)
+    x = {
+        "rows": lambda: x.view(512, -1),
+        "one row": lambda: x.view(1, -1),
+        "transposed stack": lambda: x.view(4, 1024, -1).transpose(1, 2),
+    }[layout]()
+    out = encode(x, fmt, threads=1)
+    values = torch.empty(x.shape)
+    with Largest() as noted:
+        if fmt not in FP8:
+            encode(x, fmt, out=dict(out), threads=1)
+        else:
+            amax(x, fmt, threads=1)
+        decode(out, fmt, out=values, threads=1)
+    assert noted.bytes <= 4 * CHUNK
+    assert noted.bytes or back_end == "numba"

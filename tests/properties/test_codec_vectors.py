@@ -16,6 +16,7 @@ from tests.conftest import to_numpy, to_torch
 from verifier import decoding
 from verifier.errors import EncodeError
 
+pytestmark = pytest.mark.usefixtures("back_end")
 HERE = Path(__file__).parents[1] / "data" / "vectors"
 FINITE = [
     "denormal_bf16", "denormal_f32", "experts3d_bf16", "experts3d_f32", "heavy_tail_bf16", "heavy_tail_f32", "huge_bf16",

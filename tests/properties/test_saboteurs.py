@@ -39,27 +39,27 @@ class Saboteur:
 SABOTEURS = {
     "ties away from even": Saboteur(
         "nvfp4.py",
-        "quotient.abs_().clamp_(max=E2M1_MAX)",
-        "quotient.abs_().mul_(1 + 2.0**-23).clamp_(max=E2M1_MAX)",
+        "quotient.add_(0.0).clamp_(-E2M1_MAX, E2M1_MAX)",
+        "quotient.add_(0.0).mul_(1 + 2.0**-23).clamp_(-E2M1_MAX, E2M1_MAX)",
     ),
     "nibbles swapped": Saboteur(
         "nvfp4.py",
-        "((pairs | (pairs >> 4)) & 0xFF)",
-        "(((pairs << 4) | (pairs >> 8)) & 0xFF)",
+        "return pairs.bitwise_or_(",
+        "return pairs.bitwise_left_shift_(4).bitwise_or_(pairs >> 20)  # ",
     ),
     "no clamp at 2^-9": Saboteur("nvfp4.py", "clamp_(SCALE_FLOOR, E4M3_MAX)", "clamp_(0.0, E4M3_MAX)"),
     "amax / (6 * 256)": Saboteur("constants.py", "NVFP4_RANGE = E2M1_MAX * E4M3_MAX", "NVFP4_RANGE = E2M1_MAX * 256.0"),
     "codes by the unrounded scale": Saboteur(
         "nvfp4.py",
-        "combined = stored.float() * wide",
-        "combined = torch.where((maxima > 0) & (given is None), maxima / E2M1_MAX, stored.float() * wide)",
+        "combined = scale_values(stored).mul_(wide)\n        part.of",
+        "combined = torch.where((maxima > 0) & (given is None), maxima / E2M1_MAX, stored.float() * wide)\n        part.of",
     ),
     "reciprocal for division": Saboteur(
         "nvfp4.py",
-        "/ combined.unsqueeze(-1)).flatten(-2)",
-        "* combined.reciprocal().unsqueeze(-1)).flatten(-2)",
+        "torch.div(values.view(grid), combined.unsqueeze(-1), out",
+        "torch.mul(values.view(grid), combined.reciprocal().unsqueeze(-1), out",
     ),
-    "-0 kept as 0x8": Saboteur("nvfp4.py", "(quotient < 0)", "torch.signbit(quotient)"),
+    "-0 kept as 0x8": Saboteur("nvfp4.py", "quotient.add_(0.0).clamp_", "quotient.clamp_"),
     "exponent floor for ceil": Saboteur(
         "mxfp8.py",
         "(maxima.view(torch.int32) + 0x1FFFFF)",
@@ -67,8 +67,8 @@ SABOTEURS = {
     ),
     "blocks begin one off": Saboteur(
         "nvfp4.py",
-        "maxima = block_amax(values, NVFP4_BLOCK)",
-        "maxima = block_amax(values.roll(1, -1), NVFP4_BLOCK)",
+        "maxima = block_amax(values, NVFP4_BLOCK, scratch)",
+        "maxima = block_amax(values.roll(1, -1), NVFP4_BLOCK, scratch)",
     ),
     "last chunk dropped": Saboteur(
         "blocks.py",
@@ -103,6 +103,7 @@ def judge(place: Path) -> subprocess.CompletedProcess[str]:
         "COLUMNS": "300",  # the summary names the exception only where the line is long enough
     }
     command = [sys.executable, "-m", "pytest", PROPERTIES, "-x", "-q", "-p", "no:cacheprovider"]
+    command += ["-k", "not numba"]  # the edits are of the torch code
     return subprocess.run(
         command, cwd=place, env=inherited | chosen, capture_output=True, text=True, timeout=LIMIT, check=False
     )

@@ -18,6 +18,7 @@ from tests.conftest import to_numpy
 from verifier.errors import ContentError, EncodeError
 from verifier.schemes import gather
 
+pytestmark = pytest.mark.usefixtures("back_end")
 DATA = Path(__file__).parents[1] / "data" / "modelopt"
 
 

@@ -23,11 +23,11 @@ ROOT = Path(__file__).parents[2]
 
 def test_the_public_names_are_these() -> None:
     assert verifier.__all__ == [
-        "Checkpoint", "CkptgateError", "Coverage", "Finding", "Report", "Where", "check", "decode", "gate",
+        "Checkpoint", "CkptgateError", "Coverage", "Finding", "Report", "Where", "check", "decode", "diff", "gate",
         "open_checkpoint",
     ]  # fmt: skip
     assert exporter.__all__ == [
-        "calibrate", "codecs", "export", "merge", "plan_export", "plan_repair", "repair",
+        "adapters", "calibrate", "codecs", "export", "merge", "plan_export", "plan_repair", "repair",
     ]  # fmt: skip
 
 

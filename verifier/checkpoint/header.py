@@ -12,7 +12,8 @@ import json
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import chain
+from typing import Any, NamedTuple
 
 from verifier.checkpoint.source import Source
 from verifier.errors import ContainerError
@@ -27,8 +28,7 @@ DTYPE_BITS = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class Tensor:
+class Tensor(NamedTuple):
     """One tensor of a shard: ``offset`` is absolute in the file, ``nbytes`` its length in bytes."""
 
     name: str
@@ -58,13 +58,14 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """What one ``*.safetensors`` file declares."""
+    """What one ``*.safetensors`` file declares; ``header`` is the length of its JSON in bytes, padding included."""
 
     file: str
     size: int
     tensors: dict[str, Tensor]
     metadata: dict[str, str] = field(default_factory=dict)
     problems: tuple[Problem, ...] = ()
+    header: int = 0
 
 
 class _DuplicateKey(ValueError):
@@ -96,11 +97,29 @@ def strict_json(text: bytes | str, *, constants: bool = False) -> Any:
 
     try:
         decoded = text.decode("utf-8") if isinstance(text, bytes) else text
+        value = json.loads(decoded, parse_constant=constant)
+        if _pairs(value, decoded.count(":")):
+            return value
         return json.loads(decoded, object_pairs_hook=pairs, parse_constant=constant)
     except RecursionError:
         raise ValueError("nested too deeply") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 at byte {error.start}") from None
+
+
+def _pairs(value: Any, colons: int) -> bool:
+    """Whether a parsed document holds as many pairs as its text has colons.
+
+    Each pair is written with a colon of its own, so then no key stood twice. The reverse does not hold: strings hold
+    colons too.
+    """
+    count, level = 0, [value]
+    while level and count < colons:
+        objects = [v for v in level if type(v) is dict]
+        count += sum(map(len, objects))
+        arrays = [v for v in level if type(v) is list]
+        level = [*chain.from_iterable(v.values() for v in objects), *chain.from_iterable(arrays)]
+    return count == colons
 
 
 def read_shard(source: Source, file: str, size: int) -> Shard:
@@ -143,11 +162,15 @@ def _from_entries(file: str, size: int, start: int, entries: dict[str, Any]) -> 
         metadata = {}
     for name in _not_text(entries):
         note("name", "the name is no Unicode text (a lone surrogate); safetensors refuses the file", name)
-    tensors: dict[str, Tensor] = {}
-    for name, entry in entries.items():
-        tensor = _tensor(file, start, name, entry, note)
-        if tensor is not None:
-            tensors[name] = tensor
+    tensors = _sound(file, start, entries)
+    if tensors is not None and not problems and start + sum(t.nbytes for t in tensors.values()) == size:
+        return Shard(file, size, tensors, metadata, header=start - 8)
+    if tensors is None:
+        tensors = {}
+        for name, entry in entries.items():
+            tensor = _tensor(file, start, name, entry, note)
+            if tensor is not None:
+                tensors[name] = tensor
     # An entry that could not be read may well be what fills a gap.
     whole = not problems or all(p.kind in ("metadata", "name") for p in problems)
     end = start
@@ -168,7 +191,46 @@ def _from_entries(file: str, size: int, start: int, entries: dict[str, Any]) -> 
             del tensors[name]
     elif end < size and whole:
         note("trailing", f"{size - end:,} bytes after the last tensor", None, f"{size:,} bytes", f"{end:,} bytes")
-    return Shard(file, size, tensors, metadata, tuple(problems))
+    return Shard(file, size, tensors, metadata, tuple(problems), start - 8)
+
+
+def _sound(file: str, start: int, entries: dict[str, Any]) -> dict[str, Tensor] | None:
+    """Return the tensors of a header whose every entry is sound and begins where the last one ended, else None.
+
+    A header of a hundred thousand tensors has a dozen shapes: each is judged once. `_tensor` judges the rest.
+    """
+    try:
+        columns = [(e["dtype"], e["shape"], *e["data_offsets"]) for e in entries.values() if len(e) == 3]
+        dtypes, shapes, begins, ends = zip(*columns, strict=True)
+        numbers = set(map(type, chain(begins, ends, chain.from_iterable(shapes))))
+        kinds = {*map(type, dtypes)}, {*map(type, shapes)}, numbers
+        if len(columns) != len(entries) or kinds != ({str}, {list}, {int}):
+            return None
+    except (KeyError, TypeError, ValueError):
+        return None
+    tensors: dict[str, Tensor] = {}
+    seen: dict[tuple[str, tuple[int, ...]], tuple[str, tuple[int, ...], int]] = {}
+    position = 0
+    for name, (dtype, dims, begin, end) in zip(entries, columns, strict=True):
+        key = dtype, tuple(dims)
+        known = seen.get(key)
+        if known is None:
+            nbytes = _nbytes(*key)
+            if nbytes is None:
+                return None
+            known = seen[key] = (*key, nbytes)
+        if begin != position or end - begin != known[2]:
+            return None
+        tensors[name] = Tensor(name, known[0], known[1], file, start + begin, known[2])
+        position = end
+    return tensors if position <= 2**62 else None
+
+
+def _nbytes(dtype: str, shape: tuple[int, ...]) -> int | None:
+    if dtype not in DTYPE_BITS or not _naturals(list(shape)) or len(shape) > MAX_RANK or math.prod(shape) > MAX_ELEMENTS:
+        return None
+    bits = math.prod(shape) * DTYPE_BITS[dtype]
+    return None if bits % 8 else bits // 8
 
 
 def _not_text(names: Iterable[str]) -> list[str]:

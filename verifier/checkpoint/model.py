@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import PurePosixPath
@@ -68,6 +68,8 @@ class Checkpoint:
     @cached_property
     def duplicates(self) -> Mapping[str, tuple[str, ...]]:
         """Names that more than one file holds, with those files."""
+        if len(self.tensors) == sum(len(s.tensors) for s in self.shards):
+            return {}
         seen: dict[str, list[str]] = {}
         for shard in self.shards:
             for name in shard.tensors:
@@ -88,6 +90,21 @@ class Checkpoint:
     def read(self, tensor: Tensor) -> Bytes:
         """Return the bytes of a tensor, uint8, one dimension."""
         return self.source.read(tensor.file, tensor.offset, tensor.nbytes)
+
+    def read_range(self, tensor: Tensor, start: int, length: int) -> Bytes:
+        """Return ``length`` bytes of a tensor from its byte ``start``, uint8, one dimension."""
+        return self.source.read(tensor.file, tensor.offset + start, length)
+
+    def pieces(self, tensor: Tensor, size: int = 1 << 20) -> Iterator[tuple[int, Bytes]]:
+        """Yield (start, bytes) of consecutive pieces of a tensor, each of ``size`` bytes but the last.
+
+        Each overwrites the one before it: a copy outlives the loop, a view does not.
+        """
+        buffer = np.empty(min(size, tensor.nbytes), np.uint8)
+        for start in range(0, tensor.nbytes, size):
+            piece = buffer[: min(size, tensor.nbytes - start)]
+            self.source.read_into(tensor.file, tensor.offset + start, piece)
+            yield start, piece
 
     def array(self, tensor: Tensor) -> npt.NDArray[Any]:
         """Return a tensor in its own dtype and shape.

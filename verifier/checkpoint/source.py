@@ -21,6 +21,7 @@ class Source(Protocol):
     """A flat folder of files, read by range."""
 
     uri: str
+    remote: bool
 
     def files(self) -> dict[str, int]:
         """Return the size in bytes of every readable file, by name."""
@@ -33,6 +34,22 @@ class Source(Protocol):
             MachineError: the read failed.
         """
 
+    def read_into(self, name: str, offset: int, out: Bytes) -> None:
+        """Fill ``out`` (uint8, contiguous) with the bytes of file ``name`` from ``offset``; raises as `read` does."""
+
+
+class _Open:
+    """A file open for reading, closed when the last thread that reads it lets go of it."""
+
+    __slots__ = ("fd",)
+
+    def __init__(self, path: Path) -> None:
+        self.fd = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "fd"):
+            os.close(self.fd)
+
 
 class LocalSource:
     """A folder on this machine.
@@ -41,10 +58,12 @@ class LocalSource:
     ``blobs/`` beside ``snapshots/``.
     """
 
+    remote = False
+
     def __init__(self, path: Path) -> None:
         self.path = path
         self.uri = str(path)
-        self._fds: dict[str, int] = {}
+        self._files: dict[str, _Open] = {}
         self._lock = threading.Lock()
         self.escaping: tuple[str, ...] = ()
 
@@ -78,40 +97,41 @@ class LocalSource:
     def read(self, name: str, offset: int, length: int) -> Bytes:
         """Return ``length`` bytes of ``name`` from ``offset``."""
         out = np.empty(length, np.uint8)
-        view = out.data
-        done = 0
+        self.read_into(name, offset, out)
+        return out
+
+    def read_into(self, name: str, offset: int, out: Bytes) -> None:
+        """Fill ``out`` with the bytes of ``name`` from ``offset``."""
+        view, length, done = out.data, out.size, 0
         try:
-            fd = self._fd(name)
+            file = self._file(name)
             while done < length:
-                got = os.preadv(fd, [view[done:]], offset + done)
+                got = os.preadv(file.fd, [view[done:] if done else view], offset + done)
                 if got == 0:
                     raise ContainerError(f"{name}: ends at byte {offset + done:,}, {length - done:,} bytes are missing")
                 done += got
         except OSError as error:
             raise MachineError(f"cannot read {self.path / name}: {error.strerror or error}") from error
-        return out
 
-    def _fd(self, name: str) -> int:
+    def _file(self, name: str) -> _Open:
         with self._lock:
-            fd = self._fds.get(name)
-            if fd is None:
-                if len(self._fds) >= 64:
-                    os.close(self._fds.pop(next(iter(self._fds))))
-                fd = self._fds[name] = os.open(self.path / name, os.O_RDONLY)
-            return fd
+            file = self._files.get(name)
+            if file is None:
+                if len(self._files) >= 64:
+                    del self._files[next(iter(self._files))]
+                file = self._files[name] = _Open(self.path / name)
+            return file
 
     def close(self) -> None:
         """Close every file that reads opened."""
         with self._lock:
-            while self._fds:
-                os.close(self._fds.popitem()[1])
-
-    def __del__(self) -> None:
-        self.close()
+            self._files.clear()
 
 
 class FsspecSource:
     """A folder behind an fsspec URL (``hf://``, ``s3://``, ``memory://`` …), read by range requests."""
+
+    remote = True
 
     def __init__(self, uri: str) -> None:
         # fsspec costs 70 ms and is of no use to a local check.
@@ -145,6 +165,10 @@ class FsspecSource:
         if len(data) != length:
             raise ContainerError(f"{name}: {length - len(data):,} bytes are missing at byte {offset + len(data):,}")
         return np.frombuffer(data, np.uint8)
+
+    def read_into(self, name: str, offset: int, out: Bytes) -> None:
+        """Fill ``out`` with the bytes of ``name`` from ``offset``."""
+        out[:] = self.read(name, offset, out.size)
 
     def close(self) -> None:
         """Do nothing: fsspec keeps its own connections."""

@@ -18,10 +18,17 @@ from verifier.findings import Finding, Report
 @click.argument("uri", metavar="URI")
 @click.option("--base", metavar="REF", help="The unquantized checkpoint to judge against.")
 @click.option("--merged-from", metavar="VENDOR", help="The checkpoint whose bytes a mixed export keeps.")
+@click.option("--plugin", "plugins", metavar="FILE.py", multiple=True, help="A Python file of further rules.")
 @click.option(
     "--depth", type=click.Choice(["header", "payload"]), default="header", show_default=True,
     help="header: names, shapes, configs. payload: every scale and unquantized tensor too; with --base every weight.",
 )  # fmt: skip
+@click.option("--tp", metavar="N", type=click.IntRange(1, 65536), help="The tensor parallel size to serve with.")
+@click.option("--ep", metavar="N", type=click.IntRange(1, 65536), help="The expert parallel size to serve with.")
+@click.option("--workers", metavar="N", type=int, help="Threads that read bytes.  [default: the processors, at most 4]")
+@click.option("--subset", metavar="K/N", help="Read the K-th of N shares of the shards; `merge-reports` puts them together.")
+@click.option("--sample", metavar="P%", help="Read this part of the modules only, at least one of each look.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Which modules --sample takes.")
 @judging_options
 @output_options
 @click.pass_context
@@ -31,7 +38,14 @@ def check(
     uri: str,
     base: str | None,
     merged_from: str | None,
+    plugins: tuple[str, ...],
     depth: str,
+    tp: int | None,
+    ep: int | None,
+    workers: int | None,
+    subset: str | None,
+    sample: str | None,
+    seed: int,
     files: tuple[str, ...],
     **given: Any,
 ) -> None:
@@ -47,7 +61,10 @@ def check(
     require(wanted)
     failure: Exception | None = None
     try:
-        report = judge(uri, base=base, merged_from=merged_from, depth=depth, **judging(found))  # type: ignore[arg-type]
+        report = judge(
+            uri, base=base, merged_from=merged_from, depth=depth, tp=tp, ep=ep, plugins=plugins,  # type: ignore[arg-type]
+            workers=workers, subset=subset, sample=sample, seed=seed, **judging(found),
+        )  # fmt: skip
     except UsageError:
         raise
     except ContentError as error:  # BASE or VENDOR is no checkpoint; what is wrong with URI is a finding of the check

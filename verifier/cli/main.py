@@ -26,9 +26,15 @@ BUILT_IN = {
     "baseline": ("verifier.cli.baseline", "Accept findings with a reason; a check then fails on new ones."),
     "check": ("verifier.cli.check", "Judge a checkpoint."),
     "config": ("verifier.cli.config", "Show how checks are configured here."),
+    "diff": ("verifier.cli.diff", "Tell in what two checkpoints differ."),
+    "doctor": ("verifier.cli.doctor", "Tell what is installed here and what it enables."),
     "explain": ("verifier.cli.rules", "Print what a rule means, whom it hurts and how to mend it."),
     "gate": ("verifier.cli.gate", "Measure a candidate's loss against its base."),
+    "merge-reports": ("verifier.cli.merge_reports", "Make one report of the reports on all subsets of a checkpoint."),
     "rules": ("verifier.cli.rules", "List the rules."),
+    "selftest": ("verifier.cli.selftest", "Prove the rules where they are installed."),
+    "show": ("verifier.cli.show", "Show one block of a tensor: bytes, scale, values, what belongs there."),
+    "stats": ("verifier.cli.stats", "Count formats, bits per parameter and scales."),
 }
 
 
@@ -42,7 +48,7 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Import and return a command."""
         if cmd_name in BUILT_IN:
-            command: click.Command = getattr(importlib.import_module(BUILT_IN[cmd_name][0]), cmd_name)
+            command: click.Command = getattr(importlib.import_module(BUILT_IN[cmd_name][0]), cmd_name.replace("-", "_"))
             return command
         for entry in entry_points(group="ckptgate.commands", name=cmd_name):
             loaded: click.Command = entry.load()

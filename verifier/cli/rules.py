@@ -9,17 +9,22 @@ import click
 
 from verifier.errors import UsageError
 
+PLUGIN = click.option("--plugin", "plugins", metavar="FILE.py", multiple=True, help="A Python file of further rules.")
+FIELDS = ("id", "title", "severity", "depth", "unit", "needs", "consumers", "sources", "doc", "origin", "split")
+
 
 @click.command()
 @click.option("--format", "format_", type=click.Choice(["text", "json"]), default="text", show_default=True)
-def rules(format_: str) -> None:
-    """List every rule: id, severity, depth, title."""
+@click.option("--json", "format_", flag_value="json", help="The same as --format json: every field of every rule.")
+@PLUGIN
+def rules(format_: str, plugins: tuple[str, ...]) -> None:
+    """List every rule: id, severity, depth, title; those of plugins too."""
     from verifier.rules import all_rules  # noqa: PLC0415  (numpy, see check)
 
-    table = all_rules().values()
+    table = all_rules(plugins).values()
     if format_ == "json":
         rows = [
-            {k: getattr(r, k) for k in ("id", "title", "severity", "depth", "unit", "needs", "consumers", "sources", "doc")}
+            {k: getattr(r, k) for k in FIELDS}
             | {"engines": {e: {"severity": level, "what": what} for e, (level, what) in r.engines.items()}}
             for r in table
         ]
@@ -32,14 +37,17 @@ def rules(format_: str) -> None:
 
 @click.command()
 @click.argument("rule_id", metavar="RULE")
-def explain(rule_id: str) -> None:
+@PLUGIN
+def explain(rule_id: str, plugins: tuple[str, ...]) -> None:
     """Print what RULE means, why it matters, which engines it hurts and how to mend it."""
     from verifier.rules import all_rules  # noqa: PLC0415  (numpy, see check)
 
-    found = all_rules().get(rule_id.upper())
+    found = all_rules(plugins).get(rule_id.upper())
     if found is None:
         raise UsageError(f"no rule {rule_id!r}; `ckptgate rules` lists them")
     click.echo(f"{found.id}  {found.title}  [{found.severity}, depth {found.depth}, counts {found.unit}]\n")
+    if found.origin:
+        click.echo(f"A rule of {found.origin}\n")
     click.echo(found.doc)
     click.echo(f"\nEngines: {', '.join(found.consumers)}")
     for engine, (severity, what) in found.engines.items():

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two states of one thing beside each other: findings now and in a baseline."""
+"""Two states of one thing side by side: two checkpoints, findings now and in a baseline; and one checkpoint in numbers."""

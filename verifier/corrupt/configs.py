@@ -171,6 +171,29 @@ def _algo_of_others(value: str) -> Callable[[Folder], Place]:
     return apply
 
 
+def method_of_integers(folder: Folder) -> Place:
+    """Declare a method of integer formats over FP8 tensors."""
+    declarations(folder, lambda body: (body.pop("quant_algo", None), body.update({"quant_method": "awq"})) and None)
+    folder.remove(QUANT_CONFIG)
+    return Place(None, CONFIG)
+
+
+def weight_relabelled(folder: Folder) -> Place:
+    """Label the codes of one weight with another 8-bit dtype."""
+    name = f"{target(folder)}.weight"
+    tensor = folder.tensors()[name]
+    folder.replace(name, "F8_E5M2", tensor.shape, folder.read(name))
+    return folder.place(name)
+
+
+def kept_weight_relabelled(folder: Folder) -> Place:
+    """Label the codes of one MXFP8 weight of a mixed checkpoint with another 8-bit dtype."""
+    module = next(m for m in quantized(folder) if m.endswith(".o_proj"))
+    tensor = folder.modules()[module]["weight"]
+    folder.replace(tensor.name, "F8_E5M2", tensor.shape, folder.read(tensor.name))
+    return folder.place(tensor.name)
+
+
 def entry_lost(folder: Folder) -> Place:
     """Drop a quantized module's entry of ``quantized_layers``."""
     module = target(folder)
@@ -283,6 +306,9 @@ CONFIGS: tuple[Corruptor, ...] = (
     Corruptor("QC408", "algo-unknown", edit(_algo("NVFP5"))),
     Corruptor("QC408", "nvfp4-declared-mxfp8", edit(_algo_of_others("MXFP8")), formats=frozenset({"nvfp4"})),
     Corruptor("QC408", "mxfp8-declared-fp8", edit(_algo_of_others("FP8")), formats=MXFP8, also=ids("304 306")),
+    Corruptor("QC408", "method-of-integers", edit(method_of_integers), formats=MXFP8),
+    Corruptor("QC408", "weight-relabelled", edit(weight_relabelled), formats=MXFP8),
+    Corruptor("QC408", "kept-weight-relabelled", edit(kept_weight_relabelled), formats=MIXED, also=ids("605")),
     Corruptor("QC305", "mxfp8-declared-nvfp4", edit(_algo_of_others("NVFP4")), formats=MXFP8),
     Corruptor("QC409", "half-of-a-pair-plain", edit(half_of_a_pair_plain), also=ids("605")),
     Corruptor("QC410", "entry-lost", edit(entry_lost), formats=MIXED),

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Defects of files and index: QC101 to QC106."""
+"""Defects of files and index: QC101 to QC111."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from verifier.corrupt.corruptor import Corruptor, edit, embedding, ids, norm
-from verifier.corrupt.edit import INDEX, Folder, Place, read_shard
+from verifier.corrupt.corruptor import MIXED, MXFP8, Corruptor, edit, embedding, ids, norm
+from verifier.corrupt.edit import CONFIG, INDEX, Folder, Place, read_shard, write_shard
 
 _INDEXED = frozenset({"index"})
 _SHARDED = frozenset({"index", "shards"})
@@ -167,6 +168,67 @@ def size_of_source(folder: Folder) -> Place:
     return Place(None, INDEX)
 
 
+def _header_of(length: int) -> Callable[[Folder], Place]:
+    """Return a change that pads the header of the first shard with spaces to a length."""
+
+    def apply(folder: Folder) -> Place:
+        file = folder.shards[0]
+        raw = (folder.path / file).read_bytes()
+        old = int.from_bytes(raw[:8], "little")
+        text = raw[8 : 8 + old].rstrip().ljust(length)
+        if len(text) != length:
+            raise ValueError(f"{file}: its header takes {len(text)} bytes without padding")
+        (folder.path / file).write_bytes(length.to_bytes(8, "little") + text + raw[8 + old :])
+        return Place(None, file)
+
+    return apply
+
+
+def _metadata(found: dict[str, str]) -> Callable[[Folder], Place]:
+    """Return a change of the first shard's metadata."""
+
+    def apply(folder: Folder) -> Place:
+        file = folder.shards[0]
+        shard = read_shard(folder.path / file)
+        shard.metadata = found
+        write_shard(folder.path / file, shard)
+        return Place(None, file)
+
+    return apply
+
+
+def _without(*files: str) -> Callable[[Folder], Place]:
+    """Return the loss of side files; the place is the first of them."""
+
+    def apply(folder: Folder) -> Place:
+        for file in files:
+            folder.remove(file)
+        return Place(None, files[0])
+
+    return apply
+
+
+def lfs_pointer(folder: Folder) -> Place:
+    """Leave the pointer of Git LFS in place of a JSON file."""
+    file = "generation_config.json"
+    (folder.path / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 4221\n")
+    return Place(None, file)
+
+
+def code_not_uploaded(folder: Folder) -> Place:
+    """Name code in config.json that nobody uploaded."""
+    auto_map = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    folder.edit_json(CONFIG, lambda value: value.update({"auto_map": auto_map}))
+    return Place(None, "configuration_own.py")
+
+
+def import_not_uploaded(folder: Folder) -> Place:
+    """Upload the code that config.json names, and not what it imports."""
+    folder.edit_json(CONFIG, lambda value: value.update({"auto_map": {"AutoConfig": "configuration_own.OwnConfig"}}))
+    (folder.path / "configuration_own.py").write_text("from .rope_own import scaling\n")
+    return Place(None, "rope_own.py")
+
+
 _LOST = ids("205 207 404")  # what a checkpoint misses whose only shard, or whose shard of a norm, cannot be read
 CONTAINER: tuple[Corruptor, ...] = (
     Corruptor("QC101", "shard-lost", edit(shard_lost), traits=_SHARDED, also=ids("205 207")),
@@ -180,7 +242,7 @@ CONTAINER: tuple[Corruptor, ...] = (
     Corruptor("QC103", "stray-copy-of-a-tensor", edit(stray_copy)),
     Corruptor("QC103", "overlay-of-a-shard", edit(stray_overlay)),
     Corruptor("QC103", "tensor-not-in-index", edit(not_in_index), traits=_INDEXED),
-    Corruptor("QC103", "stray-amax-file", edit(stray_amax), traits=_INDEXED, also=ids("201")),
+    Corruptor("QC103", "stray-amax-file", edit(stray_amax), traits=_INDEXED),
     Corruptor("QC104", "truncated", edit(truncated), also=ids("207 302")),
     Corruptor("QC104", "cut-in-the-header", edit(cut_in_header), also=_LOST),
     Corruptor("QC104", "file-of-zeros", edit(zeros), also=_LOST),
@@ -188,4 +250,21 @@ CONTAINER: tuple[Corruptor, ...] = (
     Corruptor("QC105", "bytes-after-the-last-tensor", edit(trailing), severity="warning"),
     Corruptor("QC106", "total-size-of-files", edit(size_of_files), traits=_INDEXED, severity="warning"),
     Corruptor("QC106", "total-size-of-source", edit(size_of_source), traits=_INDEXED, severity="warning"),
-)
+    Corruptor("QC107", "header-that-hub-clients-cut", edit(_header_of(99_997)), severity="warning"),
+    Corruptor("QC107", "header-of-26-MB", edit(_header_of(26_000_000)), formats=MXFP8, severity="warning"),
+    Corruptor("QC107", "header-of-91-MB", edit(_header_of(91_000_000)), formats=MIXED, severity="warning"),
+    Corruptor("QC109", "metadata-of-a-training-run", edit(_metadata({"step": "4000"})), severity="warning"),
+    Corruptor("QC109", "format-of-another-framework", edit(_metadata({"format": "np"})), severity="warning"),
+    Corruptor("QC110", "generation-config-lost", edit(_without("generation_config.json")), needs=("base",)),
+    Corruptor("QC110", "pointer-of-git-lfs", edit(lfs_pointer)),
+    Corruptor("QC110", "code-not-uploaded", edit(code_not_uploaded)),
+    Corruptor("QC110", "import-not-uploaded", edit(import_not_uploaded)),
+    Corruptor("QC110", "vocabulary-lost", edit(_without("tokenizer.json")), traits=frozenset({"tokenizer"})),
+    Corruptor(
+        "QC110", "tokenizer-lost", edit(_without("tokenizer_config.json", "tokenizer.json", "chat_template.jinja")),
+        needs=("base",), traits=frozenset({"tokenizer"}),
+    ),
+    Corruptor(
+        "QC110", "template-lost", edit(_without("chat_template.jinja")), needs=("base",), traits=frozenset({"tokenizer"})
+    ),
+)  # fmt: skip

@@ -40,7 +40,7 @@ class Corruptor:
     needs: tuple[str, ...] = ()
     formats: frozenset[Kind] = KINDS
     traits: frozenset[str] = frozenset()
-    severity: Literal["error", "warning"] = "error"
+    severity: Literal["error", "warning", "info"] = "error"
     also: frozenset[str] = frozenset()
 
     def suits(self, kind: Kind, traits: frozenset[str]) -> bool:
@@ -67,13 +67,20 @@ def kind_of(folder: Folder) -> Kind:
 
 
 def traits_of(folder: Folder) -> frozenset[str]:
-    """Return what a clean checkpoint has: ``index``, ``shards`` (several), ``experts``, ``f32`` (an unquantized weight)."""
+    """Return what a clean checkpoint has.
+
+    ``index``, ``shards`` (several), ``experts``, ``f32`` (an unquantized weight), ``vision`` (a tower), ``mtp``,
+    ``tokenizer``.
+    """
     modules = folder.modules()
     found = {
         "index": folder.has_index,
         "shards": len(folder.shards) > 1,
         "experts": any(_EXPERT.match(m) for m in modules),
         "f32": any(m["weight"].dtype == "F32" for m in modules.values() if "weight" in m),
+        "vision": any("vision_tower." in m for m in modules),
+        "mtp": any(m.startswith("mtp.") for m in modules),
+        "tokenizer": (folder.path / "tokenizer.json").is_file(),
     }
     return frozenset(k for k, v in found.items() if v)
 

@@ -199,7 +199,7 @@ def scales_cast_to_zero(folder: Folder) -> Place:
     module = target(folder)
     name = block_scale(folder, module)
     folder.overwrite(name, 0, bytes(folder.tensors()[name].nbytes))
-    return folder.place(f"{module}.weight")
+    return Place(name, folder.tensors()[name].file)
 
 
 def _recast(folder: Folder, name: str, dtype: type[np.generic]) -> Place:
@@ -300,13 +300,13 @@ VALUES: tuple[Corruptor, ...] = (
     _values("QC504", "tenfold", scale_2_of_up_tenfold, "515", traits=_EXPERTS),
     _values("QC508", "nan-in-a-norm", _norm_value(float("nan")), "605", formats=KINDS),
     _values("QC508", "infinity-in-a-norm", _norm_value(float("-inf")), "605", formats=KINDS),
-    Corruptor("QC515", "gate-and-up-swapped", edit(gate_and_up_swapped), "payload", _BASE),
+    Corruptor("QC511", "gate-and-up-swapped", edit(gate_and_up_swapped), "payload", _BASE),
     Corruptor("QC515", "experts-swapped", edit(experts_swapped), "payload", _BASE, traits=_EXPERTS),
-    Corruptor("QC515", "nibbles-swapped", edit(nibbles_swapped), "payload", _BASE, NVFP4),
+    Corruptor("QC510", "nibbles-swapped", edit(nibbles_swapped), "payload", _BASE, NVFP4),
     Corruptor("QC515", "rows-rolled", edit(rows_rolled), "payload", _BASE),
     Corruptor("QC515", "scales-doubled", edit(scale_doubled), "payload", _BASE),
     Corruptor("QC515", "nan-code", edit(nan_code), "payload", _BASE, MXFP8),
-    Corruptor("QC515", "e8m0-scales-cast-to-zero", edit(scales_cast_to_zero), "payload", _BASE, MXFP8),
+    _values("QC512", "scales-cast-to-bytes", scales_cast_to_zero, formats=MXFP8),
     Corruptor("QC515", "coarse-codes", edit(coarse_nvfp4), "payload", _BASE, NVFP4, severity="warning"),
     Corruptor("QC515", "coarse-codes-mxfp8", edit(coarse_mxfp8), "payload", _BASE, MXFP8, severity="warning"),
     Corruptor("QC516", "router-recast", edit(router_recast), "header", _EITHER, traits=frozenset({"f32"})),

@@ -163,8 +163,10 @@ class Family:
         return bool(self._memory and self._memory.match(name))
 
     def optional(self, name: str) -> bool:
-        """Whether a name is one that releases may carry beside what transformers saves (MTP heads)."""
-        return any(re.search(p, name) for p in self.data["optional"]) or name.endswith(".rotary_emb.inv_freq")
+        """Whether a name is one that releases may carry beside what transformers saves (MTP heads, a tied head's copy)."""
+        if any(re.search(p, name) for p in self.data["optional"]) or name.endswith(".rotary_emb.inv_freq"):
+            return True
+        return name.endswith("lm_head.weight") and any(t["name"] == name for t in self.data["tensors"])
 
 
 def _indexer_flags(text: Mapping[str, Any], count: int) -> list[bool]:

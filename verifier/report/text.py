@@ -96,7 +96,11 @@ def footer(report: Report) -> str:
     payload = any(c.ran and "scales" in c.unit for c in report.coverage)
     scales = f", {_size(s['scale_bytes'])} of scales read" if payload else ""
     size = f"{s['tensors']:,} tensors in {s['shards']} shard{'s' * (s['shards'] != 1)}, {_size(s['bytes'])}"
-    return f"checked {size}{scales}; quantized modules: {formats}"
+    options = s.get("options", {})
+    of = f"subset {options['subset']} of " if options.get("subset") else ""
+    if options.get("sample"):
+        of = f"by a sample of {options['sample']:g}% (seed {options['seed']}), "
+    return f"checked {of}{size}{scales}; quantized modules: {formats}"
 
 
 def _styled(text: str, kind: str, color: bool) -> str:

@@ -2,5 +2,6 @@
 """Select rules, run them, count what they examined, reach a verdict."""
 
 from verifier.run.engine import check
+from verifier.run.merge import merge_reports, report_of
 
-__all__ = ["check"]
+__all__ = ["check", "merge_reports", "report_of"]

@@ -12,10 +12,10 @@ from verifier.schemes import collapse
 MAX_GROUPS = 40
 
 
-def group(findings: Iterable[Finding], of: int) -> list[Finding]:
+def group(findings: Iterable[Finding], of: int, limit: int = MAX_GROUPS) -> list[Finding]:
     """Return one finding for each kind and place (numbers in names collapsed), in order of first appearance.
 
-    At most `MAX_GROUPS` of them; one more says how many findings the rest held.
+    At most ``limit`` of them; one more says how many findings the rest held.
     """
     first: dict[tuple[str, ...], Finding] = {}
     counts: dict[tuple[str, ...], int] = {}
@@ -26,7 +26,7 @@ def group(findings: Iterable[Finding], of: int) -> list[Finding]:
         key = (f.severity, f.because, f.message, place)
         if key in first:
             counts[key] += f.count
-        elif len(first) < MAX_GROUPS:
+        elif len(first) < limit:
             first[key], counts[key] = f, f.count
         else:
             dropped += f.count

@@ -11,13 +11,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from verifier.checkpoint import Checkpoint
 from verifier.schemes.exclusions import Exclusions
 from verifier.schemes.formats import FORMAT_OF_ALGO, FORMATS, Format, same_layout
 from verifier.schemes.groups import packed_name
 from verifier.schemes.modules import Module
+
+MAX_WILDCARDS = 1000
+"""The most exclusions with wildcards; a release has some for each layer."""
+MAX_PARTS = 64
+"""The most containers of a module that are looked up; names nest some ten deep."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +33,7 @@ class Entry:
     group_size: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Cover:
+class Cover(NamedTuple):
     """What the declaration says about one module: its algorithm (None: unquantized) and how it says so.
 
     ``via`` is ``uniform``, ``exact``, ``container``, ``packed``, ``excluded`` or ``unlisted``.
@@ -99,8 +103,10 @@ class Declaration:
         if packed and packed in self.layers:
             return Cover(self.layers[packed].algo, "packed", packed, self.layers[packed].group_size)
         head = module
-        while "." in head:
+        for _ in range(MAX_PARTS):
             head = head.rpartition(".")[0]
+            if not head:
+                break
             if head in self.layers:
                 return Cover(self.layers[head].algo, "container", head, self.layers[head].group_size)
         return Cover(None, "unlisted")
@@ -138,9 +144,13 @@ def format_of(module: Module, declaration: Declaration | None) -> Format | None:
     None where it is not quantized, where it shows another format than the declared one (QC305, QC408, QC410), or where
     an algorithm is declared that is not judged.
     """
+    return fitting(module, declaration.cover(module.name) if declaration is not None and declaration.known else None)
+
+
+def fitting(module: Module, cover: Cover | None) -> Format | None:
+    """Return `format_of` a module where what the declaration says about it is known already."""
     if not module.quantized or module.weight is None or module.dims is None:
         return None
-    cover = declaration.cover(module.name) if declaration is not None and declaration.known else None
     shown = module.shown
     found = cover.format if cover is not None and cover.algo is not None else shown
     if found is None or found.weight_dtype != module.weight.dtype:
@@ -179,7 +189,12 @@ def parse(raw: Any, file: str) -> Declaration:
         if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
             problems.append(f"{key} is not a list of strings")
         else:
-            exclude += [v for v in value if v not in exclude]
+            wild = sum(any(c in v for c in "*?[") for v in value)
+            if wild > MAX_WILDCARDS:
+                problems.append(f"{key} holds {wild:,} patterns with wildcards; more than {MAX_WILDCARDS:,} are not read")
+            else:
+                exclude += value
+    exclude = list(dict.fromkeys(exclude))
     return Declaration(
         file, form, method, algo, group, tuple(exclude), _layers(body.get("quantized_layers"), problems), _kv(body),
         tuple(problems),

@@ -8,6 +8,7 @@
     substring  the pattern stands anywhere in the name                          vLLM
 
 The first three are *strict*: all who read the pattern so agree on what it means. The other two are *loose*.
+`Exclusions.excludes` puts them together as each engine does.
 """
 
 from __future__ import annotations
@@ -16,6 +17,38 @@ import fnmatch
 import re
 from collections.abc import Iterable
 from functools import cached_property
+from typing import Literal
+
+from verifier.schemes.patterns import Regex, compile_regex
+
+MAX_MATCHES = 1_000_000
+MANY = 1000
+Reader = Literal["vllm", "sglang", "trtllm"]
+READERS: tuple[Reader, ...] = ("vllm", "sglang", "trtllm")
+_WILD = "*?["
+
+
+def _bare(module: str) -> str:
+    """Return a name as engines ask for it that strip the tower's prefix."""
+    return module.removeprefix("language_model.")
+
+
+def _compiled(globs: Iterable[str]) -> re.Pattern[str] | None:
+    found = [fnmatch.translate(g) for g in globs]
+    return re.compile("|".join(found)) if found else None
+
+
+_DIGITS = re.compile(r"\d+")
+
+
+def _outline(text: str) -> str:
+    """Return text with each run of digits as one ``0``: what stands in a text has an outline that stands in its outline."""
+    return _DIGITS.sub("0", text)
+
+
+def _literals(pattern: str) -> list[str]:
+    """Return pieces that every name which a glob matches must hold; of one with a class none are known."""
+    return [] if "[" in pattern else [p for p in re.split(r"[*?]", pattern) if p]
 
 
 class Exclusions:
@@ -24,31 +57,89 @@ class Exclusions:
     def __init__(self, patterns: Iterable[str]) -> None:
         self.patterns = tuple(patterns)
         self._exact = frozenset(self.patterns)
+        # Answers already given: every rule on exclusions asks about every module.
+        self._answers: dict[str, bool] = {}
+        self._part_answers: dict[str, bool] = {}
+        self._candidates: dict[str, tuple[str, ...]] = {}
 
     @cached_property
     def _globs(self) -> re.Pattern[str] | None:
-        globs = [p for p in self.patterns if any(c in p for c in "*?[") and not p.startswith("re:")]
-        return re.compile("|".join(fnmatch.translate(p) for p in globs)) if globs else None
+        return _compiled(p for p in self.patterns if any(c in p for c in _WILD) and not p.startswith("re:"))
 
     @cached_property
-    def _regexes(self) -> tuple[re.Pattern[str], ...]:
-        found = []
-        for pattern in self.patterns:
-            if pattern.startswith("re:"):
-                try:
-                    found.append(re.compile(pattern[3:]))
-                except re.error:
-                    continue  # a pattern that does not compile matches nothing, and is then reported dead
-        return tuple(found)
+    def _regexes(self) -> tuple[Regex, ...]:
+        # A pattern that does not compile matches nothing, and is then reported dead.
+        return tuple(r for p in self.patterns if p.startswith("re:") and (r := compile_regex(p[3:])) is not None)
 
     @cached_property
     def _plain(self) -> tuple[str, ...]:
         return tuple(p.strip("*") for p in self.patterns if not p.startswith("re:") and p.strip("*"))
 
     @cached_property
+    def _plain_by_outline(self) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for pattern in self._plain:
+            found.setdefault(_outline(pattern), []).append(pattern)
+        return found
+
+    def _stands_in(self, module: str) -> bool:
+        """Whether a plain pattern is a substring of the name; only one whose outline is in the name's can be."""
+        outline = _outline(module)
+        found = self._candidates.get(outline)
+        if found is None:
+            among = (patterns for o, patterns in self._plain_by_outline.items() if o in outline)
+            found = self._candidates[outline] = tuple(p for patterns in among for p in patterns)
+        return any(p in module for p in found) if found else False
+
+    def _matches_part(self, module: str) -> bool:
+        if self._parts is None:
+            return False
+        for part in module.split("."):
+            found = self._part_answers.get(part)
+            if found is None:
+                found = self._part_answers[part] = self._parts.match(part) is not None
+            if found:
+                return True
+        return False
+
+    @cached_property
     def _parts(self) -> re.Pattern[str] | None:
         plain = [p for p in self.patterns if not p.startswith("re:") and "." not in p]
         return re.compile("|".join(fnmatch.translate(p) for p in plain)) if plain else None
+
+    @cached_property
+    def _vllm(self) -> tuple[tuple[str, ...], re.Pattern[str] | None]:
+        """As vLLM 0.32 reads: ``x*`` becomes ``x`` and ``x.*``; the rest are substrings and globs."""
+        spread = [e for p in self.patterns for e in ((p[:-1], f"{p[:-1]}.*") if p.endswith("*") and len(p) > 1 else (p,))]
+        return tuple(e for e in spread if e and not any(c in e for c in _WILD)), _compiled(
+            e for e in spread if any(c in e for c in _WILD)
+        )
+
+    @cached_property
+    def _readable(self) -> re.Pattern[str] | None:
+        """Every pattern as a glob on a whole name: TensorRT-LLM; SGLang, which tries each part as well."""
+        return _compiled(p for p in self.patterns if not p.startswith("re:"))
+
+    def excludes(self, reader: Reader, module: str) -> bool:
+        """Whether one engine excludes a module on disk; of an expert's projection it asks for the container too.
+
+        Source: ``is_layer_excluded`` of vLLM 0.32 and SGLang 0.5.23, TensorRT-LLM's exclusion check. A fused
+        projection is read through its members.
+        """
+        if module in self._exact and not module.startswith("re:"):
+            return True
+        if reader == "vllm":
+            literals, globs = self._vllm
+            return any(p in module for p in literals) or (globs is not None and globs.match(module) is not None)
+        if self._readable is None:
+            return False
+        bare = _bare(module)
+        names = [module, bare]
+        if ".experts." in module:
+            names += [f"{n[: n.index('.experts.')]}.experts" for n in (module, bare)]
+        if reader == "sglang":
+            names += module.split(".")
+        return any(self._readable.match(n) for n in names)
 
     def strict(self, module: str) -> bool:
         """Whether the module is excluded under exact, glob or ``re:`` reading."""
@@ -56,28 +147,64 @@ class Exclusions:
             return True
         if self._globs is not None and self._globs.match(module):
             return True
-        return any(r.match(module) for r in self._regexes)
+        return bool(self._regexes) and any(r.match(module) for r in self._regexes)
 
     def loose(self, module: str) -> bool:
         """Whether the module is excluded under any reading at all."""
-        if self.strict(module) or any(p in module for p in self._plain):
-            return True
-        return self._parts is not None and any(self._parts.match(part) for part in module.split("."))
+        found = self._answers.get(module)
+        if found is None:
+            found = self.strict(module) or self._has_piece(module) or self._matches_part(module)
+            if not found and self._globs is not None and module != _bare(module):
+                found = self._globs.match(_bare(module)) is not None
+            self._answers[module] = found
+        return found
+
+    def _has_piece(self, module: str) -> bool:
+        """Whether any pattern stands somewhere in the name."""
+        if len(self._plain) <= MANY or len(module) > MANY:
+            return self._stands_in(module)
+        # A list of every excluded expert by name has tens of thousands of entries and some ten lengths.
+        pieces = self._by_length
+        return any(
+            module[i : i + n] in found
+            for n, found in pieces.items() for i in range(len(module) - n + 1)
+        )  # fmt: skip
+
+    @cached_property
+    def _by_length(self) -> dict[int, frozenset[str]]:
+        found: dict[int, set[str]] = {}
+        for p in self._plain:
+            found.setdefault(len(p), set()).add(p)
+        return {n: frozenset(s) for n, s in found.items()}
 
     def pattern_for(self, module: str) -> str | None:
         """Return the first pattern that excludes the module under any reading."""
         return next((p for p in self.patterns if Exclusions([p]).loose(module)), None)
 
     def dead(self, modules: Iterable[str]) -> list[str]:
-        """Return the patterns that exclude none of the modules under any reading."""
+        """Return the patterns that exclude none of the modules under any reading.
+
+        A list of so many wildcards that judging all would take more than `MAX_MATCHES` is judged in part.
+        """
         names = list(modules)
         known = set(names)
         text = "\n".join(names)
         result = []
+        left = MAX_MATCHES
         for pattern in self.patterns:
-            if pattern in known or (pattern.strip("*") and not pattern.startswith("re:") and pattern.strip("*") in text):
+            if pattern in known or left <= 0:
+                continue
+            piece = "" if pattern.startswith("re:") else pattern.strip("*")
+            at = text.find(piece) if piece else -1
+            left -= (len(text) if at < 0 else at) // 1500
+            if at >= 0:
+                continue
+            if not pattern.startswith("re:") and any(part not in text for part in _literals(pattern)):
+                result.append(pattern)
                 continue
             one = Exclusions([pattern])
-            if not any(one.loose(n) for n in names):
+            alive = next((i for i, n in enumerate(names) if one.loose(n)), None)
+            left -= len(names) if alive is None else alive
+            if alive is None:
                 result.append(pattern)
         return result

@@ -8,6 +8,7 @@ dimensions of the linear layer, in elements.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -40,6 +41,11 @@ class Sibling:
     shapes: Callable[[int, int], tuple[Shape, ...]]
     required: bool = True
 
+    @property
+    def scalar(self) -> bool:
+        """Whether the format gives it one value for the whole tensor."""
+        return self.shapes is _scalar
+
 
 @dataclass(frozen=True, slots=True)
 class Format:
@@ -60,6 +66,11 @@ class Format:
     def group_size(self) -> int | None:
         """The block width along the input dimension, in elements."""
         return self.block[1] if self.block else None
+
+    @property
+    def rowwise(self) -> bool:
+        """Whether a block is a run of columns in one row."""
+        return self.block is not None and self.block[0] == 1
 
     def sibling(self, leaf: str) -> Sibling | None:
         """Return the sibling that ``leaf`` names."""
@@ -115,6 +126,21 @@ FORMATS: dict[str, Format] = {
 def same_layout(a: Format, b: Format) -> bool:
     """Whether two formats store weights alike (NVFP4 with and without an input scale)."""
     return a is b or {a.name, b.name} == {"nvfp4", "w4a16_nvfp4"}
+
+
+def runtime_layout(shape: Shape, rows: int, columns: int) -> str:
+    """Return how a block scale's shape differs from [rows, columns] as kernels want it, or ''.
+
+    Kernels read scales in tiles of 128 rows by 4 columns, so both are padded up (``padded``); in memory a tile is 32 x 16
+    values (``swizzled``), and the tiles are often flattened. Source: cuBLAS 12.9, "1D block scaling factors layout".
+    """
+    tall, wide = -(-rows // 128) * 128, -(-columns // 4) * 4
+    if shape == (rows, columns):
+        return ""
+    if shape in ((tall, wide), (tall, columns), (rows, wide)):
+        return "padded"
+    tiled = len(shape) != 2 or shape == (tall // 4, wide * 4)
+    return "swizzled" if shape and tiled and math.prod(shape) == tall * wide > 0 else ""
 
 
 FORMAT_OF_ALGO: dict[str, str] = {

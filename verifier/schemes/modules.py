@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 
 from verifier.checkpoint import Tensor
 from verifier.schemes.formats import FORMATS, Format
@@ -41,74 +40,105 @@ def canonical(name: str) -> str | None:
     return f"{module}.weight" if leaf == "weight_packed" else name
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True, eq=False)
+class Look:
+    """What leaves, dtypes and shapes of a module's tensors show; one object for all modules that look alike.
+
+    ``weight`` and ``scale`` are leaves; the other attributes are those of `Module`.
+    """
+
+    weight: str | None
+    scale: str | None
+    scales: tuple[str, ...]
+    quantized: bool
+    dims: tuple[int, int] | None
+    shown: Format | None
+
+
 class Module:
-    """A module of a checkpoint: its tensors by leaf (``weight``, ``weight_scale`` …)."""
+    """A module of a checkpoint: its tensors by leaf (``weight``, ``weight_scale`` …), and what they show.
 
-    name: str
-    parts: Mapping[str, Tensor]
+    Attributes:
+        name: the module's name on disk.
+        parts: its tensors by leaf.
+        weight: the weight, packed or not; a bare parameter is its own weight.
+        scale: the block, row or tensor scale, whichever its name.
+        scales: the leaves of its weight and activation scales.
+        quantized: whether the weight is stored as codes, or has a scale.
+        dims: the logical (out, in) of a two-dimensional weight, in elements.
+        shown: the format that dtypes and shapes show, or None where they show none or contradict one another.
+        look: the object that modules with equal leaves, dtypes and shapes share where one call gathered them.
+    """
 
-    @cached_property
-    def weight(self) -> Tensor | None:
-        """The weight, packed or not; a bare parameter is its own weight."""
-        return next((self.parts[leaf] for leaf in ("weight", "weight_packed", "", "blocks") if leaf in self.parts), None)
+    __slots__ = ("dims", "look", "name", "parts", "quantized", "scale", "scales", "shown", "weight")
 
-    @cached_property
-    def scales(self) -> tuple[str, ...]:
-        """The leaves of its weight and activation scales."""
-        return tuple(leaf for leaf in self.parts if leaf in SCALE_LEAVES)
+    def __init__(self, name: str, parts: Mapping[str, Tensor], look: Look | None = None) -> None:
+        look = look or look_at(parts)
+        self.name, self.parts, self.look = name, parts, look
+        self.weight = parts[look.weight] if look.weight is not None else None
+        self.scale = parts[look.scale] if look.scale is not None else None
+        self.scales, self.quantized, self.dims, self.shown = look.scales, look.quantized, look.dims, look.shown
 
-    @property
-    def scale(self) -> Tensor | None:
-        """The block, row or tensor scale, whichever its name."""
-        return next((self.parts[n] for n in ("weight_scale", "weight_scale_inv", "scales") if n in self.parts), None)
+    def __repr__(self) -> str:
+        return f"Module({self.name!r}, {dict(self.parts)!r})"
 
-    @cached_property
-    def quantized(self) -> bool:
-        """Whether the weight is stored as codes, or has a scale."""
-        weight = self.weight
-        return bool(self.scales) or (weight is not None and weight.dtype in ("F8_E4M3", "U8"))
 
-    @cached_property
-    def dims(self) -> tuple[int, int] | None:
-        """The logical (out, in) of a two-dimensional weight, in elements."""
-        weight = self.weight
-        if weight is not None and "blocks" in self.parts and len(weight.shape) == 3:
-            return weight.shape[0], weight.shape[1] * 32
-        if weight is None or len(weight.shape) != 2:
-            return None
-        return weight.shape[0], weight.shape[1] * (2 if weight.dtype == "U8" else 1)
+def look_at(parts: Mapping[str, Tensor]) -> Look:
+    """Return what the tensors of one module show."""
+    leaf = next((n for n in ("weight", "weight_packed", "", "blocks") if n in parts), None)
+    scale = next((n for n in ("weight_scale", "weight_scale_inv", "scales") if n in parts), None)
+    scales = tuple(n for n in parts if n in SCALE_LEAVES)
+    weight = parts[leaf] if leaf is not None else None
+    quantized = bool(scales) or (weight is not None and weight.dtype in ("F8_E4M3", "U8"))
+    dims = None
+    if weight is not None and "blocks" in parts and len(weight.shape) == 3:
+        dims = weight.shape[0], weight.shape[1] * 32
+    elif weight is not None and len(weight.shape) == 2:
+        dims = weight.shape[0], weight.shape[1] * (2 if weight.dtype == "U8" else 1)
+    shown = None
+    if weight is not None and quantized and dims is not None:
+        shown = _shown(parts, weight, parts[scale] if scale is not None else None, dims)
+    return Look(leaf, scale, scales, quantized, dims, shown)
 
-    @cached_property
-    def shown(self) -> Format | None:
-        """The format that dtypes and shapes on disk show, or None where they show none or contradict one another."""
-        weight, scale = self.weight, self.scale
-        if weight is None or not self.quantized or self.dims is None:
-            return None
-        mxfp4 = FORMATS["mxfp4"]
-        if weight.dtype == "U8" and scale is not None and scale.dtype in mxfp4.siblings[0].dtypes:
-            if scale.shape in mxfp4.siblings[0].shapes(*self.dims):
-                return mxfp4
-        if "weight_packed" in self.parts:
-            return FORMATS["nvfp4_ct"] if weight.dtype == "U8" else None
-        if weight.dtype == "U8":
-            return FORMATS["nvfp4" if "input_scale" in self.parts else "w4a16_nvfp4"]
-        if weight.dtype != "F8_E4M3" or scale is None:
-            return None
-        out, in_ = self.dims
-        if scale.dtype in ("U8", "F8_E8M0"):
-            return FORMATS["mxfp8"] if scale.shape in FORMATS["mxfp8"].siblings[0].shapes(out, in_) else None
-        for name in ("fp8", "fp8_per_channel", "fp8_block"):
-            sibling = FORMATS[name].siblings[0]
-            if scale.shape in sibling.shapes(out, in_):
-                return FORMATS[name]
+
+def _shown(parts: Mapping[str, Tensor], weight: Tensor, scale: Tensor | None, dims: tuple[int, int]) -> Format | None:
+    mxfp4 = FORMATS["mxfp4"]
+    if weight.dtype == "U8" and scale is not None and scale.dtype in mxfp4.siblings[0].dtypes:
+        if scale.shape in mxfp4.siblings[0].shapes(*dims):
+            return mxfp4
+    if "weight_packed" in parts:
+        return FORMATS["nvfp4_ct"] if weight.dtype == "U8" else None
+    if weight.dtype == "U8":
+        return FORMATS["nvfp4" if "input_scale" in parts else "w4a16_nvfp4"]
+    if weight.dtype != "F8_E4M3" or scale is None:
         return None
+    if scale.dtype in ("U8", "F8_E8M0"):
+        return FORMATS["mxfp8"] if scale.shape in FORMATS["mxfp8"].siblings[0].shapes(*dims) else None
+    for name in ("fp8", "fp8_per_channel", "fp8_block"):
+        if scale.shape in FORMATS[name].siblings[0].shapes(*dims):
+            return FORMATS[name]
+    return None
 
 
 def gather(tensors: Iterable[Tensor]) -> dict[str, Module]:
     """Return the modules of some tensors by name, in their order."""
     parts: dict[str, dict[str, Tensor]] = {}
     for tensor in tensors:
-        module, leaf = split(tensor.name)
-        parts.setdefault(module, {})[leaf] = tensor
-    return {name: Module(name, p) for name, p in parts.items()}
+        name = tensor[0]
+        module, _, leaf = name.rpartition(".")
+        if leaf not in LEAVES or not module:
+            module, leaf = split(name)
+        found = parts.get(module)
+        if found is None:
+            parts[module] = {leaf: tensor}
+        else:
+            found[leaf] = tensor
+    looks: dict[tuple[object, ...], Look] = {}
+    modules = {}
+    for name, p in parts.items():
+        key = tuple([(leaf, t[1], t[2]) for leaf, t in p.items()])
+        look = looks.get(key)
+        if look is None:
+            look = looks[key] = look_at(p)
+        modules[name] = Module(name, p, look)
+    return modules

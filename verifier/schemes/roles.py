@@ -29,12 +29,19 @@ _PATTERNS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
     )
 )
 _EXPERT = re.compile(r"^(?P<container>.+\.experts)\.(?P<expert>\d+)\.(?P<leaf>[^.]+)$")
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 
 
 @lru_cache(maxsize=1 << 18)
 def role(module: str) -> str:
     """Return the role of a module name (one of `ROLES`)."""
+    # No pattern tells one number from another, and the numbers are what makes names many.
+    return _role(_NUMBER.sub("0", module))
+
+
+@lru_cache(maxsize=4096)
+def _role(module: str) -> str:
     for name, pattern in _PATTERNS:
         if pattern.search(module):
             return name
@@ -67,4 +74,4 @@ def layer_of(name: str) -> int | None:
 
 def collapse(name: str) -> str:
     """Return a name with its layer and expert numbers replaced by ``*``."""
-    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
+    return _NUMBER.sub("*", name)

@@ -27,13 +27,11 @@ def check(ctx: Context) -> Iterator[Finding]:
     ckpt = ctx.checkpoint
     if ckpt.index is None:
         return
-    shards = {s.file: s for s in ckpt.shards}
-    for name, file in ckpt.index.weight_map.items():
-        shard = shards.get(file)
-        if shard is None or shard.problems:
-            continue  # QC101 and QC104 speak of those
-        ctx.tally.see()
-        if name not in shard.tensors:
+    whole = {s.file: s.tensors for s in ckpt.shards if not s.problems}  # QC101 and QC104 speak of the others
+    known = [(name, file) for name, file in ckpt.index.weight_map.items() if file in whole]
+    ctx.tally.see(len(known))
+    for name, file in known:
+        if name not in whole[file]:
             elsewhere = ckpt.tensors.get(name)
             where = f"it is in {elsewhere.file}" if elsewhere else "no shard holds it"
             yield ctx.finding(

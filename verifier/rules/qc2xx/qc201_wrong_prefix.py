@@ -13,7 +13,7 @@ from verifier.rules.registry import rule
 @rule(
     "QC201", "name is not the hub's", severity="error", depth="header", unit="tensors",
     consumers=("vLLM", "SGLang", "TensorRT-LLM", "transformers"),
-    sources=("NVIDIA/Model-Optimizer#1833", "NVIDIA/Model-Optimizer#2076"),
+    sources=("NVIDIA/Model-Optimizer#1833",),
     engines={
         "vllm": ("error", "stops: no module or parameter of that name"),
     },
@@ -24,7 +24,8 @@ def check(ctx: Context) -> Iterator[Finding]:
     **Why.** transformers renames modules when it loads; an exporter that writes what is in memory writes names that no
     engine knows (``model.language_model.layers`` for ``language_model.model.layers``).
     **Hurts.** vLLM raises "no module or parameter named", or skips the tensor and leaves the parameter unwritten.
-    **Mend.** Apply the family's conversion mapping in reverse to every key, scale siblings included.
+    **Mend.** Apply the family's conversion mapping in reverse to every key, scale siblings included. (A prefix of another
+    part of the model is QC202, a calibration buffer QC111, a wrapper's name QC209, a redundant tied head QC313.)
     """
     if ctx.why_not_expected:
         ctx.tally.miss(len(ctx.names), ctx.why_not_expected)
@@ -40,4 +41,5 @@ def check(ctx: Context) -> Iterator[Finding]:
         what = "a name of transformers' memory where the hub's belongs" if memory else "the name has another prefix"
         yield ctx.finding(what, tensor=name, observed=name, expected=wanted)
     for name in ctx.naming.unknown:
-        yield ctx.finding("no tensor of this layout has this name", tensor=name, observed=name)
+        if name not in ctx.tied_heads:
+            yield ctx.finding("no tensor of this layout has this name", tensor=name, observed=name)

@@ -20,6 +20,8 @@ from verifier.rules.registry import rule
 def check(ctx: Context) -> Iterator[Finding]:
     """Every tensor of the layout (with a base: of the base) is there, as a weight or as its quantized parts.
 
+    An MTP module's tensor is QC206, a bias whose weight is here QC314.
+
     **Why.** The export dropped modules that it had replaced or did not recognise.
     **Hurts.** vLLM starts with the parameter uninitialised and says nothing.
     **Mend.** Copy the tensor from the source checkpoint.

@@ -20,6 +20,8 @@ from verifier.rules.registry import rule
 def check(ctx: Context) -> Iterator[Finding]:
     """Each sparse layer has all experts that the config (with a base: the base) declares, each with all projections.
 
+    A lost bias of a projection that is here is QC314.
+
     **Why.** A layer filter that matched nothing, a partial merge, a partial download of one source.
     **Hurts.** vLLM has no completeness check for experts: the rows keep whatever memory held, and only prompts that are
     routed there answer nonsense.

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from verifier.findings import Finding
-from verifier.rules.context import Context, logical_shape
+from verifier.rules.context import Context
 from verifier.rules.registry import rule
 
 
@@ -31,15 +31,11 @@ def check(ctx: Context) -> Iterator[Finding]:
         return
     if ctx.unrelated_base:
         return
-    for name in sorted(ctx.names):
-        wanted = ctx.expected.get(name)
-        found = logical_shape(ctx, name)
-        if wanted is None or found is None:
-            continue
-        ctx.tally.see()
-        if found != wanted:
-            turned = " (transposed)" if len(found) == 2 and found == wanted[::-1] else ""
-            yield ctx.finding(
-                f"has another logical shape{turned}", tensor=name if name in ctx.checkpoint.tensors else None,
-                observed=list(found), expected=list(wanted),
-            )  # fmt: skip
+    known = [(n, s, w) for n, s in ctx.shapes.items() if s is not None and (w := ctx.expected.get(n)) is not None]
+    ctx.tally.see(len(known))
+    for name, found, wanted in sorted(k for k in known if k[1] != k[2]):
+        turned = " (transposed)" if len(found) == 2 and found == wanted[::-1] else ""
+        yield ctx.finding(
+            f"has another logical shape{turned}", tensor=name if name in ctx.checkpoint.tensors else None,
+            observed=list(found), expected=list(wanted),
+        )  # fmt: skip

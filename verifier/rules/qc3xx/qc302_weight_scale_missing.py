@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from verifier.findings import Finding, Where
-from verifier.rules.context import Context
+from verifier.rules.context import Alike, Context
 from verifier.rules.registry import rule
 
 
@@ -25,21 +25,22 @@ def check(ctx: Context) -> Iterator[Finding]:
     **Hurts.** vLLM folds arbitrary memory into the product, without a word.
     **Mend.** Take the scale from the exporter's state; it cannot be recovered from the codes.
     """
-    for module in ctx.quantized_modules:
-        found = ctx.format_of(module)
+    for alike in ctx.alike:
+        module, found = alike.first, alike.format
         if found is None:
             if module.weight is not None and module.weight.dtype == "F8_E4M3" and not module.scale and module.dims:
-                ctx.tally.see()
-                yield _missing(ctx, module.name, "weight_scale", "a scale")
+                ctx.tally.see(len(alike.modules))
+                yield from _missing(ctx, alike, "weight_scale", "a scale")
             continue
-        ctx.tally.see()
+        ctx.tally.see(len(alike.modules))
         for sibling in found.siblings:
             leaf = sibling.leaves[0]
             if leaf != "input_scale" and sibling.required and not any(n in module.parts for n in sibling.leaves):
-                yield _missing(ctx, module.name, leaf, f"{' or '.join(sibling.dtypes)} for {found.algo}")
+                yield from _missing(ctx, alike, leaf, f"{' or '.join(sibling.dtypes)} for {found.algo}")
 
 
-def _missing(ctx: Context, module: str, leaf: str, expected: str) -> Finding:
-    return ctx.finding(
-        f"a quantized weight has no {leaf}", where=Where(f"{module}.{leaf}"), observed="absent", expected=expected
-    )
+def _missing(ctx: Context, alike: Alike, leaf: str, expected: str) -> Iterator[Finding]:
+    for module in alike.modules:
+        yield ctx.finding(
+            f"a quantized weight has no {leaf}", where=Where(f"{module.name}.{leaf}"), observed="absent", expected=expected
+        )

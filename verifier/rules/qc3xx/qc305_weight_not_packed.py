@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from verifier.findings import Finding
 from verifier.rules.context import Context
 from verifier.rules.registry import rule
+from verifier.schemes import FLOATS
 
 
 @rule(
@@ -15,7 +16,7 @@ from verifier.rules.registry import rule
     consumers=("vLLM", "SGLang", "TensorRT-LLM"), sources=("NVIDIA/Model-Optimizer#868",),
 )  # fmt: skip
 def check(ctx: Context) -> Iterator[Finding]:
-    """A module declared NVFP4 stores two codes a byte: U8 [out, in/2].
+    """A module declared NVFP4 stores two codes a byte: U8 [out, in/2]. Scales beside plain values are QC313.
 
     **Why.** The packing got lost when the state dict was written; the file is larger than its label says.
     **Hurts.** A size error, or codes read as something else.
@@ -27,7 +28,7 @@ def check(ctx: Context) -> Iterator[Finding]:
         if declared is None or not declared.packed or module.weight is None:
             continue
         ctx.tally.see()
-        if module.weight.dtype != declared.weight_dtype:
+        if module.weight.dtype != declared.weight_dtype and module.weight.dtype not in FLOATS:
             yield ctx.finding(
                 f"declared {declared.algo}, and the weight is {module.weight.dtype}", tensor=module.weight.name,
                 observed=f"{module.weight.dtype} {list(module.weight.shape)}", expected="U8 [out, in/2]",

@@ -8,36 +8,38 @@ from collections.abc import Iterator
 from verifier.findings import Finding
 from verifier.rules.context import Context
 from verifier.rules.registry import rule
+from verifier.schemes import runtime_layout
 
 
 @rule(
     "QC306", "scale has another shape", severity="error", depth="header", unit="scale tensors",
     consumers=("vLLM", "SGLang", "TensorRT-LLM"),
-    sources=("NVIDIA/Model-Optimizer#2038", "NVIDIA/Model-Optimizer#1195"),
+    sources=("NVIDIA/Model-Optimizer#2038",),
     engines={
-        "vllm": ("error", "narrows in experts and leaves the rest unwritten; stops at padded or swizzled scales"),
+        "vllm": ("error", "narrows in experts and leaves the rest unwritten; stops elsewhere"),
     },
 )  # fmt: skip
 def check(ctx: Context) -> Iterator[Finding]:
-    """A block scale is [out, in/block] of its weight's logical width, unpadded and not swizzled; the others are scalars.
+    """A block scale is [out, in/block] of its weight's logical width; the others are scalars.
 
-    **Why.** Scales computed from the packed bytes have half the columns; a runtime layout is padded to 128 rows; a
-    column went missing.
+    The padded and swizzled layouts of kernels are QC307's.
+
+    **Why.** Scales computed from the packed bytes have half the columns; a column went missing.
     **Hurts.** For experts vLLM narrows and leaves the rest unwritten, silently.
     **Mend.** Write the scale in the linear layout, computed from the unpacked weight.
     """
-    for module, found in ctx.formatted:
+    for module, found, sibling, tensor in ctx.scales:
+        ctx.tally.see()
         out, in_ = module.dims or (0, 0)
+        wanted = sibling.shapes(out, in_)
+        if tensor.shape in wanted:
+            continue
         declared = ctx.declared_group(module, found)
-        for leaf in module.scales:
-            sibling = found.sibling(leaf)
-            if sibling is None:
-                continue
-            ctx.tally.see()
-            tensor, wanted = module.parts[leaf], sibling.shapes(out, in_)
-            follows = declared != found.group_size and declared and tensor.shape == (out, in_ // declared)
-            if tensor.shape not in wanted and not follows:  # QC308 speaks of scales that follow a wrong declaration
-                yield ctx.finding(
-                    f"{found.algo}: {leaf} does not fit its weight of [{out}, {in_}]", tensor=tensor.name,
-                    observed=list(tensor.shape), expected=list(wanted[0]),
-                )  # fmt: skip
+        if declared and declared != found.group_size and tensor.shape == (out, in_ // declared):
+            continue  # QC308: scales that follow a wrong declaration
+        if tensor is module.scale and found.rowwise and runtime_layout(tensor.shape, *wanted[0]):
+            continue  # QC307
+        yield ctx.finding(
+            f"{found.algo}: {tensor.name.rpartition('.')[2]} does not fit its weight of [{out}, {in_}]", tensor=tensor.name,
+            observed=list(tensor.shape), expected=list(wanted[0]),
+        )  # fmt: skip

@@ -25,15 +25,18 @@ def check(ctx: Context) -> Iterator[Finding]:
     **Hurts.** Engines size the scale parameter from the config: a size error, or for experts a silent partial load.
     **Mend.** State the size that was used; no engine serves NVFP4 with another than 16, or MXFP8 with another than 32.
     """
-    for module, found in ctx.formatted:
-        if found.group_size is None or module.scale is None or module.dims is None:
+    for alike in ctx.alike:
+        first, found = alike.first, alike.format
+        if found is None or found.group_size is None or first.scale is None or first.dims is None:
             continue
-        ctx.tally.see()
-        declared = ctx.declared_group(module, found)
-        if declared != found.group_size:
-            width = module.scale.shape[-1] if module.scale.shape else 0
-            shown = f"{module.dims[1] // width}" if width else "none"
+        ctx.tally.see(len(alike.modules))
+        declared = ctx.declared_group(first, found)
+        if declared == found.group_size:
+            continue
+        width = first.scale.shape[-1] if first.scale.shape else 0
+        shown = f"{first.dims[1] // width}" if width else "none"
+        for scale in (m.scale for m in alike.modules if m.scale is not None):
             yield ctx.finding(
                 f"{found.algo} is declared with group_size {declared}; the scales on disk are for {shown}",
-                where=Where(module.scale.name, module.scale.file), observed=declared, expected=found.group_size,
+                where=Where(scale.name, scale.file), observed=declared, expected=found.group_size,
             )  # fmt: skip

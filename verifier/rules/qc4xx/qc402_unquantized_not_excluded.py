@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from verifier.findings import Finding, Where
 from verifier.rules.context import Context
+from verifier.rules.mtp import mtp_modules
 from verifier.rules.registry import rule
 
 
@@ -24,13 +25,15 @@ def check(ctx: Context) -> Iterator[Finding]:
     **Why.** Routers are no nn.Linear in transformers 5 and are forgotten; patterns are in another namespace.
     **Hurts.** The engine builds a packed parameter for it: a size error, or a NaN sentinel after the load.
     **Mend.** List the full hub name of every unquantized linear. Under MIXED_PRECISION a module without an entry is
-    unquantized by definition, and the rule does not apply.
+    unquantized by definition, and the rule does not apply. (MTP heads are QC403; what only some engines read as excluded,
+    QC405.)
     """
     declaration = ctx.declaration
     if declaration is None or declaration.mixed or declaration.algo is None:
         return
+    mtp = mtp_modules(ctx)
     for module in ctx.linears:
-        if module.quantized:
+        if module.quantized or module.name in mtp:  # the MTP head is QC403's
             continue
         ctx.tally.see()
         weight = module.weight

@@ -10,6 +10,8 @@ from verifier.rules.context import Context
 from verifier.rules.registry import rule
 from verifier.schemes import KNOWN_ALGOS, same_layout
 
+_INTEGER = frozenset({"awq", "gptq", "bitsandbytes", "aqlm", "eetq", "hqq", "vptq", "spqr", "higgs", "auto-round"})
+
 
 @rule(
     "QC408", "quant_algo does not fit the tensors", severity="error", depth="header", unit="modules",
@@ -24,6 +26,7 @@ def check(ctx: Context) -> Iterator[Finding]:
     """
     declaration = ctx.declaration
     quantized = ctx.quantized_modules
+    yield from _foreign(ctx)
     if declaration is None or not quantized:
         return
     where = Where(None, declaration.file)
@@ -36,15 +39,37 @@ def check(ctx: Context) -> Iterator[Finding]:
         algo = declaration.algo
         yield ctx.finding(f"quant_algo {algo!r} is none that engines know", where=where, observed=algo)
         return
-    if declaration.mixed:
-        return  # QC410 compares module by module
     for module in quantized:
-        declared, shown = declaration.cover(module.name).format, module.shown
-        if declared is None or shown is None or module.weight is None:
+        cover, shown = declaration.cover(module.name), module.shown
+        declared = cover.format
+        if declared is None or module.weight is None:
             continue
         ctx.tally.see()
+        if shown is None:
+            if module.weight.dtype != declared.weight_dtype and not declared.packed:  # packed ones are QC305's
+                yield ctx.finding(
+                    f"{cover.algo} is declared, and a weight is {module.weight.dtype}", tensor=module.weight.name,
+                    observed=module.weight.dtype, expected=declared.weight_dtype,
+                )  # fmt: skip
+            continue
+        if declaration.mixed:
+            continue  # QC410 compares what is shown, module by module
         if not same_layout(declared, shown) and not declared.packed:
             yield ctx.finding(
                 f"{declaration.algo} is declared, the tensors are {shown.algo}", tensor=module.weight.name,
                 observed=shown.algo, expected=declaration.algo,
             )  # fmt: skip
+
+
+def _foreign(ctx: Context) -> Iterator[Finding]:
+    """Yield a finding where a method of integer formats is declared over tensors that are plainly FP8."""
+    found = ctx.declarations.effective
+    if found is None or found.known or found.method not in _INTEGER:
+        return
+    algos = [m.shown.algo for m in ctx.quantized_modules if m.weight and m.weight.dtype == "F8_E4M3" and m.shown]
+    ctx.tally.see(len(algos))
+    if algos:
+        yield ctx.finding(
+            f"quant_method {found.method!r} is declared, the tensors are {algos[0]}", where=Where(None, found.file),
+            observed=found.method, expected=algos[0], count=len(algos),
+        )  # fmt: skip

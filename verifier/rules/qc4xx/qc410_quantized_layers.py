@@ -31,12 +31,14 @@ def check(ctx: Context) -> Iterator[Finding]:
     declaration = ctx.declaration
     if declaration is None or not declaration.mixed:
         return
-    for module in ctx.quantized_modules:
-        ctx.tally.see()
-        yield from _judge(ctx, module, declaration.cover(module.name))
-    parents = {m.rpartition(".")[0] for m in ctx.modules} | {p for m in ctx.modules if (p := packed_name(m))}
-    for name in declaration.layers:
-        found = ctx.modules.get(name)
+    for alike in ctx.alike:
+        ctx.tally.see(len(alike.modules))
+        if any(True for _ in _judge(ctx, alike.first, declaration.cover(alike.first.name))):
+            for module in alike.modules:
+                yield from _judge(ctx, module, declaration.cover(module.name))
+    odd = {n: ctx.modules.get(n) for n in declaration.layers if n not in ctx.modules or not ctx.modules[n].quantized}
+    parents = {m.rpartition(".")[0] for m in ctx.modules} | {p for m in ctx.modules if (p := packed_name(m))} if odd else ()
+    for name, found in odd.items():
         if found is not None and not found.quantized and found.weight is not None:
             ctx.tally.see()
             yield ctx.finding(

@@ -8,14 +8,15 @@ from collections.abc import Iterator
 import numpy as np
 
 from verifier.checkpoint import Tensor
-from verifier.findings import Finding
+from verifier.findings import Finding, Severity
 from verifier.rules.context import Context
+from verifier.rules.facts import Spots
 from verifier.rules.registry import rule
 from verifier.schemes import Format, Module
 
 
 @rule(
-    "QC501", "zero weight scale", severity="error", depth="payload", unit="weight scales",
+    "QC501", "zero weight scale", severity="error", depth="payload", unit="weight scales", split=True,
     consumers=("vLLM", "SGLang", "TensorRT-LLM", "transformers"), sources=("NVIDIA/Model-Optimizer#1382",),
     engines={
         "vllm": ("error", "loads it without a word"),
@@ -43,23 +44,29 @@ def check(ctx: Context) -> Iterator[Finding]:
 
 
 def _blocks(ctx: Context, module: Module, found: Format, tensor: Tensor) -> Iterator[Finding]:
-    flat = ctx.bytes_of(tensor)
-    zero = np.flatnonzero((flat & 0x7F) == 0)
-    if not zero.size:
-        return
-    weight = module.weight
-    lost = zero
-    if weight is not None and found.group_size and weight.nbytes == flat.size * found.group_size // 2:
-        codes = ctx.bytes_of(weight).reshape(flat.size, -1)
-        lost = zero[((codes[zero] & 0x77) != 0).any(axis=1)]
-    for places, severity, message in (
+    weight, size = module.weight, (found.group_size or 0) // 2
+    fits = weight is not None and size and weight.nbytes == tensor.nbytes * size
+    lost, harmless = Spots(), Spots()
+    for start, flat in ctx.pieces(tensor):
+        zero = np.flatnonzero((flat & 0x7F) == 0)
+        if not zero.size:
+            continue
+        gone = zero
+        if weight is not None and fits:
+            first, last = int(zero[0]), int(zero[-1]) + 1
+            codes = ctx.checkpoint.read_range(weight, (start + first) * size, (last - first) * size).reshape(-1, size)
+            gone = zero[((codes[zero - first] & 0x77) != 0).any(axis=1)]
+        lost.add(start, gone, flat)
+        harmless.add(start, np.setdiff1d(zero, gone), flat)
+    levels: tuple[tuple[Spots, Severity, str], ...] = (
         (lost, "error", "zero block scales: these blocks read as zero"),
-        (np.setdiff1d(zero, lost), "warning", "zero block scales of blocks whose codes are zero anyway"),
-    ):
-        if places.size:
+        (harmless, "warning", "zero block scales of blocks whose codes are zero anyway"),
+    )
+    for spots, severity, message in levels:
+        if spots.count:
             yield ctx.finding(
-                message, where=ctx.at_byte(tensor, int(places[0])), observed=f"0x{int(flat[places[0]]):02X}",
-                expected="0x01..0x7E", count=int(places.size), severity="error" if severity == "error" else "warning",
+                message, where=ctx.at_byte(tensor, spots.first), observed=f"0x{spots.value:02X}",
+                expected="0x01..0x7E", count=spots.count, severity=severity,
             )  # fmt: skip
 
 

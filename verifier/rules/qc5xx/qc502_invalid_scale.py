@@ -10,11 +10,12 @@ import numpy as np
 from verifier.checkpoint import Tensor
 from verifier.findings import Finding, Where
 from verifier.rules.context import Context
+from verifier.rules.facts import Spots
 from verifier.rules.registry import rule
 
 
 @rule(
-    "QC502", "NaN, infinite or negative weight scale", severity="error", depth="payload", unit="weight scales",
+    "QC502", "NaN, infinite or negative weight scale", severity="error", depth="payload", unit="weight scales", split=True,
     consumers=("vLLM", "SGLang", "TensorRT-LLM", "transformers"),
     sources=("vllm-project/compressed-tensors#595", "NVIDIA/Model-Optimizer#1633"),
     engines={
@@ -35,17 +36,16 @@ def check(ctx: Context) -> Iterator[Finding]:
             continue
         limit = 0x7F if tensor.dtype == "F8_E4M3" else 0xFF
         if ctx.extremes(tensor)[1] >= limit:
-            flat = ctx.bytes_of(tensor)
-            groups = [("NaN", (flat & limit) == limit)]
-            if limit == 0x7F:  # 0x80 is a negative zero, QC501's
-                groups.append(("negative", (flat > 0x80) & (flat < 0xFF)))
-            for what, mask in groups:
-                places = np.flatnonzero(mask)
-                if places.size:
+            groups = {"NaN": Spots(), "negative": Spots()}
+            for start, flat in ctx.pieces(tensor):
+                groups["NaN"].add(start, np.flatnonzero((flat & limit) == limit), flat)
+                if limit == 0x7F:  # 0x80 is a negative zero, QC501's
+                    groups["negative"].add(start, np.flatnonzero((flat > 0x80) & (flat < 0xFF)), flat)
+            for what, spots in groups.items():
+                if spots.count:
                     yield ctx.finding(
-                        f"{what} block scales", where=ctx.at_byte(tensor, int(places[0])),
-                        observed=f"0x{int(flat[places[0]]):02X}",
-                        expected="0x01..0x7E" if limit == 0x7F else "0x00..0xFE", count=int(places.size),
+                        f"{what} block scales", where=ctx.at_byte(tensor, spots.first), observed=f"0x{spots.value:02X}",
+                        expected="0x01..0x7E" if limit == 0x7F else "0x00..0xFE", count=spots.count,
                     )  # fmt: skip
     for _, _, tensor in ctx.scale_tensors(("weight_scale_2",)):
         ctx.tally.see(tensor.elements)

@@ -5,18 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
-
 from verifier.findings import Finding
 from verifier.rules.context import Context
 from verifier.rules.registry import rule
 from verifier.schemes import FLOATS, SCALE_LEAVES, split
 
-EXPONENT = {"BF16": (np.uint16, 0x7F80), "F16": (np.uint16, 0x7C00), "F32": (np.uint32, 0x7F800000)}
-
 
 @rule(
-    "QC508", "NaN or infinity in a weight", severity="error", depth="payload", unit="unquantized tensors",
+    "QC508", "NaN or infinity in a weight", severity="error", depth="payload", unit="unquantized tensors", split=True,
     consumers=("vLLM", "SGLang", "TensorRT-LLM", "transformers"), sources=("vllm-project/llm-compressor#2101",),
 )  # fmt: skip
 def check(ctx: Context) -> Iterator[Finding]:
@@ -26,17 +22,14 @@ def check(ctx: Context) -> Iterator[Finding]:
     **Hurts.** Every output that passes the value.
     **Mend.** Copy the tensor from the source.
     """
-    for tensor in ctx.checkpoint.tensors.values():
+    for tensor in ctx.tensors:
         if tensor.dtype not in FLOATS or split(tensor.name)[1] in SCALE_LEAVES:
             continue
         ctx.tally.see()
-        dtype, mask = EXPONENT[tensor.dtype]
-        bits = ctx.bytes_of(tensor).view(dtype)
-        # Infinity and NaN are the numbers whose exponent bits are all set.
-        bad = (bits & mask) == mask
-        if bad.any():
-            first = int(np.argmax(bad))
+        bad = ctx.facts(tensor).nonfinite
+        if bad.count:
+            size = tensor.nbytes // tensor.elements
             yield ctx.finding(
-                "NaN or infinite values", where=ctx.at_byte(tensor, first * bits.itemsize),
-                observed=f"0x{int(bits[first]):0{bits.itemsize * 2}X}", expected="finite", count=int(bad.sum()),
+                "NaN or infinite values", where=ctx.at_byte(tensor, bad.first * size),
+                observed=f"0x{bad.value:0{size * 2}X}", expected="finite", count=bad.count,
             )  # fmt: skip

@@ -5,15 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
-
 from verifier.findings import Finding
 from verifier.rules.context import Context
 from verifier.rules.registry import rule
 
 
 @rule(
-    "QC605", "untouched tensor has other bytes", severity="error", depth="payload", unit="untouched tensors",
+    "QC605", "untouched tensor has other bytes", severity="error", depth="payload", unit="untouched tensors", split=True,
     needs=("base|merged_from",), consumers=("vLLM", "SGLang", "TensorRT-LLM", "transformers"),
     sources=("NVIDIA/Model-Optimizer#1806",),
 )  # fmt: skip
@@ -29,12 +27,10 @@ def check(ctx: Context) -> Iterator[Finding]:
         if ours.dtype != theirs.dtype or ours.shape != theirs.shape:
             continue
         ctx.tally.see()
-        mine, source = ctx.bytes_of(ours), ctx.untouched_source.checkpoint.read(theirs)
-        if not np.array_equal(mine, source):
-            differing = np.flatnonzero(mine != source)
-            first = int(differing[0])
+        facts = ctx.facts(ours)
+        if facts.differing.count:
             yield ctx.finding(
-                "bytes differ from the source", where=ctx.at_byte(ours, first),
-                observed=f"0x{int(mine[first]):02X}, {differing.size:,} bytes differ",
-                expected=f"0x{int(source[first]):02X}",
+                "bytes differ from the source", where=ctx.at_byte(ours, facts.differing.first),
+                observed=f"0x{facts.seen:02X}, {facts.differing.count:,} bytes differ",
+                expected=f"0x{facts.differing.value:02X}",
             )  # fmt: skip

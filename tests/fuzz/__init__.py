@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hostile checkpoints: headers, index and configs mutated in structure and in bytes, and judged in process."""

@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Draw mutations by seed, judge them, count."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import verifier
+from tests.mutation import harmless, image
+from tests.mutation.harm import View, harm, view
+from tests.mutation.kinds import APART, KINDS, TOTAL, Kind
+from verifier.corrupt.tiny import TINY, make
+from verifier.findings import Report
+
+FIRST_HARMLESS = 10_000
+FIRST_MODELOPT = 20_000
+HARMLESS = 500
+MODELOPT = 400
+DRAWS = 60
+DATA = Path(__file__).parents[1] / "data" / "modelopt"
+COMMITTED = (("qwen3moe_nvfp4_experts_max", "src_qwen3moe"), ("llama_mxfp8", "src_llama"))
+SHARED = (
+    ("qwen3moe_nvfp4_experts_max", "src_qwen3moe"), ("llama_mxfp8", "src_llama"), ("llama_fp8_kvfp8", "src_llama"),
+    ("llama_nvfp4_tinyamax", "src_llama"), ("m3_mixed_example", "m3_bf16_sharded"),
+)  # fmt: skip
+Told = frozenset[tuple[str, str, str, str]]
+
+
+@dataclass(frozen=True)
+class Clean:
+    """A clean checkpoint, its base, and what a check says of it: with the base and without."""
+
+    name: str
+    image: image.Image
+    view: View
+    base: Path
+    base_view: View
+    said: tuple[Told, Told]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One mutation: what was done, why it is harmful, and what a check said with the base and without.
+
+    ``told``: a new finding (error or warning), or a verdict other than passed. ``stopped``: an exit code other than 0.
+    """
+
+    seed: int
+    kind: str
+    knows: str
+    checkpoint: str
+    what: str
+    harm: str
+    told: tuple[bool, bool] = (False, False)
+    stopped: tuple[bool, bool] = (False, False)
+    rules: tuple[str, ...] = ()
+    crash: str = ""
+
+
+@cache
+def schedule() -> tuple[Kind, ...]:
+    """Return the kind of each seed: those that a judge can know, shuffled, then those apart."""
+    known = [k for k in KINDS if k.knows in ("nothing", "base") for _ in range(k.count)]
+    order = np.random.default_rng(20261121).permutation(len(known))
+    apart = [k for k in KINDS if k.knows not in ("nothing", "base") for _ in range(k.count)]
+    return (*(known[i] for i in order), *apart)
+
+
+def _clean(name: str, path: Path, base: Path) -> Clean:
+    said = (_told(verifier.check(path, base=base, depth="payload")), _told(verifier.check(path, depth="payload")))
+    return Clean(name, image.read(path), view(path), base, view(base), said)
+
+
+def _told(report: Report) -> Told:
+    found = {(f.rule, f.severity, f.message, f.where.tensor or "") for f in report.findings if f.severity != "info"}
+    if report.verdict != "passed":
+        found.add(("verdict", report.verdict, "", ""))
+    return frozenset(found)
+
+
+@cache
+def cleans(root: Path) -> tuple[Clean, ...]:
+    """Make the clean checkpoints of this process below ``root``: the self-test's, and two that ModelOpt wrote."""
+    home = root / f"clean-{os.getpid()}"
+    made = [make(home, t) for t in TINY]
+    found = [_clean(m.tiny.name, m.path, m.base) for m in made]
+    return (*found, *(_clean(n, DATA / n, DATA / b) for n, b in COMMITTED))
+
+
+@cache
+def modelopt_cleans(folder: Path) -> tuple[Clean, ...]:
+    """Return the clean checkpoints of the shared data folder."""
+    return tuple(_clean(n, folder / n, folder / b) for n, b in SHARED if (folder / n).is_dir())
+
+
+def one(seed: int, root: Path, modelopt: Path | None = None) -> Outcome:
+    """Draw the mutation of a seed until one fits and does harm, and judge it."""
+    number = seed - FIRST_MODELOPT if seed >= FIRST_MODELOPT else seed
+    kind = schedule()[number * 5 % TOTAL if seed >= FIRST_MODELOPT else number]
+    choice = modelopt_cleans(modelopt) if modelopt is not None and seed >= FIRST_MODELOPT else cleans(root)
+    work = root / f"work-{os.getpid()}"
+    for draw in range(DRAWS):
+        rng = np.random.default_rng((seed, draw))
+        clean = choice[int(rng.integers(len(choice)))]
+        mutant = clean.image.copy()
+        try:
+            what = kind.edit(mutant, rng)
+        except image.Unfit:
+            continue
+        shutil.rmtree(work, ignore_errors=True)
+        path = mutant.write(work / "ckpt")
+        why = harm(clean.view, view(path), clean.base_view)
+        if not why and kind.knows in ("nothing", "base"):
+            continue
+        return _judged(Outcome(seed, kind.name, kind.knows, clean.name, what, why), clean, path)
+    return Outcome(seed, kind.name, kind.knows, "", f"no harmful place in {DRAWS} draws", "")
+
+
+def _judged(outcome: Outcome, clean: Clean, path: Path) -> Outcome:
+    told, stopped, crash = [], [], ""
+    rules: set[str] = set()
+    for base, before in ((clean.base, clean.said[0]), (None, clean.said[1])):
+        try:
+            report = verifier.check(path, base=base, depth="payload")
+        except Exception as error:  # noqa: BLE001  (a crash is an outcome here)
+            crash = f"{type(error).__name__}: {error}"
+            told.append(False)
+            stopped.append(False)
+            continue
+        new = _told(report) - before
+        if outcome.kind == "harmless":  # another order of tensors gives another witness
+            known = {t[:3] for t in before}
+            new = frozenset(t for t in new if t[:3] not in known)
+        rules |= {t[0] for t in new}
+        told.append(bool(new))
+        stopped.append(report.exit_code != 0)
+    values = asdict(outcome) | {
+        "told": tuple(told), "stopped": tuple(stopped), "rules": tuple(sorted(rules)), "crash": crash,
+    }  # fmt: skip
+    return Outcome(**values)
+
+
+def one_harmless(seed: int, root: Path, modelopt: Path | None = None) -> Outcome:
+    """Draw the rewriting of a seed, make sure that it is harmless, and judge it."""
+    work = root / f"work-{os.getpid()}"
+    for draw in range(DRAWS):
+        rng = np.random.default_rng((seed, draw))
+        choice = cleans(root)
+        clean = choice[int(rng.integers(len(choice)))]
+        mutant = clean.image.copy()
+        edits = [harmless.REWRITES[i] for i in rng.choice(len(harmless.REWRITES), int(rng.integers(1, 4)), replace=False)]
+        said = []
+        try:
+            for edit in edits:
+                said.append(edit(mutant, rng))
+        except image.Unfit:
+            continue
+        shutil.rmtree(work, ignore_errors=True)
+        path = mutant.write(work / "ckpt")
+        why = harm(clean.view, view(path), clean.base_view)
+        if why:
+            return Outcome(seed, "harmless", "nobody", clean.name, "; ".join(said), f"NOT HARMLESS: {why}")
+        return _judged(Outcome(seed, "harmless", "nobody", clean.name, "; ".join(said), ""), clean, path)
+    raise RuntimeError(f"no rewriting fits seed {seed}")
+
+
+def _task(job: tuple[int, str, str | None]) -> Outcome:
+    seed, root, modelopt = job
+    run: Callable[..., Outcome] = one_harmless if FIRST_HARMLESS <= seed < FIRST_MODELOPT else one
+    return run(seed, Path(root), Path(modelopt) if modelopt else None)
+
+
+def run(seeds: Sequence[int], *, processes: int = 2, modelopt: Path | None = None) -> list[Outcome]:
+    """Judge some seeds, in order; each process makes its own clean checkpoints in a temporary folder."""
+    with tempfile.TemporaryDirectory(prefix="ckptgate-mutation-") as root:
+        jobs = [(seed, root, str(modelopt) if modelopt else None) for seed in seeds]
+        if processes == 1:
+            return [_task(j) for j in jobs]
+        with multiprocessing.get_context("spawn").Pool(processes) as pool:
+            return list(pool.imap(_task, jobs, chunksize=8))
+
+
+def score(outcomes: Iterable[Outcome]) -> dict[str, Any]:
+    """Return counts: with a base over what a base or nothing suffices for, without over what nothing suffices for."""
+    found = [o for o in outcomes if o.checkpoint]
+    with_base = [o for o in found if o.knows in ("nothing", "base")]
+    without = [o for o in found if o.knows == "nothing"]
+
+    def share(part: list[Outcome], which: int) -> dict[str, Any]:
+        told, stopped = sum(o.told[which] for o in part), sum(o.stopped[which] for o in part)
+        return {"told": told, "stopped": stopped, "of": len(part), "percent": round(100 * told / max(1, len(part)), 2)}
+
+    return {"with_base": share(with_base, 0), "without_base": share(without, 1)}
+
+
+def by_kind(outcomes: Iterable[Outcome]) -> dict[str, dict[str, Any]]:
+    """Return, for each kind, its number, what was told with a base and without, stopped, and the rules that told it."""
+    table: dict[str, dict[str, Any]] = {}
+    rules: dict[str, Counter[str]] = {}
+    for o in outcomes:
+        row = table.setdefault(
+            o.kind, {"knows": o.knows, "n": 0, "told": 0, "stopped": 0, "told_without": 0, "stopped_without": 0}
+        )
+        if not o.checkpoint:
+            row["unfit"] = row.get("unfit", 0) + 1
+            continue
+        row["n"] += 1
+        row["told"] += o.told[0]
+        row["stopped"] += o.stopped[0]
+        row["told_without"] += o.told[1]
+        row["stopped_without"] += o.stopped[1]
+        rules.setdefault(o.kind, Counter()).update(o.rules)
+    for name, counted in rules.items():
+        table[name]["rules"] = dict(counted.most_common(5))
+    return table
+
+
+__all__ = [
+    "APART", "FIRST_HARMLESS", "FIRST_MODELOPT", "HARMLESS", "MODELOPT", "TOTAL", "Outcome", "by_kind", "run", "schedule",
+    "score",
+]  # fmt: skip

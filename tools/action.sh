@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# What action.yml runs: one check, its findings as annotations, the step summary, the outputs, and only then its exit code.
+set -uo pipefail
+
+summary_limit=900000 # GitHub takes 1 MiB a step
+report=${CKPTGATE_REPORT:-ckptgate-report.json}
+work=$(mktemp -d) || exit 4
+trap 'rm -rf "$work"' EXIT
+
+arguments=(--depth "${CKPTGATE_DEPTH:-header}" --fail-on "${CKPTGATE_FAIL_ON:-error}")
+[ -z "${CKPTGATE_BASE:-}" ] || arguments+=(--base "$CKPTGATE_BASE")
+[ -z "${CKPTGATE_MERGED_FROM:-}" ] || arguments+=(--merged-from "$CKPTGATE_MERGED_FROM")
+read -r -d '' -a rules <<< "${CKPTGATE_REQUIRE:-}"
+for rule in ${rules[@]+"${rules[@]}"}; do arguments+=(--require "$rule"); done
+read -r -d '' -a further <<< "${CKPTGATE_ARGS:-}"
+
+"${CKPTGATE:-ckptgate}" check "${arguments[@]}" ${further[@]+"${further[@]}"} \
+  --format github --format "markdown=$work/summary.md" --format "text=$work/report.txt" --format "json=$report" \
+  -- "${CKPTGATE_URI:?the input uri is empty}"
+code=$?
+
+# Names of tensors are the checkpoint's: what the log shows must not be read as commands of the runner.
+token=ckptgate-$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')
+if [ -s "$work/report.txt" ]; then
+  printf '::stop-commands::%s\n' "$token"
+  cat "$work/report.txt"
+  printf '::%s::\n' "$token"
+fi
+
+case $code in
+  0) verdict=passed ;;
+  1) verdict=failed ;;
+  2) verdict=usage ;;
+  3) verdict=unproven ;;
+  *) verdict=broken ;;
+esac
+if [ -n "${GITHUB_STEP_SUMMARY:-}" ]; then
+  if [ -s "$work/summary.md" ]; then
+    head -c "$summary_limit" "$work/summary.md" >> "$GITHUB_STEP_SUMMARY"
+    printf '\n' >> "$GITHUB_STEP_SUMMARY"
+  else
+    printf '## ckptgate: %s\n\nNo report was made; the log of the step says why (exit code %d).\n' "$verdict" "$code" \
+      >> "$GITHUB_STEP_SUMMARY"
+  fi
+fi
+if [ -n "${GITHUB_OUTPUT:-}" ]; then
+  printf 'verdict=%s\nexit-code=%d\n' "$verdict" "$code" >> "$GITHUB_OUTPUT"
+  [ ! -f "$report" ] || printf 'report=%s\n' "${report//$'\n'/}" >> "$GITHUB_OUTPUT"
+fi
+exit "$code"

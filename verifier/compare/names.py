@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Many names as few lines: layer and expert numbers become ranges, with a count."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from verifier.schemes import collapse
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
+MAX_RANGES = 6
+
+
+@dataclass
+class Names:
+    """Names of one pattern: ``example`` is the first, ``slots`` the numbers that stood at each ``*``."""
+
+    pattern: str
+    example: str
+    count: int = 0
+    slots: list[set[int]] = field(default_factory=list)
+
+    def add(self, name: str) -> None:
+        """Count a name of this pattern."""
+        numbers = _NUMBER.findall(name)
+        if not self.count:
+            self.slots = [set() for _ in numbers]
+        for slot, number in zip(self.slots, numbers, strict=False):  # a name may hold a star where others hold a number
+            slot.add(int(number[:18]))  # a name is hostile: int() refuses thousands of digits
+        self.count += 1
+
+    @property
+    def label(self) -> str:
+        """The pattern with its numbers as ranges: ``layers.{3-59}.mlp.experts.{0-127}.w1``."""
+        if self.count == 1:
+            return self.example
+        parts = self.pattern.split("*")
+        if len(parts) != len(self.slots) + 1:  # the name itself holds a star
+            return self.pattern
+        texts = [_ranges(s) for s in self.slots]
+        texts = [f"{{{t}}}" if "-" in t or "," in t else t for t in texts]
+        return parts[0] + "".join(t + p for t, p in zip(texts, parts[1:], strict=True))
+
+    @property
+    def spanned(self) -> int:
+        """How many names the ranges could stand for; more than ``count`` where some are missing."""
+        total = 1
+        for slot in self.slots:
+            total *= len(slot)
+        return total
+
+
+def gathered(names: Iterable[str]) -> list[Names]:
+    """Return names by pattern, in order of first appearance."""
+    found: dict[str, Names] = {}
+    for name in names:
+        pattern = collapse(name)
+        entry = found.get(pattern)
+        if entry is None:
+            entry = found[pattern] = Names(pattern, name)
+        entry.add(name)
+    return list(found.values())
+
+
+def _ranges(numbers: set[int]) -> str:
+    """Return numbers as ``0-2,5``; of more than `MAX_RANGES` runs only the first ones."""
+    runs: list[list[int]] = []
+    for n in sorted(numbers):
+        if runs and n == runs[-1][1] + 1:
+            runs[-1][1] = n
+        else:
+            runs.append([n, n])
+    texts = [str(a) if a == b else f"{a}-{b}" for a, b in runs[:MAX_RANGES]]
+    return ",".join(texts) + (",…" if len(runs) > MAX_RANGES else "")

@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What this environment has, what that enables, and whether the core works."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from importlib.util import find_spec
+from typing import Any, Literal
+
+from verifier import __version__
+
+State = Literal["ok", "missing", "broken", "info"]
+CORE = ("numpy", "ml_dtypes", "click", "rich", "pydantic", "PyYAML", "fsspec", "huggingface_hub", "safetensors")
+EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
+    "load": (("torch", "transformers"), "calibrate"),
+    "export": (("torch",), "export, merge"),
+    "gate": (("torch", "transformers", "scipy", "tokenizers", "lm-eval", "accelerate", "datasets"), "gate"),
+    "report": (("jinja2", "matplotlib", "junitparser"), "HTML reports and plots"),
+    "ray": (("ray",), "work spread over machines"),
+}
+"""Every extra of pyproject.toml: its distributions, and what they enable."""
+MODULES = {"PyYAML": "yaml", "lm-eval": "lm_eval"}
+FP8, FP4 = (8, 9), (10, 0)
+"""The least CUDA compute capabilities with FP8 and FP4 matrix units."""
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One line: ``section``, ``name``, what was found, and whether it is as it should be."""
+
+    section: str
+    name: str
+    value: str
+    state: State = "info"
+
+
+def examine() -> list[Item]:
+    """Return what is here, section by section; nothing is written but an empty temporary file, which goes at once.
+
+    An item of the section ``core`` that is missing or broken means that `ckptgate` cannot be relied on.
+    """
+    items: list[Item] = []
+    for part in (_machine, _core, _extras, _cuda, _space, _plugins):
+        items += part()
+    return items
+
+
+def core_broken(items: list[Item]) -> bool:
+    """Whether the core is missing something or does not compute."""
+    return any(i.section == "core" and i.state in ("missing", "broken") for i in items)
+
+
+def _machine() -> Iterator[Item]:
+    yield Item("machine", "ckptgate", f"{__version__} in {os.path.dirname(__file__)}")
+    yield Item("machine", "python", f"{platform.python_version()} ({sys.executable})")
+    yield Item("machine", "platform", f"{platform.platform()}, {_processors()} processors")
+    if sys.byteorder != "little":
+        yield Item("core", "byte order", "big-endian: checkpoints are read as little-endian", "broken")
+
+
+def _processors() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _core() -> Iterator[Item]:
+    wanted = _requirements()
+    for name in CORE:
+        yield _package("core", name, wanted.get(name.lower().replace("_", "-"), ""), imported=True)
+    yield _tried("core", "decoding", _decodes)
+    yield _tried("core", "rules", _rules)
+
+
+def _package(section: str, name: str, least: str, *, imported: bool) -> Item:
+    """Return a distribution's version; where ``imported``, import it as well."""
+    module = MODULES.get(name, name)
+    try:
+        version = metadata.version(name)
+    except metadata.PackageNotFoundError:
+        version = ""
+    if find_spec(module) is None:
+        return Item(section, name, "not installed", "missing")
+    if imported:
+        try:
+            importlib.import_module(module)
+        except Exception as error:  # noqa: BLE001  (whatever an import does, it is the answer)
+            return Item(section, name, f"{version}: cannot be imported: {_told(error)}", "broken")
+    if least and version and _numbers(version) < _numbers(least):
+        return Item(section, name, f"{version}, and {least} is the least", "broken")
+    return Item(section, name, version or "no version", "ok")
+
+
+def _tried(section: str, name: str, what: Callable[[], str]) -> Item:
+    try:
+        return Item(section, name, what(), "ok")
+    except Exception as error:  # noqa: BLE001  (a defect here is what is asked for)
+        return Item(section, name, _told(error), "broken")
+
+
+def _decodes() -> str:
+    """Decode one code of each table against the value that its standard gives it (OCP MX v1.0, section 5.3)."""
+    from verifier import decoding  # noqa: PLC0415  (numpy may be what is broken)
+
+    tables = (
+        ("E4M3", decoding.e4m3_table(), 0x7E, 448.0), ("E8M0", decoding.e8m0_table(), 0x80, 2.0),
+        ("E2M1", decoding.e2m1_table(), 0xF, -6.0),
+    )  # fmt: skip
+    for name, table, code, value in tables:
+        if float(table[code]) != value:
+            raise ArithmeticError(f"{name} 0x{code:02X} decodes to {float(table[code])}, not {value}")
+    return "E4M3, E8M0 and E2M1 decode as their standards say"
+
+
+def _rules() -> str:
+    from verifier.rules.registry import built_in_rules  # noqa: PLC0415  (as above)
+
+    return f"{len(built_in_rules())} rules"
+
+
+def _further_rules() -> str:
+    from verifier.rules import all_rules  # noqa: PLC0415  (as above)
+
+    return ", ".join(f"{r.id} of {r.origin}" for r in all_rules().values() if r.origin)
+
+
+def _extras() -> Iterator[Item]:
+    wanted = _requirements()
+    for extra, (names, enables) in EXTRAS.items():
+        found = [_package("extras", n, wanted.get(n.lower().replace("_", "-"), ""), imported=False) for n in names]
+        lacking = [f"{i.name} {i.value}" if i.state == "broken" else i.name for i in found if i.state != "ok"]
+        if lacking:
+            how = f"lacks {', '.join(lacking)}: pip install 'ckptgate[{extra}]' for {enables}"
+            yield Item("extras", extra, how, "missing")
+        else:
+            yield Item("extras", extra, f"{enables}: {', '.join(f'{i.name} {i.value}' for i in found)}", "ok")
+
+
+def _requirements() -> dict[str, str]:
+    """Return the least version of each requirement that ckptgate's own metadata states; empty where not installed."""
+    try:
+        stated = metadata.requires("ckptgate") or []
+    except metadata.PackageNotFoundError:
+        return {}
+    found: dict[str, str] = {}
+    for text in stated:
+        match = re.match(r"([A-Za-z0-9._-]+)\s*(?:\[[^]]*\])?\s*>=\s*([0-9.]+)", text)
+        if match:
+            found.setdefault(match[1].lower().replace("_", "-"), match[2])
+    return found
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """Return the leading numbers of a version, without trailing zeros."""
+    match = re.match(r"\d+(?:\.\d+)*", version)
+    numbers = [int(n) for n in match[0].split(".")] if match else []
+    while numbers and not numbers[-1]:
+        numbers.pop()
+    return tuple(numbers)
+
+
+def _cuda() -> Iterator[Item]:
+    if find_spec("torch") is None:
+        yield Item("cuda", "torch", "not installed: nothing is known of CUDA, and a check needs none", "missing")
+        return
+    try:
+        torch: Any = importlib.import_module("torch")
+        available = torch.cuda.is_available()
+    except Exception as error:  # noqa: BLE001  (whatever an import does, it is the answer)
+        yield Item("cuda", "torch", f"cannot be imported: {_told(error)}", "broken")
+        return
+    built = torch.version.cuda
+    if not available:
+        why = "no device is visible" if built else "a build without CUDA"
+        yield Item("cuda", "devices", f"none: torch {torch.__version__}, {why}; a check needs none", "missing")
+        return
+    for number in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(number)
+        capability = (device.major, device.minor)
+        native = [n for n, least in (("FP8", FP8), ("FP4", FP4)) if capability >= least]
+        value = f"{device.name}, {device.total_memory / 1e9:.0f} GB, compute {device.major}.{device.minor}, CUDA {built}"
+        yield Item("cuda", f"cuda:{number}", f"{value}, native {' and '.join(native) or 'neither FP8 nor FP4'}", "ok")
+
+
+def _space() -> Iterator[Item]:
+    folder = tempfile.gettempdir()
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            free = shutil.disk_usage(folder).free
+        yield Item("space", "temp", f"{folder}, {free / 1e9:.1f} GB free", "ok")
+    except OSError as error:
+        yield Item("space", "temp", f"{folder}: {error.strerror or error}", "broken")
+    cache = os.environ.get("HF_HUB_CACHE") or os.path.join(
+        os.environ.get("HF_HOME") or os.path.expanduser("~/.cache/huggingface"), "hub"
+    )
+    offline = ", offline" if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on") else ""
+    yield Item("space", "hub cache", f"{cache}{'' if os.path.isdir(cache) else ' (not made yet)'}{offline}")
+
+
+def _plugins() -> Iterator[Item]:
+    try:
+        version = metadata.version("ckptgate")
+    except metadata.PackageNotFoundError:
+        yield Item("entry points", "ckptgate", "not installed as a package: no export, no pytest plugin", "missing")
+        return
+    if version != __version__:
+        yield Item("entry points", "ckptgate", f"the installed package is {version}, this code {__version__}", "broken")
+    for entry in sorted(metadata.entry_points(group="ckptgate.commands"), key=lambda e: e.name):
+        owner = f"{entry.value}, of {entry.dist.name} {entry.dist.version}" if entry.dist else entry.value
+        yield _tried("entry points", f"command {entry.name}", lambda e=entry, o=owner: (e.load(), o)[1])  # type: ignore[misc]
+    if metadata.entry_points(group="ckptgate.rules"):
+        yield _tried("entry points", "further rules", _further_rules)
+
+
+def _told(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"

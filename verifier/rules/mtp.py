@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which linears belong to a multi-token prediction head."""
+
+from __future__ import annotations
+
+import re
+
+from verifier.rules.context import Context
+
+_HEAD = re.compile(r"^(.*?(?:^|\.)(?:mtp|nextn)(?:\.layers\.\d+)?|.*?layers\.\d+)\.")
+_INNER = re.compile(r"^(transformer_layer|mtp_block)\.")
+
+
+def mtp_modules(ctx: Context) -> frozenset[str]:
+    """Return the linears of the MTP head: ``mtp.…``, or layers numbered from ``num_hidden_layers`` on (DeepSeek, GLM)."""
+    return frozenset(m.name for m in ctx.linears if ctx.is_mtp(m.name))
+
+
+def head_and_tail(module: str) -> tuple[str, str]:
+    """Split a name behind its layer: ``mtp.layers.0`` and ``self_attn.q_proj``; the head is '' without a layer."""
+    match = _HEAD.match(module)
+    if match is None:
+        return "", module
+    return match[1], _INNER.sub("", module[match.end() :])

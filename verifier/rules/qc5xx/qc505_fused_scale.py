@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""QC505: projections that engines fuse have different global weight scales."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from verifier.findings import Finding, Where
+from verifier.rules.context import Context
+from verifier.rules.registry import rule
+from verifier.schemes import expert_key, fused_groups
+
+LEAVES = ("weight_scale_2", "weight_global_scale")
+
+
+@rule(
+    "QC505", "global scale differs in a fused group", severity="error", depth="payload", unit="fused groups",
+    consumers=("vLLM", "SGLang", "TensorRT-LLM"), sources=("vLLM ModelOptNvFp4LinearMethod", "vllm-project/vllm#54974"),
+    engines={
+        "vllm": ("error", "keeps the largest weight_scale_2 (of divisors too: the smallest scale) and warns"),
+        "sglang": ("error", "keeps the largest without a word"),
+        "trtllm": ("error", "asserts that all are equal"),
+    },
+)  # fmt: skip
+def check(ctx: Context) -> Iterator[Finding]:
+    """q/k/v, and gate/up of a dense layer or a shared expert, have the same ``weight_scale_2``, bit for bit.
+
+    In compressed-tensors' form the same holds for ``weight_global_scale``, of routed experts too.
+    **Why.** Each projection was calibrated on its own maximum.
+    **Hurts.** Engines fuse the group and keep one scale; block scales are not computed again, so every other member is
+    wrong by the ratio.
+    **Mend.** Calibrate the group with its largest amax and encode the block scales under that. (Gate and up of a routed
+    expert in ModelOpt's form are QC504. FP8 has one scale a tensor and no block scales: engines encode it again.)
+    """
+    for leaf in LEAVES:
+        names = [
+            m.name for m in ctx.quantized_modules
+            if leaf in m.parts and not (leaf == "weight_scale_2" and expert_key(m.name))
+        ]  # fmt: skip
+        for _, members in fused_groups(names):
+            tensors = [ctx.modules[m].parts[leaf] for m in members]
+            if any(t.dtype != "F32" or t.elements != 1 for t in tensors):
+                ctx.tally.miss(1, "a global scale that is no F32 scalar")
+                continue
+            ctx.tally.see()
+            values = [float(ctx.array(t).reshape(-1)[0]) for t in tensors]
+            bits = np.asarray(values, np.float32).view(np.uint32)
+            odd = next((i for i in range(1, len(bits)) if bits[i] != bits[0]), None)
+            if odd is not None and np.isfinite(values).all():
+                low, high = min(values), max(values)
+                ratio = f"{high / low:.3g}" if low > 0 else "inf"
+                yield ctx.finding(
+                    f"{leaf} differs between projections that engines fuse",
+                    where=Where(tensors[odd].name, tensors[odd].file, byte=tensors[odd].offset),
+                    observed=f"{values[odd]:.6e} (ratio {ratio})", expected=f"{values[0]:.6e}, as {members[0]}",
+                )  # fmt: skip

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""QC510: the two codes of each byte are in the wrong order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from verifier.findings import Finding
+from verifier.rules.context import Context
+from verifier.rules.reconstruction import reconstruction
+from verifier.rules.registry import rule
+
+
+@rule(
+    "QC510", "nibbles are swapped", severity="error", depth="payload", split=True, unit="packed weights", needs=("base",),
+    consumers=("vLLM", "SGLang", "TensorRT-LLM"),
+    sources=("sgl-project/sglang#23625", "Comfy-Org/comfy-kitchen#41"),
+)  # fmt: skip
+def check(ctx: Context) -> Iterator[Finding]:
+    """A packed byte holds the even column in its low four bits and the odd one in its high four.
+
+    **Why.** A packer of another convention.
+    **Hurts.** Every pair of columns is exchanged: correlation with the right weight is about zero, output is noise.
+    **Mend.** Swap the nibbles of the whole tensor. Only a base tells: the codes of both orders look alike.
+    """
+    for module in ctx.quantized_modules:
+        found = ctx.format_of(module)
+        if module.weight is None or found is None or not found.packed:
+            continue
+        r = reconstruction(ctx, module)
+        if r.cause == "unjudged":
+            ctx.tally.miss(1, r.reason)
+            continue
+        ctx.tally.see()
+        if r.cause == "nibbles":
+            yield ctx.finding(
+                "the base's values with the two codes of each byte exchanged", tensor=module.weight.name,
+                observed=f"relative error {r.relative:.3f}", expected=f"about {r.by_max:.3f}, as with the nibbles swapped",
+            )  # fmt: skip

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run rules: those that read headers one after another, those that read bytes by shard, over threads.
+
+A rule that judges each module by itself (`Rule.split`) is run on the modules of one shard at a time, and what it says
+is put together in the order of the shards, whatever the number of threads and machines: so the report does not depend
+on them. A rule that compares modules is run once, on all of them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from verifier.errors import ContentError, UsageError
+from verifier.findings import Finding
+from verifier.rules import Context, Rule, Tally
+from verifier.run.group import group
+from verifier.run.sample import Sample
+from verifier.run.share import Share, file_of, shares
+from verifier.schemes import Module
+
+Judge = Callable[[Finding], Finding] | None
+MAX_WORKERS = 64
+# More kinds of findings than these, and a merged report may name others of them first than a whole one does.
+MAX_KINDS = 5_000
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a rule said and examined; ``stopped`` is why it could not go on, ``deferred`` why it did not run here."""
+
+    findings: list[Finding] = field(default_factory=list)
+    tally: Tally = field(default_factory=Tally)
+    stopped: str = ""
+    deferred: str = ""
+
+    def add(self, other: Outcome) -> None:
+        """Put what the rule said of other modules after what it said so far."""
+        self.findings = group([*self.findings, *other.findings], 0, MAX_KINDS)
+        self.tally.checked += other.tally.checked
+        self.tally.of += other.tally.of
+        self.tally.reason = self.tally.reason or other.tally.reason
+        self.stopped = self.stopped or other.stopped
+
+
+def workers_of(given: int | None) -> int:
+    """Return the number of threads: as given, else the processors that this process may use, at most four.
+
+    Raises:
+        UsageError: none, or more than `MAX_WORKERS`.
+    """
+    if given is None:
+        usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return min(4, usable)
+    if not 1 <= given <= MAX_WORKERS:
+        raise UsageError(f"{given} workers; 1 to {MAX_WORKERS}")
+    return given
+
+
+def run_rules(
+    ctx: Context,
+    rules: Sequence[Rule],
+    *,
+    workers: int = 1,
+    share: Share | None = None,
+    sample: Sample | None = None,
+    judge: Judge = None,
+) -> dict[str, Outcome]:
+    """Return what each rule said, by id.
+
+    Args:
+        ctx: the checkpoint and what it is judged against.
+        rules: those to run.
+        workers: threads that read and judge bytes.
+        share: the shards that are read here, where it is not all of them. Rules of depth header run whatever the share,
+            those that compare bytes of modules in the first share only.
+        sample: the modules that are read, where it is not all of them.
+        judge: what is done to each finding before equal ones are counted as one.
+    """
+    found = {r.id: _run(r, ctx, judge) for r in rules if r.depth == "header"}
+    reading = [r for r in rules if r.depth != "header"]
+    found |= {r.id: Outcome() for r in reading}
+    if not reading:
+        return found
+    split, whole = [r for r in reading if r.split], [r for r in reading if not r.split]
+    if share is not None and share.number > 1:
+        for rule in whole:
+            found[rule.id].deferred = f"compares modules of all shards: runs in subset 1/{share.of}"
+        whole = []
+    parts = sample.choose(ctx.modules.values()) if sample is not None else _by_shard(ctx, share)
+    tasks = [_Task(split, modules, of) for modules, of in parts if split and modules]
+    everything = list(ctx.modules.values())
+    tasks += [_Task([rule], everything, len(everything)) for rule in whole]
+
+    def read(task: _Task) -> list[Outcome]:
+        part = ctx.part(task.modules)
+        return [_run(rule, part, judge) for rule in task.rules]
+
+    ctx.part(())  # works out what all parts share, before threads would each do so
+    for task, outcomes in zip(tasks, _each(read, tasks, workers), strict=True):
+        for rule, outcome in zip(task.rules, outcomes, strict=True):
+            if task.of != len(task.modules):
+                outcome.tally.of = outcome.tally.of * task.of // len(task.modules)
+            found[rule.id].add(outcome)
+    if sample is not None:
+        for rule in split:
+            known = found[rule.id].tally
+            known.reason = f"{sample}; {known.reason}" if known.reason else str(sample)
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """Rules to run on some modules, which stand for ``of``."""
+
+    rules: Sequence[Rule]
+    modules: Sequence[Module]
+    of: int
+
+
+def _by_shard(ctx: Context, share: Share | None) -> list[tuple[list[Module], int]]:
+    """Return the modules of each shard, in the shards' order, and their number."""
+    taken: dict[str, list[Module]] = {s.file: [] for s in ctx.checkpoint.shards}
+    for module in ctx.modules.values():
+        taken[file_of(module)].append(module)
+    if share is not None:
+        mine = shares(ctx.checkpoint, share.of)
+        taken = {file: modules for file, modules in taken.items() if mine[file] == share.number}
+    return [(modules, len(modules)) for modules in taken.values()]
+
+
+def _run(rule: Rule, ctx: Context, judge: Judge) -> Outcome:
+    ctx.tally, ctx.rule_id, ctx.rule_severity = Tally(), rule.id, rule.severity
+    found: list[Finding] = []
+    stopped = ""
+    try:
+        found.extend(rule.check(ctx) if judge is None else map(judge, rule.check(ctx)))
+    except ContentError as error:
+        # A file that is shorter than its checked header: it changed under the run.
+        stopped = str(error)
+        ctx.tally.miss(1, stopped)
+    return Outcome(group(found, 0, MAX_KINDS), ctx.tally, stopped)
+
+
+def _each(read: Callable[[_Task], list[Outcome]], tasks: Sequence[_Task], workers: int) -> Iterator[list[Outcome]]:
+    """Yield what each task comes to, in the order of the tasks."""
+    if workers == 1 or len(tasks) < 2:
+        yield from map(read, tasks)
+        return
+    # The largest first, so that no thread is left with one at the end.
+    largest = sorted(range(len(tasks)), key=lambda i: -sum(t.nbytes for m in tasks[i].modules for t in m.parts.values()))
+    with ThreadPoolExecutor(workers, "ckptgate") as pool:
+        futures = {i: pool.submit(read, tasks[i]) for i in largest}
+        try:
+            for i in range(len(tasks)):
+                yield futures[i].result()
+        finally:
+            for future in futures.values():
+                future.cancel()
