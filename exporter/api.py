@@ -38,7 +38,7 @@ KV_LEAVES = ("k_amax", "v_amax")
 
 
 def plan_export(
-    source: PathLike,
+    source: PathLike | Checkpoint,
     *,
     recipe: str | Path | Recipe,
     onto: PathLike | None = None,
@@ -60,7 +60,8 @@ def plan_export(
         raise UsageError("--input-scale stats needs --stats FILE")
     found = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     chosen = parse_layers(layers) if layers is not None else None
-    opened, target = open_checkpoint(source), open_checkpoint(onto) if onto is not None else None
+    opened = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    target = open_checkpoint(onto) if onto is not None else None
     values = read_stats(stats) if stats is not None else None
     how: Literal["one", "stats"] | None = "stats" if stats is not None else input_scale
     if how is None and onto is not None:
@@ -115,6 +116,56 @@ def export(
         source, recipe=recipe, onto=onto, layers=layers, input_scale=input_scale, stats=stats, rest=rest, kv_cache=kv_cache
     )
     return _write(plan, target, overwrite, workers, shard_bytes, progress)
+
+
+def export_model(
+    model: Any,
+    out: PathLike,
+    *,
+    recipe: str | Path | Recipe,
+    source: PathLike | None = None,
+    layers: str | None = None,
+    input_scale: Literal["one", "stats"] | None = None,
+    stats: PathLike | None = None,
+    kv_cache: KvName | None = None,
+    overwrite: bool = False,
+    workers: int | None = None,
+    shard_bytes: int | None = None,
+    progress: Progress | None = None,
+) -> Manifest:
+    """Quantize a transformers model that is in memory, by the plan, codecs and writer of `export`.
+
+    Args:
+        model: unquantized, its parameters on the CPU or on devices of this process; it is not changed.
+        out: folder to make; its parent must exist.
+        recipe: a recipe's name, a YAML file, or a `Recipe`.
+        source: the checkpoint that it was loaded from: its index decides the hub layout, and side files, and tensors that
+            the model has no place for or holds narrower but unchanged, come from there. Without it, names and config are
+            what `save_pretrained` would write.
+        layers: quantize in these layers only.
+        input_scale: ``one`` writes 1.0 for every activation scale.
+        stats: a safetensors file of input maxima by hub module.
+        kv_cache: ``fp8`` or ``fp8_cast``, instead of the recipe's.
+        overwrite: swap an existing checkpoint at ``out`` whole.
+        workers: shards written at a time.
+        shard_bytes: the size at which a new shard begins, in bytes.
+        progress: called with the bytes of each finished step.
+
+    Raises:
+        UsageError: options that contradict, an unknown recipe, ``out`` in use or existing.
+        UnsupportedConversion: a tensor that cannot be brought to hub layout; no in-memory name is ever written.
+        PlanError, EncodeError: what the model does not allow, or a weight that cannot be encoded.
+    """
+    from exporter.layout.memory import as_checkpoint  # noqa: PLC0415  (transformers is used here only)
+
+    target = Path(out)
+    stream.check_out(target, overwrite=overwrite, inputs=_inputs(source))
+    origin = open_checkpoint(source) if source is not None else None
+    held = as_checkpoint(model, origin, logical(origin) if origin is not None else None)
+    plan = plan_export(
+        held, recipe=recipe, layers=layers, input_scale=input_scale, stats=stats, kv_cache=kv_cache
+    )
+    return _write(plan, target, overwrite, workers, shard_bytes, progress, sides=origin)
 
 
 def merge(
@@ -290,7 +341,7 @@ def _maximum(file: Path, tensor: Tensor, source: LocalSource) -> float:
 
 def _write(
     plan: Plan, out: Path, overwrite: bool, workers: int | None, shard_bytes: int | None, progress: Progress | None,
-    prove: Callable[[Path], dict[str, Any]] | None = None,
+    prove: Callable[[Path], dict[str, Any]] | None = None, sides: Checkpoint | None = None,
 ) -> Manifest:  # fmt: skip
     kept = plan.kept
     kv_cache = _declares_kv(plan)
@@ -304,9 +355,10 @@ def _write(
         if made != planned:
             raise EncodeError(f"{made:,} of {planned:,} planned linears were quantized")
         emit.write_index(folder, written.digests)
-        sides = [*emit.write_configs(folder, kept.config or {}, kv_cache=kv_cache), INDEX]
-        sides += emit.copy_side_files(folder, [plan.source, kept] if plan.kind == "repair" else [kept, plan.source])
-        manifest = _manifest(plan, out, folder, written, sides)
+        names = [*emit.write_configs(folder, kept.config or {}, kv_cache=kv_cache), INDEX]
+        origins = [plan.source, kept] if plan.kind == "repair" else [kept, plan.source]
+        names += emit.copy_side_files(folder, [*origins, *([sides] if sides is not None else [])])
+        manifest = _manifest(plan, out, folder, written, names)
         if prove is not None:
             manifest.notes.update(prove(folder))
         (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")

@@ -134,6 +134,22 @@ class Layout:
                 return head, sibling, "_"
         raise UnsupportedConversion(name, "rename", self.family, "the model has no such tensor; no name is made up")
 
+    def keys(self, hub: str) -> list[str]:
+        """Return the tensors in memory that a hub tensor is made of."""
+        return list(dict.fromkeys(key for key, _ in self._places[hub]))
+
+    def hub_tensor(self, hub: str, tensors: Tensors) -> torch.Tensor:
+        """Return one unquantized hub tensor; a view of memory where it is one region of one tensor."""
+        places, shape = self._places[hub], self.hub[hub]
+        first = take(tensors[places[0][0]], _plain(places[0][1], shape))
+        if tuple(first.shape) == shape:
+            return first
+        result = first.new_empty(shape)
+        for key, piece in places:
+            moved = _plain(piece, shape)
+            _slot(result, moved.hub).copy_(take(tensors[key], moved))
+        return result
+
     def to_hub(self, tensors: Tensors) -> dict[str, torch.Tensor]:
         """Return the hub tensors of tensors in memory, each with storage of its own.
 

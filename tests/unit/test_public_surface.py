@@ -27,7 +27,8 @@ def test_the_public_names_are_these() -> None:
         "open_checkpoint",
     ]  # fmt: skip
     assert exporter.__all__ == [
-        "adapters", "calibrate", "codecs", "export", "merge", "plan_export", "plan_repair", "repair",
+        "adapters", "calibrate", "codecs", "export", "export_model", "merge", "plan_export", "plan_repair",
+        "repair",
     ]  # fmt: skip
 
 
