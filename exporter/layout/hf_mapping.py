@@ -107,7 +107,7 @@ def _convert(
     if lost:
         raise UnsupportedConversion(key, named, family, f"the checkpoint has no {lost[0]} for it")
     try:
-        ops = [_op(o, key, state, family) for o in converter.operations]
+        ops = [_op(o, key, targets, state, family) for o in converter.operations]
         many = sum(1 for o in ops if o.kind in ("chunk", "unstack"))
         made = run(ops, listed, len(targets))
         if many and ops[-1].kind == "unstack":
@@ -130,11 +130,13 @@ def _targets(key: str, converter: Any) -> list[str]:
     return [f"{prefix}{t}{suffix}" for t in (first, *others)]
 
 
-def _op(op: Any, key: str, state: Mapping[str, Shape], family: str) -> Op:
+def _op(op: Any, key: str, targets: list[str], state: Mapping[str, Shape], family: str) -> Op:
     kind = type(op).__name__
     if kind in ("MergeModulelist", "SplitModulelist"):
         return Op("stack" if kind == "MergeModulelist" else "unstack", op.dim)
-    if kind == "Concatenate":
+    if kind == "Split" and all(t in state for t in targets):
+        return Op("split", op.dim, sizes=tuple(state[t][op.dim] for t in targets))
+    if kind == "Concatenate" and getattr(op, "num_shards_attribute", None) is None:
         return Op("concatenate", op.dim)
     if kind == "Chunk" and getattr(op, "num_shards_attribute", None) is None:
         return Op("chunk", op.dim)

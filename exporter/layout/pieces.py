@@ -38,11 +38,6 @@ class Axis:
             hub_start=self.hub_start + first * self.hub_step, hub_step=self.hub_step * stride,
         )  # fmt: skip
 
-    @property
-    def last(self) -> int:
-        """The last position in memory."""
-        return self.start + (self.length - 1) * self.step
-
 
 @dataclass(frozen=True, slots=True)
 class Piece:
@@ -50,11 +45,6 @@ class Piece:
 
     hub: str
     axes: tuple[Axis, ...]
-
-    @property
-    def elements(self) -> int:
-        """How many values it holds."""
-        return math.prod(a.length for a in self.axes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +62,8 @@ def whole(name: str, shape: Shape) -> Grid:
 
 @dataclass(frozen=True, slots=True)
 class Op:
-    """One operation of a conversion, hub to memory: ``stack``, ``unstack``, ``concatenate``, ``chunk``, ``transpose``,
-    ``interleave`` (halves to alternating) or ``deinterleave``.
+    """One operation of a conversion, hub to memory: ``stack``, ``unstack``, ``concatenate``, ``chunk`` (equal
+    parts), ``split`` (of ``sizes``), ``transpose``, ``interleave`` (halves to alternating) or ``deinterleave``.
 
     ``other`` is the second axis of a transposition; ``unless`` leaves a tensor that has this shape already as it is.
     """
@@ -82,6 +72,7 @@ class Op:
     dim: int
     other: int = 0
     unless: Shape | None = None
+    sizes: tuple[int, ...] = ()
 
 
 def stack(grids: Sequence[Grid], dim: int) -> Grid:
@@ -218,6 +209,9 @@ def run(ops: Sequence[Op], groups: Sequence[Sequence[Grid]], outputs: int | None
             if grid.shape[op.dim] % count:
                 raise ValueError(f"an axis of {grid.shape[op.dim]} does not divide into {count} parts")
             lists = [[g] for g in cut(grid, op.dim, [grid.shape[op.dim] // count] * count)]
+        elif op.kind == "split":
+            (one,) = lists
+            lists = [[g] for g in cut(one[0], op.dim, op.sizes)]
         elif op.kind == "unstack":
             lists = [[squeeze(x, op.dim) for x in cut(g[0], op.dim, [1] * g[0].shape[op.dim])] for g in lists]
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ import numpy.typing as npt
 import torch
 
 from exporter import codecs
-from exporter.plan import Plan, Reader, Take
+from exporter.plan import Plan, Reader, Take, Weight
 from exporter.plan.repair import Repair, Same
 from exporter.stream.shards import load, region
 from verifier.checkpoint import NUMPY_DTYPES, Checkpoint, Tensor, open_checkpoint
@@ -23,6 +24,8 @@ from verifier.schemes import FLOATS, Module, gather, split
 How = Literal["equal", "recast", "damaged"]
 RECAST = 0.1
 """The relative difference, root mean square, up to which a tensor is the base's, cast or damaged in places."""
+ROWS = 128
+"""How many rows of a weight, from its middle, tell which tensor it is; a check of the result reads them all."""
 SWAPPED = 0.5
 """The relative error, root mean square, above which decoded values are not those of the base's tensor.
 
@@ -108,7 +111,7 @@ def _relative(mine: npt.NDArray[Any], wanted: npt.NDArray[Any]) -> float:
 def require_places(repair: Repair, broken: Checkpoint, base: Checkpoint) -> int:
     """Refuse a quantized module that was given a name or cut out of a stack, and does not hold the base's values.
 
-    Returns how many were compared; a base that is itself quantized is decoded first.
+    `ROWS` rows of each are compared. Returns how many modules were; a base that is itself quantized is decoded first.
 
     Raises:
         PlanError: naming both.
@@ -121,8 +124,11 @@ def require_places(repair: Repair, broken: Checkpoint, base: Checkpoint) -> int:
         module = modules.get(name)
         if module is None:  # not quantized: it was compared as such
             continue
-        values = _decoded(module, takes, broken)
-        off = _relative(values, load(base, reader.weight(name)).float().numpy())
+        weight = reader.weight(name)
+        first = weight.shape[0] // 2 // ROWS * ROWS if weight.shape[0] > 2 * ROWS else 0
+        count = min(ROWS, weight.shape[0] - first) if first else weight.shape[0]
+        values = _decoded(module, takes, broken, weight.shape[0], (first, count))
+        off = _relative(values, _rows_of_base(base, weight, (first, count)))
         compared += 1
         if off > SWAPPED:
             was = takes[f"{name}.weight"].tensor.name
@@ -135,15 +141,41 @@ def _tensors(takes: Iterable[Take]) -> list[Tensor]:
     return [Tensor(s.name, s.dtype, s.shape, "", 0, s.nbytes) for t in takes for s in t.specs]
 
 
-def _decoded(module: Module, takes: Mapping[str, Take], broken: Checkpoint) -> npt.NDArray[Any]:
-    shown = module.shown
+def _rows(take: Take, first: int, count: int) -> Take:
+    """Return what of a `Take` its result has in some rows."""
+    cuts = list(take.cuts) or [(0, 1, n, False) for n in take.tensor.shape]
+    left = [i for i, c in enumerate(cuts) if not c[3]]
+    at = left[take.order[0] if take.order else 0]
+    start, step, _, _ = cuts[at]
+    cuts[at] = (start + first * step, step, count, False)
+    return replace(take, cuts=tuple(cuts))
+
+
+def _rows_of_base(base: Checkpoint, weight: Weight, rows: tuple[int, int]) -> npt.NDArray[Any]:
+    first, count = rows
+    if weight.format is not None:
+        found: npt.NDArray[Any] = load(base, weight)[first : first + count].float().numpy()
+        return found
+    raw = region(base, _rows(Take(weight.name, weight.tensor, "onto"), first, count))
+    return raw.view(NUMPY_DTYPES[weight.tensor.dtype]).astype(np.float32)
+
+
+def _decoded(
+    module: Module, takes: Mapping[str, Take], broken: Checkpoint, out: int, rows: tuple[int, int]
+) -> npt.NDArray[Any]:
+    """Return the values of some rows of a module; what has a scale for each 128 rows is read from a multiple of 128 on."""
+    shown, (first, count) = module.shown, rows
     if shown is None:
         raise PlanError(f"{module.name}: its format cannot be told")
     parts = {}
     for leaf, tensor in module.parts.items():
-        raw = region(broken, takes[tensor.name]).copy()
-        value = torch.from_numpy(raw.view(np.float32) if tensor.dtype == "F32" else raw.view(np.uint8))
-        parts[leaf] = value
+        take = takes[tensor.name]
+        if leaf != "bias" and tensor.shape[:1] == (out,):
+            take = _rows(take, first, count)
+        elif shown.name == "fp8_block" and tensor.shape and tensor.shape[0] == -(-out // ROWS):
+            take = _rows(take, first // ROWS, -(-count // ROWS))
+        raw = region(broken, take).copy()
+        parts[leaf] = torch.from_numpy(raw.view(np.float32) if tensor.dtype == "F32" else raw.view(np.uint8))
     try:
         found: npt.NDArray[Any] = codecs.decode(parts, shown.name).numpy()
     except EncodeError as error:

@@ -108,6 +108,10 @@ def test_a_fused_hub_tensor_is_cut_for_memory_and_joined_again() -> None:
 def test_what_does_not_divide_is_refused() -> None:
     with pytest.raises(ValueError, match="does not divide into 5 parts"):
         run([Operation("chunk", 0)], [[whole("x", (12, 6))]], 5)
+    with pytest.raises(ValueError, match="does not divide into"):
+        run([Operation("split", 0, sizes=(8, 3))], [[whole("x", (12, 6))]], 2)
+    assert [g.shape for g in run([Operation("split", 0, sizes=(8, 4))], [[whole("x", (12, 6))]], 2)] == [(8, 6), (4, 6)]
+    assert [g.shape for g in run([Operation("unstack", 0)], [[whole("x", (3, 4, 6))]], 1)] == [(4, 6)] * 3
     with pytest.raises(ValueError, match="no two halves"):
         interleave(whole("x", (3, 6)), 0)
 

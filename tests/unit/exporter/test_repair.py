@@ -331,6 +331,47 @@ def test_names_are_proved_by_a_quantized_base_too(kit, vendor, tmp_path: Path) -
     refused(tmp_path / "swapped", vendor.path, tmp_path, "its values are not those of the base's")
 
 
+@pytest.fixture(scope="module")
+def wide(kit, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write a Llama with MLPs of 384, so that rows of their middle tell them."""
+    path = tmp_path_factory.mktemp("wide") / "source"
+
+    def widen(tensors: dict[str, Any]) -> None:
+        for seed, name in enumerate(n for n in tensors if ".mlp." in n):
+            tensors[name] = kit.bf16(*((128, 384) if "down_proj" in name else (384, 128)), seed=seed)
+
+    kit.edit(kit.llama, path, widen)
+    Folder(path).edit_json("config.json", lambda config: config.update(intermediate_size=384))
+    return path
+
+
+def fuse(folder: Folder, order: tuple[str, str]) -> None:
+    """Write gate and up of the first layer as one, under a name that no mapping knows."""
+    head = "model.layers.0.mlp"
+    parts = folder.modules()[f"{head}.gate_proj"]
+    file = parts["weight"].file
+    made = {}
+    for leaf, tensor in parts.items():
+        values = [folder.array(f"{head}.{n}.{leaf}") for n in order]
+        made[f"model.decoder.layers.0.ffn.gate_up_proj.{leaf}"] = np.concatenate(values) if tensor.shape else values[0]
+    folder.drop(n for m in order for n in folder.siblings(f"{head}.{m}"))
+    for name, values in made.items():
+        folder.add(name, values, file=file)
+
+
+@pytest.mark.parametrize("recipe", ["fp8_block128", "mxfp8_default", "nvfp4_mlp_only"])
+def test_a_fused_pair_of_each_format_is_told_by_rows_of_its_middle(kit, wide: Path, recipe: str, tmp_path: Path) -> None:
+    scales = {"input_scale": "one"} if recipe == "nvfp4_mlp_only" else {}
+    exporter.export(wide, tmp_path / "twin", recipe=recipe, **scales)
+    fuse(Folder(copy(tmp_path / "twin", tmp_path / "broken")), ("gate_proj", "up_proj"))
+    fuse(Folder(copy(tmp_path / "twin", tmp_path / "swapped")), ("up_proj", "gate_proj"))
+    exporter.repair(tmp_path / "broken", tmp_path / "out", base=wide)
+    assert kit.read(tmp_path / "out") == kit.read(tmp_path / "twin")
+    clean(tmp_path / "out", wide)
+    shutil.rmtree(tmp_path / "out")
+    refused(tmp_path / "swapped", wide, tmp_path, "its values are not those of the base's")
+
+
 def test_another_base_is_refused(kit, tmp_path: Path) -> None:
     base = copy(kit.qwen, tmp_path / "base")
     folder = Folder(base)
