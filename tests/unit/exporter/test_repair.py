@@ -75,6 +75,27 @@ def test_a_broken_twin_is_mended_byte_for_byte(kit, kind: str, defect: str, tmp_
     assert same["sha256_before"] == same["sha256_after"]
 
 
+@pytest.mark.parametrize("defect", ["all-names-of-memory", "qkv-fused", "experts-stacked", "expert-leaves", "container"])
+def test_spellings_are_enough_without_transformers(
+    kit, defect: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("exporter.api.find_spec", lambda _name: None)
+    broken = copy(kit.qwen_nvfp4, tmp_path / "broken")
+    BY_NAME[defect].apply(broken)
+    exporter.repair(broken, tmp_path / "out", base=kit.qwen)
+    assert kit.read(tmp_path / "out") == kit.read(kit.qwen_nvfp4)
+
+
+@pytest.mark.parametrize("defect", [*EXPERTS[1:3], "container", "quantized-module-under-another-prefix"])
+def test_a_mixed_minimax_m3_is_mended(kit, defect: str, shared_data: Path, tmp_path: Path) -> None:
+    twin, base = (shared_data / "modelopt" / n for n in ("m3_mixed_mxfp8_nvfp4_recipe__cpushim", "src_m3"))
+    broken = copy(twin, tmp_path / "broken")
+    BY_NAME[defect].apply(broken)
+    exporter.repair(broken, tmp_path / "out", base=base)
+    assert kit.read(tmp_path / "out") == kit.read(twin)
+    clean(tmp_path / "out", base)
+
+
 def test_a_recast_router_is_the_bases_again(kit, tmp_path: Path) -> None:
     base, twin = copy(kit.qwen, tmp_path / "base"), copy(kit.qwen_nvfp4, tmp_path / "twin")
     name = "model.layers.0.mlp.gate.weight"
@@ -276,6 +297,21 @@ def interleave_gate_and_up(folder: Folder) -> None:
             folder.store(name, np.stack(halves, axis=2).reshape(values.shape))
 
 
+def stack_transposed(folder: Folder) -> None:
+    """Stack a layer's experts as [experts, in, out]."""
+    BY_NAME["experts-stacked"].apply(folder.path)
+    for name, tensor in folder.tensors().items():
+        if ".experts.down_proj." in name and len(tensor.shape) == 3:
+            folder.store(name, np.ascontiguousarray(folder.array(name).transpose(0, 2, 1)))
+
+
+def lose_an_expert_of_a_stack(folder: Folder) -> None:
+    BY_NAME["experts-stacked"].apply(folder.path)
+    for name, tensor in folder.tensors().items():
+        if ".experts.down_proj." in name and tensor.shape:
+            folder.store(name, folder.array(name)[:-1])
+
+
 def fold_a_scale(folder: Folder) -> None:
     """Multiply a norm, as AWQ and SmoothQuant do."""
     name = "model.layers.0.post_attention_layernorm.weight"
@@ -307,6 +343,8 @@ def two_of_one_name(folder: Folder) -> None:
     [
         (swap_gate_and_up, PlanError, r"w1\.weight: its values are not those of the base's .*gate_proj"),
         (interleave_gate_and_up, PlanError, r"gate_up_proj\.weight: its values are not those of the base's"),
+        (stack_transposed, UnsupportedConversion, r"down_proj\.\w+: axes \(qwen3_moe\)"),
+        (lose_an_expert_of_a_stack, UnsupportedConversion, r"down_proj\.\w+: axes \(qwen3_moe\)"),
         (fold_a_scale, PlanError, "post_attention_layernorm.* which no cast explains"),
         (add_a_pre_quant_scale, PlanError, "has a pre_quant_scale .AWQ."),
         (call_a_norm_anything, PlanError, "model.thing.weight: neither transformers' mapping nor any spelling"),
@@ -320,6 +358,18 @@ def test_what_values_and_names_do_not_tell(
     broken = copy(kit.qwen_nvfp4, tmp_path / "broken")
     change(Folder(broken))
     refused(broken, kit.qwen, tmp_path, said, error)
+
+
+@pytest.mark.parametrize("change", [stack_transposed, lose_an_expert_of_a_stack])
+def test_a_stack_that_does_not_fit_is_refused_without_transformers_too(
+    kit, change: Callable[[Folder], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("exporter.api.find_spec", lambda _name: None)
+    broken = copy(kit.qwen_nvfp4, tmp_path / "broken")
+    change(Folder(broken))
+    with pytest.raises((PlanError, UnsupportedConversion), match="down_proj"):
+        exporter.repair(broken, tmp_path / "out", base=kit.qwen)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["broken"]
 
 
 def test_names_are_proved_by_a_quantized_base_too(kit, vendor, tmp_path: Path) -> None:
