@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections import Counter
 from collections.abc import Mapping
@@ -115,7 +116,8 @@ def meta_model(file: Path | str, raw: Mapping[str, Any]) -> Any:
     Raises:
         ContentError: a config or architecture that transformers does not have.
     """
-    given = {k: v for k, v in raw.items() if k not in ("quantization_config", "auto_map")}
+    # transformers 5.12 takes what it reads out of nested objects.
+    given = {k: copy.deepcopy(v) for k, v in raw.items() if k not in ("quantization_config", "auto_map")}
     version = transformers.__version__
     if not isinstance(raw.get("model_type"), str) or raw["model_type"] not in transformers.CONFIG_MAPPING:
         raise ContentError(f"{file}: transformers {version} has no model_type {raw.get('model_type')!r}")
