@@ -31,8 +31,12 @@ WEAK = 1.25
 LOST = 0.5
 FOUND = 0.2
 """An explanation holds where it brings the relative error below this, or to 1.5 times what ``max`` gives."""
+COARSE = 0.05
+"""Where more of the blocks are somewhat off, the codes are coarse throughout."""
 MOVED = 0.1
 """Where more of the other blocks have codes that are clearly not the nearest, the method moves weights."""
+FACTOR = 0.12
+"""A block whose values are off by a common factor beyond this has a scale that is not that of its codes."""
 E8M0_WIDESPREAD = 0.1
 _PARTNERS = {"gate_proj": "up_proj", "up_proj": "gate_proj", "w1": "w3", "w3": "w1", "k_proj": "v_proj", "v_proj": "k_proj"}
 
@@ -179,7 +183,11 @@ def _judge(
     cause, detail = _explain(ctx, module, found, parts, wanted, got, enough) if lost else ("", "")
     if cause:
         return replace(known, cause=cause, detail=detail)
+    half = wanted.size / min(width, CHUNK) / 2
     foreign, place = _foreign(wanted, got, ideal, min(width, CHUNK))
+    if not foreign and usual is not None:
+        foreign, place = _rescaled(wanted, got, usual, _at_floor(parts, found), min(width, CHUNK))
+        foreign = 0 if lost and foreign > half else foreign
     if foreign:
         return replace(known, cause="part", place=place, count=foreign)
     if lost:
@@ -271,17 +279,56 @@ def _foreign(wanted: Float32, got: Float32, ideal: Float32, width: int) -> tuple
     """Return (blocks that are not the base's though the scales could hold it, the first of them).
 
     A foreign block is off by half as much again as its scale allows. A method that compensates errors (GPTQ) has codes
-    beside the nearest all over the tensor; where it does, no block is called foreign.
+    beside the nearest all over the tensor; where it does, no block is called foreign. Nor is one where many are somewhat off
+    and none is another's altogether: the codes are coarse, and the weight as a whole is judged.
     """
-    foreign = beyond(*(block_norms2(x, width) for x in (got - wanted, ideal - wanted, wanted)))
+    far, near, size = (block_norms2(x, width) for x in (got - wanted, ideal - wanted, wanted))
+    foreign = beyond(far, near, size)
     count = int(foreign.sum())
-    if not count:
+    another = foreign & (far > 0.25 * np.maximum(size, 0.25 * float(size.mean())))
+    if not count or count > foreign.size / 2 or (count > COARSE * foreign.size and not another.any()):
         return 0, None
     others = block_norms2(_beside(wanted, got, ideal).astype(np.float32), width)[~foreign]
     if others.size == 0 or (others > 0).mean() > MOVED:
         return 0, None
     row, block = np.unravel_index(int(np.argmax(foreign)), foreign.shape)
     return count, (int(row), int(block))
+
+
+def _rescaled(
+    wanted: Float32, got: Float32, usual: Float32, floor: npt.NDArray[np.bool_] | None, width: int
+) -> tuple[int, tuple[int, int] | None]:
+    """Return (blocks that one factor makes right: their codes belong to another scale, the first of them).
+
+    What compensates errors (GPTQ) or clips moves the values of a block in different directions; no factor mends that. A
+    block at the format's least scale may be anything.
+    """
+    got_, far, best, size = (block_norms2(x, width) for x in (got, got - wanted, usual - wanted, wanted))
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        dot = (got_ + size - far) / 2
+        factor = dot / size
+        # What is left of got / factor - wanted.
+        left = got_ / np.square(factor) - 2 * dot / factor + size
+        mended = (np.abs(factor - 1) > FACTOR) & (factor > 0) & np.isfinite(left)
+        mended &= (left < 0.25 * far / np.maximum(np.square(factor), 1)) & ~beyond(np.asarray(left, np.float32), best, size)
+        # So small a factor that nothing is left to mend.
+        found = beyond(far, best, size) & (mended | (got_ < np.float32(2**-12) * size))
+    if floor is not None and floor.shape == found.shape:
+        found &= ~floor
+    count = int(found.sum())
+    if not count:
+        return 0, None
+    row, block = np.unravel_index(int(np.argmax(found)), found.shape)
+    return count, (int(row), int(block))
+
+
+def _at_floor(parts: Mapping[str, npt.NDArray[Any]], found: Format) -> npt.NDArray[np.bool_] | None:
+    """Return which blocks have the least scale of their format, [rows, blocks]; None for formats without block scales."""
+    scale = parts.get("weight_scale", parts.get("weight_scale_inv"))
+    if scale is None or scale.dtype.itemsize != 1 or scale.ndim != 2:
+        return None
+    least: npt.NDArray[np.bool_] = scale.view(np.uint8) <= (1 if found.packed else 0)
+    return least
 
 
 def _beside(wanted: Float32, got: Float32, ideal: Float32) -> npt.NDArray[np.bool_]:

@@ -10,6 +10,7 @@ from verifier.rules.context import Context
 from verifier.rules.registry import rule
 from verifier.schemes import KNOWN_ALGOS, same_layout
 
+_INTEGER_ALGOS = frozenset({"INT8_SQ", "INT4_AWQ", "W4A16_AWQ", "W4A8_AWQ", "W8A16", "W8A8_SQ_PER_CHANNEL"})
 _INTEGER = frozenset({"awq", "gptq", "bitsandbytes", "aqlm", "eetq", "hqq", "vptq", "spqr", "higgs", "auto-round"})
 
 
@@ -42,6 +43,13 @@ def check(ctx: Context) -> Iterator[Finding]:
     for module in quantized:
         cover, shown = declaration.cover(module.name), module.shown
         declared = cover.format
+        if cover.algo in _INTEGER_ALGOS and shown is not None and not declaration.mixed:
+            ctx.tally.see()
+            yield ctx.finding(
+                f"{cover.algo} is declared, a format of integers, and the tensors are {shown.algo}",
+                tensor=module.weight.name if module.weight else module.name, observed=shown.algo, expected=cover.algo,
+            )  # fmt: skip
+            continue
         if declared is None or module.weight is None:
             continue
         ctx.tally.see()

@@ -22,9 +22,10 @@ def check(ctx: Context) -> Iterator[Finding]:
     That holds for ``max``, MSE, a scale sweep and four-over-six alike, whose scales differ and whose codes do not.
     **Why.** Rows were swapped, rolled or overwritten after encoding; a shard was written in part.
     **Hurts.** Those rows compute something else, and the whole tensor's error stays below what alarms.
-    **Mend.** Encode the tensor again. A block counts where it is off by more than half of itself and four times what its
-    scale allows. GPTQ and its like move weights on purpose: where more than 2% of the other blocks hold codes beside the
-    nearest, none is judged. A tensor that is lost as a whole is QC515's.
+    **Mend.** Encode the tensor again. A block counts where it is off by half as much again as its scale allows, or where
+    one factor would make it right: its codes were chosen under another scale. GPTQ and its like move weights on purpose:
+    where more than 10% of the other blocks hold codes beside the nearest, only the factor is judged. A tensor that is lost
+    as a whole is QC515's.
     """
     for module in ctx.quantized_modules:
         weight, r, found = module.weight, reconstruction(ctx, module), ctx.format_of(module)
