@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from exporter import adapters, codecs
-    from exporter.api import export, merge, plan_export
+    from exporter.api import export, export_model, merge, plan_export, plan_repair, repair
     from exporter.calibration import calibrate
 
-__all__ = ["adapters", "calibrate", "codecs", "export", "merge", "plan_export"]
+__all__ = ["adapters", "calibrate", "codecs", "export", "export_model", "merge", "plan_export", "plan_repair", "repair"]
 _HOME = {
     "calibrate": "exporter.calibration", "export": "exporter.api", "merge": "exporter.api", "plan_export": "exporter.api",
+    "export_model": "exporter.api", "plan_repair": "exporter.api", "repair": "exporter.api",
 }  # fmt: skip
 
 

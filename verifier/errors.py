@@ -7,6 +7,7 @@
     ├── ContentError         1  depends on the contents of a checkpoint
     │   ├── ContainerError   1  a file that is no safetensors, a folder without any
     │   ├── PlanError        1  nothing or only part matched, unequal expert sets
+    │   ├── UnsupportedConversion 1  a layout that cannot be turned into the hub's, or back
     │   └── EncodeError      1  NaN or Inf in a weight, a width that the block does not divide
     ├── UnprovenError        3  it could not be shown either way
     └── MachineError         4  disk, I/O, memory
@@ -62,6 +63,17 @@ class ContainerError(ContentError):
 
 class PlanError(ContentError):
     """The checkpoints do not admit the export that was asked for."""
+
+
+class UnsupportedConversion(ContentError):
+    """A tensor cannot be brought from one layout to the other: its key, the operation and the family are named."""
+
+    def __init__(self, key: str, operation: str, family: str, why: str) -> None:
+        super().__init__(f"{key}: {operation} ({family}): {why}")
+        self._given = (key, operation, family, why)
+
+    def __reduce__(self) -> tuple[type[UnsupportedConversion], tuple[str, str, str, str]]:
+        return UnsupportedConversion, self._given
 
 
 class EncodeError(ContentError):

@@ -25,7 +25,7 @@ class Source(BaseModel):
     """A checkpoint that this one was made from; ``config_sha256`` and ``tensors`` tell which it was."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    role: Literal["source", "onto", "experts", "text"]
+    role: Literal["source", "onto", "experts", "text", "base"]
     uri: str
     tensors: int = 0
     header_sha256: Sha256 | None = None
@@ -47,7 +47,7 @@ class Manifest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     schema_version: Literal["1.0"] = "1.0"
-    kind: Literal["export", "merge", "golden"]
+    kind: Literal["export", "merge", "golden", "repair"]
     name: str
     made_by: dict[str, Any]
     sources: list[Source] = []

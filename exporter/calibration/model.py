@@ -13,7 +13,7 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 
 from exporter.calibration.decoded import decoded_state
-from exporter.calibration.names import Place, places
+from exporter.layout.hf_mapping import Place, places
 from verifier.checkpoint import Checkpoint
 from verifier.errors import PlanError, UsageError
 from verifier.schemes import canonical, gather, role

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the modules of a hub checkpoint are in transformers' model; transformers' own conversion mapping is asked."""
+"""Where the modules of a hub checkpoint are in transformers' model, and where their inputs can be read."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 
 from exporter.calibration.attention import KvSpot
+from exporter.layout.hf_mapping import Place
 from verifier.checkpoint import Checkpoint
 from verifier.errors import PlanError
 from verifier.schemes import expert_key, role
@@ -30,31 +31,6 @@ class Target:
     path: str
     kind: Kind
     slot: int
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a hub tensor is in memory; ``converted`` where it is only a part or another shape of that parameter."""
-
-    key: str
-    converted: bool
-
-
-def places(model: Any, names: Iterable[str]) -> dict[str, Place]:
-    """Return the parameter or buffer that transformers' loader makes of each hub tensor."""
-    # The one use of the conversion internals in the exporter.
-    from transformers.conversion_mapping import get_model_conversion_mapping  # noqa: PLC0415
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key  # noqa: PLC0415
-
-    mapping = get_model_conversion_mapping(model)
-    renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
-    converters = [m for m in mapping if isinstance(m, WeightConverter)]
-    state = model.state_dict()
-    found = {}
-    for name in sorted(names):
-        key, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
-        found[name] = Place(key, pattern is not None)
-    return found
 
 
 def refuse_outside(checkpoint: Checkpoint) -> None:

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,11 +103,21 @@ def detect_config(path: Path | str) -> Detection:
         raise ContentError(f"{file}: not JSON") from error
     if not isinstance(raw, dict):
         raise ContentError(f"{file}: not a JSON object")
-    return detect(_meta(file, raw))
+    return detect(meta_model(file, raw))
 
 
-def _meta(file: Path, raw: dict[str, Any]) -> Any:
-    given = {k: v for k, v in raw.items() if k not in ("quantization_config", "auto_map")}
+def meta_model(file: Path | str, raw: Mapping[str, Any]) -> Any:
+    """Return the model that a config stands for, on the meta device.
+
+    Args:
+        file: where the config is from, for messages.
+        raw: the config.
+
+    Raises:
+        ContentError: a config or architecture that transformers does not have.
+    """
+    # transformers 5.12 takes what it reads out of nested objects.
+    given = {k: copy.deepcopy(v) for k, v in raw.items() if k not in ("quantization_config", "auto_map")}
     version = transformers.__version__
     if not isinstance(raw.get("model_type"), str) or raw["model_type"] not in transformers.CONFIG_MAPPING:
         raise ContentError(f"{file}: transformers {version} has no model_type {raw.get('model_type')!r}")

@@ -12,6 +12,7 @@ from exporter.plan.model import (
     Plan,
     Spec,
     Stats,
+    Take,
     Weight,
     header_digest,
 )
@@ -19,6 +20,6 @@ from exporter.plan.select import parse_layers
 from exporter.plan.sources import Reader, Rest
 
 __all__ = [
-    "Action", "Constant", "Copy", "Decode", "Encode", "Plan", "Reader", "Rest", "Spec", "Stats", "Weight", "build",
-    "header_digest", "merge", "parse_layers",
+    "Action", "Constant", "Copy", "Decode", "Encode", "Plan", "Reader", "Rest", "Spec", "Stats", "Take", "Weight",
+    "build", "header_digest", "merge", "parse_layers",
 ]  # fmt: skip

@@ -125,7 +125,35 @@ class Encode:
         return tuple(found)
 
 
-Action = Copy | Constant | Decode | Encode
+@dataclass(frozen=True, slots=True)
+class Take:
+    """Write a tensor, or a region of one, under a name of its own; its bytes are moved, never changed.
+
+    ``cuts`` gives start, step and length on each axis and whether the axis is dropped; empty takes the whole tensor.
+    ``order`` permutes what remains.
+    """
+
+    name: str
+    tensor: Tensor
+    origin: Origin
+    cuts: tuple[tuple[int, int, int, bool], ...] = ()
+    order: tuple[int, ...] = ()
+
+    @property
+    def whole(self) -> bool:
+        """Whether every byte of the tensor is taken, in the order of the file."""
+        full = all(c == (0, 1, n, False) for c, n in zip(self.cuts, self.tensor.shape, strict=False))
+        return full and self.order == tuple(sorted(self.order))
+
+    @property
+    def specs(self) -> tuple[Spec, ...]:
+        """The one tensor that it writes."""
+        left = [length for _, _, length, drop in self.cuts if not drop] if self.cuts else list(self.tensor.shape)
+        shape = tuple(left[i] for i in self.order) if self.order else tuple(left)
+        return (Spec(self.name, self.tensor.dtype, shape),)
+
+
+Action = Copy | Constant | Decode | Encode | Take
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +168,7 @@ class Stats:
 class Plan:
     """Every tensor to be written has one action; every tensor that is not taken has its reason in ``left``."""
 
-    kind: Literal["export", "merge"]
+    kind: Literal["export", "merge", "repair"]
     name: str
     source: Checkpoint
     onto: Checkpoint | None
@@ -207,6 +235,8 @@ class Plan:
                 parts.append([a.input_scales, a.method, [w.format.name if w.format else None for w in a.weights]])
             elif isinstance(a, Decode):
                 parts.append([a.origin, a.weight.format.name if a.weight.format else None])
+            elif isinstance(a, Take):
+                parts.append([a.origin, a.tensor.name, a.cuts, a.order])
             else:
                 parts.append(a.origin)
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()

@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from exporter.plan.model import Copy, Decode, Encode, Plan
+from exporter.plan.model import Copy, Decode, Encode, Plan, Take
 from verifier.checkpoint import Checkpoint
 from verifier.errors import PlanError
 from verifier.schemes import Module, expert_key
@@ -17,14 +17,19 @@ _STACKED = re.compile(
 )
 
 
-def require_sound(ckpt: Checkpoint, what: str) -> None:
+def require_sound(ckpt: Checkpoint, what: str, *, described: bool = True) -> None:
     """Refuse a checkpoint whose container is broken: an export would copy the damage.
+
+    Args:
+        ckpt: the checkpoint.
+        what: what it is, for messages.
+        described: its index and config count too; a repair writes both anew.
 
     Raises:
         PlanError: naming the first problem.
     """
     problems = [p for s in ckpt.shards for p in s.problems if p.kind not in ("trailing", "metadata")]
-    if ckpt.index is not None:
+    if described and ckpt.index is not None:
         problems += ckpt.index.problems
         for name, file in ckpt.index.weight_map.items():
             shard = next((s for s in ckpt.shards if s.file == file), None)
@@ -42,7 +47,7 @@ def require_sound(ckpt: Checkpoint, what: str) -> None:
     for name in (*ckpt.tensors, *(s.file for s in ckpt.shards)):
         if any("\ud800" <= c <= "\udfff" for c in name):
             raise PlanError(f"{what} {ckpt.uri}: the name {name} is no text: it holds a lone surrogate")
-    if not isinstance(ckpt.config, Mapping):
+    if described and not isinstance(ckpt.config, Mapping):
         raise PlanError(f"{what} {ckpt.uri}: config.json is missing or no JSON object")
 
 
@@ -89,7 +94,7 @@ def one_fate(plan: Plan) -> None:
         raise PlanError(f"{twice} would be written twice")
     used: set[tuple[str, str]] = {(o, n) for o, n, _ in plan.left}
     for action in plan.actions:
-        if isinstance(action, Copy):
+        if isinstance(action, Copy | Take):
             used.add((action.origin, action.tensor.name))
         elif isinstance(action, Decode):
             used |= {(action.origin, t.name) for t in action.weight.parts.values()}

@@ -5,18 +5,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from exporter import codecs, weights
-from exporter.plan import Action, Constant, Copy, Decode, Encode, Plan, Spec, Weight
+from exporter.plan import Action, Constant, Copy, Decode, Encode, Plan, Spec, Take, Weight
 from verifier.checkpoint import DTYPE_BITS, MAX_HEADER, Checkpoint, Tensor
 from verifier.errors import EncodeError
 
@@ -137,6 +140,8 @@ def write_shard(
             elif isinstance(action, Decode):
                 values = load(plan.origin(action.origin), action.weight)
                 _put(fd, _bytes(values.to(torch.bfloat16)), places[action.name])
+            elif isinstance(action, Take):
+                _take(action, plan, fd, places[action.name])
             else:
                 _copy(action, plan, fd, places[action.tensor.name])
             progress(sum(s.nbytes for s in action.specs))
@@ -163,6 +168,38 @@ def _copy(action: Copy, plan: Plan, fd: int, place: int) -> None:
     for start in range(0, t.nbytes, COPY_BYTES):
         length = min(COPY_BYTES, t.nbytes - start)
         _put(fd, source.read(t.file, t.offset + start, length).data, place + start)
+
+
+def _take(action: Take, plan: Plan, fd: int, place: int) -> None:
+    if action.whole:
+        _copy(Copy(action.tensor, action.origin), plan, fd, place)
+    else:
+        _put(fd, region(plan.origin(action.origin), action).reshape(-1).view(np.uint8).data, place)
+
+
+def region(ckpt: Checkpoint, take: Take) -> npt.NDArray[Any]:
+    """Return what a `Take` takes, contiguous, as unsigned integers of the dtype's width; no more of the file is read.
+
+    Raises:
+        EncodeError: a dtype whose values are no whole bytes.
+    """
+    t, bits = take.tensor, DTYPE_BITS[take.tensor.dtype]
+    if bits % 8:
+        raise EncodeError(f"{t.name}: {t.dtype} holds less than a byte for a value; it cannot be cut")
+    width, offset, shape, cuts = bits // 8, t.offset, list(t.shape), list(take.cuts)
+    while cuts and cuts[0][3]:  # one entry of a leading axis is one stretch of the file
+        inner = math.prod(shape[1:])
+        offset, shape = offset + cuts.pop(0)[0] * inner * width, shape[1:]
+    if cuts:
+        start, step, length, _ = cuts[0]
+        inner, rows = math.prod(shape[1:]), (length - 1) * step + 1 if length else 0
+        offset, shape = offset + start * inner * width, [rows, *shape[1:]]
+        cuts[0] = (0, step, length, False)
+    raw = ckpt.source.read(t.file, offset, math.prod(shape) * width)
+    values = np.frombuffer(raw.tobytes(), f"u{width}").reshape(shape)
+    at = tuple(s if drop else slice(s, s + (n - 1) * k + 1 if n else s, k) for s, k, n, drop in cuts)
+    left = values[at] if at else values
+    return np.ascontiguousarray(left.transpose(take.order) if take.order else left)
 
 
 def _encode(action: Encode, plan: Plan, fd: int, places: dict[str, int]) -> Made:

@@ -26,7 +26,10 @@ def test_the_public_names_are_these() -> None:
         "Checkpoint", "CkptgateError", "Coverage", "Finding", "Report", "Where", "check", "decode", "diff", "gate",
         "open_checkpoint",
     ]  # fmt: skip
-    assert exporter.__all__ == ["adapters", "calibrate", "codecs", "export", "merge", "plan_export"]
+    assert exporter.__all__ == [
+        "adapters", "calibrate", "codecs", "export", "export_model", "merge", "plan_export", "plan_repair",
+        "repair",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["verifier", "exporter"])
@@ -77,7 +80,7 @@ def test_every_error_has_an_exit_code() -> None:
 def test_the_tree_in_the_docstring_states_the_exit_codes() -> None:
     import verifier.errors
 
-    stated = dict(re.findall(r"(\w+Error|MissingExtra)\s+(\d)\s", verifier.errors.__doc__ or ""))
+    stated = dict(re.findall(r"(\w+Error|MissingExtra|UnsupportedConversion)\s+(\d)\s", verifier.errors.__doc__ or ""))
     assert stated == {e.__name__: str(e.exit_code) for e in tree(CkptgateError)}
 
 
