@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from verifier.errors import EXIT_CODES
 from verifier.rules import all_rules
@@ -20,6 +21,7 @@ FAMILIES = {
     "1": "Container, index, files", "2": "Names and layout", "3": "Scale keys, dtypes, shapes", "4": "Configuration",
     "5": "Values", "6": "Reload and round trip",
 }  # fmt: skip
+MARK = ("<!-- coverage: rendered by tools/make_docs.py -->", "<!-- end of coverage -->")
 NOT_YET = """## Not judged yet
 
 Known defects without a rule in this version: QC403, QC405, QC411 to QC415, QC505 to QC507, QC509 to QC514, QC517, and
@@ -82,10 +84,49 @@ def performance_page() -> str:
     ])  # fmt: skip
 
 
+def coverage_table() -> str:
+    """Return verifier/gate/coverage.json: what the gate prints of the simulated coverage, by number of documents."""
+    r = json.loads((DOCS.parent / "benchmarks" / "results" / "coverage.json").read_text(encoding="utf-8"))
+    found = {}
+    for count in sorted({x["documents"] for x in r["rows"]}):
+        rows = [x for x in r["rows"] if x["documents"] == count]
+
+        def span(key: str, effects: list[str], rows: list[dict[str, Any]] = rows) -> list[float]:
+            values = [x[key] for x in rows if x["effect"] in effects]
+            return [min(values), max(values)]
+
+        found[str(count)] = {
+            "symmetric": span("gate", r["symmetric"]), "skewed": span("gate", ["skewed"]), "rare": span("gate", ["rare"]),
+            "worst_found": span("worst_found", ["rare"]), "worst_false": span("worst_false", r["symmetric"]),
+        }  # fmt: skip
+    return json.dumps(found, indent=1) + "\n"
+
+
+def gate_page() -> str:
+    """Return docs/gate.md with its table of coverage, from the results that the benchmark wrote."""
+    r = json.loads((DOCS.parent / "benchmarks" / "results" / "coverage.json").read_text(encoding="utf-8"))
+    lines = [
+        MARK[0], "",
+        "| documents | effects | lengths | tokens alone | linearized | jackknife | **gate** | upper bound | lower bound "
+        "| false | found |",
+        "| --- " * 11 + "|",
+    ]  # fmt: skip
+    for x in r["rows"]:
+        shown = ("token", "linear", "jackknife", "gate", "high_holds", "low_holds", "worst_false")
+        numbers = [f"{100 * x[k]:.1f}" for k in shown]
+        numbers.append("" if x["worst_found"] is None else f"{100 * x['worst_found']:.1f}")
+        lines.append(f"| {x['documents']} | {r['effects'][x['effect']]} | {x['lengths']} | {' | '.join(numbers)} |")
+    versions = ", ".join(f"{k} {v}" for k, v in r["versions"].items())
+    lines += ["", f"`{r['command']}`, {r['rows'][0]['rounds']:,} rounds a row; {versions}.", "", MARK[1]]
+    text = (DOCS / "gate.md").read_text(encoding="utf-8")
+    return text[: text.index(MARK[0])] + "\n".join(lines) + text[text.index(MARK[1]) + len(MARK[1]) :]
+
+
 def main() -> int:
     """Write or compare the pages."""
     stale = []
     pages = {"rules.md": rules_page(), "exit-codes.md": exit_codes_page(), "performance.md": performance_page()}
+    pages |= {"gate.md": gate_page(), "../verifier/gate/coverage.json": coverage_table()}
     for name, text in pages.items():
         file = DOCS / name
         if "--check" in sys.argv:

@@ -19,7 +19,6 @@ from verifier.corrupt.edit import Folder
 from verifier.errors import ContentError, MachineError, UsageError
 from verifier.gate.corpora import load_corpus
 from verifier.gate.run import plan_jobs, score_all, weights_digest
-from verifier.gate.scorer import score
 from verifier.manifest import Manifest, digest
 
 GOLDEN = Path(__file__).parents[2] / "goldens" / "minimax-m3-tiny"
@@ -77,7 +76,7 @@ def test_rescoring_gives_the_manifest(manifest: Manifest) -> None:
     corpus = load_corpus(str(CORPUS))
     key, jobs = plan_jobs([open_checkpoint(BF16)], corpus, "tokens", 512, 8, "cpu", 1)
     assert key == want.protocol
-    sums = score(jobs[0][0], lambda _n: None)
+    sums = score_all(jobs, len(corpus), "cpu", 1, None)[0]
     assert sums.tokens == [t for _, t in want.documents]
     difference = np.abs(np.array(sums.nats) - np.array([n for n, _ in want.documents])) / np.array(sums.tokens)
     assert difference.max() < 1e-4

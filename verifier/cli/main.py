@@ -25,12 +25,14 @@ if TYPE_CHECKING:
 BUILT_IN = {
     "baseline": ("verifier.cli.baseline", "Accept findings with a reason; a check then fails on new ones."),
     "check": ("verifier.cli.check", "Judge a checkpoint."),
+    "compare": ("verifier.cli.gate", "Judge a candidate's run against its base's."),
     "config": ("verifier.cli.config", "Show how checks are configured here."),
     "diff": ("verifier.cli.diff", "Tell in what two checkpoints differ."),
     "doctor": ("verifier.cli.doctor", "Tell what is installed here and what it enables."),
     "explain": ("verifier.cli.rules", "Print what a rule means, whom it hurts and how to mend it."),
     "gate": ("verifier.cli.gate", "Measure a candidate's loss against its base."),
     "rules": ("verifier.cli.rules", "List the rules."),
+    "score": ("verifier.cli.gate", "Score a checkpoint once, to compare later."),
     "show": ("verifier.cli.show", "Show one block of a tensor: bytes, scale, values, what belongs there."),
     "stats": ("verifier.cli.stats", "Count formats, bits per parameter and scales."),
 }
