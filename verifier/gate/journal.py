@@ -38,10 +38,15 @@ class Journal:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("a+b")
+        except OSError as error:
+            raise MachineError(f"{path}: {error.strerror or error}") from error
+        try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            self._file.close()
             raise UsageError(f"{path}: another process is at this run") from None
         except OSError as error:
+            self._file.close()
             raise MachineError(f"{path}: {error.strerror or error}") from error
         self._file.seek(0)
         first = _line(header)

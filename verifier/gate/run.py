@@ -30,7 +30,7 @@ from verifier.gate.planning import (
     workers_of,
 )
 from verifier.gate.result import GateResult
-from verifier.gate.runs import Run, read_run, refuse_unlike
+from verifier.gate.runs import Run, read_run, refuse_unlike_keys
 from verifier.gate.scoring import (
     Progress,
     assemble,
@@ -106,7 +106,9 @@ def run(
     margin, drift_margin = margin_of(max_increase, formats_of(ckpt)), drift_margin_of(max_drift)
     accepted = read_run(drift_against) if drift_against is not None else None
     found = load_corpus(corpus).head(documents)
-    plan_units([reference, ckpt], found, protocol, window, batch)  # tokenizers and protocol, before any model
+    key, _ = plan_units([reference, ckpt], found, protocol, window, batch)  # what does not fit is told before any model runs
+    if accepted is not None:
+        refuse_unlike_keys(accepted.header.model, accepted.header.key, ckpt.uri, key)
     attempts = Attempts(Path(cache)) if cache is not None else None
     looks = attempts.looks(ckpt, reference, found, window, protocol) if attempts else 1
     chosen = _kl_choice(kl, protocol, reference, device, workers, cached=cache is not None)
@@ -125,8 +127,6 @@ def run(
                 )
                 for c in (ckpt, reference)
             )  # fmt: skip
-    if accepted is not None:
-        refuse_unlike(accepted.header, ours.header)
     result = compare_runs(
         theirs, ours, margin, drift_against=accepted, drift_margin=drift_margin, kl=divergence, looks=looks
     )

@@ -18,6 +18,7 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -203,15 +204,21 @@ def refuse_unlike(base: RunHeader, other: RunHeader) -> None:
     Raises:
         ContentError: naming the first key that differs, and both values.
     """
-    for name in sorted(base.key.keys() | other.key.keys()):
-        ours, theirs = base.key.get(name), other.key.get(name)
-        if name != "corpus" and ours != theirs:
-            shown = f"{json.dumps(ours)[:70]} and {json.dumps(theirs)[:70]}"
-            raise ContentError(
-                f"{base.model} and {other.model} were not scored under one protocol: {name} is {shown}; score one again"
-            )
+    refuse_unlike_keys(base.model, base.key, other.model, other.key)
     if base.documents != other.documents:
         raise ContentError(f"{base.model} and {other.model} were scored on other documents")
+
+
+def refuse_unlike_keys(model: str, key: Mapping[str, Any], other: str, theirs: Mapping[str, Any]) -> None:
+    """Refuse two protocol keys that differ in more than the name of the corpus.
+
+    Raises:
+        ContentError: naming the first key that differs, and both values.
+    """
+    for name in sorted(key.keys() | theirs.keys()):
+        if name != "corpus" and key.get(name) != theirs.get(name):
+            shown = f"{json.dumps(key.get(name))[:70]} and {json.dumps(theirs.get(name))[:70]}"
+            raise ContentError(f"{model} and {other} are not of one protocol: {name} is {shown}; score one of them again")
 
 
 def unlike_environment(base: RunHeader, other: RunHeader) -> list[str]:

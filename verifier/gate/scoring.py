@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from verifier import __version__
 from verifier.checkpoint import Checkpoint
 from verifier.errors import MachineError
 from verifier.gate.corpora import Corpus, documents_digest
@@ -198,8 +199,8 @@ def score_run(
     if journal is None:
         return _finish(ckpt, corpus, key, units, job, None, workers, progress, started)
     identity = {
-        "ckptgate_journal": 1, "weights_sha256": weights_digest(ckpt), "key": key, "batch": batch, "device": device,
-        "top_k": top_k, "versions": {p: version(p) for p in ("torch", "transformers")},
+        "ckptgate_journal": __version__, "weights_sha256": weights_digest(ckpt), "key": key, "batch": batch,
+        "device": device, "top_k": top_k, "versions": {p: version(p) for p in ("torch", "transformers")},
     }  # fmt: skip
     with Journal(journal, identity) as kept:
         if kept.restarted and say:
