@@ -97,6 +97,8 @@ def coverage_table() -> str:
 
         found[str(count)] = {
             "symmetric": span("gate", r["symmetric"]), "skewed": span("gate", ["skewed"]), "rare": span("gate", ["rare"]),
+            "symmetric_high": span("high_holds", r["symmetric"]), "skewed_high": span("high_holds", ["skewed"]),
+            "rare_high": span("high_holds", ["rare"]),
             "worst_found": span("worst_found", ["rare"]), "worst_false": span("worst_false", r["symmetric"]),
         }  # fmt: skip
     return json.dumps(found, indent=1) + "\n"

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import glob
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -91,7 +93,8 @@ def score(
 ) -> None:
     """Score CHECKPOINT once, to compare later: `ckptgate compare BASE.run CANDIDATE.run`.
 
-    A run that was killed goes on from RUN.part when it is started again, and gives the same bits.
+    A run that was killed goes on from RUN.part when it is started again, and gives the same bits. Under torchrun each rank
+    scores its share, and the last one to finish writes RUN.
     """
     _require("torch", "transformers", "scipy")
     from verifier import gate as room  # noqa: PLC0415
@@ -103,14 +106,19 @@ def score(
     if top_k and options["protocol"] == "lm-eval":
         raise UsageError("--top-k needs the protocol tokens; lm-eval gives sums of documents only")
     require_writable(output)
-    part = Path(f"{output}.part")
+    part, ranks = Path(f"{output}.part"), _ranks()
+    if ranks is not None and options["device"] == "cuda":
+        options["device"] = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     with _bar() as progress:
         found = room.score_run(
             open_checkpoint(checkpoint), room.load_corpus(corpus).head(documents), top_k=top_k, journal=part,
-            progress=progress, say=_say, **options,
+            progress=progress, say=_say, ranks=ranks, **options,
         )  # fmt: skip
+    if found is None:
+        return  # the rank that finishes last writes the run
     room.write_run(output, found)
-    part.unlink(missing_ok=True)
+    for file in (part, *part.parent.glob(f"{glob.escape(part.name)}.*-of-*")):
+        file.unlink(missing_ok=True)
     click.echo(room.render_run(found, output), nl=False)
 
 
@@ -142,6 +150,15 @@ def compare(
         reference, ours, margin, drift_against=accepted, drift_margin=room.drift_margin_of(max_drift)
     )
     _end(ctx, result, format_)
+
+
+def _ranks() -> tuple[int, int] | None:
+    """Return this process's rank and their number where torchrun started it, else None."""
+    try:
+        number, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    except (KeyError, ValueError):
+        return None
+    return (number, count) if count > 1 and 0 <= number < count else None
 
 
 def _end(ctx: click.Context, result: GateResult, format_: str) -> None:

@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from verifier.checkpoint import Checkpoint
-from verifier.errors import ContentError
+from verifier.errors import ContentError, MachineError
 from verifier.gate.corpora import Corpus
 from verifier.gate.planning import Protocol, plan_units
 from verifier.gate.runs import Run, read_run, write_run
@@ -56,11 +56,13 @@ def cached_run(
         except ContentError as error:
             if say:
                 say(f"{error}; scoring it again")
-    found = score_run(
+    scored = score_run(
         ckpt, corpus, protocol=protocol, window=window, batch=batch, device=device, workers=workers, top_k=top_k,
         journal=journal, progress=progress, say=say,
     )  # fmt: skip
+    if scored is None:
+        raise MachineError("a unit of work was lost")
     if keep:
-        write_run(file, found)
+        write_run(file, scored)
     journal.unlink(missing_ok=True)
-    return found
+    return scored

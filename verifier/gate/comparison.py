@@ -122,7 +122,8 @@ def coverage_note(documents: int) -> str:
         return f"{low} %" if low == high else f"{low} to {high} %"
 
     return (
-        f"simulated at {nearest} documents, 95 % intervals hold the truth in {span('symmetric')} where documents differ "
-        f"evenly, {span('skewed')} where effects are skewed, {span('rare')} where few are hit hard (of these the "
-        f"worst-document rule sees {span('worst_found')})"
+        f"simulated at {nearest} documents, two-sided 95 % intervals (one-sided upper bounds) hold the truth in "
+        f"{span('symmetric')} ({span('symmetric_high')}) where documents differ evenly, {span('skewed')} "
+        f"({span('skewed_high')}) where effects are skewed, {span('rare')} ({span('rare_high')}) where few documents are "
+        f"hit hard; the worst-document rule sees {span('worst_found')} of samples with such a document"
     )

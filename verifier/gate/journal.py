@@ -11,9 +11,10 @@ import fcntl
 import json
 import os
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -59,10 +60,7 @@ class Journal:
 
     def _read(self) -> None:
         good = self._file.tell()
-        for line in self._file:
-            piece = _parse(line)
-            if piece is None:
-                break
+        for line, piece in _pieces(self._file):
             self.done[piece.unit] = piece
             good += len(line)
         self._file.truncate(good)
@@ -92,6 +90,23 @@ class Journal:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._file.close()
+
+
+def units_in(path: Path, header: dict[str, Any]) -> dict[int, Piece]:
+    """Return the units of another process's journal as far as they are whole; none where it is absent or of another run."""
+    try:
+        with path.open("rb") as file:
+            return {p.unit: p for _, p in _pieces(file)} if file.readline() == _line(header) else {}
+    except OSError:
+        return {}
+
+
+def _pieces(file: BinaryIO) -> Iterator[tuple[bytes, Piece]]:
+    for line in file:
+        piece = _parse(line)
+        if piece is None:
+            return
+        yield line, piece
 
 
 def _line(value: dict[str, Any]) -> bytes:

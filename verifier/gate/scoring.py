@@ -15,10 +15,10 @@ import numpy as np
 
 from verifier import __version__
 from verifier.checkpoint import Checkpoint
-from verifier.errors import MachineError
+from verifier.errors import MachineError, UsageError
 from verifier.gate.corpora import Corpus, documents_digest
 from verifier.gate.jobs import Array, Job, Piece, Sums, Unit
-from verifier.gate.journal import Journal
+from verifier.gate.journal import Journal, units_in
 from verifier.gate.planning import Protocol, floor_units, plan_units, share, slices_of, workers_of
 from verifier.gate.runs import PER_TOKEN, TOP, Run, RunHeader, sums_of
 from verifier.gate.statistics import ratio
@@ -172,9 +172,9 @@ def run_of(
 def score_run(
     ckpt: Checkpoint, corpus: Corpus, *, protocol: Protocol = "tokens", window: int = 512, batch: int = 8,
     device: str = "cpu", workers: int | None = None, top_k: int = 0, journal: Path | None = None,
-    progress: Progress | None = None, say: Callable[[str], None] | None = None,
-) -> Run:  # fmt: skip
-    """Score one checkpoint.
+    progress: Progress | None = None, say: Callable[[str], None] | None = None, ranks: tuple[int, int] | None = None,
+) -> Run | None:  # fmt: skip
+    """Score one checkpoint; None where another rank has units to finish yet.
 
     Args:
         ckpt: what to score.
@@ -188,6 +188,8 @@ def score_run(
         journal: where finished units are kept until the run is whole; a run that finds them goes on from there.
         progress: called with (done, total) windows or documents.
         say: called with what a person should know.
+        ranks: this process's number and how many there are (torchrun): each scores its share into a journal of its own,
+            and every one that finds all journals whole returns the run.
 
     Raises:
         UsageError: the protocol does not fit the corpus; another process is at this run.
@@ -197,17 +199,41 @@ def score_run(
     job = Job(ckpt.uri, device, protocol, batch, window, len(corpus), top_k=top_k)
     started = time.monotonic()
     if journal is None:
+        if ranks is not None:
+            raise UsageError("ranks share their work through journals; give one")
         return _finish(ckpt, corpus, key, units, job, None, workers, progress, started)
     identity = {
         "ckptgate_journal": __version__, "weights_sha256": weights_digest(ckpt), "key": key, "batch": batch,
-        "device": device, "top_k": top_k, "versions": {p: version(p) for p in ("torch", "transformers")},
+        "device": device.partition(":")[0], "top_k": top_k, "versions": {p: version(p) for p in ("torch", "transformers")},
     }  # fmt: skip
+    if ranks is not None:
+        return _of_ranks(ckpt, corpus, key, units, job, journal, identity, ranks, workers, progress, started)
     with Journal(journal, identity) as kept:
         if kept.restarted and say:
             say(f"{journal}: of another run or version; scoring begins anew")
         if kept.done and say:
             say(f"{journal}: {len(kept.done)} of {len(units)} units are done; going on from there")
         return _finish(ckpt, corpus, key, units, job, kept, workers, progress, started)
+
+
+def _of_ranks(
+    ckpt: Checkpoint, corpus: Corpus, key: dict[str, Any], units: list[Unit], job: Job, journal: Path,
+    identity: dict[str, Any], ranks: tuple[int, int], workers: int | None, progress: Progress | None, started: float,
+) -> Run | None:  # fmt: skip
+    number, count = ranks
+    again = floor_units(units, job.batch)
+    everything = [*units, *again]
+    files = [journal.with_name(f"{journal.name}.{i}-of-{count}") for i in range(count)]
+    with Journal(files[number], identity) as kept:
+        mine = everything[number::count]
+        left = [u for u in mine if u.number not in kept.done] or everything[-1:]
+        _, (environment,) = score_pieces([share(job, left, workers or 1)], job.device, workers or 1, progress, [kept])
+    # What a rank wrote is synced before it looks: the last one to finish sees all.
+    pieces = {n: p for file in files for n, p in units_in(file, identity).items()}
+    if any(u.number not in pieces for u in everything):
+        return None
+    seconds = round(time.monotonic() - started, 3)
+    return run_of(ckpt, corpus, key, units, pieces, environment, again=again, seconds=seconds)
 
 
 def _finish(
