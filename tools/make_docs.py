@@ -22,6 +22,7 @@ FAMILIES = {
     "5": "Values", "6": "Reload and round trip",
 }  # fmt: skip
 MARK = ("<!-- coverage: rendered by tools/make_docs.py -->", "<!-- end of coverage -->")
+DAMAGE = ("<!-- damage: rendered by tools/make_docs.py -->", "<!-- end of damage -->")
 NOT_YET = """## Not judged yet
 
 Known defects without a rule in this version: QC403, QC405, QC411 to QC415, QC505 to QC507, QC509 to QC514, QC517, and
@@ -121,7 +122,26 @@ def gate_page() -> str:
     versions = ", ".join(f"{k} {v}" for k, v in r["versions"].items())
     lines += ["", f"`{r['command']}`, {r['rows'][0]['rounds']:,} rounds a row; {versions}.", "", MARK[1]]
     text = (DOCS / "gate.md").read_text(encoding="utf-8")
-    return text[: text.index(MARK[0])] + "\n".join(lines) + text[text.index(MARK[1]) + len(MARK[1]) :]
+    text = text[: text.index(MARK[0])] + "\n".join(lines) + text[text.index(MARK[1]) + len(MARK[1]) :]
+    return text[: text.index(DAMAGE[0])] + damage_table() + text[text.index(DAMAGE[1]) + len(DAMAGE[1]) :]
+
+
+def damage_table() -> str:
+    """Return what each measure of the gate says of damaged exports, from the results that the benchmark wrote."""
+    r = json.loads((DOCS.parent / "benchmarks" / "results" / "damage.json").read_text(encoding="utf-8"))
+    lines = [
+        DAMAGE[0], "",
+        f"| damage (layer {r['layer']}) | loss | absolute | drift [90 %] | with drift margin | KL to the good one | top-1 |",
+        "| --- " * 7 + "|", f"| none | {r['good']['loss']:+.4f} | {r['good']['absolute']} | | | | |",
+    ]  # fmt: skip
+    for x in r["rows"]:
+        middle, low, high = x["drift"]
+        lines.append(
+            f"| {x['damage']} | {x['loss']:+.4f} | {x['absolute']} | {middle:+.4f} [{low:+.4f}, {high:+.4f}] | {x['with_drift']} "
+            f"| {x['kl_to_good']:.4f} | {x['top1_to_good']:.1%} |"
+        )
+    versions = ", ".join(f"{k} {v}" for k, v in r["versions"].items())
+    return "\n".join([*lines, "", f"`{r['command']}`; {versions}.", "", DAMAGE[1]])
 
 
 def main() -> int:

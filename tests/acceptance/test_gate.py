@@ -301,8 +301,8 @@ def test_a_killed_run_goes_on_and_gives_the_same_bits(runs: dict[str, Path], tmp
 def test_two_torchrun_ranks_give_the_same_bits(runs: dict[str, Path], tmp_path: Path) -> None:
     out = tmp_path / "ranks.run"
     args = ["score", str(BF16), "--corpus", str(CORPUS), "--top-k", "32", "-o", str(out)]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "verifier", *args]
-    done = subprocess.run(launch, capture_output=True, text=True, check=False, timeout=300)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "verifier"]
+    done = subprocess.run([*launch, *args], capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     found, whole = read_run(out), read_run(runs["base"])
     assert all(np.array_equal(found.arrays[k], v) for k, v in whole.arrays.items())

@@ -221,9 +221,9 @@ def tail_quantile(
     keep = np.argsort(values)[::-1][: max(1, math.ceil(len(values) * (1 - share) * 20))]
     rng = np.random.default_rng(seed)
     weights = rng.multinomial(len(tokens), np.full(len(tokens), 1 / len(tokens)), 400)
-    reach = np.cumsum(weights[:, owner[keep]], 1)
-    place = (reach <= (1 - share) * (weights @ tokens)[:, None]).sum(1).clip(max=len(keep) - 1)
-    low, high = np.quantile(values[keep][place], [1 - level, level])
+    ranks = (1 - share) * (weights @ tokens)
+    place = [int((np.cumsum(w[owner[keep]]) <= rank).sum()) for w, rank in zip(weights, ranks, strict=True)]
+    low, high = np.quantile(values[keep][np.minimum(place, len(keep) - 1)], [1 - level, level])
     return float(np.quantile(values, share)), float(low), float(high)
 
 
