@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Simulate how often the gate's intervals hold the truth, and how often the worst-document rule sees a dead expert.
 
-    python benchmarks/coverage.py [--rounds 4000] [--out benchmarks/results/coverage.json]
+    python benchmarks/coverage.py [--rounds 10000] [--out benchmarks/results/coverage.json]
 
 Scenarios are fixed: number of documents x lengths x how documents differ. Token noise has the standard deviation 0.35
 nats of published paired logs; normal token noise is drawn as the sum that it makes, Student-t noise token by token on
@@ -121,7 +121,7 @@ def _one(sums: np.ndarray, tokens: np.ndarray, hit: np.ndarray, truth: float) ->
 def main() -> None:
     """Simulate and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=4000)
+    parser.add_argument("--rounds", type=int, default=10_000)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "coverage.json")
     args = parser.parse_args()
     started = time.monotonic()

@@ -29,6 +29,7 @@ from verifier.gate import Run, compare_runs, drift_margin_of, load_corpus, margi
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "goldens" / "minimax-m3-tiny"
 LAYER = 2
+GLOBAL = r"w[123]\.weight_scale_2$"
 
 
 def write(ckpt: Checkpoint, folder: Path, name: str, raw: bytes) -> None:
@@ -74,8 +75,8 @@ def damages(ckpt: Checkpoint, experts: list[int]) -> dict[str, Callable[[Path], 
     return {
         "busiest expert of a layer answers zero": lambda f: edit(ckpt, f, rf"experts\.{busy}\.w2\.weight_scale$", zero),
         "idlest expert of a layer answers zero": lambda f: edit(ckpt, f, rf"experts\.{idle}\.w2\.weight_scale$", zero),
-        "global scales of a layer's experts off by 1/16": lambda f: edit(ckpt, f, r"experts\.\d+\.w[123]\.weight_scale_2$", sixteenth),
-        "global scales of one expert off by 1/16": lambda f: edit(ckpt, f, rf"experts\.{busy}\.w[123]\.weight_scale_2$", sixteenth),
+        "global scales of a layer's experts off by 1/16": lambda f: edit(ckpt, f, rf"experts\.\d+\.{GLOBAL}", sixteenth),
+        "global scales of one expert off by 1/16": lambda f: edit(ckpt, f, rf"experts\.{busy}\.{GLOBAL}", sixteenth),
         "gate and up swapped in the busiest expert": swap(str(busy)),
         "gate and up swapped in a layer": swap(r"\d+"),
         "router recast to BF16 values": lambda f: edit(ckpt, f, r"gate\.weight$", _recast),

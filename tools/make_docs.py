@@ -137,8 +137,8 @@ def damage_table() -> str:
     for x in r["rows"]:
         middle, low, high = x["drift"]
         lines.append(
-            f"| {x['damage']} | {x['loss']:+.4f} | {x['absolute']} | {middle:+.4f} [{low:+.4f}, {high:+.4f}] | {x['with_drift']} "
-            f"| {x['kl_to_good']:.4f} | {x['top1_to_good']:.1%} |"
+            f"| {x['damage']} | {x['loss']:+.4f} | {x['absolute']} | {middle:+.4f} [{low:+.4f}, {high:+.4f}] "
+            f"| {x['with_drift']} | {x['kl_to_good']:.4f} | {x['top1_to_good']:.1%} |"
         )
     versions = ", ".join(f"{k} {v}" for k, v in r["versions"].items())
     return "\n".join([*lines, "", f"`{r['command']}`; {versions}.", "", DAMAGE[1]])

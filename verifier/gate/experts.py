@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -60,8 +60,3 @@ def _hook(counter: Counter, name: str, experts: int) -> Any:
                 return
 
     return hook
-
-
-def unreached(counts: Mapping[str, Sequence[int]]) -> list[str]:
-    """Return the experts that no token of the corpus reached, by name: ``module.number``."""
-    return [f"{name}.{i}" for name, found in counts.items() for i, n in enumerate(found) if n == 0]

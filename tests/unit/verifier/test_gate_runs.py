@@ -18,7 +18,7 @@ from verifier.gate.attempts import Attempts
 from verifier.gate.comparison import compare_runs
 from verifier.gate.corpora import Corpus, documents_digest
 from verifier.gate.decision import Margin
-from verifier.gate.experts import Counter, unreached
+from verifier.gate.experts import Counter
 from verifier.gate.jobs import Piece, Unit
 from verifier.gate.journal import Journal
 from verifier.gate.planning import floor_units, units_of
@@ -196,7 +196,6 @@ def test_experts_that_the_text_does_not_reach_are_named() -> None:
     text = render_text(result)
     assert "5 of 6 reached in 2 layers" in text
     assert "not judged: layers.1.experts experts 1 (1 of 3)" in text
-    assert unreached({"a": [0, 2], "b": [3, 0]}) == ["a.0", "b.1"]
 
 
 def test_experts_are_counted_without_padding() -> None:
