@@ -81,8 +81,26 @@ def performance_page() -> str:
         f"each a process of its own, interleaved. {versions}; {r['machine']}.", "",
         "| process | seconds | peak MB |", "| --- | --- | --- |",
         row("`ckptgate check`", "check"), row("parse the same headers with `json` alone", "parse"),
-        f"| ratio | {r['median']['check_s'] / r['median']['parse_s']:.1f} | |", "",
+        f"| ratio | {r['median']['check_s'] / r['median']['parse_s']:.1f} | |", "", *scoring_section(),
     ])  # fmt: skip
+
+
+def scoring_section() -> list[str]:
+    """Return what scoring costs over a plain forward."""
+    r = json.loads((DOCS.parent / "benchmarks" / "results" / "gate.json").read_text(encoding="utf-8"))
+    ways = {
+        "forward": "forward of base and candidate alone", "lockstep": "scored in lockstep, exact KL",
+        "top_k": "scored with the 64 likeliest tokens",
+    }  # fmt: skip
+    lines = [
+        "## Scoring", "",
+        f"The MiniMax-M3 golden (2.4 million parameters) and an export of it on the same {r['tokens']:,} tokens;",
+        f"`{r['command']}`, median of {len(r['rounds'])} interleaved rounds of processor time. A larger model spends more of its",
+        f"time in the forward, so these ratios are high. {', '.join(f'{k} {v}' for k, v in r['versions'].items())};",
+        f"{r['machine']}.", "", "| what | tokens a second | ratio |", "| --- | --- | --- |",
+    ]  # fmt: skip
+    lines += [f"| {t} | {r['tokens_per_second'][k]:,} | {r['ratio_to_forward'][k]:.2f} |" for k, t in ways.items()]
+    return [*lines, ""]
 
 
 def coverage_table() -> str:

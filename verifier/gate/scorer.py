@@ -121,8 +121,9 @@ def _of_rows(logits: Any, wanted: Any, top_k: int) -> tuple[dict[str, Array], An
     rows = logits.float()
     logp = torch.log_softmax(rows, -1)
     nats = -logp.gather(-1, wanted[:, None])[:, 0]
-    # A logit that is infinite where it does not matter leaves the log-probability finite; it is still a defect.
-    finite = torch.isfinite(rows).all(-1) & torch.isfinite(nats)
+    # A logit that is infinite where it does not matter leaves the log-probability finite; it is still a defect. The
+    # smallest log-probability of a position is finite only where all its logits are.
+    finite = torch.isfinite(logp.amin(-1))
     best, at = logp.max(-1)
     found = {
         "nats": torch.where(finite, nats, 0.0), "top1": at.to(torch.int32), "sure": torch.where(finite, best, 0.0),

@@ -208,6 +208,21 @@ def test_experts_are_counted_without_padding() -> None:
     assert counter.take() == {}
 
 
+def test_a_logit_that_is_not_finite_anywhere_is_seen() -> None:
+    import torch
+
+    from verifier.gate.scorer import _of_rows
+
+    rows = torch.randn((5, 50), generator=torch.Generator().manual_seed(1))
+    rows[0, 3], rows[1, 4], rows[2, 5], rows[3, 1] = math.inf, -math.inf, math.nan, 3e38
+    found, logp, finite = _of_rows(rows, torch.zeros(5, dtype=torch.long), 4)
+    assert finite.tolist() == [False, False, False, True, True]
+    assert all(np.isfinite(v).all() for v in found.values())
+    assert found["nats"][4] == -logp[4, 0]
+    assert found["top_ids"][4, 0] == found["top1"][4]
+    assert found["top_logprobs"][4].tolist() == sorted(logp[4].tolist(), reverse=True)[:4]
+
+
 def test_few_documents_get_a_figure_that_decides_nothing() -> None:
     few = compare_runs(made(0, "a", documents=12), made(1, "b", 0.01, documents=12), MARGIN)
     many = compare_runs(BASE, GOOD, MARGIN)
