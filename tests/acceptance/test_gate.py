@@ -320,7 +320,7 @@ def test_attempts_are_remembered_and_not_drawn_again(mixed: Path, tmp_path: Path
 
     def gate(corpus: Path, **options: str) -> verifier.gate.GateResult:
         return verifier.gate.run(
-            mixed, base=BF16, corpus=str(corpus), max_increase="0.008", cache=cache, say=said.append, **options  # type: ignore[arg-type]
+            mixed, base=BF16, corpus=str(corpus), max_increase="0.008", cache=cache, say=said.append, workers=1, **options  # type: ignore[arg-type]
         )
 
     first = gate(few)

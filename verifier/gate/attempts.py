@@ -55,7 +55,7 @@ class Attempts:
     def last(self, base: Checkpoint, window: int, protocol: str) -> dict[str, Any] | None:
         """Return the last attempt on a base that has statistics, or None."""
         wanted = [weights_digest(base), window, protocol]
-        found = [r for r in self._rows() if list(r.get("pair", ()))[1:] == wanted and _usable(r)]
+        found = [r for r in self._rows() if r["pair"][1:] == wanted and _usable(r)]
         return found[-1] if found else None
 
     def record(
@@ -96,8 +96,8 @@ class Attempts:
                 row = json.loads(line)
             except (ValueError, RecursionError):
                 continue  # a line that a killed process tore
-            if isinstance(row, dict) and isinstance(row.get("documents"), list):
-                rows.append(row)
+            if isinstance(row, dict) and all(isinstance(row.get(k), list) for k in ("documents", "pair")):
+                rows.append(row | {"documents": [str(d) for d in row["documents"]]})
         return rows
 
 
