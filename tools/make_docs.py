@@ -97,7 +97,8 @@ def scoring_section() -> list[str]:
         f"The MiniMax-M3 golden (2.4 million parameters) and an export of it on the same {r['tokens']:,} tokens;",
         f"`{r['command']}`, median of {len(r['rounds'])} interleaved rounds of processor time. Larger models, whose",
         "forward weighs more, were not measured.", "",
-        f"{', '.join(f'{k} {v}' for k, v in r['versions'].items())}; {r['machine']}.", "", "| what | tokens a second | ratio |", "| --- | --- | --- |",
+        f"{', '.join(f'{k} {v}' for k, v in r['versions'].items())}; {r['machine']}.", "",
+        "| what | tokens a second | ratio |", "| --- | --- | --- |",
     ]  # fmt: skip
     lines += [f"| {t} | {r['tokens_per_second'][k]:,} | {r['ratio_to_forward'][k]:.2f} |" for k, t in ways.items()]
     return [*lines, ""]

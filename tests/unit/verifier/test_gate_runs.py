@@ -353,7 +353,8 @@ def test_a_second_look_holds_the_first(tmp_path: Path) -> None:
         looks("a", "c", "d")
     assert looks("x", window=256) == 1  # another protocol is another question
     with (tmp_path / "attempts.jsonl").open("ab") as handle:
-        handle.write(b'{"pair": [1, \n[]\n{"documents": 3}\n{"documents": [[]], "pair": 5}\n{"documents": [[]], "pair": []}\n')
+        handle.write(b'{"pair": [1, \n[]\n{"documents": 3}\n')
+        handle.write(b'{"documents": [[]], "pair": 5}\n{"documents": [[]], "pair": []}\n')
     attempts.record(*pair, corpus("a", "b", "c"), 512, "tokens", compare_runs(BASE, GOOD, MARGIN), 3.0)  # type: ignore[arg-type]
     assert looks("a", "b", "c", "d") == 3
     last = attempts.last(pair[1], 512, "tokens")  # type: ignore[arg-type]
