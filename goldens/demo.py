@@ -73,7 +73,7 @@ def main() -> None:
         print(f"check           {good.splitlines()[-1]}")
         print(f"broken copy     {bad.splitlines()[0]}\n                {bad.splitlines()[1].strip()}")
         print(f"                {bad.splitlines()[-1]}")
-        for line in gate.splitlines()[-4:]:
+        for line in [g for g in gate.splitlines() if g.startswith(("loss", "margin", "KL", "verdict"))]:
             print(f"gate            {line}")
         print(f"{time.monotonic() - started:.0f} s in all")
     finally:

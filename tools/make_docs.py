@@ -24,6 +24,8 @@ FAMILIES = {
     "1": "Container, index, files", "2": "Names and layout", "3": "Scale keys, dtypes, shapes", "4": "Configuration",
     "5": "Values", "6": "Reload and round trip",
 }  # fmt: skip
+MARK = ("<!-- coverage: rendered by tools/make_docs.py -->", "<!-- end of coverage -->")
+DAMAGE = ("<!-- damage: rendered by tools/make_docs.py -->", "<!-- end of damage -->")
 NOT_YET = """## Not judged yet
 
 Known defects without a rule in this version: everything that needs a loaded model or an engine (QC601 to QC604, QC608).
@@ -72,6 +74,7 @@ def performance_page() -> str:
     page += verify_section(json.loads((results / "verify.json").read_text(encoding="utf-8")))
     if (results / "codecs.json").is_file():
         page += codecs_section(json.loads((results / "codecs.json").read_text(encoding="utf-8")))
+    page += scoring_section()
     return "\n".join(page)
 
 
@@ -223,10 +226,89 @@ def agreement_lines(r: dict[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
+def scoring_section() -> list[str]:
+    """Return what scoring costs over a plain forward."""
+    r = json.loads((DOCS.parent / "benchmarks" / "results" / "gate.json").read_text(encoding="utf-8"))
+    ways = {
+        "forward": "forward of base and candidate alone", "lockstep": "scored in lockstep, exact KL",
+        "top_k": "scored with the 64 likeliest tokens",
+    }  # fmt: skip
+    lines = [
+        "## Scoring", "",
+        f"The MiniMax-M3 golden (2.4 million parameters) and an export of it on the same {r['tokens']:,} tokens;",
+        f"`{r['command']}`, median of {len(r['rounds'])} interleaved rounds of processor time. Larger models, whose",
+        "forward weighs more, were not measured.", "",
+        f"{', '.join(f'{k} {v}' for k, v in r['versions'].items())}; {r['machine']}.", "",
+        "| what | tokens a second | ratio |", "| --- | --- | --- |",
+    ]  # fmt: skip
+    lines += [f"| {t} | {r['tokens_per_second'][k]:,} | {r['ratio_to_forward'][k]:.2f} |" for k, t in ways.items()]
+    return [*lines, ""]
+
+
+def coverage_table() -> str:
+    """Return verifier/gate/coverage.json: what the gate prints of the simulated coverage, by number of documents."""
+    r = json.loads((DOCS.parent / "benchmarks" / "results" / "coverage.json").read_text(encoding="utf-8"))
+    found = {}
+    for count in sorted({x["documents"] for x in r["rows"]}):
+        rows = [x for x in r["rows"] if x["documents"] == count]
+
+        def span(key: str, effects: list[str], rows: list[dict[str, Any]] = rows) -> list[float]:
+            values = [x[key] for x in rows if x["effect"] in effects]
+            return [min(values), max(values)]
+
+        found[str(count)] = {
+            "symmetric": span("gate", r["symmetric"]), "skewed": span("gate", ["skewed"]), "rare": span("gate", ["rare"]),
+            "symmetric_high": span("high_holds", r["symmetric"]), "skewed_high": span("high_holds", ["skewed"]),
+            "rare_high": span("high_holds", ["rare"]),
+            "worst_found": span("worst_found", ["rare"]), "worst_false": span("worst_false", r["symmetric"]),
+        }  # fmt: skip
+    return json.dumps(found, indent=1) + "\n"
+
+
+def gate_page() -> str:
+    """Return docs/gate.md with its table of coverage, from the results that the benchmark wrote."""
+    r = json.loads((DOCS.parent / "benchmarks" / "results" / "coverage.json").read_text(encoding="utf-8"))
+    lines = [
+        MARK[0], "",
+        "| documents | effects | lengths | tokens alone | linearized | jackknife | **gate** | upper bound | lower bound "
+        "| false | found |",
+        "| --- " * 11 + "|",
+    ]  # fmt: skip
+    for x in r["rows"]:
+        shown = ("token", "linear", "jackknife", "gate", "high_holds", "low_holds", "worst_false")
+        numbers = [f"{100 * x[k]:.1f}" for k in shown]
+        numbers.append("" if x["worst_found"] is None else f"{100 * x['worst_found']:.1f}")
+        lines.append(f"| {x['documents']} | {r['effects'][x['effect']]} | {x['lengths']} | {' | '.join(numbers)} |")
+    versions = ", ".join(f"{k} {v}" for k, v in r["versions"].items())
+    lines += ["", f"`{r['command']}`, {r['rows'][0]['rounds']:,} rounds a row; {versions}.", "", MARK[1]]
+    text = (DOCS / "gate.md").read_text(encoding="utf-8")
+    text = text[: text.index(MARK[0])] + "\n".join(lines) + text[text.index(MARK[1]) + len(MARK[1]) :]
+    return text[: text.index(DAMAGE[0])] + damage_table() + text[text.index(DAMAGE[1]) + len(DAMAGE[1]) :]
+
+
+def damage_table() -> str:
+    """Return what each measure of the gate says of damaged exports, from the results that the benchmark wrote."""
+    r = json.loads((DOCS.parent / "benchmarks" / "results" / "damage.json").read_text(encoding="utf-8"))
+    lines = [
+        DAMAGE[0], "",
+        f"| damage (layer {r['layer']}) | loss | absolute | drift [90 %] | with drift margin | KL to the good one | top-1 |",
+        "| --- " * 7 + "|", f"| none | {r['good']['loss']:+.4f} | {r['good']['absolute']} | | | | |",
+    ]  # fmt: skip
+    for x in r["rows"]:
+        middle, low, high = x["drift"]
+        lines.append(
+            f"| {x['damage']} | {x['loss']:+.4f} | {x['absolute']} | {middle:+.4f} [{low:+.4f}, {high:+.4f}] "
+            f"| {x['with_drift']} | {x['kl_to_good']:.4f} | {x['top1_to_good']:.1%} |"
+        )
+    versions = ", ".join(f"{k} {v}" for k, v in r["versions"].items())
+    return "\n".join([*lines, "", f"`{r['command']}`; {versions}.", "", DAMAGE[1]])
+
+
 def main() -> int:
     """Write or compare the pages."""
     stale = []
     pages = {"rules.md": rules_page(), "exit-codes.md": exit_codes_page(), "performance.md": performance_page()}
+    pages |= {"gate.md": gate_page(), "../verifier/gate/coverage.json": coverage_table()}
     for name, text in pages.items():
         file = DOCS / name
         if "--check" in sys.argv:

@@ -29,8 +29,8 @@ def require_writable(file: str | os.PathLike[str]) -> None:
         raise UsageError(f"{path}: cannot be written")
 
 
-def write_atomic(file: str | os.PathLike[str], text: str) -> None:
-    """Write UTF-8 text under a temporary name beside a file, sync it, and rename it; a symlink's target is replaced.
+def write_atomic(file: str | os.PathLike[str], text: str | bytes) -> None:
+    """Write bytes, or text as UTF-8, under a temporary name beside a file, sync, and rename; a symlink's target is replaced.
 
     What is no regular file (a pipe, /dev/null) is written to as it is.
 
@@ -38,7 +38,7 @@ def write_atomic(file: str | os.PathLike[str], text: str) -> None:
         MachineError: it could not be written; what was there before is untouched.
     """
     path = Path(os.path.realpath(file))
-    data = text.encode("utf-8", "backslashreplace")
+    data = text.encode("utf-8", "backslashreplace") if isinstance(text, str) else text
     temporary = ""
     try:
         if path.exists() and not path.is_file():

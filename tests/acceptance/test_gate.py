@@ -6,6 +6,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +20,12 @@ from verifier.checkpoint import open_checkpoint
 from verifier.cli import run
 from verifier.corrupt.edit import Folder
 from verifier.errors import ContentError, MachineError, UsageError
+from verifier.gate.comparison import compare_runs
 from verifier.gate.corpora import load_corpus
+from verifier.gate.decision import Margin
 from verifier.gate.run import plan_jobs, score_all, weights_digest
-from verifier.gate.scorer import score
+from verifier.gate.runs import read_run
+from verifier.gate.scoring import score_run
 from verifier.manifest import Manifest, digest
 
 GOLDEN = Path(__file__).parents[2] / "goldens" / "minimax-m3-tiny"
@@ -77,7 +83,7 @@ def test_rescoring_gives_the_manifest(manifest: Manifest) -> None:
     corpus = load_corpus(str(CORPUS))
     key, jobs = plan_jobs([open_checkpoint(BF16)], corpus, "tokens", 512, 8, "cpu", 1)
     assert key == want.protocol
-    sums = score(jobs[0][0], lambda _n: None)
+    sums = score_all(jobs, len(corpus), "cpu", 1, None)[0]
     assert sums.tokens == [t for _, t in want.documents]
     difference = np.abs(np.array(sums.nats) - np.array([n for n, _ in want.documents])) / np.array(sums.tokens)
     assert difference.max() < 1e-4
@@ -206,3 +212,142 @@ def test_a_base_in_block_fp8_is_decoded(tmp_path: Path, capsys: pytest.CaptureFi
     corpus.write_text("".join(CORPUS.read_text().splitlines(keepends=True)[:25]))
     assert run(["gate", str(candidate), "--base", str(base), "--corpus", str(corpus), "--format", "json"]) == 0
     assert json.loads(capsys.readouterr().out)["verdict"] == "passed"
+
+
+@pytest.fixture(scope="session")
+def runs(mixed: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Return the runs of the base and of a good export, each scored once."""
+    folder = tmp_path_factory.mktemp("runs")
+    found = {name: folder / f"{name}.run" for name in ("base", "mixed")}
+    for name, model in (("base", BF16), ("mixed", mixed)):
+        assert run(["score", str(model), "--corpus", str(CORPUS), "--top-k", "32", "-o", str(found[name])]) == 0
+    return found
+
+
+def test_scored_once_and_compared_later_is_the_gate(mixed: Path, runs: dict[str, Path]) -> None:
+    base, ours = (read_run(runs[n]) for n in ("base", "mixed"))
+    apart = compare_runs(base, ours, Margin(0.077, ""))
+    together = verifier.gate.run(mixed, base=BF16, corpus=str(CORPUS), max_increase="0.077", workers=1)
+    # Lockstep or apart, one worker or two: the same bits.
+    assert together.documents == apart.documents
+    assert together.interval == apart.interval
+    exact, bound = together.measures.kl, apart.measures.kl
+    assert exact is not None
+    assert bound is not None
+    assert (exact.kind, bound.kind.split(",")[0]) == ("lockstep", "a lower bound")
+    assert 0 < bound.mean.delta < exact.mean.delta < 2 * bound.mean.delta
+    assert together.measures.top1 == apart.measures.top1
+    # The text was sampled from the base: two ways to one number.
+    assert together.interval is not None
+    assert exact.mean.delta == pytest.approx(together.interval.delta, abs=3 * together.interval.se)
+    assert [(e.experts, e.unreached) for e in together.experts] == [(8, ())] * 3
+    assert together.floor is not None
+    assert together.floor < 1e-3
+
+
+def test_a_dead_expert_fails_the_drift_margin_where_the_absolute_one_passes(
+    mixed: Path, runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The busiest expert of one layer answers zero: its last scales are zero, byte by byte."""
+    counts = read_run(runs["mixed"]).header.experts
+    layer = sorted(counts)[1]
+    busiest = int(np.argmax(counts[layer]))
+    number = re.search(r"layers\.(\d+)\.", layer)[1]  # type: ignore[index]
+    broken = shutil.copytree(mixed, tmp_path / "dead")
+    ckpt = open_checkpoint(broken)
+    name = next(n for n in ckpt.tensors if f".layers.{number}." in n and n.endswith(f".experts.{busiest}.w2.weight_scale"))
+    t = ckpt.tensors[name]
+    with (broken / t.file).open("r+b") as handle:
+        handle.seek(t.offset)
+        handle.write(bytes(t.nbytes))
+    out = tmp_path / "dead.run"
+    assert run(["score", str(broken), "--corpus", str(CORPUS), "-o", str(out)]) == 0
+    assert run(["compare", str(runs["base"]), str(out)]) == 0
+    capsys.readouterr()
+    command = ["compare", str(runs["base"]), str(out), "--drift-against", str(runs["mixed"]), "--format", "json"]
+    assert run(command) == 1
+    result = json.loads(capsys.readouterr().out)
+    assert result["drift"]["interval"]["low"] > 0.003
+    assert result["interval"]["high"] < result["margin"]["nats"]
+
+
+def test_a_killed_run_goes_on_and_gives_the_same_bits(runs: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "killed.run"
+    part = tmp_path / "killed.run.part"
+    args = ["score", str(BF16), "--corpus", str(CORPUS), "--top-k", "32", "-o", str(out), "--workers", "1"]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen([sys.executable, "-m", "verifier", *args], **quiet)
+    try:
+        while process.poll() is None and (not part.exists() or part.read_bytes().count(b"\n") < 3):
+            time.sleep(0.02)
+        assert process.poll() is None
+    finally:
+        process.kill()
+        process.wait()
+    assert not out.exists()
+    done = part.read_bytes().count(b"\n") - 1
+    assert 2 <= done < 11
+    said: list[str] = []
+    again = score_run(
+        open_checkpoint(BF16), load_corpus(str(CORPUS)), top_k=32, journal=part, workers=2, say=said.append
+    )
+    assert said
+    assert "units are done" in said[0]
+    whole = read_run(runs["base"])
+    assert all(np.array_equal(again.arrays[k], v) for k, v in whole.arrays.items())
+    assert (again.header.experts, again.header.floor) == (whole.header.experts, whole.header.floor)
+
+
+def test_two_torchrun_ranks_give_the_same_bits(runs: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "ranks.run"
+    args = ["score", str(BF16), "--corpus", str(CORPUS), "--top-k", "32", "-o", str(out)]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "verifier"]
+    done = subprocess.run([*launch, *args], capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found, whole = read_run(out), read_run(runs["base"])
+    assert all(np.array_equal(found.arrays[k], v) for k, v in whole.arrays.items())
+    assert found.header.experts == whole.header.experts
+    assert [p.name for p in tmp_path.iterdir()] == ["ranks.run"]
+
+
+def test_attempts_are_remembered_and_not_drawn_again(mixed: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    rows = CORPUS.read_text().splitlines(keepends=True)
+    few, others = tmp_path / "few.jsonl", tmp_path / "others.jsonl"
+    few.write_text("".join(rows[1:5]))
+    others.write_text("".join(rows[5:9]))
+    said: list[str] = []
+
+    def gate(corpus: Path, **options: str) -> verifier.gate.GateResult:
+        return verifier.gate.run(
+            mixed, base=BF16, corpus=str(corpus), max_increase="0.008", cache=cache, say=said.append, workers=1, **options  # type: ignore[arg-type]
+        )
+
+    first = gate(few)
+    assert (first.outcome, first.looks) == ("inconclusive", 1)
+    again = gate(few)
+    assert (again.looks, again.documents) == (1, first.documents)
+    assert any("scored before" in s for s in said)
+    with pytest.raises(UsageError, match=r"inconclusive on 'few\.jsonl' before, and 4 of those 4 documents"):
+        gate(others)
+    found = verifier.gate.plan(mixed, base=BF16, corpus=str(CORPUS), cache=cache)
+    assert found.source == "the last attempt on this base (4 documents of 'few.jsonl')"
+    assert found.documents == 72
+
+
+def test_a_plan_scores_ten_documents(mixed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["gate", str(mixed), "--base", str(BF16), "--corpus", str(CORPUS), "--plan"]) == 0
+    text = capsys.readouterr().out
+    assert "the first 10 documents, scored now" in text
+    assert "published normal of the format, +0.06420 nats" in text
+
+
+def test_what_score_and_gate_refuse(mixed: Path, runs: dict[str, Path], tmp_path: Path) -> None:
+    assert run(["score", str(BF16), "--corpus", str(CORPUS), "-o", str(runs["base"])]) == 2
+    assert run(["score", str(BF16), "--corpus", str(CORPUS), "-o", str(tmp_path)]) == 2
+    gate = ["gate", str(mixed), "--base", str(BF16), "--corpus", str(CORPUS)]
+    assert run([*gate, "--kl", "lockstep", "--cache", str(tmp_path)]) == 2
+    assert run([*gate, "--max-drift", "0.1"]) == 2
+    assert run([*gate, "--drift-against", str(tmp_path / "absent.run")]) == 2
+    other = runs["mixed"]
+    assert run([*gate, "--documents", "3", "--drift-against", str(other)]) == 1

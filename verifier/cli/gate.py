@@ -1,61 +1,183 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``ckptgate gate``."""
+"""``ckptgate gate``, ``score`` and ``compare``."""
 
 from __future__ import annotations
 
+import glob
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from verifier.errors import MissingExtra
+from verifier.errors import MissingExtra, UsageError
+
+if TYPE_CHECKING:
+    from verifier.gate import GateResult
+
+_CORPUS = click.option(
+    "--corpus", metavar="NAME|FILE", required=True, help="wikitext2-test, a text file, or .jsonl of ids or text."
+)
+_PROTOCOL = click.option("--protocol", type=click.Choice(["tokens", "lm-eval"]), default="tokens", show_default=True)
+_MARGIN = click.option("--max-increase", metavar="8%", help="Largest tolerated loss: % of perplexity, or nats a token.")
+_DRIFT = click.option("--drift-against", metavar="RUN", help="Run of an accepted candidate, to judge the drift against too.")
+_MAX_DRIFT = click.option("--max-drift", metavar="NATS", help="Largest tolerated drift; 0.003 nats a token by default.")
+_WINDOW = click.option(
+    "--window", type=click.IntRange(2, 1_000_000), default=512, show_default=True, help="Tokens in a window."
+)
+_DOCUMENTS = click.option("--documents", type=click.IntRange(min=1), help="Score the first N documents only.")
+_DEVICE = click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 …")
+_BATCH = click.option("--batch", type=click.IntRange(1, 4096), default=8, show_default=True, help="Windows at a time.")
+_WORKERS = click.option(
+    "--workers", type=click.IntRange(1, 64), help="Processes; by default processors on CPU, at most 4."
+)
+_FORMAT = click.option("--format", "format_", type=click.Choice(["text", "json"]), default="text", show_default=True)
 
 
 @click.command()
 @click.argument("candidate")
 @click.option("--base", metavar="REF", required=True, help="The checkpoint to compare with.")
-@click.option("--corpus", metavar="NAME|FILE", required=True, help="wikitext2-test, a text file, or .jsonl of ids or text.")
-@click.option("--protocol", type=click.Choice(["tokens", "lm-eval"]), default="tokens", show_default=True)
-@click.option("--max-increase", metavar="8%", help="Largest tolerated loss: % of perplexity, or nats a token.")
-@click.option("--window", type=click.IntRange(2, 1_000_000), default=512, show_default=True, help="Tokens in a window.")
-@click.option("--documents", type=click.IntRange(min=1), help="Score the first N documents only.")
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 …")
-@click.option("--batch", type=click.IntRange(1, 4096), default=8, show_default=True, help="Windows at a time.")
-@click.option("--workers", type=click.IntRange(1, 64), help="Processes; by default processors on CPU, at most 4.")
-@click.option("--format", "format_", type=click.Choice(["text", "json"]), default="text", show_default=True)
+@_CORPUS
+@_PROTOCOL
+@_MARGIN
+@_DRIFT
+@_MAX_DRIFT
+@click.option(
+    "--kl", type=click.Choice(["auto", "lockstep", "top-k", "off"]), default="auto", show_default=True,
+    help="KL divergence: both models side by side, or a lower bound from the likeliest tokens of both.",
+)  # fmt: skip
+@click.option("--cache", metavar="DIR", help="Keep the base's run, unfinished work and attempts here; nowhere by default.")
+@click.option("--plan", is_flag=True, help="Score ten documents and tell what the whole would detect and cost; no verdict.")
+@_WINDOW
+@_DOCUMENTS
+@_DEVICE
+@_BATCH
+@_WORKERS
+@_FORMAT
 @click.pass_context
-def gate(
-    ctx: click.Context,
-    candidate: str,
-    base: str,
-    corpus: str,
-    protocol: str,
-    max_increase: str | None,
-    window: int,
-    documents: int | None,
-    device: str,
-    batch: int,
-    workers: int | None,
-    format_: str,
-) -> None:
+def gate(ctx: click.Context, /, candidate: str, base: str, corpus: str, format_: str, *, plan: bool, **options: Any) -> None:
     """Measure the loss of CANDIDATE against its base on the same text.
 
     Exit 0: the loss is shown to be within the margin. 1: shown to be beyond it. 3: inconclusive.
     """
-    for module in ("torch", "transformers", "scipy"):
-        if find_spec(module) is None:
-            raise MissingExtra("gate", "gate")
+    _require("torch", "transformers", "scipy")
     from verifier import gate as room  # noqa: PLC0415  (numpy, as in check)
 
     with _bar() as progress:
-        result = room.run(
-            candidate, base=base, corpus=corpus, protocol=protocol, max_increase=max_increase, window=window,  # type: ignore[arg-type]
-            documents=documents, device=device, batch=batch, workers=workers, progress=progress,
+        if plan:
+            found = room.plan(candidate, base=base, corpus=corpus, progress=progress, **options)
+            click.echo(room.render_plan_json(found) if format_ == "json" else room.render_plan_text(found), nl=False)
+            return
+        result = room.run(candidate, base=base, corpus=corpus, progress=progress, say=_say, **options)
+    _end(ctx, result, format_)
+
+
+@click.command()
+@click.argument("checkpoint")
+@_CORPUS
+@_PROTOCOL
+@click.option("-o", "--output", metavar="RUN", required=True, help="The run file to write.")
+@click.option("--top-k", type=click.IntRange(0, 4096), default=0, help="Log-probabilities to keep a token; none by default.")
+@_WINDOW
+@_DOCUMENTS
+@_DEVICE
+@_BATCH
+@_WORKERS
+@click.option("--force", is_flag=True, help="Replace RUN where it exists.")
+def score(
+    checkpoint: str, corpus: str, output: str, top_k: int, documents: int | None, *, force: bool, **options: Any
+) -> None:
+    """Score CHECKPOINT once, to compare later: `ckptgate compare BASE.run CANDIDATE.run`.
+
+    A run that was killed goes on from RUN.part when it is started again, and gives the same bits. Under torchrun each rank
+    scores its share, and the last one to finish writes RUN.
+    """
+    _require("torch", "transformers", "scipy")
+    from verifier import gate as room  # noqa: PLC0415
+    from verifier.checkpoint import open_checkpoint  # noqa: PLC0415
+    from verifier.writing import require_writable  # noqa: PLC0415
+
+    if Path(output).exists() and not force:
+        raise UsageError(f"{output}: exists; --force replaces it")
+    if top_k and options["protocol"] == "lm-eval":
+        raise UsageError("--top-k needs the protocol tokens; lm-eval gives sums of documents only")
+    require_writable(output)
+    part, ranks = Path(f"{output}.part"), _ranks()
+    if ranks is not None and options["device"] == "cuda":
+        options["device"] = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    with _bar() as progress:
+        found = room.score_run(
+            open_checkpoint(checkpoint), room.load_corpus(corpus).head(documents), top_k=top_k, journal=part,
+            progress=progress, say=_say, ranks=ranks, **options,
         )  # fmt: skip
+    if found is None:
+        return  # the rank that finishes last writes the run
+    room.write_run(output, found)
+    for file in (part, *part.parent.glob(f"{glob.escape(part.name)}.*-of-*")):
+        file.unlink(missing_ok=True)
+    click.echo(room.render_run(found, output), nl=False)
+
+
+@click.command()
+@click.argument("base", metavar="BASE.run")
+@click.argument("candidate", metavar="CANDIDATE.run")
+@_MARGIN
+@_DRIFT
+@_MAX_DRIFT
+@_FORMAT
+@click.pass_context
+def compare(
+    ctx: click.Context, base: str, candidate: str, max_increase: str | None, drift_against: str | None,
+    max_drift: str | None, format_: str,
+) -> None:  # fmt: skip
+    """Judge CANDIDATE.run against BASE.run, both written by `ckptgate score`; no model is loaded.
+
+    Exit 0: the loss is shown to be within the margin. 1: shown to be beyond it. 3: inconclusive.
+    """
+    _require("scipy")
+    from verifier import gate as room  # noqa: PLC0415
+
+    if max_drift is not None and drift_against is None:
+        raise UsageError("--max-drift needs --drift-against RUN")
+    reference, ours = room.read_run(base), room.read_run(candidate)
+    accepted = room.read_run(drift_against) if drift_against is not None else None
+    margin = room.margin_of(max_increase, ours.header.formats)
+    result = room.compare_runs(
+        reference, ours, margin, drift_against=accepted, drift_margin=room.drift_margin_of(max_drift)
+    )
+    _end(ctx, result, format_)
+
+
+def _ranks() -> tuple[int, int] | None:
+    """Return this process's rank and their number where torchrun started it, else None."""
+    try:
+        number, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    except (KeyError, ValueError):
+        return None
+    return (number, count) if count > 1 and 0 <= number < count else None
+
+
+def _end(ctx: click.Context, result: GateResult, format_: str) -> None:
+    from verifier import gate as room  # noqa: PLC0415
+
     click.echo(room.render_json(result) if format_ == "json" else room.render_text(result), nl=False)
     ctx.exit(result.exit_code)
+
+
+def _require(*modules: str) -> None:
+    for module in modules:
+        if find_spec(module) is None:
+            raise MissingExtra("gate", "gate")
+
+
+def _say(message: str) -> None:
+    from verifier.report import printable  # noqa: PLC0415
+
+    click.echo(f"ckptgate: {printable(message, 2000)}", err=True)
 
 
 @contextmanager

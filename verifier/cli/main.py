@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 BUILT_IN = {
     "baseline": ("verifier.cli.baseline", "Accept findings with a reason; a check then fails on new ones."),
     "check": ("verifier.cli.check", "Judge a checkpoint."),
+    "compare": ("verifier.cli.gate", "Judge a candidate's run against its base's."),
     "config": ("verifier.cli.config", "Show how checks are configured here."),
     "diff": ("verifier.cli.diff", "Tell in what two checkpoints differ."),
     "doctor": ("verifier.cli.doctor", "Tell what is installed here and what it enables."),
@@ -32,6 +33,7 @@ BUILT_IN = {
     "gate": ("verifier.cli.gate", "Measure a candidate's loss against its base."),
     "merge-reports": ("verifier.cli.merge_reports", "Make one report of the reports on all subsets of a checkpoint."),
     "rules": ("verifier.cli.rules", "List the rules."),
+    "score": ("verifier.cli.gate", "Score a checkpoint once, to compare later."),
     "selftest": ("verifier.cli.selftest", "Prove the rules where they are installed."),
     "show": ("verifier.cli.show", "Show one block of a tensor: bytes, scale, values, what belongs there."),
     "stats": ("verifier.cli.stats", "Count formats, bits per parameter and scales."),

@@ -1,13 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Perplexity gates: protocols, scorers, statistics, decision. Needs the extra ``gate`` to score."""
 
+from verifier.gate.comparison import compare_runs
 from verifier.gate.corpora import Corpus, load_corpus
-from verifier.gate.decision import BUDGETS, Margin, decide, margin_of
-from verifier.gate.render import render_json, render_text
-from verifier.gate.run import GateResult, run
+from verifier.gate.decision import BUDGETS, Margin, decide, drift_margin_of, margin_of
+from verifier.gate.plan import Plan, plan, render_plan_json, render_plan_text
+from verifier.gate.render import render_json, render_run, render_text
+from verifier.gate.result import GateResult
+from verifier.gate.run import run
+from verifier.gate.runs import Run, RunHeader, read_run, write_run
+from verifier.gate.scoring import score_run
 from verifier.gate.statistics import Interval, paired
 
 __all__ = [
-    "BUDGETS", "Corpus", "GateResult", "Interval", "Margin", "decide", "load_corpus", "margin_of", "paired", "render_json",
-    "render_text", "run",
+    "BUDGETS", "Corpus", "GateResult", "Interval", "Margin", "Plan", "Run", "RunHeader", "compare_runs", "decide",
+    "drift_margin_of", "load_corpus", "margin_of", "paired", "plan", "read_run", "render_json", "render_plan_json",
+    "render_plan_text", "render_run", "render_text", "run",
+    "score_run", "write_run",
 ]  # fmt: skip

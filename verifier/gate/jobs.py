@@ -4,15 +4,34 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
+
+import numpy.typing as npt
 
 Window = tuple[tuple[int, ...], tuple[int, ...]]
 """Token ids, and for each the document that it belongs to."""
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What is scored as one batch, fixed before workers share the work: the same unit gives the same bits anywhere.
+
+    ``places`` are the numbers of its windows in the corpus (``tokens``), ``texts`` its documents (``lm-eval``).
+    """
+
+    number: int
+    windows: tuple[Window, ...] = ()
+    places: tuple[int, ...] = ()
+    texts: tuple[tuple[int, str], ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.windows) + len(self.texts)
 
 
 @dataclass(frozen=True)
 class Job:
-    """What one worker does: score some windows (``tokens``) or documents (``lm-eval``) of one model."""
+    """What one worker does: score some units with one model, or with a model and its base in lockstep."""
 
     model: str
     device: str
@@ -20,8 +39,30 @@ class Job:
     batch: int
     window: int
     documents: int
-    windows: tuple[Window, ...] = ()
-    texts: tuple[tuple[int, str], ...] = ()
+    units: tuple[Unit, ...] = ()
+    base: str | None = None
+    top_k: int = 0
+
+    @property
+    def windows(self) -> tuple[Window, ...]:
+        """All windows of the job."""
+        return tuple(w for u in self.units for w in u.windows)
+
+
+@dataclass
+class Piece:
+    """What one unit gave.
+
+    ``tokens``: arrays over its scored tokens, window by window: ``nats`` float32, ``top1`` int32 (the likeliest token),
+    ``sure`` float32 (its log-probability), where asked ``top_ids`` int32 and ``top_logprobs`` float32 [tokens, k]; in
+    lockstep ``kl`` float64 (KL(base || model), nats) and the base's arrays as ``base_nats`` and so on.
+    ``lm-eval``: ``nats`` float64 and ``words`` int64 over its documents.
+    """
+
+    unit: int
+    arrays: dict[str, Array]
+    nonfinite: list[int] = field(default_factory=list)
+    experts: dict[str, list[int]] = field(default_factory=dict)
 
 
 @dataclass

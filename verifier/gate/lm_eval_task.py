@@ -7,18 +7,20 @@ import contextlib
 import importlib
 import io
 import logging
+import math
 import warnings
-from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from verifier.errors import ContentError, MissingExtra
-from verifier.gate.jobs import Job, Sums
+from verifier.gate.jobs import Job, Piece, Unit
 
 TASK_VERSION = "wikitext 2.0"
 
 
-def score_texts(model: Any, job: Job, sums: Sums, progress: Callable[[int], None]) -> None:
-    """Add each document's log-likelihood (nats) and words to ``sums``, as the task computes them.
+def score_texts(model: Any, job: Job, unit: Unit) -> Piece:
+    """Return each document's negative log-likelihood (nats) and words, as the task computes them.
 
     Raises:
         MissingExtra: lm-eval is not installed.
@@ -38,7 +40,7 @@ def score_texts(model: Any, job: Job, sums: Sums, progress: Callable[[int], None
         tokenizer = AutoTokenizer.from_pretrained(job.model, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ContentError(f"{job.model}: its tokenizer cannot be loaded: {' '.join(str(error).split())[:200]}") from error
-    pages = [{"page": text} for _, text in job.texts]
+    pages = [{"page": text} for _, text in unit.texts]
     task = {
         "task": "wikitext", "custom_dataset": lambda **_: {"test": Dataset.from_list(pages)}, "test_split": "test",
         "output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": functions.wikitext_detokenizer,
@@ -63,12 +65,12 @@ def score_texts(model: Any, job: Job, sums: Sums, progress: Callable[[int], None
     samples = results["samples"]["wikitext"] if results else []
     if len(samples) != len(pages):
         raise ContentError(f"lm-eval scored {len(samples)} of {len(pages)} documents")
+    nats, words, bad = np.zeros(len(pages)), np.zeros(len(pages), np.int64), []
     for sample in samples:
-        document = job.texts[int(sample["doc_id"])][0]
-        likelihood, words = sample["word_perplexity"]
-        if likelihood != likelihood or likelihood in (float("inf"), float("-inf")):
-            sums.nonfinite.append(document)
-            continue
-        sums.nats[document] -= float(likelihood)
-        sums.tokens[document] += int(words)
-    progress(len(pages))
+        place = int(sample["doc_id"])
+        likelihood, count = sample["word_perplexity"]
+        if math.isfinite(likelihood):
+            nats[place], words[place] = -float(likelihood), int(count)
+        else:
+            bad.append(unit.texts[place][0])
+    return Piece(unit.number, {"nats": nats, "words": words}, sorted(bad))

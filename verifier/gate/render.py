@@ -7,7 +7,11 @@ import json
 import math
 from dataclasses import asdict
 
-from verifier.gate.run import GateResult
+from verifier.gate.result import GateResult
+from verifier.gate.runs import Run
+from verifier.gate.scorer import perplexity
+from verifier.gate.statistics import Interval
+from verifier.report import printable
 
 _VERDICT = {"passed": "passed", "failed": "failed", "inconclusive": "unproven"}
 
@@ -28,18 +32,90 @@ def render_text(result: GateResult) -> str:
         lines += [
             f"base     {unit} perplexity {result.perplexity_base:.4f}   ({i.tokens:,} {unit}s)",
             f"cand     {unit} perplexity {result.perplexity_candidate:.4f}",
-            f"loss     {i.delta:+.5f} nats a {unit} ({math.expm1(i.delta):+.2%} of perplexity), 90% interval "
-            f"[{i.low:+.5f}, {i.high:+.5f}], standard error {i.se:.5f} over {i.documents} documents",
+            f"loss     {i.delta:+.5f} nats a {unit} ({math.expm1(i.delta):+.2%} of perplexity), {_shown(i, result.looks)}, "
+            f"standard error {i.se:.5f} over {i.documents} documents",
             f"margin   {result.margin.nats:.5f} nats ({result.margin.source})",
         ]
-        if result.measures_kl:
-            lines.append("note     the text was sampled from the base: the loss estimates KL(base || candidate)")
-        if result.outcome == "inconclusive":
-            count = f"about {result.needed:,}" if result.needed else "more"
-            need = f"{count} documents like these would decide"
-            lines.append(f"note     the interval holds the margin; {need}")
+        if (d := result.drift) is not None:
+            lines += [
+                f"drift    {d.interval.delta:+.5f} nats a {unit} against {d.accepted}, {_shown(d.interval, result.looks)}",
+                f"margin   {d.margin.nats:.5f} nats of drift ({d.margin.source})",
+            ]
+        lines += _measures(result) + _notes(result)
     lines.append(f"verdict: {result.outcome.upper()}")
-    return "\n".join(lines) + "\n"
+    return "".join(printable(line, 2000) + "\n" for line in lines)
+
+
+def _shown(interval: Interval, looks: int) -> str:
+    return f"{100 - 10 / looks:.4g}% interval [{interval.low:+.5f}, {interval.high:+.5f}]"
+
+
+def _measures(result: GateResult) -> list[str]:
+    m, lines = result.measures, []
+    if m.bootstrap is not None:
+        lines.append(f"errors   bootstrap of documents (BCa) [{m.bootstrap[0]:+.5f}, {m.bootstrap[1]:+.5f}]")
+        if m.se_tokens is not None and m.design_effect is not None:
+            lines[-1] += f"; token by token the standard error were {m.se_tokens:.5f}, design effect {m.design_effect:.2f}"
+        if m.se_blocks is not None:
+            lines[-1] += f"; within these documents {m.se_blocks:.5f} (blocks; decides nothing)"
+    if m.kl is not None:
+        q, low, high = m.kl.tail
+        lines.append(
+            f"KL       mean {m.kl.mean.delta:.5f} nats [{m.kl.mean.low:.5f}, {m.kl.mean.high:.5f}], 99.9 % quantile {q:.4f} "
+            f"[{low:.4f}, {high:.4f}] ({m.kl.kind})"
+        )
+    if m.top1 is not None:
+        lines.append(
+            f"top-1    the same for {m.top1.delta:.2%} [{m.top1.low:.2%}, {m.top1.high:.2%}]; another where the base was "
+            f"sure (p > 0.9): {m.flips:,} of {m.sure:,}"
+        )
+    if m.worst is not None:
+        lines.append(f"worst    document {m.worst[0]}: {m.worst[1]:+.5f} nats, bound {m.worst[2]:+.5f}")
+    if result.experts:
+        reached = sum(e.experts - len(e.unreached) for e in result.experts)
+        total = sum(e.experts for e in result.experts)
+        lines.append(f"experts  {reached:,} of {total:,} reached in {len(result.experts)} layers")
+        lines += [
+            f"         not judged: {e.layer} experts {', '.join(map(str, e.unreached[:16]))}"
+            f"{' …' if len(e.unreached) > 16 else ''} ({len(e.unreached)} of {e.experts}); this text does not reach them"
+            for e in [e for e in result.experts if e.unreached][:8]
+        ]
+    floor = "not measured" if result.floor is None else f"{result.floor:.6f} nats"
+    return [*lines, f"floor    {floor}"]
+
+
+def _notes(result: GateResult) -> list[str]:
+    lines = []
+    if result.measures_kl:
+        lines.append("note     the text was sampled from the base: the loss estimates KL(base || candidate)")
+    if result.unlike:
+        lines.append(
+            f"note     scored in unlike environments ({'; '.join(result.unlike)}): intervals are "
+            "widened by the floor on each side"
+        )
+    if result.looks > 1:
+        lines.append(f"note     look {result.looks} at this pair: each one-sided bound is at {1 - 0.05 / result.looks:.4g}")
+    if result.outcome == "inconclusive":
+        count = f"about {result.needed:,}" if result.needed else "more"
+        need = f"{count} documents like these would decide"
+        lines.append(f"note     the interval holds the margin; {need}")
+    return lines + [f"note     {n}" for n in result.notes]
+
+
+def render_run(run: Run, file: str) -> str:
+    """Return what was scored, in some lines."""
+    h, key = run.header, run.header.key
+    unit = "words" if key["protocol"] == "lm-eval" else "tokens"
+    lines = [
+        f"scored   {h.model}, weights {h.weights_sha256[:16]}…, in {h.seconds:.0f} s",
+        f"corpus   {key['corpus']}: {len(run)} documents, protocol {key['protocol']}, window {key['window']}",
+        f"         {int(run.tokens.sum()):,} {unit}, perplexity {perplexity(run.sums.tolist(), run.tokens.tolist()):.4f}",
+        f"floor    {'not measured' if h.floor is None else f'{h.floor:.6f} nats'}",
+    ]
+    if h.nonfinite:
+        lines.append(f"error    logits that are not finite in {len(h.nonfinite)} documents; a comparison will fail")
+    lines.append(f"wrote    {file}")
+    return "".join(printable(line, 2000) + "\n" for line in lines)
 
 
 def render_json(result: GateResult) -> str:

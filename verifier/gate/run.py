@@ -3,53 +3,52 @@
 
 from __future__ import annotations
 
-import hashlib
-import math
 import os
+import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from verifier.checkpoint import Checkpoint, open_checkpoint
-from verifier.errors import ContentError, MissingExtra, UsageError
+from verifier.errors import UsageError
+from verifier.gate.attempts import Attempts
+from verifier.gate.cache import cached_run
+from verifier.gate.comparison import compare_runs
 from verifier.gate.corpora import Corpus, load_corpus
-from verifier.gate.decision import EXIT_OF_OUTCOME, Margin, Outcome, decide, margin_of
-from verifier.gate.jobs import Job, Sums
-from verifier.gate.scorer import perplexity, windows_of
-from verifier.gate.statistics import Interval, documents_needed, paired
-from verifier.gate.workers import run_jobs
-from verifier.schemes import gather
+from verifier.gate.decision import drift_margin_of, margin_of
+from verifier.gate.jobs import Array, Job
+from verifier.gate.planning import (
+    Protocol,
+    fits_twice,
+    floor_units,
+    plan_jobs,
+    plan_units,
+    share,
+    tokenizer_digest,
+    workers_of,
+)
+from verifier.gate.result import GateResult
+from verifier.gate.runs import Run, read_run, refuse_unlike_keys
+from verifier.gate.scoring import (
+    Progress,
+    assemble,
+    formats_of,
+    run_of,
+    score_all,
+    score_pieces,
+    weights_digest,
+)
 
+__all__ = [
+    "BATCH", "TOP_K", "GateResult", "KlChoice", "Protocol", "formats_of", "plan_jobs", "refuse_same", "run", "score_all",
+    "score_apart", "tokenizer_digest", "weights_digest",
+]  # fmt: skip
 PathLike = str | os.PathLike[str]
-Protocol = Literal["tokens", "lm-eval"]
+KlChoice = Literal["auto", "lockstep", "top-k", "off"]
 BATCH = 8
-
-
-@dataclass(frozen=True)
-class GateResult:
-    """What a gate found. ``interval`` is None where logits were not finite: then there are no statistics."""
-
-    outcome: Outcome
-    candidate: str
-    base: str
-    margin: Margin
-    interval: Interval | None
-    perplexity_base: float
-    perplexity_candidate: float
-    measures_kl: bool
-    key: dict[str, Any]
-    environment: dict[str, str]
-    documents: list[tuple[float, float, int]] = field(default_factory=list)
-    nonfinite: list[int] = field(default_factory=list)
-    needed: int | None = None
-
-    @property
-    def exit_code(self) -> int:
-        """0 passed, 1 failed, 3 inconclusive."""
-        return EXIT_OF_OUTCOME[self.outcome]
+TOP_K = 64
 
 
 def run(
@@ -64,7 +63,12 @@ def run(
     device: str = "cpu",
     batch: int = BATCH,
     workers: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
+    kl: KlChoice = "auto",
+    cache: PathLike | None = None,
+    drift_against: PathLike | None = None,
+    max_drift: str | float | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> GateResult:
     """Compare a candidate with its base on a corpus.
 
@@ -78,29 +82,58 @@ def run(
         documents: score the first so many documents only.
         device: where the models run.
         batch: windows at a time.
-        workers: processes; by default one a processor on CPU (at most 4), one elsewhere.
+        workers: processes; by default one a processor on CPU (at most 4), one elsewhere. They change no bit.
         progress: called with (done, total) windows or documents.
+        kl: ``lockstep`` (both models in each process), ``top-k`` (a lower bound from both runs), ``off``; ``auto`` is
+            lockstep where both fit in memory and there is no cache, else top-k.
+        cache: folder for the base's run, for what is done of an interrupted one, and for attempts; none by default.
+        drift_against: file of an accepted run, to judge the drift against as well.
+        max_drift: its margin, 0.003 nats by default.
+        say: called with what a person should know before the result.
 
     Raises:
-        UsageError: the candidate is the base, an option out of range, no such corpus.
+        UsageError: the candidate is the base, an option out of range, no such corpus, another attempt after a failed one.
         ContentError: a checkpoint cannot be scored, or their tokenizers differ.
     """
     if protocol not in ("tokens", "lm-eval"):
         raise UsageError(f"no protocol {protocol!r}; tokens or lm-eval")
     if window < 2 or batch < 1 or (documents is not None and documents < 1) or (workers is not None and workers < 1):
         raise UsageError("window is at least 2, batch, documents and workers at least 1")
+    if max_drift is not None and drift_against is None:
+        raise UsageError("--max-drift needs --drift-against RUN")
     ckpt, reference = open_checkpoint(candidate), open_checkpoint(base)
     refuse_same(ckpt, reference)
-    margin = margin_of(max_increase, formats_of(ckpt))
+    margin, drift_margin = margin_of(max_increase, formats_of(ckpt)), drift_margin_of(max_drift)
+    accepted = read_run(drift_against) if drift_against is not None else None
     found = load_corpus(corpus).head(documents)
-    key, jobs = plan_jobs([reference, ckpt], found, protocol, window, batch, device, workers)
-    sums = score_all(jobs, len(found), device, workers, progress)
-    return compare(ckpt, reference, sums, margin, key, found)
-
-
-def formats_of(ckpt: Checkpoint) -> set[str]:
-    """Return the algorithms that a checkpoint's tensors show."""
-    return {m.shown.algo for m in gather(ckpt.tensors.values()).values() if m.shown}
+    key, _ = plan_units([reference, ckpt], found, protocol, window, batch)  # what does not fit is told before any model runs
+    if accepted is not None:
+        refuse_unlike_keys(accepted.header.model, accepted.header.key, ckpt.uri, key)
+    attempts = Attempts(Path(cache)) if cache is not None else None
+    looks = attempts.looks(ckpt, reference, found, window, protocol) if attempts else 1
+    chosen = _kl_choice(kl, protocol, reference, device, workers, cached=cache is not None)
+    divergence: Array | None = None
+    if chosen == "lockstep":
+        ours, theirs, divergence = _lockstep(ckpt, reference, found, window, batch, device, workers, progress)
+    else:
+        top_k = TOP_K if chosen == "top-k" else 0
+        if cache is None:
+            ours, theirs = score_apart(ckpt, reference, found, protocol, window, batch, device, workers, top_k, progress)
+        else:
+            ours, theirs = (
+                cached_run(
+                    Path(cache), c, found, protocol=protocol, window=window, batch=batch, device=device, workers=workers,
+                    top_k=top_k, progress=progress, say=say, keep=c is reference,
+                )
+                for c in (ckpt, reference)
+            )  # fmt: skip
+    result = compare_runs(
+        theirs, ours, margin, drift_against=accepted, drift_margin=drift_margin, kl=divergence, looks=looks
+    )
+    if attempts:
+        seconds = ours.header.seconds + theirs.header.seconds
+        attempts.record(ckpt, reference, found, window, protocol, result, seconds)
+    return result
 
 
 def refuse_same(candidate: Checkpoint, base: Checkpoint) -> None:
@@ -119,132 +152,57 @@ def refuse_same(candidate: Checkpoint, base: Checkpoint) -> None:
         raise UsageError(f"{candidate.uri}: the candidate is the base itself; there is nothing to measure")
 
 
-def tokenizer_digest(ckpt: Checkpoint) -> str:
-    """Return the SHA-256 of tokenizer.json.
-
-    Raises:
-        ContentError: the checkpoint has none.
-    """
-    if "tokenizer.json" not in ckpt.files:
-        raise ContentError(f"{ckpt.uri}: has no tokenizer.json; text cannot be scored")
-    return hashlib.sha256(ckpt.source.read("tokenizer.json", 0, ckpt.files["tokenizer.json"]).tobytes()).hexdigest()
-
-
-def plan_jobs(
-    checkpoints: list[Checkpoint],
-    corpus: Corpus,
-    protocol: Protocol,
-    window: int,
-    batch: int,
-    device: str,
-    workers: int | None,
-) -> tuple[dict[str, Any], list[list[Job]]]:
-    """Return the protocol key, and the jobs of each checkpoint.
-
-    Raises:
-        UsageError: lm-eval over token ids.
-        ContentError: the checkpoints' tokenizers differ.
-    """
-    key: dict[str, Any] = {
-        "protocol": protocol, "version": 1, "window": window, "corpus": corpus.name, "corpus_sha256": corpus.digest,
-        "documents": len(corpus), "document_rule": corpus.rule, "bos": protocol == "lm-eval", "dtype": "bfloat16",
-    }  # fmt: skip
-    slices = max(1, _workers(device, workers) // len(checkpoints))
+def _kl_choice(
+    given: KlChoice, protocol: Protocol, base: Checkpoint, device: str, workers: int | None, *, cached: bool
+) -> KlChoice:
+    if given not in ("auto", "lockstep", "top-k", "off"):
+        raise UsageError(f"no such way to a KL divergence: {given!r}; auto, lockstep, top-k or off")
     if protocol == "lm-eval":
-        if corpus.ids:
-            raise UsageError("the protocol lm-eval needs text; this corpus is token ids (use tokens)")
-        key |= {"task": "wikitext 2.0", "tokenizer_sha256": _one_tokenizer(checkpoints)}
-        texts = list(enumerate(corpus.texts))
-        shares: list[dict[str, Any]] = [{"texts": tuple(texts[i::slices])} for i in range(slices)]
-    else:
-        encode = None
-        if not corpus.ids:
-            key["tokenizer_sha256"] = _one_tokenizer(checkpoints)
-            encode = _encoder(checkpoints[0])
-        windows = windows_of(corpus, encode, window)
-        shares = [{"windows": tuple(windows[i::slices])} for i in range(slices)]
+        if given in ("lockstep", "top-k"):
+            raise UsageError(f"--kl {given} needs the protocol tokens; lm-eval gives sums of documents only")
+        return "off"
+    if given == "lockstep" and cached:
+        raise UsageError("--kl lockstep runs both models side by side and cannot use a cached run; give one of them up")
+    if given != "auto":
+        return given
+    return "lockstep" if not cached and fits_twice(base, device, workers_of(device, workers)) else "top-k"
+
+
+def _lockstep(
+    ckpt: Checkpoint, reference: Checkpoint, corpus: Corpus, window: int, batch: int, device: str,
+    workers: int | None, progress: Progress | None,
+) -> tuple[Run, Run, Array]:  # fmt: skip
+    started = time.monotonic()
+    key, units = plan_units([reference, ckpt], corpus, "tokens", window, batch)
+    again = floor_units(units, batch)
+    job = Job(ckpt.uri, device, "tokens", batch, window, len(corpus), base=reference.uri)
+    shares = share(job, [*units, *again], workers_of(device, workers))
+    (pieces,), (environment,) = score_pieces([shares], device, workers, progress, [None])
+    seconds = round((time.monotonic() - started) / 2, 3)
+    ours, theirs = (
+        run_of(c, corpus, key, units, pieces, environment, again=again, prefix=prefix, seconds=seconds)
+        for c, prefix in ((ckpt, ""), (reference, "base_"))
+    )
+    return ours, theirs, assemble(units, pieces, len(corpus)).get("kl", np.zeros(0))
+
+
+def score_apart(
+    ckpt: Checkpoint, reference: Checkpoint, corpus: Corpus, protocol: Protocol, window: int, batch: int,
+    device: str, workers: int | None, top_k: int, progress: Progress | None,
+) -> tuple[Run, Run]:  # fmt: skip
+    """Score candidate and base in processes of their own, at the same time; return their runs in this order."""
+    started = time.monotonic()
+    key, units = plan_units([reference, ckpt], corpus, protocol, window, batch)
+    again, slices = floor_units(units, batch), max(1, workers_of(device, workers) // 2)
+    pair = (ckpt, reference)
     jobs = [
-        [Job(c.uri, device, protocol, batch, window, len(corpus), **share) for share in shares] for c in checkpoints
+        share(Job(c.uri, device, protocol, batch, window, len(corpus), top_k=top_k), work, slices)
+        for c, work in zip(pair, (units, [*units, *again]), strict=True)
     ]
-    return key, jobs
-
-
-def _workers(device: str, workers: int | None) -> int:
-    return workers or (min(4, os.cpu_count() or 1) if device == "cpu" else 1)
-
-
-def _one_tokenizer(checkpoints: list[Checkpoint]) -> str:
-    digests = {c.uri: tokenizer_digest(c) for c in checkpoints}
-    if len(set(digests.values())) > 1:
-        raise ContentError(f"{' and '.join(digests)} have different tokenizers; their scores cannot be compared")
-    return next(iter(digests.values()))
-
-
-def _encoder(ckpt: Checkpoint) -> Callable[[str], tuple[list[int], list[int]]]:
-    try:
-        from tokenizers import Tokenizer  # noqa: PLC0415  (an extra)
-    except ImportError as error:
-        raise MissingExtra("tokenizing", "gate") from error
-    raw = ckpt.source.read("tokenizer.json", 0, ckpt.files["tokenizer.json"]).tobytes()
-    try:
-        tokenizer = Tokenizer.from_buffer(raw)
-    except Exception as error:
-        raise ContentError(f"{ckpt.uri}: tokenizer.json cannot be read: {str(error)[:200]}") from error
-
-    def encode(text: str) -> tuple[list[int], list[int]]:
-        found = tokenizer.encode(text, add_special_tokens=False)
-        return found.ids, [start for start, _ in found.offsets]
-
-    return encode
-
-
-def score_all(
-    jobs: list[list[Job]], documents: int, device: str, workers: int | None, progress: Callable[[int, int], None] | None
-) -> list[Sums]:
-    """Run the jobs of all checkpoints and return one sum for each checkpoint."""
-    flat = [j for group in jobs for j in group]
-    total = sum(len(j.windows) + len(j.texts) for j in flat)
-    done = 0
-
-    def count(n: int) -> None:
-        nonlocal done
-        done += n
-        if progress is not None:
-            progress(done, total)
-
-    results = iter(run_jobs(flat, _workers(device, workers), count))
-    found = []
-    for group in jobs:
-        whole = Sums([0.0] * documents, [0] * documents)
-        for _ in group:
-            whole.add(next(results))
-        found.append(whole)
-    return found
-
-
-def weights_digest(ckpt: Checkpoint) -> str:
-    """Return a SHA-256 over name, dtype, shape and bytes of every tensor, whatever the sharding."""
-    state = hashlib.sha256()
-    for name in sorted(ckpt.tensors):
-        t = ckpt.tensors[name]
-        state.update(f"{name}\0{t.dtype}\0{list(t.shape)}\0".encode())
-        state.update(ckpt.read(t).data)
-    return state.hexdigest()
-
-
-def compare(
-    candidate: Checkpoint, base: Checkpoint, sums: list[Sums], margin: Margin, key: dict[str, Any], corpus: Corpus
-) -> GateResult:
-    """Return the result of two scores over the same documents."""
-    ours, theirs = sums[1], sums[0]
-    bad = sorted({*ours.nonfinite, *theirs.nonfinite})
-    interval = None if bad else paired(theirs.nats, ours.nats, theirs.tokens)
-    outcome: Outcome = "failed" if interval is None else decide(interval, margin)
-    measures_kl = corpus.sampled_from is not None and corpus.sampled_from == weights_digest(base)
-    return GateResult(
-        outcome, candidate.uri, base.uri, margin, interval,
-        math.nan if bad else perplexity(theirs.nats, theirs.tokens),
-        math.nan if bad else perplexity(ours.nats, ours.tokens), measures_kl, key, theirs.environment,
-        list(zip(theirs.nats, ours.nats, theirs.tokens, strict=True)), bad,
-        documents_needed(interval, margin.nats) if interval is not None and outcome == "inconclusive" else None,
-    )  # fmt: skip
+    pieces, environments = score_pieces(jobs, device, workers, progress, [None, None])
+    seconds = round((time.monotonic() - started) / 2, 3)
+    ours, theirs = (
+        run_of(c, corpus, key, units, p, e, again=a, seconds=seconds)
+        for c, p, e, a in zip(pair, pieces, environments, ((), again), strict=True)
+    )
+    return ours, theirs

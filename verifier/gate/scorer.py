@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Negative log-likelihood of each document under one model, in a process of its own with one intra-op thread."""
+"""Negative log-likelihood of each token under one model, or two in lockstep, in a process with one intra-op thread."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
 from verifier.gate.corpora import Corpus
-from verifier.gate.jobs import Job, Sums, Window
+from verifier.gate.jobs import Array, Job, Piece, Unit, Window
 
 
 def windows_of(corpus: Corpus, encode: Callable[[str], tuple[list[int], list[int]]] | None, size: int) -> list[Window]:
@@ -43,8 +45,8 @@ def windows_of(corpus: Corpus, encode: Callable[[str], tuple[list[int], list[int
     return [(tuple(ids[i : i + size]), tuple(owner[i : i + size])) for i in range(0, len(ids), size)]
 
 
-def score(job: Job, progress: Callable[[int], None]) -> Sums:
-    """Score a job; ``progress`` is called with the windows (or documents) done.
+def score(job: Job, emit: Callable[[Piece], None]) -> dict[str, str]:
+    """Score a job, give each finished unit to ``emit``, and return the environment.
 
     Raises:
         ContentError: the model cannot be built, or a token id is outside its vocabulary.
@@ -52,61 +54,84 @@ def score(job: Job, progress: Callable[[int], None]) -> Sums:
     # torch and transformers cost 2.4 s; the process that plans the gate does not need them.
     import torch  # noqa: PLC0415
 
+    from verifier.gate.experts import counting  # noqa: PLC0415
     from verifier.load import load_model  # noqa: PLC0415
 
     if job.device == "cpu":
         torch.set_num_threads(1)
-    loaded = load_model(job.model, device=job.device)
-    sums = Sums([0.0] * job.documents, [0] * job.documents, environment=environment(loaded.model))
-    if job.protocol == "lm-eval":
-        from verifier.gate.lm_eval_task import score_texts  # noqa: PLC0415  (lm-eval is seconds more)
+    model = load_model(job.model, device=job.device).model
+    base = load_model(job.base, device=job.device).model if job.base else None
+    _refuse_far_ids(model, job)
+    with counting(model) as experts, torch.inference_mode():
+        for unit in job.units:
+            if job.protocol == "lm-eval":
+                from verifier.gate.lm_eval_task import score_texts  # noqa: PLC0415  (lm-eval is seconds more)
 
-        score_texts(loaded.model, job, sums, progress)
-    else:
-        _score_windows(loaded.model, job, sums, progress)
-    return sums
+                piece = score_texts(model, job, unit)
+            else:
+                piece = _score_windows(model, base, job, unit, experts)
+            piece.experts = experts.take()
+            emit(piece)
+    return environment(model) | {"batch": str(job.batch)}
 
 
-def _score_windows(model: Any, job: Job, sums: Sums, progress: Callable[[int], None]) -> None:
-    import torch  # noqa: PLC0415
-
+def _refuse_far_ids(model: Any, job: Job) -> None:
     from verifier.errors import ContentError  # noqa: PLC0415
 
     vocabulary = model.get_input_embeddings().num_embeddings
     highest = max((max(ids) for ids, _ in job.windows if ids), default=0)
     if highest >= vocabulary:
         raise ContentError(f"{job.model}: the corpus has token id {highest}, the vocabulary {vocabulary} entries")
-    ordered = sorted(job.windows, key=lambda w: -len(w[0]))
-    with torch.inference_mode():
-        for i in range(0, len(ordered), job.batch):
-            part = [w for w in ordered[i : i + job.batch] if len(w[0]) > 1]
-            # Padding follows the text, and attention is causal: no scored token sees it.
-            width = max((len(w[0]) for w in part), default=0)
-            if width:
-                ids = torch.zeros((len(part), width), dtype=torch.long, device=job.device)
-                for row, (tokens, _) in enumerate(part):
-                    ids[row, : len(tokens)] = torch.tensor(tokens, device=job.device)
-                logits = model(input_ids=ids, use_cache=False).logits
-                for row, window in enumerate(part):
-                    _add(logits[row], window, sums)
-            progress(len(ordered[i : i + job.batch]))
 
 
-def _add(logits: Any, window: Window, sums: Sums) -> None:
+def _score_windows(model: Any, base: Any, job: Job, unit: Unit, experts: Any) -> Piece:
     import torch  # noqa: PLC0415
 
-    tokens, owner = window
-    rows = logits[: len(tokens) - 1].float()
-    wanted = torch.tensor(tokens[1:], device=rows.device)
-    nats = -torch.log_softmax(rows, -1).gather(-1, wanted[:, None])[:, 0].double()
-    # A logit that is infinite where it does not matter leaves the log-probability finite; it is still a defect.
-    finite = torch.isfinite(rows).all(-1) & torch.isfinite(nats)
-    for document, value, good in zip(owner[1:], nats.tolist(), finite.tolist(), strict=True):
-        if good:
-            sums.nats[document] += value
-            sums.tokens[document] += 1
-        elif document not in sums.nonfinite:
-            sums.nonfinite.append(document)
+    part = [w for w in unit.windows if len(w[0]) > 1]
+    width = max((len(w[0]) for w in part), default=0)
+    bad: set[int] = set()
+    found: list[dict[str, Array]] = []
+    if width:
+        # Padding follows the text, and attention is causal: no scored token sees it.
+        ids = torch.zeros((len(part), width), dtype=torch.long, device=job.device)
+        real = torch.zeros((len(part), width), dtype=torch.bool)
+        for row, (tokens, _) in enumerate(part):
+            ids[row, : len(tokens)] = torch.tensor(tokens, device=job.device)
+            real[row, : len(tokens)] = True
+        experts.real = real.reshape(-1)
+        logits = model(input_ids=ids, use_cache=False).logits
+        theirs = base(input_ids=ids, use_cache=False).logits if base is not None else None
+        for row, (tokens, owner) in enumerate(part):
+            wanted = torch.tensor(tokens[1:], device=logits.device)
+            ours, logp, finite = _of_rows(logits[row, : len(tokens) - 1], wanted, job.top_k)
+            if theirs is not None:
+                other, logb, fine = _of_rows(theirs[row, : len(tokens) - 1].to(logits.device), wanted, job.top_k)
+                finite = finite & fine
+                kl = (logb.exp() * (logb - logp)).sum(-1, dtype=torch.float64)
+                ours |= {f"base_{k}": v for k, v in other.items()} | {"kl": torch.where(finite, kl, 0.0).cpu().numpy()}
+            bad |= {d for d, good in zip(owner[1:], finite.tolist(), strict=True) if not good}
+            found.append(ours)
+    return Piece(unit.number, {k: np.concatenate([f[k] for f in found]) for k in (found[0] if found else {})}, sorted(bad))
+
+
+def _of_rows(logits: Any, wanted: Any, top_k: int) -> tuple[dict[str, Array], Any, Any]:
+    """Return the arrays of `Piece` for some positions, the log-probabilities, and which positions are finite."""
+    import torch  # noqa: PLC0415
+
+    rows = logits.float()
+    logp = torch.log_softmax(rows, -1)
+    nats = -logp.gather(-1, wanted[:, None])[:, 0]
+    # A logit that is infinite where it does not matter leaves the log-probability finite; it is still a defect. The
+    # smallest log-probability of a position is finite only where all its logits are.
+    finite = torch.isfinite(logp.amin(-1))
+    best, at = logp.max(-1)
+    found = {
+        "nats": torch.where(finite, nats, 0.0), "top1": at.to(torch.int32), "sure": torch.where(finite, best, 0.0),
+    }  # fmt: skip
+    if top_k:
+        values, ids = logp.topk(min(top_k, logp.shape[-1]), -1)
+        found |= {"top_ids": ids.to(torch.int32), "top_logprobs": torch.where(finite[:, None], values, 0.0)}
+    return {k: v.cpu().numpy() for k, v in found.items()}, logp, finite
 
 
 def environment(model: Any) -> dict[str, str]:

@@ -12,7 +12,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from verifier.errors import CkptgateError, MachineError
-from verifier.gate.jobs import Job, Sums
+from verifier.gate.jobs import Job, Piece
 from verifier.gate.scorer import score
 
 _STOP_SECONDS = 5.0
@@ -23,15 +23,15 @@ QUIET = {
 """A worker reads local files only, and its progress is the parent's to draw."""
 
 
-def run_jobs(jobs: Sequence[Job], workers: int, progress: Callable[[int], None]) -> list[Sums]:
-    """Return the sums of each job, in order.
+def run_jobs(jobs: Sequence[Job], workers: int, emit: Callable[[int, Piece], None]) -> list[dict[str, str]]:
+    """Call ``emit(job number, piece)`` for each finished unit, and return the environment of each job, in order.
 
     Raises:
         CkptgateError: what the worker raised.
         MachineError: a worker died (killed, out of memory) or met an unexpected error.
     """
     context = multiprocessing.get_context("spawn")
-    results: dict[int, Sums] = {}
+    results: dict[int, dict[str, str]] = {}
     waiting = list(enumerate(jobs))
     running: dict[Any, tuple[int, Any]] = {}
     try:
@@ -46,8 +46,8 @@ def run_jobs(jobs: Sequence[Job], workers: int, progress: Callable[[int], None])
             for connection in wait(list(running)):
                 number, process = running[connection]
                 kind, value = _receive(connection, process)
-                if kind == "progress":
-                    progress(value)
+                if kind == "piece":
+                    emit(number, value)
                 else:
                     results[number] = value
                     del running[connection]
@@ -80,7 +80,9 @@ def _work(job: Job, connection: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ.update(QUIET)
     try:
-        connection.send(("done", score(job, lambda n: connection.send(("progress", n)))))
+        connection.send(("done", score(job, lambda piece: connection.send(("piece", piece)))))
+    except BrokenPipeError:
+        return  # the parent was killed; what it had received is in its journal
     except CkptgateError as error:
         connection.send(("error", error))
     except Exception as error:  # noqa: BLE001  (the process's surface: whatever it was must reach the parent)

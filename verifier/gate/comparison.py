@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two runs in, a verdict out; no model is loaded, so they may come from machines that never met."""
+
+from __future__ import annotations
+
+import json
+import math
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from verifier.errors import UsageError
+from verifier.gate.decision import Margin, Outcome, documents_for, judge
+from verifier.gate.jobs import Array
+from verifier.gate.measures import Measures, measure
+from verifier.gate.result import Drift, Experts, GateResult
+from verifier.gate.runs import Run, refuse_unlike, unlike_environment
+from verifier.gate.scorer import perplexity
+from verifier.gate.statistics import paired
+
+UNLIKE_FLOOR = 0.0005
+"""Nats a token that two environments may differ by where nothing was measured: BF16 and FP16 on one engine differ by 0.0004
+(ggml-org/llama.cpp#7150)."""
+
+
+def compare_runs(
+    base: Run, candidate: Run, margin: Margin, *, drift_against: Run | None = None, drift_margin: Margin | None = None,
+    kl: Array | None = None, looks: int = 1,
+) -> GateResult:  # fmt: skip
+    """Return the verdict on a candidate's run.
+
+    Args:
+        base: the run to judge against.
+        candidate: the run to judge.
+        margin: the largest tolerated loss over the base.
+        drift_against: an accepted run of the same base, where the drift is judged too.
+        drift_margin: the largest tolerated loss over it.
+        kl: KL(base || candidate) of each token, nats, where both ran in lockstep.
+        looks: this attempt and those before it on the same pair; each gets its share of the 5 % error.
+
+    Raises:
+        UsageError: the candidate is the base.
+        ContentError: the runs have different protocol keys.
+    """
+    if base.header.weights_sha256 == candidate.header.weights_sha256:
+        raise UsageError(f"{candidate.header.model}: the candidate is the base itself; there is nothing to measure")
+    others = [base] if drift_against is None else [base, drift_against]
+    for other in others:
+        refuse_unlike(other.header, candidate.header)
+    unlike = sorted({u for other in others for u in unlike_environment(other.header, candidate.header)})
+    measured = [r.header.floor for r in (*others, candidate) if r.header.floor is not None]
+    floor = max(measured, default=None)
+    if unlike:
+        floor = max(floor or 0.0, UNLIKE_FLOOR)
+    widening = floor if unlike and floor else 0.0
+    level = 1 - 0.05 / looks
+    bad = sorted({d for r in (*others, candidate) for d in r.header.nonfinite})
+    common: dict[str, Any] = {
+        "candidate": candidate.header.model, "base": base.header.model, "margin": margin, "key": dict(candidate.header.key),
+        "environment": dict(base.header.environment), "nonfinite": bad, "unlike": tuple(unlike), "floor": floor,
+        "documents": list(zip(base.sums.tolist(), candidate.sums.tolist(), base.tokens.tolist(), strict=True)),
+        "measures_kl": base.header.sampled_from == base.header.weights_sha256,
+        "experts": experts_of(candidate), "looks": looks,
+    }  # fmt: skip
+    if bad:
+        return GateResult("failed", interval=None, perplexity_base=math.nan, perplexity_candidate=math.nan, **common)
+    interval = paired(base.sums, candidate.sums, base.tokens, level).widened(widening)
+    drift = None
+    if drift_against is not None and drift_margin is not None:
+        found = paired(drift_against.sums, candidate.sums, base.tokens, level).widened(widening)
+        drift = Drift(drift_against.header.model, drift_margin, found)
+    family = [(interval, margin)] + ([(drift.interval, drift.margin)] if drift else [])
+    outcome: Outcome = judge(family, floor=floor, widening=widening, alpha=1 - level)
+    measures = measure(base, candidate, kl, level)
+    return GateResult(
+        outcome, interval=interval, perplexity_base=perplexity(base.sums.tolist(), base.tokens.tolist()),
+        perplexity_candidate=perplexity(candidate.sums.tolist(), candidate.tokens.tolist()), drift=drift, measures=measures,
+        needed=documents_for(family) if outcome == "inconclusive" else None,
+        notes=tuple(_notes(interval.documents, measures, outcome, floor, family)), **common,
+    )  # fmt: skip
+
+
+def experts_of(run: Run) -> tuple[Experts, ...]:
+    """Return which experts of each layer a run reached."""
+    return tuple(
+        Experts(layer, len(counts), tuple(i for i, n in enumerate(counts) if n == 0))
+        for layer, counts in run.header.experts.items()
+    )
+
+
+def _notes(documents: int, measures: Measures, outcome: str, floor: float | None, family: list[Any]) -> list[str]:
+    found = []
+    if floor is not None and any(m.nats <= floor for _, m in family) and outcome == "inconclusive":
+        found.append(f"a margin is not above the noise floor of {floor:.6f} nats: no number of documents would show it")
+    if measures.beyond:
+        shown = ", ".join(map(str, measures.beyond[:10]))
+        found.append(
+            f"{len(measures.beyond)} documents lose more than the others allow ({shown}): damage that some text meets "
+            "and the mean hides, as of an expert"
+        )
+    if text := coverage_note(documents):
+        found.append(text)
+    return found
+
+
+@cache
+def _coverage() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((Path(__file__).parent / "coverage.json").read_text(encoding="utf-8"))
+    return found
+
+
+def coverage_note(documents: int) -> str:
+    """Return what the interval was measured to cover at the nearest simulated number of documents that is not larger."""
+    if documents < 2:
+        return ""
+    table = _coverage()
+    nearest = max((int(k) for k in table if int(k) <= documents), default=min(map(int, table)))
+    row = table[str(nearest)]
+
+    def span(name: str) -> str:
+        low, high = math.floor(100 * row[name][0]), round(100 * row[name][1])
+        return f"{low} %" if low == high else f"{low} to {high} %"
+
+    return (
+        f"simulated at {nearest} documents, two-sided 95 % intervals (one-sided upper bounds) hold the truth in "
+        f"{span('symmetric')} ({span('symmetric_high')}) where documents differ evenly, {span('skewed')} "
+        f"({span('skewed_high')}) where effects are skewed, {span('rare')} ({span('rare_high')}) where few documents are "
+        f"hit hard (0.2 nats); the worst-document rule sees {span('worst_found')} of samples with such a document"
+    )
