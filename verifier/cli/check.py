@@ -9,6 +9,7 @@ import click
 
 from verifier.cli.main import explain_failure, shows_defects
 from verifier.cli.outputs import STDOUT, Paired, output_options, outputs, require, write_files, write_stdout
+from verifier.cli.recording import record, recordable, recording_options
 from verifier.cli.settings import judging, judging_options, settings
 from verifier.errors import ContentError, MachineError, UsageError
 from verifier.findings import Finding, Report
@@ -27,6 +28,7 @@ from verifier.findings import Finding, Report
 @click.option("--ep", metavar="N", type=click.IntRange(1, 65536), help="The expert parallel size to serve with.")
 @judging_options
 @output_options
+@recording_options
 @click.pass_context
 def check(
     ctx: click.Context,
@@ -39,6 +41,9 @@ def check(
     tp: int | None,
     ep: int | None,
     files: tuple[str, ...],
+    history: str | None,
+    label: str,
+    golden: str | None,
     **given: Any,
 ) -> None:
     """Judge the checkpoint in the folder URI (a path or an fsspec URL).
@@ -46,11 +51,13 @@ def check(
     Exit 0 passed, 1 failed, 2 usage, 3 unproven (nothing quantized, a required rule examined nothing), 4 broken.
     """
     # numpy and the rules cost 150 ms, and --help needs neither.
+    from verifier.report import render_json  # noqa: PLC0415
     from verifier.run import check as judge  # noqa: PLC0415
 
     found, file = settings(given)
     wanted = outputs(found["formats"].value, files)
     require(wanted)
+    recordable(history, golden, label)
     failure: Exception | None = None
     try:
         report = judge(
@@ -77,4 +84,7 @@ def check(
     if failure is not None and not any(o.file == STDOUT and o.format != "text" for o in wanted):
         raise failure
     write_stdout(report, wanted)
-    ctx.exit(report.exit_code)
+    code = report.exit_code
+    if history is not None or golden is not None:
+        code = record(render_json(report), code, history=history, label=label, golden=golden)
+    ctx.exit(code)

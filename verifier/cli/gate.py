@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 
 import click
 
+from verifier.cli.recording import record, recordable, recording_options
 from verifier.errors import MissingExtra
 
 
@@ -25,6 +27,7 @@ from verifier.errors import MissingExtra
 @click.option("--batch", type=click.IntRange(1, 4096), default=8, show_default=True, help="Windows at a time.")
 @click.option("--workers", type=click.IntRange(1, 64), help="Processes; by default processors on CPU, at most 4.")
 @click.option("--format", "format_", type=click.Choice(["text", "json"]), default="text", show_default=True)
+@recording_options
 @click.pass_context
 def gate(
     ctx: click.Context,
@@ -39,6 +42,9 @@ def gate(
     batch: int,
     workers: int | None,
     format_: str,
+    history: str | None,
+    label: str,
+    golden: str | None,
 ) -> None:
     """Measure the loss of CANDIDATE against its base on the same text.
 
@@ -47,6 +53,8 @@ def gate(
     for module in ("torch", "transformers", "scipy"):
         if find_spec(module) is None:
             raise MissingExtra("gate", "gate")
+    recordable(history, golden, label)
+    started = time.monotonic()
     from verifier import gate as room  # noqa: PLC0415  (numpy, as in check)
 
     with _bar() as progress:
@@ -55,7 +63,11 @@ def gate(
             documents=documents, device=device, batch=batch, workers=workers, progress=progress,
         )  # fmt: skip
     click.echo(room.render_json(result) if format_ == "json" else room.render_text(result), nl=False)
-    ctx.exit(result.exit_code)
+    seconds = time.monotonic() - started
+    code = record(
+        room.render_json(result), result.exit_code, history=history, label=label, golden=golden, seconds=seconds
+    )
+    ctx.exit(code)
 
 
 @contextmanager
