@@ -54,8 +54,12 @@ def add(runs: tuple[str, ...], name: str, label: str, file: str) -> None:
 @click.option("--name", help="Runs of this name only.")
 @click.option("--kind", type=click.Choice(["gate", "check", "golden"]))
 @click.option("--measure", help="Change points of this measure only.")
-@click.option("-n", "--last", type=click.IntRange(1, 1_000_000), default=30, show_default=True, help="The newest N runs.")
-@click.option("--window", type=click.IntRange(3, 1000), default=10, show_default=True, help="Accepted runs in the median.")
+@click.option(
+    "-n", "--last", type=click.IntRange(1, 1_000_000), default=30, show_default=True, help="The newest N runs."
+)
+@click.option(
+    "--window", type=click.IntRange(3, 1000), default=10, show_default=True, help="Accepted runs in the median."
+)
 @click.option("--format", "format_", type=click.Choice(["text", "json"]), default="text", show_default=True)
 @_file
 def log(
@@ -99,7 +103,9 @@ def compare(a: str, b: str, file: str) -> None:
         raise ContentError(f"{old.id} is of a {old.kind} and {new.id} of a {new.kind}; they have no measure in common")
     unlike = sorted(k for k in {*old.key, *new.key} if old.key.get(k) != new.key.get(k))
     if unlike:
-        raise ContentError(f"{old.id} and {new.id} are of unlike protocols ({', '.join(unlike)}); they cannot be compared")
+        raise ContentError(
+            f"{old.id} and {new.id} are of unlike protocols ({', '.join(unlike)}); they cannot be compared"
+        )
     click.echo("\n".join(compare_lines(old, new)))
 
 

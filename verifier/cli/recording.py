@@ -22,7 +22,9 @@ def recording_options(command: Callable[..., Any]) -> Callable[..., Any]:
         "--golden", metavar="FILE", help="An accepted record to agree with; see `ckptgate goldens`."
     )(command)
     command = click.option("--label", default="", metavar="TEXT", help="A note that stands in the history.")(command)
-    return click.option("--history", metavar="FILE", help="Append the run to this history; see `ckptgate history`.")(command)
+    return click.option("--history", metavar="FILE", help="Append the run to this history; see `ckptgate history`.")(
+        command
+    )
 
 
 def recordable(history: str | None, golden: str | None = None, label: str = "") -> None:
@@ -41,7 +43,13 @@ def recordable(history: str | None, golden: str | None = None, label: str = "") 
 
 
 def record(
-    text: str, code: int, *, history: str | None, label: str = "", golden: str | None = None, seconds: float | None = None
+    text: str,
+    code: int,
+    *,
+    history: str | None,
+    label: str = "",
+    golden: str | None = None,
+    seconds: float | None = None,
 ) -> int:
     """Append a run to a history, hold it against a golden, and return the exit code.
 

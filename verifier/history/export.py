@@ -12,7 +12,21 @@ from verifier.history.record import Record
 
 FORMATS = ("bmf", "csv", "json")
 MAX_BENCHMARK = 1024
-_FIELDS = ("id", "time", "kind", "name", "label", "verdict", "commit", "measure", "value", "low", "high", "se", "margin")
+_FIELDS = (
+    "id",
+    "time",
+    "kind",
+    "name",
+    "label",
+    "verdict",
+    "commit",
+    "measure",
+    "value",
+    "low",
+    "high",
+    "se",
+    "margin",
+)
 
 
 def export(records: Sequence[Record], to: str) -> str:
@@ -50,7 +64,9 @@ def to_csv(records: Sequence[Record]) -> str:
     for r in records:
         told = [_plain(str(getattr(r, f))) for f in _FIELDS[:7]]
         for name, m in r.measures.items():
-            rows.writerow([*told, name, *("" if v is None else repr(v) for v in (m.value, m.low, m.high, m.se, m.margin))])
+            rows.writerow(
+                [*told, name, *("" if v is None else repr(v) for v in (m.value, m.low, m.high, m.se, m.margin))]
+            )
     return out.getvalue()
 
 

@@ -118,7 +118,9 @@ def _locked(file: Path, notes: list[str]) -> Iterator[int]:
     try:
         handle = os.open(file, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError as error:
-        raise UsageError(f"no history {os.fspath(file)}; `ckptgate history add` or `gate --history` begin one") from error
+        raise UsageError(
+            f"no history {os.fspath(file)}; `ckptgate history add` or `gate --history` begin one"
+        ) from error
     except (OSError, ValueError) as error:
         raise UsageError(f"history {os.fspath(file)}: {getattr(error, 'strerror', None) or error}") from error
     try:

@@ -47,7 +47,9 @@ class Record(BaseModel):
     name: Annotated[str, Field(min_length=1, max_length=400)]
     label: Text = ""
     verdict: Literal["passed", "failed", "unproven", "broken", "accepted"]
-    measures: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_.]{0,63}$")], Measure] = Field(default={}, max_length=200)
+    measures: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_.]{0,63}$")], Measure] = Field(
+        default={}, max_length=200
+    )
     key: dict[Text, Scalar] = Field(default={}, max_length=100)
     environment: dict[Text, Scalar] = Field(default={}, max_length=100)
     checkpoint: dict[Text, Scalar] = Field(default={}, max_length=20)
@@ -186,7 +188,9 @@ def identity(uri: str) -> dict[str, Scalar]:
         return found
     state = hashlib.sha256()
     for name in sorted(ckpt.tensors):
-        state.update(f"{name}\0{ckpt.tensors[name].dtype}\0{list(ckpt.tensors[name].shape)}\0".encode("utf-8", "replace"))
+        state.update(
+            f"{name}\0{ckpt.tensors[name].dtype}\0{list(ckpt.tensors[name].shape)}\0".encode("utf-8", "replace")
+        )
     found |= {"header_sha256": state.hexdigest(), "tensors": len(ckpt.tensors), "bytes": ckpt.nbytes}
     files = _dict(manifest_of(uri).get("files"))
     digests = {n: _dict(f).get("sha256") for n, f in files.items() if n.endswith(".safetensors")}
@@ -242,7 +246,9 @@ def _gate_measures(value: dict[str, Any]) -> dict[str, Any]:
 
 def _check_measures(value: dict[str, Any]) -> dict[str, Any]:
     findings = [_dict(f) for f in value.get("findings") or ()]
-    count = {s: sum(f.get("severity") == s and f.get("standing") != "known" for f in findings) for s in ("error", "warning")}
+    count = {
+        s: sum(f.get("severity") == s and f.get("standing") != "known" for f in findings) for s in ("error", "warning")
+    }
     found: dict[str, Any] = {"errors": count["error"], "warnings": count["warning"]}
     found["known"] = sum(f.get("standing") == "known" for f in findings)
     stats = _dict(value.get("stats"))

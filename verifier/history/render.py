@@ -20,13 +20,18 @@ def log_lines(records: Sequence[Record]) -> list[str]:
         told = f"{lead} {interval(r.measures[lead])}" if lead else ""
         extra = f"   {printable(r.label, 60)}" if r.label else ""
         commit = f"   {r.commit[:10]}" if r.commit else ""
-        lines.append(f"{r.id[:8]}  {r.time[:16]}Z  {r.kind:6} {r.verdict:8} {printable(r.name, 60)}   {told}{commit}{extra}")
+        lines.append(
+            f"{r.id[:8]}  {r.time[:16]}Z  {r.kind:6} {r.verdict:8} {printable(r.name, 60)}   {told}{commit}{extra}"
+        )
     return lines
 
 
 def show_lines(r: Record) -> list[str]:
     """Return everything that a run's record tells."""
-    lines = [f"run      {r.id}   {r.time}", f"what     {r.kind} of {printable(r.name)}: {r.verdict}   series {r.series}"]
+    lines = [
+        f"run      {r.id}   {r.time}",
+        f"what     {r.kind} of {printable(r.name)}: {r.verdict}   series {r.series}",
+    ]
     if r.label:
         lines.append(f"label    {printable(r.label)}")
     for what, values in (
@@ -34,7 +39,9 @@ def show_lines(r: Record) -> list[str]:
         ("versions", r.versions),
     ):  # fmt: skip
         if values:
-            lines.append(f"{what:8} " + ", ".join(f"{printable(k, 60)} {printable(str(v), 120)}" for k, v in values.items()))
+            lines.append(
+                f"{what:8} " + ", ".join(f"{printable(k, 60)} {printable(str(v), 120)}" for k, v in values.items())
+            )
     if r.commit:
         lines.append(f"commit   {r.commit}")
     if r.seconds is not None:

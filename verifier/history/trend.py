@@ -90,7 +90,9 @@ def changes(records: Sequence[Record], measure: str | None = None) -> list[Chang
             cuts = _cuts(values, 0, len(values), floor)
             for cut, low, high in _levels(cuts, len(values)):
                 old, new = statistics.median(values[low:cut]), statistics.median(values[cut:high])
-                found.append(Change(having[cut], having[cut - 1], name, old, new, differences(having[cut - 1], having[cut])))
+                found.append(
+                    Change(having[cut], having[cut - 1], name, old, new, differences(having[cut - 1], having[cut]))
+                )
     return found
 
 
@@ -106,7 +108,9 @@ def differences(old: Record, new: Record) -> tuple[str, ...]:
     for what, a, b in (
         ("", old.versions, new.versions), ("", old.environment, new.environment), ("protocol ", old.key, new.key),
     ):  # fmt: skip
-        found += [f"{what}{k} {_shown(a.get(k))} -> {_shown(b.get(k))}" for k in sorted({*a, *b}) if a.get(k) != b.get(k)]
+        found += [
+            f"{what}{k} {_shown(a.get(k))} -> {_shown(b.get(k))}" for k in sorted({*a, *b}) if a.get(k) != b.get(k)
+        ]
     for what, a, b in (("base", old.base, new.base), ("checkpoint", old.checkpoint, new.checkpoint)):
         if any(a.get(k) != b.get(k) for k in ("files_sha256", "header_sha256")):
             found.append(f"other {what}")

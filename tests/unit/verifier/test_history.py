@@ -60,9 +60,17 @@ def write(file: Path, *losses: float) -> list[Record]:
 
 
 def test_what_a_gate_printed_is_recorded_with_intervals_and_keys(tmp_path: Path) -> None:
-    kl = {"kind": "lockstep", "mean": {"delta": 0.01, "low": 0.009, "high": 0.011, "se": 0.001}, "tail": [1.0, 0.9, 1.2]}
+    kl = {
+        "kind": "lockstep",
+        "mean": {"delta": 0.01, "low": 0.009, "high": 0.011, "se": 0.001},
+        "tail": [1.0, 0.9, 1.2],
+    }
     measures = {"kl": kl, "top1": {"delta": 0.95, "low": 0.94, "high": 0.96, "se": 0.01}, "flips": 3, "sure": 300}
-    drift = {"accepted": "x", "margin": {"nats": 0.003}, "interval": {"delta": 0.001, "low": 0.0, "high": 0.002, "se": 0.0}}
+    drift = {
+        "accepted": "x",
+        "margin": {"nats": 0.003},
+        "interval": {"delta": 0.001, "low": 0.0, "high": 0.002, "se": 0.0},
+    }
     append(tmp_path / "h", recorded(gate_run(measures=measures, drift=drift), label="rc1", seconds=7.5))
     (found,) = load(tmp_path / "h").records
     assert (found.kind, found.name, found.verdict) == ("gate", "M3-NVFP4", "passed")
@@ -70,13 +78,19 @@ def test_what_a_gate_printed_is_recorded_with_intervals_and_keys(tmp_path: Path)
     loss = found.measures["loss"]
     assert (loss.value, loss.low, loss.high, loss.margin) == (0.007, 0.006, 0.008, 0.077)
     assert found.measures["drift"].margin == 0.003
-    assert (found.measures["kl"].value, found.measures["kl_999"].high, found.measures["flips"].value) == (0.01, 1.2, 0.01)
+    assert (found.measures["kl"].value, found.measures["kl_999"].high, found.measures["flips"].value) == (
+        0.01,
+        1.2,
+        0.01,
+    )
     assert found.key == {"protocol": "tokens", "window": 512}
     assert found.environment == {"torch": "2.13.0"}
 
 
 def test_a_run_without_statistics_is_recorded_too() -> None:
-    found = recorded(gate_run(interval=None, perplexity_base=None, perplexity_candidate=None, nonfinite=[3], verdict="failed"))
+    found = recorded(
+        gate_run(interval=None, perplexity_base=None, perplexity_candidate=None, nonfinite=[3], verdict="failed")
+    )
     assert "loss" not in found.measures
     assert found.measures["nonfinite"].value == 1
 
@@ -342,7 +356,9 @@ def test_unlike_protocols_are_not_compared(tmp_path: Path, capsys: pytest.Captur
     assert "unlike protocols (window)" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("text", ["[", "[]", '{"x": 1}', '{"candidate": "x", "key": {}, "interval": NaN}', "[" * 100_000])
+@pytest.mark.parametrize(
+    "text", ["[", "[]", '{"x": 1}', '{"candidate": "x", "key": {}, "interval": NaN}', "[" * 100_000]
+)
 def test_what_is_no_run_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "r.json").write_text(text)
     assert run(["history", "add", str(tmp_path / "r.json"), "-f", str(tmp_path / "h")]) == 1
