@@ -199,7 +199,9 @@ def heat(cells: Mapping[tuple[str, str], float], title: str, unit: str, *, low_i
     room = max(1, MAX_CELLS // max(1, len(columns)))
     dropped = len(rows) - room
     if dropped > 0:
-        worst_of = {r: min(sign * v for (a, _), v in found.items() if a == r) for r in rows}
+        worst_of: dict[str, float] = {}
+        for (r, _), v in found.items():
+            worst_of[r] = min(sign * v, worst_of.get(r, math.inf))
         kept = set(sorted(rows, key=lambda r: worst_of[r])[:room])
         rows = [r for r in rows if r in kept]
     shown = {(r, c): found[r, c] for r in rows for c in columns if (r, c) in found}
@@ -239,7 +241,8 @@ def heat(cells: Mapping[tuple[str, str], float], title: str, unit: str, *, low_i
     parts.append(
         svg.text(left, 20, f"{unit}; from {least:.4g} to {most:.4g}; framed: {worst[0]}, {worst[1]}{more}", "soft")
     )
-    alt = f"{title}, {len(rows)} rows by {len(columns)} columns, {unit}, from {least:.4g} to {most:.4g}; the worst is {worst[0]}, {worst[1]}"
+    span = f"{unit}, from {least:.4g} to {most:.4g}"
+    alt = f"{title}, {len(rows)} rows by {len(columns)} columns, {span}; the worst is {worst[0]}, {worst[1]}"
     return svg.plot(parts, top + len(rows) * tall + 8, title, alt + more)
 
 

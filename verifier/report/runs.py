@@ -47,11 +47,14 @@ def render_runs(runs: Sequence[Mapping[str, Any]], extra: Sequence[Figure] = ())
     shown = [*_forest(gates), *(f for g in gates for f in _of_gate(g)), *extra]
     source = (resources.files(__name__.rpartition(".")[0]) / "templates" / "runs.html.j2").read_text(encoding="utf-8")
     environment = Environment(
-        loader=DictLoader({"runs": source}), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        loader=DictLoader({"runs": source}), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
     )  # fmt: skip
     environment.filters["printable"] = printable
     template = environment.get_template("runs")
     dropped: list[str] = []
+    while sum(len(f.picture) for f in shown) > MAX_BYTES - 200_000:
+        dropped.append(shown.pop().heading)
     findings = MAX_FINDINGS
     while True:
         page = template.render(
@@ -79,7 +82,7 @@ def _forest(gates: Sequence[Mapping[str, Any]]) -> list[Figure]:
                 rows.append(Row(what + name, value, low, high, margin, verdict or _held(low, high, margin)))
     if not rows:
         return []
-    words = "Loss over the base with its two-sided 90 % interval; the red mark is the margin. Green is shown to be within it."
+    words = "Loss over the base with its two-sided 90 % interval; the red mark is the margin. Green is shown to be within."
     return [Figure("Loss and margin", words, figures.forest(rows, "nats a token, candidate - base"))]
 
 
@@ -93,7 +96,7 @@ def _of_gate(g: Mapping[str, Any]) -> list[Figure]:
         table = (("document", "nats a token", "times the mean"), *(
             (n, f"{v:+.5f}", f"{v / mean:.1f}" if mean else "") for n, v in worst
         ))  # fmt: skip
-        words = "Candidate less base, a bar a document. A few documents far above the rest are what a damaged expert looks like."
+        words = "Candidate less base, a bar a document. A damaged expert shows as a few documents far above the rest."
         found.append(Figure(f"Documents of {name}", words, figures.documents(deltas, mean), table))
     kl = _dict(_dict(g.get("measures")).get("kl"))
     curves = _curves(kl.get("survival"))
@@ -146,8 +149,8 @@ def _gate(g: Mapping[str, Any]) -> dict[str, Any]:
     if kl:
         mean, tail = _dict(kl.get("mean")), _list(kl.get("tail"))
         facts.append((
-            "KL", f"mean {_shown(mean.get('delta'))} [{_shown(mean.get('low'))}, {_shown(mean.get('high'))}], 99.9 % quantile "
-            f"{_shown(tail[0]) if tail else '?'} nats ({kl.get('kind', '')})",
+            "KL", f"mean {_shown(mean.get('delta'))} [{_shown(mean.get('low'))}, {_shown(mean.get('high'))}], 99.9 % "
+            f"quantile {_shown(tail[0]) if tail else '?'} nats ({kl.get('kind', '')})",
         ))  # fmt: skip
     if top1:
         facts.append(
@@ -181,10 +184,11 @@ def _check(c: Mapping[str, Any], limit: int) -> dict[str, Any]:
             )
         )
     stats = _dict(c.get("stats"))
+    formats = ", ".join(f"{n} {a}" for a, n in _dict(stats.get("formats")).items())
     ran = sum(bool(_dict(r).get("ran")) for r in _list(c.get("coverage")))
     return {
-        "name": str(c.get("uri", "")), "verdict": _verdict(c), "rows": rows, "unshown": max(0, len(findings) - limit), "ran": ran,
-        "tensors": stats.get("tensors", "?"), "formats": ", ".join(f"{n} {a}" for a, n in _dict(stats.get("formats")).items()),
+        "name": str(c.get("uri", "")), "verdict": _verdict(c), "rows": rows, "unshown": max(0, len(findings) - limit),
+        "ran": ran, "tensors": stats.get("tensors", "?"), "formats": formats,
     }  # fmt: skip
 
 

@@ -16,17 +16,20 @@ WIDTH = 960
 STYLE = (
     "svg.plot{font:12px system-ui,sans-serif;max-width:100%;height:auto}.plot text{fill:var(--ink)}"
     ".plot .soft{fill:var(--soft)}.plot .grid{stroke:var(--line)}.plot .axis{stroke:var(--soft)}"
-    ".plot .passed{fill:var(--passed);stroke:var(--passed)}.plot .failed,.plot .broken{fill:var(--error);stroke:var(--error)}"
+    ".plot .passed{fill:var(--passed);stroke:var(--passed)}"
+    ".plot .failed,.plot .broken{fill:var(--error);stroke:var(--error)}"
     ".plot .unproven{fill:var(--warning);stroke:var(--warning)}.plot .info{fill:var(--info);stroke:var(--info)}"
     ".plot .golden{fill:none;stroke:var(--warning);stroke-dasharray:5 3}.plot .margin{stroke:var(--error);stroke-width:2}"
     ".plot .change{stroke:var(--soft);stroke-dasharray:2 3}.plot .ribbon{fill-opacity:.16;stroke:none}"
-    ".plot .line{fill:none;stroke-width:1.6}.plot .s0{--c:var(--info)}.plot .s1{--c:var(--passed)}.plot .s2{--c:var(--warning)}"
+    ".plot .line{fill:none;stroke-width:1.6}.plot .s0{--c:var(--info)}.plot .s1{--c:var(--passed)}"
+    ".plot .s2{--c:var(--warning)}"
     ".plot .s3{--c:var(--error)}.plot .s4{--c:var(--soft)}.plot .s5{--c:var(--ink)}"
     ".plot .ribbon,.plot .dot{fill:var(--c)}.plot .line{stroke:var(--c)}.plot .key{fill:var(--c)}"
     ".plot .cell{fill:var(--info);stroke:var(--ground);stroke-width:1}.plot .bad{fill:var(--error)}"
 )
 COLORS = (
-    ":root,svg{color-scheme:light dark;--ground:#fff;--ink:#1b1f24;--soft:#57606a;--line:#d0d7de;--panel:#f6f8fa;--error:#b3261e;"
+    ":root,svg{color-scheme:light dark;--ground:#fff;--ink:#1b1f24;--soft:#57606a;--line:#d0d7de;--panel:#f6f8fa;"
+    "--error:#b3261e;"
     "--warning:#8a5a00;--info:#0b5cad;--passed:#1a6e34}@media (prefers-color-scheme:dark){:root,svg{--ground:#14171a;"
     "--ink:#e6e9ec;--soft:#9aa4ae;--line:#353c44;--panel:#1d2125;--error:#ff8a80;--warning:#f0b849;--info:#7ab8ff;"
     "--passed:#6fd08c}}"
