@@ -26,6 +26,7 @@ TO_SIGMA = 1.4826
 LAST = 10
 LEAST_RUNS = 3
 MAX_POINTS = 2_000
+MAX_DEPTH = 100
 
 
 @dataclass(frozen=True)
@@ -133,18 +134,23 @@ def _noise(values: Sequence[float]) -> float:
 
 
 def _cuts(values: Sequence[float], low: int, high: int, floor: float, depth: int = 0) -> list[int]:
-    """Cut in two where the squared error falls most, as long as the medians of both sides differ by more than noise."""
+    """Cut in two where the squared error falls most, as long as the medians of both sides differ by more than noise.
+
+    One run by itself at an end is no level, and is passed over; the trend warns of the last one.
+    """
     count = high - low
-    if count < 4 or depth > 20:
+    if count < 4 or depth > MAX_DEPTH:
         return []
     best, cut, left = -1.0, 0, 0.0
     total = sum(values[low:high])
-    for i in range(low + 1, high - 1):
+    for i in range(low + 1, high):
         left += values[i - 1]
         n = i - low
         gain = n * (count - n) / count * (left / n - (total - left) / (count - n)) ** 2
-        if n > 1 and gain > best:
+        if gain > best:
             best, cut = gain, i
+    if cut - low == 1 or high - cut == 1:
+        return _cuts(values, low + (cut - low == 1), high - (high - cut == 1), floor, depth + 1)
     step = abs(statistics.median(values[cut:high]) - statistics.median(values[low:cut]))
     if step <= max(floor, SIGMAS * _noise(values[low:high])):
         return []

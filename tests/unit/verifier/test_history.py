@@ -300,6 +300,12 @@ def test_a_change_point_names_the_recipe_or_the_commit_that_changed() -> None:
     assert second.because == (f"commit {'a' * 12} -> {'b' * 12}",)
 
 
+def test_one_bad_run_at_the_end_is_no_level_and_moves_no_change_point() -> None:
+    runs = [record(0.0069, "a") for _ in range(4)] + [record(0.0054, "b") for _ in range(4)] + [record(0.0164, "b")]
+    (change,) = changes(runs)
+    assert (change.run, change.because) == (runs[4], ("recipe a -> b",))
+
+
 def test_noise_has_no_change_points() -> None:
     import random
 

@@ -132,7 +132,8 @@ def test_fields_of_other_shapes_are_passed_over(junk: Any) -> None:
         harmless(render_runs([gate_run(measures={field: junk})]))
     harmless(render_runs([gate_run(measures={"kl": {"survival": junk, "tail": junk, "mean": junk}})]))
     for field in ("findings", "coverage", "stats"):
-        harmless(render_runs([{"uri": "x", "verdict": "failed", "findings": [], "coverage": [], "stats": {}} | {field: junk}]))
+        check = {"uri": "x", "verdict": "failed", "findings": [], "coverage": [], "stats": {}}
+        harmless(render_runs([check | {field: junk}]))
 
 
 def test_names_from_files_are_escaped() -> None:
@@ -249,7 +250,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_a_check_is_a_page_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["check", str(GOLDEN / "mxfp8"), "--base", str(GOLDEN / "bf16"), "--format", f"json={tmp_path / 'c.json'}"]) == 0
+    args = ["check", str(GOLDEN / "mxfp8"), "--base", str(GOLDEN / "bf16")]
+    assert run([*args, "--format", f"json={tmp_path / 'c.json'}"]) == 0
     assert run(["report", str(tmp_path / "c.json"), "-o", str(tmp_path / "r.html"), "--weights"]) == 0
     page = (tmp_path / "r.html").read_text()
     harmless(page)
