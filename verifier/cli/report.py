@@ -20,11 +20,14 @@ if TYPE_CHECKING:
 @click.argument("runs", metavar="RUN.json...", nargs=-1, required=True)
 @click.option("-o", "--output", metavar="FILE.html", required=True, help="The page to write.")
 @click.option("--history", metavar="FILE", help="Draw the runs' names over time from this history too.")
+@click.option("--golden", metavar="FILE", help="Draw the drift of the first run against this accepted record too.")
 @click.option("--measure", default="loss", show_default=True, help="What is drawn over time.")
 @click.option(
     "--weights", is_flag=True, help="Read the checkpoints that the first run names; draw their signal to noise."
 )
-def report(runs: tuple[str, ...], output: str, history: str | None, measure: str, weights: bool) -> None:
+def report(
+    runs: tuple[str, ...], output: str, history: str | None, golden: str | None, measure: str, weights: bool
+) -> None:
     """Draw runs (gate or check, --format json) as one HTML file: no script, light and dark, at most 2 MB."""
     if find_spec("jinja2") is None:
         raise MissingExtra("report", "report")
@@ -34,6 +37,8 @@ def report(runs: tuple[str, ...], output: str, history: str | None, measure: str
 
     require_writable(output)
     read = [read_run(r) for r in runs]
+    if golden is not None:
+        _drift(read[0], golden)
     extra = _weights(read[0]) if weights else []
     if history is not None:
         extra = [*_history(history, read, measure), *extra]
@@ -57,6 +62,20 @@ def _history(file: str, runs: Sequence[dict[str, Any]], measure: str) -> list[Fi
         raise ContentError(f"{file}: no run of {', '.join(sorted(names))} among {len(found.records):,}")
     told = " ".join(f"{line.strip()}." for line in [*change_lines(records, measure), *trend_lines(records)][:10])
     return [Figure(f"{measure} over time", told or "No change point.", draw(records, measure))]
+
+
+def _drift(run: dict[str, Any], file: str) -> None:
+    """Put the paired drift against an accepted record into a run, where a gate puts its own."""
+    from verifier.goldens import store  # noqa: PLC0415
+    from verifier.goldens.judge import judge  # noqa: PLC0415
+
+    old = store.load(*store.split_path(file))
+    judged = judge(old, store.proposed(run))
+    if judged.interval is None:
+        raise ContentError(f"{file}: no drift to draw: {judged.sentence}")
+    i = judged.interval
+    interval = {"delta": i.delta, "low": i.low, "high": i.high, "se": i.se}
+    run["drift"] = {"accepted": file, "margin": {"nats": old.drift}, "interval": interval}
 
 
 def _weights(run: dict[str, Any]) -> list[Figure]:

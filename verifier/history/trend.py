@@ -100,7 +100,7 @@ def changes(records: Sequence[Record], measure: str | None = None) -> list[Chang
 def differences(old: Record, new: Record) -> tuple[str, ...]:
     """Return what is recorded as different between two runs, recipe first."""
     found = []
-    for k in sorted({*old.recipe, *new.recipe} - {"sha256"}):
+    for k in sorted({*old.recipe, *new.recipe} - {"sha256"}, key=lambda k: (k != "recipe", k)):
         if old.recipe.get(k) != new.recipe.get(k):
             what = k if k == "recipe" else f"recipe {k}"
             found.append(f"{what} {_shown(old.recipe.get(k))} -> {_shown(new.recipe.get(k))}")

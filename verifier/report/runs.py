@@ -96,7 +96,7 @@ def _of_gate(g: Mapping[str, Any]) -> list[Figure]:
         table = (("document", "nats a token", "times the mean"), *(
             (n, f"{v:+.5f}", f"{v / mean:.1f}" if mean else "") for n, v in worst
         ))  # fmt: skip
-        words = "Candidate less base, a bar a document. A damaged expert shows as a few documents far above the rest."
+        words = "Candidate less base, a bar a document. A damaged expert can show as a few documents far above the rest."
         found.append(Figure(f"Documents of {name}", words, figures.documents(deltas, mean), table))
     kl = _dict(_dict(g.get("measures")).get("kl"))
     curves = _curves(kl.get("survival"))
