@@ -259,9 +259,9 @@ def _differences(old: Golden | None, new: Golden) -> list[str]:
     found = []
     for what in ("recipe", "environment", "versions"):
         a, b = getattr(old, what), getattr(new, what)
-        found += [
-            f"{k if k == what else f'{what} {k}'}: {a.get(k)} -> {b.get(k)}" for k in sorted({*a, *b} - {"sha256"}) if a.get(k) != b.get(k)
-        ]
+        for k in sorted({*a, *b} - {"sha256"}):
+            if a.get(k) != b.get(k):
+                found.append(f"{k if k == what else f'{what} {k}'}: {a.get(k)} -> {b.get(k)}")
     return found[:20]
 
 

@@ -249,6 +249,26 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     capsys.readouterr()
 
 
+def test_the_drift_against_a_golden_is_a_row_of_the_forest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from verifier.goldens import hold
+
+    monkeypatch.delenv("CI", raising=False)
+    file, golden = tmp_path / "g.json", tmp_path / "x.golden.json"
+    hold(gate_run(), golden)
+    assert run(["goldens", "accept", "x", "--reason", "first", "-d", str(tmp_path)]) == 0
+    worse = gate_run()
+    worse["documents"] = [[b, q + t * (0.01 + 0.0001 * (i % 3)), t] for i, (b, q, t) in enumerate(worse["documents"])]
+    file.write_text(json.dumps(worse))
+    args = ["report", str(file), "-o", str(tmp_path / "r.html"), "--golden", str(golden)]
+    assert run(args) == 0
+    (first, _) = pictures((tmp_path / "r.html").read_text())
+    assert "drift of M3-NVFP4" in words(first)
+    assert "margin 0.003" in words(first)
+    assert "failed" in words(first)
+    file.write_text(json.dumps(gate_run()))
+    assert run(args) == 1  # equal to the last bit: there is no interval
+
+
 def test_a_check_is_a_page_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     args = ["check", str(GOLDEN / "mxfp8"), "--base", str(GOLDEN / "bf16")]
     assert run([*args, "--format", f"json={tmp_path / 'c.json'}"]) == 0
