@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -76,7 +77,7 @@ def forest(rows: Sequence[Row], unit: str) -> str:
         if r.margin is not None:
             near = x(r.margin) > right - 100  # what is said of the row stands there
             said = svg.text(
-                x(r.margin) + (-5 if near else 5), y - 6, f"margin {r.margin:.4g}", "soft", "end" if near else "start"
+                x(r.margin) + (-5 if near else 5), y - 10, f"margin {r.margin:.4g}", "soft", "end" if near else "start"
             )
             parts += [svg.line(x(r.margin), y - 13, x(r.margin), y + 13, "margin"), said]
         ends_ = f"[{r.low:+.4f}, {r.high:+.4f}]"
@@ -309,17 +310,5 @@ def _one(s: Series, i: int, x: svg.Axis, y: svg.Axis, top: float, bottom: float,
 
 def _natural(name: str) -> tuple[tuple[int, int, str], ...]:
     """Return a key that sorts ``layer 9`` before ``layer 10``."""
-    out: list[tuple[int, int, str]] = []
-    digits = word = ""
-    for c in name[:200] + "\0":
-        if c in "0123456789" and len(digits) < 15:
-            digits += c
-            if word:
-                out.append((1, 0, word))
-                word = ""
-        else:
-            if digits:
-                out.append((0, int(digits), ""))
-                digits = ""
-            word += c
-    return tuple(out)
+    parts = re.split(r"([0-9]{1,15})", name[:200])
+    return tuple((0, int(p), "") if i % 2 else (1, 0, p) for i, p in enumerate(parts) if p)

@@ -174,6 +174,11 @@ def test_rows_and_columns_stand_in_natural_order() -> None:
     told = [e.text for e in picture.iter("text")]
     assert told.index("layer 2") < told.index("layer 9") < told.index("layer 10")
     assert told.index("3") < told.index("11")
+    (picture,) = pictures(heat({(r, "1"): 1.0 + len(r) for r in ("mlp", "attention", "routed_expert", "indexer")}, "x", "dB"))
+    told = [e.text for e in picture.iter("text")]
+    assert [t for t in told if t in ("mlp", "attention", "routed_expert", "indexer")] == sorted(
+        ("mlp", "attention", "routed_expert", "indexer")
+    )
 
 
 def point(at: int, value: float, verdict: str = "passed") -> Point:
