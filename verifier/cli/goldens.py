@@ -245,9 +245,11 @@ def _known_name(name: str) -> None:
 
 
 def _what(g: Golden) -> str:
+    from verifier.report import printable  # noqa: PLC0415
+
     if g.kind == "check":
         errors = sum(v for k, v in g.facts.items() if k.startswith("findings.") and isinstance(v, int))
-        return f"{g.facts.get('tensors', 0):,} tensors, {errors:,} findings"
+        return f"{printable(str(g.facts.get('tensors', 0)), 20)} tensors, {errors:,} findings"
     if g.loss is None or g.low is None or g.high is None:
         return "no statistics" if g.loss is None else f"loss {g.loss:+.5f}"
     return f"loss {g.loss:+.5f} [{g.low:+.5f}, {g.high:+.5f}]"

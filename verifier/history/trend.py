@@ -146,9 +146,12 @@ def _cuts(values: Sequence[float], low: int, high: int, floor: float, depth: int
     for i in range(low + 1, high):
         left += values[i - 1]
         n = i - low
-        gain = n * (count - n) / count * (left / n - (total - left) / (count - n)) ** 2
+        apart = left / n - (total - left) / (count - n)
+        gain = n * (count - n) / count * apart * apart
         if gain > best:
             best, cut = gain, i
+    if best < 0:  # sums beyond what a float holds
+        return []
     if cut - low == 1 or high - cut == 1:
         return _cuts(values, low + (cut - low == 1), high - (high - cut == 1), floor, depth + 1)
     step = abs(statistics.median(values[cut:high]) - statistics.median(values[low:cut]))

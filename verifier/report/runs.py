@@ -82,7 +82,9 @@ def _forest(gates: Sequence[Mapping[str, Any]]) -> list[Figure]:
                 rows.append(Row(what + name, value, low, high, margin, verdict or _held(low, high, margin)))
     if not rows:
         return []
-    words = "Loss over the base with its two-sided 90 % interval; the red mark is the margin. Green is shown to be within."
+    words = (
+        "Loss over the base with its two-sided 90 % interval; the red mark is the margin. Green is shown to be within."
+    )
     return [Figure("Loss and margin", words, figures.forest(rows, "nats a token, candidate - base"))]
 
 
@@ -96,23 +98,33 @@ def _of_gate(g: Mapping[str, Any]) -> list[Figure]:
         table = (("document", "nats a token", "times the mean"), *(
             (n, f"{v:+.5f}", f"{v / mean:.1f}" if mean else "") for n, v in worst
         ))  # fmt: skip
-        words = "Candidate less base, a bar a document. A damaged expert can show as a few documents far above the rest."
+        words = (
+            "Candidate less base, a bar a document. A damaged expert can show as a few documents far above the rest."
+        )
         found.append(Figure(f"Documents of {name}", words, figures.documents(deltas, mean), table))
     kl = _dict(_dict(g.get("measures")).get("kl"))
     curves = _curves(kl.get("survival"))
     if curves:
         words = f"How often a token's divergence is above a value ({kl.get('kind', '')})."
         found.append(Figure(f"KL divergence of {name}", words, figures.survival(curves)))
-    cells = {
-        (str(e.get("layer"))[:60], f"{n}"): float(v)
-        for e in map(_dict, _list(g.get("experts"))[:512])
-        for n, v in enumerate(_list(e.get("tokens"))[:4096])
-        if _number(v) is not None
-    }
+    cells, unit = _experts(g)
     if cells:
-        words = "Tokens of this text that reached each expert. One that none reaches was not judged."
-        found.append(Figure(f"Experts of {name}", words, figures.heat(cells, "Tokens by layer and expert", "tokens")))
+        words = "Experts that this text reaches; one that no token reaches was not judged."
+        found.append(Figure(f"Experts of {name}", words, figures.heat(cells, "Experts by layer", unit)))
     return found
+
+
+def _experts(g: Mapping[str, Any]) -> tuple[dict[tuple[str, str], float], str]:
+    """Return tokens by (layer, expert), or 1 and 0 where a run tells only which experts were not reached; and the unit."""
+    cells: dict[tuple[str, str], float] = {}
+    unit = "tokens"
+    for e in map(_dict, _list(g.get("experts"))[:512]):
+        layer, tokens, count = str(e.get("layer"))[:60], _list(e.get("tokens"))[:4096], e.get("experts")
+        if not tokens and isinstance(count, int) and "unreached" in e:
+            missed = {n for n in _list(e["unreached"]) if isinstance(n, int)}
+            tokens, unit = [int(n not in missed) for n in range(min(count, 4096))], "reached (1) or not (0)"
+        cells |= {(layer, str(n)): float(v) for n, v in enumerate(tokens) if _number(v) is not None}
+    return cells, unit
 
 
 def _deltas(g: Mapping[str, Any]) -> list[tuple[str, float]]:

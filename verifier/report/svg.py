@@ -34,6 +34,7 @@ COLORS = (
     "--ink:#e6e9ec;--soft:#9aa4ae;--line:#353c44;--panel:#1d2125;--error:#ff8a80;--warning:#f0b849;--info:#7ab8ff;"
     "--passed:#6fd08c}}"
 )
+LARGEST = 1e100
 Axis = Callable[[float], float]
 
 
@@ -107,8 +108,8 @@ def number(value: float) -> str:
 
 
 def bounds(values: Sequence[float], pad: float = 0.06) -> tuple[float, float]:
-    """Return the least and greatest finite value with some room, (0, 1) where there is none."""
-    finite = [v for v in values if math.isfinite(v)]
+    """Return the least and greatest value below `LARGEST` with some room, (0, 1) where there is none."""
+    finite = [v for v in values if abs(v) < LARGEST]
     if not finite:
         return 0.0, 1.0
     low, high = min(finite), max(finite)

@@ -306,6 +306,15 @@ def test_one_bad_run_at_the_end_is_no_level_and_moves_no_change_point() -> None:
     assert (change.run, change.because) == (runs[4], ("recipe a -> b",))
 
 
+@pytest.mark.parametrize("values", [[1e308, -1e308] * 5, [1e200, 0.0] * 5, [1e308] * 8, [5e-324] * 8])
+def test_values_at_the_ends_of_a_float_are_no_crash(values: list[float], tmp_path: Path) -> None:
+    for value in values:
+        append(tmp_path / "h", record(interval={"delta": value}))
+    assert run(["history", "log", "-f", str(tmp_path / "h")]) == 0
+    assert run(["history", "plot", "-f", str(tmp_path / "h"), "-o", str(tmp_path / "p.svg")]) == 0
+    assert "nan" not in (tmp_path / "p.svg").read_text()
+
+
 def test_noise_has_no_change_points() -> None:
     import random
 

@@ -125,7 +125,18 @@ def test_a_run_with_more_has_more_pictures() -> None:
 
 @pytest.mark.parametrize("junk", [None, 5, "x", [], [[]], {"a": {}}, [None], {"delta": "x"}, [[1, 2]], math.inf])
 def test_fields_of_other_shapes_are_passed_over(junk: Any) -> None:
-    fields = ("interval", "margin", "documents", "measures", "drift", "experts", "key", "environment", "notes", "nonfinite")
+    fields = (
+        "interval",
+        "margin",
+        "documents",
+        "measures",
+        "drift",
+        "experts",
+        "key",
+        "environment",
+        "notes",
+        "nonfinite",
+    )
     for field in fields:
         harmless(render_runs([gate_run(**{field: junk})]))
     for field in ("kl", "top1"):
@@ -143,7 +154,13 @@ def test_names_from_files_are_escaped() -> None:
     bad["measures"] = {"kl": {"kind": HOSTILE, "survival": {HOSTILE: [[0.1, 0.1]]}}}
     where = {"tensor": HOSTILE}
     finding = {"rule": HOSTILE, "severity": HOSTILE, "message": HOSTILE, "where": where, "count": 1, "of": None}
-    check = {"uri": HOSTILE, "verdict": HOSTILE, "findings": [finding], "coverage": [], "stats": {"formats": {HOSTILE: 1}}}
+    check = {
+        "uri": HOSTILE,
+        "verdict": HOSTILE,
+        "findings": [finding],
+        "coverage": [],
+        "stats": {"formats": {HOSTILE: 1}},
+    }
     page = render_runs([bad, check], [Figure(HOSTILE, HOSTILE, series([Series(HOSTILE, [point(0, 1.0)])], HOSTILE))])
     harmless(page)
     assert len(pictures(page)) == 5
@@ -160,6 +177,11 @@ def test_the_page_stays_below_two_megabytes_and_says_what_it_left_out() -> None:
     assert "4,800 more findings are not shown" in page
 
 
+def test_experts_that_no_token_reached_are_shown() -> None:
+    page = render_runs([gate_run(documents=[], experts=[{"layer": "layers.3", "experts": 4, "unreached": [2]}])])
+    assert "framed: layers.3, 2" in words(pictures(page)[-1])
+
+
 def test_many_cells_keep_the_worst_rows() -> None:
     cells = {(f"layer {r}", f"{c}"): 20.0 + r for r in range(400) for c in range(128)}
     cells["layer 399", "5"] = 1.0
@@ -174,11 +196,9 @@ def test_rows_and_columns_stand_in_natural_order() -> None:
     told = [e.text for e in picture.iter("text")]
     assert told.index("layer 2") < told.index("layer 9") < told.index("layer 10")
     assert told.index("3") < told.index("11")
-    (picture,) = pictures(heat({(r, "1"): 1.0 + len(r) for r in ("mlp", "attention", "routed_expert", "indexer")}, "x", "dB"))
-    told = [e.text for e in picture.iter("text")]
-    assert [t for t in told if t in ("mlp", "attention", "routed_expert", "indexer")] == sorted(
-        ("mlp", "attention", "routed_expert", "indexer")
-    )
+    roles = ("mlp", "attention", "routed_expert", "indexer")
+    (picture,) = pictures(heat({(r, "1"): 1.0 + len(r) for r in roles}, "x", "dB"))
+    assert [e.text for e in picture.iter("text") if e.text in roles] == sorted(roles)
 
 
 def point(at: int, value: float, verdict: str = "passed") -> Point:
@@ -186,7 +206,9 @@ def point(at: int, value: float, verdict: str = "passed") -> Point:
 
 
 def test_a_time_series_has_ribbon_golden_steps_and_change_points() -> None:
-    found = Series("M3", [point(i, 1.0 if i < 3 else 2.0) for i in range(6)], [(0, 1.0), (4, 2.0)], [(3, "recipe a -> b")])
+    found = Series(
+        "M3", [point(i, 1.0 if i < 3 else 2.0) for i in range(6)], [(0, 1.0), (4, 2.0)], [(3, "recipe a -> b")]
+    )
     (picture,) = pictures(series([found], "loss"))
     assert len([e for e in picture.iter("line") if e.get("class") == "golden"]) == 3
     assert [e for e in picture.iter("path") if e.get("class") == "ribbon s0"]
