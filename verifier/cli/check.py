@@ -82,6 +82,7 @@ def check(
         report, failure = Report("broken", uri, base, (), (), {"error": str(error)}), error
     # A person reads the message on stderr; what parses stdout gets one document whatever went wrong.
     if failure is not None and not any(o.file == STDOUT and o.format != "text" for o in wanted):
+        record(render_json(report), report.exit_code, history=history, label=label, golden=None)
         raise failure
     write_stdout(report, wanted)
     code = report.exit_code

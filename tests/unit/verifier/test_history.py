@@ -111,6 +111,34 @@ def test_check_appends_by_itself_and_tells_digests(tmp_path: Path, capsys: pytes
     assert run(["check", str(GOLDEN / "mxfp8"), "--label", "x"]) == 2
 
 
+def test_a_check_that_could_not_be_made_is_on_record(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    args = ["check", str(GOLDEN / "mxfp8"), "--base", str(tmp_path / "base"), "--history", str(tmp_path / "h")]
+    assert run(args) == 1
+    assert [r.verdict for r in load(tmp_path / "h").records] == ["failed"]
+
+
+@pytest.mark.xdist_group("gate")
+def test_gate_appends_by_itself_and_is_held_against_its_golden(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("CI", raising=False)
+    args = ["gate", str(GOLDEN / "mxfp8"), "--base", str(GOLDEN / "bf16"), "--corpus", str(GOLDEN / "corpus.jsonl")]
+    args += ["--documents", "3", "--max-increase", "0.5", "--format", "json"]
+    args += ["--history", str(tmp_path / "h"), "--golden", str(tmp_path / "g" / "m.golden.json")]
+    assert run(args) == 1
+    text = capsys.readouterr().out
+    printed = json.loads(text)
+    (tmp_path / "run.json").write_text(text)
+    (found,) = load(tmp_path / "h").records
+    assert found.measures["loss"].value == printed["interval"]["delta"]
+    assert (found.name, found.key) == ("mxfp8", printed["key"])
+    assert found.seconds is not None
+    assert run(["goldens", "accept", "m", "--reason", "first", "-d", str(tmp_path / "g")]) == 0
+    assert run(["goldens", "test", f"m={tmp_path / 'run.json'}", "-d", str(tmp_path / "g")]) == 0
+    assert "to the last bit" in capsys.readouterr().out
+
+
 def test_the_recipe_of_an_export_is_told_by_its_manifest(tmp_path: Path) -> None:
     options = {"recipe": "nvfp4_mlp", "kv_cache": None, "layers": [1, 2]}
     (tmp_path / "ckptgate_manifest.json").write_text(json.dumps({"options": options}))
