@@ -9,6 +9,7 @@ import click
 
 from verifier.cli.main import explain_failure, shows_defects
 from verifier.cli.outputs import STDOUT, Paired, output_options, outputs, require, write_files, write_stdout
+from verifier.cli.recording import record, recordable, recording_options
 from verifier.cli.settings import judging, judging_options, settings
 from verifier.errors import ContentError, MachineError, UsageError
 from verifier.findings import Finding, Report
@@ -31,6 +32,7 @@ from verifier.findings import Finding, Report
 @click.option("--seed", type=int, default=0, show_default=True, help="Which modules --sample takes.")
 @judging_options
 @output_options
+@recording_options
 @click.pass_context
 def check(
     ctx: click.Context,
@@ -47,6 +49,9 @@ def check(
     sample: str | None,
     seed: int,
     files: tuple[str, ...],
+    history: str | None,
+    label: str,
+    golden: str | None,
     **given: Any,
 ) -> None:
     """Judge the checkpoint in the folder URI (a path or an fsspec URL).
@@ -54,11 +59,13 @@ def check(
     Exit 0 passed, 1 failed, 2 usage, 3 unproven (nothing quantized, a required rule examined nothing), 4 broken.
     """
     # numpy and the rules cost 150 ms, and --help needs neither.
+    from verifier.report import render_json  # noqa: PLC0415
     from verifier.run import check as judge  # noqa: PLC0415
 
     found, file = settings(given)
     wanted = outputs(found["formats"].value, files)
     require(wanted)
+    recordable(history, golden, label)
     failure: Exception | None = None
     try:
         report = judge(
@@ -83,6 +90,10 @@ def check(
         report, failure = Report("broken", uri, base, (), (), {"error": str(error)}), error
     # A person reads the message on stderr; what parses stdout gets one document whatever went wrong.
     if failure is not None and not any(o.file == STDOUT and o.format != "text" for o in wanted):
+        record(render_json(report), report.exit_code, history=history, label=label, golden=None)
         raise failure
     write_stdout(report, wanted)
-    ctx.exit(report.exit_code)
+    code = report.exit_code
+    if history is not None or golden is not None:
+        code = record(render_json(report), code, history=history, label=label, golden=golden)
+    ctx.exit(code)

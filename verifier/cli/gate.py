@@ -6,6 +6,7 @@ from __future__ import annotations
 import glob
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from verifier.cli.recording import record, recordable, recording_options
 from verifier.errors import MissingExtra, UsageError
 
 if TYPE_CHECKING:
@@ -58,13 +60,21 @@ _FORMAT = click.option("--format", "format_", type=click.Choice(["text", "json"]
 @_BATCH
 @_WORKERS
 @_FORMAT
+@recording_options
 @click.pass_context
-def gate(ctx: click.Context, /, candidate: str, base: str, corpus: str, format_: str, *, plan: bool, **options: Any) -> None:
+def gate(
+    ctx: click.Context, /, candidate: str, base: str, corpus: str, format_: str, *, plan: bool,
+    history: str | None, label: str, golden: str | None, **options: Any,
+) -> None:  # fmt: skip
     """Measure the loss of CANDIDATE against its base on the same text.
 
     Exit 0: the loss is shown to be within the margin. 1: shown to be beyond it. 3: inconclusive.
     """
     _require("torch", "transformers", "scipy")
+    if plan and (history is not None or golden is not None or label):
+        raise UsageError("--plan measures nothing that could be recorded; leave out --history, --label and --golden")
+    recordable(history, golden, label)
+    started = time.monotonic()
     from verifier import gate as room  # noqa: PLC0415  (numpy, as in check)
 
     with _bar() as progress:
@@ -73,7 +83,7 @@ def gate(ctx: click.Context, /, candidate: str, base: str, corpus: str, format_:
             click.echo(room.render_plan_json(found) if format_ == "json" else room.render_plan_text(found), nl=False)
             return
         result = room.run(candidate, base=base, corpus=corpus, progress=progress, say=_say, **options)
-    _end(ctx, result, format_)
+    _end(ctx, result, format_, started, history=history, label=label, golden=golden)
 
 
 @click.command()
@@ -129,10 +139,11 @@ def score(
 @_DRIFT
 @_MAX_DRIFT
 @_FORMAT
+@recording_options
 @click.pass_context
 def compare(
     ctx: click.Context, base: str, candidate: str, max_increase: str | None, drift_against: str | None,
-    max_drift: str | None, format_: str,
+    max_drift: str | None, format_: str, history: str | None, label: str, golden: str | None,
 ) -> None:  # fmt: skip
     """Judge CANDIDATE.run against BASE.run, both written by `ckptgate score`; no model is loaded.
 
@@ -143,13 +154,15 @@ def compare(
 
     if max_drift is not None and drift_against is None:
         raise UsageError("--max-drift needs --drift-against RUN")
+    recordable(history, golden, label)
+    started = time.monotonic()
     reference, ours = room.read_run(base), room.read_run(candidate)
     accepted = room.read_run(drift_against) if drift_against is not None else None
     margin = room.margin_of(max_increase, ours.header.formats)
     result = room.compare_runs(
         reference, ours, margin, drift_against=accepted, drift_margin=room.drift_margin_of(max_drift)
     )
-    _end(ctx, result, format_)
+    _end(ctx, result, format_, started, history=history, label=label, golden=golden)
 
 
 def _ranks() -> tuple[int, int] | None:
@@ -161,11 +174,13 @@ def _ranks() -> tuple[int, int] | None:
     return (number, count) if count > 1 and 0 <= number < count else None
 
 
-def _end(ctx: click.Context, result: GateResult, format_: str) -> None:
+def _end(ctx: click.Context, result: GateResult, format_: str, started: float, **recording: Any) -> None:
+    """Print the result, put it on record where that is asked for, and end with its exit code."""
     from verifier import gate as room  # noqa: PLC0415
 
-    click.echo(room.render_json(result) if format_ == "json" else room.render_text(result), nl=False)
-    ctx.exit(result.exit_code)
+    seconds, text = time.monotonic() - started, room.render_json(result)
+    click.echo(text if format_ == "json" else room.render_text(result), nl=False)
+    ctx.exit(record(text, result.exit_code, seconds=seconds, **recording))
 
 
 def _require(*modules: str) -> None:

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Signal to quantization noise of every quantized weight, summed by layer and role and by layer and expert."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from verifier.checkpoint import open_checkpoint
+from verifier.errors import ContentError
+from verifier.rules.context import Context
+from verifier.schemes import expert_key, layer_of, role
+
+E4M3_FLOOR = 0x01
+"""The code of 2^-9, the smallest block scale above zero; a block that needs a smaller one loses its small weights."""
+Cells = dict[tuple[str, str], float]
+
+
+@dataclass
+class Noise:
+    """dB by (role, layer) and by (layer, expert), and the share of NVFP4 block scales at the floor by (layer, expert)."""
+
+    roles: Cells = field(default_factory=dict)
+    experts: Cells = field(default_factory=dict)
+    floor: Cells = field(default_factory=dict)
+    weights: int = 0
+    left_out: int = 0
+
+
+def noise(
+    candidate: str | os.PathLike[str], base: str | os.PathLike[str], progress: Callable[[int, int], None] | None = None
+) -> Noise:
+    """Decode every quantized weight and compare it with the base's: 10 log10(sum w^2 / sum (w' - w)^2), capped at 200 dB.
+
+    One weight of each is in memory at a time.
+
+    Raises:
+        ContentError: the base is of another model, or no weight could be compared.
+    """
+    ctx = Context(open_checkpoint(candidate), open_checkpoint(base), None)
+    if ctx.base is None or ctx.unrelated_base:
+        raise ContentError(f"{os.fspath(base)}: {ctx.unrelated_base or 'no base'}")
+    found = Noise()
+    sums: dict[str, dict[tuple[str, str], list[float]]] = {"roles": {}, "experts": {}, "floor": {}}
+    modules = ctx.quantized_modules
+    for done, module in enumerate(modules):
+        if progress is not None:
+            progress(done, len(modules))
+        source = ctx.base.modules.get(module.name)
+        wanted = ctx.base.values(source) if source is not None else None
+        got = ctx.values(module)
+        if wanted is None or got is None or wanted.shape != got.shape:
+            found.left_out += 1
+            continue
+        found.weights += 1
+        pair = [
+            float(np.square(wanted, dtype=np.float64).sum()),
+            float(np.square(got - wanted, dtype=np.float64).sum()),
+        ]
+        layer = layer_of(module.name)
+        where = f"layer {layer}" if layer is not None else "no layer"
+        _add(sums["roles"], (role(module.name), where), pair)
+        key = expert_key(module.name)
+        if key is None:
+            continue
+        cell = (where, f"{key.expert}")
+        _add(sums["experts"], cell, pair)
+        scale = module.parts.get("weight_scale")
+        if scale is not None and scale.dtype == "F8_E4M3" and scale.shape:
+            codes = ctx.checkpoint.read(scale)
+            _add(sums["floor"], cell, [float((codes <= E4M3_FLOOR).sum()), float(codes.size)])
+    if not found.weights:
+        raise ContentError(f"{os.fspath(candidate)}: no quantized weight could be compared with {os.fspath(base)}")
+    found.roles, found.experts = _decibels(sums["roles"]), _decibels(sums["experts"])
+    found.floor = {k: 100 * low / of for k, (low, of) in sums["floor"].items() if of}
+    return found
+
+
+def _add(sums: dict[tuple[str, str], list[float]], cell: tuple[str, str], pair: list[float]) -> None:
+    old = sums.setdefault(cell, [0.0, 0.0])
+    old[0], old[1] = old[0] + pair[0], old[1] + pair[1]
+
+
+def _decibels(sums: dict[tuple[str, str], list[float]]) -> Cells:
+    found = {}
+    for cell, (signal, error) in sums.items():
+        if math.isfinite(signal) and math.isfinite(error) and signal > 0:
+            found[cell] = min(200.0, 10 * math.log10(signal / error)) if error > 0 else 200.0
+    return found
