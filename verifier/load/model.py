@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 
-from verifier.checkpoint import Checkpoint, Tensor, open_checkpoint
+from verifier.checkpoint import Checkpoint, Tensor, open_checkpoint, special_floats
 from verifier.decoding import decode
 from verifier.errors import ContentError, MissingExtra
 from verifier.schemes import FLOATS, FORMATS, Format, Module, canonical, format_of, gather, read_declarations
@@ -61,7 +61,7 @@ def plain(checkpoint: Checkpoint, tensor: Tensor) -> torch.Tensor:
     Raises:
         ContentError: a dtype that a model's weights do not have.
     """
-    dtypes = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+    dtypes = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "I64": torch.int64}
     if tensor.dtype not in dtypes:
         raise ContentError(f"{tensor.name}: {tensor.dtype} and no scale; a model cannot be built from it")
     data = torch.from_numpy(checkpoint.read(tensor).copy())
@@ -86,7 +86,7 @@ def decoded_tensors(checkpoint: Checkpoint) -> dict[str, _Lazy]:
                 fmt = FORMATS["mxfp4"] if "blocks" in module.parts else format_of(module, declaration)
                 if fmt is None:
                     raise ContentError(f"{tensor.name}: {tensor.dtype}, and its format cannot be told; run check first")
-            elif tensor.dtype not in FLOATS:
+            elif tensor.dtype not in FLOATS and tensor.dtype != "I64":  # tables of expert numbers, DeepSeek-V4's tid2eid
                 continue
             found[name] = _Lazy(checkpoint, module, leaf, fmt)
     return found
@@ -136,7 +136,7 @@ def _config(ckpt: Checkpoint) -> Any:
     """Return the model's config without its quantization, which was decoded away."""
     raw = {k: v for k, v in (ckpt.config or {}).items() if k not in ("quantization_config", "auto_map")}
     try:
-        return transformers.AutoConfig.for_model(**raw)
+        return transformers.AutoConfig.for_model(**special_floats(raw))
     except (ValueError, KeyError, TypeError, StrictDataclassError) as error:
         raise ContentError(f"{ckpt.uri}: transformers cannot read config.json: {_short(error)}") from error
 
