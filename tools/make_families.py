@@ -224,6 +224,53 @@ NEW: dict[str, dict[str, Any]] = {
         },
         layers="layers_block_type", given={"moe_latent_size": (62, 70)}, hints=MAMBA2, optional=["^mtp\\."],
     ),
+    **family("afmoe", "AfmoeForCausalLM", kinds=sparse({"from": "num_dense_layers"})),
+    **family("axk1", "AXK1ForCausalLM", kinds=AFTER_DENSE),
+    **family("axk2", "AXK2ForCausalLM", {"n_routed_experts": (14, 18), "num_local_experts": (14, 18)}, kinds=AFTER_DENSE),
+    **family("cohere2_moe", "Cohere2MoeForCausalLM", kinds=AFTER_DENSE),
+    **family("exaone_moe", "ExaoneMoeForCausalLM", kinds=AFTER_DENSE, optional=["^mtp\\."]),
+    **family("flex_olmo", "FlexOlmoForCausalLM"),
+    **family("glm4_moe_lite", "Glm4MoeLiteForCausalLM", kinds=AFTER_DENSE, more_layers="num_nextn_predict_layers"),
+    **family("hunyuan_v1_moe", "HunYuanMoEV1ForCausalLM"),
+    **family("hy_v3", "HYV3ForCausalLM", kinds=AFTER_DENSE, more_layers="num_nextn_predict_layers"),
+    **family(
+        "lfm2_moe", "Lfm2MoeForCausalLM", {"layer_types": ["conv", "full_attention", "full_attention"]},
+        kinds=sparse({"from": "num_dense_layers"})
+        | {"conv": one_of("layer_types", "conv"), "full": one_of("layer_types", "full_attention")},
+    ),
+    **family("mellum", "MellumForCausalLM", kinds=AFTER_DENSE, optional=["^mtp\\."]),
+    **family("mimo_v2_flash", "MiMoV2FlashForCausalLM", kinds=AFTER_DENSE, optional=["^(model\\.)?mtp\\."]),
+    **family(
+        "minimax", "MiniMaxForCausalLM",
+        {"layer_types": ["full_attention", "linear_attention", "full_attention"]}, kinds=MIXED,
+        hints=["3*head_dim*num_attention_heads"],
+    ),
+    **family("solar_open", "SolarOpenForCausalLM", kinds=AFTER_DENSE),
+    **family(
+        "jamba", "JambaForCausalLM",
+        {"num_hidden_layers": 6, "attn_layer_period": 3, "attn_layer_offset": 1, "expert_layer_period": 2,
+         "expert_layer_offset": 1},
+        kinds={
+            "attention": [{"period": "attn_layer_period", "offset": "attn_layer_offset"}],
+            "mamba": [{"period": "attn_layer_period", "offset": "attn_layer_offset", "not": True}],
+            "sparse": [{"period": "expert_layer_period", "offset": "expert_layer_offset"}],
+            "dense": [{"period": "expert_layer_period", "offset": "expert_layer_offset", "not": True}],
+        },
+    ),
+    **family("beam", "BeamForCausalLM", kinds=AFTER_DENSE),
+    **family("kolibri1", "Kolibri1ForCausalLM"),
+    **family("flint", "FlintForCausalLM", {"mlp_only_layers": [0]}, kinds={
+        "dense": [{"named": "mlp_only_layers"}], "sparse": [{"named": "mlp_only_layers", "not": True}]}),
+    **family("longcat_flash", "LongcatFlashForCausalLM", {"num_layers": 3, "head_dim": (12, 20)}, layers="num_layers"),
+    **family("gpt_oss", "GptOssForCausalLM"),
+    **family("granitemoe", "GraniteMoeForCausalLM"),
+    **family("granitemoeshared", "GraniteMoeSharedForCausalLM"),
+    **family("granitemoe_swa", "GraniteMoeSWAForCausalLM"),
+    **family("mistral4", "Mistral4ForCausalLM", kinds=AFTER_DENSE),
+    **family("llama4_text", "Llama4ForCausalLM"),
+    **family("qwen3_vl_moe", "Qwen3VLMoeForConditionalGeneration", {"vision_config": {"out_hidden_size": (114, 130)}}),
+    **family("gemma4_text", "Gemma4ForCausalLM", {"enable_moe_block": True, "top_k_experts": 2}),
+    **family("openai_privacy_filter", "OpenAIPrivacyFilterForTokenClassification"),
 }  # fmt: skip
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"config": llama, "model": "LlamaForCausalLM", "flags": ["attention_bias", "mlp_bias"]},
@@ -410,13 +457,19 @@ def make(model_type: str) -> dict[str, Any]:
     tensors, seen, hints = [], {}, spec.get("hints", [])
     for name in observed[0][0]:
         seen.setdefault(pattern(name), []).append(name)
-    shapes_1 = {pattern(n): s for n, s in observed[1][0].items()}
     for pat, names in seen.items():
-        shape = [explain((a, b), tables, hints) for a, b in zip(observed[0][0][names[0]], shapes_1[pat], strict=True)]
-        entry: dict[str, Any] = {"name": pat, "shape": shape}
-        if "{layer}" in pat:
-            entry["layers"] = layer_kind(pat, {layer(n) for n in names}, configs[0], spec)
-        tensors.append(entry)
+        sizes: dict[Any, list[str]] = {}
+        for name in names:
+            sizes.setdefault((observed[0][0][name], observed[1][0].get(name, ())), []).append(name)
+        for (first, second), members in sizes.items():  # of two sizes, each belongs to a kind of layer
+            if len(first) != len(second):
+                continue  # of an expert or a layer that only one of the two models has
+            entry: dict[str, Any] = {
+                "name": pat, "shape": [explain((a, b), tables, hints) for a, b in zip(first, second, strict=True)],
+            }  # fmt: skip
+            if "{layer}" in pat:
+                entry["layers"] = layer_kind(pat, {layer(n) for n in members}, configs[0], spec)
+            tensors.append(entry)
     for flag in spec["flags"]:
         tensors += _flagged(spec, flag, seen, tables)
     for key in spec.get("nullable", []):

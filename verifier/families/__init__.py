@@ -207,18 +207,19 @@ class Family:
             names = [n.replace("{" + key + "}", str(i)) for n in names for i in numbers]
         yield from names
 
-    def possible(self, config: Mapping[str, Any]) -> set[str]:
-        """Return names that may be here: tensors of some layers only, where the config does not tell which.
+    def possible(self, config: Mapping[str, Any]) -> dict[str, Shape | None]:
+        """Return what may be here, with its shape: tensors of some layers only, where the config does not tell which.
 
         Raises:
             ContentError: the config declares more layers or experts than any model has.
         """
-        found: set[str] = set()
+        found: dict[str, Shape | None] = {}
         for entry in self.data["tensors"]:
             if entry.get("layers", "all") in self.data.get("kinds", {}) and self._applies(config, entry):
                 if len(found) + self._count(config, entry) > MAX_TENSORS:
                     raise ContentError(f"config.json declares more than {MAX_TENSORS:,} tensors")
-                found |= set(self._names(config, entry["name"], entry["layers"], unsure=True))
+                names = self._names(config, entry["name"], entry["layers"], unsure=True)
+                found |= dict.fromkeys(names, self.shape(config, entry["shape"]))
         return found
 
     def beyond(self, config: Mapping[str, Any], name: str) -> bool:
