@@ -145,6 +145,7 @@ def _arguments(cls: Any, v: int, more: dict[str, Any], tower: bool) -> dict[str,
     base = cls()
     known = vars(base).keys() | getattr(cls, "attribute_map", {}).keys()
     numbers: dict[str, Any] = TOWER if tower else NUMBERS | MORE_NUMBERS
+    known -= {alias for alias, real in getattr(cls, "attribute_map", {}).items() if real in numbers}
     given = {k: n[v] for k, n in numbers.items() if k in known}
     given |= {k: 0 for k in known if k in ("pad_token_id", "bos_token_id", "eos_token_id")}
     given |= {"tie_word_embeddings": False} if "tie_word_embeddings" in known else {}
@@ -175,6 +176,8 @@ def family(model_type: str, model: str, more: dict[str, Any] | None = None, **sp
     return {model_type: found}
 
 
+DECAYS = r"\.self_attn\.(slope_rate|(diagonal|key|query)_decay)$"
+"""What MiniMax computes from its config; transformers saves it."""
 AFTER_DENSE = sparse({"from": "first_k_dense_replace"})
 MIXED = {"linear": one_of("layer_types", "linear_attention"), "full": one_of("layer_types", "full_attention")}
 TYPES = ["linear_attention", "full_attention", "linear_attention"]
@@ -194,6 +197,15 @@ def within(text: str, hints: list[str]) -> list[str]:
     return [h.replace("{t}", text) for h in hints]
 
 
+PLAIN_ROPE = {"rope_type": "default", "rope_theta": 1e4}
+EVERY: dict[str, Any] = {"period": "interleave_moe_layer_step", "shift": 1}
+LLAMA4 = {
+    "sparse": [{"named": "moe_layers"}, EVERY], "dense": [{"named": "moe_layers", "not": True}, EVERY | {"not": True}],
+}  # fmt: skip
+GEMMA4: dict[str, Any] = {
+    "enable_moe_block": True, "top_k_experts": 2, "hidden_size_per_layer_input": (34, 38), "vocab_size_per_layer_input": 331,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+}  # fmt: skip
 NEW: dict[str, dict[str, Any]] = {
     **family("deepseek_v2", "DeepseekV2ForCausalLM", kinds=AFTER_DENSE, nullable=["q_lora_rank"]),
     **family(
@@ -226,7 +238,10 @@ NEW: dict[str, dict[str, Any]] = {
     ),
     **family("afmoe", "AfmoeForCausalLM", kinds=sparse({"from": "num_dense_layers"})),
     **family("axk1", "AXK1ForCausalLM", kinds=AFTER_DENSE),
-    **family("axk2", "AXK2ForCausalLM", {"n_routed_experts": (14, 18), "num_local_experts": (14, 18)}, kinds=AFTER_DENSE),
+    **family(
+        "axk2", "AXK2ForCausalLM", kinds=AFTER_DENSE,
+        hints=["num_attention_heads*qk_nope_head_dim+num_attention_heads*qk_rope_head_dim+num_attention_heads*v_head_dim"],
+    ),
     **family("cohere2_moe", "Cohere2MoeForCausalLM", kinds=AFTER_DENSE),
     **family("exaone_moe", "ExaoneMoeForCausalLM", kinds=AFTER_DENSE, optional=["^mtp\\."]),
     **family("flex_olmo", "FlexOlmoForCausalLM"),
@@ -234,16 +249,25 @@ NEW: dict[str, dict[str, Any]] = {
     **family("hunyuan_v1_moe", "HunYuanMoEV1ForCausalLM"),
     **family("hy_v3", "HYV3ForCausalLM", kinds=AFTER_DENSE, more_layers="num_nextn_predict_layers"),
     **family(
-        "lfm2_moe", "Lfm2MoeForCausalLM", {"layer_types": ["conv", "full_attention", "full_attention"]},
+        "lfm2_moe", "Lfm2MoeForCausalLM",
+        {"num_hidden_layers": 4, "layer_types": ["full_attention", "conv", "full_attention", "conv"]},
         kinds=sparse({"from": "num_dense_layers"})
         | {"conv": one_of("layer_types", "conv"), "full": one_of("layer_types", "full_attention")},
     ),
     **family("mellum", "MellumForCausalLM", kinds=AFTER_DENSE, optional=["^mtp\\."]),
-    **family("mimo_v2_flash", "MiMoV2FlashForCausalLM", kinds=AFTER_DENSE, optional=["^(model\\.)?mtp\\."]),
+    **family(
+        "mimo_v2_flash", "MiMoV2FlashForCausalLM",
+        {"num_hidden_layers": 4, "layer_types": ["full_attention", "sliding_attention"] * 2,
+         "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"]},
+        kinds=AFTER_DENSE
+        | {"sliding": one_of("layer_types", "sliding_attention"), "full": one_of("layer_types", "full_attention")},
+        vague=r"self_attn",
+        optional=["^(model\\.)?mtp\\."],
+    ),
     **family(
         "minimax", "MiniMaxForCausalLM",
         {"layer_types": ["full_attention", "linear_attention", "full_attention"]}, kinds=MIXED,
-        hints=["3*head_dim*num_attention_heads"],
+        hints=["3*head_dim*num_attention_heads"], drop=DECAYS, optional=[DECAYS],
     ),
     **family("solar_open", "SolarOpenForCausalLM", kinds=AFTER_DENSE),
     **family(
@@ -261,15 +285,49 @@ NEW: dict[str, dict[str, Any]] = {
     **family("kolibri1", "Kolibri1ForCausalLM"),
     **family("flint", "FlintForCausalLM", {"mlp_only_layers": [0]}, kinds={
         "dense": [{"named": "mlp_only_layers"}], "sparse": [{"named": "mlp_only_layers", "not": True}]}),
-    **family("longcat_flash", "LongcatFlashForCausalLM", {"num_layers": 3, "head_dim": (12, 20)}, layers="num_layers"),
     **family("gpt_oss", "GptOssForCausalLM"),
     **family("granitemoe", "GraniteMoeForCausalLM"),
     **family("granitemoeshared", "GraniteMoeSharedForCausalLM"),
     **family("granitemoe_swa", "GraniteMoeSWAForCausalLM"),
-    **family("mistral4", "Mistral4ForCausalLM", kinds=AFTER_DENSE),
-    **family("llama4_text", "Llama4ForCausalLM"),
+    **family(
+        "mistral4", "Mistral4ForCausalLM", {"num_key_value_heads": (6, 10), "rope_parameters": PLAIN_ROPE},
+        kinds=AFTER_DENSE,
+    ),
+    **family(
+        "llama4_text", "Llama4ForCausalLM", {"num_hidden_layers": 4, "interleave_moe_layer_step": 2}, kinds=LLAMA4,
+    ),
     **family("qwen3_vl_moe", "Qwen3VLMoeForConditionalGeneration", {"vision_config": {"out_hidden_size": (114, 130)}}),
-    **family("gemma4_text", "Gemma4ForCausalLM", {"enable_moe_block": True, "top_k_experts": 2}),
+    **family(
+        "gemma4_text", "Gemma4ForCausalLM", GEMMA4, kinds={
+            "sliding": one_of("layer_types", "sliding_attention"), "full": one_of("layer_types", "full_attention"),
+        },
+        vague=r"self_attn|per_layer",
+    ),
+    **family(
+        "dbrx", "DbrxForCausalLM",
+        {"d_model": (114, 130), "n_heads": (6, 10), "n_layers": 3,
+         "attn_config": {"kv_n_heads": (2, 5), "rope_theta": 1e4, "clip_qkv": 8},
+         "ffn_config": {"ffn_hidden_size": (40, 56), "moe_num_experts": (7, 9), "moe_top_k": 2, "hidden_size": (114, 130)}},
+        layers="n_layers", switches=False, vague="Wqkv",
+    ),
+    **family(
+        "granitemoehybrid", "GraniteMoeHybridForCausalLM",
+        {"layer_types": TYPES, "mamba_n_heads": (12, 20), "mamba_d_head": (19, 13), "mamba_n_groups": (4, 5)}, kinds=MIXED,
+        hints=[
+            "mamba_n_heads*mamba_d_head", "mamba_n_heads*mamba_d_head+2*mamba_n_groups*mamba_d_state",
+            "2*mamba_n_heads*mamba_d_head+2*mamba_n_groups*mamba_d_state+mamba_n_heads", "2*shared_intermediate_size",
+        ],
+    ),
+    **family(
+        "llama4", "Llama4ForConditionalGeneration",
+        {"text_config": {"num_hidden_layers": 4, "interleave_moe_layer_step": 2},
+         "vision_config": {"hidden_size": (72, 84), "intermediate_size": (304, 336), "image_size": 28, "patch_size": (7, 14),
+                           "projector_input_dim": (88, 92), "projector_output_dim": (88, 92),
+                           "vision_output_dim": (88, 92)}},
+        kinds=LLAMA4,
+        vague="patch_embedding|positional_embedding",
+    ),
+    **family("step3p7", "Step3p7ForConditionalGeneration", kinds=AFTER_DENSE, vague="vision|vit_|self_attn"),
     **family("openai_privacy_filter", "OpenAIPrivacyFilterForTokenClassification"),
 }  # fmt: skip
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -421,9 +479,13 @@ def layer_kind(name: str, layers: set[int], config: Any, spec: dict[str, Any]) -
     everything = set(range(text.num_hidden_layers))
     if layers == everything:
         return "all"
-    for kind in spec.get("kinds", {}):
-        if set(own.layers(config.to_dict(), kind)) == layers:
-            return kind
+    fitting = [k for k in spec.get("kinds", {}) if set(own.layers(config.to_dict(), k)) == layers]
+    types = list(getattr(text, "layer_types", None) or [])
+    told = {t for t in types if {i for i, x in enumerate(types) if x == t} == layers}
+    if len(fitting) > 1 or (told and fitting in (["sparse"], ["dense"])):
+        raise SystemExit(f"{name}: {' and '.join([*fitting, *sorted(told)])} are the same layers of the small model")
+    if fitting:
+        return fitting[0]
     mlp = getattr(text, "mlp_layer_types", None)
     if mlp is None:
         dense = set(getattr(text, "mlp_only_layers", None) or range(getattr(text, "first_k_dense_replace", 0)))
@@ -441,6 +503,14 @@ def _text(config: Any) -> str:
     return "text_config." if hasattr(config, "text_config") else ""
 
 
+def _hints(spec: dict[str, Any], config: Any) -> list[str]:
+    """Return the formulas to try first: those of the family, and twice each inner size (gate and up in one)."""
+    if not spec.get("switches"):
+        return list(spec.get("hints", []))
+    inner = ("moe_intermediate_size", "intermediate_size", "intermediate_size_mlp", "shared_intermediate_size")
+    return [*spec.get("hints", []), *(f"2*{_text(config)}{k}" for k in inner)]
+
+
 def _family(config: Any, spec: dict[str, Any]) -> Family:
     """Return the family of the rules alone, to ask which layers they mean."""
     ranges = {"layer": _text(config) + spec.get("layers", "num_hidden_layers")}
@@ -454,7 +524,7 @@ def make(model_type: str) -> dict[str, Any]:
     configs = [spec["config"](0), spec["config"](1)]
     observed = [saved(c, spec["model"]) for c in configs]
     tables = [values(c) for c in configs]
-    tensors, seen, hints = [], {}, spec.get("hints", [])
+    tensors, seen, hints = [], {}, _hints(spec, configs[0])
     for name in observed[0][0]:
         seen.setdefault(pattern(name), []).append(name)
     for pat, names in seen.items():
@@ -464,9 +534,9 @@ def make(model_type: str) -> dict[str, Any]:
         for (first, second), members in sizes.items():  # of two sizes, each belongs to a kind of layer
             if len(first) != len(second):
                 continue  # of an expert or a layer that only one of the two models has
-            entry: dict[str, Any] = {
-                "name": pat, "shape": [explain((a, b), tables, hints) for a, b in zip(first, second, strict=True)],
-            }  # fmt: skip
+            vague = "vague" in spec and re.search(spec["vague"], pat)  # of a size that only lists in the config tell
+            sides = zip(first, second, strict=True)
+            entry: dict[str, Any] = {"name": pat, "shape": None if vague else [explain(s, tables, hints) for s in sides]}
             if "{layer}" in pat:
                 entry["layers"] = layer_kind(pat, {layer(n) for n in members}, configs[0], spec)
             tensors.append(entry)
@@ -478,7 +548,7 @@ def make(model_type: str) -> dict[str, Any]:
     if spec.get("switches"):
         tensors, switches = _switched(spec, tensors, tables)
     memory = sorted({pattern(n) for n in observed[0][1]} - set(seen))
-    used = {p for t in tensors for d in t["shape"] for p in re.split(r"[*+]", d) if not p.isdigit()}
+    used = {p for t in tensors for d in t["shape"] or () for p in re.split(r"[*+]", d) if not p.isdigit()}
     text = _text(configs[0])
     experts = next((p for p in EXPERTS if text + p in tables[0]), None)
     ranges = {"layer": text + spec.get("layers", "num_hidden_layers")}
@@ -505,6 +575,8 @@ def make(model_type: str) -> dict[str, Any]:
     }  # fmt: skip
     if spec.get("kinds"):
         found["kinds"] = spec["kinds"]
+    if spec.get("drop"):
+        found["tensors"] = [t for t in found["tensors"] if not re.search(spec["drop"], t["name"])]
     return found
 
 
@@ -590,8 +662,10 @@ def _marked(
     for name, at in names.items():
         if patterns[0].get(name) == patterns[2][name] and patterns[1].get(name) == patterns[3][name]:
             continue
-        sizes = zip(patterns[2][name], patterns[3][name], strict=True)
-        entry = {"name": name, "shape": [explain((a, b), tables, spec.get("hints", [])) for a, b in sizes], there: [key]}
+        sides = zip(patterns[2][name], patterns[3][name], strict=True)
+        vague = "vague" in spec and re.search(spec["vague"], name)
+        shape = None if vague else [explain(s, tables, _hints(spec, spec["config"](0))) for s in sides]
+        entry = {"name": name, "shape": shape, there: [key]}
         if at:
             entry["layers"] = layer_kind(name, at, spec["config"](0), spec)
         marked.append(entry)

@@ -49,8 +49,10 @@ class Family:
                 return hidden // heads
         return None
 
-    def shape(self, config: Mapping[str, Any], dims: list[str]) -> Shape | None:
-        """Return the shape that products of config paths give, or None where a value is unknown."""
+    def shape(self, config: Mapping[str, Any], dims: list[str] | None) -> Shape | None:
+        """Return the shape that products of config paths give, or None where a value, or the formula, is unknown."""
+        if dims is None:
+            return None
         shape = []
         for product in dims:
             total = 0
