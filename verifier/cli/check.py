@@ -21,8 +21,9 @@ from verifier.findings import Finding, Report
 @click.option("--merged-from", metavar="VENDOR", help="The checkpoint whose bytes a mixed export keeps.")
 @click.option("--plugin", "plugins", metavar="FILE.py", multiple=True, help="A Python file of further rules.")
 @click.option(
-    "--depth", type=click.Choice(["header", "payload"]), default="header", show_default=True,
-    help="header: names, shapes, configs. payload: every scale and unquantized tensor too; with --base every weight.",
+    "--depth", type=click.Choice(["header", "payload", "load"]), default="header", show_default=True,
+    help="header: names, shapes, configs. payload: every scale and unquantized tensor too; with --base every weight. "
+    "load: the model through transformers as well.",
 )  # fmt: skip
 @click.option("--tp", metavar="N", type=click.IntRange(1, 65536), help="The tensor parallel size to serve with.")
 @click.option("--ep", metavar="N", type=click.IntRange(1, 65536), help="The expert parallel size to serve with.")

@@ -18,6 +18,7 @@ from verifier.errors import ContainerError, UsageError
 from verifier.findings import SEVERITIES, Coverage, Finding, Report, Severity, Verdict, Where, failing
 from verifier.rules import DEPTHS, Context, Depth, Rule, all_rules
 from verifier.run.group import MAX_GROUPS, group
+from verifier.run.loading import loading
 from verifier.run.sample import Sample, sample_of
 from verifier.run.schedule import MAX_KINDS, Outcome, run_rules, workers_of
 from verifier.run.select import Prefixes, Selection
@@ -71,7 +72,7 @@ def check(
         base: the unquantized (or less quantized) checkpoint to judge against.
         merged_from: the checkpoint whose bytes a mixed export keeps.
         depth: ``header`` reads headers and configs; ``payload`` every scale and unquantized tensor as well, and with a
-            base or ``merged_from`` every weight.
+            base or ``merged_from`` every weight; ``load`` also builds the model with transformers (docs/reload.md).
         require: rules, by id or prefix, that must run; one that did not makes the verdict unproven.
         fail_on: ``warning`` lets warnings fail too.
         select: prefixes of rule ids (``QC5``, ``QC501,QC3``, ``ALL``): the rules that run; without any, all.
@@ -92,12 +93,13 @@ def check(
     Raises:
         UsageError: a folder that does not exist, an unknown rule, depth, profile or severity, a baseline that is none, no
             ranks, a subset or sample that is none, or both.
+        MissingExtra: depth load without torch or transformers; it is a UsageError.
         ContentError: the base cannot be read as a checkpoint.
         MachineError: reading failed.
     """
     rules = all_rules(plugins)
-    if depth not in DEPTHS[:2]:
-        raise UsageError(f"no depth {depth!r}; one of header, payload")
+    if depth not in DEPTHS:
+        raise UsageError(f"no depth {depth!r}; one of {', '.join(DEPTHS)}")
     chosen, severities = Selection(rules, select, ignore, require), Severities(rules, profile, severity)
     if fail_on not in ("error", "warning"):
         raise UsageError(f"cannot fail on {fail_on!r}; error or warning")
@@ -107,6 +109,8 @@ def check(
     reading = _reading(depth, workers, subset, sample, seed)
     if reading.share is not None and baseline is not None:
         raise UsageError("--subset and --baseline: a baseline counts the defects of all shards")
+    loads = depth == "load" and any(r.depth == "load" and not chosen.why_not(r.id) for r in rules.values())
+    loader = loading() if loads else None
     started = time.perf_counter()
     others = {"base": base, "merged_from": merged_from}
     known = _baseline(baseline)
@@ -124,7 +128,7 @@ def check(
         # Nothing could be judged: neither a profile nor a baseline makes that less than an error.
         (finding,) = fingerprinted([Finding("QC104", "error", str(error), Where())])
         return Report("failed", os.fspath(uri), options["base"], (finding,), (), {"options": options})
-    ctx = Context(candidate, opened["base"], opened["merged_from"], tp=tp, ep=ep)
+    ctx = Context(candidate, opened["base"], opened["merged_from"], tp=tp, ep=ep, loader=loader)
     inputs = {k for k, v in opened.items() if v is not None}
     findings: list[Finding] = []
     coverage: list[Coverage] = []
