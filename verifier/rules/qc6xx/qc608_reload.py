@@ -10,7 +10,7 @@ from verifier.rules.context import Context
 from verifier.rules.loading import Forward, Kind, Misfit
 from verifier.rules.registry import rule
 
-FAR, LOST = 0.5, 1.0
+FAR, LOST = 0.35, 1.0
 """Relative distance to the base's logits from which it is a warning, and an error."""
 _MESSAGES: Mapping[Kind, tuple[str, str]] = {
     "missing": ("transformers finds no tensor for a parameter", "a tensor"),
@@ -29,7 +29,7 @@ def check(ctx: Context) -> Iterator[Finding]:
 
     Names and shapes go through the loader on the meta device, which takes seconds at any size. Where the model fits into
     memory its values follow, and a forward pass on a fixed prompt: the logits are finite and, with ``--base``, not far from
-    the base's. Their distance, relative to the base's logits, is a warning above 0.5 and an error above 1, where no logits
+    the base's. Their distance, relative to the base's logits, is a warning above 0.35 and an error above 1, where no logits
     at all would be nearer; `docs/reload.md` says what sound exports measure. It is no substitute for `ckptgate gate`.
 
     **Why.** Names of memory, a lost or misplaced tensor, values that overflow only in a forward pass.
