@@ -157,6 +157,36 @@ def test_formats_that_transformers_does_not_read(qwen: Folder) -> None:
     assert (strict.severity, strict.rule) == ("error", "QC606")
 
 
+def as_compressed_tensors(folder: Folder) -> None:
+    """Write ModelOpt's NVFP4 as compressed-tensors does: other leaves, divisors for global scales."""
+    for module, parts in folder.modules().items():
+        if "weight_scale_2" not in parts:
+            continue
+        scales = {leaf: np.float32(1) / folder.array(f"{module}.{leaf}") for leaf in ("weight_scale_2", "input_scale")}
+        codes, file = folder.array(f"{module}.weight"), parts["weight"].file
+        folder.drop([f"{module}.{leaf}" for leaf in ("weight", *scales)])
+        folder.add(f"{module}.weight_packed", codes, file=file)
+        folder.add(f"{module}.weight_global_scale", scales["weight_scale_2"].reshape(1), file=file)
+        folder.add(f"{module}.input_global_scale", scales["input_scale"].reshape(1), file=file)
+    declared = {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized", "ignore": ["lm_head"]}
+    folder.edit_json("config.json", lambda c: c.update({"quantization_config": declared}))
+    folder.remove("hf_quant_config.json")
+
+
+def test_experts_that_transformers_reads_wrong_are_decoded_here(qwen: Folder) -> None:
+    before = reload(open_checkpoint(str(qwen.path)), open_checkpoint(str(QWEN_BASE)))
+    as_compressed_tensors(qwen)
+    found = reload(open_checkpoint(str(qwen.path)), open_checkpoint(str(QWEN_BASE)))
+    assert found.native
+    assert (found.misfits, found.forward is not None) == ((), True)
+    assert found.forward is not None and before.forward is not None
+    assert found.forward.distance == pytest.approx(before.forward.distance, rel=0.05)
+    (finding,) = check(qwen.path, base=QWEN_BASE).findings
+    assert (finding.rule, finding.severity) == ("QC606", "info")
+    assert "loses the global scale of experts" in finding.message
+    assert check(qwen.path, profile="transformers").findings[0].severity == "error"
+
+
 @pytest.mark.parametrize(
     ("change", "why"),
     [
