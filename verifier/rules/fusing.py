@@ -7,13 +7,15 @@ FusedMoE); transformers stacks experts and fuses their gate and up (``core_model
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from verifier.checkpoint import Tensor
+from verifier.findings import Finding, Where
 from verifier.rules.context import Context
 from verifier.schemes import Module, expert_key, fused_groups, role
 
@@ -54,6 +56,39 @@ def _of_one_width(name: str, modules: list[Module]) -> Iterator[Fused]:
         if len(others) == 1 and first.dims[1] not in others:
             modules = modules[1:]
     yield Fused(name, tuple(modules))
+
+
+def scalars(ctx: Context, leaf: str, names: Iterable[str]) -> Iterator[Scalars]:
+    """Yield the scalars of one leaf for each group of projections that engines fuse; others than F32 scalars are missed."""
+    for _, members in fused_groups(names):
+        tensors = tuple(ctx.modules[m].parts[leaf] for m in members)
+        if any(t.dtype != "F32" or t.elements != 1 for t in tensors):
+            ctx.tally.miss(1, f"{leaf} that is no F32 scalar")
+            continue
+        ctx.tally.see()
+        yield Scalars(leaf, members, tensors, tuple(float(ctx.array(t).reshape(-1)[0]) for t in tensors))
+
+
+@dataclass(frozen=True, slots=True)
+class Scalars:
+    """One scalar of each member of a fused group."""
+
+    leaf: str
+    members: tuple[str, ...]
+    tensors: tuple[Tensor, ...]
+    values: tuple[float, ...]
+
+    def differing(self, ctx: Context, note: str = "") -> Iterator[Finding]:
+        """Yield a finding on the first member whose finite value is not the first one's, bit for bit."""
+        bits = np.asarray(self.values, np.float32).view(np.uint32)
+        odd = next((i for i in range(1, len(bits)) if bits[i] != bits[0]), None)
+        if odd is not None and np.isfinite(self.values).all():
+            tensor = self.tensors[odd]
+            yield ctx.finding(
+                f"{self.leaf} differs between projections that engines fuse",
+                where=Where(tensor.name, tensor.file, byte=tensor.offset), observed=f"{self.values[odd]:.6e}{note}",
+                expected=f"{self.values[0]:.6e}, as {self.members[0]}",
+            )  # fmt: skip
 
 
 def lost(parts: Sequence[npt.NDArray[Any]], rows: int, dtype: npt.DTypeLike, starts: Sequence[int] = (0,)) -> int:
