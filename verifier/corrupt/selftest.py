@@ -27,12 +27,16 @@ Status = Literal["told", "silent", "unfit", "skipped"]
 
 @dataclass(frozen=True, slots=True)
 class Clean:
-    """A sound checkpoint: ``found`` are the rules that warned or failed it all the same, with a base and without."""
+    """A sound checkpoint: ``found`` are the rules that warned or failed it all the same, with a base and without.
+
+    ``notes`` are those that told something for information; the defects made in it do not explain these.
+    """
 
     name: str
     family: str
     kind: str
     found: tuple[str, ...] = ()
+    notes: frozenset[str] = frozenset()
     verdict: str = "passed"
 
     @property
@@ -46,7 +50,8 @@ class Trial:
     """One corruptor: on which checkpoints its rule spoke up at the severity that it states, and on which it did not.
 
     ``unmade`` are those where the defect cannot be made, which proves nothing either way. ``others`` are the other rules
-    that spoke up; ``unexpected`` those at error level that the corruptor does not name.
+    that spoke up, what they note of the clean one too aside; ``unexpected`` those at error level that the corruptor does not
+    name.
     """
 
     rule: str
@@ -133,7 +138,7 @@ def selftest(rules: Collection[str] = (), *, checkpoints: Collection[str] = ()) 
             clean.append(_clean(made))
             traits = traits_of(Folder(made.path))
             for corruptor, trial in zip(todo, trials, strict=True):
-                _try(root, made, traits, corruptor, trial)
+                _try(root, made, traits, corruptor, trial, clean[-1].notes)
     return Result(tuple(clean), tuple(trials), chosen)
 
 
@@ -141,14 +146,17 @@ def _clean(made: Made) -> Clean:
     reports = (_judge(made, made.path), check(made.path, depth="payload"))
     found = sorted({f.rule for report in reports for f in report.findings if f.severity != "info"})
     worst = next((r.verdict for r in reports if r.verdict != "passed"), "passed")
-    return Clean(made.tiny.name, made.tiny.family, made.tiny.kind, tuple(found), worst)
+    notes = {r for report in reports for r in rules_of(report.findings, "info")}
+    return Clean(made.tiny.name, made.tiny.family, made.tiny.kind, tuple(found), frozenset(notes), worst)
 
 
 def _judge(made: Made, path: Path) -> Report:
     return check(path, base=made.base, merged_from=made.merged_from, depth="payload")
 
 
-def _try(root: Path, made: Made, traits: frozenset[str], corruptor: Corruptor, trial: Trial) -> None:
+def _try(
+    root: Path, made: Made, traits: frozenset[str], corruptor: Corruptor, trial: Trial, notes: frozenset[str]
+) -> None:
     stated = made.tiny.kind in corruptor.formats and corruptor.traits <= traits
     # Other formats and dialects have no kind of their own: a defect of any format is tried on them where it can be made.
     if not stated and not (made.tiny.kind not in KINDS and KINDS <= corruptor.formats and corruptor.traits <= traits):
@@ -180,7 +188,8 @@ def _try(root: Path, made: Made, traits: frozenset[str], corruptor: Corruptor, t
     if not told and not stated:
         return
     (trial.told if told else trial.silent).append(made.tiny.name)
-    trial.others |= rules_of(report.findings) - {corruptor.rule}
+    spoke = {f.rule for f in report.findings if f.severity != "info" or f.rule not in notes}
+    trial.others |= spoke - {corruptor.rule}
     trial.unexpected |= rules_of(report.findings, "error") - {corruptor.rule} - corruptor.also
 
 

@@ -136,6 +136,15 @@ def test_every_rule_is_in_the_result() -> None:
     assert set(result.rules) == set(all_rules())
 
 
+def test_what_the_clean_twin_says_too_is_no_other_rule() -> None:
+    result = selftest(["QC605"], checkpoints=["minimax-m3-mixed", "minimax-m3-mxfp8"])
+    notes = {n for c in result.clean for n in c.notes}
+    assert {"QC310", "QC414"} & notes, notes
+    others = {t.name: t.others for t in result.trials}
+    assert not notes & set().union(*others.values()), others
+    assert others["one-scale-of-a-kept-tensor"] == {"QC517"}
+
+
 def test_rules_of_depth_load_are_listed_apart() -> None:
     result = selftest(["QC104", "QC606", "QC608"], checkpoints=["llama-nvfp4"])
     assert result.passed
