@@ -247,7 +247,7 @@ def scoring_section() -> list[str]:
 
 def coverage_table() -> str:
     """Return verifier/gate/coverage.json: what the gate prints of the simulated coverage, by number of documents."""
-    r = json.loads((DOCS.parent / "benchmarks" / "results" / "coverage.json").read_text(encoding="utf-8"))
+    r = json.loads((DOCS.parent / "benchmarks" / "results" / "intervals.json").read_text(encoding="utf-8"))
     found = {}
     for count in sorted({x["documents"] for x in r["rows"]}):
         rows = [x for x in r["rows"] if x["documents"] == count]
@@ -267,7 +267,7 @@ def coverage_table() -> str:
 
 def gate_page() -> str:
     """Return docs/gate.md with its table of coverage, from the results that the benchmark wrote."""
-    r = json.loads((DOCS.parent / "benchmarks" / "results" / "coverage.json").read_text(encoding="utf-8"))
+    r = json.loads((DOCS.parent / "benchmarks" / "results" / "intervals.json").read_text(encoding="utf-8"))
     lines = [
         MARK[0], "",
         "| documents | effects | lengths | tokens alone | linearized | jackknife | **gate** | upper bound | lower bound "
