@@ -22,15 +22,15 @@ from verifier.rules import all_rules
 DOCS = Path(__file__).parent.parent / "docs"
 FAMILIES = {
     "1": "Container, index, files", "2": "Names and layout", "3": "Scale keys, dtypes, shapes", "4": "Configuration",
-    "5": "Values", "6": "Reload and round trip",
+    "5": "Values", "6": "Reload and round trip", "7": "What text shows",
 }  # fmt: skip
 MARK = ("<!-- coverage: rendered by tools/make_docs.py -->", "<!-- end of coverage -->")
 DAMAGE = ("<!-- damage: rendered by tools/make_docs.py -->", "<!-- end of damage -->")
 NOT_YET = """## Not judged yet
 
 Known defects without a rule in this version: everything that needs a loaded model or an engine (QC601 to QC604, QC608).
-Perplexity (QC7xx) is `ckptgate gate`. QC108 (shared storage at save) cannot occur in a file, and the key that it loses is
-QC301's or QC302's; QC602, QC603 and QC607 need an engine's own loader or a second export.
+QC706 (acceptance of a draft head) needs an engine. QC108 (shared storage at save) cannot occur in a file, and the key that
+it loses is QC301's or QC302's; QC602, QC603 and QC607 need an engine's own loader or a second export.
 """
 
 

@@ -77,13 +77,18 @@ class Result:
     rules: tuple[str, ...]
 
     @property
+    def apart(self) -> dict[str, str]:
+        """Rules that are not tried here, which needs no model, and their depth."""
+        beyond = {r.id: r.depth for r in all_rules().values() if r.depth not in ("header", "payload")}
+        return {r: beyond[r] for r in self.rules if r in beyond}
+
+    @property
     def unproved(self) -> dict[str, str]:
-        """Rules of which no corruptor was told, and why; a rule beyond depth payload is none of them."""
-        depth = {r.id: r.depth for r in all_rules().values()}
+        """Rules of which no corruptor was told, and why; a rule that is `apart` is none of them."""
         found: dict[str, str] = {}
         for rule in self.rules:
             mine = [t for t in self.trials if t.rule == rule]
-            if any(t.told for t in mine) or depth[rule] == "load":
+            if any(t.told for t in mine) or rule in self.apart:
                 continue
             if not mine:
                 found[rule] = "no corruptor"
@@ -196,13 +201,17 @@ def lines(result: Result) -> Iterator[str]:
         yield f"{trial.rule}  {trial.name:42} {said}{others}"
     for rule, why in result.unproved.items():
         yield f"{rule}  NOT PROVED: {why}"
+    for rule, depth in result.apart.items():
+        yield f"{rule}  apart: depth {depth} needs a model, which this command does not load"
     told = sum(t.status == "told" for t in result.trials)
     tried = sum(t.status in ("told", "silent") for t in result.trials)
     clean_ = sum(c.silent for c in result.clean)
+    tried_rules = len(result.rules) - len(result.apart)
     yield (
         f"selftest: {'passed' if result.passed else 'FAILED'}: {told} of {tried} defects told, "
         f"{clean_} of {len(result.clean)} clean checkpoints silent, "
-        f"{len(result.rules) - len(result.unproved)} of {len(result.rules)} rules proved"
+        f"{tried_rules - len(result.unproved)} of {tried_rules} rules proved"
+        f"{f', {len(result.apart)} apart' if result.apart else ''}"
     )
 
 
@@ -220,7 +229,7 @@ def as_json(result: Result) -> dict[str, object]:
              "others": sorted(t.others), "unexpected": sorted(t.unexpected), "skipped": t.skipped}
             for t in result.trials
         ],
-        "unproved": result.unproved,
+        "unproved": result.unproved, "apart": result.apart,
     }  # fmt: skip
 
 
