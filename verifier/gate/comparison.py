@@ -61,6 +61,7 @@ def compare_runs(
         "documents": list(zip(base.sums.tolist(), candidate.sums.tolist(), base.tokens.tolist(), strict=True)),
         "measures_kl": base.header.sampled_from == base.header.weights_sha256,
         "experts": experts_of(candidate), "looks": looks,
+        "nonfinite_base": tuple(sorted({d for r in others for d in r.header.nonfinite})),
     }  # fmt: skip
     if bad:
         return GateResult("failed", interval=None, perplexity_base=math.nan, perplexity_candidate=math.nan, **common)

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from verifier.checkpoint import Checkpoint
-from verifier.errors import ContentError, MissingExtra, UsageError
+from verifier.errors import ContentError, IncomparableError, MissingExtra, UsageError
 from verifier.gate.corpora import Corpus
-from verifier.gate.jobs import Job, Unit, Window
+from verifier.gate.jobs import HF, Job, Scorer, Unit, Window
 from verifier.gate.scorer import windows_of
 
 Protocol = Literal["tokens", "lm-eval"]
@@ -42,7 +42,7 @@ def plan_jobs(
 
 
 def plan_units(
-    checkpoints: Sequence[Checkpoint], corpus: Corpus, protocol: Protocol, window: int, batch: int
+    checkpoints: Sequence[Checkpoint], corpus: Corpus, protocol: Protocol, window: int, batch: int, scorer: Scorer = HF
 ) -> tuple[dict[str, Any], list[Unit]]:
     """Return the protocol key and the units of work, which do not depend on who does them.
 
@@ -53,6 +53,7 @@ def plan_units(
     key: dict[str, Any] = {
         "protocol": protocol, "version": 1, "window": window, "corpus": corpus.name, "corpus_sha256": corpus.digest,
         "documents": len(corpus), "document_rule": corpus.rule, "bos": protocol == "lm-eval", "dtype": "bfloat16",
+        **scorer.key,
     }  # fmt: skip
     if protocol == "lm-eval":
         if corpus.ids:
@@ -103,8 +104,10 @@ def share(job: Job, units: Sequence[Unit], slices: int) -> list[Job]:
     return [replace(job, units=tuple(units[i::slices])) for i in range(min(slices, max(1, len(units))))]
 
 
-def workers_of(device: str, workers: int | None) -> int:
-    """Return how many processes score."""
+def workers_of(device: str, workers: int | None, scorer: Scorer = HF) -> int:
+    """Return how many processes score; an engine is one."""
+    if scorer.name != "hf":
+        return 1
     return workers or (min(4, os.cpu_count() or 1) if device == "cpu" else 1)
 
 
@@ -122,7 +125,7 @@ def tokenizer_digest(ckpt: Checkpoint) -> str:
 def _one_tokenizer(checkpoints: Sequence[Checkpoint]) -> str:
     digests = {c.uri: tokenizer_digest(c) for c in checkpoints}
     if len(set(digests.values())) > 1:
-        raise ContentError(f"{' and '.join(digests)} have different tokenizers; their scores cannot be compared")
+        raise IncomparableError(f"{' and '.join(digests)} have different tokenizers; their scores cannot be compared")
     return next(iter(digests.values()))
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict
+from typing import Any
 
 from verifier.gate.result import GateResult
 from verifier.gate.runs import Run
@@ -13,6 +15,10 @@ from verifier.gate.scorer import perplexity
 from verifier.gate.statistics import Interval
 from verifier.report import printable
 
+_ACTIVATIONS = {
+    "bf16": "bf16: the weights alone are judged", "declared": "declared: rounded as each checkpoint declares",
+    "engine": "as the engine has them",
+}
 _VERDICT = {"passed": "passed", "failed": "failed", "inconclusive": "unproven"}
 
 
@@ -23,6 +29,7 @@ def render_text(result: GateResult) -> str:
     lines = [
         f"gate     {result.candidate} against {result.base}",
         f"corpus   {key['corpus']}: {key['documents']} documents, protocol {key['protocol']}, window {key['window']}",
+        f"inputs   activations {_inputs(key)}",
     ]
     i = result.interval
     if i is None:
@@ -44,6 +51,11 @@ def render_text(result: GateResult) -> str:
         lines += _measures(result) + _notes(result)
     lines.append(f"verdict: {result.outcome.upper()}")
     return "".join(printable(line, 2000) + "\n" for line in lines)
+
+
+def _inputs(key: Mapping[str, Any]) -> str:
+    name = str(key.get("activations", "bf16"))
+    return _ACTIVATIONS.get(name, name)
 
 
 def _shown(interval: Interval, looks: int) -> str:
@@ -80,6 +92,8 @@ def _measures(result: GateResult) -> list[str]:
             f"{' …' if len(e.unreached) > 16 else ''} ({len(e.unreached)} of {e.experts}); this text does not reach them"
             for e in [e for e in result.experts if e.unreached][:8]
         ]
+    if not result.experts and result.key.get("activations") == "engine":
+        lines.append("experts  which ones the text reached is not known through an engine")
     floor = "not measured" if result.floor is None else f"{result.floor:.6f} nats"
     return [*lines, f"floor    {floor}"]
 
@@ -109,6 +123,7 @@ def render_run(run: Run, file: str) -> str:
     lines = [
         f"scored   {h.model}, weights {h.weights_sha256[:16]}…, in {h.seconds:.0f} s",
         f"corpus   {key['corpus']}: {len(run)} documents, protocol {key['protocol']}, window {key['window']}",
+        f"inputs   activations {_inputs(key)}",
         f"         {int(run.tokens.sum()):,} {unit}, perplexity {perplexity(run.sums.tolist(), run.tokens.tolist()):.4f}",
         f"floor    {'not measured' if h.floor is None else f'{h.floor:.6f} nats'}",
     ]

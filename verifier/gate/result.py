@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,6 +58,17 @@ class GateResult:
     unlike: tuple[str, ...] = ()
     looks: int = 1
     notes: tuple[str, ...] = ()
+    nonfinite_base: tuple[int, ...] = ()
+
+    @property
+    def unit(self) -> str:
+        """What a loss is measured in."""
+        return "nats a word" if self.key.get("protocol") == "lm-eval" else "nats a token"
+
+    @property
+    def collapse(self) -> float:
+        """The loss over the base that a destroyed model has, in the unit of losses: twice the perplexity."""
+        return math.log(2)
 
     @property
     def exit_code(self) -> int:

@@ -18,7 +18,7 @@ from verifier.gate.cache import cached_run
 from verifier.gate.comparison import compare_runs
 from verifier.gate.corpora import Corpus, load_corpus
 from verifier.gate.decision import drift_margin_of, margin_of
-from verifier.gate.jobs import Array, Job
+from verifier.gate.jobs import HF, Array, Job, Scorer
 from verifier.gate.planning import (
     Protocol,
     fits_twice,
@@ -69,6 +69,7 @@ def run(
     drift_against: PathLike | None = None,
     max_drift: str | float | None = None,
     say: Callable[[str], None] | None = None,
+    scorer: Scorer = HF,
 ) -> GateResult:
     """Compare a candidate with its base on a corpus.
 
@@ -90,6 +91,7 @@ def run(
         drift_against: file of an accepted run, to judge the drift against as well.
         max_drift: its margin, 0.003 nats by default.
         say: called with what a person should know before the result.
+        scorer: what turns tokens into log-probabilities, for both.
 
     Raises:
         UsageError: the candidate is the base, an option out of range, no such corpus, another attempt after a failed one.
@@ -99,6 +101,7 @@ def run(
         raise UsageError(f"no protocol {protocol!r}; tokens or lm-eval")
     if window < 2 or batch < 1 or (documents is not None and documents < 1) or (workers is not None and workers < 1):
         raise UsageError("window is at least 2, batch, documents and workers at least 1")
+    check_scorer(scorer, protocol)
     if max_drift is not None and drift_against is None:
         raise UsageError("--max-drift needs --drift-against RUN")
     ckpt, reference = open_checkpoint(candidate), open_checkpoint(base)
@@ -106,24 +109,26 @@ def run(
     margin, drift_margin = margin_of(max_increase, formats_of(ckpt)), drift_margin_of(max_drift)
     accepted = read_run(drift_against) if drift_against is not None else None
     found = load_corpus(corpus).head(documents)
-    key, _ = plan_units([reference, ckpt], found, protocol, window, batch)  # what does not fit is told before any model runs
+    key, _ = plan_units([reference, ckpt], found, protocol, window, batch, scorer)  # told before any model runs
     if accepted is not None:
         refuse_unlike_keys(accepted.header.model, accepted.header.key, ckpt.uri, key)
     attempts = Attempts(Path(cache)) if cache is not None else None
-    looks = attempts.looks(ckpt, reference, found, window, protocol) if attempts else 1
-    chosen = _kl_choice(kl, protocol, reference, device, workers, cached=cache is not None)
+    looks = attempts.looks(ckpt, reference, found, window, series_of(protocol, scorer)) if attempts else 1
+    chosen = _kl_choice(kl, protocol, reference, device, workers, cached=cache is not None or scorer.name != "hf")
     divergence: Array | None = None
     if chosen == "lockstep":
-        ours, theirs, divergence = _lockstep(ckpt, reference, found, window, batch, device, workers, progress)
+        ours, theirs, divergence = _lockstep(ckpt, reference, found, window, batch, device, workers, progress, scorer)
     else:
         top_k = TOP_K if chosen == "top-k" else 0
         if cache is None:
-            ours, theirs = score_apart(ckpt, reference, found, protocol, window, batch, device, workers, top_k, progress)
+            ours, theirs = score_apart(
+                ckpt, reference, found, protocol, window, batch, device, workers, top_k, progress, scorer
+            )
         else:
             ours, theirs = (
                 cached_run(
                     Path(cache), c, found, protocol=protocol, window=window, batch=batch, device=device, workers=workers,
-                    top_k=top_k, progress=progress, say=say, keep=c is reference,
+                    top_k=top_k, progress=progress, say=say, keep=c is reference, scorer=scorer,
                 )
                 for c in (ckpt, reference)
             )  # fmt: skip
@@ -132,8 +137,28 @@ def run(
     )
     if attempts:
         seconds = ours.header.seconds + theirs.header.seconds
-        attempts.record(ckpt, reference, found, window, protocol, result, seconds)
+        attempts.record(ckpt, reference, found, window, series_of(protocol, scorer), result, seconds)
     return result
+
+
+def series_of(protocol: str, scorer: Scorer) -> str:
+    """Return what attempts at one pair share beside the window: another rounding of activations is another question."""
+    return "/".join([protocol, *map(str, scorer.key.values())])
+
+
+def check_scorer(scorer: Scorer, protocol: str) -> None:
+    """Refuse a scorer that cannot score a pair under a protocol.
+
+    Raises:
+        UsageError: naming the option.
+    """
+    scorer.check()
+    if scorer.name == "server":
+        raise UsageError(
+            "a server has one model: `ckptgate score` base and candidate, each where it is served, then `ckptgate compare`"
+        )
+    if scorer.name != "hf" and protocol != "tokens":
+        raise UsageError(f"--scorer {scorer.name} is for the protocol tokens")
 
 
 def refuse_same(candidate: Checkpoint, base: Checkpoint) -> None:
@@ -170,12 +195,12 @@ def _kl_choice(
 
 def _lockstep(
     ckpt: Checkpoint, reference: Checkpoint, corpus: Corpus, window: int, batch: int, device: str,
-    workers: int | None, progress: Progress | None,
+    workers: int | None, progress: Progress | None, scorer: Scorer,
 ) -> tuple[Run, Run, Array]:  # fmt: skip
     started = time.monotonic()
-    key, units = plan_units([reference, ckpt], corpus, "tokens", window, batch)
+    key, units = plan_units([reference, ckpt], corpus, "tokens", window, batch, scorer)
     again = floor_units(units, batch)
-    job = Job(ckpt.uri, device, "tokens", batch, window, len(corpus), base=reference.uri)
+    job = Job(ckpt.uri, device, "tokens", batch, window, len(corpus), base=reference.uri, scorer=scorer)
     shares = share(job, [*units, *again], workers_of(device, workers))
     (pieces,), (environment,) = score_pieces([shares], device, workers, progress, [None])
     seconds = round((time.monotonic() - started) / 2, 3)
@@ -188,15 +213,15 @@ def _lockstep(
 
 def score_apart(
     ckpt: Checkpoint, reference: Checkpoint, corpus: Corpus, protocol: Protocol, window: int, batch: int,
-    device: str, workers: int | None, top_k: int, progress: Progress | None,
+    device: str, workers: int | None, top_k: int, progress: Progress | None, scorer: Scorer = HF,
 ) -> tuple[Run, Run]:  # fmt: skip
     """Score candidate and base in processes of their own, at the same time; return their runs in this order."""
     started = time.monotonic()
-    key, units = plan_units([reference, ckpt], corpus, protocol, window, batch)
-    again, slices = floor_units(units, batch), max(1, workers_of(device, workers) // 2)
+    key, units = plan_units([reference, ckpt], corpus, protocol, window, batch, scorer)
+    again, slices = floor_units(units, batch), max(1, workers_of(device, workers, scorer) // 2)
     pair = (ckpt, reference)
     jobs = [
-        share(Job(c.uri, device, protocol, batch, window, len(corpus), top_k=top_k), work, slices)
+        share(Job(c.uri, device, protocol, batch, window, len(corpus), top_k=top_k, scorer=scorer), work, slices)
         for c, work in zip(pair, (units, [*units, *again]), strict=True)
     ]
     pieces, environments = score_pieces(jobs, device, workers, progress, [None, None])
