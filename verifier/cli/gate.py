@@ -24,10 +24,17 @@ if TYPE_CHECKING:
     from verifier.gate.jobs import Scorer
 
 _CORPUS = click.option(
-    "--corpus", metavar="NAME|FILE", required=True, help="wikitext2-test, a text file, or .jsonl of ids or text."
+    "--corpus", metavar="NAME|FILE", help="wikitext2-test, a text file, or .jsonl of ids or text; a task has its own."
 )
-_PROTOCOL = click.option("--protocol", type=click.Choice(["tokens", "lm-eval"]), default="tokens", show_default=True)
-_MARGIN = click.option("--max-increase", metavar="8%", help="Largest tolerated loss: % of perplexity, or nats a token.")
+_PROTOCOL = click.option(
+    "--protocol", metavar="P", default="tokens", show_default=True,
+    help="tokens, lm-eval (its wikitext), or a task of lm-eval by its name or YAML file: right and wrong answers.",
+)  # fmt: skip
+_METRIC = click.option("--metric", metavar="NAME", help="Which metric of a task says right or wrong; its first by default.")
+_MARGIN = click.option(
+    "--max-increase", "--max-loss", "max_increase", metavar="8%",
+    help="Largest tolerated loss: % of perplexity, or nats a token; of a task points of accuracy.",
+)  # fmt: skip
 _DRIFT = click.option("--drift-against", metavar="RUN", help="Run of an accepted candidate, to judge the drift against too.")
 _MAX_DRIFT = click.option("--max-drift", metavar="NATS", help="Largest tolerated drift; 0.003 nats a token by default.")
 _WINDOW = click.option(
@@ -94,6 +101,7 @@ def _scalar(text: str) -> str | int | float | bool:
 @click.option("--base", metavar="REF", required=True, help="The checkpoint to compare with.")
 @_CORPUS
 @_PROTOCOL
+@_METRIC
 @_MARGIN
 @_DRIFT
 @_MAX_DRIFT
@@ -113,7 +121,7 @@ def _scalar(text: str) -> str | int | float | bool:
 @recording_options
 @click.pass_context
 def gate(
-    ctx: click.Context, /, candidate: str, base: str, corpus: str, format_: str, *, plan: bool,
+    ctx: click.Context, /, candidate: str, base: str, corpus: str | None, format_: str, *, plan: bool,
     history: str | None, label: str, golden: str | None, **options: Any,
 ) -> None:  # fmt: skip
     """Measure the loss of CANDIDATE against its base on the same text.
@@ -140,6 +148,7 @@ def gate(
 @click.argument("checkpoint")
 @_CORPUS
 @_PROTOCOL
+@_METRIC
 @click.option("-o", "--output", metavar="RUN", required=True, help="The run file to write.")
 @click.option("--top-k", type=click.IntRange(0, 4096), default=0, help="Log-probabilities to keep a token; none by default.")
 @_WINDOW
@@ -150,8 +159,9 @@ def gate(
 @_scorer_options
 @click.option("--force", is_flag=True, help="Replace RUN where it exists.")
 def score(
-    checkpoint: str, corpus: str, output: str, top_k: int, documents: int | None, *, force: bool, **options: Any
-) -> None:
+    checkpoint: str, corpus: str | None, protocol: str, metric: str | None, output: str, top_k: int,
+    documents: int | None, *, force: bool, **options: Any,
+) -> None:  # fmt: skip
     """Score CHECKPOINT once, to compare later: `ckptgate compare BASE.run CANDIDATE.run`.
 
     A run that was killed goes on from RUN.part when it is started again, and gives the same bits. Under torchrun each rank
@@ -160,12 +170,14 @@ def score(
     require_installed("torch", "transformers", "scipy")
     from verifier import gate as room  # noqa: PLC0415
     from verifier.checkpoint import open_checkpoint  # noqa: PLC0415
+    from verifier.gate.run import corpus_of  # noqa: PLC0415
+    from verifier.gate.tasks import kind_of  # noqa: PLC0415
     from verifier.writing import require_writable  # noqa: PLC0415
 
     if Path(output).exists() and not force:
         raise UsageError(f"{output}: exists; --force replaces it")
-    if top_k and options["protocol"] == "lm-eval":
-        raise UsageError("--top-k needs the protocol tokens; lm-eval gives sums of documents only")
+    if top_k and protocol != "tokens":
+        raise UsageError(f"--top-k needs the protocol tokens; {protocol} gives sums of documents only")
     require_writable(output)
     options["scorer"] = _scorer_of(options)
     part, ranks = Path(f"{output}.part"), _ranks()
@@ -173,8 +185,8 @@ def score(
         options["device"] = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     with _bar() as progress:
         found = room.score_run(
-            open_checkpoint(checkpoint), room.load_corpus(corpus).head(documents), top_k=top_k, journal=part,
-            progress=progress, say=say, ranks=ranks, **options,
+            open_checkpoint(checkpoint), corpus_of(protocol, corpus, metric).head(documents), top_k=top_k, journal=part,
+            protocol=kind_of(protocol), progress=progress, say=say, ranks=ranks, **options,
         )  # fmt: skip
     if found is None:
         return  # the rank that finishes last writes the run
@@ -210,10 +222,10 @@ def compare(
     started = time.monotonic()
     reference, ours = room.read_run(base), room.read_run(candidate)
     accepted = room.read_run(drift_against) if drift_against is not None else None
-    margin = room.margin_of(max_increase, ours.header.formats)
-    result = room.compare_runs(
-        reference, ours, margin, drift_against=accepted, drift_margin=room.drift_margin_of(max_drift)
-    )
+    task = ours.header.key.get("protocol") == "task"
+    margin = room.margin_of(max_increase, ours.header.formats, task=task)
+    drift_margin = room.drift_margin_of(max_drift, task=task)
+    result = room.compare_runs(reference, ours, margin, drift_against=accepted, drift_margin=drift_margin)
     _end(ctx, result, format_, started, history=history, label=label, golden=golden)
 
 

@@ -85,12 +85,24 @@ HF = Scorer()
 
 
 @dataclass(frozen=True)
+class TaskInfo:
+    """A task of lm-eval: how to load it, and which of its metrics, after which filter, says right or wrong."""
+
+    spec: str
+    name: str
+    version: str
+    shots: int
+    metric: str
+    filter: str
+
+
+@dataclass(frozen=True)
 class Job:
     """What one worker does: score some units with one model, or with a model and its base in lockstep."""
 
     model: str
     device: str
-    protocol: Literal["tokens", "lm-eval"]
+    protocol: Literal["tokens", "lm-eval", "task"]
     batch: int
     window: int
     documents: int
@@ -98,6 +110,7 @@ class Job:
     base: str | None = None
     top_k: int = 0
     scorer: Scorer = HF
+    task: TaskInfo | None = None
 
     @property
     def windows(self) -> tuple[Window, ...]:
@@ -112,7 +125,7 @@ class Piece:
     ``tokens``: arrays over its scored tokens, window by window: ``nats`` float32, ``top1`` int32 (the likeliest token),
     ``sure`` float32 (its log-probability), where asked ``top_ids`` int32 and ``top_logprobs`` float32 [tokens, k]; in
     lockstep ``kl`` float64 (KL(base || model), nats) and the base's arrays as ``base_nats`` and so on.
-    ``lm-eval``: ``nats`` float64 and ``words`` int64 over its documents.
+    ``lm-eval``: ``nats`` float64 and ``words`` int64 over its documents; a task: 1 for wrong, 0 for right, and 1.
     """
 
     unit: int

@@ -16,7 +16,7 @@ from verifier.gate.corpora import Corpus
 from verifier.gate.jobs import HF, Job, Scorer, Unit, Window
 from verifier.gate.scorer import windows_of
 
-Protocol = Literal["tokens", "lm-eval"]
+Protocol = Literal["tokens", "lm-eval", "task"]
 TEXTS_IN_UNIT = 16
 FLOOR_DOCUMENTS = 8
 
@@ -52,21 +52,29 @@ def plan_units(
     """
     key: dict[str, Any] = {
         "protocol": protocol, "version": 1, "window": window, "corpus": corpus.name, "corpus_sha256": corpus.digest,
-        "documents": len(corpus), "document_rule": corpus.rule, "bos": protocol == "lm-eval", "dtype": "bfloat16",
+        "documents": len(corpus), "document_rule": corpus.rule, "bos": protocol != "tokens", "dtype": "bfloat16",
         **scorer.key,
     }  # fmt: skip
+    if protocol == "task" and corpus.task is not None:
+        t = corpus.task
+        key |= {"task": t.name, "task_version": t.version, "num_fewshot": t.shots, "metric": t.metric, "filter": t.filter}
+        return key | {"tokenizer_sha256": _one_tokenizer(checkpoints)}, _texts_units(corpus)
     if protocol == "lm-eval":
         if corpus.ids:
             raise UsageError("the protocol lm-eval needs text; this corpus is token ids (use tokens)")
         key |= {"task": "wikitext 2.0", "tokenizer_sha256": _one_tokenizer(checkpoints)}
-        texts = list(enumerate(corpus.texts))
-        parts = [texts[i : i + TEXTS_IN_UNIT] for i in range(0, len(texts), TEXTS_IN_UNIT)]
-        return key, [Unit(n, texts=tuple(part)) for n, part in enumerate(parts)]
+        return key, _texts_units(corpus)
     encode = None
     if not corpus.ids:
         key["tokenizer_sha256"] = _one_tokenizer(checkpoints)
         encode = _encoder(checkpoints[0])
     return key, units_of(windows_of(corpus, encode, window), batch)
+
+
+def _texts_units(corpus: Corpus) -> list[Unit]:
+    texts = list(enumerate(corpus.texts))
+    parts = [texts[i : i + TEXTS_IN_UNIT] for i in range(0, len(texts), TEXTS_IN_UNIT)]
+    return [Unit(n, texts=tuple(part)) for n, part in enumerate(parts)]
 
 
 def units_of(windows: Sequence[Window], batch: int) -> list[Unit]:

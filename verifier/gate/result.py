@@ -31,6 +31,20 @@ class Experts:
 
 
 @dataclass(frozen=True)
+class Accuracy:
+    """A task's right answers: of the base, of the candidate, only of the one, only of the other; McNemar's exact p-value.
+
+    ``p_value`` is one-sided: of no loss.
+    """
+
+    base: int
+    candidate: int
+    lost: int
+    won: int
+    p_value: float
+
+
+@dataclass(frozen=True)
 class GateResult:
     """What a gate found. ``interval`` is None where logits were not finite: then there are no statistics.
 
@@ -59,15 +73,19 @@ class GateResult:
     looks: int = 1
     notes: tuple[str, ...] = ()
     nonfinite_base: tuple[int, ...] = ()
+    accuracy: Accuracy | None = None
 
     @property
     def unit(self) -> str:
         """What a loss is measured in."""
-        return "nats a word" if self.key.get("protocol") == "lm-eval" else "nats a token"
+        units = {"lm-eval": "nats a word", "task": "of accuracy"}
+        return units.get(str(self.key.get("protocol")), "nats a token")
 
     @property
     def collapse(self) -> float:
-        """The loss over the base that a destroyed model has, in the unit of losses: twice the perplexity."""
+        """The loss over the base that a destroyed model has, in its unit: twice the perplexity, half the right answers."""
+        if self.accuracy is not None:
+            return max(0.5 * self.accuracy.base / max(1, len(self.documents)), self.margin.nats)
         return math.log(2)
 
     @property

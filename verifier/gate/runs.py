@@ -4,8 +4,8 @@
 A run file is a safetensors container. ``__metadata__.ckptgate_run`` holds its header as JSON, ``sha256`` the digest of
 that header and of every array. Arrays, D documents, T scored tokens in corpus order:
 
-    sums            F64 [D]     nats of each document
-    tokens          I64 [D]     scored tokens (lm-eval: words) of each document
+    sums            F64 [D]     nats of each document (a task: 1 for wrong, 0 for right)
+    tokens          I64 [D]     scored tokens (lm-eval: words, a task: 1) of each document
     nats            F32 [T]     nats of each token                                  protocol tokens only, as the rest
     top1, sure      I32, F32    the likeliest token at each position and its log-probability; not of every engine
     top_ids         I32 [T, k]  with --top-k: the k likeliest tokens
@@ -172,6 +172,8 @@ def _fault(header: RunHeader, arrays: dict[str, Array]) -> str | None:
         return "a document with an impossible number of tokens"
     if any(d >= count for d in header.nonfinite):
         return "names a document that it does not have"
+    if header.key.get("protocol") == "task" and not (np.isin(sums, (0.0, 1.0)).all() and (tokens == 1).all()):
+        return "a task's document that is neither right nor wrong"
     for name, values in arrays.items():
         if values.dtype.kind == "f" and not np.isfinite(values).all():
             return f"{name} holds values that are not finite"

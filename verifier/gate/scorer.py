@@ -78,7 +78,11 @@ def score(job: Job, emit: Callable[[Piece], None]) -> dict[str, str]:
         experts = stack.enter_context(counting(model))
         stack.enter_context(torch.inference_mode())
         for unit in job.units:
-            if job.protocol == "lm-eval":
+            if job.protocol == "task":
+                from verifier.gate.tasks import score_task  # noqa: PLC0415
+
+                piece = score_task(model, job, unit)
+            elif job.protocol == "lm-eval":
                 from verifier.gate.lm_eval_task import score_texts  # noqa: PLC0415  (lm-eval is seconds more)
 
                 piece = score_texts(model, job, unit)

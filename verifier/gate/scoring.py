@@ -206,7 +206,7 @@ def score_run(
     """
     scorer.check()
     key, units = plan_units([ckpt], corpus, protocol, window, batch, scorer)
-    job = Job(ckpt.uri, device, protocol, batch, window, len(corpus), top_k=top_k, scorer=scorer)
+    job = Job(ckpt.uri, device, protocol, batch, window, len(corpus), top_k=top_k, scorer=scorer, task=corpus.task)
     started = time.monotonic()
     if journal is None:
         if ranks is not None:
