@@ -8,14 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from verifier.cli.common import progress_bar
 from verifier.errors import UsageError
 
 if TYPE_CHECKING:
-    from verifier.evaluation import Evaluate
+    from verifier.checkpoint import Checkpoint
+    from verifier.evaluation import Evaluate, Evaluation
 
-DEFAULTS: dict[str, Any] = {"corpus": "wikitext2-test", "window": 512, "batch": 8, "device": "cpu"}
+CORPUS = "wikitext2-test"
 _OPTIONS = (
     click.option("--corpus", metavar="NAME|FILE", help="What depth eval scores.  [default: wikitext2-test]"),
+    click.option("--protocol", metavar="P", help="tokens, lm-eval, or a task of lm-eval.  [default: tokens]"),
+    click.option("--activations", type=click.Choice(["bf16", "declared"]), help="As in `ckptgate gate`.  [default: bf16]"),
     click.option("--max-increase", metavar="8%", help="Its margin over the base; by default the budget of the formats."),
     click.option("--drift-against", metavar="RUN", help="An accepted run, to judge the drift against it too."),
     click.option("--max-drift", metavar="NATS", help="Its margin; 0.003 nats a token by default."),
@@ -25,7 +29,10 @@ _OPTIONS = (
     click.option("--cache", metavar="DIR", help="Keep the base's run, unfinished work and attempts here."),
     click.option("--device", metavar="DEVICE", help="Where models run: cpu, cuda, cuda:1 …  [default: cpu]"),
 )  # fmt: skip
-NAMES = ("corpus", "max_increase", "drift_against", "max_drift", "window", "documents", "batch", "cache", "device")
+NAMES = (
+    "corpus", "protocol", "activations", "max_increase", "drift_against", "max_drift", "window", "documents", "batch", "cache",
+    "device",
+)  # fmt: skip
 
 
 def eval_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -54,5 +61,14 @@ def evaluate_of(depth: str, base: str | None, given: dict[str, Any]) -> Evaluate
 
     require_installed("torch", "transformers", "scipy")
     from verifier.gate import evaluator  # noqa: PLC0415
+    from verifier.gate.jobs import Scorer  # noqa: PLC0415
+    from verifier.gate.tasks import is_task  # noqa: PLC0415
 
-    return evaluator(**(DEFAULTS | told), say=say)
+    scorer = Scorer(activations=told.pop("activations", "bf16"))
+    corpus = told.pop("corpus", None if is_task(told.get("protocol", "tokens")) else CORPUS)
+
+    def evaluate(candidate: Checkpoint, reference: Checkpoint) -> Evaluation:
+        with progress_bar("scoring") as progress:
+            return evaluator(corpus, **told, scorer=scorer, say=say, progress=progress)(candidate, reference)
+
+    return evaluate

@@ -18,11 +18,11 @@ from verifier.gate.scoring import formats_of
 from verifier.gate.statistics import Interval
 
 
-def evaluator(corpus: str = WIKITEXT, **options: Any) -> Evaluate:
+def evaluator(corpus: str | None = WIKITEXT, **options: Any) -> Evaluate:
     """Return what scores a candidate and its base for ``verifier.check(..., depth="eval", evaluate=...)``.
 
     Args:
-        corpus: as `verifier.gate.run` takes it.
+        corpus: as `verifier.gate.run` takes it; None for a task.
         options: the other arguments of `verifier.gate.run`.
 
     What a checkpoint's contents do not allow becomes part of the `Evaluation`; other errors are raised when it is called.
