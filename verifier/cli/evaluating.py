@@ -19,7 +19,7 @@ CORPUS = "wikitext2-test"
 _OPTIONS = (
     click.option("--corpus", metavar="NAME|FILE", help="What depth eval scores.  [default: wikitext2-test]"),
     click.option("--protocol", metavar="P", help="tokens, lm-eval, or a task of lm-eval.  [default: tokens]"),
-    click.option("--activations", type=click.Choice(["bf16", "declared"]), help="As in `ckptgate gate`.  [default: bf16]"),
+    click.option("--activations", type=click.Choice(["bf16", "declared"]), help="As in `gate`.  [default: bf16]"),
     click.option("--max-increase", metavar="8%", help="Its margin over the base; by default the budget of the formats."),
     click.option("--drift-against", metavar="RUN", help="An accepted run, to judge the drift against it too."),
     click.option("--max-drift", metavar="NATS", help="Its margin; 0.003 nats a token by default."),
@@ -30,8 +30,8 @@ _OPTIONS = (
     click.option("--device", metavar="DEVICE", help="Where models run: cpu, cuda, cuda:1 …  [default: cpu]"),
 )  # fmt: skip
 NAMES = (
-    "corpus", "protocol", "activations", "max_increase", "drift_against", "max_drift", "window", "documents", "batch", "cache",
-    "device",
+    "corpus", "protocol", "activations", "max_increase", "drift_against", "max_drift", "window", "documents", "batch",
+    "cache", "device",
 )  # fmt: skip
 
 
