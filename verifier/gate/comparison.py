@@ -142,8 +142,9 @@ def coverage_note(documents: int) -> str:
         low, high = math.floor(100 * row[name][0]), round(100 * row[name][1])
         return f"{low} %" if low == high else f"{low} to {high} %"
 
+    more = " (fewer were not simulated)" if documents < nearest else ""
     return (
-        f"simulated at {nearest} documents, two-sided 95 % intervals (one-sided upper bounds) hold the truth in "
+        f"simulated at {nearest} documents{more}, two-sided 95 % intervals (one-sided upper bounds) hold the truth in "
         f"{span('symmetric')} ({span('symmetric_high')}) where documents differ evenly, {span('skewed')} "
         f"({span('skewed_high')}) where effects are skewed, {span('rare')} ({span('rare_high')}) where few documents are "
         f"hit hard (0.2 nats); the worst-document rule sees {span('worst_found')} of samples with such a document"

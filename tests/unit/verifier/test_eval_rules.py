@@ -9,15 +9,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import verifier
+from verifier import gate
 from verifier.checkpoint import Checkpoint, open_checkpoint
 from verifier.cli import run
 from verifier.errors import UsageError
 from verifier.evaluation import Evaluation, Loss, Reach, Standing
 from verifier.findings import Report
-from verifier.gate import evaluator
+from verifier.gate import Margin, Run, RunHeader, compare_runs, evaluator, render_json, render_text
+from verifier.gate.evaluating import evaluation_of
 from verifier.report import render
 from verifier.run import check
 from verifier.run.merge import merge_reports
@@ -118,6 +121,33 @@ def test_every_report_has_it(format_: str) -> None:
     if format_ == "json":
         value = json.loads(unproven)
         assert (value["verdict"], value["stats"]["eval"]["verdict"]) == ("unproven", "passed")
+
+
+@pytest.mark.parametrize("documents", [8, 20])
+def test_the_measured_coverage_is_published_and_printed_with_the_verdict(documents: int) -> None:
+    rng = np.random.default_rng(documents)
+    base = np.full(documents, 800.0)
+    runs = []
+    for name, sums in (("a", base), ("b", base + rng.normal(4, 1, documents))):
+        header = RunHeader(
+            model=f"/{name}", weights_sha256=name * 64, formats=["NVFP4"], environment={},
+            key={"protocol": "lm-eval", "corpus": "c", "documents": documents, "window": 512},
+            documents=[f"{i:016x}" for i in range(documents)],
+        )  # fmt: skip
+        runs.append(Run(header, {"sums": sums, "tokens": np.full(documents, 400)}))
+    result = compare_runs(runs[0], runs[1], Margin(0.05, "given"))
+    measured = json.loads((Path(gate.__file__).parent / "coverage.json").read_text())[str(documents)]
+    page = (Path(__file__).parents[3] / "docs" / "gate.md").read_text()
+    for effect in ("skewed", "rare"):
+        low, high = (100 * x for x in measured[effect])
+        wanted = f"{math.floor(low)} to {round(high)} %"
+        for text in (render_text(result), json.dumps(json.loads(render_json(result))["notes"]), " ".join(result.notes)):
+            assert f"simulated at {documents} documents, " in text
+            assert wanted in text
+        assert f"| {documents} | " in page
+        assert f"| {low:.1f} |" in page
+    told = judged(evaluation_of(result))
+    assert any(f"simulated at {documents} documents" in f.message for f in told.by_rule("QC702"))
 
 
 def test_a_subset_scores_once(tmp_path: Path) -> None:
