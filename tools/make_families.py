@@ -435,7 +435,7 @@ def explain(dims: tuple[int, int], tables: list[dict[str, int]], hints: list[str
     for hint in hints or []:
         if all(_evaluated(hint, t) == d for t, d in zip(tables, dims, strict=True)):
             return hint
-    paths = sorted(set(tables[0]) & set(tables[1]), key=lambda p: (p.count("."), len(p)))
+    paths = sorted(set(tables[0]) & set(tables[1]), key=lambda p: (p.count("."), len(p), p))
     for count in (1, 2, 3):
         for combo in itertools.combinations_with_replacement(paths, count):
             if all(_product(t, combo) == d for t, d in zip(tables, dims, strict=True)):

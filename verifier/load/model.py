@@ -178,7 +178,7 @@ def _config(ckpt: Checkpoint) -> Any:
             raise ContentError(f"{ckpt.uri}: config.json declares {wide} = {node[wide]:,}")
     try:
         # transformers 5.12 takes what it reads out of nested objects.
-        return transformers.AutoConfig.for_model(**copy.deepcopy(raw))
+        return transformers.AutoConfig.for_model(**special_floats(copy.deepcopy(raw)))
     except BUILD_ERRORS as error:
         raise ContentError(f"{ckpt.uri}: transformers cannot read config.json: {short(error)}") from error
 
