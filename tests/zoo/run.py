@@ -34,7 +34,7 @@ from verifier.load.model import load_model
 from verifier.schemes import gather, role
 
 RECIPES = ("nvfp4_experts_only", "mxfp8_default", "mxfp8_nvfp4_experts")
-STEPS = ("disk", "memory", "check", "check with base", "round trip", "reload")
+STEPS = ("disk", "memory", "check", "check with base", "quantized", "round trip", "reload")
 """Of each recipe; ``detected`` and ``layout`` are the family's."""
 OK = "ok"
 REFUSED = "refused: "
