@@ -7,7 +7,6 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal
 
 from verifier.checkpoint import Checkpoint
@@ -15,6 +14,7 @@ from verifier.errors import ContentError, IncomparableError, MissingExtra, Usage
 from verifier.gate.corpora import Corpus
 from verifier.gate.jobs import HF, Job, Scorer, Unit, Window
 from verifier.gate.scorer import windows_of
+from verifier.memory import free_memory
 
 Protocol = Literal["tokens", "lm-eval", "task"]
 TEXTS_IN_UNIT = 16
@@ -158,19 +158,4 @@ def _encoder(ckpt: Checkpoint) -> Callable[[str], tuple[list[int], list[int]]]:
 def fits_twice(base: Checkpoint, device: str, workers: int) -> bool:
     """Whether each worker can hold two models of the base's size, decoded to BF16, in 70 % of the memory that is free."""
     elements = sum(t.elements * (2 if t.dtype == "U8" else 1) for t in base.tensors.values())
-    return 2 * 2 * elements * workers < 0.7 * _free_memory(device)
-
-
-def _free_memory(device: str) -> int:
-    if device.startswith("cuda"):
-        import torch  # noqa: PLC0415
-
-        try:
-            return int(torch.cuda.mem_get_info(torch.device(device))[0])
-        except (RuntimeError, AssertionError, ValueError):
-            return 0
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration, ValueError):
-        return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return 2 * 2 * elements * workers < 0.7 * free_memory(device)

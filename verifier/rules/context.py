@@ -20,6 +20,7 @@ from verifier.evaluation import Evaluation
 from verifier.families import Family, family_of
 from verifier.findings import Effect, Finding, Severity, Where
 from verifier.rules.facts import Facts, survey
+from verifier.rules.loading import Loaded, Loader
 from verifier.rules.naming import Naming, classify, unwrapped
 from verifier.schemes import (
     FLOATS,
@@ -257,6 +258,7 @@ class Context(Judged):
     """The candidate, with its base and the checkpoint whose bytes it keeps.
 
     ``tp`` and ``ep`` are the tensor and expert parallel sizes that it is to be served with, None where nobody says.
+    ``loader`` puts a checkpoint into a model, at depth load.
     """
 
     def __init__(
@@ -267,12 +269,13 @@ class Context(Judged):
         *,
         tp: int | None = None,
         ep: int | None = None,
+        loader: Loader | None = None,
         evaluation: Evaluation | None = None,
     ) -> None:
         super().__init__(checkpoint)
         self.base = Judged(base) if base else None
         self.merged_from = Judged(merged_from) if merged_from else None
-        self.tp, self.ep = tp, ep
+        self.tp, self.ep, self.loader = tp, ep, loader
         self.evaluation = evaluation
         self.tally = Tally()
         self.rule_id = ""
@@ -288,6 +291,14 @@ class Context(Judged):
             self._once[key] = make()
         found: T = self._once[key]
         return found
+
+    @property
+    def loaded(self) -> Loaded:
+        """What the loader made of the candidate, and of the base beside it; loaded once."""
+        if self.loader is None:
+            raise ValueError("a rule of depth load was run without a loader")
+        load, base = self.loader, self.base.checkpoint if self.base and not self.unrelated_base else None
+        return self.once("loaded", lambda: load(self.checkpoint, base))
 
     def part(self, modules: Iterable[Module]) -> Context:
         """Return a context of some of the modules only, with a tally of its own.
