@@ -275,7 +275,8 @@ class Context(Judged):
         super().__init__(checkpoint)
         self.base = Judged(base) if base else None
         self.merged_from = Judged(merged_from) if merged_from else None
-        self.tp, self.ep, self.loader, self.evaluation = tp, ep, loader, evaluation
+        self.tp, self.ep, self.loader = tp, ep, loader
+        self.evaluation = evaluation
         self.tally = Tally()
         self.rule_id = ""
         self.rule_severity: Severity = "error"
