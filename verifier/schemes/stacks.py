@@ -354,6 +354,40 @@ def _tensor(name: str, part: Part, number: int) -> Tensor:
     return Tensor(name, t.dtype, tuple(shape), t.file, offset if plain else _FAR + (number << 40), nbytes)
 
 
+def restacked(names: Iterable[str], config: Mapping[str, Any] | None) -> dict[str, tuple[str, list[str]]]:
+    """Return by name on the hub what the unstacked weights and biases of experts make there.
+
+    Args:
+        names: of weights and biases, experts one by one.
+        config: of the checkpoint.
+
+    Returns:
+        ``weight`` or ``bias`` and the parts, expert by expert and in each the projections in order; only what is complete.
+    """
+    stacking = stacking_of(config)
+    if stacking is None:
+        return {}
+    head, _, tail = stacking.linear.partition("{}")
+    found: dict[tuple[str, str], dict[tuple[int, str], str]] = {}
+    for name in names:
+        module, _, leaf = name.rpartition(".")
+        above, _, projection = module.rpartition(".")
+        before, _, number = above.rpartition(".")
+        if leaf in ("weight", "bias") and number.isdecimal() and len(number) < 8 and f"{before}.".endswith(f".{head}"):
+            prefix = f"{before}.".removesuffix(head)
+            found.setdefault((prefix, leaf), {})[int(number), projection] = name
+    result: dict[str, tuple[str, list[str]]] = {}
+    for (prefix, leaf), parts in found.items():
+        experts = 1 + max(e for e, _ in parts)
+        for suffix, leaves in stacking.stacks.items():
+            own = [parts.get((e, projection)) for e in range(min(experts, len(parts))) for projection in leaves]
+            kept = [n for n in own if n is not None]
+            if kept and len(kept) == experts * len(leaves):
+                key = f"{prefix}{suffix}"
+                result[key if leaf == "weight" else f"{key}_bias"] = (leaf, kept)
+    return result
+
+
 def place_in_file(offset: int) -> int | None:
     """Return an offset in a file, or None for that of a part which is no single stretch of it."""
     return offset if offset < _FAR else None
