@@ -28,6 +28,7 @@ from verifier.checkpoint.source import Bytes
 from verifier.errors import PlanError
 
 ExpertLayout = Literal["per-expert", "hub"]
+MAX_EXPERTS = 10_000
 _CODES = ("blocks", "scales")
 
 
@@ -261,7 +262,7 @@ def _consistent(family: Family, shapes: Mapping[str, tuple[int, int, int] | None
         return False
     (down,) = (known[s] for s, leaves in family.stacks.items() if leaves in (("down_proj",), ("w2",)))
     first = [(v, len(family.stacks[s])) for s, v in known.items() if v is not down]
-    return down[0] > 0 and all(out == n * down[2] and in_ == down[1] for (_, out, in_), n in first)
+    return 0 < down[0] <= MAX_EXPERTS and min(down) > 0 and all(out == n * down[2] and in_ == down[1] for (_, out, in_), n in first)
 
 
 def _layout(family: Family, stacks: list[Stack]) -> Layout:

@@ -8,7 +8,6 @@ can be judged, and against either.
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
@@ -25,6 +24,7 @@ from verifier.schemes.modules import LEAVES
 Shape = tuple[int, ...]
 MAX_PARTS = 1_000_000
 """The most tensors that stacks are taken apart into."""
+MAX_EXPERTS = 10_000
 _FAR = 1 << 60
 """Where the offsets begin that mean no place in a file: a part that is no single stretch of it."""
 
@@ -116,7 +116,7 @@ def split_shapes(found: Mapping[str, Shape | None], config: Mapping[str, Any] | 
         leaves = stacking.stacks[suffix]
         turned = bool(stacking.turned) and leaf == ""
         inner = shape[:0:-1] if turned else shape[1:]
-        if not inner or inner[0] % len(leaves) or math.prod(shape[:1]) * len(leaves) > MAX_PARTS:
+        if not inner or inner[0] % len(leaves) or shape[0] > MAX_EXPERTS or len(result) > MAX_PARTS:
             continue
         for e in range(shape[0]):
             for each in leaves:
@@ -240,7 +240,7 @@ def unstacked(checkpoint: Checkpoint) -> Checkpoint:
     modules: dict[str, tuple[str, ...]] = {}
     for head, layer in stacks.items():
         turned = _turned(stacking, layer)
-        if turned is None:
+        if turned is None or len(parts) > MAX_PARTS:
             continue
         for suffix, tensors in layer.items():
             leaves = stacking.stacks[suffix]
@@ -276,12 +276,12 @@ def _turned(stacking: Stacking, layer: Mapping[str, Mapping[str, Tensor]]) -> bo
 
 def _fits(stacking: Stacking, layer: Mapping[str, Mapping[str, Tensor]], turned: bool) -> bool:
     sizes = {s: _size(_weight(t), turned) for s, t in layer.items()}
-    if len({s[0] if s else 0 for s in sizes.values()}) != 1:
+    if len({s[0] if s else 0 for s in sizes.values()}) != 1 or any(s is None or not 0 < s[0] <= MAX_EXPERTS for s in sizes.values()):
         return False
     down = next(s for s, leaves in stacking.stacks.items() if leaves in (("down_proj",), ("w2",)))
     wanted = sizes[down]
     return wanted is not None and all(
-        size is not None and size[0] > 0 and size[1:] == (len(stacking.stacks[s]) * wanted[2], wanted[1])
+        size is not None and size[1:] == (len(stacking.stacks[s]) * wanted[2], wanted[1])
         for s, size in sizes.items() if s != down
     )  # fmt: skip
 
