@@ -407,7 +407,10 @@ def _manifest(plan: Plan, out: Path, folder: Path, written: stream.Written, side
     return Manifest(
         kind=plan.kind, name=out.name,
         made_by={"tool": "ckptgate", "version": __version__, "python": sys.version.split()[0]},
-        sources=[Source(role=r, uri=c.uri, tensors=sum(len(s.tensors) for s in c.shards), header_sha256=header_digest(c)) for r, c in roles],
+        sources=[
+            Source(role=r, uri=c.uri, tensors=sum(len(s.tensors) for s in c.shards), header_sha256=header_digest(c))
+            for r, c in roles
+        ],
         options=plan.options, formats=formats, tensors=len(plan.specs), bytes=result.nbytes, files=files,
         notes={
             "quantized_here": dict(plan.formats()),

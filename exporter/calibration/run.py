@@ -192,8 +192,8 @@ def _read(
     progress: Callable[[int, int], None] | None,
 ) -> Statistics:
     """Return what the wanted modules see when the model reads the sequences."""
-    model, found = load_source(checkpoint, options.device)
-    where = with_experts(found, checkpoint)
+    model, places = load_source(checkpoint, options.device)
+    where = with_experts(places, checkpoint)
     _check_ids(model, checkpoint, sequences, options.seq_len)
     spots, kv = targets(model, where, wanted), kv_targets(model, where)
     percentile = options.percentile if options.method == "percentile" else None

@@ -30,6 +30,7 @@ from verifier.errors import PlanError
 ExpertLayout = Literal["per-expert", "hub"]
 MAX_EXPERTS = 10_000
 _CODES = ("blocks", "scales")
+_AXES = {"out_in": "[experts, out, in]", "in_out": "[experts, in, out]", "either": "[experts, out, in], or turned"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,7 +232,7 @@ def _of_layer(
                 for s in family.stacks
             ]
     said = ", ".join(f"{s} {list((parts[s].get('blocks') or parts[s]['weight']).shape)}" for s in parts)
-    wanted = {"out_in": "[experts, out, in]", "in_out": "[experts, in, out]"}.get(family.axes, "[experts, out, in], or turned")
+    wanted = _AXES[family.axes]
     raise PlanError(f"{uri}: {head}: {said} are no stacks {wanted}, which {family.name} has")
 
 
@@ -248,7 +249,7 @@ def _logical(parts: Mapping[str, Tensor], turned: bool) -> tuple[int, int, int] 
     """Return (experts, out, in) of a stack under a reading, in elements."""
     tensor = parts.get("blocks") or parts["weight"]
     if "blocks" in parts:
-        return (*tensor.shape[:2], tensor.shape[2] * 32) if len(tensor.shape) == 4 else None  # type: ignore[return-value]
+        return (tensor.shape[0], tensor.shape[1], tensor.shape[2] * 32) if len(tensor.shape) == 4 else None
     if len(tensor.shape) != 3:
         return None
     experts, out, in_ = (tensor.shape[0], tensor.shape[2], tensor.shape[1]) if turned else tensor.shape
@@ -262,7 +263,8 @@ def _consistent(family: Family, shapes: Mapping[str, tuple[int, int, int] | None
         return False
     (down,) = (known[s] for s, leaves in family.stacks.items() if leaves in (("down_proj",), ("w2",)))
     first = [(v, len(family.stacks[s])) for s, v in known.items() if v is not down]
-    return 0 < down[0] <= MAX_EXPERTS and min(down) > 0 and all(out == n * down[2] and in_ == down[1] for (_, out, in_), n in first)
+    fit = all(out == n * down[2] and in_ == down[1] for (_, out, in_), n in first)
+    return fit and min(down) > 0 and down[0] <= MAX_EXPERTS
 
 
 def _layout(family: Family, stacks: list[Stack]) -> Layout:
@@ -349,7 +351,7 @@ class Unstacked(Checkpoint):
     stacks: Stacks
 
     @cached_property
-    def tensors(self) -> Mapping[str, Tensor]:  # type: ignore[override]
+    def tensors(self) -> Mapping[str, Tensor]:
         """Every tensor by name, in file order, a stack's replaced by those of its experts."""
         of: dict[str, list[str]] = {}
         for name, region in self.stacks.regions.items():

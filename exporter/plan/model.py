@@ -316,7 +316,8 @@ class Plan:
             elif isinstance(a, Take):
                 parts.append([a.origin, a.tensor.name, a.cuts, a.order])
             elif isinstance(a, Restack):
-                parts.append([a.input_scales, a.method, a.read.name if a.read else None, a.format.name if a.format else None])
+                formats = [f.name if f else None for f in (a.read, a.format)]
+                parts.append([a.input_scales, a.method, *formats])
             else:
                 parts.append(a.origin)
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()

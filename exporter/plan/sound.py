@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+from exporter.layout import read_stacks
 from exporter.plan.model import Copy, Decode, Encode, Plan, Restack, Take
 from verifier.checkpoint import Checkpoint
 from verifier.errors import PlanError
@@ -59,9 +60,11 @@ def refuse_stacked(ckpt: Checkpoint) -> None:
     """
     for tensor in ckpt.tensors.values():
         if len(tensor.shape) >= 3 and _STACKED.search(tensor.name):
+            known = read_stacks(ckpt) is not None
+            why = "only single experts are merged" if known else "stacks of this family are not known (docs/expert-layouts.md)"
             raise PlanError(
-                f"{tensor.name} holds all experts of its layer in one tensor of shape {list(tensor.shape)}; no row of "
-                f"docs/expert-layouts.md is of this family (model_type {ckpt.model_type!r})"
+                f"{tensor.name} holds all experts of its layer in one tensor of shape {list(tensor.shape)}; {why} "
+                f"(model_type {ckpt.model_type!r})"
             )
 
 

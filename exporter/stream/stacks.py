@@ -37,6 +37,7 @@ def write_restack(action: Restack, plan: Plan, put: Put) -> tuple[float, float, 
         EncodeError: a weight that cannot be encoded, by name.
     """
     low, high, blocks, lost = float("inf"), 0.0, 0, 0
+    owed = {s.name: s.nbytes for s in action.specs}
     shared = _shared(action, plan) if action.one_scale else None
     for start, stop in _chunks(action):
         parts, n, odd = _encoded(action, plan, start, stop, shared)
@@ -48,16 +49,23 @@ def write_restack(action: Restack, plan: Plan, put: Put) -> tuple[float, float, 
                 spec = specs[name]
                 if not spec.shape:
                     put(spec.name, value.reshape(-1)[:1], 0)
+                    owed[spec.name] = 0
                     continue
                 turned = action.stacks[i].written_turned and value.ndim == 3
                 value = (value.transpose(1, 2) if turned else value).contiguous()
                 put(spec.name, value, start * (spec.nbytes // spec.shape[0]))
+                owed[spec.name] -= value.nbytes
             if action.format is not None:
                 lo, hi = _range(each)
                 low, high = min(low, lo), max(high, hi)
     for i in range(len(action.stacks)):
         if action.input_scales is not None:
-            put(action.specs_of(i)["input_scale"].name, torch.tensor(action.input_scales), 0)
+            scales = torch.tensor(action.input_scales)
+            put(name := action.specs_of(i)["input_scale"].name, scales, 0)
+            owed[name] -= scales.nbytes
+    if any(owed.values()):
+        short = next(n for n, left in owed.items() if left)
+        raise EncodeError(f"{short}: {owed[short]:,} bytes of it were not written")
     return low, high, blocks, lost
 
 
@@ -105,9 +113,10 @@ def _shared(action: Restack, plan: Plan) -> torch.Tensor | int | None:
         return max(tops, default=None)
     if action.format is None or not (action.format.packed or action.format.name == "fp8"):
         return None
-    maxima = [
-        _amax(action, s, load_stack(plan.source, action, s, a, b), a).amax() for s in action.stacks for a, b in _chunks(action)
-    ]
+    maxima = []
+    for stack in action.stacks:
+        for start, stop in _chunks(action):
+            maxima.append(_amax(action, stack, load_stack(plan.source, action, stack, start, stop), start).amax())
     return torch.stack(maxima).amax()
 
 

@@ -32,6 +32,7 @@ from verifier.schemes import (
     Format,
     Module,
     Sibling,
+    Unstacked,
     collapse,
     expanded,
     fitting,
@@ -544,6 +545,9 @@ class Context(Judged):
         if where is None:
             known = self.checkpoint.tensors.get(tensor) if tensor else None
             where = Where(tensor, known.file if known else None)
+        stack = self.checkpoint.stacked.get(where.tensor or "") if isinstance(self.checkpoint, Unstacked) else None
+        if stack is not None:
+            observed = f"{observed} (stored in {stack})".strip()
         effects = tuple(Effect(engine, *rest) for engine, rest in (engines or {}).items())
         return Finding(
             self.rule_id, severity or self.rule_severity, message, where, str(observed), str(expected), count,

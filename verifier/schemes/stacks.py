@@ -75,7 +75,7 @@ STACKINGS: Mapping[str, Stacking] = {
 
 
 class Part(NamedTuple):
-    """What of a stack's tensor a projection of one expert has: from ``first``, every ``step``-th of ``count`` along ``axis``
+    """What of a stack's tensor a projection of one expert has: from ``first``, every ``step``-th of ``size`` along ``axis``
     of the expert's slab (axis None: the slab whole); ``turned`` where the slab's axes are swapped.
     """
 
@@ -84,7 +84,7 @@ class Part(NamedTuple):
     axis: int | None
     first: int
     step: int
-    count: int
+    size: int
     turned: bool
 
 
@@ -194,7 +194,7 @@ def read_part(source: Any, part: Part) -> Bytes:
     width = t.nbytes // max(1, t.elements)
     values = slab.view(f"u{width}").reshape(t.shape[1:])
     if part.axis is not None:
-        at = slice(part.first, part.first + part.step * part.count, part.step)
+        at = slice(part.first, part.first + part.step * part.size, part.step)
         values = values[(slice(None),) * part.axis + (at,)]
     return np.ascontiguousarray(values.T if part.turned else values).reshape(-1).view(np.uint8)
 
@@ -213,7 +213,7 @@ class Unstacked(Checkpoint):
     modules: Mapping[str, tuple[str, ...]]
 
     @cached_property
-    def tensors(self) -> Mapping[str, Tensor]:  # type: ignore[override]
+    def tensors(self) -> Mapping[str, Tensor]:
         """Every tensor by name, in file order, a stack's replaced by those of its experts."""
         return MappingProxyType(dict(self.found))
 
@@ -276,7 +276,8 @@ def _turned(stacking: Stacking, layer: Mapping[str, Mapping[str, Tensor]]) -> bo
 
 def _fits(stacking: Stacking, layer: Mapping[str, Mapping[str, Tensor]], turned: bool) -> bool:
     sizes = {s: _size(_weight(t), turned) for s, t in layer.items()}
-    if len({s[0] if s else 0 for s in sizes.values()}) != 1 or any(s is None or not 0 < s[0] <= MAX_EXPERTS for s in sizes.values()):
+    counts = {s[0] if s is not None else 0 for s in sizes.values()}
+    if len(counts) != 1 or not 0 < min(counts) <= MAX_EXPERTS:
         return False
     down = next(s for s, leaves in stacking.stacks.items() if leaves in (("down_proj",), ("w2",)))
     wanted = sizes[down]
@@ -343,8 +344,8 @@ def _tensor(name: str, part: Part, number: int) -> Tensor:
     slab, shape = t.nbytes // max(1, t.shape[0]), list(t.shape[1:])
     offset = t.offset + part.expert * slab
     if part.axis is not None:
-        shape[part.axis] = part.count
-    nbytes = slab // (t.shape[1 + part.axis] or 1) * part.count if part.axis is not None else slab
+        shape[part.axis] = part.size
+    nbytes = slab // (t.shape[1 + part.axis] or 1) * part.size if part.axis is not None else slab
     plain = part.axis is None or (part.axis == 0 and part.step == 1)
     if part.turned:
         shape.reverse()
@@ -367,7 +368,7 @@ def restacked(names: Iterable[str], config: Mapping[str, Any] | None) -> dict[st
     stacking = stacking_of(config)
     if stacking is None:
         return {}
-    head, _, tail = stacking.linear.partition("{}")
+    head = stacking.linear.partition("{}")[0]
     found: dict[tuple[str, str], dict[tuple[int, str], str]] = {}
     for name in names:
         module, _, leaf = name.rpartition(".")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -268,7 +267,8 @@ def test_stacks_hold_the_bytes_of_single_experts(kit, zoo: Zoo, family: str) -> 
 def test_a_stack_with_one_scale_is_encoded_under_it(kit, zoo: Zoo, family: str) -> None:
     made, wanted = kit.read(zoo.export(kit, family, "hub")), linears(zoo.model(family))
     for stack, kinds in (("gate_up_proj", ("gate", "up")), ("down_proj", ("down",))):
-        (key,) = [n for n in made if n.endswith(f"layers.0.{'feed_forward' if 'llama' in family else 'mlp'}.experts.{stack}")]
+        container = "feed_forward" if "llama" in family else "mlp"
+        (key,) = [n for n in made if n.endswith(f"layers.0.{container}.experts.{stack}")]
         assert made[f"{key}_weight_scale_2"].shape == made[f"{key}_input_scale"].shape == ()
         amax = max(w.abs().max() for (layer, _, what), w in wanted.items() if layer == 0 and what in kinds)
         for e in range(E):
@@ -325,7 +325,7 @@ def test_a_stack_in_small_chunks_and_small_shards_holds_the_same_bytes(kit, zoo:
 
 @pytest.mark.parametrize("family", [f for f in ALL if f not in ("granitemoeshared", "granitemoehybrid", "step3p7")])
 @pytest.mark.parametrize("layout", ["per-expert", "hub"])
-def test_a_model_in_memory_gives_the_bytes_of_its_checkpoint(kit, zoo: Zoo, family: str, layout: str, tmp_path: Path) -> None:
+def test_a_model_in_memory_gives_its_checkpoints_bytes(kit, zoo: Zoo, family: str, layout: str, tmp_path: Path) -> None:
     source = source_of(kit, zoo, family)
     exporter.export_model(
         zoo.model(family), tmp_path / "out", recipe=EXPERTS, input_scale="one", source=source, expert_layout=layout
@@ -450,7 +450,7 @@ def test_stacks_that_nothing_is_wanted_of_keep_their_bytes(kit, zoo: Zoo, tmp_pa
         exporter.export(zoo.source("gemma4_text"), out, recipe=attention, expert_layout=layout)
         made, wanted = kit.read(out), kit.read(zoo.source("gemma4_text"))
         assert all(made[n] == t for n, t in wanted.items() if "experts" in n)
-        assert any(n.endswith("layers.0.experts") or "layers.0.experts." in n for n in kit.config(out)["quantization_config"]["ignore"])
+        assert "model.layers.0.experts.gate_up_proj" in kit.config(out)["quantization_config"]["ignore"]
         assert verifier.check(out, base=zoo.source("gemma4_text"), depth="payload").verdict == "passed"
 
 
@@ -459,9 +459,8 @@ def test_stacks_that_nothing_is_wanted_of_keep_their_bytes(kit, zoo: Zoo, tmp_pa
 
 def test_a_quantized_stack_is_taken_apart_without_quantizing(kit, zoo: Zoo, tmp_path: Path) -> None:
     """What is written is a recipe for attention; the experts' codes are those of the stacks."""
-    attention = Recipe.model_validate(
-        {"name": "both", "rules": [{"roles": ["routed_expert"], "format": "nvfp4"}, {"roles": ["attention"], "format": "nvfp4"}]}
-    )
+    rules = [{"roles": [r], "format": "nvfp4"} for r in ("routed_expert", "attention")]
+    attention = Recipe.model_validate({"name": "both", "rules": rules})
     source = zoo.export(kit, "granitemoe", "hub")
     exporter.export(source, tmp_path / "hub", recipe=attention, input_scale="one", expert_layout="hub")
     made, was = kit.read(tmp_path / "hub"), kit.read(source)
@@ -520,7 +519,8 @@ def test_a_part_of_a_stack_is_not_written_as_a_stack(zoo: Zoo, tmp_path: Path) -
     gates = {"name": "some", "rules": [{"modules": ["*.experts.[0-1].*"], "format": "mxfp8"}]}
     with pytest.raises(PlanError, match=r"feed_forward.experts.gate_up_proj: a stack is written whole.*per-expert"):
         exporter.export(zoo.source("llama4_text"), tmp_path / "out", recipe=Recipe.model_validate(gates))
-    exporter.export(zoo.source("llama4_text"), tmp_path / "out", recipe=Recipe.model_validate(gates), expert_layout="per-expert")
+    given: dict[str, Any] = {"recipe": Recipe.model_validate(gates), "expert_layout": "per-expert"}
+    assert exporter.export(zoo.source("llama4_text"), tmp_path / "out", **given).formats == {"MXFP8": 12}
 
 
 def test_layouts_that_are_not_there(kit, zoo: Zoo, tmp_path: Path) -> None:
@@ -556,8 +556,9 @@ def test_stacks_that_are_not_what_the_family_has(kit, zoo: Zoo, tmp_path: Path) 
     def turn(tensors: dict[str, Any]) -> None:
         tensors[key] = kit.raw(np.ascontiguousarray(tensors[key].array().transpose(0, 2, 1)))
 
-    with pytest.raises(PlanError, match=r"gate_up_proj \[4, 192, 64\].* are no stacks \[experts, in, out\], which gpt_oss has"):
-        exporter.export(kit.edit(zoo.source("gpt_oss"), tmp_path / "turned", turn), tmp_path / "out", **given)
+    odd = kit.edit(zoo.source("gpt_oss"), tmp_path / "turned", turn)
+    with pytest.raises(PlanError, match=r"gate_up_proj \[4, 192, 64\].* no stacks \[experts, in, out\], which gpt_oss has"):
+        exporter.export(odd, tmp_path / "out", **given)
     lost = kit.edit(zoo.source("gpt_oss"), tmp_path / "lost", lambda tensors: tensors.pop(key))
     with pytest.raises(PlanError, match=rf"{key} is missing beside"):
         exporter.export(lost, tmp_path / "out", **given)
@@ -597,11 +598,6 @@ def test_every_row_names_what_it_was_read_from() -> None:
 # a judge that sees
 
 
-def damage(kit: Any, source: Path, path: Path, change: Any) -> verifier.Report:
-    shutil.rmtree(path, ignore_errors=True)
-    return kit.edit(source, path, change)
-
-
 def test_swapped_gate_and_up_of_single_experts_are_found_under_a_stacked_base(kit, zoo: Zoo, tmp_path: Path) -> None:
     for family in ("gpt_oss", "granitemoe"):
         names = ("gate_proj", "up_proj") if family == "gpt_oss" else ("w1", "w3")
@@ -614,7 +610,7 @@ def test_swapped_gate_and_up_of_single_experts_are_found_under_a_stacked_base(ki
 
         broken = kit.edit(zoo.export(kit, family, "per-expert"), tmp_path / family, swap)
         report = verifier.check(broken, base=zoo.source(family), depth="payload")
-        assert report.verdict == "failed" and {f.rule for f in report.findings if f.severity == "error"} == {"QC511"}
+        assert {f.rule for f in report.findings if f.severity == "error"} == {"QC511"}
 
 
 def test_an_interleaving_that_was_not_undone_is_found(kit, zoo: Zoo, tmp_path: Path) -> None:
