@@ -18,21 +18,23 @@ HEAD = """# Experts in stacks
 
 <!-- rendered by tools/make_layouts.py from exporter/layout/experts.yaml -->
 
-Some families' hub checkpoints hold all experts of a layer in one tensor. `ckptgate export --expert-layout` writes them
+Some families' hub checkpoints hold all experts of a layer in one tensor. `ckptgate export --expert-layout` writes
+them
 
 * `per-expert`: one module for each projection of each expert, weights [out, in], and biases with them;
-* `hub`: as the hub has them: the same tensors under the same names, in the same axes and order of gate and up, with siblings
-  named `<parameter>_weight_scale` (or `<module>.weight_scale` where the hub's name ends in `.weight`).
+* `hub`: as the hub has them: the same tensors under the same names, in the same axes and order of gate and up, with
+  siblings named `<parameter>_weight_scale` (or `<module>.weight_scale` where the hub's name ends in `.weight`).
 
-Either way blocks run along the input axis, whatever axes the stack has. Of *one* scale a stack has one `weight_scale_2` and
-one `input_scale` for all of its experts, as engines read it; of *each* a vector of one for each expert, and then the codes are
-byte for byte those of single experts. A stack is quantized whole or not at all; stacks that a recipe leaves alone keep
-their bytes. MXFP4 stacks (`_blocks`, `_scales`, [experts, out, in]) are read as well. 128x128 FP8 is written in stacks only
-where gate and up meet on a multiple of 128.
+Either way blocks run along the input axis, whatever axes the stack has. Of *one* scale a stack has one `weight_scale_2`
+and one `input_scale` for all of its experts, as engines read it; of *each* a vector of one for each expert, and then the
+codes are byte for byte those of single experts. A stack is quantized whole or not at all. If a recipe takes no expert,
+the stacks keep their bytes; if it takes some one by one, all are written so. Stacks that are quantized already are read:
+MXFP4 (`_blocks`, `_scales`, [experts, out, in]), 128x128 FP8, and what is written here. 128x128 FP8 is written in stacks
+only where gate and up meet on a multiple of 128.
 
-`check` reads both layouts, and either against either as base: a stack of a family below is judged as the linears that engines
-build of it. What it says of `experts.3.gate_proj` may therefore stand in a stack; the finding names that. Of other families a
-stack is judged as it is stored.
+`check` reads both layouts, and either against either as base: a stack of a family below is judged as the linears that
+engines build of it. What it says of `experts.3.gate_proj` may therefore stand in a stack; the finding names that. Of
+other families a stack is judged as it is stored.
 """
 
 
@@ -41,8 +43,8 @@ def page() -> str:
     rows = [f for f in families() if not f.refused]
     axes = {"out_in": "[E, out, in]", "in_out": "[E, in, out]", "either": "[E, in, out] or [E, out, in]"}
     lines = [
-        HEAD, "## Exported", "", "| family | hub | axes | gate and up | linear of one expert | default | scales of a stack |",
-        "|---|---|---|---|---|---|---|",
+        HEAD, "## Exported", "",
+        "| family | hub | axes | gate and up | linear of one expert | default | scales of a stack |", "|" + "---|" * 7,
     ]  # fmt: skip
     for f in rows:
         fused = [v for v in f.stacks.values() if len(v) > 1]

@@ -60,8 +60,9 @@ def refuse_stacked(ckpt: Checkpoint) -> None:
     """
     for tensor in ckpt.tensors.values():
         if len(tensor.shape) >= 3 and _STACKED.search(tensor.name):
-            known = read_stacks(ckpt) is not None
-            why = "only single experts are merged" if known else "stacks of this family are not known (docs/expert-layouts.md)"
+            why = "stacks of this family are not known (docs/expert-layouts.md)"
+            if read_stacks(ckpt) is not None:
+                why = "only single experts are merged; export --expert-layout per-expert writes such"
             raise PlanError(
                 f"{tensor.name} holds all experts of its layer in one tensor of shape {list(tensor.shape)}; {why} "
                 f"(model_type {ckpt.model_type!r})"
