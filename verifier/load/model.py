@@ -67,12 +67,24 @@ class _Lazy:
             return values.transpose(-1, -2).contiguous() if "blocks" in parts and values.ndim == 3 else values
         return plain(self._checkpoint, self._module.parts[self._leaf])
 
+    @property
+    def logical(self) -> tuple[int, ...]:
+        """The shape of one expert's weight or bias, in elements."""
+        return self._module.dims if self._format is not None and self._module.dims else self._module.parts[self._leaf].shape
+
 
 class _Stacked:
     """Stands for a stack of experts' weights or biases, put together when transformers slices it."""
 
     def __init__(self, parts: list[_Lazy], each: int, turned: bool, woven: bool) -> None:
         self._parts, self._each, self._turned, self._woven = parts, each, turned, woven
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of what it stands for."""
+        own = [p.logical for p in self._parts[: self._each]]
+        inner = (sum(s[0] for s in own), *own[0][1:])
+        return (len(self._parts) // self._each, *(inner[::-1] if self._turned else inner))
 
     def __getitem__(self, _index: Any) -> torch.Tensor:
         experts = []
