@@ -421,6 +421,23 @@ def test_mxfp4_stacks_become_nvfp4_without_loss(kit, packed: tuple[Path, Path], 
     assert all(torch.equal(after[k], v) for k, v in before.items())
 
 
+def test_mxfp4_stacks_in_chunks_share_their_exponent(kit, packed: tuple[Path, Path], tmp_path: Path, monkeypatch) -> None:
+    given: dict[str, Any] = {"recipe": EXPERTS, "input_scale": "one", "expert_layout": "hub"}
+
+    def grow(tensors: dict[str, Any]) -> None:  # one expert's scales are 2^3 larger
+        for name in [n for n in tensors if n.endswith("_scales")]:
+            values = tensors[name].array().copy()
+            values[2] += 3
+            tensors[name] = kit.raw(values)
+
+    source = kit.edit(packed[0], tmp_path / "source", grow)
+    exporter.export(source, tmp_path / "whole", **given)
+    monkeypatch.setattr("exporter.stream.stacks.CHUNK", 1)
+    exporter.export(source, tmp_path / "chunks", **given)
+    assert kit.read(tmp_path / "chunks") == kit.read(tmp_path / "whole")
+    assert verifier.check(tmp_path / "whole", base=source, depth="payload").verdict == "passed"
+
+
 def test_mxfp4_stacks_to_other_formats_are_decoded(kit, packed: tuple[Path, Path], tmp_path: Path) -> None:
     source, plain = packed
     for layout in ("per-expert", "hub"):
@@ -556,6 +573,25 @@ def test_layouts_that_are_not_there(kit, zoo: Zoo, tmp_path: Path) -> None:
         exporter.export(kit.qwen, tmp_path / "out", expert_layout="hub", **given)
     with pytest.raises(UsageError, match="--expert-layout per-expert writes experts one by one"):
         exporter.export(zoo.source("gpt_oss"), tmp_path / "out", recipe=EXPERTS, onto=zoo.source("gpt_oss"))
+
+
+def test_stacks_are_not_merged(zoo: Zoo, kit, tmp_path: Path) -> None:
+    experts = zoo.export(kit, "gpt_oss", "hub")
+    with pytest.raises(PlanError, match="only single experts are merged; export --expert-layout per-expert writes such"):
+        exporter.merge(experts, tmp_path / "out", onto=zoo.source("gpt_oss"))
+
+
+def test_a_vendors_stacks_are_taken_apart_for_single_experts(kit, zoo: Zoo, tmp_path: Path) -> None:
+    """A mix: the vendor's attention in MXFP8, its experts in BF16 stacks; ours are written over them one by one."""
+    attention = Recipe.model_validate({"name": "attention", "rules": [{"roles": ["attention"], "format": "mxfp8"}]})
+    vendor = zoo.export(kit, "granitemoe", None, attention)
+    exporter.export(zoo.source("granitemoe"), tmp_path / "out", recipe=EXPERTS, onto=vendor)
+    made, single = kit.read(tmp_path / "out"), kit.read(zoo.export(kit, "granitemoe", "per-expert"))
+    assert all(made[n] == t for n, t in single.items() if ".experts." in n)
+    assert all(made[n] == t for n, t in kit.read(vendor).items() if "linear" not in n)
+    report = verifier.check(tmp_path / "out", base=zoo.source("granitemoe"), merged_from=vendor, depth="payload")
+    assert report.verdict == "passed", report.findings
+    assert report.stats["formats"] == {"NVFP4": 24, "MXFP8": 8}
 
 
 SMALL = {"hidden_size": 64, "vocab_size": 64}
