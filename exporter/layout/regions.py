@@ -42,7 +42,11 @@ def read_region(ckpt: Checkpoint, tensor: Tensor, runs: Sequence[Run], order: Se
         offset, shape = offset + start * inner * width, [rows, *shape[1:]]
         cuts[0] = (0, step, length, False)
     raw = ckpt.source.read(tensor.file, offset, math.prod(shape) * width)
-    values = np.frombuffer(raw.tobytes(), f"u{width}").reshape(shape)
-    at = tuple(s if drop else slice(s, s + (n - 1) * k + 1 if n else s, k) for s, k, n, drop in cuts)
+    return cut(np.frombuffer(raw.tobytes(), f"u{width}").reshape(shape), cuts, order)
+
+
+def cut(values: npt.NDArray[Any], runs: Sequence[Run], order: Sequence[int]) -> npt.NDArray[Any]:
+    """Return a region of an array, contiguous."""
+    at = tuple(s if drop else slice(s, s + (n - 1) * k + 1 if n else s, k) for s, k, n, drop in runs)
     left = values[at] if at else values
     return np.ascontiguousarray(left.transpose(tuple(order)) if order else left)

@@ -17,11 +17,12 @@ from types import MappingProxyType
 from typing import Any, Literal, cast
 
 import numpy as np
+import numpy.typing as npt
 import yaml
 
 from exporter.layout.layout import Layout
 from exporter.layout.pieces import Axis, Grid, Piece, Shape
-from exporter.layout.regions import Run, read_region
+from exporter.layout.regions import Run, cut, read_region
 from exporter.layout.siblings import SIBLINGS, Cut
 from verifier.checkpoint import DTYPE_BITS, Checkpoint, Tensor
 from verifier.checkpoint.source import Bytes
@@ -325,11 +326,21 @@ class StackSource:
         if name not in self._regions:
             return self.inner.read(name, offset, length)
         if getattr(self._last, "name", None) != name:
-            region = self._regions[name]
-            values = read_region(self._raw, region.tensor, region.runs, region.order)
-            self._last.raw, self._last.name = values.reshape(-1).view(np.uint8), name
+            self._last.raw, self._last.name = self._cut(self._regions[name]).reshape(-1).view(np.uint8), name
         found: Bytes = self._last.raw[offset : offset + length]
         return found
+
+    def _cut(self, region: Region) -> npt.NDArray[Any]:
+        """Return what a region holds; an expert's slab is kept for the next of its projections."""
+        t, runs = region.tensor, region.runs
+        if not runs or not runs[0][3] or DTYPE_BITS[t.dtype] % 8:
+            return read_region(self._raw, t, runs, region.order)
+        key = (t.name, runs[0][0])
+        if getattr(self._last, "slab", None) is None or self._last.slab != key:
+            size = t.nbytes // t.shape[0]
+            self._last.data, self._last.slab = self.inner.read(t.file, t.offset + runs[0][0] * size, size), key
+        width = DTYPE_BITS[t.dtype] // 8
+        return cut(self._last.data.view(f"u{width}").reshape(t.shape[1:]), runs[1:], region.order)
 
     def read_into(self, name: str, offset: int, out: Bytes) -> None:
         """Fill ``out`` with bytes of a file, or of one expert's tensor."""
