@@ -30,7 +30,7 @@ NOT_YET = {
     "QC108 shared storage at save": "it cannot occur in a file; the key that is lost by it is QC301's or QC302's",
     "QC601 an engine's loader refuses": "takes the engine; in the file what it refuses for is QC2xx, QC3xx, QC4xx, QC604",
     "QC602 a parameter is never written":
-        "takes the engine's loader, twice over two fillings; in the file QC205, QC207, QC301, QC302, and QC608 by transformers",
+        "takes the engine's loader, over two fillings; in the file QC205, QC207, QC301, QC302, and QC608 by transformers",
     "QC603 a tensor is read and not used":
         "takes the engine's loader, watched; in the file QC201 to QC204, and QC608 by transformers",
     "QC607 the export depends on the path's form": "takes a second export; MTP tensors that one lacks are QC206",
@@ -39,7 +39,8 @@ NOT_YET = {
     "QC703 failure of some prompts only":
         "`ckptgate gate` reports the worst documents, non-finite logits and unreached experts; the files' causes are QC5xx",
     "QC704 the wrong reference": "`ckptgate gate` loads base and candidate in one way, decoded by the verifier",
-    "QC705 numbers that cannot be compared": "`ckptgate gate` keeps protocol, corpus and tokenizer with a run, and refuses others",
+    "QC705 numbers that cannot be compared":
+        "`ckptgate gate` keeps protocol, corpus and tokenizer with a run, and refuses others",
     "QC706 draft acceptance": "takes an engine that drafts, and a GPU; the head's own defects are QC206 and QC403",
 }  # fmt: skip
 """Rows of the catalogue of defects without a rule, and why."""
