@@ -194,3 +194,22 @@ def test_every_row_of_the_catalogue_has_a_rule_or_a_line_that_says_why_not() -> 
     told = {line[2:7] for line in without.splitlines() if line.startswith("| QC")}
     assert not told & set(all_rules())
     assert told | set(all_rules()) == catalogue
+
+
+def test_two_lists_of_experts_in_one(tiny: Callable[[str], Folder]) -> None:
+    """Ernie 4.5 VL numbers its text experts first, then its vision experts, which are of another size."""
+    folder = unknown(tiny("mixtral-w4a16"))
+    names = [n for n in folder.tensors() if ".experts." in n]
+    for name in names:
+        number = int(name.partition(".experts.")[2].partition(".")[0])
+        values = folder.array(name)
+        if not values.shape:
+            narrow = values
+        elif ".w2." in name:
+            narrow = np.ascontiguousarray(values[:, : values.shape[1] // 3])
+        else:
+            narrow = np.ascontiguousarray(values[: len(values) // 3])
+        folder.add(name.replace(f".experts.{number}.", f".experts.{number + 4}."), narrow)
+    assert found(folder.path) == []
+    folder.drop([n for n in folder.tensors() if ".layers.1." in n and ".experts.7." in n])
+    assert {f.message for f in found(folder.path)} == {"parts of one parameter have different shapes"}
