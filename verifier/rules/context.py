@@ -16,6 +16,7 @@ import numpy.typing as npt
 from verifier.checkpoint import NUMPY_DTYPES, Bytes, Checkpoint, Tensor
 from verifier.decoding import Float32, decode, widen
 from verifier.errors import ContentError
+from verifier.evaluation import Evaluation
 from verifier.families import Family, family_of
 from verifier.findings import Effect, Finding, Severity, Where
 from verifier.rules.facts import Facts, survey
@@ -269,11 +270,13 @@ class Context(Judged):
         tp: int | None = None,
         ep: int | None = None,
         loader: Loader | None = None,
+        evaluation: Evaluation | None = None,
     ) -> None:
         super().__init__(checkpoint)
         self.base = Judged(base) if base else None
         self.merged_from = Judged(merged_from) if merged_from else None
         self.tp, self.ep, self.loader = tp, ep, loader
+        self.evaluation = evaluation
         self.tally = Tally()
         self.rule_id = ""
         self.rule_severity: Severity = "error"
