@@ -9,7 +9,6 @@ are decoded when transformers asks for them, so memory holds the model and a few
 from __future__ import annotations
 
 import contextlib
-import copy
 import io
 import logging
 import warnings
@@ -186,14 +185,25 @@ def load_model(checkpoint: Checkpoint | str, *, device: str = "cpu", attention: 
     state = decoded_tensors(ckpt)
     chosen = attention or ("sdpa" if getattr(cls, "_supports_sdpa", False) else "eager")
     place: dict[str, Any] = {} if device == "cpu" else {"device_map": {"": device}}  # which takes accelerate
-    with quiet():
-        try:
-            model, info = cls.from_pretrained(
-                None, config=config, state_dict=state, dtype=torch.bfloat16, attn_implementation=chosen,
+
+    def load(how: str) -> tuple[Any, Any]:
+        with quiet():
+            found: tuple[Any, Any] = cls.from_pretrained(
+                None, config=config, state_dict=state, dtype=torch.bfloat16, attn_implementation=how,
                 output_loading_info=True, **place,
             )  # fmt: skip
-        except (RuntimeError, ValueError) as error:
-            raise ContentError(f"{ckpt.uri}: transformers cannot build the model: {short(error)}") from error
+        return found
+
+    try:
+        try:
+            model, info = load(chosen)
+        except ValueError as error:
+            # A part of the model may lack what its class says it has (Gemma4's audio tower).
+            if attention or chosen == "eager" or "attention" not in str(error):
+                raise
+            model, info = load("eager")
+    except BUILD_ERRORS as error:
+        raise ContentError(f"{ckpt.uri}: transformers cannot build the model: {short(error)}") from error
     if info["missing_keys"] or info["mismatched_keys"]:
         names = sorted(str(k) for k in info["missing_keys"]) or sorted(str(k) for k in info["mismatched_keys"])
         raise ContentError(f"{ckpt.uri}: {len(names)} keys of the model are missing or of another shape, {names[0]} first")
@@ -234,10 +244,18 @@ def _config(ckpt: Checkpoint) -> Any:
         if wide is not None:
             raise ContentError(f"{ckpt.uri}: config.json declares {wide} = {node[wide]:,}")
     try:
-        # transformers 5.12 takes what it reads out of nested objects.
-        return transformers.AutoConfig.for_model(**copy.deepcopy(raw))
+        return transformers.AutoConfig.for_model(**plain_floats(raw))
     except BUILD_ERRORS as error:
         raise ContentError(f"{ckpt.uri}: transformers cannot read config.json: {short(error)}") from error
+
+
+def plain_floats(value: Any) -> Any:
+    """Return a copy of a config with the numbers that transformers writes as objects, such as {"__float__": "Infinity"}."""
+    if isinstance(value, dict):
+        if value.keys() == {"__float__"} and value["__float__"] in ("Infinity", "-Infinity", "NaN"):
+            return float(value["__float__"])
+        return {k: plain_floats(v) for k, v in value.items()}
+    return [plain_floats(v) for v in value] if isinstance(value, list) else value
 
 
 def _restore_float32(model: Any, ckpt: Checkpoint) -> tuple[str, ...]:
