@@ -18,7 +18,7 @@ from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 
-from verifier.checkpoint import Checkpoint, Tensor, open_checkpoint
+from verifier.checkpoint import Checkpoint, Tensor, open_checkpoint, special_floats
 from verifier.decoding import decode
 from verifier.errors import ContentError, MissingExtra
 from verifier.schemes import (
@@ -244,18 +244,10 @@ def _config(ckpt: Checkpoint) -> Any:
         if wide is not None:
             raise ContentError(f"{ckpt.uri}: config.json declares {wide} = {node[wide]:,}")
     try:
-        return transformers.AutoConfig.for_model(**plain_floats(raw))
+        # A copy: transformers 5.12 takes what it reads out of nested objects.
+        return transformers.AutoConfig.for_model(**special_floats(raw))
     except BUILD_ERRORS as error:
         raise ContentError(f"{ckpt.uri}: transformers cannot read config.json: {short(error)}") from error
-
-
-def plain_floats(value: Any) -> Any:
-    """Return a copy of a config with the numbers that transformers writes as objects, such as {"__float__": "Infinity"}."""
-    if isinstance(value, dict):
-        if value.keys() == {"__float__"} and value["__float__"] in ("Infinity", "-Infinity", "NaN"):
-            return float(value["__float__"])
-        return {k: plain_floats(v) for k, v in value.items()}
-    return [plain_floats(v) for v in value] if isinstance(value, list) else value
 
 
 def _restore_float32(model: Any, ckpt: Checkpoint) -> tuple[str, ...]:
