@@ -13,8 +13,8 @@ import math
 import random
 import re
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -39,7 +39,8 @@ class Family:
     ``text``: the module with ``embed_tokens`` and ``layers``. ``balance``: ``bias`` moves the family's correction bias
     (DeepSeek-V3, arXiv 2412.19437, section 2.1.2), ``loss`` adds a balancing loss of each layer (Switch Transformers,
     arXiv 2101.03961, section 2.2). ``frozen``: parts of names of parameters that text does not train. ``float32``: hub
-    names that the release has in float32. ``attention``, ``experts``: transformers' implementations to train with.
+    names that the release has in float32. ``spelled``: keys of config.json by transformers' name, as the release spells
+    them. ``attention``, ``experts``: transformers' implementations to train with.
     """
 
     config: Callable[[], PretrainedConfig]
@@ -49,6 +50,7 @@ class Family:
     specials: tuple[str, ...] = SPECIALS
     frozen: tuple[str, ...] = ()
     float32: re.Pattern[str] | None = None
+    spelled: Mapping[str, str] = field(default_factory=dict)
     attention: str = "sdpa"
     experts: str = "grouped_mm"
 
@@ -165,7 +167,13 @@ def hub_tensors(model: PreTrainedModel, float32: re.Pattern[str] | None) -> dict
     }
 
 
-def write(tensors: dict[str, torch.Tensor], config: PretrainedConfig, tok: Tokenizer, out: Path) -> None:
+def config_of(config: PretrainedConfig, spelled: Mapping[str, str]) -> dict[str, object]:
+    """Return what config.json holds."""
+    saved = json.loads(config.to_json_string(use_diff=True))
+    return dict(sorted((spelled.get(k, k), v) for k, v in saved.items())) if spelled else saved
+
+
+def write(tensors: dict[str, torch.Tensor], config: dict[str, object], tok: Tokenizer, out: Path) -> None:
     """Write two shards, index, config, tokenizer, generation config and chat template."""
     out.mkdir(parents=True)
     names = sorted(tensors, key=lambda n: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", n)])
@@ -183,7 +191,7 @@ def write(tensors: dict[str, torch.Tensor], config: PretrainedConfig, tok: Token
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     files = {
         "model.safetensors.index.json": index,
-        "config.json": json.loads(config.to_json_string(use_diff=True)),
+        "config.json": config,
         "generation_config.json": {"bos_token_id": 0, "eos_token_id": 0, "do_sample": True, "temperature": 1.0},
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": SPECIALS[0], "eos_token": SPECIALS[0],
@@ -235,7 +243,7 @@ def main(family: Family, description: str, **defaults: float) -> None:
     n = sum(q.numel() for q in model.parameters())
     print(f"{n:,} parameters, {ids.numel():,} tokens", flush=True)
     loss = train(family, model, ids, args)
-    write(hub_tensors(model, family.float32), config, tok, args.out)
+    write(hub_tensors(model, family.float32), config_of(config, family.spelled), tok, args.out)
     told = {k: str(v) for k, v in vars(args).items()}
     seconds = time.perf_counter() - args.t0
     print(json.dumps({"parameters": n, "train_tokens": ids.numel(), "last_loss": loss, "seconds": seconds, "args": told}))

@@ -29,7 +29,10 @@ def model_config() -> Qwen3MoeConfig:
     )  # fmt: skip
 
 
-FAMILY = Family(config=model_config, model=Qwen3MoeForCausalLM, text=lambda m: m.model, balance="loss")
+FAMILY = Family(
+    config=model_config, model=Qwen3MoeForCausalLM, text=lambda m: m.model, balance="loss",
+    spelled={"num_local_experts": "num_experts"},
+)  # fmt: skip
 
 if __name__ == "__main__":
     main(FAMILY, __doc__.splitlines()[0], steps=1500, batch=4, balance_rate=0.02)
