@@ -39,4 +39,4 @@ FAMILY = Family(
 )
 
 if __name__ == "__main__":
-    main(FAMILY, __doc__.splitlines()[0], steps=1500, batch=4, balance_rate=0.02)
+    main(FAMILY, __doc__.splitlines()[0], steps=900, batch=4, balance_rate=0.02)
