@@ -163,20 +163,34 @@ def header_part(rounds: int, folder: Path) -> dict[str, Any]:
         raw.append(one)
     return {"rounds": raw[1:], "tensors": {str(k): v for k, v in tensors.items()}}
 
+ROWS = 1024
+"""Rows of values that are drawn."""
+
 
 class Values:
-    """Random bytes of tensors: few rows, again and again, so that gigabytes are written in seconds."""
+    """Random bytes of tensors: few rows, again and again, so that gigabytes are written in seconds.
+
+    Every module begins with another of these rows, for no two modules of a real checkpoint are alike.
+    """
 
     def __init__(self) -> None:
         self.rng = np.random.default_rng(0)
         self.made: dict[tuple[object, ...], dict[str, bytes]] = {}
+        self.first: dict[str, int] = {}
 
-    def of(self, dtype: str, shape: tuple[int, ...]) -> dict[str, bytes]:
-        """Return base, codes and scales of a weight, each as the bytes of 64 rows (scalars whole)."""
+    def of(self, module: str, leaf: str, dtype: str, shape: tuple[int, ...]) -> bytes:
+        """Return the bytes of base, codes or scales of a weight: `ROWS` rows, a scalar whole."""
+        data = self._rows(dtype, shape)[leaf]
+        if len(data) < ROWS:
+            return data
+        cut = self.first.setdefault(module, len(self.first)) % ROWS * (len(data) // ROWS)
+        return data[cut:] + data[:cut]
+
+    def _rows(self, dtype: str, shape: tuple[int, ...]) -> dict[str, bytes]:
         key = dtype, shape[-1]
         if key not in self.made:
             width = shape[-1] * (2 if dtype == "U8" else 1)
-            values = (self.rng.standard_normal((64, width)) * 0.02).astype(ml_dtypes.bfloat16)
+            values = (self.rng.standard_normal((ROWS, width)) * 0.02).astype(ml_dtypes.bfloat16)
             wide = values.astype(np.float32)
             name = "nvfp4" if dtype == "U8" else "mxfp8"
             scales = max_scales(wide, name) or {}
@@ -229,7 +243,7 @@ def write_slice(folder: Path, rows: list[Row], config: dict[str, object], *, hol
     def pick(name: str, dtype: str, _shape: tuple[int, ...]) -> bytes | None:
         module, _, leaf = name.rpartition(".")
         if leaf in SCALE_LEAVES or dtype in ("U8", "F8_E4M3"):
-            return None if holes and leaf == "weight" else values.of(*weights[module])[leaf]
+            return None if holes and leaf == "weight" else values.of(module, leaf, *weights[module])
         return plain(dtype, values)
 
     # Embeddings, head and vision are left out: their names are missing in the slice, which costs nothing to tell.
@@ -247,7 +261,9 @@ def write_base(folder: Path, rows: list[Row], config: dict[str, object], candida
 
     def pick(name: str, _dtype: str, _shape: tuple[int, ...]) -> bytes | None:
         module = name.removesuffix(".weight")
-        return values.of(*quantized[module])["base"] if module in quantized else own.read(own.tensors[name]).tobytes()
+        if module in quantized:
+            return values.of(module, "base", *quantized[module])
+        return own.read(own.tensors[name]).tobytes()
 
     return values.fill(sparse.write(folder, base, {k: v for k, v in config.items() if k != "quantization_config"}, 8), pick)
 
@@ -337,12 +353,12 @@ def memory_part(rounds: int, folder: Path) -> dict[str, Any]:
     config = config_of(rows, 1)
     path = values.fill(
         sparse.write(folder / "mixed", rows, config, 2),
-        lambda n, _d, _s: values.of("U8", (16384, 8192))[n.rpartition(".")[2]] if ".experts." in n else None,
+        lambda n, _d, _s: values.of(expert, n.rpartition(".")[2], "U8", (16384, 8192)) if ".experts." in n else None,
     )
     bases: list[Row] = [rows[0], (f"{expert}.weight", "BF16", (16384, 16384))]
     base = values.fill(
         sparse.write(folder / "base", bases, config, 2),
-        lambda n, _d, _s: values.of("U8", (16384, 8192))["base"] if ".experts." in n else None,
+        lambda n, _d, _s: values.of(expert, "base", "U8", (16384, 8192)) if ".experts." in n else None,
     )
     raw = []
     for _ in range(min(3, rounds)):

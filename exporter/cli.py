@@ -5,15 +5,15 @@ from __future__ import annotations
 
 import json
 import os
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from exporter.cli_preview import read_prompts, show_preview
+from verifier.cli.common import progress_bar
 from verifier.errors import UsageError
 
 if TYPE_CHECKING:
@@ -93,7 +93,8 @@ def export(
         return
     _require_writable(report_file, out)
     read = read_prompts(prompts) if prompts is not None else []
-    with _bar(lambda: exporter.plan_export(source, **given).nbytes) as progress:
+    with progress_bar("writing", in_bytes=True) as draw:
+        progress = None if draw is None else _sums(draw, exporter.plan_export(source, **given).nbytes)
         manifest = exporter.export(source, out, overwrite=overwrite, workers=workers, progress=progress, **given)
     code = _finish(manifest, out, base=source, merged_from=onto, report_file=report_file)
     if read:
@@ -145,19 +146,17 @@ def describe(plan: Plan) -> str:
     return "\n".join(lines) + "\n"
 
 
-@contextmanager
-def _bar(total: Callable[[], int]) -> Iterator[Callable[[int], None] | None]:
-    """Yield a progress callback that draws a bar on a terminal, and None elsewhere."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console  # noqa: PLC0415  (of use on a terminal only)
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: PLC0415
+def _sums(draw: Callable[[int, int], None], total: int) -> Callable[[int], None]:
+    """Return a callback that takes bytes as they are written, and draws their sum."""
+    written, lock = 0, threading.Lock()
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("writing", total=total())
-        yield lambda n: bar.advance(task, n)
+    def add(more: int) -> None:
+        nonlocal written
+        with lock:  # shards are written by threads
+            written += more
+            draw(written, total)
+
+    return add
 
 
 def _require_writable(report_file: Path | None, out: str) -> None:

@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any
 
 import click
 
+from verifier.cli.common import progress_bar
 from verifier.errors import MissingExtra, UsageError
 
 FALLBACK = click.Choice(["fallback", "error"])
@@ -62,7 +61,7 @@ def calibrate(
             raise MissingExtra("calibrate", "load")
     from exporter import calibration  # noqa: PLC0415  (torch and transformers cost seconds)
 
-    with _bar() as progress:
+    with progress_bar("calibrating") as progress:
         report = calibration.calibrate(
             source, out, recipe=recipe, texts=texts, samples=counts, seq_len=seq_len, batch_size=batch_size, seed=seed,
             device=device, method=method, percentile=percentile,  # type: ignore[arg-type]
@@ -77,20 +76,6 @@ def _numbers(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError as error:
         raise UsageError(f"--samples {text}: whole numbers with commas between them") from error
-
-
-@contextmanager
-def _bar() -> Iterator[Callable[[int, int], None] | None]:
-    """Yield a progress callback that draws a bar on a terminal, and None elsewhere."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console  # noqa: PLC0415  (of use on a terminal only)
-    from rich.progress import Progress  # noqa: PLC0415
-
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("calibrating", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 CONTROLLED = ("--recipe", "--texts", "-o", "--output", "--overwrite", "--kv")

@@ -6,11 +6,9 @@ from __future__ import annotations
 import torch
 
 from exporter.codecs.blocks import FLOATS, Part, Rows, Scratch, each_part, require_fit, scalar_or, take, target
-from exporter.codecs.constants import E8M0_BIAS, MX_BLOCK, NVFP4_BLOCK
+from exporter.codecs.constants import MX_BLOCK, NVFP4_BLOCK
+from exporter.codecs.tables import e2m1_pairs, e8m0_powers
 from verifier.errors import EncodeError
-
-_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-_NAN = 255
 
 
 def mxfp4(
@@ -35,9 +33,7 @@ def mxfp4(
     """
     code, scale = mxfp4_codes(parts)
     result, flat = target(out, "mxfp4", "out", torch.Size((*code.shape[:-1], code.shape[-1] * 2)), dtype, code.device)
-    power = torch.ldexp(torch.ones(256), torch.arange(256) - E8M0_BIAS)
-    power[_NAN] = torch.nan
-    _write(flat, code, power.to(code.device)[scale.to(torch.int64)], MX_BLOCK, threads)
+    _write(flat, code, e8m0_powers().to(code.device)[scale.to(torch.int64)], MX_BLOCK, threads)
     return result
 
 
@@ -90,9 +86,7 @@ def nvfp4_ct(
 
 def _write(flat: torch.Tensor, code: torch.Tensor, scale: torch.Tensor, block: int, threads: int | None) -> None:
     """Write codes times their blocks' scale into rows, a part at a time."""
-    nibble = torch.tensor([*_MAGNITUDES, *(-m for m in _MAGNITUDES)])
-    byte = torch.arange(256)
-    pairs = torch.stack([nibble[byte & 15], nibble[byte >> 4]], 1).to(code.device)
+    pairs = e2m1_pairs().to(code.device)
     codes, scales = Rows(code), Rows(scale)
 
     def work(part: Part, _scratch: Scratch) -> None:

@@ -26,9 +26,8 @@ from exporter.codecs.blocks import (
     target,
 )
 from exporter.codecs.constants import E4M3_MAX, E8M0_BIAS, MX_BLOCK
+from exporter.codecs.tables import E8M0_NAN, e8m0_powers
 from verifier.errors import EncodeError
-
-_NAN = 255
 
 
 def exponents(maxima: torch.Tensor) -> torch.Tensor:
@@ -72,7 +71,7 @@ def encode(
     if weight_scale is not None:
         require_fit(weight_scale, "mxfp8", "weight_scale", shape, torch.uint8, torch.float8_e8m0fnu)
         given = weight_scale.view(torch.uint8).reshape(flat_scales.shape)
-        if bool((given == _NAN).any()):
+        if bool((given == E8M0_NAN).any()):
             raise EncodeError("mxfp8: the given weight_scale holds NaN (255)")
 
     compiled = fast.kernels(x.device)
@@ -110,10 +109,8 @@ def encode(
 def _tables(device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     every = torch.arange(256, dtype=torch.uint8)
     codes = every.view(torch.float8_e4m3fn).float()
-    powers = torch.ldexp(torch.ones(256), torch.arange(256) - E8M0_BIAS)
-    powers[_NAN] = torch.nan
     inverse = torch.ldexp(torch.ones(256), E8M0_BIAS - torch.arange(256))
-    return codes.to(device), powers.to(device), inverse.to(device)
+    return codes.to(device), e8m0_powers().to(device), inverse.to(device)
 
 
 def values_of(code: torch.Tensor, scratch: Scratch, into: torch.Tensor) -> None:

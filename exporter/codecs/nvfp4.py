@@ -32,6 +32,7 @@ from exporter.codecs.blocks import (
     tensor_amax,
 )
 from exporter.codecs.constants import E2M1_MAX, E4M3_MAX, NVFP4_BLOCK, NVFP4_RANGE, SCALE_FLOOR
+from exporter.codecs.tables import e2m1_pairs
 from verifier.errors import EncodeError
 
 _EXPONENT = 0x7F800000
@@ -201,10 +202,7 @@ def pack(code: torch.Tensor, scratch: Scratch) -> torch.Tensor:
 @lru_cache(maxsize=8)
 def _tables(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the two values of each packed byte, float16 pairs as int32, and the value of each E4M3 byte, float32."""
-    magnitudes = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
-    nibble = torch.cat([magnitudes, -magnitudes])
-    byte = torch.arange(256)
-    pairs = torch.stack([nibble[byte & 15], nibble[byte >> 4]], 1).to(torch.float16).view(torch.int32).reshape(256)
+    pairs = e2m1_pairs().to(torch.float16).view(torch.int32).reshape(256)
     scale = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
     return pairs.to(device), scale.to(device)
 

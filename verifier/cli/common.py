@@ -31,15 +31,17 @@ def errors_as(format_: str) -> Iterator[None]:
 
 
 @contextmanager
-def byte_bar(label: str) -> Iterator[Callable[[int, int], None] | None]:
-    """Yield a callback (bytes done, bytes in all) that draws a bar on a terminal, and None elsewhere."""
+def progress_bar(label: str, *, in_bytes: bool = False) -> Iterator[Callable[[int, int], None] | None]:
+    """Yield a callback (done, in all) that draws a bar on a terminal, and None elsewhere."""
     if not sys.stderr.isatty():
         yield None
         return
     from rich.console import Console  # noqa: PLC0415  (of use on a terminal only)
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: PLC0415
+    from rich.progress import BarColumn, DownloadColumn, Progress, TaskProgressColumn, TextColumn  # noqa: PLC0415
+    from rich.progress import TimeRemainingColumn as Remaining  # noqa: PLC0415
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    amount = DownloadColumn() if in_bytes else TaskProgressColumn()
+    columns = (TextColumn("{task.description}"), BarColumn(), amount, Remaining())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(label, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

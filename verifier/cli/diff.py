@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import click
 
-from verifier.cli.common import byte_bar, errors_as
+from verifier.cli.common import errors_as, progress_bar
 
 
 @click.command()
@@ -22,7 +22,7 @@ def diff(ctx: click.Context, a: str, b: str, payload: bool, format_: str) -> Non
     from verifier.compare.diff import diff as compare  # noqa: PLC0415  (numpy, see check)
     from verifier.compare.render import diff_json, diff_text  # noqa: PLC0415
 
-    with errors_as(format_), byte_bar("comparing") as progress:
+    with errors_as(format_), progress_bar("comparing", in_bytes=True) as progress:
         found = compare(a, b, payload=payload, progress=progress)
     click.echo(diff_json(found) if format_ == "json" else diff_text(found), nl=False)
     ctx.exit(0 if found.equal else 1)

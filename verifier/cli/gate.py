@@ -5,16 +5,14 @@ from __future__ import annotations
 
 import glob
 import os
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from verifier.cli.common import progress_bar
 from verifier.cli.recording import record, recordable, recording_options
 from verifier.errors import MissingExtra, UsageError
 
@@ -77,7 +75,7 @@ def gate(
     started = time.monotonic()
     from verifier import gate as room  # noqa: PLC0415  (numpy, as in check)
 
-    with _bar() as progress:
+    with progress_bar("scoring") as progress:
         if plan:
             found = room.plan(candidate, base=base, corpus=corpus, progress=progress, **options)
             click.echo(room.render_plan_json(found) if format_ == "json" else room.render_plan_text(found), nl=False)
@@ -119,7 +117,7 @@ def score(
     part, ranks = Path(f"{output}.part"), _ranks()
     if ranks is not None and options["device"] == "cuda":
         options["device"] = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-    with _bar() as progress:
+    with progress_bar("scoring") as progress:
         found = room.score_run(
             open_checkpoint(checkpoint), room.load_corpus(corpus).head(documents), top_k=top_k, journal=part,
             progress=progress, say=_say, ranks=ranks, **options,
@@ -193,17 +191,3 @@ def _say(message: str) -> None:
     from verifier.report import printable  # noqa: PLC0415
 
     click.echo(f"ckptgate: {printable(message, 2000)}", err=True)
-
-
-@contextmanager
-def _bar() -> Iterator[Callable[[int, int], None] | None]:
-    """Yield a progress callback that draws a bar on a terminal, and None elsewhere."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console  # noqa: PLC0415  (of use on a terminal only)
-    from rich.progress import Progress  # noqa: PLC0415
-
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("scoring", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -79,7 +79,7 @@ def _drift(run: dict[str, Any], file: str) -> None:
 
 
 def _weights(run: dict[str, Any]) -> list[Figure]:
-    from verifier.cli.common import byte_bar  # noqa: PLC0415
+    from verifier.cli.common import progress_bar  # noqa: PLC0415
     from verifier.compare.noise import noise  # noqa: PLC0415
     from verifier.report.figures import heat  # noqa: PLC0415
     from verifier.report.runs import Figure  # noqa: PLC0415
@@ -87,7 +87,7 @@ def _weights(run: dict[str, Any]) -> list[Figure]:
     candidate, base = run.get("candidate") or run.get("uri"), run.get("base")
     if not base:
         raise UsageError("--weights compares with a base, and the run names none")
-    with byte_bar("decoding") as progress:
+    with progress_bar("decoding", in_bytes=True) as progress:
         found = noise(str(candidate), str(base), progress)
     left = f" {found.left_out} weights could not be compared." if found.left_out else ""
     words = f"10 log10 of signal over quantization error, {found.weights:,} weights.{left} Low is worse."

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import click
 
-from verifier.cli.common import byte_bar, errors_as
+from verifier.cli.common import errors_as, progress_bar
 
 
 @click.command()
@@ -24,7 +24,7 @@ def stats(ctx: click.Context, uri: str, depth: str, format_: str) -> None:
     from verifier.compare.render import stats_json, stats_text  # noqa: PLC0415  (numpy, see check)
     from verifier.compare.stats import stats as count  # noqa: PLC0415
 
-    with errors_as(format_), byte_bar("reading scales") as progress:
+    with errors_as(format_), progress_bar("reading scales", in_bytes=True) as progress:
         found = count(uri, depth=depth, progress=progress)
     click.echo(stats_json(found) if format_ == "json" else stats_text(found), nl=False)
     ctx.exit(1 if found.problems else 0)

@@ -9,7 +9,7 @@ The estimate is a ratio of sums, sum(S_d) / sum(T_d). Its standard error is the 
 is divided by the tokens of the other documents, T - T_d, where linearization divides by T; this undoes the shrinking of a
 long document's own residual. It is compared with Student's t of nu degrees of freedom, where
 nu = min(D - 1, (sum a_d)^2 / sum a_d^2), a_d = (T_d / (T - T_d))^2 (Satterthwaite, for documents that differ in their
-mean): with documents of one length nu is D - 1, with a few long ones fewer. benchmarks/coverage.py measures what the
+mean): with documents of one length nu is D - 1, with a few long ones fewer. benchmarks/intervals.py measures what the
 alternatives cover.
 """
 

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Simulate how often the gate's intervals hold the truth, and how often the worst-document rule sees a dead expert.
 
-    python benchmarks/coverage.py [--rounds 10000] [--out benchmarks/results/coverage.json]
+    python benchmarks/intervals.py [--rounds 10000] [--out benchmarks/results/intervals.json]
+
+(Not coverage.py: numba imports the package of that name, and would find this file beside a script.)
 
 Scenarios are fixed: number of documents x lengths x how documents differ. Token noise has the standard deviation 0.35
 nats of published paired logs; normal token noise is drawn as the sum that it makes, Student-t noise token by token on
@@ -122,12 +124,12 @@ def main() -> None:
     """Simulate and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=10_000)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "coverage.json")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "intervals.json")
     args = parser.parse_args()
     started = time.monotonic()
     rows = [measure(k, n, d, args.rounds) for d in DOCUMENTS for k in KINDS for n in LENGTHS]
     result = {
-        "command": "python benchmarks/coverage.py", "level": 0.95, "token_sd": TOKEN_SD, "effect": EFFECT,
+        "command": "python benchmarks/intervals.py", "level": 0.95, "token_sd": TOKEN_SD, "effect": EFFECT,
         "hit": {"share": HIT_SHARE, "nats": HIT}, "effects": KINDS, "lengths": LENGTHS, "symmetric": list(SYMMETRIC),
         "rows": rows, "versions": {"python": platform.python_version(), **{p: version(p) for p in ("numpy", "scipy")}},
         "machine": f"{platform.machine()}, {os.cpu_count()} processors, shared",
