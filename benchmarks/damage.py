@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Damage exports of two goldens in known ways and ask what each measure of the gate, and the check, see.
 
-    python -m benchmarks.damage [--golden minimax-m3-tiny] [--wikitext] [--out benchmarks/results/damage.json]
-
-(Not by its path: `coverage.py` beside it would then stand before the package that numba imports.)
+    python benchmarks/damage.py [--golden minimax-m3-tiny] [--wikitext] [--out benchmarks/results/damage.json]
 
 Bytes of a real export are edited; each damaged copy is scored once on the golden's own corpus and compared with the base
 (absolute margin, the default budget) and with the undamaged export (drift margin, the default), and checked at depth payload
@@ -269,7 +267,7 @@ def main() -> None:
         finally:
             shutil.rmtree(work, ignore_errors=True)
     result = {
-        "command": "python -m benchmarks.damage --wikitext",
+        "command": "python benchmarks/damage.py --wikitext",
         "goldens": [found[s.golden] for s in SUBJECTS if s.golden in found],
         "versions": {"python": platform.python_version(), **{p: version(p) for p in ("torch", "transformers", "numpy")}},
     }  # fmt: skip

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rebuild every export of every golden and compare it with its accepted record in ``goldens/records``.
 
-    python -m goldens.rebuild [--only 'qwen3-moe-tiny.*'] [--write]
+    python -m goldens.rebuild [--only 'qwen3-moe-tiny.*'] [--write | --results]
 
 An export is checked (depth payload, against its base), scored on the golden's own corpus, and held against its record:
 the digest of all tensors, the headers, the scales' statistics, the sums of each document. On the versions that the record
 was made with the bytes must be equal; on others the drift must be within the record's margin, and the report says which it
-was. ``--write`` leaves a pending record where one disagrees (`ckptgate goldens review|accept -d goldens/records`) and
-writes ``goldens/results.json``, which docs/goldens.md is rendered from.
+was. ``--write`` leaves a pending record where one disagrees (`ckptgate goldens review|accept -d goldens/records`).
+``--results`` builds nothing: it writes ``goldens/results.json``, which docs/goldens.md is rendered from, from the accepted
+records.
 
 Exit 0: all agree. 1: one does not. 3: for one neither is shown.
 """
@@ -18,7 +19,7 @@ import argparse
 import contextlib
 import fnmatch
 import json
-import platform
+import math
 import shutil
 import subprocess
 import sys
@@ -35,6 +36,7 @@ from verifier.compare.stats import bins, shares, stats
 from verifier.errors import PlanError
 from verifier.gate import GateResult, Run, compare_runs, load_corpus, margin_of, render_json, score_run
 from verifier.gate.run import weights_digest
+from verifier.gate.statistics import paired
 from verifier.goldens import Golden, Judged, Pending, judge, proposed, store
 from verifier.history.record import now, parse_run
 
@@ -96,13 +98,12 @@ GOLDENS = {"minimax-m3-tiny": (*PLAIN, *MIXED), "qwen3-moe-tiny": PLAIN, "gpt-os
 
 @dataclass(frozen=True)
 class Rebuilt:
-    """What a build came to: an exit code, a sentence, what waits for a person, a row of the results file."""
+    """What a build came to: an exit code, a sentence, and what waits for a person."""
 
     name: str
     code: int
     sentence: str
     pending: Pending | None = None
-    row: dict[str, Any] | None = None
 
 
 def scale_facts(folder: Path) -> dict[str, int | float | str]:
@@ -151,18 +152,25 @@ def compare(old: Golden | None, new: Golden) -> Judged:
     return Judged("changed" if fine else judged.outcome, sentence, judged.interval)
 
 
-def row_of(build: Build, golden: str, result: GateResult, new: Golden, base: Checkpoint) -> dict[str, Any]:
-    """Return what the results file tells of an export."""
-    i, m = result.interval, result.measures
-    if i is None or m.kl is None or m.top1 is None:
-        raise SystemExit(f"{golden}.{build.name}: logits that are not finite")
-    scales = {k.removeprefix("scales."): v for k, v in new.facts.items() if k.endswith((".total", ".floor", ".zero"))}
-    return {
-        "format": build.name, "command": build.command(golden), "loss": i.delta, "low": i.low, "high": i.high, "se": i.se,
-        "documents": i.documents, "tokens": i.tokens, "margin": result.margin.nats, "verdict": result.outcome,
-        "kl": m.kl.mean.delta, "top1": m.top1.delta, "bytes": new.facts["bytes"],
-        "share_of_base": round(int(new.facts["bytes"]) / base.nbytes, 4), "scales": scales,
-        "weights_sha256": new.facts["weights_sha256"],
+def row_of(build: Build, golden: str, base: Checkpoint) -> dict[str, Any]:
+    """Return what the results file tells of an export: its accepted record, or why there is none."""
+    name, told = f"{golden}.{build.name}", {"format": build.name, "command": build.command(golden)}
+    if store.digest_of(RECORDS, name) is None:
+        with tempfile.TemporaryDirectory(prefix="ckptgate-goldens-") as work:
+            try:
+                build.run(HERE / golden, Path(work) / name)
+            except PlanError as error:
+                return told | {"refused": str(error)}
+        raise SystemExit(f"{name}: no record is accepted yet; python -m goldens.rebuild --write, review, accept")
+    g = store.load(RECORDS, name)
+    found = paired(*([d[i] for d in g.documents] for i in range(3)))
+    margin = margin_of(None, {k.split(".")[1] for k in g.facts if k.startswith("scales.")})
+    counts = {k.removeprefix("scales."): v for k, v in g.facts.items() if k.endswith((".total", ".floor", ".zero"))}
+    return told | {
+        "loss": g.loss, "low": g.low, "high": g.high, "se": found.se, "documents": len(g.documents), "tokens": found.tokens,
+        "margin": margin.nats, "verdict": g.verdict, "perplexity": math.exp(sum(d[1] for d in g.documents) / found.tokens),
+        "bytes": g.facts["bytes"], "share_of_base": round(int(g.facts["bytes"]) / base.nbytes, 4), "scales": counts,
+        "weights_sha256": g.facts["weights_sha256"],
     }  # fmt: skip
 
 
@@ -177,7 +185,7 @@ class Workshop:
 
     def score(self, ckpt: Checkpoint) -> Run:
         """Score a checkpoint on the golden's corpus."""
-        found = score_run(ckpt, self.corpus, top_k=64, workers=self.workers)
+        found = score_run(ckpt, self.corpus, workers=self.workers)
         if found is None:
             raise SystemExit("no run")
         return found
@@ -192,8 +200,7 @@ class Workshop:
             refused = f"export refuses it: {error}"
             if old is not None:
                 return Rebuilt(name, 1, f"a record is accepted, and {refused}")
-            row = {"format": build.name, "command": build.command(self.golden), "refused": str(error)}
-            return Rebuilt(name, 0, refused, row=row)
+            return Rebuilt(name, 0, refused)
         merged = self.folder / VENDOR if build.onto or build.merged else None
         report = verifier.check(name, base=self.folder / BASE, merged_from=merged, depth="payload")
         if report.verdict != "passed":
@@ -211,29 +218,27 @@ class Workshop:
             time=now(),
         )  # fmt: skip
         agrees = judged.outcome in ("agrees", "within")
-        told = row_of(build, self.golden, result, new, self.base)
-        return Rebuilt(name, judged.exit_code, judged.sentence, None if agrees else waits, told)
+        return Rebuilt(name, judged.exit_code, judged.sentence, None if agrees else waits)
 
 
-def results_of(found: dict[str, list[Rebuilt]]) -> dict[str, Any]:
+def results() -> dict[str, Any]:
     """Return what the results file holds."""
-    goldens = {}
-    for golden, rows in found.items():
+    goldens: dict[str, Any] = {}
+    versions: dict[str, str] = {}
+    for golden, builds in GOLDENS.items():
         manifest = json.loads((HERE / golden / "manifest.json").read_text(encoding="utf-8"))
         own, wiki = manifest["scores"][:2]  # the corpus that it wrote, and WikiText-2's test split by tokens
-        train = manifest["options"]["train"]
+        train, base = manifest["options"]["train"], open_checkpoint(HERE / golden / BASE)
         goldens[golden] = {
             "parameters": train["parameters"], "training_seconds": round(train["seconds"]),
             "steps": int(train["args"]["steps"]), "perplexity": own["perplexity"], "wikitext_perplexity": wiki["perplexity"],
             "unigram_perplexity": wiki["extra"]["unigram_perplexity"],
             "lowest_expert_share": manifest["notes"]["lowest_expert_share"],
-            "formats": [r.row for r in rows if r.row is not None],
+            "formats": [row_of(b, golden, base) for b in builds],
         }  # fmt: skip
-    versions = {p: version(p).partition("+")[0] for p in MADE_WITH}
-    return {
-        "command": "python -m goldens.rebuild --write", "goldens": goldens,
-        "versions": {"python": platform.python_version(), **versions},
-    }  # fmt: skip
+        for name in (n for n in store.names(RECORDS, store.ACCEPTED) if n.startswith(golden)):
+            versions |= {p: str(v) for p, v in store.load(RECORDS, name).versions.items() if p in MADE_WITH}
+    return {"command": "python -m goldens.rebuild --results", "goldens": goldens, "versions": versions}
 
 
 def unreferenced(only: str, records: Path) -> list[str]:
@@ -257,11 +262,15 @@ def main() -> int:
     """Rebuild, compare, report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="*", metavar="GLOB", help="of GOLDEN.FORMAT")
-    parser.add_argument("--write", action="store_true", help="write pending records; with all builds, the results too")
+    parser.add_argument("--write", action="store_true", help="write pending records")
+    parser.add_argument("--results", action="store_true", help="write the results file from the accepted records")
     parser.add_argument("--records", type=Path, default=RECORDS)
     parser.add_argument("--workers", type=int, help="scoring processes")
     parser.add_argument("--out", type=Path, help="keep the exports here")
     args = parser.parse_args()
+    if args.results:
+        RESULTS.write_text(json.dumps(results(), indent=1) + "\n", encoding="utf-8")
+        return 0
     builds = wanted(args.only)
     if not builds:
         raise SystemExit(f"{args.only!r} matches none of the exports")
@@ -269,7 +278,6 @@ def main() -> int:
     work = args.out.resolve() if args.out else Path(tempfile.mkdtemp(prefix="ckptgate-goldens-"))
     work.mkdir(exist_ok=True)
     codes: list[int] = []
-    found: dict[str, list[Rebuilt]] = {}
     try:
         # A record tells the path that was scored: a name in the working directory, the same on every machine.
         with contextlib.chdir(work):
@@ -277,7 +285,6 @@ def main() -> int:
                 shop = Workshop(golden, args.workers)
                 for build in group:
                     r = shop.rebuild(build, records)
-                    found.setdefault(golden, []).append(r)
                     codes.append(r.code)
                     print(f"{'ok' if r.code == 0 else 'FAILED':6} {r.name}: {r.sentence}", flush=True)
                     if args.write and r.pending is not None:
@@ -288,8 +295,6 @@ def main() -> int:
     for name in unreferenced(args.only, records):
         codes.append(1)
         print(f"FAILED {name}: a record that no export is of; `ckptgate goldens prune` drops it")
-    if args.write and args.only == "*":
-        RESULTS.write_text(json.dumps(results_of(found), indent=1) + "\n", encoding="utf-8")
     good = codes.count(0)
     print(f"{good} of {len(codes)} as accepted")
     return 1 if 1 in codes or 4 in codes else max(codes)

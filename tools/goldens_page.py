@@ -43,10 +43,10 @@ candidate sums of each document, and who accepted it when and why.
 
 After a change that is meant, on a machine of your own (a person accepts, never CI):
 
-    python -m goldens.rebuild --write                 # pending records, goldens/results.json
+    python -m goldens.rebuild --write                 # pending records
     ckptgate goldens review -d goldens/records
     ckptgate goldens accept 'qwen3-moe-tiny.*' -d goldens/records --reason "…"
-    python tools/make_docs.py
+    python -m goldens.rebuild --results && python tools/make_docs.py
 
 One export by hand, held against its record:
 
@@ -86,17 +86,16 @@ def verdicts(name: str, g: dict[str, Any]) -> list[str]:
         lines += [
             f"Loss over the BF16 model, nats a token, on {x['documents']} documents that it wrote ({x['tokens']:,} tokens,",
             f"its perplexity {g['perplexity']:.2f}), 90 % interval over documents, and the format's default margin.", "",
-            "| format | loss [90 %] | of perplexity | margin | verdict | KL | same top-1 | size |",
-            "| --- " * 8 + "|",
+            "| format | loss [90 %] | of perplexity | margin | verdict | size |",
+            "| --- " * 6 + "|",
         ]  # fmt: skip
     for x in made:
         lines.append(
             f"| {FORMATS[x['format']]} | {x['loss']:+.4f} [{x['low']:+.4f}, {x['high']:+.4f}] "
-            f"| {math.expm1(x['loss']):+.2%} | {x['margin']:.4f} | {x['verdict']} | {x['kl']:.4f} | {x['top1']:.1%} "
-            f"| {x['share_of_base']:.0%} |"
+            f"| {math.expm1(x['loss']):+.2%} | {x['margin']:.4f} | {x['verdict']} | {x['share_of_base']:.0%} |"
         )
     if made:
-        told = "KL is the lower bound from the 64 likeliest tokens; size is tensors' bytes over those of the BF16 model."
+        told = "The text was sampled from the BF16 model, so the loss estimates KL(base || candidate)."
         lines += ["", told, ""]
     refused = [x for x in g["formats"] if "refused" in x]
     if refused:
