@@ -17,10 +17,7 @@ transformers = pytest.importorskip("transformers")
 
 import verifier  # noqa: E402
 from tests import sparse  # noqa: E402
-from verifier.checkpoint import (
-    open_checkpoint,
-    special_floats,
-)
+from verifier.checkpoint import open_checkpoint, special_floats  # noqa: E402
 from verifier.cli import cli  # noqa: E402
 from verifier.corrupt import CORRUPTORS, Corruptor, Folder  # noqa: E402
 from verifier.errors import MissingExtra, UsageError  # noqa: E402
