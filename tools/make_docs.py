@@ -18,6 +18,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from goldens_page import damage_lines
+from goldens_page import page as goldens_page
+
 from verifier.errors import EXIT_CODES
 from verifier.families import known
 from verifier.rules import all_rules
@@ -33,7 +36,8 @@ NOT_YET = {
     "QC108 shared storage at save": "it cannot occur in a file; the key that is lost by it is QC301's or QC302's",
     "QC601 an engine's loader refuses": "takes the engine; in the file what it refuses for is QC2xx, QC3xx, QC4xx, QC604",
     "QC602 a parameter is never written":
-        "takes its loader, twice over two fillings; in the file QC205, QC207, QC301, QC302, and QC608 by transformers",
+        "takes the engine's loader, twice over two fillings; in the file QC205, QC207, QC301, QC302, "
+        "and QC608 by transformers",
     "QC603 a tensor is read and not used":
         "takes the engine's loader, watched; in the file QC201 to QC204, and QC608 by transformers",
     "QC607 the export depends on the path's form": "takes a second export; MTP tensors that one lacks are QC206",
@@ -307,20 +311,7 @@ def gate_page() -> str:
 
 def damage_table() -> str:
     """Return what each measure of the gate says of damaged exports, from the results that the benchmark wrote."""
-    r = json.loads((DOCS.parent / "benchmarks" / "results" / "damage.json").read_text(encoding="utf-8"))
-    lines = [
-        DAMAGE[0], "",
-        f"| damage (layer {r['layer']}) | loss | absolute | drift [90 %] | with drift margin | KL to the good one | top-1 |",
-        "| --- " * 7 + "|", f"| none | {r['good']['loss']:+.4f} | {r['good']['absolute']} | | | | |",
-    ]  # fmt: skip
-    for x in r["rows"]:
-        middle, low, high = x["drift"]
-        lines.append(
-            f"| {x['damage']} | {x['loss']:+.4f} | {x['absolute']} | {middle:+.4f} [{low:+.4f}, {high:+.4f}] "
-            f"| {x['with_drift']} | {x['kl_to_good']:.4f} | {x['top1_to_good']:.1%} |"
-        )
-    versions = ", ".join(f"{k} {v}" for k, v in r["versions"].items())
-    return "\n".join([*lines, "", f"`{r['command']}`; {versions}.", "", DAMAGE[1]])
+    return "\n".join([DAMAGE[0], "", *damage_lines(), "", DAMAGE[1]])
 
 
 ENGINES = {
@@ -418,6 +409,7 @@ def main() -> int:
     pages = {"rules.md": rules_page(), "exit-codes.md": exit_codes_page(), "performance.md": performance_page()}
     pages |= {"gate.md": gate_page(), "../verifier/gate/coverage.json": coverage_table()}
     pages |= {"families.md": families_page()}
+    pages |= {"goldens.md": goldens_page()}
     for name, text in pages.items():
         file = DOCS / name
         if "--check" in sys.argv:

@@ -24,7 +24,7 @@ from verifier.findings import Finding, Report
 @click.option(
     "--depth", type=click.Choice(["header", "payload", "load", "eval"]), default="header", show_default=True,
     help="header: names, shapes, configs. payload: every scale and unquantized tensor too; with --base every weight. "
-    "load: the model through transformers as well. eval: and text through base and candidate, as `ckptgate gate`.",
+    "load: the model through transformers as well. eval: text through base and candidate too, as `ckptgate gate`.",
 )  # fmt: skip
 @click.option("--tp", metavar="N", type=click.IntRange(1, 65536), help="The tensor parallel size to serve with.")
 @click.option("--ep", metavar="N", type=click.IntRange(1, 65536), help="The expert parallel size to serve with.")

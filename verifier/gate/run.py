@@ -118,6 +118,8 @@ def run(
         refuse_unlike_keys(accepted.header.model, accepted.header.key, ckpt.uri, key)
     attempts = Attempts(Path(cache)) if cache is not None else None
     looks = attempts.looks(ckpt, reference, found, window, series_of(kind, scorer, found)) if attempts else 1
+    if kl == "lockstep" and scorer.name != "hf":
+        raise UsageError(f"--kl lockstep runs both models in one process; with --scorer {scorer.name} there is top-k")
     chosen = _kl_choice(kl, kind, reference, device, workers, cached=cache is not None or scorer.name != "hf")
     divergence: Array | None = None
     if chosen == "lockstep":

@@ -19,7 +19,7 @@ from verifier.evaluation import Evaluate
 from verifier.findings import SEVERITIES, Coverage, Finding, Report, Severity, Verdict, Where, failing
 from verifier.rules import DEPTHS, Context, Depth, Rule, all_rules
 from verifier.run.group import MAX_GROUPS, group
-from verifier.run.loading import loading
+from verifier.run.loading import loading, scoring
 from verifier.run.sample import Sample, sample_of
 from verifier.run.schedule import MAX_KINDS, Outcome, run_rules, workers_of
 from verifier.run.select import Prefixes, Selection
@@ -75,7 +75,7 @@ def check(
         merged_from: the checkpoint whose bytes a mixed export keeps.
         depth: ``header`` reads headers and configs; ``payload`` every scale and unquantized tensor as well, and with a
             base or ``merged_from`` every weight; ``load`` also builds the model with transformers (docs/reload.md);
-            ``eval`` scores text with candidate and base too.
+            ``eval`` scores text with candidate and base too (docs/gate.md).
         require: rules, by id or prefix, that must run; one that did not makes the verdict unproven.
         fail_on: ``warning`` lets warnings fail too.
         select: prefixes of rule ids (``QC5``, ``QC501,QC3``, ``ALL``): the rules that run; without any, all.
@@ -92,7 +92,8 @@ def check(
             one report of all of them.
         sample: ``5%`` reads that part of the modules of each look; the report says so.
         seed: which modules a sample takes.
-        evaluate: what scores text at depth eval: ``verifier.gate.evaluator(corpus=…)``.
+        evaluate: what scores text at depth eval: ``verifier.gate.evaluator(corpus=…)``; the default is that of
+            ``wikitext2-test``.
 
     Raises:
         UsageError: a folder that does not exist, an unknown rule, depth, profile or severity, a baseline that is none, no
@@ -104,9 +105,8 @@ def check(
     rules = all_rules(plugins)
     if depth not in DEPTHS:
         raise UsageError(f"no depth {depth!r}; one of {', '.join(DEPTHS)}")
-    if depth == "eval" and (base is None or evaluate is None):
-        what = "a base: the loss is measured over it" if base is None else "evaluate: verifier.gate.evaluator(corpus=…)"
-        raise UsageError(f"depth eval needs {what}")
+    if depth == "eval" and base is None:
+        raise UsageError("depth eval needs a base: the loss is measured over it")
     chosen, severities = Selection(rules, select, ignore, require), Severities(rules, profile, severity)
     if fail_on not in ("error", "warning"):
         raise UsageError(f"cannot fail on {fail_on!r}; error or warning")
@@ -116,7 +116,8 @@ def check(
     reading = _reading(depth, workers, subset, sample, seed)
     if reading.share is not None and baseline is not None:
         raise UsageError("--subset and --baseline: a baseline counts the defects of all shards")
-    loads = depth in ("load", "eval") and any(r.depth == "load" and not chosen.why_not(r.id) for r in rules.values())
+    deep = DEPTHS.index(depth) >= DEPTHS.index("load")
+    loads = deep and any(r.depth == "load" and not chosen.why_not(r.id) for r in rules.values())
     loader = loading() if loads else None
     started = time.perf_counter()
     others = {"base": base, "merged_from": merged_from}
@@ -143,8 +144,8 @@ def check(
     reference, evaluation = opened["base"], None
     # Rules that compare modules of all shards, and so these, run in the first subset.
     first = reading.share is None or reading.share.number == 1
-    if evaluate is not None and reference is not None and first and any(r.depth == "eval" for r in running):
-        evaluation = evaluate(candidate, reference)
+    if reference is not None and first and any(r.depth == "eval" for r in running):
+        evaluation = (evaluate or scoring())(candidate, reference)
     ctx = Context(candidate, opened["base"], opened["merged_from"], tp=tp, ep=ep, loader=loader, evaluation=evaluation)
     outcomes = run_rules(
         ctx, running, workers=reading.workers, share=reading.share, sample=reading.sample, judge=severities.judge

@@ -84,7 +84,7 @@ def run_rules(
     found |= {r.id: Outcome() for r in reading}
     if reading:
         _read(ctx, reading, found, workers, share, sample, judge)
-    for rule in (r for r in rules if r.depth == "load"):
+    for rule in (r for r in rules if r.depth not in ("header", "payload")):
         if share is not None and share.number > 1:
             found[rule.id] = Outcome(deferred=f"loads the whole model: runs in subset 1/{share.of}")
         else:

@@ -198,3 +198,19 @@ def test_score_and_compare_through_a_server(tmp_path: Path, capsys: pytest.Captu
         assert "then `ckptgate compare`" in capsys.readouterr().err
     assert run(["score", str(QWEN), "--corpus", str(corpus), "--engine-option", "x", "-o", str(tmp_path / "b.run")]) == 2
     assert sorted(os.listdir(tmp_path)) == ["a.run", "c.jsonl"]
+
+
+def test_a_gate_through_vllm(interpreter: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    corpus = tmp_path / "c.jsonl"
+    corpus.write_text("".join(json.dumps({"ids": list(w)}) + "\n" for w in CLEAN))
+    candidate = QWEN.with_name("qwen3moe_nvfp4_experts_max")
+    command = ["gate", str(candidate), "--base", str(QWEN), "--corpus", str(corpus), "--scorer", "vllm"]
+    command += ["--engine-python", interpreter]
+    assert run([*command, "--kl", "lockstep"]) == 2
+    assert "--scorer vllm there is top-k" in capsys.readouterr().err
+    assert run([*command, "--format", "json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["outcome"], result["key"]["activations"], result["experts"]) == ("passed", "engine", [])
+    assert result["interval"]["delta"] == 0  # the stand-in looks at ids alone
+    assert result["measures"]["kl"]["kind"].startswith("a lower bound")
+    assert result["environment"]["engine"] == "vllm 0.0-stand-in"

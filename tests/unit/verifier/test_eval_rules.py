@@ -42,7 +42,7 @@ GOOD = Evaluation(
 
 
 def judged(evaluation: Evaluation, **options: Any) -> Report:
-    return check(QWEN, base=BASE, depth="eval", evaluate=lambda _c, _b: evaluation, **options)
+    return check(QWEN, base=BASE, depth="eval", evaluate=lambda _c, _b: evaluation, **({"select": "QC7"} | options))
 
 
 def said(report: Report) -> set[tuple[str, str]]:
@@ -52,6 +52,7 @@ def said(report: Report) -> set[tuple[str, str]]:
 def test_a_loss_within_its_margin_passes_and_is_told() -> None:
     report = judged(GOOD)
     assert (report.verdict, said(report)) == ("passed", set())
+    assert {c.rule for c in report.coverage if c.ran} == {f"QC70{i}" for i in range(1, 6)}
     measured = [f for f in report.by_rule("QC702") if f.severity == "info"]
     assert measured[0].observed == "+0.01000 nats a token [+0.00800, +0.01200]"
     assert "simulated at 62 documents" in measured[1].message
@@ -90,7 +91,7 @@ def test_what_each_result_comes_to(name: str) -> None:
     report = judged(evaluation)
     assert (report.verdict, said(report)) == (verdict, findings)
     assert report.exit_code == {"passed": 0, "failed": 1, "unproven": 3}[verdict]
-    strict = judged(evaluation, fail_on="warning", select="QC7")
+    strict = judged(evaluation, fail_on="warning")
     assert strict.verdict == ("failed" if findings else verdict)
 
 
@@ -157,7 +158,7 @@ def test_a_subset_scores_once(tmp_path: Path) -> None:
         calls.append((candidate.uri, base.uri))
         return GOOD
 
-    parts = [check(QWEN, base=BASE, depth="eval", evaluate=evaluate, subset=f"{i}/2") for i in (1, 2)]
+    parts = [check(QWEN, base=BASE, depth="eval", evaluate=evaluate, subset=f"{i}/2", ignore="QC6") for i in (1, 2)]
     assert calls == [(str(QWEN), str(BASE))]
     whole = merge_reports(parts)
     assert whole.verdict == "passed"
@@ -166,11 +167,13 @@ def test_a_subset_scores_once(tmp_path: Path) -> None:
     assert len(calls) == 1
 
 
-def test_what_depth_eval_refuses(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_depth_eval_refuses(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="needs a base"):
         check(QWEN, depth="eval", evaluate=lambda _c, _b: GOOD)
-    with pytest.raises(UsageError, match="evaluator"):
-        check(QWEN, base=BASE, depth="eval")
+    with pytest.raises(UsageError, match="wikitext2-test is not here"):  # what is scored where nothing is named
+        monkeypatch.delenv("CKPTGATE_TEST_DATA", raising=False)
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        check(QWEN, base=BASE, depth="eval", select="QC7")
     for args, message in (
         (["--depth", "eval"], "needs --base"), (["--corpus", "x.txt"], "--corpus needs --depth eval"),
         (["--depth", "payload", "--max-increase", "8%"], "--max-increase needs --depth eval"),
@@ -201,4 +204,6 @@ def test_what_cannot_be_scored_is_told_apart(tmp_path: Path) -> None:
     found = measure(open_checkpoint(candidate), open_checkpoint(base))
     assert "different tokenizers" in found.incomparable
     assert check(candidate, base=base, depth="eval", evaluate=measure, select="QC7").exit_code == 1
+    whole = check(QWEN, base=BASE, depth="eval", evaluate=lambda _c, _b: GOOD)
+    assert {c.rule: c.reason for c in whole.coverage if not c.ran and c.rule != "QC605"} == {}  # depth load is below it
     assert "give a margin" in measure(open_checkpoint(base), open_checkpoint(candidate)).failure

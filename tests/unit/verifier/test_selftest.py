@@ -145,12 +145,12 @@ def test_what_the_clean_twin_says_too_is_no_other_rule() -> None:
     assert others["one-scale-of-a-kept-tensor"] == {"QC517"}
 
 
-def test_rules_of_depth_load_are_listed_apart() -> None:
-    result = selftest(["QC104", "QC606", "QC608"], checkpoints=["llama-nvfp4"])
+def test_rules_of_depths_load_and_eval_are_listed_apart() -> None:
+    result = selftest(["QC104", "QC606", "QC608", "QC702"], checkpoints=["llama-nvfp4"])
     assert result.passed
-    assert result.elsewhere == ("QC606", "QC608")
+    assert result.elsewhere == ("QC606", "QC608", "QC702")
     said = list(lines(result))
-    assert any(line.startswith("not run here: QC606, QC608") for line in said)
+    assert any(line.startswith("not run here: QC606, QC608, QC702") for line in said)
     assert said[-1].endswith("1 of 1 rules proved")
     assert not any(line.startswith("QC608") for line in said)
-    assert as_json(result)["not_run"] == ["QC606", "QC608"]
+    assert as_json(result)["not_run"] == ["QC606", "QC608", "QC702"]
