@@ -27,6 +27,7 @@ from exporter.layout import families
 from exporter.recipes import Recipe
 from verifier.checkpoint import open_checkpoint
 from verifier.cli.main import run
+from verifier.compare.stats import stats
 from verifier.errors import EncodeError, PlanError, UnsupportedConversion, UsageError
 from verifier.load.model import decoded_tensors, load_model
 
@@ -684,6 +685,26 @@ def test_the_command_says_how_experts_are_written(zoo: Zoo, tmp_path: Path, caps
     assert run(["export", *words]) == 0
     text = capsys.readouterr().out
     assert "24 of 24 linears (16 stacked) calibrated by max" in text and "verdict: PASSED" in text
+
+
+def test_stats_and_show_speak_of_the_linears_in_a_stack(kit, zoo: Zoo, capsys: pytest.CaptureFixture[str]) -> None:
+    for family in ("gpt_oss", "granitemoe"):
+        found = stats(zoo.export(kit, family, "hub"), depth="payload")
+        experts = next(r for r in found.rows if r.role == "routed_expert")
+        assert (experts.format, experts.modules, experts.parameters) == ("NVFP4", 24, 2 * E * 3 * H * F)
+        assert found.tensors == len(kit.read(zoo.export(kit, family, "hub"))) and found.skipped == ()
+    capsys.readouterr()
+    out, single = (str(zoo.export(kit, "granitemoe", layout)) for layout in ("hub", "per-expert"))
+    texts = []
+    for folder in (out, single):
+        words = ["model.layers.1.block_sparse_moe.experts.2.w3.weight", "--row", "5", "--block", "1"]
+        assert run(["show", folder, *words, "--base", str(zoo.source("granitemoe"))]) == 0
+        texts.append([line for line in capsys.readouterr().out.splitlines() if "0x" in line])
+    values = [[" ".join(line.split()[:3]) for line in lines if line.split()[0].isdecimal()] for lines in texts]
+    assert values[0] == values[1] and len(values[0]) == 16
+    whole = str(zoo.export(kit, "gpt_oss", "hub"))
+    assert run(["show", whole, "model.layers.0.mlp.experts.0.up_proj.weight"]) == 1
+    assert "is a part of model.layers.0.mlp.experts.gate_up_proj that is no single" in capsys.readouterr().err
 
 
 def test_every_row_names_what_it_was_read_from() -> None:
