@@ -16,9 +16,11 @@ import numpy.typing as npt
 from verifier.checkpoint import NUMPY_DTYPES, Bytes, Checkpoint, Tensor
 from verifier.decoding import Float32, decode, widen
 from verifier.errors import ContentError
+from verifier.evaluation import Evaluation
 from verifier.families import Family, family_of
 from verifier.findings import Effect, Finding, Severity, Where
 from verifier.rules.facts import Facts, survey
+from verifier.rules.loading import Loaded, Loader
 from verifier.rules.naming import Naming, classify, unwrapped
 from verifier.schemes import (
     FLOATS,
@@ -263,6 +265,7 @@ class Context(Judged):
 
     Experts that are stored in stacks are judged one by one, whatever is judged against what (`verifier.schemes.stacks`).
     ``tp`` and ``ep`` are the tensor and expert parallel sizes that it is to be served with, None where nobody says.
+    ``loader`` puts a checkpoint into a model, at depth load.
     """
 
     def __init__(
@@ -273,11 +276,14 @@ class Context(Judged):
         *,
         tp: int | None = None,
         ep: int | None = None,
+        loader: Loader | None = None,
+        evaluation: Evaluation | None = None,
     ) -> None:
         super().__init__(unstacked(checkpoint))
         self.base = Judged(unstacked(base)) if base else None
         self.merged_from = Judged(unstacked(merged_from)) if merged_from else None
-        self.tp, self.ep = tp, ep
+        self.tp, self.ep, self.loader = tp, ep, loader
+        self.evaluation = evaluation
         self.tally = Tally()
         self.rule_id = ""
         self.rule_severity: Severity = "error"
@@ -292,6 +298,14 @@ class Context(Judged):
             self._once[key] = make()
         found: T = self._once[key]
         return found
+
+    @property
+    def loaded(self) -> Loaded:
+        """What the loader made of the candidate, and of the base beside it; loaded once."""
+        if self.loader is None:
+            raise ValueError("a rule of depth load was run without a loader")
+        load, base = self.loader, self.base.checkpoint if self.base and not self.unrelated_base else None
+        return self.once("loaded", lambda: load(self.checkpoint, base))
 
     def part(self, modules: Iterable[Module]) -> Context:
         """Return a context of some of the modules only, with a tally of its own.

@@ -8,7 +8,7 @@ once for all of them, in pieces of rows; only one that is not as near as its for
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from verifier.checkpoint import Tensor
 from verifier.closeness import CHUNK, beyond, block_norms2
 from verifier.decoding import Float32, decode, max_scales, nearest
 from verifier.errors import ContentError
@@ -60,6 +61,17 @@ class Reconstruction:
 def reconstruction(ctx: Context, module: Module) -> Reconstruction:
     """Return the comparison of a quantized weight with the base's; cause ``unjudged`` where there is none to make."""
     return ctx.once(("reconstruction", module.name), lambda: _reconstruct(ctx, module))
+
+
+def compared(ctx: Context, modules: Iterable[Module]) -> Iterator[tuple[Tensor, Format, Reconstruction]]:
+    """Yield weight, format and comparison of each module, counting it for the rule that asks; what is unjudged is missed."""
+    for module in modules:
+        weight, found, r = module.weight, ctx.format_of(module), reconstruction(ctx, module)
+        if r.cause == "unjudged" or weight is None or found is None:
+            ctx.tally.miss(1, r.reason)
+            continue
+        ctx.tally.see()
+        yield weight, found, r
 
 
 def e8m0_zeros(ctx: Context, module: Module) -> tuple[int, int, int] | None:
