@@ -593,6 +593,44 @@ def test_inputs_are_read_expert_by_expert(kit, zoo: Zoo, packed: tuple[Path, Pat
                 assert scales[name].tolist() == [np.float32(single[1, e, "down"] / 2688) for e in range(E)]
 
 
+# repaired
+
+
+@pytest.mark.parametrize("family", only("aria_text", "gpt_oss", "granitemoe"))
+def test_single_experts_are_repaired_under_a_stacked_base(kit, zoo: Zoo, family: str, tmp_path: Path) -> None:
+    spelled = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+    spelled |= {v: k for k, v in spelled.items()}
+    whole = zoo.export(kit, family, "per-expert")
+
+    def respell(tensors: dict[str, Any]) -> None:
+        for name in [n for n in tensors if SINGLE.search(n)]:
+            head, leaf, last = name.rsplit(".", 2)
+            tensors[f"{head}.{spelled[leaf]}.{last}"] = tensors.pop(name)
+
+    exporter.repair(kit.edit(whole, tmp_path / "broken", respell), tmp_path / "out", base=zoo.source(family))
+    assert kit.read(tmp_path / "out") == kit.read(whole)
+
+    def swap(tensors: dict[str, Any]) -> None:
+        respell(tensors)
+        made = singles(tensors)
+        for leaf in ("weight", "weight_scale"):
+            a, b = (next(n for n, t in tensors.items() if t is made[1, 2, x, leaf]) for x in ("gate", "up"))
+            tensors[a], tensors[b] = tensors[b], tensors[a]
+
+    swapped = kit.edit(whole, tmp_path / "swapped", swap)
+    with pytest.raises(PlanError, match="its values are not those of the base's"):
+        exporter.repair(swapped, tmp_path / "not", base=zoo.source(family))
+
+
+@pytest.mark.parametrize("family", only("gpt_oss", "granitemoe"))
+@pytest.mark.parametrize("layout", ["per-expert", "hub"])
+def test_depth_load(kit, zoo: Zoo, family: str, layout: str) -> None:
+    report = verifier.check(zoo.export(kit, family, layout), base=zoo.source(family), depth="load")
+    assert report.verdict == "passed", report.findings
+    covered = {c.rule: (c.checked, c.of) for c in report.coverage}
+    assert covered["QC608"][0] == covered["QC608"][1] > 0 and covered["QC604"][0] > 0
+
+
 # what is refused
 
 
