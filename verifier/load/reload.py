@@ -47,7 +47,7 @@ def reload(checkpoint: Checkpoint, base: Checkpoint | None = None, *, memory: in
     keys = model.state_dict()
     found = Loaded(
         loader, keys=len(keys), misfits=tuple(m for m in misfits if m not in shared), shared=tuple(shared),
-        dropped=_dropped(cls, checkpoint), native=_native(checkpoint),
+        dropped=_dropped(model, checkpoint), native=_native(checkpoint),
     )  # fmt: skip
     if any(m.kind != "unexpected" for m in misfits):
         return replace(found, why_no_values="names and shapes do not fit the model")
@@ -151,10 +151,12 @@ def _shared(misfits: list[Misfit], base: Checkpoint | None) -> list[Misfit]:
     return [m for m in misfits if m in theirs]
 
 
-def _dropped(cls: Any, checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Return the names that the class says it ignores (``mtp.…`` in several families)."""
-    patterns = [re.compile(p) for p in getattr(cls, "_keys_to_ignore_on_load_unexpected", None) or ()]
-    return tuple(n for n in checkpoint.tensors if any(p.search(n) for p in patterns))
+def _dropped(model: Any, checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Return the names that the model's class says it ignores (``mtp.…`` in several families) and that it has not."""
+    patterns = [re.compile(p) for p in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
+    found = [n for n in checkpoint.tensors if any(p.search(n) for p in patterns)]
+    keys = model.state_dict()
+    return tuple(n for n, (key, _) in zip(found, parameter_names(model, found), strict=True) if key not in keys)
 
 
 def _native(checkpoint: Checkpoint) -> bool:

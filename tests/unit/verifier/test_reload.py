@@ -196,9 +196,10 @@ def test_experts_that_transformers_reads_wrong_are_decoded_here(qwen: Folder) ->
         ({"architectures": ["pipeline"]}, "no architecture 'pipeline'"),
         ({"architectures": [7]}, "architecture"),
         ({"num_hidden_layers": 10**12}, "config.json declares num_hidden_layers = 1,000,000,000,000"),
+        ({"text_config": {"vision": {"depth": 10**9}}}, "config.json declares depth = 1,000,000,000"),
         ({"hidden_size": "wide"}, "cannot read config.json"),
     ],
-    ids=["family", "own code", "a function", "a number", "layers", "a text"],
+    ids=["family", "own code", "a function", "a number", "layers", "depth", "a text"],
 )
 def test_what_transformers_does_not_know_is_not_judged(qwen: Folder, change: dict[str, object], why: str) -> None:
     (qwen.path / "evil.py").write_text("raise SystemExit('run')\n")
