@@ -9,7 +9,6 @@ are decoded when transformers asks for them, so memory holds the model and a few
 from __future__ import annotations
 
 import contextlib
-import copy
 import io
 import logging
 import warnings
@@ -19,10 +18,23 @@ from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 
-from verifier.checkpoint import Checkpoint, Tensor, open_checkpoint
+from verifier.checkpoint import Checkpoint, Tensor, open_checkpoint, special_floats
 from verifier.decoding import decode
 from verifier.errors import ContentError, MissingExtra
-from verifier.schemes import FLOATS, FORMATS, Format, Module, canonical, format_of, gather, read_declarations
+from verifier.schemes import (
+    FLOATS,
+    FORMATS,
+    Format,
+    Module,
+    canonical,
+    expanded,
+    format_of,
+    gather,
+    read_declarations,
+    restacked,
+    stacking_of,
+    unstacked,
+)
 
 try:
     import torch
@@ -73,6 +85,33 @@ class _Lazy:
             return values.transpose(-1, -2).contiguous() if "blocks" in parts and values.ndim == 3 else values
         return plain(self._checkpoint, self._module.parts[self._leaf])
 
+    @property
+    def logical(self) -> tuple[int, ...]:
+        """The shape of one expert's weight or bias, in elements."""
+        return self._module.dims if self._format is not None and self._module.dims else self._module.parts[self._leaf].shape
+
+
+class _Stacked:
+    """Stands for a stack of experts' weights or biases, put together when transformers slices it."""
+
+    def __init__(self, parts: list[_Lazy], each: int, turned: bool, woven: bool) -> None:
+        self._parts, self._each, self._turned, self._woven = parts, each, turned, woven
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of what it stands for."""
+        own = [p.logical for p in self._parts[: self._each]]
+        inner = (sum(s[0] for s in own), *own[0][1:])
+        return (len(self._parts) // self._each, *(inner[::-1] if self._turned else inner))
+
+    def __getitem__(self, _index: Any) -> torch.Tensor:
+        experts = []
+        for start in range(0, len(self._parts), self._each):
+            own = [p[...] for p in self._parts[start : start + self._each]]
+            joined = torch.stack(own, 1).flatten(0, 1) if self._woven else torch.cat(own)
+            experts.append(joined.T if self._turned and joined.ndim == 2 else joined)
+        return torch.stack(experts).contiguous()
+
 
 def plain(checkpoint: Checkpoint, tensor: Tensor) -> torch.Tensor:
     """Return an unquantized tensor in its own dtype.
@@ -89,13 +128,16 @@ def plain(checkpoint: Checkpoint, tensor: Tensor) -> torch.Tensor:
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "I64": torch.int64, "I32": torch.int32}
 
 
-def decoded_tensors(checkpoint: Checkpoint) -> dict[str, _Lazy]:
+def decoded_tensors(checkpoint: Checkpoint) -> dict[str, _Lazy | _Stacked]:
     """Return every weight of a checkpoint by its unquantized hub name, decoded on access.
+
+    Experts that a family's hub keeps in stacks are stacked, also where the checkpoint holds them one by one.
 
     Raises:
         ContentError: a quantized weight whose format cannot be told.
     """
-    declaration = read_declarations(checkpoint).effective
+    checkpoint = unstacked(checkpoint)
+    declaration = expanded(read_declarations(checkpoint).effective, checkpoint)
     found: dict[str, _Lazy] = {}
     for module in gather(checkpoint.tensors.values()).values():
         for leaf, tensor in module.parts.items():
@@ -110,7 +152,21 @@ def decoded_tensors(checkpoint: Checkpoint) -> dict[str, _Lazy]:
             elif tensor.dtype not in FLOATS and (tensor.dtype not in _DTYPES or "weight_" in tensor.name):
                 continue  # weight_shape of compressed-tensors and its like; other whole numbers are buffers
             found[name] = _Lazy(checkpoint, module, leaf, fmt)
-    return found
+    return _restacked(found, checkpoint)
+
+
+def _restacked(found: dict[str, _Lazy], checkpoint: Checkpoint) -> dict[str, _Lazy | _Stacked]:
+    """Return tensors with the experts of stacking families in stacks, as transformers' own mapping takes them."""
+    result: dict[str, _Lazy | _Stacked] = dict(found)
+    stacking = stacking_of(checkpoint.config)
+    for name, (leaf, parts) in restacked(found, checkpoint.config).items():
+        if stacking is None:
+            break
+        each = len(next(v for s, v in stacking.stacks.items() if name.endswith((s, f"{s}_bias"))))
+        result[name] = _Stacked([found[p] for p in parts], each, bool(stacking.turned) and leaf == "weight", stacking.woven)
+        for part in parts:
+            del result[part]
+    return result
 
 
 def load_model(checkpoint: Checkpoint | str, *, device: str = "cpu", attention: str | None = None) -> LoadedModel:
@@ -129,14 +185,25 @@ def load_model(checkpoint: Checkpoint | str, *, device: str = "cpu", attention: 
     state = decoded_tensors(ckpt)
     chosen = attention or ("sdpa" if getattr(cls, "_supports_sdpa", False) else "eager")
     place: dict[str, Any] = {} if device == "cpu" else {"device_map": {"": device}}  # which takes accelerate
-    with quiet():
-        try:
-            model, info = cls.from_pretrained(
-                None, config=config, state_dict=state, dtype=torch.bfloat16, attn_implementation=chosen,
+
+    def load(how: str) -> tuple[Any, Any]:
+        with quiet():
+            found: tuple[Any, Any] = cls.from_pretrained(
+                None, config=config, state_dict=state, dtype=torch.bfloat16, attn_implementation=how,
                 output_loading_info=True, **place,
             )  # fmt: skip
-        except (RuntimeError, ValueError) as error:
-            raise ContentError(f"{ckpt.uri}: transformers cannot build the model: {short(error)}") from error
+        return found
+
+    try:
+        try:
+            model, info = load(chosen)
+        except ValueError as error:
+            # A part of the model may lack what its class says it has (Gemma4's audio tower).
+            if attention or chosen == "eager" or "attention" not in str(error):
+                raise
+            model, info = load("eager")
+    except BUILD_ERRORS as error:
+        raise ContentError(f"{ckpt.uri}: transformers cannot build the model: {short(error)}") from error
     if info["missing_keys"] or info["mismatched_keys"]:
         names = sorted(str(k) for k in info["missing_keys"]) or sorted(str(k) for k in info["mismatched_keys"])
         raise ContentError(f"{ckpt.uri}: {len(names)} keys of the model are missing or of another shape, {names[0]} first")
@@ -177,8 +244,8 @@ def _config(ckpt: Checkpoint) -> Any:
         if wide is not None:
             raise ContentError(f"{ckpt.uri}: config.json declares {wide} = {node[wide]:,}")
     try:
-        # transformers 5.12 takes what it reads out of nested objects.
-        return transformers.AutoConfig.for_model(**copy.deepcopy(raw))
+        # A copy: transformers 5.12 takes what it reads out of nested objects.
+        return transformers.AutoConfig.for_model(**special_floats(raw))
     except BUILD_ERRORS as error:
         raise ContentError(f"{ckpt.uri}: transformers cannot read config.json: {short(error)}") from error
 

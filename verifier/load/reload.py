@@ -105,9 +105,9 @@ def _names(cls: Any, config: Any, checkpoint: Checkpoint) -> tuple[Any, list[Mis
             raise ContentError(f"{checkpoint.uri}: transformers cannot build its model: {short(error)}") from error
         try:
             cls._finalize_model_loading(model, settings, info)
-        except RuntimeError:
-            if not info.conversion_errors:
-                raise
+        except BUILD_ERRORS as error:
+            if not info.conversion_errors:  # with some it always raises
+                raise ContentError(f"{checkpoint.uri}: transformers cannot finish its load: {short(error)}") from error
     return model, _misfits(model, info, state)
 
 

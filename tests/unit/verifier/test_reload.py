@@ -17,7 +17,10 @@ transformers = pytest.importorskip("transformers")
 
 import verifier  # noqa: E402
 from tests import sparse  # noqa: E402
-from verifier.checkpoint import open_checkpoint  # noqa: E402
+from verifier.checkpoint import (
+    open_checkpoint,
+    special_floats,
+)
 from verifier.cli import cli  # noqa: E402
 from verifier.corrupt import CORRUPTORS, Corruptor, Folder  # noqa: E402
 from verifier.errors import MissingExtra, UsageError  # noqa: E402
@@ -271,3 +274,9 @@ def test_without_the_extra(module: str) -> None:
     payload = subprocess.run([*arguments[:-1], "payload"], capture_output=True, text=True, check=False)
     assert payload.returncode == 0, payload.stderr
     assert issubclass(MissingExtra, UsageError)
+
+
+def test_numbers_that_json_does_not_have_are_read_as_transformers_writes_them() -> None:
+    raw = {"a": [0.0, {"__float__": "Infinity"}], "b": {"c": {"__float__": "-Infinity"}, "d": {"__float__": "seven"}}}
+    assert special_floats(raw) == {"a": [0.0, float("inf")], "b": {"c": float("-inf"), "d": {"__float__": "seven"}}}
+    assert raw["a"][1] == {"__float__": "Infinity"}  # type: ignore[index]
