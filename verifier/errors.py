@@ -8,7 +8,8 @@
     │   ├── ContainerError   1  a file that is no safetensors, a folder without any
     │   ├── PlanError        1  nothing or only part matched, unequal expert sets
     │   ├── UnsupportedConversion 1  a layout that cannot be turned into the hub's, or back
-    │   └── EncodeError      1  NaN or Inf in a weight, a width that the block does not divide
+    │   ├── EncodeError      1  NaN or Inf in a weight, a width that the block does not divide
+    │   └── IncomparableError 1 scores of unlike protocols
     ├── UnprovenError        3  it could not be shown either way
     └── MachineError         4  disk, I/O, memory
 
@@ -78,6 +79,10 @@ class UnsupportedConversion(ContentError):
 
 class EncodeError(ContentError):
     """A weight cannot be written in the format that was asked for."""
+
+
+class IncomparableError(ContentError):
+    """Two scores were not made under one protocol; the key and both values are named."""
 
 
 class UnprovenError(CkptgateError):

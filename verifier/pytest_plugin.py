@@ -30,7 +30,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--ckptgate", metavar="URI", dest="ckptgate_uri", help="The checkpoint to judge, rule by rule.")
     group.addoption("--ckptgate-base", metavar="REF", help="The unquantized checkpoint to judge against.")
     group.addoption("--ckptgate-merged-from", metavar="VENDOR", help="The checkpoint whose bytes a mixed export keeps.")
-    group.addoption("--ckptgate-depth", choices=("header", "payload"), help="What is read; header by default.")
+    group.addoption("--ckptgate-depth", choices=("header", "payload", "load"), help="What is read; header by default.")
     group.addoption("--ckptgate-require", metavar="RULE", action="append", help="A rule that must run; may be repeated.")
     group.addoption("--ckptgate-fail-on", choices=("error", "warning"), help="The least severity that fails; error.")
     group.addoption("--ckptgate-plugin", metavar="FILE.py", action="append", help="A file of further rules.")

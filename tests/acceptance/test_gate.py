@@ -23,6 +23,7 @@ from verifier.errors import ContentError, MachineError, UsageError
 from verifier.gate.comparison import compare_runs
 from verifier.gate.corpora import load_corpus
 from verifier.gate.decision import Margin
+from verifier.gate.evaluating import evaluation_of
 from verifier.gate.run import plan_jobs, score_all, weights_digest
 from verifier.gate.runs import read_run
 from verifier.gate.scoring import score_run
@@ -269,6 +270,38 @@ def test_a_dead_expert_fails_the_drift_margin_where_the_absolute_one_passes(
     result = json.loads(capsys.readouterr().out)
     assert result["drift"]["interval"]["low"] > 0.003
     assert result["interval"]["high"] < result["margin"]["nats"]
+    # The same as depth eval; that the scales are zero is QC501's to tell.
+    good = read_run(runs["mixed"])
+    compared = compare_runs(
+        read_run(runs["base"]), read_run(out), Margin(0.077, ""), drift_against=good, drift_margin=Margin(0.003, "")
+    )
+    report = verifier.check(broken, base=BF16, depth="eval", select="QC7", evaluate=lambda *_: evaluation_of(compared))
+    assert {f.rule for f in report.findings if f.severity == "error"} == {"QC702"}
+    assert "over the accepted run" in next(f.message for f in report.by_rule("QC702") if f.severity == "error")
+
+
+def test_check_at_depth_eval_with_activations_as_declared(
+    mixed: Path, runs: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["check", str(mixed), "--base", str(BF16), "--depth", "eval", "--corpus", str(CORPUS), "--format", "json"]
+    command += ["--activations", "declared", "--select", "QC7"]
+    assert run([*command, "--documents", "12", "--workers", "1"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    found = report["stats"]["eval"]
+    assert (found["outcome"], found["key"]["activations"]) == ("passed", "declared")
+    assert found["environment"]["experts"] == "ckptgate"
+    assert {c["rule"]: c["checked"] for c in report["coverage"] if c["ran"]} == {
+        "QC701": 1, "QC702": 1, "QC703": 12 + 24, "QC704": 1, "QC705": len(found["key"]) + len(found["environment"]),
+    }  # fmt: skip
+    weights = compare_runs(read_run(runs["base"]), read_run(runs["mixed"]), Margin(0.077, ""))
+    first = sum(q - b for b, q, _ in weights.documents[:12]) / sum(t for _, _, t in weights.documents[:12])
+    assert found["interval"]["delta"] > first + 0.002  # W4A4 costs more than W4A16
+    # A run of other activations is refused before any model runs.
+    assert run([*command, "--drift-against", str(runs["mixed"])]) == 1
+    report = json.loads(capsys.readouterr().out)
+    (finding,) = [f for f in report["findings"] if f["severity"] == "error"]
+    assert finding["rule"] == "QC705"
+    assert 'activations is null and "declared"' in finding["observed"]
 
 
 def test_a_killed_run_goes_on_and_gives_the_same_bits(runs: dict[str, Path], tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ def _options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.argument("uri", metavar="URI"),
         click.option("--base", metavar="REF", help="The unquantized checkpoint to judge against."),
         click.option("--merged-from", metavar="VENDOR", help="The checkpoint whose bytes a mixed export keeps."),
-        click.option("--depth", type=click.Choice(["header", "payload"]), default="header", show_default=True),
+        click.option("--depth", type=click.Choice(["header", "payload", "load"]), default="header", show_default=True),
     )):  # fmt: skip
         command = option(command)
     return command

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from verifier.cli.evaluating import eval_options, evaluate_of
 from verifier.cli.main import explain_failure, shows_defects
 from verifier.cli.outputs import STDOUT, Paired, output_options, outputs, require, write_files, write_stdout
 from verifier.cli.recording import record, recordable, recording_options
@@ -21,8 +22,9 @@ from verifier.findings import Finding, Report
 @click.option("--merged-from", metavar="VENDOR", help="The checkpoint whose bytes a mixed export keeps.")
 @click.option("--plugin", "plugins", metavar="FILE.py", multiple=True, help="A Python file of further rules.")
 @click.option(
-    "--depth", type=click.Choice(["header", "payload"]), default="header", show_default=True,
-    help="header: names, shapes, configs. payload: every scale and unquantized tensor too; with --base every weight.",
+    "--depth", type=click.Choice(["header", "payload", "load", "eval"]), default="header", show_default=True,
+    help="header: names, shapes, configs. payload: every scale and unquantized tensor too; with --base every weight. "
+    "load: the model through transformers as well. eval: text through base and candidate too, as `ckptgate gate`.",
 )  # fmt: skip
 @click.option("--tp", metavar="N", type=click.IntRange(1, 65536), help="The tensor parallel size to serve with.")
 @click.option("--ep", metavar="N", type=click.IntRange(1, 65536), help="The expert parallel size to serve with.")
@@ -30,6 +32,7 @@ from verifier.findings import Finding, Report
 @click.option("--subset", metavar="K/N", help="Read the K-th of N shares of the shards; `merge-reports` puts them together.")
 @click.option("--sample", metavar="P%", help="Read this part of the modules only, at least one of each look.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Which modules --sample takes.")
+@eval_options
 @judging_options
 @output_options
 @recording_options
@@ -62,6 +65,7 @@ def check(
     from verifier.report import render_json  # noqa: PLC0415
     from verifier.run import check as judge  # noqa: PLC0415
 
+    evaluate = evaluate_of(depth, base, given)
     found, file = settings(given)
     wanted = outputs(found["formats"].value, files)
     require(wanted)
@@ -70,7 +74,7 @@ def check(
     try:
         report = judge(
             uri, base=base, merged_from=merged_from, depth=depth, tp=tp, ep=ep, plugins=plugins,  # type: ignore[arg-type]
-            workers=workers, subset=subset, sample=sample, seed=seed, **judging(found),
+            workers=workers, subset=subset, sample=sample, seed=seed, evaluate=evaluate, **judging(found),
         )  # fmt: skip
     except UsageError:
         raise

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import glob
+import json
 import os
 import time
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,12 +20,20 @@ from verifier.errors import MissingExtra, UsageError
 
 if TYPE_CHECKING:
     from verifier.gate import GateResult
+    from verifier.gate.jobs import Scorer
 
 _CORPUS = click.option(
-    "--corpus", metavar="NAME|FILE", required=True, help="wikitext2-test, a text file, or .jsonl of ids or text."
+    "--corpus", metavar="NAME|FILE", help="wikitext2-test, a text file, or .jsonl of ids or text; a task has its own."
 )
-_PROTOCOL = click.option("--protocol", type=click.Choice(["tokens", "lm-eval"]), default="tokens", show_default=True)
-_MARGIN = click.option("--max-increase", metavar="8%", help="Largest tolerated loss: % of perplexity, or nats a token.")
+_PROTOCOL = click.option(
+    "--protocol", metavar="P", default="tokens", show_default=True,
+    help="tokens, lm-eval (its wikitext), or a task of lm-eval by its name or YAML file: right and wrong answers.",
+)  # fmt: skip
+_METRIC = click.option("--metric", metavar="NAME", help="Which metric of a task says right or wrong; its first by default.")
+_MARGIN = click.option(
+    "--max-increase", "--max-loss", "max_increase", metavar="8%",
+    help="Largest tolerated loss: % of perplexity, or nats a token; of a task points of accuracy.",
+)  # fmt: skip
 _DRIFT = click.option("--drift-against", metavar="RUN", help="Run of an accepted candidate, to judge the drift against too.")
 _MAX_DRIFT = click.option("--max-drift", metavar="NATS", help="Largest tolerated drift; 0.003 nats a token by default.")
 _WINDOW = click.option(
@@ -35,7 +45,54 @@ _BATCH = click.option("--batch", type=click.IntRange(1, 4096), default=8, show_d
 _WORKERS = click.option(
     "--workers", type=click.IntRange(1, 64), help="Processes; by default processors on CPU, at most 4."
 )
+_SCORER = (
+    click.option(
+        "--scorer", "scorer", type=click.Choice(["hf", "vllm", "server"]), default="hf", show_default=True,
+        help="transformers here; vLLM under another interpreter; a running server (score only).",
+    ),
+    click.option(
+        "--activations", type=click.Choice(["bf16", "declared"]), default="bf16", show_default=True,
+        help="bf16 judges weights alone; declared rounds activations too, as the checkpoint declares (hf only).",
+    ),
+    click.option("--engine-python", metavar="PATH", default="", help="The interpreter that has vLLM."),
+    click.option("--engine-option", "engine_options", metavar="K=V", multiple=True, help="An argument of vLLM's LLM."),
+    click.option("--endpoint", metavar="URL", default="", help="http://HOST:PORT/v1 of an OpenAI-style server."),
+    click.option("--served", metavar="NAME", default="", help="The model's name there, where it serves several."),
+    click.option("--engine-timeout", type=float, default=1800.0, show_default=True, help="Seconds an engine may take."),
+)  # fmt: skip
 _FORMAT = click.option("--format", "format_", type=click.Choice(["text", "json"]), default="text", show_default=True)
+
+
+def _scorer_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in reversed(_SCORER):
+        command = option(command)
+    return command
+
+
+def _scorer_of(given: dict[str, Any]) -> Scorer:
+    """Return the scorer that the options stand for; they are taken out of ``given``."""
+    from verifier.gate.jobs import Scorer  # noqa: PLC0415  (numpy, as in check)
+
+    pairs = []
+    for text in given.pop("engine_options"):
+        name, equals, value = text.partition("=")
+        if not equals or not name.isidentifier():
+            raise UsageError(f"--engine-option {text[:80]}: give NAME=VALUE, e.g. tensor_parallel_size=8")
+        pairs.append((name, _scalar(value)))
+    found = Scorer(
+        given.pop("scorer"), given.pop("activations"), given.pop("engine_python"), given.pop("endpoint"),
+        given.pop("served"), tuple(pairs), given.pop("engine_timeout"),
+    )  # fmt: skip
+    found.check()
+    return found
+
+
+def _scalar(text: str) -> str | int | float | bool:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return text
+    return value if isinstance(value, int | float | bool | str) else text
 
 
 @click.command()
@@ -43,6 +100,7 @@ _FORMAT = click.option("--format", "format_", type=click.Choice(["text", "json"]
 @click.option("--base", metavar="REF", required=True, help="The checkpoint to compare with.")
 @_CORPUS
 @_PROTOCOL
+@_METRIC
 @_MARGIN
 @_DRIFT
 @_MAX_DRIFT
@@ -57,22 +115,23 @@ _FORMAT = click.option("--format", "format_", type=click.Choice(["text", "json"]
 @_DEVICE
 @_BATCH
 @_WORKERS
+@_scorer_options
 @_FORMAT
 @recording_options
 @click.pass_context
 def gate(
-    ctx: click.Context, /, candidate: str, base: str, corpus: str, format_: str, *, plan: bool,
+    ctx: click.Context, /, candidate: str, base: str, corpus: str | None, format_: str, *, plan: bool,
     history: str | None, label: str, golden: str | None, **options: Any,
 ) -> None:  # fmt: skip
     """Measure the loss of CANDIDATE against its base on the same text.
 
     Exit 0: the loss is shown to be within the margin. 1: shown to be beyond it. 3: inconclusive.
     """
-    _require("torch", "transformers", "scipy")
+    require_installed("torch", "transformers", "scipy")
     if plan and (history is not None or golden is not None or label):
         raise UsageError("--plan measures nothing that could be recorded; leave out --history, --label and --golden")
     recordable(history, golden, label)
-    started = time.monotonic()
+    started, options["scorer"] = time.monotonic(), _scorer_of(options)
     from verifier import gate as room  # noqa: PLC0415  (numpy, as in check)
 
     with progress_bar("scoring") as progress:
@@ -80,7 +139,7 @@ def gate(
             found = room.plan(candidate, base=base, corpus=corpus, progress=progress, **options)
             click.echo(room.render_plan_json(found) if format_ == "json" else room.render_plan_text(found), nl=False)
             return
-        result = room.run(candidate, base=base, corpus=corpus, progress=progress, say=_say, **options)
+        result = room.run(candidate, base=base, corpus=corpus, progress=progress, say=say, **options)
     _end(ctx, result, format_, started, history=history, label=label, golden=golden)
 
 
@@ -88,6 +147,7 @@ def gate(
 @click.argument("checkpoint")
 @_CORPUS
 @_PROTOCOL
+@_METRIC
 @click.option("-o", "--output", metavar="RUN", required=True, help="The run file to write.")
 @click.option("--top-k", type=click.IntRange(0, 4096), default=0, help="Log-probabilities to keep a token; none by default.")
 @_WINDOW
@@ -95,32 +155,37 @@ def gate(
 @_DEVICE
 @_BATCH
 @_WORKERS
+@_scorer_options
 @click.option("--force", is_flag=True, help="Replace RUN where it exists.")
 def score(
-    checkpoint: str, corpus: str, output: str, top_k: int, documents: int | None, *, force: bool, **options: Any
-) -> None:
+    checkpoint: str, corpus: str | None, protocol: str, metric: str | None, output: str, top_k: int,
+    documents: int | None, *, force: bool, **options: Any,
+) -> None:  # fmt: skip
     """Score CHECKPOINT once, to compare later: `ckptgate compare BASE.run CANDIDATE.run`.
 
     A run that was killed goes on from RUN.part when it is started again, and gives the same bits. Under torchrun each rank
     scores its share, and the last one to finish writes RUN.
     """
-    _require("torch", "transformers", "scipy")
+    require_installed("torch", "transformers", "scipy")
     from verifier import gate as room  # noqa: PLC0415
     from verifier.checkpoint import open_checkpoint  # noqa: PLC0415
+    from verifier.gate.run import corpus_of  # noqa: PLC0415
+    from verifier.gate.tasks import kind_of  # noqa: PLC0415
     from verifier.writing import require_writable  # noqa: PLC0415
 
     if Path(output).exists() and not force:
         raise UsageError(f"{output}: exists; --force replaces it")
-    if top_k and options["protocol"] == "lm-eval":
-        raise UsageError("--top-k needs the protocol tokens; lm-eval gives sums of documents only")
+    if top_k and protocol != "tokens":
+        raise UsageError(f"--top-k needs the protocol tokens; {protocol} gives sums of documents only")
     require_writable(output)
+    options["scorer"] = _scorer_of(options)
     part, ranks = Path(f"{output}.part"), _ranks()
     if ranks is not None and options["device"] == "cuda":
         options["device"] = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     with progress_bar("scoring") as progress:
         found = room.score_run(
-            open_checkpoint(checkpoint), room.load_corpus(corpus).head(documents), top_k=top_k, journal=part,
-            progress=progress, say=_say, ranks=ranks, **options,
+            open_checkpoint(checkpoint), corpus_of(protocol, corpus, metric).head(documents), top_k=top_k, journal=part,
+            protocol=kind_of(protocol), progress=progress, say=say, ranks=ranks, **options,
         )  # fmt: skip
     if found is None:
         return  # the rank that finishes last writes the run
@@ -147,7 +212,7 @@ def compare(
 
     Exit 0: the loss is shown to be within the margin. 1: shown to be beyond it. 3: inconclusive.
     """
-    _require("scipy")
+    require_installed("scipy")
     from verifier import gate as room  # noqa: PLC0415
 
     if max_drift is not None and drift_against is None:
@@ -156,10 +221,10 @@ def compare(
     started = time.monotonic()
     reference, ours = room.read_run(base), room.read_run(candidate)
     accepted = room.read_run(drift_against) if drift_against is not None else None
-    margin = room.margin_of(max_increase, ours.header.formats)
-    result = room.compare_runs(
-        reference, ours, margin, drift_against=accepted, drift_margin=room.drift_margin_of(max_drift)
-    )
+    task = ours.header.key.get("protocol") == "task"
+    margin = room.margin_of(max_increase, ours.header.formats, task=task)
+    drift_margin = room.drift_margin_of(max_drift, task=task)
+    result = room.compare_runs(reference, ours, margin, drift_against=accepted, drift_margin=drift_margin)
     _end(ctx, result, format_, started, history=history, label=label, golden=golden)
 
 
@@ -181,13 +246,15 @@ def _end(ctx: click.Context, result: GateResult, format_: str, started: float, *
     ctx.exit(record(text, result.exit_code, seconds=seconds, **recording))
 
 
-def _require(*modules: str) -> None:
+def require_installed(*modules: str) -> None:
+    """Refuse where what scores is not installed."""
     for module in modules:
         if find_spec(module) is None:
             raise MissingExtra("gate", "gate")
 
 
-def _say(message: str) -> None:
+def say(message: str) -> None:
+    """Tell a person something on stderr."""
     from verifier.report import printable  # noqa: PLC0415
 
     click.echo(f"ckptgate: {printable(message, 2000)}", err=True)

@@ -40,12 +40,18 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
-    """A scale as it is stored: ``raw`` in hexadecimal, its value, its offset in the file, and what is valid there."""
+class Scale:
+    """A scale: its leaf, its bytes in hexadecimal, its value."""
 
     leaf: str
     raw: str
     value: float
+
+
+@dataclass(frozen=True, slots=True)
+class Stored(Scale):
+    """A scale as it is stored: also its offset in the file, and what is valid there."""
+
     byte: int
     valid: str
 
@@ -67,12 +73,9 @@ class Element:
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class Wanted(Scale):
     """The scale that the base's block asks for under ``max`` calibration, and both root mean squared errors."""
 
-    leaf: str
-    raw: str
-    value: float
     error: float
     stored_error: float
 

@@ -37,7 +37,7 @@ class Corruptor:
     rule: str
     name: str
     apply: Callable[[Path], Place]
-    depth: Literal["header", "payload"] = "header"
+    depth: Literal["header", "payload", "load"] = "header"
     needs: tuple[str, ...] = ()
     formats: frozenset[Kind] = KINDS
     traits: frozenset[str] = frozenset()

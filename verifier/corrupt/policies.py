@@ -94,14 +94,19 @@ def mtp_experts_in_part(folder: Folder) -> Place:
     """Quantize the experts of an MTP layer but for the last one, which stays BF16 and is excluded."""
     new = _mtp_experts(folder)
     last = [m for m in new if expert_of(m)[1] == max(expert_of(n)[1] for n in new)]
-    for module in last:
+    return _not_quantized(folder, last)
+
+
+def _not_quantized(folder: Folder, modules: list[str]) -> Place:
+    """Put BF16 weights in place of quantized ones, excluded by name; return the place of the first."""
+    for module in modules:
         parts = folder.modules()[module]
         rows, width = parts["weight"].shape
         values = _plain(rows, width * 2 if parts["weight"].dtype == "U8" else width)
         folder.drop([t.name for leaf, t in parts.items() if leaf != "weight"])
         folder.store(f"{module}.weight", values)
-    _unlist(folder, last)
-    return folder.place(f"{last[0]}.weight")
+    _unlist(folder, modules)
+    return folder.place(f"{modules[0]}.weight")
 
 
 def _unlist(folder: Folder, modules: list[str]) -> None:
@@ -117,14 +122,7 @@ def mtp_down_projections_plain(folder: Folder) -> Place:
     """Quantize gate and up of an MTP layer's experts and leave down in BF16, excluded by name."""
     new = _mtp_experts(folder)
     downs = [m for m in new if m.rpartition(".")[2] in DOWNS]
-    for module in downs:
-        parts = folder.modules()[module]
-        rows, width = parts["weight"].shape
-        values = _plain(rows, width * 2 if parts["weight"].dtype == "U8" else width)
-        folder.drop([t.name for leaf, t in parts.items() if leaf != "weight"])
-        folder.store(f"{module}.weight", values)
-    _unlist(folder, downs)
-    return folder.place(f"{downs[0]}.weight")
+    return _not_quantized(folder, downs)
 
 
 def _router_as(pattern: Callable[[str], str]) -> Callable[[Folder], Place]:

@@ -68,7 +68,7 @@ class Tiny:
     """A clean checkpoint to be made: a family, and the format of each role (the first pattern that fits a module).
 
     ``kind`` is what corruptors are chosen by; ``shards`` above 1 comes with an index, as does ``index``. ``merged``: it
-    keeps the bytes of another; ``mtp``: it has a draft head, unquantized.
+    keeps the bytes of another; ``mtp``: it has a draft head, unquantized. ``sizes`` replace those of the family's config.
     """
 
     name: str
@@ -80,6 +80,7 @@ class Tiny:
     index: bool = True
     merged: bool = False
     mtp: bool = False
+    sizes: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,13 +101,14 @@ def _all(fmt: str) -> tuple[tuple[str, str], ...]:
 
 
 _EXPERTS = (("routed_expert", "nvfp4"),)
+_TILES = (("num_key_value_heads", 4), ("intermediate_size", 256))  # rows of k and gate that 128 divides
 _MIXED = (*_EXPERTS, *((r, "mxfp8") for r in _LINEAR[1:]))
 TINY: tuple[Tiny, ...] = (
     Tiny("llama-nvfp4", "llama", "nvfp4", _all("nvfp4"), index=False),
     Tiny("llama-mxfp8", "llama", "mxfp8", _all("mxfp8"), shards=2),
     Tiny("llama-fp8", "llama", "fp8", _all("fp8"), index=False),
     Tiny("llama-fp8-channel", "llama", "fp8_per_channel", _all("fp8_per_channel")),
-    Tiny("llama-fp8-block", "llama", "fp8_block", _all("fp8_block"), dialect="deepseek", shards=2),
+    Tiny("llama-fp8-block", "llama", "fp8_block", _all("fp8_block"), dialect="deepseek", shards=2, sizes=_TILES),
     Tiny("mixtral-nvfp4", "mixtral", "nvfp4", _EXPERTS, shards=2),
     Tiny("mixtral-w4a16", "mixtral", "w4a16_nvfp4", (("routed_expert", "w4a16_nvfp4"),)),
     Tiny("qwen3-moe-nvfp4", "qwen3_moe", "nvfp4", _EXPERTS, index=False),
@@ -120,7 +122,7 @@ TINY: tuple[Tiny, ...] = (
 
 def make(root: Path, tiny: Tiny, seed: int = 0) -> Made:
     """Write a tiny checkpoint, its BF16 base and, for a mixed one, the checkpoint it keeps bytes of, below ``root``."""
-    config = copy.deepcopy(dict(CONFIGS[tiny.family]))
+    config = copy.deepcopy(dict(CONFIGS[tiny.family])) | dict(tiny.sizes)
     values = dict(_values(config, seed))
     if tiny.mtp:
         config.get("text_config", config)["num_mtp_modules"] = 1

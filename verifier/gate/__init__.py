@@ -4,6 +4,7 @@
 from verifier.gate.comparison import compare_runs
 from verifier.gate.corpora import Corpus, load_corpus
 from verifier.gate.decision import BUDGETS, Margin, decide, drift_margin_of, margin_of
+from verifier.gate.evaluating import evaluator
 from verifier.gate.plan import Plan, plan, render_plan_json, render_plan_text
 from verifier.gate.render import render_json, render_run, render_text
 from verifier.gate.result import GateResult
@@ -14,7 +15,6 @@ from verifier.gate.statistics import Interval, paired
 
 __all__ = [
     "BUDGETS", "Corpus", "GateResult", "Interval", "Margin", "Plan", "Run", "RunHeader", "compare_runs", "decide",
-    "drift_margin_of", "load_corpus", "margin_of", "paired", "plan", "read_run", "render_json", "render_plan_json",
-    "render_plan_text", "render_run", "render_text", "run",
-    "score_run", "write_run",
+    "drift_margin_of", "evaluator", "load_corpus", "margin_of", "paired", "plan", "read_run", "render_json",
+    "render_plan_json", "render_plan_text", "render_run", "render_text", "run", "score_run", "write_run",
 ]  # fmt: skip

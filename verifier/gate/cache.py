@@ -12,14 +12,16 @@ from pathlib import Path
 from verifier.checkpoint import Checkpoint
 from verifier.errors import ContentError, MachineError
 from verifier.gate.corpora import Corpus
+from verifier.gate.jobs import HF, Scorer
 from verifier.gate.planning import Protocol, plan_units
 from verifier.gate.runs import Run, read_run, write_run
-from verifier.gate.scoring import Progress, score_run, weights_digest
+from verifier.gate.scoring import Progress, identity_of, score_run, weights_digest
 
 
 def cached_run(
     folder: Path, ckpt: Checkpoint, corpus: Corpus, *, protocol: Protocol, window: int, batch: int, device: str,
     workers: int | None, top_k: int, progress: Progress | None, say: Callable[[str], None] | None, keep: bool,
+    scorer: Scorer = HF,
 ) -> Run:  # fmt: skip
     """Return a checkpoint's run from the cache, or score it; what an interrupted one had done is used.
 
@@ -39,11 +41,13 @@ def cached_run(
         progress: called with (done, total).
         say: called with what a person should know.
         keep: whether the finished run stays in the cache.
+        scorer: what turns tokens into log-probabilities.
     """
-    key, _ = plan_units([ckpt], corpus, protocol, window, batch)
+    key, _ = plan_units([ckpt], corpus, protocol, window, batch, scorer)
     identity = {
         "weights": weights_digest(ckpt), "key": {k: v for k, v in key.items() if k != "corpus"}, "batch": batch,
         "device": device, "top_k": top_k, "versions": {p: version(p) for p in ("torch", "transformers")},
+        **identity_of(scorer),
     }  # fmt: skip
     name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
     file, journal = folder / f"{name}.run", folder / f"{name}.run.part"
@@ -58,7 +62,7 @@ def cached_run(
                 say(f"{error}; scoring it again")
     scored = score_run(
         ckpt, corpus, protocol=protocol, window=window, batch=batch, device=device, workers=workers, top_k=top_k,
-        journal=journal, progress=progress, say=say,
+        journal=journal, progress=progress, say=say, scorer=scorer,
     )  # fmt: skip
     if scored is None:
         raise MachineError("a unit of work was lost")

@@ -13,10 +13,10 @@ from verifier.errors import UsageError
 from verifier.gate.decision import Margin, Outcome, documents_for, judge
 from verifier.gate.jobs import Array
 from verifier.gate.measures import Measures, measure
-from verifier.gate.result import Drift, Experts, GateResult
+from verifier.gate.result import Accuracy, Drift, Experts, GateResult
 from verifier.gate.runs import Run, refuse_unlike, unlike_environment
 from verifier.gate.scorer import perplexity
-from verifier.gate.statistics import paired
+from verifier.gate.statistics import Interval, accuracy_loss, p_of_loss, paired
 
 UNLIKE_FLOOR = 0.0005
 """Nats a token that two environments may differ by where nothing was measured: BF16 and FP16 on one engine differ by 0.0004
@@ -61,23 +61,44 @@ def compare_runs(
         "documents": list(zip(base.sums.tolist(), candidate.sums.tolist(), base.tokens.tolist(), strict=True)),
         "measures_kl": base.header.sampled_from == base.header.weights_sha256,
         "experts": experts_of(candidate), "looks": looks,
+        "nonfinite_base": tuple(sorted({d for r in others for d in r.header.nonfinite})),
     }  # fmt: skip
     if bad:
         return GateResult("failed", interval=None, perplexity_base=math.nan, perplexity_candidate=math.nan, **common)
-    interval = paired(base.sums, candidate.sums, base.tokens, level).widened(widening)
+    task = candidate.header.key.get("protocol") == "task"
+    interval = loss_of(base, candidate, level).widened(widening)
     drift = None
     if drift_against is not None and drift_margin is not None:
-        found = paired(drift_against.sums, candidate.sums, base.tokens, level).widened(widening)
+        found = loss_of(drift_against, candidate, level).widened(widening)
         drift = Drift(drift_against.header.model, drift_margin, found)
     family = [(interval, margin)] + ([(drift.interval, drift.margin)] if drift else [])
     outcome: Outcome = judge(family, floor=floor, widening=widening, alpha=1 - level)
-    measures = measure(base, candidate, kl, level)
+    measures = Measures() if task else measure(base, candidate, kl, level)
+    nats = [math.nan] * 2 if task else [perplexity(r.sums.tolist(), r.tokens.tolist()) for r in (base, candidate)]
     return GateResult(
-        outcome, interval=interval, perplexity_base=perplexity(base.sums.tolist(), base.tokens.tolist()),
-        perplexity_candidate=perplexity(candidate.sums.tolist(), candidate.tokens.tolist()), drift=drift, measures=measures,
+        outcome, interval=interval, perplexity_base=nats[0], perplexity_candidate=nats[1], drift=drift, measures=measures,
         needed=documents_for(family) if outcome == "inconclusive" else None,
-        notes=tuple(_notes(interval.documents, measures, outcome, floor, family)), **common,
+        notes=tuple(_notes(0 if task else interval.documents, measures, outcome, floor, family)),
+        accuracy=_accuracy(base, candidate) if task else None, **common,
     )  # fmt: skip
+
+
+def loss_of(base: Run, candidate: Run, level: float) -> Interval:
+    """Return the paired loss of a run over another: a mean a token, or of a task the loss of accuracy, exact."""
+    if candidate.header.key.get("protocol") != "task":
+        return paired(base.sums, candidate.sums, base.tokens, level)
+    lost, won = _discordant(base, candidate)
+    return accuracy_loss(lost, won, len(candidate), level)
+
+
+def _discordant(base: Run, candidate: Run) -> tuple[int, int]:
+    return int((base.sums < candidate.sums).sum()), int((base.sums > candidate.sums).sum())
+
+
+def _accuracy(base: Run, candidate: Run) -> Accuracy:
+    lost, won = _discordant(base, candidate)
+    ours, theirs = (len(r) - round(float(r.sums.sum())) for r in (candidate, base))
+    return Accuracy(theirs, ours, lost, won, p_of_loss(lost, won, len(base), 0.0, "beyond"))
 
 
 def experts_of(run: Run) -> tuple[Experts, ...]:
@@ -121,8 +142,9 @@ def coverage_note(documents: int) -> str:
         low, high = math.floor(100 * row[name][0]), round(100 * row[name][1])
         return f"{low} %" if low == high else f"{low} to {high} %"
 
+    more = " (fewer were not simulated)" if documents < nearest else ""
     return (
-        f"simulated at {nearest} documents, two-sided 95 % intervals (one-sided upper bounds) hold the truth in "
+        f"simulated at {nearest} documents{more}, two-sided 95 % intervals (one-sided upper bounds) hold the truth in "
         f"{span('symmetric')} ({span('symmetric_high')}) where documents differ evenly, {span('skewed')} "
         f"({span('skewed_high')}) where effects are skewed, {span('rare')} ({span('rare_high')}) where few documents are "
         f"hit hard (0.2 nats); the worst-document rule sees {span('worst_found')} of samples with such a document"

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from verifier.errors import ContentError, MissingExtra, UsageError
+from verifier.gate.jobs import TaskInfo
 
 DATA_VARIABLE = "CKPTGATE_TEST_DATA"
 WIKITEXT = "wikitext2-test"
@@ -30,7 +31,8 @@ MAX_BYTES = 2_000_000_000
 class Corpus:
     """Documents to score: ``texts``, or ``ids`` (then token ids, scored document by document).
 
-    ``sampled_from`` is the weights digest of the model that wrote the ids, where one did.
+    ``sampled_from`` is the weights digest of the model that wrote the ids, where one did. ``task``: the texts are the
+    documents of a task of lm-eval, as JSON.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Corpus:
     texts: tuple[str, ...] = ()
     ids: tuple[tuple[int, ...], ...] = ()
     sampled_from: str | None = None
+    task: TaskInfo | None = None
 
     def __len__(self) -> int:
         return len(self.ids) or len(self.texts)
@@ -49,7 +52,7 @@ class Corpus:
             return self
         texts, ids = self.texts[:count], self.ids[:count]
         found = documents_digest(ids or texts)
-        return Corpus(f"{self.name}[:{count}]", self.rule, found, texts, ids, self.sampled_from)
+        return Corpus(f"{self.name}[:{count}]", self.rule, found, texts, ids, self.sampled_from, self.task)
 
 
 def documents_digest(documents: Iterable[object]) -> str:

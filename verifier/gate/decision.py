@@ -33,14 +33,18 @@ class Margin:
     source: str
 
 
-def margin_of(given: str | float | None, formats: Iterable[str]) -> Margin:
+def margin_of(given: str | float | None, formats: Iterable[str], *, task: bool = False) -> Margin:
     """Return the margin: ``8%`` of perplexity, ``0.05`` nats, or the widest default budget of the formats present.
+
+    Of a task it is in points of accuracy, ``1%`` or ``0.01``, and has no default.
 
     Raises:
         UsageError: no number above zero, or no default for these formats.
     """
     if given is not None:
-        return _parse(str(given).strip(), "--max-increase")
+        return _parse(str(given).strip(), "--max-increase", task=task)
+    if task:
+        raise UsageError("a task has no default margin; give --max-loss, e.g. 1% (points of accuracy)")
     known = {f: BUDGETS[f] for f in formats if f in BUDGETS}
     if not known:
         raise UsageError("no quantized format with a default budget; give --max-increase, e.g. 8%")
@@ -48,25 +52,30 @@ def margin_of(given: str | float | None, formats: Iterable[str]) -> Margin:
     return Margin(math.log1p(known[widest]), f"default budget of {widest}, {known[widest]:.0%} of perplexity")
 
 
-def _parse(text: str, option: str) -> Margin:
+def _parse(text: str, option: str, *, task: bool = False) -> Margin:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)(%?)(?:\s*nats)?", text)
     value = float(match[1]) if match else 0.0
     if match is None or not 0 < value < 1000:
         raise UsageError(f"{option} {text}: give a percentage of perplexity like 8%, or nats a token like 0.05")
+    if task:
+        share = value / 100 if match[2] else value
+        if share >= 1:
+            raise UsageError(f"{option} {text}: give points of accuracy, 1% or 0.01")
+        return Margin(share, f"given, {text} of accuracy")
     if match[2]:
         return Margin(math.log1p(value / 100), f"given, {text} of perplexity")
     return Margin(value, f"given, {text} nats a token")
 
 
-def drift_margin_of(given: str | float | None) -> Margin:
+def drift_margin_of(given: str | float | None, *, task: bool = False) -> Margin:
     """Return the margin against an accepted run: nats, ``0.3%`` of perplexity, or 0.003 nats.
 
     Raises:
         UsageError: no number above zero.
     """
     if given is None:
-        return Margin(DRIFT, f"default, {DRIFT} nats a token")
-    return _parse(str(given).strip(), "--max-drift")
+        return Margin(DRIFT, f"default, {DRIFT} {'of accuracy' if task else 'nats a token'}")
+    return _parse(str(given).strip(), "--max-drift", task=task)
 
 
 def judge(family: Sequence[tuple[Interval, Margin]], *, floor: float | None, widening: float, alpha: float) -> Outcome:

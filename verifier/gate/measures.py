@@ -78,6 +78,8 @@ def measure(base: Run, candidate: Run, kl: Array | None = None, level: float = 0
         found["design_effect"] = float(moments(difference[scored], tokens[scored].astype(np.float64))[1] / plain) ** 2
     if len(scored) < FEW:
         found["se_blocks"] = block_error(each, tokens)
+    if "top1" not in base.arrays or "top1" not in candidate.arrays:
+        return Measures(**found)  # type: ignore[arg-type]
     same = base.arrays["top1"] == candidate.arrays["top1"]
     found["top1"] = ratio(by_document(same, tokens), tokens, level)
     sure = base.arrays["sure"] > math.log(SURE)

@@ -12,9 +12,9 @@ from typing import Any
 from verifier.checkpoint import open_checkpoint
 from verifier.errors import UsageError
 from verifier.gate.attempts import Attempts
-from verifier.gate.corpora import load_corpus
 from verifier.gate.decision import NORMALS, Margin, drift_margin_of, margin_of
-from verifier.gate.run import BATCH, PathLike, Protocol, formats_of, refuse_same, score_apart
+from verifier.gate.jobs import HF, Scorer
+from verifier.gate.run import BATCH, PathLike, check_scorer, corpus_of, formats_of, refuse_same, score_apart, series_of
 from verifier.gate.scoring import Progress
 from verifier.gate.statistics import LEVEL, paired
 from verifier.report import printable
@@ -45,10 +45,11 @@ class Plan:
 
 
 def plan(
-    candidate: PathLike, *, base: PathLike, corpus: str, protocol: Protocol = "tokens",
+    candidate: PathLike, *, base: PathLike, corpus: str | None = None, protocol: str = "tokens",
     max_increase: str | float | None = None, window: int = 512, documents: int | None = None, device: str = "cpu",
     batch: int = BATCH, workers: int | None = None, progress: Progress | None = None, cache: PathLike | None = None,
-    max_drift: str | float | None = None, drift_against: PathLike | None = None, **_unused: object,
+    max_drift: str | float | None = None, drift_against: PathLike | None = None, scorer: Scorer = HF,
+    metric: str | None = None, **_unused: object,
 ) -> Plan:  # fmt: skip
     """Return what a gate with these arguments would do (`run` has them).
 
@@ -60,25 +61,28 @@ def plan(
         ContentError: a checkpoint cannot be scored.
     """
     ckpt, reference = open_checkpoint(candidate), open_checkpoint(base)
+    kind = check_scorer(scorer, protocol)
+    task = kind == "task"
     refuse_same(ckpt, reference)
-    drift_margin_of(max_drift)
+    drift_margin_of(max_drift, task=task)
     formats = formats_of(ckpt)
-    margin, whole = margin_of(max_increase, formats), load_corpus(corpus).head(documents)
+    margin = margin_of(max_increase, formats, task=task)
+    whole = corpus_of(protocol, corpus, metric).head(documents)
     if len(whole) < 2:
         raise UsageError("one document has no interval; a gate on it is inconclusive whatever it costs")
-    known = Attempts(Path(cache)).last(reference, window, protocol) if cache is not None else None
+    known = Attempts(Path(cache)).last(reference, window, series_of(kind, scorer, whole)) if cache is not None else None
     if known is not None:
         count, se, seen, seconds = known["scored"], known["se"], known["delta"], known["seconds"]
         source = f"the last attempt on this base ({count} documents of {known['corpus']!r})"
     else:
         few = whole.head(FIRST)
-        ours, theirs = score_apart(ckpt, reference, few, protocol, window, batch, device, workers, 0, progress)
+        ours, theirs = score_apart(ckpt, reference, few, kind, window, batch, device, workers, 0, progress, scorer)
         interval = paired(theirs.sums.tolist(), ours.sums.tolist(), theirs.tokens.tolist())
         count, se, seen = interval.documents, interval.se, interval.delta
         seconds, source = ours.header.seconds + theirs.header.seconds, f"the first {len(few)} documents, scored now"
         if count < 2:
             raise UsageError(f"only {count} of the first {len(few)} documents has a token to score")
-    return foresee(source, count, se, seen, seconds, len(whole), margin, formats)
+    return foresee(source, count, se, seen, seconds, len(whole), margin, set() if task else formats)
 
 
 def foresee(

@@ -7,16 +7,16 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal
 
 from verifier.checkpoint import Checkpoint
-from verifier.errors import ContentError, MissingExtra, UsageError
+from verifier.errors import ContentError, IncomparableError, MissingExtra, UsageError
 from verifier.gate.corpora import Corpus
-from verifier.gate.jobs import Job, Unit, Window
+from verifier.gate.jobs import HF, Job, Scorer, Unit, Window
 from verifier.gate.scorer import windows_of
+from verifier.memory import free_memory
 
-Protocol = Literal["tokens", "lm-eval"]
+Protocol = Literal["tokens", "lm-eval", "task"]
 TEXTS_IN_UNIT = 16
 FLOOR_DOCUMENTS = 8
 
@@ -42,7 +42,7 @@ def plan_jobs(
 
 
 def plan_units(
-    checkpoints: Sequence[Checkpoint], corpus: Corpus, protocol: Protocol, window: int, batch: int
+    checkpoints: Sequence[Checkpoint], corpus: Corpus, protocol: Protocol, window: int, batch: int, scorer: Scorer = HF
 ) -> tuple[dict[str, Any], list[Unit]]:
     """Return the protocol key and the units of work, which do not depend on who does them.
 
@@ -52,20 +52,29 @@ def plan_units(
     """
     key: dict[str, Any] = {
         "protocol": protocol, "version": 1, "window": window, "corpus": corpus.name, "corpus_sha256": corpus.digest,
-        "documents": len(corpus), "document_rule": corpus.rule, "bos": protocol == "lm-eval", "dtype": "bfloat16",
+        "documents": len(corpus), "document_rule": corpus.rule, "bos": protocol != "tokens", "dtype": "bfloat16",
+        **scorer.key,
     }  # fmt: skip
+    if protocol == "task" and corpus.task is not None:
+        t = corpus.task
+        key |= {"task": t.name, "task_version": t.version, "num_fewshot": t.shots, "metric": t.metric, "filter": t.filter}
+        return key | {"tokenizer_sha256": _one_tokenizer(checkpoints)}, _texts_units(corpus)
     if protocol == "lm-eval":
         if corpus.ids:
             raise UsageError("the protocol lm-eval needs text; this corpus is token ids (use tokens)")
         key |= {"task": "wikitext 2.0", "tokenizer_sha256": _one_tokenizer(checkpoints)}
-        texts = list(enumerate(corpus.texts))
-        parts = [texts[i : i + TEXTS_IN_UNIT] for i in range(0, len(texts), TEXTS_IN_UNIT)]
-        return key, [Unit(n, texts=tuple(part)) for n, part in enumerate(parts)]
+        return key, _texts_units(corpus)
     encode = None
     if not corpus.ids:
         key["tokenizer_sha256"] = _one_tokenizer(checkpoints)
         encode = _encoder(checkpoints[0])
     return key, units_of(windows_of(corpus, encode, window), batch)
+
+
+def _texts_units(corpus: Corpus) -> list[Unit]:
+    texts = list(enumerate(corpus.texts))
+    parts = [texts[i : i + TEXTS_IN_UNIT] for i in range(0, len(texts), TEXTS_IN_UNIT)]
+    return [Unit(n, texts=tuple(part)) for n, part in enumerate(parts)]
 
 
 def units_of(windows: Sequence[Window], batch: int) -> list[Unit]:
@@ -103,8 +112,10 @@ def share(job: Job, units: Sequence[Unit], slices: int) -> list[Job]:
     return [replace(job, units=tuple(units[i::slices])) for i in range(min(slices, max(1, len(units))))]
 
 
-def workers_of(device: str, workers: int | None) -> int:
-    """Return how many processes score."""
+def workers_of(device: str, workers: int | None, scorer: Scorer = HF) -> int:
+    """Return how many processes score; an engine is one."""
+    if scorer.name != "hf":
+        return 1
     return workers or (min(4, os.cpu_count() or 1) if device == "cpu" else 1)
 
 
@@ -122,7 +133,7 @@ def tokenizer_digest(ckpt: Checkpoint) -> str:
 def _one_tokenizer(checkpoints: Sequence[Checkpoint]) -> str:
     digests = {c.uri: tokenizer_digest(c) for c in checkpoints}
     if len(set(digests.values())) > 1:
-        raise ContentError(f"{' and '.join(digests)} have different tokenizers; their scores cannot be compared")
+        raise IncomparableError(f"{' and '.join(digests)} have different tokenizers; their scores cannot be compared")
     return next(iter(digests.values()))
 
 
@@ -147,19 +158,4 @@ def _encoder(ckpt: Checkpoint) -> Callable[[str], tuple[list[int], list[int]]]:
 def fits_twice(base: Checkpoint, device: str, workers: int) -> bool:
     """Whether each worker can hold two models of the base's size, decoded to BF16, in 70 % of the memory that is free."""
     elements = sum(t.elements * (2 if t.dtype == "U8" else 1) for t in base.tensors.values())
-    return 2 * 2 * elements * workers < 0.7 * _free_memory(device)
-
-
-def _free_memory(device: str) -> int:
-    if device.startswith("cuda"):
-        import torch  # noqa: PLC0415
-
-        try:
-            return int(torch.cuda.mem_get_info(torch.device(device))[0])
-        except (RuntimeError, AssertionError, ValueError):
-            return 0
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration, ValueError):
-        return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return 2 * 2 * elements * workers < 0.7 * free_memory(device)

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict
+from typing import Any
 
 from verifier.gate.result import GateResult
 from verifier.gate.runs import Run
@@ -13,6 +15,10 @@ from verifier.gate.scorer import perplexity
 from verifier.gate.statistics import Interval
 from verifier.report import printable
 
+_ACTIVATIONS = {
+    "bf16": "bf16: the weights alone are judged", "declared": "declared: rounded as each checkpoint declares",
+    "engine": "as the engine has them",
+}
 _VERDICT = {"passed": "passed", "failed": "failed", "inconclusive": "unproven"}
 
 
@@ -20,30 +26,49 @@ def render_text(result: GateResult) -> str:
     """Return the result in some lines, the verdict last."""
     key = result.key
     unit = "word" if key["protocol"] == "lm-eval" else "token"
+    nats = "nats" if result.accuracy is None else "of accuracy"
     lines = [
         f"gate     {result.candidate} against {result.base}",
         f"corpus   {key['corpus']}: {key['documents']} documents, protocol {key['protocol']}, window {key['window']}",
+        f"inputs   activations {_inputs(key)}",
     ]
     i = result.interval
     if i is None:
         shown = ", ".join(map(str, result.nonfinite[:5]))
         lines.append(f"error    logits that are not finite in {len(result.nonfinite)} documents ({shown}); no statistics")
     else:
-        lines += [
+        lines += _of_task(result, i) if result.accuracy is not None else [
             f"base     {unit} perplexity {result.perplexity_base:.4f}   ({i.tokens:,} {unit}s)",
             f"cand     {unit} perplexity {result.perplexity_candidate:.4f}",
             f"loss     {i.delta:+.5f} nats a {unit} ({math.expm1(i.delta):+.2%} of perplexity), {_shown(i, result.looks)}, "
             f"standard error {i.se:.5f} over {i.documents} documents",
-            f"margin   {result.margin.nats:.5f} nats ({result.margin.source})",
-        ]
+        ]  # fmt: skip
+        lines.append(f"margin   {result.margin.nats:.5f} {nats} ({result.margin.source})")
         if (d := result.drift) is not None:
             lines += [
-                f"drift    {d.interval.delta:+.5f} nats a {unit} against {d.accepted}, {_shown(d.interval, result.looks)}",
-                f"margin   {d.margin.nats:.5f} nats of drift ({d.margin.source})",
+                f"drift    {d.interval.delta:+.5f} {result.unit} against {d.accepted}, {_shown(d.interval, result.looks)}",
+                f"margin   {d.margin.nats:.5f} {nats} of drift ({d.margin.source})",
             ]
         lines += _measures(result) + _notes(result)
     lines.append(f"verdict: {result.outcome.upper()}")
     return "".join(printable(line, 2000) + "\n" for line in lines)
+
+
+def _of_task(result: GateResult, interval: Interval) -> list[str]:
+    a, count = result.accuracy, interval.documents
+    if a is None:
+        return []
+    return [
+        f"base     accuracy {a.base / count:.4f}   ({a.base:,} of {count:,})",
+        f"cand     accuracy {a.candidate / count:.4f}   ({a.candidate:,} of {count:,})",
+        f"loss     {interval.delta:+.5f} of accuracy, exact {_shown(interval, result.looks)}",
+        f"McNemar  {a.lost:,} right by the base alone, {a.won:,} by the candidate alone; exact p of no loss {a.p_value:.4g}",
+    ]
+
+
+def _inputs(key: Mapping[str, Any]) -> str:
+    name = str(key.get("activations", "bf16"))
+    return _ACTIVATIONS.get(name, name)
 
 
 def _shown(interval: Interval, looks: int) -> str:
@@ -52,6 +77,8 @@ def _shown(interval: Interval, looks: int) -> str:
 
 def _measures(result: GateResult) -> list[str]:
     m, lines = result.measures, []
+    if result.accuracy is not None:
+        return []
     if m.bootstrap is not None:
         lines.append(f"errors   bootstrap of documents (BCa) [{m.bootstrap[0]:+.5f}, {m.bootstrap[1]:+.5f}]")
         if m.se_tokens is not None and m.design_effect is not None:
@@ -80,6 +107,8 @@ def _measures(result: GateResult) -> list[str]:
             f"{' …' if len(e.unreached) > 16 else ''} ({len(e.unreached)} of {e.experts}); this text does not reach them"
             for e in [e for e in result.experts if e.unreached][:8]
         ]
+    if not result.experts and result.key.get("activations") == "engine":
+        lines.append("experts  which ones the text reached is not known through an engine")
     floor = "not measured" if result.floor is None else f"{result.floor:.6f} nats"
     return [*lines, f"floor    {floor}"]
 
@@ -106,10 +135,14 @@ def render_run(run: Run, file: str) -> str:
     """Return what was scored, in some lines."""
     h, key = run.header, run.header.key
     unit = "words" if key["protocol"] == "lm-eval" else "tokens"
+    found = f"{int(run.tokens.sum()):,} {unit}, perplexity {perplexity(run.sums.tolist(), run.tokens.tolist()):.4f}"
+    if key["protocol"] == "task":
+        found = f"{len(run) - round(float(run.sums.sum())):,} of {len(run):,} right"
     lines = [
         f"scored   {h.model}, weights {h.weights_sha256[:16]}…, in {h.seconds:.0f} s",
         f"corpus   {key['corpus']}: {len(run)} documents, protocol {key['protocol']}, window {key['window']}",
-        f"         {int(run.tokens.sum()):,} {unit}, perplexity {perplexity(run.sums.tolist(), run.tokens.tolist()):.4f}",
+        f"inputs   activations {_inputs(key)}",
+        f"         {found}",
         f"floor    {'not measured' if h.floor is None else f'{h.floor:.6f} nats'}",
     ]
     if h.nonfinite:

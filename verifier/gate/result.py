@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +28,20 @@ class Experts:
     layer: str
     experts: int
     unreached: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """A task's right answers: of the base, of the candidate, only of the one, only of the other; McNemar's exact p-value.
+
+    ``p_value`` is one-sided: of no loss.
+    """
+
+    base: int
+    candidate: int
+    lost: int
+    won: int
+    p_value: float
 
 
 @dataclass(frozen=True)
@@ -57,6 +72,21 @@ class GateResult:
     unlike: tuple[str, ...] = ()
     looks: int = 1
     notes: tuple[str, ...] = ()
+    nonfinite_base: tuple[int, ...] = ()
+    accuracy: Accuracy | None = None
+
+    @property
+    def unit(self) -> str:
+        """What a loss is measured in."""
+        units = {"lm-eval": "nats a word", "task": "of accuracy"}
+        return units.get(str(self.key.get("protocol")), "nats a token")
+
+    @property
+    def collapse(self) -> float:
+        """The loss over the base that a destroyed model has, in its unit: twice the perplexity, half the right answers."""
+        if self.accuracy is not None:
+            return max(0.5 * self.accuracy.base / max(1, len(self.documents)), self.margin.nats)
+        return math.log(2)
 
     @property
     def exit_code(self) -> int:

@@ -18,7 +18,7 @@ from verifier.gate.cache import cached_run
 from verifier.gate.comparison import compare_runs
 from verifier.gate.corpora import Corpus, load_corpus
 from verifier.gate.decision import drift_margin_of, margin_of
-from verifier.gate.jobs import Array, Job
+from verifier.gate.jobs import HF, Array, Job, Scorer
 from verifier.gate.planning import (
     Protocol,
     fits_twice,
@@ -40,6 +40,7 @@ from verifier.gate.scoring import (
     score_pieces,
     weights_digest,
 )
+from verifier.gate.tasks import is_task, kind_of, task_corpus
 
 __all__ = [
     "BATCH", "TOP_K", "GateResult", "KlChoice", "Protocol", "formats_of", "plan_jobs", "refuse_same", "run", "score_all",
@@ -55,8 +56,8 @@ def run(
     candidate: PathLike,
     *,
     base: PathLike,
-    corpus: str,
-    protocol: Protocol = "tokens",
+    corpus: str | None = None,
+    protocol: str = "tokens",
     max_increase: str | float | None = None,
     window: int = 512,
     documents: int | None = None,
@@ -69,6 +70,8 @@ def run(
     drift_against: PathLike | None = None,
     max_drift: str | float | None = None,
     say: Callable[[str], None] | None = None,
+    scorer: Scorer = HF,
+    metric: str | None = None,
 ) -> GateResult:
     """Compare a candidate with its base on a corpus.
 
@@ -76,8 +79,10 @@ def run(
         candidate: folder of the quantized checkpoint.
         base: folder of its reference; a quantized one is decoded.
         corpus: ``wikitext2-test``, or a file.
-        protocol: ``tokens`` (windows of the model's own tokens) or ``lm-eval`` (its ``wikitext`` task).
-        max_increase: ``8%`` of perplexity or nats a token; by default the budget of the candidate's formats.
+        protocol: ``tokens`` (windows of the model's own tokens), ``lm-eval`` (its ``wikitext`` task), or another task of
+            lm-eval by its name or YAML file; a task has its own documents and takes no ``corpus``.
+        max_increase: ``8%`` of perplexity or nats a token; by default the budget of the candidate's formats. Of a task,
+            points of accuracy: ``1%`` or ``0.01``; there is no default.
         window: tokens in a window (``lm-eval``: ``max_length``), at least 2.
         documents: score the first so many documents only.
         device: where the models run.
@@ -90,40 +95,46 @@ def run(
         drift_against: file of an accepted run, to judge the drift against as well.
         max_drift: its margin, 0.003 nats by default.
         say: called with what a person should know before the result.
+        scorer: what turns tokens into log-probabilities, for both.
+        metric: which metric of a task says right or wrong; its first by default.
 
     Raises:
         UsageError: the candidate is the base, an option out of range, no such corpus, another attempt after a failed one.
         ContentError: a checkpoint cannot be scored, or their tokenizers differ.
     """
-    if protocol not in ("tokens", "lm-eval"):
-        raise UsageError(f"no protocol {protocol!r}; tokens or lm-eval")
     if window < 2 or batch < 1 or (documents is not None and documents < 1) or (workers is not None and workers < 1):
         raise UsageError("window is at least 2, batch, documents and workers at least 1")
+    kind = check_scorer(scorer, protocol)
     if max_drift is not None and drift_against is None:
         raise UsageError("--max-drift needs --drift-against RUN")
     ckpt, reference = open_checkpoint(candidate), open_checkpoint(base)
     refuse_same(ckpt, reference)
-    margin, drift_margin = margin_of(max_increase, formats_of(ckpt)), drift_margin_of(max_drift)
+    task = kind == "task"
+    margin, drift_margin = margin_of(max_increase, formats_of(ckpt), task=task), drift_margin_of(max_drift, task=task)
     accepted = read_run(drift_against) if drift_against is not None else None
-    found = load_corpus(corpus).head(documents)
-    key, _ = plan_units([reference, ckpt], found, protocol, window, batch)  # what does not fit is told before any model runs
+    found = corpus_of(protocol, corpus, metric).head(documents)
+    key, _ = plan_units([reference, ckpt], found, kind, window, batch, scorer)  # told before any model runs
     if accepted is not None:
         refuse_unlike_keys(accepted.header.model, accepted.header.key, ckpt.uri, key)
     attempts = Attempts(Path(cache)) if cache is not None else None
-    looks = attempts.looks(ckpt, reference, found, window, protocol) if attempts else 1
-    chosen = _kl_choice(kl, protocol, reference, device, workers, cached=cache is not None)
+    looks = attempts.looks(ckpt, reference, found, window, series_of(kind, scorer, found)) if attempts else 1
+    if kl == "lockstep" and scorer.name != "hf":
+        raise UsageError(f"--kl lockstep runs both models in one process; with --scorer {scorer.name} there is top-k")
+    chosen = _kl_choice(kl, kind, reference, device, workers, cached=cache is not None or scorer.name != "hf")
     divergence: Array | None = None
     if chosen == "lockstep":
-        ours, theirs, divergence = _lockstep(ckpt, reference, found, window, batch, device, workers, progress)
+        ours, theirs, divergence = _lockstep(ckpt, reference, found, window, batch, device, workers, progress, scorer)
     else:
         top_k = TOP_K if chosen == "top-k" else 0
         if cache is None:
-            ours, theirs = score_apart(ckpt, reference, found, protocol, window, batch, device, workers, top_k, progress)
+            ours, theirs = score_apart(
+                ckpt, reference, found, kind, window, batch, device, workers, top_k, progress, scorer
+            )
         else:
             ours, theirs = (
                 cached_run(
-                    Path(cache), c, found, protocol=protocol, window=window, batch=batch, device=device, workers=workers,
-                    top_k=top_k, progress=progress, say=say, keep=c is reference,
+                    Path(cache), c, found, protocol=kind, window=window, batch=batch, device=device, workers=workers,
+                    top_k=top_k, progress=progress, say=say, keep=c is reference, scorer=scorer,
                 )
                 for c in (ckpt, reference)
             )  # fmt: skip
@@ -132,8 +143,47 @@ def run(
     )
     if attempts:
         seconds = ours.header.seconds + theirs.header.seconds
-        attempts.record(ckpt, reference, found, window, protocol, result, seconds)
+        attempts.record(ckpt, reference, found, window, series_of(kind, scorer, found), result, seconds)
     return result
+
+
+def series_of(protocol: str, scorer: Scorer, corpus: Corpus) -> str:
+    """Return what attempts at one pair share beside the window: another rounding or task is another question."""
+    task = [corpus.task.name, corpus.task.metric, corpus.task.filter] if corpus.task else []
+    return "/".join([protocol, *task, *map(str, scorer.key.values())])
+
+
+def corpus_of(protocol: str, corpus: str | None, metric: str | None) -> Corpus:
+    """Return the documents that a protocol scores: a corpus, or those of a task.
+
+    Raises:
+        UsageError: none was given, or one for a task, which has its own; a metric for what is no task.
+    """
+    if is_task(protocol):
+        if corpus is not None:
+            raise UsageError(f"the task {protocol} has its own documents; leave out --corpus")
+        return task_corpus(protocol, metric)
+    if metric is not None:
+        raise UsageError("--metric is for a task of lm-eval")
+    if corpus is None:
+        raise UsageError(f"the protocol {protocol} needs --corpus NAME|FILE")
+    return load_corpus(corpus)
+
+
+def check_scorer(scorer: Scorer, protocol: str) -> Protocol:
+    """Return the kind of a protocol, and refuse a scorer that cannot score a pair under it.
+
+    Raises:
+        UsageError: naming the option.
+    """
+    scorer.check()
+    if scorer.name == "server":
+        raise UsageError(
+            "a server has one model: `ckptgate score` base and candidate, each where it is served, then `ckptgate compare`"
+        )
+    if scorer.name != "hf" and protocol != "tokens":
+        raise UsageError(f"--scorer {scorer.name} is for the protocol tokens")
+    return kind_of(protocol)
 
 
 def refuse_same(candidate: Checkpoint, base: Checkpoint) -> None:
@@ -157,9 +207,9 @@ def _kl_choice(
 ) -> KlChoice:
     if given not in ("auto", "lockstep", "top-k", "off"):
         raise UsageError(f"no such way to a KL divergence: {given!r}; auto, lockstep, top-k or off")
-    if protocol == "lm-eval":
+    if protocol != "tokens":
         if given in ("lockstep", "top-k"):
-            raise UsageError(f"--kl {given} needs the protocol tokens; lm-eval gives sums of documents only")
+            raise UsageError(f"--kl {given} needs the protocol tokens; {protocol} gives sums of documents only")
         return "off"
     if given == "lockstep" and cached:
         raise UsageError("--kl lockstep runs both models side by side and cannot use a cached run; give one of them up")
@@ -170,12 +220,12 @@ def _kl_choice(
 
 def _lockstep(
     ckpt: Checkpoint, reference: Checkpoint, corpus: Corpus, window: int, batch: int, device: str,
-    workers: int | None, progress: Progress | None,
+    workers: int | None, progress: Progress | None, scorer: Scorer,
 ) -> tuple[Run, Run, Array]:  # fmt: skip
     started = time.monotonic()
-    key, units = plan_units([reference, ckpt], corpus, "tokens", window, batch)
+    key, units = plan_units([reference, ckpt], corpus, "tokens", window, batch, scorer)
     again = floor_units(units, batch)
-    job = Job(ckpt.uri, device, "tokens", batch, window, len(corpus), base=reference.uri)
+    job = Job(ckpt.uri, device, "tokens", batch, window, len(corpus), base=reference.uri, scorer=scorer)
     shares = share(job, [*units, *again], workers_of(device, workers))
     (pieces,), (environment,) = score_pieces([shares], device, workers, progress, [None])
     seconds = round((time.monotonic() - started) / 2, 3)
@@ -188,15 +238,15 @@ def _lockstep(
 
 def score_apart(
     ckpt: Checkpoint, reference: Checkpoint, corpus: Corpus, protocol: Protocol, window: int, batch: int,
-    device: str, workers: int | None, top_k: int, progress: Progress | None,
+    device: str, workers: int | None, top_k: int, progress: Progress | None, scorer: Scorer = HF,
 ) -> tuple[Run, Run]:  # fmt: skip
     """Score candidate and base in processes of their own, at the same time; return their runs in this order."""
     started = time.monotonic()
-    key, units = plan_units([reference, ckpt], corpus, protocol, window, batch)
-    again, slices = floor_units(units, batch), max(1, workers_of(device, workers) // 2)
-    pair = (ckpt, reference)
+    key, units = plan_units([reference, ckpt], corpus, protocol, window, batch, scorer)
+    again, slices = floor_units(units, batch), max(1, workers_of(device, workers, scorer) // 2)
+    pair, given = (ckpt, reference), {"top_k": top_k, "scorer": scorer, "task": corpus.task}
     jobs = [
-        share(Job(c.uri, device, protocol, batch, window, len(corpus), top_k=top_k), work, slices)
+        share(Job(c.uri, device, protocol, batch, window, len(corpus), **given), work, slices)  # type: ignore[arg-type]
         for c, work in zip(pair, (units, [*units, *again]), strict=True)
     ]
     pieces, environments = score_pieces(jobs, device, workers, progress, [None, None])

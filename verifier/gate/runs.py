@@ -4,10 +4,10 @@
 A run file is a safetensors container. ``__metadata__.ckptgate_run`` holds its header as JSON, ``sha256`` the digest of
 that header and of every array. Arrays, D documents, T scored tokens in corpus order:
 
-    sums            F64 [D]     nats of each document
-    tokens          I64 [D]     scored tokens (lm-eval: words) of each document
+    sums            F64 [D]     nats of each document (a task: 1 for wrong, 0 for right)
+    tokens          I64 [D]     scored tokens (lm-eval: words, a task: 1) of each document
     nats            F32 [T]     nats of each token                                  protocol tokens only, as the rest
-    top1, sure      I32, F32    the likeliest token at each position and its log-probability
+    top1, sure      I32, F32    the likeliest token at each position and its log-probability; not of every engine
     top_ids         I32 [T, k]  with --top-k: the k likeliest tokens
     top_logprobs    F32 [T, k]  and their log-probabilities
 """
@@ -28,7 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from verifier.checkpoint.header import read_shard, strict_json
 from verifier.checkpoint.source import LocalSource
-from verifier.errors import ContentError, UsageError
+from verifier.errors import ContentError, IncomparableError, UsageError
 from verifier.gate.jobs import Array
 from verifier.manifest import Sha256
 from verifier.writing import write_atomic
@@ -157,8 +157,10 @@ def _header(path: Path, text: str) -> RunHeader:
 def _fault(header: RunHeader, arrays: dict[str, Array]) -> str | None:
     """Return what is wrong with the arrays of a run, or None."""
     count = len(header.documents)
-    wanted = {"sums", "tokens"} | (set(PER_TOKEN) if header.key.get("protocol") == "tokens" else set())
-    missing = sorted(wanted - arrays.keys()) or sorted(set(TOP) - arrays.keys() if set(TOP) & arrays.keys() else set())
+    wanted = {"sums", "tokens"} | ({"nats"} if header.key.get("protocol") == "tokens" else set())
+    for together in (TOP, PER_TOKEN[1:]):
+        wanted |= set(together) if set(together) & arrays.keys() else set()
+    missing = sorted(wanted - arrays.keys())
     if missing:
         return f"has no array {missing[0]!r}"
     sums, tokens = arrays["sums"], arrays["tokens"]
@@ -170,6 +172,8 @@ def _fault(header: RunHeader, arrays: dict[str, Array]) -> str | None:
         return "a document with an impossible number of tokens"
     if any(d >= count for d in header.nonfinite):
         return "names a document that it does not have"
+    if header.key.get("protocol") == "task" and not (np.isin(sums, (0.0, 1.0)).all() and (tokens == 1).all()):
+        return "a task's document that is neither right nor wrong"
     for name, values in arrays.items():
         if values.dtype.kind == "f" and not np.isfinite(values).all():
             return f"{name} holds values that are not finite"
@@ -202,23 +206,24 @@ def refuse_unlike(base: RunHeader, other: RunHeader) -> None:
     """Refuse two runs whose protocol keys differ; the name of the corpus may, its documents may not.
 
     Raises:
-        ContentError: naming the first key that differs, and both values.
+        IncomparableError: naming the first key that differs, and both values.
     """
     refuse_unlike_keys(base.model, base.key, other.model, other.key)
     if base.documents != other.documents:
-        raise ContentError(f"{base.model} and {other.model} were scored on other documents")
+        raise IncomparableError(f"{base.model} and {other.model} were scored on other documents")
 
 
 def refuse_unlike_keys(model: str, key: Mapping[str, Any], other: str, theirs: Mapping[str, Any]) -> None:
     """Refuse two protocol keys that differ in more than the name of the corpus.
 
     Raises:
-        ContentError: naming the first key that differs, and both values.
+        IncomparableError: naming the first key that differs, and both values.
     """
     for name in sorted(key.keys() | theirs.keys()):
         if name != "corpus" and key.get(name) != theirs.get(name):
             shown = f"{json.dumps(key.get(name))[:70]} and {json.dumps(theirs.get(name))[:70]}"
-            raise ContentError(f"{model} and {other} are not of one protocol: {name} is {shown}; score one of them again")
+            message = f"{model} and {other} are not of one protocol: {name} is {shown}; score one of them again"
+            raise IncomparableError(message)
 
 
 def unlike_environment(base: RunHeader, other: RunHeader) -> list[str]:

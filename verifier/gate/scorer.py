@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
 
+from verifier.checkpoint import open_checkpoint
 from verifier.gate.corpora import Corpus
 from verifier.gate.jobs import Array, Job, Piece, Unit, Window
 
@@ -51,6 +53,10 @@ def score(job: Job, emit: Callable[[Piece], None]) -> dict[str, str]:
     Raises:
         ContentError: the model cannot be built, or a token id is outside its vocabulary.
     """
+    if job.scorer.name != "hf":
+        from verifier.gate.engines import score_by_engine  # noqa: PLC0415  (of use to an engine only)
+
+        return score_by_engine(job, emit)
     # torch and transformers cost 2.4 s; the process that plans the gate does not need them.
     import torch  # noqa: PLC0415
 
@@ -62,9 +68,21 @@ def score(job: Job, emit: Callable[[Piece], None]) -> dict[str, str]:
     model = load_model(job.model, device=job.device).model
     base = load_model(job.base, device=job.device).model if job.base else None
     _refuse_far_ids(model, job)
-    with counting(model) as experts, torch.inference_mode():
+    with ExitStack() as stack:
+        if job.scorer.activations == "declared":
+            from verifier.load.activations import declared_activations  # noqa: PLC0415
+
+            for made, uri in ((model, job.model), (base, job.base)):
+                if made is not None and uri is not None:
+                    stack.enter_context(declared_activations(made, open_checkpoint(uri)))
+        experts = stack.enter_context(counting(model))
+        stack.enter_context(torch.inference_mode())
         for unit in job.units:
-            if job.protocol == "lm-eval":
+            if job.protocol == "task":
+                from verifier.gate.tasks import score_task  # noqa: PLC0415
+
+                piece = score_task(model, job, unit)
+            elif job.protocol == "lm-eval":
                 from verifier.gate.lm_eval_task import score_texts  # noqa: PLC0415  (lm-eval is seconds more)
 
                 piece = score_texts(model, job, unit)
@@ -72,7 +90,7 @@ def score(job: Job, emit: Callable[[Piece], None]) -> dict[str, str]:
                 piece = _score_windows(model, base, job, unit, experts)
             piece.experts = experts.take()
             emit(piece)
-    return environment(model) | {"batch": str(job.batch)}
+        return environment(model) | {"batch": str(job.batch)}
 
 
 def _refuse_far_ids(model: Any, job: Job) -> None:
@@ -90,6 +108,7 @@ def _score_windows(model: Any, base: Any, job: Job, unit: Unit, experts: Any) ->
     part = [w for w in unit.windows if len(w[0]) > 1]
     width = max((len(w[0]) for w in part), default=0)
     bad: set[int] = set()
+    bad_base: set[int] = set()
     found: list[dict[str, Array]] = []
     if width:
         # Padding follows the text, and attention is causal: no scored token sees it.
@@ -106,12 +125,14 @@ def _score_windows(model: Any, base: Any, job: Job, unit: Unit, experts: Any) ->
             ours, logp, finite = _of_rows(logits[row, : len(tokens) - 1], wanted, job.top_k)
             if theirs is not None:
                 other, logb, fine = _of_rows(theirs[row, : len(tokens) - 1].to(logits.device), wanted, job.top_k)
-                finite = finite & fine
+                bad_base |= {d for d, good in zip(owner[1:], fine.tolist(), strict=True) if not good}
                 kl = (logb.exp() * (logb - logp)).sum(-1, dtype=torch.float64)
-                ours |= {f"base_{k}": v for k, v in other.items()} | {"kl": torch.where(finite, kl, 0.0).cpu().numpy()}
+                ours |= {f"base_{k}": v for k, v in other.items()}
+                ours["kl"] = torch.where(finite & fine, kl, 0.0).cpu().numpy()
             bad |= {d for d, good in zip(owner[1:], finite.tolist(), strict=True) if not good}
             found.append(ours)
-    return Piece(unit.number, {k: np.concatenate([f[k] for f in found]) for k in (found[0] if found else {})}, sorted(bad))
+    arrays = {k: np.concatenate([f[k] for f in found]) for k in (found[0] if found else {})}
+    return Piece(unit.number, arrays, sorted(bad), nonfinite_base=sorted(bad_base))
 
 
 def _of_rows(logits: Any, wanted: Any, top_k: int) -> tuple[dict[str, Array], Any, Any]:

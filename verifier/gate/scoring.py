@@ -17,7 +17,7 @@ from verifier import __version__
 from verifier.checkpoint import Checkpoint
 from verifier.errors import MachineError, UsageError
 from verifier.gate.corpora import Corpus, documents_digest
-from verifier.gate.jobs import Array, Job, Piece, Sums, Unit
+from verifier.gate.jobs import HF, Array, Job, Piece, Scorer, Sums, Unit
 from verifier.gate.journal import Journal, units_in
 from verifier.gate.planning import Protocol, floor_units, plan_units, share, slices_of, workers_of
 from verifier.gate.runs import PER_TOKEN, TOP, Run, RunHeader, sums_of
@@ -48,6 +48,13 @@ def weights_digest(ckpt: Checkpoint) -> str:
     return known
 
 
+def identity_of(scorer: Scorer) -> dict[str, Any]:
+    """Return what a journal or a cached run must share with a scorer beside the protocol key."""
+    if scorer == HF:
+        return {}
+    return {"scorer": [scorer.name, scorer.activations, scorer.python, scorer.endpoint, scorer.served, [*scorer.options]]}
+
+
 def score_pieces(
     jobs: list[list[Job]], device: str, workers: int | None, progress: Progress | None, journals: Sequence[Journal | None]
 ) -> tuple[list[dict[int, Piece]], list[dict[str, str]]]:
@@ -68,7 +75,7 @@ def score_pieces(
             progress(done, total)
 
     environments: list[dict[str, str]] = [{} for _ in jobs]
-    results = run_jobs([job for _, job in flat], workers_of(device, workers), emit)
+    results = run_jobs([job for _, job in flat], workers_of(device, workers, flat[0][1].scorer if flat else HF), emit)
     for (group, _), environment in zip(flat, results, strict=True):
         environments[group] |= environment
     return found, environments
@@ -140,8 +147,8 @@ def floor_of(units: Sequence[Unit], again: Sequence[Unit], pieces: dict[int, Pie
     return max(abs(interval.low), abs(interval.high))
 
 
-def _nonfinite(pieces: dict[int, Piece]) -> list[int]:
-    return sorted({d for p in pieces.values() for d in p.nonfinite})
+def _nonfinite(pieces: dict[int, Piece], prefix: str = "") -> list[int]:
+    return sorted({d for p in pieces.values() for d in (p.nonfinite_base if prefix else p.nonfinite)})
 
 
 def experts_of(units: Sequence[Unit], pieces: dict[int, Piece]) -> dict[str, list[int]]:
@@ -163,7 +170,7 @@ def run_of(
     header = RunHeader(
         model=ckpt.uri, weights_sha256=weights_digest(ckpt), formats=sorted(formats_of(ckpt)), key=key,
         environment=environment, documents=[documents_digest([d])[:16] for d in corpus.ids or corpus.texts],
-        sampled_from=corpus.sampled_from, nonfinite=_nonfinite(pieces), seconds=seconds,
+        sampled_from=corpus.sampled_from, nonfinite=_nonfinite(pieces, prefix), seconds=seconds,
         experts={} if prefix else experts_of(units, pieces), floor=floor_of(units, again, pieces, prefix),
     )  # fmt: skip
     return Run(header, arrays)
@@ -173,6 +180,7 @@ def score_run(
     ckpt: Checkpoint, corpus: Corpus, *, protocol: Protocol = "tokens", window: int = 512, batch: int = 8,
     device: str = "cpu", workers: int | None = None, top_k: int = 0, journal: Path | None = None,
     progress: Progress | None = None, say: Callable[[str], None] | None = None, ranks: tuple[int, int] | None = None,
+    scorer: Scorer = HF,
 ) -> Run | None:  # fmt: skip
     """Score one checkpoint; None where another rank has units to finish yet.
 
@@ -190,13 +198,15 @@ def score_run(
         say: called with what a person should know.
         ranks: this process's number and how many there are (torchrun): each scores its share into a journal of its own,
             and every one that finds all journals whole returns the run.
+        scorer: what turns tokens into log-probabilities.
 
     Raises:
         UsageError: the protocol does not fit the corpus; another process is at this run.
         ContentError: the checkpoint cannot be scored.
     """
-    key, units = plan_units([ckpt], corpus, protocol, window, batch)
-    job = Job(ckpt.uri, device, protocol, batch, window, len(corpus), top_k=top_k)
+    scorer.check()
+    key, units = plan_units([ckpt], corpus, protocol, window, batch, scorer)
+    job = Job(ckpt.uri, device, protocol, batch, window, len(corpus), top_k=top_k, scorer=scorer, task=corpus.task)
     started = time.monotonic()
     if journal is None:
         if ranks is not None:
@@ -205,6 +215,7 @@ def score_run(
     identity = {
         "ckptgate_journal": __version__, "weights_sha256": weights_digest(ckpt), "key": key, "batch": batch,
         "device": device.partition(":")[0], "top_k": top_k, "versions": {p: version(p) for p in ("torch", "transformers")},
+        **identity_of(scorer),
     }  # fmt: skip
     if ranks is not None:
         return _of_ranks(ckpt, corpus, key, units, job, journal, identity, ranks, workers, progress, started)
@@ -243,7 +254,7 @@ def _finish(
     again = floor_units(units, job.batch)
     # The last unit is scored even where a journal has it: its environment is this process's to tell.
     left = [u for u in (*units, *again) if journal is None or u.number not in journal.done] or units[-1:]
-    jobs = [share(job, left, workers_of(job.device, workers))]
+    jobs = [share(job, left, workers_of(job.device, workers, job.scorer))]
     pieces, environments = score_pieces(jobs, job.device, workers, progress, [journal])
     seconds = round(time.monotonic() - started, 3)
     return run_of(ckpt, corpus, key, units, pieces[0], environments[0], again=again, seconds=seconds)

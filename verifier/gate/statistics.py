@@ -16,8 +16,9 @@ alternatives cover.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -29,6 +30,7 @@ RESAMPLES = 2000
 SEED = 20260101
 BLOCK = 512
 FEW = 20
+NUISANCE = 0.001
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,8 @@ class Interval:
     t: float
     freedom: float = math.nan
     se_linear: float = math.nan
+    exact: tuple[int, int, int] | None = None
+    """Of right and wrong answers: documents that only the base got right, that only the candidate did, and all."""
 
     @property
     def ratio(self) -> float:
@@ -54,7 +58,7 @@ class Interval:
         """Return the interval with both ends moved outwards."""
         return Interval(
             self.delta, self.se, self.low - by, self.high + by, self.documents, self.tokens, self.t, self.freedom,
-            self.se_linear,
+            self.se_linear, self.exact,
         )  # fmt: skip
 
 
@@ -117,11 +121,66 @@ def p_beyond(interval: Interval, margin: float) -> float:
     """Return the one-sided p-value of "the mean is at most ``margin``"; 1 where nothing is known."""
     from scipy import stats  # noqa: PLC0415
 
+    if interval.exact is not None:
+        return p_of_loss(*interval.exact, margin, "beyond")
     if not math.isfinite(interval.se):
         return 1.0
     if interval.se == 0:
         return 0.0 if interval.delta > margin else 1.0
     return float(stats.t.sf((interval.delta - margin) / interval.se, interval.freedom))
+
+
+def p_of_loss(lost: int, won: int, documents: int, margin: float, side: Literal["beyond", "within"]) -> float:
+    """Return the exact one-sided p-value of "accuracy is lost by at most ``margin``" (``beyond``), or at least (``within``).
+
+    Given the discordant documents, those that only the base or only the candidate gets right, the lost ones are binomial;
+    at margin 0 with probability 1/2, which is McNemar's exact test. At another margin the probability is
+    (1 + margin / share) / 2, where share, of documents that are discordant, is not known: the p-value is the largest over
+    its Clopper-Pearson interval of confidence 1 - `NUISANCE`, plus `NUISANCE` (Berger and Boos, JASA 89, 1994).
+
+    Args:
+        lost: documents that only the base gets right.
+        won: documents that only the candidate gets right.
+        documents: all of them.
+        margin: of accuracy, in (-1, 1).
+        side: which of both is to be shown.
+    """
+    from scipy import stats  # noqa: PLC0415
+
+    discordant = lost + won
+    direction: Literal["greater", "less"] = "greater" if side == "beyond" else "less"
+    if margin == 0:
+        return float(stats.binomtest(lost, discordant, 0.5, alternative=direction).pvalue) if discordant else 1.0
+    shares = stats.binomtest(discordant, documents).proportion_ci(1 - NUISANCE, "exact")
+    # A loss of that size needs as many discordant documents; where they cannot be as many, only one side can be true.
+    if shares.high < abs(margin):
+        return NUISANCE if (margin > 0) == (side == "within") else 1.0
+    if not discordant:
+        return 1.0
+    ends = [(1 + margin / max(x, abs(margin))) / 2 for x in (shares.low, shares.high)]
+    worst_case = max(float(stats.binomtest(lost, discordant, p, alternative=direction).pvalue) for p in ends)
+    return min(1.0, worst_case + NUISANCE)
+
+
+def accuracy_loss(lost: int, won: int, documents: int, level: float = LEVEL) -> Interval:
+    """Return the loss of accuracy with exact one-sided bounds (`p_of_loss` inverted); its standard error is for planning."""
+    from scipy import stats  # noqa: PLC0415
+
+    delta = (lost - won) / documents
+    se = math.sqrt(max(0.0, lost + won - (lost - won) ** 2 / documents)) / documents
+    low = -_bound(lambda m: p_of_loss(lost, won, documents, -m, "beyond") > 1 - level)
+    high = _bound(lambda m: p_of_loss(lost, won, documents, m, "within") > 1 - level)
+    quantile = float(stats.norm.ppf(level))
+    return Interval(delta, se, low, high, documents, documents, quantile, exact=(lost, won, documents))
+
+
+def _bound(holds: Callable[[float], bool]) -> float:
+    """Return the least margin in (-1, 1) that is not tenable, to 1e-6; tenable ones are below it."""
+    below, above = -1.0 + 1e-9, 1.0
+    while above - below > 1e-6:
+        middle = (below + above) / 2
+        below, above = (middle, above) if holds(middle) else (below, middle)
+    return above
 
 
 def holm(p_values: Sequence[float], alpha: float) -> list[bool]:
@@ -229,7 +288,19 @@ def tail_quantile(
 
 def documents_needed(interval: Interval, margin: float) -> int | None:
     """Return about how many documents would decide, at this difference and spread; None where no number would."""
+    if interval.exact is not None:
+        return _answers_needed(*interval.exact, margin)
     gap = abs(margin - interval.delta)
     if not math.isfinite(interval.se) or gap == 0:
         return None
     return max(interval.documents + 1, math.ceil(interval.documents * (interval.t * interval.se / gap) ** 2))
+
+
+def _answers_needed(lost: int, won: int, documents: int, margin: float) -> int | None:
+    """Return about how many documents would decide at these rates of lost and won answers, up to ten million."""
+    count = documents
+    while (count := count + max(1, count // 8)) < 10_000_000:
+        a, b = (round(x * count / documents) for x in (lost, won))
+        if min(p_of_loss(a, b, count, margin, "within"), p_of_loss(a, b, count, margin, "beyond")) <= 1 - LEVEL:
+            return count
+    return None

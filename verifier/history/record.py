@@ -240,6 +240,10 @@ def _gate_measures(value: dict[str, Any]) -> dict[str, Any]:
     for name in ("perplexity_base", "perplexity_candidate", "floor"):
         if _number(value.get(name)) is not None:
             found[name] = {"value": value[name]}
+    right, count = _dict(value.get("accuracy")), _number(_dict(value.get("interval")).get("documents"))
+    for name in ("base", "candidate"):
+        if _number(right.get(name)) is not None and count:
+            found[f"accuracy_{name}"] = {"value": right[name] / count}
     found["nonfinite"] = {"value": float(len(value.get("nonfinite") or ()))}
     return found
 
@@ -254,14 +258,17 @@ def _check_measures(value: dict[str, Any]) -> dict[str, Any]:
     stats = _dict(value.get("stats"))
     found |= {n: stats[n] for n in ("tensors", "bytes", "scale_bytes") if _number(stats.get(n)) is not None}
     found["rules_run"] = sum(bool(_dict(c).get("ran")) for c in value["coverage"])
-    return {n: {"value": float(v)} for n, v in found.items()}
+    scored = _dict(stats.get("eval"))
+    return {n: {"value": float(v)} for n, v in found.items()} | (_gate_measures(scored) if scored else {})
 
 
 def _check_key(value: dict[str, Any]) -> dict[str, Any]:
     options = _dict(_dict(value.get("stats")).get("options"))
     wanted = ("depth", "fail_on", "profile", "tp", "ep", "select", "ignore")
     found: dict[str, Any] = {k: options.get(k) for k in wanted}
-    return found | {"base": bool(options.get("base")), "merged_from": bool(options.get("merged_from"))}
+    found |= {"base": bool(options.get("base")), "merged_from": bool(options.get("merged_from"))}
+    scored = _dict(_dict(_dict(value.get("stats")).get("eval")).get("key"))
+    return found | ({"eval": scored} if scored else {})
 
 
 def _scalars(value: object) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def render_runs(runs: Sequence[Mapping[str, Any]], extra: Sequence[Figure] = ())
 def _forest(gates: Sequence[Mapping[str, Any]]) -> list[Figure]:
     rows = []
     for g in gates:
-        name = _name(g)
+        name = f"{_name(g)} (accuracy)" if _dict(g.get("accuracy")) else _name(g)
         for what, part, verdict in (("", g, _verdict(g)), ("drift of ", _dict(g.get("drift")), "")):
             i = _dict(part.get("interval"))
             value, low, high = (_number(i.get(k)) for k in ("delta", "low", "high"))
@@ -152,12 +152,20 @@ def _curves(value: object) -> dict[str, list[tuple[float, float]]]:
 def _gate(g: Mapping[str, Any]) -> dict[str, Any]:
     more, key = _dict(g.get("measures")), _dict(g.get("key"))
     kl, top1 = _dict(more.get("kl")), _dict(more.get("top1"))
+    right = _dict(g.get("accuracy"))
+    unit = "of accuracy" if right else "nats"
     facts = [
         ("corpus", f"{key.get('corpus', '?')}, {key.get('documents', '?')} documents"),
         ("protocol", f"{key.get('protocol', '?')}, window {key.get('window', '?')}"),
-        ("margin", f"{_shown(_dict(g.get('margin')).get('nats'))} nats ({_dict(g.get('margin')).get('source', '')})"),
-        ("perplexity", f"base {_shown(g.get('perplexity_base'))}, candidate {_shown(g.get('perplexity_candidate'))}"),
-    ]
+        ("activations", str(key.get("activations", "bf16"))),
+        ("margin", f"{_shown(_dict(g.get('margin')).get('nats'))} {unit} ({_dict(g.get('margin')).get('source', '')})"),
+        (
+            ("right answers", f"base {_shown(right.get('base'))}, candidate {_shown(right.get('candidate'))}; by one alone "
+             f"{_shown(right.get('lost'))} and {_shown(right.get('won'))}")
+            if right else
+            ("perplexity", f"base {_shown(g.get('perplexity_base'))}, candidate {_shown(g.get('perplexity_candidate'))}")
+        ),
+    ]  # fmt: skip
     if kl:
         mean, tail = _dict(kl.get("mean")), _list(kl.get("tail"))
         facts.append((

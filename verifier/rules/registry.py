@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table of rules: one file each below ``qc1xx`` … ``qc6xx``, registered by importing it."""
+"""The table of rules: one file each below ``qc1xx`` … ``qc7xx``, registered by importing it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from typing import Literal
 from verifier.findings import Finding, Severity
 from verifier.rules.context import Context
 
-Depth = Literal["header", "payload", "load"]
-DEPTHS: tuple[Depth, ...] = ("header", "payload", "load")
+Depth = Literal["header", "payload", "load", "eval"]
+DEPTHS: tuple[Depth, ...] = ("header", "payload", "load", "eval")
 Engine = Literal["vllm", "sglang", "trtllm", "transformers"]
 Check = Callable[[Context], Iterator[Finding]]
 

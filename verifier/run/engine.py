@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 from verifier.checkpoint import Checkpoint, open_checkpoint
 from verifier.compare.fingerprints import fingerprinted
 from verifier.errors import ContainerError, UsageError
+from verifier.evaluation import Evaluate
 from verifier.findings import SEVERITIES, Coverage, Finding, Report, Severity, Verdict, Where, failing
 from verifier.rules import DEPTHS, Context, Depth, Rule, all_rules
 from verifier.run.group import MAX_GROUPS, group
+from verifier.run.loading import loading, scoring
 from verifier.run.sample import Sample, sample_of
 from verifier.run.schedule import MAX_KINDS, Outcome, run_rules, workers_of
 from verifier.run.select import Prefixes, Selection
@@ -62,6 +64,7 @@ def check(
     subset: str | None = None,
     sample: str | float | None = None,
     seed: int = 0,
+    evaluate: Evaluate | None = None,
 ) -> Report:
     """Judge a checkpoint and return the report; nothing is written.
 
@@ -71,7 +74,8 @@ def check(
         base: the unquantized (or less quantized) checkpoint to judge against.
         merged_from: the checkpoint whose bytes a mixed export keeps.
         depth: ``header`` reads headers and configs; ``payload`` every scale and unquantized tensor as well, and with a
-            base or ``merged_from`` every weight.
+            base or ``merged_from`` every weight; ``load`` also builds the model with transformers (docs/reload.md);
+            ``eval`` scores text with candidate and base too (docs/gate.md).
         require: rules, by id or prefix, that must run; one that did not makes the verdict unproven.
         fail_on: ``warning`` lets warnings fail too.
         select: prefixes of rule ids (``QC5``, ``QC501,QC3``, ``ALL``): the rules that run; without any, all.
@@ -88,16 +92,21 @@ def check(
             one report of all of them.
         sample: ``5%`` reads that part of the modules of each look; the report says so.
         seed: which modules a sample takes.
+        evaluate: what scores text at depth eval: ``verifier.gate.evaluator(corpus=…)``; the default is that of
+            ``wikitext2-test``.
 
     Raises:
         UsageError: a folder that does not exist, an unknown rule, depth, profile or severity, a baseline that is none, no
             ranks, a subset or sample that is none, or both.
+        MissingExtra: depth load without torch or transformers; it is a UsageError.
         ContentError: the base cannot be read as a checkpoint.
         MachineError: reading failed.
     """
     rules = all_rules(plugins)
-    if depth not in DEPTHS[:2]:
-        raise UsageError(f"no depth {depth!r}; one of header, payload")
+    if depth not in DEPTHS:
+        raise UsageError(f"no depth {depth!r}; one of {', '.join(DEPTHS)}")
+    if depth == "eval" and base is None:
+        raise UsageError("depth eval needs a base: the loss is measured over it")
     chosen, severities = Selection(rules, select, ignore, require), Severities(rules, profile, severity)
     if fail_on not in ("error", "warning"):
         raise UsageError(f"cannot fail on {fail_on!r}; error or warning")
@@ -107,6 +116,9 @@ def check(
     reading = _reading(depth, workers, subset, sample, seed)
     if reading.share is not None and baseline is not None:
         raise UsageError("--subset and --baseline: a baseline counts the defects of all shards")
+    deep = DEPTHS.index(depth) >= DEPTHS.index("load")
+    loads = deep and any(r.depth == "load" and not chosen.why_not(r.id) for r in rules.values())
+    loader = loading() if loads else None
     started = time.perf_counter()
     others = {"base": base, "merged_from": merged_from}
     known = _baseline(baseline)
@@ -124,12 +136,17 @@ def check(
         # Nothing could be judged: neither a profile nor a baseline makes that less than an error.
         (finding,) = fingerprinted([Finding("QC104", "error", str(error), Where())])
         return Report("failed", os.fspath(uri), options["base"], (finding,), (), {"options": options})
-    ctx = Context(candidate, opened["base"], opened["merged_from"], tp=tp, ep=ep)
     inputs = {k for k, v in opened.items() if v is not None}
     findings: list[Finding] = []
     coverage: list[Coverage] = []
     reasons = {r.id: chosen.why_not(r.id) or _why_not(r, depth, inputs) for r in rules.values()}
     running = [r for r in rules.values() if not reasons[r.id]]
+    reference, evaluation = opened["base"], None
+    # Rules that compare modules of all shards, and so these, run in the first subset.
+    first = reading.share is None or reading.share.number == 1
+    if reference is not None and first and any(r.depth == "eval" for r in running):
+        evaluation = (evaluate or scoring())(candidate, reference)
+    ctx = Context(candidate, opened["base"], opened["merged_from"], tp=tp, ep=ep, loader=loader, evaluation=evaluation)
     outcomes = run_rules(
         ctx, running, workers=reading.workers, share=reading.share, sample=reading.sample, judge=severities.judge
     )
@@ -152,6 +169,8 @@ def check(
     stats["seconds"] = round(time.perf_counter() - started, 3)
     if why:
         stats["unproven"] = why
+    if evaluation is not None:
+        stats["eval"] = dict(evaluation.summary)
     return Report(verdict, os.fspath(uri), options["base"], tuple(findings), tuple(coverage), stats)
 
 

@@ -111,7 +111,7 @@ def _identity(report: Report, rules: Mapping[str, Rule]) -> object:
         raise ContentError(f"a report that knows the rule {unknown[0]}, which this version does not")
     headers = [c for c in report.coverage if rules[c.rule].depth == "header"]
     options = {k: v for k, v in report.stats["options"].items() if k not in ("subset", "base", "merged_from")}
-    changing = ("seconds", "options", "stopped", "unproven")
+    changing = ("seconds", "options", "stopped", "unproven", "eval")
     return (
         [(c.rule, c.unit) for c in report.coverage], headers, options,
         {k: v for k, v in report.stats.items() if k not in changing},

@@ -3,7 +3,7 @@
 
 A rule that judges each module by itself (`Rule.split`) is run on the modules of one shard at a time, and what it says
 is put together in the order of the shards, whatever the number of threads and machines: so the report does not depend
-on them. A rule that compares modules is run once, on all of them.
+on them. A rule that compares modules is run once, on all of them. Rules that load the model come last, one by one.
 """
 
 from __future__ import annotations
@@ -80,10 +80,23 @@ def run_rules(
         judge: what is done to each finding before equal ones are counted as one.
     """
     found = {r.id: _run(r, ctx, judge) for r in rules if r.depth == "header"}
-    reading = [r for r in rules if r.depth != "header"]
+    reading = [r for r in rules if r.depth == "payload"]
     found |= {r.id: Outcome() for r in reading}
-    if not reading:
-        return found
+    if reading:
+        _read(ctx, reading, found, workers, share, sample, judge)
+    for rule in (r for r in rules if r.depth not in ("header", "payload")):
+        if share is not None and share.number > 1:
+            found[rule.id] = Outcome(deferred=f"loads the whole model: runs in subset 1/{share.of}")
+        else:
+            found[rule.id] = _run(rule, ctx, judge)
+    return found
+
+
+def _read(
+    ctx: Context, reading: Sequence[Rule], found: dict[str, Outcome], workers: int, share: Share | None,
+    sample: Sample | None, judge: Judge,
+) -> None:  # fmt: skip
+    """Add what the rules of depth payload say to ``found``."""
     split, whole = [r for r in reading if r.split], [r for r in reading if not r.split]
     if share is not None and share.number > 1:
         for rule in whole:
@@ -108,7 +121,6 @@ def run_rules(
         for rule in split:
             known = found[rule.id].tally
             known.reason = f"{sample}; {known.reason}" if known.reason else str(sample)
-    return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -383,15 +383,17 @@ def test_names_are_proved_by_a_quantized_base_too(kit, vendor, tmp_path: Path) -
 
 @pytest.fixture(scope="module")
 def wide(kit, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write a Llama with MLPs of 384, so that rows of their middle tell them."""
+    """Write a Llama with MLPs of 384, so that rows of their middle tell them, and keys of whole 128x128 blocks."""
     path = tmp_path_factory.mktemp("wide") / "source"
 
     def widen(tensors: dict[str, Any]) -> None:
         for seed, name in enumerate(n for n in tensors if ".mlp." in n):
             tensors[name] = kit.bf16(*((128, 384) if "down_proj" in name else (384, 128)), seed=seed)
+        for name in [n for n in tensors if n.endswith(("k_proj.weight", "v_proj.weight"))]:
+            tensors[name] = kit.bf16(128, 128, seed=len(name))
 
     kit.edit(kit.llama, path, widen)
-    Folder(path).edit_json("config.json", lambda config: config.update(intermediate_size=384))
+    Folder(path).edit_json("config.json", lambda config: config.update(intermediate_size=384, num_key_value_heads=4))
     return path
 
 

@@ -62,7 +62,7 @@ def test_documents_without_a_token_are_left_out() -> None:
 
 
 def test_simulated_coverage_is_what_is_claimed() -> None:
-    rows = json.loads((ROOT / "benchmarks" / "results" / "coverage.json").read_text())["rows"]
+    rows = json.loads((ROOT / "benchmarks" / "results" / "intervals.json").read_text())["rows"]
     symmetric = [r for r in rows if r["effect"] not in ("skewed", "rare")]
     assert {r["documents"] for r in symmetric} == {8, 20, 62}
     at_62 = [r["gate"] for r in symmetric if r["documents"] == 62]

@@ -128,6 +128,8 @@ def _cases() -> Iterator[tuple[str, Corruptor]]:
     """Yield every corruptor with every clean checkpoint that it suits."""
     for name, spec in CLEAN.items():
         for corruptor in CORRUPTORS:
+            if corruptor.depth == "load":  # test_reload.py
+                continue
             if spec.only is not None and corruptor.name not in spec.only:
                 continue
             if "merged_from" in corruptor.needs and not spec.merged:
@@ -195,7 +197,7 @@ def test_corruptors_are_told_apart() -> None:
 
 
 def test_every_corruptor_is_tried() -> None:
-    assert {(c.rule, c.name) for _, c in CASES} == {(c.rule, c.name) for c in CORRUPTORS}
+    assert {(c.rule, c.name) for _, c in CASES} == {(c.rule, c.name) for c in CORRUPTORS if c.depth != "load"}
 
 
 def test_corruptors_state_the_depth_and_needs_of_their_rule() -> None:
@@ -224,7 +226,7 @@ def test_clean_twin_has_no_finding(clean: dict[str, Clean], name: str) -> None:
     assert report.findings == ()
     assert report.verdict == "passed"
     ran = {c.rule for c in report.coverage if c.ran}
-    assert ran == set(all_rules())
+    assert ran == {r.id for r in all_rules().values() if r.depth in ("header", "payload")}
     quiet = verifier.check(twin.path, depth="payload")
     assert quiet.findings == ()
     assert quiet.verdict == "passed"
@@ -293,7 +295,8 @@ E4M3 = ml_dtypes.float8_e4m3fn
 FP8_DECLARED: dict[str, dict[str, Any]] = {
     "tensor": {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["lm_head"]},
     "channel": {"quant_method": "modelopt", "quant_algo": "FP8_PER_CHANNEL_PER_TOKEN", "ignore": ["lm_head"]},
-    "block": {"quant_method": "fp8", "weight_block_size": [128, 128], "modules_to_not_convert": ["lm_head"]},
+    # k and v have 64 rows: a block would reach over the seam of q, k and v.
+    "block": {"quant_method": "fp8", "weight_block_size": [128, 128], "modules_to_not_convert": ["lm_head", "self_attn"]},
 }
 FP8_ALGO = {"tensor": "FP8", "channel": "FP8_PER_CHANNEL_PER_TOKEN", "block": "FP8_PB_WO"}
 VICTIM = "model.layers.1.mlp.down_proj"
@@ -326,7 +329,7 @@ def fp8(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         leaf = "weight_scale_inv" if how == "block" else "weight_scale"
         shard = read_shard(path / "model.safetensors")
         for name, (_, shape, data) in list(shard.entries.items()):
-            if ".layers." in name and len(shape) == 2:
+            if ".layers." in name and len(shape) == 2 and not (how == "block" and ".self_attn." in name):
                 values = np.frombuffer(data, ml_dtypes.bfloat16).reshape(shape).astype(np.float32)
                 codes, scale = _fp8_parts(values, how)
                 shard.entries[name] = ("F8_E4M3", shape, codes.tobytes())
@@ -397,7 +400,7 @@ def test_clean_fp8_has_no_finding(fp8: dict[str, Path], how: str) -> None:
         report = verifier.check(fp8[how], base=base, depth="payload")
         assert report.findings == ()
         assert report.verdict == "passed"
-        assert report.stats["formats"] == {FP8_ALGO[how]: 14}
+        assert report.stats["formats"] == {FP8_ALGO[how]: 6 if how == "block" else 14}
 
 
 @pytest.mark.parametrize("defect", FP8_DEFECTS)

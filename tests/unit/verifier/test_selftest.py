@@ -134,3 +134,23 @@ def test_without_torch_in_an_empty_folder(tmp_path: Path) -> None:
 def test_every_rule_is_in_the_result() -> None:
     result = selftest(checkpoints=["llama-nvfp4"])
     assert set(result.rules) == set(all_rules())
+
+
+def test_what_the_clean_twin_says_too_is_no_other_rule() -> None:
+    result = selftest(["QC605"], checkpoints=["minimax-m3-mixed", "minimax-m3-mxfp8"])
+    notes = {n for c in result.clean for n in c.notes}
+    assert {"QC310", "QC414"} & notes, notes
+    others = {t.name: t.others for t in result.trials}
+    assert not notes & set().union(*others.values()), others
+    assert others["one-scale-of-a-kept-tensor"] == {"QC517"}
+
+
+def test_rules_of_depths_load_and_eval_are_listed_apart() -> None:
+    result = selftest(["QC104", "QC606", "QC608", "QC702"], checkpoints=["llama-nvfp4"])
+    assert result.passed
+    assert result.elsewhere == ("QC606", "QC608", "QC702")
+    said = list(lines(result))
+    assert any(line.startswith("not run here: QC606, QC608, QC702") for line in said)
+    assert said[-1].endswith("1 of 1 rules proved")
+    assert not any(line.startswith("QC608") for line in said)
+    assert as_json(result)["not_run"] == ["QC606", "QC608", "QC702"]

@@ -5,12 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
-
-from verifier.findings import Finding, Where
+from verifier.findings import Finding
 from verifier.rules.context import Context
+from verifier.rules.fusing import scalars
 from verifier.rules.registry import rule
-from verifier.schemes import expert_key, fused_groups
+from verifier.schemes import expert_key
 
 LEAVES = ("weight_scale_2", "weight_global_scale")
 
@@ -39,20 +38,6 @@ def check(ctx: Context) -> Iterator[Finding]:
             m.name for m in ctx.quantized_modules
             if leaf in m.parts and not (leaf == "weight_scale_2" and expert_key(m.name))
         ]  # fmt: skip
-        for _, members in fused_groups(names):
-            tensors = [ctx.modules[m].parts[leaf] for m in members]
-            if any(t.dtype != "F32" or t.elements != 1 for t in tensors):
-                ctx.tally.miss(1, "a global scale that is no F32 scalar")
-                continue
-            ctx.tally.see()
-            values = [float(ctx.array(t).reshape(-1)[0]) for t in tensors]
-            bits = np.asarray(values, np.float32).view(np.uint32)
-            odd = next((i for i in range(1, len(bits)) if bits[i] != bits[0]), None)
-            if odd is not None and np.isfinite(values).all():
-                low, high = min(values), max(values)
-                ratio = f"{high / low:.3g}" if low > 0 else "inf"
-                yield ctx.finding(
-                    f"{leaf} differs between projections that engines fuse",
-                    where=Where(tensors[odd].name, tensors[odd].file, byte=tensors[odd].offset),
-                    observed=f"{values[odd]:.6e} (ratio {ratio})", expected=f"{values[0]:.6e}, as {members[0]}",
-                )  # fmt: skip
+        for group in scalars(ctx, leaf, names):
+            low, high = min(group.values), max(group.values)
+            yield from group.differing(ctx, f" (ratio {f'{high / low:.3g}' if low > 0 else 'inf'})")

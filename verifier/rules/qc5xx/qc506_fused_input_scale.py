@@ -5,12 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
-
-from verifier.findings import Finding, Where
+from verifier.findings import Finding
 from verifier.rules.context import Context
+from verifier.rules.fusing import scalars
 from verifier.rules.registry import rule
-from verifier.schemes import fused_groups
 
 
 @rule(
@@ -32,19 +30,6 @@ def check(ctx: Context) -> Iterator[Finding]:
     **Mend.** Write the largest activation amax of the group to all its members.
     """
     for leaf in ("input_scale", "input_global_scale"):
-        for _, members in fused_groups(m.name for m in ctx.quantized_modules if leaf in m.parts):
-            tensors = [ctx.modules[m].parts[leaf] for m in members]
-            if any(t.dtype != "F32" or t.elements != 1 for t in tensors):
-                ctx.tally.miss(1, "an activation scale that is no F32 scalar")
-                continue
-            ctx.tally.see()
-            values = [float(ctx.array(t).reshape(-1)[0]) for t in tensors]
-            if not np.isfinite(values).all() or min(values) <= 0:
-                continue  # QC503
-            odd = next((i for i in range(1, len(values)) if values[i] != values[0]), None)
-            if odd is not None:
-                yield ctx.finding(
-                    f"{leaf} differs between projections that engines fuse",
-                    where=Where(tensors[odd].name, tensors[odd].file, byte=tensors[odd].offset),
-                    observed=f"{values[odd]:.6e}", expected=f"{values[0]:.6e}, as {members[0]}",
-                )  # fmt: skip
+        for group in scalars(ctx, leaf, (m.name for m in ctx.quantized_modules if leaf in m.parts)):
+            if min(group.values) > 0:  # QC503
+                yield from group.differing(ctx)

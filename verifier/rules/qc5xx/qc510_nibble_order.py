@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from verifier.findings import Finding
 from verifier.rules.context import Context
-from verifier.rules.reconstruction import reconstruction
+from verifier.rules.reconstruction import compared
 from verifier.rules.registry import rule
 
 
@@ -23,17 +23,9 @@ def check(ctx: Context) -> Iterator[Finding]:
     **Hurts.** Every pair of columns is exchanged: correlation with the right weight is about zero, output is noise.
     **Mend.** Swap the nibbles of the whole tensor. Only a base tells: the codes of both orders look alike.
     """
-    for module in ctx.quantized_modules:
-        found = ctx.format_of(module)
-        if module.weight is None or found is None or not found.packed:
-            continue
-        r = reconstruction(ctx, module)
-        if r.cause == "unjudged":
-            ctx.tally.miss(1, r.reason)
-            continue
-        ctx.tally.see()
+    for weight, _, r in compared(ctx, (m for m, found in ctx.formatted if m.weight is not None and found.packed)):
         if r.cause == "nibbles":
             yield ctx.finding(
-                "the base's values with the two codes of each byte exchanged", tensor=module.weight.name,
+                "the base's values with the two codes of each byte exchanged", tensor=weight.name,
                 observed=f"relative error {r.relative:.3f}", expected=f"about {r.by_max:.3f}, as with the nibbles swapped",
             )  # fmt: skip

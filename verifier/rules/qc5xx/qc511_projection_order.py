@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from verifier.findings import Finding
 from verifier.rules.context import Context
-from verifier.rules.reconstruction import reconstruction
+from verifier.rules.reconstruction import compared
 from verifier.rules.registry import rule
 
 SPLIT = frozenset({"gate_proj", "up_proj", "w1", "w3", "k_proj", "v_proj"})
@@ -26,16 +26,10 @@ def check(ctx: Context) -> Iterator[Finding]:
     **Mend.** Split again as the family stores it. Only a base tells: both halves have the same shape and the same
     statistics, so without one the rule is not run.
     """
-    for module in ctx.quantized_modules:
-        if module.weight is None or module.name.rpartition(".")[2] not in SPLIT:
-            continue
-        r = reconstruction(ctx, module)
-        if r.cause == "unjudged":
-            ctx.tally.miss(1, r.reason)
-            continue
-        ctx.tally.see()
+    split = [m for m in ctx.quantized_modules if m.weight is not None and m.name.rpartition(".")[2] in SPLIT]
+    for weight, _, r in compared(ctx, split):
         if r.cause == "order":
             yield ctx.finding(
-                r.detail, tensor=module.weight.name, observed=f"relative error {r.relative:.3f} to its own base weight",
+                r.detail, tensor=weight.name, observed=f"relative error {r.relative:.3f} to its own base weight",
                 expected=f"about {r.by_max:.3f}",
             )  # fmt: skip

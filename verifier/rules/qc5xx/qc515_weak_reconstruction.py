@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from verifier.findings import Finding
 from verifier.rules.context import Context
-from verifier.rules.reconstruction import reconstruction
+from verifier.rules.reconstruction import compared
 from verifier.rules.registry import rule
 
 
@@ -30,13 +30,7 @@ def check(ctx: Context) -> Iterator[Finding]:
     if ctx.base is None or ctx.unrelated_base:
         ctx.tally.miss(len(ctx.quantized_modules), "the base is another model")
         return
-    for module in ctx.quantized_modules:
-        weight, r = module.weight, reconstruction(ctx, module)
-        found = ctx.format_of(module)
-        if r.cause == "unjudged" or weight is None or found is None:
-            ctx.tally.miss(1, r.reason)
-            continue
-        ctx.tally.see()
+    for weight, found, r in compared(ctx, ctx.quantized_modules):
         if r.cause == "nan codes" and r.place is not None:
             first = int(ctx.bytes_of(weight)[r.place[0]])
             yield ctx.finding(

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from verifier.findings import Finding, Where
 from verifier.rules.context import Context
-from verifier.rules.reconstruction import reconstruction
+from verifier.rules.reconstruction import compared
 from verifier.rules.registry import rule
 
 
@@ -27,12 +27,7 @@ def check(ctx: Context) -> Iterator[Finding]:
     where more than 10% of the other blocks hold codes beside the nearest, only the factor is judged. A tensor that is lost
     as a whole is QC515's.
     """
-    for module in ctx.quantized_modules:
-        weight, r, found = module.weight, reconstruction(ctx, module), ctx.format_of(module)
-        if r.cause == "unjudged" or weight is None or found is None:
-            ctx.tally.miss(1, r.reason)
-            continue
-        ctx.tally.see()
+    for weight, found, r in compared(ctx, ctx.quantized_modules):
         if r.cause == "part" and r.place is not None:
             row, block = r.place
             width = found.group_size or 0

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An OpenAI-style server with made-up log-probabilities: python server.py MODE; prints its port.
+
+``vllm`` knows prompt_logprobs; ``ids`` and ``text`` know echo only, and name tokens by number or by text; ``busy`` fails
+twice before each answer; ``broken`` answers no JSON; ``slow`` never answers; ``long`` answers too much; ``short`` leaves a
+token out.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
+from typing import Any, ClassVar
+
+from formula import row  # type: ignore[import-not-found]
+
+MODE = sys.argv[1]
+
+
+class Handler(BaseHTTPRequestHandler):
+    asked: ClassVar[Counter[str]] = Counter()
+
+    def log_message(self, *_: Any) -> None:
+        return
+
+    def answer(self, status: int, value: Any) -> None:
+        raw = value if isinstance(value, bytes) else json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(raw)))
+        self.end_headers()
+        self.wfile.write(raw)
+
+    def do_GET(self) -> None:
+        if self.path == "/v1/models":
+            names = ["one", "two"] if MODE == "text" else ["one"]
+            self.answer(200, {"data": [{"id": n} for n in names]})
+        elif self.path == "/version" and MODE == "vllm":
+            self.answer(200, {"version": "0.0-stand-in"})
+        else:
+            self.answer(404, {"error": "not found"})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        ids = body["prompt"]
+        if MODE == "busy":
+            Handler.asked[str(ids)] += 1
+            if Handler.asked[str(ids)] < 3:
+                self.answer(503, {"error": "try again"})
+                return
+            del Handler.asked[str(ids)]  # each window's own count: windows are asked for at once
+        if MODE == "slow":
+            time.sleep(60)
+        if MODE == "broken":
+            self.answer(200, b"<html>")
+            return
+        if MODE == "long":
+            self.answer(200, b" " * (64 << 20))
+            return
+        if "prompt_logprobs" in body and MODE not in ("ids", "text"):
+            count = body["prompt_logprobs"]
+            entries = [None, *(self.entry(a, b, count) for a, b in pairwise(ids))]
+            self.answer(200, {"choices": [{"prompt_logprobs": entries[:-1] if MODE == "short" else entries}]})
+        elif "prompt_logprobs" in body and MODE == "ids":
+            self.answer(400, {"error": "unknown field prompt_logprobs"})
+        elif not body.get("echo"):
+            self.answer(200, {"choices": [{"text": "x", "logprobs": None}]})
+        else:
+            name = (lambda i: f"token_id:{i}") if MODE == "ids" else (lambda i: f" w{i}")
+            rows = [row(i) for i in ids]
+            top = [None, *({name(i): r[i] for i in self.ranked(r)[: body["logprobs"]]} for r in rows)]
+            own = [None, *(r[i] for r, i in zip(rows, ids[1:], strict=False)), -0.5]
+            self.answer(200, {"choices": [{"logprobs": {
+                "tokens": [name(i) for i in [*ids, 5]], "token_logprobs": own, "top_logprobs": top,
+            }}]})  # fmt: skip
+
+    @staticmethod
+    def ranked(values: list[float]) -> list[int]:
+        return sorted(range(len(values)), key=lambda i: (-values[i], i))
+
+    def entry(self, previous: int, token: int, count: int) -> dict[str, Any]:
+        values = row(previous)
+        if token == 13:
+            values = [-9999.0] * len(values)  # as vLLM's server writes an infinity
+        ranked = self.ranked(values)
+        return {str(i): {"logprob": values[i], "rank": ranked.index(i) + 1} for i in {*ranked[:count], token}}
+
+
+assert math.isfinite(row(0)[0])
+server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+server.daemon_threads = True
+print(server.server_port, flush=True)
+server.serve_forever()

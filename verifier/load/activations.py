@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Give a decoded model the activations that its checkpoint declares, so that W4A4 is judged as W4A4.
+
+A model that `load_model` built has plain weights. While `declared_activations` is open, the input of each module that the
+checkpoint quantizes is rounded as its format says: NVFP4 in blocks of 16 below the module's input_scale, MXFP8 in blocks
+of 32, FP8 by its input_scale or, without one, by position; weight-only formats not at all. Routed experts, which
+transformers stacks, are rounded expert by expert through its experts interface. The KV cache is left as it is.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from verifier.checkpoint import Checkpoint
+from verifier.errors import ContentError
+from verifier.load.fake import Rounding
+from verifier.schemes import FORMATS, Declaration, Format, Module, expert_key, format_of, gather, read_declarations
+
+EXPERTS = "ckptgate"
+_MARK = "_ckptgate_roundings"
+_FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
+_FIRST, _SECOND = ("gate_up_proj", "up_proj", "gate_proj"), ("down_proj",)
+
+Roles = tuple[dict[int, Rounding], dict[int, Rounding]]
+"""What the first and the second projection of each expert of a stack is given."""
+
+def rounding_of(checkpoint: Checkpoint, module: Module, fmt: Format, declaration: Declaration | None) -> Rounding | None:
+    """Return how a quantized module's input is rounded, or None for a weight-only format.
+
+    Raises:
+        ContentError: a W4A4 module without a scale, or with one that no activation can be divided by.
+    """
+    if fmt.name in ("nvfp4", "fp8", "nvfp4_ct"):
+        leaf = "input_global_scale" if fmt.name == "nvfp4_ct" else "input_scale"
+        tensor = module.parts.get(leaf)
+        if tensor is None:
+            if fmt.name == "nvfp4":
+                raise ContentError(f"{module.name}: declares {fmt.algo} and has no {leaf}; its input cannot be rounded")
+            return Rounding("fp8_token") if fmt.name == "fp8" else None
+        values = np.asarray(checkpoint.array(tensor), np.float32).reshape(-1)
+        if values.size != 1 or not np.isfinite(values).all() or values[0] <= 0:
+            raise ContentError(f"{tensor.name}: {str(values[:4].tolist())[:60]} is no scale for activations")
+        scale = np.float32(1) / values[0] if fmt.name == "nvfp4_ct" else values[0]
+        return Rounding("fp8" if fmt.name == "fp8" else "nvfp4", float(scale))
+    if fmt.name == "fp8_block":
+        return Rounding("fp8_group") if declaration is not None and declaration.method == "fp8" else None
+    return {"mxfp8": Rounding("mxfp8"), "fp8_per_channel": Rounding("fp8_token")}.get(fmt.name)
+
+
+def roundings(checkpoint: Checkpoint) -> dict[str, Rounding]:
+    """Return the rounding of each module's input by hub name; modules whose input is not rounded are left out.
+
+    Raises:
+        ContentError: a format that cannot be told, a scale that is missing or none.
+    """
+    declaration = read_declarations(checkpoint).effective
+    found = {}
+    for module in gather(checkpoint.tensors.values()).values():
+        if not module.quantized:
+            continue
+        fmt = FORMATS["mxfp4"] if "blocks" in module.parts else format_of(module, declaration)
+        if fmt is None:
+            raise ContentError(f"{module.name}: quantized, and its format cannot be told; run check first")
+        if (rounding := rounding_of(checkpoint, module, fmt, declaration)) is not None:
+            found[module.name] = rounding
+    return found
+
+
+def memory_names(model: Any, names: Iterable[str]) -> dict[str, str]:
+    """Return the parameter that transformers' loader makes of each hub tensor, or makes it a part of."""
+    from transformers.conversion_mapping import get_model_conversion_mapping  # noqa: PLC0415
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key  # noqa: PLC0415
+
+    mapping, state = get_model_conversion_mapping(model), model.state_dict()
+    renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
+    converters = [m for m in mapping if isinstance(m, WeightConverter)]
+    return {n: rename_source_key(n, renamings, converters, model.base_model_prefix, state)[0] for n in names}
+
+
+@contextmanager
+def declared_activations(model: Any, checkpoint: Checkpoint) -> Iterator[dict[str, int]]:
+    """Round what quantized modules see while the context is open; yield how many modules are rounded, by kind.
+
+    Every experts module calls the implementation of this module meanwhile, also in a model without any rounding: the
+    order of its sums is then the same in base and candidate.
+
+    Args:
+        model: what `load_model` made of the checkpoint.
+        checkpoint: the checkpoint.
+
+    Raises:
+        ContentError: a scale that is missing, or a module whose input cannot be reached; it is named.
+    """
+    wanted = roundings(checkpoint)
+    linears, stacks = _places(model, wanted)
+    handles = [m.register_forward_pre_hook(_hook(r), with_kwargs=True) for m, r in linears.values()]
+    before = _experts_configs(model)
+    try:
+        for module, roles in stacks.values():
+            setattr(module, _MARK, roles)
+        if any(_interface(m) for m in model.modules()):
+            from transformers.integrations import moe  # noqa: PLC0415
+
+            functions: Any = moe.ALL_EXPERTS_FUNCTIONS
+            functions[EXPERTS] = _forward
+            model.set_experts_implementation(EXPERTS)
+            for path, (module, _) in stacks.items():
+                if module.config._experts_implementation != EXPERTS:
+                    raise ContentError(f"{path} ({type(module).__name__}) does not follow transformers' experts interface")
+        yield dict(Counter(r.kind for r in wanted.values()))
+    finally:
+        for handle in handles:
+            handle.remove()
+        for config, implementation in before:
+            config._experts_implementation = implementation
+        for module, _ in stacks.values():
+            delattr(module, _MARK)
+
+
+def _places(
+    model: Any, wanted: Mapping[str, Rounding]
+) -> tuple[dict[str, tuple[Any, Rounding]], dict[str, tuple[Any, Roles]]]:
+    """Return the linear modules and the stacks of experts that roundings belong to, by their path in memory."""
+    linears: dict[str, tuple[Any, Rounding]] = {}
+    stacks: dict[str, tuple[Any, Roles]] = {}
+    modules = dict(model.named_modules())
+    for weight, key in memory_names(model, [f"{hub}.weight" for hub in wanted]).items():
+        hub = weight.removesuffix(".weight")
+        path, _, leaf = key.rpartition(".")
+        module, expert = modules.get(path), expert_key(hub)
+        if module is None:
+            continue  # transformers does not build it (an MTP head): nothing passes through it
+        if expert is not None and _interface(module) and leaf in (*_FIRST, *_SECOND):
+            _, roles = stacks.setdefault(path, (module, ({}, {})))
+            role = roles[leaf in _SECOND]
+            role[expert.expert] = _shared(hub, role.get(expert.expert), wanted[hub])
+        elif leaf == "weight" and getattr(getattr(module, "weight", None), "ndim", 0) == 2:
+            if not isinstance(module, torch.nn.Embedding):
+                linears[path] = (module, _shared(hub, linears[path][1] if path in linears else None, wanted[hub]))
+        else:
+            raise ContentError(f"{hub} is {key} of a {type(module).__name__} in transformers: its input cannot be rounded")
+    return linears, stacks
+
+
+def _shared(hub: str, other: Rounding | None, mine: Rounding) -> Rounding:
+    """Return the rounding of projections that read one input in one product: the larger scale, as engines take it."""
+    if other is not None and other.kind != mine.kind:
+        raise ContentError(f"{hub}: its input is {mine.kind}, that of a projection fused with it {other.kind}")
+    return mine if other is None or mine.scale >= other.scale else other
+
+
+def _interface(module: Any) -> bool:
+    return all(hasattr(module, flag) for flag in _FLAGS)
+
+
+def _hook(rounding: Rounding) -> Any:
+    def hook(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if args:
+            return (rounding(args[0]), *args[1:]), kwargs
+        return args, kwargs | {"input": rounding(kwargs["input"])}
+
+    return hook
+
+
+def _experts_configs(model: Any) -> list[tuple[Any, Any]]:
+    """Return every config of the model with its implementation, outer ones first: setting one sets those within."""
+    found: dict[int, tuple[Any, Any]] = {}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if config is not None and hasattr(config, "_experts_implementation"):
+            found.setdefault(id(config), (config, config._experts_implementation))
+    return list(found.values())
+
+
+def _forward(
+    module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """Compute routed experts one by one from the interface's contract, their inputs rounded."""
+    roles: Roles = getattr(module, _MARK, ({}, {}))
+    first, second = roles
+    rows, count = hidden_states.shape[0], module.down_proj.shape[0]
+    # A router may name an expert beyond the last: no one.
+    chosen = top_k_index.t().reshape(-1).clamp(max=count)
+    order = torch.argsort(chosen, stable=True)
+    sizes = torch.bincount(chosen, minlength=count + 1)[:count].tolist()
+    result = torch.zeros_like(hidden_states)
+    start = 0
+    for expert, size in enumerate(sizes):
+        if not size:
+            continue
+        slots = order[start : start + size]
+        start += size
+        token, position = slots % rows, slots // rows
+        given = hidden_states[token]
+        if expert in first:
+            given = first[expert](given)
+        between = _first(module, given, expert)
+        if expert in second:
+            between = second[expert](between)
+        made = _project(module, between, "down_proj", expert)
+        if getattr(module, "has_post_expert_norm", False):
+            made = module.post_expert_norm(made)
+        made = made * top_k_weights[token, position, None]
+        result.index_add_(0, token, made.to(result.dtype))
+    return result
+
+
+def _first(module: Any, given: torch.Tensor, expert: int) -> torch.Tensor:
+    """Return the input of the expert's down projection, [rows, intermediate]."""
+    if module.has_gate:
+        gated: torch.Tensor = module._apply_gate(_project(module, given, "gate_up_proj", expert))
+        return gated
+    plain: torch.Tensor = module.act_fn(_project(module, given, "up_proj", expert))
+    return plain
+
+
+def _project(module: Any, given: torch.Tensor, leaf: str, expert: int) -> torch.Tensor:
+    weight = getattr(module, leaf)[expert]
+    bias = getattr(module, f"{leaf}_bias")[expert] if module.has_bias else None
+    return torch.nn.functional.linear(given, weight.t() if module.is_transposed else weight, bias)
