@@ -356,13 +356,15 @@ def _logits(built: Any) -> torch.Tensor:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence what libraries say while a family is run."""
+    """Silence what libraries say while a family is run, on one thread."""
     logger = logging.getLogger("transformers")
-    level = logger.level
+    level, threads = logger.level, torch.get_num_threads()
     logger.setLevel(logging.CRITICAL)
+    torch.set_num_threads(1)  # tensors are small: threads would wait for one another
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         try:
             yield
         finally:
             logger.setLevel(level)
+            torch.set_num_threads(threads)
