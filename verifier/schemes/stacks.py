@@ -61,11 +61,15 @@ _GRANITE = Stacking(
 _STEP = Stacking({f"moe.{p}.weight": (p,) for p in ("gate_proj", "up_proj", "down_proj")}, "moe.experts.{}.{}")
 STACKINGS: Mapping[str, Stacking] = {
     "aria": _ARIA, "aria_text": _ARIA,
-    **dict.fromkeys(("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"), _under("experts")),
+    **dict.fromkeys(
+        ("diffusion_gemma", "diffusion_gemma_text", "gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"),
+        _under("experts"),
+    ),
     "gpt_oss": _under("mlp.experts", turned=True, woven=True),
-    **dict.fromkeys(("granitemoe", "granitemoeshared", "granitemoehybrid", "granitemoe_swa"), _GRANITE),
+    **dict.fromkeys(("granitemoe", "granitemoeshared", "granitemoehybrid"), _GRANITE),
+    "granitemoe_swa": _under("block_sparse_moe.experts"),
     **dict.fromkeys(("llama4", "llama4_text"), _under("feed_forward.experts", turned=True)),
-    "mistral4": _under("mlp.experts"),
+    **dict.fromkeys(("hy_v4", "mistral4", "muse_spark", "muse_spark_text", "zaya"), _under("mlp.experts")),
     "openai_privacy_filter": _under("mlp.experts", turned=True),
     **dict.fromkeys(("qwen3_5_moe", "qwen3_5_moe_text"), _under("mlp.experts")),
     **dict.fromkeys(("qwen3_vl_moe", "qwen3_vl_moe_text"), _under("mlp.experts", turned=None)),

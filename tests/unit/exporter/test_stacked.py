@@ -61,6 +61,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "gpt_oss": TEXT | {"num_local_experts": E},
     "granitemoe": GRANITE,
+    "granitemoe_swa": GRANITE | {"sliding_window": 32, "layer_types": ["sliding_attention", "full_attention"]},
     "granitemoeshared": GRANITE | {"shared_intermediate_size": 64},
     "granitemoehybrid": GRANITE | {
         "shared_intermediate_size": 64, "layers_block_type": ["attention"] * 2, "position_embedding_type": "rope",
@@ -351,7 +352,7 @@ def test_a_stack_in_small_chunks_and_small_shards_holds_the_same_bytes(kit, zoo:
 # from memory
 
 
-@pytest.mark.parametrize("family", families_but("granitemoeshared", "granitemoehybrid", "step3p7"))
+@pytest.mark.parametrize("family", families_but("granitemoeshared", "granitemoehybrid", "granitemoe_swa", "step3p7"))
 @pytest.mark.parametrize("layout", ["per-expert", "hub"])
 def test_a_model_in_memory_gives_its_checkpoints_bytes(kit, zoo: Zoo, family: str, layout: str, tmp_path: Path) -> None:
     source = source_of(kit, zoo, family)
