@@ -9,7 +9,6 @@ are decoded when transformers asks for them, so memory holds the model and a few
 from __future__ import annotations
 
 import contextlib
-import copy
 import io
 import logging
 import warnings
@@ -19,7 +18,7 @@ from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 
-from verifier.checkpoint import Checkpoint, Tensor, open_checkpoint
+from verifier.checkpoint import Checkpoint, Tensor, open_checkpoint, special_floats
 from verifier.decoding import decode
 from verifier.errors import ContentError, MissingExtra
 from verifier.schemes import (
@@ -186,14 +185,25 @@ def load_model(checkpoint: Checkpoint | str, *, device: str = "cpu", attention: 
     state = decoded_tensors(ckpt)
     chosen = attention or ("sdpa" if getattr(cls, "_supports_sdpa", False) else "eager")
     place: dict[str, Any] = {} if device == "cpu" else {"device_map": {"": device}}  # which takes accelerate
-    with quiet():
-        try:
-            model, info = cls.from_pretrained(
-                None, config=config, state_dict=state, dtype=torch.bfloat16, attn_implementation=chosen,
+
+    def load(how: str) -> tuple[Any, Any]:
+        with quiet():
+            found: tuple[Any, Any] = cls.from_pretrained(
+                None, config=config, state_dict=state, dtype=torch.bfloat16, attn_implementation=how,
                 output_loading_info=True, **place,
             )  # fmt: skip
-        except (RuntimeError, ValueError) as error:
-            raise ContentError(f"{ckpt.uri}: transformers cannot build the model: {short(error)}") from error
+        return found
+
+    try:
+        try:
+            model, info = load(chosen)
+        except ValueError as error:
+            # A part of the model may lack what its class says it has (Gemma4's audio tower).
+            if attention or chosen == "eager" or "attention" not in str(error):
+                raise
+            model, info = load("eager")
+    except BUILD_ERRORS as error:
+        raise ContentError(f"{ckpt.uri}: transformers cannot build the model: {short(error)}") from error
     if info["missing_keys"] or info["mismatched_keys"]:
         names = sorted(str(k) for k in info["missing_keys"]) or sorted(str(k) for k in info["mismatched_keys"])
         raise ContentError(f"{ckpt.uri}: {len(names)} keys of the model are missing or of another shape, {names[0]} first")
@@ -229,15 +239,22 @@ def _config(ckpt: Checkpoint) -> Any:
     kind = raw.get("model_type")
     if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
         raise ContentError(f"{ckpt.uri}: transformers {transformers.__version__} has no model_type {kind!r}")
-    for node in (raw, *(v for v in raw.values() if isinstance(v, dict))):
-        wide = next((k for k, v in node.items() if "layers" in str(k) and type(v) is int and v > MAX_LAYERS), None)
-        if wide is not None:
-            raise ContentError(f"{ckpt.uri}: config.json declares {wide} = {node[wide]:,}")
     try:
-        # transformers 5.12 takes what it reads out of nested objects.
-        return transformers.AutoConfig.for_model(**copy.deepcopy(raw))
+        many = next(_too_many(raw), None)
+        if many is not None:
+            raise ContentError(f"{ckpt.uri}: config.json declares {many}")
+        # A copy: transformers 5.12 takes what it reads out of nested objects.
+        return transformers.AutoConfig.for_model(**special_floats(raw))
     except BUILD_ERRORS as error:
         raise ContentError(f"{ckpt.uri}: transformers cannot read config.json: {short(error)}") from error
+
+
+def _too_many(node: Any) -> Iterator[str]:
+    """Yield the numbers of layers that no model has: each is a module to build, on the meta device too."""
+    for key, value in node.items() if isinstance(node, dict) else ():
+        if type(value) is int and value > MAX_LAYERS and any(word in str(key) for word in ("layers", "depth", "blocks")):
+            yield f"{key} = {value:,}"
+        yield from _too_many(value)
 
 
 def _restore_float32(model: Any, ckpt: Checkpoint) -> tuple[str, ...]:

@@ -45,7 +45,18 @@ def fused(ctx: Context) -> Iterator[Fused]:
             stacks.setdefault((key.container, key.leaf), []).append((key.expert, module))
     for (container, leaf), found in stacks.items():
         found.sort(key=lambda pair: pair[0])
-        yield Fused(f"{container}.{leaf}", tuple(m for _, m in found), True, tuple(n for n, _ in found))
+        for part in _lists(found):
+            first = part[0][0] if part is not found else 0
+            yield Fused(f"{container}.{leaf}", tuple(m for _, m in part), True, tuple(n - first for n, _ in part))
+
+
+def _lists(found: list[tuple[int, Module]]) -> list[list[tuple[int, Module]]]:
+    """Return the experts, or both halves apart where each has a shape of its own: Ernie 4.5 VL's text and vision experts."""
+    middle = len(found) // 2
+    halves = [found[:middle], found[middle:]]
+    heights = [{m.dims for _, m in half} for half in halves]
+    apart = len(found) == 2 * middle and all(len(h) == 1 for h in heights) and heights[0] != heights[1]
+    return halves if apart and middle > 1 else [found]
 
 
 def _of_one_width(name: str, modules: list[Module]) -> Iterator[Fused]:

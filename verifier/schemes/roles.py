@@ -15,7 +15,11 @@ _PATTERNS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
     (role, re.compile(pattern))
     for role, pattern in (
         ("projector", r"(^|\.)(multi_modal_projector|mm_projector|patch_merge_mlp|merger|embed_vision)(\.|$)"),
-        ("vision", r"(^|\.)(vision_tower|vision_model|visual|vision|audio_tower|audio_encoder|speech)(\.|$)"),
+        (
+            "vision",
+            r"(^|\.)(vision_tower|vision_model|vision_encoder|visual|vision|sam_model|qwen2_model|audio_tower|audio_encoder"
+            r"|speech|code2wav)(\.|$)",
+        ),
         ("mtp", r"(^|\.)(mtp|nextn)(\.|$)"),
         (
             "routed_expert",

@@ -10,13 +10,15 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import verifier
 from verifier.checkpoint import open_checkpoint
 from verifier.corrupt import Folder
 from verifier.corrupt.tiny import TINY, Tiny, encode, make
 from verifier.findings import Finding
-from verifier.rules import Context
+from verifier.rules import Context, all_rules
 from verifier.rules.fusing import fused, lost
 
 DATA = Path(__file__).parents[2] / "data" / "modelopt"
@@ -117,6 +119,15 @@ def test_lost_counts_what_a_copy_changes() -> None:
     assert lost([one, two], 3, np.float32, [0, 2]) == 1
 
 
+@given(st.lists(st.integers(1, 6).map(lambda n: 64 * n), min_size=2, max_size=5))
+def test_scales_are_lost_just_where_a_block_reaches_over_a_seam(heights: list[int]) -> None:
+    rows = [-(-h // 128) for h in heights]
+    values = np.split(np.arange(1, sum(rows) + 1, dtype=np.float32)[:, None], np.cumsum(rows)[:-1])
+    starts = [sum(heights[:i]) // 128 for i in range(len(heights))]
+    count = lost(values, -(-sum(heights) // 128), np.float32, starts)
+    assert (count > 0) == any(h % 128 for h in heights[:-1])
+
+
 def test_width_of_one_part(tiny: Callable[[str], Folder]) -> None:
     folder = unknown(tiny("llama-nvfp4"))
     name = f"{MLP}.up_proj"
@@ -184,3 +195,32 @@ def test_the_last_expert_is_counted_by_the_config(tiny: Callable[[str], Folder])
 def test_silent_where_no_layout_is_known(spec: Tiny, tmp_path: Path) -> None:
     folder = unknown(Folder(make(tmp_path, spec).path))
     assert found(folder.path) == []
+
+
+def test_every_row_of_the_catalogue_has_a_rule_or_a_line_that_says_why_not() -> None:
+    rows = {1: 11, 2: 9, 3: 15, 4: 15, 5: 17, 6: 8, 7: 6}
+    catalogue = {f"QC{family}{number:02}" for family, count in rows.items() for number in range(1, count + 1)}
+    page = (Path(__file__).parents[3] / "docs" / "rules.md").read_text(encoding="utf-8")
+    without = page.partition("## Rows of the catalogue without a rule")[2]
+    told = {line[2:7] for line in without.splitlines() if line.startswith("| QC")}
+    assert not told & set(all_rules())
+    assert told | set(all_rules()) == catalogue
+
+
+def test_two_lists_of_experts_in_one(tiny: Callable[[str], Folder]) -> None:
+    """Ernie 4.5 VL numbers its text experts first, then its vision experts, which are of another size."""
+    folder = unknown(tiny("mixtral-w4a16"))
+    names = [n for n in folder.tensors() if ".experts." in n]
+    for name in names:
+        number = int(name.partition(".experts.")[2].partition(".")[0])
+        values = folder.array(name)
+        if not values.shape:
+            narrow = values
+        elif ".w2." in name:
+            narrow = np.ascontiguousarray(values[:, : values.shape[1] // 3])
+        else:
+            narrow = np.ascontiguousarray(values[: len(values) // 3])
+        folder.add(name.replace(f".experts.{number}.", f".experts.{number + 4}."), narrow)
+    assert found(folder.path) == []
+    folder.drop([n for n in folder.tensors() if ".layers.1." in n and ".experts.7." in n])
+    assert {f.message for f in found(folder.path)} == {"parts of one parameter have different shapes"}
