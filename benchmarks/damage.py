@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Damage an export of the MiniMax-M3 golden in known ways and ask what each measure of the gate sees.
+"""Damage exports of two goldens in known ways and ask what each measure of the gate, and the check, see.
 
-    python benchmarks/damage.py [--out benchmarks/results/damage.json]
+    python benchmarks/damage.py [--golden minimax-m3-tiny] [--wikitext] [--out benchmarks/results/damage.json]
 
 Bytes of a real export are edited; each damaged copy is scored once on the golden's own corpus and compared with the base
-(absolute margin, the default budget) and with the undamaged export (drift margin, the default).
+(absolute margin, the default budget) and with the undamaged export (drift margin, the default), and checked at depth payload
+against the base. ``--wikitext`` scores one damage also on WikiText-2's test split, where the drift is known more closely.
 """
 
 from __future__ import annotations
@@ -15,45 +16,76 @@ import platform
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 import exporter
-from verifier.checkpoint import Checkpoint, open_checkpoint
+import verifier
+from verifier.checkpoint import open_checkpoint
+from verifier.corrupt.edit import Folder
 from verifier.gate import Run, compare_runs, drift_margin_of, load_corpus, margin_of, score_run
+from verifier.gate.corpora import WIKITEXT, Corpus
 
 ROOT = Path(__file__).parents[1]
-GOLDEN = ROOT / "goldens" / "minimax-m3-tiny"
 LAYER = 2
-GLOBAL = r"w[123]\.weight_scale_2$"
+UNREACHED = "an expert that the text never reaches answers zero"
 
 
-def write(ckpt: Checkpoint, folder: Path, name: str, raw: bytes) -> None:
-    """Give a tensor of a copy other bytes."""
-    t = ckpt.tensors[name]
-    if len(raw) != t.nbytes:
-        raise ValueError(name)
-    with (folder / t.file).open("r+b") as handle:
-        handle.seek(t.offset)
-        handle.write(raw)
+@dataclass(frozen=True)
+class Subject:
+    """A golden, how it is exported, and what its projections are called: gate, up, down."""
+
+    golden: str
+    vendor: str | None
+    names: tuple[str, str, str]
+    router: str = ""
+    bias: str = ""
+
+    @property
+    def folder(self) -> Path:
+        """Where the golden lies."""
+        return ROOT / "goldens" / self.golden
+
+    def export(self, base: Path, vendor: Path | None, out: Path) -> None:
+        """Write the export that is damaged: routed experts in NVFP4, over the vendor's where there is one."""
+        how: dict[str, Any] = {"onto": vendor} if vendor else {"input_scale": "one"}
+        exporter.export(base, out, recipe="nvfp4_experts_only", **how)
 
 
-def edit(ckpt: Checkpoint, folder: Path, pattern: str, change: Callable[[str, np.ndarray], bytes]) -> None:
-    """Change every tensor of a layer whose name matches."""
-    names = [n for n in ckpt.tensors if f".layers.{LAYER}." in n and re.search(pattern, n)]
+SUBJECTS = (
+    Subject("minimax-m3-tiny", "mxfp8", ("w1", "w3", "w2"), r"gate\.weight$", r"e_score_correction_bias$"),
+    Subject("qwen3-moe-tiny", None, ("gate_proj", "up_proj", "down_proj")),
+)
+
+
+def edit(
+    folder: Path, pattern: str, change: Callable[[str, np.ndarray], bytes], *, layers: Sequence[int] = (LAYER,)
+) -> None:
+    """Give every tensor of some layers whose name matches the bytes that ``change`` makes of its values."""
+    ckpt = open_checkpoint(folder)
+    names = [n for n in ckpt.tensors if any(f".layers.{i}." in n for i in layers) and re.search(pattern, n)]
     if not names:
         raise ValueError(pattern)
-    for name in names:
-        write(ckpt, folder, name, change(name, ckpt.array(ckpt.tensors[name])))
+    made = {n: change(n, ckpt.array(ckpt.tensors[n])) for n in names}
+    for name, raw in made.items():
+        t = ckpt.tensors[name]
+        if len(raw) != t.nbytes:
+            raise ValueError(name)
+        with (folder / t.file).open("r+b") as handle:
+            handle.seek(t.offset)
+            handle.write(raw)
 
 
-def sixteenth(_name: str, values: np.ndarray) -> bytes:
-    """Return float32 values a sixteenth larger."""
-    return (values.astype(np.float32) * np.float32(17 / 16)).astype(values.dtype).tobytes()
+def times(factor: float) -> Callable[[str, np.ndarray], bytes]:
+    """Return what multiplies float32 values."""
+    return lambda _name, values: (values.astype(np.float32) * np.float32(factor)).astype(values.dtype).tobytes()
 
 
 def zero(_name: str, values: np.ndarray) -> bytes:
@@ -61,39 +93,70 @@ def zero(_name: str, values: np.ndarray) -> bytes:
     return bytes(values.nbytes)
 
 
-def damages(ckpt: Checkpoint, experts: list[int]) -> dict[str, Callable[[Path], None]]:
-    """Return what is done to a copy, by its description; ``experts`` are tokens of each expert of the layer."""
-    busy, idle = int(np.argmax(experts)), int(np.argmin(experts))
-
-    def swap(expert: str) -> Callable[[Path], None]:
-        def other(name: str, _values: np.ndarray) -> bytes:
-            twin = name.replace(".w1.", ".w3.") if ".w1." in name else name.replace(".w3.", ".w1.")
-            return ckpt.read(ckpt.tensors[twin]).tobytes()
-
-        return lambda folder: edit(ckpt, folder, rf"experts\.{expert}\.w[13]\.", other)
-
-    return {
-        "busiest expert of a layer answers zero": lambda f: edit(ckpt, f, rf"experts\.{busy}\.w2\.weight_scale$", zero),
-        "idlest expert of a layer answers zero": lambda f: edit(ckpt, f, rf"experts\.{idle}\.w2\.weight_scale$", zero),
-        "global scales of a layer's experts off by 1/16": lambda f: edit(ckpt, f, rf"experts\.\d+\.{GLOBAL}", sixteenth),
-        "global scales of one expert off by 1/16": lambda f: edit(ckpt, f, rf"experts\.{busy}\.{GLOBAL}", sixteenth),
-        "gate and up swapped in the busiest expert": swap(str(busy)),
-        "gate and up swapped in a layer": swap(r"\d+"),
-        "router recast to BF16 values": lambda f: edit(ckpt, f, r"gate\.weight$", _recast),
-    }  # fmt: skip
+def cut(_name: str, values: np.ndarray) -> bytes:
+    """Return float32 values rounded to BF16."""
+    return values.astype(ml_dtypes.bfloat16).astype(np.float32).tobytes()
 
 
-def _recast(_name: str, values: np.ndarray) -> bytes:
-    return (values.astype(np.float32).view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32).tobytes()
+def recast(folder: Path, pattern: str) -> None:
+    """Store tensors of the layer whose name matches in BF16."""
+    editor = Folder(folder)
+    for name in [n for n in editor.tensors() if f".layers.{LAYER}." in n and re.search(pattern, n)]:
+        editor.store(name, editor.array(name).astype(ml_dtypes.bfloat16))
+
+
+def swap(subject: Subject, folder: Path, expert: str) -> None:
+    """Exchange gate and up of some experts, with their scales."""
+    gate, up, _ = subject.names
+    ckpt = open_checkpoint(folder)
+
+    def other(name: str, _values: np.ndarray) -> bytes:
+        twin = name.replace(f".{gate}.", f".{up}.") if f".{gate}." in name else name.replace(f".{up}.", f".{gate}.")
+        return ckpt.read(ckpt.tensors[twin]).tobytes()
+
+    edit(folder, rf"experts\.{expert}\.({gate}|{up})\.", other)
+
+
+def damages(subject: Subject, counts: list[int], layers: list[int]) -> dict[str, Callable[[Path], None]]:
+    """Return what is done to a copy, by its description; ``counts`` are tokens of each expert of the layer."""
+    busy, idle = int(np.argmax(counts)), int(np.argmin(counts))
+    down = subject.names[2]
+    every = "|".join(subject.names)
+
+    def scaled(expert: str, factor: float, where: Sequence[int] = (LAYER,)) -> Callable[[Path], None]:
+        return lambda f: edit(f, rf"experts\.{expert}\.({every})\.weight_scale_2$", times(factor), layers=where)
+
+    found: dict[str, Callable[[Path], None]] = {
+        "busiest expert of a layer answers zero": lambda f: edit(f, rf"experts\.{busy}\.{down}\.weight_scale$", zero),
+        "idlest expert of a layer answers zero": lambda f: edit(f, rf"experts\.{idle}\.{down}\.weight_scale$", zero),
+        "gate and up swapped in the busiest expert": lambda f: swap(subject, f, str(busy)),
+        "gate and up swapped in a layer": lambda f: swap(subject, f, r"\d+"),
+        "scales of a layer's experts a quarter too large": scaled(r"\d+", 5 / 4),
+        "scales of a layer's experts 1/16 too large": scaled(r"\d+", 17 / 16),
+        "scales of a layer's experts 1/16 too small": scaled(r"\d+", 15 / 16),
+        "scales of a layer's experts 1/64 too large": scaled(r"\d+", 65 / 64),
+        "scales of the busiest expert 1/16 too large": scaled(str(busy), 17 / 16),
+        "scales of all layers' experts 1/16 too large": scaled(r"\d+", 17 / 16, layers),
+    }
+    if subject.router:
+        found["router stored in BF16"] = lambda f: recast(f, subject.router)
+        found["router of BF16 values, stored in float32"] = lambda f: edit(f, subject.router, cut)
+    return found
+
+
+def scored(folder: Path, corpus: Corpus) -> Run:
+    """Score a checkpoint."""
+    found = score_run(open_checkpoint(folder), corpus, top_k=64)
+    if found is None:
+        raise SystemExit("no run")
+    return found
 
 
 def row(what: str, base: Run, good: Run, damaged: Run) -> dict[str, Any]:
     """Return what each measure says of a damaged export."""
-    found = compare_runs(
-        base, damaged, margin_of(None, damaged.header.formats), drift_against=good, drift_margin=drift_margin_of(None)
-    )
-    alone = compare_runs(base, damaged, margin_of(None, damaged.header.formats))
-    own = compare_runs(good, damaged, margin_of(None, damaged.header.formats))
+    margin, drift_margin = margin_of(None, damaged.header.formats), drift_margin_of(None)
+    found = compare_runs(base, damaged, margin, drift_against=good, drift_margin=drift_margin)
+    alone, own = compare_runs(base, damaged, margin), compare_runs(good, damaged, margin)
     if found.interval is None or found.drift is None or own.measures.kl is None or own.measures.top1 is None:
         raise SystemExit(f"{what}: no statistics")
     d = found.drift.interval
@@ -101,44 +164,114 @@ def row(what: str, base: Run, good: Run, damaged: Run) -> dict[str, Any]:
         "damage": what, "loss": round(found.interval.delta, 5), "absolute": alone.outcome,
         "drift": [round(x, 5) for x in (d.delta, d.low, d.high)], "with_drift": found.outcome,
         "kl_to_good": round(own.measures.kl.mean.delta, 5), "top1_to_good": round(own.measures.top1.delta, 4),
-        "beyond": len(own.measures.beyond),
+        "beyond": len(own.measures.beyond), "unreached": sum(len(e.unreached) for e in found.experts),
     }  # fmt: skip
 
 
+def checked(folder: Path, base: Path, vendor: Path | None) -> list[str]:
+    """Return the rules that find something."""
+    report = verifier.check(folder, base=base, merged_from=vendor, depth="payload")
+    return sorted({f.rule for f in report.findings if f.severity in ("error", "warning")})
+
+
+def examine(subject: Subject, work: Path, only: str, before: dict[str, Any]) -> dict[str, Any]:
+    """Damage, score and check one golden's export; a damage that is not asked for keeps what it came to before."""
+    kept = {r["damage"]: r for r in before.get("rows", [])}
+    base_dir = subject.folder / "bf16"
+    vendor = subject.folder / subject.vendor if subject.vendor else None
+    corpus = load_corpus(str(subject.folder / "corpus.jsonl"))
+    subject.export(base_dir, vendor, work / "good")
+    base, good = scored(base_dir, corpus), scored(work / "good", corpus)
+    counts = next(c for n, c in good.header.experts.items() if f"layers.{LAYER}." in n)
+    layers = sorted(int(re.search(r"layers\.(\d+)\.", n)[1]) for n in good.header.experts)  # type: ignore[index]
+    rows = []
+    for what, damage in damages(subject, counts, layers).items():
+        if not fnmatch(what, only):
+            rows += [kept[what]] if what in kept else []
+            continue
+        folder = shutil.copytree(work / "good", work / "damaged")
+        damage(folder)
+        rows.append(row(what, base, good, scored(folder, corpus)) | {"check": checked(folder, base_dir, vendor)})
+        print(rows[-1], flush=True)
+        shutil.rmtree(folder)
+    if subject.bias and fnmatch(UNREACHED, only):
+        rows.append(unreached(subject, work, corpus, counts))
+        print(rows[-1], flush=True)
+    elif UNREACHED in kept:
+        rows.append(kept[UNREACHED])
+    first = compare_runs(base, good, margin_of(None, good.header.formats))
+    return {
+        "golden": subject.golden, "export": f"nvfp4_experts_only{' over MXFP8' if vendor else ''}", "layer": LAYER,
+        "documents": len(corpus), "tokens": int(good.tokens.sum()), "tokens_of_experts": counts, "rows": rows,
+        "good": {"loss": round(first.interval.delta, 5) if first.interval else None, "absolute": first.outcome,
+                 "check": checked(work / "good", base_dir, vendor)},
+    }  # fmt: skip
+
+
+def unreached(subject: Subject, work: Path, corpus: Corpus, counts: list[int]) -> dict[str, Any]:
+    """Zero an expert that no token reaches: in this base and its export, the router's bias keeps every token from it."""
+    expert = int(np.argmin(counts))
+
+    def shun(_name: str, values: np.ndarray) -> bytes:
+        changed = values.astype(np.float32)
+        changed[expert] = -100.0
+        return changed.tobytes()
+
+    places = {name: work / f"shunned-{name}" for name in ("bf16", "vendor", "good", "damaged")}
+    sources = {"bf16": "bf16"} | ({"vendor": subject.vendor} if subject.vendor else {})
+    for name, source in sources.items():
+        shutil.copytree(subject.folder / source, places[name])
+        edit(places[name], subject.bias, shun)
+    vendor = places["vendor"] if subject.vendor else None
+    subject.export(places["bf16"], vendor, places["good"])
+    shutil.copytree(places["good"], places["damaged"])
+    edit(places["damaged"], rf"experts\.{expert}\.{subject.names[2]}\.weight_scale$", zero)
+    runs = [scored(places[n], corpus) for n in ("bf16", "good", "damaged")]
+    found = row(UNREACHED, *runs)
+    return found | {"check": checked(places["damaged"], places["bf16"], vendor)}
+
+
+def more_text(subject: Subject, work: Path) -> dict[str, Any]:
+    """Return what the drift of one damage comes to on WikiText-2's test split."""
+    corpus = load_corpus(WIKITEXT)
+    folder = shutil.copytree(work / "good", work / "damaged")
+    edit(folder, r"experts\.\d+\..*\.weight_scale_2$", times(17 / 16))
+    runs = [scored(p, corpus) for p in (subject.folder / "bf16", work / "good", folder)]
+    shutil.rmtree(folder)
+    found = row("scales of a layer's experts 1/16 too large", *runs)
+    return found | {"corpus": corpus.name, "documents": len(corpus), "tokens": int(runs[0].tokens.sum())}
+
+
 def main() -> None:
-    """Damage, score, write."""
+    """Damage, score, write; a golden that is not asked for keeps its results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "damage.json")
+    parser.add_argument("--golden", action="append", choices=[s.golden for s in SUBJECTS], help="these goldens only")
+    parser.add_argument("--only", default="*", metavar="GLOB", help="these damages only; the others keep their results")
+    parser.add_argument("--wikitext", action="store_true", help="one damage of the first golden on WikiText-2 too")
     args = parser.parse_args()
-    corpus, work = load_corpus(str(GOLDEN / "corpus.jsonl")), Path(tempfile.mkdtemp(prefix="ckptgate-damage-"))
-    try:
-        exporter.export(GOLDEN / "bf16", work / "good", recipe="nvfp4_experts_only", onto=GOLDEN / "mxfp8")
-
-        def scored(folder: Path) -> Run:
-            found = score_run(open_checkpoint(folder), corpus, top_k=64)
-            if found is None:
-                raise SystemExit("no run")
-            return found
-
-        base, good = scored(GOLDEN / "bf16"), scored(work / "good")
-        ckpt = open_checkpoint(work / "good")
-        counts = next(c for n, c in good.header.experts.items() if f"layers.{LAYER}." in n)
-        rows = []
-        for what, damage in damages(ckpt, counts).items():
-            folder = shutil.copytree(work / "good", work / "damaged")
-            damage(folder)
-            rows.append(row(what, base, good, scored(folder)))
-            print(rows[-1], flush=True)
-            shutil.rmtree(folder)
-        first = compare_runs(base, good, margin_of(None, good.header.formats))
-        result = {
-            "command": "python benchmarks/damage.py", "layer": LAYER, "tokens_of_experts": counts, "rows": rows,
-            "good": {"loss": round(first.interval.delta, 5) if first.interval else None, "absolute": first.outcome},
-            "versions": {"python": platform.python_version(), **{p: version(p) for p in ("torch", "transformers", "numpy")}},
-        }  # fmt: skip
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    before = json.loads(args.out.read_text()) if args.out.is_file() else {}
+    found = {g["golden"]: g for g in before.get("goldens", [])}
+    for subject in SUBJECTS:
+        if args.golden and subject.golden not in args.golden:
+            continue
+        work = Path(tempfile.mkdtemp(prefix="ckptgate-damage-"))
+        try:
+            old = found.get(subject.golden, {})
+            kept = old.get("more_text")
+            found[subject.golden] = examine(subject, work, args.only, old)
+            if args.wikitext and subject is SUBJECTS[0]:
+                kept = more_text(subject, work)
+            if kept:
+                found[subject.golden]["more_text"] = kept
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    result = {
+        "command": "python benchmarks/damage.py --wikitext",
+        "goldens": [found[s.golden] for s in SUBJECTS if s.golden in found],
+        "versions": {"python": platform.python_version(), **{p: version(p) for p in ("torch", "transformers", "numpy")}},
+    }  # fmt: skip
+    args.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

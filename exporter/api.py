@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from exporter import emit, stream
-from exporter.layout import Layout, of_model
+from exporter.layout import ExpertLayout, Layout, of_model, unstacked
 from exporter.plan import Plan, Rest, Stats, build, header_digest, parse_layers
 from exporter.plan import merge as plan_merge
 from exporter.plan.repair import Repair, logical
@@ -47,6 +47,7 @@ def plan_export(
     stats: PathLike | None = None,
     rest: Rest | None = None,
     kv_cache: KvName | None = None,
+    expert_layout: ExpertLayout | None = None,
 ) -> Plan:
     """Return the plan of an export without writing anything; the arguments are those of `export`.
 
@@ -60,15 +61,16 @@ def plan_export(
         raise UsageError("--input-scale stats needs --stats FILE")
     found = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     chosen = parse_layers(layers) if layers is not None else None
-    opened = source if isinstance(source, Checkpoint) else open_checkpoint(source)
-    target = open_checkpoint(onto) if onto is not None else None
+    opened = unstacked(source if isinstance(source, Checkpoint) else open_checkpoint(source))
+    target = unstacked(open_checkpoint(onto)) if onto is not None else None
     values = read_stats(stats) if stats is not None else None
     how: Literal["one", "stats"] | None = "stats" if stats is not None else input_scale
     if how is None and onto is not None:
         how = "one"
     return build(
-        opened, found, onto=target, layers=chosen, input_scale=how, stats=values, rest=rest, kv_cache=kv_cache
-    )
+        opened, found, onto=target, layers=chosen, input_scale=how, stats=values, rest=rest, kv_cache=kv_cache,
+        expert_layout=expert_layout,
+    )  # fmt: skip
 
 
 def export(
@@ -82,6 +84,7 @@ def export(
     stats: PathLike | None = None,
     rest: Rest | None = None,
     kv_cache: KvName | None = None,
+    expert_layout: ExpertLayout | None = None,
     overwrite: bool = False,
     workers: int | None = None,
     shard_bytes: int | None = None,
@@ -100,6 +103,8 @@ def export(
         rest: quantized modules that the recipe leaves: ``keep`` their bytes or write them as ``bf16``; by default their
             bytes are kept where engines read that format beside the recipe's.
         kv_cache: ``fp8`` (a scale for each layer, from ``stats``) or ``fp8_cast`` (none), instead of the recipe's.
+        expert_layout: of a source that holds experts in stacks: write them ``per-expert`` or as the ``hub`` has them; by
+            default what engines read of its family (docs/expert-layouts.md).
         overwrite: swap an existing checkpoint at ``out`` whole.
         workers: shards written at a time; by default the number of processors, at most 4.
         shard_bytes: the size at which a new shard begins, in bytes.
@@ -113,8 +118,9 @@ def export(
     target = Path(out)
     stream.check_out(target, overwrite=overwrite, inputs=_inputs(source, onto))
     plan = plan_export(
-        source, recipe=recipe, onto=onto, layers=layers, input_scale=input_scale, stats=stats, rest=rest, kv_cache=kv_cache
-    )
+        source, recipe=recipe, onto=onto, layers=layers, input_scale=input_scale, stats=stats, rest=rest, kv_cache=kv_cache,
+        expert_layout=expert_layout,
+    )  # fmt: skip
     return _write(plan, target, overwrite, workers, shard_bytes, progress)
 
 
@@ -128,6 +134,7 @@ def export_model(
     input_scale: Literal["one", "stats"] | None = None,
     stats: PathLike | None = None,
     kv_cache: KvName | None = None,
+    expert_layout: ExpertLayout | None = None,
     overwrite: bool = False,
     workers: int | None = None,
     shard_bytes: int | None = None,
@@ -146,6 +153,7 @@ def export_model(
         input_scale: ``one`` writes 1.0 for every activation scale.
         stats: a safetensors file of input maxima by hub module.
         kv_cache: ``fp8`` or ``fp8_cast``, instead of the recipe's.
+        expert_layout: as for `export`.
         overwrite: swap an existing checkpoint at ``out`` whole.
         workers: shards written at a time.
         shard_bytes: the size at which a new shard begins, in bytes.
@@ -163,8 +171,9 @@ def export_model(
     origin = open_checkpoint(source) if source is not None else None
     held = as_checkpoint(model, origin, logical(origin) if origin is not None else None)
     plan = plan_export(
-        held, recipe=recipe, layers=layers, input_scale=input_scale, stats=stats, kv_cache=kv_cache
-    )
+        held, recipe=recipe, layers=layers, input_scale=input_scale, stats=stats, kv_cache=kv_cache,
+        expert_layout=expert_layout,
+    )  # fmt: skip
     return _write(plan, target, overwrite, workers, shard_bytes, progress, sides=origin)
 
 
@@ -383,7 +392,7 @@ def _declares_kv(plan: Plan) -> bool:
 
 
 def _manifest(plan: Plan, out: Path, folder: Path, written: stream.Written, sides: list[str]) -> Manifest:
-    result = open_checkpoint(folder)
+    result = unstacked(open_checkpoint(folder))
     shown = [m.shown for m in gather(result.tensors.values()).values() if m.quantized]
     formats = {f.algo: sum(1 for s in shown if s is f) for f in shown if f is not None}
     files = {n: File(bytes=size, sha256=found) for n, (found, size) in sorted(written.digests.items())}
@@ -398,8 +407,11 @@ def _manifest(plan: Plan, out: Path, folder: Path, written: stream.Written, side
     return Manifest(
         kind=plan.kind, name=out.name,
         made_by={"tool": "ckptgate", "version": __version__, "python": sys.version.split()[0]},
-        sources=[Source(role=r, uri=c.uri, tensors=len(c.tensors), header_sha256=header_digest(c)) for r, c in roles],
-        options=plan.options, formats=formats, tensors=len(result.tensors), bytes=result.nbytes, files=files,
+        sources=[
+            Source(role=r, uri=c.uri, tensors=sum(len(s.tensors) for s in c.shards), header_sha256=header_digest(c))
+            for r, c in roles
+        ],
+        options=plan.options, formats=formats, tensors=len(plan.specs), bytes=result.nbytes, files=files,
         notes={
             "quantized_here": dict(plan.formats()),
             "scale_range": {a: [f"{m.low:.2e}", f"{m.high:.2e}"] for a, m in sorted(written.made.items())},

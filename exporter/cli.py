@@ -46,6 +46,10 @@ REPORT = click.option(
     help="An FP8 KV cache: fp8 with scales from --stats, fp8_cast without.",
 )  # fmt: skip
 @click.option(
+    "--expert-layout", type=click.Choice(["per-expert", "hub"]),
+    help="Of a source with stacked experts: how they are written; by default as engines read its family.",
+)  # fmt: skip
+@click.option(
     "--calibrate-texts", metavar="FILE", multiple=True,
     help="Calibrate first, on these texts; what follows after -- goes to calibrate.",
 )  # fmt: skip
@@ -67,6 +71,7 @@ def export(
     stats: str | None,
     rest: str | None,
     kv_cache: str | None,
+    expert_layout: str | None,
     calibrate_texts: tuple[str, ...],
     prompts: str | None,
     dry_run: bool,
@@ -80,7 +85,7 @@ def export(
 
     given: dict[str, Any] = {
         "recipe": recipe, "onto": onto, "layers": layers, "input_scale": input_scale, "stats": stats, "rest": rest,
-        "kv_cache": kv_cache,
+        "kv_cache": kv_cache, "expert_layout": expert_layout,
     }  # fmt: skip
     if more and not calibrate_texts:
         raise UsageError(f"{' '.join(more)}: what follows OUT goes to calibrate, and there is no --calibrate-texts")
@@ -127,7 +132,7 @@ def merge(
 
 def describe(plan: Plan) -> str:
     """Return a plan as text: what is quantized, kept and left, and the exact size of the result."""
-    layers = {m.split(".layers.")[1].split(".")[0] for e in plan.encodes for m in e.modules if ".layers." in m}
+    layers = {m.split(".layers.")[1].split(".")[0] for m in plan.modules if ".layers." in m}
     lines = [f"{plan.kind} {plan.name}: {plan.source.uri}" + (f" onto {plan.onto.uri}" if plan.onto else "")]
     stacked = plan.stacked()
     for algo, count in sorted(plan.formats().items()):
@@ -135,6 +140,9 @@ def describe(plan: Plan) -> str:
     for (read, written), count in sorted(plan.requantized().items()):
         kind = "decode" if written == "BF16" else "re-quantized"
         lines.append(f"  {kind:9} {count:,} modules from {read} to {written}")
+    if "expert_layout" in plan.options:
+        how = "in stacks, as the hub has them" if plan.options["expert_layout"] == "hub" else "one by one"
+        lines.append(f"  experts   {how}")
     copies = [a for a in plan.actions if hasattr(a, "origin")]
     lines.append(f"  keep      {len(copies):,} tensors byte for byte from {plan.kept.uri}")
     reasons: dict[str, int] = {}

@@ -67,22 +67,24 @@ def _lines(found: Detection) -> list[str]:
 
 def _recipes(path: str) -> list[str]:
     """Return what each recipe would quantize, by the hub names of the checkpoint, or of the family's layout."""
+    from exporter.layout import unstacked  # noqa: PLC0415
     from exporter.plan.select import select  # noqa: PLC0415
     from exporter.recipes import load, names  # noqa: PLC0415
     from verifier.checkpoint import Tensor, open_checkpoint  # noqa: PLC0415
     from verifier.errors import PlanError  # noqa: PLC0415
     from verifier.families import family_of  # noqa: PLC0415
-    from verifier.schemes import gather  # noqa: PLC0415
+    from verifier.schemes import gather, split_shapes  # noqa: PLC0415
 
     folder = Path(path) if Path(path).is_dir() else None
     if folder is not None and any(folder.glob("*.safetensors")):
-        tensors = list(open_checkpoint(folder).tensors.values())
+        tensors = list(unstacked(open_checkpoint(folder)).tensors.values())
     else:
         config = _config(Path(path) / "config.json" if folder is not None else Path(path))
         family = family_of(config)
         if family is None:
             return [f"  recipes   not known: no layout of {config.get('model_type')!r}, and no weights beside the config"]
-        tensors = [Tensor(n, "BF16", s, "", 0, 0) for n, s in family.expected(config).items() if s is not None]
+        shapes = split_shapes(family.expected(config), config)
+        tensors = [Tensor(n, "BF16", s, "", 0, 0) for n, s in shapes.items() if s is not None]
     modules = gather(tensors)
     lines = []
     for name in names():

@@ -84,10 +84,11 @@ def _require(module: str, source: str) -> None:
     Raises:
         PlanError: with the nearest names.
     """
-    from verifier.checkpoint import open_checkpoint  # noqa: PLC0415  (as above)
+    from exporter.layout import unstacked  # noqa: PLC0415  (as above)
+    from verifier.checkpoint import open_checkpoint  # noqa: PLC0415
     from verifier.schemes import collapse, gather  # noqa: PLC0415
 
-    present = gather(open_checkpoint(source).tensors.values())
+    present = gather(unstacked(open_checkpoint(source)).tensors.values())
     if module not in present:
         near = difflib.get_close_matches(collapse(module), {collapse(n) for n in present}, n=3, cutoff=0.0)
         raise PlanError(f"{source} has no module {module}; the nearest names are {', '.join(near)}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Render docs/rules.md and docs/exit-codes.md from the code, docs/performance.md from results.
+"""Render docs/rules.md and docs/exit-codes.md from the code, docs/performance.md, docs/families.md from results.
 
     python tools/make_docs.py [--check]
 
@@ -10,13 +10,19 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import statistics
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from goldens_page import damage_lines
+from goldens_page import page as goldens_page
+
 from verifier.errors import EXIT_CODES
+from verifier.families import known
 from verifier.rules import all_rules
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -305,20 +311,96 @@ def gate_page() -> str:
 
 def damage_table() -> str:
     """Return what each measure of the gate says of damaged exports, from the results that the benchmark wrote."""
-    r = json.loads((DOCS.parent / "benchmarks" / "results" / "damage.json").read_text(encoding="utf-8"))
-    lines = [
-        DAMAGE[0], "",
-        f"| damage (layer {r['layer']}) | loss | absolute | drift [90 %] | with drift margin | KL to the good one | top-1 |",
-        "| --- " * 7 + "|", f"| none | {r['good']['loss']:+.4f} | {r['good']['absolute']} | | | | |",
-    ]  # fmt: skip
-    for x in r["rows"]:
-        middle, low, high = x["drift"]
-        lines.append(
-            f"| {x['damage']} | {x['loss']:+.4f} | {x['absolute']} | {middle:+.4f} [{low:+.4f}, {high:+.4f}] "
-            f"| {x['with_drift']} | {x['kl_to_good']:.4f} | {x['top1_to_good']:.1%} |"
-        )
+    return "\n".join([DAMAGE[0], "", *damage_lines(), "", DAMAGE[1]])
+
+
+ENGINES = {
+    "qwen3_moe": "vLLM 0.32: NVFP4, MXFP8, MXFP8 with NVFP4 experts, FP8", "minimax_m2": "vLLM 0.32: NVFP4",
+    "minimax_m3_vl": "vLLM 0.32: MXFP8 with NVFP4 experts",
+}  # fmt: skip
+"""Whose own loader took a small checkpoint of that layout, with every parameter written; others were not tried."""
+
+
+COLUMNS = (
+    "*detected*: linear layers of routed experts that `exporter.detect` finds in the model, and again from its config.",
+    "*exported*: from disk (`export`) and from memory (`export_model`), both the same bytes. The layout is in names, shapes "
+    "and bytes that of transformers' own `save_pretrained`. Every expert is quantized, and nothing that is no linear layer "
+    "of the text model, by the module tree.",
+    "*check*: `check --depth payload` has no error and no warning, with the source as base and without one; *base only*: "
+    "the family's layout is not known without a base.",
+    "*round trip*: the quantized tensors, scales included, brought to the shapes of memory and back, are the same bytes.",
+    "*reload*: decoded by the verifier, loaded by transformers with no missing, unexpected or mismatched key; what was not "
+    "quantized has its values, what was is within its format's error of them; logits are finite.",
+    "*engines*: whose own loader took such a checkpoint and wrote every parameter from it. Most were not tried: that a "
+    "family is exported is no promise that an engine serves it.",
+)
+
+
+def families_page() -> str:
+    """Return docs/families.md, from what the zoo wrote."""
+    r = json.loads((DOCS.parent / "tests" / "zoo" / "results.json").read_text(encoding="utf-8"))
+    rows = r["families"]
+    works, refused = [x for x in rows if working(x)], [x for x in rows if not working(x)]
+    classes = {c for x in rows for c in x.get("classes", ())}
     versions = ", ".join(f"{k} {v}" for k, v in r["versions"].items())
-    return "\n".join([*lines, "", f"`{r['command']}`; {versions}.", "", DAMAGE[1]])
+    told = (
+        f"`{r['command']}` (`tox -e zoo`), {versions}: small models of {len(rows)} architectures, random weights, with the "
+        f"{len(classes)} classes of transformers that hold fused experts. **{len(works)} are exported, round-tripped and "
+        f"reloaded; {len(refused)} are refused**, by name and with a reason. A class that another transformers adds fails "
+        "`tests/zoo/test_zoo.py` by its name until the zoo has a model of it."
+    )
+    lines = [
+        "# Families with fused experts", "",
+        "Rendered by `tools/make_docs.py` from `tests/zoo/results.json`; nothing here is written by hand.", "",
+        *textwrap.wrap(told, 120), "",
+        *(line for item in COLUMNS for line in textwrap.wrap(f"- {item}", 120, subsequent_indent="  ")), "",
+        "| family | experts in memory | on the hub | detected | exported | check | round trip | reload | recipes "
+        "| engines |", "| --- " * 10 + "|",
+    ]  # fmt: skip
+    for x in works:
+        steps = [x["recipes"][n] for n in working(x)]
+        alone = all(s["check"] == "ok" for s in steps)
+        cells = [
+            f"`{x['family']}`", "; ".join(dict.fromkeys(map(_layout, x["experts"]))), x["stored"], f"{x['linears']}",
+            "disk, memory", "yes" if alone else "base only", "yes", "yes",
+            "all three" if len(steps) == 3 else ", ".join(f"`{n}`" for n in working(x)),
+            ENGINES.get(x["family"], "not tried"),
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    names = ", ".join(f"`{n}`" for n in rows[0]["recipes"])
+    lines += ["", f"The three recipes: {names}.", "", f"## Refused ({len(refused)})", ""]
+    lines += ["| family | experts in memory | on the hub | why |", "| --- " * 4 + "|"]
+    for x in refused:
+        held = "; ".join(dict.fromkeys(map(_layout, x.get("experts", {})))) or ", ".join(x.get("classes", ()))
+        why = next(iter(reasons(x)), "").replace("|", "/")
+        lines.append(f"| `{x['family']}` | {held} | {x.get('stored', '')} | {why} |")
+    lines += ["", "## Layouts that are known without a base", ""]
+    names = ", ".join(f"`{n}`" for n in known())
+    told = f"`verifier/families` has {len(known())}, by `tools/make_families.py` from what transformers saves: {names}."
+    lines += textwrap.wrap(told, 120)
+    return "\n".join(lines) + "\n"
+
+
+def working(row: dict[str, Any]) -> list[str]:
+    """Return the recipes with which every step of the zoo went well."""
+    if (row["built"], row.get("detected"), row.get("layout")) != ("ok", "ok", "ok"):
+        return []
+    fine = ("ok", "unproven")
+    return [n for n, s in row["recipes"].items() if "reload" in s and all(v.startswith(fine) for v in s.values())]
+
+
+def reasons(row: dict[str, Any]) -> list[str]:
+    """Return why a family is refused, each reason once."""
+    steps = [row["built"], row.get("detected", "ok"), row.get("layout", "ok")]
+    steps += [v for s in row.get("recipes", {}).values() for v in s.values()]
+    found = dict.fromkeys(s.removeprefix("refused: ") for s in steps if not s.startswith(("ok", "unproven")))
+    stacked = [f for f in found if "stacked hub layouts are not supported" in f]
+    return stacked[:1] or list(found)
+
+
+def _layout(words: str) -> str:
+    """Return what `Detection.layouts` says, without the class and the sizes of the small model."""
+    return re.sub(r"^\w+: \d+ experts, |, hidden .*$", "", words)
 
 
 def main() -> int:
@@ -326,6 +408,8 @@ def main() -> int:
     stale = []
     pages = {"rules.md": rules_page(), "exit-codes.md": exit_codes_page(), "performance.md": performance_page()}
     pages |= {"gate.md": gate_page(), "../verifier/gate/coverage.json": coverage_table()}
+    pages |= {"families.md": families_page()}
+    pages |= {"goldens.md": goldens_page()}
     for name, text in pages.items():
         file = DOCS / name
         if "--check" in sys.argv:

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from exporter.plan import Reader, Weight
-from exporter.stream import load
+from exporter.layout import Unstacked, unstacked
+from exporter.plan import Reader, Restack, Weight
+from exporter.stream import load, load_stack
 from verifier.checkpoint import NUMPY_DTYPES, Checkpoint, Tensor
 from verifier.schemes import FLOATS, canonical, gather
 
@@ -30,15 +31,39 @@ class _Lazy:
         return torch.from_numpy(raw.view(NUMPY_DTYPES[self._what.dtype]).reshape(self._what.shape))
 
 
+class _LazyStack:
+    """Stands for a quantized stack of experts, decoded to BF16 when it is sliced, in the axes of the unquantized hub."""
+
+    def __init__(self, checkpoint: Checkpoint, what: Restack) -> None:
+        self._checkpoint, self._what = checkpoint, what
+
+    def __getitem__(self, _index: Any) -> torch.Tensor:
+        (stack,) = self._what.stacks
+        values = [
+            load_stack(self._checkpoint, self._what, stack, e, e + 1).to(torch.bfloat16) for e in range(stack.shape[0])
+        ]
+        whole = torch.cat(values)
+        return whole.transpose(1, 2).contiguous() if stack.written_turned else whole
+
+
 def decoded_state(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return every weight of a checkpoint by its unquantized hub name, read on access.
 
     Raises:
-        PlanError: a quantized weight whose format cannot be told, or that is not two-dimensional.
+        PlanError: a quantized weight whose format cannot be told, or that is not two-dimensional and no stack that is known.
     """
-    modules = gather(checkpoint.tensors.values())
-    reader = Reader(checkpoint, modules)
     found: dict[str, Any] = {}
+    within = set()
+    each = unstacked(checkpoint)
+    if isinstance(each, Unstacked):
+        single = Reader(each, gather(each.tensors.values()))
+        for stack in each.stacks.stacks:
+            read = single.format(stack.members[0])
+            if read is not None:
+                found[stack.key] = _LazyStack(checkpoint, Restack((stack,), read, None))
+                within |= {t.name for leaf, t in stack.parts.items() if leaf != "bias"}
+    modules = gather(t for t in checkpoint.tensors.values() if t.name not in within)
+    reader = Reader(checkpoint, modules)
     for name, module in modules.items():
         quantized = reader.format(name) is not None
         for tensor in module.parts.values():

@@ -14,7 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 from exporter.calibration.decoded import decoded_state
 from exporter.layout.hf_mapping import Place, places
-from verifier.checkpoint import Checkpoint
+from verifier.checkpoint import Checkpoint, special_floats
 from verifier.errors import PlanError, UsageError
 from verifier.schemes import canonical, gather, role
 
@@ -71,7 +71,7 @@ def _config(checkpoint: Checkpoint, *, quantized: bool) -> Any:
     if not quantized:
         return transformers.AutoConfig.from_pretrained(checkpoint.uri, trust_remote_code=False, local_files_only=True)
     raw = {k: v for k, v in (checkpoint.config or {}).items() if k not in ("quantization_config", "auto_map")}
-    return transformers.AutoConfig.for_model(**raw)
+    return transformers.AutoConfig.for_model(**special_floats(raw))
 
 
 def tokenizer_of(checkpoint: Checkpoint) -> Callable[[str], list[int]]:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 
 from exporter.calibration.attention import KvSpot
+from exporter.layout import read_stacks
 from exporter.layout.hf_mapping import Place
 from verifier.checkpoint import Checkpoint
 from verifier.errors import PlanError
@@ -85,6 +86,16 @@ def targets(model: Any, where: Mapping[str, Place], wanted: Iterable[str]) -> li
                 f"{hub} is {place.key} of a {type(module).__name__} in transformers: neither a linear layer nor experts "
                 "that call its experts interface, so its input cannot be read"
             )
+    return found
+
+
+def with_experts(where: Mapping[str, Place], checkpoint: Checkpoint) -> dict[str, Place]:
+    """Return places with those of the linears that a checkpoint holds in stacks: an expert's is that of its stack."""
+    stacks = read_stacks(checkpoint)
+    found = dict(where)
+    for stack in stacks.stacks if stacks is not None else ():
+        if stack.key in where:
+            found |= {f"{m}.weight": Place(where[stack.key].key, True) for m in stack.members}
     return found
 
 

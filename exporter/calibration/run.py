@@ -17,11 +17,12 @@ from exporter.calibration.attention import KvSpot, ReadingCache
 from exporter.calibration.extra import VERSIONS
 from exporter.calibration.hooks import observing
 from exporter.calibration.model import load_source, tokenizer_of
-from exporter.calibration.names import kv_targets, refuse_outside, targets
+from exporter.calibration.names import kv_targets, refuse_outside, targets, with_experts
 from exporter.calibration.report import CalibrationReport, TextUse
 from exporter.calibration.sites import Site, collect
 from exporter.calibration.stats import OnProblem, Statistics, experts_with, layers_of, require_seen, settle, write
 from exporter.calibration.texts import Ids, TextFile, batches, choose, read_texts
+from exporter.layout import unstacked
 from exporter.plan import build, header_digest
 from exporter.recipes import Recipe
 from exporter.recipes import load as load_recipe
@@ -148,7 +149,7 @@ def static_modules(checkpoint: Checkpoint, recipe: Recipe, *, kv: bool = False) 
         PlanError: the source is outside the experts interface, or no plan can be made of it; there is none, nor KV scales.
     """
     refuse_outside(checkpoint)
-    plan = build(checkpoint, recipe, input_scale="one", kv_cache="fp8_cast")
+    plan = build(unstacked(checkpoint), recipe, input_scale="one", kv_cache="fp8_cast", expert_layout="per-expert")
     found = tuple(m for e in plan.encodes if e.input_scales is not None for m in e.modules)
     if not found and not kv and recipe.kv_cache != "fp8":
         formats = ", ".join(sorted(plan.formats()))
@@ -191,7 +192,8 @@ def _read(
     progress: Callable[[int, int], None] | None,
 ) -> Statistics:
     """Return what the wanted modules see when the model reads the sequences."""
-    model, where = load_source(checkpoint, options.device)
+    model, places = load_source(checkpoint, options.device)
+    where = with_experts(places, checkpoint)
     _check_ids(model, checkpoint, sequences, options.seq_len)
     spots, kv = targets(model, where, wanted), kv_targets(model, where)
     percentile = options.percentile if options.method == "percentile" else None

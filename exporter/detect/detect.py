@@ -17,6 +17,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 from exporter.detect.layouts import FLAGS, ExpertStack, FusedLinear, Refused, by_flags, by_shapes, parameters
 from exporter.detect.registry import READERS, load_plugins
+from verifier.checkpoint import special_floats
 from verifier.errors import ContentError, UsageError
 
 
@@ -117,7 +118,8 @@ def meta_model(file: Path | str, raw: Mapping[str, Any]) -> Any:
         ContentError: a config or architecture that transformers does not have.
     """
     # transformers 5.12 takes what it reads out of nested objects.
-    given = {k: copy.deepcopy(v) for k, v in raw.items() if k not in ("quantization_config", "auto_map")}
+    kept = {k: v for k, v in raw.items() if k not in ("quantization_config", "auto_map")}
+    given = special_floats(copy.deepcopy(kept))
     version = transformers.__version__
     if not isinstance(raw.get("model_type"), str) or raw["model_type"] not in transformers.CONFIG_MAPPING:
         raise ContentError(f"{file}: transformers {version} has no model_type {raw.get('model_type')!r}")

@@ -13,6 +13,7 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
+from exporter.layout import read_stacks, unstacked
 from verifier import __version__
 from verifier.checkpoint import Checkpoint
 from verifier.errors import PlanError
@@ -22,12 +23,15 @@ PRODUCER = {"name": "ckptgate", "version": __version__}
 KV_SCHEME = {"dynamic": False, "num_bits": 8, "type": "float"}
 
 
-def declare(ckpt: Checkpoint, *, kv_cache: bool = False) -> tuple[dict[str, Any], dict[str, Any] | None]:
+def declare(
+    ckpt: Checkpoint, *, kv_cache: bool = False, config: Mapping[str, Any] | None = None
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """Return (quantization_config, hf_quant_config) for what a checkpoint's headers show; no second where none is read.
 
     Args:
         ckpt: what was written.
         kv_cache: declare an FP8 KV cache also where no KV scale is on disk.
+        config: the config that will stand beside it, which tells how its experts are stacked.
 
     Raises:
         PlanError: a quantized module whose format cannot be told, or nothing quantized at all; a KV cache that the format
@@ -35,7 +39,18 @@ def declare(ckpt: Checkpoint, *, kv_cache: bool = False) -> tuple[dict[str, Any]
     """
     formats: dict[str, Format] = {}
     excluded: list[str] = []
-    for module in gather(ckpt.tensors.values()).values():
+    stacked = read_stacks(ckpt, config)
+    within = stacked.names if stacked is not None else frozenset()
+    each = gather(unstacked(ckpt, config).tensors.values()) if stacked is not None else {}
+    for stack in stacked.stacks if stacked is not None else ():
+        member = each[stack.members[0]]
+        if not member.quantized:
+            excluded.append(stack.name)
+        elif member.shown is None:
+            raise PlanError(f"{stack.name}: quantized, and its format cannot be told from its tensors")
+        else:
+            formats[stack.name] = member.shown
+    for module in gather(t for t in ckpt.tensors.values() if t.name not in within).values():
         if module.quantized:
             shown = module.shown
             if shown is None:

@@ -36,7 +36,7 @@ def write_configs(folder: Path, config: Mapping[str, Any], *, kv_cache: bool = F
 
     An old hf_quant_config.json is removed where none belongs beside the format.
     """
-    inline, nested = declare(open_checkpoint(folder), kv_cache=kv_cache)
+    inline, nested = declare(open_checkpoint(folder), kv_cache=kv_cache, config=config)
     write_json(folder / "config.json", with_quantization(config, inline))
     if nested is None:
         (folder / "hf_quant_config.json").unlink(missing_ok=True)

@@ -3,6 +3,11 @@
 
 from exporter.layout.hf_mapping import Place, places
 from exporter.layout.layout import Layout, Part, of_model, take
+from exporter.layout.regions import read_region
 from exporter.layout.siblings import Cut, Transfer
+from exporter.layout.stacks import ExpertLayout, Stack, Stacks, Unstacked, families, read_stacks, unstacked
 
-__all__ = ["Cut", "Layout", "Part", "Place", "Transfer", "of_model", "places", "take"]
+__all__ = [
+    "Cut", "ExpertLayout", "Layout", "Part", "Place", "Stack", "Stacks", "Transfer", "Unstacked", "families", "of_model",
+    "places", "read_region", "read_stacks", "take", "unstacked",
+]  # fmt: skip

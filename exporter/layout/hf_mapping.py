@@ -163,11 +163,14 @@ class _Mapping:
         """Return (name in memory, the converter's pattern or None) for hub names, in the loader's natural order."""
         from transformers.core_model_loading import rename_source_key  # noqa: PLC0415
 
-        prefix = self._model.base_model_prefix
-        return {
-            n: rename_source_key(n, self._renamings, self._converters, prefix, self._state)
-            for n in sorted(names, key=natural)
-        }
+        prefix, state = self._model.base_model_prefix, self._state
+        found = {}
+        for n in sorted(names, key=natural):
+            key, pattern = rename_source_key(n, self._renamings, self._converters, prefix, state)
+            if key not in state and n in state:  # the loader's own rule: a name of memory that a pattern hits by accident
+                key, pattern = rename_source_key(n, [], [], prefix, state)
+            found[n] = key, pattern
+        return found
 
     def converter(self, pattern: str) -> Any:
         """Return the converter that has a source pattern."""

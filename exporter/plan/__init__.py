@@ -10,6 +10,7 @@ from exporter.plan.model import (
     Decode,
     Encode,
     Plan,
+    Restack,
     Spec,
     Stats,
     Take,
@@ -20,6 +21,6 @@ from exporter.plan.select import parse_layers
 from exporter.plan.sources import Reader, Rest
 
 __all__ = [
-    "Action", "Constant", "Copy", "Decode", "Encode", "Plan", "Reader", "Rest", "Spec", "Stats", "Take", "Weight",
-    "build", "header_digest", "merge", "parse_layers",
+    "Action", "Constant", "Copy", "Decode", "Encode", "Plan", "Reader", "Rest", "Restack", "Spec", "Stats", "Take",
+    "Weight", "build", "header_digest", "merge", "parse_layers",
 ]  # fmt: skip

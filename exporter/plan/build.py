@@ -7,7 +7,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from exporter.layout import ExpertLayout, Unstacked
 from exporter.plan.model import Action, Constant, Copy, Decode, Encode, Origin, Plan, Stats
+from exporter.plan.restack import restack, touched
 from exporter.plan.select import groups, select
 from exporter.plan.sound import one_fate, refuse_stacked, require_sound, same_experts
 from exporter.plan.sources import Reader, Rest, rest_of
@@ -51,6 +53,7 @@ def build(
     stats: Stats | None = None,
     rest: Rest | None = None,
     kv_cache: KvName | None = None,
+    expert_layout: ExpertLayout | None = None,
 ) -> Plan:
     """Return the plan of an export.
 
@@ -63,9 +66,11 @@ def build(
         stats: input and KV maxima.
         rest: what becomes of quantized modules that the recipe leaves (`exporter.plan.sources.rest_of`).
         kv_cache: instead of the recipe's.
+        expert_layout: how experts that the source holds in stacks are written; the family's default where None.
 
     Raises:
-        PlanError: nothing selected, a layer without experts, unequal expert sets, a shape or width that does not fit.
+        PlanError: nothing selected, a layer without experts, unequal expert sets, a shape or width that does not fit, a
+            stack of which only a part is quantized.
         UsageError: static activations without a source of input scales; KV scales without stats.
     """
     for ckpt, what in ((source, "source"), (onto, "onto")):
@@ -117,13 +122,41 @@ def build(
     if onto is not None:
         taken = {t.name for u in units.values() for w in u.weights for t in w.parts.values()}
         left += [("source", n, "kept from onto") for n in source.tensors if n not in taken]
+    layout = _layout(source, onto, expert_layout)
+    written: Checkpoint = source
+    if isinstance(source, Unstacked) and kept == "source":
+        anew = touched(source.stacks, [*units, *decoded])
+        if layout == "hub" or not anew:
+            actions, left = restack(source, actions, left, units, decoded)
+            written, layout = source.raw, "hub"
     options: dict[str, object] = {
         "recipe": recipe.name, "layers": sorted(layers) if layers is not None else None, "input_scale": input_scale,
         "calibration": recipe.calibration, "mxfp8_scale": scale_leaf, "kv_cache": kv, "rest": rest,
     }  # fmt: skip
-    plan = Plan("export", recipe.name, source, onto, tuple(actions), tuple(left), options)
+    if layout is not None:
+        options["expert_layout"] = layout
+    plan = Plan("export", recipe.name, written, onto, tuple(actions), tuple(left), options)
     one_fate(plan)
     return plan
+
+
+def _layout(source: Checkpoint, onto: Checkpoint | None, asked: ExpertLayout | None) -> ExpertLayout | None:
+    """Return how the experts of the source's stacks are written, None where it has none.
+
+    Raises:
+        UsageError: stacks are asked for, and there are none, or another checkpoint is kept.
+    """
+    if not isinstance(source, Unstacked):
+        if asked == "hub":
+            raise UsageError(f"--expert-layout hub: {source.uri} holds no experts in stacks; they are written one by one")
+        return None
+    found = asked or source.stacks.family.default
+    if onto is not None and found == "hub":
+        raise UsageError(
+            f"--onto: the stacks of {source.stacks.family.name} are not put into another checkpoint's; "
+            "--expert-layout per-expert writes experts one by one"
+        )
+    return found
 
 
 def _used(unit: Encode | Decode | None, kept: Origin) -> set[str]:

@@ -6,11 +6,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
+from exporter.layout import Stack
 from verifier.checkpoint import DTYPE_BITS, Checkpoint, Tensor
 from verifier.schemes import Format, fused_groups
 
@@ -153,7 +154,71 @@ class Take:
         return (Spec(self.name, self.tensor.dtype, shape),)
 
 
-Action = Copy | Constant | Decode | Encode | Take
+@dataclass(frozen=True, slots=True)
+class Restack:
+    """Write the stacks of gate and up of a layer, or that of down, as stacks: quantized, or decoded (``format`` None).
+
+    Blocks run along the input axis whatever the stack's own axes, and gate and up keep their order. ``read`` is the format
+    that they are in. ``input_scales`` gives one for each expert; where the family has one scale for a whole stack, so have
+    all of them, and ``weight_scale_2`` is shared over the stack.
+    """
+
+    stacks: tuple[Stack, ...]
+    read: Format | None
+    format: Format | None
+    scale_leaf: str = ""
+    input_scales: tuple[float, ...] | None = None
+    method: str = "max"
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The linears that it holds, as they are called one by one."""
+        return tuple(m for s in self.stacks for m in s.members)
+
+    @property
+    def one_scale(self) -> bool:
+        """Whether a stack has one global scale, not one for each expert."""
+        return self.stacks[0].family.one_scale
+
+    @property
+    def specs(self) -> tuple[Spec, ...]:
+        """The tensors that it writes, stack by stack."""
+        return tuple(s for i in range(len(self.stacks)) for s in self.specs_of(i).values())
+
+    def specs_of(self, index: int) -> dict[str, Spec]:
+        """Return the tensors of one stack by leaf."""
+        stack = self.stacks[index]
+        experts, out, in_ = stack.shape
+
+        def sized(*inner: int) -> tuple[int, ...]:
+            turned = stack.written_turned and len(inner) == 2
+            return (experts, *(inner[::-1] if turned else inner))
+
+        if self.format is None:
+            return {"weight": Spec(stack.key, "BF16", sized(out, in_))}
+        fmt = self.format
+        found = {"weight": Spec(stack.key, fmt.weight_dtype, sized(out, in_ // 2 if fmt.packed else in_))}
+        for sibling in fmt.siblings:
+            leaf = self.scale_leaf if self.scale_leaf in sibling.leaves else sibling.leaves[0]
+            if leaf == "input_scale":
+                continue
+            shape = sibling.shapes(out, in_)[0]
+            found[leaf] = Spec(stack.sibling(leaf), sibling.dtypes[0], () if not shape and self.one_scale else sized(*shape))
+        if self.input_scales is not None:
+            found["input_scale"] = Spec(stack.sibling("input_scale"), "F32", () if self.one_scale else (experts,))
+        return found
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The tensors of the source that it reads."""
+        leaves = ("weight",) if self.read is None else tuple(s for x in self.read.siblings for s in x.leaves)
+        return tuple(
+            t for s in self.stacks for leaf, t in s.parts.items()
+            if leaf in ("weight", "blocks") or (leaf in leaves and not leaf.startswith("input"))
+        )  # fmt: skip
+
+
+Action = Copy | Constant | Decode | Encode | Restack | Take
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,8 +258,19 @@ class Plan:
 
     @property
     def encodes(self) -> Iterator[Encode]:
-        """The quantizations."""
+        """The quantizations of linears that are written one by one."""
         return (a for a in self.actions if isinstance(a, Encode))
+
+    @property
+    def restacks(self) -> Iterator[Restack]:
+        """The quantizations of stacks."""
+        return (a for a in self.actions if isinstance(a, Restack) and a.format is not None)
+
+    @property
+    def modules(self) -> Mapping[str, Format]:
+        """The linears that this plan quantizes, those in stacks as they are called one by one, with their formats."""
+        found = {m: e.format for e in self.encodes for m in e.modules}
+        return found | {m: r.format for r in self.restacks for m in r.modules if r.format is not None}
 
     def origin(self, name: Origin) -> Checkpoint:
         """Return the checkpoint that an action copies from."""
@@ -202,11 +278,11 @@ class Plan:
 
     def formats(self) -> Counter[str]:
         """Return how many modules are quantized to each algorithm by this plan."""
-        return Counter({a: n for a, n in _count(self.encodes)})
+        return Counter(f.algo for f in self.modules.values())
 
     def stacked(self) -> Counter[str]:
         """Return by algorithm how many tensors the quantized modules are where fused groups are one each."""
-        algo = {m: e.format.algo for e in self.encodes for m in e.modules}
+        algo = {m: f.algo for m, f in self.modules.items()}
         found = Counter(algo.values())
         for _, members in fused_groups(algo):
             found[algo[members[0]]] -= len(members) - 1
@@ -220,6 +296,8 @@ class Plan:
                 found.update((w.format.algo, a.format.algo) for w in a.weights if w.format is not None)
             elif isinstance(a, Decode) and a.weight.format is not None:
                 found[a.weight.format.algo, "BF16"] += 1
+            elif isinstance(a, Restack) and a.read is not None:
+                found[a.read.algo, a.format.algo if a.format is not None else "BF16"] += len(a.modules)
         return found
 
     def fingerprint(self) -> str:
@@ -237,16 +315,12 @@ class Plan:
                 parts.append([a.origin, a.weight.format.name if a.weight.format else None])
             elif isinstance(a, Take):
                 parts.append([a.origin, a.tensor.name, a.cuts, a.order])
+            elif isinstance(a, Restack):
+                formats = [f.name if f else None for f in (a.read, a.format)]
+                parts.append([a.input_scales, a.method, *formats])
             else:
                 parts.append(a.origin)
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _count(encodes: Iterable[Encode]) -> Iterator[tuple[str, int]]:
-    counts: Counter[str] = Counter()
-    for e in encodes:
-        counts[e.format.algo] += len(e.modules)
-    yield from counts.items()
 
 
 def header_digest(ckpt: Checkpoint) -> str:

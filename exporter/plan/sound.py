@@ -6,7 +6,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from exporter.plan.model import Copy, Decode, Encode, Plan, Take
+from exporter.layout import read_stacks
+from exporter.plan.model import Copy, Decode, Encode, Plan, Restack, Take
 from verifier.checkpoint import Checkpoint
 from verifier.errors import PlanError
 from verifier.schemes import Module, expert_key
@@ -59,9 +60,12 @@ def refuse_stacked(ckpt: Checkpoint) -> None:
     """
     for tensor in ckpt.tensors.values():
         if len(tensor.shape) >= 3 and _STACKED.search(tensor.name):
+            why = "stacks of this family are not known (docs/expert-layouts.md)"
+            if read_stacks(ckpt) is not None:
+                why = "only single experts are merged; export --expert-layout per-expert writes such"
             raise PlanError(
-                f"{tensor.name} holds all experts of its layer in one tensor of shape {list(tensor.shape)}; stacked hub "
-                f"layouts are not supported (model_type {ckpt.model_type!r})"
+                f"{tensor.name} holds all experts of its layer in one tensor of shape {list(tensor.shape)}; {why} "
+                f"(model_type {ckpt.model_type!r})"
             )
 
 
@@ -100,6 +104,8 @@ def one_fate(plan: Plan) -> None:
             used |= {(action.origin, t.name) for t in action.weight.parts.values()}
         elif isinstance(action, Encode):
             used |= {("source", t.name) for w in action.weights for t in w.parts.values()}
+        elif isinstance(action, Restack):
+            used |= {("source", t.name) for t in action.tensors}
     owed = {("source", n) for n in plan.source.tensors}
     if plan.onto is not None:
         owed |= {("onto", n) for n in plan.onto.tensors}

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -19,7 +18,9 @@ import numpy.typing as npt
 import torch
 
 from exporter import codecs, weights
-from exporter.plan import Action, Constant, Copy, Decode, Encode, Plan, Spec, Take, Weight
+from exporter.layout import read_region
+from exporter.plan import Action, Constant, Copy, Decode, Encode, Plan, Restack, Spec, Take, Weight
+from exporter.stream.stacks import write_restack
 from verifier.checkpoint import DTYPE_BITS, MAX_HEADER, Checkpoint, Tensor
 from verifier.errors import EncodeError
 
@@ -140,6 +141,8 @@ def write_shard(
             elif isinstance(action, Decode):
                 values = load(plan.origin(action.origin), action.weight)
                 _put(fd, _bytes(values.to(torch.bfloat16)), places[action.name])
+            elif isinstance(action, Restack):
+                made += _restack(action, plan, fd, places)
             elif isinstance(action, Take):
                 _take(action, plan, fd, places[action.name])
             else:
@@ -183,23 +186,7 @@ def region(ckpt: Checkpoint, take: Take) -> npt.NDArray[Any]:
     Raises:
         EncodeError: a dtype whose values are no whole bytes.
     """
-    t, bits = take.tensor, DTYPE_BITS[take.tensor.dtype]
-    if bits % 8:
-        raise EncodeError(f"{t.name}: {t.dtype} holds less than a byte for a value; it cannot be cut")
-    width, offset, shape, cuts = bits // 8, t.offset, list(t.shape), list(take.cuts)
-    while cuts and cuts[0][3]:  # one entry of a leading axis is one stretch of the file
-        inner = math.prod(shape[1:])
-        offset, shape = offset + cuts.pop(0)[0] * inner * width, shape[1:]
-    if cuts:
-        start, step, length, _ = cuts[0]
-        inner, rows = math.prod(shape[1:]), (length - 1) * step + 1 if length else 0
-        offset, shape = offset + start * inner * width, [rows, *shape[1:]]
-        cuts[0] = (0, step, length, False)
-    raw = ckpt.source.read(t.file, offset, math.prod(shape) * width)
-    values = np.frombuffer(raw.tobytes(), f"u{width}").reshape(shape)
-    at = tuple(s if drop else slice(s, s + (n - 1) * k + 1 if n else s, k) for s, k, n, drop in cuts)
-    left = values[at] if at else values
-    return np.ascontiguousarray(left.transpose(take.order) if take.order else left)
+    return read_region(ckpt, take.tensor, take.cuts, take.order)
 
 
 def _encode(action: Encode, plan: Plan, fd: int, places: dict[str, int]) -> Made:
@@ -216,6 +203,16 @@ def _encode(action: Encode, plan: Plan, fd: int, places: dict[str, int]) -> Made
         lo, hi = _scale_range(parts)
         low, high = min(low, lo), max(high, hi)
     return Made(action.format.algo, len(action.modules), low, high, blocks, lost)
+
+
+def _restack(action: Restack, plan: Plan, fd: int, places: dict[str, int]) -> list[Made]:
+    def put(name: str, value: torch.Tensor, at: int) -> None:
+        _put(fd, _bytes(value), places[name] + at)
+
+    low, high, blocks, lost = write_restack(action, plan, put)
+    if action.format is None:
+        return []
+    return [Made(action.format.algo, len(action.modules), low, high, blocks, lost)]
 
 
 def _encoded(action: Encode, plan: Plan) -> tuple[list[codecs.Parts], int, int]:

@@ -18,7 +18,7 @@ FLOOR = -9
 """Exponent of E4M3's smallest power of two."""
 
 
-def exact(weights: Sequence[codecs.Parts]) -> tuple[list[codecs.Parts], int, int]:
+def exact(weights: Sequence[codecs.Parts], *, top: int | None = None) -> tuple[list[codecs.Parts], int, int]:
     """Return the NVFP4 tensors of the MXFP4 weights of a fused group, the blocks of 16, and how many lost something.
 
     ``weight_scale_2`` is the power of two that maps the group's largest block exponent to 2^8; a block more than 17
@@ -26,6 +26,7 @@ def exact(weights: Sequence[codecs.Parts]) -> tuple[list[codecs.Parts], int, int
 
     Args:
         weights: for each, the tensors of an MXFP4 weight [..., out, in] as `exporter.codecs.decode` takes them.
+        top: the largest block exponent of a group that is larger than these (`top_exponent`).
 
     Raises:
         EncodeError: a scale that is NaN, or values beyond float32.
@@ -35,8 +36,8 @@ def exact(weights: Sequence[codecs.Parts]) -> tuple[list[codecs.Parts], int, int
     for (_, scale), mask in zip(read, used, strict=True):
         if bool((scale[mask] == 255).any()):
             raise EncodeError("mxfp4: a block scale is NaN (255)")
-    tops = [int(scale[mask].max()) for (_, scale), mask in zip(read, used, strict=True) if bool(mask.any())]
-    top = max(tops, default=E8M0_BIAS + TOP)
+    if top is None:
+        top = max((int(s[m].max()) for (_, s), m in zip(read, used, strict=True) if bool(m.any())), default=E8M0_BIAS + TOP)
     scale_2 = torch.ldexp(torch.tensor(1.0), torch.tensor(top - E8M0_BIAS - TOP))
     made, blocks, lost = [], 0, 0
     for parts, (_, scale), mask in zip(weights, read, used, strict=True):
@@ -49,6 +50,13 @@ def exact(weights: Sequence[codecs.Parts]) -> tuple[list[codecs.Parts], int, int
         made.append(found)
         blocks, lost = blocks + differs.numel(), lost + int(differs.sum())
     return made, blocks, lost
+
+
+def top_exponent(parts: codecs.Parts) -> int | None:
+    """Return the largest scale byte of an MXFP4 weight's blocks that hold anything but zeros; None without any."""
+    code, scale = mxfp4_codes(parts)
+    mask = _used(code, scale)
+    return int(scale[mask].max()) if bool(mask.any()) else None
 
 
 def _used(code: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -180,3 +180,13 @@ def _plain(file: str) -> bool:
     return file == PurePosixPath(file).name and "\\" not in file and "\0" not in file and file not in ("", ".", "..")
 
 
+_FLOATS = {"Infinity": float("inf"), "-Infinity": float("-inf"), "NaN": float("nan")}
+
+
+def special_floats(value: Any) -> Any:
+    """Return a config value with transformers' spelling of what JSON has no number for, {"__float__": "Infinity"}, read."""
+    if isinstance(value, dict):
+        if value.keys() == {"__float__"} and isinstance(value["__float__"], str):
+            return _FLOATS.get(value["__float__"], value)
+        return {k: special_floats(v) for k, v in value.items()}
+    return [special_floats(v) for v in value] if isinstance(value, list) else value

@@ -49,8 +49,10 @@ class Family:
                 return hidden // heads
         return None
 
-    def shape(self, config: Mapping[str, Any], dims: list[str]) -> Shape | None:
-        """Return the shape that products of config paths give, or None where a value is unknown."""
+    def shape(self, config: Mapping[str, Any], dims: list[str] | None) -> Shape | None:
+        """Return the shape that products of config paths give, or None where a value, or the formula, is unknown."""
+        if dims is None:
+            return None
         shape = []
         for product in dims:
             total = 0
@@ -66,15 +68,59 @@ class Family:
         return tuple(shape)
 
     def layers(self, config: Mapping[str, Any], kind: str) -> list[int]:
-        """Return the text layers of a kind: ``all``, ``dense``, ``sparse`` or ``indexer``."""
-        count = min(self.value(config, self.data["ranges"]["layer"]) or 0, MAX_LAYERS)
+        """Return the text layers of a kind: ``all``, ``dense``, ``sparse``, ``indexer`` or one of the family's own."""
+        return self._layers(config, kind) or []
+
+    def _layers(self, config: Mapping[str, Any], kind: str) -> list[int] | None:
+        """Return the text layers of a kind, or None where this config does not tell."""
+        count = min(self._length(config, self.data["ranges"]["layer"]), MAX_LAYERS)
         if kind == "all":
             return list(range(count))
-        text = config.get(self.data["text"].rstrip(".")) if self.data["text"] else config
-        if not isinstance(text, Mapping):
-            text = {}
+        text = self._text(config)
+        rules = self.data.get("kinds", {}).get(kind)
+        if rules is not None:
+            told = next((f for r in rules if (f := self._rule(text, r, count)) is not None), None)
+            return None if told is None else [i for i in range(count) if told[i]]
         flags = _indexer_flags(text, count) if kind == "indexer" else self._sparse_flags(text, count)
         return [i for i in range(count) if flags[i] == (kind != "dense")]
+
+    def _text(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the config of the text model, {} where it has none."""
+        node: Any = config
+        for part in self.data["text"].split(".")[:-1]:
+            node = node.get(part) if isinstance(node, Mapping) else None
+        return node if isinstance(node, Mapping) else {}
+
+    def _rule(self, text: Mapping[str, Any], rule: Mapping[str, Any], count: int) -> list[bool] | None:
+        """Return which layers a rule of the data means, or None where the config has not its keys.
+
+        ``{"list": key, "is": [value, …]}``: one entry a layer, a letter where the value is a string. ``{"named": key}``:
+        the numbers of the layers. ``{"from": key}``: from that number on. ``{"period": key, "offset": key}``: every so
+        many; ``shift`` is added to the layer's number first. ``not`` turns it round.
+        """
+        turned = bool(rule.get("not"))
+        listed = text.get(rule.get("list") or rule.get("named") or "")
+        if "list" in rule:
+            if not isinstance(listed, list | str) or len(listed) < count:
+                return None
+            return [(listed[i] in rule["is"]) != turned for i in range(count)]
+        if "named" in rule:
+            if not isinstance(listed, list):
+                return None
+            numbers = {n for n in listed if type(n) is int}
+            return [(i in numbers) != turned for i in range(count)]
+        if "from" in rule:
+            first = self._number(text, rule["from"])
+            return None if first is None else [(i >= first) != turned for i in range(count)]
+        period = self._number(text, rule["period"])
+        offset = self._number(text, rule["offset"]) if "offset" in rule else 0
+        if not period or offset is None:
+            return None
+        return [((i + rule.get("shift", 0)) % period == offset % period) != turned for i in range(count)]
+
+    def _number(self, text: Mapping[str, Any], key: str) -> int | None:
+        value = text.get(key, self.data["defaults"].get(self.data["text"] + key))
+        return value if type(value) is int and value >= 0 else None
 
     def _sparse_flags(self, text: Mapping[str, Any], count: int) -> list[bool]:
         kinds, freq = text.get("mlp_layer_types"), text.get("moe_layer_freq")
@@ -100,7 +146,7 @@ class Family:
             ContentError: the config declares more layers or experts than any model has.
         """
         found: dict[str, Shape | None] = {}
-        tied = bool(config.get("tie_word_embeddings"))
+        tied = self._switch(config, "tie_word_embeddings")
         for entry in self.data["tensors"]:
             if not self._applies(config, entry):
                 continue
@@ -115,35 +161,73 @@ class Family:
 
     def _applies(self, config: Mapping[str, Any], entry: Mapping[str, Any]) -> bool:
         """Whether a tensor belongs under this config; null is unset, an absent key has its default."""
-        defaults = self.data["defaults"]
         for word, wanted in (("if", True), ("unless", False)):
-            key = entry.get(word)
-            if key and bool(config.get(key, defaults.get(key))) != wanted:
-                return False
+            keys = entry.get(word) or []
+            for key in [keys] if isinstance(keys, str) else keys:
+                if self._switch(config, key) != wanted:
+                    return False
         return True
+
+    def _switch(self, config: Mapping[str, Any], path: str) -> bool:
+        node: Any = config
+        for part in path.split("."):
+            if not isinstance(node, Mapping) or part not in node:
+                return bool(self.data["defaults"].get(path))
+            node = node[part]
+        return bool(node)
 
     def _count(self, config: Mapping[str, Any], entry: Mapping[str, Any]) -> int:
         """Return an upper bound of the tensors that an entry stands for."""
         paths = [p for k, p in self.data["ranges"].items() if "{" + k + "}" in entry["name"]]
-        return math.prod(self.value(config, p) or 0 for p in paths)
+        return math.prod(self._length(config, p) for p in paths)
 
-    def _names(self, config: Mapping[str, Any], pattern: str, kind: str | None) -> Iterator[str]:
+    def _length(self, config: Mapping[str, Any], path: str) -> int:
+        """Return how far a range runs: a whole number of the config, or how many entries a list of it has."""
+        node: Any = config
+        for part in path.split("."):
+            node = node.get(part) if isinstance(node, Mapping) else None
+        return len(node) if isinstance(node, list) else self.value(config, path) or 0
+
+    def _names(self, config: Mapping[str, Any], pattern: str, kind: str | None, *, unsure: bool = False) -> Iterator[str]:
+        """Yield the names of a pattern; with ``unsure`` those of all layers where the config does not tell which."""
         ranges: dict[str, list[int]] = {}
         for key, path in self.data["ranges"].items():
             if "{" + key + "}" in pattern:
-                count = self.value(config, path) or 0
+                count = self._length(config, path)
                 if count > MAX_LAYERS:
                     raise ContentError(f"config.json declares {path} = {count:,}")
-                ranges[key] = self.layers(config, kind or "all") if key == "layer" else list(range(count))
+                ranges[key] = list(range(count))
+                if key == "layer":
+                    told = self._layers(config, kind or "all")
+                    if unsure == (told is not None):
+                        return
+                    ranges[key] = ranges[key] if told is None else told
+        if unsure and "layer" not in ranges:
+            return
         names = [pattern]
         for key, numbers in ranges.items():
             names = [n.replace("{" + key + "}", str(i)) for n in names for i in numbers]
         yield from names
 
+    def possible(self, config: Mapping[str, Any]) -> dict[str, Shape | None]:
+        """Return what may be here, with its shape: tensors of some layers only, where the config does not tell which.
+
+        Raises:
+            ContentError: the config declares more layers or experts than any model has.
+        """
+        found: dict[str, Shape | None] = {}
+        for entry in self.data["tensors"]:
+            if entry.get("layers", "all") in self.data.get("kinds", {}) and self._applies(config, entry):
+                if len(found) + self._count(config, entry) > MAX_TENSORS:
+                    raise ContentError(f"config.json declares more than {MAX_TENSORS:,} tensors")
+                names = self._names(config, entry["name"], entry["layers"], unsure=True)
+                found |= dict.fromkeys(names, self.shape(config, entry["shape"]))
+        return found
+
     def beyond(self, config: Mapping[str, Any], name: str) -> bool:
         """Whether a name is of a layer after the last, where the family puts its next-token-prediction layers."""
         path = self.data.get("more_layers")
-        number, count = layer_of(name), self.value(config, self.data["ranges"]["layer"]) or 0
+        number, count = layer_of(name), self._length(config, self.data["ranges"]["layer"])
         if not path or number is None:
             return False
         return count <= number < count + (self.value(config, path) or 0)

@@ -18,10 +18,23 @@ from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 
-from verifier.checkpoint import Checkpoint, Tensor, open_checkpoint
+from verifier.checkpoint import Checkpoint, Tensor, open_checkpoint, special_floats
 from verifier.decoding import decode
 from verifier.errors import ContentError, MissingExtra
-from verifier.schemes import FLOATS, FORMATS, Format, Module, canonical, format_of, gather, read_declarations
+from verifier.schemes import (
+    FLOATS,
+    FORMATS,
+    Format,
+    Module,
+    canonical,
+    expanded,
+    format_of,
+    gather,
+    read_declarations,
+    restacked,
+    stacking_of,
+    unstacked,
+)
 
 try:
     import torch
@@ -72,6 +85,33 @@ class _Lazy:
             return values.transpose(-1, -2).contiguous() if "blocks" in parts and values.ndim == 3 else values
         return plain(self._checkpoint, self._module.parts[self._leaf])
 
+    @property
+    def logical(self) -> tuple[int, ...]:
+        """The shape of one expert's weight or bias, in elements."""
+        return self._module.dims if self._format is not None and self._module.dims else self._module.parts[self._leaf].shape
+
+
+class _Stacked:
+    """Stands for a stack of experts' weights or biases, put together when transformers slices it."""
+
+    def __init__(self, parts: list[_Lazy], each: int, turned: bool, woven: bool) -> None:
+        self._parts, self._each, self._turned, self._woven = parts, each, turned, woven
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of what it stands for."""
+        own = [p.logical for p in self._parts[: self._each]]
+        inner = (sum(s[0] for s in own), *own[0][1:])
+        return (len(self._parts) // self._each, *(inner[::-1] if self._turned else inner))
+
+    def __getitem__(self, _index: Any) -> torch.Tensor:
+        experts = []
+        for start in range(0, len(self._parts), self._each):
+            own = [p[...] for p in self._parts[start : start + self._each]]
+            joined = torch.stack(own, 1).flatten(0, 1) if self._woven else torch.cat(own)
+            experts.append(joined.T if self._turned and joined.ndim == 2 else joined)
+        return torch.stack(experts).contiguous()
+
 
 def plain(checkpoint: Checkpoint, tensor: Tensor) -> torch.Tensor:
     """Return an unquantized tensor in its own dtype.
@@ -88,13 +128,16 @@ def plain(checkpoint: Checkpoint, tensor: Tensor) -> torch.Tensor:
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "I64": torch.int64, "I32": torch.int32}
 
 
-def decoded_tensors(checkpoint: Checkpoint) -> dict[str, _Lazy]:
+def decoded_tensors(checkpoint: Checkpoint) -> dict[str, _Lazy | _Stacked]:
     """Return every weight of a checkpoint by its unquantized hub name, decoded on access.
+
+    Experts that a family's hub keeps in stacks are stacked, also where the checkpoint holds them one by one.
 
     Raises:
         ContentError: a quantized weight whose format cannot be told.
     """
-    declaration = read_declarations(checkpoint).effective
+    checkpoint = unstacked(checkpoint)
+    declaration = expanded(read_declarations(checkpoint).effective, checkpoint)
     found: dict[str, _Lazy] = {}
     for module in gather(checkpoint.tensors.values()).values():
         for leaf, tensor in module.parts.items():
@@ -109,7 +152,21 @@ def decoded_tensors(checkpoint: Checkpoint) -> dict[str, _Lazy]:
             elif tensor.dtype not in FLOATS and (tensor.dtype not in _DTYPES or "weight_" in tensor.name):
                 continue  # weight_shape of compressed-tensors and its like; other whole numbers are buffers
             found[name] = _Lazy(checkpoint, module, leaf, fmt)
-    return found
+    return _restacked(found, checkpoint)
+
+
+def _restacked(found: dict[str, _Lazy], checkpoint: Checkpoint) -> dict[str, _Lazy | _Stacked]:
+    """Return tensors with the experts of stacking families in stacks, as transformers' own mapping takes them."""
+    result: dict[str, _Lazy | _Stacked] = dict(found)
+    stacking = stacking_of(checkpoint.config)
+    for name, (leaf, parts) in restacked(found, checkpoint.config).items():
+        if stacking is None:
+            break
+        each = len(next(v for s, v in stacking.stacks.items() if name.endswith((s, f"{s}_bias"))))
+        result[name] = _Stacked([found[p] for p in parts], each, bool(stacking.turned) and leaf == "weight", stacking.woven)
+        for part in parts:
+            del result[part]
+    return result
 
 
 def load_model(checkpoint: Checkpoint | str, *, device: str = "cpu", attention: str | None = None) -> LoadedModel:
@@ -186,7 +243,8 @@ def _config(ckpt: Checkpoint) -> Any:
         many = next(_too_many(raw), None)
         if many is not None:
             raise ContentError(f"{ckpt.uri}: config.json declares {many}")
-        return transformers.AutoConfig.for_model(**plain_floats(raw))
+        # A copy: transformers 5.12 takes what it reads out of nested objects.
+        return transformers.AutoConfig.for_model(**special_floats(raw))
     except BUILD_ERRORS as error:
         raise ContentError(f"{ckpt.uri}: transformers cannot read config.json: {short(error)}") from error
 
@@ -197,15 +255,6 @@ def _too_many(node: Any) -> Iterator[str]:
         if type(value) is int and value > MAX_LAYERS and any(word in str(key) for word in ("layers", "depth", "blocks")):
             yield f"{key} = {value:,}"
         yield from _too_many(value)
-
-
-def plain_floats(value: Any) -> Any:
-    """Return a copy of a config with the numbers that transformers writes as objects, such as {"__float__": "Infinity"}."""
-    if isinstance(value, dict):
-        if value.keys() == {"__float__"} and value["__float__"] in ("Infinity", "-Infinity", "NaN"):
-            return float(value["__float__"])
-        return {k: plain_floats(v) for k, v in value.items()}
-    return [plain_floats(v) for v in value] if isinstance(value, list) else value
 
 
 def _restore_float32(model: Any, ckpt: Checkpoint) -> tuple[str, ...]:

@@ -34,13 +34,18 @@ from verifier.schemes import (
     Format,
     Module,
     Sibling,
+    Unstacked,
     collapse,
+    expanded,
     fitting,
     gather,
     layer_of,
+    place_in_file,
     read_declarations,
     role,
     split,
+    split_shapes,
+    unstacked,
 )
 
 Shape = tuple[int, ...]
@@ -131,7 +136,8 @@ class Judged:
     @cached_property
     def declarations(self) -> Declarations:
         """Both quantization declarations."""
-        return read_declarations(self.checkpoint)
+        found = read_declarations(self.checkpoint)
+        return Declarations(expanded(found.inline, self.checkpoint), expanded(found.file, self.checkpoint))
 
     @cached_property
     def declaration(self) -> Declaration | None:
@@ -257,6 +263,7 @@ class Judged:
 class Context(Judged):
     """The candidate, with its base and the checkpoint whose bytes it keeps.
 
+    Experts that are stored in stacks are judged one by one, whatever is judged against what (`verifier.schemes.stacks`).
     ``tp`` and ``ep`` are the tensor and expert parallel sizes that it is to be served with, None where nobody says.
     ``loader`` puts a checkpoint into a model, at depth load.
     """
@@ -272,9 +279,9 @@ class Context(Judged):
         loader: Loader | None = None,
         evaluation: Evaluation | None = None,
     ) -> None:
-        super().__init__(checkpoint)
-        self.base = Judged(base) if base else None
-        self.merged_from = Judged(merged_from) if merged_from else None
+        super().__init__(unstacked(checkpoint))
+        self.base = Judged(unstacked(base)) if base else None
+        self.merged_from = Judged(unstacked(merged_from)) if merged_from else None
         self.tp, self.ep, self.loader = tp, ep, loader
         self.evaluation = evaluation
         self.tally = Tally()
@@ -339,7 +346,7 @@ class Context(Judged):
         if self.family is None or self.checkpoint.config is None:
             return {}, f"the family {self.checkpoint.model_type!r} is not known and there is no base"
         try:
-            return self.family.expected(self.checkpoint.config), ""
+            return split_shapes(self.family.expected(self.checkpoint.config), self.checkpoint.config), ""
         except ContentError as error:
             return {}, str(error)
 
@@ -369,6 +376,8 @@ class Context(Judged):
         family, config = self.family, self.checkpoint.config
         if family is not None and config is not None:
             allowed |= {n for n in self.names - allowed if family.beyond(config, n)}
+            if self._layout[0]:
+                allowed |= family.possible(config).keys()
         return classify(self.names, set(self.expected), allowed, self.checkpoint.tensors, self.family, self.is_mtp)
 
     @cached_property
@@ -552,6 +561,9 @@ class Context(Judged):
         if where is None:
             known = self.checkpoint.tensors.get(tensor) if tensor else None
             where = Where(tensor, known.file if known else None)
+        stack = self.checkpoint.stacked.get(where.tensor or "") if isinstance(self.checkpoint, Unstacked) else None
+        if stack is not None:
+            observed = f"{observed} (stored in {stack})".strip()
         effects = tuple(Effect(engine, *rest) for engine, rest in (engines or {}).items())
         return Finding(
             self.rule_id, severity or self.rule_severity, message, where, str(observed), str(expected), count,
@@ -564,7 +576,8 @@ class Context(Judged):
         index = np.unravel_index(flat // itemsize, tensor.shape) if tensor.shape else ()
         row = int(index[-2]) if len(index) >= 2 else (int(index[0]) if index else None)
         block = int(index[-1]) if len(index) >= 2 else None
-        return Where(tensor.name, tensor.file, row, block, tensor.offset + flat)
+        start = place_in_file(tensor.offset)
+        return Where(tensor.name, tensor.file, row, block, start + flat if start is not None else None)
 
 
 def config_value(config: Mapping[str, Any] | None, *keys: str) -> int | None:

@@ -39,6 +39,8 @@ MOVED = 0.1
 FACTOR = 0.12
 """A block whose values are off by a common factor beyond this has a scale that is not that of its codes."""
 E8M0_WIDESPREAD = 0.1
+NVFP4_RANGE = 2688.0
+"""A tensor's maximum is this many times its global scale."""
 _PARTNERS = {"gate_proj": "up_proj", "up_proj": "gate_proj", "w1": "w3", "w3": "w1", "k_proj": "v_proj", "v_proj": "k_proj"}
 
 
@@ -198,7 +200,7 @@ def _judge(
     half = wanted.size / min(width, CHUNK) / 2
     foreign, place = _foreign(wanted, got, ideal, min(width, CHUNK))
     if not foreign and usual is not None:
-        foreign, place = _rescaled(wanted, got, usual, _at_floor(parts, found), min(width, CHUNK))
+        foreign, place = _rescaled(wanted, got, usual, _sound(parts, found, wanted, got), min(width, CHUNK))
         foreign = 0 if lost and foreign > half else foreign
     if foreign:
         return replace(known, cause="part", place=place, count=foreign)
@@ -308,12 +310,13 @@ def _foreign(wanted: Float32, got: Float32, ideal: Float32, width: int) -> tuple
 
 
 def _rescaled(
-    wanted: Float32, got: Float32, usual: Float32, floor: npt.NDArray[np.bool_] | None, width: int
+    wanted: Float32, got: Float32, usual: Float32, sound: npt.NDArray[np.bool_] | None, width: int
 ) -> tuple[int, tuple[int, int] | None]:
     """Return (blocks that one factor makes right: their codes belong to another scale, the first of them).
 
     What compensates errors (GPTQ) or clips moves the values of a block in different directions; no factor mends that. A
-    block at the format's least scale may be anything.
+    block at the format's least scale may be anything, and one that holds what ``max`` gives under the stored tensor scale,
+    which a fused group or a stack shares, is right.
     """
     got_, far, best, size = (block_norms2(x, width) for x in (got, got - wanted, usual - wanted, wanted))
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
@@ -325,13 +328,28 @@ def _rescaled(
         mended &= (left < 0.25 * far / np.maximum(np.square(factor), 1)) & ~beyond(np.asarray(left, np.float32), best, size)
         # So small a factor that nothing is left to mend.
         found = beyond(far, best, size) & (mended | ((got_ > 0) & (got_ < np.float32(2**-12) * size)))
-    if floor is not None and floor.shape == found.shape:
-        found &= ~floor
+    if sound is not None and sound.shape == found.shape:
+        found &= ~sound
     count = int(found.sum())
     if not count:
         return 0, None
     row, block = np.unravel_index(int(np.argmax(found)), found.shape)
     return count, (int(row), int(block))
+
+
+def _sound(
+    parts: Mapping[str, npt.NDArray[Any]], found: Format, wanted: Float32, got: Float32
+) -> npt.NDArray[np.bool_] | None:
+    """Return which blocks no factor may be looked for in, [rows, blocks]; None for formats without block scales."""
+    floor, scale_2 = _at_floor(parts, found), parts.get("weight_scale_2")
+    if floor is None or scale_2 is None or scale_2.size != 1:
+        return floor
+    shared = max_scales(wanted, found.name, float(scale_2.reshape(-1)[0]) * NVFP4_RANGE)
+    if shared is None:
+        return floor
+    width = found.group_size or CHUNK
+    far, size = (block_norms2(x, width) for x in (got - nearest(wanted, shared, found.name), wanted))
+    return floor | (far <= np.float32(1e-9) * size) if far.shape == floor.shape else floor
 
 
 def _at_floor(parts: Mapping[str, npt.NDArray[Any]], found: Format) -> npt.NDArray[np.bool_] | None:

@@ -15,9 +15,17 @@ _PATTERNS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
     (role, re.compile(pattern))
     for role, pattern in (
         ("projector", r"(^|\.)(multi_modal_projector|mm_projector|patch_merge_mlp|merger|embed_vision)(\.|$)"),
-        ("vision", r"(^|\.)(vision_tower|vision_model|visual|vision|audio_tower|audio_encoder|speech)(\.|$)"),
+        (
+            "vision",
+            r"(^|\.)(vision_tower|vision_model|vision_encoder|visual|vision|sam_model|qwen2_model|audio_tower|audio_encoder"
+            r"|speech|code2wav)(\.|$)",
+        ),
         ("mtp", r"(^|\.)(mtp|nextn)(\.|$)"),
-        ("routed_expert", r"\.experts(\.\d+)?\.(gate_proj|up_proj|down_proj|gate_up_proj|w1|w2|w3|w13)$"),
+        (
+            "routed_expert",
+            r"\.experts(\.\d+)?\.(gate_proj|up_proj|down_proj|gate_up_proj|w1|w2|w3|w13)$"
+            r"|\.experts\.fc[12]$|\.block_sparse_moe\.(input|output)_linear$|\.moe\.(gate|up|down)_proj$",  # stacks
+        ),
         ("shared_expert", r"\.shared_experts?\."),
         ("norm", r"(norm|layernorm|ln_f|layrnorm)(\d*)$|_norm\.|\.norm$"),
         ("indexer", r"\.(indexer\.|index_[qk]_(proj|norm))"),

@@ -11,9 +11,13 @@ import pytest
 
 transformers = pytest.importorskip("transformers")
 
+import torch  # noqa: E402
 from safetensors import safe_open  # noqa: E402
+from transformers.core_model_loading import revert_weight_conversion  # noqa: E402
 
-from verifier.families import family_of, known  # noqa: E402
+from tests.zoo.families import BY_NAME, config  # noqa: E402
+from tests.zoo.run import quiet  # noqa: E402
+from verifier.families import Family, family_of, known  # noqa: E402
 
 NUMBERS = {
     "vocab_size": 347, "hidden_size": 96, "intermediate_size": 176, "num_attention_heads": 8, "num_key_value_heads": 4,
@@ -33,7 +37,11 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "phimoe": [{"attention_bias": True, "lm_head_bias": True}],
     "ernie4_5_moe": [{"use_bias": True}],
 }
-CASES = [(m, v) for m in known() if m != "minimax_m3_vl" for v in VARIANTS.get(m, [{}])]
+PLAIN = (
+    "deepseek_v3", "dots1", "ernie4_5_moe", "glm4_moe", "llama", "minimax_m2", "mistral", "mixtral", "olmoe", "phimoe",
+    "qwen2", "qwen2_moe", "qwen3", "qwen3_moe",
+)  # fmt: skip
+CASES = [(m, v) for m in PLAIN for v in VARIANTS.get(m, [{}])]
 
 
 @pytest.mark.parametrize(("model_type", "more"), CASES)
@@ -52,6 +60,67 @@ def test_the_layout_is_what_transformers_saves(model_type: str, more: dict[str, 
     assert family is not None
     assert family.expected(written) == saved
     assert family.expected({k: v for k, v in written.items() if k in keep}) == saved
+
+
+@pytest.mark.parametrize("model_type", [m for m in known() if m in BY_NAME])
+def test_the_layout_is_that_of_the_zoo(model_type: str) -> None:
+    """Names and shapes as `save_pretrained` would write them, of a model on the meta device."""
+    family, spec = family_of({"model_type": model_type}), BY_NAME[model_type]
+    if spec.config_type not in transformers.CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} has no {model_type}")
+    with quiet(), torch.device("meta"):
+        built = getattr(transformers, spec.architecture)(config(spec))
+        state = {k: v for k, v in built.state_dict().items() if k not in (built.all_tied_weights_keys or {})}
+        saved = {n: tuple(t.shape) for n, t in revert_weight_conversion(built, state).items()}
+    written = json.loads(built.config.to_json_string())
+    assert family is not None
+    expected = family.expected(written)
+    assert {n for n in saved.keys() - expected.keys() if not family.optional(n)} == set()
+    assert expected.keys() - saved.keys() == set()
+    assert {n: s for n, s in expected.items() if s is not None and s != saved[n]} == {}
+
+
+def test_what_a_config_does_not_tell_is_possible_and_not_expected() -> None:
+    family = family_of({"model_type": "qwen3_next"})
+    assert family is not None
+    config = {"model_type": "qwen3_next", "num_hidden_layers": 2, "num_experts": 1}
+    told = config | {"layer_types": ["linear_attention", "full_attention"]}
+    linear, full = "model.layers.0.linear_attn.A_log", "model.layers.1.self_attn.q_proj.weight"
+    assert family.possible(told) == {}
+    assert {linear, full} <= family.expected(told).keys()
+    both = {f"model.layers.{i}.{n}" for i in (0, 1) for n in ("linear_attn.A_log", "self_attn.q_proj.weight")}
+    assert both <= family.possible(config).keys()
+    assert not both & family.expected(config).keys()
+
+
+@pytest.mark.parametrize(
+    ("rule", "config", "layers"),
+    [
+        ({"list": "kinds", "is": ["a", "b"]}, {"kinds": ["a", "c", "b", "c"]}, [0, 2]),
+        ({"list": "kinds", "is": ["M"]}, {"kinds": "MEM*"}, [0, 2]),
+        ({"list": "kinds", "is": ["M"], "not": True}, {"kinds": "MEM*"}, [1, 3]),
+        ({"list": "kinds", "is": ["M"]}, {"kinds": "MEM"}, None),
+        ({"list": "kinds", "is": ["M"]}, {"kinds": 7}, None),
+        ({"named": "numbers"}, {"numbers": [3, 1, "x", [2]]}, [1, 3]),
+        ({"named": "numbers"}, {}, None),
+        ({"from": "first"}, {"first": 3}, [3]),
+        ({"from": "first"}, {"first": None}, None),
+        ({"from": "first"}, {"first": -1}, None),
+        ({"period": "every", "offset": "at"}, {"every": 3, "at": 1}, [1]),
+        ({"period": "every", "shift": 1}, {"every": 2}, [1, 3]),
+        ({"period": "every"}, {"every": 0}, None),
+    ],
+)
+def test_rules_for_layers(rule: dict[str, Any], config: dict[str, Any], layers: list[int] | None) -> None:
+    data = {
+        "text": "", "ranges": {"layer": "count"}, "spellings": {}, "defaults": {}, "kinds": {"mine": [rule]},
+        "tensors": [{"name": "layers.{layer}.x", "shape": None, "layers": "mine"}], "in_memory": [], "optional": [],
+    }  # fmt: skip
+    family = Family("mine", data)
+    given = config | {"count": 4}
+    assert family.layers(given, "mine") == (layers or [])
+    assert family.expected(given) == {f"layers.{i}.x": None for i in layers or []}
+    assert len(family.possible(given)) == (4 if layers is None else 0)
 
 
 def test_layers_after_the_last_are_next_token_prediction() -> None:

@@ -608,7 +608,7 @@ def _names_of(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def test_families_are_found_by_model_type() -> None:
-    assert len(known()) == 15 and {"llama", "minimax_m3_vl", "mixtral", "qwen3_moe", "deepseek_v3"} <= set(known())
+    assert len(known()) >= 15 and {"llama", "minimax_m3_vl", "mixtral", "qwen3_moe", "deepseek_v3"} <= set(known())
     assert load("gpt2") is None
     assert load(None) is None
     assert family_of(None) is None

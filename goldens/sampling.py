@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sample the embedded corpus from the golden itself, measure it, and write the golden's manifest.
+"""Sample a golden's embedded corpus from the golden itself, measure it, and write the golden's manifest.
 
-    CKPTGATE_TEST_DATA=… python goldens/minimax-m3-tiny/sample.py goldens/minimax-m3-tiny --train-log LOG
+    CKPTGATE_TEST_DATA=… python -m goldens.sampling goldens/qwen3-moe-tiny --train-log LOG
 
 Documents are drawn at temperature 1 in the arithmetic in which they are scored (BF16, float32 where the file is), so
 that the mean difference of a candidate on them estimates KL(base || candidate).
@@ -21,6 +21,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer
 
+from goldens.common import routers_of
 from verifier.checkpoint import open_checkpoint
 from verifier.gate.corpora import WIKITEXT, Corpus, load_corpus
 from verifier.gate.run import plan_jobs, score_all, weights_digest
@@ -28,30 +29,29 @@ from verifier.gate.scorer import perplexity, windows_of
 from verifier.load import load_model
 from verifier.manifest import Manifest, Score, Source, digest
 
-DOCUMENTS, LENGTH = 72, 400
-SCRIPTS = ("train.py", "make_vendor.py", "sample.py")
+SCRIPTS = ("common.py", "sampling.py", "train.py", "make_vendor.py")
 
 
-def sample(model: torch.nn.Module, seed: int) -> list[list[int]]:
-    """Return ``DOCUMENTS`` sequences of ``LENGTH`` ids, each begun with the end-of-text token."""
+def sample(model: torch.nn.Module, seed: int, documents: int, length: int) -> list[list[int]]:
+    """Return ``documents`` sequences of ``length`` ids, each begun with the end-of-text token."""
     generator = torch.Generator().manual_seed(seed)
     found = []
-    for start in range(0, DOCUMENTS, 8):
-        count = min(8, DOCUMENTS - start)
+    for start in range(0, documents, 8):
+        count = min(8, documents - start)
         ids = torch.zeros((count, 1), dtype=torch.long)
         with torch.inference_mode():
-            for _ in range(LENGTH - 1):
+            for _ in range(length - 1):
                 # No cache: every step is the full forward that scores it later.
                 logits = model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[:, -1].float()
                 ids = torch.cat([ids, torch.multinomial(torch.softmax(logits, -1), 1, generator=generator)], 1)
         found += ids.tolist()
-        print(f"sampled {len(found)} of {DOCUMENTS}", flush=True)
+        print(f"sampled {len(found)} of {documents}", flush=True)
     return found
 
 
 def routing(model: torch.nn.Module, windows: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> list[list[float]]:
     """Return each expert's share of its layer's token slots over some windows."""
-    routers = [m for m in model.modules() if type(m).__name__ == "MiniMaxM3VLTopKRouter"]
+    routers = routers_of(model)
     loads = [torch.zeros(r.num_experts) for r in routers]
 
     def count(load: torch.Tensor):
@@ -93,9 +93,12 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--train-log", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=20261122)
+    parser.add_argument("--documents", type=int, default=72)
+    parser.add_argument("--length", type=int, default=400, help="tokens of a document")
     parser.add_argument("--keep-corpus", action="store_true", help="measure again, with the corpus that is there")
+    parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
-    torch.set_num_threads(2)
+    torch.set_num_threads(args.threads)
     folder: Path = args.folder
     loaded = load_model(str(folder / "bf16"))
     tok = Tokenizer.from_file(str(folder / "bf16" / "tokenizer.json"))
@@ -103,7 +106,7 @@ def main() -> None:
     file = folder / "corpus.jsonl"
     header = {"sampled_from": weights_digest(ckpt), "seed": args.seed, "temperature": 1.0, "window": 512}
     if not args.keep_corpus:
-        drawn = sample(loaded.model, args.seed)
+        drawn = sample(loaded.model, args.seed, args.documents, args.length)
         rows = [json.dumps(header)] + [
             json.dumps({"ids": ids, "text": tok.decode(ids, skip_special_tokens=False)}) for ids in drawn
         ]
@@ -123,19 +126,21 @@ def main() -> None:
     scores[1] = scores[1].model_copy(update={"extra": {"unigram_perplexity": baseline}})
     for s in scores:
         print(s.corpus, s.protocol["protocol"], round(s.perplexity, 3), s.extra)
+    checkpoints = [d for d in ("bf16", "mxfp8") if (folder / d).is_dir()]
     names = ["corpus.jsonl"]
-    names += [str(p.relative_to(folder)) for d in ("bf16", "mxfp8") for p in sorted((folder / d).iterdir())]
+    names += [str(p.relative_to(folder)) for d in checkpoints for p in sorted((folder / d).iterdir())]
+    scripts = [s for s in SCRIPTS if (folder / s).is_file() or (folder.parent / s).is_file()]
     manifest = Manifest(
-        kind="golden", name="minimax-m3-tiny",
+        kind="golden", name=folder.name,
         made_by={
-            "scripts": list(SCRIPTS), "python": sys.version.split()[0], "torch": torch.__version__.partition("+")[0],
+            "scripts": scripts, "python": sys.version.split()[0], "torch": torch.__version__.partition("+")[0],
             "transformers": transformers.__version__, "machine": f"{platform.machine()}, {os.cpu_count()} processors",
         },
         sources=[Source(role="text", uri="WikiText-2 v1 validation split (word level), CC BY-SA 3.0; not in this project")],
         options={"train": train, "sample_seed": args.seed}, tensors=len(ckpt.tensors), bytes=ckpt.nbytes,
         files={n: digest(folder / n) for n in names}, scores=scores,
         notes={"expert_share_of_token_slots": shares, "lowest_expert_share": lowest,
-               "weights_sha256": {d: weights_digest(open_checkpoint(folder / d)) for d in ("bf16", "mxfp8")}},
+               "weights_sha256": {d: weights_digest(open_checkpoint(folder / d)) for d in checkpoints}},
     )  # fmt: skip
     (folder / "manifest.json").write_text(manifest.model_dump_json(indent=1) + "\n")
 

@@ -1,0 +1,304 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rebuild every export of every golden and compare it with its accepted record in ``goldens/records``.
+
+    python -m goldens.rebuild [--only 'qwen3-moe-tiny.*'] [--write | --results]
+
+An export is checked (depth payload, against its base), scored on the golden's own corpus, and held against its record:
+the digest of all tensors, the headers, the scales' statistics, the sums of each document. On the versions that the record
+was made with the bytes must be equal; on others the drift must be within the record's margin, and the report says which it
+was. ``--write`` leaves a pending record where one disagrees (`ckptgate goldens review|accept -d goldens/records`).
+``--results`` builds nothing: it writes ``goldens/results.json``, which docs/goldens.md is rendered from, from the accepted
+records.
+
+Exit 0: all agree. 1: one does not. 3: for one neither is shown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fnmatch
+import json
+import math
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import exporter
+import verifier
+from verifier.checkpoint import Checkpoint, open_checkpoint
+from verifier.compare.stats import bins, shares, stats
+from verifier.errors import PlanError
+from verifier.gate import GateResult, Run, compare_runs, load_corpus, margin_of, render_json, score_run
+from verifier.gate.run import weights_digest
+from verifier.gate.statistics import paired
+from verifier.goldens import Golden, Judged, Pending, judge, proposed, store
+from verifier.history.record import now, parse_run
+
+HERE = Path(__file__).resolve().parent
+RECORDS, RESULTS = HERE / "records", HERE / "results.json"
+BASE, VENDOR, CORPUS = "bf16", "mxfp8", "corpus.jsonl"
+MADE_WITH = ("torch", "transformers", "numpy")
+"""The packages whose other version may change bytes or sums."""
+
+
+@dataclass(frozen=True)
+class Build:
+    """One export: a recipe on the BF16 golden, ``onto`` the vendor's; or another build ``merged`` onto the vendor's."""
+
+    name: str
+    recipe: str = ""
+    onto: bool = False
+    merged: str = ""
+
+    def command(self, golden: str) -> str:
+        """Return the command that makes it."""
+        g = f"goldens/{golden}"
+        if self.name == "vendor_mxfp8":
+            return f"python {g}/make_vendor.py {g}/{BASE} OUT"
+        if self.merged:
+            return f"ckptgate merge OUT.{self.merged} OUT --onto {g}/{VENDOR}"
+        how = f"--onto {g}/{VENDOR}" if self.onto else "--input-scale one"
+        recipe = f"goldens/recipes/{self.recipe}" if self.recipe.endswith(".yaml") else self.recipe
+        return f"ckptgate export {g}/{BASE} OUT --recipe {recipe} {how}"
+
+    def run(self, folder: Path, out: Path) -> None:
+        """Make the export of a golden's folder; a merged one needs the other build beside ``out``."""
+        if self.name == "vendor_mxfp8":
+            subprocess.run([sys.executable, str(folder / "make_vendor.py"), str(folder / BASE), str(out)], check=True)
+        elif self.merged:
+            exporter.merge(out.with_name(f"{folder.name}.{self.merged}"), out, onto=folder / VENDOR)
+        else:
+            recipe = HERE / "recipes" / self.recipe if self.recipe.endswith(".yaml") else self.recipe
+            onto = folder / VENDOR if self.onto else None
+            exporter.export(folder / BASE, out, recipe=recipe, onto=onto, input_scale=None if onto else "one")
+
+
+PLAIN = (
+    Build("mxfp8", "mxfp8_default"),
+    Build("nvfp4_experts", "nvfp4_experts_only"),
+    Build("nvfp4_experts_mse", "nvfp4_experts_only_mse"),
+    Build("nvfp4_default", "nvfp4_default"),
+    Build("nvfp4_default_mse", "nvfp4_default_mse.yaml"),
+    Build("fp8_default", "fp8_default"),
+)
+MIXED = (
+    Build("vendor_mxfp8"),
+    Build("mixed", "nvfp4_experts_only", onto=True),
+    Build("mixed_mse", "nvfp4_experts_only_mse", onto=True),
+    Build("merged", merged="nvfp4_experts"),
+)
+GOLDENS = {"minimax-m3-tiny": (*PLAIN, *MIXED), "qwen3-moe-tiny": PLAIN, "gpt-oss-tiny": PLAIN}
+
+
+@dataclass(frozen=True)
+class Rebuilt:
+    """What a build came to: an exit code, a sentence, and what waits for a person."""
+
+    name: str
+    code: int
+    sentence: str
+    pending: Pending | None = None
+
+
+def scale_facts(folder: Path) -> dict[str, int | float | str]:
+    """Return the statistics of an export's scales: counts by power of two and of values that matter, ends of float32."""
+    found: dict[str, int | float | str] = {}
+    told = stats(folder, depth="payload")
+    for codes in told.codes:
+        place = f"scales.{codes.format}.{codes.leaf}"
+        found |= {f"{place}.{k}": n for k, n in shares(codes.counts, codes.kind).items()}
+        found |= {f"{place}.{label}": n for label, n in bins(codes.counts, codes.kind) if label.startswith("2^")}
+    for f in told.floats:
+        place = f"scales.{f.format}.{f.leaf}.{f.role}"
+        found |= {f"{place}.count": f.count, f"{place}.distinct": f.distinct}
+        found |= {f"{place}.{k}": v for k, v in (("low", f.low), ("high", f.high)) if v is not None}
+    return found
+
+
+def golden_of(result: GateResult, candidate: Checkpoint, base: Checkpoint) -> Golden:
+    """Return the record that a gate's result would leave, with the digests and the scales' statistics of its candidate."""
+    new = proposed(parse_run(render_json(result), result.candidate))
+    digests = {"weights_sha256": weights_digest(candidate), "base_weights_sha256": weights_digest(base)}
+    made_with = {p: version(p).partition("+")[0] for p in MADE_WITH}
+    facts = {**digests, "tensors": len(candidate.tensors), "bytes": candidate.nbytes, **scale_facts(Path(candidate.uri))}
+    return new.model_copy(update={"facts": facts, "versions": {**new.versions, **made_with}})
+
+
+def compare(old: Golden | None, new: Golden) -> Judged:
+    """Hold a rebuilt export against its record: bytes, headers, scales, then the drift; say which was equal."""
+    judged = judge(old, new)
+    if old is None:
+        return judged
+    a, b = old.versions, new.versions
+    other = [f"{p} {a.get(p)} -> {b.get(p)}" for p in MADE_WITH if a.get(p) != b.get(p)]
+    where = f"other versions ({', '.join(other)})" if other else "the same versions"
+    if old.facts.get("base_weights_sha256") != new.facts["base_weights_sha256"]:
+        return Judged("changed", f"the record is of another base; {judged.sentence}")
+    if old.checkpoint.get("header_sha256") != new.checkpoint.get("header_sha256"):
+        return Judged("changed", f"names, dtypes or shapes of tensors changed; {judged.sentence}")
+    if old.facts.get("weights_sha256") == new.facts["weights_sha256"]:
+        return Judged(judged.outcome, f"bytes equal on {where}; {judged.sentence}", judged.interval)
+    differ = (k for k in {*old.facts, *new.facts} if old.facts.get(k) != new.facts.get(k))
+    scales = sorted(k for k in differ if k.startswith("scales."))
+    told = f"{len(scales)} statistics of scales differ, {scales[0]} first" if scales else "the scales' statistics are equal"
+    sentence = f"bytes differ on {where}; {told}; {judged.sentence}"
+    fine = judged.exit_code == 0 and not other
+    return Judged("changed" if fine else judged.outcome, sentence, judged.interval)
+
+
+def row_of(build: Build, golden: str, base: Checkpoint) -> dict[str, Any]:
+    """Return what the results file tells of an export: its accepted record, or why there is none."""
+    name, told = f"{golden}.{build.name}", {"format": build.name, "command": build.command(golden)}
+    if store.digest_of(RECORDS, name) is None:
+        with tempfile.TemporaryDirectory(prefix="ckptgate-goldens-") as work:
+            try:
+                build.run(HERE / golden, Path(work) / name)
+            except PlanError as error:
+                return told | {"refused": str(error)}
+        raise SystemExit(f"{name}: no record is accepted yet; python -m goldens.rebuild --write, review, accept")
+    g = store.load(RECORDS, name)
+    found = paired(*([d[i] for d in g.documents] for i in range(3)))
+    margin = margin_of(None, {k.split(".")[1] for k in g.facts if k.startswith("scales.")})
+    counts = {k.removeprefix("scales."): v for k, v in g.facts.items() if k.endswith((".total", ".floor", ".zero"))}
+    return told | {
+        "loss": g.loss, "low": g.low, "high": g.high, "se": found.se, "documents": len(g.documents), "tokens": found.tokens,
+        "margin": margin.nats, "verdict": g.verdict, "perplexity": math.exp(sum(d[1] for d in g.documents) / found.tokens),
+        "bytes": g.facts["bytes"], "share_of_base": round(int(g.facts["bytes"]) / base.nbytes, 4), "scales": counts,
+        "weights_sha256": g.facts["weights_sha256"],
+    }  # fmt: skip
+
+
+class Workshop:
+    """Builds the exports of one golden in a folder; the base is scored once, when it is first needed."""
+
+    def __init__(self, golden: str, workers: int | None) -> None:
+        self.golden, self.folder, self.workers = golden, HERE / golden, workers
+        self.base = open_checkpoint(self.folder / BASE)
+        self.corpus = load_corpus(str(self.folder / CORPUS))
+        self._base_run: Run | None = None
+
+    def score(self, ckpt: Checkpoint) -> Run:
+        """Score a checkpoint on the golden's corpus."""
+        found = score_run(ckpt, self.corpus, workers=self.workers)
+        if found is None:
+            raise SystemExit("no run")
+        return found
+
+    def rebuild(self, build: Build, records: Path) -> Rebuilt:
+        """Build one export in the working directory, check it, score it, and hold it against its record."""
+        name = f"{self.golden}.{build.name}"
+        old = store.load(records, name) if store.digest_of(records, name) is not None else None
+        try:
+            build.run(self.folder, Path(name))
+        except PlanError as error:
+            refused = f"export refuses it: {error}"
+            if old is not None:
+                return Rebuilt(name, 1, f"a record is accepted, and {refused}")
+            return Rebuilt(name, 0, refused)
+        merged = self.folder / VENDOR if build.onto or build.merged else None
+        report = verifier.check(name, base=self.folder / BASE, merged_from=merged, depth="payload")
+        if report.verdict != "passed":
+            rules = ", ".join(sorted({f.rule for f in report.findings}))
+            return Rebuilt(name, 1, f"the check's verdict is {report.verdict} ({rules})")
+        if self._base_run is None:
+            self._base_run = self.score(self.base)
+        ckpt = open_checkpoint(name)
+        ours = self.score(ckpt)
+        result = compare_runs(self._base_run, ours, margin_of(None, ours.header.formats))
+        new = golden_of(result, ckpt, self.base)
+        judged = compare(old, new)
+        waits = Pending(
+            proposed=new, against=store.digest_of(records, name), outcome=judged.outcome, sentence=judged.sentence[:2000],
+            time=now(),
+        )  # fmt: skip
+        agrees = judged.outcome in ("agrees", "within")
+        return Rebuilt(name, judged.exit_code, judged.sentence, None if agrees else waits)
+
+
+def results() -> dict[str, Any]:
+    """Return what the results file holds."""
+    goldens: dict[str, Any] = {}
+    versions: dict[str, str] = {}
+    for golden, builds in GOLDENS.items():
+        manifest = json.loads((HERE / golden / "manifest.json").read_text(encoding="utf-8"))
+        own, wiki = manifest["scores"][:2]  # the corpus that it wrote, and WikiText-2's test split by tokens
+        train, base = manifest["options"]["train"], open_checkpoint(HERE / golden / BASE)
+        goldens[golden] = {
+            "parameters": train["parameters"], "training_seconds": round(train["seconds"]),
+            "steps": int(train["args"]["steps"]), "perplexity": own["perplexity"], "wikitext_perplexity": wiki["perplexity"],
+            "unigram_perplexity": wiki["extra"]["unigram_perplexity"],
+            "lowest_expert_share": manifest["notes"]["lowest_expert_share"],
+            "formats": [row_of(b, golden, base) for b in builds],
+        }  # fmt: skip
+        for name in (n for n in store.names(RECORDS, store.ACCEPTED) if n.startswith(golden)):
+            versions |= {p: str(v) for p, v in store.load(RECORDS, name).versions.items() if p in MADE_WITH}
+    return {"command": "python -m goldens.rebuild --results", "goldens": goldens, "versions": versions}
+
+
+def unreferenced(only: str, records: Path) -> list[str]:
+    """Return accepted records that no build is of."""
+    builds = {f"{golden}.{b.name}" for golden, group in GOLDENS.items() for b in group}
+    return [n for n in store.names(records, store.ACCEPTED) if n not in builds and fnmatch.fnmatchcase(n, only)]
+
+
+def wanted(only: str) -> dict[str, list[Build]]:
+    """Return the builds whose name matches, and those that they are merged from, by golden."""
+    found: dict[str, list[Build]] = {}
+    for golden, group in GOLDENS.items():
+        chosen = {b.name for b in group if fnmatch.fnmatchcase(f"{golden}.{b.name}", only)}
+        chosen |= {b.merged for b in group if b.name in chosen and b.merged}
+        if chosen:
+            found[golden] = [b for b in group if b.name in chosen]
+    return found
+
+
+def main() -> int:
+    """Rebuild, compare, report."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="*", metavar="GLOB", help="of GOLDEN.FORMAT")
+    parser.add_argument("--write", action="store_true", help="write pending records")
+    parser.add_argument("--results", action="store_true", help="write the results file from the accepted records")
+    parser.add_argument("--records", type=Path, default=RECORDS)
+    parser.add_argument("--workers", type=int, help="scoring processes")
+    parser.add_argument("--out", type=Path, help="keep the exports here")
+    args = parser.parse_args()
+    if args.results:
+        RESULTS.write_text(json.dumps(results(), indent=1) + "\n", encoding="utf-8")
+        return 0
+    builds = wanted(args.only)
+    if not builds:
+        raise SystemExit(f"{args.only!r} matches none of the exports")
+    records = args.records.resolve()
+    work = args.out.resolve() if args.out else Path(tempfile.mkdtemp(prefix="ckptgate-goldens-"))
+    work.mkdir(exist_ok=True)
+    codes: list[int] = []
+    try:
+        # A record tells the path that was scored: a name in the working directory, the same on every machine.
+        with contextlib.chdir(work):
+            for golden, group in builds.items():
+                shop = Workshop(golden, args.workers)
+                for build in group:
+                    r = shop.rebuild(build, records)
+                    codes.append(r.code)
+                    print(f"{'ok' if r.code == 0 else 'FAILED':6} {r.name}: {r.sentence}", flush=True)
+                    if args.write and r.pending is not None:
+                        store.write_pending(records, r.name, r.pending)
+    finally:
+        if args.out is None:
+            shutil.rmtree(work, ignore_errors=True)
+    for name in unreferenced(args.only, records):
+        codes.append(1)
+        print(f"FAILED {name}: a record that no export is of; `ckptgate goldens prune` drops it")
+    good = codes.count(0)
+    print(f"{good} of {len(codes)} as accepted")
+    return 1 if 1 in codes or 4 in codes else max(codes)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Render docs/goldens.md and the damage table of docs/gate.md from committed results; `tools/make_docs.py` calls it."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+WHAT = {
+    "minimax-m3-tiny": "MiniMax-M3: vision tower, indexer, shared expert, float32 router; a vendor MXFP8 beside the BF16",
+    "qwen3-moe-tiny": "Qwen3-MoE: every layer sparse, 16 narrow experts of which 4 are chosen, no shared expert",
+    "gpt-oss-tiny": "gpt-oss: experts stacked, transposed, gate and up interleaved, with biases; sinks, sliding windows",
+}
+FORMATS = {
+    "vendor_mxfp8": "MXFP8 as the vendor writes it", "mxfp8": "MXFP8", "nvfp4_experts": "NVFP4 experts, max",
+    "nvfp4_experts_mse": "NVFP4 experts, MSE", "mixed": "NVFP4 experts over the vendor's MXFP8, max",
+    "mixed_mse": "NVFP4 experts over the vendor's MXFP8, MSE", "merged": "merge of NVFP4 experts onto the vendor's MXFP8",
+    "nvfp4_default": "NVFP4 everywhere, max", "nvfp4_default_mse": "NVFP4 everywhere, MSE",
+    "fp8_default": "FP8, one scale a tensor",
+}  # fmt: skip
+INTRO = """# Goldens
+
+Three small trained models, of three families, with an accepted record for each format. They are what a change of the
+exporter is held against: `python -m goldens.rebuild` (`tox -e goldens`) makes every export anew, checks it against its base,
+scores it on the golden's own corpus, and compares it with its record.
+
+Rendered from `goldens/results.json` by `tools/make_docs.py`.
+"""
+RECORDS = """## Records
+
+`goldens/records/GOLDEN.FORMAT.golden.json` keeps no weights: the digest of the headers and one of all tensors, the
+statistics of the scales (counts by power of two, at the floor, zero, at the largest; ends of the float32 ones), base and
+candidate sums of each document, and who accepted it when and why.
+
+| rebuilt | on the versions of the record | on other versions of torch, transformers, numpy |
+| --- | --- | --- |
+| bytes equal, sums equal or within the drift margin | agrees | agrees, and says which versions |
+| bytes differ, drift within 0.003 nats a token | fails: the code writes otherwise | agrees, and says so |
+| other names, dtypes or shapes; another base; drift beyond | fails | fails |
+
+After a change that is meant, on a machine of your own (a person accepts, never CI):
+
+    python -m goldens.rebuild --write                 # pending records
+    ckptgate goldens review -d goldens/records
+    ckptgate goldens accept 'qwen3-moe-tiny.*' -d goldens/records --reason "…"
+    python -m goldens.rebuild --results && python tools/make_docs.py
+
+One export by hand, held against its record:
+
+    ckptgate export goldens/qwen3-moe-tiny/bf16 OUT --recipe nvfp4_experts_only --input-scale one
+    ckptgate gate OUT --base goldens/qwen3-moe-tiny/bf16 --corpus goldens/qwen3-moe-tiny/corpus.jsonl \\
+        --golden goldens/records/qwen3-moe-tiny.nvfp4_experts.golden.json
+"""
+
+
+def page() -> str:
+    """Return docs/goldens.md."""
+    r = json.loads((ROOT / "goldens" / "results.json").read_text(encoding="utf-8"))
+    head = ("golden", "what", "parameters", "training", "perplexity, WikiText-2 test", "unigram", "least share of an expert")
+    lines = [INTRO, f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
+    for name, g in r["goldens"].items():
+        lines.append(
+            f"| `{name}` | {WHAT[name]} | {g['parameters']:,} | {g['steps']:,} steps, {g['training_seconds'] / 60:.0f} min "
+            f"on one thread | {g['wikitext_perplexity']:.1f} | {g['unigram_perplexity']:.1f} "
+            f"| {g['lowest_expert_share']:.1%} |"
+        )
+    lines += [
+        "", "Perplexity is of the models' own tokens (2,048 byte-level BPE); where text and corpora come from is told in",
+        "[goldens/README.md](../goldens/README.md).", "",
+    ]  # fmt: skip
+    for name, g in r["goldens"].items():
+        lines += verdicts(name, g)
+    versions = ", ".join(f"{k} {v}" for k, v in r["versions"].items())
+    return "\n".join([*lines, f"`{r['command']}`; {versions}.", "", RECORDS])
+
+
+def verdicts(name: str, g: dict[str, Any]) -> list[str]:
+    """Return one golden's table of verdicts, and the commands that make its exports."""
+    made = [x for x in g["formats"] if "refused" not in x]
+    lines = [f"## {name}", ""]
+    if made:
+        x = made[0]
+        lines += [
+            f"Loss over the BF16 model, nats a token, on {x['documents']} documents that it wrote ({x['tokens']:,} tokens,",
+            f"its perplexity {g['perplexity']:.2f}), 90 % interval over documents, and the format's default margin.", "",
+            "| format | loss [90 %] | of perplexity | margin | verdict | size |",
+            "| --- " * 6 + "|",
+        ]  # fmt: skip
+    for x in made:
+        lines.append(
+            f"| {FORMATS[x['format']]} | {x['loss']:+.4f} [{x['low']:+.4f}, {x['high']:+.4f}] "
+            f"| {math.expm1(x['loss']):+.2%} | {x['margin']:.4f} | {x['verdict']} | {x['share_of_base']:.0%} |"
+        )
+    if made:
+        told = "The text was sampled from the BF16 model, so the loss estimates KL(base || candidate)."
+        lines += ["", told, ""]
+    refused = [x for x in g["formats"] if "refused" in x]
+    if refused:
+        reasons = sorted({x["refused"] for x in refused})
+        names = ", ".join(FORMATS[x["format"]] for x in refused)
+        lines += [f"Not exported in this version ({names}); `ckptgate export` refuses it, exit 1:", ""]
+        lines += [f"    {reason}" for reason in reasons] + [""]
+    if made:
+        lines += ["The exports:", "", *(f"    {x['command'].replace(' OUT', ' OUT.' + x['format'])}" for x in made), ""]
+    return lines
+
+
+def damage_lines() -> list[str]:
+    """Return what each measure of the gate, and the check, say of damaged exports."""
+    r = json.loads((ROOT / "benchmarks" / "results" / "damage.json").read_text(encoding="utf-8"))
+    lines: list[str] = []
+    for g in r["goldens"]:
+        head = ("damage", "loss", "absolute", "drift [90 %]", "with drift margin", "KL", "top-1", "worst", "check")
+        lines += [
+            f"`{g['golden']}`, {g['export']}; layer {g['layer']}, {g['documents']} documents of its own text, "
+            f"{g['tokens']:,} tokens.", "", f"| {' | '.join(head)} |", "| --- " * len(head) + "|",
+            f"| none | {g['good']['loss']:+.4f} | {g['good']['absolute']} | | | | | | {_rules(g['good']['check'])} |",
+        ]  # fmt: skip
+        lines += [_damage(x) for x in g["rows"]]
+        lines.append("")
+        if (x := g.get("more_text")) is not None:
+            middle, low, high = x["drift"]
+            lines += [
+                f"On {x['corpus']} ({x['documents']} documents, {x['tokens']:,} tokens), *{x['damage']}* drifts by "
+                f"{middle:+.4f} [{low:+.4f}, {high:+.4f}]: {x['with_drift']}.", "",
+            ]  # fmt: skip
+    lines += [
+        "KL and top-1 compare with the undamaged export (KL: the lower bound from the 64 likeliest tokens); worst:",
+        "documents beyond the bound that all set; check: the rules that find it at depth payload with `--base` (and",
+        "`--merged-from`).", "",
+    ]  # fmt: skip
+    versions = ", ".join(f"{k} {v}" for k, v in r["versions"].items())
+    return [*lines, f"`{r['command']}`; {versions}."]
+
+
+def _damage(x: dict[str, Any]) -> str:
+    middle, low, high = x["drift"]
+    worst = "none" if not x["beyond"] else str(x["beyond"])
+    found = f"| {x['damage']} | {x['loss']:+.4f} | {x['absolute']} | {middle:+.4f} [{low:+.4f}, {high:+.4f}] "
+    told = f"{x['with_drift']}{', names the expert' if x['unreached'] else ''}"
+    return found + f"| {told} | {x['kl_to_good']:.4f} | {x['top1_to_good']:.1%} | {worst} | {_rules(x['check'])} |"
+
+
+def _rules(rules: list[str]) -> str:
+    return ", ".join(rules) or "nothing"
