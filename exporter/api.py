@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from exporter import emit, stream
-from exporter.layout import ExpertLayout, Layout, of_model, unstacked
+from exporter.layout import ExpertLayout, Layout, of_model, read_stacks, unstacked
 from exporter.plan import Plan, Rest, Stats, build, header_digest, parse_layers
 from exporter.plan import merge as plan_merge
 from exporter.plan.repair import Repair, logical
@@ -223,6 +223,8 @@ def plan_repair(broken: PathLike, *, base: PathLike) -> Diagnosis:
         PlanError, UnsupportedConversion: what cannot be known.
     """
     source, reference = open_checkpoint(broken), open_checkpoint(base)
+    if read_stacks(source) is None:  # its experts stand one by one: so are the base's read
+        reference = unstacked(reference)
     found = repair_of(source, reference, lambda: _layout_of(reference))
     evidence.require_scales(found, source)
     same = evidence.compare(found, source, reference)

@@ -85,7 +85,7 @@ def grids(model: Any, hub: Mapping[str, Shape]) -> tuple[dict[str, Grid], list[s
         else:
             outside.append(name)
     for key, (converter, sources) in groups.items():
-        made = _convert(key, converter, sources, hub, state, family)
+        made = _convert(key, converter, sources, hub, state, family, model.config)
         for target, grid in made.items():
             if target in found:
                 raise UnsupportedConversion(target, "rename", family, "two conversions give it")
@@ -98,7 +98,7 @@ def grids(model: Any, hub: Mapping[str, Shape]) -> tuple[dict[str, Grid], list[s
 
 def _convert(
     key: str, converter: Any, sources: Mapping[str, list[str]], hub: Mapping[str, Shape], state: Mapping[str, Shape],
-    family: str,
+    family: str, config: Any,
 ) -> dict[str, Grid]:  # fmt: skip
     targets = _targets(key, converter)
     listed = [[whole(n, hub[n]) for n in sources[p]] for p in converter.source_patterns if p in sources]
@@ -107,7 +107,7 @@ def _convert(
     if lost:
         raise UnsupportedConversion(key, named, family, f"the checkpoint has no {lost[0]} for it")
     try:
-        ops = [_op(o, key, targets, state, family) for o in converter.operations]
+        ops = [_op(o, key, targets, state, family, config) for o in converter.operations]
         many = sum(1 for o in ops if o.kind in ("chunk", "unstack"))
         made = run(ops, listed, len(targets))
         if many and ops[-1].kind == "unstack":
@@ -130,7 +130,7 @@ def _targets(key: str, converter: Any) -> list[str]:
     return [f"{prefix}{t}{suffix}" for t in (first, *others)]
 
 
-def _op(op: Any, key: str, targets: list[str], state: Mapping[str, Shape], family: str) -> Op:
+def _op(op: Any, key: str, targets: list[str], state: Mapping[str, Shape], family: str, config: Any) -> Op:
     kind = type(op).__name__
     if kind in ("MergeModulelist", "SplitModulelist"):
         return Op("stack" if kind == "MergeModulelist" else "unstack", op.dim)
@@ -144,6 +144,13 @@ def _op(op: Any, key: str, targets: list[str], state: Mapping[str, Shape], famil
         return Op("transpose", op.dim0, op.dim1, state.get(key) if getattr(op, "check_dims", False) else None)
     if kind == "Interleave":
         return Op("interleave" if op.inverse else "deinterleave", op.dim)
+    if kind == "PermuteForRope":
+        heads = getattr(getattr(config, op.subconfig_key or "", config), "num_attention_heads", 1)
+        named = op.permute_layer_names
+        only = None if named is None else tuple(i for i, t in enumerate(targets) if any(n in t for n in named))
+        return Op("unrotary" if op.inverse else "rotary", 0, sizes=(heads,), only=only)
+    if kind == "ErnieFuseAndSplitTextVisionExperts":
+        return Op("share", op.stack_dim, op.concat_dim)
     raise UnsupportedConversion(key, kind, family, "an operation that is not known here; no other name is made up")
 
 

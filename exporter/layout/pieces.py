@@ -63,9 +63,11 @@ def whole(name: str, shape: Shape) -> Grid:
 @dataclass(frozen=True, slots=True)
 class Op:
     """One operation of a conversion, hub to memory: ``stack``, ``unstack``, ``concatenate``, ``chunk`` (equal
-    parts), ``split`` (of ``sizes``), ``transpose``, ``interleave`` (halves to alternating) or ``deinterleave``.
+    parts), ``split`` (of ``sizes``), ``transpose``, ``interleave`` (halves to alternating) or ``deinterleave``, ``rotary``
+    and ``unrotary`` (the same within each head, ``sizes`` holding their number), ``share`` (a list among several stacks).
 
-    ``other`` is the second axis of a transposition; ``unless`` leaves a tensor that has this shape already as it is.
+    ``other`` is the second axis of a transposition, and the axis along which shared stacks are joined; ``unless`` leaves a
+    tensor that has this shape already as it is; ``only`` says which of several tensors are meant, None all.
     """
 
     kind: str
@@ -73,6 +75,7 @@ class Op:
     other: int = 0
     unless: Shape | None = None
     sizes: tuple[int, ...] = ()
+    only: tuple[int, ...] | None = None
 
 
 def stack(grids: Sequence[Grid], dim: int) -> Grid:
@@ -214,8 +217,14 @@ def run(ops: Sequence[Op], groups: Sequence[Sequence[Grid]], outputs: int | None
             lists = [[g] for g in cut(one[0], op.dim, op.sizes)]
         elif op.kind == "unstack":
             lists = [[squeeze(x, op.dim) for x in cut(g[0], op.dim, [1] * g[0].shape[op.dim])] for g in lists]
+        elif op.kind == "share":
+            count = outputs or 1
+            size = -(-max(map(len, lists)) // count)
+            shares = [[stack(g[i * size : (i + 1) * size], op.dim) for g in lists] for i in range(count)]
+            lists = [[concatenate(s, op.other)] for s in shares]
         else:
-            lists = [[_one(op, x) for x in g] for g in lists]
+            chosen = range(len(lists)) if op.only is None else op.only
+            lists = [[_one(op, x) for x in g] if i in chosen else g for i, g in enumerate(lists)]
     return [x for g in lists for x in g]
 
 
@@ -224,6 +233,13 @@ def _one(op: Op, grid: Grid) -> Grid:
         return grid if op.unless == grid.shape else transpose(grid, op.dim, op.other)
     if op.kind in ("interleave", "deinterleave"):
         return (interleave if op.kind == "interleave" else deinterleave)(grid, op.dim)
+    if op.kind in ("rotary", "unrotary"):
+        (heads,) = op.sizes
+        if heads < 1 or grid.shape[op.dim] % (2 * heads):
+            raise ValueError(f"{grid.shape[op.dim]} rows do not divide into the halves of {heads} heads")
+        each = cut(grid, op.dim, [grid.shape[op.dim] // heads] * heads)
+        turn = deinterleave if op.kind == "rotary" else interleave
+        return concatenate([turn(head, op.dim) for head in each], op.dim)
     raise ValueError(f"no operation {op.kind!r}")
 
 

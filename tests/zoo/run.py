@@ -43,7 +43,7 @@ UNPROVEN = "unproven: "
 NOISE = 0.2
 """Relative error that a quantized weight may have: NVFP4 is near 0.1 on normal values, what is swapped above 1."""
 
-TOWER = re.compile(r"(^|\.)(vision|visual|audio|code2wav|embed_audio|embed_vision|patch_embed)")
+TOWER = re.compile(r"(^|\.)(vision(?!_moe)|visual|audio|code2wav|embed_audio|embed_vision|patch_embed)")
 """What is not the text model, by its name in memory; every recipe leaves it."""
 
 Outcome = dict[str, Any]

@@ -19,7 +19,18 @@ from verifier.decoding import Float32, decode, max_scales, nearest
 from verifier.errors import ContentError
 from verifier.report import printable
 from verifier.rules.context import Judged
-from verifier.schemes import FLOATS, SCALE_LEAVES, Format, Module, collapse, role, split
+from verifier.schemes import (
+    FLOATS,
+    SCALE_LEAVES,
+    Format,
+    Module,
+    Unstacked,
+    collapse,
+    place_in_file,
+    role,
+    split,
+    unstacked,
+)
 
 WINDOW = 16  # elements shown of what has no blocks
 MOST = 32  # elements shown of a block
@@ -141,9 +152,15 @@ def show(
         ContentError: no such tensor or place in it, or no checkpoint.
         MachineError: reading failed.
     """
-    judged = Judged(open_checkpoint(uri))
-    other = Judged(open_checkpoint(base)) if base is not None else None
+    checkpoint, reference = open_checkpoint(uri), open_checkpoint(base) if base is not None else None
+    if place.split(" ")[0] not in checkpoint.tensors:  # a report speaks of the linears in a stack, not of the stack
+        checkpoint, reference = unstacked(checkpoint), unstacked(reference) if reference is not None else None
+    judged = Judged(checkpoint)
+    other = Judged(reference) if reference is not None else None
     tensor, found = _find(judged.checkpoint, place)
+    if isinstance(checkpoint, Unstacked) and place_in_file(tensor.offset) is None:
+        stack = checkpoint.stacked[tensor.name]
+        raise ContentError(f"{tensor.name} is a part of {stack} that is no single stretch of its file; show that")
     given = replace(
         found, row=found.row if row is None else row, block=found.block if block is None else block,
         byte=byte if byte is not None else (found.byte if row is None and block is None else None),

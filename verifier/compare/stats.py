@@ -16,7 +16,7 @@ from verifier.checkpoint import Checkpoint, Tensor, open_checkpoint
 from verifier.compare.diff import precision_of, problems_of
 from verifier.errors import UsageError
 from verifier.rules.context import Judged
-from verifier.schemes import SCALE_LEAVES, Module, role
+from verifier.schemes import SCALE_LEAVES, Module, role, unstacked
 
 Kind = Literal["E4M3", "E8M0", "F32"]
 Progress = Callable[[int, int], None]
@@ -127,7 +127,7 @@ def stats(uri: str | os.PathLike[str], *, depth: str = "header", progress: Progr
     if depth not in ("header", "payload"):
         raise UsageError(f"no depth {depth!r}; one of header, payload")
     checkpoint = open_checkpoint(uri)
-    judged = Judged(checkpoint)
+    judged = Judged(unstacked(checkpoint))
     groups: dict[tuple[str, str], list[Module]] = {}
     for module in judged.modules.values():
         groups.setdefault((role(module.name), precision_of(judged, module)), []).append(module)
@@ -138,7 +138,7 @@ def stats(uri: str | os.PathLike[str], *, depth: str = "header", progress: Progr
     )  # fmt: skip
     if depth == "header":
         return Stats(*head, depth)
-    return Stats(*head, depth, *_scales(checkpoint, groups, progress))
+    return Stats(*head, depth, *_scales(judged.checkpoint, groups, progress))
 
 
 def parameters(module: Module) -> int | None:

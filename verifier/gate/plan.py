@@ -14,7 +14,17 @@ from verifier.errors import UsageError
 from verifier.gate.attempts import Attempts
 from verifier.gate.decision import NORMALS, Margin, drift_margin_of, margin_of
 from verifier.gate.jobs import HF, Scorer
-from verifier.gate.run import BATCH, PathLike, check_scorer, corpus_of, formats_of, refuse_same, score_apart, series_of
+from verifier.gate.run import (
+    BATCH,
+    PathLike,
+    check_scorer,
+    corpus_of,
+    formats_of,
+    refuse_corpus,
+    refuse_same,
+    score_apart,
+    series_of,
+)
 from verifier.gate.scoring import Progress
 from verifier.gate.statistics import LEVEL, paired
 from verifier.report import printable
@@ -63,6 +73,7 @@ def plan(
     ckpt, reference = open_checkpoint(candidate), open_checkpoint(base)
     kind = check_scorer(scorer, protocol)
     task = kind == "task"
+    refuse_corpus(protocol, corpus, metric)
     refuse_same(ckpt, reference)
     drift_margin_of(max_drift, task=task)
     formats = formats_of(ckpt)

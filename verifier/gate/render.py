@@ -82,7 +82,7 @@ def _measures(result: GateResult) -> list[str]:
     if m.bootstrap is not None:
         lines.append(f"errors   bootstrap of documents (BCa) [{m.bootstrap[0]:+.5f}, {m.bootstrap[1]:+.5f}]")
         if m.se_tokens is not None and m.design_effect is not None:
-            lines[-1] += f"; token by token the standard error were {m.se_tokens:.5f}, design effect {m.design_effect:.2f}"
+            lines[-1] += f"; token by token a standard error of {m.se_tokens:.5f}, design effect {m.design_effect:.2f}"
         if m.se_blocks is not None:
             lines[-1] += f"; within these documents {m.se_blocks:.5f} (blocks; decides nothing)"
     if m.kl is not None:

@@ -105,6 +105,7 @@ def run(
     if window < 2 or batch < 1 or (documents is not None and documents < 1) or (workers is not None and workers < 1):
         raise UsageError("window is at least 2, batch, documents and workers at least 1")
     kind = check_scorer(scorer, protocol)
+    refuse_corpus(protocol, corpus, metric)
     if max_drift is not None and drift_against is None:
         raise UsageError("--max-drift needs --drift-against RUN")
     ckpt, reference = open_checkpoint(candidate), open_checkpoint(base)
@@ -159,15 +160,26 @@ def corpus_of(protocol: str, corpus: str | None, metric: str | None) -> Corpus:
     Raises:
         UsageError: none was given, or one for a task, which has its own; a metric for what is no task.
     """
+    refuse_corpus(protocol, corpus, metric)
+    return load_corpus(corpus) if corpus is not None else task_corpus(protocol, metric)
+
+
+def refuse_corpus(protocol: str, corpus: str | None, metric: str | None) -> None:
+    """Refuse a protocol, corpus and metric that do not go together.
+
+    Raises:
+        UsageError: no corpus, or one for a task, which has its own; a metric for what is no task.
+    """
     if is_task(protocol):
         if corpus is not None:
-            raise UsageError(f"the task {protocol} has its own documents; leave out --corpus")
-        return task_corpus(protocol, metric)
-    if metric is not None:
+            raise UsageError(
+                f"no protocol {protocol!r} over a corpus: tokens or lm-eval; a task of lm-eval has its own documents, leave "
+                "out --corpus"
+            )
+    elif metric is not None:
         raise UsageError("--metric is for a task of lm-eval")
-    if corpus is None:
+    elif corpus is None:
         raise UsageError(f"the protocol {protocol} needs --corpus NAME|FILE")
-    return load_corpus(corpus)
 
 
 def check_scorer(scorer: Scorer, protocol: str) -> Protocol:

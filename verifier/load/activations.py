@@ -20,7 +20,22 @@ import torch
 from verifier.checkpoint import Checkpoint
 from verifier.errors import ContentError
 from verifier.load.fake import Rounding
-from verifier.schemes import FORMATS, Declaration, Format, Module, expert_key, format_of, gather, read_declarations
+from verifier.schemes import (
+    FORMATS,
+    Declaration,
+    Format,
+    Module,
+    canonical,
+    expanded,
+    expert_key,
+    format_of,
+    gather,
+    layer_of,
+    read_declarations,
+    restacked,
+    role,
+    unstacked,
+)
 
 EXPERTS = "ckptgate"
 _MARK = "_ckptgate_roundings"
@@ -59,7 +74,8 @@ def roundings(checkpoint: Checkpoint) -> dict[str, Rounding]:
     Raises:
         ContentError: a format that cannot be told, a scale that is missing or none.
     """
-    declaration = read_declarations(checkpoint).effective
+    checkpoint = unstacked(checkpoint)
+    declaration = expanded(read_declarations(checkpoint).effective, checkpoint)
     found = {}
     for module in gather(checkpoint.tensors.values()).values():
         if not module.quantized:
@@ -98,7 +114,7 @@ def declared_activations(model: Any, checkpoint: Checkpoint) -> Iterator[dict[st
         ContentError: a scale that is missing, or a module whose input cannot be reached; it is named.
     """
     wanted = roundings(checkpoint)
-    linears, stacks = _places(model, wanted)
+    linears, stacks = _places(model, checkpoint, wanted)
     handles = [m.register_forward_pre_hook(_hook(r), with_kwargs=True) for m, r in linears.values()]
     before = _experts_configs(model)
     try:
@@ -124,28 +140,46 @@ def declared_activations(model: Any, checkpoint: Checkpoint) -> Iterator[dict[st
 
 
 def _places(
-    model: Any, wanted: Mapping[str, Rounding]
+    model: Any, checkpoint: Checkpoint, wanted: Mapping[str, Rounding]
 ) -> tuple[dict[str, tuple[Any, Rounding]], dict[str, tuple[Any, Roles]]]:
     """Return the linear modules and the stacks of experts that roundings belong to, by their path in memory."""
     linears: dict[str, tuple[Any, Rounding]] = {}
     stacks: dict[str, tuple[Any, Roles]] = {}
-    modules = dict(model.named_modules())
-    for weight, key in memory_names(model, [f"{hub}.weight" for hub in wanted]).items():
-        hub = weight.removesuffix(".weight")
+    modules, state = dict(model.named_modules()), set(model.state_dict())
+    stacked = _stacked_names(checkpoint)
+    sources = {hub: stacked.get(f"{hub}.weight", f"{hub}.weight") for hub in wanted}
+    keys = memory_names(model, set(sources.values()))
+    for hub, source in sources.items():
+        key = keys[source]
         path, _, leaf = key.rpartition(".")
         module, expert = modules.get(path), expert_key(hub)
-        if module is None:
-            continue  # transformers does not build it (an MTP head): nothing passes through it
+        if key not in state and _unbuilt(hub, checkpoint):
+            continue
         if expert is not None and _interface(module) and leaf in (*_FIRST, *_SECOND):
             _, roles = stacks.setdefault(path, (module, ({}, {})))
-            role = roles[leaf in _SECOND]
-            role[expert.expert] = _shared(hub, role.get(expert.expert), wanted[hub])
+            given = roles[leaf in _SECOND]
+            given[expert.expert] = _shared(hub, given.get(expert.expert), wanted[hub])
         elif leaf == "weight" and getattr(getattr(module, "weight", None), "ndim", 0) == 2:
             if not isinstance(module, torch.nn.Embedding):
                 linears[path] = (module, _shared(hub, linears[path][1] if path in linears else None, wanted[hub]))
         else:
             raise ContentError(f"{hub} is {key} of a {type(module).__name__} in transformers: its input cannot be rounded")
     return linears, stacks
+
+
+def _stacked_names(checkpoint: Checkpoint) -> dict[str, str]:
+    """Return the stack that transformers is given for each expert's weight, where the family's hub layout has stacks."""
+    names = {n for n in map(canonical, unstacked(checkpoint).tensors) if n is not None}
+    return {part: stack for stack, (_, parts) in restacked(names, checkpoint.config).items() for part in parts}
+
+
+def _unbuilt(hub: str, checkpoint: Checkpoint) -> bool:
+    """Whether transformers may leave a module out: an MTP head, a tower that text does not pass through."""
+    config = checkpoint.config or {}
+    text = config.get("text_config")
+    layers = (text if isinstance(text, dict) else config).get("num_hidden_layers")
+    beyond = isinstance(layers, int) and (layer_of(hub) or 0) >= layers
+    return beyond or role(hub) in ("mtp", "vision", "projector")
 
 
 def _shared(hub: str, other: Rounding | None, mine: Rounding) -> Rounding:

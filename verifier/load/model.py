@@ -239,15 +239,22 @@ def _config(ckpt: Checkpoint) -> Any:
     kind = raw.get("model_type")
     if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
         raise ContentError(f"{ckpt.uri}: transformers {transformers.__version__} has no model_type {kind!r}")
-    for node in (raw, *(v for v in raw.values() if isinstance(v, dict))):
-        wide = next((k for k, v in node.items() if "layers" in str(k) and type(v) is int and v > MAX_LAYERS), None)
-        if wide is not None:
-            raise ContentError(f"{ckpt.uri}: config.json declares {wide} = {node[wide]:,}")
     try:
+        many = next(_too_many(raw), None)
+        if many is not None:
+            raise ContentError(f"{ckpt.uri}: config.json declares {many}")
         # A copy: transformers 5.12 takes what it reads out of nested objects.
         return transformers.AutoConfig.for_model(**special_floats(raw))
     except BUILD_ERRORS as error:
         raise ContentError(f"{ckpt.uri}: transformers cannot read config.json: {short(error)}") from error
+
+
+def _too_many(node: Any) -> Iterator[str]:
+    """Yield the numbers of layers that no model has: each is a module to build, on the meta device too."""
+    for key, value in node.items() if isinstance(node, dict) else ():
+        if type(value) is int and value > MAX_LAYERS and any(word in str(key) for word in ("layers", "depth", "blocks")):
+            yield f"{key} = {value:,}"
+        yield from _too_many(value)
 
 
 def _restore_float32(model: Any, ckpt: Checkpoint) -> tuple[str, ...]:

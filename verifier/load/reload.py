@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -47,7 +48,7 @@ def reload(checkpoint: Checkpoint, base: Checkpoint | None = None, *, memory: in
     keys = model.state_dict()
     found = Loaded(
         loader, keys=len(keys), misfits=tuple(m for m in misfits if m not in shared), shared=tuple(shared),
-        dropped=_dropped(cls, checkpoint), native=_native(checkpoint),
+        dropped=_dropped(model, checkpoint), native=_native(checkpoint),
     )  # fmt: skip
     if any(m.kind != "unexpected" for m in misfits):
         return replace(found, why_no_values="names and shapes do not fit the model")
@@ -129,15 +130,17 @@ def _misfits(model: Any, info: Any, names: Iterable[str]) -> list[Misfit]:
     found = [Misfit("missing", k) for k in info.missing_keys if k not in unconverted | wrong]
     found += [Misfit("unexpected", called(k)) for k in info.unexpected_keys]
     found += [Misfit("mismatched", called(k), str(list(a)), str(list(b))) for k, a, b in info.mismatched_keys]
-    found += [Misfit("unconverted", k, _said(text)) for k, text in info.conversion_errors.items()]
+    found += [Misfit("unconverted", k, _said(text, tensors.get(k, []))) for k, text in info.conversion_errors.items()]
     return sorted(found)
 
 
-def _said(text: str) -> str:
-    """Return what a conversion error says, without its traceback."""
+def _said(text: str, tensors: Iterable[str]) -> str:
+    """Return what was to be put together, and what a conversion error says of it without its traceback."""
+    counts = Counter(".".join(name.split(".")[-2:]) for name in tensors)
     message, _, which = text.rpartition("\nError")
-    last = message.strip().rpartition("\n")[2]
-    return " ".join(f"{last}; {which.lstrip(': ')}".split())[:300]
+    operation = re.split(r" on tensors| when ", which.removeprefix(" via").lstrip(": "), maxsplit=1)[0]
+    given = ", ".join(f"{count:,} {kind}" for kind, count in counts.items())
+    return " ".join(f"{given}; {operation}: {message.strip().rpartition(chr(10))[2]}".split())[:300]
 
 
 def _shared(misfits: list[Misfit], base: Checkpoint | None) -> list[Misfit]:
@@ -151,10 +154,12 @@ def _shared(misfits: list[Misfit], base: Checkpoint | None) -> list[Misfit]:
     return [m for m in misfits if m in theirs]
 
 
-def _dropped(cls: Any, checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Return the names that the class says it ignores (``mtp.…`` in several families)."""
-    patterns = [re.compile(p) for p in getattr(cls, "_keys_to_ignore_on_load_unexpected", None) or ()]
-    return tuple(n for n in checkpoint.tensors if any(p.search(n) for p in patterns))
+def _dropped(model: Any, checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Return the names that the model's class says it ignores (``mtp.…`` in several families) and that it has not."""
+    patterns = [re.compile(p) for p in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
+    found = [n for n in checkpoint.tensors if any(p.search(n) for p in patterns)]
+    keys = model.state_dict()
+    return tuple(n for n, (key, _) in zip(found, parameter_names(model, found), strict=True) if key not in keys)
 
 
 def _native(checkpoint: Checkpoint) -> bool:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -16,14 +17,19 @@ SCALE_LEAVES = frozenset(
 KV_LEAVES = frozenset({"k_scale", "v_scale"})
 LEAVES = (SCALE_LEAVES - {"scales"}) | KV_LEAVES | {"weight", "bias", "weight_packed"}
 FLOATS = frozenset({"BF16", "F16", "F32"})
+_JOINED = ("_scale", "_scale_2", "_scale_inv")
+_SIBLING = re.compile(r"(\w+_proj)_(weight_scale|weight_scale_2|weight_scale_inv|input_scale)$")
 
 
 def split(name: str) -> tuple[str, str]:
     """Return module and leaf of a tensor name; a bare parameter is its own module with the leaf ''.
 
-    MXFP4's ``<parameter>_blocks`` and ``<parameter>_scales`` are the leaves ``blocks`` and ``scales``.
+    MXFP4's ``<parameter>_blocks`` and ``<parameter>_scales`` are the leaves ``blocks`` and ``scales``; ``_weight_scale`` and
+    its like behind a projection of stacked experts are that leaf of it.
     """
     head, _, leaf = name.rpartition(".")
+    if leaf.endswith(_JOINED) and head.endswith(".experts") and (found := _SIBLING.match(leaf)):
+        return f"{head}.{found[1]}", found[2]
     parameter, _, kind = leaf.rpartition("_")
     if kind in ("blocks", "scales") and parameter and head:
         return (head if parameter == "weight" else f"{head}.{parameter}"), kind

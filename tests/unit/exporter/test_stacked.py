@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,12 @@ from exporter.layout import families
 from exporter.recipes import Recipe
 from verifier.checkpoint import open_checkpoint
 from verifier.cli.main import run
+from verifier.compare.stats import stats
 from verifier.errors import EncodeError, PlanError, UnsupportedConversion, UsageError
 from verifier.load.model import decoded_tensors, load_model
 
 E, H, F = 4, 64, 96
+ROOT = Path(__file__).parents[3]
 TEXT: dict[str, Any] = {
     "hidden_size": H, "intermediate_size": F, "num_hidden_layers": 2, "vocab_size": 64, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1,
@@ -359,11 +362,15 @@ def test_a_model_in_memory_gives_its_checkpoints_bytes(kit, zoo: Zoo, family: st
 
 
 @needs("step3p7")
-def test_a_model_whose_vision_tower_is_permuted_is_refused_by_name(zoo: Zoo, tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedConversion, match=r"vision_model.*PermuteForRope \(step3p7\)"):
-        exporter.export_model(
-            zoo.model("step3p7"), tmp_path / "out", recipe=EXPERTS, input_scale="one", source=zoo.source("step3p7")
-        )
+def test_a_model_whose_vision_tower_is_permuted(kit, zoo: Zoo, tmp_path: Path) -> None:
+    """Its rotary rows are permuted at load: that is undone, or refused by name."""
+    given: dict[str, Any] = {"recipe": EXPERTS, "input_scale": "one", "source": zoo.source("step3p7")}
+    try:
+        exporter.export_model(zoo.model("step3p7"), tmp_path / "out", **given)
+    except UnsupportedConversion as error:
+        assert "vision_model" in str(error) and "PermuteForRope (step3p7)" in str(error)
+    else:
+        assert kit.read(tmp_path / "out") == kit.read(zoo.export(kit, "step3p7", None))
 
 
 @needs("gemma4_text")
@@ -592,6 +599,44 @@ def test_inputs_are_read_expert_by_expert(kit, zoo: Zoo, packed: tuple[Path, Pat
                 assert scales[name].tolist() == [np.float32(single[1, e, "down"] / 2688) for e in range(E)]
 
 
+# repaired
+
+
+@pytest.mark.parametrize("family", only("aria_text", "gpt_oss", "granitemoe"))
+def test_single_experts_are_repaired_under_a_stacked_base(kit, zoo: Zoo, family: str, tmp_path: Path) -> None:
+    spelled = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+    spelled |= {v: k for k, v in spelled.items()}
+    whole = zoo.export(kit, family, "per-expert")
+
+    def respell(tensors: dict[str, Any]) -> None:
+        for name in [n for n in tensors if SINGLE.search(n)]:
+            head, leaf, last = name.rsplit(".", 2)
+            tensors[f"{head}.{spelled[leaf]}.{last}"] = tensors.pop(name)
+
+    exporter.repair(kit.edit(whole, tmp_path / "broken", respell), tmp_path / "out", base=zoo.source(family))
+    assert kit.read(tmp_path / "out") == kit.read(whole)
+
+    def swap(tensors: dict[str, Any]) -> None:
+        respell(tensors)
+        made = singles(tensors)
+        for leaf in ("weight", "weight_scale"):
+            a, b = (next(n for n, t in tensors.items() if t is made[1, 2, x, leaf]) for x in ("gate", "up"))
+            tensors[a], tensors[b] = tensors[b], tensors[a]
+
+    swapped = kit.edit(whole, tmp_path / "swapped", swap)
+    with pytest.raises(PlanError, match="its values are not those of the base's"):
+        exporter.repair(swapped, tmp_path / "not", base=zoo.source(family))
+
+
+@pytest.mark.parametrize("family", only("gpt_oss", "granitemoe"))
+@pytest.mark.parametrize("layout", ["per-expert", "hub"])
+def test_depth_load(kit, zoo: Zoo, family: str, layout: str) -> None:
+    report = verifier.check(zoo.export(kit, family, layout), base=zoo.source(family), depth="load")
+    assert report.verdict == "passed", report.findings
+    covered = {c.rule: (c.checked, c.of) for c in report.coverage}
+    assert covered["QC608"][0] == covered["QC608"][1] > 0 and covered["QC604"][0] > 0
+
+
 # what is refused
 
 
@@ -684,6 +729,31 @@ def test_the_command_says_how_experts_are_written(zoo: Zoo, tmp_path: Path, caps
     assert run(["export", *words]) == 0
     text = capsys.readouterr().out
     assert "24 of 24 linears (16 stacked) calibrated by max" in text and "verdict: PASSED" in text
+
+
+def test_stats_and_show_speak_of_the_linears_in_a_stack(kit, zoo: Zoo, capsys: pytest.CaptureFixture[str]) -> None:
+    for family in ("gpt_oss", "granitemoe"):
+        found = stats(zoo.export(kit, family, "hub"), depth="payload")
+        experts = next(r for r in found.rows if r.role == "routed_expert")
+        assert (experts.format, experts.modules, experts.parameters) == ("NVFP4", 24, 2 * E * 3 * H * F)
+        assert found.tensors == len(kit.read(zoo.export(kit, family, "hub"))) and found.skipped == ()
+    capsys.readouterr()
+    out, single = (str(zoo.export(kit, "granitemoe", layout)) for layout in ("hub", "per-expert"))
+    texts = []
+    for folder in (out, single):
+        words = ["model.layers.1.block_sparse_moe.experts.2.w3.weight", "--row", "5", "--block", "1"]
+        assert run(["show", folder, *words, "--base", str(zoo.source("granitemoe"))]) == 0
+        texts.append([line for line in capsys.readouterr().out.splitlines() if "0x" in line])
+    values = [[" ".join(line.split()[:3]) for line in lines if line.split()[0].isdecimal()] for lines in texts]
+    assert values[0] == values[1] and len(values[0]) == 16
+    whole = str(zoo.export(kit, "gpt_oss", "hub"))
+    assert run(["show", whole, "model.layers.0.mlp.experts.0.up_proj.weight"]) == 1
+    assert "is a part of model.layers.0.mlp.experts.gate_up_proj that is no single" in capsys.readouterr().err
+
+
+def test_the_page_is_made_of_the_table() -> None:
+    tool = runpy.run_path(str(ROOT / "tools" / "make_layouts.py"))
+    assert (ROOT / "docs" / "expert-layouts.md").read_text(encoding="utf-8") == tool["page"]()
 
 
 def test_every_row_names_what_it_was_read_from() -> None:

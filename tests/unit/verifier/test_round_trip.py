@@ -10,6 +10,8 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import verifier
 from verifier.checkpoint import open_checkpoint
@@ -115,6 +117,15 @@ def test_lost_counts_what_a_copy_changes() -> None:
     assert lost([one, two], 4, np.float32, [0, 2]) == 0
     assert lost([one, two], 3, np.float32, [0, 1]) == 1
     assert lost([one, two], 3, np.float32, [0, 2]) == 1
+
+
+@given(st.lists(st.integers(1, 6).map(lambda n: 64 * n), min_size=2, max_size=5))
+def test_scales_are_lost_just_where_a_block_reaches_over_a_seam(heights: list[int]) -> None:
+    rows = [-(-h // 128) for h in heights]
+    values = np.split(np.arange(1, sum(rows) + 1, dtype=np.float32)[:, None], np.cumsum(rows)[:-1])
+    starts = [sum(heights[:i]) // 128 for i in range(len(heights))]
+    count = lost(values, -(-sum(heights) // 128), np.float32, starts)
+    assert (count > 0) == any(h % 128 for h in heights[:-1])
 
 
 def test_width_of_one_part(tiny: Callable[[str], Folder]) -> None:

@@ -51,9 +51,12 @@ def check(ctx: Context) -> Iterator[Finding]:
     where names, dtypes and shapes leave room for a difference; elsewhere the round trip is exact whatever they are.
     """
     told: set[str] = set()  # parts of pairs that are QC409's
-    for group in fused(ctx):
+    groups = list(fused(ctx))
+    for group in groups:
         ctx.tally.see()
         yield from _experts(ctx, group, told) if group.stack else _projections(ctx, group, told)
+    if ctx.why_not_expected:  # else QC207
+        yield from _numbers(ctx, [g for g in groups if g.stack])
 
 
 def _projections(ctx: Context, group: Fused, told: set[str]) -> Iterator[Finding]:
@@ -76,10 +79,13 @@ def _experts(ctx: Context, group: Fused, told: set[str]) -> Iterator[Finding]:
     usual = Counter(m.look for m in modules).most_common(1)[0][0]
     first = next(m for m in modules if m.look is usual)
     wanted = ctx.format_of(first)
+    several = _several_sizes(ctx)
     for module in modules:
         have = ctx.format_of(module)
         if module.look is usual and have is wanted:
             continue
+        if module.dims != first.dims and several.issuperset(n for n in (module.dims or ()) if n not in (first.dims or ())):
+            continue  # experts of another modality, in a stack of their own
         if not _alike((first, module), [wanted, have]):
             if module.name in told or ctx.is_mtp(module.name):  # MTP is QC403's
                 continue
@@ -90,8 +96,16 @@ def _experts(ctx: Context, group: Fused, told: set[str]) -> Iterator[Finding]:
                 )  # fmt: skip
             continue
         yield from _geometry(ctx, (first, module), rows=True)
-    if ctx.why_not_expected:
-        yield from _numbers(ctx, group)
+
+
+def _several_sizes(ctx: Context) -> frozenset[int]:
+    """Return the inner sizes of experts where the config has several: Ernie-VL keeps text and vision in one list."""
+    config = ctx.checkpoint.config or {}
+    for node in (config, config.get("text_config")):
+        sizes = node.get("moe_intermediate_size") if isinstance(node, Mapping) else None
+        if isinstance(sizes, list):
+            return frozenset(n for n in sizes if type(n) is int)
+    return frozenset()
 
 
 def _by_intent(ctx: Context, module: Module) -> bool:
@@ -231,18 +245,21 @@ def _inputs(ctx: Context, modules: Sequence[Module]) -> Iterator[Finding]:
     )  # fmt: skip
 
 
-def _numbers(ctx: Context, group: Fused) -> Iterator[Finding]:
-    """Yield a gap in the numbers of a layer's experts, where neither layout nor base knows them (QC207)."""
-    numbers = set(group.numbers)
-    stated = config_value(ctx.checkpoint.config, *COUNTS)
-    size = max(max(numbers) + 1, stated or 0 if not ctx.is_mtp(group.name) else 0)
-    missing = size - len(numbers)
-    if missing:
-        gap = next(n for n in range(size) if n not in numbers)
-        yield ctx.finding(
-            "experts of one layer are not numbered through", where=Where(group.modules[0].name),
-            observed=f"{missing:,} of {size:,} absent, {gap} first", expected=f"0 to {size - 1}",
-        )  # fmt: skip
+def _numbers(ctx: Context, stacks: Sequence[Fused]) -> Iterator[Finding]:
+    """Yield a gap in the numbers of a layer's experts, where neither layout nor base knows them."""
+    heights = [max(group.numbers) + 1 for group in stacks]
+    stated = config_value(ctx.checkpoint.config, *COUNTS) or 0
+    for group, height in zip(stacks, heights, strict=True):
+        # The config counts what layers have, half of them at least; a tower may have experts of its own.
+        size = stated if stated > height and 2 * heights.count(stated) >= len(heights) else height
+        numbers = set(group.numbers)
+        missing = size - len(numbers)
+        if missing:
+            gap = next(n for n in range(size) if n not in numbers)
+            yield ctx.finding(
+                "experts of one layer are not numbered through", where=Where(group.modules[0].name),
+                observed=f"{missing:,} of {size:,} absent, {gap} first", expected=f"0 to {size - 1}",
+            )  # fmt: skip
 
 
 def _known(ctx: Context, *modules: Module) -> bool:
