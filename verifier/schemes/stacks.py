@@ -61,10 +61,7 @@ _GRANITE = Stacking(
 _STEP = Stacking({f"moe.{p}.weight": (p,) for p in ("gate_proj", "up_proj", "down_proj")}, "moe.experts.{}.{}")
 STACKINGS: Mapping[str, Stacking] = {
     "aria": _ARIA, "aria_text": _ARIA,
-    **dict.fromkeys(
-        ("diffusion_gemma", "diffusion_gemma_text", "gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"),
-        _under("experts"),
-    ),
+    **dict.fromkeys(("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"), _under("experts")),
     "gpt_oss": _under("mlp.experts", turned=True, woven=True),
     **dict.fromkeys(("granitemoe", "granitemoeshared", "granitemoehybrid"), _GRANITE),
     "granitemoe_swa": _under("block_sparse_moe.experts"),

@@ -31,6 +31,7 @@ from verifier.cli.main import run
 from verifier.compare.stats import stats
 from verifier.errors import EncodeError, PlanError, UnsupportedConversion, UsageError
 from verifier.load.model import decoded_tensors, load_model
+from verifier.schemes import STACKINGS
 
 E, H, F = 4, 64, 96
 ROOT = Path(__file__).parents[3]
@@ -755,6 +756,16 @@ def test_stats_and_show_speak_of_the_linears_in_a_stack(kit, zoo: Zoo, capsys: p
 def test_the_page_is_made_of_the_table() -> None:
     tool = runpy.run_path(str(ROOT / "tools" / "make_layouts.py"))
     assert (ROOT / "docs" / "expert-layouts.md").read_text(encoding="utf-8") == tool["page"]()
+
+
+def test_maker_and_judge_know_the_same_families() -> None:
+    """Each has a table of its own; what one writes in stacks and the other does not know would go unjudged."""
+    turned = {"out_in": False, "in_out": True, "either": None}
+    ours = {
+        kind: (row.stacks, row.linear.format(expert="{}", leaf="{}"), turned[row.axes], row.interleaved)
+        for row in families() if row.stacks for kind in row.types
+    }  # fmt: skip
+    assert ours == {kind: (dict(s.stacks), s.linear, s.turned, s.woven) for kind, s in STACKINGS.items()}
 
 
 def test_every_row_names_what_it_was_read_from() -> None:
