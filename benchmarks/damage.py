@@ -5,7 +5,7 @@
 
 Bytes of a real export are edited; each damaged copy is scored once on the golden's own corpus and compared with the base
 (absolute margin, the default budget) and with the undamaged export (drift margin, the default), and checked at depth payload
-against the base. ``--wikitext`` scores one damage also on WikiText-2's test split, where the drift is known more closely.
+against the base. ``--wikitext`` scores one damage also on documents of WikiText-2's test split: more text, a closer drift.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from verifier.gate.corpora import WIKITEXT, Corpus
 
 ROOT = Path(__file__).parents[1]
 LAYER = 2
+WIKI_DOCUMENTS = 24
 UNREACHED = "an expert that the text never reaches answers zero"
 
 
@@ -233,7 +234,7 @@ def unreached(subject: Subject, work: Path, corpus: Corpus, counts: list[int]) -
 
 def more_text(subject: Subject, work: Path) -> dict[str, Any]:
     """Return what the drift of one damage comes to on WikiText-2's test split."""
-    corpus = load_corpus(WIKITEXT)
+    corpus = load_corpus(WIKITEXT).head(WIKI_DOCUMENTS)
     folder = shutil.copytree(work / "good", work / "damaged")
     edit(folder, r"experts\.\d+\..*\.weight_scale_2$", times(17 / 16))
     runs = [scored(p, corpus) for p in (subject.folder / "bf16", work / "good", folder)]

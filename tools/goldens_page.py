@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +86,8 @@ def verdicts(name: str, g: dict[str, Any]) -> list[str]:
         x = made[0]
         lines += [
             f"Loss over the BF16 model, nats a token, on {x['documents']} documents that it wrote ({x['tokens']:,} tokens,",
-            f"its perplexity {g['perplexity']:.2f}), 90 % interval over documents, and the format's default margin.", "",
-            "| format | loss [90 %] | of perplexity | margin | verdict | size |",
+            f"its perplexity {g['perplexity']:.2f}), with a 90 % interval over documents, and the format's default margin.",
+            "", "| format | loss [90 %] | of perplexity | margin | verdict | size |",
             "| --- " * 6 + "|",
         ]  # fmt: skip
     for x in made:
@@ -104,7 +105,9 @@ def verdicts(name: str, g: dict[str, Any]) -> list[str]:
         lines += [f"Not exported in this version ({names}); `ckptgate export` refuses it, exit 1:", ""]
         lines += [f"    {reason}" for reason in reasons] + [""]
     if made:
-        lines += ["The exports:", "", *(f"    {x['command'].replace(' OUT', ' OUT.' + x['format'])}" for x in made), ""]
+        lines += ["The exports:", ""]
+        lines += ["    " + re.sub(r" OUT(?= |$)", f" OUT.{x['format']}", x["command"]) for x in made]
+        lines.append("")
     return lines
 
 

@@ -23,7 +23,7 @@ from verifier.gate.planning import Protocol, floor_units, plan_units, share, sli
 from verifier.gate.runs import PER_TOKEN, TOP, Run, RunHeader, sums_of
 from verifier.gate.statistics import ratio
 from verifier.gate.workers import run_jobs
-from verifier.schemes import gather
+from verifier.schemes import gather, unstacked
 
 _DIGEST = "_weights_sha256"
 Progress = Callable[[int, int], None]
@@ -31,7 +31,7 @@ Progress = Callable[[int, int], None]
 
 def formats_of(ckpt: Checkpoint) -> set[str]:
     """Return the algorithms that a checkpoint's tensors show."""
-    return {m.shown.algo for m in gather(ckpt.tensors.values()).values() if m.shown}
+    return {m.shown.algo for m in gather(unstacked(ckpt).tensors.values()).values() if m.shown}
 
 
 def weights_digest(ckpt: Checkpoint) -> str:
