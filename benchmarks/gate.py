@@ -52,14 +52,17 @@ def random_model(folder: Path, parameters: float) -> int:
     import transformers
 
     layers, hidden = (24, 1024) if parameters >= 1e8 else (2, 128)
-    experts, inner = 16, hidden // 2
-    other = layers * 4 * hidden * hidden + 2 * 32_768 * hidden
-    wide = max(64, -(-int((parameters - other) / (layers * experts * 3 * hidden)) // 64) * 64, inner)
-    config = transformers.AutoConfig.for_model(
-        "qwen3_moe", hidden_size=hidden, num_hidden_layers=layers, moe_intermediate_size=wide, intermediate_size=wide,
-        num_experts=experts, num_experts_per_tok=4, num_attention_heads=hidden // 64, num_key_value_heads=hidden // 128,
-        head_dim=64, vocab_size=32_768, decoder_sparse_step=1, mlp_only_layers=[], tie_word_embeddings=False,
-    )  # fmt: skip
+    wide = 0
+    size = 0.0
+    while size < parameters or not wide:
+        wide += 64
+        config = transformers.AutoConfig.for_model(
+            "qwen3_moe", hidden_size=hidden, num_hidden_layers=layers, moe_intermediate_size=wide, intermediate_size=wide,
+            num_experts=16, num_experts_per_tok=4, num_attention_heads=hidden // 64, num_key_value_heads=hidden // 128,
+            head_dim=64, vocab_size=32_768, decoder_sparse_step=1, mlp_only_layers=[], tie_word_embeddings=False,
+        )  # fmt: skip
+        with torch.device("meta"):
+            size = sum(p.numel() for p in transformers.AutoModelForCausalLM.from_config(config).parameters())
     torch.manual_seed(SEED)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder)

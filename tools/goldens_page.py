@@ -86,8 +86,8 @@ def verdicts(name: str, g: dict[str, Any]) -> list[str]:
         x = made[0]
         lines += [
             f"Loss over the BF16 model, nats a token, on {x['documents']} documents that it wrote ({x['tokens']:,} tokens,",
-            f"its perplexity {g['perplexity']:.2f}), 90 % interval over documents, and the format's default margin.", "",
-            "| format | loss [90 %] | of perplexity | margin | verdict | size |",
+            f"its perplexity {g['perplexity']:.2f}), with a 90 % interval over documents, and the format's default margin.",
+            "", "| format | loss [90 %] | of perplexity | margin | verdict | size |",
             "| --- " * 6 + "|",
         ]  # fmt: skip
     for x in made:

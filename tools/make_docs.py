@@ -394,7 +394,7 @@ def reasons(row: dict[str, Any]) -> list[str]:
     steps = [row["built"], row.get("detected", "ok"), row.get("layout", "ok")]
     steps += [v for s in row.get("recipes", {}).values() for v in s.values()]
     found = dict.fromkeys(s.removeprefix("refused: ") for s in steps if not s.startswith(("ok", "unproven")))
-    stacked = [f for f in found if "stacked hub layouts are not supported" in f]
+    stacked = [f for f in found if "stacks of this family" in f]
     return stacked[:1] or list(found)
 
 

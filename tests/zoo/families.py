@@ -205,7 +205,7 @@ FAMILIES: tuple[Family, ...] = (
          "code2wav_config": {"decoder_dim": 32, "codebook_size": 64, "num_quantizers": 2, "upsample_rates": (2, 2)}},
     ),
     Family("qwen3_omni_moe_thinker", "Qwen3OmniMoeThinkerForConditionalGeneration"),
-    Family("qwen3_vl_moe", "Qwen3VLMoeForConditionalGeneration"),
+    Family("qwen3_vl_moe", "Qwen3VLMoeForConditionalGeneration", _text(tie_word_embeddings=False)),
     Family(
         "qwen4_exp", "Qwen4ExpForConditionalGeneration",
         _text(

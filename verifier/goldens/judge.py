@@ -90,11 +90,14 @@ def _drift(old: Golden, new: Golden) -> Judged:
         return Judged("agrees", f"the sums of all {count} documents equal the record's to the last bit")
     if find_spec("scipy") is None:
         raise MissingExtra("comparing losses", "gate")
-    from verifier.gate.statistics import paired  # noqa: PLC0415  (of use to a gate only)
+    from verifier.gate.statistics import accuracy_loss, paired  # noqa: PLC0415  (of use to a gate only)
 
     ours, theirs = ([q - b for b, q, _ in g.documents] for g in (new, old))
-    found = paired(theirs, ours, [t for _, _, t in old.documents])
-    told = f"drift {found.delta:+.6f} nats a token [{found.low:+.6f}, {found.high:+.6f}], margin {old.drift:g}"
+    found, unit = paired(theirs, ours, [t for _, _, t in old.documents]), "nats a token"
+    if old.key.get("protocol") == "task":  # right and wrong answers
+        moved = [a - b for a, b in zip(ours, theirs, strict=True)]
+        found, unit = accuracy_loss(sum(x > 0 for x in moved), sum(x < 0 for x in moved), len(moved)), "of accuracy"
+    told = f"drift {found.delta:+.6f} {unit} [{found.low:+.6f}, {found.high:+.6f}], margin {old.drift:g}"
     noise = max(NOISE_OF_DRIFT * old.drift, old.floor or 0.0, new.floor or 0.0)
     if found.high < -noise:
         return Judged("stale", f"{told}: better than noise ({noise:g}); the golden is stale, review and accept", found)

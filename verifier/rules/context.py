@@ -377,7 +377,7 @@ class Context(Judged):
         if family is not None and config is not None:
             allowed |= {n for n in self.names - allowed if family.beyond(config, n)}
             if self._layout[0]:
-                allowed |= family.possible(config).keys()
+                allowed |= split_shapes(family.possible(config), config).keys()
         return classify(self.names, set(self.expected), allowed, self.checkpoint.tensors, self.family, self.is_mtp)
 
     @cached_property

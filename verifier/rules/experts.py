@@ -49,7 +49,9 @@ def _alike(modules: Iterable[Module], key: Callable[[Module, Tensor], object]) -
 
 
 def _beginning(ctx: Context, tensor: Tensor) -> bytes:
-    return next((piece.tobytes() for _, piece in ctx.checkpoint.pieces(tensor, _BEGINNING)), b"")
+    if tensor.nbytes <= _BEGINNING:
+        return ctx.bytes_of(tensor).tobytes()  # read once for all rules
+    return next(piece.tobytes() for _, piece in ctx.checkpoint.pieces(tensor, _BEGINNING))
 
 
 def _says_little(ctx: Context, module: Module) -> bool:

@@ -94,6 +94,35 @@ def test_an_operation_on_shapes_is_the_operation_on_values(made: Any, wanted: An
     assert same(found.to_hub(memory), {"x": x, "y": y})
 
 
+def test_rotary_pairs_are_brought_to_halves_within_each_head() -> None:
+    """As Llama's checkpoints were converted: [heads, pairs, 2] to [heads, 2, pairs]."""
+    values = torch.arange(72.0).view(24, 3)
+    wanted = values.view(3, 4, 2, 3).transpose(1, 2).reshape(24, 3)
+    for kind, before, after in (("rotary", values, wanted), ("unrotary", wanted, values)):
+        (grid,) = run([Operation(kind, 0, sizes=(3,))], [[whole("q", (24, 3))]], 1)
+        assert same(layout({"q_proj": grid}).to_memory({"q": before}), {"q_proj": after})
+    chosen = run([Operation("chunk", 0), Operation("rotary", 0, sizes=(2,), only=(0,))], [[whole("qv", (16, 3))]], 2)
+    memory = layout(dict(zip("qv", chosen, strict=True))).to_memory({"qv": values[:16]})
+    assert torch.equal(memory["v"], values[8:16])
+    assert torch.equal(memory["q"], values[:8].view(2, 2, 2, 3).transpose(1, 2).reshape(8, 3))
+    with pytest.raises(ValueError, match="24 rows do not divide into the halves of 5 heads"):
+        run([Operation("rotary", 0, sizes=(5,))], [[whole("q", (24, 3))]], 1)
+
+
+def test_a_list_of_experts_that_two_stacks_share() -> None:
+    """Ernie-VL: the first half of the list are the experts for text, the second those for images, which are smaller."""
+    shapes = [(6, 4), (6, 4), (2, 4), (2, 4)]
+    hub_values = {f"{w}.{e}": torch.randn(s) for w in ("gate", "up") for e, s in enumerate(shapes)}
+    groups = [[whole(f"{w}.{e}", s) for e, s in enumerate(shapes)] for w in ("gate", "up")]
+    text, vision = run([Operation("share", 0, 1)], groups, 2)
+    found = layout({"text": text, "vision": vision})
+    memory = found.to_memory(hub_values)
+    for name, experts in (("text", (0, 1)), ("vision", (2, 3))):
+        rows = [torch.cat([hub_values[f"{w}.{e}"] for w in ("gate", "up")]) for e in experts]
+        assert torch.equal(memory[name], torch.stack(rows))
+    assert same(found.to_hub(memory), hub_values)
+
+
 def test_a_fused_hub_tensor_is_cut_for_memory_and_joined_again() -> None:
     parts = cut(whole("qkv", (12, 6)), 0, [8, 2, 2])
     found = layout(dict(zip(("q", "k", "v"), parts, strict=True)))

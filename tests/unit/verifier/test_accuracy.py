@@ -27,6 +27,8 @@ from verifier.gate.scorer import score
 from verifier.gate.scoring import run_of
 from verifier.gate.statistics import accuracy_loss, documents_needed, p_of_loss
 from verifier.gate.tasks import task_corpus
+from verifier.goldens.judge import judge
+from verifier.goldens.store import proposed
 
 GOLDEN = Path(__file__).parents[3] / "goldens" / "minimax-m3-tiny"
 D = 14
@@ -104,6 +106,18 @@ def test_three_outcomes(lost: int, won: int, outcome: str) -> None:
     assert evaluation.losses[0].standing == {"passed": "within", "failed": "beyond", "inconclusive": "open"}[outcome]
     drift = compare_runs(base, candidate, Margin(0.5, ""), drift_against=base, drift_margin=Margin(0.03, ""))
     assert drift.outcome == outcome
+
+
+@pytest.mark.parametrize(("lost", "outcome"), [(10, "within"), (11, "unproven"), (90, "worse"), (0, "agrees")])
+def test_an_accepted_task_is_held_by_its_answers(lost: int, outcome: str) -> None:
+    records = []
+    for more, won in ((0, 0), (lost, 10 if outcome == "within" else 0)):
+        base, candidate = answers(2000, 20 + more, won)
+        records.append(proposed(json.loads(render_json(compare_runs(base, candidate, Margin(0.5, ""))))))
+    records[0] = records[0].model_copy(update={"drift": 0.02 if outcome != "unproven" else 0.006})
+    judged = judge(*records)
+    assert judged.outcome == outcome, judged.sentence
+    assert outcome == "agrees" or "of accuracy" in judged.sentence
 
 
 def test_what_is_refused(tmp_path: Path) -> None:

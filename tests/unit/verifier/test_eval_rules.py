@@ -21,6 +21,7 @@ from verifier.evaluation import Evaluation, Loss, Reach, Standing
 from verifier.findings import Report
 from verifier.gate import Margin, Run, RunHeader, compare_runs, evaluator, render_json, render_text
 from verifier.gate.evaluating import evaluation_of
+from verifier.history import recorded
 from verifier.report import render
 from verifier.run import check
 from verifier.run.merge import merge_reports
@@ -149,6 +150,11 @@ def test_the_measured_coverage_is_published_and_printed_with_the_verdict(documen
         assert f"| {low:.1f} |" in page
     told = judged(evaluation_of(result))
     assert any(f"simulated at {documents} documents" in f.message for f in told.by_rule("QC702"))
+    record = recorded(json.loads(render(told, "json")))
+    assert result.interval is not None
+    assert record.measures["loss"].value == pytest.approx(result.interval.delta)
+    assert record.measures["errors"].value == 0
+    assert json.loads(str(record.key["eval"]))["window"] == 512
 
 
 def test_a_subset_scores_once(tmp_path: Path) -> None:

@@ -275,12 +275,6 @@ def test_without_the_extra(module: str) -> None:
     assert issubclass(MissingExtra, UsageError)
 
 
-def test_numbers_that_json_does_not_have_are_read_as_transformers_writes_them() -> None:
-    raw = {"a": [0.0, {"__float__": "Infinity"}], "b": {"c": {"__float__": "-Infinity"}, "d": {"__float__": "seven"}}}
-    assert special_floats(raw) == {"a": [0.0, float("inf")], "b": {"c": float("-inf"), "d": {"__float__": "seven"}}}
-    assert raw["a"][1] == {"__float__": "Infinity"}  # type: ignore[index]
-
-
 def test_a_tower_without_the_attention_that_its_class_has(tmp_path: Path) -> None:
     """Gemma4's audio tower has no sdpa; the model is loaded with eager attention then."""
     if not hasattr(transformers, "Gemma4ForConditionalGeneration"):
@@ -300,3 +294,9 @@ def test_a_tower_without_the_attention_that_its_class_has(tmp_path: Path) -> Non
     found = reload(open_checkpoint(str(tmp_path)))
     assert (found.reason, found.misfits, found.why_no_values) == ("", (), "")
     assert found.forward is not None
+
+
+def test_numbers_that_json_does_not_have_are_read_as_transformers_writes_them() -> None:
+    raw = {"a": [0.0, {"__float__": "Infinity"}], "b": {"c": {"__float__": "-Infinity"}, "d": {"__float__": "seven"}}}
+    assert special_floats(raw) == {"a": [0.0, float("inf")], "b": {"c": float("-inf"), "d": {"__float__": "seven"}}}
+    assert raw["a"][1] == {"__float__": "Infinity"}  # type: ignore[index]

@@ -188,7 +188,8 @@ def _assert_told(report: Report, corruptor: Corruptor, place: Place) -> None:
 
 
 def test_every_rule_has_a_corruptor() -> None:
-    assert {c.rule for c in CORRUPTORS} == set(all_rules())
+    # Depth eval judges numbers of a gate, not a file: tests of their own hold its rules.
+    assert {c.rule for c in CORRUPTORS} == {r.id for r in all_rules().values() if r.depth != "eval"}
 
 
 def test_corruptors_are_told_apart() -> None:

@@ -607,6 +607,18 @@ def _names_of(folder: Path) -> dict[str, tuple[int, ...]]:
     return found
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vision_encoder.blocks.1.mlp.experts.0.fc1", "model.sam_model.blocks.0.attn.qkv",
+        "model.qwen2_model.model.model.layers.0.mlp.up_proj", "code2wav.pre_transformer.layers.0.self_attn.q_proj",
+    ],
+)  # fmt: skip
+def test_towers_that_are_called_otherwise(name: str) -> None:
+    """Of Dots3-Note, DeepSeek-OCR2 and Qwen3-Omni: a recipe for the text model must leave them."""
+    assert role(name) == "vision"
+
+
 def test_families_are_found_by_model_type() -> None:
     assert len(known()) >= 15 and {"llama", "minimax_m3_vl", "mixtral", "qwen3_moe", "deepseek_v3"} <= set(known())
     assert load("gpt2") is None

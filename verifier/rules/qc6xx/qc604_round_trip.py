@@ -79,13 +79,10 @@ def _experts(ctx: Context, group: Fused, told: set[str]) -> Iterator[Finding]:
     usual = Counter(m.look for m in modules).most_common(1)[0][0]
     first = next(m for m in modules if m.look is usual)
     wanted = ctx.format_of(first)
-    several = _several_sizes(ctx)
     for module in modules:
         have = ctx.format_of(module)
         if module.look is usual and have is wanted:
             continue
-        if module.dims != first.dims and several.issuperset(n for n in (module.dims or ()) if n not in (first.dims or ())):
-            continue  # experts of another modality, in a stack of their own
         if not _alike((first, module), [wanted, have]):
             if module.name in told or ctx.is_mtp(module.name):  # MTP is QC403's
                 continue
@@ -96,16 +93,6 @@ def _experts(ctx: Context, group: Fused, told: set[str]) -> Iterator[Finding]:
                 )  # fmt: skip
             continue
         yield from _geometry(ctx, (first, module), rows=True)
-
-
-def _several_sizes(ctx: Context) -> frozenset[int]:
-    """Return the inner sizes of experts where the config has several: Ernie-VL keeps text and vision in one list."""
-    config = ctx.checkpoint.config or {}
-    for node in (config, config.get("text_config")):
-        sizes = node.get("moe_intermediate_size") if isinstance(node, Mapping) else None
-        if isinstance(sizes, list):
-            return frozenset(n for n in sizes if type(n) is int)
-    return frozenset()
 
 
 def _by_intent(ctx: Context, module: Module) -> bool:
