@@ -144,8 +144,12 @@ def _state(folder: Path) -> dict[str, object]:
 
 def _save_state(folder: Path, state: dict[str, object]) -> None:
     temporary = folder / f"{STATE}.part"
-    temporary.write_text(json.dumps(state))
-    temporary.rename(folder / STATE)
+    try:
+        temporary.write_text(json.dumps(state))
+        temporary.rename(folder / STATE)
+    except BaseException:  # a signal may come between the two
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def write(

@@ -359,7 +359,8 @@ def test_infinity_in_a_config_is_read(tmp_path: Path) -> None:
     folder = _folder(tmp_path / "ckpt", _file(_entry()))
     (folder / "config.json").write_text('{"model_type": "nemotron_h", "time_step_limit": [0.0, Infinity]}')
     assert open_checkpoint(folder).model_type == "nemotron_h"
-    assert _check(folder).findings == ()
+    # It is no whole nemotron_h, whose names are known; of its config nothing is said.
+    assert {f.rule for f in verifier.check(folder, depth="payload").findings} <= {"QC109", "QC201", "QC205"}
 
 
 @pytest.mark.parametrize("model_type", TEXT_FAMILIES)
