@@ -25,8 +25,9 @@ PIECE = 1 << 20
 """Values of a piece of rows."""
 CHUNK = 32
 """Values that stand for a block where a format has none."""
-LANE = 1 << 17
-"""Values that the fast pass holds at a time: its buffers stay in a core's cache."""
+LANE = 1 << 19
+"""Values that the fast pass holds at a time. Two threads hinder one another less in longer passes: numpy gives the
+interpreter back once a pass, and one thread is no slower for it."""
 TINY, HUGE = 1e-20, 1e30
 
 

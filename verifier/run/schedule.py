@@ -12,9 +12,11 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import chain
 
 from verifier.errors import ContentError, UsageError
 from verifier.findings import Finding
+from verifier.memory import keep_freed_memory
 from verifier.rules import Context, Rule, Tally
 from verifier.run.group import group
 from verifier.run.sample import Sample
@@ -105,14 +107,17 @@ def _read(
     parts = sample.choose(ctx.modules.values()) if sample is not None else _by_shard(ctx, share)
     tasks = [_Task(split, modules, of) for modules, of in parts if split and modules]
     everything = list(ctx.modules.values())
-    tasks += [_Task([rule], everything, len(everything)) for rule in whole]
+    comparing = [_Task([rule], everything, len(everything)) for rule in whole]
 
     def read(task: _Task) -> list[Outcome]:
         part = ctx.part(task.modules)
         return [_run(rule, part, judge) for rule in task.rules]
 
+    keep_freed_memory()
     ctx.part(())  # works out what all parts share, before threads would each do so
-    for task, outcomes in zip(tasks, _each(read, tasks, workers), strict=True):
+    # Shards first: what rules that compare modules ask for is known then. Beside the shards it would be worked out twice.
+    said = chain(_each(read, tasks, workers), _each(read, comparing, workers))
+    for task, outcomes in zip([*tasks, *comparing], said, strict=True):
         for rule, outcome in zip(task.rules, outcomes, strict=True):
             if task.of != len(task.modules):
                 outcome.tally.of = outcome.tally.of * task.of // len(task.modules)
