@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from exporter import codecs
 from exporter.layout import Layout, hf_mapping, of_model
 from exporter.layout.pieces import Grid, concatenate, cut, deinterleave, interleave, run, stack, transpose, whole
 from exporter.layout.pieces import Op as Operation
+from tests import sparse
 from verifier.errors import UnsupportedConversion
 
 E, F, H = 4, 128, 64
@@ -368,6 +370,16 @@ def test_minimax_m3_with_vision_and_indexer(shared_data: Path, tmp_path: Path) -
     rows, columns = memory[fused].shape
     scale = found.to_hub({fused.replace("weight", "weight_scale"): torch.zeros(rows, columns // 32)})
     assert {n.rpartition("layers.0.")[2] for n in scale} == {"mlp.gate_proj.weight_scale", "mlp.up_proj.weight_scale"}
+
+
+def test_the_real_minimax_m3_from_its_config_alone() -> None:
+    """428 billion parameters on the meta device: the names and shapes of the vendor's checkpoint, its scales apart."""
+    raw = {k: copy.deepcopy(v) for k, v in sparse.m3_config().items() if k != "architectures"}
+    with torch.device("meta"):
+        model = transformers.AutoModelForImageTextToText.from_config(transformers.AutoConfig.for_model(**raw))
+    wanted = {n: tuple(shape) for n, _, shape in sparse.rows() if not n.endswith("weight_scale_inv")}
+    assert len(wanted) == 23_416
+    assert {n: tuple(shape) for n, shape in of_model(model).hub.items()} == wanted
 
 
 def test_the_source_index_decides_where_the_mapping_is_no_bijection() -> None:
