@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much memory is left, and keeping what was freed."""
+"""How much memory is left."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-
-import numpy as np
 
 
 def free_memory(device: str = "cpu") -> int:
@@ -35,13 +33,3 @@ def _left_in_group(without: int) -> int:
         return limit - used + int(stat["inactive_file"])
     except (OSError, ValueError, KeyError):  # "max", or no such file
         return without
-
-
-def keep_freed_memory() -> None:
-    """Let the C library hand out again what arrays of some megabytes give back.
-
-    glibc asks the kernel for every array beyond 128 kB and returns it at once; a payload check then spends more time on
-    fresh pages than on values. Its limit follows the largest such array that was ever freed, up to 32 MB (mallopt(3),
-    M_MMAP_THRESHOLD): free one, which no byte of was touched. Other C libraries do nothing by it.
-    """
-    np.empty((32 << 20) - (1 << 16), np.uint8)

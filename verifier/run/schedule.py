@@ -14,9 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import chain
 
+import numpy as np
+
 from verifier.errors import ContentError, UsageError
 from verifier.findings import Finding
-from verifier.memory import keep_freed_memory
 from verifier.rules import Context, Rule, Tally
 from verifier.run.group import group
 from verifier.run.sample import Sample
@@ -113,7 +114,7 @@ def _read(
         part = ctx.part(task.modules)
         return [_run(rule, part, judge) for rule in task.rules]
 
-    keep_freed_memory()
+    _keep_freed_memory()
     ctx.part(())  # works out what all parts share, before threads would each do so
     # Shards first: what rules that compare modules ask for is known then. Beside the shards it would be worked out twice.
     said = chain(_each(read, tasks, workers), _each(read, comparing, workers))
@@ -159,6 +160,16 @@ def _run(rule: Rule, ctx: Context, judge: Judge) -> Outcome:
         stopped = str(error)
         ctx.tally.miss(1, stopped)
     return Outcome(group(found, 0, MAX_KINDS), ctx.tally, stopped)
+
+
+def _keep_freed_memory() -> None:
+    """Let the C library hand out again what arrays of some megabytes give back.
+
+    glibc asks the kernel for every array beyond 128 kB and returns it at once; a payload check then spends more time on
+    fresh pages than on values. Its limit follows the largest such array that was ever freed, up to 32 MB (mallopt(3),
+    M_MMAP_THRESHOLD): free one of which no byte was touched. Other C libraries do nothing by it.
+    """
+    np.empty(16 << 20, np.uint8)
 
 
 def _each(read: Callable[[_Task], list[Outcome]], tasks: Sequence[_Task], workers: int) -> Iterator[list[Outcome]]:
