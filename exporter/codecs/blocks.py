@@ -51,6 +51,11 @@ class Rows:
         except RuntimeError:  # such as a stack of transposed matrices
             self._flat = None
 
+    @property
+    def viewed(self) -> bool:
+        """Whether every part is a view."""
+        return self._flat is not None
+
     def of(self, part: Part) -> torch.Tensor:
         """Return a part, in the dtype it has; a view where strides allow one."""
         if self._flat is not None:
@@ -104,19 +109,20 @@ def rows_of(x: torch.Tensor, fmt: str, block: int) -> Rows:
     return Rows(x)
 
 
-def parts_of(rows: int, width: int) -> Iterator[Part]:
-    """Yield parts of at most `CHUNK` elements each, in order; none where there is no element."""
+def parts_of(rows: int, width: int, size: int = CHUNK) -> Iterator[Part]:
+    """Yield parts of at most ``size`` elements each, in order; none where there is no element."""
     if width == 0:
         return
-    step = max(1, CHUNK // width)
+    step = max(1, size // width)
     for start in range(0, rows, step):
-        for left in range(0, width, CHUNK):
-            yield Part(start, min(rows, start + step), left, min(width, left + CHUNK))
+        for left in range(0, width, size):
+            yield Part(start, min(rows, start + step), left, min(width, left + size))
 
 
 def each_part(
-    shape: tuple[int, int], device: torch.device, threads: int | None, work: Callable[[Part, Scratch], None]
-) -> None:
+    shape: tuple[int, int], device: torch.device, threads: int | None, work: Callable[[Part, Scratch], None],
+    size: int = CHUNK,
+) -> None:  # fmt: skip
     """Call ``work`` for every part of [rows, in], by several threads of one intra-op thread each.
 
     Args:
@@ -124,11 +130,12 @@ def each_part(
         device: of the tensors; on any but the CPU one thread does the work.
         threads: how many; None takes as many as torch has intra-op threads (one in a worker of `exporter.stream`).
         work: what to do; parts do not overlap. Of errors the one of the first part is raised.
+        size: elements of a part.
     """
     if threads is not None and threads < 1:
         raise EncodeError(f"threads is {threads}; 1 is the least")
-    count = min(threads or torch.get_num_threads(), -(-shape[0] * shape[1] // CHUNK)) if device.type == "cpu" else 1
-    parts = enumerate(parts_of(*shape))
+    count = min(threads or torch.get_num_threads(), -(-shape[0] * shape[1] // size)) if device.type == "cpu" else 1
+    parts = enumerate(parts_of(*shape, size))
     if count <= 1:
         scratch = Scratch(device)
         with torch.no_grad():
@@ -225,7 +232,8 @@ def tensor_amax(x: torch.Tensor, fmt: str, block: int, threads: int | None = Non
         with lock:
             maxima.scatter_reduce_(0, index.reshape(-1), top.reshape(-1), "amax")
 
-    each_part(rows.shape, x.device, threads, work)
+    # Where nothing is copied, a part costs little more than its call.
+    each_part(rows.shape, x.device, threads, work, 4 * CHUNK if rows.viewed else CHUNK)
     return maxima.reshape(lead)
 
 
