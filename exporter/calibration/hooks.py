@@ -14,6 +14,7 @@ from exporter.calibration.experts import reading
 from exporter.calibration.names import Target
 from exporter.calibration.sites import Site
 from verifier.errors import PlanError
+from verifier.load.experts import implementations
 
 
 @dataclass
@@ -81,7 +82,7 @@ def _experts(model: Any, stacks: Mapping[str, tuple[Site, Site]]) -> Iterator[No
 
     functions: Any = moe.ALL_EXPERTS_FUNCTIONS
     name = f"ckptgate_{uuid.uuid4().hex}"
-    before = _implementations(model)
+    before = implementations(model)
     # An entry of the instance can be deleted; what its method register() adds cannot.
     functions[name] = reading({model.get_submodule(path): sites for path, sites in stacks.items()})
     try:
@@ -95,13 +96,3 @@ def _experts(model: Any, stacks: Mapping[str, tuple[Site, Site]]) -> Iterator[No
         for config, implementation in before:
             config._experts_implementation = implementation
         del functions[name]
-
-
-def _implementations(model: Any) -> list[tuple[Any, Any]]:
-    """Return every config of the model with its implementation, outer ones first: setting one sets those within."""
-    found: dict[int, tuple[Any, Any]] = {}
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if config is not None and hasattr(config, "_experts_implementation"):
-            found.setdefault(id(config), (config, config._experts_implementation))
-    return list(found.values())

@@ -19,6 +19,7 @@ import torch
 
 from verifier.checkpoint import Checkpoint
 from verifier.errors import ContentError
+from verifier.load.experts import implementations, run_experts
 from verifier.load.fake import Rounding
 from verifier.schemes import (
     FORMATS,
@@ -116,7 +117,7 @@ def declared_activations(model: Any, checkpoint: Checkpoint) -> Iterator[dict[st
     wanted = roundings(checkpoint)
     linears, stacks = _places(model, checkpoint, wanted)
     handles = [m.register_forward_pre_hook(_hook(r), with_kwargs=True) for m, r in linears.values()]
-    before = _experts_configs(model)
+    before = implementations(model)
     try:
         for module, roles in stacks.values():
             setattr(module, _MARK, roles)
@@ -202,59 +203,10 @@ def _hook(rounding: Rounding) -> Any:
     return hook
 
 
-def _experts_configs(model: Any) -> list[tuple[Any, Any]]:
-    """Return every config of the model with its implementation, outer ones first: setting one sets those within."""
-    found: dict[int, tuple[Any, Any]] = {}
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if config is not None and hasattr(config, "_experts_implementation"):
-            found.setdefault(id(config), (config, config._experts_implementation))
-    return list(found.values())
-
-
 def _forward(
     module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    """Compute routed experts one by one from the interface's contract, their inputs rounded."""
+    """Compute routed experts one by one, their inputs rounded."""
     roles: Roles = getattr(module, _MARK, ({}, {}))
-    first, second = roles
-    rows, count = hidden_states.shape[0], module.down_proj.shape[0]
-    # A router may name an expert beyond the last: no one.
-    chosen = top_k_index.t().reshape(-1).clamp(max=count)
-    order = torch.argsort(chosen, stable=True)
-    sizes = torch.bincount(chosen, minlength=count + 1)[:count].tolist()
-    result = torch.zeros_like(hidden_states)
-    start = 0
-    for expert, size in enumerate(sizes):
-        if not size:
-            continue
-        slots = order[start : start + size]
-        start += size
-        token, position = slots % rows, slots // rows
-        given = hidden_states[token]
-        if expert in first:
-            given = first[expert](given)
-        between = _first(module, given, expert)
-        if expert in second:
-            between = second[expert](between)
-        made = _project(module, between, "down_proj", expert)
-        if getattr(module, "has_post_expert_norm", False):
-            made = module.post_expert_norm(made)
-        made = made * top_k_weights[token, position, None]
-        result.index_add_(0, token, made.to(result.dtype))
-    return result
-
-
-def _first(module: Any, given: torch.Tensor, expert: int) -> torch.Tensor:
-    """Return the input of the expert's down projection, [rows, intermediate]."""
-    if module.has_gate:
-        gated: torch.Tensor = module._apply_gate(_project(module, given, "gate_up_proj", expert))
-        return gated
-    plain: torch.Tensor = module.act_fn(_project(module, given, "up_proj", expert))
-    return plain
-
-
-def _project(module: Any, given: torch.Tensor, leaf: str, expert: int) -> torch.Tensor:
-    weight = getattr(module, leaf)[expert]
-    bias = getattr(module, f"{leaf}_bias")[expert] if module.has_bias else None
-    return torch.nn.functional.linear(given, weight.t() if module.is_transposed else weight, bias)
+    first, second = (lambda e, x, of=role: of[e](x) if e in of else x for role in roles)
+    return run_experts(module, hidden_states, top_k_index, top_k_weights, first, second)
