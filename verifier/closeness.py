@@ -35,12 +35,14 @@ TINY, HUGE = 1e-20, 1e30
 class Distance:
     """Sums of squares over a weight: of the base's values, of decoded - base, and of ``max`` calibrated - base.
 
+    ``along``: the sum of (decoded - base) x base; over ``size``, by how much the values are too large as a whole.
     ``suspect``: a block is off by half as much again as ``max`` leaves there, and by more than rounding.
     """
 
     size: float = 0.0
     error: float = 0.0
     plain: float = 0.0
+    along: float = 0.0
     suspect: bool = False
 
     def add(self, other: Distance) -> None:
@@ -48,6 +50,7 @@ class Distance:
         self.size += other.size
         self.error += other.error
         self.plain += other.plain
+        self.along += other.along
         self.suspect = self.suspect or other.suspect
 
 
@@ -73,6 +76,11 @@ def norm2(values: Float32) -> float:
     """Return the sum of squares in float64."""
     # Not a dot product: that would start BLAS threads beside the others.
     return float(np.square(values, dtype=np.float64).sum())
+
+
+def along(values: Float32, wanted: Float32) -> float:
+    """Return the sum of (values - wanted) x wanted in float64."""
+    return float(((values - wanted) * wanted).sum(dtype=np.float64))
 
 
 def block_norms2(values: Float32, width: int) -> npt.NDArray[np.float32]:
@@ -129,7 +137,7 @@ def distance(pieces: Iterable[Piece], fmt: str, amax: float) -> tuple[Distance, 
             wanted = floats(piece.wanted)
             got = decode(piece.parts, fmt)
             with np.errstate(over="ignore", invalid="ignore"):
-                found = Distance(norm2(wanted), norm2(got - wanted))
+                found = Distance(norm2(wanted), norm2(got - wanted), along=along(got, wanted))
             scales = max_scales(wanted, fmt, amax) if plain else None
             if scales is None:
                 plain = False
@@ -217,6 +225,7 @@ class _Lanes:
         got -= base
         sizes, errors = _by_block(base), _by_block(got)
         found = Distance(float(sizes.sum(dtype=np.float64)), float(errors.sum(dtype=np.float64)))
+        found.along = float(np.einsum("ij,ij->j", got, base, optimize=False).sum(dtype=np.float64))
         peak = self._peak(pairs, base)
         plain = self._plain(peak, top)
         wide = np.repeat(plain, 2)

@@ -64,7 +64,8 @@ def main(argv: list[str]) -> int:
     crashes = [o for o in (*harmful, *extra) if o.crash]
     survivors = [
         o for o in (*harmful, *extra)
-        if (o.knows in ("nothing", "base") and not o.told[0]) or (o.knows == "nothing" and not o.told[1])
+        if o.checkpoint  # nothing that fits it was found: counted as unfit
+        and ((o.knows in ("nothing", "base") and not o.told[0]) or (o.knows == "nothing" and not o.told[1]))
     ]  # fmt: skip
     found = {
         "command": "python -m tests.mutation --write",

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from verifier.checkpoint import Tensor
-from verifier.closeness import CHUNK, beyond, block_norms2
+from verifier.closeness import CHUNK, along, beyond, block_norms2
 from verifier.decoding import Float32, decode, max_scales, nearest
 from verifier.errors import ContentError
 from verifier.rules.context import Context
@@ -36,6 +36,9 @@ COARSE = 0.05
 """Where more of the blocks are somewhat off, the codes are coarse throughout."""
 MOVED = 0.1
 """Where more of the other blocks have codes that are clearly not the nearest, the method moves weights."""
+BIAS = 0.03
+"""A weight whose values are off by more than this as a whole has scales beside those of its codes: minimizing the squared
+error leaves the square of the relative error (0.01 for NVFP4), and one step of an E4M3 scale is 0.06 to 0.12."""
 FACTOR = 0.12
 """A block whose values are off by a common factor beyond this has a scale that is not that of its codes."""
 E8M0_WIDESPREAD = 0.1
@@ -46,7 +49,10 @@ _PARTNERS = {"gate_proj": "up_proj", "up_proj": "gate_proj", "w1": "w3", "w3": "
 
 @dataclass(frozen=True, slots=True)
 class Reconstruction:
-    """What a comparison found: relative errors (of what is stored, of the best codes, of ``max``), and its cause."""
+    """What a comparison found: relative errors (of what is stored, of the best codes, of ``max``), and its cause.
+
+    ``bias``: by how much the values are too large as a whole, where that is more than a format leaves; else 0.
+    """
 
     cause: Cause
     reason: str = ""
@@ -56,6 +62,12 @@ class Reconstruction:
     detail: str = ""
     place: tuple[int, int] | None = None
     count: int = 1
+    bias: float = 0.0
+
+    @property
+    def as_a_whole(self) -> str:
+        """The bias in words, to be put behind the relative error."""
+        return f", values {1 + self.bias:.3f} of the base's as a whole" if self.bias else ""
 
 
 def reconstruction(ctx: Context, module: Module) -> Reconstruction:
@@ -165,7 +177,7 @@ def _quick(pieces: WeightPieces, found: Format) -> Reconstruction | None:
     if not (np.isfinite(measured.error) and np.isfinite(measured.size)) or measured.size == 0 or not defined:
         return None
     relative, by_max = (float(np.sqrt(v / measured.size)) for v in (measured.error, measured.plain))
-    if relative >= 1e-3 and (measured.suspect or relative > WEAK * by_max):
+    if relative >= 1e-3 and (measured.suspect or relative > WEAK * by_max or abs(measured.along) > BIAS * measured.size):
         return None
     return Reconstruction("", relative=relative, best=by_max, by_max=by_max)
 
@@ -192,7 +204,11 @@ def _judge(
     possible = _norm(ideal - wanted) / size
     by_max = possible if by_max is None else by_max
     best = max(min(possible, 4 * by_max), by_max)
-    known = Reconstruction("", relative=relative, best=best, by_max=by_max)
+    bias = along(got, wanted) / size**2
+    # Blocks at the format's least scale, and values that no code is near, are off whatever the codes.
+    least = max(abs(along(v, wanted)) / size**2 for v in (ideal, usual) if v is not None)
+    bias = bias if abs(bias) > BIAS + least and relative > 1.1 * by_max else 0.0
+    known = Reconstruction("", relative=relative, best=best, by_max=by_max, bias=bias)
     lost, enough = relative > max(LOST, 2 * by_max), max(FOUND, 1.5 * by_max)
     cause, detail = _explain(ctx, module, found, parts, wanted, got, enough) if lost else ("", "")
     if cause:
@@ -200,12 +216,17 @@ def _judge(
     half = wanted.size / min(width, CHUNK) / 2
     foreign, place = _foreign(wanted, got, ideal, min(width, CHUNK))
     if not foreign and usual is not None:
+        detail = "other scales"
         foreign, place = _rescaled(wanted, got, usual, _sound(parts, found, wanted, got), min(width, CHUNK))
         foreign = 0 if lost and foreign > half else foreign
+        if not foreign and not lost and not found.rowwise:
+            foreign, place = _shared_scale_off(wanted, got, usual, found)
     if foreign:
-        return replace(known, cause="part", place=place, count=foreign)
+        return replace(known, cause="part", place=place, count=foreign, detail=detail)
     if lost:
         return _another(ctx, module, got, known, enough)
+    if bias:
+        return replace(known, cause="weak")
     if relative <= WEAK * best:
         return known
     return replace(known, cause="moved" if relative <= 4 * best and _moved(wanted, got, ideal, width) else "weak")
@@ -303,10 +324,7 @@ def _foreign(wanted: Float32, got: Float32, ideal: Float32, width: int) -> tuple
     if not count or count > foreign.size / 2 or (count > COARSE * foreign.size and not another.any()):
         return 0, None
     others = block_norms2(_beside(wanted, got, ideal).astype(np.float32), width)[~foreign]
-    if others.size == 0 or (others > 0).mean() > MOVED:
-        return 0, None
-    row, block = np.unravel_index(int(np.argmax(foreign)), foreign.shape)
-    return count, (int(row), int(block))
+    return (0, None) if others.size == 0 or (others > 0).mean() > MOVED else _first(foreign)
 
 
 def _rescaled(
@@ -319,17 +337,54 @@ def _rescaled(
     which a fused group or a stack shares, is right.
     """
     got_, far, best, size = (block_norms2(x, width) for x in (got, got - wanted, usual - wanted, wanted))
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        dot = (got_ + size - far) / 2
-        factor = dot / size
-        # What is left of got / factor - wanted.
-        left = got_ / np.square(factor) - 2 * dot / factor + size
-        mended = (np.abs(factor - 1) > FACTOR) & (factor > 0) & np.isfinite(left)
-        mended &= (left < 0.25 * far / np.maximum(np.square(factor), 1)) & ~beyond(np.asarray(left, np.float32), best, size)
-        # So small a factor that nothing is left to mend.
-        found = beyond(far, best, size) & (mended | ((got_ > 0) & (got_ < np.float32(2**-12) * size)))
+    found = _factor_mends(got_, far, best, size, least=FACTOR)
     if sound is not None and sound.shape == found.shape:
         found &= ~sound
+    return _first(found)
+
+
+def _shared_scale_off(wanted: Float32, got: Float32, usual: Float32, found: Format) -> tuple[int, tuple[int, int] | None]:
+    """Return (scales of rows, of tiles or of the tensor that one factor makes right, row and `CHUNK` of the first).
+
+    So many values share such a scale that no chance makes one factor explain their errors: however small it is, it counts
+    where it takes three quarters of the squared error away.
+    """
+    rows, cols = found.block or ((1, wanted.shape[1]) if found.name == "fp8_per_channel" else wanted.shape)
+    down, across = np.arange(0, wanted.shape[0], rows), np.arange(0, -(-wanted.shape[1] // CHUNK), -(-cols // CHUNK))
+
+    def shared(values: Float32) -> Float32:
+        by_row = np.add.reduceat(block_norms2(values, CHUNK).astype(np.float64), down, axis=0)
+        return np.asarray(np.add.reduceat(by_row, across, axis=1), np.float32)
+
+    off = _factor_mends(shared(got), shared(got - wanted), shared(usual - wanted), shared(wanted), least=0)
+    count, place = _first(off)
+    return count, (int(down[place[0]]), int(across[place[1]])) if place is not None else None
+
+
+def _factor_mends(got: Float32, far: Float32, best: Float32, size: Float32, *, least: float) -> npt.NDArray[np.bool_]:
+    """Return which blocks are beyond what ``max`` leaves and, divided by one factor, are not.
+
+    Args:
+        got: sum of squares of each block as decoded.
+        far: its squared distance from the base's.
+        best: that of ``max``.
+        size: sum of squares of the base's.
+        least: how far from 1 the factor has to be.
+    """
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        dot = (got + size - far) / 2
+        factor = dot / size
+        # What is left of got / factor - wanted.
+        left = got / np.square(factor) - 2 * dot / factor + size
+        mended = (np.abs(factor - 1) > least) & (factor > 0) & np.isfinite(left)
+        mended &= (left < 0.25 * far / np.maximum(np.square(factor), 1)) & ~beyond(np.asarray(left, np.float32), best, size)
+        # So small a factor that nothing is left to mend.
+        found: npt.NDArray[np.bool_] = beyond(far, best, size) & (mended | ((got > 0) & (got < np.float32(2**-12) * size)))
+    return found
+
+
+def _first(found: npt.NDArray[np.bool_]) -> tuple[int, tuple[int, int] | None]:
+    """Return how many blocks are marked, and row and block of the first."""
     count = int(found.sum())
     if not count:
         return 0, None

@@ -355,6 +355,55 @@ def test_one_foreign_block_is_placed(tmp_path: Path) -> None:
     assert (found.where.tensor, found.where.row, found.where.block, found.count) == (f"{GATE}.weight", 5, 2, 1)
 
 
+@pytest.fixture(scope="module")
+def wide_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a source whose gate_proj of layer 0 has two tiles of 128 rows."""
+    folder = copy(LLAMA_SOURCE, tmp_path_factory.mktemp("wide") / "src")
+    for i in range(2):
+        for leaf, shape in (("gate_proj", (256, 64)), ("up_proj", (256, 64)), ("down_proj", (64, 256))):
+            values = np.random.default_rng(i).normal(scale=0.02, size=shape)
+            folder.store(f"model.layers.{i}.mlp.{leaf}.weight", values.astype(ml_dtypes.bfloat16))
+    folder.edit_json("config.json", lambda c: c.update(intermediate_size=256))
+    return folder.path
+
+
+@pytest.mark.parametrize(
+    ("recipe", "leaf", "factors", "count", "row"),
+    [
+        ("fp8_block128", "weight_scale_inv", [[1.06], [0.94]], 2, 0),
+        ("fp8_block128", "weight_scale_inv", [[1.0], [1.06]], 1, 128),
+        ("fp8_default", "weight_scale", 1.06, 1, 0),
+    ],
+    ids=["each tile", "one tile", "the tensor"],
+)
+def test_scales_a_little_beside_those_of_the_codes(
+    tmp_path: Path, wide_llama: Path, recipe: str, leaf: str, factors: Any, count: int, row: int
+) -> None:
+    export(wide_llama, tmp_path / "out", recipe=recipe, input_scale="one")
+    folder, name = Folder(tmp_path / "out"), "model.layers.0.mlp.gate_proj"
+    before = verifier.check(folder.path, base=wide_llama, depth="payload")
+    assert not before.by_rule("QC515") and not before.by_rule("QC517")
+    scale = folder.array(f"{name}.{leaf}")
+    folder.store(f"{name}.{leaf}", (scale * np.asarray(factors)).astype(np.float32).reshape(scale.shape))
+    (found,) = verifier.check(folder.path, base=wide_llama, depth="payload").by_rule("QC517")
+    assert "other scales" in found.message
+    assert (found.where.tensor, found.where.row, found.count) == (f"{name}.weight", row, count)
+
+
+@pytest.mark.parametrize("factor", [17 / 16, 15 / 16])
+def test_a_scale_of_a_tensor_off_by_a_sixteenth(tmp_path: Path, factor: float) -> None:
+    folder = copy(QWEN, tmp_path / "ckpt")
+    for module in (GATE, UP):
+        scale_2 = folder.array(f"{module}.weight_scale_2")
+        folder.store(f"{module}.weight_scale_2", (scale_2 * factor).astype(np.float32))
+    report = verifier.check(folder.path, base=SOURCE, depth="payload")
+    assert {f.where.tensor for f in loud(report)} == {f"{GATE}.weight", f"{UP}.weight"}
+    for found in loud(report):
+        assert found.rule in ("QC515", "QC517")
+        said = re.search(r"values (\d\.\d+) of the base's", str(found.observed))
+        assert said and abs(float(said[1]) - factor) < 0.01
+
+
 def test_weights_scaled_for_awq_are_not_judged(tmp_path: Path) -> None:
     folder = copy(QWEN, tmp_path / "ckpt")
     source = Folder(SOURCE).array(f"{GATE}.weight").astype(np.float32)

@@ -22,10 +22,11 @@ def check(ctx: Context) -> Iterator[Finding]:
     plain ``max`` calibration, whichever is worse; no fixed band exists (0 for +-c weights, 0.36 on blocks at the floor).
     **Why.** Scales rounded after the codes were chosen; a swapped, foreign or permuted tensor.
     **Hurts.** Quality; with a foreign tensor, everything.
-    **Mend.** Encode the tensor again from the base. Beyond 1.25 times what is possible it is a warning; where more than
-    half of the tensor is lost and the format is not to blame, an error. Where the cause can be told, the rule that tells
-    it speaks instead: QC507, QC509 to QC512, QC517. Codes beside the nearest all over a tensor, as often above as below, are
-    what GPTQ and its like do on purpose (or a base of another revision): information only.
+    **Mend.** Encode the tensor again from the base. Beyond 1.25 times what is possible, or where the values
+    are more than 3% too large or too small as a whole, it is a warning; where more than half of the tensor is lost and
+    the format is not to blame, an error. Where the cause can be told, the rule that tells it speaks instead: QC507, QC509
+    to QC512, QC517. Codes beside the nearest all over a tensor, as often above as below, are what GPTQ and its like do on
+    purpose (or a base of another revision): information only.
     """
     if ctx.base is None or ctx.unrelated_base:
         ctx.tally.miss(len(ctx.quantized_modules), "the base is another model")
@@ -55,5 +56,6 @@ def check(ctx: Context) -> Iterator[Finding]:
         elif r.cause == "weak":
             yield ctx.finding(
                 "further from the base than the format need be", tensor=weight.name,
-                observed=f"relative error {r.relative:.4f}", expected=f"at most {r.best:.4f} ({found.algo} on this tensor)",
+                observed=f"relative error {r.relative:.4f}{r.as_a_whole}",
+                expected=f"at most {r.best:.4f} ({found.algo} on this tensor)",
             )  # fmt: skip
