@@ -7,7 +7,7 @@ header    the whole command on 22,000 to 350,000 tensors in sparse files, and on
           own; beside it a process that parses the real release's headers with the standard library alone.
 scan      depth payload without a base on one layer, all 128 experts, scales between the codes as released; beside it
           `readinto` of the same bytes.
-payload   depth payload with a base on one layer with some experts, by one thread and by two; beside it `readinto` of both.
+payload   depth payload with a base on one layer with some experts, by one worker and by two; beside it `readinto` of both.
 memory    private pages at depth payload beyond those of the idle process, with tensors far larger than any expert.
 
 Within a part everything runs in turn in each round; the first round fills caches and is left out. Layers of a slice have
@@ -55,26 +55,14 @@ for f in sorted(glob.glob(sys.argv[1] + "/*.safetensors")):
         json.loads(h.read(int.from_bytes(h.read(8), "little")))
 """
 MEMORY = """
-import sys, threading, time
+import sys
 import verifier
 from verifier.rules import all_rules
 all_rules()
-def private():
-    with open("/proc/self/smaps_rollup") as h:
-        return sum(int(l.split()[1]) for l in h if l.startswith("Private_")) / 1000
 verifier.check(sys.argv[2], depth="payload")
-idle, peak, done = private(), 0.0, False
-def watch():
-    global peak
-    while not done:
-        peak = max(peak, private())
-        time.sleep(0.01)
-thread = threading.Thread(target=watch)
-thread.start()
-report = verifier.check(sys.argv[1], base=sys.argv[3] or None, depth="payload", workers=int(sys.argv[4]))
-done = True
-thread.join()
-print(idle, max(peak, private()) - idle)
+print(flush=True)
+sys.stdin.readline()
+verifier.check(sys.argv[1], base=sys.argv[3] or None, depth="payload", workers=int(sys.argv[4]))
 """
 Row = sparse.Row
 
@@ -91,6 +79,35 @@ def run(args: list[str]) -> tuple[float, float, float, str]:
     if child.returncode:
         raise SystemExit(f"{args} ended with {child.returncode}:\n{output[:2000]}")
     return seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1000, output
+
+
+def private(pid: int) -> float:
+    """Return the private megabytes of a process and of its copies; 0 where it has ended."""
+    try:
+        with open(f"/proc/{pid}/smaps_rollup") as rollup:
+            found = sum(int(line.split()[1]) for line in rollup if line.startswith("Private_")) / 1000
+        children = [int(c) for f in Path(f"/proc/{pid}/task").glob("*/children") for c in f.read_text().split()]
+    except (OSError, ProcessLookupError):
+        return 0.0
+    return found + sum(map(private, children))
+
+
+def grown(arguments: list[str]) -> tuple[float, float]:
+    """Return the private megabytes of an idle process, and by how many it and its copies grow in a payload check."""
+    child = subprocess.Popen(
+        [sys.executable, "-c", MEMORY, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=CHILD_ENV
+    )
+    assert child.stdin is not None and child.stdout is not None
+    child.stdout.readline()
+    idle = peak = private(child.pid)
+    child.stdin.write("\n")
+    child.stdin.close()
+    while child.poll() is None:
+        peak = max(peak, private(child.pid))
+        time.sleep(0.005)
+    if child.returncode:
+        raise SystemExit(f"the check ended with {child.returncode}")
+    return idle, peak - idle
 
 
 def release(layers: int) -> tuple[list[Row], dict[str, object]]:
@@ -314,7 +331,7 @@ def scan_part(rounds: int, folder: Path) -> dict[str, Any]:
         one, one_cpu, _ = judged(path, None, 1)
         two, _, _ = judged(path, None, 2)
         raw.append({
-            "readinto_s": read, "check_s": one, "two_threads_s": two, "readinto_cpu_s": read_cpu, "check_cpu_s": one_cpu,
+            "readinto_s": read, "check_s": one, "two_workers_s": two, "readinto_cpu_s": read_cpu, "check_cpu_s": one_cpu,
             "ratio": read / one, "speedup": one / two, "cpu_ratio": read_cpu / one_cpu,
         })  # fmt: skip
     return {"rounds": raw[1:], "bytes": count, "tensors": len(rows)}
@@ -334,9 +351,9 @@ def payload_part(rounds: int, folder: Path) -> dict[str, Any]:
         one, one_cpu, report = judged(path, base, 1)
         two, _, same = judged(path, base, 2)
         if (report.findings, report.coverage) != (same.findings, same.coverage):
-            raise SystemExit("two threads say something else than one")
+            raise SystemExit("two workers say something else than one")
         raw.append({
-            "readinto_s": read, "check_s": one, "two_threads_s": two, "readinto_cpu_s": read_cpu, "check_cpu_s": one_cpu,
+            "readinto_s": read, "check_s": one, "two_workers_s": two, "readinto_cpu_s": read_cpu, "check_cpu_s": one_cpu,
             "ratio": read / one, "speedup": one / two, "cpu_ratio": read_cpu / one_cpu,
         })  # fmt: skip
     return {"rounds": raw[1:], "bytes": count, "tensors": len(rows)}
@@ -363,9 +380,8 @@ def memory_part(rounds: int, folder: Path) -> dict[str, Any]:
     raw = []
     for _ in range(min(3, rounds)):
         one = {}
-        for name, against, workers in (("scan", "", 1), ("payload", str(base), 1), ("payload_two_threads", str(base), 2)):
-            output = run(["-c", MEMORY, str(path), str(TINY), against, str(workers)])[3]
-            one["idle_mb"], one[f"{name}_mb"] = map(float, output.split())
+        for name, against, workers in (("scan", "", 1), ("payload", str(base), 1), ("payload_two_workers", str(base), 2)):
+            one["idle_mb"], one[f"{name}_mb"] = grown([str(path), str(TINY), against, str(workers)])
         raw.append(one)
     return {"rounds": raw, "largest_tensor_mb": 200064 * 6144 * 2 / 1e6}
 

@@ -126,19 +126,19 @@ def verify_section(r: dict[str, Any]) -> list[str]:
         f"scales and unquantized tensors. With a base: one layer with six experts and its BF16 base, "
         f"{r['payload']['bytes'] / 1e6:,.0f} MB;",
         "every quantized weight is decoded, its error measured and compared with `max` calibration. The files are in the",
-        "page cache. A ratio is the seconds of `readinto` of the same bytes over those of the check, by one thread; below",
+        "page cache. A ratio is the seconds of `readinto` of the same bytes over those of the check, by one process; below",
         "it that of processor seconds, which other work on the machine changes less.", *head,
         row("scan, ratio", "scan", "ratio", "0.25", "0.4"),
         row("scan, ratio of processor seconds", "scan", "cpu_ratio", "", ""),
         row("with a base, ratio", "payload", "ratio", "0.04", "0.1", 3),
         row("with a base, ratio of processor seconds", "payload", "cpu_ratio", "", "", 3),
-        row("with a base, two threads against one", "payload", "speedup", "1.7", ""), "",
+        row("with a base, two processes against one", "payload", "speedup", "1.7", ""), "",
         "Private pages beyond those of the idle process, with an embedding of "
         f"{r['memory']['largest_tensor_mb']:,.0f} MB and an expert of 16,384 x 16,384", "",
         *head[1:],
         row("scan", "memory", "scan_mb", "500 MB", "150 MB", 0),
         row("with a base", "memory", "payload_mb", "500 MB", "150 MB", 0),
-        row("with a base, two threads", "memory", "payload_two_threads_mb", "500 MB", "150 MB", 0), "",
+        row("with a base, two processes", "memory", "payload_two_workers_mb", "500 MB", "150 MB", 0), "",
     ]  # fmt: skip
     return lines
 

@@ -25,9 +25,9 @@ PIECE = 1 << 20
 """Values of a piece of rows."""
 CHUNK = 32
 """Values that stand for a block where a format has none."""
-LANE = 1 << 19
-"""Values that the fast pass holds at a time. Two threads hinder one another less in longer passes: numpy gives the
-interpreter back once a pass, and one thread is no slower for it."""
+LANE = 1 << 18
+"""Values that the fast pass holds at a time: fewer, and starting numpy's loops is what takes the time; more, and two
+processes wait for memory."""
 TINY, HUGE = 1e-20, 1e30
 
 

@@ -28,7 +28,7 @@ from verifier.findings import Finding, Report
 )  # fmt: skip
 @click.option("--tp", metavar="N", type=click.IntRange(1, 65536), help="The tensor parallel size to serve with.")
 @click.option("--ep", metavar="N", type=click.IntRange(1, 65536), help="The expert parallel size to serve with.")
-@click.option("--workers", metavar="N", type=int, help="Threads that read bytes.  [default: the processors, at most 4]")
+@click.option("--workers", metavar="N", type=int, help="Processes that read bytes.  [default: the processors, at most 4]")
 @click.option("--subset", metavar="K/N", help="Read the K-th of N shares of the shards; `merge-reports` puts them together.")
 @click.option("--sample", metavar="P%", help="Read this part of the modules only, at least one of each look.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Which modules --sample takes.")

@@ -299,6 +299,14 @@ class Context(Judged):
         found: T = self._once[key]
         return found
 
+    def learnt(self) -> dict[Hashable, Any]:
+        """Return what `once` holds of single modules and tensors: what a copy of this process may tell the others."""
+        return {key: value for key, value in self._once.items() if isinstance(key, tuple)}
+
+    def learn(self, told: Mapping[Hashable, Any]) -> None:
+        """Take over what a copy of this process worked out."""
+        self._once.update(told)
+
     @property
     def loaded(self) -> Loaded:
         """What the loader made of the candidate, and of the base beside it; loaded once."""

@@ -86,8 +86,9 @@ def check(
         baseline: a file of accepted findings, which do not fail the check as long as they do not get worse.
         tp: the tensor parallel size to serve with; every linear is then divided as engines divide it (QC309).
         ep: the expert parallel size to serve with.
-        workers: threads that read and judge bytes; the processors of this process, at most four, where none is given. The
-            report does not depend on it.
+        workers: processes that read and judge bytes (copies of this one; threads where it has other threads already, is not
+            on Linux, or reads over the net); its processors, at most four, where none is given. The report does not depend
+            on it.
         subset: ``2/8`` reads the second eighth of the shards. Headers are judged in every subset; `merge_reports` makes
             one report of all of them.
         sample: ``5%`` reads that part of the modules of each look; the report says so.
@@ -176,7 +177,7 @@ def check(
 
 @dataclass(frozen=True, slots=True)
 class _Reading:
-    """How bytes are read: by how many threads, and which of them."""
+    """How bytes are read: by how many workers, and which of them."""
 
     workers: int
     share: Share | None

@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run rules: those that read headers one after another, those that read bytes by shard, over threads.
+"""Run rules: those that read headers one after another, those that read bytes by shard, over processes or threads.
 
 A rule that judges each module by itself (`Rule.split`) is run on the modules of one shard at a time, and what it says
-is put together in the order of the shards, whatever the number of threads and machines: so the report does not depend
+is put together in the order of the shards, whatever the number of workers and machines: so the report does not depend
 on them. A rule that compares modules is run once, on all of them. Rules that load the model come last, one by one.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import Any
 
 import numpy as np
 
@@ -20,12 +21,17 @@ from verifier.errors import ContentError, UsageError
 from verifier.findings import Finding
 from verifier.rules import Context, Rule, Tally
 from verifier.run.group import group
+from verifier.run.processes import by_copies, can_be_copied
 from verifier.run.sample import Sample
 from verifier.run.share import Share, file_of, shares
 from verifier.schemes import Module
 
 Judge = Callable[[Finding], Finding] | None
 MAX_WORKERS = 64
+WORTH_COPIES = 64 << 20
+"""Bytes of weights to compare from which on copies of this process are worth the tens of milliseconds that they cost."""
+SCANNED = 16
+"""What is only looked at goes as many times as fast."""
 # More kinds of findings than these, and a merged report may name others of them first than a whole one does.
 MAX_KINDS = 5_000
 
@@ -49,7 +55,7 @@ class Outcome:
 
 
 def workers_of(given: int | None) -> int:
-    """Return the number of threads: as given, else the processors that this process may use, at most four.
+    """Return the number of workers: as given, else the processors that this process may use, at most four.
 
     Raises:
         UsageError: none, or more than `MAX_WORKERS`.
@@ -76,7 +82,7 @@ def run_rules(
     Args:
         ctx: the checkpoint and what it is judged against.
         rules: those to run.
-        workers: threads that read and judge bytes.
+        workers: processes, or where this one cannot be copied threads, that read and judge bytes.
         share: the shards that are read here, where it is not all of them. Rules of depth header run whatever the share,
             those that compare bytes of modules in the first share only.
         sample: the modules that are read, where it is not all of them.
@@ -117,7 +123,9 @@ def _read(
     _keep_freed_memory()
     ctx.part(())  # works out what all parts share, before threads would each do so
     # Shards first: what rules that compare modules ask for is known then. Beside the shards it would be worked out twice.
-    said = chain(_each(read, tasks, workers), _each(read, comparing, workers))
+    copied = workers > 1 and _worth_copies(ctx, tasks) and can_be_copied()
+    shards = _by_copies(ctx, read, tasks, workers) if copied else _each(read, tasks, workers)
+    said = chain(shards, _each(read, comparing, workers))
     for task, outcomes in zip([*tasks, *comparing], said, strict=True):
         for rule, outcome in zip(task.rules, outcomes, strict=True):
             if task.of != len(task.modules):
@@ -136,6 +144,11 @@ class _Task:
     rules: Sequence[Rule]
     modules: Sequence[Module]
     of: int
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the modules' tensors."""
+        return sum(t.nbytes for m in self.modules for t in m.parts.values())
 
 
 def _by_shard(ctx: Context, share: Share | None) -> list[tuple[list[Module], int]]:
@@ -172,18 +185,53 @@ def _keep_freed_memory() -> None:
     np.empty(16 << 20, np.uint8)
 
 
+def _largest_first(tasks: Sequence[_Task]) -> list[int]:
+    """Return the tasks' numbers in an order that leaves nobody with a large one at the end."""
+    return sorted(range(len(tasks)), key=lambda i: -tasks[i].nbytes)
+
+
 def _each(read: Callable[[_Task], list[Outcome]], tasks: Sequence[_Task], workers: int) -> Iterator[list[Outcome]]:
     """Yield what each task comes to, in the order of the tasks."""
     if workers == 1 or len(tasks) < 2:
         yield from map(read, tasks)
         return
-    # The largest first, so that no thread is left with one at the end.
-    largest = sorted(range(len(tasks)), key=lambda i: -sum(t.nbytes for m in tasks[i].modules for t in m.parts.values()))
     with ThreadPoolExecutor(workers, "ckptgate") as pool:
-        futures = {i: pool.submit(read, tasks[i]) for i in largest}
+        futures = {i: pool.submit(read, tasks[i]) for i in _largest_first(tasks)}
         try:
             for i in range(len(tasks)):
                 yield futures[i].result()
         finally:
             for future in futures.values():
                 future.cancel()
+
+
+def _worth_copies(ctx: Context, tasks: Sequence[_Task]) -> bool:
+    """Whether bytes enough are read, all of them here, for copies of this process to read them."""
+    sources = [j.checkpoint.source for j in (ctx, ctx.base, ctx.merged_from) if j is not None]
+    if len(tasks) < 2 or any(s.remote for s in sources):
+        return False
+    modules = [m for t in tasks for m in t.modules]
+    if len(sources) > 1:
+        return sum(t.nbytes for m in modules for t in m.parts.values()) >= WORTH_COPIES
+    scanned = (t for m in modules for t in m.parts.values() if not m.quantized or t is not m.weight)
+    return sum(t.nbytes for t in scanned) >= SCANNED * WORTH_COPIES
+
+
+def _by_copies(
+    ctx: Context, read: Callable[[_Task], list[Outcome]], tasks: Sequence[_Task], workers: int
+) -> Iterator[list[Outcome]]:
+    """Yield what each task comes to, in the order of the tasks, worked out by copies of this process."""
+
+    def read_apart(number: int) -> tuple[list[Outcome], dict[Hashable, Any]]:
+        before = ctx.learnt().keys()
+        said = read(tasks[number])
+        return said, {key: value for key, value in ctx.learnt().items() if key not in before}
+
+    waiting: dict[int, list[Outcome]] = {}
+    done = 0
+    for number, (said, learnt) in by_copies(read_apart, _largest_first(tasks), workers):
+        ctx.learn(learnt)
+        waiting[number] = said
+        while done in waiting:
+            yield waiting.pop(done)
+            done += 1

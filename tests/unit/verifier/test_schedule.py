@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading by shard and in pieces: the same report whatever the threads, each tensor read once, memory bounded."""
+"""Reading by shard and in pieces: the same report whatever the workers, each tensor read once, memory bounded."""
 
 from __future__ import annotations
 
 import gc
 import json
 import shutil
+import sys
 import tracemalloc
 from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from verifier.corrupt.edit import Folder, Shard, read_shard, write_shard
 from verifier.decoding import decode, max_scales, nearest
 from verifier.errors import ContainerError, MachineError, UsageError
 from verifier.findings import Report, rules_of
+from verifier.run import processes, schedule
 from verifier.schemes import FORMATS
 
 DATA = Path(__file__).parents[2] / "data" / "modelopt"
@@ -96,6 +99,26 @@ def test_the_report_does_not_depend_on_threads(damaged: Path, base: Path | None)
     assert base is None or {"QC515", "QC605"} <= rules_of(one.findings)
     for workers in (2, 7):
         assert same(one, verifier.check(damaged, base=base, depth="payload", workers=workers))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are copied on Linux only")
+@pytest.mark.parametrize("base", [None, BASE], ids=["alone", "base"])
+def test_nor_on_processes(damaged: Path, base: Path | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = verifier.check(damaged, base=base, depth="payload", workers=1)
+    copied = []
+
+    def by_copies(work: Callable[[int], object], order: list[int], workers: int) -> Iterator[tuple[int, object]]:
+        copied.append((len(order), workers))
+        return processes.by_copies(work, order, workers)
+
+    monkeypatch.setattr(schedule, "by_copies", by_copies)
+    monkeypatch.setattr(schedule, "can_be_copied", lambda: True)  # the test runner has a thread of its own
+    assert same(one, verifier.check(damaged, base=base, depth="payload", workers=2))
+    assert not copied  # too small
+    monkeypatch.setattr(schedule, "WORTH_COPIES", 1)
+    for workers in (2, 7):
+        assert same(one, verifier.check(damaged, base=base, depth="payload", workers=workers))
+    assert copied == [(5, 2), (5, 7)]
 
 
 def test_the_report_does_not_depend_on_the_number_of_files(damaged: Path, tmp_path: Path) -> None:

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Copies of a process that share its work: what they come to, how they fail, and that none is left behind."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from verifier.errors import ContentError, MachineError
+from verifier.run.processes import by_copies, can_be_copied
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are copied on Linux only")
+
+WAITING = """
+import os, sys, time
+from verifier.run.processes import by_copies, can_be_copied
+assert can_be_copied()
+for count, (_, pid) in enumerate(by_copies(lambda n: os.getpid(), range(9), 3), 1):
+    print(pid, flush=True)
+    if count == 4:
+        time.sleep(60)
+"""
+
+
+def gone(pid: int) -> bool:
+    """Wait until a process has ended (a zombie has); False where it has not after ten seconds."""
+    for _ in range(200):
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        if state == "Z":
+            return True
+        time.sleep(0.05)
+    return False
+
+
+@pytest.mark.parametrize("workers", [1, 3, 20])
+def test_each_number_is_worked_on_once_and_elsewhere(workers: int) -> None:
+    found = dict(by_copies(lambda n: (n * n, os.getpid()), [4, 2, 9, 7, 0], workers))
+    assert {n: square for n, (square, _) in found.items()} == {n: n * n for n in (4, 2, 9, 7, 0)}
+    pids = {pid for _, pid in found.values()}
+    assert os.getpid() not in pids
+    assert len(pids) <= min(workers, 5)
+    assert not multiprocessing.active_children()
+
+
+def test_nothing_to_do() -> None:
+    assert list(by_copies(lambda n: n, [], 2)) == []
+
+
+def test_errors_of_a_copy_are_those_of_the_work() -> None:
+    def content(n: int) -> int:
+        raise ContentError(f"file {n} is short")
+
+    with pytest.raises(ContentError, match="file 3 is short"):
+        list(by_copies(content, [3], 2))
+
+    def defect(n: int) -> int:
+        return {0: 0}[n]
+
+    with pytest.raises(RuntimeError, match="KeyError: 5") as caught:
+        list(by_copies(defect, [5], 2))
+    assert "in defect" in caught.value.__notes__[0]
+    assert not multiprocessing.active_children()
+
+
+def test_a_copy_that_is_killed_is_an_error_of_the_machine() -> None:
+    def die(n: int) -> int:
+        if n == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(0.05)
+        return n
+
+    with pytest.raises(MachineError, match=r"died \(signal 9\).*--workers 1"):
+        list(by_copies(die, range(4), 2))
+    assert not multiprocessing.active_children()
+
+
+def test_who_stops_listening_leaves_no_copy_behind() -> None:
+    def slow(n: int) -> int:
+        time.sleep(0.05 * n)
+        return os.getpid()
+
+    said = by_copies(slow, range(20), 3)
+    first = next(said)
+    said.close()  # type: ignore[attr-defined]
+    assert gone(first[1])
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_copies_end_with_their_parent(how: signal.Signals) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", WAITING], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as parent:
+        assert parent.stdout is not None and parent.stderr is not None
+        pids = {int(parent.stdout.readline()) for _ in range(4)}
+        # Ctrl-C goes to all processes of a terminal.
+        os.kill(parent.pid, how) if how == signal.SIGKILL else os.killpg(parent.pid, how)
+        parent.wait(20)
+        assert all(gone(pid) for pid in pids)
+        assert parent.stderr.read().count("Traceback") == (0 if how == signal.SIGKILL else 1)  # the parent's own
+
+
+def test_a_copy_makes_no_copies() -> None:
+    assert dict(by_copies(lambda n: can_be_copied(), [0], 1)) == {0: False}
