@@ -36,6 +36,9 @@ _MARGIN = click.option(
 )  # fmt: skip
 _DRIFT = click.option("--drift-against", metavar="RUN", help="Run of an accepted candidate, to judge the drift against too.")
 _MAX_DRIFT = click.option("--max-drift", metavar="NATS", help="Largest tolerated drift; 0.003 nats a token by default.")
+_FLOOR = click.option(
+    "--floor", metavar="RUN", multiple=True, help="Run of the base by another engine: differences up to that are noise."
+)
 _WINDOW = click.option(
     "--window", type=click.IntRange(2, 1_000_000), default=512, show_default=True, help="Tokens in a window."
 )
@@ -104,6 +107,7 @@ def _scalar(text: str) -> str | int | float | bool:
 @_MARGIN
 @_DRIFT
 @_MAX_DRIFT
+@_FLOOR
 @click.option(
     "--kl", type=click.Choice(["auto", "lockstep", "top-k", "off"]), default="auto", show_default=True,
     help="KL divergence: both models side by side, or a lower bound from the likeliest tokens of both.",
@@ -201,12 +205,13 @@ def score(
 @_MARGIN
 @_DRIFT
 @_MAX_DRIFT
+@_FLOOR
 @_FORMAT
 @recording_options
 @click.pass_context
 def compare(
     ctx: click.Context, base: str, candidate: str, max_increase: str | None, drift_against: str | None,
-    max_drift: str | None, format_: str, history: str | None, label: str, golden: str | None,
+    max_drift: str | None, floor: tuple[str, ...], format_: str, history: str | None, label: str, golden: str | None,
 ) -> None:  # fmt: skip
     """Judge CANDIDATE.run against BASE.run, both written by `ckptgate score`; no model is loaded.
 
@@ -224,7 +229,9 @@ def compare(
     task = ours.header.key.get("protocol") == "task"
     margin = room.margin_of(max_increase, ours.header.formats, task=task)
     drift_margin = room.drift_margin_of(max_drift, task=task)
-    result = room.compare_runs(reference, ours, margin, drift_against=accepted, drift_margin=drift_margin)
+    result = room.compare_runs(
+        reference, ours, margin, drift_against=accepted, drift_margin=drift_margin, floor_runs=[*map(room.read_run, floor)]
+    )
     _end(ctx, result, format_, started, history=history, label=label, golden=golden)
 
 

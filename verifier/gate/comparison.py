@@ -5,16 +5,17 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from verifier.errors import UsageError
+from verifier.errors import IncomparableError, UsageError
 from verifier.gate.decision import Margin, Outcome, documents_for, judge
 from verifier.gate.jobs import Array
 from verifier.gate.measures import Measures, measure
 from verifier.gate.result import Accuracy, Drift, Experts, GateResult
-from verifier.gate.runs import Run, refuse_unlike, unlike_environment
+from verifier.gate.runs import Run, refuse_unlike, refuse_unlike_keys, unlike_environment
 from verifier.gate.scorer import perplexity
 from verifier.gate.statistics import Interval, accuracy_loss, p_of_loss, paired
 
@@ -25,7 +26,7 @@ UNLIKE_FLOOR = 0.0005
 
 def compare_runs(
     base: Run, candidate: Run, margin: Margin, *, drift_against: Run | None = None, drift_margin: Margin | None = None,
-    kl: Array | None = None, looks: int = 1,
+    kl: Array | None = None, looks: int = 1, floor_runs: Sequence[Run] = (),
 ) -> GateResult:  # fmt: skip
     """Return the verdict on a candidate's run.
 
@@ -37,9 +38,10 @@ def compare_runs(
         drift_margin: the largest tolerated loss over it.
         kl: KL(base || candidate) of each token, nats, where both ran in lockstep.
         looks: this attempt and those before it on the same pair; each gets its share of the 5 % error.
+        floor_runs: the base as other engines score it; what separates it from itself there is noise too.
 
     Raises:
-        UsageError: the candidate is the base.
+        UsageError: the candidate is the base, or a floor run is not the base's.
         ContentError: the runs have different protocol keys.
     """
     if base.header.weights_sha256 == candidate.header.weights_sha256:
@@ -49,7 +51,8 @@ def compare_runs(
         refuse_unlike(other.header, candidate.header)
     unlike = sorted({u for other in others for u in unlike_environment(other.header, candidate.header)})
     measured = [r.header.floor for r in (*others, candidate) if r.header.floor is not None]
-    floor = max(measured, default=None)
+    apart = [floor_between(base, other) for other in floor_runs]
+    floor = max([*measured, *apart], default=None)
     if unlike:
         floor = max(floor or 0.0, UNLIKE_FLOOR)
     widening = floor if unlike and floor else 0.0
@@ -78,9 +81,50 @@ def compare_runs(
     return GateResult(
         outcome, interval=interval, perplexity_base=nats[0], perplexity_candidate=nats[1], drift=drift, measures=measures,
         needed=documents_for(family) if outcome == "inconclusive" else None,
-        notes=tuple(_notes(0 if task else interval.documents, measures, outcome, floor, family)),
+        notes=(
+            *(_floor_note(o, f) for o, f in zip(floor_runs, apart, strict=True)),
+            *_notes(0 if task else interval.documents, measures, outcome, floor, family),
+        ),
         accuracy=_accuracy(base, candidate) if task else None, **common,
     )  # fmt: skip
+
+
+def refuse_other_floor(run: Run, model: str, weights_sha256: str, key: Mapping[str, Any]) -> None:
+    """Refuse a run that is not the base's on the same text, whichever engine it is of.
+
+    An engine rounds activations as the checkpoint declares; a base that declares no format has none to round.
+
+    Raises:
+        UsageError: it is a run of other weights.
+        IncomparableError: a protocol key differs, which is named.
+    """
+    if run.header.weights_sha256 != weights_sha256:
+        raise UsageError(f"--floor: {run.header.model} is not the base {model}: other weights; score the base by the engine")
+    drop = {"activations"} if not run.header.formats else set()
+    ours, theirs = ({k: v for k, v in found.items() if k not in drop} for found in (key, run.header.key))
+    refuse_unlike_keys(model, ours, run.header.model, theirs)
+
+
+def floor_between(base: Run, other: Run) -> float:
+    """Return what separates a model from itself under another engine: the larger end of the interval, nats a token.
+
+    Raises:
+        UsageError: the other run is not of the same weights.
+        IncomparableError: it is of other text or of another protocol, or it has logits that are not finite.
+    """
+    refuse_other_floor(other, base.header.model, base.header.weights_sha256, base.header.key)
+    if base.header.documents != other.header.documents:
+        raise IncomparableError(f"--floor: {other.header.model} was scored on other documents")
+    if other.header.nonfinite:
+        raise IncomparableError(f"--floor: {other.header.model} has logits that are not finite: no noise, a defect there")
+    found = loss_of(base, other, 0.95)
+    return max(abs(found.low), abs(found.high))
+
+
+def _floor_note(run: Run, floor: float) -> str:
+    where = run.header.environment
+    engine = where.get("engine") or f"torch {where.get('torch', 'unknown')}"
+    return f"the base under {engine} on {where.get('device', 'an unknown device')} differs from itself by up to {floor:.6f}"
 
 
 def loss_of(base: Run, candidate: Run, level: float) -> Interval:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +15,7 @@ from verifier.checkpoint import Checkpoint, open_checkpoint
 from verifier.errors import UsageError
 from verifier.gate.attempts import Attempts
 from verifier.gate.cache import cached_run
-from verifier.gate.comparison import compare_runs
+from verifier.gate.comparison import compare_runs, refuse_other_floor
 from verifier.gate.corpora import Corpus, load_corpus
 from verifier.gate.decision import drift_margin_of, margin_of
 from verifier.gate.jobs import HF, Array, Job, Scorer
@@ -72,6 +72,7 @@ def run(
     say: Callable[[str], None] | None = None,
     scorer: Scorer = HF,
     metric: str | None = None,
+    floor: Sequence[PathLike] = (),
 ) -> GateResult:
     """Compare a candidate with its base on a corpus.
 
@@ -97,9 +98,11 @@ def run(
         say: called with what a person should know before the result.
         scorer: what turns tokens into log-probabilities, for both.
         metric: which metric of a task says right or wrong; its first by default.
+        floor: files of runs of the base that other engines scored: the noise floor is at least what separates them.
 
     Raises:
-        UsageError: the candidate is the base, an option out of range, no such corpus, another attempt after a failed one.
+        UsageError: the candidate is the base, a floor run is not the base's, an option out of range, no such corpus,
+            another attempt after a failed one.
         ContentError: a checkpoint cannot be scored, or their tokenizers differ.
     """
     if window < 2 or batch < 1 or (documents is not None and documents < 1) or (workers is not None and workers < 1):
@@ -117,6 +120,9 @@ def run(
     key, _ = plan_units([reference, ckpt], found, kind, window, batch, scorer)  # told before any model runs
     if accepted is not None:
         refuse_unlike_keys(accepted.header.model, accepted.header.key, ckpt.uri, key)
+    floors = [read_run(file) for file in floor]
+    for noise in floors:
+        refuse_other_floor(noise, reference.uri, weights_digest(reference), key)
     attempts = Attempts(Path(cache)) if cache is not None else None
     looks = attempts.looks(ckpt, reference, found, window, series_of(kind, scorer, found)) if attempts else 1
     if kl == "lockstep" and scorer.name != "hf":
@@ -140,8 +146,9 @@ def run(
                 for c in (ckpt, reference)
             )  # fmt: skip
     result = compare_runs(
-        theirs, ours, margin, drift_against=accepted, drift_margin=drift_margin, kl=divergence, looks=looks
-    )
+        theirs, ours, margin, drift_against=accepted, drift_margin=drift_margin, kl=divergence, looks=looks,
+        floor_runs=floors,
+    )  # fmt: skip
     if attempts:
         seconds = ours.header.seconds + theirs.header.seconds
         attempts.record(ckpt, reference, found, window, series_of(kind, scorer, found), result, seconds)

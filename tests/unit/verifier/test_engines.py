@@ -214,3 +214,19 @@ def test_a_gate_through_vllm(interpreter: str, tmp_path: Path, capsys: pytest.Ca
     assert result["interval"]["delta"] == 0  # the stand-in looks at ids alone
     assert result["measures"]["kl"]["kind"].startswith("a lower bound")
     assert result["environment"]["engine"] == "vllm 0.0-stand-in"
+
+
+def test_what_an_engine_adds_is_noise(interpreter: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    corpus, engine = tmp_path / "c.jsonl", tmp_path / "engine.run"
+    corpus.write_text("".join(json.dumps({"ids": list(w)}) + "\n" for w in CLEAN))
+    score = ["score", str(QWEN), "--corpus", str(corpus), "--scorer", "vllm", "--engine-python", interpreter]
+    assert run([*score, "-o", str(engine)]) == 0
+    candidate = QWEN.with_name("qwen3moe_nvfp4_experts_max")
+    gate = ["gate", str(candidate), "--base", str(QWEN), "--corpus", str(corpus), "--workers", "1"]
+    capsys.readouterr()
+    assert run([*gate, "--floor", str(engine), "--format", "json"]) == 3
+    result = json.loads(capsys.readouterr().out)
+    assert result["floor"] > result["margin"]["nats"]  # the stand-in looks at ids alone
+    assert "under vllm 0.0-stand-in" in result["notes"][0]
+    assert run([*gate, "--window", "4", "--floor", str(engine)]) == 1
+    assert "window is 4 and 512" in capsys.readouterr().err

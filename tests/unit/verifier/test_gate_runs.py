@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from verifier.cli import run as cli
-from verifier.errors import ContentError, UsageError
+from verifier.errors import ContentError, IncomparableError, UsageError
 from verifier.gate.attempts import Attempts
 from verifier.gate.comparison import compare_runs
 from verifier.gate.corpora import Corpus, documents_digest
@@ -298,6 +298,52 @@ def test_the_floor_is_what_other_batches_change() -> None:
     assert floor_of(units, again, same) == 0.0
     assert floor_of(units, again, pieces_of(units) | pieces_of(again, 0.25)) == pytest.approx(0.25)
     assert floor_of(units, [], same) is None
+
+
+def by_engine(shift: float, **header: Any) -> Run:
+    """Return the base's run as another engine might score it: every token ``shift`` nats dearer, formats none."""
+    nats = (BASE.arrays["nats"] + np.float32(shift)).astype(np.float32)
+    arrays = BASE.arrays | {"nats": nats, "sums": sums_of(nats, BASE.tokens)}
+    known = BASE.header.model_dump() | {"formats": [], "environment": {"engine": "vllm 0.32", "device": "cuda"}}
+    return Run(RunHeader.model_validate(known | {"key": KEY | {"activations": "engine"}} | header), arrays)
+
+
+def test_a_margin_within_what_engines_differ_by_is_inconclusive() -> None:
+    small, wide = Margin(0.02, "given"), Margin(0.077, "given")
+    assert compare_runs(BASE, GOOD, small).outcome == "passed"
+    found = compare_runs(BASE, GOOD, small, floor_runs=[by_engine(0.001), by_engine(-0.03)])
+    assert found.outcome == "inconclusive"
+    assert found.floor == pytest.approx(0.03, abs=1e-6)
+    assert "floor    0.0300" in render_text(found)
+    assert "under vllm 0.32 on cuda differs from itself by up to 0.0010" in found.notes[0]
+    assert "not above the noise floor" in found.notes[2]
+    assert compare_runs(BASE, GOOD, wide, floor_runs=[by_engine(-0.03)]).outcome == "passed"
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ({"weights_sha256": "c" * 64}, "other weights"),
+        ({"key": KEY | {"window": 256}}, "window is 512 and 256"),
+        ({"formats": ["NVFP4"]}, "activations"),
+        ({"documents": [f"{i:016x}" for i in range(1, 41)]}, "other documents"),
+        ({"nonfinite": [3]}, "not finite"),
+    ],
+)
+def test_a_floor_that_is_none_is_refused(header: dict[str, Any], message: str) -> None:
+    with pytest.raises((UsageError, IncomparableError), match=message):
+        compare_runs(BASE, GOOD, MARGIN, floor_runs=[by_engine(0.001, **header)])
+
+
+def test_compare_takes_floors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, run in (("base", BASE), ("good", GOOD), ("engine", by_engine(0.03)), ("other", made(2, "c"))):
+        write_run(tmp_path / f"{name}.run", run)
+    pair = ["compare", str(tmp_path / "base.run"), str(tmp_path / "good.run"), "--max-increase", "0.02"]
+    assert cli(pair) == 0
+    assert cli([*pair, "--floor", str(tmp_path / "engine.run")]) == 3
+    assert "vllm 0.32" in capsys.readouterr().out
+    assert cli([*pair, "--floor", str(tmp_path / "other.run")]) == 2
+    assert "other weights" in capsys.readouterr().err
 
 
 def test_a_journal_keeps_whole_units_only(tmp_path: Path) -> None:
