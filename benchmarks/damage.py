@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Damage exports of two goldens in known ways and ask what each measure of the gate, and the check, see.
+"""Damage exports of the goldens in known ways and ask what each measure of the gate, and the check, see.
 
     python benchmarks/damage.py [--golden minimax-m3-tiny] [--wikitext] [--out benchmarks/results/damage.json]
 
@@ -48,6 +48,7 @@ class Subject:
     names: tuple[str, str, str]
     router: str = ""
     bias: str = ""
+    layout: str | None = None
 
     @property
     def folder(self) -> Path:
@@ -56,13 +57,14 @@ class Subject:
 
     def export(self, base: Path, vendor: Path | None, out: Path) -> None:
         """Write the export that is damaged: routed experts in NVFP4, over the vendor's where there is one."""
-        how: dict[str, Any] = {"onto": vendor} if vendor else {"input_scale": "one"}
+        how: dict[str, Any] = {"onto": vendor} if vendor else {"input_scale": "one", "expert_layout": self.layout}
         exporter.export(base, out, recipe="nvfp4_experts_only", **how)
 
 
 SUBJECTS = (
     Subject("minimax-m3-tiny", "mxfp8", ("w1", "w3", "w2"), r"gate\.weight$", r"e_score_correction_bias$"),
     Subject("qwen3-moe-tiny", None, ("gate_proj", "up_proj", "down_proj")),
+    Subject("gpt-oss-tiny", None, ("gate_proj", "up_proj", "down_proj"), layout="per-expert"),
 )
 
 
@@ -202,7 +204,8 @@ def examine(subject: Subject, work: Path, only: str, before: dict[str, Any]) -> 
         rows.append(kept[UNREACHED])
     first = compare_runs(base, good, margin_of(None, good.header.formats))
     return {
-        "golden": subject.golden, "export": f"nvfp4_experts_only{' over MXFP8' if vendor else ''}", "layer": LAYER,
+        "golden": subject.golden, "layer": LAYER,
+        "export": "nvfp4_experts_only" + " over MXFP8" * bool(vendor) + f", experts {subject.layout}" * bool(subject.layout),
         "documents": len(corpus), "tokens": int(good.tokens.sum()), "tokens_of_experts": counts, "rows": rows,
         "good": {"loss": round(first.interval.delta, 5) if first.interval else None, "absolute": first.outcome,
                  "check": checked(work / "good", base_dir, vendor)},

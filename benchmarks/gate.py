@@ -2,6 +2,7 @@
 """What scoring costs over the plain forward of the same models on the same windows.
 
     python benchmarks/gate.py [--rounds 5] [--out benchmarks/results/gate.json]
+    python benchmarks/gate.py --parameters 1e8 --documents 4 [--out benchmarks/results/gate-wide.json]
     python benchmarks/gate.py --device cuda --parameters 1e9 [--out benchmarks/results/gate-cuda.json]
 
 The golden and its own corpus, or with ``--parameters`` a Qwen3-MoE of at least so many parameters that this script makes
@@ -69,9 +70,9 @@ def random_model(folder: Path, parameters: float) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def random_windows(words: int) -> list[Window]:
+def random_windows(words: int, documents: int) -> list[Window]:
     """Return one window of random ids for each document."""
-    ids = torch.randint(0, words, (DOCUMENTS, WINDOW), generator=torch.Generator().manual_seed(SEED))
+    ids = torch.randint(0, words, (documents, WINDOW), generator=torch.Generator().manual_seed(SEED))
     return [(tuple(row), (d,) * WINDOW) for d, row in enumerate(ids.tolist())]
 
 
@@ -148,13 +149,15 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--parameters", type=float, help="of a model with random weights, instead of the golden")
+    parser.add_argument("--documents", type=int, default=DOCUMENTS, help="of random ids, one window each")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     if args.device != "cpu" and not torch.cuda.is_available():
         print("gate.py: no CUDA device here; nothing was measured", file=sys.stderr)
         sys.exit(3)
     if args.out is None:
-        args.out = ROOT / "benchmarks" / "results" / ("gate.json" if args.device == "cpu" else "gate-cuda.json")
+        name = "gate-cuda" if args.device != "cpu" else "gate-wide" if args.parameters else "gate"
+        args.out = ROOT / "benchmarks" / "results" / f"{name}.json"
     return args
 
 
@@ -168,7 +171,7 @@ def main() -> None:
             source = Path(folder) / "source"
             size = random_model(source, args.parameters)
             exporter.export(source, out, recipe="nvfp4_experts_only", input_scale="one")
-            windows = random_windows(32_768)
+            windows = random_windows(32_768, args.documents)
         else:
             size = 0
             exporter.export(source, out, recipe="nvfp4_experts_only", onto=GOLDEN / "mxfp8")
@@ -196,7 +199,9 @@ def report(args: argparse.Namespace, ways: dict[str, Any], rounds: list[dict[str
     ratios = {n: round(statistics.median(r[n] / r["forward"] for r in rounds), 3) for n in ways}
     seconds = {n: statistics.median(r[n] for r in rounds) for n in ways}
     cuda = args.device != "cpu"
-    options = f" --device {args.device}" * cuda + (f" --parameters {args.parameters:g}" if args.parameters else "")
+    options = f" --device {args.device}" * cuda
+    if args.parameters:
+        options += f" --parameters {args.parameters:g} --documents {args.documents}"
     result = {
         "command": f"python benchmarks/gate.py{options}", "rounds": rounds, "tokens": tokens, "parameters": size,
         "ratio_to_forward": ratios, "tokens_per_second": {n: round(2 * tokens / s) for n, s in seconds.items()},

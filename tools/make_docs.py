@@ -248,7 +248,9 @@ def agreement_lines(r: dict[str, Any]) -> list[str]:
 
 def scoring_section() -> list[str]:
     """Return what scoring costs over a plain forward."""
-    r = json.loads((DOCS.parent / "benchmarks" / "results" / "gate.json").read_text(encoding="utf-8"))
+    folder = DOCS.parent / "benchmarks" / "results"
+    found = {n: json.loads((folder / f"{n}.json").read_text(encoding="utf-8")) for n in ("gate", "gate-wide")}
+    small, wide = found.values()
     ways = {
         "forward": "forward of base and candidate alone", "lockstep": "scored in lockstep, exact KL",
         "top_k": "scored with the 64 likeliest tokens",
@@ -257,14 +259,24 @@ def scoring_section() -> list[str]:
     }  # fmt: skip
     lines = [
         "## Scoring", "",
-        f"The MiniMax-M3 golden (2.4 million parameters) and an export of it on the same {r['tokens']:,} tokens;",
-        f"`{r['command']}`, median of {len(r['rounds'])} interleaved rounds of processor time. Larger models, whose",
-        "forward weighs more, were not measured.", "",
-        f"{', '.join(f'{k} {v}' for k, v in r['versions'].items())}; {r['machine']}.", "",
-        "| what | tokens a second | ratio |", "| --- | --- | --- |",
+        f"Golden: MiniMax-M3 with 2.4 million parameters and an export of it, {small['tokens']:,} tokens,",
+        f"`{small['command']}`. Wide: a Qwen3-MoE of {wide['parameters']:,} parameters with random weights (24 layers,",
+        f"hidden size 1,024, 32,768 words, 4 of 16 experts) and an export of it, {wide['tokens']:,} tokens,",
+        f"`{wide['command']}`. Processor time of one thread, medians of {len(small['rounds'])} and {len(wide['rounds'])}",
+        "interleaved rounds, ratios to the forward of the same round with their range. What scoring adds goes with the",
+        "words of the vocabulary, what the forward costs with the parameters.", "",
+        f"{', '.join(f'{k} {v}' for k, v in wide['versions'].items())}; {wide['machine']}.", "",
+        "| what | golden, tokens a second | ratio | wide, tokens a second | ratio |", "| --- | --- | --- | --- | --- |",
     ]  # fmt: skip
-    ratios, speeds = r["ratio_to_forward"], r["tokens_per_second"]
-    lines += [f"| {t} | {speeds[k]:,} | {ratios[k]:.2f} |" for k, t in ways.items() if k in ratios]
+
+    def cells(r: dict[str, Any], key: str) -> str:
+        if key not in r["ratio_to_forward"]:
+            return "not measured | "
+        each = [row[key] / row["forward"] for row in r["rounds"]]
+        span = "" if key == "forward" else f" ({min(each):.2f} to {max(each):.2f})"
+        return f"{r['tokens_per_second'][key]:,} | {r['ratio_to_forward'][key]:.2f}{span}"
+
+    lines += [f"| {text} | {cells(small, key)} | {cells(wide, key)} |" for key, text in ways.items()]
     return [*lines, ""]
 
 

@@ -31,7 +31,7 @@ from verifier.manifest import Manifest, digest
 
 GOLDEN = Path(__file__).parents[2] / "goldens" / "minimax-m3-tiny"
 BF16, VENDOR, CORPUS = GOLDEN / "bf16", GOLDEN / "mxfp8", GOLDEN / "corpus.jsonl"
-# Loading a model and scoring the corpus takes seconds on one thread: one worker process each for base and candidate.
+ONE = ["--workers", "1"]  # a worker more costs seconds of importing torch, and changes no bit
 pytestmark = pytest.mark.xdist_group("gate")
 
 
@@ -109,7 +109,7 @@ def test_gate_and_up_swapped_throughout_a_layer_fail(
     layer = [n for n in ckpt.tensors if ".layers.2." in n and re.search(r"experts\.\d+\.w[13]\.", n)]
     swap = {n: (n.replace(".w1.", ".w3.") if ".w1." in n else n.replace(".w3.", ".w1.")) for n in layer}
     edit_bytes(broken, swap)
-    code = run(["gate", str(broken), "--base", str(BF16), "--corpus", str(CORPUS), "--format", "json"])
+    code = run(["gate", str(broken), "--base", str(BF16), "--corpus", str(CORPUS), "--format", "json", *ONE])
     result = json.loads(capsys.readouterr().out)
     assert (code, result["verdict"], result["outcome"]) == (1, "failed", "failed")
     assert result["interval"]["low"] > result["margin"]["nats"]
@@ -118,7 +118,7 @@ def test_gate_and_up_swapped_throughout_a_layer_fail(
 
 
 def test_few_documents_and_a_margin_near_the_effect_are_inconclusive(mixed: Path) -> None:
-    first = verifier.gate.run(mixed, base=BF16, corpus=str(CORPUS), documents=4, max_increase="8%")
+    first = verifier.gate.run(mixed, base=BF16, corpus=str(CORPUS), documents=4, max_increase="8%", workers=1)
     assert first.interval is not None
     near = verifier.gate.run(
         mixed, base=BF16, corpus=str(CORPUS), documents=4, max_increase=max(first.interval.delta, 1e-4), workers=1
@@ -136,7 +136,7 @@ def test_logits_that_are_not_finite_fail_without_statistics(mixed: Path, tmp_pat
     with (broken / t.file).open("r+b") as handle:
         handle.seek(t.offset)
         handle.write(b"\xc0\x7f")  # a BF16 NaN
-    result = verifier.gate.run(broken, base=BF16, corpus=str(CORPUS), documents=2)
+    result = verifier.gate.run(broken, base=BF16, corpus=str(CORPUS), documents=2, workers=1)
     assert (result.outcome, result.interval, result.nonfinite) == ("failed", None, [0, 1])
     assert "not finite in 2 documents" in verifier.gate.render_text(result)
     assert json.loads(verifier.gate.render_json(result))["perplexity_candidate"] is None
@@ -170,21 +170,21 @@ def test_what_a_worker_meets_reaches_the_caller(mixed: Path, tmp_path: Path) -> 
     ids = tmp_path / "far.jsonl"
     ids.write_text('{"ids": [1, 999999]}\n')
     with pytest.raises(ContentError, match="999999"):
-        verifier.gate.run(mixed, base=BF16, corpus=str(ids))
+        verifier.gate.run(mixed, base=BF16, corpus=str(ids), workers=1)
     strange = shutil.copytree(mixed, tmp_path / "strange")
     config = json.loads((strange / "config.json").read_text())
     (strange / "config.json").write_text(json.dumps(config | {"architectures": ["NoSuchModel"]}))
     with pytest.raises(ContentError, match="NoSuchModel"):
-        verifier.gate.run(strange, base=BF16, corpus=str(CORPUS), documents=1)
+        verifier.gate.run(strange, base=BF16, corpus=str(CORPUS), documents=1, workers=1)
     with pytest.raises((MachineError, ContentError)):
-        verifier.gate.run(mixed, base=BF16, corpus=str(CORPUS), documents=1, device="nosuchdevice")
+        verifier.gate.run(mixed, base=BF16, corpus=str(CORPUS), documents=1, device="nosuchdevice", workers=1)
 
 
 def test_a_module_without_its_scale_cannot_be_scored(mixed: Path, tmp_path: Path) -> None:
     broken = shutil.copytree(mixed, tmp_path / "noscale")
     Folder(broken).drop(["language_model.model.layers.1.self_attn.q_proj.weight_scale_inv"])
     with pytest.raises(ContentError):
-        verifier.gate.run(broken, base=BF16, corpus=str(CORPUS), documents=1)
+        verifier.gate.run(broken, base=BF16, corpus=str(CORPUS), documents=1, workers=1)
 
 
 @pytest.mark.slow
@@ -211,7 +211,7 @@ def test_a_base_in_block_fp8_is_decoded(tmp_path: Path, capsys: pytest.CaptureFi
     assert verifier.check(candidate, base=base, depth="payload").verdict == "passed"
     corpus = tmp_path / "few.jsonl"
     corpus.write_text("".join(CORPUS.read_text().splitlines(keepends=True)[:25]))
-    assert run(["gate", str(candidate), "--base", str(base), "--corpus", str(corpus), "--format", "json"]) == 0
+    assert run(["gate", str(candidate), "--base", str(base), "--corpus", str(corpus), "--format", "json", *ONE]) == 0
     assert json.loads(capsys.readouterr().out)["verdict"] == "passed"
 
 
@@ -221,7 +221,7 @@ def runs(mixed: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
     folder = tmp_path_factory.mktemp("runs")
     found = {name: folder / f"{name}.run" for name in ("base", "mixed")}
     for name, model in (("base", BF16), ("mixed", mixed)):
-        assert run(["score", str(model), "--corpus", str(CORPUS), "--top-k", "32", "-o", str(found[name])]) == 0
+        assert run(["score", str(model), "--corpus", str(CORPUS), "--top-k", "32", "-o", str(found[name]), *ONE]) == 0
     return found
 
 
@@ -262,7 +262,7 @@ def test_a_dead_expert_fails_the_drift_margin_where_the_absolute_one_passes(
         handle.seek(t.offset)
         handle.write(bytes(t.nbytes))
     out = tmp_path / "dead.run"
-    assert run(["score", str(broken), "--corpus", str(CORPUS), "-o", str(out)]) == 0
+    assert run(["score", str(broken), "--corpus", str(CORPUS), "-o", str(out), *ONE]) == 0
     assert run(["compare", str(runs["base"]), str(out)]) == 0
     capsys.readouterr()
     command = ["compare", str(runs["base"]), str(out), "--drift-against", str(runs["mixed"]), "--format", "json"]
@@ -369,7 +369,7 @@ def test_attempts_are_remembered_and_not_drawn_again(mixed: Path, tmp_path: Path
 
 
 def test_a_plan_scores_ten_documents(mixed: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["gate", str(mixed), "--base", str(BF16), "--corpus", str(CORPUS), "--plan"]) == 0
+    assert run(["gate", str(mixed), "--base", str(BF16), "--corpus", str(CORPUS), "--plan", *ONE]) == 0
     text = capsys.readouterr().out
     assert "the first 10 documents, scored now" in text
     assert "published normal of the format, +0.06420 nats" in text
