@@ -86,7 +86,7 @@ def seeds(root: Path) -> tuple[Files, ...]:
         if tiny.name in ("llama-fp8-channel", "mixtral-w4a16", "minimax-m3-mxfp8", "llama-mxfp8"):
             continue
         made = make(root, tiny)
-        found.append({f.name: f.read_bytes() for f in sorted(made.path.iterdir()) if f.name != "tokenizer.json"})
+        found.append({f.name: f.read_bytes() for f in sorted(made.path.iterdir()) if not f.name.startswith("tokenizer")})
     return tuple(_thinned(f) for f in found)
 
 

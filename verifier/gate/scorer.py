@@ -14,6 +14,9 @@ from verifier.checkpoint import open_checkpoint
 from verifier.gate.corpora import Corpus
 from verifier.gate.jobs import Array, Job, Piece, Unit, Window
 
+LANE, GPU_LANE = 1 << 18, 1 << 27
+"""Log-probabilities that are worked on at a time: what a core's cache holds, what a card does in one go."""
+
 
 def windows_of(corpus: Corpus, encode: Callable[[str], tuple[list[int], list[int]]] | None, size: int) -> list[Window]:
     """Return the windows of a corpus: no overlap, no BOS, the last short one included.
@@ -120,17 +123,21 @@ def _score_windows(model: Any, base: Any, job: Job, unit: Unit, experts: Any) ->
         experts.real = real.reshape(-1)
         logits = model(input_ids=ids, use_cache=False).logits
         theirs = base(input_ids=ids, use_cache=False).logits if base is not None else None
+        at_once = max(1, (LANE if logits.device.type == "cpu" else GPU_LANE) // logits.shape[-1])
         for row, (tokens, owner) in enumerate(part):
-            wanted = torch.tensor(tokens[1:], device=logits.device)
-            ours, logp, finite = _of_rows(logits[row, : len(tokens) - 1], wanted, job.top_k)
-            if theirs is not None:
-                other, logb, fine = _of_rows(theirs[row, : len(tokens) - 1].to(logits.device), wanted, job.top_k)
-                bad_base |= {d for d, good in zip(owner[1:], fine.tolist(), strict=True) if not good}
-                kl = (logb.exp() * (logb - logp)).sum(-1, dtype=torch.float64)
-                ours |= {f"base_{k}": v for k, v in other.items()}
-                ours["kl"] = torch.where(finite & fine, kl, 0.0).cpu().numpy()
-            bad |= {d for d, good in zip(owner[1:], finite.tolist(), strict=True) if not good}
-            found.append(ours)
+            scored = len(tokens) - 1
+            for begin in range(0, scored, at_once):
+                at = slice(begin, min(scored, begin + at_once))
+                wanted, owners = torch.tensor(tokens[1:][at], device=logits.device), owner[1:][at]
+                ours, logp, finite = _of_rows(logits[row, at], wanted, job.top_k)
+                if theirs is not None:
+                    other, logb, fine = _of_rows(theirs[row, at].to(logits.device), wanted, job.top_k)
+                    bad_base |= {d for d, good in zip(owners, fine.tolist(), strict=True) if not good}
+                    ours |= {f"base_{k}": v for k, v in other.items()}
+                    kl = logp.neg_().add_(logb).mul_(logb.exp_()).sum(-1).double()
+                    ours["kl"] = torch.where(finite & fine, kl, 0.0).cpu().numpy()
+                bad |= {d for d, good in zip(owners, finite.tolist(), strict=True) if not good}
+                found.append(ours)
     arrays = {k: np.concatenate([f[k] for f in found]) for k in (found[0] if found else {})}
     return Piece(unit.number, arrays, sorted(bad), nonfinite_base=sorted(bad_base))
 
