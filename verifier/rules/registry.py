@@ -29,7 +29,7 @@ class Rule:
 
     ``engines`` gives an engine's own severity of the defect, and what that engine does with it, where it differs from
     ``severity`` or is known from its code. ``split``: each module is judged by itself, so that the check may be run on
-    parts of the modules (`Context.part`), in threads and on several machines.
+    parts of the modules (`Context.part`), in copies of the process and on several machines.
     """
 
     id: str
