@@ -90,6 +90,7 @@ def _receive(connection: Any, process: Any) -> tuple[int, Any, BaseException | N
 def _serve(work: Callable[[int], object], connection: Connection, others: list[Connection]) -> None:
     # The terminal sends Ctrl-C to the whole group: the parent decides what happens to its copies.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # that is how it ends them, whatever handler was copied
     # Held here too, they would keep a copy waiting for a parent that was killed.
     for end in others:
         end.close()

@@ -89,10 +89,14 @@ def test_who_stops_listening_leaves_no_copy_behind() -> None:
         time.sleep(0.05 * n)
         return os.getpid()
 
-    said = by_copies(slow, range(20), 3)
-    first = next(said)
-    said.close()  # type: ignore[attr-defined]
-    assert gone(first[1])
+    before = signal.signal(signal.SIGTERM, lambda *_: time.sleep(60))  # a copy does not run what its parent would
+    try:
+        said = by_copies(slow, range(20), 3)
+        first = next(said)
+        said.close()  # type: ignore[attr-defined]
+        assert gone(first[1])
+    finally:
+        signal.signal(signal.SIGTERM, before)
     assert not multiprocessing.active_children()
 
 
