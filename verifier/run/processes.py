@@ -44,53 +44,71 @@ def by_copies(work: Callable[[int], T], order: Sequence[int], workers: int) -> I
     context = multiprocessing.get_context("fork")
     waiting = list(reversed(order))
     copies: dict[Any, Any] = {}
+    connection: Any
     # What stays is not to be written to by a collection, in whichever copy: pages are shared until they are written to.
     gc.freeze()
     try:
-        for _ in range(min(workers, len(order))):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(work, theirs, [*copies, ours]), daemon=True)
-            with warnings.catch_warnings():  # numpy's own threads wait in C; Python 3.12 counts them
-                warnings.simplefilter("ignore", DeprecationWarning)
-                process.start()
-            theirs.close()
-            copies[ours] = process
-            ours.send(waiting.pop())
+        # A signal that arrives now waits until no copy can take it with this process's handlers.
+        unmasked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+        try:
+            for _ in range(min(workers, len(order))):
+                ours, theirs = context.Pipe()
+                process = context.Process(target=_serve, args=(work, theirs, [*copies, ours]), daemon=True)
+                with warnings.catch_warnings():  # numpy's own threads wait in C; Python 3.12 counts them
+                    warnings.simplefilter("ignore", DeprecationWarning)
+                    process.start()
+                theirs.close()
+                copies[ours] = process
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, unmasked)
+        for connection, process in copies.items():
+            _send(connection, process, waiting.pop())
         while copies:
             for found in wait(list(copies)):
-                connection: Any = found
+                connection = found
                 number, value, error = _receive(connection, copies[connection])
                 if error is not None:
                     raise error
                 if waiting:
-                    connection.send(waiting.pop())
+                    _send(connection, copies[connection], waiting.pop())
                 else:
                     connection.close()
                     copies.pop(connection).join(_STOP_SECONDS)
                 yield number, value
     finally:
         for process in copies.values():
-            process.terminate()
+            process.kill()  # it holds nothing but what it reads
         for process in copies.values():
             process.join(_STOP_SECONDS)
         gc.unfreeze()
 
 
+def _send(connection: Any, process: Any, number: int) -> None:
+    try:
+        connection.send(number)
+    except OSError:
+        raise _death(process) from None
+
+
 def _receive(connection: Any, process: Any) -> tuple[int, Any, BaseException | None]:
     try:
         found: tuple[int, Any, BaseException | None] = connection.recv()
-    except (EOFError, ConnectionResetError):
-        process.join(_STOP_SECONDS)
-        code = process.exitcode or 0
-        how = f"signal {-code}" if code < 0 else f"exit code {code}"
-        raise MachineError(f"a process that reads bytes died ({how}); --workers 1 reads in this one alone") from None
+    except (EOFError, OSError):
+        raise _death(process) from None
     return found
 
 
+def _death(process: Any) -> MachineError:
+    process.join(_STOP_SECONDS)
+    code = process.exitcode or 0
+    how = f"signal {-code}" if code < 0 else f"exit code {code}"
+    return MachineError(f"a process that reads bytes died ({how}); --workers 1 reads in this one alone")
+
+
 def _serve(work: Callable[[int], object], connection: Connection, others: list[Connection]) -> None:
-    # The terminal sends Ctrl-C to the whole group: the parent decides what happens to its copies.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # that is how it ends them, whatever handler was copied
+    # The terminal sends Ctrl-C to the whole group: the parent decides what happens to its copies. SIGINT stays blocked.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     # Held here too, they would keep a copy waiting for a parent that was killed.
     for end in others:
         end.close()
