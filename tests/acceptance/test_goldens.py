@@ -106,3 +106,7 @@ def test_a_rebuilt_export_is_told_from_its_record() -> None:
     drifted = rebuild.compare(old, newer.model_copy(update={"documents": worse, "facts": bytes_}))
     assert (drifted.outcome, drifted.exit_code) == ("worse", 1)
     assert "bytes differ on other versions" in drifted.sentence
+    better = {"documents": [(b, q - float(d) * t, t) for (b, q, t), d in zip(old.documents, noise, strict=True)]}
+    assert rebuild.compare(old, old.model_copy(update=better)).outcome == "stale"
+    elsewhere = rebuild.compare(old, newer.model_copy(update=better))
+    assert (elsewhere.outcome, "the versions', not the export's" in elsewhere.sentence) == ("within", True)
