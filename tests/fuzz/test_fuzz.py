@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import json
+import math
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ import pytest
 from tests.fuzz import command, engine, judge
 from tests.fuzz.hostile import bombs, build, write
 from verifier.schemes import Exclusions
-from verifier.schemes.patterns import compile_regex
+from verifier.schemes.patterns import STEPS, compile_regex
 
 CHUNKS = 8
 RESULTS = Path(__file__).with_name("results.json")
@@ -79,6 +81,22 @@ def test_patterns_of_releases_are_matched(pattern: str, name: str, wanted: bool)
     found = compile_regex(pattern)
     assert found is not None
     assert found.match(name) is wanted
+
+
+@pytest.mark.parametrize("repeats", [1, 2, 4, 8, 13, 20])
+def test_a_match_is_begun_only_where_it_ends_soon(repeats: int) -> None:
+    found = compile_regex("[a-z]*" * repeats + "0")
+    assert found is not None
+    assert math.comb(found.longest + repeats, repeats) <= STEPS < math.comb(found.longest + 1 + repeats, repeats)
+    assert not found.match("a" * 5000)
+
+
+@pytest.mark.parametrize("pattern", [".*.*.*.*zz", r"\.*.*.*x", "[.*.*]*y", ".*.*", r"a\\.*.*"])
+def test_dots_and_stars_in_a_row_are_one(pattern: str) -> None:
+    found = compile_regex(pattern)
+    assert found is not None
+    for name in ("model.layers.0.zz", "..x", "x", ".*y", "a\\bc", "model.layers.0.mlp.gate_proj", ""):
+        assert found.match(name) is (re.match(pattern, name) is not None)
 
 
 def test_a_long_list_reads_as_a_short_one() -> None:

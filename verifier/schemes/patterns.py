@@ -6,10 +6,11 @@ from __future__ import annotations
 import math
 import re
 import time
+from functools import cache
 
 MAX_PATTERN = 1000
 STEPS = 5e7
-"""The most backtracking that one match may cost, estimated as length^k / k! for k unbounded repeats."""
+"""The most backtracking that one match may cost: the ways to cut a name among k unbounded repeats and what is left."""
 SECONDS = 1.0
 """The processor time that one pattern may take on all names together."""
 
@@ -19,17 +20,29 @@ class Regex:
 
     def __init__(self, compiled: re.Pattern[str], repeats: int) -> None:
         self._compiled = compiled
-        self._longest = int((STEPS * math.factorial(repeats)) ** (1 / repeats)) if repeats else 1 << 20
+        self.longest = _longest(repeats)
         self._left = SECONDS
 
     def match(self, name: str) -> bool:
         """Whether the pattern matches at the beginning of a name."""
-        if len(name) > self._longest or self._left <= 0:
+        if len(name) > self.longest or self._left <= 0:
             return False
         started = time.process_time()
         found = self._compiled.match(name) is not None
         self._left -= time.process_time() - started
         return found
+
+
+@cache
+def _longest(repeats: int) -> int:
+    """Return the length of the longest name that a pattern of so many unbounded repeats is matched with."""
+    if not repeats:
+        return 1 << 20
+    low, high = 0, int(STEPS)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if math.comb(middle + repeats, repeats) <= STEPS else (low, middle - 1)
+    return low
 
 
 def compile_regex(pattern: str) -> Regex | None:
@@ -40,6 +53,7 @@ def compile_regex(pattern: str) -> Regex | None:
     """
     if len(pattern) > MAX_PATTERN:
         return None
+    pattern = re.sub(r"(?<!\\)(?:\.\*){2,}", ".*", pattern)  # the same language, without the ways to share it out
     repeats = _repeats(pattern)
     if repeats is None:
         return None
