@@ -2,7 +2,7 @@
 """What scoring costs over the plain forward of the same models on the same windows.
 
     python benchmarks/gate.py [--rounds 5] [--out benchmarks/results/gate.json]
-    python benchmarks/gate.py --parameters 1e8 --documents 4 [--out benchmarks/results/gate-wide.json]
+    python benchmarks/gate.py --parameters 1e8 --documents 2 [--out benchmarks/results/gate-wide.json]
     python benchmarks/gate.py --device cuda --parameters 1e9 [--out benchmarks/results/gate-cuda.json]
 
 The golden and its own corpus, or with ``--parameters`` a Qwen3-MoE of at least so many parameters that this script makes
