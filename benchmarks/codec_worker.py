@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One library's codecs in a process of its own, driven by benchmarks/codecs.py over JSON lines on stdin and stdout.
+"""One library's codecs in a process of its own, driven by benchmarks/codecs.py over JSON lines on
+stdin and stdout.
 
     python benchmarks/codec_worker.py NAME FOLDER
 
-Every library is called by the entry point that its documentation gives for weights. A line {"op", "dtype", "shape",
-"threads"} is answered by {"seconds"} of one call; with "save", its result is written under FOLDER instead, for comparison.
+Every library is called by the entry point that its documentation gives for weights. A line {"op",
+"dtype", "shape", "threads"} is answered by {"seconds"} of one call; with "save", its result is
+written under FOLDER instead, for comparison.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 
 
 def each(x: torch.Tensor, one: Callable[[torch.Tensor], Tensors]) -> Tensors:
-    """Encode matrix by matrix, as a library does that has one global scale a call; return the last."""
+    """Encode matrix by matrix, as a library does that has one global scale a call; return the
+    last.
+    """
     return one(x) if x.ndim == 2 else [one(part) for part in x][-1]
 
 
@@ -42,7 +46,9 @@ class Copy:
 
 
 class Ckptgate:
-    """Ours: into tensors that exist (``out=``), or into new ones (``fresh``); the reference back end, or the chosen one."""
+    """Ours: into tensors that exist (``out=``), or into new ones (``fresh``); the reference back
+    end, or the chosen one.
+    """
 
     def __init__(self, *, fresh: bool = False, reference: bool = False) -> None:
         os.environ["CKPTGATE_FAST"] = "0" if reference else "1"
@@ -62,7 +68,9 @@ class Ckptgate:
         if op in ("sweep", "sweep_all"):
             scale_2 = codecs.amax(x, "nvfp4") / 2688
             if op == "sweep":
-                return lambda: {"weight_scale": weights.search(x, scale_2, "sweep", threads=threads)}
+                return lambda: {
+                    "weight_scale": weights.search(x, scale_2, "sweep", threads=threads)
+                }
             blocks = x.float().abs().reshape(x.shape[0], -1, 16)
             return lambda: {"weight_scale": weights.sweep_all(blocks, scale_2.reshape(1, 1))}
         fmt, way = op.split("_")
@@ -71,11 +79,15 @@ class Ckptgate:
             out = None if self.fresh else dict(parts)
             return lambda: codecs.encode(x, fmt, out=out, threads=threads)
         into = None if self.fresh else torch.empty_like(x)
-        return lambda: {"weight": codecs.decode(parts, fmt, dtype=x.dtype, out=into, threads=threads)}
+        return lambda: {
+            "weight": codecs.decode(parts, fmt, dtype=x.dtype, out=into, threads=threads)
+        }
 
 
 class ModelOpt:
-    """`NVFP4QTensor` and `MXFP8QTensor` of modelopt.torch.quantization.qtensor; `NVFP4MSECalibrator`."""
+    """`NVFP4QTensor` and `MXFP8QTensor` of modelopt.torch.quantization.qtensor;
+    `NVFP4MSECalibrator`.
+    """
 
     version = property(lambda self: version("nvidia-modelopt"))
 
@@ -94,7 +106,9 @@ class ModelOpt:
 
             def decode() -> Tensors:
                 for q, scale, scale_2 in stored:
-                    found = q.dequantize(x.dtype, scale=scale, double_scale=scale_2, block_sizes={-1: 16})
+                    found = q.dequantize(
+                        x.dtype, scale=scale, double_scale=scale_2, block_sizes={-1: 16}
+                    )
                 return {"weight": found}
 
             return decode
@@ -111,7 +125,9 @@ class ModelOpt:
         return self.sweep(x) if op == "sweep" else None
 
     def sweep(self, x: torch.Tensor) -> Call:
-        """Return its loop over 126 scales. Its fake quantizer needs CUDA: its own casts stand in for it, and no more."""
+        """Return its loop over 126 scales. Its fake quantizer needs CUDA: its own casts stand in
+        for it, and no more.
+        """
         from modelopt.torch.quantization.calib.mse import NVFP4MSECalibrator
         from modelopt.torch.quantization.qtensor import NVFP4QTensor
 
@@ -120,11 +136,21 @@ class ModelOpt:
         scale_2 = top / 2688
 
         def quantized(w: torch.Tensor, amax: torch.Tensor) -> torch.Tensor:
-            scale = NVFP4QTensor._cast_per_block_scale_to_fp8(amax / 6, top / 6).float().mul(scale_2).reshape(-1, 1)
-            return NVFP4QTensor.get_e2m1_values(w.device)[NVFP4QTensor._cast_fp4(w / scale).long()] * scale
+            scale = (
+                NVFP4QTensor._cast_per_block_scale_to_fp8(amax / 6, top / 6)
+                .float()
+                .mul(scale_2)
+                .reshape(-1, 1)
+            )
+            return (
+                NVFP4QTensor.get_e2m1_values(w.device)[NVFP4QTensor._cast_fp4(w / scale).long()]
+                * scale
+            )
 
         def run() -> Tensors:
-            loop = NVFP4MSECalibrator(blocks.abs().amax(1, keepdim=True), top, axis=0, quant_func=quantized)
+            loop = NVFP4MSECalibrator(
+                blocks.abs().amax(1, keepdim=True), top, axis=0, quant_func=quantized
+            )
             loop.collect(blocks)
             found = NVFP4QTensor._cast_per_block_scale_to_fp8(loop.compute_amax() / 6, top / 6)
             return {"weight_scale": found.reshape(x.shape[0], -1)}
@@ -148,7 +174,11 @@ class TorchAO:
 
         def nvfp4(w: torch.Tensor) -> Tensors:
             q = quantize(w)
-            return {"weight": q.qdata, "weight_scale": q.scale, "weight_scale_2": q.per_tensor_scale}
+            return {
+                "weight": q.qdata,
+                "weight_scale": q.scale,
+                "weight_scale_2": q.per_tensor_scale,
+            }
 
         def to_mx() -> Any:
             return MXTensor.to_mx(x, torch.float8_e4m3fn, 32, ScaleCalculationMode.RCEIL)
@@ -171,7 +201,9 @@ class TorchAO:
 
 
 class CompressedTensors:
-    """`NVFP4PackedCompressor` and `MXFP8QuantizationCompressor`, with scales by its own `calculate_qparams`."""
+    """`NVFP4PackedCompressor` and `MXFP8QuantizationCompressor`, with scales by its own
+    `calculate_qparams`.
+    """
 
     version = property(lambda self: version("compressed-tensors"))
 
@@ -185,7 +217,9 @@ class CompressedTensors:
         if op not in ("nvfp4_encode", "nvfp4_decode", "mxfp8_encode", "mxfp8_decode"):
             return None
         packed = op.startswith("nvfp4")
-        scheme: QuantizationScheme = preset_name_to_scheme("NVFP4A16" if packed else "MXFP8A16", ["Linear"])
+        scheme: QuantizationScheme = preset_name_to_scheme(
+            "NVFP4A16" if packed else "MXFP8A16", ["Linear"]
+        )
         compressor = NVFP4PackedCompressor if packed else MXFP8QuantizationCompressor
         args = scheme.weights
 
@@ -204,7 +238,9 @@ class CompressedTensors:
         if op.endswith("encode"):
             return lambda: each(x, one)
         stored = [compressor.compress(state(w), scheme) for w in x.reshape(-1, *x.shape[-2:])]
-        return lambda: {"weight": [compressor.decompress(q, scheme)["weight"].to(x.dtype) for q in stored][-1]}
+        return lambda: {
+            "weight": [compressor.decompress(q, scheme)["weight"].to(x.dtype) for q in stored][-1]
+        }
 
 
 LIBRARIES: dict[str, Callable[[], Any]] = {
@@ -232,12 +268,20 @@ def main() -> None:
             if held[0] != asked:
                 held = (None, None)
                 count = torch.Size(asked["shape"]).numel()
-                x = torch.from_file(str(folder / "input.bin"), size=count, dtype=torch.float32).clone()
-                call = library.prepare(asked["op"], x.reshape(asked["shape"]).to(DTYPES[asked["dtype"]]), asked["threads"])
+                x = torch.from_file(
+                    str(folder / "input.bin"), size=count, dtype=torch.float32
+                ).clone()
+                call = library.prepare(
+                    asked["op"],
+                    x.reshape(asked["shape"]).to(DTYPES[asked["dtype"]]),
+                    asked["threads"],
+                )
                 held = (asked, call)
                 if call is not None:
                     call()
-            answer = time_or_save(held[1], folder / f"{sys.argv[1]}.bin" if asked.get("save") else None)
+            answer = time_or_save(
+                held[1], folder / f"{sys.argv[1]}.bin" if asked.get("save") else None
+            )
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 
@@ -252,7 +296,10 @@ def time_or_save(call: Call | None, file: Path | None) -> dict[str, Any]:
     seconds = time.perf_counter() - started
     if file is None:
         return {"seconds": seconds}
-    raw = {k: v.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() for k, v in found.items()}
+    raw = {
+        k: v.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        for k, v in found.items()
+    }
     file.write_bytes(b"".join(raw.values()))
     return {"leaves": {k: len(v) for k, v in raw.items()}}
 

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Damage exports of the goldens in known ways and ask what each measure of the gate, and the check, see.
+"""Damage exports of the goldens in known ways and ask what each measure of the gate, and the check,
+see.
 
-    python benchmarks/damage.py [--golden minimax-m3-tiny] [--wikitext] [--out benchmarks/results/damage.json]
+    python benchmarks/damage.py [--golden minimax-m3-tiny] [--wikitext] [--out
+    benchmarks/results/damage.json]
 
-Bytes of a real export are edited; each damaged copy is scored once on the golden's own corpus and compared with the base
-(absolute margin, the default budget) and with the undamaged export (drift margin, the default), and checked at depth payload
-against the base. ``--wikitext`` scores one damage also on documents of WikiText-2's test split: more text, a closer drift.
+Bytes of a real export are edited; each damaged copy is scored once on the golden's own corpus and
+compared with the base (absolute margin, the default budget) and with the undamaged export (drift
+margin, the default), and checked at depth payload against the base. ``--wikitext`` scores one
+damage also on documents of WikiText-2's test split: more text, a closer drift.
 """
 
 from __future__ import annotations
@@ -56,24 +59,44 @@ class Subject:
         return ROOT / "goldens" / self.golden
 
     def export(self, base: Path, vendor: Path | None, out: Path) -> None:
-        """Write the export that is damaged: routed experts in NVFP4, over the vendor's where there is one."""
-        how: dict[str, Any] = {"onto": vendor} if vendor else {"input_scale": "one", "expert_layout": self.layout}
+        """Write the export that is damaged: routed experts in NVFP4, over the vendor's where there
+        is one.
+        """
+        how: dict[str, Any] = (
+            {"onto": vendor} if vendor else {"input_scale": "one", "expert_layout": self.layout}
+        )
         exporter.export(base, out, recipe="nvfp4_experts_only", **how)
 
 
 SUBJECTS = (
-    Subject("minimax-m3-tiny", "mxfp8", ("w1", "w3", "w2"), r"gate\.weight$", r"e_score_correction_bias$"),
+    Subject(
+        "minimax-m3-tiny",
+        "mxfp8",
+        ("w1", "w3", "w2"),
+        r"gate\.weight$",
+        r"e_score_correction_bias$",
+    ),
     Subject("qwen3-moe-tiny", None, ("gate_proj", "up_proj", "down_proj")),
     Subject("gpt-oss-tiny", None, ("gate_proj", "up_proj", "down_proj"), layout="per-expert"),
 )
 
 
 def edit(
-    folder: Path, pattern: str, change: Callable[[str, np.ndarray], bytes], *, layers: Sequence[int] = (LAYER,)
+    folder: Path,
+    pattern: str,
+    change: Callable[[str, np.ndarray], bytes],
+    *,
+    layers: Sequence[int] = (LAYER,),
 ) -> None:
-    """Give every tensor of some layers whose name matches the bytes that ``change`` makes of its values."""
+    """Give every tensor of some layers whose name matches the bytes that ``change`` makes of its
+    values.
+    """
     ckpt = open_checkpoint(folder)
-    names = [n for n in ckpt.tensors if any(f".layers.{i}." in n for i in layers) and re.search(pattern, n)]
+    names = [
+        n
+        for n in ckpt.tensors
+        if any(f".layers.{i}." in n for i in layers) and re.search(pattern, n)
+    ]
     if not names:
         raise ValueError(pattern)
     made = {n: change(n, ckpt.array(ckpt.tensors[n])) for n in names}
@@ -88,7 +111,9 @@ def edit(
 
 def times(factor: float) -> Callable[[str, np.ndarray], bytes]:
     """Return what multiplies float32 values."""
-    return lambda _name, values: (values.astype(np.float32) * np.float32(factor)).astype(values.dtype).tobytes()
+    return lambda _name, values: (
+        (values.astype(np.float32) * np.float32(factor)).astype(values.dtype).tobytes()
+    )
 
 
 def zero(_name: str, values: np.ndarray) -> bytes:
@@ -114,24 +139,40 @@ def swap(subject: Subject, folder: Path, expert: str) -> None:
     ckpt = open_checkpoint(folder)
 
     def other(name: str, _values: np.ndarray) -> bytes:
-        twin = name.replace(f".{gate}.", f".{up}.") if f".{gate}." in name else name.replace(f".{up}.", f".{gate}.")
+        twin = (
+            name.replace(f".{gate}.", f".{up}.")
+            if f".{gate}." in name
+            else name.replace(f".{up}.", f".{gate}.")
+        )
         return ckpt.read(ckpt.tensors[twin]).tobytes()
 
     edit(folder, rf"experts\.{expert}\.({gate}|{up})\.", other)
 
 
-def damages(subject: Subject, counts: list[int], layers: list[int]) -> dict[str, Callable[[Path], None]]:
-    """Return what is done to a copy, by its description; ``counts`` are tokens of each expert of the layer."""
+def damages(
+    subject: Subject, counts: list[int], layers: list[int]
+) -> dict[str, Callable[[Path], None]]:
+    """Return what is done to a copy, by its description; ``counts`` are tokens of each expert of
+    the layer.
+    """
     busy, idle = int(np.argmax(counts)), int(np.argmin(counts))
     down = subject.names[2]
     every = "|".join(subject.names)
 
-    def scaled(expert: str, factor: float, where: Sequence[int] = (LAYER,)) -> Callable[[Path], None]:
-        return lambda f: edit(f, rf"experts\.{expert}\.({every})\.weight_scale_2$", times(factor), layers=where)
+    def scaled(
+        expert: str, factor: float, where: Sequence[int] = (LAYER,)
+    ) -> Callable[[Path], None]:
+        return lambda f: edit(
+            f, rf"experts\.{expert}\.({every})\.weight_scale_2$", times(factor), layers=where
+        )
 
     found: dict[str, Callable[[Path], None]] = {
-        "busiest expert of a layer answers zero": lambda f: edit(f, rf"experts\.{busy}\.{down}\.weight_scale$", zero),
-        "idlest expert of a layer answers zero": lambda f: edit(f, rf"experts\.{idle}\.{down}\.weight_scale$", zero),
+        "busiest expert of a layer answers zero": lambda f: edit(
+            f, rf"experts\.{busy}\.{down}\.weight_scale$", zero
+        ),
+        "idlest expert of a layer answers zero": lambda f: edit(
+            f, rf"experts\.{idle}\.{down}\.weight_scale$", zero
+        ),
         "gate and up swapped in the busiest expert": lambda f: swap(subject, f, str(busy)),
         "gate and up swapped in a layer": lambda f: swap(subject, f, r"\d+"),
         "scales of a layer's experts a quarter too large": scaled(r"\d+", 5 / 4),
@@ -160,15 +201,25 @@ def row(what: str, base: Run, good: Run, damaged: Run) -> dict[str, Any]:
     margin, drift_margin = margin_of(None, damaged.header.formats), drift_margin_of(None)
     found = compare_runs(base, damaged, margin, drift_against=good, drift_margin=drift_margin)
     alone, own = compare_runs(base, damaged, margin), compare_runs(good, damaged, margin)
-    if found.interval is None or found.drift is None or own.measures.kl is None or own.measures.top1 is None:
+    if (
+        found.interval is None
+        or found.drift is None
+        or own.measures.kl is None
+        or own.measures.top1 is None
+    ):
         raise SystemExit(f"{what}: no statistics")
     d = found.drift.interval
     return {
-        "damage": what, "loss": round(found.interval.delta, 5), "absolute": alone.outcome,
-        "drift": [round(x, 5) for x in (d.delta, d.low, d.high)], "with_drift": found.outcome,
-        "kl_to_good": round(own.measures.kl.mean.delta, 5), "top1_to_good": round(own.measures.top1.delta, 4),
-        "beyond": len(own.measures.beyond), "unreached": sum(len(e.unreached) for e in found.experts),
-    }  # fmt: skip
+        "damage": what,
+        "loss": round(found.interval.delta, 5),
+        "absolute": alone.outcome,
+        "drift": [round(x, 5) for x in (d.delta, d.low, d.high)],
+        "with_drift": found.outcome,
+        "kl_to_good": round(own.measures.kl.mean.delta, 5),
+        "top1_to_good": round(own.measures.top1.delta, 4),
+        "beyond": len(own.measures.beyond),
+        "unreached": sum(len(e.unreached) for e in found.experts),
+    }
 
 
 def checked(folder: Path, base: Path, vendor: Path | None) -> list[str]:
@@ -178,7 +229,9 @@ def checked(folder: Path, base: Path, vendor: Path | None) -> list[str]:
 
 
 def examine(subject: Subject, work: Path, only: str, before: dict[str, Any]) -> dict[str, Any]:
-    """Damage, score and check one golden's export; a damage that is not asked for keeps what it came to before."""
+    """Damage, score and check one golden's export; a damage that is not asked for keeps what it
+    came to before.
+    """
     kept = {r["damage"]: r for r in before.get("rows", [])}
     base_dir = subject.folder / "bf16"
     vendor = subject.folder / subject.vendor if subject.vendor else None
@@ -194,7 +247,10 @@ def examine(subject: Subject, work: Path, only: str, before: dict[str, Any]) -> 
             continue
         folder = shutil.copytree(work / "good", work / "damaged")
         damage(folder)
-        rows.append(row(what, base, good, scored(folder, corpus)) | {"check": checked(folder, base_dir, vendor)})
+        rows.append(
+            row(what, base, good, scored(folder, corpus))
+            | {"check": checked(folder, base_dir, vendor)}
+        )
         print(rows[-1], flush=True)
         shutil.rmtree(folder)
     if subject.bias and fnmatch(UNREACHED, only):
@@ -204,16 +260,27 @@ def examine(subject: Subject, work: Path, only: str, before: dict[str, Any]) -> 
         rows.append(kept[UNREACHED])
     first = compare_runs(base, good, margin_of(None, good.header.formats))
     return {
-        "golden": subject.golden, "layer": LAYER,
-        "export": "nvfp4_experts_only" + " over MXFP8" * bool(vendor) + f", experts {subject.layout}" * bool(subject.layout),
-        "documents": len(corpus), "tokens": int(good.tokens.sum()), "tokens_of_experts": counts, "rows": rows,
-        "good": {"loss": round(first.interval.delta, 5) if first.interval else None, "absolute": first.outcome,
-                 "check": checked(work / "good", base_dir, vendor)},
-    }  # fmt: skip
+        "golden": subject.golden,
+        "layer": LAYER,
+        "export": "nvfp4_experts_only"
+        + " over MXFP8" * bool(vendor)
+        + f", experts {subject.layout}" * bool(subject.layout),
+        "documents": len(corpus),
+        "tokens": int(good.tokens.sum()),
+        "tokens_of_experts": counts,
+        "rows": rows,
+        "good": {
+            "loss": round(first.interval.delta, 5) if first.interval else None,
+            "absolute": first.outcome,
+            "check": checked(work / "good", base_dir, vendor),
+        },
+    }
 
 
 def unreached(subject: Subject, work: Path, corpus: Corpus, counts: list[int]) -> dict[str, Any]:
-    """Zero an expert that no token reaches: in this base and its export, the router's bias keeps every token from it."""
+    """Zero an expert that no token reaches: in this base and its export, the router's bias keeps
+    every token from it.
+    """
     expert = int(np.argmin(counts))
 
     def shun(_name: str, values: np.ndarray) -> bytes:
@@ -243,16 +310,29 @@ def more_text(subject: Subject, work: Path) -> dict[str, Any]:
     runs = [scored(p, corpus) for p in (subject.folder / "bf16", work / "good", folder)]
     shutil.rmtree(folder)
     found = row("scales of a layer's experts 1/16 too large", *runs)
-    return found | {"corpus": corpus.name, "documents": len(corpus), "tokens": int(runs[0].tokens.sum())}
+    return found | {
+        "corpus": corpus.name,
+        "documents": len(corpus),
+        "tokens": int(runs[0].tokens.sum()),
+    }
 
 
 def main() -> None:
     """Damage, score, write; a golden that is not asked for keeps its results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "damage.json")
-    parser.add_argument("--golden", action="append", choices=[s.golden for s in SUBJECTS], help="these goldens only")
-    parser.add_argument("--only", default="*", metavar="GLOB", help="these damages only; the others keep their results")
-    parser.add_argument("--wikitext", action="store_true", help="one damage of the first golden on WikiText-2 too")
+    parser.add_argument(
+        "--golden", action="append", choices=[s.golden for s in SUBJECTS], help="these goldens only"
+    )
+    parser.add_argument(
+        "--only",
+        default="*",
+        metavar="GLOB",
+        help="these damages only; the others keep their results",
+    )
+    parser.add_argument(
+        "--wikitext", action="store_true", help="one damage of the first golden on WikiText-2 too"
+    )
     args = parser.parse_args()
     before = json.loads(args.out.read_text()) if args.out.is_file() else {}
     found = {g["golden"]: g for g in before.get("goldens", [])}
@@ -273,8 +353,11 @@ def main() -> None:
     result = {
         "command": "python benchmarks/damage.py --wikitext",
         "goldens": [found[s.golden] for s in SUBJECTS if s.golden in found],
-        "versions": {"python": platform.python_version(), **{p: version(p) for p in ("torch", "transformers", "numpy")}},
-    }  # fmt: skip
+        "versions": {
+            "python": platform.python_version(),
+            **{p: version(p) for p in ("torch", "transformers", "numpy")},
+        },
+    }
     args.out.write_text(json.dumps(result, indent=1) + "\n")
 
 

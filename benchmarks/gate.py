@@ -2,14 +2,16 @@
 """What scoring costs over the plain forward of the same models on the same windows.
 
     python benchmarks/gate.py [--rounds 5] [--out benchmarks/results/gate.json]
-    python benchmarks/gate.py --parameters 1e8 --documents 2 [--out benchmarks/results/gate-wide.json]
-    python benchmarks/gate.py --device cuda --parameters 1e9 [--out benchmarks/results/gate-cuda.json]
+    python benchmarks/gate.py --parameters 1e8 --documents 2 [--out
+    benchmarks/results/gate-wide.json] python benchmarks/gate.py --device cuda --parameters 1e9
+    [--out benchmarks/results/gate-cuda.json]
 
-The golden and its own corpus, or with ``--parameters`` a Qwen3-MoE of at least so many parameters that this script makes
-with random weights, and random ids: they serve for speed, not for numbers. Models are loaded once; in each round,
-interleaved: the forward of base and candidate alone, scoring them in lockstep (exact KL), with the 64 likeliest tokens,
-with activations rounded as declared, and lm-eval's own scoring of the same windows. On CPU one thread and seconds of
-processor time, so that a shared machine disturbs them little; on a GPU wall time. Loading and the noise floor are left
+The golden and its own corpus, or with ``--parameters`` a Qwen3-MoE of at least so many parameters
+that this script makes with random weights, and random ids: they serve for speed, not for numbers.
+Models are loaded once; in each round, interleaved: the forward of base and candidate alone, scoring
+them in lockstep (exact KL), with the 64 likeliest tokens, with activations rounded as declared, and
+lm-eval's own scoring of the same windows. On CPU one thread and seconds of processor time, so that
+a shared machine disturbs them little; on a GPU wall time. Loading and the noise floor are left
 aside. Without the device that is asked for it says so and ends with 3.
 """
 
@@ -49,7 +51,9 @@ DOCUMENTS, WINDOW, BATCH, SEED = 16, 512, 8, 7
 
 
 def random_model(folder: Path, parameters: float) -> int:
-    """Write a Qwen3-MoE of at least so many parameters, random BF16 weights; return how many it has."""
+    """Write a Qwen3-MoE of at least so many parameters, random BF16 weights; return how many it
+    has.
+    """
     import transformers
 
     layers, hidden = (24, 1024) if parameters >= 1e8 else (2, 128)
@@ -58,12 +62,26 @@ def random_model(folder: Path, parameters: float) -> int:
     while size < parameters or not wide:
         wide += 64
         config = transformers.AutoConfig.for_model(
-            "qwen3_moe", hidden_size=hidden, num_hidden_layers=layers, moe_intermediate_size=wide, intermediate_size=wide,
-            num_experts=16, num_experts_per_tok=4, num_attention_heads=hidden // 64, num_key_value_heads=hidden // 128,
-            head_dim=64, vocab_size=32_768, decoder_sparse_step=1, mlp_only_layers=[], tie_word_embeddings=False,
-        )  # fmt: skip
+            "qwen3_moe",
+            hidden_size=hidden,
+            num_hidden_layers=layers,
+            moe_intermediate_size=wide,
+            intermediate_size=wide,
+            num_experts=16,
+            num_experts_per_tok=4,
+            num_attention_heads=hidden // 64,
+            num_key_value_heads=hidden // 128,
+            head_dim=64,
+            vocab_size=32_768,
+            decoder_sparse_step=1,
+            mlp_only_layers=[],
+            tie_word_embeddings=False,
+        )
         with torch.device("meta"):
-            size = sum(p.numel() for p in transformers.AutoModelForCausalLM.from_config(config).parameters())
+            size = sum(
+                p.numel()
+                for p in transformers.AutoModelForCausalLM.from_config(config).parameters()
+            )
     torch.manual_seed(SEED)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder)
@@ -72,7 +90,9 @@ def random_model(folder: Path, parameters: float) -> int:
 
 def random_windows(words: int, documents: int) -> list[Window]:
     """Return one window of random ids for each document."""
-    ids = torch.randint(0, words, (documents, WINDOW), generator=torch.Generator().manual_seed(SEED))
+    ids = torch.randint(
+        0, words, (documents, WINDOW), generator=torch.Generator().manual_seed(SEED)
+    )
     return [(tuple(row), (d,) * WINDOW) for d, row in enumerate(ids.tolist())]
 
 
@@ -80,7 +100,9 @@ def forward(models: list[Any], units: list[Unit], device: str) -> None:
     """Run the models over the units and drop what they say."""
     for unit in units:
         width = max(len(ids) for ids, _ in unit.windows)
-        ids = torch.tensor([list(ids) + [0] * (width - len(ids)) for ids, _ in unit.windows], device=device)
+        ids = torch.tensor(
+            [list(ids) + [0] * (width - len(ids)) for ids, _ in unit.windows], device=device
+        )
         for model in models:
             model(input_ids=ids, use_cache=False)
 
@@ -105,7 +127,12 @@ def declared(models: list[Any], folders: list[Path], units: list[Unit], job: Job
 
 def by_lm_eval(adapters: list[Any], units: list[Unit]) -> None:
     """Have lm-eval score the same windows: each but its first token, given the first."""
-    requests = [(("", ""), list(ids[:1]), list(ids[1:])) for u in units for ids, _ in u.windows if len(ids) > 1]
+    requests = [
+        (("", ""), list(ids[:1]), list(ids[1:]))
+        for u in units
+        for ids, _ in u.windows
+        if len(ids) > 1
+    ]
     sink = io.StringIO()
     with contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
         for adapter in adapters:
@@ -119,11 +146,17 @@ def adapters_of(models: list[Any]) -> list[Any]:
     from lm_eval.models.huggingface import HFLM
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(GOLDEN / "bf16")  # ids are scored; it is asked for nothing
-    return [HFLM(pretrained=m, tokenizer=tokenizer, max_length=WINDOW, batch_size=BATCH) for m in models]
+    tokenizer = AutoTokenizer.from_pretrained(
+        GOLDEN / "bf16"
+    )  # ids are scored; it is asked for nothing
+    return [
+        HFLM(pretrained=m, tokenizer=tokenizer, max_length=WINDOW, batch_size=BATCH) for m in models
+    ]
 
 
-def measured(ways: dict[str, Callable[[], None]], rounds: int, device: str) -> list[dict[str, float]]:
+def measured(
+    ways: dict[str, Callable[[], None]], rounds: int, device: str
+) -> list[dict[str, float]]:
     """Return the seconds of each way in each round, after one that warms up."""
     clock = time.process_time if device == "cpu" else time.perf_counter
 
@@ -148,8 +181,12 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--parameters", type=float, help="of a model with random weights, instead of the golden")
-    parser.add_argument("--documents", type=int, default=DOCUMENTS, help="of random ids, one window each")
+    parser.add_argument(
+        "--parameters", type=float, help="of a model with random weights, instead of the golden"
+    )
+    parser.add_argument(
+        "--documents", type=int, default=DOCUMENTS, help="of random ids, one window each"
+    )
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     if args.device != "cpu" and not torch.cuda.is_available():
@@ -186,7 +223,7 @@ def main() -> None:
             "lockstep": lambda: scored(models, units, job, lockstep=True),
             "top_k": lambda: scored(models, units, top, lockstep=False),
             "declared": lambda: declared(models, [source, out], units, job),
-        }  # fmt: skip
+        }
         if adapters:
             ways["lm_eval"] = lambda: by_lm_eval(adapters, units)
         with torch.inference_mode():
@@ -194,7 +231,13 @@ def main() -> None:
     report(args, ways, rounds, sum(len(ids) for ids, _ in windows), size)
 
 
-def report(args: argparse.Namespace, ways: dict[str, Any], rounds: list[dict[str, float]], tokens: int, size: int) -> None:
+def report(
+    args: argparse.Namespace,
+    ways: dict[str, Any],
+    rounds: list[dict[str, float]],
+    tokens: int,
+    size: int,
+) -> None:
     """Write the result and print its ratios."""
     ratios = {n: round(statistics.median(r[n] / r["forward"] for r in rounds), 3) for n in ways}
     seconds = {n: statistics.median(r[n] for r in rounds) for n in ways}
@@ -203,12 +246,20 @@ def report(args: argparse.Namespace, ways: dict[str, Any], rounds: list[dict[str
     if args.parameters:
         options += f" --parameters {args.parameters:g} --documents {args.documents}"
     result = {
-        "command": f"python benchmarks/gate.py{options}", "rounds": rounds, "tokens": tokens, "parameters": size,
-        "ratio_to_forward": ratios, "tokens_per_second": {n: round(2 * tokens / s) for n, s in seconds.items()},
-        "versions": {"python": platform.python_version(), **{p: version(p) for p in ("torch", "transformers", "numpy")}},
-        "machine": torch.cuda.get_device_name() if cuda else
-        f"{platform.machine()}, one thread of {os.cpu_count()} processors, shared",
-    }  # fmt: skip
+        "command": f"python benchmarks/gate.py{options}",
+        "rounds": rounds,
+        "tokens": tokens,
+        "parameters": size,
+        "ratio_to_forward": ratios,
+        "tokens_per_second": {n: round(2 * tokens / s) for n, s in seconds.items()},
+        "versions": {
+            "python": platform.python_version(),
+            **{p: version(p) for p in ("torch", "transformers", "numpy")},
+        },
+        "machine": torch.cuda.get_device_name()
+        if cuda
+        else f"{platform.machine()}, one thread of {os.cpu_count()} processors, shared",
+    }
     args.out.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(ratios), json.dumps(result["tokens_per_second"]))
 

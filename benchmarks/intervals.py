@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Simulate how often the gate's intervals hold the truth, and how often the worst-document rule sees a dead expert.
+"""Simulate how often the gate's intervals hold the truth, and how often the worst-document rule
+sees a dead expert.
 
     python benchmarks/intervals.py [--rounds 10000] [--out benchmarks/results/intervals.json]
 
 (Not coverage.py: numba imports the package of that name, and would find this file beside a script.)
 
-Scenarios are fixed: number of documents x lengths x how documents differ. Token noise has the standard deviation 0.35
-nats of published paired logs; normal token noise is drawn as the sum that it makes, Student-t noise token by token on
-documents of a twentieth of the length (which is the harder case). The truth is the effect of the population.
+Scenarios are fixed: number of documents x lengths x how documents differ. Token noise has the
+standard deviation 0.35 nats of published paired logs; normal token noise is drawn as the sum that
+it makes, Student-t noise token by token on documents of a twentieth of the length (which is the
+harder case). The truth is the effect of the population.
 """
 
 from __future__ import annotations
@@ -32,21 +34,30 @@ TOKEN_SD = 0.35
 EFFECT = 0.02
 HIT_SHARE, HIT = 0.03, 0.2
 KINDS = {
-    "sd 0": "documents do not differ", "sd 0.005": "normal, SD 0.005 nats", "sd 0.01": "normal, SD 0.01 nats",
-    "sd 0.02": "normal, SD 0.02 nats", "t3 tokens": "normal, SD 0.01 nats; tokens Student t of 3 degrees of freedom",
-    "skewed": "exponential, SD 0.02 nats, tail towards loss", "rare": "3 % of documents lose 0.2 nats more (a dead expert)",
-}  # fmt: skip
+    "sd 0": "documents do not differ",
+    "sd 0.005": "normal, SD 0.005 nats",
+    "sd 0.01": "normal, SD 0.01 nats",
+    "sd 0.02": "normal, SD 0.02 nats",
+    "t3 tokens": "normal, SD 0.01 nats; tokens Student t of 3 degrees of freedom",
+    "skewed": "exponential, SD 0.02 nats, tail towards loss",
+    "rare": "3 % of documents lose 0.2 nats more (a dead expert)",
+}
 SYMMETRIC = ("sd 0", "sd 0.005", "sd 0.01", "sd 0.02", "t3 tokens")
 LENGTHS = {
-    "equal": "4,500 tokens", "log-normal": "log-normal, median 3,000, sigma 0.8",
+    "equal": "4,500 tokens",
+    "log-normal": "log-normal, median 3,000, sigma 0.8",
     "wikitext-2": "those of WikiText-2's test split",
-}  # fmt: skip
+}
 
 
 def real_lengths() -> np.ndarray:
     """Return the scored tokens of WikiText-2's 62 test documents, from the golden's manifest."""
     manifest = json.loads((ROOT / "goldens" / "minimax-m3-tiny" / "manifest.json").read_text())
-    rows = [s for s in manifest["scores"] if s["corpus"] == "wikitext2-test" and s["protocol"]["protocol"] == "tokens"]
+    rows = [
+        s
+        for s in manifest["scores"]
+        if s["corpus"] == "wikitext2-test" and s["protocol"]["protocol"] == "tokens"
+    ]
     return np.array([t for _, t in rows[0]["documents"]], np.float64)
 
 
@@ -62,19 +73,30 @@ def lengths(kind: str, rounds: int, count: int, rng: np.random.Generator) -> np.
     return real[np.argsort(rng.random((rounds, len(real))), 1)[:, :count]]
 
 
-def draw(kind: str, tokens: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, float]:
-    """Return per-document sums of the paired difference, which documents were hit hard, and the truth."""
+def draw(
+    kind: str, tokens: np.ndarray, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """Return per-document sums of the paired difference, which documents were hit hard, and the
+    truth.
+    """
     shape, hit, truth = tokens.shape, np.zeros(tokens.shape, bool), EFFECT
     if kind == "skewed":
         effect = EFFECT + 0.02 * (rng.standard_exponential(shape) - 1)
     elif kind == "rare":
         hit = rng.random(shape) < HIT_SHARE
-        effect, truth = EFFECT + 0.005 * rng.standard_normal(shape) + HIT * hit, EFFECT + HIT_SHARE * HIT
+        effect, truth = (
+            EFFECT + 0.005 * rng.standard_normal(shape) + HIT * hit,
+            EFFECT + HIT_SHARE * HIT,
+        )
     else:
-        effect = EFFECT + (0.01 if kind == "t3 tokens" else float(kind[3:])) * rng.standard_normal(shape)
+        effect = EFFECT + (0.01 if kind == "t3 tokens" else float(kind[3:])) * rng.standard_normal(
+            shape
+        )
     if kind == "t3 tokens":
         ends = np.cumsum(tokens.astype(np.int64).ravel())
-        values = np.concatenate([[0.0], np.cumsum(rng.standard_t(3, int(ends[-1])) * (TOKEN_SD / 3**0.5))])
+        values = np.concatenate(
+            [[0.0], np.cumsum(rng.standard_t(3, int(ends[-1])) * (TOKEN_SD / 3**0.5))]
+        )
         noise = (values[ends] - values[np.concatenate([[0], ends[:-1]])]).reshape(shape)
     else:
         noise = TOKEN_SD * np.sqrt(tokens) * rng.standard_normal(shape)
@@ -82,8 +104,12 @@ def draw(kind: str, tokens: np.ndarray, rng: np.random.Generator) -> tuple[np.nd
 
 
 def measure(kind: str, length: str, count: int, rounds: int) -> dict[str, Any]:
-    """Return one row: coverage of every way to make the interval, errors of each bound, the worst-document rule."""
-    rng = np.random.default_rng([20260101, list(KINDS).index(kind), list(LENGTHS).index(length), count])
+    """Return one row: coverage of every way to make the interval, errors of each bound, the
+    worst-document rule.
+    """
+    rng = np.random.default_rng(
+        [20260101, list(KINDS).index(kind), list(LENGTHS).index(length), count]
+    )
     left, parts = rounds, []
     while left:
         part = min(left, 500)
@@ -95,14 +121,19 @@ def measure(kind: str, length: str, count: int, rounds: int) -> dict[str, Any]:
         left -= part
     found = {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
     row = {"documents": count, "effect": kind, "lengths": length, "rounds": rounds}
-    row |= {k: round(float(found[k].mean()), 4) for k in ("token", "linear", "jackknife", "gate", "high_holds", "low_holds")}
+    row |= {
+        k: round(float(found[k].mean()), 4)
+        for k in ("token", "linear", "jackknife", "gate", "high_holds", "low_holds")
+    }
     hit_any = found["hit"]
     row["worst_false"] = round(float(found["worst"][~hit_any].mean()), 4)
     row["worst_found"] = round(float(found["found"][hit_any].mean()), 4) if hit_any.any() else None
     return row
 
 
-def _one(sums: np.ndarray, tokens: np.ndarray, hit: np.ndarray, truth: float) -> dict[str, np.ndarray]:
+def _one(
+    sums: np.ndarray, tokens: np.ndarray, hit: np.ndarray, truth: float
+) -> dict[str, np.ndarray]:
     count = tokens.shape[-1]
     estimate, jackknife, linear, freedom = moments(sums, tokens)
     off = np.abs(estimate - truth)
@@ -113,31 +144,50 @@ def _one(sums: np.ndarray, tokens: np.ndarray, hit: np.ndarray, truth: float) ->
     return {
         # What independent tokens would claim, from the spread that they alone have.
         "token": off <= 1.96 * TOKEN_SD / np.sqrt(tokens.sum(-1)),
-        "linear": off <= plain * linear, "jackknife": off <= plain * jackknife,
+        "linear": off <= plain * linear,
+        "jackknife": off <= plain * jackknife,
         "gate": off <= stats.t.ppf(0.975, freedom) * jackknife,
-        "high_holds": estimate + bound >= truth, "low_holds": estimate - bound <= truth,
-        "worst": beyond.any(-1), "hit": hit.any(-1), "found": (beyond & hit).any(-1),
-    }  # fmt: skip
+        "high_holds": estimate + bound >= truth,
+        "low_holds": estimate - bound <= truth,
+        "worst": beyond.any(-1),
+        "hit": hit.any(-1),
+        "found": (beyond & hit).any(-1),
+    }
 
 
 def main() -> None:
     """Simulate and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=10_000)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "intervals.json")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "benchmarks" / "results" / "intervals.json"
+    )
     args = parser.parse_args()
     started = time.monotonic()
     rows = [measure(k, n, d, args.rounds) for d in DOCUMENTS for k in KINDS for n in LENGTHS]
     result = {
-        "command": "python benchmarks/intervals.py", "level": 0.95, "token_sd": TOKEN_SD, "effect": EFFECT,
-        "hit": {"share": HIT_SHARE, "nats": HIT}, "effects": KINDS, "lengths": LENGTHS, "symmetric": list(SYMMETRIC),
-        "rows": rows, "versions": {"python": platform.python_version(), **{p: version(p) for p in ("numpy", "scipy")}},
+        "command": "python benchmarks/intervals.py",
+        "level": 0.95,
+        "token_sd": TOKEN_SD,
+        "effect": EFFECT,
+        "hit": {"share": HIT_SHARE, "nats": HIT},
+        "effects": KINDS,
+        "lengths": LENGTHS,
+        "symmetric": list(SYMMETRIC),
+        "rows": rows,
+        "versions": {
+            "python": platform.python_version(),
+            **{p: version(p) for p in ("numpy", "scipy")},
+        },
         "machine": f"{platform.machine()}, {os.cpu_count()} processors, shared",
-    }  # fmt: skip
+    }
     args.out.parent.mkdir(exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n")
     for r in rows:
-        print(f"{r['documents']:3} {r['effect']:10} {r['lengths']:11} " + " ".join(f"{k} {r[k]}" for k in list(r)[4:]))
+        print(
+            f"{r['documents']:3} {r['effect']:10} {r['lengths']:11} "
+            + " ".join(f"{k} {r[k]}" for k in list(r)[4:])
+        )
     print(f"{time.monotonic() - started:.0f} s")
 
 

@@ -1,17 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """Time and memory of the verifier on the real MiniMax-M3 mixed release and on slices of it.
 
-    python benchmarks/verify.py [--rounds 9] [--only header,scan,payload,memory] [--out benchmarks/results/verify.json]
+    python benchmarks/verify.py [--rounds 9] [--only header,scan,payload,memory] [--out
+    benchmarks/results/verify.json]
 
-header    the whole command on 22,000 to 350,000 tensors in sparse files, and on a tiny checkpoint, each a process of its
-          own; beside it a process that parses the real release's headers with the standard library alone.
-scan      depth payload without a base on one layer, all 128 experts, scales between the codes as released; beside it
+header    the whole command on 22,000 to 350,000 tensors in sparse files, and on a tiny checkpoint,
+each a process of its
+          own; beside it a process that parses the real release's headers with the standard library
+          alone.
+scan      depth payload without a base on one layer, all 128 experts, scales between the codes as
+released; beside it
           `readinto` of the same bytes.
-payload   depth payload with a base on one layer with some experts, by one worker and by two; beside it `readinto` of both.
-memory    private pages at depth payload beyond those of the idle process, with tensors far larger than any expert.
+payload   depth payload with a base on one layer with some experts, by one worker and by two; beside
+it `readinto` of both. memory    private pages at depth payload beyond those of the idle process,
+with tensors far larger than any expert.
 
-Within a part everything runs in turn in each round; the first round fills caches and is left out. Layers of a slice have
-the released names, shapes and dtypes; values are random, and the same rows again and again. About 3 GB of disk, 3 minutes.
+Within a part everything runs in turn in each round; the first round fills caches and is left out.
+Layers of a slice have the released names, shapes and dtypes; values are random, and the same rows
+again and again. About 3 GB of disk, 3 minutes.
 """
 
 from __future__ import annotations
@@ -70,7 +76,9 @@ Row = sparse.Row
 def run(args: list[str]) -> tuple[float, float, float, str]:
     """Return seconds, seconds of processor, peak megabytes and output of one process."""
     started = time.perf_counter()
-    child = subprocess.Popen([sys.executable, *args], stdout=subprocess.PIPE, text=True, env=CHILD_ENV)
+    child = subprocess.Popen(
+        [sys.executable, *args], stdout=subprocess.PIPE, text=True, env=CHILD_ENV
+    )
     assert child.stdout is not None
     output = child.stdout.read()
     _, status, usage = os.wait4(child.pid, 0)
@@ -85,17 +93,29 @@ def private(pid: int) -> float:
     """Return the private megabytes of a process and of its copies; 0 where it has ended."""
     try:
         with open(f"/proc/{pid}/smaps_rollup") as rollup:
-            found = sum(int(line.split()[1]) for line in rollup if line.startswith("Private_")) / 1000
-        children = [int(c) for f in Path(f"/proc/{pid}/task").glob("*/children") for c in f.read_text().split()]
+            found = (
+                sum(int(line.split()[1]) for line in rollup if line.startswith("Private_")) / 1000
+            )
+        children = [
+            int(c)
+            for f in Path(f"/proc/{pid}/task").glob("*/children")
+            for c in f.read_text().split()
+        ]
     except (OSError, ProcessLookupError):
         return 0.0
     return found + sum(map(private, children))
 
 
 def grown(arguments: list[str]) -> tuple[float, float]:
-    """Return the private megabytes of an idle process, and by how many it and its copies grow in a payload check."""
+    """Return the private megabytes of an idle process, and by how many it and its copies grow in a
+    payload check.
+    """
     child = subprocess.Popen(
-        [sys.executable, "-c", MEMORY, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=CHILD_ENV
+        [sys.executable, "-c", MEMORY, *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=CHILD_ENV,
     )
     assert child.stdin is not None and child.stdout is not None
     child.stdout.readline()
@@ -118,19 +138,30 @@ def release(layers: int) -> tuple[list[Row], dict[str, object]]:
         if number is None or int(number[1]) < min(3, layers):
             found.append((name, dtype, shape))
         elif number[1] == "3":
-            found += [(name.replace(".layers.3.", f".layers.{i}.", 1), dtype, shape) for i in range(3, layers)]
+            found += [
+                (name.replace(".layers.3.", f".layers.{i}.", 1), dtype, shape)
+                for i in range(3, layers)
+            ]
     config = sparse.m3_config()
     flags = [0] * 3 + [1] * (layers - 3)
     text: Any = config["text_config"]
     config["text_config"] = text | {
-        "num_hidden_layers": layers, "moe_layer_freq": flags, "sparse_attention_config": {"sparse_attention_freq": flags},
-    }  # fmt: skip
+        "num_hidden_layers": layers,
+        "moe_layer_freq": flags,
+        "sparse_attention_config": {"sparse_attention_freq": flags},
+    }
     return found, config
 
 
 def declared(tensors: list[Row]) -> dict[str, object]:
-    """Return the release's declaration for these tensors: its exclusions name the routers that are there."""
-    gates = [n.removesuffix(".weight") for n, _, _ in tensors if n.endswith(".block_sparse_moe.gate.weight")]
+    """Return the release's declaration for these tensors: its exclusions name the routers that are
+    there.
+    """
+    gates = [
+        n.removesuffix(".weight")
+        for n, _, _ in tensors
+        if n.endswith(".block_sparse_moe.gate.weight")
+    ]
     body = sparse.release_quantization(tensors)
     vendor: Any = body["exclude_modules"]
     return body | {"exclude_modules": [e for e in vendor if not e.endswith(".gate")] + gates}
@@ -138,8 +169,12 @@ def declared(tensors: list[Row]) -> dict[str, object]:
 
 def layer(experts: int) -> list[Row]:
     """Return the tensors of the first sparse layer with as many experts, module by module."""
-    rows = [r for r in sparse.mixed(sparse.rows()) if r[0].startswith("language_model.model.layers.3.")]
-    kept = [r for r in rows if not (n := re.search(r"\.experts\.(\d+)\.", r[0])) or int(n[1]) < experts]
+    rows = [
+        r for r in sparse.mixed(sparse.rows()) if r[0].startswith("language_model.model.layers.3.")
+    ]
+    kept = [
+        r for r in rows if not (n := re.search(r"\.experts\.(\d+)\.", r[0])) or int(n[1]) < experts
+    ]
     return sorted(kept, key=lambda r: [int(p) if p.isdigit() else -1 for p in r[0].split(".")])
 
 
@@ -148,14 +183,18 @@ def config_of(tensors: list[Row], experts: int) -> dict[str, object]:
     config = sparse.m3_config()
     text: Any = config["text_config"]
     config["text_config"] = text | {
-        "num_local_experts": experts, "num_hidden_layers": 4, "moe_layer_freq": [0, 0, 0, 1],
+        "num_local_experts": experts,
+        "num_hidden_layers": 4,
+        "moe_layer_freq": [0, 0, 0, 1],
         "sparse_attention_config": {"sparse_attention_freq": [0, 0, 0, 1]},
-    }  # fmt: skip
+    }
     return config | {"quantization_config": declared(tensors)}
 
 
 def write_release(layers: int, path: str) -> int:
-    """Write the release with as many layers as sparse files and return the number of its tensors."""
+    """Write the release with as many layers as sparse files and return the number of its
+    tensors.
+    """
     rows, config = release(layers)
     sparse.write(Path(path), rows, config | {"quantization_config": declared(rows)}, layers)
     return len(rows)
@@ -166,9 +205,17 @@ def header_part(rounds: int, folder: Path) -> dict[str, Any]:
     paths = {layers: str(folder / str(layers)) for layers in LAYERS}
     # A process inherits the peak of the one that starts it: this one stays small.
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        tensors = {layers: pool.submit(write_release, layers, path).result() for layers, path in paths.items()}
-    commands = {f"check_{layers}": ["-m", "verifier", "check", path] for layers, path in paths.items()}
-    commands |= {"parse_60": ["-c", PARSE, paths[60]], "tiny": ["-m", "verifier", "check", str(TINY)]}
+        tensors = {
+            layers: pool.submit(write_release, layers, path).result()
+            for layers, path in paths.items()
+        }
+    commands = {
+        f"check_{layers}": ["-m", "verifier", "check", path] for layers, path in paths.items()
+    }
+    commands |= {
+        "parse_60": ["-c", PARSE, paths[60]],
+        "tiny": ["-m", "verifier", "check", str(TINY)],
+    }
     raw = []
     for _ in range(rounds + 1):
         one: dict[str, float] = {}
@@ -180,6 +227,7 @@ def header_part(rounds: int, folder: Path) -> dict[str, Any]:
         raw.append(one)
     return {"rounds": raw[1:], "tensors": {str(k): v for k, v in tensors.items()}}
 
+
 ROWS = 1024
 """Rows of values that are drawn."""
 
@@ -187,7 +235,8 @@ ROWS = 1024
 class Values:
     """Random bytes of tensors: few rows, again and again, so that gigabytes are written in seconds.
 
-    Every module begins with another of these rows, for no two modules of a real checkpoint are alike.
+    Every module begins with another of these rows, for no two modules of a real checkpoint are
+    alike.
     """
 
     def __init__(self) -> None:
@@ -213,22 +262,38 @@ class Values:
             scales = max_scales(wide, name) or {}
             step = scales["weight_scale"].view(np.uint8)
             if name == "nvfp4":
-                table = step.view(ml_dtypes.float8_e4m3fn).astype(np.float32) * scales["weight_scale_2"]
-                codes = (wide / np.repeat(table, 16, 1)).clip(-6, 6).astype(ml_dtypes.float4_e2m1fn).view(np.uint8)
+                table = (
+                    step.view(ml_dtypes.float8_e4m3fn).astype(np.float32) * scales["weight_scale_2"]
+                )
+                codes = (
+                    (wide / np.repeat(table, 16, 1))
+                    .clip(-6, 6)
+                    .astype(ml_dtypes.float4_e2m1fn)
+                    .view(np.uint8)
+                )
                 stored = (codes[:, 0::2] & 15) | (codes[:, 1::2] << 4)
             else:
                 table = step.view(ml_dtypes.float8_e8m0fnu).astype(np.float32)
-                stored = (wide / np.repeat(table, 32, 1)).clip(-448, 448).astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
+                stored = (
+                    (wide / np.repeat(table, 32, 1))
+                    .clip(-448, 448)
+                    .astype(ml_dtypes.float8_e4m3fn)
+                    .view(np.uint8)
+                )
             self.made[key] = {
-                "base": values.tobytes(), "weight": stored.tobytes(), "weight_scale": step.tobytes(),
+                "base": values.tobytes(),
+                "weight": stored.tobytes(),
+                "weight_scale": step.tobytes(),
                 "weight_scale_inv": step.tobytes(),
                 "weight_scale_2": np.float32(scales.get("weight_scale_2", 1)).tobytes(),
                 "input_scale": np.float32(0.01).tobytes(),
-            }  # fmt: skip
+            }
         return self.made[key]
 
     def fill(self, path: Path, pick: Callable[[str, str, tuple[int, ...]], bytes | None]) -> Path:
-        """Write into the sparse shards of a folder what ``pick`` gives for each tensor, again and again; None is a hole."""
+        """Write into the sparse shards of a folder what ``pick`` gives for each tensor, again and
+        again; None is a hole.
+        """
         for file in sorted(path.glob("*.safetensors")):
             with file.open("r+b") as handle:
                 length = int.from_bytes(handle.read(8), "little")
@@ -253,7 +318,9 @@ def plain(dtype: str, values: Values) -> bytes:
     return wide.tobytes() if dtype == "F32" else wide.astype(ml_dtypes.bfloat16).tobytes()
 
 
-def write_slice(folder: Path, rows: list[Row], config: dict[str, object], *, holes: bool, values: Values) -> Path:
+def write_slice(
+    folder: Path, rows: list[Row], config: dict[str, object], *, holes: bool, values: Values
+) -> Path:
     """Write a mixed checkpoint of these tensors; with ``holes`` without its codes."""
     weights = {n.removesuffix(".weight"): (d, s) for n, d, s in rows if n.endswith(".weight")}
 
@@ -263,18 +330,28 @@ def write_slice(folder: Path, rows: list[Row], config: dict[str, object], *, hol
             return None if holes and leaf == "weight" else values.of(module, leaf, *weights[module])
         return plain(dtype, values)
 
-    # Embeddings, head and vision are left out: their names are missing in the slice, which costs nothing to tell.
+    # Embeddings, head and vision are left out: their names are missing in the slice, which costs
+    # nothing to tell.
     return values.fill(sparse.write(folder, rows, config, 8), pick)
 
 
-def write_base(folder: Path, rows: list[Row], config: dict[str, object], candidate: Path, values: Values) -> Path:
+def write_base(
+    folder: Path, rows: list[Row], config: dict[str, object], candidate: Path, values: Values
+) -> Path:
     """Write the base of a slice: BF16 where it is quantized, else the slice's own bytes."""
-    quantized = {n.removesuffix(".weight"): (d, s) for n, d, s in rows if d in ("U8", "F8_E4M3") and n.endswith(".weight")}
+    quantized = {
+        n.removesuffix(".weight"): (d, s)
+        for n, d, s in rows
+        if d in ("U8", "F8_E4M3") and n.endswith(".weight")
+    }
     own = verifier.open_checkpoint(candidate)
     base = [
-        (n, "BF16", (s[0], s[1] * (2 if d == "U8" else 1))) if n.removesuffix(".weight") in quantized else (n, d, s)
-        for n, d, s in rows if n.rpartition(".")[2] not in SCALE_LEAVES
-    ]  # fmt: skip
+        (n, "BF16", (s[0], s[1] * (2 if d == "U8" else 1)))
+        if n.removesuffix(".weight") in quantized
+        else (n, d, s)
+        for n, d, s in rows
+        if n.rpartition(".")[2] not in SCALE_LEAVES
+    ]
 
     def pick(name: str, _dtype: str, _shape: tuple[int, ...]) -> bytes | None:
         module = name.removesuffix(".weight")
@@ -282,20 +359,32 @@ def write_base(folder: Path, rows: list[Row], config: dict[str, object], candida
             return values.of(module, "base", *quantized[module])
         return own.read(own.tensors[name]).tobytes()
 
-    return values.fill(sparse.write(folder, base, {k: v for k, v in config.items() if k != "quantization_config"}, 8), pick)
+    return values.fill(
+        sparse.write(
+            folder, base, {k: v for k, v in config.items() if k != "quantization_config"}, 8
+        ),
+        pick,
+    )
 
 
-def ranges(path: Path, wanted: Callable[[str, str], bool]) -> list[tuple[str, list[tuple[int, int]]]]:
+def ranges(
+    path: Path, wanted: Callable[[str, str], bool]
+) -> list[tuple[str, list[tuple[int, int]]]]:
     """Return the (offset, length) of each wanted tensor, by file, in the order of the file."""
     ckpt = verifier.open_checkpoint(path)
     return [
-        (str(path / s.file), [(t.offset, t.nbytes) for t in s.tensors.values() if wanted(t.name, t.dtype)])
+        (
+            str(path / s.file),
+            [(t.offset, t.nbytes) for t in s.tensors.values() if wanted(t.name, t.dtype)],
+        )
         for s in ckpt.shards
-    ]  # fmt: skip
+    ]
 
 
 def read_all(files: list[tuple[str, list[tuple[int, int]]]]) -> tuple[float, float, int]:
-    """Return seconds, processor seconds and bytes of ``readinto`` of some ranges, into one buffer of the largest's size."""
+    """Return seconds, processor seconds and bytes of ``readinto`` of some ranges, into one buffer
+    of the largest's size.
+    """
     buffer = memoryview(bytearray(max(n for _, r in files for _, n in r)))
     started, cpu, total = time.perf_counter(), time.process_time(), 0
     for file, tensors in files:
@@ -310,7 +399,9 @@ def read_all(files: list[tuple[str, list[tuple[int, int]]]]) -> tuple[float, flo
 
 
 def judged(path: Path, base: Path | None, workers: int) -> tuple[float, float, Report]:
-    """Return seconds and processor seconds of a payload check in this process, which must find nothing in the values."""
+    """Return seconds and processor seconds of a payload check in this process, which must find
+    nothing in the values.
+    """
     started, cpu = time.perf_counter(), time.process_time()
     report = verifier.check(path, base=base, depth="payload", workers=workers)
     seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
@@ -324,16 +415,27 @@ def scan_part(rounds: int, folder: Path) -> dict[str, Any]:
     """Measure the scan of scales and unquantized tensors of a layer."""
     rows = layer(128)
     path = write_slice(folder / "scan", rows, config_of(rows, 128), holes=True, values=Values())
-    files = ranges(path, lambda name, dtype: name.rpartition(".")[2] in SCALE_LEAVES or dtype in ("BF16", "F32"))
+    files = ranges(
+        path,
+        lambda name, dtype: name.rpartition(".")[2] in SCALE_LEAVES or dtype in ("BF16", "F32"),
+    )
     raw = []
     for _ in range(rounds + 1):
         read, read_cpu, count = read_all(files)
         one, one_cpu, _ = judged(path, None, 1)
         two, _, _ = judged(path, None, 2)
-        raw.append({
-            "readinto_s": read, "check_s": one, "two_workers_s": two, "readinto_cpu_s": read_cpu, "check_cpu_s": one_cpu,
-            "ratio": read / one, "speedup": one / two, "cpu_ratio": read_cpu / one_cpu,
-        })  # fmt: skip
+        raw.append(
+            {
+                "readinto_s": read,
+                "check_s": one,
+                "two_workers_s": two,
+                "readinto_cpu_s": read_cpu,
+                "check_cpu_s": one_cpu,
+                "ratio": read / one,
+                "speedup": one / two,
+                "cpu_ratio": read_cpu / one_cpu,
+            }
+        )
     return {"rounds": raw[1:], "bytes": count, "tensors": len(rows)}
 
 
@@ -352,35 +454,57 @@ def payload_part(rounds: int, folder: Path) -> dict[str, Any]:
         two, _, same = judged(path, base, 2)
         if (report.findings, report.coverage) != (same.findings, same.coverage):
             raise SystemExit("two workers say something else than one")
-        raw.append({
-            "readinto_s": read, "check_s": one, "two_workers_s": two, "readinto_cpu_s": read_cpu, "check_cpu_s": one_cpu,
-            "ratio": read / one, "speedup": one / two, "cpu_ratio": read_cpu / one_cpu,
-        })  # fmt: skip
+        raw.append(
+            {
+                "readinto_s": read,
+                "check_s": one,
+                "two_workers_s": two,
+                "readinto_cpu_s": read_cpu,
+                "check_cpu_s": one_cpu,
+                "ratio": read / one,
+                "speedup": one / two,
+                "cpu_ratio": read_cpu / one_cpu,
+            }
+        )
     return {"rounds": raw[1:], "bytes": count, "tensors": len(rows)}
 
 
 def memory_part(rounds: int, folder: Path) -> dict[str, Any]:
-    """Measure private pages with an embedding of 200,064 x 6144 and an expert of 16,384 x 16,384."""
+    """Measure private pages with an embedding of 200,064 x 6144 and an expert of 16,384 x
+    16,384.
+    """
     values, expert = Values(), "language_model.model.layers.3.block_sparse_moe.experts.0.w1"
     rows: list[Row] = [
         ("language_model.model.embed_tokens.weight", "BF16", (200064, 6144)),
-        (f"{expert}.weight", "U8", (16384, 8192)), (f"{expert}.weight_scale", "F8_E4M3", (16384, 1024)),
-        (f"{expert}.weight_scale_2", "F32", ()), (f"{expert}.input_scale", "F32", ()),
-    ]  # fmt: skip
+        (f"{expert}.weight", "U8", (16384, 8192)),
+        (f"{expert}.weight_scale", "F8_E4M3", (16384, 1024)),
+        (f"{expert}.weight_scale_2", "F32", ()),
+        (f"{expert}.input_scale", "F32", ()),
+    ]
     config = config_of(rows, 1)
     path = values.fill(
         sparse.write(folder / "mixed", rows, config, 2),
-        lambda n, _d, _s: values.of(expert, n.rpartition(".")[2], "U8", (16384, 8192)) if ".experts." in n else None,
+        lambda n, _d, _s: (
+            values.of(expert, n.rpartition(".")[2], "U8", (16384, 8192))
+            if ".experts." in n
+            else None
+        ),
     )
     bases: list[Row] = [rows[0], (f"{expert}.weight", "BF16", (16384, 16384))]
     base = values.fill(
         sparse.write(folder / "base", bases, config, 2),
-        lambda n, _d, _s: values.of(expert, "base", "U8", (16384, 8192)) if ".experts." in n else None,
+        lambda n, _d, _s: (
+            values.of(expert, "base", "U8", (16384, 8192)) if ".experts." in n else None
+        ),
     )
     raw = []
     for _ in range(min(3, rounds)):
         one = {}
-        for name, against, workers in (("scan", "", 1), ("payload", str(base), 1), ("payload_two_workers", str(base), 2)):
+        for name, against, workers in (
+            ("scan", "", 1),
+            ("payload", str(base), 1),
+            ("payload_two_workers", str(base), 2),
+        ):
             one["idle_mb"], one[f"{name}_mb"] = grown([str(path), str(TINY), against, str(workers)])
         raw.append(one)
     return {"rounds": raw, "largest_tensor_mb": 200064 * 6144 * 2 / 1e6}
@@ -393,23 +517,34 @@ def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--only", default=",".join(PARTS), help="parts; those left out keep their last results")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "verify.json")
+    parser.add_argument(
+        "--only", default=",".join(PARTS), help="parts; those left out keep their last results"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent / "results" / "verify.json"
+    )
     args = parser.parse_args()
     started = time.perf_counter()
     result: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {}
     for name in args.only.split(","):
         with tempfile.TemporaryDirectory(prefix="ckptgate-bench-") as folder:
             part = PARTS[name](args.rounds, Path(folder))
-        part["median"] = {k: statistics.median(r[k] for r in part["rounds"]) for k in part["rounds"][0]}
+        part["median"] = {
+            k: statistics.median(r[k] for r in part["rounds"]) for k in part["rounds"][0]
+        }
         result[name] = part
         print(name, json.dumps({k: round(v, 3) for k, v in part["median"].items()}), flush=True)
     result |= {
-        "command": "python benchmarks/verify.py", "arguments": {"rounds": args.rounds, "only": args.only},
-        "versions": {"python": platform.python_version(), **{p: version(p) for p in ("ckptgate", "numpy", "ml_dtypes")}},
+        "command": "python benchmarks/verify.py",
+        "arguments": {"rounds": args.rounds, "only": args.only},
+        "versions": {
+            "python": platform.python_version(),
+            **{p: version(p) for p in ("ckptgate", "numpy", "ml_dtypes")},
+        },
         "machine": f"{platform.machine()}, {os.cpu_count()} processors, shared",
-        "load": os.getloadavg(), "seconds": round(time.perf_counter() - started),
-    }  # fmt: skip
+        "load": os.getloadavg(),
+        "seconds": round(time.perf_counter() - started),
+    }
     args.out.parent.mkdir(exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -10,11 +10,26 @@ if TYPE_CHECKING:
     from exporter.api import export, export_model, merge, plan_export, plan_repair, repair
     from exporter.calibration import calibrate
 
-__all__ = ["adapters", "calibrate", "codecs", "export", "export_model", "merge", "plan_export", "plan_repair", "repair"]
+__all__ = [
+    "adapters",
+    "calibrate",
+    "codecs",
+    "export",
+    "export_model",
+    "merge",
+    "plan_export",
+    "plan_repair",
+    "repair",
+]
 _HOME = {
-    "calibrate": "exporter.calibration", "export": "exporter.api", "merge": "exporter.api", "plan_export": "exporter.api",
-    "export_model": "exporter.api", "plan_repair": "exporter.api", "repair": "exporter.api",
-}  # fmt: skip
+    "calibrate": "exporter.calibration",
+    "export": "exporter.api",
+    "merge": "exporter.api",
+    "plan_export": "exporter.api",
+    "export_model": "exporter.api",
+    "plan_repair": "exporter.api",
+    "repair": "exporter.api",
+}
 
 
 def __getattr__(name: str) -> Any:

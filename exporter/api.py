@@ -68,9 +68,16 @@ def plan_export(
     if how is None and onto is not None:
         how = "one"
     return build(
-        opened, found, onto=target, layers=chosen, input_scale=how, stats=values, rest=rest, kv_cache=kv_cache,
+        opened,
+        found,
+        onto=target,
+        layers=chosen,
+        input_scale=how,
+        stats=values,
+        rest=rest,
+        kv_cache=kv_cache,
         expert_layout=expert_layout,
-    )  # fmt: skip
+    )
 
 
 def export(
@@ -93,18 +100,21 @@ def export(
     """Quantize a checkpoint from folder to folder and return the manifest that was written.
 
     Args:
-        source: folder of a checkpoint in hub layout; modules of it that are quantized are decoded first.
+        source: folder of a checkpoint in hub layout; modules of it that are quantized are decoded
+            first.
         out: folder to make; its parent must exist.
         recipe: a recipe's name, a YAML file, or a `Recipe`.
         onto: the checkpoint whose bytes everything that is not selected keeps (a mixed export).
         layers: ``3-59`` or ``3,5``: quantize in these layers only.
         input_scale: ``one`` writes 1.0 for every activation scale (the default with ``onto``).
         stats: a safetensors file of input maxima, ``<hub module>.input_amax``, and of KV maxima.
-        rest: quantized modules that the recipe leaves: ``keep`` their bytes or write them as ``bf16``; by default their
-            bytes are kept where engines read that format beside the recipe's.
-        kv_cache: ``fp8`` (a scale for each layer, from ``stats``) or ``fp8_cast`` (none), instead of the recipe's.
-        expert_layout: of a source that holds experts in stacks: write them ``per-expert`` or as the ``hub`` has them; by
-            default what engines read of its family (docs/expert-layouts.md).
+        rest: quantized modules that the recipe leaves: ``keep`` their bytes or write them as
+            ``bf16``; by default their bytes are kept where engines read that format beside the
+            recipe's.
+        kv_cache: ``fp8`` (a scale for each layer, from ``stats``) or ``fp8_cast`` (none), instead
+            of the recipe's.
+        expert_layout: of a source that holds experts in stacks: write them ``per-expert`` or as the
+            ``hub`` has them; by default what engines read of its family (docs/expert-layouts.md).
         overwrite: swap an existing checkpoint at ``out`` whole.
         workers: shards written at a time; by default the number of processors, at most 4.
         shard_bytes: the size at which a new shard begins, in bytes.
@@ -112,15 +122,23 @@ def export(
 
     Raises:
         UsageError: options that contradict, an unknown recipe, ``out`` in use or existing.
-        PlanError, EncodeError: what the checkpoints do not allow, or a weight that cannot be encoded.
+        PlanError, EncodeError: what the checkpoints do not allow, or a weight that cannot be
+            encoded.
         OSError: the disk.
     """
     target = Path(out)
     stream.check_out(target, overwrite=overwrite, inputs=_inputs(source, onto))
     plan = plan_export(
-        source, recipe=recipe, onto=onto, layers=layers, input_scale=input_scale, stats=stats, rest=rest, kv_cache=kv_cache,
+        source,
+        recipe=recipe,
+        onto=onto,
+        layers=layers,
+        input_scale=input_scale,
+        stats=stats,
+        rest=rest,
+        kv_cache=kv_cache,
         expert_layout=expert_layout,
-    )  # fmt: skip
+    )
     return _write(plan, target, overwrite, workers, shard_bytes, progress)
 
 
@@ -143,12 +161,13 @@ def export_model(
     """Quantize a transformers model that is in memory, by the plan, codecs and writer of `export`.
 
     Args:
-        model: unquantized, its parameters on the CPU or on devices of this process; it is not changed.
+        model: unquantized, its parameters on the CPU or on devices of this process; it is not
+            changed.
         out: folder to make; its parent must exist.
         recipe: a recipe's name, a YAML file, or a `Recipe`.
-        source: the checkpoint that it was loaded from: its index decides the hub layout, and side files, and tensors that
-            the model has no place for or holds narrower but unchanged, come from there. Without it, names and config are
-            what `save_pretrained` would write.
+        source: the checkpoint that it was loaded from: its index decides the hub layout, and side
+            files, and tensors that the model has no place for or holds narrower but unchanged, come
+            from there. Without it, names and config are what `save_pretrained` would write.
         layers: quantize in these layers only.
         input_scale: ``one`` writes 1.0 for every activation scale.
         stats: a safetensors file of input maxima by hub module.
@@ -161,7 +180,8 @@ def export_model(
 
     Raises:
         UsageError: options that contradict, an unknown recipe, ``out`` in use or existing.
-        UnsupportedConversion: a tensor that cannot be brought to hub layout; no in-memory name is ever written.
+        UnsupportedConversion: a tensor that cannot be brought to hub layout; no in-memory name is
+            ever written.
         PlanError, EncodeError: what the model does not allow, or a weight that cannot be encoded.
     """
     from exporter.layout.memory import as_checkpoint  # noqa: PLC0415  (transformers is used here only)
@@ -171,9 +191,14 @@ def export_model(
     origin = open_checkpoint(source) if source is not None else None
     held = as_checkpoint(model, origin, logical(origin) if origin is not None else None)
     plan = plan_export(
-        held, recipe=recipe, layers=layers, input_scale=input_scale, stats=stats, kv_cache=kv_cache,
+        held,
+        recipe=recipe,
+        layers=layers,
+        input_scale=input_scale,
+        stats=stats,
+        kv_cache=kv_cache,
         expert_layout=expert_layout,
-    )  # fmt: skip
+    )
     return _write(plan, target, overwrite, workers, shard_bytes, progress, sides=origin)
 
 
@@ -188,7 +213,8 @@ def merge(
     shard_bytes: int | None = None,
     progress: Progress | None = None,
 ) -> Manifest:
-    """Move routed experts that another tool quantized onto a checkpoint of another format; no byte is re-quantized.
+    """Move routed experts that another tool quantized onto a checkpoint of another format; no byte
+    is re-quantized.
 
     Args:
         experts: folder whose quantized routed experts are taken.
@@ -208,7 +234,9 @@ def merge(
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What a repair will do: its plan, and what values say: how each unquantized tensor differs from the base's."""
+    """What a repair will do: its plan, and what values say: how each unquantized tensor differs
+    from the base's.
+    """
 
     repair: Repair
     same: dict[str, evidence.How]
@@ -216,7 +244,8 @@ class Diagnosis:
 
 
 def plan_repair(broken: PathLike, *, base: PathLike) -> Diagnosis:
-    """Return what a repair would do, without writing anything; headers decide, and values are read to refuse in time.
+    """Return what a repair would do, without writing anything; headers decide, and values are read
+    to refuse in time.
 
     Raises:
         UsageError: a missing folder.
@@ -232,7 +261,9 @@ def plan_repair(broken: PathLike, *, base: PathLike) -> Diagnosis:
 
 
 def _layout_of(base: Checkpoint) -> Layout | None:
-    """Return the layout of the base's model in memory, where transformers is here and has that model and mapping."""
+    """Return the layout of the base's model in memory, where transformers is here and has that
+    model and mapping.
+    """
     if find_spec("transformers") is None:
         return None
     from exporter.detect import meta_model  # noqa: PLC0415  (transformers costs seconds)
@@ -254,7 +285,8 @@ def repair(
     shard_bytes: int | None = None,
     progress: Progress | None = None,
 ) -> Manifest:
-    """Make a wrongly named, wrongly stacked or wrongly described export right; no quantized byte changes.
+    """Make a wrongly named, wrongly stacked or wrongly described export right; no quantized byte
+    changes.
 
     Args:
         broken: folder of the export.
@@ -275,7 +307,10 @@ def repair(
     plan = found.repair.plan
 
     def prove(folder: Path) -> dict[str, Any]:
-        return {"unchanged": evidence.unchanged(plan, found.repair, folder), "repair": summary(found)}
+        return {
+            "unchanged": evidence.unchanged(plan, found.repair, folder),
+            "repair": summary(found),
+        }
 
     return _write(plan, target, overwrite, workers, shard_bytes, progress, prove)
 
@@ -286,7 +321,11 @@ def summary(found: Diagnosis) -> dict[str, Any]:
     replaced = {n: how for n, how in found.same.items() if how != "equal"}
     return {
         "renamed": [len(it.renamed), dict(list(it.renamed.items())[:3])],
-        "split": [len(it.split), sum(map(len, it.split.values())), {n: list(v[:3]) for n, v in list(it.split.items())[:3]}],
+        "split": [
+            len(it.split),
+            sum(map(len, it.split.values())),
+            {n: list(v[:3]) for n, v in list(it.split.items())[:3]},
+        ],
         "replaced": [len(replaced), dict(list(replaced.items())[:10])],
         "from_base": [len(it.missing), list(it.missing[:10])],
         "dropped": [len(it.dropped), list(it.dropped[:10])],
@@ -299,13 +338,24 @@ def _described(it: Repair) -> dict[str, Any]:
     """Return what the export's own description says that its tensors do not show."""
     declared = read_declarations(it.plan.source).effective
     written = gather(Tensor(s.name, s.dtype, s.shape, "", 0, s.nbytes) for s in it.plan.specs)
-    modules, algos = set(written), sorted({m.shown.algo for m in written.values() if m.quantized and m.shown is not None})
+    modules, algos = (
+        set(written),
+        sorted({m.shown.algo for m in written.values() if m.quantized and m.shown is not None}),
+    )
     shown = algos[0] if len(algos) == 1 else f"MIXED_PRECISION of {' and '.join(algos)}"
     if declared is None or not declared.known:
         was = "nothing" if declared is None else declared.method
         return {"was": was, "shown": shown, "dead": [0, []], "absent": [0, []]}
-    dead, absent = declared.exclusions.dead(modules), [n for n in declared.layers if n not in modules]
-    return {"was": declared.algo, "shown": shown, "dead": [len(dead), dead[:3]], "absent": [len(absent), absent[:3]]}
+    dead, absent = (
+        declared.exclusions.dead(modules),
+        [n for n in declared.layers if n not in modules],
+    )
+    return {
+        "was": declared.algo,
+        "shown": shown,
+        "dead": [len(dead), dead[:3]],
+        "absent": [len(absent), absent[:3]],
+    }
 
 
 def _inputs(*paths: PathLike | None) -> tuple[str, ...]:
@@ -342,24 +392,38 @@ def read_stats(path: PathLike) -> Stats:
 def _maximum(file: Path, tensor: Tensor, source: LocalSource) -> float:
     if tensor.dtype not in FLOATS:
         floats = ", ".join(sorted(FLOATS))
-        raise PlanError(f"{file}: {tensor.name} is {tensor.dtype}; an input maximum is one of {floats}")
+        raise PlanError(
+            f"{file}: {tensor.name} is {tensor.dtype}; an input maximum is one of {floats}"
+        )
     value = source.read(tensor.file, tensor.offset, tensor.nbytes).view(NUMPY_DTYPES[tensor.dtype])
     amax = float(value.astype(np.float32).max(initial=0.0))
     if not math.isfinite(amax) or amax / 2688.0 < np.finfo(np.float32).tiny:
-        raise PlanError(f"{file}: {tensor.name} is {amax}; an input maximum is a finite number above zero")
+        raise PlanError(
+            f"{file}: {tensor.name} is {amax}; an input maximum is a finite number above zero"
+        )
     return amax
 
 
 def _write(
-    plan: Plan, out: Path, overwrite: bool, workers: int | None, shard_bytes: int | None, progress: Progress | None,
-    prove: Callable[[Path], dict[str, Any]] | None = None, sides: Checkpoint | None = None,
-) -> Manifest:  # fmt: skip
+    plan: Plan,
+    out: Path,
+    overwrite: bool,
+    workers: int | None,
+    shard_bytes: int | None,
+    progress: Progress | None,
+    prove: Callable[[Path], dict[str, Any]] | None = None,
+    sides: Checkpoint | None = None,
+) -> Manifest:
     kept = plan.kept
     kv_cache = _declares_kv(plan)
     todo = stream.tasks(plan, shard_bytes or stream.SHARD_BYTES)
     with stream.working(out, stream.fingerprint(plan, todo), overwrite=overwrite) as folder:
         written = stream.write(
-            plan, todo, folder, workers=workers or min(4, os.cpu_count() or 1), progress=progress or (lambda _n: None)
+            plan,
+            todo,
+            folder,
+            workers=workers or min(4, os.cpu_count() or 1),
+            progress=progress or (lambda _n: None),
         )
         made = sum(m.linears for m in written.made.values())
         planned = sum(plan.formats().values())
@@ -378,7 +442,8 @@ def _write(
 
 
 def _declares_kv(plan: Plan) -> bool:
-    """Return whether the result declares an FP8 KV cache: asked for, or as the kept checkpoint does.
+    """Return whether the result declares an FP8 KV cache: asked for, or as the kept checkpoint
+    does.
 
     Raises:
         PlanError: the kept checkpoint declares another one, which would be lost.
@@ -389,15 +454,21 @@ def _declares_kv(plan: Plan) -> bool:
     if plan.options.get("kv_cache") is not None:
         return True
     if kv is not None and kv.upper() != "FP8":
-        raise PlanError(f"{described.uri}: declares a KV cache in {kv}; only FP8 is written: --kv fp8_cast")
+        raise PlanError(
+            f"{described.uri}: declares a KV cache in {kv}; only FP8 is written: --kv fp8_cast"
+        )
     return kv is not None
 
 
-def _manifest(plan: Plan, out: Path, folder: Path, written: stream.Written, sides: list[str]) -> Manifest:
+def _manifest(
+    plan: Plan, out: Path, folder: Path, written: stream.Written, sides: list[str]
+) -> Manifest:
     result = unstacked(open_checkpoint(folder))
     shown = [m.shown for m in gather(result.tensors.values()).values() if m.quantized]
     formats = {f.algo: sum(1 for s in shown if s is f) for f in shown if f is not None}
-    files = {n: File(bytes=size, sha256=found) for n, (found, size) in sorted(written.digests.items())}
+    files = {
+        n: File(bytes=size, sha256=found) for n, (found, size) in sorted(written.digests.items())
+    }
     for name in sides:
         files[name] = digest(folder / name)
     planned, stacked = plan.formats(), plan.stacked()
@@ -407,19 +478,37 @@ def _manifest(plan: Plan, out: Path, folder: Path, written: stream.Written, side
     if plan.onto is not None:
         roles.append(("base" if plan.kind == "repair" else "onto", plan.onto))
     return Manifest(
-        kind=plan.kind, name=out.name,
+        kind=plan.kind,
+        name=out.name,
         made_by={"tool": "ckptgate", "version": __version__, "python": sys.version.split()[0]},
         sources=[
-            Source(role=r, uri=c.uri, tensors=sum(len(s.tensors) for s in c.shards), header_sha256=header_digest(c))
+            Source(
+                role=r,
+                uri=c.uri,
+                tensors=sum(len(s.tensors) for s in c.shards),
+                header_sha256=header_digest(c),
+            )
             for r, c in roles
         ],
-        options=plan.options, formats=formats, tensors=len(plan.specs), bytes=result.nbytes, files=files,
+        options=plan.options,
+        formats=formats,
+        tensors=len(plan.specs),
+        bytes=result.nbytes,
+        files=files,
         notes={
             "quantized_here": dict(plan.formats()),
-            "scale_range": {a: [f"{m.low:.2e}", f"{m.high:.2e}"] for a, m in sorted(written.made.items())},
-            "linears": {a: [m.linears, planned[a], stacked[a]] for a, m in sorted(written.made.items())},
+            "scale_range": {
+                a: [f"{m.low:.2e}", f"{m.high:.2e}"] for a, m in sorted(written.made.items())
+            },
+            "linears": {
+                a: [m.linears, planned[a], stacked[a]] for a, m in sorted(written.made.items())
+            },
             "requantized": {f"{a} to {b}": n for (a, b), n in sorted(plan.requantized().items())},
-            "mxfp4_blocks": {a: [m.blocks - m.lost, m.blocks] for a, m in sorted(written.made.items()) if m.blocks},
+            "mxfp4_blocks": {
+                a: [m.blocks - m.lost, m.blocks]
+                for a, m in sorted(written.made.items())
+                if m.blocks
+            },
             "resumed_shards": written.resumed,
         },
-    )  # fmt: skip
+    )

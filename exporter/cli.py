@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``ckptgate export`` and ``ckptgate merge``; the only place of the exporter that calls `verifier.check`."""
+"""``ckptgate export`` and ``ckptgate merge``; the only place of the exporter that calls
+`verifier.check`.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +23,16 @@ if TYPE_CHECKING:
     from verifier.manifest import Manifest
 
 OVERWRITE = click.option("--overwrite", is_flag=True, help="Swap an existing OUT whole.")
-WORKERS = click.option("--workers", type=click.IntRange(1, 64), help="Shards at a time; by default processors, at most 4.")
+WORKERS = click.option(
+    "--workers",
+    type=click.IntRange(1, 64),
+    help="Shards at a time; by default processors, at most 4.",
+)
 REPORT = click.option(
-    "--report", "report_file", type=click.Path(path_type=Path), help="Write summary and check as JSON here."
+    "--report",
+    "report_file",
+    type=click.Path(path_type=Path),
+    help="Write summary and check as JSON here.",
 )
 
 
@@ -31,29 +40,48 @@ REPORT = click.option(
 @click.argument("source")
 @click.argument("out")
 @click.option("--recipe", required=True, help="A recipe's name, or a YAML file.")
-@click.option("--onto", metavar="VENDOR", help="Keep everything that is not selected from this checkpoint (mixed export).")
+@click.option(
+    "--onto",
+    metavar="VENDOR",
+    help="Keep everything that is not selected from this checkpoint (mixed export).",
+)
 @click.option("--layers", metavar="3-59", help="Quantize in these layers only.")
 @click.option(
-    "--input-scale", type=click.Choice(["one", "stats"]), help="Activation scales: 1.0 (default with --onto), or --stats."
+    "--input-scale",
+    type=click.Choice(["one", "stats"]),
+    help="Activation scales: 1.0 (default with --onto), or --stats.",
 )
-@click.option("--stats", metavar="FILE", help="Input and KV maxima by hub module name (safetensors).")
 @click.option(
-    "--rest", type=click.Choice(["keep", "bf16"]),
+    "--stats", metavar="FILE", help="Input and KV maxima by hub module name (safetensors)."
+)
+@click.option(
+    "--rest",
+    type=click.Choice(["keep", "bf16"]),
     help="Quantized modules that the recipe leaves: keep their bytes or decode them; by default as engines read them.",
-)  # fmt: skip
+)
 @click.option(
-    "--kv", "kv_cache", type=click.Choice(["fp8", "fp8_cast"]),
+    "--kv",
+    "kv_cache",
+    type=click.Choice(["fp8", "fp8_cast"]),
     help="An FP8 KV cache: fp8 with scales from --stats, fp8_cast without.",
-)  # fmt: skip
+)
 @click.option(
-    "--expert-layout", type=click.Choice(["per-expert", "hub"]),
+    "--expert-layout",
+    type=click.Choice(["per-expert", "hub"]),
     help="Of a source with stacked experts: how they are written; by default as engines read its family.",
-)  # fmt: skip
+)
 @click.option(
-    "--calibrate-texts", metavar="FILE", multiple=True,
+    "--calibrate-texts",
+    metavar="FILE",
+    multiple=True,
     help="Calibrate first, on these texts; what follows after -- goes to calibrate.",
-)  # fmt: skip
-@click.option("--preview", "prompts", metavar="FILE", help="Then let both models go on from these prompts, side by side.")
+)
+@click.option(
+    "--preview",
+    "prompts",
+    metavar="FILE",
+    help="Then let both models go on from these prompts, side by side.",
+)
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
 @OVERWRITE
 @WORKERS
@@ -80,27 +108,43 @@ def export(
     report_file: Path | None,
     more: tuple[str, ...],
 ) -> None:
-    """Quantize the checkpoint in SOURCE into the folder OUT, file to file, and check what was written."""
+    """Quantize the checkpoint in SOURCE into the folder OUT, file to file, and check what was
+    written.
+    """
     import exporter  # noqa: PLC0415  (torch costs a second, and --help does not need it)
 
     given: dict[str, Any] = {
-        "recipe": recipe, "onto": onto, "layers": layers, "input_scale": input_scale, "stats": stats, "rest": rest,
-        "kv_cache": kv_cache, "expert_layout": expert_layout,
-    }  # fmt: skip
+        "recipe": recipe,
+        "onto": onto,
+        "layers": layers,
+        "input_scale": input_scale,
+        "stats": stats,
+        "rest": rest,
+        "kv_cache": kv_cache,
+        "expert_layout": expert_layout,
+    }
     if more and not calibrate_texts:
-        raise UsageError(f"{' '.join(more)}: what follows OUT goes to calibrate, and there is no --calibrate-texts")
+        raise UsageError(
+            f"{' '.join(more)}: what follows OUT goes to calibrate, and there is no --calibrate-texts"
+        )
     if calibrate_texts:
         from exporter.cli_calibrate import within_export  # noqa: PLC0415  (of use here only)
 
-        given["stats"] = within_export(source, out, recipe, calibrate_texts, more, given, overwrite, dry_run)
+        given["stats"] = within_export(
+            source, out, recipe, calibrate_texts, more, given, overwrite, dry_run
+        )
     if dry_run:
         click.echo(describe(exporter.plan_export(source, **given)), nl=False)
         return
     _require_writable(report_file, out)
     read = read_prompts(prompts) if prompts is not None else []
     with progress_bar("writing", in_bytes=True) as draw:
-        progress = None if draw is None else _sums(draw, exporter.plan_export(source, **given).nbytes)
-        manifest = exporter.export(source, out, overwrite=overwrite, workers=workers, progress=progress, **given)
+        progress = (
+            None if draw is None else _sums(draw, exporter.plan_export(source, **given).nbytes)
+        )
+        manifest = exporter.export(
+            source, out, overwrite=overwrite, workers=workers, progress=progress, **given
+        )
     code = _finish(manifest, out, base=source, merged_from=onto, report_file=report_file)
     if read:
         show_preview(source, out, read, report_file)
@@ -110,38 +154,67 @@ def export(
 @click.command()
 @click.argument("experts")
 @click.argument("out")
-@click.option("--onto", metavar="VENDOR", required=True, help="The checkpoint that everything else is kept from.")
-@click.option("--input-scale", type=click.Choice(["keep", "one"]), default="keep", show_default=True)
+@click.option(
+    "--onto",
+    metavar="VENDOR",
+    required=True,
+    help="The checkpoint that everything else is kept from.",
+)
+@click.option(
+    "--input-scale", type=click.Choice(["keep", "one"]), default="keep", show_default=True
+)
 @OVERWRITE
 @WORKERS
 @REPORT
 @click.pass_context
 def merge(
-    ctx: click.Context, experts: str, out: str, onto: str, input_scale: str, overwrite: bool, workers: int | None,
+    ctx: click.Context,
+    experts: str,
+    out: str,
+    onto: str,
+    input_scale: str,
+    overwrite: bool,
+    workers: int | None,
     report_file: Path | None,
-) -> None:  # fmt: skip
-    """Move the quantized routed experts of EXPERTS onto VENDOR's checkpoint, byte for byte, into OUT."""
+) -> None:
+    """Move the quantized routed experts of EXPERTS onto VENDOR's checkpoint, byte for byte, into
+    OUT.
+    """
     import exporter  # noqa: PLC0415  (as above)
 
     _require_writable(report_file, out)
     manifest = exporter.merge(
-        experts, out, onto=onto, input_scale=input_scale, overwrite=overwrite, workers=workers,  # type: ignore[arg-type]
-    )  # fmt: skip
+        experts,
+        out,
+        onto=onto,
+        input_scale=input_scale,
+        overwrite=overwrite,
+        workers=workers,  # type: ignore[arg-type]
+    )
     ctx.exit(_finish(manifest, out, base=None, merged_from=onto, report_file=report_file))
 
 
 def describe(plan: Plan) -> str:
     """Return a plan as text: what is quantized, kept and left, and the exact size of the result."""
     layers = {m.split(".layers.")[1].split(".")[0] for m in plan.modules if ".layers." in m}
-    lines = [f"{plan.kind} {plan.name}: {plan.source.uri}" + (f" onto {plan.onto.uri}" if plan.onto else "")]
+    lines = [
+        f"{plan.kind} {plan.name}: {plan.source.uri}"
+        + (f" onto {plan.onto.uri}" if plan.onto else "")
+    ]
     stacked = plan.stacked()
     for algo, count in sorted(plan.formats().items()):
-        lines.append(f"  quantize  {count:,} linears ({stacked[algo]:,} stacked) to {algo} in {len(layers)} layers")
+        lines.append(
+            f"  quantize  {count:,} linears ({stacked[algo]:,} stacked) to {algo} in {len(layers)} layers"
+        )
     for (read, written), count in sorted(plan.requantized().items()):
         kind = "decode" if written == "BF16" else "re-quantized"
         lines.append(f"  {kind:9} {count:,} modules from {read} to {written}")
     if "expert_layout" in plan.options:
-        how = "in stacks, as the hub has them" if plan.options["expert_layout"] == "hub" else "one by one"
+        how = (
+            "in stacks, as the hub has them"
+            if plan.options["expert_layout"] == "hub"
+            else "one by one"
+        )
         lines.append(f"  experts   {how}")
     copies = [a for a in plan.actions if hasattr(a, "origin")]
     lines.append(f"  keep      {len(copies):,} tensors byte for byte from {plan.kept.uri}")
@@ -168,7 +241,8 @@ def _sums(draw: Callable[[int, int], None], total: int) -> Callable[[int], None]
 
 
 def _require_writable(report_file: Path | None, out: str) -> None:
-    """Refuse a report path that cannot be written, before an export runs for hours; make its folder.
+    """Refuse a report path that cannot be written, before an export runs for hours; make its
+    folder.
 
     Raises:
         UsageError: the path is a folder, or its folder cannot be made or written to.
@@ -186,35 +260,57 @@ def _require_writable(report_file: Path | None, out: str) -> None:
     except OSError as error:
         raise UsageError(f"{report_file}: its folder cannot be made") from error
     if is_folder or not os.access(report_file if report_file.exists() else folder, os.W_OK):
-        raise UsageError(f"{report_file}: {'a folder' if is_folder else 'cannot be written'}; --report takes a file")
+        raise UsageError(
+            f"{report_file}: {'a folder' if is_folder else 'cannot be written'}; --report takes a file"
+        )
 
 
 def _finish(
-    manifest: Manifest, out: str, *, base: str | None, merged_from: str | None, report_file: Path | None
+    manifest: Manifest,
+    out: str,
+    *,
+    base: str | None,
+    merged_from: str | None,
+    report_file: Path | None,
 ) -> int:
     """Print the summary, check what was written, and return the check's exit code."""
     import verifier  # noqa: PLC0415  (numpy)
     from verifier.report import render_json, render_text  # noqa: PLC0415
 
     lines = [f"wrote {out}: {manifest.tensors:,} tensors, {manifest.bytes:,} bytes"]
-    here, ranges, linears = (manifest.notes.get(n, {}) for n in ("quantized_here", "scale_range", "linears"))
+    here, ranges, linears = (
+        manifest.notes.get(n, {}) for n in ("quantized_here", "scale_range", "linears")
+    )
     for algo, count in sorted(manifest.formats.items()):
         made = here.get(algo, 0)
         scale = f", scales {ranges[algo][0]} to {ranges[algo][1]}" if algo in ranges else ""
-        lines.append(f"  {algo:12} {count:,} modules ({made:,} quantized here, {count - made:,} kept){scale}")
+        lines.append(
+            f"  {algo:12} {count:,} modules ({made:,} quantized here, {count - made:,} kept){scale}"
+        )
         if algo in linears:
             done, of, stacked = linears[algo]
             how = manifest.options.get("calibration") if "NVFP4" in algo else "max"
-            lines.append(f"  {'':12} {done:,} of {of:,} linears ({stacked:,} stacked) calibrated by {how}")
+            lines.append(
+                f"  {'':12} {done:,} of {of:,} linears ({stacked:,} stacked) calibrated by {how}"
+            )
     for pair, count in manifest.notes.get("requantized", {}).items():
-        lines.append(f"  {'decoded' if pair.endswith('BF16') else 're-quantized':12} {count:,} modules from {pair}")
+        lines.append(
+            f"  {'decoded' if pair.endswith('BF16') else 're-quantized':12} {count:,} modules from {pair}"
+        )
     for same, blocks in manifest.notes.get("mxfp4_blocks", {}).values():
-        lines.append(f"  MXFP4        {same:,} of {blocks:,} blocks carried over without loss, {blocks - same:,} not")
+        lines.append(
+            f"  MXFP4        {same:,} of {blocks:,} blocks carried over without loss, {blocks - same:,} not"
+        )
     click.echo("\n".join(lines))
     report = verifier.check(out, base=base, merged_from=merged_from, depth="payload")
     click.echo(render_text(report), nl=False)
     if report_file is not None:
-        value = {"manifest": manifest.model_dump(mode="json"), "check": json.loads(render_json(report))}
-        report_file.parent.mkdir(parents=True, exist_ok=True)  # one inside OUT could not be made before
+        value = {
+            "manifest": manifest.model_dump(mode="json"),
+            "check": json.loads(render_json(report)),
+        }
+        report_file.parent.mkdir(
+            parents=True, exist_ok=True
+        )  # one inside OUT could not be made before
         report_file.write_text(json.dumps(value, indent=2) + "\n")
     return report.exit_code

@@ -19,19 +19,83 @@ FALLBACK = click.Choice(["fallback", "error"])
 @click.command()
 @click.argument("source")
 @click.option("--recipe", required=True, help="A recipe's name, or a YAML file.")
-@click.option("--texts", metavar="FILE", multiple=True, required=True, help="Documents: text, or .jsonl of text or ids.")
-@click.option("--samples", metavar="512,256", required=True, help="Sequences to take, one number for each --texts.")
-@click.option("--seq-len", type=click.IntRange(2, 10_000_000), default=2048, show_default=True, help="Tokens in a sequence.")
-@click.option("--batch-size", type=click.IntRange(1, 4096), default=1, show_default=True, help="Sequences at a time.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Decides which documents are taken.")
-@click.option("-o", "--output", "out", metavar="FILE", required=True, help="The stats file to write (safetensors).")
-@click.option("--device", type=click.Choice(["cpu", "cuda", "auto"]), default="cpu", show_default=True)
-@click.option("--method", type=click.Choice(["max", "percentile"]), default="max", show_default=True)
-@click.option("--percentile", type=float, default=99.9, show_default=True, help="With --method percentile.")
-@click.option("--on-bad-stat", type=FALLBACK, default="error", show_default=True, help="Zero, NaN, infinite, tiny, huge.")
-@click.option("--on-dead-expert", type=FALLBACK, default="fallback", show_default=True, help="Experts without tokens.")
-@click.option("--min-tokens", type=click.IntRange(0), default=32, show_default=True, help="Warn of experts with fewer.")
-@click.option("--kv", is_flag=True, help="KV maxima are wanted, also by a recipe without static activation scales.")
+@click.option(
+    "--texts",
+    metavar="FILE",
+    multiple=True,
+    required=True,
+    help="Documents: text, or .jsonl of text or ids.",
+)
+@click.option(
+    "--samples",
+    metavar="512,256",
+    required=True,
+    help="Sequences to take, one number for each --texts.",
+)
+@click.option(
+    "--seq-len",
+    type=click.IntRange(2, 10_000_000),
+    default=2048,
+    show_default=True,
+    help="Tokens in a sequence.",
+)
+@click.option(
+    "--batch-size",
+    type=click.IntRange(1, 4096),
+    default=1,
+    show_default=True,
+    help="Sequences at a time.",
+)
+@click.option(
+    "--seed",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Decides which documents are taken.",
+)
+@click.option(
+    "-o",
+    "--output",
+    "out",
+    metavar="FILE",
+    required=True,
+    help="The stats file to write (safetensors).",
+)
+@click.option(
+    "--device", type=click.Choice(["cpu", "cuda", "auto"]), default="cpu", show_default=True
+)
+@click.option(
+    "--method", type=click.Choice(["max", "percentile"]), default="max", show_default=True
+)
+@click.option(
+    "--percentile", type=float, default=99.9, show_default=True, help="With --method percentile."
+)
+@click.option(
+    "--on-bad-stat",
+    type=FALLBACK,
+    default="error",
+    show_default=True,
+    help="Zero, NaN, infinite, tiny, huge.",
+)
+@click.option(
+    "--on-dead-expert",
+    type=FALLBACK,
+    default="fallback",
+    show_default=True,
+    help="Experts without tokens.",
+)
+@click.option(
+    "--min-tokens",
+    type=click.IntRange(0),
+    default=32,
+    show_default=True,
+    help="Warn of experts with fewer.",
+)
+@click.option(
+    "--kv",
+    is_flag=True,
+    help="KV maxima are wanted, also by a recipe without static activation scales.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace an existing stats file.")
 def calibrate(
     source: str,
@@ -53,7 +117,8 @@ def calibrate(
 ) -> None:
     """Run texts through the model in SOURCE and write each module's largest input, by hub name.
 
-    The file is what `export --stats` takes. Exit 0: written, warnings and fallbacks listed. 1: refused.
+    The file is what `export --stats` takes. Exit 0: written, warnings and fallbacks listed. 1:
+    refused.
     """
     counts = _numbers(samples)
     for module in ("torch", "transformers"):
@@ -63,11 +128,24 @@ def calibrate(
 
     with progress_bar("calibrating") as progress:
         report = calibration.calibrate(
-            source, out, recipe=recipe, texts=texts, samples=counts, seq_len=seq_len, batch_size=batch_size, seed=seed,
-            device=device, method=method, percentile=percentile,  # type: ignore[arg-type]
-            on_bad_stat=on_bad_stat, on_dead_expert=on_dead_expert,  # type: ignore[arg-type]
-            min_tokens=min_tokens, kv=kv, overwrite=overwrite, progress=progress,
-        )  # fmt: skip
+            source,
+            out,
+            recipe=recipe,
+            texts=texts,
+            samples=counts,
+            seq_len=seq_len,
+            batch_size=batch_size,
+            seed=seed,
+            device=device,
+            method=method,
+            percentile=percentile,  # type: ignore[arg-type]
+            on_bad_stat=on_bad_stat,
+            on_dead_expert=on_dead_expert,  # type: ignore[arg-type]
+            min_tokens=min_tokens,
+            kv=kv,
+            overwrite=overwrite,
+            progress=progress,
+        )
     click.echo(calibration.render_text(report), nl=False)
 
 
@@ -83,9 +161,15 @@ CONTROLLED = ("--recipe", "--texts", "-o", "--output", "--overwrite", "--kv")
 
 
 def within_export(
-    source: str, out: str, recipe: str, texts: tuple[str, ...], more: tuple[str, ...], given: Mapping[str, Any],
-    overwrite: bool, dry_run: bool,
-) -> str:  # fmt: skip
+    source: str,
+    out: str,
+    recipe: str,
+    texts: tuple[str, ...],
+    more: tuple[str, ...],
+    given: Mapping[str, Any],
+    overwrite: bool,
+    dry_run: bool,
+) -> str:
     """Run calibrate with what the user gave it, and return the stats file, which stays beside OUT.
 
     Raises:
@@ -95,14 +179,26 @@ def within_export(
         if given[other] is not None:
             raise UsageError(f"--calibrate-texts and {option} contradict: give one of them")
     if dry_run:
-        raise UsageError("--calibrate-texts runs the model; --dry-run goes with --stats or --input-scale one")
+        raise UsageError(
+            "--calibrate-texts runs the model; --dry-run goes with --stats or --input-scale one"
+        )
     for word in more:
-        if word.split("=")[0] in CONTROLLED or (word.startswith("-o") and not word.startswith("--")):
+        if word.split("=")[0] in CONTROLLED or (
+            word.startswith("-o") and not word.startswith("--")
+        ):
             raise UsageError(f"{word}: export sets this option of calibrate")
     if os.path.lexists(out) and not overwrite:
         raise UsageError(f"{out}: exists; --overwrite swaps it whole")
     stats = os.path.normpath(out) + ".stats.safetensors"
-    arguments = [source, "--recipe", recipe, *(w for t in texts for w in ("--texts", t)), "-o", stats, *more]
+    arguments = [
+        source,
+        "--recipe",
+        recipe,
+        *(w for t in texts for w in ("--texts", t)),
+        "-o",
+        stats,
+        *more,
+    ]
     if overwrite:
         arguments.append("--overwrite")
     if given["kv_cache"] == "fp8":

@@ -18,12 +18,18 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("path", metavar="CONFIG_OR_DIR")
-@click.option("--plugin", metavar="FILE.py", multiple=True, help="A Python file that registers readers of its own.")
+@click.option(
+    "--plugin",
+    metavar="FILE.py",
+    multiple=True,
+    help="A Python file that registers readers of its own.",
+)
 @click.pass_context
 def detect(ctx: click.Context, path: str, plugin: tuple[str, ...]) -> None:
     """Print which modules hold fused experts, in which layout, and what each recipe would quantize.
 
-    The model is built without memory, from the config alone. Exit 0: every module is understood. 1: one is refused.
+    The model is built without memory, from the config alone. Exit 0: every module is understood. 1:
+    one is refused.
     """
     for module in ("torch", "transformers"):
         if find_spec(module) is None:
@@ -54,7 +60,9 @@ def _run(file: str) -> None:
 
 
 def _lines(found: Detection) -> list[str]:
-    lines = [f"{found.model_type}: {found.linears:,} linears of routed experts in {len(found.stacks):,} layers"]
+    lines = [
+        f"{found.model_type}: {found.linears:,} linears of routed experts in {len(found.stacks):,} layers"
+    ]
     lines += [f"  stacked   {count:,} x {words}" for words, count in found.layouts().items()]
     if found.fused:
         paths = f"{found.fused[0].path} first"
@@ -66,7 +74,9 @@ def _lines(found: Detection) -> list[str]:
 
 
 def _recipes(path: str) -> list[str]:
-    """Return what each recipe would quantize, by the hub names of the checkpoint, or of the family's layout."""
+    """Return what each recipe would quantize, by the hub names of the checkpoint, or of the
+    family's layout.
+    """
     from exporter.layout import unstacked  # noqa: PLC0415
     from exporter.plan.select import select  # noqa: PLC0415
     from exporter.recipes import load, names  # noqa: PLC0415
@@ -82,7 +92,9 @@ def _recipes(path: str) -> list[str]:
         config = _config(Path(path) / "config.json" if folder is not None else Path(path))
         family = family_of(config)
         if family is None:
-            return [f"  recipes   not known: no layout of {config.get('model_type')!r}, and no weights beside the config"]
+            return [
+                f"  recipes   not known: no layout of {config.get('model_type')!r}, and no weights beside the config"
+            ]
         shapes = split_shapes(family.expected(config), config)
         tensors = [Tensor(n, "BF16", s, "", 0, 0) for n, s in shapes.items() if s is not None]
     modules = gather(tensors)

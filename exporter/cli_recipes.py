@@ -40,14 +40,22 @@ def show(name: str) -> None:
 
     load(name)
     file = Path(name) if name not in names() else None
-    text = (file or resources.files("exporter.recipes") / f"{name}.yaml").read_text(encoding="utf-8")
+    text = (file or resources.files("exporter.recipes") / f"{name}.yaml").read_text(
+        encoding="utf-8"
+    )
     click.echo(text.rstrip())
 
 
 @recipes.command()
 @click.argument("module")
-@click.option("--recipe", "chosen", help="One recipe (a name or a YAML file) rule by rule, instead of all in a line each.")
-@click.option("--source", metavar="DIR", help="The checkpoint that MODULE is in; its name is then checked.")
+@click.option(
+    "--recipe",
+    "chosen",
+    help="One recipe (a name or a YAML file) rule by rule, instead of all in a line each.",
+)
+@click.option(
+    "--source", metavar="DIR", help="The checkpoint that MODULE is in; its name is then checked."
+)
 def explain(module: str, chosen: str | None, source: str | None) -> None:
     """Print what recipes do to MODULE, a full hub name, and which rule decides."""
     from exporter.recipes import PROTECTED, load, names  # noqa: PLC0415  (as above)
@@ -72,7 +80,13 @@ def _rules(recipe: Recipe, module: str) -> list[str]:
     lines = []
     for number, rule in enumerate(recipe.rules, 1):
         said = rule.format or "left as it is"
-        verdict = "no match" if not rule.matches(module) else "decides" if rule is deciding else "overruled by a later rule"
+        verdict = (
+            "no match"
+            if not rule.matches(module)
+            else "decides"
+            if rule is deciding
+            else "overruled by a later rule"
+        )
         lines.append(f"  rule {number} ({rule}: {said}): {verdict}")
     lines.append(f"  {recipe.name}: {recipe.format_of(module) or 'left as it is'}")
     return lines
@@ -90,5 +104,7 @@ def _require(module: str, source: str) -> None:
 
     present = gather(unstacked(open_checkpoint(source)).tensors.values())
     if module not in present:
-        near = difflib.get_close_matches(collapse(module), {collapse(n) for n in present}, n=3, cutoff=0.0)
+        near = difflib.get_close_matches(
+            collapse(module), {collapse(n) for n in present}, n=3, cutoff=0.0
+        )
         raise PlanError(f"{source} has no module {module}; the nearest names are {', '.join(near)}")

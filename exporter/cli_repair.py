@@ -15,19 +15,32 @@ from exporter.cli import OVERWRITE, REPORT, WORKERS, _require_writable
 @click.command()
 @click.argument("broken")
 @click.argument("out")
-@click.option("--base", metavar="REF", required=True, help="The checkpoint that BROKEN was made from, in hub layout.")
+@click.option(
+    "--base",
+    metavar="REF",
+    required=True,
+    help="The checkpoint that BROKEN was made from, in hub layout.",
+)
 @click.option("--dry-run", is_flag=True, help="Print what would be done and write nothing.")
 @OVERWRITE
 @WORKERS
 @REPORT
 @click.pass_context
 def repair(
-    ctx: click.Context, broken: str, out: str, base: str, dry_run: bool, overwrite: bool, workers: int | None,
+    ctx: click.Context,
+    broken: str,
+    out: str,
+    base: str,
+    dry_run: bool,
+    overwrite: bool,
+    workers: int | None,
     report_file: Path | None,
-) -> None:  # fmt: skip
-    """Make the wrongly named, stacked or described export in BROKEN right, into OUT; no quantized byte changes.
+) -> None:
+    """Make the wrongly named, stacked or described export in BROKEN right, into OUT; no quantized
+    byte changes.
 
-    What cannot be known is refused (exit 1) before anything is written. OUT is then checked against REF.
+    What cannot be known is refused (exit 1) before anything is written. OUT is then checked against
+    REF.
     """
     import exporter  # noqa: PLC0415  (torch costs a second, and --help does not need it)
 
@@ -43,8 +56,13 @@ def repair(
     _require_writable(report_file, out)
     manifest = exporter.repair(broken, out, base=base, overwrite=overwrite, workers=workers)
     same: dict[str, Any] = manifest.notes["unchanged"]
-    lines = [f"wrote {out}: {manifest.tensors:,} tensors, {manifest.bytes:,} bytes", *describe(manifest.notes["repair"])]
-    lines.append(f"  sha256       {same['sha256_before']} before, of {same['quantized_tensors']:,} quantized tensors")
+    lines = [
+        f"wrote {out}: {manifest.tensors:,} tensors, {manifest.bytes:,} bytes",
+        *describe(manifest.notes["repair"]),
+    ]
+    lines.append(
+        f"  sha256       {same['sha256_before']} before, of {same['quantized_tensors']:,} quantized tensors"
+    )
     lines.append(f"               {same['sha256_after']} after: equal, tensor by tensor")
     if same["stacks"]:
         lines.append(f"               {same['stacks']:,} stacks made again from their parts: equal")
@@ -60,7 +78,10 @@ def _check(manifest: Any, out: str, base: str, report_file: Path | None) -> int:
     report = verifier.check(out, base=base, depth="payload")
     click.echo(render_text(report), nl=False)
     if report_file is not None:
-        value = {"manifest": manifest.model_dump(mode="json"), "check": json.loads(render_json(report))}
+        value = {
+            "manifest": manifest.model_dump(mode="json"),
+            "check": json.loads(render_json(report)),
+        }
         report_file.parent.mkdir(parents=True, exist_ok=True)
         report_file.write_text(json.dumps(value, indent=2) + "\n")
     return report.exit_code
@@ -78,20 +99,32 @@ def describe(found: dict[str, Any]) -> list[str]:
     count, parts, names = found["split"]
     if count:
         first, into = next(iter(names.items()))
-        lines.append(f"  take apart   {count:,} stacked or fused tensors into {parts:,} ({first} to {into[0]} first)")
+        lines.append(
+            f"  take apart   {count:,} stacked or fused tensors into {parts:,} ({first} to {into[0]} first)"
+        )
     count, names = found["replaced"]
     if count:
-        lines.append(f"  replace      {count:,} unquantized tensors that differ from the base's: " + ", ".join(
-            f"{n} ({how})" for n, how in list(names.items())[:3]
-        ))  # fmt: skip
+        lines.append(
+            f"  replace      {count:,} unquantized tensors that differ from the base's: "
+            + ", ".join(f"{n} ({how})" for n, how in list(names.items())[:3])
+        )
     for kind, word in (("from_base", "add"), ("dropped", "drop")):
         count, listed = found[kind]
         if count:
-            what = "tensors of the base that it lacks" if word == "add" else "tensors that belong to no checkpoint"
+            what = (
+                "tensors of the base that it lacks"
+                if word == "add"
+                else "tensors that belong to no checkpoint"
+            )
             lines.append(f"  {word:12} {count:,} {what}: {', '.join(listed[:3])}")
     described = found["described"]
-    lines.append(f"  describe     index and configs anew: {described['shown']} (declared: {described['was']})")
-    for kind, what in (("dead", "exclusions that match no module"), ("absent", "quantized_layers that are no module")):
+    lines.append(
+        f"  describe     index and configs anew: {described['shown']} (declared: {described['was']})"
+    )
+    for kind, what in (
+        ("dead", "exclusions that match no module"),
+        ("absent", "quantized_layers that are no module"),
+    ):
         count, names = described[kind]
         if count:
             lines.append(f"  drop         {count:,} {what}: {', '.join(names)}")

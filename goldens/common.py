@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the training scripts of all goldens share: tokenizer, training loop, routing balance, hub checkpoint, command line.
+"""What the training scripts of all goldens share: tokenizer, training loop, routing balance, hub
+checkpoint, command line.
 
-A golden's own ``train.py`` says what its model is (`Family`) and calls `main`. The text is the validation split of
-WikiText-2 (word level); the test split is never read. The same seed, versions and machine give the same bytes.
+A golden's own ``train.py`` says what its model is (`Family`) and calls `main`. The text is the
+validation split of WikiText-2 (word level); the test split is never read. The same seed, versions
+and machine give the same bytes.
 """
 
 from __future__ import annotations
@@ -36,10 +38,11 @@ CHAT_TEMPLATE = (
 class Family:
     """A golden's model.
 
-    ``text``: the module with ``embed_tokens`` and ``layers``. ``balance``: ``bias`` moves the family's correction bias
-    (DeepSeek-V3, arXiv 2412.19437, section 2.1.2), ``loss`` adds a balancing loss of each layer (Switch Transformers,
-    arXiv 2101.03961, section 2.2). ``frozen``: parts of names of parameters that text does not train. ``float32``: hub
-    names that the release has in float32. ``spelled``: keys of config.json by transformers' name, as the release spells
+    ``text``: the module with ``embed_tokens`` and ``layers``. ``balance``: ``bias`` moves the
+    family's correction bias (DeepSeek-V3, arXiv 2412.19437, section 2.1.2), ``loss`` adds a
+    balancing loss of each layer (Switch Transformers, arXiv 2101.03961, section 2.2). ``frozen``:
+    parts of names of parameters that text does not train. ``float32``: hub names that the release
+    has in float32. ``spelled``: keys of config.json by transformers' name, as the release spells
     them. ``attention``, ``experts``: transformers' implementations to train with.
     """
 
@@ -61,9 +64,11 @@ def train_tokenizer(text: str, specials: Sequence[str]) -> Tokenizer:
     tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tok.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB, special_tokens=list(specials), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        vocab_size=VOCAB,
+        special_tokens=list(specials),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
-    )  # fmt: skip
+    )
     tok.train_from_iterator(text.splitlines(keepends=True), trainer)
     return tok
 
@@ -117,19 +122,33 @@ class Balance:
         with torch.no_grad():
             for router, load in zip(self.routers, self.loads, strict=True):
                 if self.family.balance == "bias":
-                    router.e_score_correction_bias += self.rate * warm * torch.sign(load.mean() - load)
+                    router.e_score_correction_bias += (
+                        self.rate * warm * torch.sign(load.mean() - load)
+                    )
                 load.zero_()
 
 
-def train(family: Family, model: PreTrainedModel, ids: torch.Tensor, args: argparse.Namespace) -> float:
+def train(
+    family: Family, model: PreTrainedModel, ids: torch.Tensor, args: argparse.Namespace
+) -> float:
     """Train in place for ``args.steps``; return the last smoothed loss in nats a token."""
     generator = torch.Generator().manual_seed(args.seed)
     balance = Balance(family, model, args.balance_rate)
     handles = balance.handles + add_dropout(family.text(model), args.dropout)
-    decay = [p for n, p in model.named_parameters() if p.ndim >= 2 and "vision" not in n and p.requires_grad]
+    decay = [
+        p
+        for n, p in model.named_parameters()
+        if p.ndim >= 2 and "vision" not in n and p.requires_grad
+    ]
     plain = [p for p in model.parameters() if p.ndim < 2]
-    opt = torch.optim.AdamW([{"params": decay, "weight_decay": args.weight_decay}, {"params": plain, "weight_decay": 0.0}],
-                            lr=args.lr, betas=(0.9, 0.95))
+    opt = torch.optim.AdamW(
+        [
+            {"params": decay, "weight_decay": args.weight_decay},
+            {"params": plain, "weight_decay": 0.0},
+        ],
+        lr=args.lr,
+        betas=(0.9, 0.95),
+    )
     smooth = 0.0
     for step in range(args.steps):
         warm = min(1.0, (step + 1) / 100)
@@ -149,14 +168,19 @@ def train(family: Family, model: PreTrainedModel, ids: torch.Tensor, args: argpa
         smooth = loss.item() if step == 0 else 0.98 * smooth + 0.02 * loss.item()
         if step % 100 == 0:
             seconds = time.perf_counter() - args.t0
-            print(f"step {step}/{args.steps} loss {smooth:.3f} least share {shares} {seconds:.0f}s", flush=True)
+            print(
+                f"step {step}/{args.steps} loss {smooth:.3f} least share {shares} {seconds:.0f}s",
+                flush=True,
+            )
     for h in handles:
         h.remove()
     return smooth
 
 
 def hub_tensors(model: PreTrainedModel, float32: re.Pattern[str] | None) -> dict[str, torch.Tensor]:
-    """Return hub-named tensors in the dtypes of the release: BF16, and float32 where the release has it."""
+    """Return hub-named tensors in the dtypes of the release: BF16, and float32 where the release
+    has it.
+    """
     state = revert_weight_conversion(model, dict(model.state_dict()))
     return {
         name: t.detach()
@@ -173,10 +197,14 @@ def config_of(config: PretrainedConfig, spelled: Mapping[str, str]) -> dict[str,
     return dict(sorted((spelled.get(k, k), v) for k, v in saved.items())) if spelled else saved
 
 
-def write(tensors: dict[str, torch.Tensor], config: dict[str, object], tok: Tokenizer, out: Path) -> None:
+def write(
+    tensors: dict[str, torch.Tensor], config: dict[str, object], tok: Tokenizer, out: Path
+) -> None:
     """Write two shards, index, config, tokenizer, generation config and chat template."""
     out.mkdir(parents=True)
-    names = sorted(tensors, key=lambda n: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", n)])
+    names = sorted(
+        tensors, key=lambda n: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", n)]
+    )
     total = sum(t.nbytes for t in tensors.values())
     shards: list[list[str]] = [[], []]
     done = 0
@@ -192,12 +220,21 @@ def write(tensors: dict[str, torch.Tensor], config: dict[str, object], tok: Toke
     files = {
         "model.safetensors.index.json": index,
         "config.json": config,
-        "generation_config.json": {"bos_token_id": 0, "eos_token_id": 0, "do_sample": True, "temperature": 1.0},
-        "tokenizer_config.json": {
-            "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": SPECIALS[0], "eos_token": SPECIALS[0],
-            "pad_token": SPECIALS[0], "model_max_length": 2048, "clean_up_tokenization_spaces": False,
+        "generation_config.json": {
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+            "do_sample": True,
+            "temperature": 1.0,
         },
-    }  # fmt: skip
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": SPECIALS[0],
+            "eos_token": SPECIALS[0],
+            "pad_token": SPECIALS[0],
+            "model_max_length": 2048,
+            "clean_up_tokenization_spaces": False,
+        },
+    }
     for name, value in files.items():
         (out / name).write_text(json.dumps(value, indent=2) + "\n")
     (out / "chat_template.jinja").write_text(CHAT_TEMPLATE)
@@ -216,7 +253,12 @@ def arguments(description: str, **defaults: float) -> argparse.Namespace:
     p.add_argument("--lr", type=float, default=3e-3)
     p.add_argument("--weight-decay", type=float, default=0.3)
     p.add_argument("--dropout", type=float, default=0.3)
-    p.add_argument("--balance-rate", type=float, default=2e-3, help="of the correction bias, or of the balancing loss")
+    p.add_argument(
+        "--balance-rate",
+        type=float,
+        default=2e-3,
+        help="of the correction bias, or of the balancing loss",
+    )
     p.add_argument("--threads", type=int, default=1)
     p.set_defaults(**defaults)
     args = p.parse_args()
@@ -246,4 +288,14 @@ def main(family: Family, description: str, **defaults: float) -> None:
     write(hub_tensors(model, family.float32), config_of(config, family.spelled), tok, args.out)
     told = {k: str(v) for k, v in vars(args).items()}
     seconds = time.perf_counter() - args.t0
-    print(json.dumps({"parameters": n, "train_tokens": ids.numel(), "last_loss": loss, "seconds": seconds, "args": told}))
+    print(
+        json.dumps(
+            {
+                "parameters": n,
+                "train_tokens": ids.numel(),
+                "last_loss": loss,
+                "seconds": seconds,
+                "args": told,
+            }
+        )
+    )

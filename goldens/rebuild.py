@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rebuild every export of every golden and compare it with its accepted record in ``goldens/records``.
+"""Rebuild every export of every golden and compare it with its accepted record in
+``goldens/records``.
 
     python -m goldens.rebuild [--only 'qwen3-moe-tiny.*'] [--write | --results]
 
-An export is checked (depth payload, against its base), scored on the golden's own corpus, and held against its record:
-the digest of all tensors, the headers, the scales' statistics, the sums of each document. On the versions that the record
-was made with the bytes must be equal; on others the drift must be within the record's margin, and the report says which it
-was. ``--write`` leaves a pending record where one disagrees (`ckptgate goldens review|accept -d goldens/records`).
-``--results`` builds nothing: it writes ``goldens/results.json``, which docs/goldens.md is rendered from, from the accepted
-records.
+An export is checked (depth payload, against its base), scored on the golden's own corpus, and held
+against its record: the digest of all tensors, the headers, the scales' statistics, the sums of each
+document. On the versions that the record was made with the bytes must be equal; on others the drift
+must be within the record's margin, and the report says which it was. ``--write`` leaves a pending
+record where one disagrees (`ckptgate goldens review|accept -d goldens/records`). ``--results``
+builds nothing: it writes ``goldens/results.json``, which docs/goldens.md is rendered from, from the
+accepted records.
 
 Exit 0: all agree. 1: one does not. 3: for one neither is shown.
 """
@@ -34,7 +36,15 @@ import verifier
 from verifier.checkpoint import Checkpoint, open_checkpoint
 from verifier.compare.stats import bins, shares, stats
 from verifier.errors import PlanError
-from verifier.gate import GateResult, Run, compare_runs, load_corpus, margin_of, render_json, score_run
+from verifier.gate import (
+    GateResult,
+    Run,
+    compare_runs,
+    load_corpus,
+    margin_of,
+    render_json,
+    score_run,
+)
 from verifier.gate.run import weights_digest
 from verifier.gate.statistics import paired
 from verifier.goldens import Golden, Judged, Pending, judge, proposed, store
@@ -49,7 +59,9 @@ MADE_WITH = ("torch", "transformers", "numpy")
 
 @dataclass(frozen=True)
 class Build:
-    """One export: a recipe on the BF16 golden, ``onto`` the vendor's; or another build ``merged`` onto the vendor's."""
+    """One export: a recipe on the BF16 golden, ``onto`` the vendor's; or another build ``merged``
+    onto the vendor's.
+    """
 
     name: str
     recipe: str = ""
@@ -68,15 +80,24 @@ class Build:
         return f"ckptgate export {g}/{BASE} OUT --recipe {recipe} {how}"
 
     def run(self, folder: Path, out: Path) -> None:
-        """Make the export of a golden's folder; a merged one needs the other build beside ``out``."""
+        """Make the export of a golden's folder; a merged one needs the other build beside
+        ``out``.
+        """
         if self.name == "vendor_mxfp8":
-            subprocess.run([sys.executable, str(folder / "make_vendor.py"), str(folder / BASE), str(out)], check=True)
+            subprocess.run(
+                [sys.executable, str(folder / "make_vendor.py"), str(folder / BASE), str(out)],
+                check=True,
+            )
         elif self.merged:
             exporter.merge(out.with_name(f"{folder.name}.{self.merged}"), out, onto=folder / VENDOR)
         else:
-            recipe = HERE / "recipes" / self.recipe if self.recipe.endswith(".yaml") else self.recipe
+            recipe = (
+                HERE / "recipes" / self.recipe if self.recipe.endswith(".yaml") else self.recipe
+            )
             onto = folder / VENDOR if self.onto else None
-            exporter.export(folder / BASE, out, recipe=recipe, onto=onto, input_scale=None if onto else "one")
+            exporter.export(
+                folder / BASE, out, recipe=recipe, onto=onto, input_scale=None if onto else "one"
+            )
 
 
 PLAIN = (
@@ -107,13 +128,19 @@ class Rebuilt:
 
 
 def scale_facts(folder: Path) -> dict[str, int | float | str]:
-    """Return the statistics of an export's scales: counts by power of two and of values that matter, ends of float32."""
+    """Return the statistics of an export's scales: counts by power of two and of values that
+    matter, ends of float32.
+    """
     found: dict[str, int | float | str] = {}
     told = stats(folder, depth="payload")
     for codes in told.codes:
         place = f"scales.{codes.format}.{codes.leaf}"
         found |= {f"{place}.{k}": n for k, n in shares(codes.counts, codes.kind).items()}
-        found |= {f"{place}.{label}": n for label, n in bins(codes.counts, codes.kind) if label.startswith("2^")}
+        found |= {
+            f"{place}.{label}": n
+            for label, n in bins(codes.counts, codes.kind)
+            if label.startswith("2^")
+        }
     for f in told.floats:
         place = f"scales.{f.format}.{f.leaf}.{f.role}"
         found |= {f"{place}.count": f.count, f"{place}.distinct": f.distinct}
@@ -122,16 +149,28 @@ def scale_facts(folder: Path) -> dict[str, int | float | str]:
 
 
 def golden_of(result: GateResult, candidate: Checkpoint, base: Checkpoint) -> Golden:
-    """Return the record that a gate's result would leave, with the digests and the scales' statistics of its candidate."""
+    """Return the record that a gate's result would leave, with the digests and the scales'
+    statistics of its candidate.
+    """
     new = proposed(parse_run(render_json(result), result.candidate))
-    digests = {"weights_sha256": weights_digest(candidate), "base_weights_sha256": weights_digest(base)}
+    digests = {
+        "weights_sha256": weights_digest(candidate),
+        "base_weights_sha256": weights_digest(base),
+    }
     made_with = {p: version(p).partition("+")[0] for p in MADE_WITH}
-    facts = {**digests, "tensors": len(candidate.tensors), "bytes": candidate.nbytes, **scale_facts(Path(candidate.uri))}
+    facts = {
+        **digests,
+        "tensors": len(candidate.tensors),
+        "bytes": candidate.nbytes,
+        **scale_facts(Path(candidate.uri)),
+    }
     return new.model_copy(update={"facts": facts, "versions": {**new.versions, **made_with}})
 
 
 def compare(old: Golden | None, new: Golden) -> Judged:
-    """Hold a rebuilt export against its record: bytes, headers, scales, then the drift; say which was equal."""
+    """Hold a rebuilt export against its record: bytes, headers, scales, then the drift; say which
+    was equal.
+    """
     judged = judge(old, new)
     if old is None:
         return judged
@@ -150,14 +189,20 @@ def compare(old: Golden | None, new: Golden) -> Judged:
         return Judged(judged.outcome, f"bytes equal on {where}; {judged.sentence}", judged.interval)
     differ = (k for k in {*old.facts, *new.facts} if old.facts.get(k) != new.facts.get(k))
     scales = sorted(k for k in differ if k.startswith("scales."))
-    told = f"{len(scales)} statistics of scales differ, {scales[0]} first" if scales else "the scales' statistics are equal"
+    told = (
+        f"{len(scales)} statistics of scales differ, {scales[0]} first"
+        if scales
+        else "the scales' statistics are equal"
+    )
     sentence = f"bytes differ on {where}; {told}; {judged.sentence}"
     fine = judged.exit_code == 0 and not other
     return Judged("changed" if fine else judged.outcome, sentence, judged.interval)
 
 
 def row_of(build: Build, golden: str, base: Checkpoint) -> dict[str, Any]:
-    """Return what the results file tells of an export: its accepted record, or why there is none."""
+    """Return what the results file tells of an export: its accepted record, or why there is
+    none.
+    """
     name, told = f"{golden}.{build.name}", {"format": build.name, "command": build.command(golden)}
     if store.digest_of(RECORDS, name) is None:
         with tempfile.TemporaryDirectory(prefix="ckptgate-goldens-") as work:
@@ -165,21 +210,38 @@ def row_of(build: Build, golden: str, base: Checkpoint) -> dict[str, Any]:
                 build.run(HERE / golden, Path(work) / name)
             except PlanError as error:
                 return told | {"refused": str(error)}
-        raise SystemExit(f"{name}: no record is accepted yet; python -m goldens.rebuild --write, review, accept")
+        raise SystemExit(
+            f"{name}: no record is accepted yet; python -m goldens.rebuild --write, review, accept"
+        )
     g = store.load(RECORDS, name)
     found = paired(*([d[i] for d in g.documents] for i in range(3)))
     margin = margin_of(None, {k.split(".")[1] for k in g.facts if k.startswith("scales.")})
-    counts = {k.removeprefix("scales."): v for k, v in g.facts.items() if k.endswith((".total", ".floor", ".zero"))}
+    counts = {
+        k.removeprefix("scales."): v
+        for k, v in g.facts.items()
+        if k.endswith((".total", ".floor", ".zero"))
+    }
     return told | {
-        "loss": g.loss, "low": g.low, "high": g.high, "se": found.se, "documents": len(g.documents), "tokens": found.tokens,
-        "margin": margin.nats, "verdict": g.verdict, "perplexity": math.exp(sum(d[1] for d in g.documents) / found.tokens),
-        "bytes": g.facts["bytes"], "share_of_base": round(int(g.facts["bytes"]) / base.nbytes, 4), "scales": counts,
+        "loss": g.loss,
+        "low": g.low,
+        "high": g.high,
+        "se": found.se,
+        "documents": len(g.documents),
+        "tokens": found.tokens,
+        "margin": margin.nats,
+        "verdict": g.verdict,
+        "perplexity": math.exp(sum(d[1] for d in g.documents) / found.tokens),
+        "bytes": g.facts["bytes"],
+        "share_of_base": round(int(g.facts["bytes"]) / base.nbytes, 4),
+        "scales": counts,
         "weights_sha256": g.facts["weights_sha256"],
-    }  # fmt: skip
+    }
 
 
 class Workshop:
-    """Builds the exports of one golden in a folder; the base is scored once, when it is first needed."""
+    """Builds the exports of one golden in a folder; the base is scored once, when it is first
+    needed.
+    """
 
     def __init__(self, golden: str, workers: int | None) -> None:
         self.golden, self.folder, self.workers = golden, HERE / golden, workers
@@ -195,7 +257,9 @@ class Workshop:
         return found
 
     def rebuild(self, build: Build, records: Path) -> Rebuilt:
-        """Build one export in the working directory, check it, score it, and hold it against its record."""
+        """Build one export in the working directory, check it, score it, and hold it against its
+        record.
+        """
         name = f"{self.golden}.{build.name}"
         old = store.load(records, name) if store.digest_of(records, name) is not None else None
         try:
@@ -218,9 +282,12 @@ class Workshop:
         new = golden_of(result, ckpt, self.base)
         judged = compare(old, new)
         waits = Pending(
-            proposed=new, against=store.digest_of(records, name), outcome=judged.outcome, sentence=judged.sentence[:2000],
+            proposed=new,
+            against=store.digest_of(records, name),
+            outcome=judged.outcome,
+            sentence=judged.sentence[:2000],
             time=now(),
-        )  # fmt: skip
+        )
         agrees = judged.outcome in ("agrees", "within")
         return Rebuilt(name, judged.exit_code, judged.sentence, None if agrees else waits)
 
@@ -231,24 +298,39 @@ def results() -> dict[str, Any]:
     versions: dict[str, str] = {}
     for golden, builds in GOLDENS.items():
         manifest = json.loads((HERE / golden / "manifest.json").read_text(encoding="utf-8"))
-        own, wiki = manifest["scores"][:2]  # the corpus that it wrote, and WikiText-2's test split by tokens
+        own, wiki = manifest["scores"][
+            :2
+        ]  # the corpus that it wrote, and WikiText-2's test split by tokens
         train, base = manifest["options"]["train"], open_checkpoint(HERE / golden / BASE)
         goldens[golden] = {
-            "parameters": train["parameters"], "training_seconds": round(train["seconds"]),
-            "steps": int(train["args"]["steps"]), "perplexity": own["perplexity"], "wikitext_perplexity": wiki["perplexity"],
+            "parameters": train["parameters"],
+            "training_seconds": round(train["seconds"]),
+            "steps": int(train["args"]["steps"]),
+            "perplexity": own["perplexity"],
+            "wikitext_perplexity": wiki["perplexity"],
             "unigram_perplexity": wiki["extra"]["unigram_perplexity"],
             "lowest_expert_share": manifest["notes"]["lowest_expert_share"],
             "formats": [row_of(b, golden, base) for b in builds],
-        }  # fmt: skip
+        }
         for name in (n for n in store.names(RECORDS, store.ACCEPTED) if n.startswith(golden)):
-            versions |= {p: str(v) for p, v in store.load(RECORDS, name).versions.items() if p in MADE_WITH}
-    return {"command": "python -m goldens.rebuild --results", "goldens": goldens, "versions": versions}
+            versions |= {
+                p: str(v) for p, v in store.load(RECORDS, name).versions.items() if p in MADE_WITH
+            }
+    return {
+        "command": "python -m goldens.rebuild --results",
+        "goldens": goldens,
+        "versions": versions,
+    }
 
 
 def unreferenced(only: str, records: Path) -> list[str]:
     """Return accepted records that no build is of."""
     builds = {f"{golden}.{b.name}" for golden, group in GOLDENS.items() for b in group}
-    return [n for n in store.names(records, store.ACCEPTED) if n not in builds and fnmatch.fnmatchcase(n, only)]
+    return [
+        n
+        for n in store.names(records, store.ACCEPTED)
+        if n not in builds and fnmatch.fnmatchcase(n, only)
+    ]
 
 
 def wanted(only: str) -> dict[str, list[Build]]:
@@ -267,7 +349,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="*", metavar="GLOB", help="of GOLDEN.FORMAT")
     parser.add_argument("--write", action="store_true", help="write pending records")
-    parser.add_argument("--results", action="store_true", help="write the results file from the accepted records")
+    parser.add_argument(
+        "--results", action="store_true", help="write the results file from the accepted records"
+    )
     parser.add_argument("--records", type=Path, default=RECORDS)
     parser.add_argument("--workers", type=int, help="scoring processes")
     parser.add_argument("--out", type=Path, help="keep the exports here")
@@ -283,14 +367,17 @@ def main() -> int:
     work.mkdir(exist_ok=True)
     codes: list[int] = []
     try:
-        # A record tells the path that was scored: a name in the working directory, the same on every machine.
+        # A record tells the path that was scored: a name in the working directory, the same on
+        # every machine.
         with contextlib.chdir(work):
             for golden, group in builds.items():
                 shop = Workshop(golden, args.workers)
                 for build in group:
                     r = shop.rebuild(build, records)
                     codes.append(r.code)
-                    print(f"{'ok' if r.code == 0 else 'FAILED':6} {r.name}: {r.sentence}", flush=True)
+                    print(
+                        f"{'ok' if r.code == 0 else 'FAILED':6} {r.name}: {r.sentence}", flush=True
+                    )
                     if args.write and r.pending is not None:
                         store.write_pending(records, r.name, r.pending)
     finally:

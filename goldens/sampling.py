@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sample a golden's embedded corpus from the golden itself, measure it, and write the golden's manifest.
+"""Sample a golden's embedded corpus from the golden itself, measure it, and write the golden's
+manifest.
 
     CKPTGATE_TEST_DATA=… python -m goldens.sampling goldens/qwen3-moe-tiny --train-log LOG
 
-Documents are drawn at temperature 1 in the arithmetic in which they are scored (BF16, float32 where the file is), so
-that the mean difference of a candidate on them estimates KL(base || candidate).
+Documents are drawn at temperature 1 in the arithmetic in which they are scored (BF16, float32 where
+the file is), so that the mean difference of a candidate on them estimates KL(base || candidate).
 """
 
 from __future__ import annotations
@@ -42,14 +43,20 @@ def sample(model: torch.nn.Module, seed: int, documents: int, length: int) -> li
         with torch.inference_mode():
             for _ in range(length - 1):
                 # No cache: every step is the full forward that scores it later.
-                logits = model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[:, -1].float()
-                ids = torch.cat([ids, torch.multinomial(torch.softmax(logits, -1), 1, generator=generator)], 1)
+                logits = (
+                    model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[:, -1].float()
+                )
+                ids = torch.cat(
+                    [ids, torch.multinomial(torch.softmax(logits, -1), 1, generator=generator)], 1
+                )
         found += ids.tolist()
         print(f"sampled {len(found)} of {documents}", flush=True)
     return found
 
 
-def routing(model: torch.nn.Module, windows: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> list[list[float]]:
+def routing(
+    model: torch.nn.Module, windows: list[tuple[tuple[int, ...], tuple[int, ...]]]
+) -> list[list[float]]:
     """Return each expert's share of its layer's token slots over some windows."""
     routers = routers_of(model)
     loads = [torch.zeros(r.num_experts) for r in routers]
@@ -82,9 +89,12 @@ def measured(folder: Path, corpus: Corpus, protocol: str) -> Score:
     key, jobs = plan_jobs([ckpt], corpus, protocol, 512, 8, "cpu", 2)  # type: ignore[arg-type]
     sums = score_all(jobs, len(corpus), "cpu", 2, None)[0]
     return Score(
-        corpus=corpus.name, protocol=key, documents=list(zip(sums.nats, sums.tokens, strict=True)),
-        perplexity=perplexity(sums.nats, sums.tokens), extra={},
-    )  # fmt: skip
+        corpus=corpus.name,
+        protocol=key,
+        documents=list(zip(sums.nats, sums.tokens, strict=True)),
+        perplexity=perplexity(sums.nats, sums.tokens),
+        extra={},
+    )
 
 
 def main() -> None:
@@ -95,7 +105,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=20261122)
     parser.add_argument("--documents", type=int, default=72)
     parser.add_argument("--length", type=int, default=400, help="tokens of a document")
-    parser.add_argument("--keep-corpus", action="store_true", help="measure again, with the corpus that is there")
+    parser.add_argument(
+        "--keep-corpus", action="store_true", help="measure again, with the corpus that is there"
+    )
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -104,11 +116,17 @@ def main() -> None:
     tok = Tokenizer.from_file(str(folder / "bf16" / "tokenizer.json"))
     ckpt = open_checkpoint(folder / "bf16")
     file = folder / "corpus.jsonl"
-    header = {"sampled_from": weights_digest(ckpt), "seed": args.seed, "temperature": 1.0, "window": 512}
+    header = {
+        "sampled_from": weights_digest(ckpt),
+        "seed": args.seed,
+        "temperature": 1.0,
+        "window": 512,
+    }
     if not args.keep_corpus:
         drawn = sample(loaded.model, args.seed, args.documents, args.length)
         rows = [json.dumps(header)] + [
-            json.dumps({"ids": ids, "text": tok.decode(ids, skip_special_tokens=False)}) for ids in drawn
+            json.dumps({"ids": ids, "text": tok.decode(ids, skip_special_tokens=False)})
+            for ids in drawn
         ]
         file.write_text("\n".join(rows) + "\n", encoding="utf-8")
     own, wiki = load_corpus(str(file)), load_corpus(WIKITEXT)
@@ -120,28 +138,51 @@ def main() -> None:
     shares[WIKITEXT] = routing(loaded.model, pieces)
     lowest = min(v for layers in shares.values() for layer in layers for v in layer)
     print("lowest share of an expert:", lowest)
-    text = (Path(os.environ["CKPTGATE_TEST_DATA"]) / "wikitext-2" / "wiki.valid.tokens").read_text(encoding="utf-8")
-    scores = [measured(folder, own, "tokens"), measured(folder, wiki, "tokens"), measured(folder, wiki, "lm-eval")]
+    text = (Path(os.environ["CKPTGATE_TEST_DATA"]) / "wikitext-2" / "wiki.valid.tokens").read_text(
+        encoding="utf-8"
+    )
+    scores = [
+        measured(folder, own, "tokens"),
+        measured(folder, wiki, "tokens"),
+        measured(folder, wiki, "lm-eval"),
+    ]
     baseline = unigram(tok.encode(text.replace(" <unk>", "")).ids, encoded, tok.get_vocab_size())
     scores[1] = scores[1].model_copy(update={"extra": {"unigram_perplexity": baseline}})
     for s in scores:
         print(s.corpus, s.protocol["protocol"], round(s.perplexity, 3), s.extra)
     checkpoints = [d for d in ("bf16", "mxfp8") if (folder / d).is_dir()]
     names = ["corpus.jsonl"]
-    names += [str(p.relative_to(folder)) for d in checkpoints for p in sorted((folder / d).iterdir())]
+    names += [
+        str(p.relative_to(folder)) for d in checkpoints for p in sorted((folder / d).iterdir())
+    ]
     scripts = [s for s in SCRIPTS if (folder / s).is_file() or (folder.parent / s).is_file()]
     manifest = Manifest(
-        kind="golden", name=folder.name,
+        kind="golden",
+        name=folder.name,
         made_by={
-            "scripts": scripts, "python": sys.version.split()[0], "torch": torch.__version__.partition("+")[0],
-            "transformers": transformers.__version__, "machine": f"{platform.machine()}, {os.cpu_count()} processors",
+            "scripts": scripts,
+            "python": sys.version.split()[0],
+            "torch": torch.__version__.partition("+")[0],
+            "transformers": transformers.__version__,
+            "machine": f"{platform.machine()}, {os.cpu_count()} processors",
         },
-        sources=[Source(role="text", uri="WikiText-2 v1 validation split (word level), CC BY-SA 3.0; not in this project")],
-        options={"train": train, "sample_seed": args.seed}, tensors=len(ckpt.tensors), bytes=ckpt.nbytes,
-        files={n: digest(folder / n) for n in names}, scores=scores,
-        notes={"expert_share_of_token_slots": shares, "lowest_expert_share": lowest,
-               "weights_sha256": {d: weights_digest(open_checkpoint(folder / d)) for d in checkpoints}},
-    )  # fmt: skip
+        sources=[
+            Source(
+                role="text",
+                uri="WikiText-2 v1 validation split (word level), CC BY-SA 3.0; not in this project",
+            )
+        ],
+        options={"train": train, "sample_seed": args.seed},
+        tensors=len(ckpt.tensors),
+        bytes=ckpt.nbytes,
+        files={n: digest(folder / n) for n in names},
+        scores=scores,
+        notes={
+            "expert_share_of_token_slots": shares,
+            "lowest_expert_share": lowest,
+            "weights_sha256": {d: weights_digest(open_checkpoint(folder / d)) for d in checkpoints},
+        },
+    )
     (folder / "manifest.json").write_text(manifest.model_dump_json(indent=1) + "\n")
 
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints for the adapters' tests, what they decode to by numpy alone, and one rank of the two-process test.
+"""Checkpoints for the adapters' tests, what they decode to by numpy alone, and one rank of the
+two-process test.
 
-``python -m tests.adapting FOLDER RANK`` is that rank: it loads FOLDER/m3 and FOLDER/qwen through distributed
-checkpointing in several shardings and writes what it saw to FOLDER/RANK.json.
+``python -m tests.adapting FOLDER RANK`` is that rank: it loads FOLDER/m3 and FOLDER/qwen through
+distributed checkpointing in several shardings and writes what it saw to FOLDER/RANK.json.
 """
 
 from __future__ import annotations
@@ -38,16 +39,24 @@ def config_of(folder: Path) -> dict[str, Any]:
 
 
 def codes(out: int, in_: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return random finite E4M3 codes [out, in] and scale bytes [out, ceil(in/32)] that differ from block to block."""
+    """Return random finite E4M3 codes [out, in] and scale bytes [out, ceil(in/32)] that differ from
+    block to block.
+    """
     rng = np.random.default_rng(seed)
-    code = rng.integers(0, 127, (out, in_), np.uint8) | (rng.integers(0, 2, (out, in_), np.uint8) << 7)
+    code = rng.integers(0, 127, (out, in_), np.uint8) | (
+        rng.integers(0, 2, (out, in_), np.uint8) << 7
+    )
     scale = rng.integers(100, 127, (out, -(-in_ // 32)), np.uint8)
     return torch.from_numpy(code).view(torch.float8_e4m3fn), torch.from_numpy(scale)
 
 
-def values(code: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+def values(
+    code: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = torch.bfloat16
+) -> torch.Tensor:
     """Return what MXFP8 stands for, by the oracle."""
-    found = oracle.mxfp8_decode({"weight": code.view(torch.uint8).numpy(), "weight_scale": scale.numpy()})
+    found = oracle.mxfp8_decode(
+        {"weight": code.view(torch.uint8).numpy(), "weight_scale": scale.numpy()}
+    )
     return torch.from_numpy(found).to(dtype)
 
 
@@ -62,7 +71,9 @@ def plain(state: Mapping[str, torch.Tensor], dtype: torch.dtype = torch.bfloat16
 
 
 def with_mtp(state: State) -> State:
-    """Return the golden with a top-level MTP module: layer 2 once more, and what joins it to the trunk, as released."""
+    """Return the golden with a top-level MTP module: layer 2 once more, and what joins it to the
+    trunk, as released.
+    """
     hidden = state["language_model.model.norm.weight"].shape[0]
     head = "language_model.model.layers.2."
     found = dict(state)
@@ -84,22 +95,38 @@ def mtp_config() -> dict[str, Any]:
 
 
 def ragged() -> tuple[dict[str, Any], State]:
-    """Return a Qwen3-MoE in ModelOpt's MXFP8, of widths that neither 32 nor a rank's share divides."""
+    """Return a Qwen3-MoE in ModelOpt's MXFP8, of widths that neither 32 nor a rank's share
+    divides.
+    """
     config = config_of(QWEN) | {
-        "hidden_size": 80, "moe_intermediate_size": 48, "num_local_experts": 4, "num_hidden_layers": 1, "vocab_size": 64,
-        "quantization_config": {"quant_method": "modelopt", "quant_algo": "MXFP8", "ignore": ["lm_head", "*.mlp.gate"]},
-    }  # fmt: skip
+        "hidden_size": 80,
+        "moe_intermediate_size": 48,
+        "num_local_experts": 4,
+        "num_hidden_layers": 1,
+        "vocab_size": 64,
+        "quantization_config": {
+            "quant_method": "modelopt",
+            "quant_algo": "MXFP8",
+            "ignore": ["lm_head", "*.mlp.gate"],
+        },
+    }
     head = "model.layers.0."
     shapes = {f"{head}self_attn.{p}_proj": (64, 80) for p in "kv"} | {
-        f"{head}self_attn.q_proj": (128, 80), f"{head}self_attn.o_proj": (80, 128),
+        f"{head}self_attn.q_proj": (128, 80),
+        f"{head}self_attn.o_proj": (80, 128),
         **{f"{head}mlp.experts.{e}.{p}_proj": (48, 80) for e in range(4) for p in ("gate", "up")},
         **{f"{head}mlp.experts.{e}.down_proj": (80, 48) for e in range(4)},
-    }  # fmt: skip
+    }
     state: State = {}
     for i, (module, (out, in_)) in enumerate(shapes.items()):
         state[f"{module}.weight"], state[f"{module}.weight_scale"] = codes(out, in_, seed=i)
     generator = torch.Generator().manual_seed(5)
-    rest = {"model.embed_tokens": (64, 80), "lm_head": (64, 80), f"{head}mlp.gate": (4, 80), "model.norm": (80,)}
+    rest = {
+        "model.embed_tokens": (64, 80),
+        "lm_head": (64, 80),
+        f"{head}mlp.gate": (4, 80),
+        "model.norm": (80,),
+    }
     rest |= {f"{head}{n}": (80,) for n in ("input_layernorm", "post_attention_layernorm")}
     rest |= {f"{head}self_attn.{n}": (32,) for n in ("q_norm", "k_norm")}
     for module, shape in rest.items():
@@ -150,7 +177,9 @@ def main(folder: Path, rank: int) -> None:
     seen = {}
     for which in ("m3", "qwen"):
         for name, sharding in shardings.items():
-            seen[f"{which}-{name}"] = _one(folder / which, folder / "saved" / f"{which}-{name}", sharding)
+            seen[f"{which}-{name}"] = _one(
+                folder / which, folder / "saved" / f"{which}-{name}", sharding
+            )
     (folder / f"{rank}.json").write_text(json.dumps(seen))
     dist.destroy_process_group()
 
@@ -174,7 +203,9 @@ def _one(source: Path, saved: Path, sharding: tuple[Any, ...]) -> dict[str, Any]
     model = {n: empty(n, v) for n, v in expected.items()}
     hub = adapter.to_hf(model, quantization=True)
     asked: list[str] = []
-    dcp.load(hub, storage_reader=dcp.HuggingFaceStorageReader(str(source)), planner=planner(asked.extend))
+    dcp.load(
+        hub, storage_reader=dcp.HuggingFaceStorageReader(str(source)), planner=planner(asked.extend)
+    )
     scales = {n: t for n, t in hub.items() if "_scale" in n}
     lost = {n: t for n, t in hub.items() if n not in scales}
     loaded = adapter.from_hf(hub, device_mesh)
@@ -188,7 +219,9 @@ def _one(source: Path, saved: Path, sharding: tuple[Any, ...]) -> dict[str, Any]
         "wrong": [n for n, v in loaded.items() if not same(full(v), expected[n])],
         "changed": [n for n, v in returned.items() if not same(full(v), expected[n])],
         "unlike": [n for n, v in loaded.items() if laid_out(v) != laid_out(model[n])],
-        "sharded": sum(isinstance(v, DTensor) and v.to_local().numel() < v.numel() for v in loaded.values()),
+        "sharded": sum(
+            isinstance(v, DTensor) and v.to_local().numel() < v.numel() for v in loaded.values()
+        ),
         "asked": sorted(n for n in asked if "_scale" in n),
         "placeholders": all(type(t) is torch.Tensor for t in scales.values()),
         "shapes": {n: list(t.shape) for n, t in scales.items()},
@@ -197,8 +230,17 @@ def _one(source: Path, saved: Path, sharding: tuple[Any, ...]) -> dict[str, Any]
 
 
 def native_of(folder: Path) -> State:
-    """Return a checkpoint in the framework's names, decoded by numpy, stacked here and not by the adapter."""
-    names = {"w1": "gate", "w3": "up", "w2": "down", "gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
+    """Return a checkpoint in the framework's names, decoded by numpy, stacked here and not by the
+    adapter.
+    """
+    names = {
+        "w1": "gate",
+        "w3": "up",
+        "w2": "down",
+        "gate_proj": "gate",
+        "up_proj": "up",
+        "down_proj": "down",
+    }
     found: State = {}
     stacks: dict[str, dict[str, dict[int, torch.Tensor]]] = {}
     for name, tensor in plain(read(folder)).items():
@@ -206,13 +248,17 @@ def native_of(folder: Path) -> State:
         if "experts" in parts:
             at = parts.index("experts")
             head = ".".join(parts[: at - 1])
-            stacks.setdefault(head, {}).setdefault(names[parts[at + 2]], {})[int(parts[at + 1])] = tensor
+            stacks.setdefault(head, {}).setdefault(names[parts[at + 2]], {})[int(parts[at + 1])] = (
+                tensor
+            )
         else:
             found[native_name(name)] = tensor
     for head, by in stacks.items():
         order = sorted(by["gate"])
         native = native_name(f"{head}.mlp.experts")
-        found[f"{native}.gate_and_up_projs"] = torch.stack([torch.cat([by["gate"][e], by["up"][e]]).t() for e in order])
+        found[f"{native}.gate_and_up_projs"] = torch.stack(
+            [torch.cat([by["gate"][e], by["up"][e]]).t() for e in order]
+        )
         found[f"{native}.down_projs"] = torch.stack([by["down"][e].t() for e in order])
     return {n: t.contiguous() for n, t in found.items()}
 
@@ -225,9 +271,11 @@ def native_name(hub: str) -> str:
     if name.startswith(("multi_modal_projector.", "patch_merge_mlp.")):
         return f"vision_tower.{name}"
     for a, b in (
-        (".block_sparse_moe.gate.", ".mlp.gate."), (".block_sparse_moe.e_score", ".mlp.gate.e_score"),
-        (".block_sparse_moe.shared_experts.", ".shared_experts."), (".self_attn.index_", ".self_attn.indexer.index_"),
-    ):  # fmt: skip
+        (".block_sparse_moe.gate.", ".mlp.gate."),
+        (".block_sparse_moe.e_score", ".mlp.gate.e_score"),
+        (".block_sparse_moe.shared_experts.", ".shared_experts."),
+        (".self_attn.index_", ".self_attn.indexer.index_"),
+    ):
         name = name.replace(a, b)
     return name
 

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The real MiniMax-M3 checkpoints as sparse files, from the published tensor table: full headers, no weights."""
+"""The real MiniMax-M3 checkpoints as sparse files, from the published tensor table: full headers,
+no weights.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,12 @@ import re
 from pathlib import Path
 
 TABLE = Path(__file__).parent / "data" / "minimax-m3-tensors.json"
-DTYPES = {"bfloat16": ("BF16", 2), "float32": ("F32", 4), "float8_e4m3fn": ("F8_E4M3", 1), "uint8": ("U8", 1)}
+DTYPES = {
+    "bfloat16": ("BF16", 2),
+    "float32": ("F32", 4),
+    "float8_e4m3fn": ("F8_E4M3", 1),
+    "uint8": ("U8", 1),
+}
 Row = tuple[str, str, tuple[int, ...]]
 
 
@@ -53,9 +60,11 @@ def mixed(vendor: list[Row]) -> list[Row]:
             out, in_ = shape
             module = name.removesuffix(".weight")
             found += [
-                (name, "U8", (out, in_ // 2)), (f"{module}.weight_scale", "F8_E4M3", (out, in_ // 16)),
-                (f"{module}.weight_scale_2", "F32", ()), (f"{module}.input_scale", "F32", ()),
-            ]  # fmt: skip
+                (name, "U8", (out, in_ // 2)),
+                (f"{module}.weight_scale", "F8_E4M3", (out, in_ // 16)),
+                (f"{module}.weight_scale_2", "F32", ()),
+                (f"{module}.input_scale", "F32", ()),
+            ]
     return found
 
 
@@ -74,7 +83,11 @@ def write(folder: Path, tensors: list[Row], config: dict[str, object], shards: i
             nbytes = size[dtype]
             for s in shape:
                 nbytes *= s
-            header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + nbytes]}
+            header[name] = {
+                "dtype": dtype,
+                "shape": list(shape),
+                "data_offsets": [offset, offset + nbytes],
+            }
             offset += nbytes
             weight_map[name] = file
         raw = json.dumps(header, separators=(",", ":")).encode()
@@ -90,23 +103,43 @@ def write(folder: Path, tensors: list[Row], config: dict[str, object], shards: i
 
 
 def m3_config() -> dict[str, object]:
-    """Return a MiniMax-M3 config of the released sizes; every other value is transformers' default."""
+    """Return a MiniMax-M3 config of the released sizes; every other value is transformers'
+    default.
+    """
     sparse = [0] * 3 + [1] * 57
     return {
-        "architectures": ["MiniMaxM3SparseForConditionalGeneration"], "model_type": "minimax_m3_vl",
+        "architectures": ["MiniMaxM3SparseForConditionalGeneration"],
+        "model_type": "minimax_m3_vl",
         "text_config": {
-            "hidden_size": 6144, "num_hidden_layers": 60, "num_local_experts": 128, "vocab_size": 200064,
-            "moe_layer_freq": sparse, "sparse_attention_config": {"sparse_attention_freq": sparse},
+            "hidden_size": 6144,
+            "num_hidden_layers": 60,
+            "num_local_experts": 128,
+            "vocab_size": 200064,
+            "moe_layer_freq": sparse,
+            "sparse_attention_config": {"sparse_attention_freq": sparse},
         },
-        "vision_config": {"hidden_size": 1280}, "projector_hidden_size": 6144,
-    }  # fmt: skip
+        "vision_config": {"hidden_size": 1280},
+        "projector_hidden_size": 6144,
+    }
 
 
 def vendor_quantization() -> dict[str, object]:
     """Return the quantization_config of the vendor's checkpoint."""
     gates = [f"language_model.model.layers.{i}.block_sparse_moe.gate" for i in range(3, 60)]
-    ignored = ["lm_head", "model.embed_tokens", "vision_tower", "multi_modal_projector", "patch_merge_mlp", *gates]
-    return {"quant_method": "mxfp8", "activation_scheme": "dynamic", "weight_block_size": [1, 32], "ignored_layers": ignored}
+    ignored = [
+        "lm_head",
+        "model.embed_tokens",
+        "vision_tower",
+        "multi_modal_projector",
+        "patch_merge_mlp",
+        *gates,
+    ]
+    return {
+        "quant_method": "mxfp8",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [1, 32],
+        "ignored_layers": ignored,
+    }
 
 
 def release_quantization(tensors: list[Row]) -> dict[str, object]:
@@ -120,6 +153,9 @@ def release_quantization(tensors: list[Row]) -> dict[str, object]:
             layers[module] = {"quant_algo": "MXFP8"}
     vendor = vendor_quantization()["ignored_layers"]
     return {
-        "quant_algo": "MIXED_PRECISION", "kv_cache_quant_algo": None, "exclude_modules": vendor,
-        "quantized_layers": layers, "quant_method": "modelopt",
-    }  # fmt: skip
+        "quant_algo": "MIXED_PRECISION",
+        "kv_cache_quant_algo": None,
+        "exclude_modules": vendor,
+        "quantized_layers": layers,
+        "quant_method": "modelopt",
+    }

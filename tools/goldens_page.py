@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Render docs/goldens.md and the damage table of docs/gate.md from committed results; `tools/make_docs.py` calls it."""
+"""Render docs/goldens.md and the damage table of docs/gate.md from committed results;
+`tools/make_docs.py` calls it.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +18,17 @@ WHAT = {
     "gpt-oss-tiny": "gpt-oss: experts stacked, transposed, gate and up interleaved, with biases; sinks, sliding windows",
 }
 FORMATS = {
-    "vendor_mxfp8": "MXFP8 as the vendor writes it", "mxfp8": "MXFP8", "nvfp4_experts": "NVFP4 experts, max",
-    "nvfp4_experts_mse": "NVFP4 experts, MSE", "mixed": "NVFP4 experts over the vendor's MXFP8, max",
-    "mixed_mse": "NVFP4 experts over the vendor's MXFP8, MSE", "merged": "merge of NVFP4 experts onto the vendor's MXFP8",
-    "nvfp4_default": "NVFP4 everywhere, max", "nvfp4_default_mse": "NVFP4 everywhere, MSE",
+    "vendor_mxfp8": "MXFP8 as the vendor writes it",
+    "mxfp8": "MXFP8",
+    "nvfp4_experts": "NVFP4 experts, max",
+    "nvfp4_experts_mse": "NVFP4 experts, MSE",
+    "mixed": "NVFP4 experts over the vendor's MXFP8, max",
+    "mixed_mse": "NVFP4 experts over the vendor's MXFP8, MSE",
+    "merged": "merge of NVFP4 experts onto the vendor's MXFP8",
+    "nvfp4_default": "NVFP4 everywhere, max",
+    "nvfp4_default_mse": "NVFP4 everywhere, MSE",
     "fp8_default": "FP8, one scale a tensor",
-}  # fmt: skip
+}
 INTRO = """# Goldens
 
 Three small trained models, of three families, with an accepted record for each format. They are what a change of the
@@ -60,7 +67,15 @@ One export by hand, held against its record:
 def page() -> str:
     """Return docs/goldens.md."""
     r = json.loads((ROOT / "goldens" / "results.json").read_text(encoding="utf-8"))
-    head = ("golden", "what", "parameters", "training", "perplexity, WikiText-2 test", "unigram", "least share of an expert")
+    head = (
+        "golden",
+        "what",
+        "parameters",
+        "training",
+        "perplexity, WikiText-2 test",
+        "unigram",
+        "least share of an expert",
+    )
     lines = [INTRO, f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
     for name, g in r["goldens"].items():
         lines.append(
@@ -69,9 +84,11 @@ def page() -> str:
             f"| {g['lowest_expert_share']:.1%} |"
         )
     lines += [
-        "", "Perplexity is of the models' own tokens (2,048 byte-level BPE); where text and corpora come from is told in",
-        "[goldens/README.md](../goldens/README.md).", "",
-    ]  # fmt: skip
+        "",
+        "Perplexity is of the models' own tokens (2,048 byte-level BPE); where text and corpora come from is told in",
+        "[goldens/README.md](../goldens/README.md).",
+        "",
+    ]
     for name, g in r["goldens"].items():
         lines += verdicts(name, g)
     versions = ", ".join(f"{k} {v}" for k, v in r["versions"].items())
@@ -87,26 +104,34 @@ def verdicts(name: str, g: dict[str, Any]) -> list[str]:
         lines += [
             f"Loss over the BF16 model, nats a token, on {x['documents']} documents that it wrote ({x['tokens']:,} tokens,",
             f"its perplexity {g['perplexity']:.2f}), with a 90 % interval over documents, and the format's default margin.",
-            "", "| format | loss [90 %] | of perplexity | margin | verdict | size |",
+            "",
+            "| format | loss [90 %] | of perplexity | margin | verdict | size |",
             "| --- " * 6 + "|",
-        ]  # fmt: skip
+        ]
     for x in made:
         lines.append(
             f"| {FORMATS[x['format']]} | {x['loss']:+.4f} [{x['low']:+.4f}, {x['high']:+.4f}] "
             f"| {math.expm1(x['loss']):+.2%} | {x['margin']:.4f} | {x['verdict']} | {x['share_of_base']:.0%} |"
         )
     if made:
-        told = "The text was sampled from the BF16 model, so the loss estimates KL(base || candidate)."
+        told = (
+            "The text was sampled from the BF16 model, so the loss estimates KL(base || candidate)."
+        )
         lines += ["", told, ""]
     refused = [x for x in g["formats"] if "refused" in x]
     if refused:
         reasons = sorted({x["refused"] for x in refused})
         names = ", ".join(FORMATS[x["format"]] for x in refused)
-        lines += [f"Not exported in this version ({names}); `ckptgate export` refuses it, exit 1:", ""]
+        lines += [
+            f"Not exported in this version ({names}); `ckptgate export` refuses it, exit 1:",
+            "",
+        ]
         lines += [f"    {reason}" for reason in reasons] + [""]
     if made:
         lines += ["The exports:", ""]
-        lines += ["    " + re.sub(r" OUT(?= |$)", f" OUT.{x['format']}", x["command"]) for x in made]
+        lines += [
+            "    " + re.sub(r" OUT(?= |$)", f" OUT.{x['format']}", x["command"]) for x in made
+        ]
         lines.append("")
     return lines
 
@@ -116,25 +141,40 @@ def damage_lines() -> list[str]:
     r = json.loads((ROOT / "benchmarks" / "results" / "damage.json").read_text(encoding="utf-8"))
     lines: list[str] = []
     for g in r["goldens"]:
-        head = ("damage", "loss", "absolute", "drift [90 %]", "with drift margin", "KL", "top-1", "worst", "check")
+        head = (
+            "damage",
+            "loss",
+            "absolute",
+            "drift [90 %]",
+            "with drift margin",
+            "KL",
+            "top-1",
+            "worst",
+            "check",
+        )
         lines += [
             f"`{g['golden']}`, {g['export']}; layer {g['layer']}, {g['documents']} documents of its own text, "
-            f"{g['tokens']:,} tokens.", "", f"| {' | '.join(head)} |", "| --- " * len(head) + "|",
+            f"{g['tokens']:,} tokens.",
+            "",
+            f"| {' | '.join(head)} |",
+            "| --- " * len(head) + "|",
             f"| none | {g['good']['loss']:+.4f} | {g['good']['absolute']} | | | | | | {_rules(g['good']['check'])} |",
-        ]  # fmt: skip
+        ]
         lines += [_damage(x) for x in g["rows"]]
         lines.append("")
         if (x := g.get("more_text")) is not None:
             middle, low, high = x["drift"]
             lines += [
                 f"On {x['corpus']} ({x['documents']} documents, {x['tokens']:,} tokens), *{x['damage']}* drifts by "
-                f"{middle:+.4f} [{low:+.4f}, {high:+.4f}]: {x['with_drift']}.", "",
-            ]  # fmt: skip
+                f"{middle:+.4f} [{low:+.4f}, {high:+.4f}]: {x['with_drift']}.",
+                "",
+            ]
     lines += [
         "KL and top-1 compare with the undamaged export (KL: the lower bound from the 64 likeliest tokens); worst:",
         "documents beyond the bound that all set; check: the rules that find it at depth payload with `--base` (and",
-        "`--merged-from`).", "",
-    ]  # fmt: skip
+        "`--merged-from`).",
+        "",
+    ]
     versions = ", ".join(f"{k} {v}" for k, v in r["versions"].items())
     return [*lines, f"`{r['command']}`; {versions}."]
 
@@ -144,7 +184,10 @@ def _damage(x: dict[str, Any]) -> str:
     worst = "none" if not x["beyond"] else str(x["beyond"])
     found = f"| {x['damage']} | {x['loss']:+.4f} | {x['absolute']} | {middle:+.4f} [{low:+.4f}, {high:+.4f}] "
     told = f"{x['with_drift']}{', names the expert' if x['unreached'] else ''}"
-    return found + f"| {told} | {x['kl_to_good']:.4f} | {x['top1_to_good']:.1%} | {worst} | {_rules(x['check'])} |"
+    return (
+        found
+        + f"| {told} | {x['kl_to_good']:.4f} | {x['top1_to_good']:.1%} | {worst} | {_rules(x['check'])} |"
+    )
 
 
 def _rules(rules: list[str]) -> str:

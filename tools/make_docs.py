@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Render docs/rules.md and docs/exit-codes.md from the code, docs/performance.md, docs/families.md from results.
+"""Render docs/rules.md and docs/exit-codes.md from the code, docs/performance.md, docs/families.md
+from results.
 
     python tools/make_docs.py [--check]
 
@@ -27,34 +28,41 @@ from verifier.rules import all_rules
 
 DOCS = Path(__file__).parent.parent / "docs"
 FAMILIES = {
-    "1": "Container, index, files", "2": "Names and layout", "3": "Scale keys, dtypes, shapes", "4": "Configuration",
-    "5": "Values", "6": "Reload and round trip", "7": "What text shows",
-}  # fmt: skip
+    "1": "Container, index, files",
+    "2": "Names and layout",
+    "3": "Scale keys, dtypes, shapes",
+    "4": "Configuration",
+    "5": "Values",
+    "6": "Reload and round trip",
+    "7": "What text shows",
+}
 MARK = ("<!-- coverage: rendered by tools/make_docs.py -->", "<!-- end of coverage -->")
 DAMAGE = ("<!-- damage: rendered by tools/make_docs.py -->", "<!-- end of damage -->")
 NOT_YET = {
     "QC108 shared storage at save": "it cannot occur in a file; the key that is lost by it is QC301's or QC302's",
     "QC601 an engine's loader refuses": "takes the engine; in the file what it refuses for is QC2xx, QC3xx, QC4xx, QC604",
-    "QC602 a parameter is never written":
-        "takes the engine's loader, twice over two fillings; in the file QC205, QC207, QC301, QC302, "
-        "and QC608 by transformers",
-    "QC603 a tensor is read and not used":
-        "takes the engine's loader, watched; in the file QC201 to QC204, and QC608 by transformers",
+    "QC602 a parameter is never written": "takes the engine's loader, twice over two fillings; in the file QC205, QC207, QC301, QC302, "
+    "and QC608 by transformers",
+    "QC603 a tensor is read and not used": "takes the engine's loader, watched; in the file QC201 to QC204, and QC608 by transformers",
     "QC607 the export depends on the path's form": "takes a second export; MTP tensors that one lacks are QC206",
     "QC706 draft acceptance": "takes an engine that drafts, and a GPU; the head's own defects are QC206 and QC403",
-}  # fmt: skip
+}
 """Rows of the catalogue of defects without a rule, and why."""
 
 
 def rules_page() -> str:
     """Return docs/rules.md."""
     lines = [
-        "# Rules", "",
-        "Rendered from the rules' own docstrings by `tools/make_docs.py`; `ckptgate explain QC501` prints one.", "",
+        "# Rules",
+        "",
+        "Rendered from the rules' own docstrings by `tools/make_docs.py`; `ckptgate explain QC501` prints one.",
+        "",
         "An error fails the check. A warning does not, unless `--fail-on warning`. A rule that needs a base is listed as",
-        "*not run* without one and does not change the verdict, unless `--require` names it.", "",
-        "| rule | severity | depth | what |", "| --- | --- | --- | --- |",
-    ]  # fmt: skip
+        "*not run* without one and does not change the verdict, unless `--require` names it.",
+        "",
+        "| rule | severity | depth | what |",
+        "| --- | --- | --- | --- |",
+    ]
     for r in all_rules().values():
         lines.append(f"| [{r.id}](#{r.id.lower()}) | {r.severity} | {r.depth} | {r.title} |")
     family = ""
@@ -62,7 +70,11 @@ def rules_page() -> str:
         if r.id[2] != family:
             family = r.id[2]
             lines += ["", f"## QC{family}xx {FAMILIES[family]}"]
-        needs = f", needs {' or '.join('`--' + n.replace('_', '-') + '`' for n in r.needs[0].split('|'))}" if r.needs else ""
+        needs = (
+            f", needs {' or '.join('`--' + n.replace('_', '-') + '`' for n in r.needs[0].split('|'))}"
+            if r.needs
+            else ""
+        )
         lines += ["", f'<a id="{r.id.lower()}"></a>', f"### {r.id} {r.title}", ""]
         lines += [f"*{r.severity}, depth {r.depth}{needs}; counts {r.unit}*", "", r.doc, ""]
         lines.append(f"Engines: {', '.join(r.consumers)}. Seen in: {', '.join(r.sources)}.")
@@ -74,9 +86,13 @@ def rules_page() -> str:
 def exit_codes_page() -> str:
     """Return docs/exit-codes.md."""
     lines = [
-        "# Exit codes", "", "The same in every command. With `--format json`, stdout is one valid report for 0, 1, 3 and 4.",
-        "", "| code | meaning |", "| --- | --- |",
-    ]  # fmt: skip
+        "# Exit codes",
+        "",
+        "The same in every command. With `--format json`, stdout is one valid report for 0, 1, 3 and 4.",
+        "",
+        "| code | meaning |",
+        "| --- | --- |",
+    ]
     lines += [f"| {code} | {text} |" for code, text in EXIT_CODES.items()]
     return "\n".join(lines) + "\n"
 
@@ -106,40 +122,52 @@ def verify_section(r: dict[str, Any]) -> list[str]:
     head = ["", "| what | median (range) | must | aim |", "| --- | --- | --- | --- |"]
     lines = [
         f"`{r['command']}`, medians of {len(r['header']['rounds'])} rounds (range) after one that fills caches; what a row",
-        f"is compared with runs in the same rounds. {versions}; {r['machine']}; load {r['load'][0]:.1f} at the end.", "",
-        "## Header check", "",
+        f"is compared with runs in the same rounds. {versions}; {r['machine']}; load {r['load'][0]:.1f} at the end.",
+        "",
+        "## Header check",
+        "",
         f"The real MiniMax-M3 mixed release, {counts['60']:,} tensors in 60 sparse files, all header rules; each a process",
         f"of its own, as a user starts it. {min(counts.values()):,} to {max(counts.values()):,} tensors: the same release",
-        "with fewer or more layers.", *head,
+        "with fewer or more layers.",
+        *head,
         row(f"{counts['60']:,} tensors", "header", "check_60_s", "2 s", "1 s"),
         row("processor seconds of it", "header", "check_60_cpu_s", "", ""),
         row("memory", "header", "check_60_mb", "300 MB", "200 MB", 0),
         row("parsing the same headers with `json` alone", "header", "parse_60_s", "", ""),
         *(
             row(f"{count:,} tensors", "header", f"check_{layers}_s", "", "")
-            for layers, count in counts.items() if layers != "60"
+            for layers, count in counts.items()
+            if layers != "60"
         ),
         row("slope of log time over log tensors", "header", "slope", "1.1", "1.0"),
-        row("a tiny checkpoint", "header", "tiny_s", "1 s", "0.4 s"), "",
-        "## Depth payload", "",
+        row("a tiny checkpoint", "header", "tiny_s", "1 s", "0.4 s"),
+        "",
+        "## Depth payload",
+        "",
         f"Scan: one layer as released, 128 experts, {r['scan']['tensors']:,} tensors, {r['scan']['bytes'] / 1e6:,.0f} MB of",
         f"scales and unquantized tensors. With a base: one layer with six experts and its BF16 base, "
         f"{r['payload']['bytes'] / 1e6:,.0f} MB;",
         "every quantized weight is decoded, its error measured and compared with `max` calibration. The files are in the",
         "page cache. A ratio is the seconds of `readinto` of the same bytes over those of the check, by one process; below",
-        "it that of processor seconds, which other work on the machine changes less.", *head,
+        "it that of processor seconds, which other work on the machine changes less.",
+        *head,
         row("scan, ratio", "scan", "ratio", "0.25", "0.4"),
         row("scan, ratio of processor seconds", "scan", "cpu_ratio", "", ""),
         row("with a base, ratio", "payload", "ratio", "0.04", "0.1", 3),
         row("with a base, ratio of processor seconds", "payload", "cpu_ratio", "", "", 3),
-        row("with a base, two processes against one", "payload", "speedup", "1.7", ""), "",
+        row("with a base, two processes against one", "payload", "speedup", "1.7", ""),
+        "",
         "Private pages beyond those of the idle process, with an embedding of "
-        f"{r['memory']['largest_tensor_mb']:,.0f} MB and an expert of 16,384 x 16,384", "",
+        f"{r['memory']['largest_tensor_mb']:,.0f} MB and an expert of 16,384 x 16,384",
+        "",
         *head[1:],
         row("scan", "memory", "scan_mb", "500 MB", "150 MB", 0),
         row("with a base", "memory", "payload_mb", "500 MB", "150 MB", 0),
-        row("with a base, two processes", "memory", "payload_two_workers_mb", "500 MB", "150 MB", 0), "",
-    ]  # fmt: skip
+        row(
+            "with a base, two processes", "memory", "payload_two_workers_mb", "500 MB", "150 MB", 0
+        ),
+        "",
+    ]
     return lines
 
 
@@ -150,7 +178,10 @@ MOVED = {"nvfp4": 0.5 + 1 / 16, "mxfp8": 1 + 1 / 32}
 
 def codecs_section(r: dict[str, Any]) -> list[str]:
     """Return the section on the codecs' speed."""
-    found = {(m["op"], m["dtype"], tuple(m["shape"]), m["threads"], m["library"]): m["rounds_s"] for m in r["measured"]}
+    found = {
+        (m["op"], m["dtype"], tuple(m["shape"]), m["threads"], m["library"]): m["rounds_s"]
+        for m in r["measured"]
+    }
     cases = list(dict.fromkeys(key[:4] for key in found))
 
     def cell(case: tuple[Any, ...], library: str) -> str:
@@ -168,7 +199,9 @@ def codecs_section(r: dict[str, Any]) -> list[str]:
         return f"{statistics.median(t / m for t, m in zip(theirs, mine, strict=False)):.1f}x"
 
     def share(case: tuple[Any, ...]) -> str:
-        """Return bytes in and out a second, over those of the copy of a float32 input in the same round."""
+        """Return bytes in and out a second, over those of the copy of a float32 input in the same
+        round.
+        """
         op, dtype = case[:2]
         moved = (4 if dtype == "f32" else 2) + MOVED[op.split("_")[0]]
         copies, mine = found[(*case, "copy")], found[(*case, "ckptgate")]
@@ -176,13 +209,16 @@ def codecs_section(r: dict[str, Any]) -> list[str]:
 
     ours = ("ckptgate", "ckptgate fresh", "ckptgate torch")
     lines = [
-        "## Encoding and decoding on a CPU", "",
+        "## Encoding and decoding on a CPU",
+        "",
         f"`{r['command']}`, {r['seconds']} s; {r['machine']}. Milliseconds, median (range), of rounds in which every",
         "library makes one call, each from an environment of its own; standard normal weights. *out*: into tensors that",
         "exist; *new*: into new ones, as the peers; *torch*: *out* without the compiled back end. *share*: bytes in and out",
-        f"a second, over those of a float32 copy in the same rounds. Rounds: {r['rounds']}.", "",
-        ", ".join(f"{k} {v}" for k, v in r["versions"].items() if k != "copy") + ".", "",
-    ]  # fmt: skip
+        f"a second, over those of a float32 copy in the same rounds. Rounds: {r['rounds']}.",
+        "",
+        ", ".join(f"{k} {v}" for k, v in r["versions"].items() if k != "copy") + ".",
+        "",
+    ]
     for threads in (1, 2):
         chosen = [c for c in cases if c[3] == threads and c[0] in OPS]
         if not chosen:
@@ -193,8 +229,21 @@ def codecs_section(r: dict[str, Any]) -> list[str]:
         head += ["one thread / out"] if threads > 1 else []
         lines += ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
         for c in chosen:
-            row = [c[0].replace("_", " ").upper().replace("CODE", "code").replace("EN", "en").replace("DE", "de"), c[1]]
-            row += ["x".join(map(str, c[2])), *(cell(c, n) for n in ("copy", *ours)), share(c), *(cell(c, p) for p in PEERS)]
+            row = [
+                c[0]
+                .replace("_", " ")
+                .upper()
+                .replace("CODE", "code")
+                .replace("EN", "en")
+                .replace("DE", "de"),
+                c[1],
+            ]
+            row += [
+                "x".join(map(str, c[2])),
+                *(cell(c, n) for n in ("copy", *ours)),
+                share(c),
+                *(cell(c, p) for p in PEERS),
+            ]
             row += [times(c, "modelopt"), times(c, "modelopt", "ckptgate torch")]
             if threads > 1:
                 alone, both = (statistics.median(found[(*c[:3], t, "ckptgate")]) for t in (1, 2))
@@ -207,25 +256,34 @@ def codecs_section(r: dict[str, Any]) -> list[str]:
 OPS = ("nvfp4_encode", "nvfp4_decode", "mxfp8_encode", "mxfp8_decode")
 
 
-def sweep_lines(found: dict[Any, list[float]], cell: Callable[[tuple[Any, ...], str], str]) -> list[str]:
+def sweep_lines(
+    found: dict[Any, list[float]], cell: Callable[[tuple[Any, ...], str], str]
+) -> list[str]:
     """Return the table of the sweep."""
     case = next((key[1:3] for key in found if key[0] == "sweep"), None)
     if case is None:
         return []
     rows = [
-        ("ckptgate", ("sweep", *case, 1), "ckptgate"), ("ckptgate, torch", ("sweep", *case, 1), "ckptgate torch"),
+        ("ckptgate", ("sweep", *case, 1), "ckptgate"),
+        ("ckptgate, torch", ("sweep", *case, 1), "ckptgate torch"),
         ("ckptgate, 2 threads", ("sweep", *case, 2), "ckptgate"),
         ("brute force of ours (`sweep_all`, torch)", ("sweep_all", *case, 1), "ckptgate torch"),
         ("ModelOpt's loop, `NVFP4MSECalibrator`", ("sweep", *case, 1), "modelopt"),
-    ]  # fmt: skip
+    ]
     count = math.prod(case[1])
     base = statistics.median(found[(*rows[0][1], rows[0][2])])
-    lines = [f"### FP8 scale sweep, {case[0]} {case[1][0]}x{case[1][1]}", "", "| search | ms | Mweights/s | times ours |"]
+    lines = [
+        f"### FP8 scale sweep, {case[0]} {case[1][0]}x{case[1][1]}",
+        "",
+        "| search | ms | Mweights/s | times ours |",
+    ]
     lines.append("| --- | --- | --- | --- |")
     for name, key, library in rows:
         if (rounds := found.get((*key, library))) is not None:
             middle = statistics.median(rounds)
-            lines.append(f"| {name} | {cell(key, library)} | {count / middle / 1e6:.1f} | {middle / base:.1f} |")
+            lines.append(
+                f"| {name} | {cell(key, library)} | {count / middle / 1e6:.1f} | {middle / base:.1f} |"
+            )
     return [*lines, ""]
 
 
@@ -233,15 +291,20 @@ def agreement_lines(r: dict[str, Any]) -> list[str]:
     """Return which share of the results equals ours."""
     count = sum(len(libraries) for libraries in r["agreement"].values())
     lines = [
-        "### The same results?", "",
-        f"Share of bytes (decoding: of values) that equal ours, by leaf, where not all do, of {count} comparisons.", "",
-        "| case | library | equal |", "| --- | --- | --- |",
-    ]  # fmt: skip
+        "### The same results?",
+        "",
+        f"Share of bytes (decoding: of values) that equal ours, by leaf, where not all do, of {count} comparisons.",
+        "",
+        "| case | library | equal |",
+        "| --- | --- | --- |",
+    ]
     for case, libraries in r["agreement"].items():
         for library, leaves in libraries.items():
             if all(v == 1 for v in leaves.values()):
                 continue
-            shares = ", ".join(f"{leaf} {'all' if v == 1 else f'{v:.7f}'}" for leaf, v in sorted(leaves.items()))
+            shares = ", ".join(
+                f"{leaf} {'all' if v == 1 else f'{v:.7f}'}" for leaf, v in sorted(leaves.items())
+            )
             lines.append(f"| {case} | {library} | {shares} |")
     return [*lines, ""]
 
@@ -249,25 +312,33 @@ def agreement_lines(r: dict[str, Any]) -> list[str]:
 def scoring_section() -> list[str]:
     """Return what scoring costs over a plain forward."""
     folder = DOCS.parent / "benchmarks" / "results"
-    found = {n: json.loads((folder / f"{n}.json").read_text(encoding="utf-8")) for n in ("gate", "gate-wide")}
+    found = {
+        n: json.loads((folder / f"{n}.json").read_text(encoding="utf-8"))
+        for n in ("gate", "gate-wide")
+    }
     small, wide = found.values()
     ways = {
-        "forward": "forward of base and candidate alone", "lockstep": "scored in lockstep, exact KL",
+        "forward": "forward of base and candidate alone",
+        "lockstep": "scored in lockstep, exact KL",
         "top_k": "scored with the 64 likeliest tokens",
         "declared": "scored in lockstep, activations rounded as declared",
         "lm_eval": "lm-eval on the same windows, loss only",
-    }  # fmt: skip
+    }
     lines = [
-        "## Scoring", "",
+        "## Scoring",
+        "",
         f"Golden: MiniMax-M3 with 2.4 million parameters and an export of it, {small['tokens']:,} tokens,",
         f"`{small['command']}`. Wide: a Qwen3-MoE of {wide['parameters']:,} parameters with random weights (24 layers,",
         f"hidden size 1,024, 32,768 words, 4 of 16 experts) and an export of it, {wide['tokens']:,} tokens,",
         f"`{wide['command']}`. Processor time of one thread, medians of {len(small['rounds'])} and {len(wide['rounds'])}",
         "interleaved rounds, ratios to the forward of the same round with their range. What scoring adds goes with the",
-        "words of the vocabulary, what the forward costs with the parameters.", "",
-        f"{', '.join(f'{k} {v}' for k, v in wide['versions'].items())}; {wide['machine']}.", "",
-        "| what | golden, tokens a second | ratio | wide, tokens a second | ratio |", "| --- | --- | --- | --- | --- |",
-    ]  # fmt: skip
+        "words of the vocabulary, what the forward costs with the parameters.",
+        "",
+        f"{', '.join(f'{k} {v}' for k, v in wide['versions'].items())}; {wide['machine']}.",
+        "",
+        "| what | golden, tokens a second | ratio | wide, tokens a second | ratio |",
+        "| --- | --- | --- | --- | --- |",
+    ]
 
     def cells(r: dict[str, Any], key: str) -> str:
         if key not in r["ratio_to_forward"]:
@@ -276,13 +347,19 @@ def scoring_section() -> list[str]:
         span = "" if key == "forward" else f" ({min(each):.2f} to {max(each):.2f})"
         return f"{r['tokens_per_second'][key]:,} | {r['ratio_to_forward'][key]:.2f}{span}"
 
-    lines += [f"| {text} | {cells(small, key)} | {cells(wide, key)} |" for key, text in ways.items()]
+    lines += [
+        f"| {text} | {cells(small, key)} | {cells(wide, key)} |" for key, text in ways.items()
+    ]
     return [*lines, ""]
 
 
 def coverage_table() -> str:
-    """Return verifier/gate/coverage.json: what the gate prints of the simulated coverage, by number of documents."""
-    r = json.loads((DOCS.parent / "benchmarks" / "results" / "intervals.json").read_text(encoding="utf-8"))
+    """Return verifier/gate/coverage.json: what the gate prints of the simulated coverage, by number
+    of documents.
+    """
+    r = json.loads(
+        (DOCS.parent / "benchmarks" / "results" / "intervals.json").read_text(encoding="utf-8")
+    )
     found = {}
     for count in sorted({x["documents"] for x in r["rows"]}):
         rows = [x for x in r["rows"] if x["documents"] == count]
@@ -292,45 +369,69 @@ def coverage_table() -> str:
             return [min(values), max(values)]
 
         found[str(count)] = {
-            "symmetric": span("gate", r["symmetric"]), "skewed": span("gate", ["skewed"]), "rare": span("gate", ["rare"]),
-            "symmetric_high": span("high_holds", r["symmetric"]), "skewed_high": span("high_holds", ["skewed"]),
+            "symmetric": span("gate", r["symmetric"]),
+            "skewed": span("gate", ["skewed"]),
+            "rare": span("gate", ["rare"]),
+            "symmetric_high": span("high_holds", r["symmetric"]),
+            "skewed_high": span("high_holds", ["skewed"]),
             "rare_high": span("high_holds", ["rare"]),
-            "worst_found": span("worst_found", ["rare"]), "worst_false": span("worst_false", r["symmetric"]),
-        }  # fmt: skip
+            "worst_found": span("worst_found", ["rare"]),
+            "worst_false": span("worst_false", r["symmetric"]),
+        }
     return json.dumps(found, indent=1) + "\n"
 
 
 def gate_page() -> str:
     """Return docs/gate.md with its table of coverage, from the results that the benchmark wrote."""
-    r = json.loads((DOCS.parent / "benchmarks" / "results" / "intervals.json").read_text(encoding="utf-8"))
+    r = json.loads(
+        (DOCS.parent / "benchmarks" / "results" / "intervals.json").read_text(encoding="utf-8")
+    )
     lines = [
-        MARK[0], "",
+        MARK[0],
+        "",
         "| documents | effects | lengths | tokens alone | linearized | jackknife | **gate** | upper bound | lower bound "
         "| false | found |",
         "| --- " * 11 + "|",
-    ]  # fmt: skip
+    ]
     for x in r["rows"]:
         shown = ("token", "linear", "jackknife", "gate", "high_holds", "low_holds", "worst_false")
         numbers = [f"{100 * x[k]:.1f}" for k in shown]
         numbers.append("" if x["worst_found"] is None else f"{100 * x['worst_found']:.1f}")
-        lines.append(f"| {x['documents']} | {r['effects'][x['effect']]} | {x['lengths']} | {' | '.join(numbers)} |")
+        lines.append(
+            f"| {x['documents']} | {r['effects'][x['effect']]} | {x['lengths']} | {' | '.join(numbers)} |"
+        )
     versions = ", ".join(f"{k} {v}" for k, v in r["versions"].items())
-    lines += ["", f"`{r['command']}`, {r['rows'][0]['rounds']:,} rounds a row; {versions}.", "", MARK[1]]
+    lines += [
+        "",
+        f"`{r['command']}`, {r['rows'][0]['rounds']:,} rounds a row; {versions}.",
+        "",
+        MARK[1],
+    ]
     text = (DOCS / "gate.md").read_text(encoding="utf-8")
-    text = text[: text.index(MARK[0])] + "\n".join(lines) + text[text.index(MARK[1]) + len(MARK[1]) :]
-    return text[: text.index(DAMAGE[0])] + damage_table() + text[text.index(DAMAGE[1]) + len(DAMAGE[1]) :]
+    text = (
+        text[: text.index(MARK[0])] + "\n".join(lines) + text[text.index(MARK[1]) + len(MARK[1]) :]
+    )
+    return (
+        text[: text.index(DAMAGE[0])]
+        + damage_table()
+        + text[text.index(DAMAGE[1]) + len(DAMAGE[1]) :]
+    )
 
 
 def damage_table() -> str:
-    """Return what each measure of the gate says of damaged exports, from the results that the benchmark wrote."""
+    """Return what each measure of the gate says of damaged exports, from the results that the
+    benchmark wrote.
+    """
     return "\n".join([DAMAGE[0], "", *damage_lines(), "", DAMAGE[1]])
 
 
 ENGINES = {
-    "qwen3_moe": "vLLM 0.32: NVFP4, MXFP8, MXFP8 with NVFP4 experts, FP8", "minimax_m2": "vLLM 0.32: NVFP4",
+    "qwen3_moe": "vLLM 0.32: NVFP4, MXFP8, MXFP8 with NVFP4 experts, FP8",
+    "minimax_m2": "vLLM 0.32: NVFP4",
     "minimax_m3_vl": "vLLM 0.32: MXFP8 with NVFP4 experts",
-}  # fmt: skip
-"""Whose own loader took a small checkpoint of that layout, with every parameter written; others were not tried."""
+}
+"""Whose own loader took a small checkpoint of that layout, with every parameter written; others
+were not tried."""
 
 
 COLUMNS = (
@@ -362,28 +463,45 @@ def families_page() -> str:
         "`tests/zoo/test_zoo.py` by its name until the zoo has a model of it."
     )
     lines = [
-        "# Families with fused experts", "",
-        "Rendered by `tools/make_docs.py` from `tests/zoo/results.json`; nothing here is written by hand.", "",
-        *textwrap.wrap(told, 120), "",
-        *(line for item in COLUMNS for line in textwrap.wrap(f"- {item}", 120, subsequent_indent="  ")), "",
+        "# Families with fused experts",
+        "",
+        "Rendered by `tools/make_docs.py` from `tests/zoo/results.json`; nothing here is written by hand.",
+        "",
+        *textwrap.wrap(told, 120),
+        "",
+        *(
+            line
+            for item in COLUMNS
+            for line in textwrap.wrap(f"- {item}", 120, subsequent_indent="  ")
+        ),
+        "",
         "| family | experts in memory | on the hub | detected | exported | check | round trip | reload | recipes "
-        "| engines |", "| --- " * 10 + "|",
-    ]  # fmt: skip
+        "| engines |",
+        "| --- " * 10 + "|",
+    ]
     for x in works:
         steps = [x["recipes"][n] for n in working(x)]
         alone = all(s["check"] == "ok" for s in steps)
         cells = [
-            f"`{x['family']}`", "; ".join(dict.fromkeys(map(_layout, x["experts"]))), x["stored"], f"{x['linears']}",
-            "disk, memory", "yes" if alone else "base only", "yes", "yes",
+            f"`{x['family']}`",
+            "; ".join(dict.fromkeys(map(_layout, x["experts"]))),
+            x["stored"],
+            f"{x['linears']}",
+            "disk, memory",
+            "yes" if alone else "base only",
+            "yes",
+            "yes",
             "all three" if len(steps) == 3 else ", ".join(f"`{n}`" for n in working(x)),
             ENGINES.get(x["family"], "not tried"),
-        ]  # fmt: skip
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     names = ", ".join(f"`{n}`" for n in rows[0]["recipes"])
     lines += ["", f"The three recipes: {names}.", "", f"## Refused ({len(refused)})", ""]
     lines += ["| family | experts in memory | on the hub | why |", "| --- " * 4 + "|"]
     for x in refused:
-        held = "; ".join(dict.fromkeys(map(_layout, x.get("experts", {})))) or ", ".join(x.get("classes", ()))
+        held = "; ".join(dict.fromkeys(map(_layout, x.get("experts", {})))) or ", ".join(
+            x.get("classes", ())
+        )
         why = next(iter(reasons(x)), "").replace("|", "/")
         lines.append(f"| `{x['family']}` | {held} | {x.get('stored', '')} | {why} |")
     lines += ["", "## Layouts that are known without a base", ""]
@@ -398,14 +516,20 @@ def working(row: dict[str, Any]) -> list[str]:
     if (row["built"], row.get("detected"), row.get("layout")) != ("ok", "ok", "ok"):
         return []
     fine = ("ok", "unproven")
-    return [n for n, s in row["recipes"].items() if "reload" in s and all(v.startswith(fine) for v in s.values())]
+    return [
+        n
+        for n, s in row["recipes"].items()
+        if "reload" in s and all(v.startswith(fine) for v in s.values())
+    ]
 
 
 def reasons(row: dict[str, Any]) -> list[str]:
     """Return why a family is refused, each reason once."""
     steps = [row["built"], row.get("detected", "ok"), row.get("layout", "ok")]
     steps += [v for s in row.get("recipes", {}).values() for v in s.values()]
-    found = dict.fromkeys(s.removeprefix("refused: ") for s in steps if not s.startswith(("ok", "unproven")))
+    found = dict.fromkeys(
+        s.removeprefix("refused: ") for s in steps if not s.startswith(("ok", "unproven"))
+    )
     stacked = [f for f in found if "stacks of this family" in f]
     return stacked[:1] or list(found)
 
@@ -418,7 +542,11 @@ def _layout(words: str) -> str:
 def main() -> int:
     """Write or compare the pages."""
     stale = []
-    pages = {"rules.md": rules_page(), "exit-codes.md": exit_codes_page(), "performance.md": performance_page()}
+    pages = {
+        "rules.md": rules_page(),
+        "exit-codes.md": exit_codes_page(),
+        "performance.md": performance_page(),
+    }
     pages |= {"gate.md": gate_page(), "../verifier/gate/coverage.json": coverage_table()}
     pages |= {"families.md": families_page()}
     pages |= {"goldens.md": goldens_page()}

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write ``verifier/families/*.json``: the hub layout of each family, from what transformers itself saves.
+"""Write ``verifier/families/*.json``: the hub layout of each family, from what transformers itself
+saves.
 
     python tools/make_families.py [--check]
 
-For each family two small models with different, telling dimensions are saved by ``save_pretrained``; names become
-patterns, and each dimension the shortest product of config values that explains both. ``--check`` writes nothing and
-fails where a committed file differs.
+For each family two small models with different, telling dimensions are saved by
+``save_pretrained``; names become patterns, and each dimension the shortest product of config values
+that explains both. ``--check`` writes nothing and fails where a committed file differs.
 """
 
 from __future__ import annotations
@@ -33,18 +34,35 @@ LAYER_KINDS = {"all", "sparse", "dense", "indexer"}
 
 
 NUMBERS = {
-    "vocab_size": (331, 337), "hidden_size": (114, 130), "intermediate_size": (208, 232), "num_attention_heads": (6, 10),
-    "num_key_value_heads": (2, 5), "num_local_experts": (7, 9), "num_experts": (7, 9), "n_routed_experts": (14, 18),
-    "moe_num_experts": (7, 9), "moe_intermediate_size": (40, 56), "shared_expert_intermediate_size": (88, 136),
-    "n_shared_experts": (3, 2), "moe_num_shared_experts": (3, 2), "q_lora_rank": (34, 38), "kv_lora_rank": (22, 26),
-    "qk_nope_head_dim": (44, 46), "qk_rope_head_dim": (12, 20), "v_head_dim": (52, 58), "num_experts_per_tok": (2, 2),
-    "moe_k": (2, 2), "n_group": (2, 2), "topk_group": (1, 1),
-}  # fmt: skip
+    "vocab_size": (331, 337),
+    "hidden_size": (114, 130),
+    "intermediate_size": (208, 232),
+    "num_attention_heads": (6, 10),
+    "num_key_value_heads": (2, 5),
+    "num_local_experts": (7, 9),
+    "num_experts": (7, 9),
+    "n_routed_experts": (14, 18),
+    "moe_num_experts": (7, 9),
+    "moe_intermediate_size": (40, 56),
+    "shared_expert_intermediate_size": (88, 136),
+    "n_shared_experts": (3, 2),
+    "moe_num_shared_experts": (3, 2),
+    "q_lora_rank": (34, 38),
+    "kv_lora_rank": (22, 26),
+    "qk_nope_head_dim": (44, 46),
+    "qk_rope_head_dim": (12, 20),
+    "v_head_dim": (52, 58),
+    "num_experts_per_tok": (2, 2),
+    "moe_k": (2, 2),
+    "n_group": (2, 2),
+    "topk_group": (1, 1),
+}
 """Two telling values for each config key that decides a shape."""
 
 
 def text_model(model_type: str, *, own_head_dim: bool = True, **more: Any) -> Any:
-    """Return the config function of a text family: `NUMBERS` where its config has the key, and ``more``.
+    """Return the config function of a text family: `NUMBERS` where its config has the key, and
+    ``more``.
 
     ``own_head_dim`` says whether its classes take a ``head_dim`` that is not hidden size / heads.
     """
@@ -54,7 +72,9 @@ def text_model(model_type: str, *, own_head_dim: bool = True, **more: Any) -> An
         given: dict[str, Any] = {k: n[v] for k, n in NUMBERS.items() if hasattr(base, k)}
         if own_head_dim and "kv_lora_rank" not in given:
             given["head_dim"] = (24, 28)[v]  # classes without the key take it all the same
-        given |= {k: 0 for k in ("pad_token_id", "bos_token_id", "eos_token_id") if hasattr(base, k)}
+        given |= {
+            k: 0 for k in ("pad_token_id", "bos_token_id", "eos_token_id") if hasattr(base, k)
+        }
         given |= {"num_hidden_layers": 3, "tie_word_embeddings": False} | more
         return transformers.AutoConfig.for_model(model_type, **given)
 
@@ -64,16 +84,28 @@ def text_model(model_type: str, *, own_head_dim: bool = True, **more: Any) -> An
 def llama(v: int) -> Any:
     """Return a Llama config; ``v`` chooses between two sets of dimensions."""
     return transformers.LlamaConfig(
-        vocab_size=(331, 337)[v], hidden_size=(114, 130)[v], intermediate_size=(208, 232)[v], num_hidden_layers=3,
-        num_attention_heads=(6, 10)[v], num_key_value_heads=(2, 5)[v], head_dim=(24, 28)[v], tie_word_embeddings=False,
+        vocab_size=(331, 337)[v],
+        hidden_size=(114, 130)[v],
+        intermediate_size=(208, 232)[v],
+        num_hidden_layers=3,
+        num_attention_heads=(6, 10)[v],
+        num_key_value_heads=(2, 5)[v],
+        head_dim=(24, 28)[v],
+        tie_word_embeddings=False,
     )
 
 
 def mixtral(v: int) -> Any:
     """Return a Mixtral config."""
     return transformers.MixtralConfig(
-        vocab_size=(331, 337)[v], hidden_size=(114, 130)[v], intermediate_size=(208, 232)[v], num_hidden_layers=3,
-        num_attention_heads=(6, 10)[v], num_key_value_heads=(2, 5)[v], head_dim=(24, 28)[v], num_local_experts=(7, 9)[v],
+        vocab_size=(331, 337)[v],
+        hidden_size=(114, 130)[v],
+        intermediate_size=(208, 232)[v],
+        num_hidden_layers=3,
+        num_attention_heads=(6, 10)[v],
+        num_key_value_heads=(2, 5)[v],
+        head_dim=(24, 28)[v],
+        num_local_experts=(7, 9)[v],
         tie_word_embeddings=False,
     )
 
@@ -81,58 +113,139 @@ def mixtral(v: int) -> Any:
 def qwen3_moe(v: int) -> Any:
     """Return a Qwen3-MoE config with a dense layer."""
     return transformers.Qwen3MoeConfig(
-        vocab_size=(331, 337)[v], hidden_size=(114, 130)[v], intermediate_size=(208, 232)[v], num_hidden_layers=3,
-        num_attention_heads=(6, 10)[v], num_key_value_heads=(2, 5)[v], head_dim=(24, 28)[v], num_experts=(7, 9)[v],
-        moe_intermediate_size=(40, 56)[v], mlp_only_layers=[1], decoder_sparse_step=1, tie_word_embeddings=False,
+        vocab_size=(331, 337)[v],
+        hidden_size=(114, 130)[v],
+        intermediate_size=(208, 232)[v],
+        num_hidden_layers=3,
+        num_attention_heads=(6, 10)[v],
+        num_key_value_heads=(2, 5)[v],
+        head_dim=(24, 28)[v],
+        num_experts=(7, 9)[v],
+        moe_intermediate_size=(40, 56)[v],
+        mlp_only_layers=[1],
+        decoder_sparse_step=1,
+        tie_word_embeddings=False,
     )
 
 
 def minimax_m3_vl(v: int) -> Any:
-    """Return a MiniMax-M3 config: dense first layer, one sparse layer without an indexer, one with."""
+    """Return a MiniMax-M3 config: dense first layer, one sparse layer without an indexer, one
+    with.
+    """
     text = {
-        "vocab_size": (331, 337)[v], "hidden_size": (114, 130)[v], "intermediate_size": (40, 56)[v],
-        "dense_intermediate_size": (208, 232)[v], "shared_intermediate_size": (88, 136)[v], "num_hidden_layers": 3,
-        "num_attention_heads": (6, 10)[v], "num_key_value_heads": (2, 5)[v], "head_dim": (24, 28)[v], "rotary_dim": 8,
-        "num_local_experts": (7, 9)[v], "num_experts_per_tok": 2, "mlp_layer_types": ["dense", "sparse", "sparse"],
-        "layer_types": ["full_attention", "full_attention", "minimax_m3_sparse"], "index_n_heads": (3, 4)[v],
-        "index_head_dim": (23, 29)[v], "bos_token_id": 0, "eos_token_id": 0,
-    }  # fmt: skip
-    vision = {"image_size": 84, "patch_size": 7, "temporal_patch_size": (2, 3)[v], "spatial_merge_size": (3, 2)[v],
-              "hidden_size": (72, 84)[v], "intermediate_size": (152, 184)[v], "num_hidden_layers": 2,
-              "num_attention_heads": (3, 6)[v], "num_channels": (5, 4)[v]}  # fmt: skip
+        "vocab_size": (331, 337)[v],
+        "hidden_size": (114, 130)[v],
+        "intermediate_size": (40, 56)[v],
+        "dense_intermediate_size": (208, 232)[v],
+        "shared_intermediate_size": (88, 136)[v],
+        "num_hidden_layers": 3,
+        "num_attention_heads": (6, 10)[v],
+        "num_key_value_heads": (2, 5)[v],
+        "head_dim": (24, 28)[v],
+        "rotary_dim": 8,
+        "num_local_experts": (7, 9)[v],
+        "num_experts_per_tok": 2,
+        "mlp_layer_types": ["dense", "sparse", "sparse"],
+        "layer_types": ["full_attention", "full_attention", "minimax_m3_sparse"],
+        "index_n_heads": (3, 4)[v],
+        "index_head_dim": (23, 29)[v],
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
+    vision = {
+        "image_size": 84,
+        "patch_size": 7,
+        "temporal_patch_size": (2, 3)[v],
+        "spatial_merge_size": (3, 2)[v],
+        "hidden_size": (72, 84)[v],
+        "intermediate_size": (152, 184)[v],
+        "num_hidden_layers": 2,
+        "num_attention_heads": (3, 6)[v],
+        "num_channels": (5, 4)[v],
+    }
     return transformers.MiniMaxM3VLConfig(
-        text_config=text, vision_config=vision, image_token_index=3, video_token_index=4,
+        text_config=text,
+        vision_config=vision,
+        image_token_index=3,
+        video_token_index=4,
         projector_hidden_size=(116, 124)[v],
     )
 
 
 MORE_NUMBERS = {
-    "num_hidden_layers": (3, 3), "head_dim": (24, 28), "num_shared_experts": (3, 2), "first_k_dense_replace": (1, 1),
-    "num_dense_layers": (1, 1), "mlp_layer_types": (["dense", "sparse", "sparse"],) * 2, "num_experts_per_token": (2, 2),
-    "shared_intermediate_size": (88, 136), "shared_experts_intermediate_size": (88, 136), "share_expert_dim": (88, 136),
-    "moe_shared_expert_intermediate_size": (88, 136), "dense_intermediate_size": (216, 248), "moe_topk": (2, 2),
-    "intermediate_size_mlp": (216, 248), "expert_ffn_hidden_size": (40, 56), "ffn_hidden_size": (208, 232),
-    "o_lora_rank": (36, 42), "o_groups": (2, 2), "index_head_dim": (62, 74), "index_n_heads": (3, 4), "index_topk": (8, 8),
-    "num_expert_group": (2, 2), "linear_num_heads": (11, 13), "linear_head_dim": (32, 36), "linear_key_head_dim": (12, 20),
-    "linear_num_key_heads": (3, 4), "linear_num_value_heads": (15, 12), "linear_value_head_dim": (18, 22),
-    "linear_conv_kernel_dim": (3, 5), "mamba_d_conv": (3, 5), "conv_kernel": (3, 5), "conv_L_cache": (3, 5),
-    "mamba_d_state": (27, 33), "mamba_dt_rank": (19, 21), "ssm_state_size": (27, 33), "mamba_num_heads": (12, 14),
-    "mamba_head_dim": (17, 25), "n_groups": (4, 7), "max_position_embeddings": (64, 64), "router_hidden_size": (62, 74),
-    "kv_channels": (24, 28), "sliding_window": (16, 16), "swa_num_attention_heads": (12, 15), "swa_head_dim": (20, 26),
-    "swa_num_key_value_heads": (4, 3), "rotary_dim": (8, 8), "block_size": (16, 16),
-}  # fmt: skip
+    "num_hidden_layers": (3, 3),
+    "head_dim": (24, 28),
+    "num_shared_experts": (3, 2),
+    "first_k_dense_replace": (1, 1),
+    "num_dense_layers": (1, 1),
+    "mlp_layer_types": (["dense", "sparse", "sparse"],) * 2,
+    "num_experts_per_token": (2, 2),
+    "shared_intermediate_size": (88, 136),
+    "shared_experts_intermediate_size": (88, 136),
+    "share_expert_dim": (88, 136),
+    "moe_shared_expert_intermediate_size": (88, 136),
+    "dense_intermediate_size": (216, 248),
+    "moe_topk": (2, 2),
+    "intermediate_size_mlp": (216, 248),
+    "expert_ffn_hidden_size": (40, 56),
+    "ffn_hidden_size": (208, 232),
+    "o_lora_rank": (36, 42),
+    "o_groups": (2, 2),
+    "index_head_dim": (62, 74),
+    "index_n_heads": (3, 4),
+    "index_topk": (8, 8),
+    "num_expert_group": (2, 2),
+    "linear_num_heads": (11, 13),
+    "linear_head_dim": (32, 36),
+    "linear_key_head_dim": (12, 20),
+    "linear_num_key_heads": (3, 4),
+    "linear_num_value_heads": (15, 12),
+    "linear_value_head_dim": (18, 22),
+    "linear_conv_kernel_dim": (3, 5),
+    "mamba_d_conv": (3, 5),
+    "conv_kernel": (3, 5),
+    "conv_L_cache": (3, 5),
+    "mamba_d_state": (27, 33),
+    "mamba_dt_rank": (19, 21),
+    "ssm_state_size": (27, 33),
+    "mamba_num_heads": (12, 14),
+    "mamba_head_dim": (17, 25),
+    "n_groups": (4, 7),
+    "max_position_embeddings": (64, 64),
+    "router_hidden_size": (62, 74),
+    "kv_channels": (24, 28),
+    "sliding_window": (16, 16),
+    "swa_num_attention_heads": (12, 15),
+    "swa_head_dim": (20, 26),
+    "swa_num_key_value_heads": (4, 3),
+    "rotary_dim": (8, 8),
+    "block_size": (16, 16),
+}
 """As `NUMBERS`, for the families of `small`; a list stands for itself."""
 TOWER = {
-    "vocab_size": (331, 337), "hidden_size": (72, 84), "intermediate_size": (152, 184), "num_hidden_layers": (2, 2),
-    "depth": (2, 2), "num_attention_heads": (3, 6), "num_heads": (3, 6), "num_key_value_heads": (3, 6),
-    "in_channels": (5, 4), "num_channels": (5, 4), "patch_size": (7, 11), "temporal_patch_size": (2, 3),
-    "spatial_merge_size": (3, 2), "num_position_embeddings": (16, 25), "deepstack_visual_indexes": ([0], [0, 1]),
-}  # fmt: skip
+    "vocab_size": (331, 337),
+    "hidden_size": (72, 84),
+    "intermediate_size": (152, 184),
+    "num_hidden_layers": (2, 2),
+    "depth": (2, 2),
+    "num_attention_heads": (3, 6),
+    "num_heads": (3, 6),
+    "num_key_value_heads": (3, 6),
+    "in_channels": (5, 4),
+    "num_channels": (5, 4),
+    "patch_size": (7, 11),
+    "temporal_patch_size": (2, 3),
+    "spatial_merge_size": (3, 2),
+    "num_position_embeddings": (16, 25),
+    "deepstack_visual_indexes": ([0], [0, 1]),
+}
 """As `NUMBERS`, for vision and audio."""
 
 
 def small(model_type: str, more: dict[str, Any] | None = None) -> Any:
-    """Return the config function of a family whose config may be nested; a pair in ``more`` is chosen from."""
+    """Return the config function of a family whose config may be nested; a pair in ``more`` is
+    chosen from.
+    """
 
     def config(v: int) -> Any:
         cls = transformers.CONFIG_MAPPING[model_type]
@@ -152,7 +265,9 @@ def _arguments(cls: Any, v: int, more: dict[str, Any], tower: bool) -> dict[str,
     for key, sub in (getattr(cls, "sub_configs", None) or {}).items():
         own = vars(base).get(key)
         kind = type(own) if hasattr(own, "to_dict") else sub
-        given[key] = _arguments(kind, v, more.get(key, {}), tower or "text" not in key) | {"model_type": kind.model_type}
+        given[key] = _arguments(kind, v, more.get(key, {}), tower or "text" not in key) | {
+            "model_type": kind.model_type
+        }
     for key, value in more.items():
         if not isinstance(value, dict) or key not in given:
             given[key] = value[v] if isinstance(value, tuple) else value
@@ -165,31 +280,44 @@ def one_of(key: str, *values: str) -> list[dict[str, Any]]:
 
 
 def sparse(*rules: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """Return the kinds ``sparse`` and ``dense``: by ``mlp_layer_types``, else by rules for the sparse ones."""
+    """Return the kinds ``sparse`` and ``dense``: by ``mlp_layer_types``, else by rules for the
+    sparse ones.
+    """
     either = [{"list": "mlp_layer_types", "is": ["sparse"]}, *rules]
     return {"sparse": either, "dense": [r | {"not": not r.get("not", False)} for r in either]}
 
 
-def family(model_type: str, model: str, more: dict[str, Any] | None = None, **spec: Any) -> dict[str, dict[str, Any]]:
+def family(
+    model_type: str, model: str, more: dict[str, Any] | None = None, **spec: Any
+) -> dict[str, dict[str, Any]]:
     """Return the entry of a family that `small` makes."""
-    found = {"config": small(model_type, more), "model": model, "flags": [], "switches": True} | spec
+    found = {
+        "config": small(model_type, more),
+        "model": model,
+        "flags": [],
+        "switches": True,
+    } | spec
     return {model_type: found}
 
 
 DECAYS = r"\.self_attn\.(slope_rate|(diagonal|key|query)_decay)$"
 """What MiniMax computes from its config; transformers saves it."""
 AFTER_DENSE = sparse({"from": "first_k_dense_replace"})
-MIXED = {"linear": one_of("layer_types", "linear_attention"), "full": one_of("layer_types", "full_attention")}
+MIXED = {
+    "linear": one_of("layer_types", "linear_attention"),
+    "full": one_of("layer_types", "full_attention"),
+}
 TYPES = ["linear_attention", "full_attention", "linear_attention"]
 GATED_DELTA = [
     "2*{t}linear_key_head_dim*{t}linear_num_key_heads+{t}linear_num_value_heads*{t}linear_value_head_dim",
     "2*{t}linear_key_head_dim*{t}linear_num_key_heads+2*{t}linear_num_value_heads*{t}linear_value_head_dim",
-    "2*{t}linear_num_value_heads", "2*{t}head_dim*{t}num_attention_heads",
-]  # fmt: skip
+    "2*{t}linear_num_value_heads",
+    "2*{t}head_dim*{t}num_attention_heads",
+]
 MAMBA2 = [
     "mamba_head_dim*mamba_num_heads+2*n_groups*ssm_state_size",
     "2*mamba_head_dim*mamba_num_heads+2*n_groups*ssm_state_size+mamba_num_heads",
-]  # fmt: skip
+]
 
 
 def within(text: str, hints: list[str]) -> list[str]:
@@ -200,170 +328,325 @@ def within(text: str, hints: list[str]) -> list[str]:
 PLAIN_ROPE = {"rope_type": "default", "rope_theta": 1e4}
 EVERY: dict[str, Any] = {"period": "interleave_moe_layer_step", "shift": 1}
 LLAMA4 = {
-    "sparse": [{"named": "moe_layers"}, EVERY], "dense": [{"named": "moe_layers", "not": True}, EVERY | {"not": True}],
-}  # fmt: skip
+    "sparse": [{"named": "moe_layers"}, EVERY],
+    "dense": [{"named": "moe_layers", "not": True}, EVERY | {"not": True}],
+}
 GEMMA4: dict[str, Any] = {
-    "enable_moe_block": True, "top_k_experts": 2, "hidden_size_per_layer_input": (34, 38), "vocab_size_per_layer_input": 331,
+    "enable_moe_block": True,
+    "top_k_experts": 2,
+    "hidden_size_per_layer_input": (34, 38),
+    "vocab_size_per_layer_input": 331,
     "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
-}  # fmt: skip
+}
 NEW: dict[str, dict[str, Any]] = {
     **family("deepseek_v2", "DeepseekV2ForCausalLM", kinds=AFTER_DENSE, nullable=["q_lora_rank"]),
     **family(
-        "deepseek_v32", "DeepseekV32ForCausalLM", kinds=AFTER_DENSE, more_layers="num_nextn_predict_layers",
+        "deepseek_v32",
+        "DeepseekV32ForCausalLM",
+        kinds=AFTER_DENSE,
+        more_layers="num_nextn_predict_layers",
     ),
     **family(
-        "glm_moe_dsa", "GlmMoeDsaForCausalLM", kinds=AFTER_DENSE, more_layers="num_nextn_predict_layers",
+        "glm_moe_dsa",
+        "GlmMoeDsaForCausalLM",
+        kinds=AFTER_DENSE,
+        more_layers="num_nextn_predict_layers",
     ),
-    **family("qwen3_next", "Qwen3NextForCausalLM", {"layer_types": TYPES}, kinds=MIXED, hints=within("", GATED_DELTA)),
     **family(
-        "qwen3_5_moe_text", "Qwen3_5MoeForCausalLM", {"layer_types": TYPES}, kinds=MIXED, hints=within("", GATED_DELTA),
+        "qwen3_next",
+        "Qwen3NextForCausalLM",
+        {"layer_types": TYPES},
+        kinds=MIXED,
+        hints=within("", GATED_DELTA),
+    ),
+    **family(
+        "qwen3_5_moe_text",
+        "Qwen3_5MoeForCausalLM",
+        {"layer_types": TYPES},
+        kinds=MIXED,
+        hints=within("", GATED_DELTA),
         optional=["^mtp\\."],
     ),
     **family(
-        "qwen3_5_moe", "Qwen3_5MoeForConditionalGeneration",
-        {"text_config": {"layer_types": TYPES}, "vision_config": {"out_hidden_size": (114, 130)}}, kinds=MIXED,
-        hints=within("text_config.", GATED_DELTA), optional=["^mtp\\."],
+        "qwen3_5_moe",
+        "Qwen3_5MoeForConditionalGeneration",
+        {"text_config": {"layer_types": TYPES}, "vision_config": {"out_hidden_size": (114, 130)}},
+        kinds=MIXED,
+        hints=within("text_config.", GATED_DELTA),
+        optional=["^mtp\\."],
     ),
     **family(
-        "nemotron_h", "NemotronHForCausalLM",
-        {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"]},
+        "nemotron_h",
+        "NemotronHForCausalLM",
+        {
+            "num_hidden_layers": 4,
+            "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"],
+        },
         kinds={
-            kind: [{"list": "layers_block_type", "is": words}, {"list": "hybrid_override_pattern", "is": [letter]}]
+            kind: [
+                {"list": "layers_block_type", "is": words},
+                {"list": "hybrid_override_pattern", "is": [letter]},
+            ]
             for kind, letter, words in (
-                ("mamba", "M", ["linear_attention", "mamba"]), ("moe", "E", ["moe"]),
-                ("attention", "*", ["full_attention", "attention"]), ("mlp", "-", ["mlp"]),
+                ("mamba", "M", ["linear_attention", "mamba"]),
+                ("moe", "E", ["moe"]),
+                ("attention", "*", ["full_attention", "attention"]),
+                ("mlp", "-", ["mlp"]),
             )
         },
-        layers="layers_block_type", given={"moe_latent_size": (62, 70)}, hints=MAMBA2, optional=["^mtp\\."],
+        layers="layers_block_type",
+        given={"moe_latent_size": (62, 70)},
+        hints=MAMBA2,
+        optional=["^mtp\\."],
     ),
     **family("afmoe", "AfmoeForCausalLM", kinds=sparse({"from": "num_dense_layers"})),
     **family("axk1", "AXK1ForCausalLM", kinds=AFTER_DENSE),
     **family(
-        "axk2", "AXK2ForCausalLM", kinds=AFTER_DENSE,
-        hints=["num_attention_heads*qk_nope_head_dim+num_attention_heads*qk_rope_head_dim+num_attention_heads*v_head_dim"],
+        "axk2",
+        "AXK2ForCausalLM",
+        kinds=AFTER_DENSE,
+        hints=[
+            "num_attention_heads*qk_nope_head_dim+num_attention_heads*qk_rope_head_dim+num_attention_heads*v_head_dim"
+        ],
     ),
     **family("cohere2_moe", "Cohere2MoeForCausalLM", kinds=AFTER_DENSE),
     **family("exaone_moe", "ExaoneMoeForCausalLM", kinds=AFTER_DENSE, optional=["^mtp\\."]),
     **family("flex_olmo", "FlexOlmoForCausalLM"),
-    **family("glm4_moe_lite", "Glm4MoeLiteForCausalLM", kinds=AFTER_DENSE, more_layers="num_nextn_predict_layers"),
+    **family(
+        "glm4_moe_lite",
+        "Glm4MoeLiteForCausalLM",
+        kinds=AFTER_DENSE,
+        more_layers="num_nextn_predict_layers",
+    ),
     **family("hunyuan_v1_moe", "HunYuanMoEV1ForCausalLM"),
     **family("hy_v3", "HYV3ForCausalLM", kinds=AFTER_DENSE, more_layers="num_nextn_predict_layers"),
     **family(
-        "lfm2_moe", "Lfm2MoeForCausalLM",
-        {"num_hidden_layers": 4, "layer_types": ["full_attention", "conv", "full_attention", "conv"]},
+        "lfm2_moe",
+        "Lfm2MoeForCausalLM",
+        {
+            "num_hidden_layers": 4,
+            "layer_types": ["full_attention", "conv", "full_attention", "conv"],
+        },
         kinds=sparse({"from": "num_dense_layers"})
         | {"conv": one_of("layer_types", "conv"), "full": one_of("layer_types", "full_attention")},
     ),
     **family("mellum", "MellumForCausalLM", kinds=AFTER_DENSE, optional=["^mtp\\."]),
     **family(
-        "mimo_v2_flash", "MiMoV2FlashForCausalLM",
-        {"num_hidden_layers": 4, "layer_types": ["full_attention", "sliding_attention"] * 2,
-         "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"]},
+        "mimo_v2_flash",
+        "MiMoV2FlashForCausalLM",
+        {
+            "num_hidden_layers": 4,
+            "layer_types": ["full_attention", "sliding_attention"] * 2,
+            "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
+        },
         kinds=AFTER_DENSE
-        | {"sliding": one_of("layer_types", "sliding_attention"), "full": one_of("layer_types", "full_attention")},
+        | {
+            "sliding": one_of("layer_types", "sliding_attention"),
+            "full": one_of("layer_types", "full_attention"),
+        },
         vague=r"self_attn",
         optional=["^(model\\.)?mtp\\."],
     ),
     **family(
-        "minimax", "MiniMaxForCausalLM",
-        {"layer_types": ["full_attention", "linear_attention", "full_attention"]}, kinds=MIXED,
-        hints=["3*head_dim*num_attention_heads"], drop=DECAYS, optional=[DECAYS],
+        "minimax",
+        "MiniMaxForCausalLM",
+        {"layer_types": ["full_attention", "linear_attention", "full_attention"]},
+        kinds=MIXED,
+        hints=["3*head_dim*num_attention_heads"],
+        drop=DECAYS,
+        optional=[DECAYS],
     ),
     **family("solar_open", "SolarOpenForCausalLM", kinds=AFTER_DENSE),
     **family(
-        "jamba", "JambaForCausalLM",
-        {"num_hidden_layers": 6, "attn_layer_period": 3, "attn_layer_offset": 1, "expert_layer_period": 2,
-         "expert_layer_offset": 1},
+        "jamba",
+        "JambaForCausalLM",
+        {
+            "num_hidden_layers": 6,
+            "attn_layer_period": 3,
+            "attn_layer_offset": 1,
+            "expert_layer_period": 2,
+            "expert_layer_offset": 1,
+        },
         kinds={
             "attention": [{"period": "attn_layer_period", "offset": "attn_layer_offset"}],
             "mamba": [{"period": "attn_layer_period", "offset": "attn_layer_offset", "not": True}],
             "sparse": [{"period": "expert_layer_period", "offset": "expert_layer_offset"}],
-            "dense": [{"period": "expert_layer_period", "offset": "expert_layer_offset", "not": True}],
+            "dense": [
+                {"period": "expert_layer_period", "offset": "expert_layer_offset", "not": True}
+            ],
         },
     ),
     **family("beam", "BeamForCausalLM", kinds=AFTER_DENSE),
     **family("kolibri1", "Kolibri1ForCausalLM"),
-    **family("flint", "FlintForCausalLM", {"mlp_only_layers": [0]}, kinds={
-        "dense": [{"named": "mlp_only_layers"}], "sparse": [{"named": "mlp_only_layers", "not": True}]}),
+    **family(
+        "flint",
+        "FlintForCausalLM",
+        {"mlp_only_layers": [0]},
+        kinds={
+            "dense": [{"named": "mlp_only_layers"}],
+            "sparse": [{"named": "mlp_only_layers", "not": True}],
+        },
+    ),
     **family("gpt_oss", "GptOssForCausalLM"),
     **family("granitemoe", "GraniteMoeForCausalLM"),
     **family("granitemoeshared", "GraniteMoeSharedForCausalLM"),
     **family("granitemoe_swa", "GraniteMoeSWAForCausalLM"),
     **family(
-        "mistral4", "Mistral4ForCausalLM", {"num_key_value_heads": (6, 10), "rope_parameters": PLAIN_ROPE},
+        "mistral4",
+        "Mistral4ForCausalLM",
+        {"num_key_value_heads": (6, 10), "rope_parameters": PLAIN_ROPE},
         kinds=AFTER_DENSE,
     ),
     **family(
-        "llama4_text", "Llama4ForCausalLM", {"num_hidden_layers": 4, "interleave_moe_layer_step": 2}, kinds=LLAMA4,
+        "llama4_text",
+        "Llama4ForCausalLM",
+        {"num_hidden_layers": 4, "interleave_moe_layer_step": 2},
+        kinds=LLAMA4,
     ),
-    **family("qwen3_vl_moe", "Qwen3VLMoeForConditionalGeneration", {"vision_config": {"out_hidden_size": (114, 130)}}),
     **family(
-        "gemma4_text", "Gemma4ForCausalLM", GEMMA4, kinds={
-            "sliding": one_of("layer_types", "sliding_attention"), "full": one_of("layer_types", "full_attention"),
+        "qwen3_vl_moe",
+        "Qwen3VLMoeForConditionalGeneration",
+        {"vision_config": {"out_hidden_size": (114, 130)}},
+    ),
+    **family(
+        "gemma4_text",
+        "Gemma4ForCausalLM",
+        GEMMA4,
+        kinds={
+            "sliding": one_of("layer_types", "sliding_attention"),
+            "full": one_of("layer_types", "full_attention"),
         },
         vague=r"self_attn|per_layer",
     ),
     **family(
-        "dbrx", "DbrxForCausalLM",
-        {"d_model": (114, 130), "n_heads": (6, 10), "n_layers": 3,
-         "attn_config": {"kv_n_heads": (2, 5), "rope_theta": 1e4, "clip_qkv": 8},
-         "ffn_config": {"ffn_hidden_size": (40, 56), "moe_num_experts": (7, 9), "moe_top_k": 2, "hidden_size": (114, 130)}},
-        layers="n_layers", switches=False, vague="Wqkv",
+        "dbrx",
+        "DbrxForCausalLM",
+        {
+            "d_model": (114, 130),
+            "n_heads": (6, 10),
+            "n_layers": 3,
+            "attn_config": {"kv_n_heads": (2, 5), "rope_theta": 1e4, "clip_qkv": 8},
+            "ffn_config": {
+                "ffn_hidden_size": (40, 56),
+                "moe_num_experts": (7, 9),
+                "moe_top_k": 2,
+                "hidden_size": (114, 130),
+            },
+        },
+        layers="n_layers",
+        switches=False,
+        vague="Wqkv",
     ),
     **family(
-        "granitemoehybrid", "GraniteMoeHybridForCausalLM",
-        {"layer_types": TYPES, "mamba_n_heads": (12, 20), "mamba_d_head": (19, 13), "mamba_n_groups": (4, 5)}, kinds=MIXED,
+        "granitemoehybrid",
+        "GraniteMoeHybridForCausalLM",
+        {
+            "layer_types": TYPES,
+            "mamba_n_heads": (12, 20),
+            "mamba_d_head": (19, 13),
+            "mamba_n_groups": (4, 5),
+        },
+        kinds=MIXED,
         hints=[
-            "mamba_n_heads*mamba_d_head", "mamba_n_heads*mamba_d_head+2*mamba_n_groups*mamba_d_state",
-            "2*mamba_n_heads*mamba_d_head+2*mamba_n_groups*mamba_d_state+mamba_n_heads", "2*shared_intermediate_size",
+            "mamba_n_heads*mamba_d_head",
+            "mamba_n_heads*mamba_d_head+2*mamba_n_groups*mamba_d_state",
+            "2*mamba_n_heads*mamba_d_head+2*mamba_n_groups*mamba_d_state+mamba_n_heads",
+            "2*shared_intermediate_size",
         ],
     ),
     **family(
-        "llama4", "Llama4ForConditionalGeneration",
-        {"text_config": {"num_hidden_layers": 4, "interleave_moe_layer_step": 2},
-         "vision_config": {"hidden_size": (72, 84), "intermediate_size": (304, 336), "image_size": 28, "patch_size": (7, 14),
-                           "projector_input_dim": (88, 92), "projector_output_dim": (88, 92),
-                           "vision_output_dim": (88, 92)}},
+        "llama4",
+        "Llama4ForConditionalGeneration",
+        {
+            "text_config": {"num_hidden_layers": 4, "interleave_moe_layer_step": 2},
+            "vision_config": {
+                "hidden_size": (72, 84),
+                "intermediate_size": (304, 336),
+                "image_size": 28,
+                "patch_size": (7, 14),
+                "projector_input_dim": (88, 92),
+                "projector_output_dim": (88, 92),
+                "vision_output_dim": (88, 92),
+            },
+        },
         kinds=LLAMA4,
         vague="patch_embedding|positional_embedding",
     ),
-    **family("step3p7", "Step3p7ForConditionalGeneration", kinds=AFTER_DENSE, vague="vision|vit_|self_attn"),
+    **family(
+        "step3p7",
+        "Step3p7ForConditionalGeneration",
+        kinds=AFTER_DENSE,
+        vague="vision|vit_|self_attn",
+    ),
     **family("openai_privacy_filter", "OpenAIPrivacyFilterForTokenClassification"),
-}  # fmt: skip
+}
 FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {"config": llama, "model": "LlamaForCausalLM", "flags": ["attention_bias", "mlp_bias"]},
+    "llama": {
+        "config": llama,
+        "model": "LlamaForCausalLM",
+        "flags": ["attention_bias", "mlp_bias"],
+    },
     "mixtral": {"config": mixtral, "model": "MixtralForCausalLM", "flags": []},
     "qwen3_moe": {"config": qwen3_moe, "model": "Qwen3MoeForCausalLM", "flags": ["attention_bias"]},
-    "qwen3": {"config": text_model("qwen3"), "model": "Qwen3ForCausalLM", "flags": ["attention_bias"]},
+    "qwen3": {
+        "config": text_model("qwen3"),
+        "model": "Qwen3ForCausalLM",
+        "flags": ["attention_bias"],
+    },
     "qwen2": {"config": text_model("qwen2"), "model": "Qwen2ForCausalLM", "flags": []},
-    "qwen2_moe": {"config": text_model("qwen2_moe", mlp_only_layers=[1]), "model": "Qwen2MoeForCausalLM", "flags": []},
+    "qwen2_moe": {
+        "config": text_model("qwen2_moe", mlp_only_layers=[1]),
+        "model": "Qwen2MoeForCausalLM",
+        "flags": [],
+    },
     "mistral": {"config": text_model("mistral"), "model": "MistralForCausalLM", "flags": []},
-    "minimax_m2": {"config": text_model("minimax_m2"), "model": "MiniMaxM2ForCausalLM", "flags": []},
-    "olmoe": {"config": text_model("olmoe", own_head_dim=False), "model": "OlmoeForCausalLM", "flags": ["attention_bias"]},
+    "minimax_m2": {
+        "config": text_model("minimax_m2"),
+        "model": "MiniMaxM2ForCausalLM",
+        "flags": [],
+    },
+    "olmoe": {
+        "config": text_model("olmoe", own_head_dim=False),
+        "model": "OlmoeForCausalLM",
+        "flags": ["attention_bias"],
+    },
     "phimoe": {
-        "config": text_model("phimoe"), "model": "PhimoeForCausalLM", "flags": ["attention_bias", "lm_head_bias"],
+        "config": text_model("phimoe"),
+        "model": "PhimoeForCausalLM",
+        "flags": ["attention_bias", "lm_head_bias"],
     },
     "deepseek_v3": {
-        "config": text_model("deepseek_v3", first_k_dense_replace=1), "model": "DeepseekV3ForCausalLM",
-        "flags": ["attention_bias"], "nullable": ["q_lora_rank"], "more_layers": "num_nextn_predict_layers",
+        "config": text_model("deepseek_v3", first_k_dense_replace=1),
+        "model": "DeepseekV3ForCausalLM",
+        "flags": ["attention_bias"],
+        "nullable": ["q_lora_rank"],
+        "more_layers": "num_nextn_predict_layers",
     },
     "glm4_moe": {
-        "config": text_model("glm4_moe", first_k_dense_replace=1), "model": "Glm4MoeForCausalLM",
-        "flags": ["attention_bias", "use_qk_norm"], "more_layers": "num_nextn_predict_layers",
+        "config": text_model("glm4_moe", first_k_dense_replace=1),
+        "model": "Glm4MoeForCausalLM",
+        "flags": ["attention_bias", "use_qk_norm"],
+        "more_layers": "num_nextn_predict_layers",
     },
     "dots1": {
-        "config": text_model("dots1", first_k_dense_replace=1), "model": "Dots1ForCausalLM", "flags": ["attention_bias"],
+        "config": text_model("dots1", first_k_dense_replace=1),
+        "model": "Dots1ForCausalLM",
+        "flags": ["attention_bias"],
     },
     "ernie4_5_moe": {
         "config": text_model("ernie4_5_moe", mlp_layer_types=["dense", "sparse", "sparse"]),
-        "model": "Ernie4_5_MoeForCausalLM", "flags": ["use_bias"], "optional": ["^model\\.mtp_"],
+        "model": "Ernie4_5_MoeForCausalLM",
+        "flags": ["use_bias"],
+        "optional": ["^model\\.mtp_"],
     },
     **NEW,
     "minimax_m3_vl": {
-        "config": minimax_m3_vl, "model": "MiniMaxM3SparseForConditionalGeneration", "flags": [],
+        "config": minimax_m3_vl,
+        "model": "MiniMaxM3SparseForConditionalGeneration",
+        "flags": [],
         "optional": ["^mtp\\."],
     },
-}  # fmt: skip
+}
 SPELLINGS = {
     "num_local_experts": ["num_experts", "n_routed_experts"],
     "num_experts": ["num_local_experts"],
@@ -371,8 +654,12 @@ SPELLINGS = {
     "layers_block_type": ["num_hidden_layers"],
     "text_config.index_n_heads": ["text_config.sparse_attention_config.sparse_num_index_heads"],
     "text_config.index_head_dim": ["text_config.sparse_attention_config.sparse_index_dim"],
-    "vision_config.spatial_merge_size": ["vision_config.img_token_compression_config.spatial_merge_size"],
-    "vision_config.temporal_patch_size": ["vision_config.img_token_compression_config.temporal_patch_size"],
+    "vision_config.spatial_merge_size": [
+        "vision_config.img_token_compression_config.spatial_merge_size"
+    ],
+    "vision_config.temporal_patch_size": [
+        "vision_config.img_token_compression_config.temporal_patch_size"
+    ],
 }
 
 
@@ -421,8 +708,13 @@ def values(config: Any) -> dict[str, int]:
     text = "text_config." if "text_config" in config.to_dict() else ""
     if f"{text}qk_rope_head_dim" in found:
         found.pop(f"{text}head_dim", None)  # transformers' own, derived
-    elif f"{text}head_dim" not in found and {f"{text}hidden_size", f"{text}num_attention_heads"} <= found.keys():
-        found[f"{text}head_dim"] = found[f"{text}hidden_size"] // found[f"{text}num_attention_heads"]
+    elif (
+        f"{text}head_dim" not in found
+        and {f"{text}hidden_size", f"{text}num_attention_heads"} <= found.keys()
+    ):
+        found[f"{text}head_dim"] = (
+            found[f"{text}hidden_size"] // found[f"{text}num_attention_heads"]
+        )
     skip = re.compile(
         r"(_token_id|_token_index|rotary_dim|max_position|merged_hidden|topk|block|per_tok|image_size|window|"
         r"num_hidden_layers|qk_head_dim|n_group$|window_layers|num_nextn)"
@@ -430,8 +722,12 @@ def values(config: Any) -> dict[str, int]:
     return {k: v for k, v in found.items() if not skip.search(k)}
 
 
-def explain(dims: tuple[int, int], tables: list[dict[str, int]], hints: list[str] | None = None) -> str:
-    """Return the shortest product of config paths that gives both observed sizes; of ``hints`` the first that does."""
+def explain(
+    dims: tuple[int, int], tables: list[dict[str, int]], hints: list[str] | None = None
+) -> str:
+    """Return the shortest product of config paths that gives both observed sizes; of ``hints`` the
+    first that does.
+    """
     for hint in hints or []:
         if all(_evaluated(hint, t) == d for t, d in zip(tables, dims, strict=True)):
             return hint
@@ -483,16 +779,23 @@ def layer_kind(name: str, layers: set[int], config: Any, spec: dict[str, Any]) -
     types = list(getattr(text, "layer_types", None) or [])
     told = {t for t in types if {i for i, x in enumerate(types) if x == t} == layers}
     if len(fitting) > 1 or (told and fitting in (["sparse"], ["dense"])):
-        raise SystemExit(f"{name}: {' and '.join([*fitting, *sorted(told)])} are the same layers of the small model")
+        raise SystemExit(
+            f"{name}: {' and '.join([*fitting, *sorted(told)])} are the same layers of the small model"
+        )
     if fitting:
         return fitting[0]
     mlp = getattr(text, "mlp_layer_types", None)
     if mlp is None:
-        dense = set(getattr(text, "mlp_only_layers", None) or range(getattr(text, "first_k_dense_replace", 0)))
+        dense = set(
+            getattr(text, "mlp_only_layers", None)
+            or range(getattr(text, "first_k_dense_replace", 0))
+        )
     else:
         dense = {i for i, k in enumerate(mlp) if k == "dense"}
     kinds = {"dense": dense, "sparse": everything - dense}
-    kinds["indexer"] = {i for i, k in enumerate(getattr(text, "layer_types", None) or []) if "sparse" in k}
+    kinds["indexer"] = {
+        i for i, k in enumerate(getattr(text, "layer_types", None) or []) if "sparse" in k
+    }
     for kind, members in kinds.items():
         if members and members == layers and kind not in spec.get("kinds", {}):
             return kind
@@ -504,17 +807,30 @@ def _text(config: Any) -> str:
 
 
 def _hints(spec: dict[str, Any], config: Any) -> list[str]:
-    """Return the formulas to try first: those of the family, and twice each inner size (gate and up in one)."""
+    """Return the formulas to try first: those of the family, and twice each inner size (gate and up
+    in one).
+    """
     if not spec.get("switches"):
         return list(spec.get("hints", []))
-    inner = ("moe_intermediate_size", "intermediate_size", "intermediate_size_mlp", "shared_intermediate_size")
+    inner = (
+        "moe_intermediate_size",
+        "intermediate_size",
+        "intermediate_size_mlp",
+        "shared_intermediate_size",
+    )
     return [*spec.get("hints", []), *(f"2*{_text(config)}{k}" for k in inner)]
 
 
 def _family(config: Any, spec: dict[str, Any]) -> Family:
     """Return the family of the rules alone, to ask which layers they mean."""
     ranges = {"layer": _text(config) + spec.get("layers", "num_hidden_layers")}
-    data = {"text": _text(config), "ranges": ranges, "spellings": {}, "defaults": {}, "kinds": spec.get("kinds", {})}
+    data = {
+        "text": _text(config),
+        "ranges": ranges,
+        "spellings": {},
+        "defaults": {},
+        "kinds": spec.get("kinds", {}),
+    }
     return Family("", data)
 
 
@@ -531,12 +847,20 @@ def make(model_type: str) -> dict[str, Any]:
         sizes: dict[Any, list[str]] = {}
         for name in names:
             sizes.setdefault((observed[0][0][name], observed[1][0].get(name, ())), []).append(name)
-        for (first, second), members in sizes.items():  # of two sizes, each belongs to a kind of layer
+        for (
+            first,
+            second,
+        ), members in sizes.items():  # of two sizes, each belongs to a kind of layer
             if len(first) != len(second):
                 continue  # of an expert or a layer that only one of the two models has
-            vague = "vague" in spec and re.search(spec["vague"], pat)  # of a size that only lists in the config tell
+            vague = "vague" in spec and re.search(
+                spec["vague"], pat
+            )  # of a size that only lists in the config tell
             sides = zip(first, second, strict=True)
-            entry: dict[str, Any] = {"name": pat, "shape": None if vague else [explain(s, tables, hints) for s in sides]}
+            entry: dict[str, Any] = {
+                "name": pat,
+                "shape": None if vague else [explain(s, tables, hints) for s in sides],
+            }
             if "{layer}" in pat:
                 entry["layers"] = layer_kind(pat, {layer(n) for n in members}, configs[0], spec)
             tensors.append(entry)
@@ -548,7 +872,13 @@ def make(model_type: str) -> dict[str, Any]:
     if spec.get("switches"):
         tensors, switches = _switched(spec, tensors, tables)
     memory = sorted({pattern(n) for n in observed[0][1]} - set(seen))
-    used = {p for t in tensors for d in t["shape"] or () for p in re.split(r"[*+]", d) if not p.isdigit()}
+    used = {
+        p
+        for t in tensors
+        for d in t["shape"] or ()
+        for p in re.split(r"[*+]", d)
+        if not p.isdigit()
+    }
     text = _text(configs[0])
     experts = next((p for p in EXPERTS if text + p in tables[0]), None)
     ranges = {"layer": text + spec.get("layers", "num_hidden_layers")}
@@ -559,20 +889,33 @@ def make(model_type: str) -> dict[str, Any]:
         ranges["vision_layer"] = f"vision_config.{depth}"
     if any("{merger}" in p for p in seen):
         ranges["merger"] = "vision_config.deepstack_visual_indexes"
-    deciding = {text + k for k in ("first_k_dense_replace", "moe_layer_start_index", "decoder_sparse_step")}
-    deciding |= {text + r[k] for rules in spec.get("kinds", {}).values() for r in rules for k in RULE_KEYS if k in r}
+    deciding = {
+        text + k for k in ("first_k_dense_replace", "moe_layer_start_index", "decoder_sparse_step")
+    }
+    deciding |= {
+        text + r[k]
+        for rules in spec.get("kinds", {}).values()
+        for r in rules
+        for k in RULE_KEYS
+        if k in r
+    }
     defaults = _defaults(type(configs[0]), used | set(ranges.values()) | deciding) | switches
     if bool(type(configs[0])().to_dict().get("tie_word_embeddings")):
         defaults["tie_word_embeddings"] = True
     found = {
         "model_type": model_type,
         "made_by": f"tools/make_families.py, transformers {transformers.__version__}, {spec['model']}",
-        "text": text, "ranges": ranges, "defaults": defaults,
-        "spellings": {p: SPELLINGS[p] for p in sorted(used | set(ranges.values())) if p in SPELLINGS},
-        "optional": spec.get("optional", []), "more_layers": spec.get("more_layers", ""),
+        "text": text,
+        "ranges": ranges,
+        "defaults": defaults,
+        "spellings": {
+            p: SPELLINGS[p] for p in sorted(used | set(ranges.values())) if p in SPELLINGS
+        },
+        "optional": spec.get("optional", []),
+        "more_layers": spec.get("more_layers", ""),
         "tensors": sorted(tensors, key=lambda t: (t["name"], str(t.get("unless", "")))),
         "in_memory": memory,
-    }  # fmt: skip
+    }
     if spec.get("kinds"):
         found["kinds"] = spec["kinds"]
     if spec.get("drop"):
@@ -586,13 +929,17 @@ RULE_KEYS = ("from", "period", "offset")
 def _switched(
     spec: dict[str, Any], tensors: list[dict[str, Any]], tables: list[dict[str, int]]
 ) -> tuple[list[dict[str, Any]], dict[str, bool]]:
-    """Return the tensors with those marked that a yes or no of the config gives, takes away or resizes; and its default."""
+    """Return the tensors with those marked that a yes or no of the config gives, takes away or
+    resizes; and its default.
+    """
     configs = [spec["config"](0), spec["config"](1)]
     plain = [_on_meta(c, spec["model"]) for c in configs]
     switches: dict[str, bool] = {}
     for place in dict.fromkeys((_text(configs[0]), "")):
         own = vars(configs[0].text_config if place else configs[0])
-        for key in sorted(k for k, v in own.items() if type(v) is bool and not k.startswith("_") and k not in IDLE):
+        for key in sorted(
+            k for k, v in own.items() if type(v) is bool and not k.startswith("_") and k not in IDLE
+        ):
             turned = _turned(spec, place, key, 0)
             if turned is None or turned == plain[0]:
                 continue
@@ -609,7 +956,14 @@ def _switched(
     return tensors, switches
 
 
-IDLE = {"tie_word_embeddings", "use_cache", "output_hidden_states", "output_attentions", "return_dict", "is_encoder_decoder"}
+IDLE = {
+    "tie_word_embeddings",
+    "use_cache",
+    "output_hidden_states",
+    "output_attentions",
+    "return_dict",
+    "is_encoder_decoder",
+}
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -620,8 +974,12 @@ def _switch_default(cls: Any, path: str) -> bool:
     return bool(node)
 
 
-def _turned(spec: dict[str, Any], place: str, key: str, v: int, value: int | None = None) -> Shapes | None:
-    """Return what a config with one yes or no turned round, or one value set, gives; None where it gives no model."""
+def _turned(
+    spec: dict[str, Any], place: str, key: str, v: int, value: int | None = None
+) -> Shapes | None:
+    """Return what a config with one yes or no turned round, or one value set, gives; None where it
+    gives no model.
+    """
     config = spec["config"](v)
     own = config.text_config if place else config
     try:
@@ -638,14 +996,23 @@ def _on_meta(config: Any, model: str) -> Shapes:
     state = dict(built.state_dict())
     tied = getattr(built, "all_tied_weights_keys", None) or {}
     ignored = getattr(built, "_keys_to_ignore_on_save", None) or ()
-    kept = {k: v for k, v in state.items() if k not in tied and not any(re.search(p, k) for p in ignored)}
+    kept = {
+        k: v
+        for k, v in state.items()
+        if k not in tied and not any(re.search(p, k) for p in ignored)
+    }
     return {n: tuple(t.shape) for n, t in revert_weight_conversion(built, kept).items()}
 
 
 def _marked(
-    spec: dict[str, Any], tensors: list[dict[str, Any]], key: str, on: bool, turned: list[Shapes], plain: list[Shapes],
+    spec: dict[str, Any],
+    tensors: list[dict[str, Any]],
+    key: str,
+    on: bool,
+    turned: list[Shapes],
+    plain: list[Shapes],
     tables: list[dict[str, int]],
-) -> list[dict[str, Any]]:  # fmt: skip
+) -> list[dict[str, Any]]:
     here, there = ("if", "unless") if on else ("unless", "if")
     patterns = [{pattern(n): s for n, s in found.items()} for found in (*plain, *turned)]
     marked: list[dict[str, Any]] = []
@@ -658,13 +1025,20 @@ def _marked(
             marked.append(entry | {here: [*entry.get(here, []), key]})
     names: dict[str, set[int]] = {}
     for name in turned[0]:
-        names.setdefault(pattern(name), set()).update({layer(name)} if "{layer}" in pattern(name) else ())
+        names.setdefault(pattern(name), set()).update(
+            {layer(name)} if "{layer}" in pattern(name) else ()
+        )
     for name, at in names.items():
-        if patterns[0].get(name) == patterns[2][name] and patterns[1].get(name) == patterns[3][name]:
+        if (
+            patterns[0].get(name) == patterns[2][name]
+            and patterns[1].get(name) == patterns[3][name]
+        ):
             continue
         sides = zip(patterns[2][name], patterns[3][name], strict=True)
         vague = "vague" in spec and re.search(spec["vague"], name)
-        shape = None if vague else [explain(s, tables, _hints(spec, spec["config"](0))) for s in sides]
+        shape = (
+            None if vague else [explain(s, tables, _hints(spec, spec["config"](0))) for s in sides]
+        )
         entry = {"name": name, "shape": shape, there: [key]}
         if at:
             entry["layers"] = layer_kind(name, at, spec["config"](0), spec)
@@ -672,7 +1046,9 @@ def _marked(
     return marked
 
 
-def _flagged(spec: dict[str, Any], flag: str, seen: dict[str, Any], tables: list[dict[str, int]]) -> list[dict[str, Any]]:
+def _flagged(
+    spec: dict[str, Any], flag: str, seen: dict[str, Any], tables: list[dict[str, int]]
+) -> list[dict[str, Any]]:
     config = [spec["config"](0), spec["config"](1)]
     for c in config:
         setattr(c, flag, True)
@@ -696,7 +1072,9 @@ def _flagged(spec: dict[str, Any], flag: str, seen: dict[str, Any], tables: list
 def _nullable(
     spec: dict[str, Any], key: str, tensors: list[dict[str, Any]], tables: list[dict[str, int]]
 ) -> list[dict[str, Any]]:
-    """Return the tensors with those that only belong where a config value is set, or is null, marked so."""
+    """Return the tensors with those that only belong where a config value is set, or is null,
+    marked so.
+    """
     config = [spec["config"](0), spec["config"](1)]
     for c in config:
         setattr(c, key, None)

@@ -41,18 +41,30 @@ other families a stack is judged as it is stored.
 def page() -> str:
     """Return the page."""
     rows = [f for f in families() if not f.refused]
-    axes = {"out_in": "[E, out, in]", "in_out": "[E, in, out]", "either": "[E, in, out] or [E, out, in]"}
+    axes = {
+        "out_in": "[E, out, in]",
+        "in_out": "[E, in, out]",
+        "either": "[E, in, out] or [E, out, in]",
+    }
     lines = [
-        HEAD, "## Exported", "",
-        "| family | hub | axes | gate and up | linear of one expert | default | scales of a stack |", "|" + "---|" * 7,
-    ]  # fmt: skip
+        HEAD,
+        "## Exported",
+        "",
+        "| family | hub | axes | gate and up | linear of one expert | default | scales of a stack |",
+        "|" + "---|" * 7,
+    ]
     for f in rows:
         fused = [v for v in f.stacks.values() if len(v) > 1]
         order = ("interleaved" if f.interleaved else "gate first") if fused else "apart"
-        stacks, leaves = "<br>".join(f"`{s}`" for s in f.stacks), ", ".join(x for v in f.stacks.values() for x in v)
+        stacks, leaves = (
+            "<br>".join(f"`{s}`" for s in f.stacks),
+            ", ".join(x for v in f.stacks.values() for x in v),
+        )
         single = f"`{f.linear.format(expert='E', leaf='…')}`: {leaves}"
         count = "one" if f.one_scale else "each"
-        lines.append(f"| {', '.join(f.types)} | {stacks} | {axes[f.axes]} | {order} | {single} | {f.default} | {count} |")
+        lines.append(
+            f"| {', '.join(f.types)} | {stacks} | {axes[f.axes]} | {order} | {single} | {f.default} | {count} |"
+        )
     lines += ["", "## Why that default", "", "| family | why | read from |", "|---|---|---|"]
     lines += [f"| {f.name} | {f.why} | {f.cite} |" for f in rows]
     lines += ["", "## Refused", "", "| family | why |", "|---|---|"]

@@ -3,8 +3,9 @@
 
     python tools/make_readme.py [--check]
 
-A block of README.md whose first line is ``    $ ckptgate …`` is run in a folder with the golden's ``bf16``, ``mxfp8`` and
-``corpus.jsonl``; ``broken`` is made as the demo makes it. ``--check`` writes nothing and fails where the output differs.
+A block of README.md whose first line is ``    $ ckptgate …`` is run in a folder with the golden's
+``bf16``, ``mxfp8`` and ``corpus.jsonl``; ``broken`` is made as the demo makes it. ``--check``
+writes nothing and fails where the output differs.
 """
 
 from __future__ import annotations
@@ -29,8 +30,12 @@ def run(arguments: list[str], folder: Path) -> list[str]:
     environment.pop("GITHUB_STEP_SUMMARY", None)
     done = subprocess.run(
         [sys.executable, "-c", "from verifier.cli import main; main()", *arguments],
-        cwd=folder, capture_output=True, text=True, env=environment, check=False,
-    )  # fmt: skip
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
     return [*(done.stdout + done.stderr).rstrip().splitlines(), f"exit {done.returncode}"]
 
 
@@ -69,7 +74,9 @@ def main() -> int:
         found = rendered(text, folder)
     if args.check:
         if found != text:
-            print("README.md does not show what its commands print; run python tools/make_readme.py")
+            print(
+                "README.md does not show what its commands print; run python tools/make_readme.py"
+            )
         return found != text
     README.write_text(found)
     return 0

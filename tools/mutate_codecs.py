@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Score the codecs' property tests by mutants: small edits of exporter/codecs, one at a time, that a test must notice.
+"""Score the codecs' property tests by mutants: small edits of exporter/codecs, one at a time, that
+a test must notice.
 
     python tools/mutate_codecs.py [--count 40] [--seed 0] [--seconds 600]
 
-Edits of the syntax tree: an arithmetic, bit or comparison operator for its neighbour, a number one more or twice as
-large, ``not`` added to a condition, a statement left out. A sample of all sites by seed; each runs in a copy of
-the project against the properties, the exhaustive tests and the vectors, torch back end.
+Edits of the syntax tree: an arithmetic, bit or comparison operator for its neighbour, a number one
+more or twice as large, ``not`` added to a condition, a statement left out. A sample of all sites by
+seed; each runs in a copy of the project against the properties, the exhaustive tests and the
+vectors, torch back end.
 """
 
 from __future__ import annotations
@@ -29,11 +31,29 @@ TESTS = [f"tests/properties/test_codec_{n}.py" for n in ("properties", "exhausti
 LIMIT = 90.0
 """Seconds for one mutant: several times what the tests take; longer counts as noticed."""
 SWAPS: dict[type, type] = {
-    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult, ast.Mod: ast.FloorDiv,
-    ast.LShift: ast.RShift, ast.RShift: ast.LShift, ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd,
-    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
-    ast.And: ast.Or, ast.Or: ast.And, ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In,
-}  # fmt: skip
+    ast.Add: ast.Sub,
+    ast.Sub: ast.Add,
+    ast.Mult: ast.Div,
+    ast.Div: ast.Mult,
+    ast.FloorDiv: ast.Mult,
+    ast.Mod: ast.FloorDiv,
+    ast.LShift: ast.RShift,
+    ast.RShift: ast.LShift,
+    ast.BitAnd: ast.BitOr,
+    ast.BitOr: ast.BitAnd,
+    ast.Lt: ast.LtE,
+    ast.LtE: ast.Lt,
+    ast.Gt: ast.GtE,
+    ast.GtE: ast.Gt,
+    ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq,
+    ast.And: ast.Or,
+    ast.Or: ast.And,
+    ast.Is: ast.IsNot,
+    ast.IsNot: ast.Is,
+    ast.In: ast.NotIn,
+    ast.NotIn: ast.In,
+}
 
 
 def edits(tree: ast.Module) -> Iterator[tuple[int, str, ast.Module]]:
@@ -54,7 +74,11 @@ def changes_of(node: ast.AST) -> list[str]:
         return ["swap"]
     if isinstance(node, ast.Compare) and len(node.ops) == 1:
         return ["swap"]
-    if isinstance(node, ast.Constant) and isinstance(node.value, int | float) and not isinstance(node.value, bool):
+    if (
+        isinstance(node, ast.Constant)
+        and isinstance(node.value, int | float)
+        and not isinstance(node.value, bool)
+    ):
         return ["more", "twice"] if node.value else ["more"]
     if isinstance(node, ast.If | ast.IfExp):
         return ["not"]
@@ -92,15 +116,33 @@ def apply(node: ast.AST, how: str) -> str | None:
 
 def judge(place: Path) -> str:
     """Return "killed", "survived" or "slow"."""
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST", "COV", "HYPOTHESIS"))}
+    inherited = {
+        k: v for k, v in os.environ.items() if not k.startswith(("PYTEST", "COV", "HYPOTHESIS"))
+    }
     env = inherited | {
-        "PYTHONPATH": os.pathsep.join([str(place), os.environ.get("PYTHONPATH", "")]), "CKPTGATE_EXAMPLES": "8",
-        "OMP_NUM_THREADS": "1", "CKPTGATE_FAST": "0", "PYTHONDONTWRITEBYTECODE": "1",
+        "PYTHONPATH": os.pathsep.join([str(place), os.environ.get("PYTHONPATH", "")]),
+        "CKPTGATE_EXAMPLES": "8",
+        "OMP_NUM_THREADS": "1",
+        "CKPTGATE_FAST": "0",
+        "PYTHONDONTWRITEBYTECODE": "1",
         "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
-    }  # fmt: skip
-    command = [sys.executable, "-m", "pytest", *TESTS, "-x", "-q", "-p", "no:cacheprovider", "-k", "not numba"]
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        *TESTS,
+        "-x",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        "not numba",
+    ]
     try:
-        done = subprocess.run(command, cwd=place, env=env, capture_output=True, timeout=LIMIT, check=False)
+        done = subprocess.run(
+            command, cwd=place, env=env, capture_output=True, timeout=LIMIT, check=False
+        )
     except subprocess.TimeoutExpired:
         return "slow"
     return "killed" if done.returncode else "survived"
@@ -116,13 +158,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
         for folder in ("exporter", "verifier", "tests"):
-            shutil.copytree(ROOT / folder, place / folder, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(
+                ROOT / folder, place / folder, ignore=shutil.ignore_patterns("__pycache__")
+            )
         shutil.copy(ROOT / "pyproject.toml", place)
         if judge(place) != "killed":
             every = [
                 (file, *edit)
                 for file in FILES
-                for edit in edits(ast.parse((ROOT / "exporter" / "codecs" / file).read_text(encoding="utf-8")))
+                for edit in edits(
+                    ast.parse((ROOT / "exporter" / "codecs" / file).read_text(encoding="utf-8"))
+                )
             ]
             chosen = random.Random(args.seed).sample(every, min(args.count, len(every)))  # noqa: S311
             run(place, chosen, len(every), args.seconds)
@@ -130,7 +176,9 @@ def main() -> None:
             sys.exit("the unchanged copy fails its tests")
 
 
-def run(place: Path, chosen: list[tuple[str, int, str, ast.Module]], sites: int, seconds: float) -> None:
+def run(
+    place: Path, chosen: list[tuple[str, int, str, ast.Module]], sites: int, seconds: float
+) -> None:
     """Judge mutants until the time is up."""
     started, counts = time.monotonic(), {"killed": 0, "slow": 0, "survived": 0}
     for file, line, text, tree in chosen:

@@ -16,14 +16,30 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 _HOME = {
-    "Checkpoint": "verifier.checkpoint", "CkptgateError": "verifier.errors", "Coverage": "verifier.findings",
-    "Finding": "verifier.findings", "Report": "verifier.findings", "Where": "verifier.findings", "check": "verifier.run",
-    "decode": "verifier.decoding", "diff": "verifier.compare.diff", "open_checkpoint": "verifier.checkpoint",
-}  # fmt: skip
+    "Checkpoint": "verifier.checkpoint",
+    "CkptgateError": "verifier.errors",
+    "Coverage": "verifier.findings",
+    "Finding": "verifier.findings",
+    "Report": "verifier.findings",
+    "Where": "verifier.findings",
+    "check": "verifier.run",
+    "decode": "verifier.decoding",
+    "diff": "verifier.compare.diff",
+    "open_checkpoint": "verifier.checkpoint",
+}
 __all__ = [
-    "Checkpoint", "CkptgateError", "Coverage", "Finding", "Report", "Where", "check", "decode", "diff", "gate",
+    "Checkpoint",
+    "CkptgateError",
+    "Coverage",
+    "Finding",
+    "Report",
+    "Where",
+    "check",
+    "decode",
+    "diff",
+    "gate",
     "open_checkpoint",
-]  # fmt: skip
+]
 
 
 def __getattr__(name: str) -> Any:

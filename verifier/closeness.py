@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far a decoded weight is from its base, and how far plain ``max`` calibration in its format would be.
+"""How far a decoded weight is from its base, and how far plain ``max`` calibration in its format
+would be.
 
-A weight is walked in pieces of rows, so that memory does not grow with it. For formats of 16 or 32 values a block, in
-one pass: blocks lie side by side in the last axis, where numpy's loops are long, and a code is decoded with its
-neighbour, by one look-up for two. Other formats, and values whose squares float32 does not hold, take
-`verifier.decoding` piece by piece and float64 sums.
+A weight is walked in pieces of rows, so that memory does not grow with it. For formats of 16 or 32
+values a block, in one pass: blocks lie side by side in the last axis, where numpy's loops are long,
+and a code is decoded with its neighbour, by one look-up for two. Other formats, and values whose
+squares float32 does not hold, take `verifier.decoding` piece by piece and float64 sums.
 """
 
 from __future__ import annotations
@@ -17,7 +18,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from verifier.decoding import E4M3_MAX, Float32, decode, e2m1_table, e4m3_table, e8m0_table, max_scales, nearest
+from verifier.decoding import (
+    E4M3_MAX,
+    Float32,
+    decode,
+    e2m1_table,
+    e4m3_table,
+    e8m0_table,
+    max_scales,
+    nearest,
+)
 from verifier.schemes import FORMATS
 
 Parts = dict[str, npt.NDArray[Any]]
@@ -26,17 +36,19 @@ PIECE = 1 << 20
 CHUNK = 32
 """Values that stand for a block where a format has none."""
 LANE = 1 << 18
-"""Values that the fast pass holds at a time: fewer, and starting numpy's loops is what takes the time; more, and two
-processes wait for memory."""
+"""Values that the fast pass holds at a time: fewer, and starting numpy's loops is what takes the
+time; more, and two processes wait for memory."""
 TINY, HUGE = 1e-20, 1e30
 
 
 @dataclass(slots=True)
 class Distance:
-    """Sums of squares over a weight: of the base's values, of decoded - base, and of ``max`` calibrated - base.
+    """Sums of squares over a weight: of the base's values, of decoded - base, and of ``max``
+    calibrated - base.
 
-    ``along``: the sum of (decoded - base) x base; over ``size``, by how much the values are too large as a whole.
-    ``suspect``: a block is off by half as much again as ``max`` leaves there, and by more than rounding.
+    ``along``: the sum of (decoded - base) x base; over ``size``, by how much the values are too
+    large as a whole. ``suspect``: a block is off by half as much again as ``max`` leaves there, and
+    by more than rounding.
     """
 
     size: float = 0.0
@@ -56,14 +68,18 @@ class Distance:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Some rows of a weight: the stored parts, and the base's values as float32 or as the bits of BF16 (uint16)."""
+    """Some rows of a weight: the stored parts, and the base's values as float32 or as the bits of
+    BF16 (uint16).
+    """
 
     parts: Parts
     wanted: npt.NDArray[Any]
 
 
 def peak_of(wanted: npt.NDArray[Any]) -> float:
-    """Return the largest magnitude among a piece's base values; infinite where one is infinite or NaN."""
+    """Return the largest magnitude among a piece's base values; infinite where one is infinite or
+    NaN.
+    """
     if wanted.dtype != np.uint16:
         top = float(np.abs(wanted).max(initial=0.0))
         return top if np.isfinite(top) else np.inf
@@ -84,7 +100,9 @@ def along(values: Float32, wanted: Float32) -> float:
 
 
 def block_norms2(values: Float32, width: int) -> npt.NDArray[np.float32]:
-    """Return the sum of squares of each block of ``width`` values, [rows, blocks]; the last may be short."""
+    """Return the sum of squares of each block of ``width`` values, [rows, blocks]; the last may be
+    short.
+    """
     rows, cols = values.shape
     blocks = -(-cols // width)
     if blocks * width != cols:
@@ -95,7 +113,8 @@ def block_norms2(values: Float32, width: int) -> npt.NDArray[np.float32]:
 
 
 def beyond(far: Float32, near: Float32, size: Float32) -> npt.NDArray[np.bool_]:
-    """Return which blocks are off by half as much again as a yardstick leaves, and by more than rounding.
+    """Return which blocks are off by half as much again as a yardstick leaves, and by more than
+    rounding.
 
     Args:
         far: squared error of each block.
@@ -152,7 +171,9 @@ def distance(pieces: Iterable[Piece], fmt: str, amax: float) -> tuple[Distance, 
 
 @cache
 def _code_pairs(packed: bool) -> npt.NDArray[np.uint64]:
-    """Return the two float32 values, as one uint64, of each byte of two E2M1 codes or each uint16 of two E4M3 codes."""
+    """Return the two float32 values, as one uint64, of each byte of two E2M1 codes or each uint16
+    of two E4M3 codes.
+    """
     if packed:
         codes = np.arange(256)
         both = np.stack([e2m1_table()[codes & 15], e2m1_table()[codes >> 4]], axis=1)
@@ -168,10 +189,19 @@ def _fast(piece: Piece, fmt: str, amax: float) -> Distance | None:
     block = found.group_size if found.block is not None and found.block[0] == 1 else None
     weight, wanted = piece.parts.get("weight", piece.parts.get("weight_packed")), piece.wanted
     scale = piece.parts.get("weight_scale", piece.parts.get("weight_scale_inv"))
-    if block not in (16, 32) or weight is None or scale is None or wanted.shape[1] % block or not wanted.size:
+    if (
+        block not in (16, 32)
+        or weight is None
+        or scale is None
+        or wanted.shape[1] % block
+        or not wanted.size
+    ):
         return None
     packed = found.packed
-    if weight.shape != (wanted.shape[0], wanted.shape[1] // (2 if packed else 1)) or not weight.flags.c_contiguous:
+    if (
+        weight.shape != (wanted.shape[0], wanted.shape[1] // (2 if packed else 1))
+        or not weight.flags.c_contiguous
+    ):
         return None
     if scale.shape != (wanted.shape[0], wanted.shape[1] // block) or scale.dtype.itemsize != 1:
         return None
@@ -182,7 +212,9 @@ def _fast(piece: Piece, fmt: str, amax: float) -> Distance | None:
             return None
         with np.errstate(all="ignore"):
             divisor = "weight_scale_2" not in piece.parts
-            step = np.asarray(step / scale_2.reshape(()) if divisor else step * scale_2.reshape(()), np.float32)
+            step = np.asarray(
+                step / scale_2.reshape(()) if divisor else step * scale_2.reshape(()), np.float32
+            )
     top = np.float32(amax) / np.float32(6 * 448) if packed else np.float32(0)
     if packed and not TINY < top < HUGE:
         return None
@@ -195,11 +227,17 @@ def _fast(piece: Piece, fmt: str, amax: float) -> Distance | None:
         for i in range(0, len(values), per):
             total.add(lanes.run(codes[i : i + per], values[i : i + per], step[i : i + per], top))
     mean = total.size / wanted.size
-    return total if TINY < mean < HUGE and np.isfinite(total.error) and np.isfinite(total.plain) else None
+    return (
+        total
+        if TINY < mean < HUGE and np.isfinite(total.error) and np.isfinite(total.plain)
+        else None
+    )
 
 
 class _Lanes:
-    """Buffers of the fast pass: arrays of [block / 2, 2 x blocks], a block's values in pairs down the first axis."""
+    """Buffers of the fast pass: arrays of [block / 2, 2 x blocks], a block's values in pairs down
+    the first axis.
+    """
 
     def __init__(self, block: int, packed: bool, pair: npt.DTypeLike) -> None:
         self.packed, self.half = packed, block // 2
@@ -208,12 +246,18 @@ class _Lanes:
         self.pairs = np.empty(count, pair)
         self.got, self.base, self.grid = (np.empty(2 * count, np.float32) for _ in range(3))
 
-    def run(self, codes: npt.NDArray[Any], values: npt.NDArray[Any], step: Float32, top: np.float32) -> Distance:
-        """Return the distance of some blocks: codes and values [blocks, block / 2] in pairs, step [blocks]."""
+    def run(
+        self, codes: npt.NDArray[Any], values: npt.NDArray[Any], step: Float32, top: np.float32
+    ) -> Distance:
+        """Return the distance of some blocks: codes and values [blocks, block / 2] in pairs, step
+        [blocks].
+        """
         n, half = len(values), self.half
         index = self.index[: half * n].reshape(half, n)
         pairs = self.pairs[: half * n].reshape(half, n)
-        got, base, grid = (b[: 2 * half * n].reshape(half, 2 * n) for b in (self.got, self.base, self.grid))
+        got, base, grid = (
+            b[: 2 * half * n].reshape(half, 2 * n) for b in (self.got, self.base, self.grid)
+        )
         index[...] = codes.T
         np.take(_code_pairs(self.packed), index, out=got.view(np.uint64), mode="clip")
         pairs[...] = values.T
@@ -231,7 +275,9 @@ class _Lanes:
         wide = np.repeat(plain, 2)
         base *= 1 / wide
         _round(base, got, grid, *((1, 1.0) if self.packed else (3, 2.0**-6)))
-        if self.packed and float((peak / plain).max()) > 6.9:  # a block scale that was rounded down below 2^-6
+        if (
+            self.packed and float((peak / plain).max()) > 6.9
+        ):  # a block scale that was rounded down below 2^-6
             np.clip(got, -6, 6, out=got)
         base -= got
         base *= wide

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """``[tool.ckptgate]`` in pyproject.toml, or ckptgate.toml: how a project judges its checkpoints.
 
-The file is the nearest one from the working directory upwards; in one folder ckptgate.toml is taken before
-pyproject.toml. An option of the command line replaces the file's value of the same key. Paths in the file (``baseline``,
-and files in ``formats``) are relative to its folder.
+The file is the nearest one from the working directory upwards; in one folder ckptgate.toml is taken
+before pyproject.toml. An option of the command line replaces the file's value of the same key.
+Paths in the file (``baseline``, and files in ``formats``) are relative to its folder.
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ def load(file: Path) -> Config:
     """Read and check a configuration file.
 
     Raises:
-        UsageError: it cannot be read; an unknown key, rule, profile, severity or format. The message names file and key.
+        UsageError: it cannot be read; an unknown key, rule, profile, severity or format. The
+            message names file and key.
     """
     table = _table(file)
     if table is None:
@@ -80,12 +81,18 @@ def load(file: Path) -> Config:
             at = "tool.ckptgate." if file.name == PYPROJECT else ""
             top = "; its keys stand at the top, without [tool.ckptgate]" if key == "tool" else ""
             near = nearest(key, known) if not top else ""
-            raise UsageError(f"{file}: unknown key {at + key!r}{top}; {near}the keys are {', '.join(known)}")
+            raise UsageError(
+                f"{file}: unknown key {at + key!r}{top}; {near}the keys are {', '.join(known)}"
+            )
     try:
         config = Config.model_validate(table)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        place = [p for p in map(str, first["loc"]) if p in table or not p.startswith(("literal[", "dict["))]
+        place = [
+            p
+            for p in map(str, first["loc"])
+            if p in table or not p.startswith(("literal[", "dict["))
+        ]
         raise UsageError(f"{file}: {'.'.join(place)}: {first['msg']}") from error
     try:
         _check_values(config)
@@ -124,7 +131,9 @@ def _check_values(config: Config) -> None:
     for text in config.formats:
         name = text.partition("=")[0]
         if name not in FORMATS:
-            raise UsageError(f"formats: no format {name!r}; {nearest(name, FORMATS)}one of {_list(FORMATS)}")
+            raise UsageError(
+                f"formats: no format {name!r}; {nearest(name, FORMATS)}one of {_list(FORMATS)}"
+            )
 
 
 def _resolved(key: str, value: Any, folder: Path) -> Any:
@@ -132,7 +141,9 @@ def _resolved(key: str, value: Any, folder: Path) -> Any:
         return str(folder / value)
     if key == "formats":
         parts = [text.partition("=") for text in value]
-        return [f"{name}={folder / path}" if path and path != "-" else name for name, _, path in parts]
+        return [
+            f"{name}={folder / path}" if path and path != "-" else name for name, _, path in parts
+        ]
     return value
 
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Codes and scales on disk to float32, by numpy look-up tables built from ml_dtypes.
 
-Formats: E2M1, E4M3 and E8M0 as in OCP Microscaling Formats v1.0 section 5.3; NVFP4's two-level scale as ModelOpt and
-vLLM read it, ``(weight_scale * weight_scale_2) * code`` in float32. Nothing here is shared with the exporter's codecs.
+Formats: E2M1, E4M3 and E8M0 as in OCP Microscaling Formats v1.0 section 5.3; NVFP4's two-level
+scale as ModelOpt and vLLM read it, ``(weight_scale * weight_scale_2) * code`` in float32. Nothing
+here is shared with the exporter's codecs.
 """
 
 from __future__ import annotations
@@ -26,14 +27,18 @@ E2M1_MAX = np.float32(6.0)
 @cache
 def e4m3_table() -> Float32:
     """Return the 256 values of E4M3 (0x7F and 0xFF are NaN)."""
-    values: Float32 = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    values: Float32 = (
+        np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    )
     return values
 
 
 @cache
 def e8m0_table() -> Float32:
     """Return the 256 powers of two of E8M0, 2^(b-127) (0xFF is NaN)."""
-    values: Float32 = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e8m0fnu).astype(np.float32)
+    values: Float32 = (
+        np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e8m0fnu).astype(np.float32)
+    )
     return values
 
 
@@ -55,10 +60,11 @@ def decode(parts: Mapping[str, npt.NDArray[Any]], fmt: str) -> Float32:
     """Return the values of one quantized weight, float32, shape [..., out, in].
 
     Args:
-        parts: the tensors by their leaf on disk (``weight``, ``weight_scale`` or ``weight_scale_inv``,
-            ``weight_scale_2``), each in its on-disk dtype or as raw uint8 bytes of the same shape.
-        fmt: a name of `verifier.schemes.FORMATS`; ``mxfp4`` also as gpt-oss ships it, ``blocks`` [..., in/32, 16] and
-            ``scales`` [..., in/32].
+        parts: the tensors by their leaf on disk (``weight``, ``weight_scale`` or
+            ``weight_scale_inv``, ``weight_scale_2``), each in its on-disk dtype or as raw uint8
+            bytes of the same shape.
+        fmt: a name of `verifier.schemes.FORMATS`; ``mxfp4`` also as gpt-oss ships it, ``blocks``
+            [..., in/32, 16] and ``scales`` [..., in/32].
 
     Raises:
         ContentError: an unknown format, a missing part, a shape that does not fit.
@@ -78,9 +84,13 @@ def decode(parts: Mapping[str, npt.NDArray[Any]], fmt: str) -> Float32:
     scale = _part(parts, "weight_scale", "weight_scale_inv", fmt=fmt)
     with np.errstate(over="ignore", under="ignore", divide="ignore", invalid="ignore"):
         if fmt == "nvfp4_ct":  # a divisor
-            return _packed(weight, _bytes(scale), _part(parts, "weight_global_scale", fmt=fmt), np.divide)
+            return _packed(
+                weight, _bytes(scale), _part(parts, "weight_global_scale", fmt=fmt), np.divide
+            )
         if found.packed:
-            return _packed(weight, _bytes(scale), _part(parts, "weight_scale_2", fmt=fmt), np.multiply)
+            return _packed(
+                weight, _bytes(scale), _part(parts, "weight_scale_2", fmt=fmt), np.multiply
+            )
         values = e4m3_table()[weight]
         if fmt == "mxfp8":
             return _by_block(values, e8m0_table()[_bytes(scale)], found)
@@ -90,9 +100,13 @@ def decode(parts: Mapping[str, npt.NDArray[Any]], fmt: str) -> Float32:
 def _mxfp4(blocks: npt.NDArray[np.uint8], scales: npt.NDArray[np.uint8]) -> Float32:
     """Return E2M1 codes (even column in the low nibble) times 2^(scale - 127), [..., in]."""
     if blocks.ndim < 2 or blocks.shape[-1] != 16 or blocks.shape[:-1] != scales.shape:
-        raise ContentError(f"mxfp4: scales {list(scales.shape)} do not fit blocks {list(blocks.shape)}")
+        raise ContentError(
+            f"mxfp4: scales {list(scales.shape)} do not fit blocks {list(blocks.shape)}"
+        )
     with np.errstate(over="ignore", invalid="ignore"):
-        values: Float32 = nibble_pairs()[blocks].reshape(*scales.shape, 32) * e8m0_table()[scales][..., None]
+        values: Float32 = (
+            nibble_pairs()[blocks].reshape(*scales.shape, 32) * e8m0_table()[scales][..., None]
+        )
     return values.reshape(*scales.shape[:-1], scales.shape[-1] * 32)
 
 
@@ -115,7 +129,10 @@ def _floats(array: npt.NDArray[Any]) -> Float32:
         if array.ndim == 0 or array.shape[-1] % 4:
             raise ContentError(f"a scale of {list(array.shape)} bytes where float32 belongs")
         array = np.ascontiguousarray(array).view(np.float32)
-    if array.dtype in (ml_dtypes.bfloat16, np.float16):  # compressed-tensors keeps FP8 scales in the model's dtype
+    if array.dtype in (
+        ml_dtypes.bfloat16,
+        np.float16,
+    ):  # compressed-tensors keeps FP8 scales in the model's dtype
         return array.astype(np.float32)
     if array.dtype != np.float32:
         raise ContentError(f"a scale of {array.dtype} where float32 belongs")
@@ -125,12 +142,16 @@ def _floats(array: npt.NDArray[Any]) -> Float32:
 def _fitted(scale: Float32, shape: tuple[int, ...], fmt: str) -> Float32:
     """Return a scale in ``shape``; on disk it may have more axes of length 1, or fewer."""
     if [n for n in scale.shape if n != 1] != [n for n in shape if n != 1]:
-        raise ContentError(f"{fmt}: a scale of shape {list(scale.shape)}; {list(shape)} belongs here")
+        raise ContentError(
+            f"{fmt}: a scale of shape {list(scale.shape)}; {list(shape)} belongs here"
+        )
     return scale.reshape(shape)
 
 
 def _by_matrix(array: npt.NDArray[Any], lead: tuple[int, ...], fmt: str) -> Float32:
-    """Return one scale for each matrix of a stack, or one for all, such that it broadcasts over [..., out, in]."""
+    """Return one scale for each matrix of a stack, or one for all, such that it broadcasts over
+    [..., out, in].
+    """
     scale = _floats(array)
     return scale.reshape(()) if scale.size == 1 else _fitted(scale, lead, fmt)[..., None, None]
 
@@ -144,7 +165,9 @@ def _packed(
     """Return codes times their blocks' whole scale, [..., out, in]."""
     width = packed.shape[-1] * 2
     if scale.shape != (*packed.shape[:-1], width // 16) or width % 16:
-        raise ContentError(f"nvfp4: weight_scale {list(scale.shape)} does not fit {[*packed.shape[:-1], width]}")
+        raise ContentError(
+            f"nvfp4: weight_scale {list(scale.shape)} does not fit {[*packed.shape[:-1], width]}"
+        )
     combined = combine(e4m3_table()[scale], _by_matrix(tensor_scale, packed.shape[:-2], "nvfp4"))
     values = nibble_pairs()[packed].reshape(*packed.shape[:-1], width // 16, 16)
     return (values * combined[..., None]).reshape(*packed.shape[:-1], width)
@@ -153,7 +176,9 @@ def _packed(
 def _by_block(values: Float32, scale: Float32, fmt: Format) -> Float32:
     size = fmt.group_size or 1
     if scale.shape != (*values.shape[:-1], -(-values.shape[-1] // size)):
-        raise ContentError(f"{fmt.name}: scale {list(scale.shape)} does not fit a weight of {list(values.shape)}")
+        raise ContentError(
+            f"{fmt.name}: scale {list(scale.shape)} does not fit a weight of {list(values.shape)}"
+        )
     return values * np.repeat(scale, size, axis=-1)[..., : values.shape[-1]]
 
 
@@ -161,7 +186,9 @@ def _scaled(values: Float32, scale: npt.NDArray[Any], fmt: Format) -> Float32:
     """Return values times their float32 scale: one a matrix, a row, or a tile of 128x128."""
     out, in_ = values.shape[-2:]
     if fmt.name == "fp8_block":
-        grid = _fitted(_floats(scale), (*values.shape[:-2], -(-out // 128), -(-in_ // 128)), fmt.name)
+        grid = _fitted(
+            _floats(scale), (*values.shape[:-2], -(-out // 128), -(-in_ // 128)), fmt.name
+        )
         rows = np.repeat(grid, 128, axis=-2)[..., :out, :]
         return values * np.repeat(rows, 128, axis=-1)[..., :in_]
     if fmt.name == "fp8_per_channel":
@@ -175,7 +202,8 @@ def widen(array: npt.NDArray[Any]) -> Float32:
 
 
 def nearest(values: Float32, parts: Mapping[str, npt.NDArray[Any]], fmt: str) -> Float32:
-    """Return the best that a format can do for ``values`` under the stored scales: each value's nearest code, decoded.
+    """Return the best that a format can do for ``values`` under the stored scales: each value's
+    nearest code, decoded.
 
     Args:
         values: float32 [out, in].
@@ -201,25 +229,34 @@ def _unit_codes(values: Float32, fmt: str) -> npt.NDArray[np.uint8]:
     return np.full(values.shape, 0x38, np.uint8)
 
 
-def _max_nvfp4(values: Float32, top: np.float32, *, divisor: bool) -> dict[str, npt.NDArray[Any]] | None:
-    """Return NVFP4's scales, the tensor's as a divisor or a factor; None where float32 does not hold it."""
+def _max_nvfp4(
+    values: Float32, top: np.float32, *, divisor: bool
+) -> dict[str, npt.NDArray[Any]] | None:
+    """Return NVFP4's scales, the tensor's as a divisor or a factor; None where float32 does not
+    hold it.
+    """
     scale_2 = top / np.float32(6 * 448)
     with np.errstate(divide="ignore", over="ignore"):
         inverse = np.float32(1) / scale_2
     if scale_2 == 0 or (divisor and np.isinf(inverse)):
         return None
     block = np.abs(values.reshape(values.shape[0], values.shape[1] // 16, 16)).max(axis=2)
-    scale = np.clip(block / (E2M1_MAX * scale_2), np.float32(2**-9), E4M3_MAX).astype(ml_dtypes.float8_e4m3fn)
+    scale = np.clip(block / (E2M1_MAX * scale_2), np.float32(2**-9), E4M3_MAX).astype(
+        ml_dtypes.float8_e4m3fn
+    )
     if divisor:
         return {"weight_scale": scale, "weight_global_scale": np.asarray(inverse, np.float32)}
     return {"weight_scale": scale, "weight_scale_2": np.asarray(scale_2, np.float32)}
 
 
-def max_scales(values: Float32, fmt: str, amax: float | None = None) -> dict[str, npt.NDArray[Any]] | None:
-    """Return the scales that plain ``max`` calibration gives ``values`` ([out, in], float32); None where undefined.
+def max_scales(
+    values: Float32, fmt: str, amax: float | None = None
+) -> dict[str, npt.NDArray[Any]] | None:
+    """Return the scales that plain ``max`` calibration gives ``values`` ([out, in], float32); None
+    where undefined.
 
-    ``amax`` is a shared tensor maximum, at least that of ``values``. The verifier's own arithmetic: a yardstick of
-    what the format can do on a tensor, not a reference for bytes.
+    ``amax`` is a shared tensor maximum, at least that of ``values``. The verifier's own arithmetic:
+    a yardstick of what the format can do on a tensor, not a reference for bytes.
     """
     found = FORMATS[fmt]
     out, in_ = values.shape
@@ -228,7 +265,9 @@ def max_scales(values: Float32, fmt: str, amax: float | None = None) -> dict[str
         return None
     if fmt == "mxfp4":
         with np.errstate(divide="ignore"):
-            exponent = np.ceil(np.log2(np.abs(values.reshape(out, in_ // 32, 32)).max(axis=2) / E2M1_MAX))
+            exponent = np.ceil(
+                np.log2(np.abs(values.reshape(out, in_ // 32, 32)).max(axis=2) / E2M1_MAX)
+            )
         return {"weight_scale": (np.clip(exponent, -127, 127) + 127).astype(np.uint8)}
     if found.packed:
         return _max_nvfp4(values, top, divisor=fmt == "nvfp4_ct")
@@ -247,5 +286,8 @@ def max_scales(values: Float32, fmt: str, amax: float | None = None) -> dict[str
     tiles = np.zeros((-(-out // 128), -(-in_ // 128)), np.float32)
     for i in range(tiles.shape[0]):
         for j in range(tiles.shape[1]):
-            tiles[i, j] = np.abs(values[i * 128 : i * 128 + 128, j * 128 : j * 128 + 128]).max(initial=0.0) / E4M3_MAX
+            tiles[i, j] = (
+                np.abs(values[i * 128 : i * 128 + 128, j * 128 : j * 128 + 128]).max(initial=0.0)
+                / E4M3_MAX
+            )
     return {"weight_scale_inv": np.where(tiles == 0, np.float32(1), tiles)}

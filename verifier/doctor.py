@@ -19,12 +19,25 @@ from typing import Any, Literal
 from verifier import __version__
 
 State = Literal["ok", "missing", "broken", "info"]
-CORE = ("numpy", "ml_dtypes", "click", "rich", "pydantic", "PyYAML", "fsspec", "huggingface_hub", "safetensors")
+CORE = (
+    "numpy",
+    "ml_dtypes",
+    "click",
+    "rich",
+    "pydantic",
+    "PyYAML",
+    "fsspec",
+    "huggingface_hub",
+    "safetensors",
+)
 EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
     "load": (("torch", "transformers"), "calibrate"),
     "export": (("torch",), "export, merge"),
     "fast": (("torch", "numba"), "compiled CPU codecs"),
-    "gate": (("torch", "transformers", "scipy", "tokenizers", "lm-eval", "accelerate", "datasets"), "gate"),
+    "gate": (
+        ("torch", "transformers", "scipy", "tokenizers", "lm-eval", "accelerate", "datasets"),
+        "gate",
+    ),
     "report": (("jinja2", "matplotlib", "junitparser"), "HTML reports and plots"),
     "ray": (("ray",), "work spread over machines"),
 }
@@ -45,9 +58,11 @@ class Item:
 
 
 def examine() -> list[Item]:
-    """Return what is here, section by section; nothing is written but an empty temporary file, which goes at once.
+    """Return what is here, section by section; nothing is written but an empty temporary file,
+    which goes at once.
 
-    An item of the section ``core`` that is missing or broken means that `ckptgate` cannot be relied on.
+    An item of the section ``core`` that is missing or broken means that `ckptgate` cannot be relied
+    on.
     """
     items: list[Item] = []
     for part in (_machine, _core, _extras, _cuda, _space, _plugins):
@@ -65,7 +80,9 @@ def _machine() -> Iterator[Item]:
     yield Item("machine", "python", f"{platform.python_version()} ({sys.executable})")
     yield Item("machine", "platform", f"{platform.platform()}, {_processors()} processors")
     if sys.byteorder != "little":
-        yield Item("core", "byte order", "big-endian: checkpoints are read as little-endian", "broken")
+        yield Item(
+            "core", "byte order", "big-endian: checkpoints are read as little-endian", "broken"
+        )
 
 
 def _processors() -> int:
@@ -107,16 +124,21 @@ def _tried(section: str, name: str, what: Callable[[], str]) -> Item:
 
 
 def _decodes() -> str:
-    """Decode one code of each table against the value that its standard gives it (OCP MX v1.0, section 5.3)."""
+    """Decode one code of each table against the value that its standard gives it (OCP MX v1.0,
+    section 5.3).
+    """
     from verifier import decoding  # noqa: PLC0415  (numpy may be what is broken)
 
     tables = (
-        ("E4M3", decoding.e4m3_table(), 0x7E, 448.0), ("E8M0", decoding.e8m0_table(), 0x80, 2.0),
+        ("E4M3", decoding.e4m3_table(), 0x7E, 448.0),
+        ("E8M0", decoding.e8m0_table(), 0x80, 2.0),
         ("E2M1", decoding.e2m1_table(), 0xF, -6.0),
-    )  # fmt: skip
+    )
     for name, table, code, value in tables:
         if float(table[code]) != value:
-            raise ArithmeticError(f"{name} 0x{code:02X} decodes to {float(table[code])}, not {value}")
+            raise ArithmeticError(
+                f"{name} 0x{code:02X} decodes to {float(table[code])}, not {value}"
+            )
     return "E4M3, E8M0 and E2M1 decode as their standards say"
 
 
@@ -135,17 +157,31 @@ def _further_rules() -> str:
 def _extras() -> Iterator[Item]:
     wanted = _requirements()
     for extra, (names, enables) in EXTRAS.items():
-        found = [_package("extras", n, wanted.get(n.lower().replace("_", "-"), ""), imported=False) for n in names]
-        lacking = [f"{i.name} {i.value}" if i.state == "broken" else i.name for i in found if i.state != "ok"]
+        found = [
+            _package("extras", n, wanted.get(n.lower().replace("_", "-"), ""), imported=False)
+            for n in names
+        ]
+        lacking = [
+            f"{i.name} {i.value}" if i.state == "broken" else i.name
+            for i in found
+            if i.state != "ok"
+        ]
         if lacking:
             how = f"lacks {', '.join(lacking)}: pip install 'ckptgate[{extra}]' for {enables}"
             yield Item("extras", extra, how, "missing")
         else:
-            yield Item("extras", extra, f"{enables}: {', '.join(f'{i.name} {i.value}' for i in found)}", "ok")
+            yield Item(
+                "extras",
+                extra,
+                f"{enables}: {', '.join(f'{i.name} {i.value}' for i in found)}",
+                "ok",
+            )
 
 
 def _requirements() -> dict[str, str]:
-    """Return the least version of each requirement that ckptgate's own metadata states; empty where not installed."""
+    """Return the least version of each requirement that ckptgate's own metadata states; empty where
+    not installed.
+    """
     try:
         stated = metadata.requires("ckptgate") or []
     except metadata.PackageNotFoundError:
@@ -169,7 +205,12 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 def _cuda() -> Iterator[Item]:
     if find_spec("torch") is None:
-        yield Item("cuda", "torch", "not installed: nothing is known of CUDA, and a check needs none", "missing")
+        yield Item(
+            "cuda",
+            "torch",
+            "not installed: nothing is known of CUDA, and a check needs none",
+            "missing",
+        )
         return
     try:
         torch: Any = importlib.import_module("torch")
@@ -180,14 +221,24 @@ def _cuda() -> Iterator[Item]:
     built = torch.version.cuda
     if not available:
         why = "no device is visible" if built else "a build without CUDA"
-        yield Item("cuda", "devices", f"none: torch {torch.__version__}, {why}; a check needs none", "missing")
+        yield Item(
+            "cuda",
+            "devices",
+            f"none: torch {torch.__version__}, {why}; a check needs none",
+            "missing",
+        )
         return
     for number in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(number)
         capability = (device.major, device.minor)
         native = [n for n, least in (("FP8", FP8), ("FP4", FP4)) if capability >= least]
         value = f"{device.name}, {device.total_memory / 1e9:.0f} GB, compute {device.major}.{device.minor}, CUDA {built}"
-        yield Item("cuda", f"cuda:{number}", f"{value}, native {' and '.join(native) or 'neither FP8 nor FP4'}", "ok")
+        yield Item(
+            "cuda",
+            f"cuda:{number}",
+            f"{value}, native {' and '.join(native) or 'neither FP8 nor FP4'}",
+            "ok",
+        )
 
 
 def _space() -> Iterator[Item]:
@@ -201,21 +252,43 @@ def _space() -> Iterator[Item]:
     cache = os.environ.get("HF_HUB_CACHE") or os.path.join(
         os.environ.get("HF_HOME") or os.path.expanduser("~/.cache/huggingface"), "hub"
     )
-    offline = ", offline" if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on") else ""
-    yield Item("space", "hub cache", f"{cache}{'' if os.path.isdir(cache) else ' (not made yet)'}{offline}")
+    offline = (
+        ", offline"
+        if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
+        else ""
+    )
+    yield Item(
+        "space", "hub cache", f"{cache}{'' if os.path.isdir(cache) else ' (not made yet)'}{offline}"
+    )
 
 
 def _plugins() -> Iterator[Item]:
     try:
         version = metadata.version("ckptgate")
     except metadata.PackageNotFoundError:
-        yield Item("entry points", "ckptgate", "not installed as a package: no export, no pytest plugin", "missing")
+        yield Item(
+            "entry points",
+            "ckptgate",
+            "not installed as a package: no export, no pytest plugin",
+            "missing",
+        )
         return
     if version != __version__:
-        yield Item("entry points", "ckptgate", f"the installed package is {version}, this code {__version__}", "broken")
+        yield Item(
+            "entry points",
+            "ckptgate",
+            f"the installed package is {version}, this code {__version__}",
+            "broken",
+        )
     for entry in sorted(metadata.entry_points(group="ckptgate.commands"), key=lambda e: e.name):
-        owner = f"{entry.value}, of {entry.dist.name} {entry.dist.version}" if entry.dist else entry.value
-        yield _tried("entry points", f"command {entry.name}", lambda e=entry, o=owner: (e.load(), o)[1])  # type: ignore[misc]
+        owner = (
+            f"{entry.value}, of {entry.dist.name} {entry.dist.version}"
+            if entry.dist
+            else entry.value
+        )
+        yield _tried(
+            "entry points", f"command {entry.name}", lambda e=entry, o=owner: (e.load(), o)[1]
+        )  # type: ignore[misc]
     if metadata.entry_points(group="ckptgate.rules"):
         yield _tried("entry points", "further rules", _further_rules)
 

@@ -30,7 +30,9 @@ EXIT_CODES = {
 
 
 class CkptgateError(Exception):
-    """Root of all errors that a command reports in one message; ``exit_code`` is what it ends with."""
+    """Root of all errors that a command reports in one message; ``exit_code`` is what it ends
+    with.
+    """
 
     exit_code = 4
 
@@ -67,7 +69,9 @@ class PlanError(ContentError):
 
 
 class UnsupportedConversion(ContentError):
-    """A tensor cannot be brought from one layout to the other: its key, the operation and the family are named."""
+    """A tensor cannot be brought from one layout to the other: its key, the operation and the
+    family are named.
+    """
 
     def __init__(self, key: str, operation: str, family: str, why: str) -> None:
         super().__init__(f"{key}: {operation} ({family}): {why}")

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What depth eval measured, as rules judge it: plain numbers. Scoring needs torch or an engine; judging does not.
+"""What depth eval measured, as rules judge it: plain numbers. Scoring needs torch or an engine;
+judging does not.
 
-`verifier.gate.evaluator` makes what measures; `verifier.check(..., evaluate=...)` is given it, and the rules QC701 to
-QC705 read the result from their context. So nothing that judges imports what scores.
+`verifier.gate.evaluator` makes what measures; `verifier.check(..., evaluate=...)` is given it, and
+the rules QC701 to QC705 read the result from their context. So nothing that judges imports what
+scores.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ Standing = Literal["within", "beyond", "open"]
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """A loss against one reference: its estimate, one-sided 95 % bounds and margin, all in ``Evaluation.unit``.
+    """A loss against one reference: its estimate, one-sided 95 % bounds and margin, all in
+    ``Evaluation.unit``.
 
     ``standing``: shown to be ``within`` the margin, shown to be ``beyond`` it, or ``open``.
     """
@@ -48,11 +51,14 @@ class Evaluation:
     Args:
         unit: what a loss is measured in, ``nats a token`` for example.
         documents: documents that were scored.
-        losses: against the base, and against an accepted run where one was given; empty where there are no statistics.
+        losses: against the base, and against an accepted run where one was given; empty where there
+            are no statistics.
         collapse: the loss over the base beyond which a model is destroyed, in ``unit``.
         needed: about how many documents would settle what is open; None where that is not known.
-        nonfinite: documents in which a logit of the candidate is not finite; ``nonfinite_base`` of a reference.
-        hit: documents that lose more than the others allow; ``worst`` is (document, its loss, its bound).
+        nonfinite: documents in which a logit of the candidate is not finite; ``nonfinite_base`` of
+            a reference.
+        hit: documents that lose more than the others allow; ``worst`` is (document, its loss, its
+            bound).
         reach: experts that the text reached, by layer.
         base_nats: mean loss of the base itself, nats a token; None where it is of another unit.
         keys: settings that were compared.

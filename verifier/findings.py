@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a check says: findings, coverage, verdict. Rules make them, reporters render them; neither knows the other."""
+"""What a check says: findings, coverage, verdict. Rules make them, reporters render them; neither
+knows the other.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ EXIT_OF_VERDICT: dict[str, int] = {"passed": 0, "failed": 1, "unproven": 3, "bro
 
 @dataclass(frozen=True, slots=True)
 class Where:
-    """One exact place. ``row`` and ``block`` index the scale tensor; ``byte`` is the offset in ``file``."""
+    """One exact place. ``row`` and ``block`` index the scale tensor; ``byte`` is the offset in
+    ``file``.
+    """
 
     tensor: str | None = None
     file: str | None = None
@@ -27,7 +31,9 @@ class Where:
 
 
 class Effect(NamedTuple):
-    """What one engine makes of a defect: its severity there, and what that engine does with it ('' where not known)."""
+    """What one engine makes of a defect: its severity there, and what that engine does with it (''
+    where not known).
+    """
 
     engine: str
     severity: Severity
@@ -36,12 +42,14 @@ class Effect(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One defect: what was seen, what belongs there, how many of how many, and one witness in ``where``.
+    """One defect: what was seen, what belongs there, how many of how many, and one witness in
+    ``where``.
 
-    A rule fills the fields up to ``of``, and ``effects`` where engines treat this finding otherwise than the rule's
-    others. The run fills the rest: ``because`` says where a severity comes from that is not the rule's or the finding's
-    own; ``fingerprint`` is the same in every run over the same defect; ``standing`` is ``known`` for one in the baseline,
-    ``grown`` for one that got worse than its entry; ``note`` says why it was accepted, or how it grew.
+    A rule fills the fields up to ``of``, and ``effects`` where engines treat this finding otherwise
+    than the rule's others. The run fills the rest: ``because`` says where a severity comes from
+    that is not the rule's or the finding's own; ``fingerprint`` is the same in every run over the
+    same defect; ``standing`` is ``known`` for one in the baseline, ``grown`` for one that got worse
+    than its entry; ``note`` says why it was accepted, or how it grew.
     """
 
     rule: str
@@ -61,7 +69,9 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Coverage:
-    """What a rule examined: ``checked`` of ``of`` units; ``reason`` says why it did not run, or not on all."""
+    """What a rule examined: ``checked`` of ``of`` units; ``reason`` says why it did not run, or not
+    on all.
+    """
 
     rule: str
     ran: bool
@@ -89,12 +99,16 @@ class Report:
         return EXIT_OF_VERDICT[self.verdict]
 
     def count(self, severity: Severity) -> int:
-        """Return the number of findings of one severity; those that the baseline holds are not counted."""
+        """Return the number of findings of one severity; those that the baseline holds are not
+        counted.
+        """
         return sum(f.severity == severity and f.standing != "known" for f in self.findings)
 
     @property
     def failing(self) -> tuple[Finding, ...]:
-        """The findings that make the check fail: of a failing severity, and not known from the baseline."""
+        """The findings that make the check fail: of a failing severity, and not known from the
+        baseline.
+        """
         return failing(self.findings, self.stats.get("options", {}).get("fail_on", "error"))
 
     def by_rule(self, rule: str) -> tuple[Finding, ...]:
@@ -103,7 +117,9 @@ class Report:
 
 
 def failing(findings: Iterable[Finding], fail_on: Severity) -> tuple[Finding, ...]:
-    """Return the findings that fail a check: errors, with ``fail_on="warning"`` warnings too; none that is known."""
+    """Return the findings that fail a check: errors, with ``fail_on="warning"`` warnings too; none
+    that is known.
+    """
     levels = SEVERITIES[: SEVERITIES.index(fail_on) + 1]
     return tuple(f for f in findings if f.severity in levels and f.standing != "known")
 

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one schema for goldens and exports: what a folder is, made how and from what, with the digest of every file."""
+"""The one schema for goldens and exports: what a folder is, made how and from what, with the digest
+of every file.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ class File(BaseModel):
 
 
 class Source(BaseModel):
-    """A checkpoint that this one was made from; ``config_sha256`` and ``tensors`` tell which it was."""
+    """A checkpoint that this one was made from; ``config_sha256`` and ``tensors`` tell which it
+    was.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     role: Literal["source", "onto", "experts", "text", "base"]

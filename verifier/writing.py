@@ -30,7 +30,8 @@ def require_writable(file: str | os.PathLike[str]) -> None:
 
 
 def write_atomic(file: str | os.PathLike[str], text: str | bytes) -> None:
-    """Write bytes, or text as UTF-8, under a temporary name beside a file, sync, and rename; a symlink's target is replaced.
+    """Write bytes, or text as UTF-8, under a temporary name beside a file, sync, and rename; a
+    symlink's target is replaced.
 
     What is no regular file (a pipe, /dev/null) is written to as it is.
 

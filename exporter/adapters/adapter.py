@@ -34,9 +34,10 @@ class _Part:
 class StateDictAdapter:
     """Converts one checkpoint's state dicts; every method works on whole tensors and on DTensors.
 
-    ``from_hf`` and ``to_hf`` follow the interface of NeMo AutoModel's adapters. What a family's tensors are called comes
-    from its `Table`, what it has from `verifier.families`, what is quantized from the config's declaration: a further
-    family is a further table. Keywords that frameworks pass beside the named ones are taken and not used.
+    ``from_hf`` and ``to_hf`` follow the interface of NeMo AutoModel's adapters. What a family's
+    tensors are called comes from its `Table`, what it has from `verifier.families`, what is
+    quantized from the config's declaration: a further family is a further table. Keywords that
+    frameworks pass beside the named ones are taken and not used.
     """
 
     def __init__(
@@ -51,10 +52,13 @@ class StateDictAdapter:
 
         Args:
             config: the parsed config.json, with its ``quantization_config``.
-            table: the framework's names; by default the one for the config's ``model_type`` in `TABLES`.
-            dtype: what MXFP8 weights are decoded to: float32, bfloat16 or float16. Other tensors keep theirs.
-            names: the tensors that the checkpoint has (the ``weight_map`` of its index), where they are known: then they,
-                not the declaration, say what is quantized, and which spelling of a name `to_hf` writes.
+            table: the framework's names; by default the one for the config's ``model_type`` in
+                `TABLES`.
+            dtype: what MXFP8 weights are decoded to: float32, bfloat16 or float16. Other tensors
+                keep theirs.
+            names: the tensors that the checkpoint has (the ``weight_map`` of its index), where they
+                are known: then they, not the declaration, say what is quantized, and which spelling
+                of a name `to_hf` writes.
 
         Raises:
             PlanError: no table for the model type, a name that no rule or two rules claim.
@@ -88,25 +92,31 @@ class StateDictAdapter:
     ) -> StateDict:
         """Return the native state dict of a hub state dict, which is emptied on the way.
 
-        Every name is checked before the first tensor is touched; an error up to there leaves the dict as it was. Then one
-        native tensor is made at a time and its sources are dropped, so that beside input and result no more than one stack
-        of experts is alive. Parts that are still views of their native stack (from `to_hf`) give that stack back, uncopied.
+        Every name is checked before the first tensor is touched; an error up to there leaves the
+        dict as it was. Then one native tensor is made at a time and its sources are dropped, so
+        that beside input and result no more than one stack of experts is alive. Parts that are
+        still views of their native stack (from `to_hf`) give that stack back, uncopied.
 
         Args:
-            hf_state_dict: hub name to tensor: the whole checkpoint or any set of whole layers or tensors of it.
-            device_mesh: where experts are spread over ranks: a mesh with a dimension ``ep``, or of one dimension. Experts
-                of other ranks are dropped; stacks become DTensors, ``Shard(0)`` on that dimension.
+            hf_state_dict: hub name to tensor: the whole checkpoint or any set of whole layers or
+                tensors of it.
+            device_mesh: where experts are spread over ranks: a mesh with a dimension ``ep``, or of
+                one dimension. Experts of other ranks are dropped; stacks become DTensors,
+                ``Shard(0)`` on that dimension.
             exclude_key_regex: hub names that it matches from their start are dropped.
 
         Raises:
-            PlanError: a name that the family does not have, a scale without its weight, codes without their scale,
-                a stack without all of its experts, one tensor under two names, a layout that a stack cannot have.
+            PlanError: a name that the family does not have, a scale without its weight, codes
+                without their scale, a stack without all of its experts, one tensor under two names,
+                a layout that a stack cannot have.
             EncodeError: parts that do not fit one another, NaN or infinity after decoding.
         """
         excluded = _matcher(exclude_key_regex)
         dropped = [n for n in hf_state_dict if excluded(n)]
         parts = self._parts(hf_state_dict, frozenset(dropped))
-        wanted = shards.expert_range(device_mesh, self._keys.experts) if self._keys.experts else range(0)
+        wanted = (
+            shards.expert_range(device_mesh, self._keys.experts) if self._keys.experts else range(0)
+        )
         todo: dict[str, list[_Part]] = {}
         for part in parts:
             if part.key.stack is None or part.key.expert in wanted:
@@ -123,7 +133,9 @@ class StateDictAdapter:
             if stack is None:
                 result[native] = self._take(hf_state_dict, found[0])
             else:
-                result[native] = self._stack(hf_state_dict, native, stack, found, wanted, device_mesh)
+                result[native] = self._stack(
+                    hf_state_dict, native, stack, found, wanted, device_mesh
+                )
         return result
 
     def _parts(self, given: StateDict, dropped: frozenset[str]) -> list[_Part]:
@@ -148,7 +160,9 @@ class StateDictAdapter:
                 raise PlanError(f"{name}: no part of MXFP8, which is what this adapter decodes")
             key = self._key(name)
             if first.setdefault(id(key), name) != name:
-                raise PlanError(f"{name} and {first[id(key)]} are two names of one tensor, {key.native}")
+                raise PlanError(
+                    f"{name} and {first[id(key)]} are two names of one tensor, {key.native}"
+                )
             siblings = [f"{name.removesuffix('weight')}{leaf}" for leaf in SCALES]
             beside = [s for s in siblings if s in given and s not in dropped]
             if len(beside) > 1:
@@ -156,9 +170,13 @@ class StateDictAdapter:
             coded = given[name].dtype in shards.CODES
             if coded and not beside:
                 scale = f"{name.removesuffix('weight')}{key.scale}"
-                raise PlanError(f"{name}: {given[name].dtype} codes without a scale; {scale} is not in the state dict")
+                raise PlanError(
+                    f"{name}: {given[name].dtype} codes without a scale; {scale} is not in the state dict"
+                )
             if beside and not coded:
-                raise PlanError(f"{beside[0]}: a scale beside {given[name].dtype}; MXFP8 codes are float8_e4m3fn")
+                raise PlanError(
+                    f"{beside[0]}: a scale beside {given[name].dtype}; MXFP8 codes are float8_e4m3fn"
+                )
             if coded and key.algo not in (None, "MXFP8"):
                 raise PlanError(f"{name}: declared {key.algo}; this adapter decodes MXFP8 alone")
             if coded:
@@ -180,10 +198,16 @@ class StateDictAdapter:
         if found[0].key.stack is None:
             return
         have = {id(p.key) for p in found}
-        missing = [k.hub for k in self._keys.native[native] if k.expert in wanted and id(k) not in have]
+        missing = [
+            k.hub for k in self._keys.native[native] if k.expert in wanted and id(k) not in have
+        ]
         if missing:
             total = len(wanted) * len(found[0].key.stack.hub)
-            hint = "; experts that are spread over ranks need device_mesh=" if len(wanted) == self._keys.experts else ""
+            hint = (
+                "; experts that are spread over ranks need device_mesh="
+                if len(wanted) == self._keys.experts
+                else ""
+            )
             lack = f"{len(missing)} of its {total} parts are not in the state dict"
             raise PlanError(f"{native}: {lack}: {_some(missing)}{hint}")
 
@@ -196,17 +220,28 @@ class StateDictAdapter:
             return shards.dequantize_mxfp8(weight, given.pop(part.scale), dtype=self.dtype)
 
     def _stack(
-        self, given: StateDict, native: str, stack: Stack, found: list[_Part], wanted: range, mesh: DeviceMesh | None
+        self,
+        given: StateDict,
+        native: str,
+        stack: Stack,
+        found: list[_Part],
+        wanted: range,
+        mesh: DeviceMesh | None,
     ) -> torch.Tensor:
         """Remove the parts of one stack from the state dict and return it."""
         found.sort(key=lambda p: (p.key.expert, p.key.piece))
         first = part = self._take(given, found[0])
         matrix = shards.local(first)
         if matrix.ndim != 2:
-            raise EncodeError(f"{found[0].weight}: shape {list(matrix.shape)}; a stack is made of [out, in]")
+            raise EncodeError(
+                f"{found[0].weight}: shape {list(matrix.shape)}; a stack is made of [out, in]"
+            )
         stacked = shards.whole(stack, matrix, len(wanted))
         kept = stacked is not None and all(
-            shards.same_memory(given[p.weight], stacked, stack, p.key.expert - wanted.start, p.key.piece) for p in found[1:]
+            shards.same_memory(
+                given[p.weight], stacked, stack, p.key.expert - wanted.start, p.key.piece
+            )
+            for p in found[1:]
         )
         if stacked is None or not kept:
             stacked = shards.allocate(stack, len(wanted), matrix)
@@ -214,7 +249,9 @@ class StateDictAdapter:
             part = first if i == 0 else self._take(given, each)
             if not kept:
                 self._fits(part, first, each.weight, found[0].weight)
-                shards.view(stacked, stack, each.key.expert - wanted.start, each.key.piece).copy_(shards.local(part))
+                shards.view(stacked, stack, each.key.expert - wanted.start, each.key.piece).copy_(
+                    shards.local(part)
+                )
         return shards.join(stacked, stack, first, mesh, self._keys.experts, native)
 
     @staticmethod
@@ -222,7 +259,9 @@ class StateDictAdapter:
         for what in ("shape", "dtype", "device_mesh", "placements"):
             a, b = getattr(part, what, None), getattr(first, what, None)
             if a != b:
-                raise EncodeError(f"{name}: {what} {_plain(a)} beside {_plain(b)} of {first_name}; one stack holds both")
+                raise EncodeError(
+                    f"{name}: {what} {_plain(a)} beside {_plain(b)} of {first_name}; one stack holds both"
+                )
 
     # --- to the hub
 
@@ -243,28 +282,39 @@ class StateDictAdapter:
         return result
 
     def convert_single_tensor_to_hf(
-        self, fqn: str, tensor: torch.Tensor, *, exclude_key_regex: str | None = None, quantization: bool = False, **_: Any
+        self,
+        fqn: str,
+        tensor: torch.Tensor,
+        *,
+        exclude_key_regex: str | None = None,
+        quantization: bool = False,
+        **_: Any,
     ) -> list[tuple[str, torch.Tensor]]:
         """Return the hub tensors of one native tensor, in the order of experts.
 
         Args:
             fqn: its native name.
-            tensor: whole, or a DTensor; of a stack that is sharded over experts, this rank's come out.
+            tensor: whole, or a DTensor; of a stack that is sharded over experts, this rank's come
+                out.
             exclude_key_regex: names, native or hub, that it matches from their start are left out.
-            quantization: what a load of the quantized checkpoint asks for: each weight that it keeps in MXFP8 as
-                float8_e4m3fn (the values under a scale of 1, rounded and clamped; a load overwrites them) and the
-                placeholder of `create_mxfp8_scale_inv`. Not a way to quantize. Without it parts of a stack are views.
+            quantization: what a load of the quantized checkpoint asks for: each weight that it
+                keeps in MXFP8 as float8_e4m3fn (the values under a scale of 1, rounded and clamped;
+                a load overwrites them) and the placeholder of `create_mxfp8_scale_inv`. Not a way
+                to quantize. Without it parts of a stack are views.
 
         Raises:
-            PlanError: a name that is none of the table's, a stack that does not split, ``quantization`` where the config
-                declares no MXFP8, or another format for this tensor.
+            PlanError: a name that is none of the table's, a stack that does not split,
+                ``quantization`` where the config declares no MXFP8, or another format for this
+                tensor.
         """
         excluded = _matcher(exclude_key_regex)
         if excluded(fqn):
             return []
         found = self._keys.native.get(fqn)
         if found is None:
-            raise PlanError(f"{fqn}: no native tensor of this family under this config; exclude_key_regex= leaves it out")
+            raise PlanError(
+                f"{fqn}: no native tensor of this family under this config; exclude_key_regex= leaves it out"
+            )
         if quantization:
             self._declared()
         stack = found[0].stack
@@ -272,7 +322,10 @@ class StateDictAdapter:
             pairs = [(found[0], tensor)]
         else:
             at = {(k.expert, k.piece): k for k in found}
-            pairs = [(at[e, p], part) for e, p, part in shards.cut(tensor, stack, self._keys.experts, fqn)]
+            pairs = [
+                (at[e, p], part)
+                for e, p, part in shards.cut(tensor, stack, self._keys.experts, fqn)
+            ]
         result: list[tuple[str, torch.Tensor]] = []
         for key, value in pairs:
             if excluded(key.hub):
@@ -311,7 +364,9 @@ def _matcher(pattern: str | None) -> Callable[[str], object]:
     try:
         return re.compile(pattern).match
     except re.error as error:
-        raise PlanError(f"exclude_key_regex {pattern!r} is no regular expression: {error}") from error
+        raise PlanError(
+            f"exclude_key_regex {pattern!r} is no regular expression: {error}"
+        ) from error
 
 
 def _some(names: list[str]) -> str:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensors that are whole or sharded: decode a shard, and cut a native stack into hub weights and join it again.
+"""Tensors that are whole or sharded: decode a shard, and cut a native stack into hub weights and
+join it again.
 
 A DTensor's place in the global tensor is the one that distributed checkpointing reads it from
 (``DTensor.__create_chunk_list__``), so that codes and scales always belong together.
@@ -27,7 +28,8 @@ def create_mxfp8_scale_inv(weight: torch.Tensor) -> torch.Tensor:
     """Return a placeholder for the scales of a weight [out, in], for a load to write into.
 
     Returns:
-        uint8 [out, ceil(in/32)] of 127 (2^0), of the weight's global shape and never a DTensor, on its local device.
+        uint8 [out, ceil(in/32)] of 127 (2^0), of the weight's global shape and never a DTensor, on
+        its local device.
 
     Raises:
         EncodeError: fewer than two dimensions.
@@ -41,19 +43,22 @@ def create_mxfp8_scale_inv(weight: torch.Tensor) -> torch.Tensor:
 def dequantize_mxfp8(
     weight: torch.Tensor, scale_inv: torch.Tensor, *, dtype: torch.dtype = torch.bfloat16
 ) -> torch.Tensor:
-    """Return the values of an MXFP8 weight; a DTensor's local shard against the slice of the scale that belongs to it.
+    """Return the values of an MXFP8 weight; a DTensor's local shard against the slice of the scale
+    that belongs to it.
 
     Args:
-        weight: float8_e4m3fn [out, in] or its bytes as uint8; a DTensor in any sharding, also across blocks.
-        scale_inv: E8M0 bytes, uint8 or float8_e8m0fnu [out, ceil(in/32)]: whole, or a DTensor whose local shard holds what
-            the weight's needs. A ragged last block is read.
+        weight: float8_e4m3fn [out, in] or its bytes as uint8; a DTensor in any sharding, also
+            across blocks.
+        scale_inv: E8M0 bytes, uint8 or float8_e8m0fnu [out, ceil(in/32)]: whole, or a DTensor whose
+            local shard holds what the weight's needs. A ragged last block is read.
         dtype: of the result: float32, bfloat16 or float16.
 
     Returns:
         The values, a DTensor with the weight's mesh and placements where the weight is one.
 
     Raises:
-        EncodeError: shapes or dtypes that do not fit, NaN or infinity among the values, a scale that does not reach.
+        EncodeError: shapes or dtypes that do not fit, NaN or infinity among the values, a scale
+            that does not reach.
     """
     if dtype not in _TARGETS:
         raise EncodeError(f"mxfp8: a target of {dtype}; float32, bfloat16 or float16 belongs here")
@@ -61,7 +66,9 @@ def dequantize_mxfp8(
     code = local(weight)
     (row, column), (rows, columns) = _window(weight)
     first, last = column // MX_BLOCK, -(-(column + columns) // MX_BLOCK)
-    values = _decode(code, _reach(scale_inv, row, row + rows, first, last), column % MX_BLOCK, dtype)
+    values = _decode(
+        code, _reach(scale_inv, row, row + rows, first, last), column % MX_BLOCK, dtype
+    )
     if not values.is_meta and not bool(torch.isfinite(values).all()):
         raise EncodeError(f"mxfp8: the values hold NaN or infinity in {dtype}")
     return like(weight, values)
@@ -78,7 +85,9 @@ def require_pair(weight: torch.Tensor, scale: torch.Tensor) -> None:
         raise EncodeError(f"mxfp8: {shapes}; [out, in] and [out, ceil(in/32)] belong here")
     if weight.dtype not in CODES or scale.dtype not in (torch.uint8, torch.float8_e8m0fnu):
         dtypes = f"a weight of {weight.dtype} and a scale of {scale.dtype}"
-        raise EncodeError(f"mxfp8: {dtypes}; float8_e4m3fn, and uint8 or float8_e8m0fnu belong here")
+        raise EncodeError(
+            f"mxfp8: {dtypes}; float8_e4m3fn, and uint8 or float8_e8m0fnu belong here"
+        )
 
 
 def _decode(code: torch.Tensor, scale: torch.Tensor, skip: int, dtype: torch.dtype) -> torch.Tensor:
@@ -87,13 +96,23 @@ def _decode(code: torch.Tensor, scale: torch.Tensor, skip: int, dtype: torch.dty
         return torch.empty(code.shape, dtype=dtype, device=code.device)
     scale = scale.to(code.device)
     head = min(MX_BLOCK - skip, code.shape[1]) if skip else 0
-    ends = [(code[:, :head], scale[:, :1]), (code[:, head:], scale[:, 1:])] if head else [(code, scale)]
-    found = [codecs.decode({"weight": c, "weight_scale": s}, "mxfp8", dtype=dtype) for c, s in ends if c.shape[1]]
+    ends = (
+        [(code[:, :head], scale[:, :1]), (code[:, head:], scale[:, 1:])]
+        if head
+        else [(code, scale)]
+    )
+    found = [
+        codecs.decode({"weight": c, "weight_scale": s}, "mxfp8", dtype=dtype)
+        for c, s in ends
+        if c.shape[1]
+    ]
     return found[0] if len(found) == 1 else torch.cat(found, 1)
 
 
 def _reach(scale: torch.Tensor, top: int, bottom: int, first: int, last: int) -> torch.Tensor:
-    """Return rows ``top`` to ``bottom`` and blocks ``first`` to ``last`` of a scale that may itself be a shard."""
+    """Return rows ``top`` to ``bottom`` and blocks ``first`` to ``last`` of a scale that may itself
+    be a shard.
+    """
     (row, block), (rows, blocks) = _window(scale)
     inside = row <= top and bottom <= row + rows and block <= first and last <= block + blocks
     if top < bottom and first < last and not inside:
@@ -110,19 +129,28 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def like(tensor: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Return ``values`` as the local shard of a DTensor laid out as ``tensor`` is, where that is one."""
+    """Return ``values`` as the local shard of a DTensor laid out as ``tensor`` is, where that is
+    one.
+    """
     if not isinstance(tensor, DTensor):
         return values
     return wrap(values, tensor.device_mesh, tensor.placements, tuple(tensor.shape))
 
 
-def wrap(values: torch.Tensor, mesh: DeviceMesh, placements: Sequence[Placement], shape: tuple[int, ...]) -> DTensor:
+def wrap(
+    values: torch.Tensor, mesh: DeviceMesh, placements: Sequence[Placement], shape: tuple[int, ...]
+) -> DTensor:
     """Return a DTensor of a global shape from this rank's shard, without communication."""
     strides = [1]
     for size in reversed(shape[1:]):
         strides.insert(0, strides[0] * max(1, size))
     return DTensor.from_local(
-        values, mesh, list(placements), run_check=False, shape=torch.Size(shape), stride=tuple(strides)
+        values,
+        mesh,
+        list(placements),
+        run_check=False,
+        shape=torch.Size(shape),
+        stride=tuple(strides),
     )
 
 
@@ -141,7 +169,9 @@ def _window(tensor: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How the parts of a stack lie on a mesh: the mesh of one part (None: whole), and placements in hub dimensions."""
+    """How the parts of a stack lie on a mesh: the mesh of one part (None: whole), and placements in
+    hub dimensions.
+    """
 
     mesh: DeviceMesh | None
     placements: tuple[Placement, ...]
@@ -161,20 +191,29 @@ def allocate(stack: Stack, experts: int, part: torch.Tensor) -> torch.Tensor:
     return torch.empty(shape, dtype=part.dtype, device=part.device)
 
 
-def cut(tensor: torch.Tensor, stack: Stack, experts: int, name: str) -> Iterator[tuple[int, int, torch.Tensor]]:
-    """Yield (expert, piece, view [out, in]) of a native stack; of a DTensor, what this rank has of each.
+def cut(
+    tensor: torch.Tensor, stack: Stack, experts: int, name: str
+) -> Iterator[tuple[int, int, torch.Tensor]]:
+    """Yield (expert, piece, view [out, in]) of a native stack; of a DTensor, what this rank has of
+    each.
 
     Raises:
-        PlanError: another number of experts, an output dimension that the pieces do not divide, a sharding across the
-            pieces' joint.
+        PlanError: another number of experts, an output dimension that the pieces do not divide, a
+            sharding across the pieces' joint.
     """
     pieces, joint = len(stack.hub), 2 if stack.transpose else 1
     if tensor.ndim != 3 or tensor.shape[0] != experts:
-        raise PlanError(f"{name}: shape {list(tensor.shape)}; {experts} experts, first of 3 dimensions, belong here")
+        raise PlanError(
+            f"{name}: shape {list(tensor.shape)}; {experts} experts, first of 3 dimensions, belong here"
+        )
     if tensor.shape[joint] % pieces:
-        raise PlanError(f"{name}: shape {list(tensor.shape)}: dimension {joint} does not split into {pieces} equal pieces")
+        raise PlanError(
+            f"{name}: shape {list(tensor.shape)}: dimension {joint} does not split into {pieces} equal pieces"
+        )
     found = local(tensor)
-    layout, first = _parts_layout(tensor, stack, name) if isinstance(tensor, DTensor) else (Layout(None, ()), 0)
+    layout, first = (
+        _parts_layout(tensor, stack, name) if isinstance(tensor, DTensor) else (Layout(None, ()), 0)
+    )
     shape = (tensor.shape[joint] // pieces, tensor.shape[3 - joint])
     for i in range(found.shape[0]):
         for piece in range(pieces):
@@ -199,7 +238,9 @@ def _parts_layout(tensor: DTensor, stack: Stack, name: str) -> tuple[Layout, int
         return Layout(mesh, tuple(placements)), first
     names = mesh.mesh_dim_names
     if names is None:
-        raise PlanError(f"{name}: sharded on a mesh of {mesh.ndim} dimensions without names; name them (mesh_dim_names)")
+        raise PlanError(
+            f"{name}: sharded on a mesh of {mesh.ndim} dimensions without names; name them (mesh_dim_names)"
+        )
     return Layout(mesh[tuple(names[i] for i in keep)], tuple(placements)), first
 
 
@@ -207,7 +248,8 @@ def _moved(placement: Placement, stack: Stack, to_hub: bool, ranks: int, name: s
     """Return a placement in the dimensions of a part [out, in], or of the stack.
 
     Raises:
-        PlanError: neither replicated nor a plain shard, or sharded over several ranks where pieces are joined.
+        PlanError: neither replicated nor a plain shard, or sharded over several ranks where pieces
+            are joined.
     """
     if isinstance(placement, Replicate):
         return placement
@@ -223,7 +265,8 @@ def _moved(placement: Placement, stack: Stack, to_hub: bool, ranks: int, name: s
 
 
 def expert_range(mesh: DeviceMesh | None, experts: int) -> range:
-    """Return the experts of this rank under expert parallelism: ``Shard(0)`` of the mesh's ``ep`` (or only) dimension.
+    """Return the experts of this rank under expert parallelism: ``Shard(0)`` of the mesh's ``ep``
+    (or only) dimension.
 
     Raises:
         PlanError: a mesh of several dimensions, none of them ``ep``; more ranks than experts.
@@ -235,7 +278,9 @@ def expert_range(mesh: DeviceMesh | None, experts: int) -> range:
     first = min(mesh.get_local_rank(dim) * each, experts)
     found = range(first, min(first + each, experts))
     if not found:
-        raise PlanError(f"{experts} experts over {mesh.size(dim)} ranks leave none for rank {mesh.get_local_rank(dim)}")
+        raise PlanError(
+            f"{experts} experts over {mesh.size(dim)} ranks leave none for rank {mesh.get_local_rank(dim)}"
+        )
     return found
 
 
@@ -244,13 +289,21 @@ def _ep_dim(mesh: DeviceMesh) -> int:
         return mesh.mesh_dim_names.index("ep")
     if mesh.ndim == 1:
         return 0
-    raise PlanError(f"a mesh of {mesh.ndim} dimensions, none named 'ep': which one the experts are spread over is not known")
+    raise PlanError(
+        f"a mesh of {mesh.ndim} dimensions, none named 'ep': which one the experts are spread over is not known"
+    )
 
 
 def join(
-    stacked: torch.Tensor, stack: Stack, part: torch.Tensor, mesh: DeviceMesh | None, experts: int, name: str
+    stacked: torch.Tensor,
+    stack: Stack,
+    part: torch.Tensor,
+    mesh: DeviceMesh | None,
+    experts: int,
+    name: str,
 ) -> torch.Tensor:
-    """Return a filled local stack as the framework's parameter: a DTensor where the parts or the experts are sharded.
+    """Return a filled local stack as the framework's parameter: a DTensor where the parts or the
+    experts are sharded.
 
     Args:
         stacked: the local stack.
@@ -277,21 +330,27 @@ def join(
         names, all_names = own.mesh_dim_names or (), mesh.mesh_dim_names or ()
         others = {n for i, n in enumerate(all_names) if i != _ep_dim(mesh)}
         if len(names) != own.ndim or not set(names) <= others:
-            raise PlanError(f"{name}: its parts lie on a mesh {names}; {sorted(others)} of device_mesh belong here")
+            raise PlanError(
+                f"{name}: its parts lie on a mesh {names}; {sorted(others)} of device_mesh belong here"
+            )
         for dim, placement in zip(names, moved, strict=True):
             placements[all_names.index(dim)] = placement
     return wrap(stacked, mesh, placements, shape)
 
 
 def codes(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor as float8_e4m3fn under a scale of 1, contiguous; a DTensor keeps its layout."""
+    """Return a tensor as float8_e4m3fn under a scale of 1, contiguous; a DTensor keeps its
+    layout.
+    """
     found = local(tensor)
     clamped = found if found.is_meta else found.clamp(-E4M3_MAX, E4M3_MAX)
     return like(tensor, clamped.to(torch.float8_e4m3fn, memory_format=torch.contiguous_format))
 
 
 def whole(stack: Stack, part: torch.Tensor, experts: int) -> torch.Tensor | None:
-    """Return the local stack that ``part`` is the first view of, or None where its memory can be no such stack's."""
+    """Return the local stack that ``part`` is the first view of, or None where its memory can be no
+    such stack's.
+    """
     out, in_ = part.shape[0] * len(stack.hub), part.shape[1]
     shape = (experts, in_, out) if stack.transpose else (experts, out, in_)
     strides = (in_ * out, shape[2], 1)
@@ -302,7 +361,9 @@ def whole(stack: Stack, part: torch.Tensor, experts: int) -> torch.Tensor | None
     return found if same_memory(part, found, stack, 0, 0) else None
 
 
-def same_memory(part: torch.Tensor, stacked: torch.Tensor, stack: Stack, expert: int, piece: int) -> bool:
+def same_memory(
+    part: torch.Tensor, stacked: torch.Tensor, stack: Stack, expert: int, piece: int
+) -> bool:
     """Whether a part already is the memory that it would be copied to."""
     found, there = local(part), view(stacked, stack, expert, piece)
     return (

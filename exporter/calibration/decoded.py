@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A quantized source as an unquantized state dict, decoded tensor by tensor when transformers' loader asks."""
+"""A quantized source as an unquantized state dict, decoded tensor by tensor when transformers'
+loader asks.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ _BITS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
 class _Lazy:
-    """Stands for a tensor that is read, and decoded to BF16 where it is quantized, when it is sliced."""
+    """Stands for a tensor that is read, and decoded to BF16 where it is quantized, when it is
+    sliced.
+    """
 
     def __init__(self, checkpoint: Checkpoint, what: Weight | Tensor) -> None:
         self._checkpoint, self._what = checkpoint, what
@@ -32,7 +36,9 @@ class _Lazy:
 
 
 class _LazyStack:
-    """Stands for a quantized stack of experts, decoded to BF16 when it is sliced, in the axes of the unquantized hub."""
+    """Stands for a quantized stack of experts, decoded to BF16 when it is sliced, in the axes of
+    the unquantized hub.
+    """
 
     def __init__(self, checkpoint: Checkpoint, what: Restack) -> None:
         self._checkpoint, self._what = checkpoint, what
@@ -40,7 +46,8 @@ class _LazyStack:
     def __getitem__(self, _index: Any) -> torch.Tensor:
         (stack,) = self._what.stacks
         values = [
-            load_stack(self._checkpoint, self._what, stack, e, e + 1).to(torch.bfloat16) for e in range(stack.shape[0])
+            load_stack(self._checkpoint, self._what, stack, e, e + 1).to(torch.bfloat16)
+            for e in range(stack.shape[0])
         ]
         whole = torch.cat(values)
         return whole.transpose(1, 2).contiguous() if stack.written_turned else whole
@@ -50,7 +57,8 @@ def decoded_state(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return every weight of a checkpoint by its unquantized hub name, read on access.
 
     Raises:
-        PlanError: a quantized weight whose format cannot be told, or that is not two-dimensional and no stack that is known.
+        PlanError: a quantized weight whose format cannot be told, or that is not two-dimensional
+            and no stack that is known.
     """
     found: dict[str, Any] = {}
     within = set()

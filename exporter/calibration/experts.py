@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """An implementation of transformers' experts interface that reads what every expert sees.
 
-`verifier.load.experts` computes expert by expert; the model's output is that of the eager implementation.
+`verifier.load.experts` computes expert by expert; the model's output is that of the eager
+implementation.
 """
 
 from __future__ import annotations
@@ -18,10 +19,15 @@ Forward = Callable[[Any, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor
 
 
 def reading(sites: Mapping[Any, tuple[Site, Site]]) -> Forward:
-    """Return an experts function that updates the sites of each experts module in ``sites``: gate and up, down."""
+    """Return an experts function that updates the sites of each experts module in ``sites``: gate
+    and up, down.
+    """
 
     def forward(
-        module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+        module: Any,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
     ) -> torch.Tensor:
         watched = sites.get(module, (None, None))
         for site in watched:

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What calibration needs beyond the core install; the first import of this room, so that its absence has one message."""
+"""What calibration needs beyond the core install; the first import of this room, so that its
+absence has one message.
+"""
 
 from __future__ import annotations
 

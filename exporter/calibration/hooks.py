@@ -29,16 +29,18 @@ class Readers:
 def observing(
     model: Any, targets: Sequence[Target], kv: Iterable[KvSpot], *, percentile: float | None = None
 ) -> Iterator[Readers]:
-    """Read the inputs of ``targets`` while the context is open; the sites of ``kv`` are for `attention.ReadingCache`.
+    """Read the inputs of ``targets`` while the context is open; the sites of ``kv`` are for
+    `attention.ReadingCache`.
 
-    Hooks, the experts implementation of every config, and transformers' registry are as before when it closes, also
-    after an exception. Parameters and outputs are not touched.
+    Hooks, the experts implementation of every config, and transformers' registry are as before when
+    it closes, also after an exception. Parameters and outputs are not touched.
 
     Args:
         model: a transformers model.
         targets: what to read the input of.
         kv: what to read of the KV cache.
-        percentile: of the magnitudes of inputs, in (0, 100]; None for their maximum. KV statistics are always maxima.
+        percentile: of the magnitudes of inputs, in (0, 100]; None for their maximum. KV statistics
+            are always maxima.
 
     Raises:
         PlanError: the experts implementation of a module cannot be set.
@@ -90,7 +92,9 @@ def _experts(model: Any, stacks: Mapping[str, tuple[Site, Site]]) -> Iterator[No
         for path in stacks:
             module = model.get_submodule(path)
             if module.config._experts_implementation != name:
-                raise PlanError(f"{path} ({type(module).__name__}) does not follow transformers' experts interface")
+                raise PlanError(
+                    f"{path} ({type(module).__name__}) does not follow transformers' experts interface"
+                )
         yield
     finally:
         for config, implementation in before:

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Load a source with transformers' own loader, in the dtype that the file has; a quantized one is decoded to BF16."""
+"""Load a source with transformers' own loader, in the dtype that the file has; a quantized one is
+decoded to BF16.
+"""
 
 from __future__ import annotations
 
@@ -22,19 +24,22 @@ DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
 def is_quantized(checkpoint: Checkpoint) -> bool:
-    """Whether a source is quantized; transformers decodes few formats, so it is then given decoded values."""
+    """Whether a source is quantized; transformers decodes few formats, so it is then given decoded
+    values.
+    """
     return any(m.quantized for m in gather(checkpoint.tensors.values()).values())
 
 
 def load_source(checkpoint: Checkpoint, device: str) -> tuple[Any, dict[str, Place]]:
     """Return the source's model in evaluation mode, and where each of its tensors is.
 
-    The model has the dtype that most of the source's bytes have; routers that the file holds in float32 stay so where
-    the model can run them.
+    The model has the dtype that most of the source's bytes have; routers that the file holds in
+    float32 stay so where the model can run them.
 
     Args:
         checkpoint: a local source.
-        device: ``cpu``, ``cuda``, ``cuda:1`` …, or ``auto``: all GPUs (one without accelerate), else the CPU.
+        device: ``cpu``, ``cuda``, ``cuda:1`` …, or ``auto``: all GPUs (one without accelerate),
+            else the CPU.
 
     Raises:
         PlanError: transformers cannot build the model, or keys of it are missing.
@@ -53,13 +58,24 @@ def load_source(checkpoint: Checkpoint, device: str) -> tuple[Any, dict[str, Pla
     with _quiet():
         config = _said(checkpoint, lambda: _config(checkpoint, quantized=quantized))
         cls = _class(checkpoint, config)
-        model, info = _said(checkpoint, lambda: cls.from_pretrained(
-            None if quantized else checkpoint.uri, config=config, state_dict=state, dtype=dtype, local_files_only=True,
-            use_safetensors=True, output_loading_info=True, device_map=device_map,
-        ))  # fmt: skip
+        model, info = _said(
+            checkpoint,
+            lambda: cls.from_pretrained(
+                None if quantized else checkpoint.uri,
+                config=config,
+                state_dict=state,
+                dtype=dtype,
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+                device_map=device_map,
+            ),
+        )
     lost = sorted(str(k) for k in [*info["missing_keys"], *info["mismatched_keys"]])
     if lost:
-        raise PlanError(f"{checkpoint.uri}: {len(lost)} keys of the model are missing or of another shape, {lost[0]} first")
+        raise PlanError(
+            f"{checkpoint.uri}: {len(lost)} keys of the model are missing or of another shape, {lost[0]} first"
+        )
     if target is not None:
         model.to(target)
     where = places(model.eval(), {c for c in map(canonical, checkpoint.tensors) if c is not None})
@@ -69,8 +85,14 @@ def load_source(checkpoint: Checkpoint, device: str) -> tuple[Any, dict[str, Pla
 
 def _config(checkpoint: Checkpoint, *, quantized: bool) -> Any:
     if not quantized:
-        return transformers.AutoConfig.from_pretrained(checkpoint.uri, trust_remote_code=False, local_files_only=True)
-    raw = {k: v for k, v in (checkpoint.config or {}).items() if k not in ("quantization_config", "auto_map")}
+        return transformers.AutoConfig.from_pretrained(
+            checkpoint.uri, trust_remote_code=False, local_files_only=True
+        )
+    raw = {
+        k: v
+        for k, v in (checkpoint.config or {}).items()
+        if k not in ("quantization_config", "auto_map")
+    }
     return transformers.AutoConfig.for_model(**special_floats(raw))
 
 
@@ -80,12 +102,20 @@ def tokenizer_of(checkpoint: Checkpoint) -> Callable[[str], list[int]]:
     Raises:
         PlanError: there is none, or it cannot be read.
     """
-    if not any(n in checkpoint.files for n in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
-        raise PlanError(f"{checkpoint.uri}: has no tokenizer; give token ids ({{\"ids\": […]}} in a .jsonl file)")
+    if not any(
+        n in checkpoint.files
+        for n in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+    ):
+        raise PlanError(
+            f'{checkpoint.uri}: has no tokenizer; give token ids ({{"ids": […]}} in a .jsonl file)'
+        )
     with _quiet():
-        tokenizer = _said(checkpoint, lambda: transformers.AutoTokenizer.from_pretrained(
-            checkpoint.uri, trust_remote_code=False, local_files_only=True
-        ))  # fmt: skip
+        tokenizer = _said(
+            checkpoint,
+            lambda: transformers.AutoTokenizer.from_pretrained(
+                checkpoint.uri, trust_remote_code=False, local_files_only=True
+            ),
+        )
 
     def encode(text: str) -> list[int]:
         return [int(i) for i in tokenizer(text, verbose=False)["input_ids"]]
@@ -100,7 +130,9 @@ def _class(checkpoint: Checkpoint, config: Any) -> Any:
     cls = getattr(transformers, architecture, None)
     if cls is None:
         version = transformers.__version__
-        raise PlanError(f"{checkpoint.uri}: transformers {version} has no architecture {architecture!r} of its own")
+        raise PlanError(
+            f"{checkpoint.uri}: transformers {version} has no architecture {architecture!r} of its own"
+        )
     return cls
 
 
@@ -127,23 +159,46 @@ def _said(checkpoint: Checkpoint, call: Callable[[], Any]) -> Any:
         if error.errno is not None:  # the disk; transformers' own "no such file" has no number
             raise
         raise _unreadable(checkpoint, error) from error
-    except (RuntimeError, ValueError, KeyError, TypeError, ImportError, StrictDataclassError) as error:
+    except (
+        RuntimeError,
+        ValueError,
+        KeyError,
+        TypeError,
+        ImportError,
+        StrictDataclassError,
+    ) as error:
         raise _unreadable(checkpoint, error) from error
 
 
 def _unreadable(checkpoint: Checkpoint, error: Exception) -> PlanError:
-    return PlanError(f"{checkpoint.uri}: transformers cannot load it: {' '.join(str(error).split())[:300]}")
+    return PlanError(
+        f"{checkpoint.uri}: transformers cannot load it: {' '.join(str(error).split())[:300]}"
+    )
 
 
-def _keep_float32_routers(model: Any, checkpoint: Checkpoint, where: Mapping[str, Place], dtype: torch.dtype) -> None:
-    """Give routers their float32 values back, which from_pretrained rounded; what an expert sees depends on them."""
+def _keep_float32_routers(
+    model: Any, checkpoint: Checkpoint, where: Mapping[str, Place], dtype: torch.dtype
+) -> None:
+    """Give routers their float32 values back, which from_pretrained rounded; what an expert sees
+    depends on them.
+    """
     state = model.state_dict()
     for name, place in where.items():
         tensor, present = checkpoint.tensors.get(name), state.get(place.key)
         module = name.removesuffix(".weight").removesuffix(".bias")
-        if tensor is None or tensor.dtype != "F32" or role(module) != "router" or place.converted or present is None:
+        if (
+            tensor is None
+            or tensor.dtype != "F32"
+            or role(module) != "router"
+            or place.converted
+            or present is None
+        ):
             continue
-        if present.dtype == torch.float32 or present.is_meta or tuple(present.shape) != tensor.shape:
+        if (
+            present.dtype == torch.float32
+            or present.is_meta
+            or tuple(present.shape) != tensor.shape
+        ):
             continue
         path, _, leaf = place.key.rpartition(".")
         owner = model.get_submodule(path)
@@ -169,7 +224,9 @@ def _runs(router: Any, weight: torch.Tensor, dtype: torch.dtype) -> bool:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence transformers' progress bars and loading reports; what they would say is raised or judged."""
+    """Silence transformers' progress bars and loading reports; what they would say is raised or
+    judged.
+    """
     logging: Any = transformers.utils.logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the modules of a hub checkpoint are in transformers' model, and where their inputs can be read."""
+"""Where the modules of a hub checkpoint are in transformers' model, and where their inputs can be
+read.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ from verifier.schemes import expert_key, role
 
 Kind = Literal["linear", "gate_up", "down"]
 OUTSIDE = ("dbrx", "inkling", "jetmoe", "llama4", "llama4_text", "longcat_flash", "step3p7")
-"""Model types with stacked experts whose class does not call transformers' experts interface (transformers 5.23)."""
+"""Model types with stacked experts whose class does not call transformers' experts interface
+(transformers 5.23)."""
 _FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "config")
 _NO_CACHE = ("vision", "projector", "indexer", "mtp")
 _STACKS: Mapping[str, Kind] = {"gate_up_proj": "gate_up", "up_proj": "gate_up", "down_proj": "down"}
@@ -26,7 +29,9 @@ _STACKS: Mapping[str, Kind] = {"gate_up_proj": "gate_up", "up_proj": "gate_up", 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A module to read: its hub name, the module in memory, what that is, and which slot of it (the expert)."""
+    """A module to read: its hub name, the module in memory, what that is, and which slot of it (the
+    expert).
+    """
 
     hub: str
     path: str
@@ -56,7 +61,8 @@ def targets(model: Any, where: Mapping[str, Place], wanted: Iterable[str]) -> li
         wanted: hub module names.
 
     Raises:
-        PlanError: a module that the model does not have, or that is of a kind that cannot be read; it is named.
+        PlanError: a module that the model does not have, or that is of a kind that cannot be read;
+            it is named.
     """
     state = model.state_dict()
     experts: dict[str, set[int]] = {}
@@ -76,10 +82,17 @@ def targets(model: Any, where: Mapping[str, Place], wanted: Iterable[str]) -> li
         module, key = model.get_submodule(path), expert_key(hub)
         if isinstance(module, torch.nn.Linear) and leaf == "weight":
             found.append(Target(hub, path, "linear", 0))
-        elif key is not None and state[place.key].ndim == 3 and _interface(module) and leaf in _STACKS:
+        elif (
+            key is not None
+            and state[place.key].ndim == 3
+            and _interface(module)
+            and leaf in _STACKS
+        ):
             count = state[place.key].shape[0]
             if experts[key.container] != set(range(count)):
-                raise PlanError(f"{key.container}: its expert numbers are not 0 to {count - 1}, as transformers stacks them")
+                raise PlanError(
+                    f"{key.container}: its expert numbers are not 0 to {count - 1}, as transformers stacks them"
+                )
             found.append(Target(hub, path, _STACKS[leaf], key.expert))
         else:
             raise PlanError(
@@ -90,7 +103,9 @@ def targets(model: Any, where: Mapping[str, Place], wanted: Iterable[str]) -> li
 
 
 def with_experts(where: Mapping[str, Place], checkpoint: Checkpoint) -> dict[str, Place]:
-    """Return places with those of the linears that a checkpoint holds in stacks: an expert's is that of its stack."""
+    """Return places with those of the linears that a checkpoint holds in stacks: an expert's is
+    that of its stack.
+    """
     stacks = read_stacks(checkpoint)
     found = dict(where)
     for stack in stacks.stacks if stacks is not None else ():
@@ -104,7 +119,9 @@ def _interface(module: Any) -> bool:
 
 
 def kv_targets(model: Any, where: Mapping[str, Place]) -> dict[str, KvSpot]:
-    """Return what of the KV cache each ``<hub k_proj>.k_amax`` and ``<hub v_proj>.v_amax`` is, in the language model."""
+    """Return what of the KV cache each ``<hub k_proj>.k_amax`` and ``<hub v_proj>.v_amax`` is, in
+    the language model.
+    """
     found: dict[str, KvSpot] = {}
     for name, place in where.items():
         hub, _, leaf = name.rpartition(".")

@@ -22,7 +22,9 @@ class TextUse:
 
 @dataclass(frozen=True, slots=True)
 class LayerExperts:
-    """The calibrated experts of one layer: hub name of their container, their numbers, the tokens of each."""
+    """The calibrated experts of one layer: hub name of their container, their numbers, the tokens
+    of each.
+    """
 
     container: str
     experts: tuple[int, ...]
@@ -36,7 +38,9 @@ class LayerExperts:
 
 @dataclass(frozen=True, slots=True)
 class Fallback:
-    """A statistic that was replaced: ``condition`` says why, ``value`` by what, ``taken_from`` whose that is."""
+    """A statistic that was replaced: ``condition`` says why, ``value`` by what, ``taken_from``
+    whose that is.
+    """
 
     name: str
     condition: str
@@ -48,9 +52,9 @@ class Fallback:
 class CalibrationReport:
     """What a calibration saw and wrote.
 
-    ``modules`` counts input maxima, ``kv`` maxima of cached keys and values; ``dead`` and ``few`` name experts
-    (``<container>.<number>``) without tokens, and with fewer than the minimum; ``smallest`` and ``largest`` are
-    (module, input maximum), fallbacks included.
+    ``modules`` counts input maxima, ``kv`` maxima of cached keys and values; ``dead`` and ``few``
+    name experts (``<container>.<number>``) without tokens, and with fewer than the minimum;
+    ``smallest`` and ``largest`` are (module, input maximum), fallbacks included.
     """
 
     source: str
@@ -83,19 +87,31 @@ def named(names: Iterable[str], shown: int = SHOWN) -> str:
 
 def render_text(report: CalibrationReport) -> str:
     """Return the report as text, one fact a line."""
-    lines = [f"calibrated {report.modules:,} modules of {report.source} by {report.recipe}, {report.method}"]
+    lines = [
+        f"calibrated {report.modules:,} modules of {report.source} by {report.recipe}, {report.method}"
+    ]
     for text in report.texts:
-        short = f" ({text.asked:,} asked for: the texts hold no more)" if text.samples < text.asked else ""
-        lines.append(f"  texts     {text.path}: {text.samples:,} samples{short}, {text.tokens:,} tokens")
+        short = (
+            f" ({text.asked:,} asked for: the texts hold no more)"
+            if text.samples < text.asked
+            else ""
+        )
+        lines.append(
+            f"  texts     {text.path}: {text.samples:,} samples{short}, {text.tokens:,} tokens"
+        )
     lines += [
         f"  experts   {layer.container}: {layer.seen:,} of {len(layer.tokens):,} with tokens, {_spread(layer.tokens)}"
         for layer in report.layers
     ]
     if report.dead:
-        lines.append(f"  dead      {len(report.dead):,} experts without tokens: {named(report.dead)}")
+        lines.append(
+            f"  dead      {len(report.dead):,} experts without tokens: {named(report.dead)}"
+        )
     if report.few:
         few = named(f"{name} ({tokens:,})" for name, tokens in report.few)
-        lines.append(f"  warning   {len(report.few):,} experts with fewer than {report.min_tokens:,} tokens: {few}")
+        lines.append(
+            f"  warning   {len(report.few):,} experts with fewer than {report.min_tokens:,} tokens: {few}"
+        )
     conditions = sorted({f.condition for f in report.fallbacks})
     for condition in conditions:
         hit = [f for f in report.fallbacks if f.condition == condition]

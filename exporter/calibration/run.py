@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calibrate: choose sequences, run the source's model over them, judge what was seen, write the stats file."""
+"""Calibrate: choose sequences, run the source's model over them, judge what was seen, write the
+stats file.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,15 @@ from exporter.calibration.model import load_source, tokenizer_of
 from exporter.calibration.names import kv_targets, refuse_outside, targets, with_experts
 from exporter.calibration.report import CalibrationReport, TextUse
 from exporter.calibration.sites import Site, collect
-from exporter.calibration.stats import OnProblem, Statistics, experts_with, layers_of, require_seen, settle, write
+from exporter.calibration.stats import (
+    OnProblem,
+    Statistics,
+    experts_with,
+    layers_of,
+    require_seen,
+    settle,
+    write,
+)
 from exporter.calibration.texts import Ids, TextFile, batches, choose, read_texts
 from exporter.layout import unstacked
 from exporter.plan import build, header_digest
@@ -57,14 +67,21 @@ class Options:
             UsageError: naming the option.
         """
         if texts != len(self.samples) or not texts:
-            raise UsageError(f"{texts} --texts and {len(self.samples)} numbers in --samples: give one number for each file")
+            raise UsageError(
+                f"{texts} --texts and {len(self.samples)} numbers in --samples: give one number for each file"
+            )
         if min(self.samples) < 1 or self.seq_len < 2 or self.batch_size < 1 or self.min_tokens < 0:
-            raise UsageError("samples and batch size are at least 1, --seq-len at least 2, --min-tokens at least 0")
+            raise UsageError(
+                "samples and batch size are at least 1, --seq-len at least 2, --min-tokens at least 0"
+            )
         if self.method not in ("max", "percentile"):
             raise UsageError(f"no method {self.method!r}; max or percentile")
         if not 0 < self.percentile <= 100:
             raise UsageError(f"--percentile {self.percentile:g}: above 0, at most 100")
-        for name, value in (("--on-bad-stat", self.on_bad_stat), ("--on-dead-expert", self.on_dead_expert)):
+        for name, value in (
+            ("--on-bad-stat", self.on_bad_stat),
+            ("--on-dead-expert", self.on_dead_expert),
+        ):
             if value not in ("fallback", "error"):
                 raise UsageError(f"{name} {value}: fallback or error")
 
@@ -89,16 +106,18 @@ def calibrate(
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> CalibrationReport:
-    """Run texts through the source's model and write each module's largest input to a stats file, by hub name.
+    """Run texts through the source's model and write each module's largest input to a stats file,
+    by hub name.
 
-    Read are exactly the modules that the recipe quantizes with static activation scales, and what goes into the KV cache:
-    keys after rotary embedding, and values.
+    Read are exactly the modules that the recipe quantizes with static activation scales, and what
+    goes into the KV cache: keys after rotary embedding, and values.
 
     Args:
         source: local folder of a checkpoint in hub layout; a quantized one is decoded.
         out: the stats file (safetensors) to make; its parent must exist.
         recipe: a recipe's name, a YAML file, or a `Recipe`.
-        texts: files of documents: ``.jsonl`` with ``text`` or ``ids``, else UTF-8 text with blank lines between documents.
+        texts: files of documents: ``.jsonl`` with ``text`` or ``ids``, else UTF-8 text with blank
+            lines between documents.
         samples: sequences to take from each file.
         seq_len: tokens in a sequence; nothing is padded.
         batch_size: sequences at a time.
@@ -119,7 +138,16 @@ def calibrate(
         MachineError: the GPU's memory is full.
     """
     options = Options(
-        tuple(samples), seq_len, batch_size, seed, device, method, percentile, on_bad_stat, on_dead_expert, min_tokens
+        tuple(samples),
+        seq_len,
+        batch_size,
+        seed,
+        device,
+        method,
+        percentile,
+        on_bad_stat,
+        on_dead_expert,
+        min_tokens,
     )
     options.check(len(texts))
     target = _check_paths(source, out, overwrite)
@@ -131,7 +159,9 @@ def calibrate(
     try:
         seen = _read(checkpoint, wanted, [s for part in chosen for s in part], options, progress)
     except torch.OutOfMemoryError as error:
-        raise MachineError("the GPU's memory is full; a smaller --batch-size or --seq-len, or --device auto") from error
+        raise MachineError(
+            "the GPU's memory is full; a smaller --batch-size or --seq-len, or --device auto"
+        ) from error
     settled = settle(seen.amax, seen.tokens, seen.kv, on_bad=on_bad_stat, on_dead=on_dead_expert)
     uses = tuple(
         TextUse(f.path, f.sha256, asked, len(part), sum(map(len, part)))
@@ -146,20 +176,31 @@ def static_modules(checkpoint: Checkpoint, recipe: Recipe, *, kv: bool = False) 
     """Return the hub modules that a recipe quantizes with static activation scales.
 
     Raises:
-        PlanError: the source is outside the experts interface, or no plan can be made of it; there is none, nor KV scales.
+        PlanError: the source is outside the experts interface, or no plan can be made of it; there
+            is none, nor KV scales.
     """
     refuse_outside(checkpoint)
-    plan = build(unstacked(checkpoint), recipe, input_scale="one", kv_cache="fp8_cast", expert_layout="per-expert")
+    plan = build(
+        unstacked(checkpoint),
+        recipe,
+        input_scale="one",
+        kv_cache="fp8_cast",
+        expert_layout="per-expert",
+    )
     found = tuple(m for e in plan.encodes if e.input_scales is not None for m in e.modules)
     if not found and not kv and recipe.kv_cache != "fp8":
         formats = ", ".join(sorted(plan.formats()))
-        raise PlanError(f"recipe {recipe.name} gives no module a static activation scale ({formats}): nothing to calibrate")
+        raise PlanError(
+            f"recipe {recipe.name} gives no module a static activation scale ({formats}): nothing to calibrate"
+        )
     return found
 
 
 def _check_paths(source: PathLike, out: PathLike, overwrite: bool) -> Path:
     if "://" in os.fspath(source):
-        raise UsageError(f"{os.fspath(source)}: transformers loads the model from a local folder; give one")
+        raise UsageError(
+            f"{os.fspath(source)}: transformers loads the model from a local folder; give one"
+        )
     target = Path(out)
     if not target.parent.is_dir():
         raise UsageError(f"{target}: its folder does not exist")
@@ -204,9 +245,16 @@ def _read(
     seen = collect(dict.fromkeys([*readers.inputs.values(), *readers.cache.values()]))
     found = Statistics()
     for spot, site in readers.inputs.items():
-        found.amax[spot.hub], found.tokens[spot.hub] = seen[site].amax[spot.slot], seen[site].tokens[spot.slot]
-    found.kv = {n: seen[site].amax[0] for n, spot in kv.items() if (site := readers.cache[spot]).called}
-    require_seen([spot.hub for spot, site in readers.inputs.items() if not site.called], found.tokens)
+        found.amax[spot.hub], found.tokens[spot.hub] = (
+            seen[site].amax[spot.slot],
+            seen[site].tokens[spot.slot],
+        )
+    found.kv = {
+        n: seen[site].amax[0] for n, spot in kv.items() if (site := readers.cache[spot]).called
+    }
+    require_seen(
+        [spot.hub for spot, site in readers.inputs.items() if not site.called], found.tokens
+    )
     return found
 
 
@@ -214,10 +262,14 @@ def _check_ids(model: Any, checkpoint: Checkpoint, sequences: Sequence[Ids], len
     vocabulary = model.get_input_embeddings().num_embeddings
     highest = max(max(s) for s in sequences)
     if highest >= vocabulary:
-        raise PlanError(f"{checkpoint.uri}: the texts have token id {highest}, the vocabulary {vocabulary} entries")
+        raise PlanError(
+            f"{checkpoint.uri}: the texts have token id {highest}, the vocabulary {vocabulary} entries"
+        )
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if isinstance(positions, int) and max(map(len, sequences)) > positions:
-        raise PlanError(f"{checkpoint.uri}: --seq-len {length} is beyond the model's {positions} positions")
+        raise PlanError(
+            f"{checkpoint.uri}: --seq-len {length} is beyond the model's {positions} positions"
+        )
 
 
 def _forward(
@@ -229,7 +281,9 @@ def _forward(
     *,
     every: bool,
 ) -> None:
-    """Run the model over the sequences; ``every`` where the output head must see every position, too."""
+    """Run the model over the sequences; ``every`` where the output head must see every position,
+    too.
+    """
     given: dict[str, Any] = {"use_cache": bool(kv)}
     # Logits of all positions would be the largest tensor of all.
     if not every and "logits_to_keep" in inspect.signature(model.forward).parameters:
@@ -246,16 +300,31 @@ def _forward(
 
 
 def _report(
-    checkpoint: Checkpoint, out: Path, recipe: Recipe, options: Options, uses: tuple[TextUse, ...], settled: Statistics
+    checkpoint: Checkpoint,
+    out: Path,
+    recipe: Recipe,
+    options: Options,
+    uses: tuple[TextUse, ...],
+    settled: Statistics,
 ) -> CalibrationReport:
     ordered = sorted((settled.amax or settled.kv).items(), key=lambda item: item[1])
     few = experts_with(settled.tokens, lambda n: 0 < n < options.min_tokens)
     return CalibrationReport(
-        source=checkpoint.uri, out=str(out), recipe=recipe.name, method=_method(options), modules=len(settled.amax),
-        kv=len(settled.kv), texts=uses, layers=layers_of(settled.tokens),
-        dead=tuple(n for n, _ in experts_with(settled.tokens, lambda n: n == 0)), few=few, min_tokens=options.min_tokens,
-        fallbacks=tuple(settled.fallbacks), smallest=ordered[0], largest=ordered[-1],
-    )  # fmt: skip
+        source=checkpoint.uri,
+        out=str(out),
+        recipe=recipe.name,
+        method=_method(options),
+        modules=len(settled.amax),
+        kv=len(settled.kv),
+        texts=uses,
+        layers=layers_of(settled.tokens),
+        dead=tuple(n for n, _ in experts_with(settled.tokens, lambda n: n == 0)),
+        few=few,
+        min_tokens=options.min_tokens,
+        fallbacks=tuple(settled.fallbacks),
+        smallest=ordered[0],
+        largest=ordered[-1],
+    )
 
 
 def _method(options: Options) -> str:
@@ -266,17 +335,32 @@ def _metadata(
     checkpoint: Checkpoint, recipe: Recipe, options: Options, report: CalibrationReport
 ) -> Mapping[str, str]:
     """Return the file's metadata: strings, lists as JSON."""
-    numbers = {x.container: [e for e, t in zip(x.experts, x.tokens, strict=True) if not t] for x in report.layers}
+    numbers = {
+        x.container: [e for e, t in zip(x.experts, x.tokens, strict=True) if not t]
+        for x in report.layers
+    }
     return {
-        "format": "pt", "kind": "ckptgate activation statistics", "tool": "ckptgate", "version": __version__, **VERSIONS,
-        "source_header_sha256": header_digest(checkpoint), "recipe": recipe.name, "method": report.method,
+        "format": "pt",
+        "kind": "ckptgate activation statistics",
+        "tool": "ckptgate",
+        "version": __version__,
+        **VERSIONS,
+        "source_header_sha256": header_digest(checkpoint),
+        "recipe": recipe.name,
+        "method": report.method,
         "texts": json.dumps([{"file": Path(u.path).name, **_use(u)} for u in report.texts]),
-        "tokens": str(report.tokens), "samples": json.dumps([u.samples for u in report.texts]),
-        "seq_len": str(options.seq_len), "seed": str(options.seed), "batch_size": str(options.batch_size),
+        "tokens": str(report.tokens),
+        "samples": json.dumps([u.samples for u in report.texts]),
+        "seq_len": str(options.seq_len),
+        "seed": str(options.seed),
+        "batch_size": str(options.batch_size),
         "dead_experts": json.dumps({c: n for c, n in numbers.items() if n}),
-        "few_tokens": json.dumps(dict(report.few)), "min_tokens": str(options.min_tokens),
-        "fallbacks": json.dumps([[f.name, f.condition, f.value, f.taken_from] for f in report.fallbacks]),
-    }  # fmt: skip
+        "few_tokens": json.dumps(dict(report.few)),
+        "min_tokens": str(options.min_tokens),
+        "fallbacks": json.dumps(
+            [[f.name, f.condition, f.value, f.taken_from] for f in report.fallbacks]
+        ),
+    }
 
 
 def _use(use: TextUse) -> dict[str, object]:

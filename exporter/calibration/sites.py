@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is kept of the activations that a module sees: maximum, token count and, for percentiles, a histogram.
+"""What is kept of the activations that a module sees: maximum, token count and, for percentiles, a
+histogram.
 
-Everything stays on the device where the activations are, maxima in float32 and counts in int64, until `collect`.
+Everything stays on the device where the activations are, maxima in float32 and counts in int64,
+until `collect`.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ import torch
 LOWEST = (127 - 24) << 7
 """Bit pattern, as BF16, of 2^-24; the histogram's bins are the BF16 values from here on."""
 BINS = 48 * 128 + 1
-"""48 octaves of 128 BF16 values and one bin for 2^24 and above; the first bin holds all that is at most 2^-24."""
+"""48 octaves of 128 BF16 values and one bin for 2^24 and above; the first bin holds all that is at
+most 2^-24."""
 CHUNK = 1 << 22
 
 
@@ -28,7 +31,9 @@ class Seen:
 
 
 class Site:
-    """One place where activations are read. ``slots`` is 1, or the number of experts that share the place."""
+    """One place where activations are read. ``slots`` is 1, or the number of experts that share the
+    place.
+    """
 
     def __init__(self, slots: int, percentile: float | None = None) -> None:
         self.slots, self.percentile = slots, percentile
@@ -38,7 +43,9 @@ class Site:
         self._counts: torch.Tensor | None = None
 
     def update(self, slot: int, rows: torch.Tensor) -> None:
-        """Take activations in, [..., features], any floating dtype; NaN and infinity are kept as they are."""
+        """Take activations in, [..., features], any floating dtype; NaN and infinity are kept as
+        they are.
+        """
         self.called = True
         if rows.numel() == 0:
             return
@@ -46,7 +53,9 @@ class Site:
             self._amax = torch.zeros(self.slots, dtype=torch.float32, device=rows.device)
             self._tokens = torch.zeros(self.slots, dtype=torch.int64, device=rows.device)
             if self.percentile is not None:
-                self._counts = torch.zeros((self.slots, BINS), dtype=torch.int64, device=rows.device)
+                self._counts = torch.zeros(
+                    (self.slots, BINS), dtype=torch.int64, device=rows.device
+                )
         rows = rows.detach().to(self._amax.device)
         low, high = rows.aminmax()
         self._amax[slot] = torch.maximum(self._amax[slot], torch.maximum(high, -low).float())
@@ -56,7 +65,9 @@ class Site:
                 self._counts[slot] += torch.bincount(_bins(chunk), minlength=BINS)
 
     def reduced(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Return the statistic (float32) and the tokens (int64) of each slot on the site's device; None if unseen."""
+        """Return the statistic (float32) and the tokens (int64) of each slot on the site's device;
+        None if unseen.
+        """
         if self._amax is None or self._tokens is None:
             return None
         if self._counts is None or self.percentile is None:
@@ -65,13 +76,16 @@ class Site:
 
 
 def _bins(values: torch.Tensor) -> torch.Tensor:
-    """Return the bin of each value: the BF16 value that is its magnitude, rounded up; exact for BF16."""
+    """Return the bin of each value: the BF16 value that is its magnitude, rounded up; exact for
+    BF16.
+    """
     bits = values.float().abs().view(torch.int32)
     return (((bits + 0xFFFF) >> 16) - LOWEST).clamp_(0, BINS - 1)
 
 
 def _quantile(counts: torch.Tensor, amax: torch.Tensor, percentile: float) -> torch.Tensor:
-    """Return the smallest magnitude that at least ``percentile`` % of the values do not exceed, float32 [slots].
+    """Return the smallest magnitude that at least ``percentile`` % of the values do not exceed,
+    float32 [slots].
 
     Args:
         counts: int64 [slots, BINS].
@@ -88,7 +102,9 @@ def _quantile(counts: torch.Tensor, amax: torch.Tensor, percentile: float) -> to
 
 
 def collect(sites: Iterable[Site]) -> dict[Site, Seen]:
-    """Return what each site saw, copied to the host at once, one copy of each kind from each device."""
+    """Return what each site saw, copied to the host at once, one copy of each kind from each
+    device.
+    """
     groups: dict[torch.device, list[tuple[Site, torch.Tensor, torch.Tensor]]] = {}
     found: dict[Site, Seen] = {}
     for site in sites:
@@ -109,7 +125,9 @@ def collect(sites: Iterable[Site]) -> dict[Site, Seen]:
 
 
 def problem(amax: float) -> str | None:
-    """Return what is wrong with an input maximum, or None: it must give a normal float32 scale (amax / 2688)."""
+    """Return what is wrong with an input maximum, or None: it must give a normal float32 scale
+    (amax / 2688).
+    """
     if math.isnan(amax):
         return "NaN"
     if math.isinf(amax):

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From what was seen to a stats file: every entry is judged, a fallback has a name, the file is written whole."""
+"""From what was seen to a stats file: every entry is judged, a fallback has a name, the file is
+written whole.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ DEAD = "expert without tokens: the largest of the layer's other experts"
 
 @dataclass
 class Statistics:
-    """What goes into the file: input maxima and tokens by hub module, KV maxima by name, and what was replaced."""
+    """What goes into the file: input maxima and tokens by hub module, KV maxima by name, and what
+    was replaced.
+    """
 
     amax: dict[str, float] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
@@ -36,7 +40,8 @@ def require_seen(unseen: Iterable[str], tokens: Mapping[str, int]) -> None:
 
     Args:
         unseen: hub modules whose place in the model was never called.
-        tokens: tokens by hub module; an expert is only dead where another one of its layer saw tokens.
+        tokens: tokens by hub module; an expert is only dead where another one of its layer saw
+            tokens.
 
     Raises:
         PlanError: naming the first ones.
@@ -44,7 +49,9 @@ def require_seen(unseen: Iterable[str], tokens: Mapping[str, int]) -> None:
     alive = {k.container for m, t in tokens.items() if t and (k := expert_key(m)) is not None}
     lost = [m for m in unseen if (k := expert_key(m)) is None or k.container not in alive]
     if lost:
-        raise PlanError(f"{len(lost):,} modules saw no input at all: {named(lost)}; the texts never reach them")
+        raise PlanError(
+            f"{len(lost):,} modules saw no input at all: {named(lost)}; the texts never reach them"
+        )
 
 
 def layers_of(tokens: Mapping[str, int]) -> tuple[LayerExperts, ...]:
@@ -55,10 +62,14 @@ def layers_of(tokens: Mapping[str, int]) -> tuple[LayerExperts, ...]:
         if key is not None:
             layer = found.setdefault(key.container, {})
             layer[key.expert] = max(layer.get(key.expert, 0), count)
-    return tuple(LayerExperts(c, tuple(sorted(e)), tuple(e[i] for i in sorted(e))) for c, e in found.items())
+    return tuple(
+        LayerExperts(c, tuple(sorted(e)), tuple(e[i] for i in sorted(e))) for c, e in found.items()
+    )
 
 
-def experts_with(tokens: Mapping[str, int], test: Callable[[int], bool]) -> tuple[tuple[str, int], ...]:
+def experts_with(
+    tokens: Mapping[str, int], test: Callable[[int], bool]
+) -> tuple[tuple[str, int], ...]:
     """Return (expert, tokens) of the experts whose token count passes a test."""
     found: dict[str, int] = {}
     for module, count in tokens.items():
@@ -70,13 +81,18 @@ def experts_with(tokens: Mapping[str, int], test: Callable[[int], bool]) -> tupl
 
 
 def settle(
-    amax: Mapping[str, float], tokens: Mapping[str, int], kv: Mapping[str, float], *, on_bad: OnProblem, on_dead: OnProblem
+    amax: Mapping[str, float],
+    tokens: Mapping[str, int],
+    kv: Mapping[str, float],
+    *,
+    on_bad: OnProblem,
+    on_dead: OnProblem,
 ) -> Statistics:
     """Return statistics of which every one can be written, or refuse.
 
-    Two conditions have a fallback. An expert without tokens gets the largest maximum of its projection among the
-    layer's other experts. A value that gives no normal float32 scale gets that too if it is an expert's, else the
-    largest of the same projection in other layers.
+    Two conditions have a fallback. An expert without tokens gets the largest maximum of its
+    projection among the layer's other experts. A value that gives no normal float32 scale gets that
+    too if it is an expert's, else the largest of the same projection in other layers.
 
     Args:
         amax: by hub module.
@@ -91,14 +107,26 @@ def settle(
     dead = {m: DEAD for m, t in tokens.items() if not t and expert_key(m) is not None}
     if dead and on_dead == "error":
         names = list(dict.fromkeys(m.rpartition(".")[0] for m in dead))
-        raise PlanError(f"{len(names):,} experts saw no token: {named(names)}; more texts, or --on-dead-expert fallback")
+        raise PlanError(
+            f"{len(names):,} experts saw no token: {named(names)}; more texts, or --on-dead-expert fallback"
+        )
     found = Statistics({}, dict(tokens), {})
-    bad = {m: why for m, v in {**amax, **kv}.items() if m not in dead and (why := problem(v)) is not None}
+    bad = {
+        m: why
+        for m, v in {**amax, **kv}.items()
+        if m not in dead and (why := problem(v)) is not None
+    }
     if bad and on_bad == "error":
         text = named(f"{m} ({why})" for m, why in bad.items())
-        raise PlanError(f"{len(bad):,} statistics give no scale: {text}; --on-bad-stat fallback replaces them")
+        raise PlanError(
+            f"{len(bad):,} statistics give no scale: {text}; --on-bad-stat fallback replaces them"
+        )
     for given, kept in ((amax, found.amax), (kv, found.kv)):
-        lost = {m: dead.get(m) or f"{bad[m]}: the largest of {_peers(m)[1]}" for m in given if m in dead or m in bad}
+        lost = {
+            m: dead.get(m) or f"{bad[m]}: the largest of {_peers(m)[1]}"
+            for m in given
+            if m in dead or m in bad
+        }
         donors = _donors({m: v for m, v in given.items() if m not in lost})
         for name, value in given.items():
             kept[name] = value
@@ -125,28 +153,39 @@ def _donors(good: Mapping[str, float]) -> dict[str, tuple[float, str]]:
     return found
 
 
-def _borrow(name: str, donors: Mapping[str, tuple[float, str]], condition: str) -> tuple[float, str]:
+def _borrow(
+    name: str, donors: Mapping[str, tuple[float, str]], condition: str
+) -> tuple[float, str]:
     peers, text = _peers(name)
     if peers not in donors:
-        raise PlanError(f"{name}: {condition.partition(':')[0]}, and {text} have no good value to take")
+        raise PlanError(
+            f"{name}: {condition.partition(':')[0]}, and {text} have no good value to take"
+        )
     return donors[peers]
 
 
 def write(out: Path, statistics: Statistics, metadata: Mapping[str, str]) -> None:
-    """Write a stats file: a temporary name, synced, then the final one. The same statistics give the same bytes.
+    """Write a stats file: a temporary name, synced, then the final one. The same statistics give
+    the same bytes.
 
-    ``<hub module>.input_amax`` F32 scalars, ``<hub module>.tokens`` I64 scalars, ``<hub k_proj>.k_amax`` and
-    ``<hub v_proj>.v_amax`` F32 scalars; ``metadata`` as the file's ``__metadata__``.
+    ``<hub module>.input_amax`` F32 scalars, ``<hub module>.tokens`` I64 scalars, ``<hub
+    k_proj>.k_amax`` and ``<hub v_proj>.v_amax`` F32 scalars; ``metadata`` as the file's
+    ``__metadata__``.
     """
     counts = {f"{m}.tokens": v for m, v in statistics.tokens.items()}
     maxima = {f"{m}.input_amax": v for m, v in statistics.amax.items()} | statistics.kv
-    # By hand: safetensors' own writer orders metadata at random. The wider dtype first keeps every scalar aligned.
+    # By hand: safetensors' own writer orders metadata at random. The wider dtype first keeps every
+    # scalar aligned.
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     data = bytearray()
     for dtype, kind, values in (("I64", "<i8", counts), ("F32", "<f4", maxima)):
         for name, value in sorted(values.items()):
             raw = np.array(value, kind).tobytes()
-            header[name] = {"dtype": dtype, "shape": [], "data_offsets": [len(data), len(data) + len(raw)]}
+            header[name] = {
+                "dtype": dtype,
+                "shape": [],
+                "data_offsets": [len(data), len(data) + len(raw)],
+            }
             data += raw
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calibration texts: documents from files, and sequences of equal length from documents, chosen by a seed."""
+"""Calibration texts: documents from files, and sequences of equal length from documents, chosen by
+a seed.
+"""
 
 from __future__ import annotations
 
@@ -36,8 +38,8 @@ class TextFile:
 def read_texts(path: str | os.PathLike[str]) -> TextFile:
     """Return the documents of a file.
 
-    ``.jsonl``: one document a line, ``{"text": …}`` or ``{"ids": […]}``. Anything else is UTF-8 text: paragraphs between
-    blank lines are documents; a text without blank lines is one.
+    ``.jsonl``: one document a line, ``{"text": …}`` or ``{"ids": […]}``. Anything else is UTF-8
+    text: paragraphs between blank lines are documents; a text without blank lines is one.
 
     Raises:
         UsageError: no such file, or larger than 2 GB.
@@ -65,12 +67,19 @@ def read_texts(path: str | os.PathLike[str]) -> TextFile:
 
 
 def _row(name: str, number: int, line: str) -> str | tuple[int, ...] | None:
-    """Return a document, or None for the first line of a corpus that says which model wrote it (`sampled_from`)."""
+    """Return a document, or None for the first line of a corpus that says which model wrote it
+    (`sampled_from`).
+    """
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise PlanError(f"{name} line {number}: not JSON") from error
-    if number == 1 and isinstance(row, dict) and "sampled_from" in row and not {"ids", "text"} & row.keys():
+    if (
+        number == 1
+        and isinstance(row, dict)
+        and "sampled_from" in row
+        and not {"ids", "text"} & row.keys()
+    ):
         return None
     ids: Any = row.get("ids") if isinstance(row, dict) else None
     if isinstance(ids, list) and ids and all(type(i) is int and i >= 0 for i in ids):
@@ -80,12 +89,16 @@ def _row(name: str, number: int, line: str) -> str | tuple[int, ...] | None:
     raise PlanError(f"{name} line {number}: neither ids (whole numbers, at least one) nor text")
 
 
-def choose(file: TextFile, count: int, length: int, seed: str, encode: Callable[[str], Ids] | None) -> list[Ids]:
-    """Return ``count`` sequences of ``length`` tokens from the documents in an order that the seed decides.
+def choose(
+    file: TextFile, count: int, length: int, seed: str, encode: Callable[[str], Ids] | None
+) -> list[Ids]:
+    """Return ``count`` sequences of ``length`` tokens from the documents in an order that the seed
+    decides.
 
-    A document of ``length`` tokens or more gives its first ``length``; shorter ones are joined until they fill a
-    sequence, and what is over is left. If that is too little, the further windows of the long documents follow, and
-    last what is left over, shorter than ``length``. There may be fewer than ``count``.
+    A document of ``length`` tokens or more gives its first ``length``; shorter ones are joined
+    until they fill a sequence, and what is over is left. If that is too little, the further windows
+    of the long documents follow, and last what is left over, shorter than ``length``. There may be
+    fewer than ``count``.
 
     Args:
         file: the documents.
@@ -103,7 +116,10 @@ def choose(file: TextFile, count: int, length: int, seed: str, encode: Callable[
 
 
 def _sequences(
-    documents: Sequence[str | tuple[int, ...]], length: int, seed: str, encode: Callable[[str], Ids] | None
+    documents: Sequence[str | tuple[int, ...]],
+    length: int,
+    seed: str,
+    encode: Callable[[str], Ids] | None,
 ) -> Iterator[Ids]:
     order = list(range(len(documents)))
     random.Random(seed).shuffle(order)  # noqa: S311  (no secret)
@@ -133,7 +149,9 @@ def _sequences(
 
 
 def batches(sequences: Sequence[Ids], size: int) -> Iterator[list[Ids]]:
-    """Yield up to ``size`` sequences of one length at a time, in order of length, longest first: nothing is padded."""
+    """Yield up to ``size`` sequences of one length at a time, in order of length, longest first:
+    nothing is padded.
+    """
     groups: dict[int, list[Ids]] = {}
     for sequence in sequences:
         groups.setdefault(len(sequence), []).append(sequence)

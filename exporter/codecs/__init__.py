@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Encode and decode weights, by format names of `verifier.schemes`. Pure functions on torch tensors, any device."""
+"""Encode and decode weights, by format names of `verifier.schemes`. Pure functions on torch
+tensors, any device.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,13 @@ from verifier.errors import EncodeError
 
 Parts = dict[str, torch.Tensor]
 BLOCKS = {
-    "nvfp4": NVFP4_BLOCK, "w4a16_nvfp4": NVFP4_BLOCK, "mxfp8": MX_BLOCK, "fp8": 1, "fp8_per_channel": 1, "fp8_block": 1,
-}  # fmt: skip
+    "nvfp4": NVFP4_BLOCK,
+    "w4a16_nvfp4": NVFP4_BLOCK,
+    "mxfp8": MX_BLOCK,
+    "fp8": 1,
+    "fp8_per_channel": 1,
+    "fp8_block": 1,
+}
 """The formats that are written here, with what must divide the input dimension."""
 READ_ONLY = {"nvfp4_ct": foreign.nvfp4_ct, "mxfp4": foreign.mxfp4}
 """The formats that are only decoded."""
@@ -35,21 +42,29 @@ def encode(
     Args:
         x: float32, bfloat16 or float16, any stride, any device.
         fmt: a name of `BLOCKS`.
-        amax: fixes the maximum that scales are derived from; refused where the format has no tensor scale.
+        amax: fixes the maximum that scales are derived from; refused where the format has no tensor
+            scale.
         weight_scale_2: fixes the global scale (NVFP4).
         weight_scale: fixes the block, row or tensor scale; NVFP4 needs ``weight_scale_2`` with it.
-        out: tensors to write into, by leaf (``nvfp4``, ``w4a16_nvfp4``, ``mxfp8``); of the result's shapes and dtypes.
-        threads: how many work on one CPU tensor, each with one intra-op thread; None takes `torch.get_num_threads`. The
-            bytes do not depend on it.
+        out: tensors to write into, by leaf (``nvfp4``, ``w4a16_nvfp4``, ``mxfp8``); of the result's
+            shapes and dtypes.
+        threads: how many work on one CPU tensor, each with one intra-op thread; None takes
+            `torch.get_num_threads`. The bytes do not depend on it.
 
     Raises:
-        EncodeError: NaN or infinity in ``x`` (named by index), a width the block does not divide, a refused argument, a
-            tensor among the arguments that does not fit ``x``, scales that are not positive and finite.
+        EncodeError: NaN or infinity in ``x`` (named by index), a width the block does not divide, a
+            refused argument, a tensor among the arguments that does not fit ``x``, scales that are
+            not positive and finite.
     """
     _known(fmt)
     if fmt in ("nvfp4", "w4a16_nvfp4"):
         return nvfp4.encode(
-            x, amax=amax, weight_scale_2=weight_scale_2, weight_scale=weight_scale, out=out, threads=threads
+            x,
+            amax=amax,
+            weight_scale_2=weight_scale_2,
+            weight_scale=weight_scale,
+            out=out,
+            threads=threads,
         )
     if weight_scale_2 is not None:
         raise EncodeError(f"{fmt} has no weight_scale_2")
@@ -72,7 +87,8 @@ def decode(
     out: torch.Tensor | None = None,
     threads: int | None = None,
 ) -> torch.Tensor:
-    """Return the values of one weight or stack, [..., out, in], computed in float32 and cast to ``dtype``.
+    """Return the values of one weight or stack, [..., out, in], computed in float32 and cast to
+    ``dtype``.
 
     Args:
         parts: the tensors by their leaf, as `encode` returns them; one-byte formats may be uint8.
@@ -82,7 +98,8 @@ def decode(
         threads: as for `encode`.
 
     Raises:
-        EncodeError: an unknown format, a part that is missing, parts that do not fit one another, a misfit ``out``.
+        EncodeError: an unknown format, a part that is missing, parts that do not fit one another, a
+            misfit ``out``.
     """
     if fmt in READ_ONLY:
         return READ_ONLY[fmt](parts, dtype=dtype, out=out, threads=threads)

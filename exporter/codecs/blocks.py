@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shared by the codecs: rows, parts of them and threads over parts, block maxima, input checks. Any device."""
+"""Shared by the codecs: rows, parts of them and threads over parts, block maxima, input checks. Any
+device.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Part:
-    """Some rows of a matrix [rows, in], whole; or some columns of a single row that is wider than `CHUNK`."""
+    """Some rows of a matrix [rows, in], whole; or some columns of a single row that is wider than
+    `CHUNK`.
+    """
 
     start: int
     stop: int
@@ -26,7 +30,9 @@ class Part:
     right: int
 
     def scaled(self, per: int) -> Part:
-        """Return the part of a [rows, in/per] table that belongs to this one; its last column may stand for fewer."""
+        """Return the part of a [rows, in/per] table that belongs to this one; its last column may
+        stand for fewer.
+        """
         return Part(self.start, self.stop, self.left // per, -(-self.right // per))
 
     def of(self, table: torch.Tensor, per: int = 1) -> torch.Tensor:
@@ -69,23 +75,35 @@ class Rows:
 
 
 class Scratch:
-    """Buffers of one worker, used again for part after part: fresh ones would cost a page fault for each 4 KiB."""
+    """Buffers of one worker, used again for part after part: fresh ones would cost a page fault for
+    each 4 KiB.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._held: dict[str, torch.Tensor] = {}
 
     def take(self, name: str, dtype: torch.dtype, *shape: int) -> torch.Tensor:
-        """Return a tensor of undefined contents; the same memory whenever name, dtype and shape are."""
+        """Return a tensor of undefined contents; the same memory whenever name, dtype and shape
+        are.
+        """
         held = self._held.get(name)
         if held is None or held.shape != shape or held.dtype != dtype:
             held = self._held[name] = torch.empty(shape, dtype=dtype, device=self._device)
         return held
 
-    def place(self, name: str, into: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Return ``into`` if it is contiguous (and of ``dtype``), else a tensor to be copied there when it is filled."""
+    def place(
+        self, name: str, into: torch.Tensor, dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
+        """Return ``into`` if it is contiguous (and of ``dtype``), else a tensor to be copied there
+        when it is filled.
+        """
         wanted = dtype or into.dtype
-        return into if into.is_contiguous() and into.dtype == wanted else self.take(name, wanted, *into.shape)
+        return (
+            into
+            if into.is_contiguous() and into.dtype == wanted
+            else self.take(name, wanted, *into.shape)
+        )
 
     def floats(self, values: torch.Tensor) -> torch.Tensor:
         """Return ``values`` as contiguous float32: themselves, or a copy in this scratch."""
@@ -98,14 +116,19 @@ def rows_of(x: torch.Tensor, fmt: str, block: int) -> Rows:
     """Return ``x`` as [rows, in].
 
     Raises:
-        EncodeError: no floating dtype, fewer than two dimensions, or ``in`` not a multiple of ``block``.
+        EncodeError: no floating dtype, fewer than two dimensions, or ``in`` not a multiple of
+            ``block``.
     """
     if x.dtype not in FLOATS:
-        raise EncodeError(f"{fmt}: a tensor of {x.dtype}; float32, bfloat16 or float16 belongs here")
+        raise EncodeError(
+            f"{fmt}: a tensor of {x.dtype}; float32, bfloat16 or float16 belongs here"
+        )
     if x.ndim < 2:
         raise EncodeError(f"{fmt}: a tensor of shape {list(x.shape)}; [out, in] is the least")
     if x.shape[-1] % block:
-        raise EncodeError(f"{fmt}: the input dimension {x.shape[-1]} is not a multiple of the block {block}")
+        raise EncodeError(
+            f"{fmt}: the input dimension {x.shape[-1]} is not a multiple of the block {block}"
+        )
     return Rows(x)
 
 
@@ -120,21 +143,29 @@ def parts_of(rows: int, width: int, size: int = CHUNK) -> Iterator[Part]:
 
 
 def each_part(
-    shape: tuple[int, int], device: torch.device, threads: int | None, work: Callable[[Part, Scratch], None],
+    shape: tuple[int, int],
+    device: torch.device,
+    threads: int | None,
+    work: Callable[[Part, Scratch], None],
     size: int = CHUNK,
-) -> None:  # fmt: skip
+) -> None:
     """Call ``work`` for every part of [rows, in], by several threads of one intra-op thread each.
 
     Args:
         shape: rows and width.
         device: of the tensors; on any but the CPU one thread does the work.
-        threads: how many; None takes as many as torch has intra-op threads (one in a worker of `exporter.stream`).
+        threads: how many; None takes as many as torch has intra-op threads (one in a worker of
+            `exporter.stream`).
         work: what to do; parts do not overlap. Of errors the one of the first part is raised.
         size: elements of a part.
     """
     if threads is not None and threads < 1:
         raise EncodeError(f"threads is {threads}; 1 is the least")
-    count = min(threads or torch.get_num_threads(), -(-shape[0] * shape[1] // size)) if device.type == "cpu" else 1
+    count = (
+        min(threads or torch.get_num_threads(), -(-shape[0] * shape[1] // size))
+        if device.type == "cpu"
+        else 1
+    )
     parts = enumerate(parts_of(*shape, size))
     if count <= 1:
         scratch = Scratch(device)
@@ -157,7 +188,8 @@ def each_part(
             except BaseException as error:  # noqa: BLE001
                 failed.append((place, error))
 
-    # Threads inherit the number of intra-op threads; two levels of them on a busy machine took 80 times as long.
+    # Threads inherit the number of intra-op threads; two levels of them on a busy machine took 80
+    # times as long.
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -171,7 +203,8 @@ def each_part(
 
 
 def block_amax(x: torch.Tensor, block: int, scratch: Scratch) -> torch.Tensor:
-    """Return max |x| over blocks of the last dimension, float32 [rows, in/block], in scratch; NaN stays NaN.
+    """Return max |x| over blocks of the last dimension, float32 [rows, in/block], in scratch; NaN
+    stays NaN.
 
     Halving is four times as fast as ``amax`` over a short dimension on a CPU.
 
@@ -180,16 +213,23 @@ def block_amax(x: torch.Tensor, block: int, scratch: Scratch) -> torch.Tensor:
         block: a power of two that divides ``in``.
         scratch: where to work; its "wide" is written.
     """
-    y = torch.abs(x, out=scratch.take("wide", torch.float32, *x.shape)).view(x.shape[0], x.shape[1] // block, block)
+    y = torch.abs(x, out=scratch.take("wide", torch.float32, *x.shape)).view(
+        x.shape[0], x.shape[1] // block, block
+    )
     while y.shape[-1] > 1:
         half = y.shape[-1] // 2
-        y = torch.maximum(y[..., :half], y[..., half:], out=scratch.take(f"maxima{half}", torch.float32, *y.shape[:2], half))
+        y = torch.maximum(
+            y[..., :half],
+            y[..., half:],
+            out=scratch.take(f"maxima{half}", torch.float32, *y.shape[:2], half),
+        )
     result: torch.Tensor = y[..., 0]
     return result
 
 
 def require_finite(maxima: torch.Tensor, x: torch.Tensor, part: Part, shape: torch.Size) -> None:
-    """Raise where the block maxima show NaN or infinity, naming the first bad element by its index in ``shape``.
+    """Raise where the block maxima show NaN or infinity, naming the first bad element by its index
+    in ``shape``.
 
     Args:
         maxima: of ``x``, any shape.
@@ -209,7 +249,9 @@ def require_finite(maxima: torch.Tensor, x: torch.Tensor, part: Part, shape: tor
     for size in reversed(shape):
         index.append(flat % size)
         flat //= size
-    raise EncodeError(f"{value} at index {list(reversed(index))} of a weight of shape {list(shape)}")
+    raise EncodeError(
+        f"{value} at index {list(reversed(index))} of a weight of shape {list(shape)}"
+    )
 
 
 def tensor_amax(x: torch.Tensor, fmt: str, block: int, threads: int | None = None) -> torch.Tensor:
@@ -228,7 +270,9 @@ def tensor_amax(x: torch.Tensor, fmt: str, block: int, threads: int | None = Non
         low, high = torch.aminmax(values) if alone else (values.amin(-1), values.amax(-1))
         top = torch.maximum(low.abs(), high.abs()).float()
         require_finite(top, values, part, x.shape)
-        index = torch.tensor(matrix, device=x.device) if alone else matrix_of(part, x.shape, x.device)
+        index = (
+            torch.tensor(matrix, device=x.device) if alone else matrix_of(part, x.shape, x.device)
+        )
         with lock:
             maxima.scatter_reduce_(0, index.reshape(-1), top.reshape(-1), "amax")
 
@@ -242,7 +286,9 @@ def matrix_of(part: Part, shape: torch.Size, device: torch.device) -> torch.Tens
     return torch.arange(part.start, part.stop, device=device) // shape[-2]
 
 
-def require_fit(found: torch.Tensor, fmt: str, leaf: str, shape: tuple[int, ...], *dtypes: torch.dtype) -> None:
+def require_fit(
+    found: torch.Tensor, fmt: str, leaf: str, shape: tuple[int, ...], *dtypes: torch.dtype
+) -> None:
     """Refuse a tensor of another shape, or of none of ``dtypes`` (any, where none is named).
 
     Raises:
@@ -251,7 +297,9 @@ def require_fit(found: torch.Tensor, fmt: str, leaf: str, shape: tuple[int, ...]
     if tuple(found.shape) != tuple(shape):
         raise EncodeError(f"{fmt}: {leaf} of shape {list(found.shape)}; {list(shape)} belongs here")
     if dtypes and found.dtype not in dtypes:
-        raise EncodeError(f"{fmt}: {leaf} of {found.dtype}; {' or '.join(map(str, dtypes))} belongs here")
+        raise EncodeError(
+            f"{fmt}: {leaf} of {found.dtype}; {' or '.join(map(str, dtypes))} belongs here"
+        )
 
 
 def require_positive(scale: torch.Tensor, fmt: str, leaf: str) -> None:
@@ -274,10 +322,14 @@ def scalar_or(value: torch.Tensor, fmt: str, leaf: str, shape: tuple[int, ...]) 
         return value
     if tuple(value.shape) == (1,):
         return value.reshape(())
-    raise EncodeError(f"{fmt}: {leaf} of shape {list(value.shape)}; a scalar or {list(shape)} belongs here")
+    raise EncodeError(
+        f"{fmt}: {leaf} of shape {list(value.shape)}; a scalar or {list(shape)} belongs here"
+    )
 
 
-def given_amax(value: torch.Tensor | float, fmt: str, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+def given_amax(
+    value: torch.Tensor | float, fmt: str, shape: tuple[int, ...], device: torch.device
+) -> torch.Tensor:
     """Return a given maximum, float32, a scalar or of ``shape``.
 
     Raises:
@@ -289,7 +341,9 @@ def given_amax(value: torch.Tensor | float, fmt: str, shape: tuple[int, ...], de
     return scalar_or(top, fmt, "amax", shape)
 
 
-def take(parts: dict[str, torch.Tensor], fmt: str, leaves: tuple[str, ...], *dtypes: torch.dtype) -> torch.Tensor:
+def take(
+    parts: dict[str, torch.Tensor], fmt: str, leaves: tuple[str, ...], *dtypes: torch.dtype
+) -> torch.Tensor:
     """Return the first of ``leaves`` that ``parts`` has.
 
     Raises:
@@ -303,12 +357,18 @@ def take(parts: dict[str, torch.Tensor], fmt: str, leaves: tuple[str, ...], *dty
 
 
 def target(
-    out: torch.Tensor | None, fmt: str, leaf: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    out: torch.Tensor | None,
+    fmt: str,
+    leaf: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the tensor to write into, ``out`` or a new one, and its view as [rows, columns].
 
     Raises:
-        EncodeError: ``out`` is of another shape, dtype or device, or its strides allow no such view.
+        EncodeError: ``out`` is of another shape, dtype or device, or its strides allow no such
+            view.
     """
     found = torch.empty(shape, dtype=dtype, device=device) if out is None else out
     require_fit(found, fmt, leaf, shape, dtype)
@@ -317,11 +377,20 @@ def target(
     try:
         return found, found.view(found.shape[:-1].numel(), found.shape[-1])
     except RuntimeError as error:
-        raise EncodeError(f"{fmt}: {leaf} of strides {found.stride()} cannot be viewed as rows") from error
+        raise EncodeError(
+            f"{fmt}: {leaf} of strides {found.stride()} cannot be viewed as rows"
+        ) from error
 
 
 def per_row(value: torch.Tensor, part: Part, shape: torch.Size) -> torch.Tensor:
-    """Return one value a matrix ([...] of a [..., out, in] stack, or a scalar) as float32 [rows, 1] of a part, or [1, 1]."""
+    """Return one value a matrix ([...] of a [..., out, in] stack, or a scalar) as float32 [rows, 1]
+    of a part, or [1, 1].
+    """
     if value.numel() == 1:
         return value.float().reshape(1, 1)
-    return value.float().reshape(-1).index_select(0, matrix_of(part, shape, value.device)).unsqueeze(-1)
+    return (
+        value.float()
+        .reshape(-1)
+        .index_select(0, matrix_of(part, shape, value.device))
+        .unsqueeze(-1)
+    )

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compiled back end: taken for CPU tensors where numba is installed (the extra ``fast``), to the same bytes.
+"""The compiled back end: taken for CPU tensors where numba is installed (the extra ``fast``), to
+the same bytes.
 
-The torch code is the reference, and what any other device runs. ``CKPTGATE_FAST=0`` in the environment, or `use`,
-turns the compiled one off.
+The torch code is the reference, and what any other device runs. ``CKPTGATE_FAST=0`` in the
+environment, or `use`, turns the compiled one off.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ def use(backend: Backend | None) -> None:
         EncodeError: numba was chosen and cannot be imported.
     """
     if backend == "numba" and _kernels() is None:
-        raise EncodeError("the numba back end was chosen, and numba cannot be imported; pip install 'ckptgate[fast]'")
+        raise EncodeError(
+            "the numba back end was chosen, and numba cannot be imported; pip install 'ckptgate[fast]'"
+        )
     _chosen[0] = backend
 
 

@@ -1,11 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Formats that are read and never written: MXFP4 (OCP Microscaling v1.0) and compressed-tensors' NVFP4."""
+"""Formats that are read and never written: MXFP4 (OCP Microscaling v1.0) and compressed-tensors'
+NVFP4.
+"""
 
 from __future__ import annotations
 
 import torch
 
-from exporter.codecs.blocks import FLOATS, Part, Rows, Scratch, each_part, require_fit, scalar_or, take, target
+from exporter.codecs.blocks import (
+    FLOATS,
+    Part,
+    Rows,
+    Scratch,
+    each_part,
+    require_fit,
+    scalar_or,
+    take,
+    target,
+)
 from exporter.codecs.constants import MX_BLOCK, NVFP4_BLOCK
 from exporter.codecs.tables import e2m1_pairs, e8m0_powers
 from verifier.errors import EncodeError
@@ -21,9 +33,9 @@ def mxfp4(
     """Return E2M1 codes times 2^(scale - 127) in float32, cast to ``dtype``; [..., out, in].
 
     Args:
-        parts: ``weight`` or ``weight_packed`` uint8 [..., out, in/2] with ``weight_scale`` [..., out, in/32] (uint8 or
-            float8_e8m0fnu), or gpt-oss's ``blocks`` uint8 [..., out, in/32, 16] with ``scales``; the even column is in
-            the low nibble.
+        parts: ``weight`` or ``weight_packed`` uint8 [..., out, in/2] with ``weight_scale`` [...,
+            out, in/32] (uint8 or float8_e8m0fnu), or gpt-oss's ``blocks`` uint8 [..., out, in/32,
+            16] with ``scales``; the even column is in the low nibble.
         dtype: of the result.
         out: where to write it, instead of allocating: of the result's shape and dtype.
         threads: how many work on CPU tensors (`exporter.codecs.blocks.each_part`).
@@ -32,23 +44,32 @@ def mxfp4(
         EncodeError: a part is missing, parts do not fit one another, ``out`` does not fit.
     """
     code, scale = mxfp4_codes(parts)
-    result, flat = target(out, "mxfp4", "out", torch.Size((*code.shape[:-1], code.shape[-1] * 2)), dtype, code.device)
+    result, flat = target(
+        out, "mxfp4", "out", torch.Size((*code.shape[:-1], code.shape[-1] * 2)), dtype, code.device
+    )
     _write(flat, code, e8m0_powers().to(code.device)[scale.to(torch.int64)], MX_BLOCK, threads)
     return result
 
 
 def mxfp4_codes(parts: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the codes, uint8 [..., out, in/2], and the scale bytes, uint8 [..., out, in/32], of an MXFP4 weight.
+    """Return the codes, uint8 [..., out, in/2], and the scale bytes, uint8 [..., out, in/32], of an
+    MXFP4 weight.
 
     Raises:
         EncodeError: a part is missing, or they do not fit one another.
     """
-    scale = take(parts, "mxfp4", ("scales", "weight_scale"), torch.uint8, torch.float8_e8m0fnu).view(torch.uint8)
+    scale = take(
+        parts, "mxfp4", ("scales", "weight_scale"), torch.uint8, torch.float8_e8m0fnu
+    ).view(torch.uint8)
     code = take(parts, "mxfp4", ("blocks", "weight", "weight_packed"), torch.uint8)
     if "blocks" in parts:
         require_fit(code, "mxfp4", "blocks", (*scale.shape, MX_BLOCK // 2))
         code = code.reshape(*scale.shape[:-1], scale.shape[-1] * (MX_BLOCK // 2))
-    if code.ndim < 2 or code.shape[:-1] != scale.shape[:-1] or code.shape[-1] * 2 != scale.shape[-1] * MX_BLOCK:
+    if (
+        code.ndim < 2
+        or code.shape[:-1] != scale.shape[:-1]
+        or code.shape[-1] * 2 != scale.shape[-1] * MX_BLOCK
+    ):
         raise EncodeError(f"mxfp4: scales {list(scale.shape)} do not fit codes {list(code.shape)}")
     return code, scale
 
@@ -60,11 +81,13 @@ def nvfp4_ct(
     out: torch.Tensor | None = None,
     threads: int | None = None,
 ) -> torch.Tensor:
-    """Return ``(weight_scale / weight_global_scale) * code`` in float32, cast to ``dtype``; [..., out, in].
+    """Return ``(weight_scale / weight_global_scale) * code`` in float32, cast to ``dtype``; [...,
+    out, in].
 
     Args:
-        parts: as compressed-tensors 0.20 writes ``nvfp4-pack-quantized``: ``weight_packed`` uint8 [..., out, in/2],
-            ``weight_scale`` float8_e4m3fn [..., out, in/16], ``weight_global_scale`` float32 [1] (a divisor).
+        parts: as compressed-tensors 0.20 writes ``nvfp4-pack-quantized``: ``weight_packed`` uint8
+            [..., out, in/2], ``weight_scale`` float8_e4m3fn [..., out, in/16],
+            ``weight_global_scale`` float32 [1] (a divisor).
         dtype: of the result.
         out: where to write it, instead of allocating: of the result's shape and dtype.
         threads: how many work on CPU tensors (`exporter.codecs.blocks.each_part`).
@@ -73,25 +96,46 @@ def nvfp4_ct(
         EncodeError: a part is missing, parts do not fit one another, ``out`` does not fit.
     """
     code = take(parts, "nvfp4_ct", ("weight_packed", "weight"), torch.uint8)
-    scale = take(parts, "nvfp4_ct", ("weight_scale",), torch.uint8, torch.float8_e4m3fn).view(torch.float8_e4m3fn)
+    scale = take(parts, "nvfp4_ct", ("weight_scale",), torch.uint8, torch.float8_e4m3fn).view(
+        torch.float8_e4m3fn
+    )
     divisor = take(parts, "nvfp4_ct", ("weight_global_scale",), *FLOATS).float()
     divisor = scalar_or(divisor, "nvfp4_ct", "weight_global_scale", code.shape[:-2])
     if code.ndim < 2:
         raise EncodeError(f"nvfp4_ct: a weight of shape {list(code.shape)}; [out, in] is the least")
-    require_fit(scale, "nvfp4_ct", "weight_scale", (*code.shape[:-1], code.shape[-1] * 2 // NVFP4_BLOCK))
-    result, flat = target(out, "nvfp4_ct", "out", torch.Size((*code.shape[:-1], code.shape[-1] * 2)), dtype, code.device)
-    _write(flat, code, scale.float() / (divisor[..., None, None] if divisor.ndim else divisor), NVFP4_BLOCK, threads)
+    require_fit(
+        scale, "nvfp4_ct", "weight_scale", (*code.shape[:-1], code.shape[-1] * 2 // NVFP4_BLOCK)
+    )
+    result, flat = target(
+        out,
+        "nvfp4_ct",
+        "out",
+        torch.Size((*code.shape[:-1], code.shape[-1] * 2)),
+        dtype,
+        code.device,
+    )
+    _write(
+        flat,
+        code,
+        scale.float() / (divisor[..., None, None] if divisor.ndim else divisor),
+        NVFP4_BLOCK,
+        threads,
+    )
     return result
 
 
-def _write(flat: torch.Tensor, code: torch.Tensor, scale: torch.Tensor, block: int, threads: int | None) -> None:
+def _write(
+    flat: torch.Tensor, code: torch.Tensor, scale: torch.Tensor, block: int, threads: int | None
+) -> None:
     """Write codes times their blocks' scale into rows, a part at a time."""
     pairs = e2m1_pairs().to(code.device)
     codes, scales = Rows(code), Rows(scale)
 
     def work(part: Part, _scratch: Scratch) -> None:
         stored, factor = codes.of(part.scaled(2)), scales.of(part.scaled(block))
-        values = pairs.index_select(0, stored.to(torch.int32).reshape(-1)).view(*factor.shape, block)
+        values = pairs.index_select(0, stored.to(torch.int32).reshape(-1)).view(
+            *factor.shape, block
+        )
         part.of(flat).copy_((values * factor.unsqueeze(-1)).flatten(1))
 
     each_part((flat.shape[0], flat.shape[1]), code.device, threads, work)

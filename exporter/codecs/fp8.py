@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FP8 E4M3 with float32 scales: one a tensor, one a row, or one for each 128x128 tile (DeepSeek-V3, section 3.3)."""
+"""FP8 E4M3 with float32 scales: one a tensor, one a row, or one for each 128x128 tile (DeepSeek-V3,
+section 3.3).
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,11 @@ from exporter.codecs.constants import E4M3_MAX, FP8_TILE
 from exporter.codecs.mxfp8 import values_of
 from verifier.errors import EncodeError
 
-SCALE_LEAF = {"fp8": "weight_scale", "fp8_per_channel": "weight_scale", "fp8_block": "weight_scale_inv"}
+SCALE_LEAF = {
+    "fp8": "weight_scale",
+    "fp8_per_channel": "weight_scale",
+    "fp8_block": "weight_scale_inv",
+}
 
 
 def encode(
@@ -42,22 +48,30 @@ def encode(
 
     Args:
         x: float32, bfloat16 or float16.
-        fmt: ``fp8`` (scale [...]), ``fp8_per_channel`` ([..., out]) or ``fp8_block`` ([..., out/128, in/128], ceil).
+        fmt: ``fp8`` (scale [...]), ``fp8_per_channel`` ([..., out]) or ``fp8_block`` ([...,
+            out/128, in/128], ceil).
         amax: the maximum to derive the scale from, in the scale's shape or a scalar.
-        weight_scale: the scale itself, its axes of length 1 more or fewer; for ``fp8`` one for all will do.
+        weight_scale: the scale itself, its axes of length 1 more or fewer; for ``fp8`` one for all
+            will do.
         threads: how many work on a CPU tensor (`exporter.codecs.blocks.each_part`).
 
     Returns:
-        ``weight`` float8_e4m3fn [..., out, in]; ``weight_scale`` (``weight_scale_inv`` for ``fp8_block``) float32.
+        ``weight`` float8_e4m3fn [..., out, in]; ``weight_scale`` (``weight_scale_inv`` for
+        ``fp8_block``) float32.
 
     Raises:
-        EncodeError: NaN or infinity in ``x``, an ``amax`` or ``weight_scale`` of another shape, an ``amax`` that is
-            negative or not finite, a ``weight_scale`` that is not positive and finite.
+        EncodeError: NaN or infinity in ``x``, an ``amax`` or ``weight_scale`` of another shape, an
+            ``amax`` that is negative or not finite, a ``weight_scale`` that is not positive and
+            finite.
     """
     rows = rows_of(x, fmt, 1)
     if weight_scale is None:
         shape = _scale_shape(fmt, x.shape)
-        top = _amax(x, fmt, threads) if amax is None else given_amax(amax, fmt, shape, x.device).expand(shape)
+        top = (
+            _amax(x, fmt, threads)
+            if amax is None
+            else given_amax(amax, fmt, shape, x.device).expand(shape)
+        )
         scale = top / E4M3_MAX
         scale = torch.where(scale == 0, torch.ones_like(scale), scale)
     else:
@@ -86,12 +100,16 @@ def _scale_shape(fmt: str, shape: torch.Size) -> tuple[int, ...]:
 
 
 def _fitted(scale: torch.Tensor, fmt: str, shape: torch.Size) -> torch.Tensor:
-    """Return a scale in the shape for weights of ``shape``; on disk it may have more axes of length 1, or fewer."""
+    """Return a scale in the shape for weights of ``shape``; on disk it may have more axes of length
+    1, or fewer.
+    """
     wanted = _scale_shape(fmt, shape)
     if fmt == "fp8" and scale.numel() == 1:
         return scale.reshape(()).expand(wanted)
     if [n for n in scale.shape if n != 1] != [n for n in wanted if n != 1]:
-        raise EncodeError(f"{fmt}: a scale of shape {list(scale.shape)}; {list(wanted)} belongs here")
+        raise EncodeError(
+            f"{fmt}: a scale of shape {list(scale.shape)}; {list(wanted)} belongs here"
+        )
     return scale.reshape(wanted)
 
 
@@ -99,7 +117,11 @@ def _amax(x: torch.Tensor, fmt: str, threads: int | None) -> torch.Tensor:
     """Return the maxima that scales are derived from, in their shape."""
     shape = _scale_shape(fmt, x.shape)
     rows, lock = Rows(x), threading.Lock()
-    table = (torch.Size(shape[:-1]).numel(), shape[-1]) if fmt == "fp8_block" else (torch.Size(shape).numel(), 1)
+    table = (
+        (torch.Size(shape[:-1]).numel(), shape[-1])
+        if fmt == "fp8_block"
+        else (torch.Size(shape).numel(), 1)
+    )
     maxima = torch.zeros(table, dtype=torch.float32, device=x.device)
 
     def work(part: Part, _: Scratch) -> None:
@@ -132,13 +154,17 @@ def _place(fmt: str, part: Part, shape: torch.Size, device: torch.device) -> tor
 
 
 def _wide(scale: torch.Tensor, fmt: str, part: Part, shape: torch.Size) -> torch.Tensor:
-    """Return a scale of `_scale_shape` such that it broadcasts over a part of weights of ``shape``."""
+    """Return a scale of `_scale_shape` such that it broadcasts over a part of weights of
+    ``shape``.
+    """
     if fmt == "fp8":
         return per_row(scale, part, shape)
     place = _place(fmt, part, shape, scale.device)
     if fmt == "fp8_per_channel":
         return scale.reshape(-1, 1).index_select(0, place)
-    tiles = scale.reshape(-1, scale.shape[-1])[:, part.left // FP8_TILE : -(-part.right // FP8_TILE)].index_select(0, place)
+    tiles = scale.reshape(-1, scale.shape[-1])[
+        :, part.left // FP8_TILE : -(-part.right // FP8_TILE)
+    ].index_select(0, place)
     return tiles.repeat_interleave(FP8_TILE, -1)[:, : part.right - part.left]
 
 
@@ -153,8 +179,8 @@ def decode(
     """Return ``code * scale`` in float32, cast to ``dtype``; [..., out, in].
 
     Args:
-        parts: ``weight`` float8_e4m3fn [..., out, in], or its bytes as uint8, and ``weight_scale`` (or
-            ``weight_scale_inv``) as `encode` takes it.
+        parts: ``weight`` float8_e4m3fn [..., out, in], or its bytes as uint8, and ``weight_scale``
+            (or ``weight_scale_inv``) as `encode` takes it.
         fmt: ``fp8``, ``fp8_per_channel`` or ``fp8_block``.
         dtype: of the result.
         out: where to write it, instead of allocating: of the result's shape and dtype.
@@ -164,7 +190,11 @@ def decode(
         EncodeError: a part is missing, parts do not fit one another, ``out`` does not fit.
     """
     code = take(parts, fmt, ("weight",), torch.uint8, torch.float8_e4m3fn).view(torch.uint8)
-    scale = _fitted(take(parts, fmt, ("weight_scale", "weight_scale_inv"), *FLOATS).detach().float(), fmt, code.shape)
+    scale = _fitted(
+        take(parts, fmt, ("weight_scale", "weight_scale_inv"), *FLOATS).detach().float(),
+        fmt,
+        code.shape,
+    )
     result, flat = target(out, fmt, "out", code.shape, dtype, code.device)
     rows = Rows(code)
 

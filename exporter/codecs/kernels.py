@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The inner loops of NVFP4, MXFP8 and the FP8 scale sweep, compiled by numba (the extra ``fast``).
 
-Float32 throughout, IEEE, no contraction, no other order of summation: every byte is that of the torch code beside
-which each of them stands. Loops over elements take what varies by block from a buffer as wide as themselves; so a
-compiler turns them into vector instructions. All arrays are C-contiguous; threads may call them at once.
+Float32 throughout, IEEE, no contraction, no other order of summation: every byte is that of the
+torch code beside which each of them stands. Loops over elements take what varies by block from a
+buffer as wide as themselves; so a compiler turns them into vector instructions. All arrays are
+C-contiguous; threads may call them at once.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ _ONE, _HALF, _SIX = I32(0x3F800000), I32(0x3F000000), I32(0x40C00000)
 _E4M3_FLOOR, _E4M3_LEAST, _E4M3_MAX = I32(0x3B000000), I32(0x3C800000), I32(0x43E00000)
 """Bits of 2^-9, the smallest E4M3; of 2^-6, the smallest normal one; of 448."""
 _STEP_E2M1, _STEP_E4M3 = I32(22 << 23), I32(20 << 23)
-"""Added to the bits of 2^k: those of the power of two whose unit in the last place is the format's step at 2^k."""
+"""Added to the bits of 2^k: those of the power of two whose unit in the last place is the format's
+step at 2^k."""
 _TILE = 2048
 """Elements at a time: the buffers of a tile stay in the first-level cache."""
 
@@ -75,7 +77,9 @@ def _e2m1(quotient: Any) -> Any:
     exponent = I32(max(size & _EXPONENT, _ONE))
     magic = I32(exponent + _STEP_E2M1)
     steps = I32(_bits(_real(size) + _real(magic)) - magic)
-    code = I32(I32(steps + I32(I32(exponent - _ONE) >> I32(22))) | I32(I32(bits >> I32(28)) & I32(8)))
+    code = I32(
+        I32(steps + I32(I32(exponent - _ONE) >> I32(22))) | I32(I32(bits >> I32(28)) & I32(8))
+    )
     return I32(0) if (bits & _MAGNITUDE) > _EXPONENT else code
 
 
@@ -116,8 +120,11 @@ def _pack(pairs: Any, packed: Any) -> None:
 
 
 @_compiled
-def nvfp4_encode(x: Any, bits: Any, scale_2: Any, given: bool, table: Any, scales: Any, packed: Any) -> int:
-    """Encode rows; return the bits of the largest magnitude, from 0x7F800000 on where something is not finite.
+def nvfp4_encode(
+    x: Any, bits: Any, scale_2: Any, given: bool, table: Any, scales: Any, packed: Any
+) -> int:
+    """Encode rows; return the bits of the largest magnitude, from 0x7F800000 on where something is
+    not finite.
 
     Args:
         x: float32 [rows, in]; ``bits`` is its view as int32.
@@ -130,7 +137,11 @@ def nvfp4_encode(x: Any, bits: Any, scale_2: Any, given: bool, table: Any, scale
     """
     rows, width = x.shape
     worst = I32(0)
-    tops, each, code = np.empty(_TILE // NVFP4_BLOCK, I32), np.empty(_TILE // NVFP4_BLOCK, F32), np.empty(_TILE, U8)
+    tops, each, code = (
+        np.empty(_TILE // NVFP4_BLOCK, I32),
+        np.empty(_TILE // NVFP4_BLOCK, F32),
+        np.empty(_TILE, U8),
+    )
     pairs = code.view(U16)
     for i in range(rows):
         shared = scale_2[i if scale_2.size > 1 else 0]
@@ -166,7 +177,9 @@ def _e2m1_value(code: Any) -> Any:
 
 @_compiled
 def nvfp4_decode(packed: Any, scales: Any, scale_2: Any, table: Any, out: Any) -> None:
-    """Write ``(scale * scale_2) * code``; arguments as for `nvfp4_encode`, ``out`` float32 [rows, in]."""
+    """Write ``(scale * scale_2) * code``; arguments as for `nvfp4_encode`, ``out`` float32 [rows,
+    in].
+    """
     for i in range(out.shape[0]):
         shared = scale_2[i if scale_2.size > 1 else 0]
         blocks, stored, row = scales[i], packed[i], out[i]
@@ -206,7 +219,10 @@ def mxfp8_encode(x: Any, bits: Any, given: bool, inverse: Any, scales: Any, code
             if not given:
                 blocks[b] = U8(min(max(((np.int64(top) + 0x1FFFFF) >> 23) - 8, 0), 254))
             power = inverse[blocks[b]]
-            values, into = x[i, b * MX_BLOCK : (b + 1) * MX_BLOCK], codes[i, b * MX_BLOCK : (b + 1) * MX_BLOCK]
+            values, into = (
+                x[i, b * MX_BLOCK : (b + 1) * MX_BLOCK],
+                codes[i, b * MX_BLOCK : (b + 1) * MX_BLOCK],
+            )
             for j in range(MX_BLOCK):
                 quotient = _bits(values[j] * power)
                 size = _e4m3(I32(min(quotient & _MAGNITUDE, _E4M3_MAX)))
@@ -228,12 +244,17 @@ def _e4m3_value(code: Any) -> Any:
 
 @_compiled
 def mxfp8_decode(codes: Any, scales: Any, powers: Any, out: Any) -> None:
-    """Write ``code * 2^(scale - 127)``; ``powers`` has NaN for 255, ``out`` is float32 [rows, in], its last block ragged."""
+    """Write ``code * 2^(scale - 127)``; ``powers`` has NaN for 255, ``out`` is float32 [rows, in],
+    its last block ragged.
+    """
     rows, width = out.shape
     for i in range(rows):
         for b in range(width // MX_BLOCK):
             power = powers[scales[i, b]]
-            stored, into = codes[i, b * MX_BLOCK : (b + 1) * MX_BLOCK], out[i, b * MX_BLOCK : (b + 1) * MX_BLOCK]
+            stored, into = (
+                codes[i, b * MX_BLOCK : (b + 1) * MX_BLOCK],
+                out[i, b * MX_BLOCK : (b + 1) * MX_BLOCK],
+            )
             for j in range(MX_BLOCK):
                 into[j] = _e4m3_value(I32(stored[j])) * power
         for j in range(width - width % MX_BLOCK, width):
@@ -242,7 +263,9 @@ def mxfp8_decode(codes: Any, scales: Any, powers: Any, out: Any) -> None:
 
 @_compiled
 def _errors(x: Any, low: Any, high: Any, errors: Any) -> None:
-    """Write the squared errors of a block under two scales; ``x`` holds its 16 magnitudes twice, float32 [32]."""
+    """Write the squared errors of a block under two scales; ``x`` holds its 16 magnitudes twice,
+    float32 [32].
+    """
     for j in range(32):
         scale = low if j < 16 else high
         size = x[j] / scale
@@ -255,8 +278,12 @@ def _errors(x: Any, low: Any, high: Any, errors: Any) -> None:
 @_compiled
 def _folded(e: Any, i: int) -> Any:
     """Return the sum of 16 errors as `exporter.weights.loss.block_loss` adds them: by halves."""
-    even = ((e[i] + e[i + 8]) + (e[i + 4] + e[i + 12])) + ((e[i + 2] + e[i + 10]) + (e[i + 6] + e[i + 14]))
-    odd = ((e[i + 1] + e[i + 9]) + (e[i + 5] + e[i + 13])) + ((e[i + 3] + e[i + 11]) + (e[i + 7] + e[i + 15]))
+    even = ((e[i] + e[i + 8]) + (e[i + 4] + e[i + 12])) + (
+        (e[i + 2] + e[i + 10]) + (e[i + 6] + e[i + 14])
+    )
+    odd = ((e[i + 1] + e[i + 9]) + (e[i + 5] + e[i + 13])) + (
+        (e[i + 3] + e[i + 11]) + (e[i + 7] + e[i + 15])
+    )
     return even + odd
 
 

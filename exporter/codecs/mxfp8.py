@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """MXFP8: E4M3 codes, an E8M0 power-of-two scale for each 32 of a row (OCP MX v1.0, section 5.2).
 
-The exponent is the smallest that keeps the block within 448 (RCEIL), by an integer rule on the float's bits: a
-float32 log2 chooses one too low just above 448 * 2^k.
+The exponent is the smallest that keeps the block within 448 (RCEIL), by an integer rule on the
+float's bits: a float32 log2 chooses one too low just above 448 * 2^k.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ from verifier.errors import EncodeError
 
 
 def exponents(maxima: torch.Tensor) -> torch.Tensor:
-    """Return the E8M0 byte of each block, 0 to 254, int32: ceil(log2(amax / 448)) + 127, exactly."""
+    """Return the E8M0 byte of each block, 0 to 254, int32: ceil(log2(amax / 448)) + 127,
+    exactly.
+    """
     return (((maxima.view(torch.int32) + 0x1FFFFF) >> 23) - 8).clamp_(0, 254)
 
 
@@ -59,14 +61,18 @@ def encode(
         ``weight`` float8_e4m3fn [..., out, in], ``weight_scale`` uint8 [..., out, in/32].
 
     Raises:
-        EncodeError: NaN or infinity (named by index), a width that 32 does not divide, a scale of NaN (255), a
-            ``weight_scale`` or ``out`` of another shape or dtype.
+        EncodeError: NaN or infinity (named by index), a width that 32 does not divide, a scale of
+            NaN (255), a ``weight_scale`` or ``out`` of another shape or dtype.
     """
     rows = rows_of(x, "mxfp8", MX_BLOCK)
     out = out or {}
     shape = (*x.shape[:-1], x.shape[-1] // MX_BLOCK)
-    code, flat_code = target(out.get("weight"), "mxfp8", "weight", x.shape, torch.float8_e4m3fn, x.device)
-    scales, flat_scales = target(out.get("weight_scale"), "mxfp8", "weight_scale", shape, torch.uint8, x.device)
+    code, flat_code = target(
+        out.get("weight"), "mxfp8", "weight", x.shape, torch.float8_e4m3fn, x.device
+    )
+    scales, flat_scales = target(
+        out.get("weight_scale"), "mxfp8", "weight_scale", shape, torch.uint8, x.device
+    )
     given = None
     if weight_scale is not None:
         require_fit(weight_scale, "mxfp8", "weight_scale", shape, torch.uint8, torch.float8_e8m0fnu)
@@ -85,7 +91,9 @@ def encode(
                 done_scales.copy_(part.of(given, MX_BLOCK))
             plain, inverse = fast.array(values), fast.array(_tables(x.device)[2])
             arrays = fast.array(done_scales), fast.array(done)
-            worst = compiled.mxfp8_encode(plain, plain.view("int32"), given is not None, inverse, *arrays)
+            worst = compiled.mxfp8_encode(
+                plain, plain.view("int32"), given is not None, inverse, *arrays
+            )
             if not fast.finite(worst):
                 require_finite(values.abs(), values, part, x.shape)
             settle(done, into)
@@ -116,7 +124,8 @@ def _tables(device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
 def values_of(code: torch.Tensor, scratch: Scratch, into: torch.Tensor) -> None:
     """Write the values of E4M3 bytes, uint8, to contiguous float32 of the same shape.
 
-    Shifted by seven, and its sign by eight, a code is the float16 of 2^-8 times its value; but the NaN codes are not.
+    Shifted by seven, and its sign by eight, a code is the float16 of 2^-8 times its value; but the
+    NaN codes are not.
     """
     if code.numel() and (code & 0x7F).amax() == 0x7F:
         codes = _tables(code.device)[0]
@@ -133,11 +142,12 @@ def decode(
     out: torch.Tensor | None = None,
     threads: int | None = None,
 ) -> torch.Tensor:
-    """Return ``code * 2^(scale - 127)`` in float32, cast to ``dtype``; a ragged last block is read, [..., out, in].
+    """Return ``code * 2^(scale - 127)`` in float32, cast to ``dtype``; a ragged last block is read,
+    [..., out, in].
 
     Args:
-        parts: ``weight`` float8_e4m3fn [..., out, in] and ``weight_scale`` (or ``weight_scale_inv``) float8_e8m0fnu
-            [..., out, ceil(in/32)], or their bytes as uint8.
+        parts: ``weight`` float8_e4m3fn [..., out, in] and ``weight_scale`` (or
+            ``weight_scale_inv``) float8_e8m0fnu [..., out, ceil(in/32)], or their bytes as uint8.
         dtype: of the result.
         out: where to write it, instead of allocating: of the result's shape and dtype.
         threads: how many work on CPU tensors (`exporter.codecs.blocks.each_part`).
@@ -146,7 +156,9 @@ def decode(
         EncodeError: a part is missing, parts do not fit one another, ``out`` does not fit.
     """
     code = take(parts, "mxfp8", ("weight",), torch.uint8, torch.float8_e4m3fn).view(torch.uint8)
-    scale = take(parts, "mxfp8", ("weight_scale", "weight_scale_inv"), torch.uint8, torch.float8_e8m0fnu).view(torch.uint8)
+    scale = take(
+        parts, "mxfp8", ("weight_scale", "weight_scale_inv"), torch.uint8, torch.float8_e8m0fnu
+    ).view(torch.uint8)
     width = code.shape[-1]
     require_fit(scale, "mxfp8", "weight_scale", (*code.shape[:-1], -(-width // MX_BLOCK)))
     result, flat = target(out, "mxfp8", "out", code.shape, dtype, code.device)
@@ -159,7 +171,9 @@ def decode(
         into = part.of(flat)
         values = scratch.place("values", into, torch.float32)
         if compiled is not None:
-            compiled.mxfp8_decode(*(fast.array(t) for t in (stored.contiguous(), bytes_.contiguous(), powers, values)))
+            compiled.mxfp8_decode(
+                *(fast.array(t) for t in (stored.contiguous(), bytes_.contiguous(), powers, values))
+            )
             settle(values, into)
             return
         values_of(stored, scratch, values)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Detect fused experts in a model, or in the model that a config stands for, built without memory."""
+"""Detect fused experts in a model, or in the model that a config stands for, built without
+memory.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,15 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 
-from exporter.detect.layouts import FLAGS, ExpertStack, FusedLinear, Refused, by_flags, by_shapes, parameters
+from exporter.detect.layouts import (
+    FLAGS,
+    ExpertStack,
+    FusedLinear,
+    Refused,
+    by_flags,
+    by_shapes,
+    parameters,
+)
 from exporter.detect.registry import READERS, load_plugins
 from verifier.checkpoint import special_floats
 from verifier.errors import ContentError, UsageError
@@ -41,17 +51,23 @@ class Detection:
 
 
 def _words(stack: ExpertStack) -> str:
-    gate = ("gate and up interleaved" if stack.interleaved else "gate before up") if stack.gated else "not gated"
+    gate = (
+        ("gate and up interleaved" if stack.interleaved else "gate before up")
+        if stack.gated
+        else "not gated"
+    )
     axes = "transposed [experts, in, out]" if stack.transposed else "[experts, out, in]"
     more = ", with bias" if stack.bias else ""
     return f"{stack.cls}: {stack.experts:,} experts, {axes}, {gate}{more}, hidden {stack.hidden:,} x {stack.intermediate:,}"
 
 
 def detect(model: Any) -> Detection:
-    """Return what a transformers model holds; nothing is changed, and parameters may be on the meta device.
+    """Return what a transformers model holds; nothing is changed, and parameters may be on the meta
+    device.
 
-    A module is read by its class where that is registered, else by the flags of transformers' experts decorator, else by
-    its shapes where they admit one reading; every other module that looks like experts is refused by name.
+    A module is read by its class where that is registered, else by the flags of transformers'
+    experts decorator, else by its shapes where they admit one reading; every other module that
+    looks like experts is refused by name.
     """
     load_plugins()
     stacks: list[ExpertStack] = []
@@ -84,11 +100,14 @@ def _suspect(path: str, module: Any) -> Refused | None:
     odd = [f"{n} {list(s)}" for n, s in parameters(module).items() if len(s) == 3]
     if not odd:
         return None
-    return Refused(path, type(module).__name__, f"holds {', '.join(odd)} in a layout that is not known")
+    return Refused(
+        path, type(module).__name__, f"holds {', '.join(odd)} in a layout that is not known"
+    )
 
 
 def detect_config(path: Path | str) -> Detection:
-    """Return what the model of a config.json (or of a folder with one) holds; it is built on the meta device.
+    """Return what the model of a config.json (or of a folder with one) holds; it is built on the
+    meta device.
 
     Raises:
         UsageError: no such file.
@@ -121,16 +140,33 @@ def meta_model(file: Path | str, raw: Mapping[str, Any]) -> Any:
     kept = {k: v for k, v in raw.items() if k not in ("quantization_config", "auto_map")}
     given = special_floats(copy.deepcopy(kept))
     version = transformers.__version__
-    if not isinstance(raw.get("model_type"), str) or raw["model_type"] not in transformers.CONFIG_MAPPING:
-        raise ContentError(f"{file}: transformers {version} has no model_type {raw.get('model_type')!r}")
+    if (
+        not isinstance(raw.get("model_type"), str)
+        or raw["model_type"] not in transformers.CONFIG_MAPPING
+    ):
+        raise ContentError(
+            f"{file}: transformers {version} has no model_type {raw.get('model_type')!r}"
+        )
     try:
         config = transformers.AutoConfig.for_model(**given)
         architecture = next(iter(config.architectures or ()), None)
         cls = getattr(transformers, architecture or "", None)
         known = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
-        auto: Any = transformers.AutoModelForCausalLM if known else transformers.AutoModelForImageTextToText
+        auto: Any = (
+            transformers.AutoModelForCausalLM if known else transformers.AutoModelForImageTextToText
+        )
         with torch.device("meta"):
             return cls(config) if cls is not None else auto.from_config(config)
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError, StrictDataclassError) as error:
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RuntimeError,
+        ImportError,
+        StrictDataclassError,
+    ) as error:
         said = " ".join(str(error).split())[:160]
-        raise ContentError(f"{file}: transformers {version} cannot build its model: {said}") from error
+        raise ContentError(
+            f"{file}: transformers {version} cannot build its model: {said}"
+        ) from error

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a module stores its experts, read from the flags that transformers' decorator leaves, or from shapes alone."""
+"""How a module stores its experts, read from the flags that transformers' decorator leaves, or from
+shapes alone.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +10,23 @@ from typing import Any
 
 FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 """What `transformers.integrations.moe.use_experts_implementation` sets on each instance."""
-COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "num_routed_experts", "moe_num_experts")
+COUNTS = (
+    "num_experts",
+    "num_local_experts",
+    "n_routed_experts",
+    "num_routed_experts",
+    "moe_num_experts",
+)
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertStack:
     """A module that holds all routed experts of a layer.
 
-    ``first`` names the parameter of gate and up (or up alone), [experts, 2 * intermediate, hidden], and ``down`` is
-    [experts, hidden, intermediate]; ``transposed`` swaps the last two axes of both. ``interleaved`` says that gate and up
-    alternate row by row instead of following one another. ``by`` says what the layout was read from.
+    ``first`` names the parameter of gate and up (or up alone), [experts, 2 * intermediate, hidden],
+    and ``down`` is [experts, hidden, intermediate]; ``transposed`` swaps the last two axes of both.
+    ``interleaved`` says that gate and up alternate row by row instead of following one another.
+    ``by`` says what the layout was read from.
     """
 
     path: str
@@ -67,22 +76,40 @@ def by_flags(path: str, module: Any) -> ExpertStack | Refused:
     gated = bool(module.has_gate)
     first = "gate_up_proj" if gated else "up_proj"
     if first not in own or "down_proj" not in own:
-        return Refused(path, name, f"its flags say {first} and down_proj; it has {', '.join(own) or 'no parameter'}")
+        return Refused(
+            path,
+            name,
+            f"its flags say {first} and down_proj; it has {', '.join(own) or 'no parameter'}",
+        )
     read = _sides(own[first], own["down_proj"], gated=gated, transposed=bool(module.is_transposed))
     if read is None:
         shapes = f"{first} {list(own[first])}, down_proj {list(own['down_proj'])}"
-        return Refused(path, name, f"its shapes contradict its flags (transposed {bool(module.is_transposed)}): {shapes}")
+        return Refused(
+            path,
+            name,
+            f"its shapes contradict its flags (transposed {bool(module.is_transposed)}): {shapes}",
+        )
     return ExpertStack(
-        path, name, own["down_proj"][0], first, "down_proj", *read, gated, bool(module.is_transposed),
-        gated and not module.is_concatenated, bool(module.has_bias), "flags",
-    )  # fmt: skip
+        path,
+        name,
+        own["down_proj"][0],
+        first,
+        "down_proj",
+        *read,
+        gated,
+        bool(module.is_transposed),
+        gated and not module.is_concatenated,
+        bool(module.has_bias),
+        "flags",
+    )
 
 
 def by_shapes(path: str, module: Any, hidden: int | None) -> ExpertStack | Refused | None:
-    """Read an undecorated module with 3-D expert parameters and an expert count; None where it is none.
+    """Read an undecorated module with 3-D expert parameters and an expert count; None where it is
+    none.
 
-    It is accepted where its shapes admit one reading. ``hidden`` is the model's hidden size, which tells the axes of a
-    non-gated stack apart.
+    It is accepted where its shapes admit one reading. ``hidden`` is the model's hidden size, which
+    tells the axes of a non-gated stack apart.
     """
     own, name = parameters(module), type(module).__name__
     first = next((n for n in ("gate_up_proj", "up_proj") if len(own.get(n, ())) == 3), None)
@@ -90,21 +117,37 @@ def by_shapes(path: str, module: Any, hidden: int | None) -> ExpertStack | Refus
         return None
     count = own["down_proj"][0]
     if count not in {getattr(module, c, None) for c in COUNTS} or own[first][0] != count:
-        return Refused(path, name, "3-D gate, up and down projections without a matching expert count")
+        return Refused(
+            path, name, "3-D gate, up and down projections without a matching expert count"
+        )
     gated = first == "gate_up_proj"
-    readings = {t: r for t in (False, True) if (r := _sides(own[first], own["down_proj"], gated=gated, transposed=t))}
+    readings = {
+        t: r
+        for t in (False, True)
+        if (r := _sides(own[first], own["down_proj"], gated=gated, transposed=t))
+    }
     if len(readings) > 1 and hidden is not None:
         readings = {t: r for t, r in readings.items() if r[0] == hidden}
     if len(readings) != 1:
         said = "two readings" if readings else "no reading"
-        return Refused(path, name, f"{first} {list(own[first])} and down_proj {list(own['down_proj'])} admit {said}")
+        return Refused(
+            path,
+            name,
+            f"{first} {list(own[first])} and down_proj {list(own['down_proj'])} admit {said}",
+        )
     ((transposed, (size, inner)),) = readings.items()
     bias = f"{first}_bias" in own or "down_proj_bias" in own
-    return ExpertStack(path, name, count, first, "down_proj", size, inner, gated, transposed, False, bias, "shapes")
+    return ExpertStack(
+        path, name, count, first, "down_proj", size, inner, gated, transposed, False, bias, "shapes"
+    )
 
 
-def _sides(first: tuple[int, ...], down: tuple[int, ...], *, gated: bool, transposed: bool) -> tuple[int, int] | None:
-    """Return (hidden, intermediate) of a pair of stacks under a reading, or None where it does not hold."""
+def _sides(
+    first: tuple[int, ...], down: tuple[int, ...], *, gated: bool, transposed: bool
+) -> tuple[int, int] | None:
+    """Return (hidden, intermediate) of a pair of stacks under a reading, or None where it does not
+    hold.
+    """
     if len(first) != 3 or len(down) != 3 or first[0] < down[0]:
         return None
     (rows, hidden), (out, inner) = first[1:], down[1:]

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Experts modules without transformers' decorator, by class name: how to read them, or why they are refused.
+"""Experts modules without transformers' decorator, by class name: how to read them, or why they are
+refused.
 
-Another package adds its own by the entry-point group ``ckptgate.experts``: a function that calls `register`.
+Another package adds its own by the entry-point group ``ckptgate.experts``: a function that calls
+`register`.
 """
 
 from __future__ import annotations
@@ -47,7 +49,18 @@ def llama4(path: str, module: Any) -> ExpertStack | Refused:
     own = parameters(module)
     count, hidden, rows = own["gate_up_proj"]
     return ExpertStack(
-        path, type(module).__name__, count, "gate_up_proj", "down_proj", hidden, rows // 2, True, True, False, False, "class"
+        path,
+        type(module).__name__,
+        count,
+        "gate_up_proj",
+        "down_proj",
+        hidden,
+        rows // 2,
+        True,
+        True,
+        False,
+        False,
+        "class",
     )
 
 
@@ -80,25 +93,44 @@ def longcat_flash(path: str, module: Any) -> ExpertStack | Refused:
         return Refused(path, type(module).__name__, "it has zero experts only")
     count, hidden, inner = own["down_proj"]
     return ExpertStack(
-        path, type(module).__name__, count, "gate_up_proj", "down_proj", hidden, inner, True, False, False, False, "class"
+        path,
+        type(module).__name__,
+        count,
+        "gate_up_proj",
+        "down_proj",
+        hidden,
+        inner,
+        True,
+        False,
+        False,
+        False,
+        "class",
     )
 
 
 @register("DbrxExpertGLU")
 def dbrx(path: str, module: Any) -> ExpertStack | Refused:
     """Refuse two-dimensional stacks w1, v1, w2 of [experts * intermediate, hidden]."""
-    return Refused(path, type(module).__name__, "its experts are rows of two-dimensional stacks, down transposed")
+    return Refused(
+        path,
+        type(module).__name__,
+        "its experts are rows of two-dimensional stacks, down transposed",
+    )
 
 
 @register("JetMoeParallelExperts")
 def jetmoe(path: str, module: Any) -> ExpertStack | Refused:
     """Refuse one stack for input and one for output, also in attention."""
     return Refused(
-        path, type(module).__name__, "its input and output stacks stand in modules of their own, also in attention"
+        path,
+        type(module).__name__,
+        "its input and output stacks stand in modules of their own, also in attention",
     )
 
 
 @register("InklingSharedExperts")
 def inkling_shared(path: str, module: Any) -> ExpertStack | Refused:
     """Refuse stacks of shared experts, interleaved on the hub."""
-    return Refused(path, type(module).__name__, "it holds shared experts, which the hub stores interleaved")
+    return Refused(
+        path, type(module).__name__, "it holds shared experts, which the hub stores interleaved"
+    )

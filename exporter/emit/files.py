@@ -27,12 +27,14 @@ def write_index(folder: Path, files: Iterable[str]) -> None:
     wanted = set(files)
     weight_map = {t.name: t.file for t in ckpt.tensors.values() if t.file in wanted}
     write_json(
-        folder / INDEX, {"metadata": {"total_size": ckpt.nbytes}, "weight_map": dict(sorted(weight_map.items()))}
+        folder / INDEX,
+        {"metadata": {"total_size": ckpt.nbytes}, "weight_map": dict(sorted(weight_map.items()))},
     )
 
 
 def write_configs(folder: Path, config: Mapping[str, Any], *, kv_cache: bool = False) -> list[str]:
-    """Write config.json and hf_quant_config.json from the tensors on disk and the config that is kept; return their names.
+    """Write config.json and hf_quant_config.json from the tensors on disk and the config that is
+    kept; return their names.
 
     An old hf_quant_config.json is removed where none belongs beside the format.
     """
@@ -46,7 +48,9 @@ def write_configs(folder: Path, config: Mapping[str, Any], *, kv_cache: bool = F
 
 
 def copy_side_files(folder: Path, origins: Iterable[Checkpoint]) -> list[str]:
-    """Copy tokenizer, generation config, templates, processor files and Python files; the first origin wins."""
+    """Copy tokenizer, generation config, templates, processor files and Python files; the first
+    origin wins.
+    """
     copied: list[str] = []
     for ckpt in origins:
         for name, size in ckpt.files.items():
@@ -58,7 +62,9 @@ def copy_side_files(folder: Path, origins: Iterable[Checkpoint]) -> list[str]:
 
 
 def _is_side(name: str) -> bool:
-    """Whether a file belongs beside any weights; an index names the shards of one layout, which are not here."""
+    """Whether a file belongs beside any weights; an index names the shards of one layout, which are
+    not here.
+    """
     if name in NOT_SIDE or name.startswith(".") or name.endswith(".index.json"):
         return False
     return name.endswith(SIDE_SUFFIXES) or name.upper().startswith("LICENSE")

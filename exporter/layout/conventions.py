@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which hub tensor a wrongly named one is, where transformers' mapping does not say: by the field's own spellings.
+"""Which hub tensor a wrongly named one is, where transformers' mapping does not say: by the field's
+own spellings.
 
-A name is reduced to what all spellings share: its tower, its layer, and the part behind it in one vocabulary
-(``block_sparse_moe`` and ``mlp``; ``w1``, ``w3``, ``w2`` and ``gate_proj``, ``up_proj``, ``down_proj``). A reading counts
-where exactly one hub tensor has the reduced name and the shapes fit; whether it is right, values say afterwards.
+A name is reduced to what all spellings share: its tower, its layer, and the part behind it in one
+vocabulary (``block_sparse_moe`` and ``mlp``; ``w1``, ``w3``, ``w2`` and ``gate_proj``, ``up_proj``,
+``down_proj``). A reading counts where exactly one hub tensor has the reduced name and the shapes
+fit; whether it is right, values say afterwards.
 """
 
 from __future__ import annotations
@@ -18,8 +20,10 @@ from verifier.errors import UnsupportedConversion
 from verifier.schemes import PACKED, role
 
 FUSED: Mapping[str, tuple[str, ...]] = {
-    "gate_up_proj": ("gate_proj", "up_proj"), "w13": ("gate_proj", "up_proj"), "qkv_proj": PACKED["qkv_proj"],
-}  # fmt: skip
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "w13": ("gate_proj", "up_proj"),
+    "qkv_proj": PACKED["qkv_proj"],
+}
 """Fused leaves and their parts, in reduced names."""
 _LEAVES = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.(.+)$")
@@ -53,7 +57,8 @@ def by_convention(names: Mapping[str, Shape], hub: Mapping[str, Shape], family: 
         family: for messages.
 
     Raises:
-        UnsupportedConversion: a reading that the shapes contradict, or two names for one hub tensor.
+        UnsupportedConversion: a reading that the shapes contradict, or two names for one hub
+            tensor.
     """
     counts = Counter(map(reduced, hub))
     places = {r: n for n in hub if counts[r := reduced(n)] == 1}
@@ -66,7 +71,9 @@ def by_convention(names: Mapping[str, Shape], hub: Mapping[str, Shape], family: 
     twice = [n for n, c in used.items() if c > 1]
     if twice:
         both = [k for k, g in memory.items() if any(p.hub == twice[0] for p in g.pieces)]
-        raise UnsupportedConversion(both[-1], "rename", family, f"{both[0]} would be {twice[0]} as well")
+        raise UnsupportedConversion(
+            both[-1], "rename", family, f"{both[0]} would be {twice[0]} as well"
+        )
     return Layout(family, memory, hub).prove()
 
 
@@ -100,7 +107,10 @@ def _stacked(
     tower, layer, head = where
     rows = []
     for expert in range(experts):
-        parts = [places.get((tower, layer, f"{head}.{expert}.{part}.weight")) for part in FUSED.get(leaf, (leaf,))]
+        parts = [
+            places.get((tower, layer, f"{head}.{expert}.{part}.weight"))
+            for part in FUSED.get(leaf, (leaf,))
+        ]
         row = _joined(parts, hub, 0)
         if row is None:
             return None

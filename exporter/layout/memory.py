@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A transformers model in memory, read as a checkpoint in hub layout: each hub tensor is cut out when it is asked for."""
+"""A transformers model in memory, read as a checkpoint in hub layout: each hub tensor is cut out
+when it is asked for.
+"""
 
 from __future__ import annotations
 
@@ -21,21 +23,35 @@ from verifier.checkpoint.source import Bytes
 from verifier.errors import MachineError, PlanError
 
 DTYPES: Mapping[torch.dtype, str] = {
-    torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64", torch.int32: "I32",
-    torch.uint8: "U8", torch.int8: "I8", torch.bool: "BOOL", torch.float64: "F64", torch.float8_e4m3fn: "F8_E4M3",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.bool: "BOOL",
+    torch.float64: "F64",
+    torch.float8_e4m3fn: "F8_E4M3",
     torch.float8_e8m0fnu: "F8_E8M0",
-}  # fmt: skip
+}
 
 
 class MemorySource:
-    """Hub tensors of a model, each a file of its own; what the model has no place for is read from its source."""
+    """Hub tensors of a model, each a file of its own; what the model has no place for is read from
+    its source.
+    """
 
     remote = False
 
     def __init__(
-        self, uri: str, layout: Layout, state: Mapping[str, torch.Tensor], kept: Mapping[str, Checkpoint],
+        self,
+        uri: str,
+        layout: Layout,
+        state: Mapping[str, torch.Tensor],
+        kept: Mapping[str, Checkpoint],
         beside: Mapping[str, bytes],
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.uri = uri
         self._beside = beside
         self.escaping: tuple[str, ...] = ()
@@ -71,18 +87,22 @@ class MemorySource:
         out[:] = self.read(name, offset, out.size)
 
 
-def as_checkpoint(model: Any, source: Checkpoint | None = None, names: Mapping[str, Shape] | None = None) -> Checkpoint:
+def as_checkpoint(
+    model: Any, source: Checkpoint | None = None, names: Mapping[str, Shape] | None = None
+) -> Checkpoint:
     """Return a model as a checkpoint in hub layout; nothing is copied until it is read.
 
     Args:
         model: a transformers model whose parameters are on one host; unquantized.
-        source: the checkpoint that it was loaded from: its index decides the layout, and what the model has no place for
-            (next-token-prediction heads), or holds narrower than the source without having changed it, is read from there.
+        source: the checkpoint that it was loaded from: its index decides the layout, and what the
+            model has no place for (next-token-prediction heads), or holds narrower than the source
+            without having changed it, is read from there.
         names: names and logical shapes of the source's weights.
 
     Raises:
         UnsupportedConversion: a tensor that cannot be brought to hub layout.
-        PlanError: a parameter without values (the meta device), or of a dtype that safetensors does not have.
+        PlanError: a parameter without values (the meta device), or of a dtype that safetensors does
+            not have.
     """
     layout = of_model(model, names)
     state = model.state_dict()
@@ -96,40 +116,63 @@ def as_checkpoint(model: Any, source: Checkpoint | None = None, names: Mapping[s
     for name, shape in layout.hub.items():
         original = source.tensors.get(name) if source is not None else None
         value = state[layout.keys(name)[0]]
-        if source is not None and original is not None and _narrowed(source, original, name, layout, state):
+        if (
+            source is not None
+            and original is not None
+            and _narrowed(source, original, name, layout, state)
+        ):
             kept[name] = source
             tensors[name] = Tensor(name, original.dtype, original.shape, name, 0, original.nbytes)
         else:
             count = int(np.prod(shape, dtype=np.int64))
-            tensors[name] = Tensor(name, DTYPES[value.dtype], shape, name, 0, count * value.element_size())
+            tensors[name] = Tensor(
+                name, DTYPES[value.dtype], shape, name, 0, count * value.element_size()
+            )
     for name in layout.outside:
         if source is not None and name in source.tensors:
             original = source.tensors[name]
             kept[name] = source
             tensors[name] = Tensor(name, original.dtype, original.shape, name, 0, original.nbytes)
     uri = f"memory:{type(model).__name__}"
-    # The name is new each time: an interrupted export of other values under the same header is not resumed.
+    # The name is new each time: an interrupted export of other values under the same header is not
+    # resumed.
     shard = Shard(f"{uri}-{uuid.uuid4()}", sum(t.nbytes for t in tensors.values()), tensors)
     held = MemorySource(uri, layout, state, kept, {} if source is not None else _generation(model))
     return Checkpoint(
-        uri=uri, source=cast(Any, held), files=MappingProxyType(held.files()), shards=(shard,),
-        index=None, config=_config(model, source), hf_quant_config=None, problems=(),
-    )  # fmt: skip
+        uri=uri,
+        source=cast(Any, held),
+        files=MappingProxyType(held.files()),
+        shards=(shard,),
+        index=None,
+        config=_config(model, source),
+        hf_quant_config=None,
+        problems=(),
+    )
 
 
 def _narrowed(
-    source: Checkpoint, original: Tensor, name: str, layout: Layout, state: Mapping[str, torch.Tensor]
+    source: Checkpoint,
+    original: Tensor,
+    name: str,
+    layout: Layout,
+    state: Mapping[str, torch.Tensor],
 ) -> bool:
     """Whether the model holds a float32 tensor of its source narrower, and otherwise unchanged."""
     value = state[layout.keys(name)[0]]
-    if original.dtype != "F32" or value.dtype not in (torch.bfloat16, torch.float16) or original.shape != layout.hub[name]:
+    if (
+        original.dtype != "F32"
+        or value.dtype not in (torch.bfloat16, torch.float16)
+        or original.shape != layout.hub[name]
+    ):
         return False
     wide = torch.from_numpy(source.array(original).copy())
     return torch.equal(wide.to(value.dtype), layout.hub_tensor(name, state).cpu())
 
 
 def _generation(model: Any) -> dict[str, bytes]:
-    """Return generation_config.json as `save_pretrained` would write it, where the model generates."""
+    """Return generation_config.json as `save_pretrained` would write it, where the model
+    generates.
+    """
     found = getattr(model, "generation_config", None) if model.can_generate() else None
     return {} if found is None else {"generation_config.json": found.to_json_string().encode()}
 

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where each part of a hub tensor lies in the tensor in memory, as runs along axes: the operations on names and shapes.
+"""Where each part of a hub tensor lies in the tensor in memory, as runs along axes: the operations
+on names and shapes.
 
-A conversion is carried out on shapes alone. What comes out says for every hub tensor which region of which tensor in
-memory it is; a region is a start, a step and a length on each axis. Nothing is allocated.
+A conversion is carried out on shapes alone. What comes out says for every hub tensor which region
+of which tensor in memory it is; a region is a start, a step and a length on each axis. Nothing is
+allocated.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ Shape = tuple[int, ...]
 class Axis:
     """One axis of a piece: ``length`` entries from ``hub_start`` on, and where they lie in memory.
 
-    ``hub`` is None for the axis of a stack that the hub does not have (the expert): then ``length`` is 1.
+    ``hub`` is None for the axis of a stack that the hub does not have (the expert): then ``length``
+    is 1.
     """
 
     hub: int | None
@@ -34,9 +37,13 @@ class Axis:
     def part(self, first: int, stride: int, count: int) -> Axis:
         """Return every ``stride``-th entry from the ``first`` on, ``count`` of them."""
         return replace(
-            self, length=count, start=self.start + first * self.step, step=self.step * stride,
-            hub_start=self.hub_start + first * self.hub_step, hub_step=self.hub_step * stride,
-        )  # fmt: skip
+            self,
+            length=count,
+            start=self.start + first * self.step,
+            step=self.step * stride,
+            hub_start=self.hub_start + first * self.hub_step,
+            hub_step=self.hub_step * stride,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +69,14 @@ def whole(name: str, shape: Shape) -> Grid:
 
 @dataclass(frozen=True, slots=True)
 class Op:
-    """One operation of a conversion, hub to memory: ``stack``, ``unstack``, ``concatenate``, ``chunk`` (equal
-    parts), ``split`` (of ``sizes``), ``transpose``, ``interleave`` (halves to alternating) or ``deinterleave``, ``rotary``
-    and ``unrotary`` (the same within each head, ``sizes`` holding their number), ``share`` (a list among several stacks).
+    """One operation of a conversion, hub to memory: ``stack``, ``unstack``, ``concatenate``,
+    ``chunk`` (equal parts), ``split`` (of ``sizes``), ``transpose``, ``interleave`` (halves to
+    alternating) or ``deinterleave``, ``rotary`` and ``unrotary`` (the same within each head,
+    ``sizes`` holding their number), ``share`` (a list among several stacks).
 
-    ``other`` is the second axis of a transposition, and the axis along which shared stacks are joined; ``unless`` leaves a
-    tensor that has this shape already as it is; ``only`` says which of several tensors are meant, None all.
+    ``other`` is the second axis of a transposition, and the axis along which shared stacks are
+    joined; ``unless`` leaves a tensor that has this shape already as it is; ``only`` says which of
+    several tensors are meant, None all.
     """
 
     kind: str
@@ -113,12 +122,17 @@ def transpose(grid: Grid, a: int, b: int) -> Grid:
     a, b = a % len(grid.shape), b % len(grid.shape)
     swap = {a: b, b: a}
     shape = tuple(grid.shape[swap.get(i, i)] for i in range(len(grid.shape)))
-    pieces = [Piece(p.hub, tuple(replace(x, memory=swap.get(x.memory, x.memory)) for x in p.axes)) for p in grid.pieces]
+    pieces = [
+        Piece(p.hub, tuple(replace(x, memory=swap.get(x.memory, x.memory)) for x in p.axes))
+        for p in grid.pieces
+    ]
     return Grid(shape, tuple(pieces))
 
 
 def interleave(grid: Grid, dim: int) -> Grid:
-    """Let the two halves of an axis alternate: position o goes to 2 (o mod h) + o // h, h the half."""
+    """Let the two halves of an axis alternate: position o goes to 2 (o mod h) + o // h, h the
+    half.
+    """
     half = _half(grid, dim)
 
     def place(axis: Axis) -> list[Axis]:
@@ -127,21 +141,30 @@ def interleave(grid: Grid, dim: int) -> Grid:
         for first, count in ((0, cut), (cut, axis.length - cut)):
             if count:
                 part = axis.part(first, 1, count)
-                found.append(replace(part, start=2 * (part.start % half) + part.start // half, step=2 * part.step))
+                found.append(
+                    replace(
+                        part, start=2 * (part.start % half) + part.start // half, step=2 * part.step
+                    )
+                )
         return found
 
     return _along(grid, dim, place)
 
 
 def deinterleave(grid: Grid, dim: int) -> Grid:
-    """Bring what alternates along an axis to its two halves: position o goes to (o mod 2) h + o // 2."""
+    """Bring what alternates along an axis to its two halves: position o goes to (o mod 2) h + o //
+    2.
+    """
     half = _half(grid, dim)
 
     def place(axis: Axis) -> list[Axis]:
         parts = [axis]
         if axis.step % 2:
             parts = [axis.part(i, 2, n) for i in (0, 1) if (n := (axis.length - i + 1) // 2)]
-        return [replace(p, start=p.start % 2 * half + p.start // 2, step=max(1, p.step // 2)) for p in parts]
+        return [
+            replace(p, start=p.start % 2 * half + p.start // 2, step=max(1, p.step // 2))
+            for p in parts
+        ]
 
     return _along(grid, dim, place)
 
@@ -156,7 +179,9 @@ def _along(grid: Grid, dim: int, place: Callable[[Axis], Iterable[Axis]]) -> Gri
     pieces = []
     for p in grid.pieces:
         (at,) = (i for i, a in enumerate(p.axes) if a.memory == dim)
-        pieces += [Piece(p.hub, (*p.axes[:at], new, *p.axes[at + 1 :])) for new in place(p.axes[at])]
+        pieces += [
+            Piece(p.hub, (*p.axes[:at], new, *p.axes[at + 1 :])) for new in place(p.axes[at])
+        ]
     return Grid(grid.shape, tuple(pieces))
 
 
@@ -170,20 +195,31 @@ def cut(grid: Grid, dim: int, sizes: Sequence[int]) -> list[Grid]:
         for p in grid.pieces:
             (at,) = (i for i, a in enumerate(p.axes) if a.memory == dim)
             axis = p.axes[at]
-            inside = [k for k in range(axis.length) if low <= axis.start + k * axis.step < low + size]
+            inside = [
+                k for k in range(axis.length) if low <= axis.start + k * axis.step < low + size
+            ]
             if inside:
                 part = axis.part(inside[0], 1, len(inside))
-                pieces.append(Piece(p.hub, (*p.axes[:at], replace(part, start=part.start - low), *p.axes[at + 1 :])))
+                pieces.append(
+                    Piece(
+                        p.hub,
+                        (*p.axes[:at], replace(part, start=part.start - low), *p.axes[at + 1 :]),
+                    )
+                )
         found.append(Grid((*grid.shape[:dim], size, *grid.shape[dim + 1 :]), tuple(pieces)))
         low += size
     return found
 
 
 def squeeze(grid: Grid, dim: int) -> Grid:
-    """Drop an axis of length 1; its place is then an axis of the hub only, which memory has in no axis."""
+    """Drop an axis of length 1; its place is then an axis of the hub only, which memory has in no
+    axis.
+    """
     pieces = []
     for p in grid.pieces:
-        kept = tuple(replace(a, memory=a.memory - (a.memory > dim)) for a in p.axes if a.memory != dim)
+        kept = tuple(
+            replace(a, memory=a.memory - (a.memory > dim)) for a in p.axes if a.memory != dim
+        )
         gone = tuple(replace(a, memory=-1) for a in p.axes if a.memory == dim and a.hub is not None)
         pieces.append(Piece(p.hub, (*gone, *kept)))
     return Grid((*grid.shape[:dim], *grid.shape[dim + 1 :]), tuple(pieces))
@@ -210,17 +246,24 @@ def run(ops: Sequence[Op], groups: Sequence[Sequence[Grid]], outputs: int | None
             (one,) = lists
             grid, count = one[0], outputs or 1
             if grid.shape[op.dim] % count:
-                raise ValueError(f"an axis of {grid.shape[op.dim]} does not divide into {count} parts")
+                raise ValueError(
+                    f"an axis of {grid.shape[op.dim]} does not divide into {count} parts"
+                )
             lists = [[g] for g in cut(grid, op.dim, [grid.shape[op.dim] // count] * count)]
         elif op.kind == "split":
             (one,) = lists
             lists = [[g] for g in cut(one[0], op.dim, op.sizes)]
         elif op.kind == "unstack":
-            lists = [[squeeze(x, op.dim) for x in cut(g[0], op.dim, [1] * g[0].shape[op.dim])] for g in lists]
+            lists = [
+                [squeeze(x, op.dim) for x in cut(g[0], op.dim, [1] * g[0].shape[op.dim])]
+                for g in lists
+            ]
         elif op.kind == "share":
             count = outputs or 1
             size = -(-max(map(len, lists)) // count)
-            shares = [[stack(g[i * size : (i + 1) * size], op.dim) for g in lists] for i in range(count)]
+            shares = [
+                [stack(g[i * size : (i + 1) * size], op.dim) for g in lists] for i in range(count)
+            ]
             lists = [[concatenate(s, op.other)] for s in shares]
         else:
             chosen = range(len(lists)) if op.only is None else op.only
@@ -236,7 +279,9 @@ def _one(op: Op, grid: Grid) -> Grid:
     if op.kind in ("rotary", "unrotary"):
         (heads,) = op.sizes
         if heads < 1 or grid.shape[op.dim] % (2 * heads):
-            raise ValueError(f"{grid.shape[op.dim]} rows do not divide into the halves of {heads} heads")
+            raise ValueError(
+                f"{grid.shape[op.dim]} rows do not divide into the halves of {heads} heads"
+            )
         each = cut(grid, op.dim, [grid.shape[op.dim] // heads] * heads)
         turn = deinterleave if op.kind == "rotary" else interleave
         return concatenate([turn(head, op.dim) for head in each], op.dim)
@@ -247,7 +292,9 @@ Run = tuple[int, int, int]
 """Start, step and length along one axis."""
 
 
-def cover(key: str, shape: Shape, regions: Sequence[tuple[str, Mapping[int, Run]]], family: str) -> None:
+def cover(
+    key: str, shape: Shape, regions: Sequence[tuple[str, Mapping[int, Run]]], family: str
+) -> None:
     """Hold a tensor to the regions that it is made of: each value is covered once.
 
     Args:
@@ -264,9 +311,13 @@ def cover(key: str, shape: Shape, regions: Sequence[tuple[str, Mapping[int, Run]
     for name, runs in regions:
         for axis, (start, step, length) in runs.items():
             if not 0 <= start <= start + (length - 1) * step < shape[axis]:
-                raise UnsupportedConversion(key, "bounds", family, f"{name} reaches beyond its shape {list(shape)}")
+                raise UnsupportedConversion(
+                    key, "bounds", family, f"{name} reaches beyond its shape {list(shape)}"
+                )
         if len(runs) != len(shape):
-            raise UnsupportedConversion(key, "axes", family, f"{name} has {len(runs)} of its {len(shape)} axes")
+            raise UnsupportedConversion(
+                key, "axes", family, f"{name} has {len(runs)} of its {len(shape)} axes"
+            )
         total += math.prod(n for _, _, n in runs.values())
         single = tuple(sorted((a, r[0]) for a, r in runs.items() if r[2] == 1 and shape[a] > 1))
         buckets.setdefault(single, []).append((name, runs))
@@ -277,7 +328,9 @@ def cover(key: str, shape: Shape, regions: Sequence[tuple[str, Mapping[int, Run]
         for i, (name, runs) in enumerate(bucket):
             for other, theirs in bucket[:i]:
                 if not any(_apart(runs[a], theirs[a]) for a in runs):
-                    raise UnsupportedConversion(key, "bijection", family, f"{other} and {name} lie in the same place")
+                    raise UnsupportedConversion(
+                        key, "bijection", family, f"{other} and {name} lie in the same place"
+                    )
 
 
 def _apart(a: Run, b: Run) -> bool:
@@ -287,6 +340,20 @@ def _apart(a: Run, b: Run) -> bool:
 
 
 __all__ = [
-    "Axis", "Grid", "Op", "Piece", "Run", "Shape", "concatenate", "cover", "cut", "deinterleave", "interleave", "run",
-    "squeeze", "stack", "transpose", "whole",
-]  # fmt: skip
+    "Axis",
+    "Grid",
+    "Op",
+    "Piece",
+    "Run",
+    "Shape",
+    "concatenate",
+    "cover",
+    "cut",
+    "deinterleave",
+    "interleave",
+    "run",
+    "squeeze",
+    "stack",
+    "transpose",
+    "whole",
+]

@@ -17,7 +17,9 @@ Run = tuple[int, int, int, bool]
 """Start, step and length along one axis, and whether the axis is dropped."""
 
 
-def read_region(ckpt: Checkpoint, tensor: Tensor, runs: Sequence[Run], order: Sequence[int]) -> npt.NDArray[Any]:
+def read_region(
+    ckpt: Checkpoint, tensor: Tensor, runs: Sequence[Run], order: Sequence[int]
+) -> npt.NDArray[Any]:
     """Return a region of a tensor, contiguous, as unsigned integers of the dtype's width.
 
     Args:
@@ -31,7 +33,9 @@ def read_region(ckpt: Checkpoint, tensor: Tensor, runs: Sequence[Run], order: Se
     """
     bits = DTYPE_BITS[tensor.dtype]
     if bits % 8:
-        raise EncodeError(f"{tensor.name}: {tensor.dtype} holds less than a byte for a value; it cannot be cut")
+        raise EncodeError(
+            f"{tensor.name}: {tensor.dtype} holds less than a byte for a value; it cannot be cut"
+        )
     width, offset, shape, cuts = bits // 8, tensor.offset, list(tensor.shape), list(runs)
     while cuts and cuts[0][3]:  # one entry of a leading axis is one stretch of the file
         inner = math.prod(shape[1:])
@@ -47,6 +51,8 @@ def read_region(ckpt: Checkpoint, tensor: Tensor, runs: Sequence[Run], order: Se
 
 def cut(values: npt.NDArray[Any], runs: Sequence[Run], order: Sequence[int]) -> npt.NDArray[Any]:
     """Return a region of an array, contiguous."""
-    at = tuple(s if drop else slice(s, s + (n - 1) * k + 1 if n else s, k) for s, k, n, drop in runs)
+    at = tuple(
+        s if drop else slice(s, s + (n - 1) * k + 1 if n else s, k) for s, k, n, drop in runs
+    )
     left = values[at] if at else values
     return np.ascontiguousarray(left.transpose(tuple(order)) if order else left)

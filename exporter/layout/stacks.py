@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Experts that a hub checkpoint holds in stacks, as the linear layers of each expert.
 
-Which families do so, and how, is data: ``experts.yaml``. A stack is read as a grid of the experts' weights [out, in]
-(`exporter.layout.Layout`, proved), so every sibling of it is cut by the meaning of its axes, whatever the axes of the stack.
+Which families do so, and how, is data: ``experts.yaml``. A stack is read as a grid of the experts'
+weights [out, in] (`exporter.layout.Layout`, proved), so every sibling of it is cut by the meaning
+of its axes, whatever the axes of the stack.
 """
 
 from __future__ import annotations
@@ -31,12 +32,18 @@ from verifier.errors import PlanError
 ExpertLayout = Literal["per-expert", "hub"]
 MAX_EXPERTS = 10_000
 _CODES = ("blocks", "scales")
-_AXES = {"out_in": "[experts, out, in]", "in_out": "[experts, in, out]", "either": "[experts, out, in], or turned"}
+_AXES = {
+    "out_in": "[experts, out, in]",
+    "in_out": "[experts, in, out]",
+    "either": "[experts, out, in], or turned",
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """A row of ``experts.yaml``: where the hub's stacks are, what they hold, and what is written of them."""
+    """A row of ``experts.yaml``: where the hub's stacks are, what they hold, and what is written of
+    them.
+    """
 
     name: str
     types: tuple[str, ...]
@@ -55,19 +62,32 @@ class Family:
 @cache
 def families() -> tuple[Family, ...]:
     """Return the families whose hub layout holds experts in stacks, in the order of the file."""
-    raw = yaml.safe_load((resources.files("exporter.layout") / "experts.yaml").read_text(encoding="utf-8"))
+    raw = yaml.safe_load(
+        (resources.files("exporter.layout") / "experts.yaml").read_text(encoding="utf-8")
+    )
     return tuple(
         Family(
-            name, tuple(row["types"]), {k: tuple(v) for k, v in row.get("stacks", {}).items()}, row.get("linear", ""),
-            row.get("axes", "out_in"), row.get("order") == "interleaved", row.get("scales") == "one",
-            row.get("default", "per-expert"), row.get("why", ""), row.get("cite", ""), row.get("refused", ""),
+            name,
+            tuple(row["types"]),
+            {k: tuple(v) for k, v in row.get("stacks", {}).items()},
+            row.get("linear", ""),
+            row.get("axes", "out_in"),
+            row.get("order") == "interleaved",
+            row.get("scales") == "one",
+            row.get("default", "per-expert"),
+            row.get("why", ""),
+            row.get("cite", ""),
+            row.get("refused", ""),
             tuple(row.get("names", ())),
-        ) for name, row in raw.items()
-    )  # fmt: skip
+        )
+        for name, row in raw.items()
+    )
 
 
 def family_of(config: Mapping[str, Any] | None) -> Family | None:
-    """Return the family that a config.json, or its text_config, is of; None where its experts are not in stacks."""
+    """Return the family that a config.json, or its text_config, is of; None where its experts are
+    not in stacks.
+    """
     top = config or {}
     text = top.get("text_config")
     found = (top.get("model_type"), text.get("model_type") if isinstance(text, Mapping) else None)
@@ -78,9 +98,10 @@ def family_of(config: Mapping[str, Any] | None) -> Family | None:
 class Stack:
     """One stack of a layer: some projections of all its experts.
 
-    ``key`` is the name of its weight without MXFP4's suffix, ``head`` what stands before the layer's own part; ``parts``
-    are its tensors by leaf. ``turned`` says that the weight is [experts, in, out] here, ``written_turned`` that the hub
-    has it so unquantized (MXFP4 is [experts, out, in] in either case).
+    ``key`` is the name of its weight without MXFP4's suffix, ``head`` what stands before the
+    layer's own part; ``parts`` are its tensors by leaf. ``turned`` says that the weight is
+    [experts, in, out] here, ``written_turned`` that the hub has it so unquantized (MXFP4 is
+    [experts, out, in] in either case).
     """
 
     family: Family
@@ -130,9 +151,14 @@ class Region:
         """Where it begins in its file, where it is one stretch of it; else None."""
         if self.order != tuple(sorted(self.order)):
             return None
-        start, whole = 0, True  # from the last axis on: full axes, then one run, then single entries
+        start, whole = (
+            0,
+            True,
+        )  # from the last axis on: full axes, then one run, then single entries
         size = 1
-        for (first, step, length, _), n in zip(reversed(self.runs), reversed(self.tensor.shape), strict=True):
+        for (first, step, length, _), n in zip(
+            reversed(self.runs), reversed(self.tensor.shape), strict=True
+        ):
             if not whole and length != 1:
                 return None
             if step != 1 and length > 1:
@@ -171,7 +197,8 @@ def read_stacks(ckpt: Checkpoint, config: Mapping[str, Any] | None = None) -> St
     """Return the stacks of a checkpoint, or None where its family keeps none or has none here.
 
     Args:
-        ckpt: in hub layout; its stacks may be unquantized, MXFP4, or quantized as they are written here.
+        ckpt: in hub layout; its stacks may be unquantized, MXFP4, or quantized as they are written
+            here.
         config: where the checkpoint has no config.json yet.
 
     Raises:
@@ -203,7 +230,9 @@ def read_stacks(ckpt: Checkpoint, config: Mapping[str, Any] | None = None) -> St
 
 
 def _heads(family: Family, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, str]]:
-    """Return by prefix which of the family's stacks is there, by the leaf that its weight has ('' or ``blocks``)."""
+    """Return by prefix which of the family's stacks is there, by the leaf that its weight has (''
+    or ``blocks``).
+    """
     found: dict[str, dict[str, str]] = {}
     for name in tensors:
         for suffix in family.stacks:
@@ -218,21 +247,40 @@ def _of_layer(
 ) -> list[Stack]:
     missing = [f"{head}{s}" for s in family.stacks if s not in there]
     if missing:
-        raise PlanError(f"{uri}: {missing[0]} is missing beside {head}{next(iter(there))} ({family.name})")
+        raise PlanError(
+            f"{uri}: {missing[0]} is missing beside {head}{next(iter(there))} ({family.name})"
+        )
     parts = {s: _parts(f"{head}{s}", tensors) for s in family.stacks}
     packed = {s for s in parts if "blocks" in parts[s]}
     if packed and len(packed) != len(parts):
-        raise PlanError(f"{uri}: {head}{sorted(packed)[0]} is MXFP4 and the other stacks of its layer are not")
-    readings = [False] if packed else {"out_in": [False], "in_out": [True], "either": [False, True]}[family.axes]
+        raise PlanError(
+            f"{uri}: {head}{sorted(packed)[0]} is MXFP4 and the other stacks of its layer are not"
+        )
+    readings = (
+        [False]
+        if packed
+        else {"out_in": [False], "in_out": [True], "either": [False, True]}[family.axes]
+    )
     for turned in readings:
         shapes = {s: _logical(parts[s], turned) for s in parts}
         if _consistent(family, shapes):
             written = turned if family.axes == "either" else family.axes == "in_out"
             return [
-                Stack(family, f"{head}{s}", head, family.stacks[s], cast(Any, shapes[s]), turned, written, parts[s])
+                Stack(
+                    family,
+                    f"{head}{s}",
+                    head,
+                    family.stacks[s],
+                    cast(Any, shapes[s]),
+                    turned,
+                    written,
+                    parts[s],
+                )
                 for s in family.stacks
             ]
-    said = ", ".join(f"{s} {list((parts[s].get('blocks') or parts[s]['weight']).shape)}" for s in parts)
+    said = ", ".join(
+        f"{s} {list((parts[s].get('blocks') or parts[s]['weight']).shape)}" for s in parts
+    )
     wanted = _AXES[family.axes]
     raise PlanError(f"{uri}: {head}: {said} are no stacks {wanted}, which {family.name} has")
 
@@ -240,7 +288,11 @@ def _of_layer(
 def _parts(key: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     found = {"weight": tensors[key]} if key in tensors else {}
     for leaf in (*sorted(SIBLINGS - {"weight"}), *_CODES):
-        base = key.removesuffix(".weight") + "." if key.endswith(".weight") and leaf not in _CODES else f"{key}_"
+        base = (
+            key.removesuffix(".weight") + "."
+            if key.endswith(".weight") and leaf not in _CODES
+            else f"{key}_"
+        )
         if f"{base}{leaf}" in tensors:
             found[leaf] = tensors[f"{base}{leaf}"]
     return found
@@ -250,19 +302,29 @@ def _logical(parts: Mapping[str, Tensor], turned: bool) -> tuple[int, int, int] 
     """Return (experts, out, in) of a stack under a reading, in elements."""
     tensor = parts.get("blocks") or parts["weight"]
     if "blocks" in parts:
-        return (tensor.shape[0], tensor.shape[1], tensor.shape[2] * 32) if len(tensor.shape) == 4 else None
+        return (
+            (tensor.shape[0], tensor.shape[1], tensor.shape[2] * 32)
+            if len(tensor.shape) == 4
+            else None
+        )
     if len(tensor.shape) != 3:
         return None
-    experts, out, in_ = (tensor.shape[0], tensor.shape[2], tensor.shape[1]) if turned else tensor.shape
+    experts, out, in_ = (
+        (tensor.shape[0], tensor.shape[2], tensor.shape[1]) if turned else tensor.shape
+    )
     return experts, out, in_ * (2 if tensor.dtype == "U8" else 1)
 
 
 def _consistent(family: Family, shapes: Mapping[str, tuple[int, int, int] | None]) -> bool:
-    """Whether the stacks of a layer fit one another: gate and up lead into what down leads out of."""
+    """Whether the stacks of a layer fit one another: gate and up lead into what down leads out
+    of.
+    """
     known = {s: v for s, v in shapes.items() if v is not None}
     if len(known) != len(family.stacks) or len({v[0] for v in known.values()}) != 1:
         return False
-    (down,) = (known[s] for s, leaves in family.stacks.items() if leaves in (("down_proj",), ("w2",)))
+    (down,) = (
+        known[s] for s, leaves in family.stacks.items() if leaves in (("down_proj",), ("w2",))
+    )
     first = [(v, len(family.stacks[s])) for s, v in known.items() if v is not down]
     fit = all(out == n * down[2] and in_ == down[1] for (_, out, in_), n in first)
     return fit and min(down) > 0 and down[0] <= MAX_EXPERTS
@@ -284,7 +346,9 @@ def _layout(family: Family, stacks: list[Stack]) -> Layout:
                 start, step = (k, count) if family.interleaved else (k * size, 1)
                 axes = (Axis(0, rows, size, start=start, step=step), Axis(1, columns, in_))
                 pieces.append(Piece(name, (Axis(None, 0, 1, start=e), *axes)))
-        memory[stack.key] = Grid((experts, in_, out) if stack.turned else (experts, out, in_), tuple(pieces))
+        memory[stack.key] = Grid(
+            (experts, in_, out) if stack.turned else (experts, out, in_), tuple(pieces)
+        )
     return Layout(family.name, memory, hub, frozenset(s.key for s in stacks if s.turned)).prove()
 
 
@@ -300,7 +364,9 @@ def _regions(layout: Layout, stack: Stack) -> dict[str, Region]:
             continue
         named = stack.key if leaf == "weight" else stack.sibling(leaf)
         for part in layout.parts(named, tensor.shape):
-            found[part.hub] = Region(tensor, tuple(map(_run, part.transfer.memory)), part.transfer.order)
+            found[part.hub] = Region(
+                tensor, tuple(map(_run, part.transfer.memory)), part.transfer.order
+            )
     return found
 
 
@@ -313,7 +379,11 @@ class StackSource:
 
     def __init__(self, raw: Checkpoint, regions: Mapping[str, Region]) -> None:
         self.inner = raw.source
-        self.uri, self.remote, self.escaping = self.inner.uri, self.inner.remote, self.inner.escaping
+        self.uri, self.remote, self.escaping = (
+            self.inner.uri,
+            self.inner.remote,
+            self.inner.escaping,
+        )
         self._raw, self._regions = raw, regions
         self._last = threading.local()  # a large tensor is read in pieces
 
@@ -326,7 +396,10 @@ class StackSource:
         if name not in self._regions:
             return self.inner.read(name, offset, length)
         if getattr(self._last, "name", None) != name:
-            self._last.raw, self._last.name = self._cut(self._regions[name]).reshape(-1).view(np.uint8), name
+            self._last.raw, self._last.name = (
+                self._cut(self._regions[name]).reshape(-1).view(np.uint8),
+                name,
+            )
         found: Bytes = self._last.raw[offset : offset + length]
         return found
 
@@ -338,7 +411,10 @@ class StackSource:
         key = (t.name, runs[0][0])
         if getattr(self._last, "slab", None) is None or self._last.slab != key:
             size = t.nbytes // t.shape[0]
-            self._last.data, self._last.slab = self.inner.read(t.file, t.offset + runs[0][0] * size, size), key
+            self._last.data, self._last.slab = (
+                self.inner.read(t.file, t.offset + runs[0][0] * size, size),
+                key,
+            )
         width = DTYPE_BITS[t.dtype] // 8
         return cut(self._last.data.view(f"u{width}").reshape(t.shape[1:]), runs[1:], region.order)
 
@@ -392,7 +468,8 @@ def _cut_out(name: str, region: Region) -> Tensor:
 
 
 def unstacked(ckpt: Checkpoint, config: Mapping[str, Any] | None = None) -> Checkpoint:
-    """Return a checkpoint with the experts of its stacks one by one; itself where its family has none.
+    """Return a checkpoint with the experts of its stacks one by one; itself where its family has
+    none.
 
     Raises:
         PlanError: as `read_stacks`.

@@ -21,6 +21,21 @@ from exporter.plan.select import parse_layers
 from exporter.plan.sources import Reader, Rest
 
 __all__ = [
-    "Action", "Constant", "Copy", "Decode", "Encode", "Plan", "Reader", "Rest", "Restack", "Spec", "Stats", "Take",
-    "Weight", "build", "header_digest", "merge", "parse_layers",
-]  # fmt: skip
+    "Action",
+    "Constant",
+    "Copy",
+    "Decode",
+    "Encode",
+    "Plan",
+    "Reader",
+    "Rest",
+    "Restack",
+    "Spec",
+    "Stats",
+    "Take",
+    "Weight",
+    "build",
+    "header_digest",
+    "merge",
+    "parse_layers",
+]

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decide what happens to every tensor of an export. Pure: headers in, a plan out, no tensor is read."""
+"""Decide what happens to every tensor of an export. Pure: headers in, a plan out, no tensor is
+read.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ class _Scales:
             return 1.0
         missing = [m for m in members if m not in self.stats.inputs]
         if missing:
-            raise PlanError(f"the stats have no input maximum for {missing[0]}; were they taken from this model?")
+            raise PlanError(
+                f"the stats have no input maximum for {missing[0]}; were they taken from this model?"
+            )
         return max(self.stats.inputs[m] for m in members) / RANGES[fmt.name]
 
 
@@ -64,13 +68,15 @@ def build(
         layers: quantize in these layers only; each must hold routed experts.
         input_scale: ``one`` writes 1.0; ``stats`` writes what ``stats`` gives.
         stats: input and KV maxima.
-        rest: what becomes of quantized modules that the recipe leaves (`exporter.plan.sources.rest_of`).
+        rest: what becomes of quantized modules that the recipe leaves
+            (`exporter.plan.sources.rest_of`).
         kv_cache: instead of the recipe's.
-        expert_layout: how experts that the source holds in stacks are written; the family's default where None.
+        expert_layout: how experts that the source holds in stacks are written; the family's default
+            where None.
 
     Raises:
-        PlanError: nothing selected, a layer without experts, unequal expert sets, a shape or width that does not fit, a
-            stack of which only a part is quantized.
+        PlanError: nothing selected, a layer without experts, unequal expert sets, a shape or width
+            that does not fit, a stack of which only a part is quantized.
         UsageError: static activations without a source of input scales; KV scales without stats.
     """
     for ckpt, what in ((source, "source"), (onto, "onto")):
@@ -92,7 +98,14 @@ def build(
             f"recipe {recipe.name} quantizes activations: give --input-scale one, or --stats FILE with their maxima"
         )
     scale_leaf = _mxfp8_leaf(targets)
-    units = _units(reader, wanted, fused, scale_leaf, _Scales(input_scale, stats or Stats({})), recipe.calibration)
+    units = _units(
+        reader,
+        wanted,
+        fused,
+        scale_leaf,
+        _Scales(input_scale, stats or Stats({})),
+        recipe.calibration,
+    )
     kept: Origin = "onto" if onto is not None else "source"
     left_as_is = Reader(onto, targets) if onto is not None else reader
     still = {n: f for n in targets if n not in units and (f := left_as_is.format(n)) is not None}
@@ -130,9 +143,14 @@ def build(
             actions, left = restack(source, actions, left, units, decoded)
             written, layout = source.raw, "hub"
     options: dict[str, object] = {
-        "recipe": recipe.name, "layers": sorted(layers) if layers is not None else None, "input_scale": input_scale,
-        "calibration": recipe.calibration, "mxfp8_scale": scale_leaf, "kv_cache": kv, "rest": rest,
-    }  # fmt: skip
+        "recipe": recipe.name,
+        "layers": sorted(layers) if layers is not None else None,
+        "input_scale": input_scale,
+        "calibration": recipe.calibration,
+        "mxfp8_scale": scale_leaf,
+        "kv_cache": kv,
+        "rest": rest,
+    }
     if layout is not None:
         options["expert_layout"] = layout
     plan = Plan("export", recipe.name, written, onto, tuple(actions), tuple(left), options)
@@ -140,7 +158,9 @@ def build(
     return plan
 
 
-def _layout(source: Checkpoint, onto: Checkpoint | None, asked: ExpertLayout | None) -> ExpertLayout | None:
+def _layout(
+    source: Checkpoint, onto: Checkpoint | None, asked: ExpertLayout | None
+) -> ExpertLayout | None:
     """Return how the experts of the source's stacks are written, None where it has none.
 
     Raises:
@@ -148,7 +168,9 @@ def _layout(source: Checkpoint, onto: Checkpoint | None, asked: ExpertLayout | N
     """
     if not isinstance(source, Unstacked):
         if asked == "hub":
-            raise UsageError(f"--expert-layout hub: {source.uri} holds no experts in stacks; they are written one by one")
+            raise UsageError(
+                f"--expert-layout hub: {source.uri} holds no experts in stacks; they are written one by one"
+            )
         return None
     found = asked or source.stacks.family.default
     if onto is not None and found == "hub":
@@ -169,7 +191,10 @@ def _used(unit: Encode | Decode | None, kept: Origin) -> set[str]:
 
 
 def _check_targets(
-    modules: Mapping[str, Module], wanted: Mapping[str, str], targets: Mapping[str, Module], onto: Checkpoint | None
+    modules: Mapping[str, Module],
+    wanted: Mapping[str, str],
+    targets: Mapping[str, Module],
+    onto: Checkpoint | None,
 ) -> None:
     for name, fmt in wanted.items():
         weight, dims = modules[name].weight, modules[name].dims
@@ -177,13 +202,17 @@ def _check_targets(
             raise PlanError(f"{name} has no two-dimensional weight")
         size = 1 if fmt in _RAGGED else FORMATS[fmt].group_size or 1
         if dims[1] % size:
-            raise PlanError(f"{weight.name}: the input dimension {dims[1]} is not a multiple of {fmt}'s block {size}")
+            raise PlanError(
+                f"{weight.name}: the input dimension {dims[1]} is not a multiple of {fmt}'s block {size}"
+            )
         if onto is not None:
             target = targets.get(name)
             if target is None or target.dims is None:
                 raise PlanError(f"{name} is in the source and not in {onto.uri}")
             if target.dims != dims:
-                raise PlanError(f"{name}: [{dims[0]}, {dims[1]}] in the source, {list(target.dims)} in {onto.uri}")
+                raise PlanError(
+                    f"{name}: [{dims[0]}, {dims[1]}] in the source, {list(target.dims)} in {onto.uri}"
+                )
 
 
 def _without_done(
@@ -194,11 +223,15 @@ def _without_done(
     Raises:
         PlanError: nothing remains.
     """
-    done = {n for n, f in wanted.items() if (found := reader.format(n)) is not None and found.name == f}
+    done = {
+        n for n, f in wanted.items() if (found := reader.format(n)) is not None and found.name == f
+    }
     left = {n: f for n, f in wanted.items() if not all(m in done for m in fused.get(n, (n,)))}
     if not left:
         formats = ", ".join(sorted(set(wanted.values())))
-        raise PlanError(f"recipe {recipe.name}: all {len(wanted):,} modules that it selects are {formats} already")
+        raise PlanError(
+            f"recipe {recipe.name}: all {len(wanted):,} modules that it selects are {formats} already"
+        )
     return left
 
 
@@ -218,7 +251,9 @@ def _units(
     scales: _Scales,
     method: str,
 ) -> dict[str, Encode]:
-    """Return the quantization of each selected module; members of a fused group share one where they share a scale."""
+    """Return the quantization of each selected module; members of a fused group share one where
+    they share a scale.
+    """
     found: dict[str, Encode] = {}
     for name, fmt_name in wanted.items():
         if name in found:
@@ -239,7 +274,8 @@ def _units(
 
 
 def _kv(targets: Mapping[str, Module], kv: KvName | None, stats: Stats | None) -> list[Constant]:
-    """Return the KV scales, ``k_proj.k_scale`` and ``v_proj.v_scale`` of each attention layer: amax / 448.
+    """Return the KV scales, ``k_proj.k_scale`` and ``v_proj.v_scale`` of each attention layer: amax
+    / 448.
 
     Raises:
         UsageError: scales are wanted and there are no stats.
@@ -248,8 +284,14 @@ def _kv(targets: Mapping[str, Module], kv: KvName | None, stats: Stats | None) -
     if kv != "fp8":
         return []
     if stats is None:
-        raise UsageError("FP8 KV scales come from calibration: give --stats FILE, or --kv fp8_cast for none")
-    wanted = [n for n in targets if n.rpartition(".")[2] in ("k_proj", "v_proj") and role(n) == "attention"]
+        raise UsageError(
+            "FP8 KV scales come from calibration: give --stats FILE, or --kv fp8_cast for none"
+        )
+    wanted = [
+        n
+        for n in targets
+        if n.rpartition(".")[2] in ("k_proj", "v_proj") and role(n) == "attention"
+    ]
     if not wanted:
         raise PlanError("KV scales: no attention module here has a k_proj and a v_proj")
     found = []
@@ -257,6 +299,8 @@ def _kv(targets: Mapping[str, Module], kv: KvName | None, stats: Stats | None) -
         kind = name.rpartition(".")[2][0]
         amax = stats.kv.get(f"{name}.{kind}_amax")
         if amax is None:
-            raise PlanError(f"the stats have no {kind}_amax for {name}; were they taken from this model?")
+            raise PlanError(
+                f"the stats have no {kind}_amax for {name}; were they taken from this model?"
+            )
         found.append(Constant(f"{name}.{kind}_scale", amax / KV_RANGE))
     return found

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decide what happens to every tensor of a merge: another tool's quantized experts, moved byte for byte."""
+"""Decide what happens to every tensor of a merge: another tool's quantized experts, moved byte for
+byte.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from verifier.errors import PlanError
 from verifier.schemes import expert_key, gather
 
 
-def merge(experts: Checkpoint, onto: Checkpoint, *, input_scale: Literal["keep", "one"] = "keep") -> Plan:
+def merge(
+    experts: Checkpoint, onto: Checkpoint, *, input_scale: Literal["keep", "one"] = "keep"
+) -> Plan:
     """Return the plan that moves another tool's quantized experts onto a checkpoint, byte for byte.
 
     Args:
@@ -21,7 +25,8 @@ def merge(experts: Checkpoint, onto: Checkpoint, *, input_scale: Literal["keep",
         input_scale: ``keep`` copies the experts' activation scales; ``one`` writes 1.0.
 
     Raises:
-        PlanError: no quantized experts, unequal expert sets or shapes, a W4A4 expert without an input scale to keep.
+        PlanError: no quantized experts, unequal expert sets or shapes, a W4A4 expert without an
+            input scale to keep.
     """
     for ckpt, what in ((experts, "experts"), (onto, "onto")):
         require_sound(ckpt, what)
@@ -48,12 +53,21 @@ def merge(experts: Checkpoint, onto: Checkpoint, *, input_scale: Literal["keep",
                 actions.append(Copy(tensor, "source"))
         if new.weight is not None and new.weight.dtype == "U8" and input_scale == "one":
             actions.append(Constant(f"{name}.input_scale", 1.0))
-    left += [("source", t.name, "kept from onto") for n, m in ours.items() if n not in moved for t in m.parts.values()]
+    left += [
+        ("source", t.name, "kept from onto")
+        for n, m in ours.items()
+        if n not in moved
+        for t in m.parts.values()
+    ]
     packed = [n for n, m in moved.items() if m.weight is not None and m.weight.dtype == "U8"]
     without = [n for n in packed if "input_scale" not in moved[n].parts]
     if input_scale == "keep" and without and len(without) != len(packed):
         count = f"{len(without):,} of {len(packed):,}"
-        raise PlanError(f"{without[0]} has no input_scale to keep ({count}); --input-scale one writes 1.0")
-    plan = Plan("merge", "merge", experts, onto, tuple(actions), tuple(left), {"input_scale": input_scale})
+        raise PlanError(
+            f"{without[0]} has no input_scale to keep ({count}); --input-scale one writes 1.0"
+        )
+    plan = Plan(
+        "merge", "merge", experts, onto, tuple(actions), tuple(left), {"input_scale": input_scale}
+    )
     one_fate(plan)
     return plan

@@ -63,7 +63,9 @@ class Constant:
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """A weight to be read, [out, in]: its tensors by leaf, and the format that they are in (None: unquantized)."""
+    """A weight to be read, [out, in]: its tensors by leaf, and the format that they are in (None:
+    unquantized).
+    """
 
     tensor: Tensor
     parts: Mapping[str, Tensor]
@@ -92,11 +94,12 @@ class Decode:
 
 @dataclass(frozen=True, slots=True)
 class Encode:
-    """Quantize the weights of a fused group (or one weight) together: they share their global scale.
+    """Quantize the weights of a fused group (or one weight) together: they share their global
+    scale.
 
-    ``scale_leaf`` names the block, row or tensor scale; ``input_scales`` gives each module's activation scale, None
-    where it has none; ``method`` is the weight calibration (`exporter.weights`), ``max`` for formats that have no other,
-    ``exact`` for MXFP4 to NVFP4.
+    ``scale_leaf`` names the block, row or tensor scale; ``input_scales`` gives each module's
+    activation scale, None where it has none; ``method`` is the weight calibration
+    (`exporter.weights`), ``max`` for formats that have no other, ``exact`` for MXFP4 to NVFP4.
     """
 
     modules: tuple[str, ...]
@@ -114,7 +117,13 @@ class Encode:
     def specs_of(self, index: int) -> tuple[Spec, ...]:
         """Return the tensors of one module."""
         module, (out, in_) = self.modules[index], self.weights[index].shape
-        found = [Spec(f"{module}.weight", self.format.weight_dtype, (out, in_ // 2 if self.format.packed else in_))]
+        found = [
+            Spec(
+                f"{module}.weight",
+                self.format.weight_dtype,
+                (out, in_ // 2 if self.format.packed else in_),
+            )
+        ]
         for sibling in self.format.siblings:
             leaf = sibling.leaves[0]
             if leaf == "input_scale":
@@ -128,10 +137,11 @@ class Encode:
 
 @dataclass(frozen=True, slots=True)
 class Take:
-    """Write a tensor, or a region of one, under a name of its own; its bytes are moved, never changed.
+    """Write a tensor, or a region of one, under a name of its own; its bytes are moved, never
+    changed.
 
-    ``cuts`` gives start, step and length on each axis and whether the axis is dropped; empty takes the whole tensor.
-    ``order`` permutes what remains.
+    ``cuts`` gives start, step and length on each axis and whether the axis is dropped; empty takes
+    the whole tensor. ``order`` permutes what remains.
     """
 
     name: str
@@ -143,24 +153,32 @@ class Take:
     @property
     def whole(self) -> bool:
         """Whether every byte of the tensor is taken, in the order of the file."""
-        full = all(c == (0, 1, n, False) for c, n in zip(self.cuts, self.tensor.shape, strict=False))
+        full = all(
+            c == (0, 1, n, False) for c, n in zip(self.cuts, self.tensor.shape, strict=False)
+        )
         return full and self.order == tuple(sorted(self.order))
 
     @property
     def specs(self) -> tuple[Spec, ...]:
         """The one tensor that it writes."""
-        left = [length for _, _, length, drop in self.cuts if not drop] if self.cuts else list(self.tensor.shape)
+        left = (
+            [length for _, _, length, drop in self.cuts if not drop]
+            if self.cuts
+            else list(self.tensor.shape)
+        )
         shape = tuple(left[i] for i in self.order) if self.order else tuple(left)
         return (Spec(self.name, self.tensor.dtype, shape),)
 
 
 @dataclass(frozen=True, slots=True)
 class Restack:
-    """Write the stacks of gate and up of a layer, or that of down, as stacks: quantized, or decoded (``format`` None).
+    """Write the stacks of gate and up of a layer, or that of down, as stacks: quantized, or decoded
+    (``format`` None).
 
-    Blocks run along the input axis whatever the stack's own axes, and gate and up keep their order. ``read`` is the format
-    that they are in. ``input_scales`` gives one for each expert; where the family has one scale for a whole stack, so have
-    all of them, and ``weight_scale_2`` is shared over the stack.
+    Blocks run along the input axis whatever the stack's own axes, and gate and up keep their order.
+    ``read`` is the format that they are in. ``input_scales`` gives one for each expert; where the
+    family has one scale for a whole stack, so have all of them, and ``weight_scale_2`` is shared
+    over the stack.
     """
 
     stacks: tuple[Stack, ...]
@@ -197,25 +215,39 @@ class Restack:
         if self.format is None:
             return {"weight": Spec(stack.key, "BF16", sized(out, in_))}
         fmt = self.format
-        found = {"weight": Spec(stack.key, fmt.weight_dtype, sized(out, in_ // 2 if fmt.packed else in_))}
+        found = {
+            "weight": Spec(stack.key, fmt.weight_dtype, sized(out, in_ // 2 if fmt.packed else in_))
+        }
         for sibling in fmt.siblings:
             leaf = self.scale_leaf if self.scale_leaf in sibling.leaves else sibling.leaves[0]
             if leaf == "input_scale":
                 continue
             shape = sibling.shapes(out, in_)[0]
-            found[leaf] = Spec(stack.sibling(leaf), sibling.dtypes[0], () if not shape and self.one_scale else sized(*shape))
+            found[leaf] = Spec(
+                stack.sibling(leaf),
+                sibling.dtypes[0],
+                () if not shape and self.one_scale else sized(*shape),
+            )
         if self.input_scales is not None:
-            found["input_scale"] = Spec(stack.sibling("input_scale"), "F32", () if self.one_scale else (experts,))
+            found["input_scale"] = Spec(
+                stack.sibling("input_scale"), "F32", () if self.one_scale else (experts,)
+            )
         return found
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """The tensors of the source that it reads."""
-        leaves = ("weight",) if self.read is None else tuple(s for x in self.read.siblings for s in x.leaves)
+        leaves = (
+            ("weight",)
+            if self.read is None
+            else tuple(s for x in self.read.siblings for s in x.leaves)
+        )
         return tuple(
-            t for s in self.stacks for leaf, t in s.parts.items()
+            t
+            for s in self.stacks
+            for leaf, t in s.parts.items()
             if leaf in ("weight", "blocks") or (leaf in leaves and not leaf.startswith("input"))
-        )  # fmt: skip
+        )
 
 
 Action = Copy | Constant | Decode | Encode | Restack | Take
@@ -223,7 +255,9 @@ Action = Copy | Constant | Decode | Encode | Restack | Take
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """What a stats file holds: input maxima by hub module, and KV maxima by ``<hub k_proj>.k_amax``, ``….v_amax``."""
+    """What a stats file holds: input maxima by hub module, and KV maxima by ``<hub
+    k_proj>.k_amax``, ``….v_amax``.
+    """
 
     inputs: Mapping[str, float]
     kv: Mapping[str, float] = field(default_factory=dict)
@@ -231,7 +265,9 @@ class Stats:
 
 @dataclass(frozen=True)
 class Plan:
-    """Every tensor to be written has one action; every tensor that is not taken has its reason in ``left``."""
+    """Every tensor to be written has one action; every tensor that is not taken has its reason in
+    ``left``.
+    """
 
     kind: Literal["export", "merge", "repair"]
     name: str
@@ -268,9 +304,13 @@ class Plan:
 
     @property
     def modules(self) -> Mapping[str, Format]:
-        """The linears that this plan quantizes, those in stacks as they are called one by one, with their formats."""
+        """The linears that this plan quantizes, those in stacks as they are called one by one, with
+        their formats.
+        """
         found = {m: e.format for e in self.encodes for m in e.modules}
-        return found | {m: r.format for r in self.restacks for m in r.modules if r.format is not None}
+        return found | {
+            m: r.format for r in self.restacks for m in r.modules if r.format is not None
+        }
 
     def origin(self, name: Origin) -> Checkpoint:
         """Return the checkpoint that an action copies from."""
@@ -281,7 +321,9 @@ class Plan:
         return Counter(f.algo for f in self.modules.values())
 
     def stacked(self) -> Counter[str]:
-        """Return by algorithm how many tensors the quantized modules are where fused groups are one each."""
+        """Return by algorithm how many tensors the quantized modules are where fused groups are one
+        each.
+        """
         algo = {m: f.algo for m, f in self.modules.items()}
         found = Counter(algo.values())
         for _, members in fused_groups(algo):
@@ -289,15 +331,21 @@ class Plan:
         return found
 
     def requantized(self) -> Counter[tuple[str, str]]:
-        """Return how many quantized modules are decoded and written anew, by (algorithm read, algorithm written)."""
+        """Return how many quantized modules are decoded and written anew, by (algorithm read,
+        algorithm written).
+        """
         found: Counter[tuple[str, str]] = Counter()
         for a in self.actions:
             if isinstance(a, Encode):
-                found.update((w.format.algo, a.format.algo) for w in a.weights if w.format is not None)
+                found.update(
+                    (w.format.algo, a.format.algo) for w in a.weights if w.format is not None
+                )
             elif isinstance(a, Decode) and a.weight.format is not None:
                 found[a.weight.format.algo, "BF16"] += 1
             elif isinstance(a, Restack) and a.read is not None:
-                found[a.read.algo, a.format.algo if a.format is not None else "BF16"] += len(a.modules)
+                found[a.read.algo, a.format.algo if a.format is not None else "BF16"] += len(
+                    a.modules
+                )
         return found
 
     def fingerprint(self) -> str:
@@ -310,7 +358,13 @@ class Plan:
             if isinstance(a, Constant):
                 parts.append(a.value)
             elif isinstance(a, Encode):
-                parts.append([a.input_scales, a.method, [w.format.name if w.format else None for w in a.weights]])
+                parts.append(
+                    [
+                        a.input_scales,
+                        a.method,
+                        [w.format.name if w.format else None for w in a.weights],
+                    ]
+                )
             elif isinstance(a, Decode):
                 parts.append([a.origin, a.weight.format.name if a.weight.format else None])
             elif isinstance(a, Take):
@@ -324,7 +378,9 @@ class Plan:
 
 
 def header_digest(ckpt: Checkpoint) -> str:
-    """Return a digest of the names, dtypes, shapes and places of a checkpoint's tensors, and of its file sizes."""
+    """Return a digest of the names, dtypes, shapes and places of a checkpoint's tensors, and of its
+    file sizes.
+    """
     state = hashlib.sha256()
     for shard in ckpt.shards:
         state.update(f"{shard.file}\0{shard.size}\0".encode())

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decide what becomes of every tensor of a broken export: moved under its hub name, or the base's in its place.
+"""Decide what becomes of every tensor of a broken export: moved under its hub name, or the base's
+in its place.
 
-Headers in, a plan out. No byte of a quantized tensor changes; what cannot be known is refused by name.
+Headers in, a plan out. No byte of a quantized tensor changes; what cannot be known is refused by
+name.
 """
 
 from __future__ import annotations
@@ -19,7 +21,17 @@ from exporter.plan.sound import one_fate, require_sound
 from exporter.plan.sources import NEVER_WRITTEN
 from verifier.checkpoint import Checkpoint, Tensor
 from verifier.errors import PlanError, UnsupportedConversion
-from verifier.schemes import KV_LEAVES, Format, Module, canonical, collapse, expert_key, gather, role, split
+from verifier.schemes import (
+    KV_LEAVES,
+    Format,
+    Module,
+    canonical,
+    collapse,
+    expert_key,
+    gather,
+    role,
+    split,
+)
 
 Shape = tuple[int, ...]
 _QUANTIZER = re.compile(r"(^|[._])(\w*quantizer)(\.|$)|\._(amax|pre_quant_scale|scale)$")
@@ -38,9 +50,9 @@ class Same:
 class Repair:
     """A plan, and what it was read from: shown before anything is written, and proved by values.
 
-    ``renamed`` and ``split`` name tensors of the broken checkpoint with what they become; ``same`` are the unquantized
-    tensors of both; ``missing`` are taken from the base; ``dropped`` are left out; ``doubtful`` are the quantized modules
-    whose place was not given by their own name.
+    ``renamed`` and ``split`` name tensors of the broken checkpoint with what they become; ``same``
+    are the unquantized tensors of both; ``missing`` are taken from the base; ``dropped`` are left
+    out; ``doubtful`` are the quantized modules whose place was not given by their own name.
     """
 
     plan: Plan
@@ -53,18 +65,20 @@ class Repair:
     doubtful: tuple[str, ...] = field(default=())
 
 
-def repair(broken: Checkpoint, base: Checkpoint, layout: Callable[[], Layout | None] | None = None) -> Repair:
+def repair(
+    broken: Checkpoint, base: Checkpoint, layout: Callable[[], Layout | None] | None = None
+) -> Repair:
     """Return how a broken export is made right.
 
     Args:
         broken: quantized tensors under wrong names, in wrong stacks or under a wrong description.
         base: the checkpoint that it was made from, in hub layout.
-        layout: gives that of the model in transformers' memory, or None where transformers does not have it; it is asked
-            only where a name is not the base's own.
+        layout: gives that of the model in transformers' memory, or None where transformers does not
+            have it; it is asked only where a name is not the base's own.
 
     Raises:
-        PlanError: what the checkpoints do not allow: a lost tensor that was quantized, a name that nothing explains, blocks
-            along the wrong axis, a format that cannot be described.
+        PlanError: what the checkpoints do not allow: a lost tensor that was quantized, a name that
+            nothing explains, blocks along the wrong axis, a format that cannot be described.
         UnsupportedConversion: a tensor that cannot be brought to the hub's layout, by name.
     """
     require_sound(broken, "the broken export", described=False)
@@ -103,14 +117,23 @@ def repair(broken: Checkpoint, base: Checkpoint, layout: Callable[[], Layout | N
     one_fate(plan)
     renamed, cut = _changes(takes.values())
     return Repair(
-        plan, renamed, cut, tuple(same), tuple(missing), tuple(dropped), tuple(quantized), tuple(sorted(doubtful))
+        plan,
+        renamed,
+        cut,
+        tuple(same),
+        tuple(missing),
+        tuple(dropped),
+        tuple(quantized),
+        tuple(sorted(doubtful)),
     )
 
 
 def _takes(
     broken: Checkpoint, base: Checkpoint, layout_of: Callable[[], Layout | None] | None
 ) -> tuple[dict[str, Take], list[str], set[str]]:
-    """Return by hub name what of the broken export becomes it, the names that are left out, and whose place is doubtful."""
+    """Return by hub name what of the broken export becomes it, the names that are left out, and
+    whose place is doubtful.
+    """
     hub, family = logical(base), str(base.model_type)
     known = set(gather(base.tensors.values()))
     takes: dict[str, Take] = {}
@@ -135,7 +158,9 @@ def _takes(
             if found is not None and parts is None and _has(found, name):
                 parts = found.parts(name, tensor.shape)
         if parts is None:
-            if role(name.removesuffix(".weight")) == "lm_head" and (base.config or {}).get("tie_word_embeddings"):
+            if role(name.removesuffix(".weight")) == "lm_head" and (base.config or {}).get(
+                "tie_word_embeddings"
+            ):
                 dropped.append(name)
                 continue
             raise _unknown(name, hub)
@@ -155,12 +180,16 @@ def logical(ckpt: Checkpoint) -> dict[str, Shape]:
                 continue
             packed = tensor is module.weight and tensor.dtype == "U8" and len(tensor.shape) >= 2
             dims = module.dims if tensor is module.weight and "blocks" in module.parts else None
-            found[name] = dims or ((*tensor.shape[:-1], tensor.shape[-1] * 2) if packed else tensor.shape)
+            found[name] = dims or (
+                (*tensor.shape[:-1], tensor.shape[-1] * 2) if packed else tensor.shape
+            )
     return found
 
 
 def _beside(name: str, odd: Mapping[str, Tensor]) -> bool:
-    """Whether a name is a sibling joined by ``_`` to a bare parameter: ``gate_up_proj_weight_scale``."""
+    """Whether a name is a sibling joined by ``_`` to a bare parameter:
+    ``gate_up_proj_weight_scale``.
+    """
     return any(name.removesuffix(f"_{s}") in odd for s in SIBLINGS if name.endswith(f"_{s}"))
 
 
@@ -176,7 +205,10 @@ def _take(part: Part, tensor: Tensor, family: str) -> Take:
     moved = part.transfer
     if tuple(c.length for c in moved.hub) != moved.hub_shape or any(c.drop for c in moved.hub):
         raise UnsupportedConversion(
-            tensor.name, "join", family, f"the hub's {part.hub} holds more than it; quantized tensors are not joined"
+            tensor.name,
+            "join",
+            family,
+            f"the hub's {part.hub} holds more than it; quantized tensors are not joined",
         )
     cuts = tuple((c.start, c.step, c.length, c.drop) for c in moved.memory)
     return Take(part.hub, tensor, "source", cuts, moved.order)
@@ -198,7 +230,9 @@ def _modules(takes: Mapping[str, Take]) -> dict[str, Module]:
     return gather(found)
 
 
-def _require_known(parts: Mapping[str, Module], targets: Mapping[str, Module], base: Checkpoint) -> None:
+def _require_known(
+    parts: Mapping[str, Module], targets: Mapping[str, Module], base: Checkpoint
+) -> None:
     """Refuse quantized modules that cannot be right, or that no declaration can describe.
 
     Raises:
@@ -214,16 +248,26 @@ def _require_known(parts: Mapping[str, Module], targets: Mapping[str, Module], b
                 "declaration of it is written here"
             )
         if weight is None:
-            raise PlanError(f"{name}: {', '.join(module.parts)} without a weight; codes cannot be made from scales")
+            raise PlanError(
+                f"{name}: {', '.join(module.parts)} without a weight; codes cannot be made from scales"
+            )
         if module.dims is None:
             said = f"{weight.name} {list(weight.shape)} is a quantized stack, as the base's is"
-            raise PlanError(f"{said}; only two-dimensional quantized weights are judged and described here")
+            raise PlanError(
+                f"{said}; only two-dimensional quantized weights are judged and described here"
+            )
         if target.dims is not None and target.dims != module.dims:
             _refuse_shape(module, target.dims)
         shown = module.shown
         if shown is None or shown.name in NEVER_WRITTEN:
-            what = shown.algo if shown is not None else f"{weight.dtype} with {', '.join(module.scales) or 'no scale'}"
-            raise PlanError(f"{name}: {what}: its format cannot be told or is not written here; export it anew")
+            what = (
+                shown.algo
+                if shown is not None
+                else f"{weight.dtype} with {', '.join(module.scales) or 'no scale'}"
+            )
+            raise PlanError(
+                f"{name}: {what}: its format cannot be told or is not written here; export it anew"
+            )
         _require_siblings(module, shown, module.dims)
     _require_input_scales(parts)
 
@@ -232,7 +276,9 @@ def _require_siblings(module: Module, shown: Format, dims: tuple[int, int]) -> N
     for sibling in shown.siblings:
         found = [module.parts[leaf] for leaf in sibling.leaves if leaf in module.parts]
         if not found and sibling.required and sibling.leaves != ("input_scale",):
-            raise PlanError(f"{module.name}: {sibling.leaves[0]} is lost, so its values cannot be known; export it anew")
+            raise PlanError(
+                f"{module.name}: {sibling.leaves[0]} is lost, so its values cannot be known; export it anew"
+            )
         for tensor in found:
             if tensor.dtype not in sibling.dtypes or tensor.shape not in sibling.shapes(*dims):
                 wanted = f"{' or '.join(sibling.dtypes)} {list(sibling.shapes(*dims)[0])}"
@@ -260,7 +306,8 @@ def _require_input_scales(parts: Mapping[str, Module]) -> None:
 
 
 def _refuse_shape(module: Module, wanted: tuple[int, int]) -> None:
-    """Refuse a quantized weight of another shape than the base's, saying how it came about where that is plain.
+    """Refuse a quantized weight of another shape than the base's, saying how it came about where
+    that is plain.
 
     Raises:
         PlanError: always.
@@ -268,7 +315,12 @@ def _refuse_shape(module: Module, wanted: tuple[int, int]) -> None:
     name, dims, weight, scale = module.name, module.dims or (0, 0), module.weight, module.scale
     packed = weight is not None and weight.dtype == "U8"
     stored = (wanted[0], wanted[1] // 2) if packed else wanted
-    if weight is not None and weight.shape == stored[::-1] and scale is not None and scale.shape[:1] != (dims[0],):
+    if (
+        weight is not None
+        and weight.shape == stored[::-1]
+        and scale is not None
+        and scale.shape[:1] != (dims[0],)
+    ):
         raise PlanError(
             f"{name}: weight {list(weight.shape)} and scale {list(scale.shape)} are stored transposed, and the base is "
             f"[{wanted[0]}, {wanted[1]}]: every byte would have to move, which is no repair; export it anew"
@@ -278,7 +330,9 @@ def _refuse_shape(module: Module, wanted: tuple[int, int]) -> None:
             f"{name} is stored [{dims[0]}, {dims[1]}] where the base is [{wanted[0]}, {wanted[1]}]: it was quantized "
             "transposed, its blocks lie along the output axis; engines need them along the input, so export it anew"
         )
-    raise PlanError(f"{name} is [{dims[0]}, {dims[1]}], and the base has [{wanted[0]}, {wanted[1]}]; is it the right base?")
+    raise PlanError(
+        f"{name} is [{dims[0]}, {dims[1]}], and the base has [{wanted[0]}, {wanted[1]}]; is it the right base?"
+    )
 
 
 def _beyond(mine: Module | None, target: Module, base: Checkpoint) -> list[Tensor]:
@@ -287,10 +341,16 @@ def _beyond(mine: Module | None, target: Module, base: Checkpoint) -> list[Tenso
     Raises:
         PlanError: another tensor that the base's module does not have.
     """
-    more = {leaf: t for leaf, t in (mine.parts if mine is not None else {}).items() if leaf not in target.parts}
+    more = {
+        leaf: t
+        for leaf, t in (mine.parts if mine is not None else {}).items()
+        if leaf not in target.parts
+    }
     for leaf, tensor in more.items():
         if leaf not in KV_LEAVES:
-            raise PlanError(f"{tensor.name}: {base.uri} has {target.name} without a {leaf}; where it belongs is not known")
+            raise PlanError(
+                f"{tensor.name}: {base.uri} has {target.name} without a {leaf}; where it belongs is not known"
+            )
     return list(more.values())
 
 
@@ -308,11 +368,14 @@ def _require_untouched(target: Module, lossy: set[str], base: Checkpoint) -> Non
             "cannot be known; export it anew"
         )
     if target.quantized:
-        raise PlanError(f"{name} is not in the export, and {base.uri} holds it quantized only; what it was cannot be known")
+        raise PlanError(
+            f"{name} is not in the export, and {base.uri} holds it quantized only; what it was cannot be known"
+        )
 
 
 def _refuse_wrong_axis(odd: Iterable[Tensor], base: Checkpoint) -> None:
-    """Refuse experts of a transposed stack that were quantized as if it were not: no hub has a place for their blocks.
+    """Refuse experts of a transposed stack that were quantized as if it were not: no hub has a
+    place for their blocks.
 
     Raises:
         PlanError: naming the first down projection whose input is as wide as the model.
@@ -333,9 +396,15 @@ def _refuse_wrong_axis(odd: Iterable[Tensor], base: Checkpoint) -> None:
 def _unknown(name: str, hub: Mapping[str, Shape]) -> PlanError:
     """Return why a tensor that has no place is refused."""
     expert = expert_key(split(name)[0])
-    stacks = [n for n, s in hub.items() if len(s) == 3 and expert and n.startswith(expert.container.rpartition(".")[0])]
+    stacks = [
+        n
+        for n, s in hub.items()
+        if len(s) == 3 and expert and n.startswith(expert.container.rpartition(".")[0])
+    ]
     if not stacks:
-        return PlanError(f"{name}: neither transformers' mapping nor any spelling tells which tensor of the base it is")
+        return PlanError(
+            f"{name}: neither transformers' mapping nor any spelling tells which tensor of the base it is"
+        )
     return PlanError(
         f"{name}: the base keeps the experts of this layer in stacks ({stacks[0]} {list(hub[stacks[0]])}); what was taken "
         "apart is not joined again"
@@ -360,4 +429,3 @@ def _changes(takes: Iterable[Take]) -> tuple[dict[str, str], dict[str, tuple[str
     renamed = {n: v[0] for n, v in became.items() if names[n] == 1 and n in whole and v[0] != n}
     cut = {n: tuple(v) for n, v in became.items() if names[n] > 1 or n not in whole}
     return renamed, cut
-

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a plan of single experts to one of stacks: what is written whole, and what passes through."""
+"""From a plan of single experts to one of stacks: what is written whole, and what passes
+through.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,8 @@ def restack(
     units: Mapping[str, Encode],
     decoded: Mapping[str, Format],
 ) -> tuple[list[Action], list[Left]]:
-    """Return the actions and what is left of a plan of single experts with the source's stacks written as stacks.
+    """Return the actions and what is left of a plan of single experts with the source's stacks
+    written as stacks.
 
     Args:
         source: the view that the plan was made of.
@@ -37,7 +40,8 @@ def restack(
         decoded: the quantized modules that are written as BF16.
 
     Raises:
-        PlanError: a stack of which only a part is quantized, or blocks across the seam of gate and up.
+        PlanError: a stack of which only a part is quantized, or blocks across the seam of gate and
+            up.
     """
     stacks, raw = source.stacks, source.raw
     group_of = {s.key: i for i, g in enumerate(stacks.groups()) for s in g}
@@ -51,7 +55,14 @@ def restack(
         if isinstance(action, Encode):
             key = of_module.get(action.modules[0])
         elif isinstance(action, Decode):
-            key = next((key_of[of_tensor[t.name]] for t in action.weight.parts.values() if t.name in of_tensor), None)
+            key = next(
+                (
+                    key_of[of_tensor[t.name]]
+                    for t in action.weight.parts.values()
+                    if t.name in of_tensor
+                ),
+                None,
+            )
         elif isinstance(action, Copy | Take):
             name = of_tensor.get(action.tensor.name)
             key = key_of[name] if name is not None else None
@@ -70,13 +81,21 @@ def restack(
     return found, rest
 
 
-def _group(group: tuple[Stack, ...], units: Mapping[str, Encode], decoded: Mapping[str, Format]) -> list[Action]:
+def _group(
+    group: tuple[Stack, ...], units: Mapping[str, Encode], decoded: Mapping[str, Format]
+) -> list[Action]:
     members = [m for s in group for m in s.members]
-    formats = {units[m].format.name if m in units else ("BF16" if m in decoded else "") for m in members}
+    formats = {
+        units[m].format.name if m in units else ("BF16" if m in decoded else "") for m in members
+    }
     if len(formats) > 1:
         some = next(m for m in members if m in units or m in decoded)
-        other = next(m for m in members if (m in units or m in decoded) != (some in units or some in decoded) or (
-            m in units and units[m].format is not units[some].format))  # fmt: skip
+        other = next(
+            m
+            for m in members
+            if (m in units or m in decoded) != (some in units or some in decoded)
+            or (m in units and units[m].format is not units[some].format)
+        )
         raise PlanError(
             f"{group[0].key}: a stack is written whole, and {some} is to be {_said(some, units)} and {other} "
             f"{_said(other, units)}; --expert-layout per-expert, or a recipe that takes all experts of a layer alike"
@@ -98,17 +117,31 @@ def _said(module: str, units: Mapping[str, Encode]) -> str:
 
 
 def _quantized(group: tuple[Stack, ...], units: Mapping[str, Encode], first: Encode) -> Restack:
-    read = {w.format.name if w.format else None for s in group for m in s.members for w in units[m].weights}
+    read = {
+        w.format.name if w.format else None
+        for s in group
+        for m in s.members
+        for w in units[m].weights
+    }
     if len(read) > 1:
-        raise PlanError(f"{group[0].key}: its experts are in {len(read)} formats; --expert-layout per-expert")
+        raise PlanError(
+            f"{group[0].key}: its experts are in {len(read)} formats; --expert-layout per-expert"
+        )
     inputs = None
     if first.input_scales is not None:
         each = [
-            max((units[m].input_scales or (0.0,))[0] for s in group for leaf in s.leaves for m in (s.member(e, leaf),))
+            max(
+                (units[m].input_scales or (0.0,))[0]
+                for s in group
+                for leaf in s.leaves
+                for m in (s.member(e, leaf),)
+            )
             for e in range(group[0].shape[0])
         ]
         inputs = (max(each),) if group[0].family.one_scale else tuple(each)
-    return Restack(group, first.weights[0].format, first.format, first.scale_leaf, inputs, first.method)
+    return Restack(
+        group, first.weights[0].format, first.format, first.scale_leaf, inputs, first.method
+    )
 
 
 def _require_seams(group: tuple[Stack, ...]) -> None:

@@ -22,16 +22,21 @@ def parse_layers(text: str) -> frozenset[int]:
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d{1,6})(?:-(\d{1,6}))?\s*", part)
         if match is None or (match[2] and int(match[2]) < int(match[1])):
-            raise UsageError(f"--layers {text}: {part.strip()!r} is no layer and no range like 3-59")
+            raise UsageError(
+                f"--layers {text}: {part.strip()!r} is no layer and no range like 3-59"
+            )
         found.update(range(int(match[1]), int(match[2] or match[1]) + 1))
     return frozenset(found)
 
 
-def select(modules: Mapping[str, Module], recipe: Recipe, layers: frozenset[int] | None) -> dict[str, str]:
+def select(
+    modules: Mapping[str, Module], recipe: Recipe, layers: frozenset[int] | None
+) -> dict[str, str]:
     """Return format by module for the linears that the recipe selects.
 
     Raises:
-        PlanError: a rule that matches nothing, or only part of what it names; a layer without experts; nothing left.
+        PlanError: a rule that matches nothing, or only part of what it names; a layer without
+            experts; nothing left.
     """
     linears = {n: m for n, m in modules.items() if m.dims is not None and _has_weight(m)}
     chosen: dict[str, str] = {n: f for n in linears if (f := recipe.format_of(n)) is not None}
@@ -43,11 +48,15 @@ def select(modules: Mapping[str, Module], recipe: Recipe, layers: frozenset[int]
         without = sorted(layers - {h for h in holding if h is not None})
         if without:
             have = ", ".join(map(str, sorted(h for h in holding if h is not None))) or "none"
-            raise PlanError(f"--layers: {', '.join(map(str, without))} hold no routed experts (layers that do: {have})")
+            raise PlanError(
+                f"--layers: {', '.join(map(str, without))} hold no routed experts (layers that do: {have})"
+            )
         chosen = {n: f for n, f in chosen.items() if layer_of(n) in layers}
         if not chosen:
             text = ", ".join(map(str, sorted(layers)))
-            raise PlanError(f"recipe {recipe.name} selects nothing in the layers that --layers names ({text})")
+            raise PlanError(
+                f"recipe {recipe.name} selects nothing in the layers that --layers names ({text})"
+            )
     return chosen
 
 
@@ -55,8 +64,12 @@ def _has_weight(module: Module) -> bool:
     return any(leaf in module.parts for leaf in ("weight", "weight_packed", "blocks"))
 
 
-def _require_matches(modules: Mapping[str, Module], linears: Mapping[str, Module], recipe: Recipe) -> None:
-    """Hold each rule to what it names: every pattern finds a linear, every role is here (one of them, `match: any`)."""
+def _require_matches(
+    modules: Mapping[str, Module], linears: Mapping[str, Module], recipe: Recipe
+) -> None:
+    """Hold each rule to what it names: every pattern finds a linear, every role is here (one of
+    them, `match: any`).
+    """
     roles = {role(n) for n in linears}
     for rule in recipe.rules:
         for pattern in rule.modules:
@@ -66,8 +79,14 @@ def _require_matches(modules: Mapping[str, Module], linears: Mapping[str, Module
             continue
         absent = [r for r in rule.roles if r not in roles]
         if len(absent) == len(rule.roles) or (absent and rule.match == "all"):
-            some = "" if len(absent) == len(rule.roles) else "; `match: any` in that rule makes do with the others"
-            raise PlanError(f"recipe {recipe.name}: {_nothing(', '.join(absent), (), linears)}{some}")
+            some = (
+                ""
+                if len(absent) == len(rule.roles)
+                else "; `match: any` in that rule makes do with the others"
+            )
+            raise PlanError(
+                f"recipe {recipe.name}: {_nothing(', '.join(absent), (), linears)}{some}"
+            )
     for name, module in modules.items():
         if name in linears or module.weight is None or len(module.weight.shape) < 2:
             continue
@@ -81,14 +100,17 @@ def _require_matches(modules: Mapping[str, Module], linears: Mapping[str, Module
 
 def _nothing(wanted: str, roles: Iterable[str], linears: Iterable[str]) -> str:
     """Return the sentence for a rule that finds nothing, with what comes nearest."""
-    kinds = sorted({collapse(n) for n in linears if role(n) not in ("norm", "embedding", "lm_head")})
+    kinds = sorted(
+        {collapse(n) for n in linears if role(n) not in ("norm", "embedding", "lm_head")}
+    )
     near = difflib.get_close_matches(wanted, kinds, n=3, cutoff=0.0) or kinds[:3]
     among = f" among {', '.join(roles)}" if roles else ""
     return f"nothing matches {wanted}{among}; the nearest names here are {', '.join(near)}"
 
 
 def groups(wanted: Mapping[str, str], present: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """Return the fused group of each selected module that has one; a group is selected whole, in one format.
+    """Return the fused group of each selected module that has one; a group is selected whole, in
+    one format.
 
     Raises:
         PlanError: a group with two formats, or of which a part is not selected.

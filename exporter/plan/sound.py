@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a checkpoint must be before a plan is made of it, and what must hold of a plan that was made."""
+"""What a checkpoint must be before a plan is made of it, and what must hold of a plan that was
+made.
+"""
 
 from __future__ import annotations
 
@@ -29,25 +31,35 @@ def require_sound(ckpt: Checkpoint, what: str, *, described: bool = True) -> Non
     Raises:
         PlanError: naming the first problem.
     """
-    problems = [p for s in ckpt.shards for p in s.problems if p.kind not in ("trailing", "metadata")]
+    problems = [
+        p for s in ckpt.shards for p in s.problems if p.kind not in ("trailing", "metadata")
+    ]
     if described and ckpt.index is not None:
         problems += ckpt.index.problems
         for name, file in ckpt.index.weight_map.items():
             shard = next((s for s in ckpt.shards if s.file == file), None)
             if shard is None:
-                raise PlanError(f"{what} {ckpt.uri}: the index names {file}, which is not in the folder")
+                raise PlanError(
+                    f"{what} {ckpt.uri}: the index names {file}, which is not in the folder"
+                )
             if name not in shard.tensors and not shard.problems:
-                raise PlanError(f"{what} {ckpt.uri}: the index says {name} is in {file}, and it is not")
+                raise PlanError(
+                    f"{what} {ckpt.uri}: the index says {name} is in {file}, and it is not"
+                )
     if problems:
         first = problems[0]
         place = f"{first.file}: {first.tensor}" if first.tensor else first.file
         raise PlanError(f"{what} {ckpt.uri}: {place}: {first.message}")
     if ckpt.duplicates:
         name, files = next(iter(ckpt.duplicates.items()))
-        raise PlanError(f"{what} {ckpt.uri}: {name} stands in {' and '.join(files)}; remove the stray files")
+        raise PlanError(
+            f"{what} {ckpt.uri}: {name} stands in {' and '.join(files)}; remove the stray files"
+        )
     for name in (*ckpt.tensors, *(s.file for s in ckpt.shards)):
         if any("\ud800" <= c <= "\udfff" for c in name):
-            raise PlanError(f"{what} {ckpt.uri}: the name {name} is no text: it holds a lone surrogate")
+            raise PlanError(
+                f"{what} {ckpt.uri}: the name {name} is no text: it holds a lone surrogate"
+            )
     if described and not isinstance(ckpt.config, Mapping):
         raise PlanError(f"{what} {ckpt.uri}: config.json is missing or no JSON object")
 
@@ -62,14 +74,18 @@ def refuse_stacked(ckpt: Checkpoint) -> None:
         if len(tensor.shape) >= 3 and _STACKED.search(tensor.name):
             why = "stacks of this family are not known (docs/expert-layouts.md)"
             if read_stacks(ckpt) is not None:
-                why = "only single experts are merged; export --expert-layout per-expert writes such"
+                why = (
+                    "only single experts are merged; export --expert-layout per-expert writes such"
+                )
             raise PlanError(
                 f"{tensor.name} holds all experts of its layer in one tensor of shape {list(tensor.shape)}; {why} "
                 f"(model_type {ckpt.model_type!r})"
             )
 
 
-def same_experts(modules: Mapping[str, Module], targets: Mapping[str, Module], onto: Checkpoint) -> None:
+def same_experts(
+    modules: Mapping[str, Module], targets: Mapping[str, Module], onto: Checkpoint
+) -> None:
     """Refuse two checkpoints whose expert sets differ.
 
     Raises:
@@ -87,7 +103,8 @@ def same_experts(modules: Mapping[str, Module], targets: Mapping[str, Module], o
 
 
 def one_fate(plan: Plan) -> None:
-    """Hold the set equation: no name is written twice, and every tensor of both checkpoints is used or left.
+    """Hold the set equation: no name is written twice, and every tensor of both checkpoints is used
+    or left.
 
     Raises:
         PlanError: the equation does not hold, which is a defect of the plan.

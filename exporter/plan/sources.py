@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a weight of the source is read, quantized or not, and what becomes of quantized ones that a recipe leaves."""
+"""How a weight of the source is read, quantized or not, and what becomes of quantized ones that a
+recipe leaves.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +15,22 @@ from verifier.schemes import FLOATS, Format, Module, canonical, format_of, read_
 
 Rest = Literal["keep", "bf16"]
 MIXABLE = frozenset({"nvfp4", "w4a16_nvfp4", "mxfp8", "fp8"})
-"""The formats that engines read side by side under MIXED_PRECISION (`quantized_layers`); others only alone."""
+"""The formats that engines read side by side under MIXED_PRECISION (`quantized_layers`); others
+only alone."""
 NEVER_WRITTEN = frozenset({"nvfp4_ct", "mxfp4"})
 """The formats that no declaration of ours names: they are read only."""
 _CODES = frozenset(
-    {"weight", "weight_packed", "blocks", "weight_scale", "weight_scale_inv", "scales", "weight_scale_2",
-     "weight_global_scale"}
-)  # fmt: skip
+    {
+        "weight",
+        "weight_packed",
+        "blocks",
+        "weight_scale",
+        "weight_scale_inv",
+        "scales",
+        "weight_scale_2",
+        "weight_global_scale",
+    }
+)
 
 
 class Reader:
@@ -42,12 +53,22 @@ class Reader:
             return None
         found = format_of(module, self._declaration)
         if found is None:
-            raise PlanError(f"{self._ckpt.uri}: {weight.name} is {weight.dtype}, and its format cannot be told")
+            raise PlanError(
+                f"{self._ckpt.uri}: {weight.name} is {weight.dtype}, and its format cannot be told"
+            )
         for sibling in found.siblings:
-            if sibling.required and _CODES & set(sibling.leaves) and not set(sibling.leaves) & set(module.parts):
-                raise PlanError(f"{self._ckpt.uri}: {weight.name} is {weight.dtype} and has no {sibling.leaves[0]}")
+            if (
+                sibling.required
+                and _CODES & set(sibling.leaves)
+                and not set(sibling.leaves) & set(module.parts)
+            ):
+                raise PlanError(
+                    f"{self._ckpt.uri}: {weight.name} is {weight.dtype} and has no {sibling.leaves[0]}"
+                )
         if "pre_quant_scale" in module.parts:
-            raise PlanError(f"{self._ckpt.uri}: {name} has a pre_quant_scale (AWQ); such weights are not read")
+            raise PlanError(
+                f"{self._ckpt.uri}: {name} has a pre_quant_scale (AWQ); such weights are not read"
+            )
         return found
 
     def weight(self, name: str) -> Weight:
@@ -61,7 +82,9 @@ class Reader:
         if tensor is None or dims is None:
             raise PlanError(f"{self._ckpt.uri}: {name} has no two-dimensional weight")
         if found is None and tensor.dtype not in FLOATS:
-            raise PlanError(f"{self._ckpt.uri}: {tensor.name} is {tensor.dtype}; a floating weight is needed to quantize it")
+            raise PlanError(
+                f"{self._ckpt.uri}: {tensor.name} is {tensor.dtype}; a floating weight is needed to quantize it"
+            )
         leaves = _CODES if found is not None else {"weight"}
         return Weight(tensor, {n: t for n, t in module.parts.items() if n in leaves}, found, dims)
 
@@ -71,8 +94,11 @@ class Reader:
         return (canonical(tensor.name) if tensor is not None else None) or f"{name}.weight"
 
 
-def rest_of(kept: Mapping[str, Format], written: frozenset[str], rest: Rest | None) -> dict[str, Format]:
-    """Return which of the quantized modules that keep their bytes so far are decoded to BF16 instead.
+def rest_of(
+    kept: Mapping[str, Format], written: frozenset[str], rest: Rest | None
+) -> dict[str, Format]:
+    """Return which of the quantized modules that keep their bytes so far are decoded to BF16
+    instead.
 
     Formats that no engine reads beside others are decoded, unless ``rest`` says otherwise.
 
@@ -87,7 +113,11 @@ def rest_of(kept: Mapping[str, Format], written: frozenset[str], rest: Rest | No
     if rest == "bf16":
         return dict(kept)
     alone = len({f.name for f in kept.values()} | written) == 1
-    lost = {n: f for n, f in kept.items() if f.name in NEVER_WRITTEN or (not alone and f.name not in MIXABLE)}
+    lost = {
+        n: f
+        for n, f in kept.items()
+        if f.name in NEVER_WRITTEN or (not alone and f.name not in MIXABLE)
+    }
     if lost and rest == "keep":
         name, found = next(iter(lost.items()))
         raise PlanError(

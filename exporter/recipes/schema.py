@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recipes: which modules get which format, as checked YAML. The last rule that matches a module decides."""
+"""Recipes: which modules get which format, as checked YAML. The last rule that matches a module
+decides.
+"""
 
 from __future__ import annotations
 
@@ -18,15 +20,20 @@ from verifier.schemes import ROLES, role
 FormatName = Literal["nvfp4", "w4a16_nvfp4", "mxfp8", "fp8", "fp8_per_channel", "fp8_block"]
 CalibrationName = Literal["max", "mse", "sweep", "four_over_six"]
 KvName = Literal["fp8", "fp8_cast"]
-PROTECTED = frozenset({"router", "norm", "embedding", "lm_head", "vision", "projector", "indexer", "mtp"})
-"""Roles that no wildcard reaches: a rule names them by role, or by a pattern that itself reads as that role."""
+PROTECTED = frozenset(
+    {"router", "norm", "embedding", "lm_head", "vision", "projector", "indexer", "mtp"}
+)
+"""Roles that no wildcard reaches: a rule names them by role, or by a pattern that itself reads as
+that role."""
 MAX_RECIPE_BYTES = 1_000_000
 
 
 class Rule(BaseModel):
-    """One rule: modules by role, by name pattern (fnmatch on the full hub name), or both; ``format`` None leaves them.
+    """One rule: modules by role, by name pattern (fnmatch on the full hub name), or both;
+    ``format`` None leaves them.
 
-    Every role that it lists must be in the model, unless ``match`` is ``any``: then one of them is enough.
+    Every role that it lists must be in the model, unless ``match`` is ``any``: then one of them is
+    enough.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -59,17 +66,23 @@ class Rule(BaseModel):
             return False
         if not fnmatch.fnmatchcase(module, pattern):
             return False
-        return self.format is None or what not in PROTECTED or what in self.roles or role(pattern) == what
+        return (
+            self.format is None
+            or what not in PROTECTED
+            or what in self.roles
+            or role(pattern) == what
+        )
 
     def __str__(self) -> str:
         return ", ".join([*self.roles, *self.modules])
 
 
 class Recipe(BaseModel):
-    """A named list of rules, and how weight scales are chosen (``calibration``; see `exporter.weights`).
+    """A named list of rules, and how weight scales are chosen (``calibration``; see
+    `exporter.weights`).
 
-    ``kv_cache``: ``fp8`` declares an FP8 KV cache with a scale for each layer, from calibration; ``fp8_cast`` declares one
-    without scales (engines use 1.0).
+    ``kv_cache``: ``fp8`` declares an FP8 KV cache with a scale for each layer, from calibration;
+    ``fp8_cast`` declares one without scales (engines use 1.0).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -92,14 +105,17 @@ class Recipe(BaseModel):
 def names() -> list[str]:
     """Return the names of the recipes in the package."""
     folder = resources.files("exporter.recipes")
-    return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
+    return sorted(
+        f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml")
+    )
 
 
 def load(name: str | Path) -> Recipe:
     """Return a recipe of the package by name, or one from a YAML file.
 
     Raises:
-        UsageError: no such recipe or file, no YAML, or a key or value that the schema does not have.
+        UsageError: no such recipe or file, no YAML, or a key or value that the schema does not
+            have.
     """
     text = str(name)
     if text in names():
@@ -111,7 +127,9 @@ def load(name: str | Path) -> Recipe:
     else:
         near = difflib.get_close_matches(text, names(), n=1)
         nearest = f" (nearest: {near[0]})" if near else ""
-        raise UsageError(f"no recipe {text!r}; one of {', '.join(names())}, or a .yaml file{nearest}")
+        raise UsageError(
+            f"no recipe {text!r}; one of {', '.join(names())}, or a .yaml file{nearest}"
+        )
     try:
         return Recipe.model_validate(yaml.safe_load(source))
     except yaml.YAMLError as error:
@@ -122,5 +140,7 @@ def load(name: str | Path) -> Recipe:
         raise UsageError(f"recipe {text}: {place or 'top level'}: {first['msg']}") from error
     except RecursionError as error:
         raise UsageError(f"recipe {text}: not YAML: nested too deeply") from error
-    except ValueError as error:  # PyYAML lets the constructors' own errors through: an impossible date
+    except (
+        ValueError
+    ) as error:  # PyYAML lets the constructors' own errors through: an impossible date
         raise UsageError(f"recipe {text}: not YAML: {' '.join(str(error).split())}") from error

@@ -6,6 +6,17 @@ from exporter.stream.stacks import load_stack
 from exporter.stream.write import Written, check_out, fingerprint, finish, working, write
 
 __all__ = [
-    "SHARD_BYTES", "Made", "Task", "Written", "check_out", "fingerprint", "finish", "load", "load_stack", "region", "tasks",
-    "working", "write",
-]  # fmt: skip
+    "SHARD_BYTES",
+    "Made",
+    "Task",
+    "Written",
+    "check_out",
+    "fingerprint",
+    "finish",
+    "load",
+    "load_stack",
+    "region",
+    "tasks",
+    "working",
+    "write",
+]

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What values say of a repair, before it is written and after: nothing lost, nothing swapped, no quantized byte changed."""
+"""What values say of a repair, before it is written and after: nothing lost, nothing swapped, no
+quantized byte changed.
+"""
 
 from __future__ import annotations
 
@@ -23,29 +25,37 @@ from verifier.schemes import FLOATS, Module, gather, split
 
 How = Literal["equal", "recast", "damaged"]
 RECAST = 0.1
-"""The relative difference, root mean square, up to which a tensor is the base's, cast or damaged in places."""
+"""The relative difference, root mean square, up to which a tensor is the base's, cast or damaged in
+places."""
 ROWS = 128
-"""How many rows of a weight, from its middle, tell which tensor it is; a check of the result reads them all."""
+"""How many rows of a weight, from its middle, tell which tensor it is; a check of the result reads
+them all."""
 SWAPPED = 0.5
-"""The relative error, root mean square, above which decoded values are not those of the base's tensor.
+"""The relative error, root mean square, above which decoded values are not those of the base's
+tensor.
 
 NVFP4 leaves 0.1, block formats of 8 bits 0.03; another tensor of the same model leaves 1.4.
 """
 
 
 def require_scales(repair: Repair, broken: Checkpoint) -> None:
-    """Refuse scales that hold NaN, infinity, zero or a negative value: the weights behind them are lost.
+    """Refuse scales that hold NaN, infinity, zero or a negative value: the weights behind them are
+    lost.
 
     Raises:
         PlanError: naming the first such tensor and how many of its scales are so.
     """
-    for take in sorted(repair.quantized, key=lambda t: split(t.name)[1] not in ("weight_scale", "weight_scale_inv")):
+    for take in sorted(
+        repair.quantized, key=lambda t: split(t.name)[1] not in ("weight_scale", "weight_scale_inv")
+    ):
         leaf = split(take.name)[1]
         if leaf in ("weight", "weight_packed", "blocks", "bias", ""):
             continue
         values = _values(broken, take)
         bad = np.less_equal(values, 0) | np.logical_not(np.isfinite(values))
-        if leaf == "weight_scale" and (values[bad] == 0).all():  # the scale of a block of zeros says nothing
+        if (
+            leaf == "weight_scale" and (values[bad] == 0).all()
+        ):  # the scale of a block of zeros says nothing
             bad = bad & _coded(repair, broken, take, values.shape)
         if bad.any():
             first = values.reshape(-1)[int(np.argmax(bad.reshape(-1)))]
@@ -56,8 +66,12 @@ def require_scales(repair: Repair, broken: Checkpoint) -> None:
             )
 
 
-def _coded(repair: Repair, broken: Checkpoint, take: Take, shape: tuple[int, ...]) -> npt.NDArray[np.bool_]:
-    """Return which blocks of packed codes hold a code that is not zero; all, where codes are not packed."""
+def _coded(
+    repair: Repair, broken: Checkpoint, take: Take, shape: tuple[int, ...]
+) -> npt.NDArray[np.bool_]:
+    """Return which blocks of packed codes hold a code that is not zero; all, where codes are not
+    packed.
+    """
     name = f"{split(take.name)[0]}.weight"
     weight = next((t for t in repair.quantized if t.name == name and t.tensor.dtype == "U8"), None)
     if weight is None:
@@ -67,10 +81,12 @@ def _coded(repair: Repair, broken: Checkpoint, take: Take, shape: tuple[int, ...
 
 
 def compare(repair: Repair, broken: Checkpoint, base: Checkpoint) -> dict[str, How]:
-    """Return for every unquantized tensor of both how the export's differs from the base's, which is written.
+    """Return for every unquantized tensor of both how the export's differs from the base's, which
+    is written.
 
     Raises:
-        PlanError: another tensor than the base's, not a cast of it: another base, or weights that were folded.
+        PlanError: another tensor than the base's, not a cast of it: another base, or weights that
+            were folded.
     """
     return {s.base.name: _difference(s, broken, base) for s in repair.same}
 
@@ -81,11 +97,15 @@ def _difference(same: Same, broken: Checkpoint, base: Checkpoint) -> How:
         if region(broken, same.take).tobytes() == base.read(same.base).tobytes():
             return "equal"
     if spec.dtype not in FLOATS or same.base.dtype not in FLOATS:
-        raise PlanError(f"{same.take.tensor.name} is {spec.dtype} without a scale; the base has {same.base.dtype}")
+        raise PlanError(
+            f"{same.take.tensor.name} is {spec.dtype} without a scale; the base has {same.base.dtype}"
+        )
     mine, theirs = region(broken, same.take).view(NUMPY_DTYPES[spec.dtype]), base.array(same.base)
     if mine.shape != theirs.shape:
         if mine.ndim != 2 or mine.T.shape != theirs.shape:
-            raise PlanError(f"{same.take.tensor.name} is {list(mine.shape)}, and the base has {list(theirs.shape)}")
+            raise PlanError(
+                f"{same.take.tensor.name} is {list(mine.shape)}, and the base has {list(theirs.shape)}"
+            )
         mine = mine.T
     wide, wanted = mine.astype(np.float32), theirs.astype(np.float32)
     finite = np.isfinite(wide) & np.isfinite(wanted)
@@ -109,9 +129,11 @@ def _relative(mine: npt.NDArray[Any], wanted: npt.NDArray[Any]) -> float:
 
 
 def require_places(repair: Repair, broken: Checkpoint, base: Checkpoint) -> int:
-    """Refuse a quantized module that was given a name or cut out of a stack, and does not hold the base's values.
+    """Refuse a quantized module that was given a name or cut out of a stack, and does not hold the
+    base's values.
 
-    `ROWS` rows of each are compared. Returns how many modules were; a base that is itself quantized is decoded first.
+    `ROWS` rows of each are compared. Returns how many modules were; a base that is itself quantized
+    is decoded first.
 
     Raises:
         PlanError: naming both.
@@ -163,7 +185,9 @@ def _rows_of_base(base: Checkpoint, weight: Weight, rows: tuple[int, int]) -> np
 def _decoded(
     module: Module, takes: Mapping[str, Take], broken: Checkpoint, out: int, rows: tuple[int, int]
 ) -> npt.NDArray[Any]:
-    """Return the values of some rows of a module; what has a scale for each 128 rows is read from a multiple of 128 on."""
+    """Return the values of some rows of a module; what has a scale for each 128 rows is read from a
+    multiple of 128 on.
+    """
     shown, (first, count) = module.shown, rows
     if shown is None:
         raise PlanError(f"{module.name}: its format cannot be told")
@@ -175,7 +199,9 @@ def _decoded(
         elif shown.name == "fp8_block" and tensor.shape and tensor.shape[0] == -(-out // ROWS):
             take = _rows(take, first // ROWS, -(-count // ROWS))
         raw = region(broken, take).copy()
-        parts[leaf] = torch.from_numpy(raw.view(np.float32) if tensor.dtype == "F32" else raw.view(np.uint8))
+        parts[leaf] = torch.from_numpy(
+            raw.view(np.float32) if tensor.dtype == "F32" else raw.view(np.uint8)
+        )
     try:
         found: npt.NDArray[Any] = codecs.decode(parts, shown.name).numpy()
     except EncodeError as error:
@@ -193,8 +219,9 @@ def _values(ckpt: Checkpoint, take: Take) -> npt.NDArray[Any]:
 def unchanged(plan: Plan, repair: Repair, folder: Path) -> dict[str, Any]:
     """Return the digests of all quantized tensors before and after, and refuse a difference.
 
-    ``before`` is over the bytes of each tensor of the broken export, or of the slice of a stack; ``after`` over what the
-    folder holds under the hub name. Stacks are also put together again from what was written.
+    ``before`` is over the bytes of each tensor of the broken export, or of the slice of a stack;
+    ``after`` over what the folder holds under the hub name. Stacks are also put together again from
+    what was written.
 
     Raises:
         EncodeError: a tensor whose bytes are others, which is a defect of the writer.
@@ -209,27 +236,38 @@ def unchanged(plan: Plan, repair: Repair, folder: Path) -> dict[str, Any]:
         before.update(f"{take.name} {was}\n".encode())
         after.update(f"{take.name} {now}\n".encode())
     return {
-        "quantized_tensors": len(repair.quantized), "sha256_before": before.hexdigest(), "sha256_after": after.hexdigest(),
+        "quantized_tensors": len(repair.quantized),
+        "sha256_before": before.hexdigest(),
+        "sha256_after": after.hexdigest(),
         "stacks": _stacks(plan, repair, written),
-    }  # fmt: skip
+    }
 
 
 def _stacks(plan: Plan, repair: Repair, written: Checkpoint) -> int:
-    """Return how many stacks, put together again from what was written, have the digest that they had."""
+    """Return how many stacks, put together again from what was written, have the digest that they
+    had.
+    """
     cut: dict[str, list[Take]] = {}
     for take in repair.quantized:
         if take.tensor.name in repair.split and take.tensor.shape and not take.whole:
             cut.setdefault(take.tensor.name, []).append(take)
     for name, takes in cut.items():
         tensor = takes[0].tensor
-        whole = np.frombuffer(plan.source.read(tensor).tobytes(), f"u{tensor.nbytes // tensor.elements}")
+        whole = np.frombuffer(
+            plan.source.read(tensor).tobytes(), f"u{tensor.nbytes // tensor.elements}"
+        )
         again = np.zeros_like(whole).reshape(tensor.shape)
         for take in takes:
-            at = tuple(s if drop else slice(s, s + (n - 1) * k + 1, k) for s, k, n, drop in take.cuts)
+            at = tuple(
+                s if drop else slice(s, s + (n - 1) * k + 1, k) for s, k, n, drop in take.cuts
+            )
             found = np.frombuffer(written.read(written.tensors[take.name]).tobytes(), whole.dtype)
             shape = tuple(take.specs[0].shape)
-            again[at] = found.reshape(shape).transpose(np.argsort(take.order)) if take.order else found.reshape(shape)
+            again[at] = (
+                found.reshape(shape).transpose(np.argsort(take.order))
+                if take.order
+                else found.reshape(shape)
+            )
         if hashlib.sha256(again.tobytes()).digest() != hashlib.sha256(whole.tobytes()).digest():
             raise EncodeError(f"{name}: its parts do not make it again")
     return len(cut)
-

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Distribute a plan over shards and write each: independent, idempotent, a few tensors in memory."""
+"""Distribute a plan over shards and write each: independent, idempotent, a few tensors in
+memory.
+"""
 
 from __future__ import annotations
 
@@ -27,19 +29,26 @@ from verifier.errors import EncodeError
 SHARD_BYTES = 5_000_000_000
 SHARD_TENSORS = 200_000
 COPY_BYTES = 16 << 20
-_TORCH = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F8_E8M0": torch.float8_e8m0fnu}
+_TORCH = {
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F8_E8M0": torch.float8_e8m0fnu,
+}
 
 
 class StoppedError(Exception):
-    """The shard was given up between two actions, because the export ends; it does not leave this package."""
+    """The shard was given up between two actions, because the export ends; it does not leave this
+    package.
+    """
 
 
 @dataclass(frozen=True)
 class Made:
     """What encodings to one algorithm made: linears, scale range, MXFP4 blocks.
 
-    ``low`` and ``high`` are the smallest and largest effective scale; of ``blocks`` of 16 that were read from MXFP4,
-    ``lost`` hold other values now.
+    ``low`` and ``high`` are the smallest and largest effective scale; of ``blocks`` of 16 that were
+    read from MXFP4, ``lost`` hold other values now.
     """
 
     algo: str
@@ -55,10 +64,18 @@ def combine(made: Iterable[Made]) -> dict[str, Made]:
     found: dict[str, Made] = {}
     for m in made:
         old = found.get(m.algo)
-        found[m.algo] = m if old is None else Made(
-            m.algo, old.linears + m.linears, min(old.low, m.low), max(old.high, m.high), old.blocks + m.blocks,
-            old.lost + m.lost,
-        )  # fmt: skip
+        found[m.algo] = (
+            m
+            if old is None
+            else Made(
+                m.algo,
+                old.linears + m.linears,
+                min(old.low, m.low),
+                max(old.high, m.high),
+                old.blocks + m.blocks,
+                old.lost + m.lost,
+            )
+        )
     return found
 
 
@@ -71,13 +88,17 @@ class Task:
 
     @property
     def specs(self) -> list[Spec]:
-        """Its tensors in file order: widest elements first, so that every tensor is aligned to its own dtype."""
+        """Its tensors in file order: widest elements first, so that every tensor is aligned to its
+        own dtype.
+        """
         found = [s for a in self.actions for s in a.specs]
         return sorted(found, key=lambda s: (-DTYPE_BITS[s.dtype], s.name))
 
 
 def tasks(plan: Plan, shard_bytes: int = SHARD_BYTES) -> list[Task]:
-    """Return the shards of a plan, at most ``shard_bytes`` each unless one action alone is larger."""
+    """Return the shards of a plan, at most ``shard_bytes`` each unless one action alone is
+    larger.
+    """
     groups: list[list[Action]] = [[]]
     size = count = 0
     for action in plan.actions:
@@ -88,7 +109,9 @@ def tasks(plan: Plan, shard_bytes: int = SHARD_BYTES) -> list[Task]:
         groups[-1].append(action)
         size, count = size + nbytes, count + n
     total = len(groups)
-    return [Task(f"model-{i:05d}-of-{total:05d}.safetensors", tuple(g)) for i, g in enumerate(groups, 1)]
+    return [
+        Task(f"model-{i:05d}-of-{total:05d}.safetensors", tuple(g)) for i, g in enumerate(groups, 1)
+    ]
 
 
 def header(specs: list[Spec]) -> bytes:
@@ -100,19 +123,26 @@ def header(specs: list[Spec]) -> bytes:
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for s in specs:
-        entries[s.name] = {"dtype": s.dtype, "shape": list(s.shape), "data_offsets": [offset, offset + s.nbytes]}
+        entries[s.name] = {
+            "dtype": s.dtype,
+            "shape": list(s.shape),
+            "data_offsets": [offset, offset + s.nbytes],
+        }
         offset += s.nbytes
     raw = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     raw += b" " * (-len(raw) % 8)
     if len(raw) > MAX_HEADER:
-        raise EncodeError(f"a shard header of {len(raw):,} bytes; at most {MAX_HEADER:,} are readable")
+        raise EncodeError(
+            f"a shard header of {len(raw):,} bytes; at most {MAX_HEADER:,} are readable"
+        )
     return len(raw).to_bytes(8, "little") + raw
 
 
 def write_shard(
     task: Task, plan: Plan, folder: Path, progress: Callable[[int], None], stop: threading.Event
 ) -> tuple[str, int, list[Made]]:
-    """Write one shard under a temporary name, sync it, give it its name; return digest, size and what was encoded.
+    """Write one shard under a temporary name, sync it, give it its name; return digest, size and
+    what was encoded.
 
     Raises:
         EncodeError: a weight that cannot be encoded, by name.
@@ -181,7 +211,8 @@ def _take(action: Take, plan: Plan, fd: int, place: int) -> None:
 
 
 def region(ckpt: Checkpoint, take: Take) -> npt.NDArray[Any]:
-    """Return what a `Take` takes, contiguous, as unsigned integers of the dtype's width; no more of the file is read.
+    """Return what a `Take` takes, contiguous, as unsigned integers of the dtype's width; no more of
+    the file is read.
 
     Raises:
         EncodeError: a dtype whose values are no whole bytes.
@@ -194,7 +225,8 @@ def _encode(action: Encode, plan: Plan, fd: int, places: dict[str, int]) -> Made
     encoded, blocks, lost = _encoded(action, plan)
     for i, (module, parts) in enumerate(zip(action.modules, encoded, strict=True)):
         named = {
-            f"{module}.{action.scale_leaf if leaf == 'weight_scale' else leaf}": value for leaf, value in parts.items()
+            f"{module}.{action.scale_leaf if leaf == 'weight_scale' else leaf}": value
+            for leaf, value in parts.items()
         }
         if action.input_scales is not None:
             named[f"{module}.input_scale"] = torch.tensor(action.input_scales[i])
@@ -216,7 +248,9 @@ def _restack(action: Restack, plan: Plan, fd: int, places: dict[str, int]) -> li
 
 
 def _encoded(action: Encode, plan: Plan) -> tuple[list[codecs.Parts], int, int]:
-    """Return the tensors of each module of a group, and of MXFP4 sources the blocks and those that lost something."""
+    """Return the tensors of each module of a group, and of MXFP4 sources the blocks and those that
+    lost something.
+    """
     if action.method == "exact":
         with _naming(action.weights[0]):
             return weights.exact([_parts(plan.source, w) for w in action.weights])

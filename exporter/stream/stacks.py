@@ -19,7 +19,12 @@ from verifier.schemes import FORMATS
 CHUNK = 128 << 20
 """Bytes of float32 values of a stack that are worked on at a time; one expert is the least."""
 Put = Callable[[str, torch.Tensor, int], None]
-_TORCH = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F8_E8M0": torch.float8_e8m0fnu}
+_TORCH = {
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F8_E8M0": torch.float8_e8m0fnu,
+}
 
 
 def write_restack(action: Restack, plan: Plan, put: Put) -> tuple[float, float, int, int]:
@@ -31,7 +36,8 @@ def write_restack(action: Restack, plan: Plan, put: Put) -> tuple[float, float, 
         put: called with a tensor's name, what belongs into it, and at which byte of it.
 
     Returns:
-        The smallest and largest effective scale; the blocks of 16 that were read from MXFP4, and those that lost something.
+        The smallest and largest effective scale; the blocks of 16 that were read from MXFP4, and
+        those that lost something.
 
     Raises:
         EncodeError: a weight that cannot be encoded, by name.
@@ -45,7 +51,11 @@ def write_restack(action: Restack, plan: Plan, put: Put) -> tuple[float, float, 
         for i, each in enumerate(parts):
             specs = action.specs_of(i)
             for leaf, value in each.items():
-                name = action.scale_leaf if leaf == "weight_scale" and action.scale_leaf in specs else leaf
+                name = (
+                    action.scale_leaf
+                    if leaf == "weight_scale" and action.scale_leaf in specs
+                    else leaf
+                )
                 spec = specs[name]
                 if not spec.shape:
                     put(spec.name, value.reshape(-1)[:1], 0)
@@ -92,7 +102,9 @@ def _encoded(
         return [{"weight": v.to(torch.bfloat16)} for v in values], 0, 0
     amax = shared if isinstance(shared, torch.Tensor) else None
     if amax is None and action.format.packed:
-        amax = torch.stack([_amax(action, s, v, start) for s, v in zip(action.stacks, values, strict=True)]).amax(0)
+        amax = torch.stack(
+            [_amax(action, s, v, start) for s, v in zip(action.stacks, values, strict=True)]
+        ).amax(0)
     found = []
     for stack, value in zip(action.stacks, values, strict=True):
         method = cast(weights.Method, action.method)
@@ -104,19 +116,27 @@ def _encoded(
 
 
 def _shared(action: Restack, plan: Plan) -> torch.Tensor | int | None:
-    """Return what all experts of a stack share: the maximum, or the exponent of the largest MXFP4 scale."""
+    """Return what all experts of a stack share: the maximum, or the exponent of the largest MXFP4
+    scale.
+    """
     if action.method == "exact":
         tops = [
-            top for s in action.stacks for a, b in _chunks(action)
+            top
+            for s in action.stacks
+            for a, b in _chunks(action)
             if (top := weights.top_exponent(_parts(plan.source, s, a, b))) is not None
-        ]  # fmt: skip
+        ]
         return max(tops, default=None)
     if action.format is None or not (action.format.packed or action.format.name == "fp8"):
         return None
     maxima = []
     for stack in action.stacks:
         for start, stop in _chunks(action):
-            maxima.append(_amax(action, stack, load_stack(plan.source, action, stack, start, stop), start).amax())
+            maxima.append(
+                _amax(
+                    action, stack, load_stack(plan.source, action, stack, start, stop), start
+                ).amax()
+            )
     return torch.stack(maxima).amax()
 
 
@@ -128,8 +148,11 @@ def _amax(action: Restack, stack: Stack, value: torch.Tensor, start: int) -> tor
         raise EncodeError(f"{stack.key} [expert {start} and on]: {error}") from error
 
 
-def load_stack(ckpt: Checkpoint, action: Restack, stack: Stack, start: int, stop: int) -> torch.Tensor:
-    """Return the values of some experts of a stack, [experts, out, in]: as stored, or decoded to float32.
+def load_stack(
+    ckpt: Checkpoint, action: Restack, stack: Stack, start: int, stop: int
+) -> torch.Tensor:
+    """Return the values of some experts of a stack, [experts, out, in]: as stored, or decoded to
+    float32.
 
     Raises:
         EncodeError: the tensors of a quantized stack do not fit one another.
@@ -144,7 +167,9 @@ def load_stack(ckpt: Checkpoint, action: Restack, stack: Stack, start: int, stop
 
 
 def _parts(ckpt: Checkpoint, stack: Stack, start: int, stop: int) -> codecs.Parts:
-    """Return the tensors of some experts of a stack by leaf, [experts, out, in]; FP8 codes as their bytes."""
+    """Return the tensors of some experts of a stack by leaf, [experts, out, in]; FP8 codes as their
+    bytes.
+    """
     found: codecs.Parts = {}
     for leaf, tensor in stack.parts.items():
         if leaf in ("bias", "input_scale", "input_global_scale", "pre_quant_scale"):
@@ -156,7 +181,11 @@ def _parts(ckpt: Checkpoint, stack: Stack, start: int, stop: int) -> codecs.Part
 
 def _tensor(ckpt: Checkpoint, tensor: Tensor, start: int, stop: int) -> torch.Tensor:
     each = bool(tensor.shape) and tensor.elements > 1
-    runs = [(start, 1, stop - start, False), *((0, 1, n, False) for n in tensor.shape[1:])] if each else []
+    runs = (
+        [(start, 1, stop - start, False), *((0, 1, n, False) for n in tensor.shape[1:])]
+        if each
+        else []
+    )
     raw: np.ndarray = read_region(ckpt, tensor, runs, ())
     shape = (stop - start, *tensor.shape[1:]) if each else ()
     flat = torch.from_numpy(raw.reshape(-1).view(np.uint8).copy())

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run a plan: a work folder beside OUT, shards under temporary names, and the final name as the last step."""
+"""Run a plan: a work folder beside OUT, shards under temporary names, and the final name as the
+last step.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,8 @@ class Written:
 
 
 def check_out(out: Path, *, overwrite: bool, inputs: tuple[str, ...]) -> None:
-    """Refuse an OUT that exists (without ``overwrite``), that is or holds an input, or that is no checkpoint folder.
+    """Refuse an OUT that exists (without ``overwrite``), that is or holds an input, or that is no
+    checkpoint folder.
 
     Raises:
         UsageError: OUT cannot be used.
@@ -68,14 +71,18 @@ def work_folder(out: Path) -> Path:
 
 
 def fingerprint(plan: Plan, todo: list[Task]) -> str:
-    """Return a digest of what decides the bytes of every shard file: the plan, its inputs' files, who holds what."""
+    """Return a digest of what decides the bytes of every shard file: the plan, its inputs' files,
+    who holds what.
+    """
     parts: list[object] = [plan.fingerprint(), [[t.file, [s.name for s in t.specs]] for t in todo]]
     parts += [_identity(c) for c in (plan.source, plan.onto) if c is not None]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def _identity(ckpt: Checkpoint) -> list[tuple[str | int, ...]]:
-    """Return what changes when a shard is written anew under the same header; of a remote one only its size is known."""
+    """Return what changes when a shard is written anew under the same header; of a remote one only
+    its size is known.
+    """
     found: list[tuple[str | int, ...]] = []
     source = ckpt.raw.source if isinstance(ckpt, Unstacked) else ckpt.source
     for shard in ckpt.shards:
@@ -111,7 +118,9 @@ def working(out: Path, fingerprint: str, *, overwrite: bool) -> Iterator[Path]:
 
 
 def _lock(folder: Path, out: Path) -> int:
-    """Make the work folder and return its lock; it is released when the process ends, however it ends."""
+    """Make the work folder and return its lock; it is released when the process ends, however it
+    ends.
+    """
     busy = UsageError(f"{out}: another export to it is running")
     folder.mkdir(exist_ok=True)
     try:
@@ -155,10 +164,11 @@ def _save_state(folder: Path, state: dict[str, object]) -> None:
 def write(
     plan: Plan, todo: list[Task], folder: Path, *, workers: int, progress: Callable[[int], None]
 ) -> Written:
-    """Write every shard of the plan into the work folder; finished ones of an earlier run are verified and kept.
+    """Write every shard of the plan into the work folder; finished ones of an earlier run are
+    verified and kept.
 
-    Whatever else an earlier run left in the folder is removed. When an error or a signal ends the run, shards stop
-    between two actions, and those that were finished by then are noted.
+    Whatever else an earlier run left in the folder is removed. When an error or a signal ends the
+    run, shards stop between two actions, and those that were finished by then are noted.
 
     Args:
         plan: what to write.
@@ -202,7 +212,9 @@ class _Job:
         self._earlier: dict[str, list[Any]] = earlier if isinstance(earlier, dict) else {}
 
     def resume(self, task: Task, progress: Callable[[int], None]) -> bool:
-        """Take over a shard that an earlier run finished; False where there is none, or it was damaged."""
+        """Take over a shard that an earlier run finished; False where there is none, or it was
+        damaged.
+        """
         entry = self._earlier.get(task.file)
         if not entry or not _intact(self.folder / task.file, entry):
             return False
@@ -213,7 +225,9 @@ class _Job:
         progress(sum(s.nbytes for s in task.specs))
         return True
 
-    def run(self, task: Task, plan: Plan, progress: Callable[[int], None], stop: threading.Event) -> None:
+    def run(
+        self, task: Task, plan: Plan, progress: Callable[[int], None], stop: threading.Event
+    ) -> None:
         """Write a shard and note it, in a worker: there no signal comes between the two."""
         digest, size, made = write_shard(task, plan, self.folder, progress, stop)
         with self._lock:

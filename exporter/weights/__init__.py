@@ -6,6 +6,13 @@ from exporter.weights.exact import exact, top_exponent
 from exporter.weights.search import METHODS, Method, block_scales, global_divisor, sweep_all
 
 __all__ = [
-    "METHODS", "Method", "block_scales", "encode", "exact", "global_divisor", "search", "sweep_all",
+    "METHODS",
+    "Method",
+    "block_scales",
+    "encode",
+    "exact",
+    "global_divisor",
+    "search",
+    "sweep_all",
     "top_exponent",
-]  # fmt: skip
+]

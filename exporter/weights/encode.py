@@ -6,7 +6,16 @@ from __future__ import annotations
 import torch
 
 from exporter import codecs
-from exporter.codecs.blocks import Part, Scratch, block_amax, each_part, given_amax, per_row, require_finite, rows_of
+from exporter.codecs.blocks import (
+    Part,
+    Scratch,
+    block_amax,
+    each_part,
+    given_amax,
+    per_row,
+    require_finite,
+    rows_of,
+)
 from exporter.codecs.constants import NVFP4_BLOCK
 from exporter.weights.search import Method, block_scales, global_divisor
 from verifier.errors import EncodeError
@@ -20,33 +29,42 @@ def encode(
     amax: torch.Tensor | None = None,
     threads: int | None = None,
 ) -> codecs.Parts:
-    """Return the tensors of a weight [..., out, in] by their leaf on disk, its scales chosen by ``method``.
+    """Return the tensors of a weight [..., out, in] by their leaf on disk, its scales chosen by
+    ``method``.
 
     Args:
         x: float32, bfloat16 or float16; a stack is one call.
         fmt: a format name; methods other than ``max`` are NVFP4's.
         method: one of `exporter.weights.METHODS`.
-        amax: the maximum that a fused group shares, a scalar, or [...] of a stack; not for ``mxfp8``.
+        amax: the maximum that a fused group shares, a scalar, or [...] of a stack; not for
+            ``mxfp8``.
         threads: how many work on one CPU tensor, as in `exporter.codecs.encode`.
 
     Raises:
-        EncodeError: NaN or infinity, a width that the block does not divide, a method that the format does not have, an
-            ``amax`` that is negative, not finite or of another shape.
+        EncodeError: NaN or infinity, a width that the block does not divide, a method that the
+            format does not have, an ``amax`` that is negative, not finite or of another shape.
     """
     packed = fmt in ("nvfp4", "w4a16_nvfp4")
     if method == "max" or not packed:
         if method != "max":
             raise EncodeError(f"{fmt}: no calibration method {method!r}; it has max only")
         return codecs.encode(x, fmt, amax=amax, threads=threads)
-    top = codecs.amax(x, fmt, threads=threads) if amax is None else given_amax(amax, fmt, x.shape[:-2], x.device)
+    top = (
+        codecs.amax(x, fmt, threads=threads)
+        if amax is None
+        else given_amax(amax, fmt, x.shape[:-2], x.device)
+    )
     scale_2 = top / global_divisor(method)
     scale_2 = torch.where(top == 0, torch.ones_like(scale_2), scale_2.clamp(min=2.0**-149))
     chosen = search(x, scale_2, method, threads=threads)
     return codecs.encode(x, fmt, weight_scale_2=scale_2, weight_scale=chosen, threads=threads)
 
 
-def search(x: torch.Tensor, scale_2: torch.Tensor, method: Method, *, threads: int | None = None) -> torch.Tensor:
-    """Return the block scales of a weight or stack under its global scale, float8_e4m3fn [..., out, in/16].
+def search(
+    x: torch.Tensor, scale_2: torch.Tensor, method: Method, *, threads: int | None = None
+) -> torch.Tensor:
+    """Return the block scales of a weight or stack under its global scale, float8_e4m3fn [..., out,
+    in/16].
 
     Args:
         x: float32, bfloat16 or float16 [..., out, in].

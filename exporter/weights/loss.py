@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Squared error of a block under a candidate scale, float32, summed in one order on every device."""
+"""Squared error of a block under a candidate scale, float32, summed in one order on every
+device.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ _ONE = 0x3F800000
 
 
 def round_e2m1(y: torch.Tensor) -> torch.Tensor:
-    """Return magnitudes rounded to E2M1 values (ties to the even code), clipped at 6; float32 >= 0, new tensor."""
+    """Return magnitudes rounded to E2M1 values (ties to the even code), clipped at 6; float32 >= 0,
+    new tensor.
+    """
     y = y.clamp(max=E2M1_MAX)
     magic = ((y.view(torch.int32) & _EXPONENT).clamp_(min=_ONE) + (22 << 23)).view(torch.float32)
     return (y + magic).sub_(magic)

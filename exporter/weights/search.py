@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which E4M3 scale a block of NVFP4 gets: ``max``, ``mse``, ``sweep`` or ``four_over_six``.
 
-All but ``max`` minimise the block's squared error in float32 (`exporter.weights.loss.block_loss`), and take the first
-minimum in ascending order of their candidates.
+All but ``max`` minimise the block's squared error in float32 (`exporter.weights.loss.block_loss`),
+and take the first minimum in ascending order of their candidates.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ METHODS: tuple[Method, ...] = ("max", "mse", "sweep", "four_over_six")
 MULTIPLIERS = 39
 """ModelOpt's ``mse`` calibrator: 39 multipliers of the block's maximum, evenly from 0.25 to 4."""
 FOUR_OVER_SIX_TOP = 256.0
-"""Largest block scale that ``four_over_six`` plans for: half as much again (6/4) stays below 448 (arXiv 2512.02010)."""
+"""Largest block scale that ``four_over_six`` plans for: half as much again (6/4) stays below 448
+(arXiv 2512.02010)."""
 ONE = 0x38
 """1.0 as E4M3."""
 SLACK = 1e-5
@@ -35,7 +36,9 @@ def global_divisor(method: Method) -> float:
     return E2M1_MAX * FOUR_OVER_SIX_TOP if method == "four_over_six" else NVFP4_RANGE
 
 
-def block_scales(magnitude: torch.Tensor, maxima: torch.Tensor, scale_2: torch.Tensor, method: Method) -> torch.Tensor:
+def block_scales(
+    magnitude: torch.Tensor, maxima: torch.Tensor, scale_2: torch.Tensor, method: Method
+) -> torch.Tensor:
     """Return the E4M3 scale of each block, float8_e4m3fn [rows, blocks]; 1.0 for a zero block.
 
     Args:
@@ -47,7 +50,11 @@ def block_scales(magnitude: torch.Tensor, maxima: torch.Tensor, scale_2: torch.T
     compiled = fast.kernels(magnitude.device)
     if method == "sweep" and compiled is not None:
         chosen = torch.empty(maxima.shape, dtype=torch.float8_e4m3fn)
-        given = (magnitude.flatten(1).contiguous(), maxima.contiguous(), scale_2.contiguous().view(-1))
+        given = (
+            magnitude.flatten(1).contiguous(),
+            maxima.contiguous(),
+            scale_2.contiguous().view(-1),
+        )
         table = fast.array(_codes(magnitude.device))
         compiled.sweep(*map(fast.array, given), np.float32(1 - SLACK), table, fast.array(chosen))
     else:
@@ -75,20 +82,30 @@ def _best_of(
         loss = block_loss(magnitude, candidate.float() * scale_2)
         better = loss < least
         least = torch.where(better, loss, least)
-        best = torch.where(better, candidate.view(torch.uint8), best.view(torch.uint8)).view(torch.float8_e4m3fn)
+        best = torch.where(better, candidate.view(torch.uint8), best.view(torch.uint8)).view(
+            torch.float8_e4m3fn
+        )
     return best
 
 
 def _mse(magnitude: torch.Tensor, maxima: torch.Tensor, scale_2: torch.Tensor) -> torch.Tensor:
-    """Try multiples of the maximum, as ModelOpt's MSE calibrator does; the error is that of the rounded scale."""
+    """Try multiples of the maximum, as ModelOpt's MSE calibrator does; the error is that of the
+    rounded scale.
+    """
     plain = maxima / (E2M1_MAX * scale_2)
     steps = [0.25 + i * (4.0 - 0.25) / (MULTIPLIERS - 1) for i in range(MULTIPLIERS)]
     return _best_of([_cast(plain * m) for m in steps], magnitude, scale_2)
 
 
-def _four_over_six(magnitude: torch.Tensor, maxima: torch.Tensor, scale_2: torch.Tensor) -> torch.Tensor:
-    """Map the block's maximum to 6 or to 4, whichever is nearer in squared error (Cook et al., arXiv 2512.02010)."""
-    return _best_of([_cast(maxima / (E2M1_MAX * scale_2)), _cast(maxima / (4.0 * scale_2))], magnitude, scale_2)
+def _four_over_six(
+    magnitude: torch.Tensor, maxima: torch.Tensor, scale_2: torch.Tensor
+) -> torch.Tensor:
+    """Map the block's maximum to 6 or to 4, whichever is nearer in squared error (Cook et al.,
+    arXiv 2512.02010).
+    """
+    return _best_of(
+        [_cast(maxima / (E2M1_MAX * scale_2)), _cast(maxima / (4.0 * scale_2))], magnitude, scale_2
+    )
 
 
 @lru_cache(maxsize=8)
@@ -97,7 +114,9 @@ def _codes(device: torch.device) -> torch.Tensor:
 
 
 def sweep_all(magnitude: torch.Tensor, scale_2: torch.Tensor) -> torch.Tensor:
-    """Return the best of all 126 positive E4M3 scales by trying each: the reference for `_sweep`."""
+    """Return the best of all 126 positive E4M3 scales by trying each: the reference for
+    `_sweep`.
+    """
     shape = magnitude.shape[:-1]
     table = _codes(magnitude.device)
     best = torch.ones(shape, dtype=torch.uint8, device=magnitude.device)
@@ -113,9 +132,10 @@ def sweep_all(magnitude: torch.Tensor, scale_2: torch.Tensor) -> torch.Tensor:
 def _sweep(magnitude: torch.Tensor, maxima: torch.Tensor, scale_2: torch.Tensor) -> torch.Tensor:
     """Return the best of all 126 positive E4M3 scales, trying about ten.
 
-    From the smallest scale s0 that clips nothing, only one octave upwards can win: 2s represents, within reach, a
-    subset of what s does. (Codes 1 to 8 have no exact half, so two octaves are tried there.) Below s0 the largest
-    value alone costs (amax - 6s)^2, and the walk ends where that exceeds the best. Equal to `sweep_all` by test.
+    From the smallest scale s0 that clips nothing, only one octave upwards can win: 2s represents,
+    within reach, a subset of what s does. (Codes 1 to 8 have no exact half, so two octaves are
+    tried there.) Below s0 the largest value alone costs (amax - 6s)^2, and the walk ends where that
+    exceeds the best. Equal to `sweep_all` by test.
     """
     shape = maxima.shape
     x = magnitude.reshape(-1, magnitude.shape[-1])
@@ -123,8 +143,14 @@ def _sweep(magnitude: torch.Tensor, maxima: torch.Tensor, scale_2: torch.Tensor)
     whole = scale_2.expand(shape).reshape(-1)
     table = _codes(x.device)
     # The product is the scale that a reader uses: compare what is compared there.
-    first = torch.searchsorted(table[1:127], (top / (E2M1_MAX * whole)).clamp(max=E4M3_MAX)).add_(1).clamp_(1, 126)
-    first = torch.where((table[first - 1] * whole * E2M1_MAX >= top) & (first > 1), first - 1, first)
+    first = (
+        torch.searchsorted(table[1:127], (top / (E2M1_MAX * whole)).clamp(max=E4M3_MAX))
+        .add_(1)
+        .clamp_(1, 126)
+    )
+    first = torch.where(
+        (table[first - 1] * whole * E2M1_MAX >= top) & (first > 1), first - 1, first
+    )
     best = first.clone()
     least = block_loss(x, table[best] * whole)
     for step in range(1, 16):
@@ -156,7 +182,9 @@ def _try(
     least: torch.Tensor,
     wins: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
 ) -> None:
-    """Try ``code`` for the blocks ``active``; update ``best`` and ``least`` in place where it wins."""
+    """Try ``code`` for the blocks ``active``; update ``best`` and ``least`` in place where it
+    wins.
+    """
     tried = code[active]
     loss = block_loss(x[active], table[tried] * whole[active])
     better = wins(loss, least[active])

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write the vendor-style MXFP8 checkpoint beside the BF16 one: numpy and ml_dtypes alone, none of our packages.
+"""Write the vendor-style MXFP8 checkpoint beside the BF16 one: numpy and ml_dtypes alone, none of
+our packages.
 
-    python goldens/minimax-m3-tiny/make_vendor.py goldens/minimax-m3-tiny/bf16 goldens/minimax-m3-tiny/mxfp8
+    python goldens/minimax-m3-tiny/make_vendor.py goldens/minimax-m3-tiny/bf16
+    goldens/minimax-m3-tiny/mxfp8
 
-As released: language-model linears (indexer included) in E4M3 with ``weight_scale_inv`` bytes (E8M0, one for 32 of a
-row); router, bias and patch embedding float32; the rest BF16. The scale is the smallest power of two that keeps the
-block within 448 (OCP MX v1.0, section 6.3, rounded up).
+As released: language-model linears (indexer included) in E4M3 with ``weight_scale_inv`` bytes
+(E8M0, one for 32 of a row); router, bias and patch embedding float32; the rest BF16. The scale is
+the smallest power of two that keeps the block within 448 (OCP MX v1.0, section 6.3, rounded up).
 """
 
 from __future__ import annotations
@@ -33,7 +35,11 @@ def read(path: Path) -> dict[str, tuple[str, list[int], bytes]]:
     header = json.loads(raw[8:start])
     header.pop("__metadata__", None)
     return {
-        n: (e["dtype"], e["shape"], raw[start + e["data_offsets"][0] : start + e["data_offsets"][1]])
+        n: (
+            e["dtype"],
+            e["shape"],
+            raw[start + e["data_offsets"][0] : start + e["data_offsets"][1]],
+        )
         for n, e in header.items()
     }
 
@@ -55,12 +61,22 @@ def write(path: Path, tensors: dict[str, tuple[str, list[int], bytes]]) -> None:
 
 def mxfp8(shape: list[int], data: bytes) -> tuple[bytes, bytes]:
     """Return E4M3 codes and E8M0 scale bytes of a BF16 matrix."""
-    values = np.frombuffer(data, ml_dtypes.bfloat16).astype(np.float64).reshape(shape[0], shape[1] // 32, 32)
+    values = (
+        np.frombuffer(data, ml_dtypes.bfloat16)
+        .astype(np.float64)
+        .reshape(shape[0], shape[1] // 32, 32)
+    )
     amax = np.abs(values).max(axis=2)
-    mantissa, exponent = np.frexp(amax / 448.0)  # amax / 448 = mantissa * 2^exponent, mantissa in [0.5, 1)
+    mantissa, exponent = np.frexp(
+        amax / 448.0
+    )  # amax / 448 = mantissa * 2^exponent, mantissa in [0.5, 1)
     ceiling = np.where(mantissa == 0.5, exponent - 1, exponent)
     byte = np.where(amax == 0, 0, np.clip(ceiling + 127, 0, 254)).astype(np.int64)
-    codes = (values / np.exp2(byte - 127.0)[..., None]).astype(np.float32).astype(ml_dtypes.float8_e4m3fn)
+    codes = (
+        (values / np.exp2(byte - 127.0)[..., None])
+        .astype(np.float32)
+        .astype(ml_dtypes.float8_e4m3fn)
+    )
     return codes.tobytes(), byte.astype(np.uint8).tobytes()
 
 
@@ -90,13 +106,25 @@ def main() -> None:
     (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
     config = json.loads((source / "config.json").read_text())
     config["quantization_config"] = {
-        "quant_method": "mxfp8", "activation_scheme": "dynamic", "weight_block_size": [1, 32],
+        "quant_method": "mxfp8",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [1, 32],
         "ignored_layers": [
-            "lm_head", "model.embed_tokens", "vision_tower", "multi_modal_projector", "patch_merge_mlp", *sorted(gates)
+            "lm_head",
+            "model.embed_tokens",
+            "vision_tower",
+            "multi_modal_projector",
+            "patch_merge_mlp",
+            *sorted(gates),
         ],
-    }  # fmt: skip
+    }
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    for file in ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+    for file in (
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+    ):
         shutil.copyfile(source / file, out / file)
 
 

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line as a person and a CI job see it: exit codes, one message, valid JSON, cheap help."""
+"""The command line as a person and a CI job see it: exit codes, one message, valid JSON, cheap
+help.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,9 @@ def candidate(tmp_path: Path) -> Path:
 
 
 def python(*args: str, **options: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *args], capture_output=True, text=True, check=False, timeout=120, **options)
+    return subprocess.run(
+        [sys.executable, *args], capture_output=True, text=True, check=False, timeout=120, **options
+    )
 
 
 def one_message(result: tuple[int, str, str], code: int, *words: str) -> None:
@@ -90,16 +94,28 @@ def edit_header(shard: Path, change: Callable[[dict[str, object]], dict[str, obj
 
 
 @pytest.mark.parametrize(
-    "command", ["check", "check --base", "check --merged-from", "export", "export --onto", "merge", "merge --onto"]
+    "command",
+    [
+        "check",
+        "check --base",
+        "check --merged-from",
+        "export",
+        "export --onto",
+        "merge",
+        "merge --onto",
+    ],
 )
 def test_a_missing_path_is_named(call, tmp_path: Path, command: str) -> None:
     missing, out = tmp_path / "missing", tmp_path / "out"
     argv = {
-        "check": ("check", missing), "check --base": ("check", QWEN_NVFP4, "--base", missing),
+        "check": ("check", missing),
+        "check --base": ("check", QWEN_NVFP4, "--base", missing),
         "check --merged-from": ("check", QWEN_NVFP4, "--merged-from", missing),
-        "export": ("export", missing, out, *NVFP4), "export --onto": ("export", QWEN, out, *NVFP4, "--onto", missing),
-        "merge": ("merge", missing, out, "--onto", QWEN), "merge --onto": ("merge", QWEN_NVFP4, out, "--onto", missing),
-    }[command]  # fmt: skip
+        "export": ("export", missing, out, *NVFP4),
+        "export --onto": ("export", QWEN, out, *NVFP4, "--onto", missing),
+        "merge": ("merge", missing, out, "--onto", QWEN),
+        "merge --onto": ("merge", QWEN_NVFP4, out, "--onto", missing),
+    }[command]
     one_message(call(*argv), 2, str(missing), "no such folder")
     assert not list(tmp_path.iterdir())
 
@@ -112,7 +128,12 @@ def test_a_file_instead_of_a_folder(call, tmp_path: Path) -> None:
 
 
 def test_an_unknown_recipe(call, tmp_path: Path) -> None:
-    one_message(call("export", QWEN, tmp_path / "out", "--recipe", "int3"), 2, "'int3'", "nvfp4_experts_only")
+    one_message(
+        call("export", QWEN, tmp_path / "out", "--recipe", "int3"),
+        2,
+        "'int3'",
+        "nvfp4_experts_only",
+    )
     assert not list(tmp_path.iterdir())
 
 
@@ -124,9 +145,17 @@ def test_an_unknown_rule(call) -> None:
 
 @pytest.mark.parametrize(
     "line",
-    ["check", "check . --depth abyss", "check . --format yaml", "check . --nosuch", "nosuch", "export a b", "merge a b",
-     "export a b --recipe r --workers 0"],
-)  # fmt: skip
+    [
+        "check",
+        "check . --depth abyss",
+        "check . --format yaml",
+        "check . --nosuch",
+        "nosuch",
+        "export a b",
+        "merge a b",
+        "export a b --recipe r --workers 0",
+    ],
+)
 def test_a_wrong_call_is_exit_2(call, line: str) -> None:
     code, out, err = call(*line.split())
     assert (code, out) == (2, "")
@@ -177,7 +206,12 @@ def test_a_truncated_shard(call, candidate: Path, tmp_path: Path) -> None:
     shard = candidate / "model.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1000])
     for depth in ("header", "payload"):
-        finding(call("check", candidate, "--depth", depth), "QC104", "model.safetensors", "ends 1,000 bytes early")
+        finding(
+            call("check", candidate, "--depth", depth),
+            "QC104",
+            "model.safetensors",
+            "ends 1,000 bytes early",
+        )
     shard.write_bytes(shard.read_bytes()[:20])
     finding(call("check", candidate), "QC104", "ends inside its header")
     shard.write_bytes(b"")
@@ -191,7 +225,10 @@ def test_a_shard_of_zeros(call, candidate: Path) -> None:
     finding(call("check", candidate), "QC104", "zeros")
 
 
-@pytest.mark.parametrize("text", ["[1]", "3", "null", '"x"', "{", "", '{"a": NaN}', "[" * 99_999, '{"a": 1, "a": 2}', "\0"])
+@pytest.mark.parametrize(
+    "text",
+    ["[1]", "3", "null", '"x"', "{", "", '{"a": NaN}', "[" * 99_999, '{"a": 1, "a": 2}', "\0"],
+)
 def test_a_config_that_is_no_object(call, candidate: Path, tmp_path: Path, text: str) -> None:
     (candidate / "config.json").write_text(text)
     finding(call("check", candidate), "config.json")
@@ -216,7 +253,15 @@ def test_json_that_is_not_utf_8(call, candidate: Path, encoding: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "value", [[], "x", 3, {"quant_algo": 4}, {"quant_algo": "NVFP4", "ignore": "x"}, {"quantized_layers": []}]
+    "value",
+    [
+        [],
+        "x",
+        3,
+        {"quant_algo": 4},
+        {"quant_algo": "NVFP4", "ignore": "x"},
+        {"quantized_layers": []},
+    ],
 )
 def test_a_declaration_of_the_wrong_type(call, candidate: Path, value: object) -> None:
     config = json.loads((candidate / "config.json").read_text())
@@ -237,7 +282,11 @@ def test_a_base_of_another_model(call) -> None:
 
 
 def test_a_clean_checkpoint(call) -> None:
-    for argv in ((QWEN_NVFP4,), (LLAMA_MXFP8, "--base", LLAMA), (QWEN_NVFP4, "--base", QWEN, "--depth", "payload")):
+    for argv in (
+        (QWEN_NVFP4,),
+        (LLAMA_MXFP8, "--base", LLAMA),
+        (QWEN_NVFP4, "--base", QWEN, "--depth", "payload"),
+    ):
         code, out, err = call("check", *argv)
         assert (code, err) == (0, "")
         assert out.endswith("verdict: PASSED (0 errors, 0 warnings)\n")
@@ -257,7 +306,10 @@ def test_a_required_rule_that_did_not_run_is_unproven(call) -> None:
     code, out, _ = call("check", QWEN_NVFP4, "--require", "QC501")
     assert code == 3
     assert "QC501 is required and did not run: depth payload" in out
-    assert call("check", QWEN_NVFP4, "--require", "QC605", "--depth", "payload", "--base", QWEN)[0] == 0
+    assert (
+        call("check", QWEN_NVFP4, "--require", "QC605", "--depth", "payload", "--base", QWEN)[0]
+        == 0
+    )
     assert call("check", QWEN_NVFP4, "--depth", "payload")[0] == 0
 
 
@@ -286,7 +338,11 @@ def report_of(result: tuple[int, str, str], code: int, verdict: str) -> dict[str
 
 
 def test_json_of_a_clean_an_unproven_and_a_failed_check(call, candidate: Path) -> None:
-    clean = report_of(call("check", QWEN_NVFP4, "--base", QWEN, "--depth", "payload", "--format", "json"), 0, "passed")
+    clean = report_of(
+        call("check", QWEN_NVFP4, "--base", QWEN, "--depth", "payload", "--format", "json"),
+        0,
+        "passed",
+    )
     assert clean["findings"] == []
     assert {c["rule"] for c in clean["coverage"]} == set(all_rules())
     assert clean["stats"]["tensors"] == 213
@@ -313,10 +369,18 @@ def test_json_says_where(call, candidate: Path) -> None:
     with shard.open("r+b") as handle:
         handle.seek(tensor.offset + 3 * tensor.shape[1] + 2)
         handle.write(b"\x7f")
-    report = report_of(call("check", candidate, "--depth", "payload", "--format", "json"), 1, "failed")
+    report = report_of(
+        call("check", candidate, "--depth", "payload", "--format", "json"), 1, "failed"
+    )
     found = next(f for f in report["findings"] if f["rule"] == "QC502")
     byte = tensor.offset + 3 * tensor.shape[1] + 2
-    assert found["where"] == {"tensor": name, "file": "model.safetensors", "row": 3, "block": 2, "byte": byte}
+    assert found["where"] == {
+        "tensor": name,
+        "file": "model.safetensors",
+        "row": 3,
+        "block": 2,
+        "byte": byte,
+    }
     text = call("check", candidate, "--depth", "payload")[1]
     assert f"{name} [row 3, block 2, byte {byte:,}, of model.safetensors]" in text
 
@@ -330,9 +394,14 @@ class _Failing(fsspec.AbstractFileSystem):
     def ls(self, path: str, detail: bool = True, **kwargs: object) -> list[dict[str, object]]:
         if "list" in path:
             raise OSError(5, "Input/output error")
-        return [{"name": f"{path}/{n}", "size": 4096, "type": "file"} for n in ("config.json", "model.safetensors")]
+        return [
+            {"name": f"{path}/{n}", "size": 4096, "type": "file"}
+            for n in ("config.json", "model.safetensors")
+        ]
 
-    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **kwargs: object) -> bytes:
+    def cat_file(
+        self, path: str, start: int | None = None, end: int | None = None, **kwargs: object
+    ) -> bytes:
         if "timeout" in path:
             raise TimeoutError("timed out")
         if "client" in path:  # what httpx and botocore raise is no OSError
@@ -353,7 +422,9 @@ def test_a_read_that_fails_is_exit_4(call, failing: None, how: str) -> None:
     assert code == 4
     assert "Traceback" not in out + err
     assert len(err.splitlines()) == 1
-    report_of(call("check", QWEN_NVFP4, "--base", f"failing://{how}", "--format", "json"), 4, "broken")
+    report_of(
+        call("check", QWEN_NVFP4, "--base", f"failing://{how}", "--format", "json"), 4, "broken"
+    )
 
 
 # reports: where they go, and what is on stdout
@@ -369,12 +440,19 @@ def parsed(text: str, format_: str) -> object:
 
 
 @pytest.mark.parametrize("format_", DOCUMENTS)
-def test_stdout_is_one_document_for_every_exit_code(call, failing: None, tmp_path: Path, format_: str) -> None:
+def test_stdout_is_one_document_for_every_exit_code(
+    call, failing: None, tmp_path: Path, format_: str
+) -> None:
     cases = [
-        (0, (QWEN_NVFP4,)), (1, (tmp_path,)), (1, (QWEN_NVFP4, "--base", tmp_path)), (3, (LLAMA,)),
-        (3, (QWEN_NVFP4, "--select", "QC501")), (4, ("failing://read",)), (4, ("failing://client",)),
+        (0, (QWEN_NVFP4,)),
+        (1, (tmp_path,)),
+        (1, (QWEN_NVFP4, "--base", tmp_path)),
+        (3, (LLAMA,)),
+        (3, (QWEN_NVFP4, "--select", "QC501")),
+        (4, ("failing://read",)),
+        (4, ("failing://client",)),
         (4, (QWEN_NVFP4, "--base", "failing://list")),
-    ]  # fmt: skip
+    ]
     for wanted, argv in cases:
         code, out, err = call("check", *argv, "--format", format_)
         assert (code, err) == (wanted, ""), argv
@@ -385,7 +463,9 @@ def test_stdout_is_one_document_for_every_exit_code(call, failing: None, tmp_pat
 
 
 @pytest.mark.parametrize("format_", FORMATS)
-def test_the_exit_code_does_not_depend_on_the_format(call, candidate: Path, tmp_path: Path, format_: str) -> None:
+def test_the_exit_code_does_not_depend_on_the_format(
+    call, candidate: Path, tmp_path: Path, format_: str
+) -> None:
     shard = candidate / "model.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1000])
     for uri, wanted in ((QWEN_NVFP4, 0), (candidate, 1), (LLAMA, 3)):
@@ -396,7 +476,11 @@ def test_the_exit_code_does_not_depend_on_the_format(call, candidate: Path, tmp_
 def test_a_defect_of_the_tool_is_a_broken_document(call, monkeypatch: pytest.MonkeyPatch) -> None:
     """Exit 4 and one document even where something raises that nobody thought of."""
     monkeypatch.delenv("CKPTGATE_DEBUG", raising=False)
-    errors = ((ZeroDivisionError("boom"), "a defect of ckptgate"), (MemoryError(), "memory"), (OSError(5, "I/O"), "I/O"))
+    errors = (
+        (ZeroDivisionError("boom"), "a defect of ckptgate"),
+        (MemoryError(), "memory"),
+        (OSError(5, "I/O"), "I/O"),
+    )
     for error, words in errors:
 
         def raising(*_: object, error: Exception = error, **__: object) -> None:
@@ -417,9 +501,21 @@ def test_a_defect_of_the_tool_is_a_broken_document(call, monkeypatch: pytest.Mon
 def test_o_belongs_to_the_format_before_it(call, tmp_path: Path) -> None:
     sarif, junit, text = tmp_path / "a" / "out.sarif", tmp_path / "out.xml", tmp_path / "out.txt"
     code, out, err = call(
-        "check", QWEN_NVFP4, "--format", "text", "-o", text, "--format", "json", "--format", "sarif", "-o", sarif,
-        "--format", f"junit={junit}",
-    )  # fmt: skip
+        "check",
+        QWEN_NVFP4,
+        "--format",
+        "text",
+        "-o",
+        text,
+        "--format",
+        "json",
+        "--format",
+        "sarif",
+        "-o",
+        sarif,
+        "--format",
+        f"junit={junit}",
+    )
     assert (code, err) == (0, "")
     assert json.loads(out)["verdict"] == "passed"
     assert json.loads(sarif.read_text())["version"] == "2.1.0"
@@ -461,7 +557,9 @@ def test_a_format_that_is_none(call, text: str) -> None:
     assert "Error: " in err
 
 
-def test_a_report_replaces_a_file_whole_or_not_at_all(call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_report_replaces_a_file_whole_or_not_at_all(
+    call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file, link = tmp_path / "out.json", tmp_path / "link.json"
     file.write_text("before")
     file.chmod(0o640)
@@ -499,7 +597,9 @@ def test_what_is_no_file_is_written_to_and_stays(call, tmp_path: Path) -> None:
         os.close(reader)
 
 
-def test_github_appends_to_the_step_summary(call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_github_appends_to_the_step_summary(
+    call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     summary = tmp_path / "summary.md"
     summary.write_text("# before\n")
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
@@ -516,10 +616,16 @@ def test_github_appends_to_the_step_summary(call, tmp_path: Path, monkeypatch: p
     assert "GITHUB_STEP_SUMMARY" in out
 
 
-def test_a_missing_package_is_said_before_the_check(call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_said_before_the_check(
+    call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for module, format_ in (("junitparser", "junit"), ("jinja2", "html")):
         monkeypatch.setitem(sys.modules, module, None)
-        one_message(call("check", "failing://read", "--format", f"{format_}={tmp_path / 'x'}"), 2, "ckptgate[report]")
+        one_message(
+            call("check", "failing://read", "--format", f"{format_}={tmp_path / 'x'}"),
+            2,
+            "ckptgate[report]",
+        )
     assert not list(tmp_path.iterdir())
 
 
@@ -528,9 +634,15 @@ def on_a_terminal(*argv: str, **env: str) -> str:
     master, slave = pty.openpty()
     try:
         subprocess.run(
-            [sys.executable, "-m", "verifier", *argv], stdout=slave, stderr=subprocess.PIPE, check=False, timeout=120,
-            env={k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "TERM")} | {"TERM": "xterm"} | env,
-        )  # fmt: skip
+            [sys.executable, "-m", "verifier", *argv],
+            stdout=slave,
+            stderr=subprocess.PIPE,
+            check=False,
+            timeout=120,
+            env={k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "TERM")}
+            | {"TERM": "xterm"}
+            | env,
+        )
         os.close(slave)
         found = b""
         with suppress(OSError):  # the end of a terminal whose other side is closed
@@ -602,7 +714,9 @@ def test_help_imports_no_torch(argv: tuple[str, ...]) -> None:
 
 
 def test_a_header_check_imports_no_torch() -> None:
-    done = python("-X", "importtime", "-m", "verifier", "check", str(QWEN_NVFP4), "--base", str(QWEN))
+    done = python(
+        "-X", "importtime", "-m", "verifier", "check", str(QWEN_NVFP4), "--base", str(QWEN)
+    )
     assert done.returncode == 0
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "numpy" in imported
@@ -614,13 +728,19 @@ def test_the_process_ends_with_the_exit_code(tmp_path: Path) -> None:
         assert python("-m", "verifier", "check", str(uri)).returncode == code
 
 
-@pytest.mark.parametrize(("argv", "code"), [(["rules"], 0), (["check", str(QWEN_NVFP4)], 0), (["check", str(DATA)], 1)])
+@pytest.mark.parametrize(
+    ("argv", "code"), [(["rules"], 0), (["check", str(QWEN_NVFP4)], 0), (["check", str(DATA)], 1)]
+)
 def test_a_reader_that_closes_the_pipe_changes_no_verdict(argv: list[str], code: int) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "verifier", *argv], stdout=writer, stderr=subprocess.PIPE, text=True, check=False
+            [sys.executable, "-m", "verifier", *argv],
+            stdout=writer,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
         )
     finally:
         os.close(writer)
@@ -659,11 +779,20 @@ def test_hostile_tensor_names_are_escaped(call, candidate: Path, tmp_path: Path)
 def test_hostile_file_names_and_configs_are_escaped(call, candidate: Path) -> None:
     (candidate / "model.safetensors").rename(candidate / "model\x1b[2J\x07.safetensors")
     (candidate / "model.safetensors.index.json").write_text(
-        json.dumps({"weight_map": {"a\x1b[31m": "b\x1b[31m.safetensors"}, "metadata": {"total_size": "\x1b[31m"}})
+        json.dumps(
+            {
+                "weight_map": {"a\x1b[31m": "b\x1b[31m.safetensors"},
+                "metadata": {"total_size": "\x1b[31m"},
+            }
+        )
     )
     config = json.loads((candidate / "config.json").read_text())
     config["model_type"] = "\x1b[31m"
-    config["quantization_config"] |= {"quant_algo": "NVFP4\x1b[31m", "ignore": ["\x1b[31m*"], "quant_method": "\x1b[31m"}
+    config["quantization_config"] |= {
+        "quant_algo": "NVFP4\x1b[31m",
+        "ignore": ["\x1b[31m*"],
+        "quant_method": "\x1b[31m",
+    }
     (candidate / "config.json").write_text(json.dumps(config))
     code, out, err = call("check", candidate, "--depth", "payload")
     assert (code, err) == (1, "")
@@ -674,7 +803,8 @@ def test_hostile_file_names_and_configs_are_escaped(call, candidate: Path) -> No
 def test_a_surrogate_in_a_name_does_not_reach_the_exporter(call, tmp_path: Path) -> None:
     source = Path(shutil.copytree(QWEN, tmp_path / "source"))
     edit_header(
-        source / "model.safetensors", lambda h: {n.replace("model.norm.", "model.norm\ud800."): e for n, e in h.items()}
+        source / "model.safetensors",
+        lambda h: {n.replace("model.norm.", "model.norm\ud800."): e for n, e in h.items()},
     )
     one_message(call("export", source, tmp_path / "out", *NVFP4), 1, "\\xd800")
     assert not (tmp_path / "out").exists()
@@ -682,8 +812,13 @@ def test_a_surrogate_in_a_name_does_not_reach_the_exporter(call, tmp_path: Path)
 
 def test_output_in_an_encoding_that_lacks_a_character(candidate: Path) -> None:
     name = "model.n\u00f6rm\u2026."
-    edit_header(candidate / "model.safetensors", lambda h: {n.replace("model.norm.", name): e for n, e in h.items()})
-    done = python("-m", "verifier", "check", str(candidate), env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    edit_header(
+        candidate / "model.safetensors",
+        lambda h: {n.replace("model.norm.", name): e for n, e in h.items()},
+    )
+    done = python(
+        "-m", "verifier", "check", str(candidate), env={**os.environ, "PYTHONIOENCODING": "ascii"}
+    )
     assert done.returncode == 1, done.stderr
     assert done.stderr == ""
     assert "verdict: FAILED" in done.stdout
@@ -727,7 +862,9 @@ def nan_in_a_norm(folder: Path) -> Path:
 
 def test_an_export_that_fails_its_check_returns_the_checks_exit_code(call, tmp_path: Path) -> None:
     source = nan_in_a_norm(Path(shutil.copytree(QWEN, tmp_path / "source")))
-    code, out, err = call("export", source, tmp_path / "out", *NVFP4, "--report", tmp_path / "report.json")
+    code, out, err = call(
+        "export", source, tmp_path / "out", *NVFP4, "--report", tmp_path / "report.json"
+    )
     assert (code, err) == (1, "")
     assert "QC508" in out
     assert "verdict: FAILED" in out
@@ -743,16 +880,24 @@ def test_the_report_is_written_into_a_folder_that_is_made(call, tmp_path: Path) 
     assert set(value) == {"manifest", "check"}
     jsonschema.validate(value["check"], schema())
     assert value["check"]["verdict"] == "passed"
-    written = Manifest.model_validate_json((tmp_path / "out" / "ckptgate_manifest.json").read_text())
+    written = Manifest.model_validate_json(
+        (tmp_path / "out" / "ckptgate_manifest.json").read_text()
+    )
     assert Manifest.model_validate(value["manifest"]) == written
     merged = tmp_path / "c" / "merge.json"
-    assert call("merge", QWEN_NVFP4, tmp_path / "merged", "--onto", QWEN, "--report", merged)[0] == 0
+    assert (
+        call("merge", QWEN_NVFP4, tmp_path / "merged", "--onto", QWEN, "--report", merged)[0] == 0
+    )
     assert json.loads(merged.read_text())["manifest"]["kind"] == "merge"
 
 
 @pytest.mark.parametrize("place", ["below a file", "a folder"])
-def test_a_report_that_cannot_be_written_is_refused_before_the_work(call, tmp_path: Path, place: str) -> None:
-    """A report path that cannot be is wrong before a header is read; the export must not have run for hours by then."""
+def test_a_report_that_cannot_be_written_is_refused_before_the_work(
+    call, tmp_path: Path, place: str
+) -> None:
+    """A report path that cannot be is wrong before a header is read; the export must not have run
+    for hours by then.
+    """
     (tmp_path / "file").write_text("x")
     report = tmp_path / "file" / "report.json" if place == "below a file" else tmp_path
     code, _, err = call("export", QWEN, tmp_path / "out", *NVFP4, "--report", report)
@@ -762,21 +907,34 @@ def test_a_report_that_cannot_be_written_is_refused_before_the_work(call, tmp_pa
 
 
 def test_an_error_of_the_exporter_is_one_message(call, tmp_path: Path) -> None:
-    one_message(call("export", LLAMA, tmp_path / "out", *NVFP4), 1, "nothing matches routed_expert", "nearest names")
+    one_message(
+        call("export", LLAMA, tmp_path / "out", *NVFP4),
+        1,
+        "nothing matches routed_expert",
+        "nearest names",
+    )
     one_message(call("export", QWEN_NVFP4, tmp_path / "out", *NVFP4), 1, "are nvfp4 already")
-    one_message(call("export", QWEN, tmp_path / "out", *NVFP4, "--layers", "5"), 1, "hold no routed experts")
+    one_message(
+        call("export", QWEN, tmp_path / "out", *NVFP4, "--layers", "5"), 1, "hold no routed experts"
+    )
     one_message(call("export", QWEN, tmp_path / "out", *NVFP4, "--layers", "x"), 2, "no range")
-    one_message(call("export", QWEN, tmp_path / "out", *NVFP4, "--stats", tmp_path / "no"), 2, "contradict")
+    one_message(
+        call("export", QWEN, tmp_path / "out", *NVFP4, "--stats", tmp_path / "no"), 2, "contradict"
+    )
     assert not list(tmp_path.iterdir())
 
 
 def test_a_nan_in_a_weight_is_exit_1_and_leaves_no_out(call, tmp_path: Path) -> None:
     source = Path(shutil.copytree(QWEN, tmp_path / "source"))
-    tensor = verifier.open_checkpoint(source).tensors["model.layers.0.mlp.experts.2.down_proj.weight"]
+    tensor = verifier.open_checkpoint(source).tensors[
+        "model.layers.0.mlp.experts.2.down_proj.weight"
+    ]
     with (source / tensor.file).open("r+b") as handle:
         handle.seek(tensor.offset + 2 * (5 * tensor.shape[1] + 9))
         handle.write(np.array(np.nan, ml_dtypes.bfloat16).tobytes())
-    one_message(call("export", source, tmp_path / "out", *NVFP4), 1, tensor.name, "NaN at index [5, 9]")
+    one_message(
+        call("export", source, tmp_path / "out", *NVFP4), 1, tensor.name, "NaN at index [5, 9]"
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -802,14 +960,20 @@ def test_a_checkpoint_behind_an_address(call, memory: Callable[[Path], str]) -> 
     for depth in ("header", "payload"):
         remote = verifier.check(candidate, base=base, depth=depth)
         local = verifier.check(QWEN_NVFP4, base=QWEN, depth=depth)
-        assert (remote.verdict, remote.findings, remote.coverage) == (local.verdict, (), local.coverage)
+        assert (remote.verdict, remote.findings, remote.coverage) == (
+            local.verdict,
+            (),
+            local.coverage,
+        )
     assert remote.uri == candidate
     code, out, err = call("check", candidate, "--base", QWEN, "--depth", "payload")
     assert (code, err) == (0, "")
     assert "213 tensors" in out
 
 
-def test_a_broken_checkpoint_behind_an_address(call, memory: Callable[[Path], str], candidate: Path) -> None:
+def test_a_broken_checkpoint_behind_an_address(
+    call, memory: Callable[[Path], str], candidate: Path
+) -> None:
     shard = candidate / "model.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1000])
     finding(call("check", memory(candidate)), "QC104", "ends 1,000 bytes early")

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The gate on real exports of the golden: a pass, a fail, an inconclusive; rescoring; what is refused."""
+"""The gate on real exports of the golden: a pass, a fail, an inconclusive; rescoring; what is
+refused.
+"""
 
 from __future__ import annotations
 
@@ -66,10 +68,17 @@ def test_the_golden_is_what_its_manifest_says(manifest: Manifest) -> None:
     assert (len(ckpt.tensors), ckpt.nbytes) == (manifest.tensors, manifest.bytes)
     assert manifest.notes["weights_sha256"]["bf16"] == weights_digest(ckpt)
     assert manifest.notes["lowest_expert_share"] >= 0.02
-    wiki = next(s for s in manifest.scores if s.corpus == "wikitext2-test" and s.protocol["protocol"] == "tokens")
+    wiki = next(
+        s
+        for s in manifest.scores
+        if s.corpus == "wikitext2-test" and s.protocol["protocol"] == "tokens"
+    )
     assert wiki.perplexity <= 150 < wiki.extra["unigram_perplexity"]
     floats = {n for n, t in ckpt.tensors.items() if t.dtype == "F32"}
-    assert all(re.search(r"gate\.weight$|e_score_correction_bias$|patch_embedding\.weight$", n) for n in floats)
+    assert all(
+        re.search(r"gate\.weight$|e_score_correction_bias$|patch_embedding\.weight$", n)
+        for n in floats
+    )
     assert len(floats) == 7
     assert sum(f.stat().st_size for f in GOLDEN.parent.rglob("*") if f.is_file()) < 25_000_000
 
@@ -86,7 +95,9 @@ def test_rescoring_gives_the_manifest(manifest: Manifest) -> None:
     assert key == want.protocol
     sums = score_all(jobs, len(corpus), "cpu", 1, None)[0]
     assert sums.tokens == [t for _, t in want.documents]
-    difference = np.abs(np.array(sums.nats) - np.array([n for n, _ in want.documents])) / np.array(sums.tokens)
+    difference = np.abs(np.array(sums.nats) - np.array([n for n, _ in want.documents])) / np.array(
+        sums.tokens
+    )
     assert difference.max() < 1e-4
 
 
@@ -106,10 +117,26 @@ def test_gate_and_up_swapped_throughout_a_layer_fail(
     broken = tmp_path / "swapped"
     shutil.copytree(mixed, broken)
     ckpt = open_checkpoint(broken)
-    layer = [n for n in ckpt.tensors if ".layers.2." in n and re.search(r"experts\.\d+\.w[13]\.", n)]
-    swap = {n: (n.replace(".w1.", ".w3.") if ".w1." in n else n.replace(".w3.", ".w1.")) for n in layer}
+    layer = [
+        n for n in ckpt.tensors if ".layers.2." in n and re.search(r"experts\.\d+\.w[13]\.", n)
+    ]
+    swap = {
+        n: (n.replace(".w1.", ".w3.") if ".w1." in n else n.replace(".w3.", ".w1.")) for n in layer
+    }
     edit_bytes(broken, swap)
-    code = run(["gate", str(broken), "--base", str(BF16), "--corpus", str(CORPUS), "--format", "json", *ONE])
+    code = run(
+        [
+            "gate",
+            str(broken),
+            "--base",
+            str(BF16),
+            "--corpus",
+            str(CORPUS),
+            "--format",
+            "json",
+            *ONE,
+        ]
+    )
     result = json.loads(capsys.readouterr().out)
     assert (code, result["verdict"], result["outcome"]) == (1, "failed", "failed")
     assert result["interval"]["low"] > result["margin"]["nats"]
@@ -118,10 +145,17 @@ def test_gate_and_up_swapped_throughout_a_layer_fail(
 
 
 def test_few_documents_and_a_margin_near_the_effect_are_inconclusive(mixed: Path) -> None:
-    first = verifier.gate.run(mixed, base=BF16, corpus=str(CORPUS), documents=4, max_increase="8%", workers=1)
+    first = verifier.gate.run(
+        mixed, base=BF16, corpus=str(CORPUS), documents=4, max_increase="8%", workers=1
+    )
     assert first.interval is not None
     near = verifier.gate.run(
-        mixed, base=BF16, corpus=str(CORPUS), documents=4, max_increase=max(first.interval.delta, 1e-4), workers=1
+        mixed,
+        base=BF16,
+        corpus=str(CORPUS),
+        documents=4,
+        max_increase=max(first.interval.delta, 1e-4),
+        workers=1,
     )
     assert near.outcome == "inconclusive"
     assert near.exit_code == 3
@@ -177,7 +211,9 @@ def test_what_a_worker_meets_reaches_the_caller(mixed: Path, tmp_path: Path) -> 
     with pytest.raises(ContentError, match="NoSuchModel"):
         verifier.gate.run(strange, base=BF16, corpus=str(CORPUS), documents=1, workers=1)
     with pytest.raises((MachineError, ContentError)):
-        verifier.gate.run(mixed, base=BF16, corpus=str(CORPUS), documents=1, device="nosuchdevice", workers=1)
+        verifier.gate.run(
+            mixed, base=BF16, corpus=str(CORPUS), documents=1, device="nosuchdevice", workers=1
+        )
 
 
 def test_a_module_without_its_scale_cannot_be_scored(mixed: Path, tmp_path: Path) -> None:
@@ -188,10 +224,16 @@ def test_a_module_without_its_scale_cannot_be_scored(mixed: Path, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_wikitext_by_tokens_and_by_lm_eval(shared_data: Path, mixed: Path, manifest: Manifest) -> None:
+def test_wikitext_by_tokens_and_by_lm_eval(
+    shared_data: Path, mixed: Path, manifest: Manifest
+) -> None:
     corpus = load_corpus("wikitext2-test").head(3)
     for protocol in ("tokens", "lm-eval"):
-        want = next(s for s in manifest.scores if s.corpus == "wikitext2-test" and s.protocol["protocol"] == protocol)
+        want = next(
+            s
+            for s in manifest.scores
+            if s.corpus == "wikitext2-test" and s.protocol["protocol"] == protocol
+        )
         _, jobs = plan_jobs([open_checkpoint(BF16)], corpus, protocol, 512, 8, "cpu", 2)  # type: ignore[arg-type]
         sums = score_all(jobs, len(corpus), "cpu", 2, None)[0]
         # The third document's last window is cut elsewhere than in the whole text.
@@ -211,7 +253,22 @@ def test_a_base_in_block_fp8_is_decoded(tmp_path: Path, capsys: pytest.CaptureFi
     assert verifier.check(candidate, base=base, depth="payload").verdict == "passed"
     corpus = tmp_path / "few.jsonl"
     corpus.write_text("".join(CORPUS.read_text().splitlines(keepends=True)[:25]))
-    assert run(["gate", str(candidate), "--base", str(base), "--corpus", str(corpus), "--format", "json", *ONE]) == 0
+    assert (
+        run(
+            [
+                "gate",
+                str(candidate),
+                "--base",
+                str(base),
+                "--corpus",
+                str(corpus),
+                "--format",
+                "json",
+                *ONE,
+            ]
+        )
+        == 0
+    )
     assert json.loads(capsys.readouterr().out)["verdict"] == "passed"
 
 
@@ -221,14 +278,31 @@ def runs(mixed: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
     folder = tmp_path_factory.mktemp("runs")
     found = {name: folder / f"{name}.run" for name in ("base", "mixed")}
     for name, model in (("base", BF16), ("mixed", mixed)):
-        assert run(["score", str(model), "--corpus", str(CORPUS), "--top-k", "32", "-o", str(found[name]), *ONE]) == 0
+        assert (
+            run(
+                [
+                    "score",
+                    str(model),
+                    "--corpus",
+                    str(CORPUS),
+                    "--top-k",
+                    "32",
+                    "-o",
+                    str(found[name]),
+                    *ONE,
+                ]
+            )
+            == 0
+        )
     return found
 
 
 def test_scored_once_and_compared_later_is_the_gate(mixed: Path, runs: dict[str, Path]) -> None:
     base, ours = (read_run(runs[n]) for n in ("base", "mixed"))
     apart = compare_runs(base, ours, Margin(0.077, ""))
-    together = verifier.gate.run(mixed, base=BF16, corpus=str(CORPUS), max_increase="0.077", workers=1)
+    together = verifier.gate.run(
+        mixed, base=BF16, corpus=str(CORPUS), max_increase="0.077", workers=1
+    )
     # Lockstep or apart, one worker or two: the same bits.
     assert together.documents == apart.documents
     assert together.interval == apart.interval
@@ -256,7 +330,11 @@ def test_a_dead_expert_fails_the_drift_margin_where_the_absolute_one_passes(
     number = re.search(r"layers\.(\d+)\.", layer)[1]  # type: ignore[index]
     broken = shutil.copytree(mixed, tmp_path / "dead")
     ckpt = open_checkpoint(broken)
-    name = next(n for n in ckpt.tensors if f".layers.{number}." in n and n.endswith(f".experts.{busiest}.w2.weight_scale"))
+    name = next(
+        n
+        for n in ckpt.tensors
+        if f".layers.{number}." in n and n.endswith(f".experts.{busiest}.w2.weight_scale")
+    )
     t = ckpt.tensors[name]
     with (broken / t.file).open("r+b") as handle:
         handle.seek(t.offset)
@@ -265,7 +343,15 @@ def test_a_dead_expert_fails_the_drift_margin_where_the_absolute_one_passes(
     assert run(["score", str(broken), "--corpus", str(CORPUS), "-o", str(out), *ONE]) == 0
     assert run(["compare", str(runs["base"]), str(out)]) == 0
     capsys.readouterr()
-    command = ["compare", str(runs["base"]), str(out), "--drift-against", str(runs["mixed"]), "--format", "json"]
+    command = [
+        "compare",
+        str(runs["base"]),
+        str(out),
+        "--drift-against",
+        str(runs["mixed"]),
+        "--format",
+        "json",
+    ]
     assert run(command) == 1
     result = json.loads(capsys.readouterr().out)
     assert result["drift"]["interval"]["low"] > 0.003
@@ -273,17 +359,36 @@ def test_a_dead_expert_fails_the_drift_margin_where_the_absolute_one_passes(
     # The same as depth eval; that the scales are zero is QC501's to tell.
     good = read_run(runs["mixed"])
     compared = compare_runs(
-        read_run(runs["base"]), read_run(out), Margin(0.077, ""), drift_against=good, drift_margin=Margin(0.003, "")
+        read_run(runs["base"]),
+        read_run(out),
+        Margin(0.077, ""),
+        drift_against=good,
+        drift_margin=Margin(0.003, ""),
     )
-    report = verifier.check(broken, base=BF16, depth="eval", select="QC7", evaluate=lambda *_: evaluation_of(compared))
+    report = verifier.check(
+        broken, base=BF16, depth="eval", select="QC7", evaluate=lambda *_: evaluation_of(compared)
+    )
     assert {f.rule for f in report.findings if f.severity == "error"} == {"QC702"}
-    assert "over the accepted run" in next(f.message for f in report.by_rule("QC702") if f.severity == "error")
+    assert "over the accepted run" in next(
+        f.message for f in report.by_rule("QC702") if f.severity == "error"
+    )
 
 
 def test_check_at_depth_eval_with_activations_as_declared(
     mixed: Path, runs: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["check", str(mixed), "--base", str(BF16), "--depth", "eval", "--corpus", str(CORPUS), "--format", "json"]
+    command = [
+        "check",
+        str(mixed),
+        "--base",
+        str(BF16),
+        "--depth",
+        "eval",
+        "--corpus",
+        str(CORPUS),
+        "--format",
+        "json",
+    ]
     command += ["--activations", "declared", "--select", "QC7"]
     assert run([*command, "--documents", "12", "--workers", "1"]) == 0
     report = json.loads(capsys.readouterr().out)
@@ -291,10 +396,16 @@ def test_check_at_depth_eval_with_activations_as_declared(
     assert (found["outcome"], found["key"]["activations"]) == ("passed", "declared")
     assert found["environment"]["experts"] == "ckptgate"
     assert {c["rule"]: c["checked"] for c in report["coverage"] if c["ran"]} == {
-        "QC701": 1, "QC702": 1, "QC703": 12 + 24, "QC704": 1, "QC705": len(found["key"]) + len(found["environment"]),
-    }  # fmt: skip
+        "QC701": 1,
+        "QC702": 1,
+        "QC703": 12 + 24,
+        "QC704": 1,
+        "QC705": len(found["key"]) + len(found["environment"]),
+    }
     weights = compare_runs(read_run(runs["base"]), read_run(runs["mixed"]), Margin(0.077, ""))
-    first = sum(q - b for b, q, _ in weights.documents[:12]) / sum(t for _, _, t in weights.documents[:12])
+    first = sum(q - b for b, q, _ in weights.documents[:12]) / sum(
+        t for _, _, t in weights.documents[:12]
+    )
     assert found["interval"]["delta"] > first + 0.002  # W4A4 costs more than W4A16
     # A run of other activations is refused before any model runs.
     assert run([*command, "--drift-against", str(runs["mixed"])]) == 1
@@ -304,10 +415,23 @@ def test_check_at_depth_eval_with_activations_as_declared(
     assert 'activations is null and "declared"' in finding["observed"]
 
 
-def test_a_killed_run_goes_on_and_gives_the_same_bits(runs: dict[str, Path], tmp_path: Path) -> None:
+def test_a_killed_run_goes_on_and_gives_the_same_bits(
+    runs: dict[str, Path], tmp_path: Path
+) -> None:
     out = tmp_path / "killed.run"
     part = tmp_path / "killed.run.part"
-    args = ["score", str(BF16), "--corpus", str(CORPUS), "--top-k", "32", "-o", str(out), "--workers", "1"]
+    args = [
+        "score",
+        str(BF16),
+        "--corpus",
+        str(CORPUS),
+        "--top-k",
+        "32",
+        "-o",
+        str(out),
+        "--workers",
+        "1",
+    ]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen([sys.executable, "-m", "verifier", *args], **quiet)
     try:
@@ -322,7 +446,12 @@ def test_a_killed_run_goes_on_and_gives_the_same_bits(runs: dict[str, Path], tmp
     assert 2 <= done < 11
     said: list[str] = []
     again = score_run(
-        open_checkpoint(BF16), load_corpus(str(CORPUS)), top_k=32, journal=part, workers=2, say=said.append
+        open_checkpoint(BF16),
+        load_corpus(str(CORPUS)),
+        top_k=32,
+        journal=part,
+        workers=2,
+        say=said.append,
     )
     assert said
     assert "units are done" in said[0]
@@ -334,8 +463,19 @@ def test_a_killed_run_goes_on_and_gives_the_same_bits(runs: dict[str, Path], tmp
 def test_two_torchrun_ranks_give_the_same_bits(runs: dict[str, Path], tmp_path: Path) -> None:
     out = tmp_path / "ranks.run"
     args = ["score", str(BF16), "--corpus", str(CORPUS), "--top-k", "32", "-o", str(out)]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "verifier"]
-    done = subprocess.run([*launch, *args], capture_output=True, text=True, check=False, timeout=300)
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "verifier",
+    ]
+    done = subprocess.run(
+        [*launch, *args], capture_output=True, text=True, check=False, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     found, whole = read_run(out), read_run(runs["base"])
     assert all(np.array_equal(found.arrays[k], v) for k, v in whole.arrays.items())
@@ -353,7 +493,14 @@ def test_attempts_are_remembered_and_not_drawn_again(mixed: Path, tmp_path: Path
 
     def gate(corpus: Path, **options: str) -> verifier.gate.GateResult:
         return verifier.gate.run(
-            mixed, base=BF16, corpus=str(corpus), max_increase="0.008", cache=cache, say=said.append, workers=1, **options  # type: ignore[arg-type]
+            mixed,
+            base=BF16,
+            corpus=str(corpus),
+            max_increase="0.008",
+            cache=cache,
+            say=said.append,
+            workers=1,
+            **options,  # type: ignore[arg-type]
         )
 
     first = gate(few)
@@ -361,7 +508,9 @@ def test_attempts_are_remembered_and_not_drawn_again(mixed: Path, tmp_path: Path
     again = gate(few)
     assert (again.looks, again.documents) == (1, first.documents)
     assert any("scored before" in s for s in said)
-    with pytest.raises(UsageError, match=r"inconclusive on 'few\.jsonl' before, and 4 of those 4 documents"):
+    with pytest.raises(
+        UsageError, match=r"inconclusive on 'few\.jsonl' before, and 4 of those 4 documents"
+    ):
         gate(others)
     found = verifier.gate.plan(mixed, base=BF16, corpus=str(CORPUS), cache=cache)
     assert found.source == "the last attempt on this base (4 documents of 'few.jsonl')"
@@ -369,7 +518,9 @@ def test_attempts_are_remembered_and_not_drawn_again(mixed: Path, tmp_path: Path
 
 
 def test_a_plan_scores_ten_documents(mixed: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["gate", str(mixed), "--base", str(BF16), "--corpus", str(CORPUS), "--plan", *ONE]) == 0
+    assert (
+        run(["gate", str(mixed), "--base", str(BF16), "--corpus", str(CORPUS), "--plan", *ONE]) == 0
+    )
     text = capsys.readouterr().out
     assert "the first 10 documents, scored now" in text
     assert "published normal of the format, +0.06420 nats" in text

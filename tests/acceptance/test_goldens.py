@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The goldens of further families: what they are, an export held against its accepted record, records without an export."""
+"""The goldens of further families: what they are, an export held against its accepted record,
+records without an export.
+"""
 
 from __future__ import annotations
 
@@ -36,24 +38,45 @@ def experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_golden_is_what_its_manifest_says(name: str) -> None:
     folder = GOLDENS / name
     manifest = Manifest.model_validate_json((folder / "manifest.json").read_text())
-    assert set(manifest.files) == {str(p.relative_to(folder)) for p in (folder / "bf16").iterdir()} | {"corpus.jsonl"}
+    assert set(manifest.files) == {
+        str(p.relative_to(folder)) for p in (folder / "bf16").iterdir()
+    } | {"corpus.jsonl"}
     for file, wanted in manifest.files.items():
         assert digest(folder / file) == wanted, file
     ckpt = open_checkpoint(folder / "bf16")
     assert (len(ckpt.tensors), ckpt.nbytes) == (manifest.tensors, manifest.bytes)
     assert manifest.notes["weights_sha256"]["bf16"] == weights_digest(ckpt)
     assert manifest.notes["lowest_expert_share"] > 0
-    wiki = next(s for s in manifest.scores if s.corpus == "wikitext2-test" and s.protocol["protocol"] == "tokens")
+    wiki = next(
+        s
+        for s in manifest.scores
+        if s.corpus == "wikitext2-test" and s.protocol["protocol"] == "tokens"
+    )
     assert 3 * wiki.perplexity < wiki.extra["unigram_perplexity"]
-    assert json.loads((folder / "corpus.jsonl").read_text().split("\n", 1)[0])["sampled_from"] == weights_digest(ckpt)
+    assert json.loads((folder / "corpus.jsonl").read_text().split("\n", 1)[0])[
+        "sampled_from"
+    ] == weights_digest(ckpt)
 
 
-def test_an_export_passes_check_and_gate(experts: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_an_export_passes_check_and_gate(
+    experts: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     assert run(["check", str(experts), "--base", str(QWEN / "bf16"), "--depth", "payload"]) == 0
     few = tmp_path / "few.jsonl"
     few.write_text("".join((QWEN / "corpus.jsonl").read_text().splitlines(keepends=True)[:13]))
     capsys.readouterr()
-    code = run(["gate", str(experts), "--base", str(QWEN / "bf16"), "--corpus", str(few), "--format", "json"])
+    code = run(
+        [
+            "gate",
+            str(experts),
+            "--base",
+            str(QWEN / "bf16"),
+            "--corpus",
+            str(few),
+            "--format",
+            "json",
+        ]
+    )
     result = json.loads(capsys.readouterr().out)
     assert (code, result["verdict"], len(result["documents"])) == (0, "passed", 12)
     assert 0 < result["interval"]["delta"] < result["margin"]["nats"]
@@ -92,21 +115,33 @@ def test_every_record_has_an_export_and_every_export_a_record_or_a_reason() -> N
 def test_a_rebuilt_export_is_told_from_its_record() -> None:
     old = store.load(rebuild.RECORDS, NAME)
     same = rebuild.compare(old, old)
-    assert (same.exit_code, same.sentence.startswith("bytes equal on the same versions; ")) == (0, True)
+    assert (same.exit_code, same.sentence.startswith("bytes equal on the same versions; ")) == (
+        0,
+        True,
+    )
     newer = old.model_copy(update={"versions": {**old.versions, "torch": "99.0"}})
     assert "on other versions (torch" in rebuild.compare(old, newer).sentence
     bytes_ = {**old.facts, "weights_sha256": "0" * 64}
     assert rebuild.compare(old, old.model_copy(update={"facts": bytes_})).exit_code == 1
     assert rebuild.compare(old, newer.model_copy(update={"facts": bytes_})).exit_code == 0
     header = {**old.checkpoint, "header_sha256": "0" * 64}
-    assert rebuild.compare(old, newer.model_copy(update={"checkpoint": header})).outcome == "changed"
+    assert (
+        rebuild.compare(old, newer.model_copy(update={"checkpoint": header})).outcome == "changed"
+    )
     # A drift of 0.01 nats a token, not the same in every document.
     noise = np.random.default_rng(7).normal(0.01, 0.002, len(old.documents))
     worse = [(b, q + float(d) * t, t) for (b, q, t), d in zip(old.documents, noise, strict=True)]
     drifted = rebuild.compare(old, newer.model_copy(update={"documents": worse, "facts": bytes_}))
     assert (drifted.outcome, drifted.exit_code) == ("worse", 1)
     assert "bytes differ on other versions" in drifted.sentence
-    better = {"documents": [(b, q - float(d) * t, t) for (b, q, t), d in zip(old.documents, noise, strict=True)]}
+    better = {
+        "documents": [
+            (b, q - float(d) * t, t) for (b, q, t), d in zip(old.documents, noise, strict=True)
+        ]
+    }
     assert rebuild.compare(old, old.model_copy(update=better)).outcome == "stale"
     elsewhere = rebuild.compare(old, newer.model_copy(update=better))
-    assert (elsewhere.outcome, "the versions', not the export's" in elsewhere.sentence) == ("within", True)
+    assert (elsewhere.outcome, "the versions', not the export's" in elsewhere.sentence) == (
+        "within",
+        True,
+    )

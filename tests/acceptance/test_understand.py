@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""diff, stats, show and doctor as a person and a script see them: exit codes, one message, valid JSON, cheap help."""
+"""diff, stats, show and doctor as a person and a script see them: exit codes, one message, valid
+JSON, cheap help.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ def call(capsys: pytest.CaptureFixture[str]) -> Call:
 
 
 def python(*args: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *args], capture_output=True, text=True, check=False, timeout=120)
+    return subprocess.run(
+        [sys.executable, *args], capture_output=True, text=True, check=False, timeout=120
+    )
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -55,7 +59,11 @@ def test_help_is_cheap(command: str) -> None:
 
 @pytest.mark.parametrize(
     "argv",
-    [("diff", QWEN, QWEN_NVFP4, "--payload"), ("stats", QWEN_NVFP4, "--depth", "payload"), ("show", QWEN_NVFP4, EXPERT)],
+    [
+        ("diff", QWEN, QWEN_NVFP4, "--payload"),
+        ("stats", QWEN_NVFP4, "--depth", "payload"),
+        ("show", QWEN_NVFP4, EXPERT),
+    ],
     ids=lambda a: a[0],
 )
 def test_looking_imports_no_torch(argv: tuple[object, ...]) -> None:
@@ -67,17 +75,28 @@ def test_looking_imports_no_torch(argv: tuple[object, ...]) -> None:
 
 
 @pytest.mark.parametrize(
-    "line", ["diff {no} {ok}", "diff {ok} {no}", "stats {no}", "show {no} x", "show {ok} lm_head --base {no}"]
-)  # fmt: skip
+    "line",
+    [
+        "diff {no} {ok}",
+        "diff {ok} {no}",
+        "stats {no}",
+        "show {no} x",
+        "show {ok} lm_head --base {no}",
+    ],
+)
 @pytest.mark.parametrize("format_", ["text", "json"])
-def test_a_missing_folder_is_a_wrong_call(call: Call, tmp_path: Path, line: str, format_: str) -> None:
+def test_a_missing_folder_is_a_wrong_call(
+    call: Call, tmp_path: Path, line: str, format_: str
+) -> None:
     argv = [w.format(no=tmp_path / "missing", ok=QWEN) for w in line.split()]
     code, out, err = call(*argv, "--format", format_)
     assert (code, out) == (2, "")
     assert err == f"ckptgate: {tmp_path / 'missing'}: no such folder\n"
 
 
-@pytest.mark.parametrize("line", ["diff {no} {ok}", "diff {ok} {no}", "stats {no}", "show {no} x", "show {ok} x"])
+@pytest.mark.parametrize(
+    "line", ["diff {no} {ok}", "diff {ok} {no}", "stats {no}", "show {no} x", "show {ok} x"]
+)
 def test_contents_that_do_not_allow_it_are_exit_1(call: Call, tmp_path: Path, line: str) -> None:
     argv = [w.format(no=tmp_path, ok=QWEN) for w in line.split()]
     code, out, err = call(*argv)
@@ -100,7 +119,9 @@ def test_diff_ends_with_whether_they_differ(call: Call) -> None:
 def test_stats_and_show_judge_nothing(call: Call, tmp_path: Path) -> None:
     """A zero scale is a fact to these two, and a finding of `check` alone."""
     copy = Path(shutil.copytree(QWEN_NVFP4, tmp_path / "copy"))
-    code, out, _ = call("show", copy, f"{EXPERT}.weight_scale", "--row", 12, "--block", 3, "--format", "json")
+    code, out, _ = call(
+        "show", copy, f"{EXPERT}.weight_scale", "--row", 12, "--block", 3, "--format", "json"
+    )
     assert code == 0
     place = next(s["byte"] for s in json.loads(out)["scales"] if s["leaf"] == "weight_scale")
     with (copy / "model.safetensors").open("r+b") as handle:
@@ -108,7 +129,9 @@ def test_stats_and_show_judge_nothing(call: Call, tmp_path: Path) -> None:
         handle.write(b"\0")
     code, report, _ = call("check", copy, "--depth", "payload")
     assert code == 1
-    line = next(x.strip() for x in report.splitlines() if f"{EXPERT}.weight_scale [row 12, block 3" in x)
+    line = next(
+        x.strip() for x in report.splitlines() if f"{EXPERT}.weight_scale [row 12, block 3" in x
+    )
     code, out, err = call("show", copy, line, "--base", QWEN)
     assert (code, err) == (0, "")
     assert re.search(r"weight_scale +0x00 +0  at byte", out)
@@ -128,13 +151,18 @@ def test_everything_works_behind_an_address(call: Call) -> None:
         assert call("diff", base, candidate)[0] == 1
         near, far = (call("stats", u, "--depth", "payload") for u in (QWEN_NVFP4, candidate))
         assert near[1].splitlines()[1:] == far[1].splitlines()[1:]
-        near, far = (call("show", u, EXPERT, "--row", 3, "--base", b) for u, b in ((QWEN_NVFP4, QWEN), (candidate, base)))
+        near, far = (
+            call("show", u, EXPERT, "--row", 3, "--base", b)
+            for u, b in ((QWEN_NVFP4, QWEN), (candidate, base))
+        )
         assert near == far
     finally:
         system.rm("/ckptgate-understand", recursive=True)
 
 
-@pytest.mark.parametrize("argv", [("diff", QWEN, QWEN_NVFP4), ("stats", QWEN_NVFP4), ("show", QWEN_NVFP4, EXPERT)])
+@pytest.mark.parametrize(
+    "argv", [("diff", QWEN, QWEN_NVFP4), ("stats", QWEN_NVFP4), ("show", QWEN_NVFP4, EXPERT)]
+)
 def test_a_reader_that_closes_the_pipe_changes_no_exit_code(argv: tuple[object, ...]) -> None:
     reader, writer = os.pipe()
     os.close(reader)

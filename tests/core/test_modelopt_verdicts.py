@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The verdict on every checkpoint that ModelOpt wrote for us, as its README states it; needs no torch."""
+"""The verdict on every checkpoint that ModelOpt wrote for us, as its README states it; needs no
+torch.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ import pytest
 import verifier
 from verifier.findings import rules_of
 
-# checkpoint: (base, exit code, error rules without a base, further error rules with one, warning rules)
+# checkpoint: (base, exit code, error rules without a base, further error rules with one, warning
+# rules)
 EXPECTED: dict[str, tuple[str | None, int, set[str], set[str], set[str]]] = {
     "qwen3moe_nvfp4_experts_max": ("src_qwen3moe", 0, set(), set(), set()),
     "llama_mxfp8": ("src_llama", 0, set(), set(), set()),
@@ -22,8 +25,15 @@ EXPECTED: dict[str, tuple[str | None, int, set[str], set[str], set[str]]] = {
     "m3_mixed_example": ("m3_bf16_sharded", 0, set(), set(), {"QC401"}),
     "m3_nvfp4_experts_max": ("src_m3", 1, {"QC402", "QC404"}, set(), set()),
     "m3_mixed_mxfp8_nvfp4_recipe__cpushim": ("src_m3", 0, set(), set(), {"QC410"}),
-    # Beside the zeroed expert, expert 2's gate_proj and layer 0's router are not those of src_qwen3moe.
-    "qwen3moe_nvfp4_experts_adversarial": ("src_qwen3moe", 1, {"QC501", "QC502"}, {"QC517", "QC605"}, set()),
+    # Beside the zeroed expert, expert 2's gate_proj and layer 0's router are not those of
+    # src_qwen3moe.
+    "qwen3moe_nvfp4_experts_adversarial": (
+        "src_qwen3moe",
+        1,
+        {"QC501", "QC502"},
+        {"QC517", "QC605"},
+        set(),
+    ),
     "qwen3moe_nvfp4_experts_nocalib": ("src_qwen3moe", 1, {"QC303"}, set(), set()),
     "aria_nvfp4_transposed": ("src_aria", 1, {"QC303"}, {"QC208", "QC515"}, set()),
     "src_llama": (None, 3, set(), set(), set()),
@@ -44,9 +54,11 @@ def test_verdict(shared_data: Path, name: str, with_base: bool) -> None:
         base = name  # an unquantized checkpoint against itself is still unproven
     merged = MERGED.get(name) if with_base else None
     report = verifier.check(
-        root / name, depth="payload", base=root / base if with_base and base else None,
+        root / name,
+        depth="payload",
+        base=root / base if with_base and base else None,
         merged_from=root / merged if merged else None,
-    )  # fmt: skip
+    )
     assert rules_of(report.findings, "error") == (errors | more if with_base else errors)
     assert rules_of(report.findings, "warning") == warnings
     assert report.exit_code == code
@@ -57,9 +69,16 @@ def test_all_are_covered(shared_data: Path) -> None:
 
 
 def test_the_nan_witness_is_exact(shared_data: Path) -> None:
-    report = verifier.check(shared_data / "modelopt" / "qwen3moe_nvfp4_experts_adversarial", depth="payload")
+    report = verifier.check(
+        shared_data / "modelopt" / "qwen3moe_nvfp4_experts_adversarial", depth="payload"
+    )
     finding = next(f for f in report.by_rule("QC502") if "down_proj" in str(f.where.tensor))
-    assert (finding.observed, finding.where.row, finding.where.block, finding.count) == ("0xFF", 0, 0, 512)
+    assert (finding.observed, finding.where.row, finding.where.block, finding.count) == (
+        "0xFF",
+        0,
+        0,
+        512,
+    )
     shard = shared_data / "modelopt" / "qwen3moe_nvfp4_experts_adversarial" / "model.safetensors"
     assert finding.where.byte is not None
     assert shard.read_bytes()[finding.where.byte] == 0xFF

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Log-probabilities over 64 tokens from the token before: a formula, so that two processes find the same."""
+"""Log-probabilities over 64 tokens from the token before: a formula, so that two processes find the
+same.
+"""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """An OpenAI-style server with made-up log-probabilities: python server.py MODE; prints its port.
 
-``vllm`` knows prompt_logprobs; ``ids`` and ``text`` know echo only, and name tokens by number or by text; ``busy`` fails
-twice before each answer; ``broken`` answers no JSON; ``slow`` never answers; ``long`` answers too much; ``short`` leaves a
-token out.
+``vllm`` knows prompt_logprobs; ``ids`` and ``text`` know echo only, and name tokens by number or by
+text; ``busy`` fails twice before each answer; ``broken`` answers no JSON; ``slow`` never answers;
+``long`` answers too much; ``short`` leaves a token out.
 """
 
 from __future__ import annotations
@@ -64,7 +64,10 @@ class Handler(BaseHTTPRequestHandler):
         if "prompt_logprobs" in body and MODE not in ("ids", "text"):
             count = body["prompt_logprobs"]
             entries = [None, *(self.entry(a, b, count) for a, b in pairwise(ids))]
-            self.answer(200, {"choices": [{"prompt_logprobs": entries[:-1] if MODE == "short" else entries}]})
+            self.answer(
+                200,
+                {"choices": [{"prompt_logprobs": entries[:-1] if MODE == "short" else entries}]},
+            )
         elif "prompt_logprobs" in body and MODE == "ids":
             self.answer(400, {"error": "unknown field prompt_logprobs"})
         elif not body.get("echo"):
@@ -72,11 +75,25 @@ class Handler(BaseHTTPRequestHandler):
         else:
             name = (lambda i: f"token_id:{i}") if MODE == "ids" else (lambda i: f" w{i}")
             rows = [row(i) for i in ids]
-            top = [None, *({name(i): r[i] for i in self.ranked(r)[: body["logprobs"]]} for r in rows)]
+            top = [
+                None,
+                *({name(i): r[i] for i in self.ranked(r)[: body["logprobs"]]} for r in rows),
+            ]
             own = [None, *(r[i] for r, i in zip(rows, ids[1:], strict=False)), -0.5]
-            self.answer(200, {"choices": [{"logprobs": {
-                "tokens": [name(i) for i in [*ids, 5]], "token_logprobs": own, "top_logprobs": top,
-            }}]})  # fmt: skip
+            self.answer(
+                200,
+                {
+                    "choices": [
+                        {
+                            "logprobs": {
+                                "tokens": [name(i) for i in [*ids, 5]],
+                                "token_logprobs": own,
+                                "top_logprobs": top,
+                            }
+                        }
+                    ]
+                },
+            )
 
     @staticmethod
     def ranked(values: list[float]) -> list[int]:
@@ -87,7 +104,10 @@ class Handler(BaseHTTPRequestHandler):
         if token == 13:
             values = [-9999.0] * len(values)  # as vLLM's server writes an infinity
         ranked = self.ranked(values)
-        return {str(i): {"logprob": values[i], "rank": ranked.index(i) + 1} for i in {*ranked[:count], token}}
+        return {
+            str(i): {"logprob": values[i], "rank": ranked.index(i) + 1}
+            for i in {*ranked[:count], token}
+        }
 
 
 assert math.isfinite(row(0)[0])

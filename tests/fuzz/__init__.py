@@ -1,2 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hostile checkpoints: headers, index and configs mutated in structure and in bytes, and judged in process."""
+"""Hostile checkpoints: headers, index and configs mutated in structure and in bytes, and judged in
+process.
+"""

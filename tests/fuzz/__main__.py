@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m tests.fuzz``: fuzz the verifier in process, then some inputs and every bomb as command lines."""
+"""``python -m tests.fuzz``: fuzz the verifier in process, then some inputs and every bomb as
+command lines.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def main(argv: list[str]) -> int:
     """Run and print, or write results.json; 1 where anything failed."""
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
     parser.add_argument("--runs", type=int, default=100_000)
-    parser.add_argument("--commands", type=int, default=500, help="how many inputs to run as command lines")
+    parser.add_argument(
+        "--commands", type=int, default=500, help="how many inputs to run as command lines"
+    )
     parser.add_argument("--engine", choices=["atheris", "seeded"])
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--processes", type=int, default=2)
@@ -49,15 +53,25 @@ def main(argv: list[str]) -> int:
     found = _in_process(chosen, given.runs, given.seed, given.processes)
     found["commands"] = command.run(given.seed, given.commands, given.processes)
     found |= {
-        "command": f"python -m tests.fuzz --runs {given.runs} --commands {given.commands} --write", "engine": chosen,
-        "versions": {p: importlib.metadata.version(p) for p in ("ckptgate", "numpy", *["atheris"] * (chosen == "atheris"))}
+        "command": f"python -m tests.fuzz --runs {given.runs} --commands {given.commands} --write",
+        "engine": chosen,
+        "versions": {
+            p: importlib.metadata.version(p)
+            for p in ("ckptgate", "numpy", *["atheris"] * (chosen == "atheris"))
+        }
         | {"python": platform.python_version()},
-    }  # fmt: skip
+    }
     if given.write:
         RESULTS.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
     print(json.dumps(found, indent=1)[:6000])
     print(f"{time.monotonic() - started:.0f} s", file=sys.stderr)
-    return 1 if found["failures"] or found["commands"]["failures"] or found["reached_the_rules"] * 5 < found["runs"] else 0
+    return (
+        1
+        if found["failures"]
+        or found["commands"]["failures"]
+        or found["reached_the_rules"] * 5 < found["runs"]
+        else 0
+    )
 
 
 def _in_process(chosen: str, runs: int, seed: int, processes: int) -> dict[str, Any]:
@@ -65,12 +79,25 @@ def _in_process(chosen: str, runs: int, seed: int, processes: int) -> dict[str, 
         files = [Path(folder) / f"{i}.json" for i in range(processes)]
         workers = [
             subprocess.Popen(
-                [sys.executable, "-m", "tests.fuzz", "--engine", chosen, "--worker", str(f), "--seed", str(seed + i),
-                 "--runs", str(runs // processes)],
-                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},
+                [
+                    sys.executable,
+                    "-m",
+                    "tests.fuzz",
+                    "--engine",
+                    chosen,
+                    "--worker",
+                    str(f),
+                    "--seed",
+                    str(seed + i),
+                    "--runs",
+                    str(runs // processes),
+                ],
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},
             )
             for i, f in enumerate(files)
-        ]  # fmt: skip
+        ]
         said = [w.communicate()[1].decode(errors="replace")[-2000:] for w in workers]
         parts = []
         for file, worker, text in zip(files, workers, said, strict=True):
@@ -85,10 +112,13 @@ def _in_process(chosen: str, runs: int, seed: int, processes: int) -> dict[str, 
         codes.update(part.get("exit_codes", {}))
         failures |= part["failures"]
     return {
-        "runs": sum(p["runs"] for p in parts), "reached_the_rules": sum(p.get("reached_the_rules", 0) for p in parts),
-        "exit_codes": dict(sorted(codes.items())), "slowest_seconds": max(p.get("slowest_seconds", 0) for p in parts),
-        "peak_megabytes": max(p.get("peak_megabytes", 0) for p in parts), "failures": failures,
-    }  # fmt: skip
+        "runs": sum(p["runs"] for p in parts),
+        "reached_the_rules": sum(p.get("reached_the_rules", 0) for p in parts),
+        "exit_codes": dict(sorted(codes.items())),
+        "slowest_seconds": max(p.get("slowest_seconds", 0) for p in parts),
+        "peak_megabytes": max(p.get("peak_megabytes", 0) for p in parts),
+        "failures": failures,
+    }
 
 
 if __name__ == "__main__":

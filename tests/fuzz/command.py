@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inputs as command lines: ``ckptgate check`` in a process of its own, its time and memory bounded by the system."""
+"""Inputs as command lines: ``ckptgate check`` in a process of its own, its time and memory bounded
+by the system.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ CODE = (
 
 @dataclass(frozen=True)
 class Ended:
-    """How a command line ended: exit code, processor seconds, resident megabytes, what does not hold."""
+    """How a command line ended: exit code, processor seconds, resident megabytes, what does not
+    hold.
+    """
 
     code: int
     seconds: float
@@ -43,13 +47,17 @@ def check(path: Path, how: str = "json") -> Ended:
             sys.executable,
             [sys.executable, "-c", CODE, "check", str(path), "--depth", "payload", "--format", how],
             os.environ | {"OPENBLAS_NUM_THREADS": "1"},
-            file_actions=[(os.POSIX_SPAWN_DUP2, file.fileno(), 1), (os.POSIX_SPAWN_DUP2, file.fileno(), 2)],
-        )  # fmt: skip
+            file_actions=[
+                (os.POSIX_SPAWN_DUP2, file.fileno(), 1),
+                (os.POSIX_SPAWN_DUP2, file.fileno(), 2),
+            ],
+        )
         _, status, usage = os.wait4(pid, 0)
     text = out.read_bytes()
     out.unlink()
     code = os.waitstatus_to_exitcode(status)
-    # A child starts with the resident size of the process that forked it: nothing below that was measured.
+    # A child starts with the resident size of the process that forked it: nothing below that was
+    # measured.
     megabytes = usage.ru_maxrss // 1024
     megabytes = 0 if megabytes <= peak_megabytes() else megabytes
     wrong = ""
@@ -70,7 +78,9 @@ def check(path: Path, how: str = "json") -> Ended:
 
 
 def cases(seed: int, count: int, root: Path) -> Iterator[tuple[str, Path]]:
-    """Write the bombs (all, where the count allows that) and seeded inputs below ``root``; yield names and folders."""
+    """Write the bombs (all, where the count allows that) and seeded inputs below ``root``; yield
+    names and folders.
+    """
     special = bombs() if count > len(bombs()) else {}
     for i, (name, files) in enumerate(special.items()):
         yield name, write(files, [], root / f"bomb-{i}")
@@ -95,14 +105,17 @@ def run(seed: int, count: int, processes: int) -> dict[str, Any]:
         with ThreadPoolExecutor(processes) as pool:
             for name, ended in pool.map(one, enumerate(cases(seed, count, root))):
                 codes[ended.code] += 1
-                worst = Ended(0, max(worst.seconds, ended.seconds), max(worst.megabytes, ended.megabytes))
+                worst = Ended(
+                    0, max(worst.seconds, ended.seconds), max(worst.megabytes, ended.megabytes)
+                )
                 if ended.wrong:
                     failures[name[:200]] = ended.wrong
     finally:
         shutil.rmtree(root, ignore_errors=True)
     return {
-        "runs": count, "exit_codes": {str(k): v for k, v in sorted(codes.items())}, "failures": failures,
-        "slowest_seconds": round(worst.seconds, 2), "peak_megabytes": worst.megabytes,
-    }  # fmt: skip
-
-
+        "runs": count,
+        "exit_codes": {str(k): v for k, v in sorted(codes.items())},
+        "failures": failures,
+        "slowest_seconds": round(worst.seconds, 2),
+        "peak_megabytes": worst.megabytes,
+    }

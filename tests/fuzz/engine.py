@@ -41,11 +41,13 @@ class Tally:
     def as_json(self) -> dict[str, Any]:
         """Return JSON values; of each failure the number and the first input."""
         return {
-            "runs": self.runs, "reached_the_rules": self.reached,
+            "runs": self.runs,
+            "reached_the_rules": self.reached,
             "exit_codes": {str(k): v for k, v in sorted(self.codes.items())},
-            "slowest_seconds": round(self.slowest, 3), "peak_megabytes": peak_megabytes(),
+            "slowest_seconds": round(self.slowest, 3),
+            "peak_megabytes": peak_megabytes(),
             "failures": {k: {"n": len(v), "first": v[0]} for k, v in self.wrong.items()},
-        }  # fmt: skip
+        }
 
 
 def peak_megabytes() -> int:
@@ -64,7 +66,11 @@ def bound_memory() -> None:
 def work_folder() -> Path:
     """Return a new folder, in memory where the machine has such a place."""
     shm = Path("/dev/shm")  # noqa: S108
-    return Path(tempfile.mkdtemp(prefix="ckptgate-fuzz-", dir=shm if shm.is_dir() and os.access(shm, os.W_OK) else None))
+    return Path(
+        tempfile.mkdtemp(
+            prefix="ckptgate-fuzz-", dir=shm if shm.is_dir() and os.access(shm, os.W_OK) else None
+        )
+    )
 
 
 def inputs(seed: int, count: int) -> Any:
@@ -88,7 +94,9 @@ def seeded(seed: int, count: int) -> Tally:
 
 
 def guided(seed: int, count: int, out: Path) -> None:
-    """Judge inputs that atheris chooses by the verifier's coverage; the tally goes to ``out``; does not return."""
+    """Judge inputs that atheris chooses by the verifier's coverage; the tally goes to ``out``; does
+    not return.
+    """
     import atheris  # type: ignore[import-not-found,unused-ignore]
 
     with atheris.instrument_imports(include=["verifier"]):
@@ -108,6 +116,12 @@ def guided(seed: int, count: int, out: Path) -> None:
             shutil.rmtree(root, ignore_errors=True)
             os._exit(0)
 
-    options = (f"-seed={seed}", f"-max_len={LONGEST}", "-verbosity=0", "-rss_limit_mb=0", "-timeout=60")
+    options = (
+        f"-seed={seed}",
+        f"-max_len={LONGEST}",
+        "-verbosity=0",
+        "-rss_limit_mb=0",
+        "-timeout=60",
+    )
     atheris.Setup([sys.argv[0], str(corpus), *options], one)
     atheris.Fuzz()

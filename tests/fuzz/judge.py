@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What must hold of every input: an exit code, a report that can be printed, no other error than the package's own."""
+"""What must hold of every input: an exit code, a report that can be printed, no other error than
+the package's own.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ from verifier.report import render_json, render_text
 
 SECONDS = 5.0
 CODES = frozenset({0, 1, 2, 3, 4})
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_CONTROL = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,9 @@ def _printable(text: str, as_json: str) -> str:
 
 
 def judge_bytes(data: bytes, root: Path) -> Verdict:
-    """Judge the checkpoint that an input stands for, below ``root``; by its last byte against itself or a sound base."""
+    """Judge the checkpoint that an input stands for, below ``root``; by its last byte against
+    itself or a sound base.
+    """
     files, links = build(data, root)
     path = root / "work"
     shutil.rmtree(path, ignore_errors=True)

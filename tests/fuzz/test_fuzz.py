@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Seeded hostile inputs: only the package's own errors, a report that can be printed, and most of them reach the rules."""
+"""Seeded hostile inputs: only the package's own errors, a report that can be printed, and most of
+them reach the rules.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +63,18 @@ def test_the_judge_hears_a_defect(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
 @pytest.mark.parametrize(
     "pattern",
-    ["(a+)+$", "(a|a)*b", "(.*a){25}b", "(x+x+)+y", "((a*)b)*", "(a{2,})*", "(", "*a", "a" * 2000, "(?:a*|b){12}"],
+    [
+        "(a+)+$",
+        "(a|a)*b",
+        "(.*a){25}b",
+        "(x+x+)+y",
+        "((a*)b)*",
+        "(a{2,})*",
+        "(",
+        "*a",
+        "a" * 2000,
+        "(?:a*|b){12}",
+    ],
 )
 def test_patterns_that_could_take_for_ever_are_refused(pattern: str) -> None:
     assert compile_regex(pattern) is None
@@ -72,11 +85,15 @@ def test_patterns_that_could_take_for_ever_are_refused(pattern: str) -> None:
     [
         (r".*self_attn.*", "model.layers.0.self_attn.q_proj", True),
         (r"model\.layers\.\d+\.mlp\.gate$", "model.layers.12.mlp.gate", True),
-        (r".*(gate|up)_proj", "a.up_proj", True), (r"[^.]*lm_head", "lm_head", True), (r"[]*+(]x", "*x", True),
-        (r"\(a\)*", "(a", True), (r"visual.*", "model.visual", False), (r"(a|b)?c{2}", "acc", True),
+        (r".*(gate|up)_proj", "a.up_proj", True),
+        (r"[^.]*lm_head", "lm_head", True),
+        (r"[]*+(]x", "*x", True),
+        (r"\(a\)*", "(a", True),
+        (r"visual.*", "model.visual", False),
+        (r"(a|b)?c{2}", "acc", True),
         (r".*.*.*.*z", "a" * 5000, False),
     ],
-)  # fmt: skip
+)
 def test_patterns_of_releases_are_matched(pattern: str, name: str, wanted: bool) -> None:
     found = compile_regex(pattern)
     assert found is not None
@@ -87,7 +104,11 @@ def test_patterns_of_releases_are_matched(pattern: str, name: str, wanted: bool)
 def test_a_match_is_begun_only_where_it_ends_soon(repeats: int) -> None:
     found = compile_regex("[a-z]*" * repeats + "0")
     assert found is not None
-    assert math.comb(found.longest + repeats, repeats) <= STEPS < math.comb(found.longest + 1 + repeats, repeats)
+    assert (
+        math.comb(found.longest + repeats, repeats)
+        <= STEPS
+        < math.comb(found.longest + 1 + repeats, repeats)
+    )
     assert not found.match("a" * 5000)
 
 
@@ -95,14 +116,29 @@ def test_a_match_is_begun_only_where_it_ends_soon(repeats: int) -> None:
 def test_dots_and_stars_in_a_row_are_one(pattern: str) -> None:
     found = compile_regex(pattern)
     assert found is not None
-    for name in ("model.layers.0.zz", "..x", "x", ".*y", "a\\bc", "model.layers.0.mlp.gate_proj", ""):
+    for name in (
+        "model.layers.0.zz",
+        "..x",
+        "x",
+        ".*y",
+        "a\\bc",
+        "model.layers.0.mlp.gate_proj",
+        "",
+    ):
         assert found.match(name) is (re.match(pattern, name) is not None)
 
 
 def test_a_long_list_reads_as_a_short_one() -> None:
     short = ["lm_head", "model.layers.1.mlp.gate", "layers.0.self_attn", "vision*"]
     long = Exclusions([*short, *(f"model.layers.{i}.x.{i}" for i in range(100, 3000))])
-    names = ("lm_head", "a.lm_head.b", "model.layers.0.self_attn.q_proj", "vision_tower.x", "model.layers.2.mlp.gate", "x")
+    names = (
+        "lm_head",
+        "a.lm_head.b",
+        "model.layers.0.self_attn.q_proj",
+        "vision_tower.x",
+        "model.layers.2.mlp.gate",
+        "x",
+    )
     for name in names:
         assert long.loose(name) == Exclusions(short).loose(name), name
     dead = long.dead(["lm_head", "model.layers.1.mlp.gate", "vision.a"])

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The codecs and the gate on a CUDA device: the bytes of the CPU, the scores of the CPU within BF16's noise."""
+"""The codecs and the gate on a CUDA device: the bytes of the CPU, the scores of the CPU within
+BF16's noise.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ GOLDEN = Path(__file__).parents[2] / "goldens" / "minimax-m3-tiny"
 @pytest.mark.parametrize("fmt", ["nvfp4", "mxfp8", "fp8", "fp8_per_channel", "fp8_block"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bytes_equal_the_cpu(fmt: str, dtype: torch.dtype) -> None:
-    x = torch.from_numpy(np.random.default_rng(5).standard_normal((4, 256, 512)).astype(np.float32)).to(dtype)
+    x = torch.from_numpy(
+        np.random.default_rng(5).standard_normal((4, 256, 512)).astype(np.float32)
+    ).to(dtype)
     here, there = codecs.encode(x, fmt), codecs.encode(x.cuda(), fmt)
     for leaf, value in here.items():
         assert torch.equal(value.view(torch.uint8), there[leaf].cpu().view(torch.uint8)), leaf
@@ -38,15 +42,22 @@ def test_bytes_equal_the_cpu(fmt: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("method", weights.METHODS)
 def test_searches_equal_the_cpu(method: weights.Method) -> None:
     x = torch.from_numpy(np.random.default_rng(6).standard_t(3, (2, 128, 256)).astype(np.float32))
-    here, there = weights.encode(x, "nvfp4", method=method), weights.encode(x.cuda(), "nvfp4", method=method)
+    here, there = (
+        weights.encode(x, "nvfp4", method=method),
+        weights.encode(x.cuda(), "nvfp4", method=method),
+    )
     for leaf, value in here.items():
         assert torch.equal(value.view(torch.uint8), there[leaf].cpu().view(torch.uint8)), leaf
 
 
 def test_the_gate_passes_there_too(tmp_path: Path) -> None:
-    exporter.export(GOLDEN / "bf16", tmp_path / "mixed", recipe="nvfp4_experts_only", onto=GOLDEN / "mxfp8")
+    exporter.export(
+        GOLDEN / "bf16", tmp_path / "mixed", recipe="nvfp4_experts_only", onto=GOLDEN / "mxfp8"
+    )
     corpus = str(GOLDEN / "corpus.jsonl")
-    result = verifier.gate.run(tmp_path / "mixed", base=GOLDEN / "bf16", corpus=corpus, device="cuda")
+    result = verifier.gate.run(
+        tmp_path / "mixed", base=GOLDEN / "bf16", corpus=corpus, device="cuda"
+    )
     assert result.outcome == "passed"
 
 
@@ -64,9 +75,12 @@ def test_rounded_activations_equal_the_cpu(dtype: torch.dtype) -> None:
     x[3, 32:64] = 0
     here = torch.from_numpy(x.astype(np.float32)).to(dtype)
     for rounding in (
-        fake.Rounding("nvfp4", 0.013), fake.Rounding("mxfp8"), fake.Rounding("fp8", 0.21), fake.Rounding("fp8_token"),
+        fake.Rounding("nvfp4", 0.013),
+        fake.Rounding("mxfp8"),
+        fake.Rounding("fp8", 0.21),
+        fake.Rounding("fp8_token"),
         fake.Rounding("fp8_group"),
-    ):  # fmt: skip
+    ):
         assert torch.equal(rounding(here), rounding(here.cuda()).cpu()), rounding
 
 
@@ -85,7 +99,9 @@ def test_declared_activations_reach_the_experts_there(mixed: Path) -> None:
 def test_the_gate_with_declared_activations(mixed: Path) -> None:
     corpus, scorer = str(GOLDEN / "corpus.jsonl"), Scorer(activations="declared")
     here, there = (
-        verifier.gate.run(mixed, base=GOLDEN / "bf16", corpus=corpus, device=d, scorer=scorer, documents=20)
+        verifier.gate.run(
+            mixed, base=GOLDEN / "bf16", corpus=corpus, device=d, scorer=scorer, documents=20
+        )
         for d in ("cpu", "cuda")
     )
     assert here.interval is not None

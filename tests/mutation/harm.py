@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether an edit does harm: what a loader is promised, and what the decoded values become (KINDS.md).
+"""Whether an edit does harm: what a loader is promised, and what the decoded values become
+(KINDS.md).
 
-Nothing of the judge stands behind it: containers are read by safetensors' own reader, values are decoded by
-``tests/oracle.py``.
+Nothing of the judge stands behind it: containers are read by safetensors' own reader, values are
+decoded by ``tests/oracle.py``.
 """
 
 from __future__ import annotations
@@ -24,8 +25,16 @@ from tests.mutation.image import CONFIG, DTYPES, INDEX, NESTED, Array, split
 TIMES = 2.0
 """How often the format's own error the change must be."""
 IGNORED = frozenset(
-    {"transformers_version", "initializer_range", "use_cache", "producer", "_name_or_path", "torch_dtype", "fmt"}
-)  # fmt: skip
+    {
+        "transformers_version",
+        "initializer_range",
+        "use_cache",
+        "producer",
+        "_name_or_path",
+        "torch_dtype",
+        "fmt",
+    }
+)
 """Config keys on which no loader acts."""
 LISTS = ("ignore", "exclude_modules", "ignored_layers", "modules_to_not_convert")
 
@@ -110,7 +119,9 @@ def _linear(name: str) -> bool:
 
 
 def _promise(config: Any, linears: list[str]) -> Any:
-    """Return what a config promises: its keys without the idle ones, exclusions as the modules that they name."""
+    """Return what a config promises: its keys without the idle ones, exclusions as the modules that
+    they name.
+    """
     if not isinstance(config, dict):
         return config
     found: dict[str, Any] = {}
@@ -119,7 +130,9 @@ def _promise(config: Any, linears: list[str]) -> Any:
             continue
         if key in LISTS and isinstance(value, list) and all(isinstance(v, str) for v in value):
             found["excluded"] = _excluded(value, linears)
-            found["substrings"] = sorted(m for m in linears if any(v.strip("*") in m for v in value if v.strip("*")))
+            found["substrings"] = sorted(
+                m for m in linears if any(v.strip("*") in m for v in value if v.strip("*"))
+            )
         elif key == "quantized_layers" or not isinstance(value, dict):
             found[key] = value
         else:
@@ -191,20 +204,28 @@ def _floats(found: View, name: str) -> Array:
 
 def decoded(found: View, module: str) -> Array | None:
     """Return a quantized module's values by the oracle, or None where it is not quantized."""
-    parts = {leaf: found.tensors[n] for leaf in ("weight", "weight_scale", "weight_scale_inv", "weight_scale_2")
-             if (n := f"{module}.{leaf}") in found.tensors}  # fmt: skip
+    parts = {
+        leaf: found.tensors[n]
+        for leaf in ("weight", "weight_scale", "weight_scale_inv", "weight_scale_2")
+        if (n := f"{module}.{leaf}") in found.tensors
+    }
     scale = parts.get("weight_scale") or parts.get("weight_scale_inv")
     if scale is None or "weight" not in parts:
         return None
     dtype, shape, data = parts["weight"]
     raw = np.frombuffer(data, np.uint8).reshape(shape)
     if dtype == "U8":
-        return oracle.nvfp4_decode({
-            "weight": raw, "weight_scale": np.frombuffer(scale[2], np.uint8).reshape(scale[1]),
-            "weight_scale_2": np.frombuffer(parts["weight_scale_2"][2], np.float32).reshape(()),
-        })  # fmt: skip
+        return oracle.nvfp4_decode(
+            {
+                "weight": raw,
+                "weight_scale": np.frombuffer(scale[2], np.uint8).reshape(scale[1]),
+                "weight_scale_2": np.frombuffer(parts["weight_scale_2"][2], np.float32).reshape(()),
+            }
+        )
     if scale[0] in ("U8", "F8_E8M0"):
-        return oracle.mxfp8_decode({"weight": raw, "weight_scale": np.frombuffer(scale[2], np.uint8).reshape(scale[1])})
+        return oracle.mxfp8_decode(
+            {"weight": raw, "weight_scale": np.frombuffer(scale[2], np.uint8).reshape(scale[1])}
+        )
     numbers = np.frombuffer(scale[2], np.float32).reshape(scale[1])
     if numbers.size == 1 and len(scale[1]) < 2:
         return oracle.fp8_decode({"weight": raw, "weight_scale": numbers.reshape(())}, "fp8")

@@ -55,13 +55,17 @@ def one_file(image: Image, rng: Rng) -> str:
 
 def other_order(image: Image, rng: Rng) -> str:
     """Write the tensors' bytes in another order."""
-    image.layout["order"] = {f: _shuffled(rng, [n for n, t in image.tensors.items() if t.file == f]) for f in image.files}
+    image.layout["order"] = {
+        f: _shuffled(rng, [n for n, t in image.tensors.items() if t.file == f]) for f in image.files
+    }
     return "tensors in another order"
 
 
 def other_keys(image: Image, rng: Rng) -> str:
     """Write the header's keys in another order than the bytes."""
-    image.layout["keys"] = {f: _shuffled(rng, [n for n, t in image.tensors.items() if t.file == f]) for f in image.files}
+    image.layout["keys"] = {
+        f: _shuffled(rng, [n for n, t in image.tensors.items() if t.file == f]) for f in image.files
+    }
     return "header keys in another order"
 
 
@@ -79,9 +83,10 @@ def json_format(image: Image, rng: Rng) -> str:
     """Write the JSON files compactly, with tabs, with sorted keys."""
     how = int(rng.integers(3))
     ways: list[Callable[[Any], str]] = [
-        lambda value: json.dumps(value, separators=(",", ":")), lambda value: json.dumps(value, indent="\t") + "\n",
+        lambda value: json.dumps(value, separators=(",", ":")),
+        lambda value: json.dumps(value, indent="\t") + "\n",
         lambda value: json.dumps(value, sort_keys=True, ensure_ascii=False),
-    ]  # fmt: skip
+    ]
     image.layout["dump"] = ways[how]
     return f"JSON {('compact', 'with tabs', 'sorted')[how]}"
 
@@ -111,13 +116,23 @@ def exclusions_twice(image: Image, rng: Rng) -> str:
 def exclusions_by_glob(image: Image, rng: Rng) -> str:
     """Write the exclusions of a layer's attention as one glob, as ModelOpt does."""
     bodies = _lists(image)
-    heads = {p.rpartition(".")[0] for body, key in bodies for p in body[key] if p.endswith("self_attn.q_proj")}
+    heads = {
+        p.rpartition(".")[0]
+        for body, key in bodies
+        for p in body[key]
+        if p.endswith("self_attn.q_proj")
+    }
     modules = image.modules()
     quantized = set(image.quantized())
     fit = [
-        h for h in sorted(heads) if not any(m in quantized for m in modules if m.startswith(h))
-        and all({m for m in modules if m.startswith(f"{h}.") and m.endswith("proj")} <= set(b[key]) for b, key in bodies)
-    ]  # fmt: skip
+        h
+        for h in sorted(heads)
+        if not any(m in quantized for m in modules if m.startswith(h))
+        and all(
+            {m for m in modules if m.startswith(f"{h}.") and m.endswith("proj")} <= set(b[key])
+            for b, key in bodies
+        )
+    ]
     if not fit:
         raise Unfit("no attention is excluded module by module")
     for body, key in bodies:
@@ -135,14 +150,22 @@ def idle_keys(image: Image, rng: Rng) -> str:
 
 def other_files(image: Image, rng: Rng) -> str:
     """Put files beside the checkpoint that every repository has."""
-    image.other |= {"README.md": b"# model\n", ".gitattributes": b"*.safetensors filter=lfs\n", "LICENSE": b"MIT\n"}
+    image.other |= {
+        "README.md": b"# model\n",
+        ".gitattributes": b"*.safetensors filter=lfs\n",
+        "LICENSE": b"MIT\n",
+    }
     return "README, .gitattributes, LICENSE"
 
 
 def metadata(image: Image, rng: Rng) -> str:
     """Add to the metadata of the shards."""
     for file in image.files:
-        image.metadata[file] = {"format": "pt", "made_by": "somebody \u00e9", "total_parameters": "12"}
+        image.metadata[file] = {
+            "format": "pt",
+            "made_by": "somebody \u00e9",
+            "total_parameters": "12",
+        }
     return "more metadata"
 
 
@@ -163,7 +186,11 @@ def total_as_float(image: Image, rng: Rng) -> str:
     """Write ``total_size`` as a float, as some libraries do."""
     if not image.indexed:
         raise Unfit("no index")
-    image.on_index.append(lambda value: value["metadata"].update({"total_size": float(value["metadata"]["total_size"])}))
+    image.on_index.append(
+        lambda value: value["metadata"].update(
+            {"total_size": float(value["metadata"]["total_size"])}
+        )
+    )
     return "total_size a float"
 
 
@@ -173,7 +200,9 @@ def index_order(image: Image, rng: Rng) -> str:
         raise Unfit("no index")
 
     def change(value: dict[str, Any]) -> None:
-        value["weight_map"] = {n: value["weight_map"][n] for n in _shuffled(rng, list(value["weight_map"]))}
+        value["weight_map"] = {
+            n: value["weight_map"][n] for n in _shuffled(rng, list(value["weight_map"]))
+        }
         value["metadata"]["total_parameters"] = 12
 
     image.on_index.append(change)
@@ -181,6 +210,20 @@ def index_order(image: Image, rng: Rng) -> str:
 
 
 REWRITES: tuple[Callable[[Image, Rng], str], ...] = (
-    reshard, cut_into_shards, one_file, other_order, other_keys, padding, json_format, exclusions_shuffled,
-    exclusions_twice, exclusions_by_glob, idle_keys, other_files, metadata, key_order, total_as_float, index_order,
-)  # fmt: skip
+    reshard,
+    cut_into_shards,
+    one_file,
+    other_order,
+    other_keys,
+    padding,
+    json_format,
+    exclusions_shuffled,
+    exclusions_twice,
+    exclusions_by_glob,
+    idle_keys,
+    other_files,
+    metadata,
+    key_order,
+    total_as_float,
+    index_order,
+)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A checkpoint folder in memory, to be edited and written out again; numpy and JSON, nothing of the judge."""
+"""A checkpoint folder in memory, to be edited and written out again; numpy and JSON, nothing of the
+judge.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +20,26 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 INDEX, CONFIG, NESTED = "model.safetensors.index.json", "config.json", "hf_quant_config.json"
 DTYPES: dict[str, Any] = {
-    "BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32, "U8": np.uint8, "I8": np.int8,
-    "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E8M0": ml_dtypes.float8_e8m0fnu, "F8_E5M2": ml_dtypes.float8_e5m2,
-}  # fmt: skip
+    "BF16": ml_dtypes.bfloat16,
+    "F16": np.float16,
+    "F32": np.float32,
+    "U8": np.uint8,
+    "I8": np.int8,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E8M0": ml_dtypes.float8_e8m0fnu,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
+}
 NAME_OF = {np.dtype(v): k for k, v in DTYPES.items()}
-LEAVES = ("weight", "bias", "weight_scale", "weight_scale_inv", "weight_scale_2", "input_scale", "k_scale", "v_scale")
+LEAVES = (
+    "weight",
+    "bias",
+    "weight_scale",
+    "weight_scale_inv",
+    "weight_scale_2",
+    "input_scale",
+    "k_scale",
+    "v_scale",
+)
 EXPERT = re.compile(r"^(.+\.experts)\.(\d+)\.([^.]+)$")
 FLOATS = ("BF16", "F16", "F32")
 
@@ -53,7 +70,8 @@ class Tensor:
 class Image:
     """A checkpoint: tensors in order, JSON files, and what is done after writing.
 
-    The index is made anew from the tensors when it is written; ``on_index`` then edits it, ``post`` edits the files.
+    The index is made anew from the tensors when it is written; ``on_index`` then edits it, ``post``
+    edits the files.
     """
 
     tensors: dict[str, Tensor]
@@ -69,8 +87,11 @@ class Image:
         """Return a copy whose edits leave this one alone."""
         return Image(
             {n: Tensor(t.dtype, t.shape, t.data, t.file) for n, t in self.tensors.items()},
-            copy.deepcopy(self.metadata), copy.deepcopy(self.json), dict(self.other), self.indexed,
-        )  # fmt: skip
+            copy.deepcopy(self.metadata),
+            copy.deepcopy(self.json),
+            dict(self.other),
+            self.indexed,
+        )
 
     @property
     def files(self) -> list[str]:
@@ -94,16 +115,23 @@ class Image:
 
     def quantized(self) -> list[str]:
         """Return the modules with a weight and a weight scale."""
-        return [m for m, p in self.modules().items() if "weight" in p and {"weight_scale", "weight_scale_inv"} & set(p)]
+        return [
+            m
+            for m, p in self.modules().items()
+            if "weight" in p and {"weight_scale", "weight_scale_inv"} & set(p)
+        ]
 
     def plain(self, rank: int | None = None) -> list[str]:
         """Return the unquantized float tensors that are no scales, of one rank or of all."""
         quantized = set(self.quantized())
         return [
-            n for n, t in self.tensors.items()
-            if t.dtype in FLOATS and not n.endswith(("_scale", "_scale_2", "_scale_inv"))
-            and (split(n)[0] not in quantized) and rank in (None, len(t.shape))
-        ]  # fmt: skip
+            n
+            for n, t in self.tensors.items()
+            if t.dtype in FLOATS
+            and not n.endswith(("_scale", "_scale_2", "_scale_inv"))
+            and (split(n)[0] not in quantized)
+            and rank in (None, len(t.shape))
+        ]
 
     def put(self, name: str, values: Array, file: str | None = None) -> None:
         """Store an array under a name, in the shard that held it or the first."""
@@ -138,7 +166,9 @@ class Image:
             a.data, b.data = b.data, a.data
 
     def declared(self) -> list[dict[str, Any]]:
-        """Return the quantization declarations, each the dict that holds algorithm and exclusions."""
+        """Return the quantization declarations, each the dict that holds algorithm and
+        exclusions.
+        """
         found = []
         if isinstance(self.json.get(CONFIG, {}).get("quantization_config"), dict):
             found.append(self.json[CONFIG]["quantization_config"])
@@ -181,7 +211,11 @@ def split(name: str) -> tuple[str, str]:
 
 
 def _shard(
-    held: dict[str, Tensor], metadata: dict[str, str], order: list[str] | None, keys: list[str] | None, pad: int | None
+    held: dict[str, Tensor],
+    metadata: dict[str, str],
+    order: list[str] | None,
+    keys: list[str] | None,
+    pad: int | None,
 ) -> bytes:
     entries: dict[str, Any] = {}
     offset = 0
@@ -189,7 +223,11 @@ def _shard(
     for name in order or held:
         tensor = held[name]
         end = offset + len(tensor.data)
-        entries[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        entries[name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
         data.append(tensor.data)
         offset = end
     header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
@@ -213,7 +251,9 @@ def read(path: Path) -> Image:
             metadata[file.name] = header.pop("__metadata__", {})
             for name, entry in sorted(header.items(), key=lambda e: tuple(e[1]["data_offsets"])):
                 low, high = (8 + length + o for o in entry["data_offsets"])
-                tensors[name] = Tensor(entry["dtype"], tuple(entry["shape"]), raw[low:high], file.name)
+                tensors[name] = Tensor(
+                    entry["dtype"], tuple(entry["shape"]), raw[low:high], file.name
+                )
         elif file.name in (CONFIG, NESTED):
             values[file.name] = json.loads(raw)
         elif file.name != INDEX:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kinds of mutation: what is edited, how many of each there are, and what a judge must have to know it.
+"""The kinds of mutation: what is edited, how many of each there are, and what a judge must have to
+know it.
 
 KINDS.md is the list in words; both were written before the first score was computed.
 """
@@ -22,7 +23,14 @@ Knows = Literal["nothing", "base", "stats", "nobody"]
 Rng = np.random.Generator
 Edit = Callable[[Image, Rng], str]
 GATE, UP, DOWN = ("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2")
-OTHER_LEAF = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2", "w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+OTHER_LEAF = {
+    "gate_proj": "w1",
+    "up_proj": "w3",
+    "down_proj": "w2",
+    "w1": "gate_proj",
+    "w3": "up_proj",
+    "w2": "down_proj",
+}
 FUSED = ("q_proj", "k_proj", "v_proj", *GATE, *UP)
 NUMBERS = ("weight_scale", "weight_scale_2", "weight_scale_inv")
 
@@ -83,14 +91,19 @@ def pair(image: Image, rng: Rng, same: Callable[[str], Any]) -> tuple[str, str]:
     """Return two quantized modules alike in ``same``, leaves and shapes."""
     groups: dict[Any, list[str]] = {}
     for module in image.quantized():
-        shapes = tuple((split(n)[1], image.tensors[n].dtype, image.tensors[n].shape) for n in image.of_module(module))
+        shapes = tuple(
+            (split(n)[1], image.tensors[n].dtype, image.tensors[n].shape)
+            for n in image.of_module(module)
+        )
         groups.setdefault((shapes, same(module)), []).append(module)
     found = one(rng, [g for g in groups.values() if len(g) > 1])
     a, b = rng.choice(len(found), 2, replace=False)
     return found[a], found[b]
 
 
-def scale_name(image: Image, rng: Rng, dtypes: tuple[str, ...] = ("F8_E4M3", "U8", "F8_E8M0", "F32")) -> str:
+def scale_name(
+    image: Image, rng: Rng, dtypes: tuple[str, ...] = ("F8_E4M3", "U8", "F8_E8M0", "F32")
+) -> str:
     """Return a weight scale of one of some dtypes."""
     names = [f"{m}.{image.scale_leaf(m)}" for m in image.quantized()]
     return str(one(rng, [n for n in names if image.tensors[n].dtype in dtypes]))
@@ -141,7 +154,13 @@ def header_length(image: Image, rng: Rng) -> str:
     file = one(rng, image.files)
     by = int(one(rng, [-8, -1, 1, 7, 8, 64, 1 << 20, 1 << 40, 1 << 62]))
     image.post.append(
-        spoil(file, lambda raw: ((int.from_bytes(raw[:8], "little") + by) % (1 << 64)).to_bytes(8, "little") + raw[8:])
+        spoil(
+            file,
+            lambda raw: (
+                ((int.from_bytes(raw[:8], "little") + by) % (1 << 64)).to_bytes(8, "little")
+                + raw[8:]
+            ),
+        )
     )
     return f"header of {file} {by:+d}"
 
@@ -199,7 +218,9 @@ def key_twice(image: Image, rng: Rng) -> str:
 
     def change(raw: bytes) -> bytes:
         length = int.from_bytes(raw[:8], "little")
-        text = raw[8 : 8 + length].rstrip().replace(json.dumps(a).encode(), json.dumps(b).encode(), 1)
+        text = (
+            raw[8 : 8 + length].rstrip().replace(json.dumps(a).encode(), json.dumps(b).encode(), 1)
+        )
         text += b" " * (-len(text) % 8)
         return len(text).to_bytes(8, "little") + text + raw[8 + length :]
 
@@ -232,7 +253,9 @@ def tensor_twice(image: Image, rng: Rng) -> str:
     name = one(rng, list(image.tensors))
     tensor = image.tensors[name]
     raw = np.roll(tensor.raw(), 1)
-    header = {name: {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [0, len(raw)]}}
+    header = {
+        name: {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [0, len(raw)]}
+    }
     text = json.dumps(header).encode()
     file = str(one(rng, ["old.safetensors", "model-00000-of-00001.safetensors", "z.safetensors"]))
     whole = len(text).to_bytes(8, "little") + text + raw.tobytes()
@@ -253,7 +276,10 @@ def index_entry_elsewhere(image: Image, rng: Rng) -> str:
     """The index sends a tensor to another shard, or to none."""
     name = _indexed(image, rng)
     others = [f for f in image.files if f != image.tensors[name].file]
-    file = one(rng, [*others, "model-00009-of-00009.safetensors", "../x.safetensors", "/x.safetensors", "", 7])
+    file = one(
+        rng,
+        [*others, "model-00009-of-00009.safetensors", "../x.safetensors", "/x.safetensors", "", 7],
+    )
     image.on_index.append(lambda value: value["weight_map"].update({name: file}))
     return f"index sends {name} to {file!r}"
 
@@ -280,7 +306,11 @@ def index_spoilt(image: Image, rng: Rng) -> str:
 
     def change(raw: bytes) -> bytes:
         place = int(at * len(raw))
-        return raw[:place] if cut else raw[:place] + bytes([raw[place] ^ (1 << bit)]) + raw[place + 1 :]
+        return (
+            raw[:place]
+            if cut
+            else raw[:place] + bytes([raw[place] ^ (1 << bit)]) + raw[place + 1 :]
+        )
 
     image.post.append(spoil(INDEX, change))
     return f"index {'cut' if cut else f'bit {bit}'} at {at:.4f}"
@@ -349,7 +379,9 @@ def prefix_changed(image: Image, rng: Rng) -> str:
     """One tensor, one module or all have another prefix."""
     name = one(rng, list(image.tensors))
     new = one(rng, ["model.language_model.", "module.", "base_model.model.", ""])
-    old = next((p for p in ("language_model.model.", "model.", "vision_tower.") if name.startswith(p)), "")
+    old = next(
+        (p for p in ("language_model.model.", "model.", "vision_tower.") if name.startswith(p)), ""
+    )
     which = int(rng.integers(3))
     chosen = [name] if which == 0 else image.of_module(split(name)[0])
     if which == 2:
@@ -366,7 +398,9 @@ def leaf_renamed(image: Image, rng: Rng) -> str:
     """A projection has another family's name."""
     module = of_leaf(image, rng, tuple(OTHER_LEAF))
     head, _, leaf = module.rpartition(".")
-    image.rename({n: f"{head}.{OTHER_LEAF[leaf]}{n[len(module) :]}" for n in image.of_module(module)})
+    image.rename(
+        {n: f"{head}.{OTHER_LEAF[leaf]}{n[len(module) :]}" for n in image.of_module(module)}
+    )
     return f"{module} became {OTHER_LEAF[leaf]}"
 
 
@@ -374,7 +408,11 @@ def leaf_renamed(image: Image, rng: Rng) -> str:
 def scale_renamed(image: Image, rng: Rng) -> str:
     """A scale has a name that no loader of the format reads."""
     name = scale_name(image, rng)
-    new = name.rpartition(".")[0] + "." + one(rng, ["scale", "weight_scales", "scales", "weight.scale", "weight_scale_0"])
+    new = (
+        name.rpartition(".")[0]
+        + "."
+        + one(rng, ["scale", "weight_scales", "scales", "weight.scale", "weight_scale_0"])
+    )
     image.rename({name: new})
     return f"{name} became {new}"
 
@@ -400,7 +438,10 @@ def scale_cast(image: Image, rng: Rng) -> str:
     module = linear(image, rng)
     name = one(rng, [n for n in image.of_module(module) if not n.endswith((".weight", ".bias"))])
     values = image.tensors[name].array()
-    target = one(rng, [t for t in (np.float32, ml_dtypes.bfloat16, np.float16) if np.dtype(t) != values.dtype])
+    target = one(
+        rng,
+        [t for t in (np.float32, ml_dtypes.bfloat16, np.float16) if np.dtype(t) != values.dtype],
+    )
     with np.errstate(over="ignore"):
         image.put(name, values.astype(target))
     return f"{name} became {image.tensors[name].dtype}"
@@ -411,7 +452,10 @@ def plain_recast(image: Image, rng: Rng) -> str:
     """An unquantized tensor is cast to another float dtype."""
     name = one(rng, image.plain())
     values = image.tensors[name].array()
-    target = one(rng, [t for t in (np.float32, ml_dtypes.bfloat16, np.float16) if np.dtype(t) != values.dtype])
+    target = one(
+        rng,
+        [t for t in (np.float32, ml_dtypes.bfloat16, np.float16) if np.dtype(t) != values.dtype],
+    )
     image.put(name, values.astype(target))
     return f"{name} became {image.tensors[name].dtype}"
 
@@ -419,7 +463,11 @@ def plain_recast(image: Image, rng: Rng) -> str:
 @kind("shape-turned", 20, "nothing")
 def shape_turned(image: Image, rng: Rng) -> str:
     """A tensor is written transposed, or only its shape is turned."""
-    names = [n for n, t in image.tensors.items() if len(t.shape) == 2 and t.shape[0] != t.shape[1] and min(t.shape) > 1]
+    names = [
+        n
+        for n, t in image.tensors.items()
+        if len(t.shape) == 2 and t.shape[0] != t.shape[1] and min(t.shape) > 1
+    ]
     name = one(rng, names)
     tensor = image.tensors[name]
     if rng.integers(2):
@@ -445,7 +493,11 @@ def scale_misshapen(image: Image, rng: Rng) -> str:
     name = one(rng, [n for n in names if len(image.tensors[n].shape) == 2])
     raw = image.tensors[name].array()
     how = int(rng.integers(4))
-    pad = ((0, int(rng.integers(1, 130))), (0, 0)) if how == 2 else ((0, 0), (0, int(rng.integers(1, 5))))
+    pad = (
+        ((0, int(rng.integers(1, 130))), (0, 0))
+        if how == 2
+        else ((0, 0), (0, int(rng.integers(1, 5))))
+    )
     plain = raw.view(np.uint8 if raw.itemsize == 1 else raw.dtype)
     made = plain[:-1] if how == 0 else plain[:, :-1] if how == 1 else np.pad(plain, pad)
     if not made.size:
@@ -457,7 +509,9 @@ def scale_misshapen(image: Image, rng: Rng) -> str:
 @kind("weight-misshapen", 20, "nothing")
 def weight_misshapen(image: Image, rng: Rng) -> str:
     """A weight lacks rows or columns."""
-    name = one(rng, [n for n, t in image.tensors.items() if n.endswith(".weight") and len(t.shape) == 2])
+    name = one(
+        rng, [n for n, t in image.tensors.items() if n.endswith(".weight") and len(t.shape) == 2]
+    )
     raw = image.tensors[name].array()
     cut = int(rng.integers(1, raw.shape[0]))
     made = raw[:cut] if rng.integers(2) else raw[:, : raw.shape[1] // 2]
@@ -468,7 +522,14 @@ def weight_misshapen(image: Image, rng: Rng) -> str:
 @kind("scalar-a-vector", 10, "nothing")
 def scalar_a_vector(image: Image, rng: Rng) -> str:
     """A scalar scale is written once for each row."""
-    name = one(rng, [n for n, t in image.tensors.items() if t.shape == () and n.endswith(("_scale", "_scale_2"))])
+    name = one(
+        rng,
+        [
+            n
+            for n, t in image.tensors.items()
+            if t.shape == () and n.endswith(("_scale", "_scale_2"))
+        ],
+    )
     count = int(one(rng, [2, 3, image.tensors[f"{split(name)[0]}.weight"].shape[0]]))
     image.put(name, np.full(count, image.tensors[name].array()))
     return f"{name} is [{count}]"
@@ -480,7 +541,10 @@ def experts_stacked(image: Image, rng: Rng) -> str:
     (container, leaf), numbers = one(rng, list(experts(image).items()))
     parts = [split(n)[1] for n in image.of_module(f"{container}.{numbers[0]}.{leaf}")]
     home = image.tensors[f"{container}.{numbers[0]}.{leaf}.weight"].file
-    made = {p: np.stack([image.tensors[f"{container}.{i}.{leaf}.{p}"].array() for i in numbers]) for p in parts}
+    made = {
+        p: np.stack([image.tensors[f"{container}.{i}.{leaf}.{p}"].array() for i in numbers])
+        for p in parts
+    }
     image.drop([f"{container}.{i}.{leaf}.{p}" for i in numbers for p in parts])
     for part, values in made.items():
         image.put(f"{container}.{leaf}.{part}", values, home)
@@ -490,7 +554,10 @@ def experts_stacked(image: Image, rng: Rng) -> str:
 @kind("qkv-fused", 10, "nothing")
 def qkv_fused(image: Image, rng: Rng) -> str:
     """q, k and v are saved as one projection."""
-    head = one(rng, [n.removesuffix("q_proj.weight") for n in image.tensors if n.endswith(".q_proj.weight")])
+    head = one(
+        rng,
+        [n.removesuffix("q_proj.weight") for n in image.tensors if n.endswith(".q_proj.weight")],
+    )
     members = [f"{head}{p}_proj" for p in "qkv"]
     leaves = [split(n)[1] for n in image.of_module(members[0])]
     home = image.tensors[f"{members[0]}.weight"].file
@@ -508,7 +575,15 @@ def qkv_fused(image: Image, rng: Rng) -> str:
 def tensor_leaked(image: Image, rng: Rng) -> str:
     """A tensor of the exporter's memory is saved with the weights."""
     module = linear(image, rng)
-    leaf = one(rng, ["weight_quantizer._amax", "input_quantizer._amax", "weight_quantizer._scale", "lora_A.weight"])
+    leaf = one(
+        rng,
+        [
+            "weight_quantizer._amax",
+            "input_quantizer._amax",
+            "weight_quantizer._scale",
+            "lora_A.weight",
+        ],
+    )
     image.put(f"{module}.{leaf}", np.ones((2, 2) if "lora" in leaf else (), np.float32))
     return f"{module}.{leaf}"
 
@@ -525,7 +600,11 @@ def _edit_all(image: Image, change: Callable[[dict[str, Any]], None]) -> None:
 
 
 def _lists(body: dict[str, Any]) -> list[str]:
-    return [k for k in ("ignore", "exclude_modules", "ignored_layers", "modules_to_not_convert") if k in body]
+    return [
+        k
+        for k in ("ignore", "exclude_modules", "ignored_layers", "modules_to_not_convert")
+        if k in body
+    ]
 
 
 @kind("declaration-lost", 10, "nothing")
@@ -539,7 +618,18 @@ def declaration_lost(image: Image, rng: Rng) -> str:
 @kind("algo-changed", 25, "nothing")
 def algo_changed(image: Image, rng: Rng) -> str:
     """Another algorithm is declared, in both files."""
-    algos = ["NVFP4", "MXFP8", "FP8", "W4A16_NVFP4", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "W4A8_AWQ", "NVFP5", "", None]
+    algos = [
+        "NVFP4",
+        "MXFP8",
+        "FP8",
+        "W4A16_NVFP4",
+        "FP8_PER_CHANNEL_PER_TOKEN",
+        "FP8_PB_WO",
+        "W4A8_AWQ",
+        "NVFP5",
+        "",
+        None,
+    ]
 
     def change(body: dict[str, Any]) -> None:
         body["quant_algo"] = new
@@ -559,7 +649,9 @@ def algo_of_one_file(image: Image, rng: Rng) -> str:
         raise Unfit("one declaration")
     body = one(rng, image.declared())
     old = body["quant_algo"]
-    body["quant_algo"] = one(rng, [a for a in ("NVFP4", "MXFP8", "FP8", "MIXED_PRECISION") if a != old])
+    body["quant_algo"] = one(
+        rng, [a for a in ("NVFP4", "MXFP8", "FP8", "MIXED_PRECISION") if a != old]
+    )
     return f"{old} became {body['quant_algo']} in one file"
 
 
@@ -570,9 +662,13 @@ def vendor_method_changed(image: Image, rng: Rng) -> str:
     if "weight_block_size" not in body:
         raise Unfit("no vendor's dialect")
     if rng.integers(2):
-        body["quant_method"] = one(rng, [m for m in ("fp8", "mxfp8", "modelopt", "awq") if m != body["quant_method"]])
+        body["quant_method"] = one(
+            rng, [m for m in ("fp8", "mxfp8", "modelopt", "awq") if m != body["quant_method"]]
+        )
     else:
-        sizes = [b for b in ([1, 32], [128, 128], [64, 64], [1, 16]) if b != body["weight_block_size"]]
+        sizes = [
+            b for b in ([1, 32], [128, 128], [64, 64], [1, 16]) if b != body["weight_block_size"]
+        ]
         body["weight_block_size"] = one(rng, sizes)
     if (body["quant_method"], body["weight_block_size"]) == ("fp8", [1, 32]):
         raise Unfit("another spelling of MXFP8")
@@ -604,7 +700,9 @@ def excluded_wrongly(image: Image, rng: Rng) -> str:
     """A quantized module is excluded: by name, by glob, by a part of its name."""
     module = linear(image, rng)
     leaf = module.rpartition(".")[2]
-    pattern = one(rng, [module, f"*{leaf}", f"{module.rpartition('.')[0]}*", f"*.{leaf}*", "model.*", "*"])
+    pattern = one(
+        rng, [module, f"*{leaf}", f"{module.rpartition('.')[0]}*", f"*.{leaf}*", "model.*", "*"]
+    )
 
     def change(body: dict[str, Any]) -> None:
         for key in _lists(body):
@@ -644,7 +742,9 @@ def exclusions_differ(image: Image, rng: Rng) -> str:
 
 @kind("entry-changed", 25, "nothing")
 def entry_changed(image: Image, rng: Rng) -> str:
-    """An entry of quantized_layers is lost, has another algorithm, another name, or stands for a plain module."""
+    """An entry of quantized_layers is lost, has another algorithm, another name, or stands for a
+    plain module.
+    """
     first = image.declared()[0] if image.declared() else {}
     layers = first.get("quantized_layers")
     if not layers:
@@ -657,7 +757,9 @@ def entry_changed(image: Image, rng: Rng) -> str:
         if how == 0:
             entries.pop(name)
         elif how == 1:
-            entries[name] = {"quant_algo": "MXFP8" if entries[name]["quant_algo"] == "NVFP4" else "NVFP4"}
+            entries[name] = {
+                "quant_algo": "MXFP8" if entries[name]["quant_algo"] == "NVFP4" else "NVFP4"
+            }
         elif how == 2:
             entries[f"model.language_model.{name}"] = entries.pop(name)
         else:
@@ -668,10 +770,19 @@ def entry_changed(image: Image, rng: Rng) -> str:
 
 
 SIZES = (
-    "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers", "num_experts", "num_local_experts",
-    "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size", "dense_intermediate_size",
+    "hidden_size",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "num_hidden_layers",
+    "num_experts",
+    "num_local_experts",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "dense_intermediate_size",
     "shared_intermediate_size",
-)  # fmt: skip
+)
 
 
 def _text(image: Image) -> dict[str, Any]:
@@ -684,10 +795,16 @@ def _text(image: Image) -> dict[str, Any]:
 def size_changed(image: Image, rng: Rng) -> str:
     """config.json states another size."""
     text = _text(image)
-    names = [k for k in SIZES if k in text and not (k == "intermediate_size" and "moe_intermediate_size" in text)]
+    names = [
+        k
+        for k in SIZES
+        if k in text and not (k == "intermediate_size" and "moe_intermediate_size" in text)
+    ]
     key = one(rng, names)
     old = text[key]
-    text[key] = int(one(rng, [n for n in (old * 2, old // 2, old + 1, old - 1) if n > 0 and n != old]))
+    text[key] = int(
+        one(rng, [n for n in (old * 2, old // 2, old + 1, old - 1) if n > 0 and n != old])
+    )
     return f"{key} {old} became {text[key]}"
 
 
@@ -695,7 +812,11 @@ def size_changed(image: Image, rng: Rng) -> str:
 def size_lost(image: Image, rng: Rng) -> str:
     """config.json does not state a size."""
     text = _text(image)
-    names = [k for k in SIZES if k in text and not (k == "intermediate_size" and "moe_intermediate_size" in text)]
+    names = [
+        k
+        for k in SIZES
+        if k in text and not (k == "intermediate_size" and "moe_intermediate_size" in text)
+    ]
     key = one(rng, [k for k in names if k != "head_dim"])
     del text[key]
     return f"no {key}"
@@ -706,9 +827,15 @@ def config_of_the_model(image: Image, rng: Rng) -> str:
     """config.json differs from the base's in what tensors do not show."""
     text = _text(image)
     changes = {
-        "rms_norm_eps": 1e-2, "hidden_act": "gelu", "num_experts_per_tok": 1, "max_position_embeddings": 7,
-        "routed_scaling_factor": 9.0, "norm_topk_prob": True, "eos_token_id": 77, "bos_token_id": 78,
-    }  # fmt: skip
+        "rms_norm_eps": 1e-2,
+        "hidden_act": "gelu",
+        "num_experts_per_tok": 1,
+        "max_position_embeddings": 7,
+        "routed_scaling_factor": 9.0,
+        "norm_topk_prob": True,
+        "eos_token_id": 77,
+        "bos_token_id": 78,
+    }
     key = one(rng, [k for k in changes if k in text and text[k] != changes[k]])
     text[key] = changes[key]
     return f"{key} became {changes[key]}"
@@ -719,7 +846,9 @@ def model_type_changed(image: Image, rng: Rng) -> str:
     """config.json names another model_type or architecture."""
     config = image.json[CONFIG]
     if rng.integers(2):
-        config["model_type"] = one(rng, [t for t in ("llama", "mixtral", "qwen3", "lama") if t != config["model_type"]])
+        config["model_type"] = one(
+            rng, [t for t in ("llama", "mixtral", "qwen3", "lama") if t != config["model_type"]]
+        )
     else:
         config["architectures"] = ["GPT2LMHeadModel"]
     return f"{config['model_type']} {config['architectures']}"
@@ -747,7 +876,9 @@ def config_spoilt(image: Image, rng: Rng) -> str:
     file = one(rng, [f for f in (CONFIG, NESTED) if f in image.json])
     how, at = int(rng.integers(3)), float(rng.uniform(0.05, 0.95))
     if how == 2:
-        image.json[CONFIG]["quantization_config"] = str(image.json[CONFIG].get("quantization_config"))
+        image.json[CONFIG]["quantization_config"] = str(
+            image.json[CONFIG].get("quantization_config")
+        )
     else:
         image.post.append(spoil(file, lambda raw: raw[: int(at * len(raw))] if how == 0 else b"[]"))
     return f"{file}: {('cut', 'a list', 'text')[how]}"
@@ -801,7 +932,9 @@ def e8m0_cast_to_zero(image: Image, rng: Rng) -> str:
 @kind("number-unusable", 35, "nothing")
 def number_unusable(image: Image, rng: Rng) -> str:
     """A float32 weight scale is NaN, infinite, zero or negative."""
-    name = one(rng, [n for n, t in image.tensors.items() if t.dtype == "F32" and n.endswith(NUMBERS)])
+    name = one(
+        rng, [n for n, t in image.tensors.items() if t.dtype == "F32" and n.endswith(NUMBERS)]
+    )
     values = image.tensors[name].array()
     flat = values.reshape(-1)
     flat[int(rng.integers(flat.size))] = one(rng, [np.nan, np.inf, -np.inf, 0.0, -1.0])
@@ -829,8 +962,12 @@ def input_scale_far(image: Image, rng: Rng) -> str:
 
 @kind("input-scale-of-a-fused-member", 10, "nothing")
 def input_scale_of_a_fused_member(image: Image, rng: Rng) -> str:
-    """Members of a group that engines fuse have different input scales, within a factor of a hundred."""
-    name = one(rng, [n for n in image.tensors if n.endswith(".input_scale") and n.split(".")[-2] in FUSED])
+    """Members of a group that engines fuse have different input scales, within a factor of a
+    hundred.
+    """
+    name = one(
+        rng, [n for n in image.tensors if n.endswith(".input_scale") and n.split(".")[-2] in FUSED]
+    )
     by = np.float32(one(rng, [0.01, 0.1, 0.3, 3, 10, 100]))
     image.put(name, image.tensors[name].array() * by)
     return f"{name} times {by:g}"
@@ -839,7 +976,10 @@ def input_scale_of_a_fused_member(image: Image, rng: Rng) -> str:
 @kind("global-scale-of-a-fused-member", 35, "nothing")
 def global_scale_of_a_fused_member(image: Image, rng: Rng) -> str:
     """Members of a group that engines fuse have different global scales."""
-    name = one(rng, [n for n in image.tensors if n.endswith(".weight_scale_2") and n.split(".")[-2] in FUSED])
+    name = one(
+        rng,
+        [n for n in image.tensors if n.endswith(".weight_scale_2") and n.split(".")[-2] in FUSED],
+    )
     by = np.float32(one(rng, [0.001, 0.1, 0.5, 0.7, 1.3, 2, 4, 10, 1000]))
     image.put(name, image.tensors[name].array() * by)
     return f"{name} times {by:g}"
@@ -848,7 +988,9 @@ def global_scale_of_a_fused_member(image: Image, rng: Rng) -> str:
 @kind("scale-inverted", 10, "nothing")
 def scale_inverted(image: Image, rng: Rng) -> str:
     """A float32 weight scale is a divisor where a factor belongs."""
-    name = one(rng, [n for n, t in image.tensors.items() if t.dtype == "F32" and n.endswith(NUMBERS)])
+    name = one(
+        rng, [n for n, t in image.tensors.items() if t.dtype == "F32" and n.endswith(NUMBERS)]
+    )
     image.put(name, (1 / image.tensors[name].array()).astype(np.float32))
     return f"1/{name}"
 
@@ -873,7 +1015,9 @@ def expert_repeated(image: Image, rng: Rng) -> str:
     a, b = rng.choice(numbers, 2, replace=False)
     for leaf in leaves:
         for name in image.of_module(f"{container}.{a}.{leaf}"):
-            image.tensors[name].data = image.tensors[f"{container}.{b}.{leaf}.{split(name)[1]}"].data
+            image.tensors[name].data = image.tensors[
+                f"{container}.{b}.{leaf}.{split(name)[1]}"
+            ].data
     return f"{container}: expert {a} is {b}"
 
 
@@ -895,7 +1039,10 @@ def scale_bit(image: Image, rng: Rng) -> str:
         raise Unfit("another kind")
     if tensor.dtype in ("U8", "F8_E8M0") and (raw == 0xFF).any():
         raise Unfit("another kind")
-    if tensor.dtype == "F32" and not (np.isfinite(raw.view(np.float32)) & (raw.view(np.float32) > 0)).all():
+    if (
+        tensor.dtype == "F32"
+        and not (np.isfinite(raw.view(np.float32)) & (raw.view(np.float32) > 0)).all()
+    ):
         raise Unfit("another kind")
     set_raw(image, name, raw)
     return f"{count} bits in {name}"
@@ -968,7 +1115,11 @@ def scales_multiplied(image: Image, rng: Rng) -> str:
     else:
         mask.reshape(-1)[int(rng.integers(values.size))] = True
     if tensor.dtype in ("U8", "F8_E8M0"):
-        made = np.where(mask, tensor.raw().reshape(values.shape).astype(int) + step, tensor.raw().reshape(values.shape))
+        made = np.where(
+            mask,
+            tensor.raw().reshape(values.shape).astype(int) + step,
+            tensor.raw().reshape(values.shape),
+        )
         set_raw(image, name, np.clip(made, 1, 254).astype(np.uint8))
     else:
         wide = values.astype(np.float32)
@@ -996,7 +1147,14 @@ def scales_constant(image: Image, rng: Rng) -> str:
 @kind("global-scale-alone", 25, "base")
 def global_scale_alone(image: Image, rng: Rng) -> str:
     """The global scale of a projection that nothing is fused with is wrong by a factor."""
-    name = one(rng, [n for n in image.tensors if n.endswith(".weight_scale_2") and n.split(".")[-2] not in FUSED])
+    name = one(
+        rng,
+        [
+            n
+            for n in image.tensors
+            if n.endswith(".weight_scale_2") and n.split(".")[-2] not in FUSED
+        ],
+    )
     by = np.float32(one(rng, [0.1, 0.5, 0.7, 1.5, 2, 6, 10]))
     image.put(name, image.tensors[name].array() * by)
     return f"{name} times {by:g}"
@@ -1034,7 +1192,10 @@ def codes_zeroed(image: Image, rng: Rng) -> str:
 @kind("nibbles-swapped", 25, "base")
 def nibbles_swapped(image: Image, rng: Rng) -> str:
     """The even column is in the high nibble: in a tensor, or in some rows of it."""
-    name = one(rng, [f"{m}.weight" for m in image.quantized() if image.tensors[f"{m}.weight"].dtype == "U8"])
+    name = one(
+        rng,
+        [f"{m}.weight" for m in image.quantized() if image.tensors[f"{m}.weight"].dtype == "U8"],
+    )
     held = rows(image, name)
     start = int(rng.integers(len(held))) if rng.integers(2) else 0
     held[start:] = (held[start:] << 4) | (held[start:] >> 4)
@@ -1067,7 +1228,14 @@ def codes_coarse(image: Image, rng: Rng) -> str:
 @kind("code-nan", 15, "base")
 def code_nan(image: Image, rng: Rng) -> str:
     """A code of an FP8 weight is NaN."""
-    name = one(rng, [f"{m}.weight" for m in image.quantized() if image.tensors[f"{m}.weight"].dtype == "F8_E4M3"])
+    name = one(
+        rng,
+        [
+            f"{m}.weight"
+            for m in image.quantized()
+            if image.tensors[f"{m}.weight"].dtype == "F8_E4M3"
+        ],
+    )
     raw = image.tensors[name].raw()
     raw[rng.choice(raw.size, int(rng.integers(1, 9)), replace=False)] = one(rng, [0x7F, 0xFF])
     set_raw(image, name, raw)
@@ -1172,7 +1340,9 @@ def plain_zeroed(image: Image, rng: Rng) -> str:
 
 @kind("input-scale-among-siblings", 20, "stats")
 def input_scale_among_siblings(image: Image, rng: Rng) -> str:
-    """All input scales of a fused group are wrong alike, within a factor of ten: only calibration statistics know."""
+    """All input scales of a fused group are wrong alike, within a factor of ten: only calibration
+    statistics know.
+    """
     name = one(rng, [n for n in image.tensors if n.endswith(".input_scale")])
     by = np.float32(one(rng, [0.1, 0.3, 3, 10]))
     head = name.rsplit(".", 2)[0]

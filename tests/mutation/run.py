@@ -31,9 +31,12 @@ DRAWS = 60
 DATA = Path(__file__).parents[1] / "data" / "modelopt"
 COMMITTED = (("qwen3moe_nvfp4_experts_max", "src_qwen3moe"), ("llama_mxfp8", "src_llama"))
 SHARED = (
-    ("qwen3moe_nvfp4_experts_max", "src_qwen3moe"), ("llama_mxfp8", "src_llama"), ("llama_fp8_kvfp8", "src_llama"),
-    ("llama_nvfp4_tinyamax", "src_llama"), ("m3_mixed_example", "m3_bf16_sharded"),
-)  # fmt: skip
+    ("qwen3moe_nvfp4_experts_max", "src_qwen3moe"),
+    ("llama_mxfp8", "src_llama"),
+    ("llama_fp8_kvfp8", "src_llama"),
+    ("llama_nvfp4_tinyamax", "src_llama"),
+    ("m3_mixed_example", "m3_bf16_sharded"),
+)
 Told = frozenset[tuple[str, str, str, str]]
 
 
@@ -51,9 +54,11 @@ class Clean:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One mutation: what was done, why it is harmful, and what a check said with the base and without.
+    """One mutation: what was done, why it is harmful, and what a check said with the base and
+    without.
 
-    ``told``: a new finding (error or warning), or a verdict other than passed. ``stopped``: an exit code other than 0.
+    ``told``: a new finding (error or warning), or a verdict other than passed. ``stopped``: an exit
+    code other than 0.
     """
 
     seed: int
@@ -78,12 +83,19 @@ def schedule() -> tuple[Kind, ...]:
 
 
 def _clean(name: str, path: Path, base: Path) -> Clean:
-    said = (_told(verifier.check(path, base=base, depth="payload")), _told(verifier.check(path, depth="payload")))
+    said = (
+        _told(verifier.check(path, base=base, depth="payload")),
+        _told(verifier.check(path, depth="payload")),
+    )
     return Clean(name, image.read(path), view(path), base, view(base), said)
 
 
 def _told(report: Report) -> Told:
-    found = {(f.rule, f.severity, f.message, f.where.tensor or "") for f in report.findings if f.severity != "info"}
+    found = {
+        (f.rule, f.severity, f.message, f.where.tensor or "")
+        for f in report.findings
+        if f.severity != "info"
+    }
     if report.verdict != "passed":
         found.add(("verdict", report.verdict, "", ""))
     return frozenset(found)
@@ -91,7 +103,9 @@ def _told(report: Report) -> Told:
 
 @cache
 def cleans(root: Path) -> tuple[Clean, ...]:
-    """Make the clean checkpoints of this process below ``root``: the self-test's, and two that ModelOpt wrote."""
+    """Make the clean checkpoints of this process below ``root``: the self-test's, and two that
+    ModelOpt wrote.
+    """
     home = root / f"clean-{os.getpid()}"
     made = [make(home, t) for t in TINY]
     found = [_clean(m.tiny.name, m.path, m.base) for m in made]
@@ -108,7 +122,11 @@ def one(seed: int, root: Path, modelopt: Path | None = None) -> Outcome:
     """Draw the mutation of a seed until one fits and does harm, and judge it."""
     number = seed - FIRST_MODELOPT if seed >= FIRST_MODELOPT else seed
     kind = schedule()[number * 5 % TOTAL if seed >= FIRST_MODELOPT else number]
-    choice = modelopt_cleans(modelopt) if modelopt is not None and seed >= FIRST_MODELOPT else cleans(root)
+    choice = (
+        modelopt_cleans(modelopt)
+        if modelopt is not None and seed >= FIRST_MODELOPT
+        else cleans(root)
+    )
     work = root / f"work-{os.getpid()}"
     for draw in range(DRAWS):
         rng = np.random.default_rng((seed, draw))
@@ -146,8 +164,11 @@ def _judged(outcome: Outcome, clean: Clean, path: Path) -> Outcome:
         told.append(bool(new))
         stopped.append(report.exit_code != 0)
     values = asdict(outcome) | {
-        "told": tuple(told), "stopped": tuple(stopped), "rules": tuple(sorted(rules)), "crash": crash,
-    }  # fmt: skip
+        "told": tuple(told),
+        "stopped": tuple(stopped),
+        "rules": tuple(sorted(rules)),
+        "crash": crash,
+    }
     return Outcome(**values)
 
 
@@ -159,7 +180,10 @@ def one_harmless(seed: int, root: Path, modelopt: Path | None = None) -> Outcome
         choice = cleans(root)
         clean = choice[int(rng.integers(len(choice)))]
         mutant = clean.image.copy()
-        edits = [harmless.REWRITES[i] for i in rng.choice(len(harmless.REWRITES), int(rng.integers(1, 4)), replace=False)]
+        edits = [
+            harmless.REWRITES[i]
+            for i in rng.choice(len(harmless.REWRITES), int(rng.integers(1, 4)), replace=False)
+        ]
         said = []
         try:
             for edit in edits:
@@ -170,8 +194,12 @@ def one_harmless(seed: int, root: Path, modelopt: Path | None = None) -> Outcome
         path = mutant.write(work / "ckpt")
         why = harm(clean.view, view(path), clean.base_view)
         if why:
-            return Outcome(seed, "harmless", "nobody", clean.name, "; ".join(said), f"NOT HARMLESS: {why}")
-        return _judged(Outcome(seed, "harmless", "nobody", clean.name, "; ".join(said), ""), clean, path)
+            return Outcome(
+                seed, "harmless", "nobody", clean.name, "; ".join(said), f"NOT HARMLESS: {why}"
+            )
+        return _judged(
+            Outcome(seed, "harmless", "nobody", clean.name, "; ".join(said), ""), clean, path
+        )
     raise RuntimeError(f"no rewriting fits seed {seed}")
 
 
@@ -182,7 +210,9 @@ def _task(job: tuple[int, str, str | None]) -> Outcome:
 
 
 def run(seeds: Sequence[int], *, processes: int = 2, modelopt: Path | None = None) -> list[Outcome]:
-    """Judge some seeds, in order; each process makes its own clean checkpoints in a temporary folder."""
+    """Judge some seeds, in order; each process makes its own clean checkpoints in a temporary
+    folder.
+    """
     with tempfile.TemporaryDirectory(prefix="ckptgate-mutation-") as root:
         jobs = [(seed, root, str(modelopt) if modelopt else None) for seed in seeds]
         if processes == 1:
@@ -192,25 +222,42 @@ def run(seeds: Sequence[int], *, processes: int = 2, modelopt: Path | None = Non
 
 
 def score(outcomes: Iterable[Outcome]) -> dict[str, Any]:
-    """Return counts: with a base over what a base or nothing suffices for, without over what nothing suffices for."""
+    """Return counts: with a base over what a base or nothing suffices for, without over what
+    nothing suffices for.
+    """
     found = [o for o in outcomes if o.checkpoint]
     with_base = [o for o in found if o.knows in ("nothing", "base")]
     without = [o for o in found if o.knows == "nothing"]
 
     def share(part: list[Outcome], which: int) -> dict[str, Any]:
         told, stopped = sum(o.told[which] for o in part), sum(o.stopped[which] for o in part)
-        return {"told": told, "stopped": stopped, "of": len(part), "percent": round(100 * told / max(1, len(part)), 2)}
+        return {
+            "told": told,
+            "stopped": stopped,
+            "of": len(part),
+            "percent": round(100 * told / max(1, len(part)), 2),
+        }
 
     return {"with_base": share(with_base, 0), "without_base": share(without, 1)}
 
 
 def by_kind(outcomes: Iterable[Outcome]) -> dict[str, dict[str, Any]]:
-    """Return, for each kind, its number, what was told with a base and without, stopped, and the rules that told it."""
+    """Return, for each kind, its number, what was told with a base and without, stopped, and the
+    rules that told it.
+    """
     table: dict[str, dict[str, Any]] = {}
     rules: dict[str, Counter[str]] = {}
     for o in outcomes:
         row = table.setdefault(
-            o.kind, {"knows": o.knows, "n": 0, "told": 0, "stopped": 0, "told_without": 0, "stopped_without": 0}
+            o.kind,
+            {
+                "knows": o.knows,
+                "n": 0,
+                "told": 0,
+                "stopped": 0,
+                "told_without": 0,
+                "stopped_without": 0,
+            },
         )
         if not o.checkpoint:
             row["unfit"] = row.get("unfit", 0) + 1
@@ -227,6 +274,15 @@ def by_kind(outcomes: Iterable[Outcome]) -> dict[str, dict[str, Any]]:
 
 
 __all__ = [
-    "APART", "FIRST_HARMLESS", "FIRST_MODELOPT", "HARMLESS", "MODELOPT", "TOTAL", "Outcome", "by_kind", "run", "schedule",
+    "APART",
+    "FIRST_HARMLESS",
+    "FIRST_MODELOPT",
+    "HARMLESS",
+    "MODELOPT",
+    "TOTAL",
+    "Outcome",
+    "by_kind",
+    "run",
+    "schedule",
     "score",
-]  # fmt: skip
+]

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A part of the mutation score, the test of harm itself, and that what is committed is what the code says."""
+"""A part of the mutation score, the test of harm itself, and that what is committed is what the
+code says.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +69,10 @@ def _edited(edit: str, mutant: image.Image) -> None:
     elif edit == "scale doubled":
         raw[3] += 8
     elif edit == "norm bit":
-        mutant.put("model.norm.weight", np.nextafter(mutant.tensors["model.norm.weight"].array(), np.float32(9)))
+        mutant.put(
+            "model.norm.weight",
+            np.nextafter(mutant.tensors["model.norm.weight"].array(), np.float32(9)),
+        )
     elif edit == "renamed":
         mutant.rename({SCALE: f"{SCALE}s"})
     elif edit == "index":
@@ -85,11 +90,20 @@ def _edited(edit: str, mutant: image.Image) -> None:
 @pytest.mark.parametrize(
     ("edit", "harmful"),
     [
-        ("nothing", False), ("scale next", False), ("scale doubled", True), ("norm bit", True), ("renamed", True),
-        ("index", True), ("total_size", False), ("excluded", True), ("idle", False),
+        ("nothing", False),
+        ("scale next", False),
+        ("scale doubled", True),
+        ("norm bit", True),
+        ("renamed", True),
+        ("index", True),
+        ("total_size", False),
+        ("excluded", True),
+        ("idle", False),
     ],
-)  # fmt: skip
-def test_what_is_harm(edit: str, harmful: bool, tiny: tuple[image.Image, Path, Path], tmp_path: Path) -> None:
+)
+def test_what_is_harm(
+    edit: str, harmful: bool, tiny: tuple[image.Image, Path, Path], tmp_path: Path
+) -> None:
     clean, path, base = tiny
     mutant = clean.copy()
     _edited(edit, mutant)

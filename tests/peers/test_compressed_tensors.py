@@ -14,9 +14,18 @@ import torch
 import verifier
 from exporter import codecs
 
-PYTHON = Path(os.environ.get("CKPTGATE_PEERS", "/tmp/ckptgate-peers")) / "compressed-tensors" / "bin" / "python"  # noqa: S108
-OURS = {"nvfp4": "nvfp4_ct", "mxfp4": "mxfp4", "mxfp8": "mxfp8", "fp8": "fp8", "fp8_per_channel": "fp8_per_channel"}
-pytestmark = pytest.mark.skipif(not PYTHON.exists(), reason=f"compressed-tensors is not at {PYTHON} (CKPTGATE_PEERS)")
+PEERS = Path(os.environ.get("CKPTGATE_PEERS", "/tmp/ckptgate-peers"))  # noqa: S108
+PYTHON = PEERS / "compressed-tensors" / "bin" / "python"
+OURS = {
+    "nvfp4": "nvfp4_ct",
+    "mxfp4": "mxfp4",
+    "mxfp8": "mxfp8",
+    "fp8": "fp8",
+    "fp8_per_channel": "fp8_per_channel",
+}
+pytestmark = pytest.mark.skipif(
+    not PYTHON.exists(), reason=f"compressed-tensors is not at {PYTHON} (CKPTGATE_PEERS)"
+)
 
 
 @pytest.fixture(scope="module")
@@ -24,14 +33,23 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
     out = tmp_path_factory.mktemp("peer") / "ct.npz"
     worker = Path(__file__).with_name("compressed_tensors_worker.py")
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    done = subprocess.run([PYTHON, worker, out], env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        [PYTHON, worker, out],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     with np.load(out) as found:
         return dict(found)
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_values_are_those_of_its_own_decompression(written: dict[str, np.ndarray], name: str) -> None:
+def test_values_are_those_of_its_own_decompression(
+    written: dict[str, np.ndarray], name: str
+) -> None:
     parts = {k.removeprefix(f"{name}/"): v for k, v in written.items() if k.startswith(f"{name}/")}
     wanted = parts.pop("=")
     ours = verifier.decode(parts, OURS[name])

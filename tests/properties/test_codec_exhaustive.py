@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every code, every scale byte, every pair of them, in both decoders; every bfloat16 value in the encoders."""
+"""Every code, every scale byte, every pair of them, in both decoders; every bfloat16 value in the
+encoders.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,11 @@ def both(parts: dict[str, np.ndarray], fmt: str, wanted: np.ndarray) -> None:
 
 
 def nvfp4(packed: np.ndarray, scale: np.ndarray, scale_2: float = 1.0) -> dict[str, np.ndarray]:
-    return {"weight": packed, "weight_scale": scale, "weight_scale_2": np.asarray(scale_2, np.float32)}
+    return {
+        "weight": packed,
+        "weight_scale": scale,
+        "weight_scale_2": np.asarray(scale_2, np.float32),
+    }
 
 
 def test_the_tables_are_the_standard_s() -> None:
@@ -37,7 +43,9 @@ def test_the_tables_are_the_standard_s() -> None:
     assert oracle.same_bits(E2M1[8:], -E2M1[:8])
     for code in range(127):
         exponent, mantissa = code >> 3, code & 7
-        assert E4M3[code] == (mantissa * 2.0**-9 if exponent == 0 else (1 + mantissa / 8) * 2.0 ** (exponent - 7))
+        assert E4M3[code] == (
+            mantissa * 2.0**-9 if exponent == 0 else (1 + mantissa / 8) * 2.0 ** (exponent - 7)
+        )
         assert E4M3[code + 128] == -E4M3[code]
     assert np.isnan(E4M3[[127, 255]]).all()
     assert [float(v) for v in E8M0[:255]] == [2.0 ** (b - 127) for b in range(255)]
@@ -51,7 +59,9 @@ def test_the_verifier_s_tables() -> None:
 
 
 def test_torch_dtypes_agree_with_ml_dtypes() -> None:
-    """Torch 2.13 converts E4M3 and E8M0; for float4_e2m1fn_x2 it has no conversion to compare with."""
+    """Torch 2.13 converts E4M3 and E8M0; for float4_e2m1fn_x2 it has no conversion to compare
+    with.
+    """
     every = torch.from_numpy(BYTES.copy())
     assert oracle.same_bits(every.view(torch.float8_e4m3fn).float().numpy(), E4M3)
     assert oracle.same_bits(every.view(torch.float8_e8m0fnu).float().numpy(), E8M0)
@@ -64,7 +74,9 @@ def test_every_packed_byte() -> None:
     both(nvfp4(packed, np.full((4, 8), 0x38, np.uint8)), "nvfp4", wanted)
 
 
-@pytest.mark.parametrize("scale_2", [1.0, 0.1, -0.3, 2.0**-140, 1e38, 0.0, float("inf"), float("nan")])
+@pytest.mark.parametrize(
+    "scale_2", [1.0, 0.1, -0.3, 2.0**-140, 1e38, 0.0, float("inf"), float("nan")]
+)
 @pytest.mark.parametrize("fmt", ["nvfp4", "w4a16_nvfp4"])
 def test_every_scale_byte_with_every_e2m1_code(fmt: str, scale_2: float) -> None:
     row = np.arange(0, 16, 2, dtype=np.uint8)
@@ -86,7 +98,10 @@ def test_every_e4m3_code_under_every_e8m0_scale() -> None:
 def test_on_disk_dtypes_are_read_as_their_bytes_are() -> None:
     """E8M0 and E4M3 in their own dtypes instead of raw bytes."""
     codes, scale = BYTES.reshape(2, 128), np.arange(120, 128, dtype=np.uint8).reshape(2, 4)
-    typed = {"weight": codes.view(ml_dtypes.float8_e4m3fn), "weight_scale": scale.view(ml_dtypes.float8_e8m0fnu)}
+    typed = {
+        "weight": codes.view(ml_dtypes.float8_e4m3fn),
+        "weight_scale": scale.view(ml_dtypes.float8_e8m0fnu),
+    }
     mine = {
         "weight": to_torch(codes).view(torch.float8_e4m3fn),
         "weight_scale": to_torch(scale).view(torch.float8_e8m0fnu),
@@ -115,13 +130,19 @@ def every_bfloat16() -> np.ndarray:
 
 
 def test_every_bfloat16_to_e2m1(every_bfloat16: np.ndarray) -> None:
-    """Under scale one: the code is the nearest, ties to the even code, decided here by exact thresholds."""
+    """Under scale one: the code is the nearest, ties to the even code, decided here by exact
+    thresholds.
+    """
     scale = torch.ones(every_bfloat16.shape[0], 2).to(torch.float8_e4m3fn)
-    parts = encode(to_torch(every_bfloat16), "nvfp4", weight_scale_2=torch.tensor(1.0), weight_scale=scale)
+    parts = encode(
+        to_torch(every_bfloat16), "nvfp4", weight_scale_2=torch.tensor(1.0), weight_scale=scale
+    )
     codes = oracle.nvfp4_codes(to_numpy(parts))
     size = np.abs(every_bfloat16)
-    wanted = sum((size > t if low % 2 == 0 else size >= t).astype(np.uint8) for low, t in enumerate(
-        (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0))) | np.where(every_bfloat16 < 0, np.uint8(8), np.uint8(0))  # fmt: skip
+    wanted = sum(
+        (size > t if low % 2 == 0 else size >= t).astype(np.uint8)
+        for low, t in enumerate((0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0))
+    ) | np.where(every_bfloat16 < 0, np.uint8(8), np.uint8(0))
     assert (codes == wanted).all()
     assert (codes == oracle.e2m1(every_bfloat16)).all()
 
@@ -159,5 +180,10 @@ def test_every_block_maximum_near_a_boundary() -> None:
     assert (found["weight"] == wanted["weight"]).all()
     scale = found["weight_scale"][:, 0].astype(int)
     with np.errstate(over="ignore"):
-        assert all(float(t) <= 448 * 2.0 ** (k - 127) for t, k in zip(top.tolist(), scale, strict=True))
-        assert all(k == 0 or float(t) > 448 * 2.0 ** (k - 128) for t, k in zip(top.tolist(), scale, strict=True))
+        assert all(
+            float(t) <= 448 * 2.0 ** (k - 127) for t, k in zip(top.tolist(), scale, strict=True)
+        )
+        assert all(
+            k == 0 or float(t) > 448 * 2.0 ** (k - 128)
+            for t, k in zip(top.tolist(), scale, strict=True)
+        )

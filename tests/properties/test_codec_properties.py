@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What holds of the codecs for any weights: Hypothesis draws bytes or a seed, numpy makes the arrays.
+"""What holds of the codecs for any weights: Hypothesis draws bytes or a seed, numpy makes the
+arrays.
 
-tests/properties/test_saboteurs.py proves that this file alone tells ten broken codecs from a right one.
+tests/properties/test_saboteurs.py proves that this file alone tells ten broken codecs from a right
+one.
 """
 
 from __future__ import annotations
@@ -65,12 +67,16 @@ KINDS: dict[str, Callable[[np.random.Generator, Array], Array]] = {
     "any_magnitude": lambda r, x: x * 10.0 ** r.integers(-45, 38),
     "decades_by_block": lambda r, x: per_block(x, 10.0 ** r.uniform(-10.5, 10.5, blocks_of(x))),
     "decades_by_value": lambda r, x: x * 10.0 ** r.uniform(-10.5, 10.5, x.shape),
-    "subnormal": lambda r, x: np.ldexp(r.integers(-(1 << 22), 1 << 22, x.shape).astype(float), -149 - r.integers(0, 20)),
+    "subnormal": lambda r, x: np.ldexp(
+        r.integers(-(1 << 22), 1 << 22, x.shape).astype(float), -149 - r.integers(0, 20)
+    ),
     "one_hot": lambda r, x: x * (np.arange(x.shape[1]) % 16 == r.integers(16)),
     "zero_blocks": lambda r, x: per_block(x, r.integers(0, 2, blocks_of(x))),
     "zeros": lambda r, x: np.copysign(0.0, x),
     "ties": lambda r, x: np.copysign(r.choice(GRID, x.shape), x) * 2.0 ** r.integers(-30, 30),
-    "boundaries": lambda r, x: np.nextafter(np.float32(1.75), 1.75 + np.sign(x).astype("f4")) * 2.0 ** r.integers(-30, 30),
+    "boundaries": lambda r, x: (
+        np.nextafter(np.float32(1.75), 1.75 + np.sign(x).astype("f4")) * 2.0 ** r.integers(-30, 30)
+    ),
     "huge": lambda r, x: np.clip(x, -4, 4) * (F32_MAX / 4),
 }
 
@@ -81,7 +87,9 @@ def finite(x: Array, dtype: type = np.float32) -> Array:
 
 
 @st.composite
-def weights(draw: st.DrawFn, kinds: tuple[str, ...] = ("bits", *KINDS), dtype: type | None = None) -> Array:
+def weights(
+    draw: st.DrawFn, kinds: tuple[str, ...] = ("bits", *KINDS), dtype: type | None = None
+) -> Array:
     """Draw [1..4, 32..128] finite values, in float32, bfloat16 or float16."""
     kind, to = draw(st.sampled_from(kinds)), dtype or draw(dtypes)
     if kind == "bits":
@@ -105,7 +113,9 @@ def scale_2s(draw: st.DrawFn, low: int = -149, high: int = 100) -> np.float32:
 def relative_scale_2(draw: st.DrawFn, x: Array) -> np.float32:
     """Draw a scale that leaves something of ``x``: near amax/2688, up to 2^12 to either side."""
     top = float(np.abs(x.astype(np.float32)).max(initial=0.0)) or 1.0
-    value = np.float32(np.clip(top / 2688 * 2.0 ** draw(st.floats(-12, 12)), 2.0**-149, F32_MAX / 2))
+    value = np.float32(
+        np.clip(top / 2688 * 2.0 ** draw(st.floats(-12, 12)), 2.0**-149, F32_MAX / 2)
+    )
     return value
 
 
@@ -121,12 +131,18 @@ def as_scale(raw: Array) -> torch.Tensor:
 def parts_equal(found: dict[str, Array], wanted: dict[str, Array]) -> None:
     assert found.keys() == wanted.keys()
     for leaf in wanted:
-        assert oracle.same_bits(np.asarray(found[leaf]), np.asarray(wanted[leaf])), (leaf, found[leaf], wanted[leaf])
+        assert oracle.same_bits(np.asarray(found[leaf]), np.asarray(wanted[leaf])), (
+            leaf,
+            found[leaf],
+            wanted[leaf],
+        )
 
 
 def codes(x: Array, scale: Array, scale_2: np.float32) -> Array:
     """Return the exporter's E2M1 codes under given scales."""
-    found = encode(to_torch(x), "nvfp4", weight_scale_2=torch.tensor(scale_2), weight_scale=as_scale(scale))
+    found = encode(
+        to_torch(x), "nvfp4", weight_scale_2=torch.tensor(scale_2), weight_scale=as_scale(scale)
+    )
     assert (found["weight_scale"].view(torch.uint8).numpy() == scale).all()
     return oracle.nvfp4_codes(to_numpy(found))
 
@@ -153,12 +169,16 @@ def test_nvfp4_under_a_given_amax(data: st.DataObject, x: Array) -> None:
     top = min(float(data.draw(relative_scale_2(x))) * 2688.0, F32_MAX)
     wanted = oracle.nvfp4_encode(x, amax=top)
     parts_equal(to_numpy(encode(to_torch(x), "nvfp4", amax=top)), wanted)
-    parts_equal(to_numpy(encode(to_torch(x), "nvfp4", amax=torch.tensor(top, dtype=torch.float32))), wanted)
+    parts_equal(
+        to_numpy(encode(to_torch(x), "nvfp4", amax=torch.tensor(top, dtype=torch.float32))), wanted
+    )
 
 
 @given(weights())
 def test_w4a16_nvfp4_is_the_same_encoding(x: Array) -> None:
-    parts_equal(to_numpy(encode(to_torch(x), "w4a16_nvfp4")), to_numpy(encode(to_torch(x), "nvfp4")))
+    parts_equal(
+        to_numpy(encode(to_torch(x), "w4a16_nvfp4")), to_numpy(encode(to_torch(x), "nvfp4"))
+    )
 
 
 @given(seeds, weights(), scale_2s(-149, 60))
@@ -178,17 +198,26 @@ def test_nvfp4_codes_are_nearest_ties_to_even(seed: int, x: Array, scale_2: np.f
 
 def by_threshold(size: Array) -> Array:
     """Return the magnitude code of |quotient|: a midpoint goes to whichever neighbour is even."""
-    return sum((size > m if low % 2 == 0 else size >= m).astype(np.uint8) for low, m in enumerate(MIDPOINTS))
+    return sum(
+        (size > m if low % 2 == 0 else size >= m).astype(np.uint8)
+        for low, m in enumerate(MIDPOINTS)
+    )
 
 
 @given(seeds, scale_2s(-100, 60))
 def test_nvfp4_ties(seed: int, scale_2: np.float32) -> None:
-    """Midpoints times the scale, exact or one float32 to either side: true division decides, not a reciprocal."""
+    """Midpoints times the scale, exact or one float32 to either side: true division decides, not a
+    reciprocal.
+    """
     rng = np.random.default_rng(seed)
     scale = scale_bytes(rng, (8, 16))
     combined = np.repeat(oracle.e4m3_values(scale) * scale_2, 16, axis=1)
     x = rng.choice(MIDPOINTS, combined.shape) * combined
-    x = np.where(rng.integers(0, 2, x.shape), x, np.nextafter(x, rng.choice([0, np.inf], x.shape).astype(np.float32)))
+    x = np.where(
+        rng.integers(0, 2, x.shape),
+        x,
+        np.nextafter(x, rng.choice([0, np.inf], x.shape).astype(np.float32)),
+    )
     x = np.copysign(x, rng.standard_normal(x.shape)).astype(np.float32)
     found = codes(x, scale, scale_2)
     assert (found == oracle.nvfp4_codes(oracle.nvfp4_encode(x, scale_2=scale_2, scale=scale))).all()
@@ -197,7 +226,9 @@ def test_nvfp4_ties(seed: int, scale_2: np.float32) -> None:
 
 @given(seeds, weights())
 def test_nvfp4_blocks_are_independent(seed: int, x: Array) -> None:
-    """Under one global scale: shuffled blocks give the shuffled bytes, and a changed block changes its own bytes only."""
+    """Under one global scale: shuffled blocks give the shuffled bytes, and a changed block changes
+    its own bytes only.
+    """
     rng = np.random.default_rng(seed)
     scale_2 = torch.tensor(oracle.nvfp4_scale_2(np.abs(x.astype(np.float32)).max()))
     blocks = x.reshape(-1, 16)
@@ -212,7 +243,9 @@ def test_nvfp4_blocks_are_independent(seed: int, x: Array) -> None:
     assert (shuffled_weight == weight[order]).all()
     assert (shuffled_scale == scale[order]).all()
     changed = blocks.copy()
-    changed[order[0]] = finite(np.roll(changed[order[0]].astype(np.float32), 3) * -0.7, x.dtype.type)
+    changed[order[0]] = finite(
+        np.roll(changed[order[0]].astype(np.float32), 3) * -0.7, x.dtype.type
+    )
     other_weight, other_scale = by_block(changed)
     assert (other_weight[order[1:]] == weight[order[1:]]).all()
     assert (other_scale[order[1:]] == scale[order[1:]]).all()
@@ -222,7 +255,9 @@ def test_nvfp4_blocks_are_independent(seed: int, x: Array) -> None:
 def test_nvfp4_is_monotone_within_a_block(data: st.DataObject, x: Array) -> None:
     """A larger value never decodes to a smaller one."""
     x = np.sort(x.astype(np.float32).reshape(-1, 16), axis=1).reshape(x.shape)
-    found = to_numpy(encode(to_torch(x), "nvfp4", weight_scale_2=torch.tensor(data.draw(relative_scale_2(x)))))
+    found = to_numpy(
+        encode(to_torch(x), "nvfp4", weight_scale_2=torch.tensor(data.draw(relative_scale_2(x))))
+    )
     steps = np.concatenate([MAGNITUDES, -MAGNITUDES])[oracle.nvfp4_codes(found)].reshape(-1, 16)
     assert (np.diff(steps, axis=1) >= 0).all()
 
@@ -246,7 +281,9 @@ def test_nvfp4_zero_has_no_sign(seed: int, x: Array) -> None:
     zero = rng.random(x.shape) < 0.5
     x = np.where(zero, np.copysign(np.float32(0), rng.standard_normal(x.shape)).astype(x.dtype), x)
     for given_scale in (None, torch.tensor(1e-3)):
-        found = oracle.nvfp4_codes(to_numpy(encode(to_torch(x), "nvfp4", weight_scale_2=given_scale)))
+        found = oracle.nvfp4_codes(
+            to_numpy(encode(to_torch(x), "nvfp4", weight_scale_2=given_scale))
+        )
         assert (found[x == 0] == 0).all()
 
 
@@ -265,7 +302,10 @@ def test_nvfp4_scales_are_legal(x: Array) -> None:
 def test_nvfp4_scales_are_clamped_to_the_smallest(seed: int) -> None:
     """Blocks of 10^0 to 10^-15 in one tensor: all the way below 2^-9."""
     rng = np.random.default_rng(seed)
-    x = rng.standard_normal((8, 16, 16)) * 10.0 ** -rng.permuted(np.tile(np.arange(16.0), (8, 1)), axis=1)[:, :, None]
+    x = (
+        rng.standard_normal((8, 16, 16))
+        * 10.0 ** -rng.permuted(np.tile(np.arange(16.0), (8, 1)), axis=1)[:, :, None]
+    )
     x = finite(x.reshape(8, 256))
     found = to_numpy(encode(to_torch(x), "nvfp4"))
     assert found["weight_scale"].min() == 0x01
@@ -286,23 +326,33 @@ def on_grid(draw: st.DrawFn) -> dict[str, Array]:
     rows, blocks = draw(st.integers(1, 4)), 2 * draw(st.integers(1, 4))
     code = rng.integers(0, 16, (rows * blocks, 16))
     code[code == 8] = 0
-    code[np.arange(rows * blocks), rng.integers(0, 16, rows * blocks)] = rng.choice([7, 15], rows * blocks)
+    code[np.arange(rows * blocks), rng.integers(0, 16, rows * blocks)] = rng.choice(
+        [7, 15], rows * blocks
+    )
     scale = scale_bytes(rng, (rows, blocks))
     scale[rng.integers(rows), rng.integers(blocks)] = 0x7E
     code = code.reshape(rows, blocks * 16).astype(np.uint8)
     weight = code[:, 0::2] | (code[:, 1::2] << 4)
-    return {"weight": weight, "weight_scale": scale, "weight_scale_2": np.asarray(draw(scale_2s(-100, 100)))}
+    return {
+        "weight": weight,
+        "weight_scale": scale,
+        "weight_scale_2": np.asarray(draw(scale_2s(-100, 100))),
+    }
 
 
 @given(on_grid())
 def test_nvfp4_is_idempotent(parts: dict[str, Array]) -> None:
-    """Decoding and encoding again gives the same bytes, under its own global scale and under a new one."""
+    """Decoding and encoding again gives the same bytes, under its own global scale and under a new
+    one.
+    """
     x = decode({k: to_torch(v) for k, v in parts.items()}, "nvfp4")
     again = to_numpy(encode(x, "nvfp4", weight_scale_2=torch.tensor(parts["weight_scale_2"])))
     parts_equal(again, parts)
     new = to_numpy(encode(x, "nvfp4"))
     assert abs(float(new["weight_scale_2"]) / float(parts["weight_scale_2"]) - 1) < 2.0**-22
-    assert (new["weight"] == parts["weight"]).all() and (new["weight_scale"] == parts["weight_scale"]).all()
+    assert (new["weight"] == parts["weight"]).all() and (
+        new["weight_scale"] == parts["weight_scale"]
+    ).all()
 
 
 @given(seeds, st.integers(0, 2**32 - 1))
@@ -323,13 +373,17 @@ def test_nvfp4_decoders_agree(seed: int, word: int) -> None:
 
 
 def decoders_agree(parts: dict[str, Array], fmt: str, wanted: Array) -> None:
-    """Check both decoders against ``wanted``, and the exporter's other dtypes against its float32."""
+    """Check both decoders against ``wanted``, and the exporter's other dtypes against its
+    float32.
+    """
     mine = {k: to_torch(v) for k, v in parts.items()}
     assert oracle.same_bits(decoding.decode(parts, fmt), wanted)
     found = decode(mine, fmt)
     assert oracle.same_bits(found.numpy(), wanted)
     for dtype in (torch.bfloat16, torch.float16):
-        assert torch.equal(decode(mine, fmt, dtype=dtype).nan_to_num(), found.to(dtype).nan_to_num())
+        assert torch.equal(
+            decode(mine, fmt, dtype=dtype).nan_to_num(), found.to(dtype).nan_to_num()
+        )
     out = torch.full_like(found, 7.0)
     assert decode(mine, fmt, out=out) is out
     assert oracle.same_bits(out.numpy(), wanted)
@@ -358,7 +412,11 @@ def test_mxfp8_exponent_is_the_smallest_that_fits(x: Array) -> None:
 
 @given(seeds, weights())
 def test_mxfp8_under_given_scales(seed: int, x: Array) -> None:
-    scale = np.random.default_rng(seed).integers(0, 255, (x.shape[0], x.shape[1] // 32)).astype(np.uint8)
+    scale = (
+        np.random.default_rng(seed)
+        .integers(0, 255, (x.shape[0], x.shape[1] // 32))
+        .astype(np.uint8)
+    )
     found = to_numpy(encode(to_torch(x), "mxfp8", weight_scale=to_torch(scale)))
     parts_equal(found, oracle.mxfp8_encode(x, scale=scale))
 
@@ -369,7 +427,9 @@ def test_mxfp8_codes_are_nearest(x: Array) -> None:
     found = to_numpy(encode(to_torch(x), "mxfp8"))
     k = np.repeat(found["weight_scale"].astype(int), 32, axis=1) - 127
     quotient = np.ldexp(x.astype(np.float64), -k)
-    grid = np.unique(oracle.e4m3_values(np.delete(np.arange(256, dtype=np.uint8), [127, 255])).astype(np.float64))
+    grid = np.unique(
+        oracle.e4m3_values(np.delete(np.arange(256, dtype=np.uint8), [127, 255])).astype(np.float64)
+    )
     distance = np.abs(oracle.e4m3_values(found["weight"]).astype(np.float64) - quotient)
     every = np.abs(quotient[..., None] - grid)
     least = every.min(axis=-1)
@@ -398,8 +458,13 @@ def test_mxfp8_is_idempotent(seed: int) -> None:
     rng = np.random.default_rng(seed)
     code = rng.integers(0, 256, (8, 32)).astype(np.uint8)
     code[(code & 0x7F) == 0x7F] = 0
-    code[np.arange(8), rng.integers(0, 32, 8)] = rng.integers(0x77, 0x7F, 8) | rng.choice([0, 0x80], 8)
-    parts = {"weight": code.reshape(2, 128), "weight_scale": rng.integers(0, 247, (2, 4)).astype(np.uint8)}
+    code[np.arange(8), rng.integers(0, 32, 8)] = rng.integers(0x77, 0x7F, 8) | rng.choice(
+        [0, 0x80], 8
+    )
+    parts = {
+        "weight": code.reshape(2, 128),
+        "weight_scale": rng.integers(0, 247, (2, 4)).astype(np.uint8),
+    }
     parts["weight_scale"][0, 0] = 0
     x = decode({k: to_torch(v) for k, v in parts.items()}, "mxfp8")
     parts_equal(to_numpy(encode(x, "mxfp8")), parts)
@@ -422,9 +487,17 @@ def test_mxfp8_decoders_agree(seed: int) -> None:
 @st.composite
 def matrices(draw: st.DrawFn) -> Array:
     """Draw a matrix or a stack whose sides 128 does not always divide, in any dtype."""
-    shape = draw(st.sampled_from([(1, 1), (3, 130), (130, 5), (128, 128), (129, 257), (2, 130, 131), (2, 1, 3, 5)]))
+    shape = draw(
+        st.sampled_from(
+            [(1, 1), (3, 130), (130, 5), (128, 128), (129, 257), (2, 130, 131), (2, 1, 3, 5)]
+        )
+    )
     rng = np.random.default_rng(draw(seeds))
-    x = rng.standard_normal(shape) * 10.0 ** rng.uniform(-10.5, 10.5) * 10.0 ** (rng.uniform(-3, 3, shape[:-1])[..., None])
+    x = (
+        rng.standard_normal(shape)
+        * 10.0 ** rng.uniform(-10.5, 10.5)
+        * 10.0 ** (rng.uniform(-3, 3, shape[:-1])[..., None])
+    )
     return finite(x * (rng.random((*shape[:-1], 1)) > 0.1), draw(dtypes))
 
 
@@ -469,12 +542,16 @@ def test_fp8_decoders_agree(fmt: str, seed: int) -> None:
 
 @given(weights(dtype=BF16), st.sampled_from(EVERY))
 def test_bfloat16_is_encoded_as_its_float32(x: Array, fmt: str) -> None:
-    parts_equal(to_numpy(encode(to_torch(x), fmt)), to_numpy(encode(to_torch(x.astype(np.float32)), fmt)))
+    parts_equal(
+        to_numpy(encode(to_torch(x), fmt)), to_numpy(encode(to_torch(x.astype(np.float32)), fmt))
+    )
 
 
 @given(weights(dtype=np.float16), st.sampled_from(EVERY))
 def test_float16_is_encoded_as_its_float32(x: Array, fmt: str) -> None:
-    parts_equal(to_numpy(encode(to_torch(x), fmt)), to_numpy(encode(to_torch(x.astype(np.float32)), fmt)))
+    parts_equal(
+        to_numpy(encode(to_torch(x), fmt)), to_numpy(encode(to_torch(x.astype(np.float32)), fmt))
+    )
 
 
 @given(seeds, dtypes, st.sampled_from(EVERY))
@@ -510,7 +587,9 @@ def test_a_stack_is_its_matrices(fmt: str, seed: int, dtype: type) -> None:
         parts_equal({k: v[e] for k, v in whole.items()}, alone)
     deeper = to_numpy(encode(to_torch(x[None]), fmt))
     parts_equal({k: v[0] for k, v in deeper.items()}, whole)
-    assert oracle.same_bits(decode({k: to_torch(v) for k, v in whole.items()}, fmt).numpy(), decoding.decode(whole, fmt))
+    assert oracle.same_bits(
+        decode({k: to_torch(v) for k, v in whole.items()}, fmt).numpy(), decoding.decode(whole, fmt)
+    )
     assert (amax(to_torch(x), fmt).numpy() == np.abs(x.astype(np.float32)).max(axis=(1, 2))).all()
 
 
@@ -520,33 +599,47 @@ def test_a_stack_under_given_global_scales(seed: int) -> None:
     rng = np.random.default_rng(seed)
     x = finite(rng.standard_normal((3, 2, 64)) * 10.0 ** rng.uniform(-2, 2, (3, 1, 1)))
     each = (rng.uniform(0.5, 2, 3) * np.abs(x).max(axis=(1, 2))).astype(np.float32)
-    parts_equal(to_numpy(encode(to_torch(x), "nvfp4", amax=to_torch(each))), oracle.nvfp4_encode(x, amax=each))
+    parts_equal(
+        to_numpy(encode(to_torch(x), "nvfp4", amax=to_torch(each))),
+        oracle.nvfp4_encode(x, amax=each),
+    )
     scale_2 = oracle.nvfp4_scale_2(each)
     wanted = oracle.nvfp4_encode(x, scale_2=scale_2)
     found = encode(to_torch(x), "nvfp4", weight_scale_2=to_torch(scale_2))
     parts_equal(to_numpy(found), wanted)
-    again = encode(to_torch(x), "nvfp4", weight_scale_2=to_torch(scale_2), weight_scale=found["weight_scale"])
+    again = encode(
+        to_torch(x), "nvfp4", weight_scale_2=to_torch(scale_2), weight_scale=found["weight_scale"]
+    )
     parts_equal(to_numpy(again), wanted)
     shared = to_numpy(encode(to_torch(x), "nvfp4", amax=float(each.max())))
     alike = oracle.nvfp4_encode(x, amax=each.max())
-    assert (shared["weight"] == alike["weight"]).all() and (shared["weight_scale"] == alike["weight_scale"]).all()
+    assert (shared["weight"] == alike["weight"]).all() and (
+        shared["weight_scale"] == alike["weight_scale"]
+    ).all()
     assert (shared["weight_scale_2"] == alike["weight_scale_2"]).all()
     decoders_agree(shared, "nvfp4", oracle.nvfp4_decode(alike))
 
 
 def filled(parts: dict[str, torch.Tensor], byte: int = 0xAA) -> dict[str, torch.Tensor]:
-    """Return tensors like ``parts``, all bytes ``byte``: nothing that was there before can pass for a result."""
+    """Return tensors like ``parts``, all bytes ``byte``: nothing that was there before can pass for
+    a result.
+    """
     return {
-        k: torch.full((*v.shape, v.element_size()) if v.ndim else (v.element_size(),), byte, dtype=torch.uint8)
-        .view(v.dtype).reshape(v.shape)
+        k: torch.full(
+            (*v.shape, v.element_size()) if v.ndim else (v.element_size(),), byte, dtype=torch.uint8
+        )
+        .view(v.dtype)
+        .reshape(v.shape)
         for k, v in parts.items()
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("fmt", ["nvfp4", "w4a16_nvfp4", "mxfp8"])
 @given(seed=seeds, shape=st.sampled_from([(3, 64), (2, 3, 32), (1, 2, 2, 32)]))
 def test_out_is_written_into(fmt: str, seed: int, shape: tuple[int, ...]) -> None:
-    """The given tensors hold the result and are the ones returned; those not given are allocated."""
+    """The given tensors hold the result and are the ones returned; those not given are
+    allocated.
+    """
     x = to_torch(finite(np.random.default_rng(seed).standard_normal(shape)))
     wanted = encode(x, fmt)
     for leaves in (["weight"], ["weight_scale"], ["weight", "weight_scale"]):
@@ -561,12 +654,22 @@ def test_out_is_written_into(fmt: str, seed: int, shape: tuple[int, ...]) -> Non
 @pytest.mark.parametrize(
     "shape",
     [
-        (3, 1 << 17), (1, CHUNK), (2, CHUNK), (1, CHUNK + 32), (2, CHUNK - 32), (CHUNK // 512 - 1, 512), (CHUNK // 512, 512),
-        (CHUNK // 512 + 1, 512), (2, CHUNK // 64 + 1, 32), (2731, 96),
+        (3, 1 << 17),
+        (1, CHUNK),
+        (2, CHUNK),
+        (1, CHUNK + 32),
+        (2, CHUNK - 32),
+        (CHUNK // 512 - 1, 512),
+        (CHUNK // 512, 512),
+        (CHUNK // 512 + 1, 512),
+        (2, CHUNK // 64 + 1, 32),
+        (2731, 96),
     ],
-)  # fmt: skip
+)
 def test_chunks_cover_every_row(fmt: str, shape: tuple[int, ...]) -> None:
-    """Around whole multiples of the chunk, rows wider than it, stacks whose matrices end inside it."""
+    """Around whole multiples of the chunk, rows wider than it, stacks whose matrices end inside
+    it.
+    """
     rng = np.random.default_rng(1)
     x = finite(rng.standard_normal(shape, np.float32) * rng.uniform(0.1, 10, (*shape[:-1], 1)))
     x[..., -1, -3] = 1000  # the largest, in each matrix's last row
@@ -588,7 +691,9 @@ def test_chunks_cover_every_row(fmt: str, shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("fmt", EVERY)
 @given(seed=seeds, shape=st.sampled_from([(3, 64), (2, 3, 32), (2, 2, 2, 32)]), dtype=dtypes)
-def test_not_finite_is_refused_by_index(fmt: str, seed: int, shape: tuple[int, ...], dtype: type) -> None:
+def test_not_finite_is_refused_by_index(
+    fmt: str, seed: int, shape: tuple[int, ...], dtype: type
+) -> None:
     """The first NaN or infinity, where it is and which it is."""
     rng = np.random.default_rng(seed)
     x = finite(rng.standard_normal(shape), dtype)
@@ -607,8 +712,15 @@ def test_not_finite_is_refused_by_index(fmt: str, seed: int, shape: tuple[int, .
 def test_not_finite_in_a_later_chunk(how: str) -> None:
     x = torch.zeros(2, 3, 1 << 17)
     x[1, 2, 70000] = float("-inf")
-    given_scale = {"own": {}, "amax": {"amax": 1.0}, "weight_scale_2": {"weight_scale_2": torch.tensor(1.0)}}[how]
-    with pytest.raises(EncodeError, match=r"infinity at index \[1, 2, 70000\] of a weight of shape \[2, 3, 131072\]"):
+    given_scale = {
+        "own": {},
+        "amax": {"amax": 1.0},
+        "weight_scale_2": {"weight_scale_2": torch.tensor(1.0)},
+    }[how]
+    with pytest.raises(
+        EncodeError,
+        match=r"infinity at index \[1, 2, 70000\] of a weight of shape \[2, 3, 131072\]",
+    ):
         encode(x, "nvfp4", **given_scale)
 
 
@@ -617,7 +729,9 @@ def test_not_finite_in_a_later_chunk(how: str) -> None:
 
 @pytest.mark.parametrize(("fmt", "wanted"), [("nvfp4", 0.0951), ("mxfp8", 0.0264)])
 def test_relative_error_on_normal_data(fmt: str, wanted: float) -> None:
-    """Root mean square error over that of the values, within 1% of what the format gives N(0, 1)."""
+    """Root mean square error over that of the values, within 1% of what the format gives N(0,
+    1).
+    """
     x = np.random.default_rng(0).standard_normal((1024, 1024)).astype(np.float32)
     values = decode(encode(to_torch(x), fmt), fmt).numpy().astype(np.float64)
     error = np.sqrt(np.square(values - x).sum() / np.square(x.astype(np.float64)).sum())
@@ -636,19 +750,29 @@ def stored(rng: np.random.Generator, shape: tuple[int, int], fmt: str) -> dict[s
         return {"weight": code[:, ::2], **scale}
     code[(code & 0x7F) == 0x7F] = 0
     if fmt == "mxfp8":
-        return {"weight": code, "weight_scale": rng.integers(100, 140, (shape[0], -(-shape[1] // 32))).astype(np.uint8)}
+        return {
+            "weight": code,
+            "weight_scale": rng.integers(100, 140, (shape[0], -(-shape[1] // 32))).astype(np.uint8),
+        }
     scales = oracle.fp8_amax(np.ones(shape, np.float32), fmt)
-    return {"weight": code, oracle.FP8_LEAF[fmt]: np.asarray(10.0 ** rng.uniform(-6, 2, scales.shape), np.float32)}
+    return {
+        "weight": code,
+        oracle.FP8_LEAF[fmt]: np.asarray(10.0 ** rng.uniform(-6, 2, scales.shape), np.float32),
+    }
 
 
 @pytest.mark.parametrize("fmt", EVERY)
 @given(seed=seeds)
 def test_nearest_is_never_worse_than_what_is_stored(fmt: str, seed: int) -> None:
-    """Place by place, under the same scales, for any codes; the allowance is for a float32 quotient at a tie."""
+    """Place by place, under the same scales, for any codes; the allowance is for a float32 quotient
+    at a tie.
+    """
     rng = np.random.default_rng(seed)
     parts = stored(rng, (3, 64), fmt)
     values = decoding.decode(parts, fmt)
-    x = np.where(rng.random(values.shape) < 0.5, values, values[:, ::-1]) * rng.uniform(0.5, 1.5, values.shape)
+    x = np.where(rng.random(values.shape) < 0.5, values, values[:, ::-1]) * rng.uniform(
+        0.5, 1.5, values.shape
+    )
     x = x.astype(np.float32)
     best = np.abs(decoding.nearest(x, parts, fmt).astype(np.float64) - x)
     have = np.abs(values.astype(np.float64) - x)
@@ -664,16 +788,27 @@ def test_nearest_of_the_exporter_s_scales_is_the_exporter_s_codes(fmt: str, x: A
 
 
 @pytest.mark.parametrize("fmt", EVERY)
-@given(seed=seeds, shape=st.sampled_from([(3, 64), (130, 160)]), sigma=st.sampled_from([1e-3, 0.02, 1.0, 30.0]))
-def test_max_scales_are_the_exporter_s(fmt: str, seed: int, shape: tuple[int, int], sigma: float) -> None:
+@given(
+    seed=seeds,
+    shape=st.sampled_from([(3, 64), (130, 160)]),
+    sigma=st.sampled_from([1e-3, 0.02, 1.0, 30.0]),
+)
+def test_max_scales_are_the_exporter_s(
+    fmt: str, seed: int, shape: tuple[int, int], sigma: float
+) -> None:
     """On ordinary data, with an amax of its own and with a shared one."""
     x = finite(np.random.default_rng(seed).standard_normal(shape) * sigma)
     for top in (None, float(np.abs(x).max()) * 1.7):
         found = decoding.max_scales(x, fmt, top)
         assert found is not None
-        wanted = to_numpy(encode(to_torch(x), fmt, amax=top if fmt in ("nvfp4", "w4a16_nvfp4", "fp8") else None))
+        wanted = to_numpy(
+            encode(to_torch(x), fmt, amax=top if fmt in ("nvfp4", "w4a16_nvfp4", "fp8") else None)
+        )
         del wanted["weight"]
-        found = {k: np.asarray(v).view(np.uint8) if v.dtype.itemsize == 1 else np.asarray(v) for k, v in found.items()}
+        found = {
+            k: np.asarray(v).view(np.uint8) if v.dtype.itemsize == 1 else np.asarray(v)
+            for k, v in found.items()
+        }
         parts_equal(found, wanted)
 
 
@@ -715,7 +850,8 @@ def test_empty_tensors(fmt: str, shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fmt", "width", "block"), [("nvfp4", 24, 16), ("w4a16_nvfp4", 17, 16), ("mxfp8", 48, 32), ("nvfp4", 1, 16)]
+    ("fmt", "width", "block"),
+    [("nvfp4", 24, 16), ("w4a16_nvfp4", 17, 16), ("mxfp8", 48, 32), ("nvfp4", 1, 16)],
 )
 def test_a_width_that_the_block_does_not_divide(fmt: str, width: int, block: int) -> None:
     with pytest.raises(EncodeError, match=rf"\b{width}\b.*\b{block}\b"):
@@ -737,7 +873,9 @@ REFUSED = {
     "fp8 with weight_scale_2": lambda: encode(X, "fp8", weight_scale_2=ONE),
     "fp8_per_channel with weight_scale_2": lambda: encode(X, "fp8_per_channel", weight_scale_2=ONE),
     "fp8 amax and weight_scale": lambda: encode(X, "fp8", amax=1.0, weight_scale=ONE),
-    "fp8 with out": lambda: encode(X, "fp8", out={"weight": torch.zeros(4, 32, dtype=torch.float8_e4m3fn)}),
+    "fp8 with out": lambda: encode(
+        X, "fp8", out={"weight": torch.zeros(4, 32, dtype=torch.float8_e4m3fn)}
+    ),
     "amax NaN": lambda: encode(X, "nvfp4", amax=float("nan")),
     "amax infinite": lambda: encode(X, "nvfp4", amax=float("inf")),
     "amax negative": lambda: encode(X, "nvfp4", amax=-1.0),
@@ -750,7 +888,12 @@ REFUSED = {
     "one dimension fp8": lambda: encode(X[0], "fp8"),
     "no dimension": lambda: encode(torch.tensor(1.0), "nvfp4"),
     "nvfp4 decode, scales that do not fit": lambda: decode(
-        {"weight": torch.zeros(4, 16, dtype=torch.uint8), "weight_scale": SCALE[:, :1], "weight_scale_2": ONE}, "nvfp4"
+        {
+            "weight": torch.zeros(4, 16, dtype=torch.uint8),
+            "weight_scale": SCALE[:, :1],
+            "weight_scale_2": ONE,
+        },
+        "nvfp4",
     ),
     "mxfp8 decode, scales that do not fit": lambda: decode(
         {"weight": torch.zeros(4, 64, dtype=torch.uint8), "weight_scale": E8M0}, "mxfp8"
@@ -773,15 +916,25 @@ def test_infinity_before_a_nan_is_called_infinity() -> None:
 
 
 GIVEN_MISFITS = {
-    "weight_scale_2 of two for three": lambda: encode(torch.ones(3, 4, 32), "nvfp4", weight_scale_2=torch.ones(2)),
+    "weight_scale_2 of two for three": lambda: encode(
+        torch.ones(3, 4, 32), "nvfp4", weight_scale_2=torch.ones(2)
+    ),
     "weight_scale_2 of four for one": lambda: encode(X, "nvfp4", weight_scale_2=torch.ones(4)),
     "amax of two for three": lambda: encode(torch.ones(3, 4, 32), "nvfp4", amax=torch.ones(2)),
-    "nvfp4 weight_scale of one block": lambda: encode(X, "nvfp4", weight_scale_2=ONE, weight_scale=SCALE[:, :1]),
-    "nvfp4 weight_scale transposed": lambda: encode(X, "nvfp4", weight_scale_2=ONE, weight_scale=SCALE.T),
-    "nvfp4 weight_scale of another dtype": lambda: encode(X, "nvfp4", weight_scale_2=ONE, weight_scale=torch.ones(4, 2)),
+    "nvfp4 weight_scale of one block": lambda: encode(
+        X, "nvfp4", weight_scale_2=ONE, weight_scale=SCALE[:, :1]
+    ),
+    "nvfp4 weight_scale transposed": lambda: encode(
+        X, "nvfp4", weight_scale_2=ONE, weight_scale=SCALE.T
+    ),
+    "nvfp4 weight_scale of another dtype": lambda: encode(
+        X, "nvfp4", weight_scale_2=ONE, weight_scale=torch.ones(4, 2)
+    ),
     "mxfp8 weight_scale of too many": lambda: encode(X, "mxfp8", weight_scale=E8M0.expand(4, 2)),
     "mxfp8 weight_scale transposed": lambda: encode(X, "mxfp8", weight_scale=E8M0.T),
-    "mxfp8 weight_scale of another dtype": lambda: encode(X, "mxfp8", weight_scale=torch.ones(4, 1)),
+    "mxfp8 weight_scale of another dtype": lambda: encode(
+        X, "mxfp8", weight_scale=torch.ones(4, 1)
+    ),
     "fp8 amax of two": lambda: encode(X, "fp8", amax=torch.ones(2)),
     "fp8_per_channel amax of three": lambda: encode(X, "fp8_per_channel", amax=torch.ones(3)),
     "fp8_block weight_scale of two": lambda: encode(X, "fp8_block", weight_scale=torch.ones(2, 1)),
@@ -789,7 +942,9 @@ GIVEN_MISFITS = {
 BAD_BYTES = {"zero": 0x00, "NaN": 0x7F, "negative": 0xB8}
 GIVEN_NONSENSE = {
     **{
-        f"nvfp4 weight_scale_2 {value}": lambda value=value: encode(X, "nvfp4", weight_scale_2=torch.tensor(value))
+        f"nvfp4 weight_scale_2 {value}": lambda value=value: encode(
+            X, "nvfp4", weight_scale_2=torch.tensor(value)
+        )
         for value in (0.0, -1.0, float("nan"), float("inf"))
     },
     **{
@@ -798,36 +953,59 @@ GIVEN_NONSENSE = {
         )
         for name, byte in BAD_BYTES.items()
     },
-    "mxfp8 weight_scale NaN": lambda: encode(X, "mxfp8", weight_scale=torch.full((4, 1), 255, dtype=torch.uint8)),
+    "mxfp8 weight_scale NaN": lambda: encode(
+        X, "mxfp8", weight_scale=torch.full((4, 1), 255, dtype=torch.uint8)
+    ),
     **{
         f"{fmt} {what} {value}": lambda fmt=fmt, shape=shape, what=what, value=value: encode(
             X, fmt, **{what: torch.full(shape, value)}
         )
         for fmt, shape in (("fp8", ()), ("fp8_per_channel", (4,)), ("fp8_block", (1, 1)))
-        for what, value in (("amax", -1.0), ("amax", float("nan")), ("weight_scale", 0.0), ("weight_scale", float("nan")))
+        for what, value in (
+            ("amax", -1.0),
+            ("amax", float("nan")),
+            ("weight_scale", 0.0),
+            ("weight_scale", float("nan")),
+        )
     },
 }
 PACKED = torch.zeros(4, 16, dtype=torch.uint8)
 BYTES = torch.zeros(4, 32, dtype=torch.uint8)
 OUT_MISFITS = {
     "out of another shape": lambda: encode(X, "nvfp4", out={"weight": PACKED[:3].clone()}),
-    "out transposed": lambda: encode(X, "nvfp4", out={"weight": torch.zeros(16, 4, dtype=torch.uint8)}),
+    "out transposed": lambda: encode(
+        X, "nvfp4", out={"weight": torch.zeros(16, 4, dtype=torch.uint8)}
+    ),
     "out of another dtype": lambda: encode(X, "nvfp4", out={"weight": torch.zeros(4, 16)}),
-    "scales out of another dtype": lambda: encode(X, "nvfp4", out={"weight_scale": torch.zeros(4, 2, dtype=torch.uint8)}),
-    "mxfp8 out transposed": lambda: encode(X, "mxfp8", out={"weight": torch.zeros(32, 4, dtype=torch.float8_e4m3fn)}),
-    "decode out of another shape": lambda: decode(encode(X, "mxfp8"), "mxfp8", out=torch.zeros(32, 4)),
+    "scales out of another dtype": lambda: encode(
+        X, "nvfp4", out={"weight_scale": torch.zeros(4, 2, dtype=torch.uint8)}
+    ),
+    "mxfp8 out transposed": lambda: encode(
+        X, "mxfp8", out={"weight": torch.zeros(32, 4, dtype=torch.float8_e4m3fn)}
+    ),
+    "decode out of another shape": lambda: decode(
+        encode(X, "mxfp8"), "mxfp8", out=torch.zeros(32, 4)
+    ),
 }
 PART_MISFITS = {
-    "nvfp4 without weight_scale_2": lambda: decode({"weight": PACKED, "weight_scale": SCALE}, "nvfp4"),
-    "nvfp4 without weight_scale": lambda: decode({"weight": PACKED, "weight_scale_2": ONE}, "nvfp4"),
+    "nvfp4 without weight_scale_2": lambda: decode(
+        {"weight": PACKED, "weight_scale": SCALE}, "nvfp4"
+    ),
+    "nvfp4 without weight_scale": lambda: decode(
+        {"weight": PACKED, "weight_scale_2": ONE}, "nvfp4"
+    ),
     "mxfp8 without weight_scale": lambda: decode({"weight": BYTES}, "mxfp8"),
     "fp8 without weight_scale": lambda: decode({"weight": BYTES}, "fp8"),
     "nvfp4 global scales of two for three": lambda: decode(
         {**encode(torch.ones(3, 4, 32), "nvfp4"), "weight_scale_2": torch.ones(2)}, "nvfp4"
     ),
     "fp8 scale of three": lambda: decode({"weight": BYTES, "weight_scale": torch.ones(3)}, "fp8"),
-    "fp8_per_channel scale of three": lambda: decode({"weight": BYTES, "weight_scale": torch.ones(3)}, "fp8_per_channel"),
-    "fp8_block scale of three": lambda: decode({"weight": BYTES, "weight_scale_inv": torch.ones(3, 1)}, "fp8_block"),
+    "fp8_per_channel scale of three": lambda: decode(
+        {"weight": BYTES, "weight_scale": torch.ones(3)}, "fp8_per_channel"
+    ),
+    "fp8_block scale of three": lambda: decode(
+        {"weight": BYTES, "weight_scale_inv": torch.ones(3, 1)}, "fp8_block"
+    ),
 }
 
 
@@ -859,8 +1037,13 @@ def test_parts_that_do_not_fit_are_refused(case: str) -> None:
 def test_a_global_scale_of_shape_one_is_a_scalar(leaf: str) -> None:
     """On disk it may be [] or [1] (`verifier.schemes.FORMATS`), and `decode` takes both."""
     given_scale, as_one = {leaf: torch.tensor(0.25)}, {leaf: torch.tensor([0.25])}
-    wanted, found = to_numpy(encode(X, "nvfp4", **given_scale)), to_numpy(encode(X, "nvfp4", **as_one))
-    assert (found["weight"] == wanted["weight"]).all() and (found["weight_scale"] == wanted["weight_scale"]).all()
+    wanted, found = (
+        to_numpy(encode(X, "nvfp4", **given_scale)),
+        to_numpy(encode(X, "nvfp4", **as_one)),
+    )
+    assert (found["weight"] == wanted["weight"]).all() and (
+        found["weight_scale"] == wanted["weight_scale"]
+    ).all()
     assert found["weight_scale_2"].reshape(-1) == wanted["weight_scale_2"]
 
 
@@ -950,7 +1133,9 @@ def test_a_parameter_is_encoded_and_no_graph_is_kept() -> None:
 
 
 def test_a_stack_of_transposed_matrices_is_read_where_it_lies() -> None:
-    """[E, in, out] transposed has no view as rows; parts that end within a matrix, and parts that hold several."""
+    """[E, in, out] transposed has no view as rows; parts that end within a matrix, and parts that
+    hold several.
+    """
     for shape in ((3, 640, 1030), (5, 64, 32), (2, 3, 64, 48)):
         base = to_torch(finite(np.random.default_rng(6).standard_normal(shape)))
         view = base.transpose(-1, -2)
@@ -960,9 +1145,14 @@ def test_a_stack_of_transposed_matrices_is_read_where_it_lies() -> None:
             parts_equal(to_numpy(encode(view, fmt)), to_numpy(encode(view.contiguous(), fmt)))
 
 
-@given(st.integers(0, 3000), st.sampled_from([0, 1, 32, 96, 4096, CHUNK - 32, CHUNK, CHUNK + 32, 3 * CHUNK]))
+@given(
+    st.integers(0, 3000),
+    st.sampled_from([0, 1, 32, 96, 4096, CHUNK - 32, CHUNK, CHUNK + 32, 3 * CHUNK]),
+)
 def test_parts_tile_the_rows(rows: int, width: int) -> None:
-    """In order, without a gap, none empty, and none of more than `CHUNK` elements: the bound on all temporaries."""
+    """In order, without a gap, none empty, and none of more than `CHUNK` elements: the bound on all
+    temporaries.
+    """
     rows = min(rows, 8 * CHUNK // max(width, 1))
     parts = list(parts_of(rows, width))
     sizes = [(p.stop - p.start) * (p.right - p.left) for p in parts]
@@ -994,7 +1184,9 @@ class Largest(torch.utils._python_dispatch.TorchDispatchMode):
 @pytest.mark.parametrize("fmt", EVERY)
 @pytest.mark.parametrize("layout", ["rows", "one row", "transposed stack"])
 def test_temporaries_do_not_grow_with_the_tensor(fmt: str, layout: str, back_end: str) -> None:
-    """With ``out=``, nothing of more than a part's elements as float32 is allocated, whatever the layout."""
+    """With ``out=``, nothing of more than a part's elements as float32 is allocated, whatever the
+    layout.
+    """
     x = torch.linspace(-1, 1, 8 * CHUNK)
     x = {
         "rows": lambda: x.view(512, -1),

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The vectors of tests/data/vectors: oracle and exporter reproduce them byte for byte, the decoders agree on them."""
+"""The vectors of tests/data/vectors: oracle and exporter reproduce them byte for byte, the decoders
+agree on them.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +21,28 @@ from verifier.errors import EncodeError
 pytestmark = pytest.mark.usefixtures("back_end")
 HERE = Path(__file__).parents[1] / "data" / "vectors"
 FINITE = [
-    "denormal_bf16", "denormal_f32", "experts3d_bf16", "experts3d_f32", "heavy_tail_bf16", "heavy_tail_f32", "huge_bf16",
-    "huge_f32", "mx_bounds_f32", "mx_full_range_f32", "neg_zero_f32", "normal_bf16", "normal_f32", "scale_ties_f32",
-    "ties_bf16", "ties_f32", "tiny_f32", "underflow_blocks_f32", "zero_blocks_f32", "zeros_bf16", "zeros_f32",
-]  # fmt: skip
+    "denormal_bf16",
+    "denormal_f32",
+    "experts3d_bf16",
+    "experts3d_f32",
+    "heavy_tail_bf16",
+    "heavy_tail_f32",
+    "huge_bf16",
+    "huge_f32",
+    "mx_bounds_f32",
+    "mx_full_range_f32",
+    "neg_zero_f32",
+    "normal_bf16",
+    "normal_f32",
+    "scale_ties_f32",
+    "ties_bf16",
+    "ties_f32",
+    "tiny_f32",
+    "underflow_blocks_f32",
+    "zero_blocks_f32",
+    "zeros_bf16",
+    "zeros_f32",
+]
 ZERO = {"zeros_bf16", "zeros_f32"}
 NOT_FINITE = {"one_nan_f32": "NaN", "one_inf_f32": "infinity", "one_ninf_f32": "infinity"}
 MODELOPT_LOG2 = {"mx_bounds_f32": 24}
@@ -83,7 +103,10 @@ def test_oracle_nvfp4(vectors: Store, case: str) -> None:
 
 @pytest.mark.parametrize("case", FINITE)
 def test_oracle_mxfp8(vectors: Store, case: str) -> None:
-    check(oracle.mxfp8_encode(values(vectors, case)), reference(vectors, case, "mxfp8", "oracle_rceil"))
+    check(
+        oracle.mxfp8_encode(values(vectors, case)),
+        reference(vectors, case, "mxfp8", "oracle_rceil"),
+    )
 
 
 @pytest.mark.parametrize("case", FINITE)
@@ -122,10 +145,15 @@ def test_decoders_agree(vectors: Store, case: str, fmt: str) -> None:
 
 
 @pytest.mark.parametrize("case", NOT_FINITE)
-@pytest.mark.parametrize("fmt", ["nvfp4", "w4a16_nvfp4", "mxfp8", "fp8", "fp8_per_channel", "fp8_block"])
+@pytest.mark.parametrize(
+    "fmt", ["nvfp4", "w4a16_nvfp4", "mxfp8", "fp8", "fp8_per_channel", "fp8_block"]
+)
 def test_nan_and_infinity_are_refused_by_index(vectors: Store, case: str, fmt: str) -> None:
     x = vectors["inputs"][case]
     where = [int(i) for i in np.argwhere(~np.isfinite(x.numpy()))[0]]
     with pytest.raises(EncodeError) as caught:
         encode(x, fmt)
-    assert str(caught.value) == f"{NOT_FINITE[case]} at index {where} of a weight of shape {list(x.shape)}"
+    assert (
+        str(caught.value)
+        == f"{NOT_FINITE[case]} at index {where} of a weight of shape {list(x.shape)}"
+    )

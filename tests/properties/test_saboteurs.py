@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ten broken codecs, each made by editing the source of a copy, and each told from a right one by the properties alone.
+"""Ten broken codecs, each made by editing the source of a copy, and each told from a right one by
+the properties alone.
 
-The vectors play no part. A copy of ``exporter`` and of the few test files it takes lies in a folder of its own, where
-pytest runs in a subprocess; the unbroken copy must pass there before any kill counts.
+The vectors play no part. A copy of ``exporter`` and of the few test files it takes lies in a folder
+of its own, where pytest runs in a subprocess; the unbroken copy must pass there before any kill
+counts.
 """
 
 from __future__ import annotations
@@ -47,8 +49,12 @@ SABOTEURS = {
         "return pairs.bitwise_or_(",
         "return pairs.bitwise_left_shift_(4).bitwise_or_(pairs >> 20)  # ",
     ),
-    "no clamp at 2^-9": Saboteur("nvfp4.py", "clamp_(SCALE_FLOOR, E4M3_MAX)", "clamp_(0.0, E4M3_MAX)"),
-    "amax / (6 * 256)": Saboteur("constants.py", "NVFP4_RANGE = E2M1_MAX * E4M3_MAX", "NVFP4_RANGE = E2M1_MAX * 256.0"),
+    "no clamp at 2^-9": Saboteur(
+        "nvfp4.py", "clamp_(SCALE_FLOOR, E4M3_MAX)", "clamp_(0.0, E4M3_MAX)"
+    ),
+    "amax / (6 * 256)": Saboteur(
+        "constants.py", "NVFP4_RANGE = E2M1_MAX * E4M3_MAX", "NVFP4_RANGE = E2M1_MAX * 256.0"
+    ),
     "codes by the unrounded scale": Saboteur(
         "nvfp4.py",
         "combined = scale_values(stored).mul_(wide)\n        part.of",
@@ -80,21 +86,29 @@ SABOTEURS = {
 
 def workshop(place: Path, saboteur: Saboteur | None) -> Path:
     """Return ``place`` with a copy of the exporter, edited, and of the tests that judge it."""
-    shutil.copytree(ROOT / "exporter", place / "exporter", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        ROOT / "exporter", place / "exporter", ignore=shutil.ignore_patterns("__pycache__")
+    )
     for name in COPIED:
         (place / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, place / name)
     if saboteur is not None:
         path = place / "exporter" / "codecs" / saboteur.file
         source = path.read_text(encoding="utf-8")
-        assert source.count(saboteur.old) == 1, f"{saboteur.file} holds {saboteur.old!r} {source.count(saboteur.old)} times"
+        assert source.count(saboteur.old) == 1, (
+            f"{saboteur.file} holds {saboteur.old!r} {source.count(saboteur.old)} times"
+        )
         path.write_text(source.replace(saboteur.old, saboteur.new), encoding="utf-8")
     return place
 
 
 def judge(place: Path) -> subprocess.CompletedProcess[str]:
     """Run the properties in ``place``, whose exporter comes before any installed one."""
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST", "COV", "HYPOTHESIS", "PYTHON"))}
+    inherited = {
+        k: v
+        for k, v in os.environ.items()
+        if not k.startswith(("PYTEST", "COV", "HYPOTHESIS", "PYTHON"))
+    }
     chosen = {
         "PYTHONPATH": os.pathsep.join([str(place), str(ROOT)]),
         "CKPTGATE_EXAMPLES": EXAMPLES,
@@ -105,7 +119,13 @@ def judge(place: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pytest", PROPERTIES, "-x", "-q", "-p", "no:cacheprovider"]
     command += ["-k", "not numba"]  # the edits are of the torch code
     return subprocess.run(
-        command, cwd=place, env=inherited | chosen, capture_output=True, text=True, timeout=LIMIT, check=False
+        command,
+        cwd=place,
+        env=inherited | chosen,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+        check=False,
     )
 
 
@@ -131,5 +151,9 @@ def test_a_saboteur_is_killed(name: str, tmp_path: Path) -> None:
     """By an assertion about values, not by an exception that the edit itself raises."""
     run = judge(workshop(tmp_path, SABOTEURS[name]))
     assert run.returncode == 1, f"{name} survived\n{run.stdout[-2000:]}{run.stderr[-2000:]}"
-    killers = re.findall(r"^FAILED \S+::(\w+)\S* - (?:AssertionError|assert|ExceptionGroup)", run.stdout, re.MULTILINE)
+    killers = re.findall(
+        r"^FAILED \S+::(\w+)\S* - (?:AssertionError|assert|ExceptionGroup)",
+        run.stdout,
+        re.MULTILINE,
+    )
     assert killers, run.stdout[-4000:]

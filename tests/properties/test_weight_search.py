@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weight calibration: the pruned sweep is the brute force, and each method reaches its published error."""
+"""Weight calibration: the pruned sweep is the brute force, and each method reaches its published
+error.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ DATA = Path(__file__).parents[1] / "data" / "modelopt"
 
 
 def blocks(kind: int, seed: int) -> np.ndarray:
-    """Return [64, 32, 16] blocks of one of eight kinds: scales over decades, heavy tails, ties, on the grid, sparse."""
+    """Return [64, 32, 16] blocks of one of eight kinds: scales over decades, heavy tails, ties, on
+    the grid, sparse.
+    """
     rng = np.random.default_rng([kind, seed])
     x = rng.standard_normal((64, 32, 16))
     if kind == 1:
@@ -33,7 +37,9 @@ def blocks(kind: int, seed: int) -> np.ndarray:
     elif kind == 3:
         x = rng.integers(-12, 13, x.shape) * 0.25
     elif kind == 4:
-        x = rng.choice([0, 0.5, 1, 1.5, 2, 3, 4, 6], x.shape) * 2.0 ** rng.integers(-8, 9, (64, 32, 1))
+        x = rng.choice([0, 0.5, 1, 1.5, 2, 3, 4, 6], x.shape) * 2.0 ** rng.integers(
+            -8, 9, (64, 32, 1)
+        )
     elif kind == 5:
         x *= rng.random(x.shape) < 0.1
     elif kind == 6:
@@ -57,11 +63,16 @@ def test_the_sweep_is_the_brute_force(kind: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "expected"), [("max", 0.0951), ("mse", 0.0820), ("sweep", 0.0813), ("four_over_six", 0.0870)]
+    ("method", "expected"),
+    [("max", 0.0951), ("mse", 0.0820), ("sweep", 0.0813), ("four_over_six", 0.0870)],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_relative_error_on_normal_weights(method: weights.Method, expected: float, dtype: torch.dtype) -> None:
-    x = torch.from_numpy(np.random.default_rng(0).standard_normal((1024, 1024)).astype(np.float32)).to(dtype)
+def test_relative_error_on_normal_weights(
+    method: weights.Method, expected: float, dtype: torch.dtype
+) -> None:
+    x = torch.from_numpy(
+        np.random.default_rng(0).standard_normal((1024, 1024)).astype(np.float32)
+    ).to(dtype)
     before = x.clone()
     parts = weights.encode(x, "nvfp4", method=method)
     assert torch.equal(x, before)
@@ -69,7 +80,9 @@ def test_relative_error_on_normal_weights(method: weights.Method, expected: floa
     assert error.item() == pytest.approx(expected, rel=0.01)
 
 
-@pytest.mark.parametrize("method", ["sweep", "four_over_six"])  # the multipliers of `mse` hold no exact 1.0
+@pytest.mark.parametrize(
+    "method", ["sweep", "four_over_six"]
+)  # the multipliers of `mse` hold no exact 1.0
 def test_no_search_is_worse_than_max_in_any_block(method: weights.Method) -> None:
     x = torch.from_numpy(np.random.default_rng(4).standard_t(3, (32, 256)).astype(np.float32))
     top = codecs.amax(x, "nvfp4")
@@ -112,7 +125,8 @@ def test_every_recipe_exports_what_check_passes(recipe: str, tmp_path: Path) -> 
     source = DATA / "src_qwen3moe"
     manifest = exporter.export(source, tmp_path / "out", recipe=recipe, input_scale=how)
     report = verifier.check(tmp_path / "out", base=source, depth="payload")
-    # Engines cannot fuse gate and up of 64 rows in blocks of 128, which is so of this small model and no defect of a recipe.
+    # Engines cannot fuse gate and up of 64 rows in blocks of 128, which is so of this small model
+    # and no defect of a recipe.
     known = {("QC604", "warning")} if recipe == "fp8_block128" else set()
     assert (report.verdict, {(f.rule, f.severity) for f in report.findings}) == ("passed", known)
     assert manifest.options["calibration"] == load(recipe).calibration
@@ -125,11 +139,18 @@ def test_compressed_tensors_nvfp4_is_decoded_by_its_divisor() -> None:
     ours = verifier.decode(parts, "nvfp4")
     divisor = np.float32(1) / parts["weight_scale_2"].reshape(1)
     theirs = verifier.decode(
-        {"weight_packed": parts["weight"], "weight_scale": parts["weight_scale"], "weight_global_scale": divisor}, "nvfp4_ct"
+        {
+            "weight_packed": parts["weight"],
+            "weight_scale": parts["weight_scale"],
+            "weight_global_scale": divisor,
+        },
+        "nvfp4_ct",
     )
     np.testing.assert_allclose(theirs, ours, rtol=3e-7)
     with pytest.raises(ContentError, match="weight_global_scale"):
-        verifier.decode({"weight_packed": parts["weight"], "weight_scale": parts["weight_scale"]}, "nvfp4_ct")
+        verifier.decode(
+            {"weight_packed": parts["weight"], "weight_scale": parts["weight_scale"]}, "nvfp4_ct"
+        )
 
 
 def test_compressed_tensors_modules_show_their_format(tmp_path: Path) -> None:
@@ -138,9 +159,10 @@ def test_compressed_tensors_modules_show_their_format(tmp_path: Path) -> None:
     from verifier.checkpoint import open_checkpoint
 
     tensors = {
-        "m.weight_packed": np.zeros((4, 16), np.uint8), "m.weight_scale": np.ones((4, 2), np.float32),
+        "m.weight_packed": np.zeros((4, 16), np.uint8),
+        "m.weight_scale": np.ones((4, 2), np.float32),
         "m.weight_global_scale": np.ones(1, np.float32),
-    }  # fmt: skip
+    }
     save_file(tensors, tmp_path / "model.safetensors")
     (module,) = gather(open_checkpoint(tmp_path).tensors.values()).values()
     assert module.shown is not None
@@ -149,7 +171,10 @@ def test_compressed_tensors_modules_show_their_format(tmp_path: Path) -> None:
 
 def test_mxfp4_blocks_as_gpt_oss_ships_them() -> None:
     rng = np.random.default_rng(9)
-    blocks_, scales = rng.integers(0, 256, (2, 3, 4, 16), np.uint8), rng.integers(100, 150, (2, 3, 4), np.uint8)
+    blocks_, scales = (
+        rng.integers(0, 256, (2, 3, 4, 16), np.uint8),
+        rng.integers(100, 150, (2, 3, 4), np.uint8),
+    )
     found = verifier.decode({"blocks": blocks_, "scales": scales}, "mxfp4")
     assert found.shape == (2, 3, 128)
     codes = (blocks_ & 15).view(ml_dtypes.float4_e2m1fn).astype(np.float32)

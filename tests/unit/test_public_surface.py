@@ -23,13 +23,29 @@ ROOT = Path(__file__).parents[2]
 
 def test_the_public_names_are_these() -> None:
     assert verifier.__all__ == [
-        "Checkpoint", "CkptgateError", "Coverage", "Finding", "Report", "Where", "check", "decode", "diff", "gate",
+        "Checkpoint",
+        "CkptgateError",
+        "Coverage",
+        "Finding",
+        "Report",
+        "Where",
+        "check",
+        "decode",
+        "diff",
+        "gate",
         "open_checkpoint",
-    ]  # fmt: skip
+    ]
     assert exporter.__all__ == [
-        "adapters", "calibrate", "codecs", "export", "export_model", "merge", "plan_export", "plan_repair",
+        "adapters",
+        "calibrate",
+        "codecs",
+        "export",
+        "export_model",
+        "merge",
+        "plan_export",
+        "plan_repair",
         "repair",
-    ]  # fmt: skip
+    ]
 
 
 @pytest.mark.parametrize("name", ["verifier", "exporter"])
@@ -49,7 +65,9 @@ def test_the_public_names_are_sorted_and_importable(name: str) -> None:
 
 def test_importing_the_packages_imports_neither_torch_nor_numpy() -> None:
     script = "import sys, verifier, exporter; print([m for m in ('torch', 'numpy', 'transformers') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
     assert done.stdout == "[]\n"
 
 
@@ -70,17 +88,25 @@ def test_every_error_has_an_exit_code() -> None:
     import verifier.errors
 
     found = list(tree(CkptgateError))
-    assert {"UsageError", "MissingExtra", "ContentError", "UnprovenError", "MachineError"} <= {e.__name__ for e in found}
+    assert {"UsageError", "MissingExtra", "ContentError", "UnprovenError", "MachineError"} <= {
+        e.__name__ for e in found
+    }
     for error in found:
         assert error.exit_code in EXIT_CODES
         assert error.__doc__
-        assert f"{error.__name__} " in (verifier.errors.__doc__ or ""), "the tree at the top of errors.py lacks it"
+        assert f"{error.__name__} " in (verifier.errors.__doc__ or ""), (
+            "the tree at the top of errors.py lacks it"
+        )
 
 
 def test_the_tree_in_the_docstring_states_the_exit_codes() -> None:
     import verifier.errors
 
-    stated = dict(re.findall(r"(\w+Error|MissingExtra|UnsupportedConversion)\s+(\d)\s", verifier.errors.__doc__ or ""))
+    stated = dict(
+        re.findall(
+            r"(\w+Error|MissingExtra|UnsupportedConversion)\s+(\d)\s", verifier.errors.__doc__ or ""
+        )
+    )
     assert stated == {e.__name__: str(e.exit_code) for e in tree(CkptgateError)}
 
 
@@ -95,6 +121,8 @@ def test_the_import_contracts_hold() -> None:
     command = str(beside) if beside.exists() else shutil.which("lint-imports")
     if command is None:
         pytest.skip("import-linter is not installed")
-    done = subprocess.run([command, "--no-cache"], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [command, "--no-cache"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "0 broken" in done.stdout

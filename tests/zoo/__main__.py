@@ -22,7 +22,11 @@ def main(argv: list[str]) -> int:
     """Run families and print, or write results.json."""
     parser = argparse.ArgumentParser(prog="python -m tests.zoo", description=__doc__)
     parser.add_argument("families", nargs="*", metavar="FAMILY", help="these only, printed whole")
-    parser.add_argument("--write", action="store_true", help=f"write {RESULTS.name}; docs come from tools/make_docs.py")
+    parser.add_argument(
+        "--write",
+        action="store_true",
+        help=f"write {RESULTS.name}; docs come from tools/make_docs.py",
+    )
     given = parser.parse_args(argv)
     if given.families:
         for name in given.families:
@@ -34,11 +38,16 @@ def main(argv: list[str]) -> int:
         found = judge(family)
         rows.append(found)
         said = ", ".join(working(found)) if found["built"] == OK else found["built"]
-        print(f"{family.name:24} {standing(found):10} {found['seconds']:5.1f} s  {said}", flush=True)
+        print(
+            f"{family.name:24} {standing(found):10} {found['seconds']:5.1f} s  {said}", flush=True
+        )
     counts = Counter(standing(r) for r in rows)
     found = {
         "command": "python -m tests.zoo --write",
-        "versions": {p: importlib.metadata.version(p) for p in ("ckptgate", "transformers", "torch", "safetensors")}
+        "versions": {
+            p: importlib.metadata.version(p)
+            for p in ("ckptgate", "transformers", "torch", "safetensors")
+        }
         | {"python": platform.python_version()},
         "counts": dict(sorted(counts.items())),
         "seconds": round(time.monotonic() - started),

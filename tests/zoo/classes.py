@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which classes of the installed transformers hold fused experts, read from its source: nothing is imported.
+"""Which classes of the installed transformers hold fused experts, read from its source: nothing is
+imported.
 
-A class counts that is decorated with ``use_experts_implementation``, or that is called experts and makes a parameter with
-three axes; so does each that the zoo knows to be without either.
+A class counts that is decorated with ``use_experts_implementation``, or that is called experts and
+makes a parameter with three axes; so does each that the zoo knows to be without either.
 """
 
 from __future__ import annotations
@@ -41,16 +42,32 @@ def _models() -> Path:
 
 def _holds(node: ast.ClassDef) -> bool:
     names = {n.id for d in node.decorator_list for n in ast.walk(d) if isinstance(n, ast.Name)}
-    names |= {n.attr for d in node.decorator_list for n in ast.walk(d) if isinstance(n, ast.Attribute)}
-    return DECORATOR in names or node.name in PLAIN or ("Experts" in node.name and any(map(_stack, ast.walk(node))))
+    names |= {
+        n.attr for d in node.decorator_list for n in ast.walk(d) if isinstance(n, ast.Attribute)
+    }
+    return (
+        DECORATOR in names
+        or node.name in PLAIN
+        or ("Experts" in node.name and any(map(_stack, ast.walk(node))))
+    )
 
 
 def _stack(node: ast.AST) -> bool:
-    """Whether a call makes a tensor of three axes for a parameter: ``nn.Parameter(torch.empty(a, b, c))``."""
-    if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "Parameter"):
+    """Whether a call makes a tensor of three axes for a parameter: ``nn.Parameter(torch.empty(a, b,
+    c))``.
+    """
+    if not (
+        isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr == "Parameter"
+    ):
         return False
     made = node.args[0] if node.args else None
-    if not (isinstance(made, ast.Call) and isinstance(made.func, ast.Attribute) and made.func.attr in MAKERS):
+    if not (
+        isinstance(made, ast.Call)
+        and isinstance(made.func, ast.Attribute)
+        and made.func.attr in MAKERS
+    ):
         return False
     first = made.args[0] if len(made.args) == 1 else None
     return len(first.elts if isinstance(first, ast.Tuple | ast.List) else made.args) == 3

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One family: detect, export from memory and from disk, check, there and back, reload; each step says ok or why not.
+"""One family: detect, export from memory and from disk, check, there and back, reload; each step
+says ok or why not.
 
-What is held against what: names, shapes and bytes of the hub layout against transformers' own `save_pretrained`; the number
-of quantized experts against the module tree; what came back from the export, decoded by the verifier and put together by
-transformers' loader, against the values that the model had. A refusal is an error of ours that names the reason; anything
-else that is not ok is a defect.
+What is held against what: names, shapes and bytes of the hub layout against transformers' own
+`save_pretrained`; the number of quantized experts against the module tree; what came back from the
+export, decoded by the verifier and put together by transformers' loader, against the values that
+the model had. A refusal is an error of ours that names the reason; anything else that is not ok is
+a defect.
 """
 
 from __future__ import annotations
@@ -40,11 +42,15 @@ STEPS = ("disk", "memory", "check", "check with base", "quantized", "round trip"
 OK = "ok"
 REFUSED = "refused: "
 UNPROVEN = "unproven: "
-"""A check that could not judge, for want of the family's layout and of a base: neither right nor wrong."""
+"""A check that could not judge, for want of the family's layout and of a base: neither right nor
+wrong."""
 NOISE = 0.2
-"""Relative error that a quantized weight may have: NVFP4 is near 0.1 on normal values, what is swapped above 1."""
+"""Relative error that a quantized weight may have: NVFP4 is near 0.1 on normal values, what is
+swapped above 1."""
 
-TOWER = re.compile(r"(^|\.)(vision(?!_moe)|visual|audio|code2wav|embed_audio|embed_vision|patch_embed)")
+TOWER = re.compile(
+    r"(^|\.)(vision(?!_moe)|visual|audio|code2wav|embed_audio|embed_vision|patch_embed)"
+)
 """What is not the text model, by its name in memory; every recipe leaves it."""
 
 Outcome = dict[str, Any]
@@ -53,7 +59,11 @@ Outcome = dict[str, Any]
 def judge(family: Family) -> Outcome:
     """Return what became of a family; only JSON values."""
     started = time.monotonic()
-    found: Outcome = {"family": family.name, "architecture": family.architecture, "model_type": family.config_type}
+    found: Outcome = {
+        "family": family.name,
+        "architecture": family.architecture,
+        "model_type": family.config_type,
+    }
     with quiet(), tempfile.TemporaryDirectory(prefix="zoo-") as folder:
         try:
             built = filled(model(family))
@@ -99,16 +109,26 @@ def defects(found: Outcome) -> list[str]:
         return []
     steps = {"detected": found["detected"], "layout": found["layout"]}
     steps |= {f"{r}, {k}": v for r, s in found["recipes"].items() for k, v in s.items()}
-    return [f"{found['family']}, {k}: {v}" for k, v in steps.items() if v != OK and not v.startswith((REFUSED, UNPROVEN))]
+    return [
+        f"{found['family']}, {k}: {v}"
+        for k, v in steps.items()
+        if v != OK and not v.startswith((REFUSED, UNPROVEN))
+    ]
 
 
 def filled(built: Any) -> Any:
-    """Return a model whose every parameter has values of its own: two zeros or two ones could be swapped unseen."""
+    """Return a model whose every parameter has values of its own: two zeros or two ones could be
+    swapped unseen.
+    """
     for parameter in built.parameters():
         with torch.no_grad():
             values = torch.randn(parameter.shape) * 0.05
-            parameter.copy_(values + 1 if parameter.ndim == 1 and bool((parameter == 1).all()) else values)
-    for buffer in built.buffers():  # Gemma-4's clipping bounds are infinite until they are calibrated
+            parameter.copy_(
+                values + 1 if parameter.ndim == 1 and bool((parameter == 1).all()) else values
+            )
+    for (
+        buffer
+    ) in built.buffers():  # Gemma-4's clipping bounds are infinite until they are calibrated
         if buffer.is_floating_point():
             buffer.copy_(buffer.clamp(-99, 99))
     return built
@@ -119,7 +139,9 @@ def _steps(built: Any, folder: Path) -> Outcome:
     built.save_pretrained(saved)
     found: Outcome = {"tensors": len(_files(saved))}
     detection = detect(built)
-    found["classes"] = sorted({s.cls for s in detection.stacks} | {r.cls for r in detection.refused})
+    found["classes"] = sorted(
+        {s.cls for s in detection.stacks} | {r.cls for r in detection.refused}
+    )
     found["experts"] = dict(detection.layouts())
     found["linears"] = detection.linears
     found["stored"] = _stored(built, saved, detection)
@@ -129,11 +151,15 @@ def _steps(built: Any, folder: Path) -> Outcome:
     return found
 
 
-def _recipe(recipe: str, built: Any, saved: Path, folder: Path, detection: Detection) -> dict[str, str]:
+def _recipe(
+    recipe: str, built: Any, saved: Path, folder: Path, detection: Detection
+) -> dict[str, str]:
     disk, memory = folder / f"{recipe}-disk", folder / f"{recipe}-memory"
     given: dict[str, Any] = {"recipe": recipe, "input_scale": "one", "workers": 1}
     steps = {"disk": _attempt(lambda: export(saved, disk, **given))}
-    steps["memory"] = _attempt(lambda: _same_as(disk, lambda: export_model(built, memory, **given), memory))
+    steps["memory"] = _attempt(
+        lambda: _same_as(disk, lambda: export_model(built, memory, **given), memory)
+    )
     if steps["disk"] != OK:
         return steps
     steps["check"] = _attempt(lambda: _checked(disk, None))
@@ -163,7 +189,9 @@ class Wrong(Exception):
 
 def said(error: Exception) -> str:
     """Return an error's message in one line, without the temporary folder."""
-    return re.sub(r"/\S*/zoo-[^/]+/", "", " ".join(str(error).split()))[:300] or type(error).__name__
+    return (
+        re.sub(r"/\S*/zoo-[^/]+/", "", " ".join(str(error).split()))[:300] or type(error).__name__
+    )
 
 
 def _files(folder: Path) -> dict[str, torch.Tensor]:
@@ -175,10 +203,16 @@ def _files(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def _raw(value: torch.Tensor) -> tuple[Any, ...]:
-    return value.dtype, tuple(value.shape), value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return (
+        value.dtype,
+        tuple(value.shape),
+        value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes(),
+    )
 
 
-def _differences(ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor], whose: str) -> None:
+def _differences(
+    ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor], whose: str
+) -> None:
     names = sorted(ours.keys() ^ theirs.keys())
     if names:
         raise Wrong(f"{len(names)} names are not {whose}'s, {names[0]} first")
@@ -188,20 +222,27 @@ def _differences(ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Te
 
 
 def _stored(built: Any, saved: Path, detection: Detection) -> str:
-    """Return how the hub keeps the routed experts: one by one, or stacked; by what transformers' own mapping says."""
+    """Return how the hub keeps the routed experts: one by one, or stacked; by what transformers'
+    own mapping says.
+    """
     if not detection.stacks:
         return "stacked" if 3 in {t.ndim for t in _files(saved).values()} else "in two dimensions"
     try:
         memory = of_model(built).memory
     except CkptgateError:
         return "not known"
-    stack, grid = next((s, g) for s in detection.stacks if (g := memory.get(f"{s.path}.{s.first}")) is not None)
+    stack, grid = next(
+        (s, g) for s in detection.stacks if (g := memory.get(f"{s.path}.{s.first}")) is not None
+    )
     return "one by one" if len({p.hub for p in grid.pieces}) >= stack.experts else "stacked"
 
 
 def _detected(detection: Detection, saved: Path) -> None:
     if not detection.stacks:
-        reason = "; ".join(sorted({f"{r.cls}: {r.reason}" for r in detection.refused})) or "no experts were found"
+        reason = (
+            "; ".join(sorted({f"{r.cls}: {r.reason}" for r in detection.refused}))
+            or "no experts were found"
+        )
         raise CkptgateError(reason) if detection.refused else Wrong(reason)
     from_config = detect_config(saved)
     if (from_config.stacks, from_config.refused) != (detection.stacks, detection.refused):
@@ -225,21 +266,35 @@ def _same_as(disk: Path, write: Any, memory: Path) -> None:
             here, there = (json.loads((f / name).read_text()) for f in (memory, disk))
             odd = sorted(k for k in here.keys() | there.keys() if here.get(k) != there.get(k))
             if odd:
-                raise Wrong(f"{name} has other values than the export from disk for {', '.join(odd)}")
+                raise Wrong(
+                    f"{name} has other values than the export from disk for {', '.join(odd)}"
+                )
 
 
 def _checked(path: Path, base: Path | None) -> None:
     report = check(path, base=base, depth="payload", workers=1)
-    lines = [f"{f.rule} {f.severity}: {f.message} {f.observed}" for f in report.findings if f.severity != "info"]
+    lines = [
+        f"{f.rule} {f.severity}: {f.message} {f.observed}"
+        for f in report.findings
+        if f.severity != "info"
+    ]
     if report.verdict == "unproven" and not lines:
         raise Wrong(UNPROVEN + str(report.stats["unproven"]))
     if lines or report.verdict != "passed":
-        raise Wrong(f"{report.verdict}; " + " | ".join(" ".join(line.split())[:160] for line in lines[:4]))
+        raise Wrong(
+            f"{report.verdict}; " + " | ".join(" ".join(line.split())[:160] for line in lines[:4])
+        )
 
 
 def _quantized(path: Path, recipe: str, built: Any, detection: Detection) -> None:
-    """Hold what was quantized to the module tree: every expert, and nothing that is no linear layer there."""
-    modules = [n for n, m in gather(unstacked(open_checkpoint(path)).tensors.values()).items() if m.quantized]
+    """Hold what was quantized to the module tree: every expert, and nothing that is no linear layer
+    there.
+    """
+    modules = [
+        n
+        for n, m in gather(unstacked(open_checkpoint(path)).tensors.values()).items()
+        if m.quantized
+    ]
     experts = sum(role(n) == "routed_expert" for n in modules)
     layout = of_model(built)
     stacks, there = set(), 0
@@ -265,9 +320,11 @@ def _quantized(path: Path, recipe: str, built: Any, detection: Detection) -> Non
 
 
 def _round_trip(built: Any, path: Path, saved: Path) -> None:
-    """Bring the quantized tensors to the shapes that they would have in memory, scales included, and back.
+    """Bring the quantized tensors to the shapes that they would have in memory, scales included,
+    and back.
 
-    Where the hub keeps stacks, the experts are stacked as there and taken apart again; stacks are taken apart and stacked.
+    Where the hub keeps stacks, the experts are stacked as there and taken apart again; stacks are
+    taken apart and stacked.
     """
     theirs = _files(path)
     rest = theirs
@@ -278,21 +335,29 @@ def _round_trip(built: Any, path: Path, saved: Path) -> None:
         own = {n: t for n, t in theirs.items() if n.startswith(heads) and _routed(n, layout)}
         rest = {n: t for n, t in theirs.items() if n not in own}
         whole = any(n in layout.memory or n.startswith(tuple(layout.memory)) for n in own)
-        there = layout.to_memory(layout.to_hub(own)) if whole else layout.to_hub(layout.to_memory(own))
+        there = (
+            layout.to_memory(layout.to_hub(own)) if whole else layout.to_hub(layout.to_memory(own))
+        )
         own = {_joint(n): t for n, t in own.items()}
-        _differences({_joint(n): _one(t, own.get(_joint(n))) for n, t in there.items()}, own, "the export")
+        _differences(
+            {_joint(n): _one(t, own.get(_joint(n))) for n, t in there.items()}, own, "the export"
+        )
     layout = of_model(built)
     _differences(layout.to_hub(layout.to_memory(rest)), rest, "the export")
 
 
 def _one(value: torch.Tensor, like: torch.Tensor | None) -> torch.Tensor:
     """Return the scalar that a stack has where its experts, taken apart, all got it."""
-    single = like is not None and like.ndim == 0 and value.ndim == 1 and bool((value == value[0]).all())
+    single = (
+        like is not None and like.ndim == 0 and value.ndim == 1 and bool((value == value[0]).all())
+    )
     return value[0].clone() if single else value
 
 
 def _joint(name: str) -> str:
-    """Return a name with its leaf behind a dot: beside a bare parameter some families write ``_``."""
+    """Return a name with its leaf behind a dot: beside a bare parameter some families write
+    ``_``.
+    """
     return re.sub(r"_(weight_scale\w*|input_scale|bias)$", r".\1", name)
 
 
@@ -332,8 +397,10 @@ def reload(built: Any, path: Path) -> None:
         logits = _logits(loaded.model)
         reference = _logits(built)
     if not bool(torch.isfinite(logits).all()):
-        raise Wrong("logits are not finite") if bool(torch.isfinite(reference).all()) else CkptgateError(
-            "the model's own logits are not finite"
+        raise (
+            Wrong("logits are not finite")
+            if bool(torch.isfinite(reference).all())
+            else CkptgateError("the model's own logits are not finite")
         )
 
 
@@ -361,7 +428,11 @@ def quiet() -> Iterator[None]:
     level, threads = logger.level, torch.get_num_threads()
     logger.setLevel(logging.CRITICAL)
     torch.set_num_threads(1)  # tensors are small: threads would wait for one another
-    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stderr(io.StringIO()),
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
         warnings.simplefilter("ignore")
         try:
             yield

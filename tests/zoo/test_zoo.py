@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A seeded dozen of the zoo with the hard families always in it, and that no class of transformers is left out."""
+"""A seeded dozen of the zoo with the hard families always in it, and that no class of transformers
+is left out.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ def _left_out(found: dict[str, str]) -> list[str]:
 
 
 def test_every_class_with_experts_is_in_the_zoo() -> None:
-    """A class that a newer transformers adds is named here: give it a row in tests/zoo/families.py, and run the zoo."""
+    """A class that a newer transformers adds is named here: give it a row in tests/zoo/families.py,
+    and run the zoo.
+    """
     assert _left_out(expert_classes()) == []
 
 
@@ -100,7 +104,10 @@ GATE = "model.layers.1.block_sparse_moe.experts.2.w1"
 def _swap(tensors: dict[str, torch.Tensor]) -> None:
     up = GATE.replace("w1", "w3")
     for leaf in ("weight", "weight_scale"):
-        tensors[f"{GATE}.{leaf}"], tensors[f"{up}.{leaf}"] = tensors[f"{up}.{leaf}"], tensors[f"{GATE}.{leaf}"]
+        tensors[f"{GATE}.{leaf}"], tensors[f"{up}.{leaf}"] = (
+            tensors[f"{up}.{leaf}"],
+            tensors[f"{GATE}.{leaf}"],
+        )
 
 
 def _scale(tensors: dict[str, torch.Tensor]) -> None:
@@ -113,7 +120,9 @@ def _norm(tensors: dict[str, torch.Tensor]) -> None:
 
 @pytest.mark.parametrize("harm", [_swap, _scale, _norm])
 def test_the_zoo_sees_what_is_wrong(harm: Any, mixtral: tuple[Any, Path], tmp_path: Path) -> None:
-    """Gate and up exchanged, a scale doubled, a norm changed: the values that come back are others."""
+    """Gate and up exchanged, a scale doubled, a norm changed: the values that come back are
+    others.
+    """
     built, path = mixtral
     broken = tmp_path / "broken"
     shutil.copytree(path, broken)

@@ -2,10 +2,30 @@
 """Source, header, index and configs of a checkpoint. Hostile input ends here."""
 
 from verifier.checkpoint.header import DTYPE_BITS, MAX_HEADER, Problem, Shard, Tensor, strict_json
-from verifier.checkpoint.model import INDEX, NUMPY_DTYPES, Checkpoint, Index, open_checkpoint, special_floats
+from verifier.checkpoint.model import (
+    INDEX,
+    NUMPY_DTYPES,
+    Checkpoint,
+    Index,
+    open_checkpoint,
+    special_floats,
+)
 from verifier.checkpoint.source import Bytes, Source, open_source
 
 __all__ = [
-    "DTYPE_BITS", "INDEX", "MAX_HEADER", "NUMPY_DTYPES", "Bytes", "Checkpoint", "Index", "Problem", "Shard", "Source",
-    "Tensor", "open_checkpoint", "open_source", "special_floats", "strict_json",
-]  # fmt: skip
+    "DTYPE_BITS",
+    "INDEX",
+    "MAX_HEADER",
+    "NUMPY_DTYPES",
+    "Bytes",
+    "Checkpoint",
+    "Index",
+    "Problem",
+    "Shard",
+    "Source",
+    "Tensor",
+    "open_checkpoint",
+    "open_source",
+    "special_floats",
+    "strict_json",
+]

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The safetensors header, read as hostile input.
 
-Format: 8 bytes little-endian header length N (at most 100,000,000), N bytes of JSON, then the tensor bytes, covered
-without gap or overlap (https://github.com/huggingface/safetensors, "Format"). What is wrong becomes a `Problem`, a
-value, so that one broken shard does not hide the others.
+Format: 8 bytes little-endian header length N (at most 100,000,000), N bytes of JSON, then the
+tensor bytes, covered without gap or overlap (https://github.com/huggingface/safetensors, "Format").
+What is wrong becomes a `Problem`, a value, so that one broken shard does not hide the others.
 """
 
 from __future__ import annotations
@@ -22,10 +22,29 @@ MAX_HEADER = 100_000_000
 MAX_RANK = 16
 MAX_ELEMENTS = 2**56
 DTYPE_BITS = {
-    "BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
-    "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32,
-    "U64": 64, "I64": 64, "F64": 64, "C64": 64,
-}  # fmt: skip
+    "BOOL": 8,
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "U8": 8,
+    "I8": 8,
+    "F8_E4M3": 8,
+    "F8_E5M2": 8,
+    "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8,
+    "U16": 16,
+    "I16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "U32": 32,
+    "I32": 32,
+    "F32": 32,
+    "U64": 64,
+    "I64": 64,
+    "F64": 64,
+    "C64": 64,
+}
 
 
 class Tensor(NamedTuple):
@@ -58,7 +77,9 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """What one ``*.safetensors`` file declares; ``header`` is the length of its JSON in bytes, padding included."""
+    """What one ``*.safetensors`` file declares; ``header`` is the length of its JSON in bytes,
+    padding included.
+    """
 
     file: str
     size: int
@@ -73,7 +94,8 @@ class _DuplicateKey(ValueError):
 
 
 def strict_json(text: bytes | str, *, constants: bool = False) -> Any:
-    """Parse JSON; refuse duplicate keys, another encoding than UTF-8, and nesting beyond the interpreter's depth.
+    """Parse JSON; refuse duplicate keys, another encoding than UTF-8, and nesting beyond the
+    interpreter's depth.
 
     Args:
         text: the document; bytes are UTF-8 without a byte order mark.
@@ -87,7 +109,9 @@ def strict_json(text: bytes | str, *, constants: bool = False) -> Any:
         result = dict(items)
         if len(result) != len(items):
             keys = [k for k, _ in items]
-            raise _DuplicateKey(f"the key {next(k for i, k in enumerate(keys) if k in keys[:i])!r} stands twice")
+            raise _DuplicateKey(
+                f"the key {next(k for i, k in enumerate(keys) if k in keys[:i])!r} stands twice"
+            )
         return result
 
     def constant(name: str) -> float:
@@ -110,8 +134,8 @@ def strict_json(text: bytes | str, *, constants: bool = False) -> Any:
 def _pairs(value: Any, colons: int) -> bool:
     """Whether a parsed document holds as many pairs as its text has colons.
 
-    Each pair is written with a colon of its own, so then no key stood twice. The reverse does not hold: strings hold
-    colons too.
+    Each pair is written with a colon of its own, so then no key stood twice. The reverse does not
+    hold: strings hold colons too.
     """
     count, level = 0, [value]
     while level and count < colons:
@@ -128,12 +152,28 @@ def read_shard(source: Source, file: str, size: int) -> Shard:
         return _broken(file, size, "short", f"{size} bytes, shorter than the 8-byte header length")
     length = int.from_bytes(source.read(file, 0, 8).tobytes(), "little")
     if length > MAX_HEADER:
-        what = "the file is all zeros or not safetensors" if length > size else "the header is too large"
-        return _broken(file, size, "header-length", f"declares a header of {length:,} bytes; {what}")
+        what = (
+            "the file is all zeros or not safetensors"
+            if length > size
+            else "the header is too large"
+        )
+        return _broken(
+            file, size, "header-length", f"declares a header of {length:,} bytes; {what}"
+        )
     if 8 + length > size:
-        return _broken(file, size, "truncated", f"ends inside its header: {8 + length - size:,} bytes are missing")
+        return _broken(
+            file,
+            size,
+            "truncated",
+            f"ends inside its header: {8 + length - size:,} bytes are missing",
+        )
     if length == 0:
-        return _broken(file, size, "header-length", "declares a header of 0 bytes; a file of zeros is not safetensors")
+        return _broken(
+            file,
+            size,
+            "header-length",
+            "declares a header of 0 bytes; a file of zeros is not safetensors",
+        )
     raw = source.read(file, 8, length).tobytes()
     try:
         entries = strict_json(raw)
@@ -153,7 +193,9 @@ def _broken(file: str, size: int, kind: str, message: str) -> Shard:
 def _from_entries(file: str, size: int, start: int, entries: dict[str, Any]) -> Shard:
     problems: list[Problem] = []
 
-    def note(kind: str, message: str, tensor: str | None = None, observed: str = "", expected: str = "") -> None:
+    def note(
+        kind: str, message: str, tensor: str | None = None, observed: str = "", expected: str = ""
+    ) -> None:
         problems.append(Problem(kind, file, message, tensor, observed, expected))
 
     metadata = entries.pop("__metadata__", {})
@@ -161,9 +203,17 @@ def _from_entries(file: str, size: int, start: int, entries: dict[str, Any]) -> 
         note("metadata", "__metadata__ is not an object of strings")
         metadata = {}
     for name in _not_text(entries):
-        note("name", "the name is no Unicode text (a lone surrogate); safetensors refuses the file", name)
+        note(
+            "name",
+            "the name is no Unicode text (a lone surrogate); safetensors refuses the file",
+            name,
+        )
     tensors = _sound(file, start, entries)
-    if tensors is not None and not problems and start + sum(t.nbytes for t in tensors.values()) == size:
+    if (
+        tensors is not None
+        and not problems
+        and start + sum(t.nbytes for t in tensors.values()) == size
+    ):
         return Shard(file, size, tensors, metadata, header=start - 8)
     if tensors is None:
         tensors = {}
@@ -185,22 +235,34 @@ def _from_entries(file: str, size: int, start: int, entries: dict[str, Any]) -> 
         note(
             "truncated",
             f"ends {end - size:,} bytes early; {len(lost)} of {len(tensors)} tensors are cut off",
-            lost[0], f"{size:,} bytes", f"{end:,} bytes",
-        )  # fmt: skip
+            lost[0],
+            f"{size:,} bytes",
+            f"{end:,} bytes",
+        )
         for name in lost:
             del tensors[name]
     elif end < size and whole:
-        note("trailing", f"{size - end:,} bytes after the last tensor", None, f"{size:,} bytes", f"{end:,} bytes")
+        note(
+            "trailing",
+            f"{size - end:,} bytes after the last tensor",
+            None,
+            f"{size:,} bytes",
+            f"{end:,} bytes",
+        )
     return Shard(file, size, tensors, metadata, tuple(problems), start - 8)
 
 
 def _sound(file: str, start: int, entries: dict[str, Any]) -> dict[str, Tensor] | None:
-    """Return the tensors of a header whose every entry is sound and begins where the last one ended, else None.
+    """Return the tensors of a header whose every entry is sound and begins where the last one
+    ended, else None.
 
-    A header of a hundred thousand tensors has a dozen shapes: each is judged once. `_tensor` judges the rest.
+    A header of a hundred thousand tensors has a dozen shapes: each is judged once. `_tensor` judges
+    the rest.
     """
     try:
-        columns = [(e["dtype"], e["shape"], *e["data_offsets"]) for e in entries.values() if len(e) == 3]
+        columns = [
+            (e["dtype"], e["shape"], *e["data_offsets"]) for e in entries.values() if len(e) == 3
+        ]
         dtypes, shapes, begins, ends = zip(*columns, strict=True)
         numbers = set(map(type, chain(begins, ends, chain.from_iterable(shapes))))
         kinds = {*map(type, dtypes)}, {*map(type, shapes)}, numbers
@@ -227,7 +289,12 @@ def _sound(file: str, start: int, entries: dict[str, Any]) -> dict[str, Tensor] 
 
 
 def _nbytes(dtype: str, shape: tuple[int, ...]) -> int | None:
-    if dtype not in DTYPE_BITS or not _naturals(list(shape)) or len(shape) > MAX_RANK or math.prod(shape) > MAX_ELEMENTS:
+    if (
+        dtype not in DTYPE_BITS
+        or not _naturals(list(shape))
+        or len(shape) > MAX_RANK
+        or math.prod(shape) > MAX_ELEMENTS
+    ):
         return None
     bits = math.prod(shape) * DTYPE_BITS[dtype]
     return None if bits % 8 else bits // 8
@@ -241,7 +308,9 @@ def _not_text(names: Iterable[str]) -> list[str]:
     return []
 
 
-def _tensor(file: str, start: int, name: str, entry: Any, note: Callable[..., None]) -> Tensor | None:
+def _tensor(
+    file: str, start: int, name: str, entry: Any, note: Callable[..., None]
+) -> Tensor | None:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         note("entry", "its header entry is not {dtype, shape, data_offsets}", name)
         return None
@@ -258,9 +327,12 @@ def _tensor(file: str, start: int, name: str, entry: Any, note: Callable[..., No
     bits = math.prod(shape) * DTYPE_BITS[dtype]
     if bits % 8 or bits // 8 != offsets[1] - offsets[0]:
         note(
-            "offsets", f"takes {offsets[1] - offsets[0]:,} bytes where {dtype} {list(shape)} takes {-(-bits // 8):,}", name,
-            f"{offsets[1] - offsets[0]:,} bytes", f"{-(-bits // 8):,} bytes",
-        )  # fmt: skip
+            "offsets",
+            f"takes {offsets[1] - offsets[0]:,} bytes where {dtype} {list(shape)} takes {-(-bits // 8):,}",
+            name,
+            f"{offsets[1] - offsets[0]:,} bytes",
+            f"{-(-bits // 8):,} bytes",
+        )
         return None
     return Tensor(name, dtype, tuple(shape), file, start + offsets[0], offsets[1] - offsets[0])
 
@@ -269,7 +341,9 @@ def _naturals(value: Any) -> bool:
     return isinstance(value, list) and all(type(v) is int and v >= 0 for v in value)
 
 
-def read_json(source: Source, file: str, size: int, limit: int = MAX_HEADER) -> tuple[Any, Problem | None]:
+def read_json(
+    source: Source, file: str, size: int, limit: int = MAX_HEADER
+) -> tuple[Any, Problem | None]:
     """Return the parsed file and what is wrong with it (one of both is None)."""
     if size > limit:
         return None, Problem("json", file, f"{size:,} bytes, more than the {limit:,} allowed")

@@ -21,11 +21,23 @@ from verifier.errors import ContainerError
 
 INDEX = "model.safetensors.index.json"
 NUMPY_DTYPES: dict[str, npt.DTypeLike] = {
-    "BOOL": np.bool_, "U8": np.uint8, "I8": np.int8, "U16": np.uint16, "I16": np.int16, "U32": np.uint32,
-    "I32": np.int32, "U64": np.uint64, "I64": np.int64, "F16": np.float16, "F32": np.float32, "F64": np.float64,
-    "BF16": ml_dtypes.bfloat16, "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2,
+    "BOOL": np.bool_,
+    "U8": np.uint8,
+    "I8": np.int8,
+    "U16": np.uint16,
+    "I16": np.int16,
+    "U32": np.uint32,
+    "I32": np.int32,
+    "U64": np.uint64,
+    "I64": np.int64,
+    "F16": np.float16,
+    "F32": np.float32,
+    "F64": np.float64,
+    "BF16": ml_dtypes.bfloat16,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
     "F8_E8M0": ml_dtypes.float8_e8m0fnu,
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +53,8 @@ class Index:
 class Checkpoint:
     """All shards of a folder, its index and its two configs.
 
-    ``tensors`` holds each name once (the indexed copy where the index names one, else the first); names that several
-    files hold are in ``duplicates``.
+    ``tensors`` holds each name once (the indexed copy where the index names one, else the first);
+    names that several files hold are in ``duplicates``.
     """
 
     uri: str
@@ -96,7 +108,8 @@ class Checkpoint:
         return self.source.read(tensor.file, tensor.offset + start, length)
 
     def pieces(self, tensor: Tensor, size: int = 1 << 20) -> Iterator[tuple[int, Bytes]]:
-        """Yield (start, bytes) of consecutive pieces of a tensor, each of ``size`` bytes but the last.
+        """Yield (start, bytes) of consecutive pieces of a tensor, each of ``size`` bytes but the
+        last.
 
         Each overwrites the one before it: a copy outlives the loop, a view does not.
         """
@@ -134,7 +147,8 @@ def open_checkpoint(uri: str | os.PathLike[str]) -> Checkpoint:
         what = "is empty" if not files else f"holds {len(files)} files and no *.safetensors"
         raise ContainerError(f"{source.uri}: not a checkpoint: the folder {what}")
     problems = [
-        Problem("link", n, "a link that leads out of the folder; it is not followed") for n in source.escaping
+        Problem("link", n, "a link that leads out of the folder; it is not followed")
+        for n in source.escaping
     ]
     shards = tuple(read_shard(source, n, files[n]) for n in names)
     configs: dict[str, Mapping[str, Any] | None] = {}
@@ -146,9 +160,15 @@ def open_checkpoint(uri: str | os.PathLike[str]) -> Checkpoint:
                 problems.append(problem)
     index = _read_index(source, files) if INDEX in files else None
     return Checkpoint(
-        uri=source.uri, source=source, files=MappingProxyType(files), shards=shards, index=index,
-        config=configs["config.json"], hf_quant_config=configs["hf_quant_config.json"], problems=tuple(problems),
-    )  # fmt: skip
+        uri=source.uri,
+        source=source,
+        files=MappingProxyType(files),
+        shards=shards,
+        index=index,
+        config=configs["config.json"],
+        hf_quant_config=configs["hf_quant_config.json"],
+        problems=tuple(problems),
+    )
 
 
 def _read_index(source: LocalSource | FsspecSource, files: Mapping[str, int]) -> Index:
@@ -164,7 +184,12 @@ def _read_index(source: LocalSource | FsspecSource, files: Mapping[str, int]) ->
     for name, file in raw.items():
         if not isinstance(file, str) or not _plain(file):
             problems.append(
-                Problem("path", INDEX, f"names the shard {str(file)[:80]!r}, which is no plain file name", name)
+                Problem(
+                    "path",
+                    INDEX,
+                    f"names the shard {str(file)[:80]!r}, which is no plain file name",
+                    name,
+                )
             )
         else:
             weight_map[name] = file
@@ -177,14 +202,21 @@ def _read_index(source: LocalSource | FsspecSource, files: Mapping[str, int]) ->
 
 @lru_cache(maxsize=4096)
 def _plain(file: str) -> bool:
-    return file == PurePosixPath(file).name and "\\" not in file and "\0" not in file and file not in ("", ".", "..")
+    return (
+        file == PurePosixPath(file).name
+        and "\\" not in file
+        and "\0" not in file
+        and file not in ("", ".", "..")
+    )
 
 
 _FLOATS = {"Infinity": float("inf"), "-Infinity": float("-inf"), "NaN": float("nan")}
 
 
 def special_floats(value: Any) -> Any:
-    """Return a config value with transformers' spelling of what JSON has no number for, {"__float__": "Infinity"}, read."""
+    """Return a config value with transformers' spelling of what JSON has no number for,
+    {"__float__": "Infinity"}, read.
+    """
     if isinstance(value, dict):
         if value.keys() == {"__float__"} and isinstance(value["__float__"], str):
             return _FLOATS.get(value["__float__"], value)

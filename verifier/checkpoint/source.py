@@ -35,7 +35,9 @@ class Source(Protocol):
         """
 
     def read_into(self, name: str, offset: int, out: Bytes) -> None:
-        """Fill ``out`` (uint8, contiguous) with the bytes of file ``name`` from ``offset``; raises as `read` does."""
+        """Fill ``out`` (uint8, contiguous) with the bytes of file ``name`` from ``offset``; raises
+        as `read` does.
+        """
 
 
 class _Open:
@@ -54,8 +56,8 @@ class _Open:
 class LocalSource:
     """A folder on this machine.
 
-    A link that leads out of the folder is not followed, except the hub cache's own: ``snapshots/REV/FILE`` points into
-    ``blobs/`` beside ``snapshots/``.
+    A link that leads out of the folder is not followed, except the hub cache's own:
+    ``snapshots/REV/FILE`` points into ``blobs/`` beside ``snapshots/``.
     """
 
     remote = False
@@ -68,7 +70,9 @@ class LocalSource:
         self.escaping: tuple[str, ...] = ()
 
     def files(self) -> dict[str, int]:
-        """Return the size of every regular file in the folder; links that lead outside go to ``escaping``."""
+        """Return the size of every regular file in the folder; links that lead outside go to
+        ``escaping``.
+        """
         root = self.path.resolve()
         allowed = [root]
         if root.parent.name == "snapshots":
@@ -108,10 +112,14 @@ class LocalSource:
             while done < length:
                 got = os.preadv(file.fd, [view[done:] if done else view], offset + done)
                 if got == 0:
-                    raise ContainerError(f"{name}: ends at byte {offset + done:,}, {length - done:,} bytes are missing")
+                    raise ContainerError(
+                        f"{name}: ends at byte {offset + done:,}, {length - done:,} bytes are missing"
+                    )
                 done += got
         except OSError as error:
-            raise MachineError(f"cannot read {self.path / name}: {error.strerror or error}") from error
+            raise MachineError(
+                f"cannot read {self.path / name}: {error.strerror or error}"
+            ) from error
 
     def _file(self, name: str) -> _Open:
         with self._lock:
@@ -129,7 +137,9 @@ class LocalSource:
 
 
 class FsspecSource:
-    """A folder behind an fsspec URL (``hf://``, ``s3://``, ``memory://`` …), read by range requests."""
+    """A folder behind an fsspec URL (``hf://``, ``s3://``, ``memory://`` …), read by range
+    requests.
+    """
 
     remote = True
 
@@ -151,8 +161,12 @@ class FsspecSource:
         except FileNotFoundError as error:
             raise UsageError(f"{self.uri}: no such folder") from error
         except Exception as error:
-            raise MachineError(f"cannot list {self.uri}: {type(error).__name__}: {error}") from error
-        return {e["name"].rsplit("/", 1)[-1]: int(e["size"]) for e in entries if e["type"] == "file"}
+            raise MachineError(
+                f"cannot list {self.uri}: {type(error).__name__}: {error}"
+            ) from error
+        return {
+            e["name"].rsplit("/", 1)[-1]: int(e["size"]) for e in entries if e["type"] == "file"
+        }
 
     def read(self, name: str, offset: int, length: int) -> Bytes:
         """Return ``length`` bytes of ``name`` from ``offset``."""
@@ -161,9 +175,13 @@ class FsspecSource:
         try:
             data = self._fs.cat_file(f"{self._root}/{name}", start=offset, end=offset + length)
         except Exception as error:
-            raise MachineError(f"cannot read {self.uri}/{name}: {type(error).__name__}: {error}") from error
+            raise MachineError(
+                f"cannot read {self.uri}/{name}: {type(error).__name__}: {error}"
+            ) from error
         if len(data) != length:
-            raise ContainerError(f"{name}: {length - len(data):,} bytes are missing at byte {offset + len(data):,}")
+            raise ContainerError(
+                f"{name}: {length - len(data):,} bytes are missing at byte {offset + len(data):,}"
+            )
         return np.frombuffer(data, np.uint8)
 
     def read_into(self, name: str, offset: int, out: Bytes) -> None:

@@ -23,24 +23,42 @@ def baseline() -> None:
 
 
 def _options(command: Callable[..., Any]) -> Callable[..., Any]:
-    for option in reversed((
-        click.argument("uri", metavar="URI"),
-        click.option("--base", metavar="REF", help="The unquantized checkpoint to judge against."),
-        click.option("--merged-from", metavar="VENDOR", help="The checkpoint whose bytes a mixed export keeps."),
-        click.option("--depth", type=click.Choice(["header", "payload", "load"]), default="header", show_default=True),
-    )):  # fmt: skip
+    for option in reversed(
+        (
+            click.argument("uri", metavar="URI"),
+            click.option(
+                "--base", metavar="REF", help="The unquantized checkpoint to judge against."
+            ),
+            click.option(
+                "--merged-from",
+                metavar="VENDOR",
+                help="The checkpoint whose bytes a mixed export keeps.",
+            ),
+            click.option(
+                "--depth",
+                type=click.Choice(["header", "payload", "load"]),
+                default="header",
+                show_default=True,
+            ),
+        )
+    ):
         command = option(command)
     return command
 
 
 @baseline.command()
-@click.option("--reason", required=True, help="Why the findings are accepted; stands in every new entry.")
+@click.option(
+    "--reason", required=True, help="Why the findings are accepted; stands in every new entry."
+)
 @_options
 @judging_options
-def write(uri: str, base: str | None, merged_from: str | None, depth: str, reason: str, **given: Any) -> None:
+def write(
+    uri: str, base: str | None, merged_from: str | None, depth: str, reason: str, **given: Any
+) -> None:
     """Check URI and put what it finds into the baseline file (--baseline), with a reason.
 
-    Entries that are there already stay; one that grew is raised to what is found now and gets the new reason.
+    Entries that are there already stay; one that grew is raised to what is found now and gets the
+    new reason.
     """
     from verifier.compare.baseline import Baseline, accept, load, save  # noqa: PLC0415
 
@@ -57,7 +75,9 @@ def write(uri: str, base: str | None, merged_from: str | None, depth: str, reaso
 @_options
 @judging_options
 def prune(uri: str, base: str | None, merged_from: str | None, depth: str, **given: Any) -> None:
-    """Check URI and drop the entries of --baseline that are no longer found; lower the counts that fell."""
+    """Check URI and drop the entries of --baseline that are no longer found; lower the counts that
+    fell.
+    """
     from verifier.compare.baseline import load, prune, save  # noqa: PLC0415
 
     report, file = _judge(uri, base, merged_from, depth, given)
@@ -72,7 +92,9 @@ def _entries(found: Baseline) -> str:
     return f"{count} entr{'y' if count == 1 else 'ies'}"
 
 
-def _judge(uri: str, base: str | None, merged_from: str | None, depth: str, given: dict[str, Any]) -> tuple[Report, str]:
+def _judge(
+    uri: str, base: str | None, merged_from: str | None, depth: str, given: dict[str, Any]
+) -> tuple[Report, str]:
     """Check without the baseline's entries; return the report and the baseline's path."""
     from verifier.run import check  # noqa: PLC0415  (numpy, see check)
     from verifier.writing import require_writable  # noqa: PLC0415
@@ -81,9 +103,13 @@ def _judge(uri: str, base: str | None, merged_from: str | None, depth: str, give
     arguments = judging(found)
     file = arguments.pop("baseline")
     if not file:
-        raise UsageError("no baseline file; give --baseline FILE, or the key baseline in the configuration")
+        raise UsageError(
+            "no baseline file; give --baseline FILE, or the key baseline in the configuration"
+        )
     require_writable(file)
     report = check(uri, base=base, merged_from=merged_from, depth=depth, **arguments)  # type: ignore[arg-type]
     if not report.coverage:
-        raise ContentError(f"{report.findings[0].message}; nothing was judged, and the baseline is as it was")
+        raise ContentError(
+            f"{report.findings[0].message}; nothing was judged, and the baseline is as it was"
+        )
     return report, file

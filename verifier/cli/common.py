@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the commands that look at checkpoints share: a bar of bytes, and errors where stdout must be JSON."""
+"""What the commands that look at checkpoints share: a bar of bytes, and errors where stdout must be
+JSON.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ from verifier.errors import CkptgateError, UsageError
 
 @contextmanager
 def errors_as(format_: str) -> Iterator[None]:
-    """Where the format is json, print an error as ``{"error": …}`` on stdout and end with its exit code.
+    """Where the format is json, print an error as ``{"error": …}`` on stdout and end with its exit
+    code.
 
     A wrong call stays a message on stderr.
     """
@@ -31,7 +34,9 @@ def errors_as(format_: str) -> Iterator[None]:
 
 
 @contextmanager
-def progress_bar(label: str, *, in_bytes: bool = False) -> Iterator[Callable[[int, int], None] | None]:
+def progress_bar(
+    label: str, *, in_bytes: bool = False
+) -> Iterator[Callable[[int, int], None] | None]:
     """Yield a callback (done, in all) that draws a bar on a terminal, and None elsewhere."""
     if not sys.stderr.isatty():
         yield None

@@ -37,6 +37,10 @@ def show(as_json: bool, files: tuple[str, ...], **given: Any) -> None:
     from verifier.report import printable  # noqa: PLC0415
 
     for key, setting in found.items():
-        shown = json.dumps(setting.value, ensure_ascii=False) if setting.value not in ([], {}, None) else "-"
+        shown = (
+            json.dumps(setting.value, ensure_ascii=False)
+            if setting.value not in ([], {}, None)
+            else "-"
+        )
         click.echo(f"{key:10}{printable(shown):30}  {printable(setting.origin, 2000)}")
     click.echo(f"configuration: {printable(str(file), 2000) if file else 'no file'}")

@@ -12,12 +12,16 @@ from verifier.cli.common import errors_as, progress_bar
 @click.argument("a", metavar="A")
 @click.argument("b", metavar="B")
 @click.option("--payload", is_flag=True, help="Compare the bytes of common tensors too.")
-@click.option("--format", "format_", type=click.Choice(["text", "json"]), default="text", show_default=True)
+@click.option(
+    "--format", "format_", type=click.Choice(["text", "json"]), default="text", show_default=True
+)
 @click.pass_context
 def diff(ctx: click.Context, a: str, b: str, payload: bool, format_: str) -> None:
-    """Tell in what the checkpoints A and B differ: names, dtypes, shapes, configs, sizes, precision.
+    """Tell in what the checkpoints A and B differ: names, dtypes, shapes, configs, sizes,
+    precision.
 
-    How tensors are spread over shards, and other files, are no difference. Exit 0 equal, 1 different.
+    How tensors are spread over shards, and other files, are no difference. Exit 0 equal, 1
+    different.
     """
     from verifier.compare.diff import diff as compare  # noqa: PLC0415  (numpy, see check)
     from verifier.compare.render import diff_json, diff_text  # noqa: PLC0415

@@ -12,7 +12,9 @@ MARKS = {"ok": "+", "missing": "-", "broken": "!", "info": " "}
 
 
 @click.command()
-@click.option("--format", "format_", type=click.Choice(["text", "json"]), default="text", show_default=True)
+@click.option(
+    "--format", "format_", type=click.Choice(["text", "json"]), default="text", show_default=True
+)
 @click.pass_context
 def doctor(ctx: click.Context, format_: str) -> None:
     """Tell what is installed here, what it enables, and whether the core works.
@@ -26,7 +28,12 @@ def doctor(ctx: click.Context, format_: str) -> None:
     items = examine()
     broken = core_broken(items)
     if format_ == "json":
-        click.echo(json.dumps({"core": "broken" if broken else "ok", "items": [asdict(i) for i in items]}, indent=2))
+        click.echo(
+            json.dumps(
+                {"core": "broken" if broken else "ok", "items": [asdict(i) for i in items]},
+                indent=2,
+            )
+        )
     else:
         section = ""
         for i in items:
@@ -34,5 +41,9 @@ def doctor(ctx: click.Context, format_: str) -> None:
                 section = i.section
                 click.echo(section)
             click.echo(f"  {MARKS[i.state]} {printable(i.name, 60):16}  {printable(i.value)}")
-        click.echo("the core is broken" if broken else "the core works   (+ there, - not installed, ! broken)")
+        click.echo(
+            "the core is broken"
+            if broken
+            else "the core works   (+ there, - not installed, ! broken)"
+        )
     ctx.exit(4 if broken else 0)

@@ -18,16 +18,23 @@ if TYPE_CHECKING:
 
 def _folder(command: Callable[..., None]) -> Callable[..., None]:
     return click.option(
-        "-d", "--dir", "folder", metavar="DIR", default="goldens", envvar="CKPTGATE_GOLDENS", show_default=True,
+        "-d",
+        "--dir",
+        "folder",
+        metavar="DIR",
+        default="goldens",
+        envvar="CKPTGATE_GOLDENS",
+        show_default=True,
         help="Where the records lie.",
-    )(command)  # fmt: skip
+    )(command)
 
 
 @click.group()
 def goldens() -> None:
     """Review what runs are held against, and accept it with a reason.
 
-    `gate --golden DIR/NAME.golden.json` and `check --golden …` write a pending record where they disagree, and fail.
+    `gate --golden DIR/NAME.golden.json` and `check --golden …` write a pending record where they
+    disagree, and fail.
     """
 
 
@@ -60,7 +67,9 @@ def list_(patterns: tuple[str, ...], folder: str) -> None:
 @click.argument("name")
 @_folder
 def show(name: str, folder: str) -> None:
-    """Show an accepted record: what it is of, its keys, its numbers, who accepted what before and why."""
+    """Show an accepted record: what it is of, its keys, its numbers, who accepted what before and
+    why.
+    """
     from verifier.goldens import store  # noqa: PLC0415
     from verifier.report import printable  # noqa: PLC0415
 
@@ -80,7 +89,10 @@ def show(name: str, folder: str) -> None:
     ):
         if values:
             lines.append(
-                f"{what:8} " + ", ".join(f"{printable(k, 60)} {printable(str(v), 80)}" for k, v in values.items())
+                f"{what:8} "
+                + ", ".join(
+                    f"{printable(k, 60)} {printable(str(v), 80)}" for k, v in values.items()
+                )
             )
     for a in [*g.earlier, *([g.accepted] if g.accepted else [])]:
         loss = f"   loss {a.loss:+.5f}" if a.loss is not None else ""
@@ -103,7 +115,9 @@ def review(patterns: tuple[str, ...], folder: str) -> None:
         accepted = store.digest_of(folder, name)
         old = store.load(folder, name) if accepted is not None else None
         judged = judge(old, p.proposed)
-        click.echo(f"pending  {name} ({p.proposed.kind} of {printable(p.proposed.of)}, {p.time[:16]}Z)")
+        click.echo(
+            f"pending  {name} ({p.proposed.kind} of {printable(p.proposed.of)}, {p.time[:16]}Z)"
+        )
         click.echo(f"  old    {_what(old) if old else 'none'}")
         click.echo(f"  new    {_what(p.proposed)}, {p.proposed.verdict}")
         for line in _differences(old, p.proposed):
@@ -120,7 +134,9 @@ def review(patterns: tuple[str, ...], folder: str) -> None:
 @goldens.command()
 @click.argument("names", metavar="NAME|GLOB...", nargs=-1, required=True)
 @click.option("--reason", required=True, help="Why the record is accepted; it stays in the record.")
-@click.option("--history", metavar="FILE", help="Note the acceptance in this history, as a step of its plot.")
+@click.option(
+    "--history", metavar="FILE", help="Note the acceptance in this history, as a step of its plot."
+)
 @_folder
 def accept(names: tuple[str, ...], reason: str, history: str | None, folder: str) -> None:
     """Make pending records the accepted ones, with a reason. Refused where CI is set."""
@@ -148,14 +164,20 @@ def reject(names: tuple[str, ...], folder: str) -> None:
 
 @goldens.command()
 @click.argument("runs", metavar="[NAME=]RUN.json...", nargs=-1, required=True)
-@click.option("--only", "patterns", metavar="GLOB", multiple=True, help="Hold against these goldens alone; repeatable.")
+@click.option(
+    "--only",
+    "patterns",
+    metavar="GLOB",
+    multiple=True,
+    help="Hold against these goldens alone; repeatable.",
+)
 @_folder
 @click.pass_context
 def test(ctx: click.Context, runs: tuple[str, ...], patterns: tuple[str, ...], folder: str) -> None:
     """Hold saved runs against all records; a record that no run is of fails too.
 
-    A run belongs to the record of its kind and its checkpoint's folder name, or to NAME. Exit 0, 1 where one disagrees or
-    is unreferenced, 3 where neither is shown.
+    A run belongs to the record of its kind and its checkpoint's folder name, or to NAME. Exit 0, 1
+    where one disagrees or is unreferenced, 3 where neither is shown.
     """
     from verifier.cli.recording import worst_code  # noqa: PLC0415
     from verifier.goldens import store  # noqa: PLC0415
@@ -248,7 +270,9 @@ def _what(g: Golden) -> str:
     from verifier.report import printable  # noqa: PLC0415
 
     if g.kind == "check":
-        errors = sum(v for k, v in g.facts.items() if k.startswith("findings.") and isinstance(v, int))
+        errors = sum(
+            v for k, v in g.facts.items() if k.startswith("findings.") and isinstance(v, int)
+        )
         return f"{printable(str(g.facts.get('tensors', 0)), 20)} tensors, {errors:,} findings"
     if g.loss is None or g.low is None or g.high is None:
         return "no statistics" if g.loss is None else f"loss {g.loss:+.5f}"
@@ -271,9 +295,25 @@ def _note(history: str, name: str, g: Golden, reason: str) -> None:
     from verifier.history.journal import append  # noqa: PLC0415
     from verifier.history.record import build, commit_here, now  # noqa: PLC0415
 
-    measures = {"loss": {"value": g.loss, "low": g.low, "high": g.high}} if g.loss is not None else {}
-    append(history, build({
-        "kind": "golden", "time": now(), "name": g.of, "label": f"{name}: {reason}"[:2000], "verdict": "accepted",
-        "measures": measures, "key": g.key, "environment": g.environment, "checkpoint": g.checkpoint, "recipe": g.recipe,
-        "versions": g.versions, "commit": commit_here(),
-    }))  # fmt: skip
+    measures = (
+        {"loss": {"value": g.loss, "low": g.low, "high": g.high}} if g.loss is not None else {}
+    )
+    append(
+        history,
+        build(
+            {
+                "kind": "golden",
+                "time": now(),
+                "name": g.of,
+                "label": f"{name}: {reason}"[:2000],
+                "verdict": "accepted",
+                "measures": measures,
+                "key": g.key,
+                "environment": g.environment,
+                "checkpoint": g.checkpoint,
+                "recipe": g.recipe,
+                "versions": g.versions,
+                "commit": commit_here(),
+            }
+        ),
+    )

@@ -20,8 +20,14 @@ FILE = "ckptgate-history.jsonl"
 
 def _file(command: Callable[..., None]) -> Callable[..., None]:
     return click.option(
-        "-f", "--file", metavar="FILE", default=FILE, envvar="CKPTGATE_HISTORY", show_default=True, help="The history.",
-    )(command)  # fmt: skip
+        "-f",
+        "--file",
+        metavar="FILE",
+        default=FILE,
+        envvar="CKPTGATE_HISTORY",
+        show_default=True,
+        help="The history.",
+    )(command)
 
 
 @click.group()
@@ -34,7 +40,9 @@ def history() -> None:
 
 @history.command()
 @click.argument("runs", metavar="RUN.json...", nargs=-1, required=True)
-@click.option("--name", default="", help="What the time series is called; by default the checkpoint's folder.")
+@click.option(
+    "--name", default="", help="What the time series is called; by default the checkpoint's folder."
+)
 @click.option("--label", default="", help="A note that stays with the run.")
 @_file
 def add(runs: tuple[str, ...], name: str, label: str, file: str) -> None:
@@ -55,15 +63,32 @@ def add(runs: tuple[str, ...], name: str, label: str, file: str) -> None:
 @click.option("--kind", type=click.Choice(["gate", "check", "golden"]))
 @click.option("--measure", help="Change points of this measure only.")
 @click.option(
-    "-n", "--last", type=click.IntRange(1, 1_000_000), default=30, show_default=True, help="The newest N runs."
+    "-n",
+    "--last",
+    type=click.IntRange(1, 1_000_000),
+    default=30,
+    show_default=True,
+    help="The newest N runs.",
 )
 @click.option(
-    "--window", type=click.IntRange(3, 1000), default=10, show_default=True, help="Accepted runs in the median."
+    "--window",
+    type=click.IntRange(3, 1000),
+    default=10,
+    show_default=True,
+    help="Accepted runs in the median.",
 )
-@click.option("--format", "format_", type=click.Choice(["text", "json"]), default="text", show_default=True)
+@click.option(
+    "--format", "format_", type=click.Choice(["text", "json"]), default="text", show_default=True
+)
 @_file
 def log(
-    name: str | None, kind: str | None, measure: str | None, last: int, window: int, format_: str, file: str
+    name: str | None,
+    kind: str | None,
+    measure: str | None,
+    last: int,
+    window: int,
+    format_: str,
+    file: str,
 ) -> None:
     """List runs, oldest first, with trend warnings and change points."""
     from verifier.history.render import change_lines, log_lines, trend_lines  # noqa: PLC0415
@@ -78,10 +103,14 @@ def log(
 
 @history.command(context_settings={"ignore_unknown_options": True})
 @click.argument("run", metavar="RUN")
-@click.option("--format", "format_", type=click.Choice(["text", "json"]), default="text", show_default=True)
+@click.option(
+    "--format", "format_", type=click.Choice(["text", "json"]), default="text", show_default=True
+)
 @_file
 def show(run: str, format_: str, file: str) -> None:
-    """Show the run RUN: the first characters of its id, or -1 for the newest, -2 for the one before."""
+    """Show the run RUN: the first characters of its id, or -1 for the newest, -2 for the one
+    before.
+    """
     from verifier.history.journal import dumps  # noqa: PLC0415
     from verifier.history.render import show_lines  # noqa: PLC0415
 
@@ -94,13 +123,17 @@ def show(run: str, format_: str, file: str) -> None:
 @click.argument("b", metavar="B")
 @_file
 def compare(a: str, b: str, file: str) -> None:
-    """Compare the runs A and B (ids, or -2 and -1); exit 1 where they are of unlike kinds or protocols."""
+    """Compare the runs A and B (ids, or -2 and -1); exit 1 where they are of unlike kinds or
+    protocols.
+    """
     from verifier.history.render import compare_lines  # noqa: PLC0415
 
     found = _records(file)
     old, new = _one(found, a), _one(found, b)
     if old.kind != new.kind:
-        raise ContentError(f"{old.id} is of a {old.kind} and {new.id} of a {new.kind}; they have no measure in common")
+        raise ContentError(
+            f"{old.id} is of a {old.kind} and {new.id} of a {new.kind}; they have no measure in common"
+        )
     unlike = sorted(k for k in {*old.key, *new.key} if old.key.get(k) != new.key.get(k))
     if unlike:
         raise ContentError(
@@ -115,7 +148,9 @@ def compare(a: str, b: str, file: str) -> None:
 @click.option("-o", "--output", metavar="FILE.svg", required=True)
 @_file
 def plot(measure: str, name: str | None, output: str, file: str) -> None:
-    """Draw a measure over the runs as SVG: a line for each series, its interval, golden steps, change points."""
+    """Draw a measure over the runs as SVG: a line for each series, its interval, golden steps,
+    change points.
+    """
     from verifier.history.picture import draw  # noqa: PLC0415
     from verifier.writing import require_writable, write_atomic  # noqa: PLC0415
 
@@ -130,7 +165,9 @@ def plot(measure: str, name: str | None, output: str, file: str) -> None:
 @click.option("-o", "--output", metavar="FILE", help="Where it goes; stdout without.")
 @_file
 def export(to: str, name: str | None, output: str | None, file: str) -> None:
-    """Export the history: bmf (Bencher, the newest run of each series), csv (a row a measure), json."""
+    """Export the history: bmf (Bencher, the newest run of each series), csv (a row a measure),
+    json.
+    """
     from verifier.history.export import export as convert  # noqa: PLC0415
     from verifier.writing import require_writable, write_atomic  # noqa: PLC0415
 
@@ -145,7 +182,9 @@ def export(to: str, name: str | None, output: str | None, file: str) -> None:
 @history.command()
 @_file
 def reindex(file: str) -> None:
-    """Write the SQLite index FILE.sqlite anew from the history; the history itself is never made from it."""
+    """Write the SQLite index FILE.sqlite anew from the history; the history itself is never made
+    from it.
+    """
     from verifier.history.index import index_of  # noqa: PLC0415
     from verifier.history.index import reindex as write  # noqa: PLC0415
 
@@ -162,7 +201,9 @@ def _records(file: str, name: str | None = None, kind: str | None = None) -> lis
     records = [r for r in found.records if name in (None, r.name) and kind in (None, r.kind)]
     if not records:
         what = " ".join(f"{k} {v!r}" for k, v in (("name", name), ("kind", kind)) if v is not None)
-        raise ContentError(f"{file}: no run{f' of {what}' if what else ''} among {len(found.records):,}")
+        raise ContentError(
+            f"{file}: no run{f' of {what}' if what else ''} among {len(found.records):,}"
+        )
     return records
 
 

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The click root: lazy commands, and the one place where errors become a message and an exit code."""
+"""The click root: lazy commands, and the one place where errors become a message and an exit
+code.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,10 @@ if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
 BUILT_IN = {
-    "baseline": ("verifier.cli.baseline", "Accept findings with a reason; a check then fails on new ones."),
+    "baseline": (
+        "verifier.cli.baseline",
+        "Accept findings with a reason; a check then fails on new ones.",
+    ),
     "check": ("verifier.cli.check", "Judge a checkpoint."),
     "compare": ("verifier.cli.gate", "Judge a candidate's run against its base's."),
     "config": ("verifier.cli.config", "Show how checks are configured here."),
@@ -31,20 +36,31 @@ BUILT_IN = {
     "doctor": ("verifier.cli.doctor", "Tell what is installed here and what it enables."),
     "explain": ("verifier.cli.rules", "Print what a rule means, whom it hurts and how to mend it."),
     "gate": ("verifier.cli.gate", "Measure a candidate's loss against its base."),
-    "goldens": ("verifier.cli.goldens", "Review what runs are held against, and accept it with a reason."),
+    "goldens": (
+        "verifier.cli.goldens",
+        "Review what runs are held against, and accept it with a reason.",
+    ),
     "history": ("verifier.cli.history", "Remember runs; trends, change points, exports."),
-    "merge-reports": ("verifier.cli.merge_reports", "Make one report of the reports on all subsets of a checkpoint."),
+    "merge-reports": (
+        "verifier.cli.merge_reports",
+        "Make one report of the reports on all subsets of a checkpoint.",
+    ),
     "report": ("verifier.cli.report", "Draw runs and their history as one HTML page."),
     "rules": ("verifier.cli.rules", "List the rules."),
     "score": ("verifier.cli.gate", "Score a checkpoint once, to compare later."),
     "selftest": ("verifier.cli.selftest", "Prove the rules where they are installed."),
-    "show": ("verifier.cli.show", "Show one block of a tensor: bytes, scale, values, what belongs there."),
+    "show": (
+        "verifier.cli.show",
+        "Show one block of a tensor: bytes, scale, values, what belongs there.",
+    ),
     "stats": ("verifier.cli.stats", "Count formats, bits per parameter and scales."),
 }
 
 
 class LazyGroup(click.Group):
-    """A group that imports a command only when it runs; the help texts of the built-in ones stand in the table."""
+    """A group that imports a command only when it runs; the help texts of the built-in ones stand
+    in the table.
+    """
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return all command names, sorted."""
@@ -53,7 +69,9 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Import and return a command."""
         if cmd_name in BUILT_IN:
-            command: click.Command = getattr(importlib.import_module(BUILT_IN[cmd_name][0]), cmd_name.replace("-", "_"))
+            command: click.Command = getattr(
+                importlib.import_module(BUILT_IN[cmd_name][0]), cmd_name.replace("-", "_")
+            )
             return command
         for entry in entry_points(group="ckptgate.commands", name=cmd_name):
             loaded: click.Command = entry.load()
@@ -73,10 +91,14 @@ class LazyGroup(click.Group):
             formatter.write_dl(rows)
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(
+    cls=LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
 @click.version_option(__version__, prog_name="ckptgate")
 def cli() -> None:
-    """Judge quantized LLM checkpoints before they ship: the gate between an exporter and a serving engine.
+    """Judge quantized LLM checkpoints before they ship: the gate between an exporter and a serving
+    engine.
 
     Exit codes: 0 passed, 1 failed, 2 usage, 3 unproven, 4 broken; docs/exit-codes.md.
     """
@@ -104,7 +126,9 @@ def run(argv: Sequence[str]) -> int:
 
 def shows_defects(error: Exception) -> bool:
     """Whether an error is a defect of ckptgate and $CKPTGATE_DEBUG asks to see where it is."""
-    return not isinstance(error, CkptgateError | OSError | MemoryError) and bool(os.environ.get("CKPTGATE_DEBUG"))
+    return not isinstance(error, CkptgateError | OSError | MemoryError) and bool(
+        os.environ.get("CKPTGATE_DEBUG")
+    )
 
 
 def explain_failure(error: Exception) -> str:

@@ -14,10 +14,13 @@ MAX_REPORT = 1_000_000_000
 
 @click.command("merge-reports")
 @click.argument("reports", metavar="REPORT…", nargs=-1, required=True)
-@click.option("--format", "format_", type=click.Choice(["text", "json"]), default="text", show_default=True)
+@click.option(
+    "--format", "format_", type=click.Choice(["text", "json"]), default="text", show_default=True
+)
 @click.pass_context
 def merge_reports(ctx: click.Context, reports: tuple[str, ...], format_: str) -> None:
-    """Make one report of the JSON reports that `check --subset K/N --format json` wrote, one for each K.
+    """Make one report of the JSON reports that `check --subset K/N --format json` wrote, one for
+    each K.
 
     The result and the exit code are those of one check of all shards.
     """

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where reports go: ``--format F [-o FILE]``, ``--format F=FILE``, and ``formats`` of a configuration file.
+"""Where reports go: ``--format F [-o FILE]``, ``--format F=FILE``, and ``formats`` of a
+configuration file.
 
-``-o`` belongs to the ``--format`` before it. At most one report goes to stdout, so that what reads it can parse it.
+``-o`` belongs to the ``--format`` before it. At most one report goes to stdout, so that what reads
+it can parse it.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ class Output:
 
 
 class Paired(click.Command):
-    """A command that remembers in which order ``--format`` and ``-o`` stood; click keeps that of each option only."""
+    """A command that remembers in which order ``--format`` and ``-o`` stood; click keeps that of
+    each option only.
+    """
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Note the order, then parse."""
@@ -42,12 +46,21 @@ class Paired(click.Command):
 def output_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add ``--format`` and ``-o``; the command is a `Paired` one."""
     command = click.option(
-        "-o", "--output", "files", metavar="FILE", multiple=True, help="Where the --format before it goes; stdout without."
+        "-o",
+        "--output",
+        "files",
+        metavar="FILE",
+        multiple=True,
+        help="Where the --format before it goes; stdout without.",
     )(command)
     return click.option(
-        "--format", "formats", metavar="F[=FILE]", multiple=True, callback=_known,
+        "--format",
+        "formats",
+        metavar="F[=FILE]",
+        multiple=True,
+        callback=_known,
         help="text, json, junit, sarif, github, markdown, html; repeatable. [default: text]",
-    )(command)  # fmt: skip
+    )(command)
 
 
 def outputs(formats: Sequence[str], files: Sequence[str] = ()) -> tuple[Output, ...]:
@@ -74,7 +87,9 @@ def outputs(formats: Sequence[str], files: Sequence[str] = ()) -> tuple[Output, 
         else:
             file = next(given)
             if not open_ or not file:
-                raise UsageError(f"-o {file}: belongs to the --format before it, which is missing or has its file already")
+                raise UsageError(
+                    f"-o {file}: belongs to the --format before it, which is missing or has its file already"
+                )
             found[-1] = Output(found[-1].format, file)
             open_ = False
     _distinct(found)
@@ -87,13 +102,19 @@ def _distinct(found: Sequence[Output]) -> None:
         target = output.file if output.file == STDOUT else os.path.realpath(output.file)
         if target in seen:
             both = f"{seen[target].format} and {output.format}"
-            where = "stdout; give all but one a file, --format sarif=out.sarif" if target == STDOUT else output.file
+            where = (
+                "stdout; give all but one a file, --format sarif=out.sarif"
+                if target == STDOUT
+                else output.file
+            )
             raise UsageError(f"{both} both go to {where}")
         seen[target] = output
 
 
 def require(wanted: Sequence[Output]) -> None:
-    """Refuse, before the check runs, what cannot be written: a package is missing, a path is a folder."""
+    """Refuse, before the check runs, what cannot be written: a package is missing, a path is a
+    folder.
+    """
     from verifier import report  # noqa: PLC0415  (only where a command runs)
     from verifier.writing import require_writable  # noqa: PLC0415
 
@@ -104,7 +125,8 @@ def require(wanted: Sequence[Output]) -> None:
 
 
 def write_files(report: Report, wanted: Sequence[Output]) -> None:
-    """Write the reports that go to files; for ``github`` the step summary too, where $GITHUB_STEP_SUMMARY names one.
+    """Write the reports that go to files; for ``github`` the step summary too, where
+    $GITHUB_STEP_SUMMARY names one.
 
     Raises:
         MachineError: a file could not be written.
@@ -131,8 +153,12 @@ def write_stdout(report: Report, wanted: Sequence[Output]) -> None:
 
 
 def colored() -> bool:
-    """Whether stdout is a terminal that takes colours: $NO_COLOR is not set, $TERM is not ``dumb``."""
-    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    """Whether stdout is a terminal that takes colours: $NO_COLOR is not set, $TERM is not
+    ``dumb``.
+    """
+    return (
+        sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    )
 
 
 def _summarize(report: Report) -> None:

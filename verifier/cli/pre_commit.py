@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the pre-commit hook runs: ``python -m verifier.cli.pre_commit [OPTIONS] FILE…``, a check a folder."""
+"""What the pre-commit hook runs: ``python -m verifier.cli.pre_commit [OPTIONS] FILE…``, a check a
+folder.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ LFS = b"version https://git-lfs.github.com/spec/"
 def folders(files: Sequence[str]) -> list[Path]:
     """Return the folders of the files that hold a checkpoint, each once, sorted."""
     found = {Path(f).parent for f in files}
-    return sorted(f for f in found if any(f.glob("*.safetensors")) or any(f.glob("*.safetensors.index.json")))
+    return sorted(
+        f for f in found if any(f.glob("*.safetensors")) or any(f.glob("*.safetensors.index.json"))
+    )
 
 
 def pointer(folder: Path) -> Path | None:
@@ -40,14 +44,22 @@ def main(files: tuple[str, ...], depth: str, require: tuple[str, ...], fail_on: 
     """Check every checkpoint among the folders of FILES; end with the worst exit code."""
     from verifier.report import printable  # noqa: PLC0415  (as in main)
 
-    options = ["--depth", depth, "--fail-on", fail_on, *(x for r in require for x in ("--require", r))]
+    options = [
+        "--depth",
+        depth,
+        "--fail-on",
+        fail_on,
+        *(x for r in require for x in ("--require", r)),
+    ]
     codes = set()
     for folder in folders(files):
         click.echo(f"{printable(str(folder))}:")
         missing = pointer(folder)
         if missing is not None:
             told = printable(str(missing))
-            click.echo(f"{told}: a Git LFS pointer, so nothing can be judged; `git lfs pull` fetches the tensors")
+            click.echo(
+                f"{told}: a Git LFS pointer, so nothing can be judged; `git lfs pull` fetches the tensors"
+            )
             codes.add(3)
         else:
             codes.add(run(["check", *options, "--", str(folder)]))

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``--history`` and ``--golden`` of commands that make a run: the run is put on record after it was made.
+"""``--history`` and ``--golden`` of commands that make a run: the run is put on record after it was
+made.
 
-A command adds the options with `recording_options`, calls `recordable` before its work, and `record` with what it prints
-as JSON after it; `record` returns the exit code that the command ends with.
+A command adds the options with `recording_options`, calls `recordable` before its work, and
+`record` with what it prints as JSON after it; `record` returns the exit code that the command ends
+with.
 """
 
 from __future__ import annotations
@@ -17,14 +19,18 @@ from verifier.errors import UsageError
 
 
 def recording_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add ``--history``, ``--label`` and ``--golden``; they arrive as ``history``, ``label`` and ``golden``."""
+    """Add ``--history``, ``--label`` and ``--golden``; they arrive as ``history``, ``label`` and
+    ``golden``.
+    """
     command = click.option(
         "--golden", metavar="FILE", help="An accepted record to agree with; see `ckptgate goldens`."
     )(command)
-    command = click.option("--label", default="", metavar="TEXT", help="A note that stands in the history.")(command)
-    return click.option("--history", metavar="FILE", help="Append the run to this history; see `ckptgate history`.")(
-        command
-    )
+    command = click.option(
+        "--label", default="", metavar="TEXT", help="A note that stands in the history."
+    )(command)
+    return click.option(
+        "--history", metavar="FILE", help="Append the run to this history; see `ckptgate history`."
+    )(command)
 
 
 def recordable(history: str | None, golden: str | None = None, label: str = "") -> None:
@@ -76,7 +82,9 @@ def record(
         from verifier.report import printable  # noqa: PLC0415
 
         judged = hold(run, golden)
-        click.echo(f"golden   {os.path.basename(golden)}: {printable(judged.sentence, 1000)}", err=True)
+        click.echo(
+            f"golden   {os.path.basename(golden)}: {printable(judged.sentence, 1000)}", err=True
+        )
         return worst_code(code, judged.exit_code)
     return code
 
@@ -87,12 +95,16 @@ def worst_code(*codes: int) -> int:
 
 
 def warn(file: str) -> None:
-    """Say on stderr what was mended, and where the newest run is off the accepted runs before it."""
+    """Say on stderr what was mended, and where the newest run is off the accepted runs before
+    it.
+    """
     from verifier.history.journal import load  # noqa: PLC0415
     from verifier.history.render import trend_lines  # noqa: PLC0415
 
     found = load(file)
-    for line in trend_lines(found.records[-1:] and [r for r in found.records if r.series == found.records[-1].series]):
+    for line in trend_lines(
+        found.records[-1:] and [r for r in found.records if r.series == found.records[-1].series]
+    ):
         click.echo(line, err=True)
     for note in found.notes:
         click.echo(f"note     {note}", err=True)

@@ -19,16 +19,31 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("runs", metavar="RUN.json...", nargs=-1, required=True)
 @click.option("-o", "--output", metavar="FILE.html", required=True, help="The page to write.")
-@click.option("--history", metavar="FILE", help="Draw the runs' names over time from this history too.")
-@click.option("--golden", metavar="FILE", help="Draw the drift of the first run against this accepted record too.")
+@click.option(
+    "--history", metavar="FILE", help="Draw the runs' names over time from this history too."
+)
+@click.option(
+    "--golden",
+    metavar="FILE",
+    help="Draw the drift of the first run against this accepted record too.",
+)
 @click.option("--measure", default="loss", show_default=True, help="What is drawn over time.")
 @click.option(
-    "--weights", is_flag=True, help="Read the checkpoints that the first run names; draw their signal to noise."
+    "--weights",
+    is_flag=True,
+    help="Read the checkpoints that the first run names; draw their signal to noise.",
 )
 def report(
-    runs: tuple[str, ...], output: str, history: str | None, golden: str | None, measure: str, weights: bool
+    runs: tuple[str, ...],
+    output: str,
+    history: str | None,
+    golden: str | None,
+    measure: str,
+    weights: bool,
 ) -> None:
-    """Draw runs (gate or check, --format json) as one HTML file: no script, light and dark, at most 2 MB."""
+    """Draw runs (gate or check, --format json) as one HTML file: no script, light and dark, at most
+    2 MB.
+    """
     if find_spec("jinja2") is None:
         raise MissingExtra("report", "report")
     from verifier.history.record import read_run  # noqa: PLC0415  (pydantic and jinja2, which --help does not need)
@@ -59,8 +74,12 @@ def _history(file: str, runs: Sequence[dict[str, Any]], measure: str) -> list[Fi
     names = {u.rpartition("/")[2] or u for u in uris}
     records = [r for r in found.records if r.name in names]
     if not records:
-        raise ContentError(f"{file}: no run of {', '.join(sorted(names))} among {len(found.records):,}")
-    told = " ".join(f"{line.strip()}." for line in [*change_lines(records, measure), *trend_lines(records)][:10])
+        raise ContentError(
+            f"{file}: no run of {', '.join(sorted(names))} among {len(found.records):,}"
+        )
+    told = " ".join(
+        f"{line.strip()}." for line in [*change_lines(records, measure), *trend_lines(records)][:10]
+    )
     return [Figure(f"{measure} over time", told or "No change point.", draw(records, measure))]
 
 
@@ -92,16 +111,30 @@ def _weights(run: dict[str, Any]) -> list[Figure]:
     left = f" {found.left_out} weights could not be compared." if found.left_out else ""
     words = f"10 log10 of signal over quantization error, {found.weights:,} weights.{left} Low is worse."
     figures = [
-        Figure("Signal to quantization noise by role and layer", words, heat(found.roles, "Signal to noise", "dB"))
+        Figure(
+            "Signal to quantization noise by role and layer",
+            words,
+            heat(found.roles, "Signal to noise", "dB"),
+        )
     ]
     if found.experts:
         picture = heat(found.experts, "Signal to noise of experts", "dB")
         figures.append(
-            Figure("Signal to quantization noise by layer and expert", "All projections of an expert.", picture)
+            Figure(
+                "Signal to quantization noise by layer and expert",
+                "All projections of an expert.",
+                picture,
+            )
         )
     if found.floor:
-        picture = heat(found.floor, "Block scales at the floor", "% at 2^-9 or zero", low_is_bad=False)
+        picture = heat(
+            found.floor, "Block scales at the floor", "% at 2^-9 or zero", low_is_bad=False
+        )
         figures.append(
-            Figure("Block scales at the floor", "NVFP4 blocks whose scale is the smallest one or zero.", picture)
+            Figure(
+                "Block scales at the floor",
+                "NVFP4 blocks whose scale is the smallest one or zero.",
+                picture,
+            )
         )
     return figures

@@ -9,13 +9,34 @@ import click
 
 from verifier.errors import UsageError
 
-PLUGIN = click.option("--plugin", "plugins", metavar="FILE.py", multiple=True, help="A Python file of further rules.")
-FIELDS = ("id", "title", "severity", "depth", "unit", "needs", "consumers", "sources", "doc", "origin", "split")
+PLUGIN = click.option(
+    "--plugin", "plugins", metavar="FILE.py", multiple=True, help="A Python file of further rules."
+)
+FIELDS = (
+    "id",
+    "title",
+    "severity",
+    "depth",
+    "unit",
+    "needs",
+    "consumers",
+    "sources",
+    "doc",
+    "origin",
+    "split",
+)
 
 
 @click.command()
-@click.option("--format", "format_", type=click.Choice(["text", "json"]), default="text", show_default=True)
-@click.option("--json", "format_", flag_value="json", help="The same as --format json: every field of every rule.")
+@click.option(
+    "--format", "format_", type=click.Choice(["text", "json"]), default="text", show_default=True
+)
+@click.option(
+    "--json",
+    "format_",
+    flag_value="json",
+    help="The same as --format json: every field of every rule.",
+)
 @PLUGIN
 def rules(format_: str, plugins: tuple[str, ...]) -> None:
     """List every rule: id, severity, depth, title; those of plugins too."""
@@ -25,13 +46,21 @@ def rules(format_: str, plugins: tuple[str, ...]) -> None:
     if format_ == "json":
         rows = [
             {k: getattr(r, k) for k in FIELDS}
-            | {"engines": {e: {"severity": level, "what": what} for e, (level, what) in r.engines.items()}}
+            | {
+                "engines": {
+                    e: {"severity": level, "what": what} for e, (level, what) in r.engines.items()
+                }
+            }
             for r in table
         ]
         click.echo(json.dumps(rows, indent=2))
         return
     for r in table:
-        needs = f"  (needs {' or '.join('--' + n.replace('_', '-') for n in r.needs[0].split('|'))})" if r.needs else ""
+        needs = (
+            f"  (needs {' or '.join('--' + n.replace('_', '-') for n in r.needs[0].split('|'))})"
+            if r.needs
+            else ""
+        )
         click.echo(f"{r.id}  {r.severity:7}  {r.depth:7}  {r.title}{needs}")
 
 
@@ -45,7 +74,9 @@ def explain(rule_id: str, plugins: tuple[str, ...]) -> None:
     found = all_rules(plugins).get(rule_id.upper())
     if found is None:
         raise UsageError(f"no rule {rule_id!r}; `ckptgate rules` lists them")
-    click.echo(f"{found.id}  {found.title}  [{found.severity}, depth {found.depth}, counts {found.unit}]\n")
+    click.echo(
+        f"{found.id}  {found.title}  [{found.severity}, depth {found.depth}, counts {found.unit}]\n"
+    )
     if found.origin:
         click.echo(f"A rule of {found.origin}\n")
     click.echo(found.doc)

@@ -9,11 +9,18 @@ import click
 
 
 @click.command()
-@click.option("--rule", "rules", metavar="RULE", multiple=True, help="Prove this rule only; may be given again.")
+@click.option(
+    "--rule",
+    "rules",
+    metavar="RULE",
+    multiple=True,
+    help="Prove this rule only; may be given again.",
+)
 @click.option("--json", "as_json_", is_flag=True, help="Print the result as JSON.")
 @click.pass_context
 def selftest(ctx: click.Context, rules: tuple[str, ...], as_json_: bool) -> None:
-    """Prove every rule here: tiny sound checkpoints stay silent, and each known defect made in them is told.
+    """Prove every rule here: tiny sound checkpoints stay silent, and each known defect made in them
+    is told.
 
     Nothing is downloaded and nothing is left behind. Exit 0 all proved, 1 otherwise, 2 usage.
     """

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The options that say how to judge, shared by the commands that check; each has its key in a configuration file."""
+"""The options that say how to judge, shared by the commands that check; each has its key in a
+configuration file.
+"""
 
 from __future__ import annotations
 
@@ -15,18 +17,44 @@ if TYPE_CHECKING:
     from verifier.config import Setting
 
 _OPTIONS = (
-    click.option("--select", metavar="RULES", multiple=True, help="Rules or prefixes to run: QC5, QC501,QC3, ALL."),
-    click.option("--ignore", metavar="RULES", multiple=True, help="Rules or prefixes not to run; a longer prefix wins."),
-    click.option("--require", metavar="RULES", multiple=True, help="Rules that must run, else the verdict is unproven."),
-    click.option("--fail-on", type=click.Choice(["error", "warning"]), help="The least that fails. [default: error]"),
     click.option(
-        "--profile", metavar="NAME",
+        "--select",
+        metavar="RULES",
+        multiple=True,
+        help="Rules or prefixes to run: QC5, QC501,QC3, ALL.",
+    ),
+    click.option(
+        "--ignore",
+        metavar="RULES",
+        multiple=True,
+        help="Rules or prefixes not to run; a longer prefix wins.",
+    ),
+    click.option(
+        "--require",
+        metavar="RULES",
+        multiple=True,
+        help="Rules that must run, else the verdict is unproven.",
+    ),
+    click.option(
+        "--fail-on",
+        type=click.Choice(["error", "warning"]),
+        help="The least that fails. [default: error]",
+    ),
+    click.option(
+        "--profile",
+        metavar="NAME",
         help="Severities as an engine's: vllm, sglang, trtllm, transformers; the worst: all; strict: warnings are errors.",
     ),
-    click.option("--baseline", metavar="FILE", help="Accepted findings; what is new or worse fails."),
-    click.option("--config", metavar="FILE", help="ckptgate.toml or pyproject.toml, instead of the nearest one upwards."),
+    click.option(
+        "--baseline", metavar="FILE", help="Accepted findings; what is new or worse fails."
+    ),
+    click.option(
+        "--config",
+        metavar="FILE",
+        help="ckptgate.toml or pyproject.toml, instead of the nearest one upwards.",
+    ),
     click.option("--no-config", is_flag=True, help="Read no configuration file."),
-)  # fmt: skip
+)
 
 
 def judging_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -37,7 +65,8 @@ def judging_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def settings(given: dict[str, Any]) -> tuple[dict[str, Setting], Path | None]:
-    """Return every effective setting with its origin, and the configuration file that was read, if any.
+    """Return every effective setting with its origin, and the configuration file that was read, if
+    any.
 
     Raises:
         UsageError: a configuration file is absent or wrong, or --config and --no-config both stand.
@@ -49,9 +78,13 @@ def settings(given: dict[str, Any]) -> tuple[dict[str, Setting], Path | None]:
         raise UsageError("--config and --no-config contradict each other")
     try:
         file = None if none else (Path(wanted) if wanted else find(Path.cwd()))
-    except OSError as error:  # a working directory that was removed, a folder above it that must not be read
+    except (
+        OSError
+    ) as error:  # a working directory that was removed, a folder above it that must not be read
         where = f" {error.filename}" if error.filename else ""
-        raise UsageError(f"looking for a configuration:{where} {error.strerror}; --no-config judges without one") from error
+        raise UsageError(
+            f"looking for a configuration:{where} {error.strerror}; --no-config judges without one"
+        ) from error
     return effective(given, file), file
 
 

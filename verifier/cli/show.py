@@ -17,14 +17,25 @@ PLACE = click.IntRange(0, 2**62)
 @click.option("--row", type=PLACE, help="The row, of the weight or of the scale that TENSOR names.")
 @click.option("--block", type=PLACE, help="The block in the row.")
 @click.option("--byte", type=PLACE, help="The offset in the tensor's file, instead of both.")
-@click.option("--base", metavar="REF", help="Show what this checkpoint has there, and the nearest codes.")
-@click.option("--format", "format_", type=click.Choice(["text", "json"]), default="text", show_default=True)
+@click.option(
+    "--base", metavar="REF", help="Show what this checkpoint has there, and the nearest codes."
+)
+@click.option(
+    "--format", "format_", type=click.Choice(["text", "json"]), default="text", show_default=True
+)
 def show(
-    uri: str, tensor: str, row: int | None, block: int | None, byte: int | None, base: str | None, format_: str
+    uri: str,
+    tensor: str,
+    row: int | None,
+    block: int | None,
+    byte: int | None,
+    base: str | None,
+    format_: str,
 ) -> None:
     """Show one block of TENSOR in URI: its bytes, codes, scale and values, and what belongs there.
 
-    TENSOR is a tensor, a module, or a place as a report prints it, in quotes: 'NAME [row 12, block 3]'.
+    TENSOR is a tensor, a module, or a place as a report prints it, in quotes: 'NAME [row 12, block
+    3]'.
     """
     from verifier.compare.render import show_json, show_text  # noqa: PLC0415  (numpy, see check)
     from verifier.compare.show import show as look  # noqa: PLC0415

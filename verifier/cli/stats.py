@@ -11,10 +11,15 @@ from verifier.cli.common import errors_as, progress_bar
 @click.command()
 @click.argument("uri", metavar="URI")
 @click.option(
-    "--depth", type=click.Choice(["header", "payload"]), default="header", show_default=True,
+    "--depth",
+    type=click.Choice(["header", "payload"]),
+    default="header",
+    show_default=True,
     help="header: formats, sizes, bits per parameter. payload: the values of every scale too.",
-)  # fmt: skip
-@click.option("--format", "format_", type=click.Choice(["text", "json"]), default="text", show_default=True)
+)
+@click.option(
+    "--format", "format_", type=click.Choice(["text", "json"]), default="text", show_default=True
+)
 @click.pass_context
 def stats(ctx: click.Context, uri: str, depth: str, format_: str) -> None:
     """Count the checkpoint URI: formats by role, real bits per parameter, sizes, and scale values.

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Findings that were accepted, with a reason: a check fails on what is new or got worse, and says what it let pass.
+"""Findings that were accepted, with a reason: a check fails on what is new or got worse, and says
+what it let pass.
 
-An entry is held against the sum over the findings of its fingerprint. A greater count or severity than the entry's is no
-longer what was accepted: those findings are *grown* and fail like new ones. An entry whose rule ran over everything and
-did not find it again is *stale*; nothing is said of entries whose rule did not run.
+An entry is held against the sum over the findings of its fingerprint. A greater count or severity
+than the entry's is no longer what was accepted: those findings are *grown* and fail like new ones.
+An entry whose rule ran over everything and did not find it again is *stale*; nothing is said of
+entries whose rule did not run.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ Path = str | os.PathLike[str]
 
 
 class Entry(BaseModel):
-    """One accepted defect: ``count`` and ``severity`` are the most that is accepted, ``witness`` is the first one's name."""
+    """One accepted defect: ``count`` and ``severity`` are the most that is accepted, ``witness`` is
+    the first one's name.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -77,17 +81,23 @@ class Judged:
         """Return what the report says of the baseline."""
         standing = [f.standing for f in self.findings]
         return {
-            "file": file, "known": standing.count("known"), "grown": standing.count("grown"),
-            "stale": [{"fingerprint": e.fingerprint, "rule": e.rule, "what": e.what, "place": e.place} for e in self.stale],
+            "file": file,
+            "known": standing.count("known"),
+            "grown": standing.count("grown"),
+            "stale": [
+                {"fingerprint": e.fingerprint, "rule": e.rule, "what": e.what, "place": e.place}
+                for e in self.stale
+            ],
             "not_judged": self.not_judged,
-        }  # fmt: skip
+        }
 
 
 def load(file: Path) -> Baseline:
     """Read a baseline file.
 
     Raises:
-        UsageError: it is absent, too large, or no baseline; the message names the first field that is wrong.
+        UsageError: it is absent, too large, or no baseline; the message names the first field that
+            is wrong.
     """
     try:
         with open(file, "rb") as handle:
@@ -102,7 +112,9 @@ def load(file: Path) -> Baseline:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         at = ".".join(str(p) for p in first["loc"])
-        raise UsageError(f"baseline {os.fspath(file)}: {at + ': ' if at else ''}{first['msg']}") from error
+        raise UsageError(
+            f"baseline {os.fspath(file)}: {at + ': ' if at else ''}{first['msg']}"
+        ) from error
     seen = {e.fingerprint for e in found.entries}
     if len(seen) != len(found.entries):
         raise UsageError(f"baseline {os.fspath(file)}: two entries have one fingerprint")
@@ -112,13 +124,20 @@ def load(file: Path) -> Baseline:
 def save(baseline: Baseline, file: Path) -> None:
     """Write a baseline file atomically, entries by rule, place and fingerprint."""
     ordered = sorted(baseline.entries, key=lambda e: (e.rule, e.place, e.fingerprint))
-    write_atomic(file, baseline.model_copy(update={"entries": tuple(ordered)}).model_dump_json(indent=2) + "\n")
+    write_atomic(
+        file,
+        baseline.model_copy(update={"entries": tuple(ordered)}).model_dump_json(indent=2) + "\n",
+    )
 
 
-def accept(baseline: Baseline, findings: Iterable[Finding], reason: str) -> tuple[Baseline, int, int]:
-    """Return the baseline with every finding in it, the number of entries that are new, and of those that were raised.
+def accept(
+    baseline: Baseline, findings: Iterable[Finding], reason: str
+) -> tuple[Baseline, int, int]:
+    """Return the baseline with every finding in it, the number of entries that are new, and of
+    those that were raised.
 
-    An entry that holds already keeps its reason; one that is raised to what is there now gets the new one.
+    An entry that holds already keeps its reason; one that is raised to what is there now gets the
+    new one.
     """
     found = [f for f in findings if f.severity != "info"]
     entries = {e.fingerprint: e for e in baseline.entries}
@@ -131,14 +150,25 @@ def accept(baseline: Baseline, findings: Iterable[Finding], reason: str) -> tupl
         first = next(f for f in found if f.fingerprint == key)
         new, raised = new + (old is None), raised + (old is not None)
         entries[key] = Entry(
-            fingerprint=key, rule=first.rule, severity=severity, count=count, what=_whole(kind(first)),
-            place=_whole(place(first)), witness=_whole(first.where.tensor or ""), reason=_whole(reason), added=today,
-        )  # fmt: skip
+            fingerprint=key,
+            rule=first.rule,
+            severity=severity,
+            count=count,
+            what=_whole(kind(first)),
+            place=_whole(place(first)),
+            witness=_whole(first.where.tensor or ""),
+            reason=_whole(reason),
+            added=today,
+        )
     return Baseline(entries=tuple(entries.values())), new, raised
 
 
-def prune(baseline: Baseline, findings: Iterable[Finding], coverage: Sequence[Coverage]) -> tuple[Baseline, int, int]:
-    """Return the baseline without stale entries and with counts no higher than now, and how many of both there were."""
+def prune(
+    baseline: Baseline, findings: Iterable[Finding], coverage: Sequence[Coverage]
+) -> tuple[Baseline, int, int]:
+    """Return the baseline without stale entries and with counts no higher than now, and how many of
+    both there were.
+    """
     now = _totals(findings)
     kept, dropped, lowered = [], 0, 0
     for entry in baseline.entries:
@@ -176,13 +206,19 @@ def _stand(finding: Finding, entry: Entry | None, now: tuple[int, Severity]) -> 
     if _holds(entry, *now):
         here = _whole(finding.where.tensor or "")
         # As many as were accepted, but not the same ones: that does not fail, and is said.
-        moved = f"; first {here}, when accepted {entry.witness}" if entry.witness and here != entry.witness else ""
+        moved = (
+            f"; first {here}, when accepted {entry.witness}"
+            if entry.witness and here != entry.witness
+            else ""
+        )
         return replace(finding, standing="known", note=entry.reason + moved)
     note = f"{now[0]:,} {now[1]} now, {entry.count:,} {entry.severity} accepted ({entry.reason})"
     return replace(finding, standing="grown", note=note)
 
 
 def _looked(rule: str, coverage: Sequence[Coverage]) -> bool:
-    """Whether a rule ran over all that there was; a rule that no longer exists will not find anything again."""
+    """Whether a rule ran over all that there was; a rule that no longer exists will not find
+    anything again.
+    """
     found = [c for c in coverage if c.rule == rule]
     return all(c.ran and c.checked == c.of for c in found)

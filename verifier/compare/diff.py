@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What differs between two checkpoints: names, dtypes, shapes, configs, sizes, precision, and on request bytes.
+"""What differs between two checkpoints: names, dtypes, shapes, configs, sizes, precision, and on
+request bytes.
 
-Differences are grouped by name (layer and expert numbers as ranges) and by what differs. How tensors are spread over
-shards and which other files lie beside them is told, and is no difference.
+Differences are grouped by name (layer and expert numbers as ranges) and by what differs. How
+tensors are spread over shards and which other files lie beside them is told, and is no difference.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ Kind = Literal["only A", "only B", "dtype", "shape", "dtype and shape", "config"
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One kind of difference over the names that share it; ``a`` and ``b`` say what stands on each side."""
+    """One kind of difference over the names that share it; ``a`` and ``b`` say what stands on each
+    side.
+    """
 
     kind: Kind
     names: Names
@@ -54,7 +57,9 @@ class Side:
 
 @dataclass(frozen=True)
 class Diff:
-    """The differences of two checkpoints. ``compared`` counts common tensors whose bytes were read, None without."""
+    """The differences of two checkpoints. ``compared`` counts common tensors whose bytes were read,
+    None without.
+    """
 
     a: Side
     b: Side
@@ -74,7 +79,11 @@ class Diff:
 
 
 def diff(
-    a: str | os.PathLike[str], b: str | os.PathLike[str], *, payload: bool = False, progress: Progress | None = None
+    a: str | os.PathLike[str],
+    b: str | os.PathLike[str],
+    *,
+    payload: bool = False,
+    progress: Progress | None = None,
 ) -> Diff:
     """Compare two checkpoints and return what differs.
 
@@ -94,13 +103,22 @@ def diff(
     try:
         changes += [c for name in CONFIGS for c in _config(name, left, right)]
     except RecursionError:
-        raise ContentError(f"a config of {left.uri} or {right.uri} is nested too deeply to compare") from None
+        raise ContentError(
+            f"a config of {left.uri} or {right.uri} is nested too deeply to compare"
+        ) from None
     common = left.tensors.keys() & right.tensors.keys()
     compared = None
     if payload:
         found, compared = _bytes(left, right, progress)
         changes += found
-    return Diff(side_of(left), side_of(right), len(common), tuple(changes), tuple(_files(left, right)), compared)
+    return Diff(
+        side_of(left),
+        side_of(right),
+        len(common),
+        tuple(changes),
+        tuple(_files(left, right)),
+        compared,
+    )
 
 
 def layout(left: Checkpoint, right: Checkpoint) -> list[Change]:
@@ -134,11 +152,19 @@ def _shown(tensor: Tensor) -> str:
 def side_of(checkpoint: Checkpoint) -> Side:
     """Return one checkpoint in numbers."""
     judged = Judged(checkpoint)
-    precision = Counter((role(m.name), precision_of(judged, m)) for m in judged.modules.values() if m.weight is not None)
+    precision = Counter(
+        (role(m.name), precision_of(judged, m))
+        for m in judged.modules.values()
+        if m.weight is not None
+    )
     return Side(
-        checkpoint.uri, len(checkpoint.tensors), len(checkpoint.shards), checkpoint.nbytes, dict(precision),
+        checkpoint.uri,
+        len(checkpoint.tensors),
+        len(checkpoint.shards),
+        checkpoint.nbytes,
+        dict(precision),
         problems_of(checkpoint),
-    )  # fmt: skip
+    )
 
 
 def problems_of(checkpoint: Checkpoint) -> tuple[str, ...]:
@@ -154,7 +180,9 @@ def problems_of(checkpoint: Checkpoint) -> tuple[str, ...]:
 
 
 def precision_of(judged: Judged, module: Module) -> str:
-    """Return a module's format as its algorithm's name, ``undetermined``, or the dtype of an unquantized weight."""
+    """Return a module's format as its algorithm's name, ``undetermined``, or the dtype of an
+    unquantized weight.
+    """
     if not module.quantized:
         return module.weight.dtype if module.weight is not None else "none"
     found = judged.format_of(module) or module.shown
@@ -165,7 +193,11 @@ def _files(left: Checkpoint, right: Checkpoint) -> Iterator[str]:
     """Yield the files beside the shards that only one folder has, or that differ in size."""
 
     def beside(c: Checkpoint) -> dict[str, int]:
-        return {n: s for n, s in c.files.items() if not n.endswith((".safetensors", ".index.json")) and n not in CONFIGS}
+        return {
+            n: s
+            for n, s in c.files.items()
+            if not n.endswith((".safetensors", ".index.json")) and n not in CONFIGS
+        }
 
     mine, theirs = beside(left), beside(right)
     for name in sorted(mine.keys() | theirs.keys()):
@@ -181,7 +213,9 @@ def _files(left: Checkpoint, right: Checkpoint) -> Iterator[str]:
 
 
 def _config(file: str, left: Checkpoint, right: Checkpoint) -> Iterator[Change]:
-    mine, theirs = ((c.config if file == "config.json" else c.hf_quant_config) for c in (left, right))
+    mine, theirs = (
+        (c.config if file == "config.json" else c.hf_quant_config) for c in (left, right)
+    )
     if mine is None or theirs is None:
         if (file in left.files) != (file in right.files):
             kind: Kind = "only A" if file in left.files else "only B"
@@ -195,7 +229,9 @@ def _config(file: str, left: Checkpoint, right: Checkpoint) -> Iterator[Change]:
             yield Change("config", names, a, b, file)
 
 
-def _fields(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str, str]]:
+def _fields(
+    a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, str, str]]:
     """Yield (dotted path, value in A, value in B) of fields that differ; a missing value is ''."""
     for key in [*a, *(k for k in b if k not in a)]:
         path = f"{prefix}.{key}" if prefix else str(key)
@@ -235,23 +271,32 @@ def _canonical(value: Any) -> str:
 
 
 def _value(value: Any) -> str:
-    """Return a value as JSON, a long list by its length and its beginning; '' where it is missing."""
+    """Return a value as JSON, a long list by its length and its beginning; '' where it is
+    missing.
+    """
     if value is _MISSING:
         return ""
     text = json.dumps(value, ensure_ascii=False)
     if len(text) <= 120:
         return text
-    return f"{len(value)} entries {text[:100]}…" if isinstance(value, list | dict) else f"{text[:119]}…"
+    return (
+        f"{len(value)} entries {text[:100]}…"
+        if isinstance(value, list | dict)
+        else f"{text[:119]}…"
+    )
 
 
 # bytes
 
 
-def _bytes(left: Checkpoint, right: Checkpoint, progress: Progress | None) -> tuple[list[Change], int]:
+def _bytes(
+    left: Checkpoint, right: Checkpoint, progress: Progress | None
+) -> tuple[list[Change], int]:
     pairs = [
-        (t, o) for n, t in left.tensors.items()
+        (t, o)
+        for n, t in left.tensors.items()
         if (o := right.tensors.get(n)) is not None and o.dtype == t.dtype and o.shape == t.shape
-    ]  # fmt: skip
+    ]
     total, done = sum(t.nbytes for t, _ in pairs), 0
     groups: dict[str, tuple[Names, list[_Differing], list[Tensor]]] = {}
     for mine, theirs in pairs:
@@ -265,22 +310,31 @@ def _bytes(left: Checkpoint, right: Checkpoint, progress: Progress | None) -> tu
             if progress:
                 progress(done, total)
         if found.elements:
-            names, entries, tensors = groups.setdefault(collapse(mine.name), (Names(collapse(mine.name), mine.name), [], []))
+            names, entries, tensors = groups.setdefault(
+                collapse(mine.name), (Names(collapse(mine.name), mine.name), [], [])
+            )
             names.add(mine.name)
             entries.append(found)
             tensors.append(mine)
-    return [Change("bytes", names, *_summary(entries, tensors)) for names, entries, tensors in groups.values()], len(pairs)
+    return [
+        Change("bytes", names, *_summary(entries, tensors))
+        for names, entries, tensors in groups.values()
+    ], len(pairs)
 
 
 class _Differing:
-    """How much two tensors differ: elements, the first one, and the largest difference where values are floats."""
+    """How much two tensors differ: elements, the first one, and the largest difference where values
+    are floats.
+    """
 
     def __init__(self) -> None:
         self.elements = 0
         self.first: tuple[int, str, str] | None = None
         self.largest: float | None = None
 
-    def add(self, tensor: Tensor, start: int, a: npt.NDArray[np.uint8], b: npt.NDArray[np.uint8]) -> None:
+    def add(
+        self, tensor: Tensor, start: int, a: npt.NDArray[np.uint8], b: npt.NDArray[np.uint8]
+    ) -> None:
         """Compare the bytes from ``start`` on."""
         if np.array_equal(a, b):
             return
@@ -289,11 +343,18 @@ class _Differing:
         self.elements += int(places.size)
         at = int(places[0]) * size
         if self.first is None:
-            self.first = (start + at, a[at : at + size].tobytes().hex(), b[at : at + size].tobytes().hex())
+            self.first = (
+                start + at,
+                a[at : at + size].tobytes().hex(),
+                b[at : at + size].tobytes().hex(),
+            )
         if tensor.dtype in FLOATS:
             dtype = NUMPY_DTYPES[tensor.dtype]
             with np.errstate(over="ignore", invalid="ignore"):
-                gap = np.abs(a.view(dtype)[places].astype(np.float64) - b.view(dtype)[places].astype(np.float64))
+                gap = np.abs(
+                    a.view(dtype)[places].astype(np.float64)
+                    - b.view(dtype)[places].astype(np.float64)
+                )
             self.largest = max(self.largest or 0.0, float(np.nanmax(gap, initial=0.0)))
 
 
@@ -303,4 +364,7 @@ def _summary(entries: Sequence[_Differing], tensors: Sequence[Tensor]) -> tuple[
     largest = [d.largest for d in entries if d.largest is not None]
     gap = f", by at most {max(largest):.3g}" if largest else ""
     first = entries[0].first or (0, "", "")
-    return f"{count:,} of {of:,} elements differ{gap}", f"first at byte {first[0]:,}: {first[1]} → {first[2]}"
+    return (
+        f"{count:,} of {of:,} elements differ{gap}",
+        f"first at byte {first[0]:,}: {first[1]} → {first[2]}",
+    )

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What stays the same about a finding from one run to the next.
 
-A fingerprint stands for a rule, a kind of defect and a kind of place. Shard names, layer and expert numbers, counts and
-offsets are not part of it: they change with the sharding, with the order in a header, and with findings beside it. The
-severity is not either, so that a profile does not turn a known finding into a new one.
+A fingerprint stands for a rule, a kind of defect and a kind of place. Shard names, layer and expert
+numbers, counts and offsets are not part of it: they change with the sharding, with the order in a
+header, and with findings beside it. The severity is not either, so that a profile does not turn a
+known finding into a new one.
 """
 
 from __future__ import annotations
@@ -25,8 +26,11 @@ _NUMBER = re.compile(r"(?<![A-Za-z0-9_])[-+]?\d[\d,]*(\.\d+)?(e[-+]?\d+)?(?![A-Z
 
 
 def kind(finding: Finding) -> str:
-    """Return the message, its first `MAX_MESSAGE` characters, without file names of shards and without numbers."""
-    # Names stand in messages, and a hostile one can be as long as a header: the patterns below are not linear.
+    """Return the message, its first `MAX_MESSAGE` characters, without file names of shards and
+    without numbers.
+    """
+    # Names stand in messages, and a hostile one can be as long as a header: the patterns below are
+    # not linear.
     text = finding.message[:MAX_MESSAGE]
     if finding.where.file and finding.where.file.endswith(".safetensors"):
         text = text.replace(finding.where.file, "<shard>")
@@ -34,7 +38,9 @@ def kind(finding: Finding) -> str:
 
 
 def place(finding: Finding) -> str:
-    """Return the tensor's name with layer and expert numbers as ``*``; without a tensor, a file that is no shard."""
+    """Return the tensor's name with layer and expert numbers as ``*``; without a tensor, a file
+    that is no shard.
+    """
     if finding.where.tensor:
         return collapse(finding.where.tensor)
     file = finding.where.file or ""

@@ -15,7 +15,9 @@ MAX_RANGES = 6
 
 @dataclass
 class Names:
-    """Names of one pattern: ``example`` is the first, ``slots`` the numbers that stood at each ``*``."""
+    """Names of one pattern: ``example`` is the first, ``slots`` the numbers that stood at each
+    ``*``.
+    """
 
     pattern: str
     example: str
@@ -27,7 +29,9 @@ class Names:
         numbers = _NUMBER.findall(name)
         if not self.count:
             self.slots = [set() for _ in numbers]
-        for slot, number in zip(self.slots, numbers, strict=False):  # a name may hold a star where others hold a number
+        for slot, number in zip(
+            self.slots, numbers, strict=False
+        ):  # a name may hold a star where others hold a number
             slot.add(int(number[:18]))  # a name is hostile: int() refuses thousands of digits
         self.count += 1
 

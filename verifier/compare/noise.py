@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Signal to quantization noise of every quantized weight, summed by layer and role and by layer and expert."""
+"""Signal to quantization noise of every quantized weight, summed by layer and role and by layer and
+expert.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +18,16 @@ from verifier.rules.context import Context
 from verifier.schemes import expert_key, layer_of, role
 
 E4M3_FLOOR = 0x01
-"""The code of 2^-9, the smallest block scale above zero; a block that needs a smaller one loses its small weights."""
+"""The code of 2^-9, the smallest block scale above zero; a block that needs a smaller one loses its
+small weights."""
 Cells = dict[tuple[str, str], float]
 
 
 @dataclass
 class Noise:
-    """dB by (role, layer) and by (layer, expert), and the share of NVFP4 block scales at the floor by (layer, expert)."""
+    """dB by (role, layer) and by (layer, expert), and the share of NVFP4 block scales at the floor
+    by (layer, expert).
+    """
 
     roles: Cells = field(default_factory=dict)
     experts: Cells = field(default_factory=dict)
@@ -32,9 +37,12 @@ class Noise:
 
 
 def noise(
-    candidate: str | os.PathLike[str], base: str | os.PathLike[str], progress: Callable[[int, int], None] | None = None
+    candidate: str | os.PathLike[str],
+    base: str | os.PathLike[str],
+    progress: Callable[[int, int], None] | None = None,
 ) -> Noise:
-    """Decode every quantized weight and compare it with the base's: 10 log10(sum w^2 / sum (w' - w)^2), capped at 200 dB.
+    """Decode every quantized weight and compare it with the base's: 10 log10(sum w^2 / sum (w' -
+    w)^2), capped at 200 dB.
 
     One weight of each is in memory at a time.
 
@@ -74,13 +82,17 @@ def noise(
             codes = ctx.checkpoint.read(scale)
             _add(sums["floor"], cell, [float((codes <= E4M3_FLOOR).sum()), float(codes.size)])
     if not found.weights:
-        raise ContentError(f"{os.fspath(candidate)}: no quantized weight could be compared with {os.fspath(base)}")
+        raise ContentError(
+            f"{os.fspath(candidate)}: no quantized weight could be compared with {os.fspath(base)}"
+        )
     found.roles, found.experts = _decibels(sums["roles"]), _decibels(sums["experts"])
     found.floor = {k: 100 * low / of for k, (low, of) in sums["floor"].items() if of}
     return found
 
 
-def _add(sums: dict[tuple[str, str], list[float]], cell: tuple[str, str], pair: list[float]) -> None:
+def _add(
+    sums: dict[tuple[str, str], list[float]], cell: tuple[str, str], pair: list[float]
+) -> None:
     old = sums.setdefault(cell, [0.0, 0.0])
     old[0], old[1] = old[0] + pair[0], old[1] + pair[1]
 

@@ -14,14 +14,29 @@ from verifier.compare.stats import Codes, Floats, Row, Stats, bins, shares
 from verifier.report import printable
 
 FLOAT_FIELDS = (
-    "format", "leaf", "role", "count", "zero", "negative", "invalid", "distinct", "low", "high", "low_at", "high_at"
-)  # fmt: skip
+    "format",
+    "leaf",
+    "role",
+    "count",
+    "zero",
+    "negative",
+    "invalid",
+    "distinct",
+    "low",
+    "high",
+    "low_at",
+    "high_at",
+)
 LINES = 30
 BAR = 40
 SECTIONS = (
-    ("only A", "only in A"), ("only B", "only in B"), ("dtype", "another dtype"), ("shape", "another shape"),
-    ("dtype and shape", "another dtype and shape"), ("bytes", "other bytes"),
-)  # fmt: skip
+    ("only A", "only in A"),
+    ("only B", "only in B"),
+    ("dtype", "another dtype"),
+    ("shape", "another shape"),
+    ("dtype and shape", "another dtype and shape"),
+    ("bytes", "other bytes"),
+)
 
 
 def diff_text(found: Diff) -> str:
@@ -38,10 +53,16 @@ def diff_text(found: Diff) -> str:
     for file in dict.fromkeys(c.file for c in found.changes if c.file):
         changes = [c for c in found.changes if c.file == file]
         whole = changes[0].kind in ("only A", "only B")
-        lines += [f"{file}: {changes[0].kind.replace('only', 'only in')}"] if whole else _section(file, changes, "fields")
+        lines += (
+            [f"{file}: {changes[0].kind.replace('only', 'only in')}"]
+            if whole
+            else _section(file, changes, "fields")
+        )
     if found.files:
         lines.append("other files (told, not judged)")
-        lines += [f"  {printable(f)}" for f in found.files[:LINES]] + _rest(len(found.files), "files")
+        lines += [f"  {printable(f)}" for f in found.files[:LINES]] + _rest(
+            len(found.files), "files"
+        )
     lines.append(_verdict(found))
     return "\n".join(lines) + "\n"
 
@@ -50,21 +71,35 @@ def diff_json(found: Diff) -> str:
     """Return a diff as one JSON object with every group."""
     roles = sorted(found.a.precision.keys() | found.b.precision.keys())
     value: dict[str, Any] = {
-        "equal": found.equal, "common": found.common, "compared": found.compared,
-        "a": _side_value(found.a), "b": _side_value(found.b),
+        "equal": found.equal,
+        "common": found.common,
+        "compared": found.compared,
+        "a": _side_value(found.a),
+        "b": _side_value(found.b),
         "precision": [
-            {"role": r, "format": f, "a": found.a.precision.get((r, f), 0), "b": found.b.precision.get((r, f), 0)}
+            {
+                "role": r,
+                "format": f,
+                "a": found.a.precision.get((r, f), 0),
+                "b": found.b.precision.get((r, f), 0),
+            }
             for r, f in roles
         ],
         "changes": [
             {
-                "kind": c.kind, "file": c.file or None, "name": c.names.label, "pattern": c.names.pattern,
-                "example": c.names.example, "count": c.names.count, "a": c.a, "b": c.b,
+                "kind": c.kind,
+                "file": c.file or None,
+                "name": c.names.label,
+                "pattern": c.names.pattern,
+                "example": c.names.example,
+                "count": c.names.count,
+                "a": c.a,
+                "b": c.b,
             }
             for c in found.changes
         ],
         "files": list(found.files),
-    }  # fmt: skip
+    }
     return json.dumps(value, indent=2, allow_nan=False) + "\n"
 
 
@@ -77,9 +112,12 @@ def _side(letter: str, side: Side) -> str:
 
 def _side_value(side: Side) -> dict[str, Any]:
     return {
-        "uri": side.uri, "tensors": side.tensors, "shards": side.shards, "bytes": side.nbytes,
+        "uri": side.uri,
+        "tensors": side.tensors,
+        "shards": side.shards,
+        "bytes": side.nbytes,
         "problems": list(side.problems),
-    }  # fmt: skip
+    }
 
 
 def _precision(found: Diff) -> list[str]:
@@ -90,7 +128,9 @@ def _precision(found: Diff) -> list[str]:
         return {role: ", ".join(c) for role, c in counts.items()}
 
     mine, theirs = texts(found.a), texts(found.b)
-    rows = [(r, mine.get(r, "none"), theirs.get(r, "none")) for r in sorted(mine.keys() | theirs.keys())]
+    rows = [
+        (r, mine.get(r, "none"), theirs.get(r, "none")) for r in sorted(mine.keys() | theirs.keys())
+    ]
     width = max((len(r) for r, _, _ in rows), default=0)
     lines = [f"  {r:{width}}  {m if m == t else f'{m} → {t}'}" for r, m, t in rows]
     return ["modules by role", *lines] if rows else []
@@ -109,13 +149,17 @@ def _section(title: str, changes: list[Change], unit: str) -> list[str]:
             what = f"{left}; {right}"
         else:
             what = f"{left or '(none)'} → {right or '(none)'}"
-        partly = f"  (of {c.names.spanned:,} in these ranges)" if c.names.spanned > c.names.count else ""
+        partly = (
+            f"  (of {c.names.spanned:,} in these ranges)" if c.names.spanned > c.names.count else ""
+        )
         lines.append(f"  {c.names.count:>6,}  {printable(c.names.label)}  {what}{partly}".rstrip())
     return lines + _rest(len(changes), "kinds")
 
 
 def _rest(count: int, what: str) -> list[str]:
-    return [f"  … and {count - LINES:,} more {what}; --format json has all"] if count > LINES else []
+    return (
+        [f"  … and {count - LINES:,} more {what}; --format json has all"] if count > LINES else []
+    )
 
 
 def _verdict(found: Diff) -> str:
@@ -123,7 +167,11 @@ def _verdict(found: Diff) -> str:
         return "different: not both could be read whole; `ckptgate check` says what is wrong"
     if not found.equal:
         return f"different: {len(found.changes):,} kind{'s' * (len(found.changes) != 1)} of differences"
-    payload = f", and the bytes of {found.compared:,}" if found.compared is not None else " (bytes: --payload)"
+    payload = (
+        f", and the bytes of {found.compared:,}"
+        if found.compared is not None
+        else " (bytes: --payload)"
+    )
     return f"equal: names, dtypes and shapes of {found.common:,} tensors, both configs{payload}"
 
 
@@ -158,21 +206,31 @@ def stats_text(found: Stats) -> str:
 def stats_json(found: Stats) -> str:
     """Return a checkpoint's numbers as one JSON object; histograms as 256 counts by code."""
     value: dict[str, Any] = {
-        "uri": found.uri, "model_type": found.model_type, "tensors": found.tensors, "shards": found.shards,
-        "bytes": found.nbytes, "depth": found.depth, "problems": list(found.problems),
-        "rows": [_row_value(r) for r in found.rows], "total": _row_value(found.total),
+        "uri": found.uri,
+        "model_type": found.model_type,
+        "tensors": found.tensors,
+        "shards": found.shards,
+        "bytes": found.nbytes,
+        "depth": found.depth,
+        "problems": list(found.problems),
+        "rows": [_row_value(r) for r in found.rows],
+        "total": _row_value(found.total),
         "codes": [
             {
-                "format": c.format, "leaf": c.leaf, "kind": c.kind, **shares(c.counts, c.kind),
+                "format": c.format,
+                "leaf": c.leaf,
+                "kind": c.kind,
+                **shares(c.counts, c.kind),
                 "roles": {
-                    r: {**shares(n, c.kind), "counts": n.tolist()} for r, n in sorted(c.roles.items())
+                    r: {**shares(n, c.kind), "counts": n.tolist()}
+                    for r, n in sorted(c.roles.items())
                 },
             }
             for c in found.codes
         ],
         "floats": [{k: getattr(f, k) for k in FLOAT_FIELDS} for f in found.floats],
         "skipped": list(found.skipped),
-    }  # fmt: skip
+    }
     return json.dumps(value, indent=2, allow_nan=False) + "\n"
 
 
@@ -185,16 +243,23 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 def _row_value(row: Row) -> dict[str, Any]:
     return {
-        "role": row.role, "format": row.format, "modules": row.modules, "parameters": row.parameters,
-        "weight_bytes": row.weight_bytes, "scale_bytes": row.scale_bytes, "other_bytes": row.other_bytes,
+        "role": row.role,
+        "format": row.format,
+        "modules": row.modules,
+        "parameters": row.parameters,
+        "weight_bytes": row.weight_bytes,
+        "scale_bytes": row.scale_bytes,
+        "other_bytes": row.other_bytes,
         "bits_per_parameter": row.bits,
-    }  # fmt: skip
+    }
 
 
 def _codes(codes: Codes) -> list[str]:
     counts = codes.counts
     found = shares(counts, codes.kind)
-    lines = [f"\n{printable(codes.format, 40)} {codes.leaf}: {found['total']:,} {codes.kind} scales, by power of two"]
+    lines = [
+        f"\n{printable(codes.format, 40)} {codes.leaf}: {found['total']:,} {codes.kind} scales, by power of two"
+    ]
     rows = bins(counts, codes.kind)
     top = max((n for _, n in rows), default=1)
     width = max((len(label) for label, _ in rows), default=0)
@@ -204,11 +269,23 @@ def _codes(codes: Codes) -> list[str]:
             continue
         bar = "█" * max(1, round(BAR * n / top))
         lines.append(f"  {label:>{width}}  {bar:{BAR}}  {n:,} ({share(n, found['total'])})")
-    for role, mine in (*sorted(codes.roles.items()), *([("all", counts)] if len(codes.roles) > 1 else [])):
+    for role, mine in (
+        *sorted(codes.roles.items()),
+        *([("all", counts)] if len(codes.roles) > 1 else []),
+    ):
         parts = shares(mine, codes.kind)
         of = parts.pop("total")
-        names = {"floor": "at the floor 2^-9", "max": "at 448", "least": "at 2^-127", "invalid": "NaN"}
-        texts = [f"{share(n, of)} {names.get(k, k)}" for k, n in parts.items() if n or k in ("floor", "zero", "least")]
+        names = {
+            "floor": "at the floor 2^-9",
+            "max": "at 448",
+            "least": "at 2^-127",
+            "invalid": "NaN",
+        }
+        texts = [
+            f"{share(n, of)} {names.get(k, k)}"
+            for k, n in parts.items()
+            if n or k in ("floor", "zero", "least")
+        ]
         lines.append(f"  {role}: {of:,} scales, {', '.join(texts)}")
     return lines
 
@@ -254,7 +331,11 @@ def show_text(found: Shown) -> str:
     t, shown = found.tensor, found.elements
     block = f", block {found.block:,}" if found.block is not None else ""
     columns = f"{shown[0].column:,} to {shown[-1].column:,} of {found.width:,}" if shown else "none"
-    where = f"row {found.row:,}{block}: columns {columns}" if len(t.shape) > 1 or found.scales else f"elements {columns}"
+    where = (
+        f"row {found.row:,}{block}: columns {columns}"
+        if len(t.shape) > 1 or found.scales
+        else f"elements {columns}"
+    )
     lines = [
         f"tensor   {printable(t.name)}",
         f"         {t.dtype} {list(t.shape)}, bytes {t.offset:,} to {t.offset + t.nbytes - 1:,} of {printable(t.file)}",
@@ -263,12 +344,22 @@ def show_text(found: Shown) -> str:
         f"place    {where}, from byte {found.byte:,}",
     ]
     for s in found.scales:
-        lines.append(f"  {s.leaf:20} {s.raw:10} {_number(s.value):>14}  at byte {s.byte:,}; {s.valid} belongs here")
+        lines.append(
+            f"  {s.leaf:20} {s.raw:10} {_number(s.value):>14}  at byte {s.byte:,}; {s.valid} belongs here"
+        )
     if found.scale is not None:
         lines.append(f"  {'whole scale':20} {'':10} {_number(found.scale):>14}")
     rows = [_element_cells(e) for e in found.elements]
     quantized = found.scale is not None
-    head = ["column", "code" if quantized else "bytes", "stands for", "value", "base", "nearest", "gives"]
+    head = [
+        "column",
+        "code" if quantized else "bytes",
+        "stands for",
+        "value",
+        "base",
+        "nearest",
+        "gives",
+    ]
     keep = [i for i in range(7) if (i != 2 or quantized) and any(r[i] for r in rows)]
     table = [[r[i] for i in keep] for r in [head, *rows]]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
@@ -286,7 +377,9 @@ def show_text(found: Shown) -> str:
 
 
 def show_json(found: Shown) -> str:
-    """Return a place as one JSON object; a value that JSON lacks is the string NaN, Infinity or -Infinity."""
+    """Return a place as one JSON object; a value that JSON lacks is the string NaN, Infinity or
+    -Infinity.
+    """
     return json.dumps(_plain_value(asdict(found)), indent=2, allow_nan=False) + "\n"
 
 
@@ -302,7 +395,15 @@ def _plain_value(value: Any) -> Any:
 
 def _element_cells(e: Element) -> list[str]:
     base, gives = ("" if v is None else _number(v) for v in (e.base, e.gives))
-    return [f"{e.column:,}", e.raw, _number(e.stands_for), _number(e.value), base, e.code or "", gives]
+    return [
+        f"{e.column:,}",
+        e.raw,
+        _number(e.stands_for),
+        _number(e.value),
+        base,
+        e.code or "",
+        gives,
+    ]
 
 
 def _number(value: float) -> str:

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One block of one tensor: the bytes, what they stand for, the scale, the values, and what belongs there."""
+"""One block of one tensor: the bytes, what they stand for, the scale, the values, and what belongs
+there.
+"""
 
 from __future__ import annotations
 
@@ -69,9 +71,11 @@ class Stored(Scale):
 
 @dataclass(frozen=True, slots=True)
 class Element:
-    """One element: its column, its code or bytes, the number that the code stands for, and its value.
+    """One element: its column, its code or bytes, the number that the code stands for, and its
+    value.
 
-    ``base`` is the base's value; ``code`` and ``gives`` are the nearest that can be stored under the stored scale.
+    ``base`` is the base's value; ``code`` and ``gives`` are the nearest that can be stored under
+    the stored scale.
     """
 
     column: int
@@ -85,7 +89,9 @@ class Element:
 
 @dataclass(frozen=True, slots=True)
 class Wanted(Scale):
-    """The scale that the base's block asks for under ``max`` calibration, and both root mean squared errors."""
+    """The scale that the base's block asks for under ``max`` calibration, and both root mean
+    squared errors.
+    """
 
     error: float
     stored_error: float
@@ -119,11 +125,15 @@ class Shown:
 
 
 def parse_place(text: str) -> Place:
-    """Return a place from ``NAME`` or ``NAME [row 12, block 3, byte 2,078,571, of FILE]``, as a report prints it."""
+    """Return a place from ``NAME`` or ``NAME [row 12, block 3, byte 2,078,571, of FILE]``, as a
+    report prints it.
+    """
     match = _PLACE.match(text.strip())
     if match is None:
         return Place(text.strip())
-    where = re.split(r"(?:^|, )(?:of|in) ", match["spots"], maxsplit=1)[0]  # what follows is a file's name
+    where = re.split(r"(?:^|, )(?:of|in) ", match["spots"], maxsplit=1)[
+        0
+    ]  # what follows is a file's name
     spots = {k: int(n.replace(",", "")) for k, n in _SPOT.findall(where)}
     return Place(match["name"], spots.get("row"), spots.get("block"), spots.get("byte"))
 
@@ -152,32 +162,50 @@ def show(
         ContentError: no such tensor or place in it, or no checkpoint.
         MachineError: reading failed.
     """
-    checkpoint, reference = open_checkpoint(uri), open_checkpoint(base) if base is not None else None
-    if place.split(" ")[0] not in checkpoint.tensors:  # a report speaks of the linears in a stack, not of the stack
-        checkpoint, reference = unstacked(checkpoint), unstacked(reference) if reference is not None else None
+    checkpoint, reference = (
+        open_checkpoint(uri),
+        open_checkpoint(base) if base is not None else None,
+    )
+    if (
+        place.split(" ")[0] not in checkpoint.tensors
+    ):  # a report speaks of the linears in a stack, not of the stack
+        checkpoint, reference = (
+            unstacked(checkpoint),
+            unstacked(reference) if reference is not None else None,
+        )
     judged = Judged(checkpoint)
     other = Judged(reference) if reference is not None else None
     tensor, found = _find(judged.checkpoint, place)
     if isinstance(checkpoint, Unstacked) and place_in_file(tensor.offset) is None:
         stack = checkpoint.stacked[tensor.name]
-        raise ContentError(f"{tensor.name} is a part of {stack} that is no single stretch of its file; show that")
+        raise ContentError(
+            f"{tensor.name} is a part of {stack} that is no single stretch of its file; show that"
+        )
     given = replace(
-        found, row=found.row if row is None else row, block=found.block if block is None else block,
+        found,
+        row=found.row if row is None else row,
+        block=found.block if block is None else block,
         byte=byte if byte is not None else (found.byte if row is None and block is None else None),
-    )  # fmt: skip
+    )
     # A report counts stored elements in a row of a weight; --block counts blocks.
     elementwise = found.block is not None and block is None
     name, leaf = split(tensor.name)
     module = judged.modules[name]
     fmt = judged.format_of(module) or module.shown
-    of_block = tensor is module.weight or leaf in _OF_BLOCKS or (leaf in SCALE_LEAVES and tensor.elements == 1)
+    of_block = (
+        tensor is module.weight
+        or leaf in _OF_BLOCKS
+        or (leaf in SCALE_LEAVES and tensor.elements == 1)
+    )
     if fmt is None or module.dims is None or not of_block or not _whole(module, fmt):
         return _plain(judged, other, module, tensor, given)
     return _block(judged, other, module, fmt, tensor, given, elementwise)
 
 
 def _find(checkpoint: Checkpoint, text: str) -> tuple[Tensor, Place]:
-    """Return the tensor that a text names: as it stands, as a report prints it, or as its module."""
+    """Return the tensor that a text names: as it stands, as a report prints it, or as its
+    module.
+    """
     tensors = checkpoint.tensors
     for place in (Place(text), parse_place(text)):
         for name in (place.name, f"{place.name}.weight", f"{place.name}.weight_packed"):
@@ -192,11 +220,15 @@ def _find(checkpoint: Checkpoint, text: str) -> tuple[Tensor, Place]:
         patterns.setdefault(collapse(name), name)
     near = difflib.get_close_matches(collapse(place.name), list(patterns), n=3, cutoff=0.5)
     hint = f"; near it: {', '.join(patterns[n] for n in near)}" if near else ""
-    raise ContentError(f"{checkpoint.uri}: no tensor {printable(place.name, 200)!r}{printable(hint, 600)}")
+    raise ContentError(
+        f"{checkpoint.uri}: no tensor {printable(place.name, 200)!r}{printable(hint, 600)}"
+    )
 
 
 def _whole(module: Module, fmt: Format) -> bool:
-    """Whether every scale that decoding needs is there, in the dtype and shape that the format gives it."""
+    """Whether every scale that decoding needs is there, in the dtype and shape that the format
+    gives it.
+    """
     if module.dims is None:
         return False
     for sibling in fmt.siblings:
@@ -204,7 +236,9 @@ def _whole(module: Module, fmt: Format) -> bool:
         if not present:
             if sibling.required and not sibling.leaves[0].startswith("input"):
                 return False
-        elif present[0].dtype not in sibling.dtypes or present[0].shape not in sibling.shapes(*module.dims):
+        elif present[0].dtype not in sibling.dtypes or present[0].shape not in sibling.shapes(
+            *module.dims
+        ):
             return False
     return True
 
@@ -213,7 +247,9 @@ def _index(tensor: Tensor, byte: int) -> int:
     """Return the flat index of the element at an offset of the tensor's file."""
     if not tensor.offset <= byte < tensor.offset + tensor.nbytes:
         last = tensor.offset + tensor.nbytes - 1
-        raise ContentError(f"byte {byte:,} is outside {tensor.name}, which has bytes {tensor.offset:,} to {last:,}")
+        raise ContentError(
+            f"byte {byte:,} is outside {tensor.name}, which has bytes {tensor.offset:,} to {last:,}"
+        )
     return (byte - tensor.offset) // _itemsize(tensor)
 
 
@@ -223,12 +259,16 @@ def _itemsize(tensor: Tensor) -> int:
 
 def _require(what: str, value: int, count: int, tensor: Tensor) -> int:
     if not 0 <= value < count:
-        raise ContentError(f"{tensor.name} {list(tensor.shape)} has no {what} {value:,}; 0 to {count - 1:,}")
+        raise ContentError(
+            f"{tensor.name} {list(tensor.shape)} has no {what} {value:,}; 0 to {count - 1:,}"
+        )
     return value
 
 
 def _read(checkpoint: Checkpoint, tensor: Tensor, first: int, count: int) -> npt.NDArray[Any]:
-    """Return ``count`` elements from the flat index ``first`` on, as raw bytes where numpy has no such dtype."""
+    """Return ``count`` elements from the flat index ``first`` on, as raw bytes where numpy has no
+    such dtype.
+    """
     size = _itemsize(tensor)
     data = checkpoint.source.read(tensor.file, tensor.offset + first * size, count * size)
     dtype = NUMPY_DTYPES.get(tensor.dtype)
@@ -243,38 +283,64 @@ def _hex(value: npt.NDArray[Any]) -> str:
 # what is not quantized, or cannot be decoded
 
 
-def _plain(judged: Judged, other: Judged | None, module: Module, tensor: Tensor, given: Place) -> Shown:
+def _plain(
+    judged: Judged, other: Judged | None, module: Module, tensor: Tensor, given: Place
+) -> Shown:
     flat = _flat(tensor, given)
     row_length = tensor.shape[-1] if tensor.shape else 1
     start = flat - flat % row_length
     first = start + (flat - start) // WINDOW * WINDOW
     count = max(0, min(WINDOW, start + row_length - first, tensor.elements - first))
     values = _read(judged.checkpoint, tensor, first, count)
-    numbers = values.astype(np.float64) if values.dtype != np.complex64 else values.real.astype(np.float64)
+    numbers = (
+        values.astype(np.float64)
+        if values.dtype != np.complex64
+        else values.real.astype(np.float64)
+    )
     notes = []
     if tensor.dtype not in NUMPY_DTYPES:
         notes.append(f"{tensor.dtype} is shown as bytes")
     if module.quantized and tensor is module.weight:
-        notes.append("the parts of this module make no format that can be decoded; `ckptgate check` says what is wrong")
+        notes.append(
+            "the parts of this module make no format that can be decoded; `ckptgate check` says what is wrong"
+        )
     theirs = _same_elements(other, tensor, first, count, notes) if other is not None else None
     elements = tuple(
         Element(
-            first - start + i, _hex(values[i : i + 1]), float(numbers[i]), float(numbers[i]),
+            first - start + i,
+            _hex(values[i : i + 1]),
+            float(numbers[i]),
+            float(numbers[i]),
             None if theirs is None else float(theirs[i]),
         )
         for i in range(len(numbers))
-    )  # fmt: skip
+    )
     kind = precision_of(judged, module)
     return Shown(
-        judged.checkpoint.uri, tensor, module.name, role(module.name), kind, _siblings(module), start // max(1, row_length),
-        None, tensor.offset + first * _itemsize(tensor), first - start, row_length, (), None, elements, tuple(notes),
+        judged.checkpoint.uri,
+        tensor,
+        module.name,
+        role(module.name),
+        kind,
+        _siblings(module),
+        start // max(1, row_length),
+        None,
+        tensor.offset + first * _itemsize(tensor),
+        first - start,
+        row_length,
+        (),
+        None,
+        elements,
+        tuple(notes),
         other.checkpoint.uri if other else None,
         asked=(flat - start,) if (given.row, given.block, given.byte) != (None, None, None) else (),
-    )  # fmt: skip
+    )
 
 
 def _flat(tensor: Tensor, given: Place) -> int:
-    """Return the flat index of the element that is meant; row and block count as a report counts them."""
+    """Return the flat index of the element that is meant; row and block count as a report counts
+    them.
+    """
     if given.byte is not None:
         return _index(tensor, given.byte)
     rank = len(tensor.shape)
@@ -298,20 +364,30 @@ def _same_elements(
     elif theirs.shape != tensor.shape:
         notes.append(f"the base has it as {theirs.dtype} {list(theirs.shape)}")
     elif theirs.dtype in NUMPY_DTYPES:
-        found: npt.NDArray[np.float64] = _read(other.checkpoint, theirs, first, count).real.astype(np.float64)
+        found: npt.NDArray[np.float64] = _read(other.checkpoint, theirs, first, count).real.astype(
+            np.float64
+        )
         return found
     return None
 
 
 def _siblings(module: Module) -> tuple[str, ...]:
-    return tuple(f"{leaf or 'itself'} {t.dtype} {list(t.shape)}" for leaf, t in module.parts.items())
+    return tuple(
+        f"{leaf or 'itself'} {t.dtype} {list(t.shape)}" for leaf, t in module.parts.items()
+    )
 
 
 # a block of codes
 
 
 def _block(
-    judged: Judged, other: Judged | None, module: Module, fmt: Format, tensor: Tensor, given: Place, elementwise: bool
+    judged: Judged,
+    other: Judged | None,
+    module: Module,
+    fmt: Format,
+    tensor: Tensor,
+    given: Place,
+    elementwise: bool,
 ) -> Shown:
     weight, dims = module.weight, module.dims
     if weight is None or dims is None:
@@ -325,10 +401,15 @@ def _block(
     values = decode(parts, fmt.name)[0]
     units = decode(_ones(parts, fmt), fmt.name)[0] if values.size else values
     codes = _codes(parts, fmt)
-    stands = (ml_dtypes.float4_e2m1fn if fmt.packed else ml_dtypes.float8_e4m3fn, "0x{:X}" if fmt.packed else "0x{:02X}")
+    stands = (
+        ml_dtypes.float4_e2m1fn if fmt.packed else ml_dtypes.float8_e4m3fn,
+        "0x{:X}" if fmt.packed else "0x{:02X}",
+    )
     numbers = codes.view(stands[0]).astype(np.float64)
     notes: list[str] = []
-    base_values = _base_values(other, module, dims, row, first, last, notes) if other is not None else None
+    base_values = (
+        _base_values(other, module, dims, row, first, last, notes) if other is not None else None
+    )
     finite = base_values is not None and np.isfinite(base_values).all()
     if base_values is not None and not finite:
         notes.append("the base is not finite here")
@@ -339,29 +420,54 @@ def _block(
             best, best_codes = _nearest(base_values, parts, units, fmt)
     elements = tuple(
         Element(
-            first + i, stands[1].format(int(codes[i])), float(numbers[i]), float(values[i]),
+            first + i,
+            stands[1].format(int(codes[i])),
+            float(numbers[i]),
+            float(values[i]),
             None if base_values is None else float(base_values[i]),
             None if best_codes is None else stands[1].format(int(best_codes[i])),
             None if best is None else float(best[i]),
         )
         for i in range(min(MOST, last - first))
-    )  # fmt: skip
+    )
     if last - first > MOST:
         notes.append(f"the first {MOST} of {last - first} columns of the block are shown")
     if fmt.block is None:
         notes.append(f"{fmt.algo} has no blocks along a row: a window of {WINDOW} columns is shown")
     exact = tensor is weight and (given.byte is not None or elementwise)
-    byte = weight.offset + row * weight.shape[1] * _itemsize(weight) + first // (2 if fmt.packed else 1)
+    byte = (
+        weight.offset
+        + row * weight.shape[1] * _itemsize(weight)
+        + first // (2 if fmt.packed else 1)
+    )
     return Shown(
-        judged.checkpoint.uri, tensor, module.name, role(module.name), fmt.algo, _siblings(module), row,
-        None if fmt.block is None else block, byte, first, in_, _stored(judged.checkpoint, module, fmt, row, block),
-        float(units[0]), elements, tuple(notes), other.checkpoint.uri if other else None, wanted,
+        judged.checkpoint.uri,
+        tensor,
+        module.name,
+        role(module.name),
+        fmt.algo,
+        _siblings(module),
+        row,
+        None if fmt.block is None else block,
+        byte,
+        first,
+        in_,
+        _stored(judged.checkpoint, module, fmt, row, block),
+        float(units[0]),
+        elements,
+        tuple(notes),
+        other.checkpoint.uri if other else None,
+        wanted,
         tuple(range(column, column + (2 if fmt.packed else 1))) if exact else (),
-    )  # fmt: skip
+    )
 
 
-def _spot(module: Module, fmt: Format, tensor: Tensor, given: Place, elementwise: bool) -> tuple[int, int]:
-    """Return row and column of the weight, in elements, that a place of the weight or of one of its scales means."""
+def _spot(
+    module: Module, fmt: Format, tensor: Tensor, given: Place, elementwise: bool
+) -> tuple[int, int]:
+    """Return row and column of the weight, in elements, that a place of the weight or of one of its
+    scales means.
+    """
     out, in_ = module.dims or (0, 0)
     height, width = fmt.block or (1, WINDOW)
     if tensor is module.weight:
@@ -381,16 +487,26 @@ def _spot(module: Module, fmt: Format, tensor: Tensor, given: Place, elementwise
         row, column = row * height, block * width
     _require("row", row, out, module.weight or tensor)
     if not 0 <= column < in_:
-        raise ContentError(f"{module.name} has no block {column // width:,}; 0 to {-(-in_ // width) - 1:,}")
+        raise ContentError(
+            f"{module.name} has no block {column // width:,}; 0 to {-(-in_ // width) - 1:,}"
+        )
     return row, column
 
 
-def _sliced(checkpoint: Checkpoint, module: Module, fmt: Format, row: int, first: int, last: int) -> Parts:
-    """Return the parts of one block as `decode` takes them: one row, and the scales that reach it."""
+def _sliced(
+    checkpoint: Checkpoint, module: Module, fmt: Format, row: int, first: int, last: int
+) -> Parts:
+    """Return the parts of one block as `decode` takes them: one row, and the scales that reach
+    it.
+    """
     weight, pack = module.weight, 2 if fmt.packed else 1
     if weight is None:
         raise ContentError(f"{module.name}: no weight")
-    parts = {"weight": _read(checkpoint, weight, row * weight.shape[1] + first // pack, (last - first) // pack)[None]}
+    parts = {
+        "weight": _read(
+            checkpoint, weight, row * weight.shape[1] + first // pack, (last - first) // pack
+        )[None]
+    }
     height, width = fmt.block or (1, 0)
     for leaf, tensor in module.parts.items():
         if leaf not in SCALE_LEAVES:
@@ -400,7 +516,9 @@ def _sliced(checkpoint: Checkpoint, module: Module, fmt: Format, row: int, first
             parts[leaf] = value.reshape(()) if fmt.block is None or leaf in _WHOLE else value[None]
         elif leaf in _OF_BLOCKS:
             columns = -(-(module.dims or (0, 0))[1] // width) if width else 1
-            value = _read(checkpoint, tensor, row // height * columns + (first // width if width else 0), 1)
+            value = _read(
+                checkpoint, tensor, row // height * columns + (first // width if width else 0), 1
+            )
             parts[leaf] = value[None] if fmt.block else value
     return parts
 
@@ -417,10 +535,15 @@ def _codes(parts: Parts, fmt: Format) -> npt.NDArray[np.uint8]:
 
 def _ones(parts: Parts, fmt: Format) -> Parts:
     """Return the parts with the code of 1.0 everywhere: they decode to the whole scale."""
-    return {**parts, "weight": np.full(parts["weight"].shape, 0x22 if fmt.packed else 0x38, np.uint8)}
+    return {
+        **parts,
+        "weight": np.full(parts["weight"].shape, 0x22 if fmt.packed else 0x38, np.uint8),
+    }
 
 
-def _nearest(base: Float32, parts: Parts, units: Float32, fmt: Format) -> tuple[Float32, npt.NDArray[np.uint8]]:
+def _nearest(
+    base: Float32, parts: Parts, units: Float32, fmt: Format
+) -> tuple[Float32, npt.NDArray[np.uint8]]:
     """Return the best values under the stored scale, and their codes."""
     best = nearest(base[None], parts, fmt.name)[0]
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -431,9 +554,17 @@ def _nearest(base: Float32, parts: Parts, units: Float32, fmt: Format) -> tuple[
 
 
 def _base_values(
-    other: Judged, module: Module, dims: tuple[int, int], row: int, first: int, last: int, notes: list[str]
+    other: Judged,
+    module: Module,
+    dims: tuple[int, int],
+    row: int,
+    first: int,
+    last: int,
+    notes: list[str],
 ) -> Float32 | None:
-    """Return the base's values at the same row and columns, decoded where it is itself quantized."""
+    """Return the base's values at the same row and columns, decoded where it is itself
+    quantized.
+    """
     theirs = other.modules.get(module.name)
     if theirs is None or theirs.weight is None:
         notes.append("the base has no such module")
@@ -442,7 +573,9 @@ def _base_values(
         notes.append(f"the base has it as {theirs.weight.dtype} {list(theirs.weight.shape)}")
         return None
     if not theirs.quantized and theirs.weight.dtype in FLOATS:
-        return _read(other.checkpoint, theirs.weight, row * dims[1] + first, last - first).astype(np.float32)
+        return _read(other.checkpoint, theirs.weight, row * dims[1] + first, last - first).astype(
+            np.float32
+        )
     values = other.values(theirs)
     if values is None:
         notes.append("the base's values cannot be decoded")
@@ -465,7 +598,11 @@ def _wanted(base: Float32, values: Float32, parts: Parts, fmt: Format) -> Wanted
             step = np.abs(base).max() / (np.float32(6) * decode(_ones(one, fmt), fmt.name)[0, 0])
         if not np.isfinite(step):
             return None
-        scale = np.clip(step, np.float32(2**-9), np.float32(448)).astype(ml_dtypes.float8_e4m3fn).reshape(1, 1)
+        scale = (
+            np.clip(step, np.float32(2**-9), np.float32(448))
+            .astype(ml_dtypes.float8_e4m3fn)
+            .reshape(1, 1)
+        )
         code, value = scale.view(np.uint8), float(scale[0, 0])
     else:
         return None
@@ -478,7 +615,9 @@ def _rms(a: Float32, b: Float32) -> float:
         return float(np.sqrt(np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2)))
 
 
-def _stored(checkpoint: Checkpoint, module: Module, fmt: Format, row: int, block: int) -> tuple[Stored, ...]:
+def _stored(
+    checkpoint: Checkpoint, module: Module, fmt: Format, row: int, block: int
+) -> tuple[Stored, ...]:
     """Return the scales that reach a block."""
     found = []
     height, width = fmt.block or (1, 0)
@@ -494,5 +633,7 @@ def _stored(checkpoint: Checkpoint, module: Module, fmt: Format, row: int, block
         value = raw.view(ml_dtypes.float8_e8m0fnu) if power else raw
         valid = _E8M0 if power else (_E4M3 if tensor.dtype == "F8_E4M3" else _POSITIVE)
         number = float(value.astype(np.float64)[0])
-        found.append(Stored(leaf, _hex(raw), number, tensor.offset + flat * _itemsize(tensor), valid))
+        found.append(
+            Stored(leaf, _hex(raw), number, tensor.offset + flat * _itemsize(tensor), valid)
+        )
     return tuple(found)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A checkpoint in numbers: formats by role, real bits per parameter, and at depth payload the scales themselves."""
+"""A checkpoint in numbers: formats by role, real bits per parameter, and at depth payload the
+scales themselves.
+"""
 
 from __future__ import annotations
 
@@ -26,10 +28,11 @@ E4M3_FLOOR = 0x01  # 2^-9, the least that is not zero
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """The modules of one role and format. ``parameters`` is None where the format is not determined.
+    """The modules of one role and format. ``parameters`` is None where the format is not
+    determined.
 
-    ``weight_bytes`` are codes or values, ``scale_bytes`` all scales of weights and activations, ``other_bytes`` biases
-    and KV scales.
+    ``weight_bytes`` are codes or values, ``scale_bytes`` all scales of weights and activations,
+    ``other_bytes`` biases and KV scales.
     """
 
     role: str
@@ -42,8 +45,14 @@ class Row:
 
     @property
     def bits(self) -> float | None:
-        """Bits per parameter, codes and scales together; None where the parameters are not known."""
-        return 8 * (self.weight_bytes + self.scale_bytes) / self.parameters if self.parameters else None
+        """Bits per parameter, codes and scales together; None where the parameters are not
+        known.
+        """
+        return (
+            8 * (self.weight_bytes + self.scale_bytes) / self.parameters
+            if self.parameters
+            else None
+        )
 
 
 @dataclass(slots=True)
@@ -66,7 +75,9 @@ class Codes:
 
 @dataclass(slots=True)
 class Floats:
-    """The values of a float32 scale in one role: the smallest and largest finite one with their places."""
+    """The values of a float32 scale in one role: the smallest and largest finite one with their
+    places.
+    """
 
     format: str
     leaf: str
@@ -106,12 +117,23 @@ class Stats:
         parameters = sum(r.parameters or 0 for r in known)
         modules = sum(r.modules for r in self.rows)
         weight, scale, other = (
-            sum(getattr(r, k) for r in self.rows) for k in ("weight_bytes", "scale_bytes", "other_bytes")
-        )  # fmt: skip
-        return Row("all", "", modules, parameters if len(known) == len(self.rows) else None, weight, scale, other)
+            sum(getattr(r, k) for r in self.rows)
+            for k in ("weight_bytes", "scale_bytes", "other_bytes")
+        )
+        return Row(
+            "all",
+            "",
+            modules,
+            parameters if len(known) == len(self.rows) else None,
+            weight,
+            scale,
+            other,
+        )
 
 
-def stats(uri: str | os.PathLike[str], *, depth: str = "header", progress: Progress | None = None) -> Stats:
+def stats(
+    uri: str | os.PathLike[str], *, depth: str = "header", progress: Progress | None = None
+) -> Stats:
     """Return a checkpoint in numbers.
 
     Args:
@@ -133,16 +155,23 @@ def stats(uri: str | os.PathLike[str], *, depth: str = "header", progress: Progr
         groups.setdefault((role(module.name), precision_of(judged, module)), []).append(module)
     rows = tuple(_row(r, f, modules) for (r, f), modules in sorted(groups.items()))
     head = (
-        checkpoint.uri, checkpoint.model_type, len(checkpoint.tensors), len(checkpoint.shards), checkpoint.nbytes, rows,
+        checkpoint.uri,
+        checkpoint.model_type,
+        len(checkpoint.tensors),
+        len(checkpoint.shards),
+        checkpoint.nbytes,
+        rows,
         problems_of(checkpoint),
-    )  # fmt: skip
+    )
     if depth == "header":
         return Stats(*head, depth)
     return Stats(*head, depth, *_scales(judged.checkpoint, groups, progress))
 
 
 def parameters(module: Module) -> int | None:
-    """Return the number of values that a module's weight stands for, or None where its format does not tell."""
+    """Return the number of values that a module's weight stands for, or None where its format does
+    not tell.
+    """
     weight = module.weight
     if weight is None:
         return 0
@@ -199,7 +228,11 @@ def _scales(
     for found in floats.values():
         found.distinct = len(found.seen)
     lost = tuple(f"{n:,} tensors {what}" for what, n in skipped.items())
-    return tuple(codes.values()), tuple(sorted(floats.values(), key=lambda f: (f.format, f.leaf, f.role))), lost
+    return (
+        tuple(codes.values()),
+        tuple(sorted(floats.values(), key=lambda f: (f.format, f.leaf, f.role))),
+        lost,
+    )
 
 
 def _kind(tensor: Tensor, format_: str) -> Kind | None:
@@ -230,23 +263,27 @@ def _add(found: Floats, tensor: Tensor, values: npt.NDArray[np.float32]) -> None
 def shares(counts: npt.NDArray[np.int64], kind: Kind) -> dict[str, int]:
     """Return how many scales are of a kind that matters.
 
-    Keys: ``total``, ``invalid``; of E4M3 also ``zero``, ``negative``, ``floor`` (2^-9, where clamping ends) and ``max``
-    (448); of E8M0 ``least`` (2^-127).
+    Keys: ``total``, ``invalid``; of E4M3 also ``zero``, ``negative``, ``floor`` (2^-9, where
+    clamping ends) and ``max`` (448); of E8M0 ``least`` (2^-127).
     """
     total = int(counts.sum())
     if kind == "E8M0":
         return {"total": total, "invalid": int(counts[0xFF]), "least": int(counts[0x00])}
     return {
-        "total": total, "invalid": int(counts[0x7F] + counts[0xFF]), "zero": int(counts[0x00] + counts[0x80]),
-        "negative": int(counts[0x81:0xFF].sum()), "floor": int(counts[E4M3_FLOOR]), "max": int(counts[0x7E]),
-    }  # fmt: skip
+        "total": total,
+        "invalid": int(counts[0x7F] + counts[0xFF]),
+        "zero": int(counts[0x00] + counts[0x80]),
+        "negative": int(counts[0x81:0xFF].sum()),
+        "floor": int(counts[E4M3_FLOOR]),
+        "max": int(counts[0x7E]),
+    }
 
 
 def bins(counts: npt.NDArray[np.int64], kind: Kind) -> list[tuple[str, int]]:
     """Return (label, count) by power of two, from the least to the largest that occurs.
 
-    E4M3 has 2^-9 alone, its other subnormals by their power of two, then a bin a binade; negative codes count as
-    their magnitude. NaN has a bin of its own where it occurs.
+    E4M3 has 2^-9 alone, its other subnormals by their power of two, then a bin a binade; negative
+    codes count as their magnitude. NaN has a bin of its own where it occurs.
     """
     found: dict[int, int] = {}
     if kind == "E8M0":
@@ -270,4 +307,7 @@ def _folded(rows: list[tuple[int, int]], limit: int = 32) -> list[tuple[str, int
     """Return at most ``limit`` rows, neighbours put together."""
     step = -(-len(rows) // limit)
     parts: Iterable[list[tuple[int, int]]] = (rows[i : i + step] for i in range(0, len(rows), step))
-    return [(f"2^{p[0][0]}" + (f"..2^{p[-1][0]}" if len(p) > 1 else ""), sum(n for _, n in p)) for p in parts]
+    return [
+        (f"2^{p[0][0]}" + (f"..2^{p[-1][0]}" if len(p) > 1 else ""), sum(n for _, n in p))
+        for p in parts
+    ]

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Defects on purpose: one corruptor or more for each rule, by hand on the bytes, with nothing of the rules' code."""
+"""Defects on purpose: one corruptor or more for each rule, by hand on the bytes, with nothing of
+the rules' code.
+"""
 
 from verifier.corrupt.corruptor import Corruptor, kind_of, traits_of
 from verifier.corrupt.edit import Folder, Place

@@ -25,7 +25,7 @@ from verifier.corrupt.corruptor import (
     quantized,
     sibling_of,
     target,
-)  # fmt: skip
+)
 from verifier.corrupt.edit import CONFIG, QUANT_CONFIG, Folder, Place
 
 _QUANT = "quantization_config"
@@ -37,7 +37,13 @@ def _exclude(folder: Folder, *patterns: str) -> None:
 
 def _scale_of(folder: Folder, module: str) -> Place:
     parts = folder.modules()[module]
-    return folder.place(next(t.name for leaf, t in parts.items() if leaf.endswith(("_scale", "_scale_2", "_scale_inv"))))
+    return folder.place(
+        next(
+            t.name
+            for leaf, t in parts.items()
+            if leaf.endswith(("_scale", "_scale_2", "_scale_inv"))
+        )
+    )
 
 
 def _weight_of(folder: Folder, module: str) -> Place:
@@ -151,7 +157,9 @@ def declaration_is_text(folder: Folder) -> Place:
 
 def exclusions_are_text(folder: Folder) -> Place:
     """Write the exclusion list of config.json as one string with commas."""
-    folder.edit_json(CONFIG, lambda value: value[_QUANT].update({"ignore": ", ".join(value[_QUANT]["ignore"])}))
+    folder.edit_json(
+        CONFIG, lambda value: value[_QUANT].update({"ignore": ", ".join(value[_QUANT]["ignore"])})
+    )
     return Place(None, CONFIG)
 
 
@@ -173,7 +181,10 @@ def _algo_of_others(value: str) -> Callable[[Folder], Place]:
 
 def method_of_integers(folder: Folder) -> Place:
     """Declare a method of integer formats over FP8 tensors."""
-    declarations(folder, lambda body: (body.pop("quant_algo", None), body.update({"quant_method": "awq"})) and None)
+    declarations(
+        folder,
+        lambda body: (body.pop("quant_algo", None), body.update({"quant_method": "awq"})) and None,
+    )
     folder.remove(QUANT_CONFIG)
     return Place(None, CONFIG)
 
@@ -212,22 +223,30 @@ def entry_of_memory(folder: Folder) -> Place:
     module = target(folder)
 
     def change(body: dict[str, Any]) -> None:
-        body["quantized_layers"][f"model.language_model.{module}"] = body["quantized_layers"].pop(module)
+        body["quantized_layers"][f"model.language_model.{module}"] = body["quantized_layers"].pop(
+            module
+        )
 
     declarations(folder, change)
     return _weight_of(folder, module)
 
 
 def containers_instead(folder: Folder) -> Place:
-    """List one layer's experts through their container, as two of three published mixed configs do."""
+    """List one layer's experts through their container, as two of three published mixed configs
+    do.
+    """
     container = expert_of(target(folder))[0]
 
     def change(body: dict[str, Any]) -> None:
-        layers = {k: v for k, v in body["quantized_layers"].items() if not k.startswith(f"{container}.")}
+        layers = {
+            k: v for k, v in body["quantized_layers"].items() if not k.startswith(f"{container}.")
+        }
         body["quantized_layers"] = layers | {container: {"quant_algo": "NVFP4", "group_size": 16}}
 
     declarations(folder, change)
-    return _weight_of(folder, next(m for m in quantized(folder) if is_expert(m) and expert_of(m)[0] == container))
+    return _weight_of(
+        folder, next(m for m in quantized(folder) if is_expert(m) and expert_of(m)[0] == container)
+    )
 
 
 def packed_instead(folder: Folder) -> Place:
@@ -246,29 +265,40 @@ def packed_instead(folder: Folder) -> Place:
 def wrong_algo_of_entry(folder: Folder) -> Place:
     """Declare MXFP8 for one module whose tensors are NVFP4."""
     module = target(folder)
-    declarations(folder, lambda body: body["quantized_layers"].update({module: {"quant_algo": "MXFP8"}}))
+    declarations(
+        folder, lambda body: body["quantized_layers"].update({module: {"quant_algo": "MXFP8"}})
+    )
     return _weight_of(folder, module)
 
 
 def entry_for_plain_weight(folder: Folder) -> Place:
     """Declare an unquantized linear quantized."""
     module = plain_linear(folder)
-    declarations(folder, lambda body: body["quantized_layers"].update({module: {"quant_algo": "MXFP8"}}))
+    declarations(
+        folder, lambda body: body["quantized_layers"].update({module: {"quant_algo": "MXFP8"}})
+    )
     return folder.place(f"{module}.weight")
 
 
 def entry_not_on_disk(folder: Folder) -> Place:
     """Add an entry for a module of another model."""
-    declarations(folder, lambda body: body["quantized_layers"].update({"mtp.layers.0.fc": {"quant_algo": "MXFP8"}}))
+    declarations(
+        folder,
+        lambda body: body["quantized_layers"].update({"mtp.layers.0.fc": {"quant_algo": "MXFP8"}}),
+    )
     return Place(None, CONFIG)
 
 
 def half_of_a_pair_plain(folder: Folder) -> Place:
-    """Leave the up projection of one pair in BF16, rightly declared, where its gate is quantized."""
+    """Leave the up projection of one pair in BF16, rightly declared, where its gate is
+    quantized.
+    """
     module = sibling_of(target(folder), UPS)
     parts = folder.modules()[module]
     out, width = parts["weight"].shape
-    values = np.full((out, width * (2 if parts["weight"].dtype == "U8" else 1)), 0.01, ml_dtypes.bfloat16)
+    values = np.full(
+        (out, width * (2 if parts["weight"].dtype == "U8" else 1)), 0.01, ml_dtypes.bfloat16
+    )
     folder.drop([stored.name for leaf, stored in parts.items() if leaf != "weight"])
     folder.store(f"{module}.weight", values)
 
@@ -292,8 +322,14 @@ CONFIGS: tuple[Corruptor, ...] = (
     Corruptor("QC404", "dead-exclusion", edit(dead_exclusion)),
     Corruptor("QC404", "dead-regex", edit(dead_regex)),
     Corruptor("QC404", "regex-that-does-not-compile", edit(regex_that_does_not_compile)),
-    Corruptor("QC406", "kv-differs", edit(_file_body(lambda body: body.update({"kv_cache_quant_algo": "FP8"})))),
-    Corruptor("QC406", "algo-differs", edit(_file_body(lambda body: body.update({"quant_algo": "FP8"})))),
+    Corruptor(
+        "QC406",
+        "kv-differs",
+        edit(_file_body(lambda body: body.update({"kv_cache_quant_algo": "FP8"}))),
+    ),
+    Corruptor(
+        "QC406", "algo-differs", edit(_file_body(lambda body: body.update({"quant_algo": "FP8"})))
+    ),
     Corruptor("QC406", "exclusions-differ", edit(_file_body(_drop_last_exclusion))),
     Corruptor("QC406", "layers-differ", edit(_file_body(_drop_entry)), formats=MIXED),
     Corruptor("QC407", "not-declared", edit(not_declared)),
@@ -301,22 +337,49 @@ CONFIGS: tuple[Corruptor, ...] = (
     Corruptor("QC407", "config-not-json", edit(config_not_json)),
     Corruptor("QC407", "quant-config-cut", edit(quant_config_cut)),
     Corruptor("QC407", "declaration-is-text", edit(declaration_is_text)),
-    Corruptor("QC407", "exclusions-are-text", edit(exclusions_are_text), formats=UNIFORM, also=ids("402 406")),
+    Corruptor(
+        "QC407",
+        "exclusions-are-text",
+        edit(exclusions_are_text),
+        formats=UNIFORM,
+        also=ids("402 406"),
+    ),
     Corruptor("QC408", "algo-null", edit(_algo(None))),
     Corruptor("QC408", "algo-unknown", edit(_algo("NVFP5"))),
-    Corruptor("QC408", "nvfp4-declared-mxfp8", edit(_algo_of_others("MXFP8")), formats=frozenset({"nvfp4"})),
-    Corruptor("QC408", "mxfp8-declared-fp8", edit(_algo_of_others("FP8")), formats=MXFP8, also=ids("304 306")),
+    Corruptor(
+        "QC408",
+        "nvfp4-declared-mxfp8",
+        edit(_algo_of_others("MXFP8")),
+        formats=frozenset({"nvfp4"}),
+    ),
+    Corruptor(
+        "QC408",
+        "mxfp8-declared-fp8",
+        edit(_algo_of_others("FP8")),
+        formats=MXFP8,
+        also=ids("304 306"),
+    ),
     Corruptor("QC408", "method-of-integers", edit(method_of_integers), formats=MXFP8),
     Corruptor("QC408", "weight-relabelled", edit(weight_relabelled), formats=MXFP8),
-    Corruptor("QC408", "kept-weight-relabelled", edit(kept_weight_relabelled), formats=MIXED, also=ids("605")),
+    Corruptor(
+        "QC408",
+        "kept-weight-relabelled",
+        edit(kept_weight_relabelled),
+        formats=MIXED,
+        also=ids("605"),
+    ),
     Corruptor("QC305", "mxfp8-declared-nvfp4", edit(_algo_of_others("NVFP4")), formats=MXFP8),
     Corruptor("QC409", "half-of-a-pair-plain", edit(half_of_a_pair_plain), also=ids("605")),
     Corruptor("QC410", "entry-lost", edit(entry_lost), formats=MIXED),
     Corruptor("QC410", "no-entries", edit(no_entries), formats=MIXED),
     Corruptor("QC410", "entry-of-memory", edit(entry_of_memory), formats=MIXED),
-    Corruptor("QC410", "containers-instead", edit(containers_instead), formats=MIXED, severity="warning"),
+    Corruptor(
+        "QC410", "containers-instead", edit(containers_instead), formats=MIXED, severity="warning"
+    ),
     Corruptor("QC410", "packed-instead", edit(packed_instead), formats=MIXED, severity="warning"),
     Corruptor("QC410", "wrong-algo-of-entry", edit(wrong_algo_of_entry), formats=MIXED),
     Corruptor("QC410", "entry-for-plain-weight", edit(entry_for_plain_weight), formats=MIXED),
-    Corruptor("QC410", "entry-not-on-disk", edit(entry_not_on_disk), formats=MIXED, severity="warning"),
+    Corruptor(
+        "QC410", "entry-not-on-disk", edit(entry_not_on_disk), formats=MIXED, severity="warning"
+    ),
 )

@@ -116,7 +116,10 @@ def _cut(folder: Folder, file: str, size: int) -> None:
 
 def truncated(folder: Folder) -> Place:
     """End the upload of the last shard 100 bytes early."""
-    last = max((t for t in folder.tensors().values() if t.file == folder.shards[-1]), key=lambda t: t.offset)
+    last = max(
+        (t for t in folder.tensors().values() if t.file == folder.shards[-1]),
+        key=lambda t: t.offset,
+    )
     _cut(folder, last.file, last.offset + last.nbytes - 100)
     return Place(last.name, last.file)
 
@@ -211,34 +214,52 @@ def _without(*files: str) -> Callable[[Folder], Place]:
 def lfs_pointer(folder: Folder) -> Place:
     """Leave the pointer of Git LFS in place of a JSON file."""
     file = "generation_config.json"
-    (folder.path / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 4221\n")
+    (folder.path / file).write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 4221\n"
+    )
     return Place(None, file)
 
 
 def code_not_uploaded(folder: Folder) -> Place:
     """Name code in config.json that nobody uploaded."""
-    auto_map = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    auto_map = {
+        "AutoConfig": "configuration_own.OwnConfig",
+        "AutoModelForCausalLM": "modeling_own.OwnForCausalLM",
+    }
     folder.edit_json(CONFIG, lambda value: value.update({"auto_map": auto_map}))
     return Place(None, "configuration_own.py")
 
 
 def import_not_uploaded(folder: Folder) -> Place:
     """Upload the code that config.json names, and not what it imports."""
-    folder.edit_json(CONFIG, lambda value: value.update({"auto_map": {"AutoConfig": "configuration_own.OwnConfig"}}))
+    folder.edit_json(
+        CONFIG,
+        lambda value: value.update({"auto_map": {"AutoConfig": "configuration_own.OwnConfig"}}),
+    )
     (folder.path / "configuration_own.py").write_text("from .rope_own import scaling\n")
     return Place(None, "rope_own.py")
 
 
-_LOST = ids("205 207 404")  # what a checkpoint misses whose only shard, or whose shard of a norm, cannot be read
+_LOST = ids(
+    "205 207 404"
+)  # what a checkpoint misses whose only shard, or whose shard of a norm, cannot be read
 CONTAINER: tuple[Corruptor, ...] = (
     Corruptor("QC101", "shard-lost", edit(shard_lost), traits=_SHARDED, also=ids("205 207")),
     Corruptor("QC101", "index-lost", edit(index_lost), traits=_SHARDED, severity="warning"),
     Corruptor("QC101", "index-is-a-list", edit(index_is_list), traits=_INDEXED),
     Corruptor("QC101", "index-climbs-out", edit(index_climbs), traits=_INDEXED, also=ids("103")),
-    Corruptor("QC101", "index-absolute-path", edit(index_absolute), traits=_INDEXED, also=ids("103")),
+    Corruptor(
+        "QC101", "index-absolute-path", edit(index_absolute), traits=_INDEXED, also=ids("103")
+    ),
     Corruptor("QC102", "index-of-the-source", edit(index_key_extra), traits=_INDEXED),
     Corruptor("QC102", "index-names-another-shard", edit(index_key_elsewhere), traits=_SHARDED),
-    Corruptor("QC102", "renamed-in-shard-only", edit(renamed_in_shard_only), traits=_INDEXED, also=ids("103 201 205")),
+    Corruptor(
+        "QC102",
+        "renamed-in-shard-only",
+        edit(renamed_in_shard_only),
+        traits=_INDEXED,
+        also=ids("103 201 205"),
+    ),
     Corruptor("QC103", "stray-copy-of-a-tensor", edit(stray_copy)),
     Corruptor("QC103", "overlay-of-a-shard", edit(stray_overlay)),
     Corruptor("QC103", "tensor-not-in-index", edit(not_in_index), traits=_INDEXED),
@@ -248,23 +269,52 @@ CONTAINER: tuple[Corruptor, ...] = (
     Corruptor("QC104", "file-of-zeros", edit(zeros), also=_LOST),
     Corruptor("QC104", "link-out-of-the-folder", edit(link_outside), also=_LOST | ids("101")),
     Corruptor("QC105", "bytes-after-the-last-tensor", edit(trailing), severity="warning"),
-    Corruptor("QC106", "total-size-of-files", edit(size_of_files), traits=_INDEXED, severity="warning"),
-    Corruptor("QC106", "total-size-of-source", edit(size_of_source), traits=_INDEXED, severity="warning"),
+    Corruptor(
+        "QC106", "total-size-of-files", edit(size_of_files), traits=_INDEXED, severity="warning"
+    ),
+    Corruptor(
+        "QC106", "total-size-of-source", edit(size_of_source), traits=_INDEXED, severity="warning"
+    ),
     Corruptor("QC107", "header-that-hub-clients-cut", edit(_header_of(99_997)), severity="warning"),
-    Corruptor("QC107", "header-of-26-MB", edit(_header_of(26_000_000)), formats=MXFP8, severity="warning"),
-    Corruptor("QC107", "header-of-91-MB", edit(_header_of(91_000_000)), formats=MIXED, severity="warning"),
-    Corruptor("QC109", "metadata-of-a-training-run", edit(_metadata({"step": "4000"})), severity="warning"),
-    Corruptor("QC109", "format-of-another-framework", edit(_metadata({"format": "np"})), severity="warning"),
-    Corruptor("QC110", "generation-config-lost", edit(_without("generation_config.json")), needs=("base",)),
+    Corruptor(
+        "QC107", "header-of-26-MB", edit(_header_of(26_000_000)), formats=MXFP8, severity="warning"
+    ),
+    Corruptor(
+        "QC107", "header-of-91-MB", edit(_header_of(91_000_000)), formats=MIXED, severity="warning"
+    ),
+    Corruptor(
+        "QC109", "metadata-of-a-training-run", edit(_metadata({"step": "4000"})), severity="warning"
+    ),
+    Corruptor(
+        "QC109",
+        "format-of-another-framework",
+        edit(_metadata({"format": "np"})),
+        severity="warning",
+    ),
+    Corruptor(
+        "QC110", "generation-config-lost", edit(_without("generation_config.json")), needs=("base",)
+    ),
     Corruptor("QC110", "pointer-of-git-lfs", edit(lfs_pointer)),
     Corruptor("QC110", "code-not-uploaded", edit(code_not_uploaded)),
     Corruptor("QC110", "import-not-uploaded", edit(import_not_uploaded)),
-    Corruptor("QC110", "vocabulary-lost", edit(_without("tokenizer.json")), traits=frozenset({"tokenizer"})),
     Corruptor(
-        "QC110", "tokenizer-lost", edit(_without("tokenizer_config.json", "tokenizer.json", "chat_template.jinja")),
-        needs=("base",), traits=frozenset({"tokenizer"}),
+        "QC110",
+        "vocabulary-lost",
+        edit(_without("tokenizer.json")),
+        traits=frozenset({"tokenizer"}),
     ),
     Corruptor(
-        "QC110", "template-lost", edit(_without("chat_template.jinja")), needs=("base",), traits=frozenset({"tokenizer"})
+        "QC110",
+        "tokenizer-lost",
+        edit(_without("tokenizer_config.json", "tokenizer.json", "chat_template.jinja")),
+        needs=("base",),
+        traits=frozenset({"tokenizer"}),
     ),
-)  # fmt: skip
+    Corruptor(
+        "QC110",
+        "template-lost",
+        edit(_without("chat_template.jinja")),
+        needs=("base",),
+        traits=frozenset({"tokenizer"}),
+    ),
+)

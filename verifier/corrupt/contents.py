@@ -27,7 +27,7 @@ from verifier.corrupt.corruptor import (
     scale_leaf,
     sibling_of,
     target,
-)  # fmt: skip
+)
 from verifier.corrupt.edit import Folder, Place
 from verifier.corrupt.encode import Array, decoded, mxfp8, nvfp4
 
@@ -60,14 +60,20 @@ def attention_each_on_its_own(folder: Folder) -> Place:
         values = folder.array(f"{module}.weight").astype(np.float32)
         _write(folder, module, nvfp4(values, float(np.abs(values).max()) * (1 + i)))
     globs = [f"{head}*", f"{head}.*"]
-    others = [m for m in folder.modules() if m.startswith(f"{head}.") and m not in modules and not m.endswith("norm")]
+    others = [
+        m
+        for m in folder.modules()
+        if m.startswith(f"{head}.") and m not in modules and not m.endswith("norm")
+    ]
 
     def change(body: dict[str, object]) -> None:
         for key in LISTS:
             listed = body.get(key)
             if isinstance(listed, list):
                 kept = [p for p in listed if p not in modules and p not in globs]
-                body[key] = kept + (others if len(kept) < len(listed) and any(p in listed for p in globs) else [])
+                body[key] = kept + (
+                    others if len(kept) < len(listed) and any(p in listed for p in globs) else []
+                )
 
     declarations(folder, change)
     return _scalar_place(folder, f"{modules[1]}.weight_scale_2")
@@ -88,7 +94,11 @@ def _copied(leaves: Iterable[str]) -> Callable[[Folder], Place]:
         container, number, own = expert_of(gate)
         first = ""
         for leaf in leaves:
-            module = own if leaf == "gate" else sibling_of(gate, UPS if leaf == "up" else DOWNS).rpartition(".")[2]
+            module = (
+                own
+                if leaf == "gate"
+                else sibling_of(gate, UPS if leaf == "up" else DOWNS).rpartition(".")[2]
+            )
             for part, values in _parts(folder, f"{container}.{number}.{module}").items():
                 folder.store(f"{container}.{number + 1}.{module}.{part}", values)
             first = first or f"{container}.{number + 1}.{module}.weight"
@@ -204,19 +214,34 @@ _ONLY_NVFP4: frozenset[Kind] = frozenset({"nvfp4"})
 
 
 def _contents(
-    rule: str, name: str, change: Callable[[Folder], Place], formats: frozenset[Kind] = KINDS, *,
-    needs: tuple[str, ...] = (), experts: bool = False, also: str = "",
+    rule: str,
+    name: str,
+    change: Callable[[Folder], Place],
+    formats: frozenset[Kind] = KINDS,
+    *,
+    needs: tuple[str, ...] = (),
+    experts: bool = False,
+    also: str = "",
     severity: Literal["error", "warning", "info"] = "error",
-) -> Corruptor:  # fmt: skip
+) -> Corruptor:
     return Corruptor(
-        rule, name, edit(change), "payload", needs, formats, _EXPERTS if experts else frozenset(),
-        severity, ids(also),
-    )  # fmt: skip
+        rule,
+        name,
+        edit(change),
+        "payload",
+        needs,
+        formats,
+        _EXPERTS if experts else frozenset(),
+        severity,
+        ids(also),
+    )
 
 
 CONTENTS: tuple[Corruptor, ...] = (
     _contents("QC505", "attention-each-on-its-own", attention_each_on_its_own, _ONLY_NVFP4),
-    _contents("QC506", "input-scale-of-up", input_scale_of_up, NVFP4, experts=True, severity="warning"),
+    _contents(
+        "QC506", "input-scale-of-up", input_scale_of_up, NVFP4, experts=True, severity="warning"
+    ),
     _contents("QC507", "expert-copied", _copied(("gate", "up", "down")), needs=_BASE, experts=True),
     _contents("QC507", "down-copied", _copied(("down",)), needs=_BASE, experts=True),
     _contents("QC509", "one-scale", one_scale_inverted),

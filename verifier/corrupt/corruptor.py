@@ -27,11 +27,12 @@ _FLOATS = ("BF16", "F16", "F32")
 class Corruptor:
     """One realistic defect and what a check must say about it.
 
-    ``apply`` breaks the folder in place and returns where, as far as that is known. ``depth`` is the least depth that
-    sees it. ``needs`` holds the inputs without which nobody can see it: ``base``, ``merged_from``, or
-    ``base|merged_from`` where either will do. ``formats`` and ``traits`` say which checkpoints it can be applied to
-    (any of the formats, all of the traits). ``also`` are other rules that rightly speak up at error level too, ``instead``
-    those of which one may say it in the rule's place.
+    ``apply`` breaks the folder in place and returns where, as far as that is known. ``depth`` is
+    the least depth that sees it. ``needs`` holds the inputs without which nobody can see it:
+    ``base``, ``merged_from``, or ``base|merged_from`` where either will do. ``formats`` and
+    ``traits`` say which checkpoints it can be applied to (any of the formats, all of the traits).
+    ``also`` are other rules that rightly speak up at error level too, ``instead`` those of which
+    one may say it in the rule's place.
     """
 
     rule: str
@@ -71,8 +72,8 @@ def kind_of(folder: Folder) -> Kind:
 def traits_of(folder: Folder) -> frozenset[str]:
     """Return what a clean checkpoint has.
 
-    ``index``, ``shards`` (several), ``experts``, ``f32`` (an unquantized weight), ``vision`` (a tower), ``mtp``,
-    ``tokenizer``.
+    ``index``, ``shards`` (several), ``experts``, ``f32`` (an unquantized weight), ``vision`` (a
+    tower), ``mtp``, ``tokenizer``.
     """
     modules = folder.modules()
     found = {
@@ -111,7 +112,9 @@ def scale_leaf(parts: dict[str, Stored]) -> str | None:
 
 
 def target(folder: Folder, leaves: tuple[str, ...] = GATES) -> str:
-    """Return one quantized projection of such a leaf: an expert's from the middle, or a dense layer's."""
+    """Return one quantized projection of such a leaf: an expert's from the middle, or a dense
+    layer's.
+    """
     found = [m for m in quantized(folder) if m.rpartition(".")[2] in leaves]
     experts = [m for m in found if is_expert(m)]
     return (experts or found)[len(experts or found) // 2]
@@ -123,7 +126,9 @@ def block_scale(folder: Folder, module: str) -> str:
 
 
 def sibling_of(module: str, leaves: tuple[str, ...]) -> str:
-    """Return the projection beside a gate, in the spelling of its family: ``w1`` and ``UPS`` give ``w3``."""
+    """Return the projection beside a gate, in the spelling of its family: ``w1`` and ``UPS`` give
+    ``w3``.
+    """
     head, _, leaf = module.rpartition(".")
     spelling = 1 if leaf in (GATES[1], UPS[1], DOWNS[1]) else 0
     return f"{head}.{leaves[spelling]}"
@@ -132,17 +137,22 @@ def sibling_of(module: str, leaves: tuple[str, ...]) -> str:
 def norm(folder: Folder) -> str:
     """Return the weight of the first layer norm."""
     return next(
-        f"{m}.weight" for m, p in folder.modules().items()
+        f"{m}.weight"
+        for m, p in folder.modules().items()
         if m.endswith("layernorm") and "weight" in p and p["weight"].dtype in _FLOATS
-    )  # fmt: skip
+    )
 
 
 def plain_linear(folder: Folder) -> str:
     """Return an unquantized linear: a router where there is one, else the head."""
     linears = [
-        m for m, p in folder.modules().items()
-        if "weight" in p and p["weight"].dtype in _FLOATS and len(p["weight"].shape) == 2 and "embed" not in m
-    ]  # fmt: skip
+        m
+        for m, p in folder.modules().items()
+        if "weight" in p
+        and p["weight"].dtype in _FLOATS
+        and len(p["weight"].shape) == 2
+        and "embed" not in m
+    ]
     return next((m for m in linears if m.endswith(".gate")), linears[0])
 
 

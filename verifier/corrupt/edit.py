@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A small editor for a checkpoint folder: one tensor, one byte, one JSON file at a time.
 
-It reads and writes safetensors by hand, so that a defect is exactly what was asked for and nothing is mended on the
-way. The index follows every edit of a shard unless the caller says otherwise.
+It reads and writes safetensors by hand, so that a defect is exactly what was asked for and nothing
+is mended on the way. The index follows every edit of a shard unless the caller says otherwise.
 """
 
 from __future__ import annotations
@@ -23,9 +23,13 @@ INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 QUANT_CONFIG = "hf_quant_config.json"
 DTYPES: Mapping[str, npt.DTypeLike] = {
-    "BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32, "U8": np.uint8, "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "BF16": ml_dtypes.bfloat16,
+    "F16": np.float16,
+    "F32": np.float32,
+    "U8": np.uint8,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
     "F8_E8M0": ml_dtypes.float8_e8m0fnu,
-}  # fmt: skip
+}
 LEAVES = ("weight", "bias", "weight_scale", "weight_scale_inv", "weight_scale_2", "input_scale")
 Header = dict[str, dict[str, Any]]
 Edit = Callable[[dict[str, Any]], None]
@@ -61,14 +65,18 @@ class Stored:
 
 @dataclass(slots=True)
 class Shard:
-    """One safetensors file in memory: dtype and shape of each tensor, its bytes, and the metadata."""
+    """One safetensors file in memory: dtype and shape of each tensor, its bytes, and the
+    metadata.
+    """
 
     metadata: dict[str, str] = field(default_factory=dict)
     entries: dict[str, tuple[str, tuple[int, ...], bytes]] = field(default_factory=dict)
 
 
 def read_header(path: Path) -> tuple[Header, int]:
-    """Return the header of a safetensors file without its metadata, and the offset at which the data begins."""
+    """Return the header of a safetensors file without its metadata, and the offset at which the
+    data begins.
+    """
     with path.open("rb") as handle:
         length = int.from_bytes(handle.read(8), "little")
         header: Header = json.loads(handle.read(length))
@@ -90,15 +98,25 @@ def read_shard(path: Path) -> Shard:
 
 
 def write_shard(path: Path, shard: Shard) -> None:
-    """Write a safetensors file: the header padded to eight bytes, the tensors in the order of ``entries``."""
+    """Write a safetensors file: the header padded to eight bytes, the tensors in the order of
+    ``entries``.
+    """
     header: dict[str, Any] = {"__metadata__": shard.metadata} if shard.metadata else {}
     offset = 0
     for name, (dtype, shape, data) in shard.entries.items():
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + len(data)]}
+        header[name] = {
+            "dtype": dtype,
+            "shape": list(shape),
+            "data_offsets": [offset, offset + len(data)],
+        }
         offset += len(data)
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(data for _, _, data in shard.entries.values()))
+    path.write_bytes(
+        len(text).to_bytes(8, "little")
+        + text
+        + b"".join(data for _, _, data in shard.entries.values())
+    )
 
 
 def split(name: str) -> tuple[str, str]:
@@ -130,7 +148,9 @@ class Folder:
             header, start = read_header(self.path / file)
             for name, entry in header.items():
                 low, high = entry["data_offsets"]
-                found[name] = Stored(name, entry["dtype"], tuple(entry["shape"]), file, start + low, high - low)
+                found[name] = Stored(
+                    name, entry["dtype"], tuple(entry["shape"]), file, start + low, high - low
+                )
         return found
 
     def modules(self) -> dict[str, dict[str, Stored]]:
@@ -169,10 +189,14 @@ class Folder:
         elif tensor.shape:
             index = np.unravel_index(element, tensor.shape)
             row, block = int(index[-2]), int(index[-1])
-        return Place(name, tensor.file, row, block, tensor.offset + element * tensor.itemsize + byte)
+        return Place(
+            name, tensor.file, row, block, tensor.offset + element * tensor.itemsize + byte
+        )
 
     def overwrite(self, name: str, element: int, data: bytes) -> Place:
-        """Overwrite bytes of a tensor in place, from an element on; nothing else of the file changes."""
+        """Overwrite bytes of a tensor in place, from an element on; nothing else of the file
+        changes.
+        """
         tensor = self.tensors()[name]
         start = element * tensor.itemsize
         if start < 0 or start + len(data) > tensor.nbytes:
@@ -182,7 +206,9 @@ class Folder:
             handle.write(data)
         return self.place(name, element)
 
-    def replace(self, name: str, dtype: str, shape: tuple[int, ...], data: bytes, *, index: bool = True) -> Place:
+    def replace(
+        self, name: str, dtype: str, shape: tuple[int, ...], data: bytes, *, index: bool = True
+    ) -> Place:
         """Give a tensor another dtype, shape and bytes, at the same place of its shard."""
         file = self.tensors()[name].file
         shard = read_shard(self.path / file)
@@ -194,7 +220,9 @@ class Folder:
     def store(self, name: str, values: npt.NDArray[Any], *, index: bool = True) -> Place:
         """Give a tensor the dtype, shape and bytes of an array."""
         dtype = next(k for k, v in DTYPES.items() if np.dtype(v) == values.dtype)
-        return self.replace(name, dtype, values.shape, np.ascontiguousarray(values).tobytes(), index=index)
+        return self.replace(
+            name, dtype, values.shape, np.ascontiguousarray(values).tobytes(), index=index
+        )
 
     def drop(self, names: Iterable[str], *, index: bool = True) -> None:
         """Remove tensors from their shards."""
@@ -217,7 +245,9 @@ class Folder:
         """Rename a module with all its siblings."""
         self.rename({n: new + n[len(module) :] for n in self.siblings(module)}, index=index)
 
-    def add(self, name: str, values: npt.NDArray[Any], *, file: str | None = None, index: bool = True) -> Place:
+    def add(
+        self, name: str, values: npt.NDArray[Any], *, file: str | None = None, index: bool = True
+    ) -> Place:
         """Append a tensor to a shard, the first by default; a shard that does not exist is made."""
         target = file or self.shards[0]
         path = self.path / target
@@ -251,7 +281,9 @@ class Folder:
         return sorted({tensors[n].file for n in names})
 
     def _follow(self, index: bool, gone: Iterable[str] = ()) -> None:
-        """Bring the index up to the shards: names, shards and total_size; entries for ``gone`` go."""
+        """Bring the index up to the shards: names, shards and total_size; entries for ``gone``
+        go.
+        """
         if not index or not self.has_index:
             return
         tensors = self.tensors()

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plain ``max`` encoding of one weight, for defects that put a quantized tensor where none belongs, or decode one."""
+"""Plain ``max`` encoding of one weight, for defects that put a quantized tensor where none belongs,
+or decode one.
+"""
 
 from __future__ import annotations
 
@@ -25,16 +27,20 @@ def nvfp4(values: Array, amax: float | None = None) -> dict[str, Array]:
     steps = scale.astype(np.float32)[..., None] * scale_2
     codes = np.clip(wide / steps, -6, 6).astype(E2M1).view(np.uint8).reshape(out, width)
     return {
-        "weight": codes[:, ::2] | (codes[:, 1::2] << 4), "weight_scale": scale,
-        "weight_scale_2": np.asarray(scale_2), "input_scale": np.asarray(1.0, np.float32),
-    }  # fmt: skip
+        "weight": codes[:, ::2] | (codes[:, 1::2] << 4),
+        "weight_scale": scale,
+        "weight_scale_2": np.asarray(scale_2),
+        "input_scale": np.asarray(1.0, np.float32),
+    }
 
 
 def mxfp8(values: Array, leaf: str = "weight_scale") -> dict[str, Array]:
     """Return MXFP8 tensors by leaf for values [out, in], in divisible by 32."""
     out, width = values.shape
     wide = values.astype(np.float32).reshape(out, width // 32, 32)
-    exponent = np.ceil(np.log2(np.maximum(np.abs(wide).max(axis=2), 2.0**-100) / 448)).astype(np.int32)
+    exponent = np.ceil(np.log2(np.maximum(np.abs(wide).max(axis=2), 2.0**-100) / 448)).astype(
+        np.int32
+    )
     codes = (wide * np.exp2(-exponent.astype(np.float32))[..., None]).astype(E4M3)
     return {"weight": codes.reshape(out, width), leaf: (exponent + 127).astype(np.uint8)}
 

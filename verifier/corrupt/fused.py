@@ -26,7 +26,7 @@ from verifier.corrupt.corruptor import (
     scale_leaf,
     sibling_of,
     target,
-)  # fmt: skip
+)
 from verifier.corrupt.edit import Folder, Place
 from verifier.corrupt.encode import Array, decoded, mxfp8
 
@@ -51,7 +51,9 @@ def _rewrite(folder: Folder, module: str, parts: dict[str, Array]) -> None:
 def _of_one_expert(folder: Folder) -> list[str]:
     down = target(folder, DOWNS)
     container, number, _ = expert_of(down)
-    return [m for m in quantized(folder) if is_expert(m) and expert_of(m)[:2] == (container, number)]
+    return [
+        m for m in quantized(folder) if is_expert(m) and expert_of(m)[:2] == (container, number)
+    ]
 
 
 def expert_in_mxfp8(folder: Folder) -> Place:
@@ -96,14 +98,20 @@ def scale_of_one_expert_as_e8m0(folder: Folder) -> Place:
 
 
 def _smoothed(value: float | None) -> Callable[[Folder], Place]:
-    """Return a change that gives every gate and up of an expert a ``pre_quant_scale``, one up another one or none."""
+    """Return a change that gives every gate and up of an expert a ``pre_quant_scale``, one up
+    another one or none.
+    """
 
     def apply(folder: Folder) -> Place:
         gate = target(folder)
         odd = sibling_of(gate, UPS)
-        for module in [m for m in quantized(folder) if is_expert(m) and m.rpartition(".")[2] not in DOWNS]:
+        for module in [
+            m for m in quantized(folder) if is_expert(m) and m.rpartition(".")[2] not in DOWNS
+        ]:
             weight = folder.tensors()[f"{module}.weight"]
-            scale = np.ones(weight.shape[1] * (2 if weight.dtype == "U8" else 1), ml_dtypes.bfloat16)
+            scale = np.ones(
+                weight.shape[1] * (2 if weight.dtype == "U8" else 1), ml_dtypes.bfloat16
+            )
             if module == odd and value is not None:
                 scale[7] = value
             if module != odd or value is not None:
@@ -115,13 +123,30 @@ def _smoothed(value: float | None) -> Callable[[Folder], Place]:
 
 FUSED: tuple[Corruptor, ...] = (
     Corruptor(
-        "QC604", "expert-in-another-format", edit(expert_in_mxfp8), "payload", formats=MIXED, traits=_EXPERTS,
+        "QC604",
+        "expert-in-another-format",
+        edit(expert_in_mxfp8),
+        "payload",
+        formats=MIXED,
+        traits=_EXPERTS,
         also=ids("605"),
     ),
-    Corruptor("QC604", "expert-not-quantized", edit(expert_not_quantized), "payload", traits=_EXPERTS, also=ids("605")),
+    Corruptor(
+        "QC604",
+        "expert-not-quantized",
+        edit(expert_not_quantized),
+        "payload",
+        traits=_EXPERTS,
+        also=ids("605"),
+    ),
     Corruptor("QC604", "scale-of-up-as-e8m0", edit(scale_of_up_as_e8m0), "payload", formats=MXFP8),
     Corruptor(
-        "QC604", "scale-of-an-expert-as-e8m0", edit(scale_of_one_expert_as_e8m0), "payload", formats=MXFP8, traits=_EXPERTS
+        "QC604",
+        "scale-of-an-expert-as-e8m0",
+        edit(scale_of_one_expert_as_e8m0),
+        "payload",
+        formats=MXFP8,
+        traits=_EXPERTS,
     ),
     Corruptor("QC604", "smoothed-apart", edit(_smoothed(1.5)), "payload", traits=_EXPERTS),
-)  # fmt: skip
+)

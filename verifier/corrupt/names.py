@@ -29,12 +29,19 @@ from verifier.corrupt.corruptor import (
     quantized,
     sibling_of,
     target,
-)  # fmt: skip
+)
 from verifier.corrupt.edit import CONFIG, Folder, Place
 
 _EXPERTS = frozenset({"experts"})
 _VISION = frozenset({"vision"})
-_LEAVES = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2", "w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+_LEAVES = {
+    "gate_proj": "w1",
+    "up_proj": "w3",
+    "down_proj": "w2",
+    "w1": "gate_proj",
+    "w3": "up_proj",
+    "w2": "down_proj",
+}
 _MEMORY = (("language_model.model.", "model.language_model."), ("model.", "model.language_model."))
 
 
@@ -80,7 +87,9 @@ def fused_quantizers(folder: Folder) -> Place:
     """Save the quantizers of one layer's fused experts with the weights."""
     container = expert_of(target(folder))[0]
     for number in range(3):
-        place = folder.add(f"{container}.down_proj_weight_quantizers.{number}._amax", np.ones((), np.float32))
+        place = folder.add(
+            f"{container}.down_proj_weight_quantizers.{number}._amax", np.ones((), np.float32)
+        )
     return Place(f"{container}.down_proj_weight_quantizers.0._amax", place.file)
 
 
@@ -93,7 +102,9 @@ def vision_rule_on_all(folder: Folder) -> Place:
 
 def text_rule_on_the_tower(folder: Folder) -> Place:
     """Put the vision tower under the language model's prefix."""
-    names = {n: f"language_model.model.{n}" for n in folder.tensors() if n.startswith("vision_tower.")}
+    names = {
+        n: f"language_model.model.{n}" for n in folder.tensors() if n.startswith("vision_tower.")
+    }
     folder.rename(names)
     return _place_of_first(folder, names.values())
 
@@ -103,19 +114,33 @@ def _stack(folder: Folder, modules: list[str], leaf: str) -> npt.NDArray[Any]:
 
 
 def experts_stacked(folder: Folder) -> Place:
-    """Save one layer's experts as the 3-D stacks of transformers' memory: gate_up_proj and down_proj."""
+    """Save one layer's experts as the 3-D stacks of transformers' memory: gate_up_proj and
+    down_proj.
+    """
     container = expert_of(target(folder))[0]
-    gates = [m for m in quantized(folder) if is_expert(m) and expert_of(m)[0] == container and m.endswith(GATES)]
+    gates = [
+        m
+        for m in quantized(folder)
+        if is_expert(m) and expert_of(m)[0] == container and m.endswith(GATES)
+    ]
     parts = folder.modules()[gates[0]]
     made = {}
     for leaf, tensor in parts.items():
         gate, up, down = (
-            _stack(folder, [sibling_of(m, leaves) for m in gates], leaf) for leaves in (GATES, UPS, DOWNS)
+            _stack(folder, [sibling_of(m, leaves) for m in gates], leaf)
+            for leaves in (GATES, UPS, DOWNS)
         )
-        made[f"{container}.gate_up_proj.{leaf}"] = np.concatenate([gate, up], axis=1) if tensor.shape else gate
+        made[f"{container}.gate_up_proj.{leaf}"] = (
+            np.concatenate([gate, up], axis=1) if tensor.shape else gate
+        )
         made[f"{container}.down_proj.{leaf}"] = down
     file = parts["weight"].file
-    folder.drop(n for m in gates for leaves in (GATES, UPS, DOWNS) for n in folder.siblings(sibling_of(m, leaves)))
+    folder.drop(
+        n
+        for m in gates
+        for leaves in (GATES, UPS, DOWNS)
+        for n in folder.siblings(sibling_of(m, leaves))
+    )
     for name, values in made.items():
         folder.add(name, values, file=file)
     return folder.place(f"{container}.gate_up_proj.weight")
@@ -128,8 +153,9 @@ def qkv_fused(folder: Folder) -> Place:
     members = [f"{head}.{p}_proj" for p in "qkv"]
     made = {
         f"{head}.qkv_proj.{leaf}": np.concatenate([folder.array(f"{m}.{leaf}") for m in members])
-        for leaf, tensor in parts.items() if tensor.shape
-    }  # fmt: skip
+        for leaf, tensor in parts.items()
+        if tensor.shape
+    }
     file = parts["weight"].file
     folder.drop(n for m in members for n in folder.siblings(m))
     for name, values in made.items():
@@ -138,13 +164,17 @@ def qkv_fused(folder: Folder) -> Place:
 
 
 def leaves_of_another_family(folder: Folder) -> Place:
-    """Call one layer's expert projections w1, w3, w2 where the hub has gate, up, down (or the reverse)."""
+    """Call one layer's expert projections w1, w3, w2 where the hub has gate, up, down (or the
+    reverse).
+    """
     container = expert_of(target(folder))[0]
     names: dict[str, str] = {}
     for module in quantized(folder):
         if is_expert(module) and expert_of(module)[0] == container:
             head, _, leaf = module.rpartition(".")
-            names |= {n: f"{head}.{_LEAVES[leaf]}{n[len(module) :]}" for n in folder.siblings(module)}
+            names |= {
+                n: f"{head}.{_LEAVES[leaf]}{n[len(module) :]}" for n in folder.siblings(module)
+            }
     folder.rename(names)
     return _place_of_first(folder, (n for n in names.values() if n.endswith(".weight")))
 
@@ -152,7 +182,9 @@ def leaves_of_another_family(folder: Folder) -> Place:
 def container_of_another_family(folder: Folder) -> Place:
     """Call one layer's ``mlp`` ``block_sparse_moe`` (or the reverse)."""
     module = target(folder)
-    old, new = (".mlp.", ".block_sparse_moe.") if ".mlp." in module else (".block_sparse_moe.", ".mlp.")
+    old, new = (
+        (".mlp.", ".block_sparse_moe.") if ".mlp." in module else (".block_sparse_moe.", ".mlp.")
+    )
     layer = module[: module.index(old) + len(old)]
     names = {n: n.replace(old, new) for n in folder.tensors() if n.startswith(layer)}
     folder.rename(names)
@@ -197,7 +229,9 @@ def layer_of_experts_lost(folder: Folder) -> Place:
 
 
 def _mtp_lost(number: int | None) -> Callable[[Folder], Place]:
-    """Return the loss of the first ``number`` MTP tensors, or of all: transformers drops them when it loads."""
+    """Return the loss of the first ``number`` MTP tensors, or of all: transformers drops them when
+    it loads.
+    """
 
     def apply(folder: Folder) -> Place:
         names = [n for n in folder.tensors() if n.startswith("mtp.")][:number]
@@ -208,7 +242,9 @@ def _mtp_lost(number: int | None) -> Callable[[Folder], Place]:
 
 
 def tower_excluded_by_wrapper(folder: Folder) -> Place:
-    """Exclude a linear of the tower under the name of the module that wraps it during calibration."""
+    """Exclude a linear of the tower under the name of the module that wraps it during
+    calibration.
+    """
     name = f"{_tower_linear(folder)}.linear"
     declarations(folder, exclusions(lambda listed: [*listed, name]))
     return Place(None, CONFIG)
@@ -217,7 +253,9 @@ def tower_excluded_by_wrapper(folder: Folder) -> Place:
 def router_excluded_by_wrapper(folder: Folder) -> Place:
     """Exclude the router under a wrapper's name only."""
     module = plain_linear(folder)
-    declarations(folder, exclusions(lambda listed: [f"{p}.linear" if p == module else p for p in listed]))
+    declarations(
+        folder, exclusions(lambda listed: [f"{p}.linear" if p == module else p for p in listed])
+    )
     return Place(None, CONFIG)
 
 
@@ -231,14 +269,22 @@ def wrapped_norm(folder: Folder) -> Place:
 
 def wrapped_tower(folder: Folder) -> Place:
     """Save the tower's linears under the names of the modules that wrap them during calibration."""
-    modules = [m for m, p in folder.modules().items() if "vision_tower." in m and "weight" in p and "_proj" in m]
+    modules = [
+        m
+        for m, p in folder.modules().items()
+        if "vision_tower." in m and "weight" in p and "_proj" in m
+    ]
     names = {n: f"{m}.linear{n[len(m) :]}" for m in modules for n in folder.siblings(m)}
     folder.rename(names)
     return _place_of_first(folder, (n for n in names.values() if n.endswith("weight")))
 
 
 def _tower_linear(folder: Folder) -> str:
-    return next(m for m, p in folder.modules().items() if "vision_tower." in m and len(p["weight"].shape) == 2)
+    return next(
+        m
+        for m, p in folder.modules().items()
+        if "vision_tower." in m and len(p["weight"].shape) == 2
+    )
 
 
 def tower_quantized(folder: Folder) -> Place:
@@ -252,8 +298,17 @@ def tower_quantized(folder: Folder) -> Place:
     folder.store(f"{module}.weight", codes)
     file = folder.tensors()[f"{module}.weight"].file
     folder.add(f"{module}.weight_scale_inv", (exponents[..., 0] + 127).astype(np.uint8), file=file)
-    others = [m for m, p in folder.modules().items() if "vision_tower." in m and len(p["weight"].shape) > 1 and m != module]
-    declarations(folder, exclusions(lambda listed: [*(p for p in listed if p not in ("vision_tower", module)), *others]))
+    others = [
+        m
+        for m, p in folder.modules().items()
+        if "vision_tower." in m and len(p["weight"].shape) > 1 and m != module
+    ]
+    declarations(
+        folder,
+        exclusions(
+            lambda listed: [*(p for p in listed if p not in ("vision_tower", module)), *others]
+        ),
+    )
     return folder.place(f"{module}.weight")
 
 
@@ -295,22 +350,34 @@ _RENAMED = ids("402 404 410")
 NAMES: tuple[Corruptor, ...] = (
     Corruptor("QC201", "all-names-of-memory", edit(all_in_memory), also=ids("410")),
     Corruptor("QC201", "one-name-of-memory", edit(one_prefix)),
-    Corruptor("QC201", "quantized-module-under-another-prefix", edit(quantized_prefix), also=ids("410")),
+    Corruptor(
+        "QC201", "quantized-module-under-another-prefix", edit(quantized_prefix), also=ids("410")
+    ),
     Corruptor("QC111", "amax-of-a-quantizer", edit(_leaked("weight_quantizer._amax"))),
     Corruptor("QC111", "scale-of-a-quantizer", edit(_leaked("weight_quantizer._double_scale"))),
     Corruptor("QC111", "amax-of-fused-experts", edit(fused_quantizers), traits=_EXPERTS),
     Corruptor("QC202", "vision-rule-on-all", edit(vision_rule_on_all), also=ids("402 404 410")),
     Corruptor(
-        "QC202", "text-rule-on-the-tower", edit(text_rule_on_the_tower), traits=_VISION, also=ids("402 404")
+        "QC202",
+        "text-rule-on-the-tower",
+        edit(text_rule_on_the_tower),
+        traits=_VISION,
+        also=ids("402 404"),
     ),
     Corruptor("QC203", "experts-stacked", edit(experts_stacked), traits=_EXPERTS, also=ids("410")),
     Corruptor("QC203", "qkv-fused", edit(qkv_fused), also=_RENAMED),
-    Corruptor("QC204", "expert-leaves", edit(leaves_of_another_family), traits=_EXPERTS, also=ids("410")),
+    Corruptor(
+        "QC204", "expert-leaves", edit(leaves_of_another_family), traits=_EXPERTS, also=ids("410")
+    ),
     Corruptor("QC204", "container", edit(container_of_another_family), also=_RENAMED),
     Corruptor("QC205", "norm-lost", edit(norm_lost)),
     Corruptor("QC205", "linear-lost", edit(linear_lost), also=ids("404")),
-    Corruptor("QC206", "mtp-lost", edit(_mtp_lost(None)), needs=("base",), traits=frozenset({"mtp"})),
-    Corruptor("QC206", "mtp-tensor-lost", edit(_mtp_lost(1)), needs=("base",), traits=frozenset({"mtp"})),
+    Corruptor(
+        "QC206", "mtp-lost", edit(_mtp_lost(None)), needs=("base",), traits=frozenset({"mtp"})
+    ),
+    Corruptor(
+        "QC206", "mtp-tensor-lost", edit(_mtp_lost(1)), needs=("base",), traits=frozenset({"mtp"})
+    ),
     Corruptor("QC207", "expert-lost", edit(expert_lost), traits=_EXPERTS),
     Corruptor("QC207", "expert-projection-lost", edit(expert_projection_lost), traits=_EXPERTS),
     Corruptor("QC207", "layer-without-experts", edit(layer_of_experts_lost), traits=_EXPERTS),
@@ -318,9 +385,19 @@ NAMES: tuple[Corruptor, ...] = (
     Corruptor("QC208", "linear-transposed", edit(linear_transposed)),
     Corruptor("QC208", "halved-twice", edit(halved_twice), formats=NVFP4, also=ids("306")),
     Corruptor("QC208", "config-of-another-size", edit(config_of_another_size)),
-    Corruptor("QC209", "tower-excluded-by-wrapper", edit(tower_excluded_by_wrapper), traits=_VISION),
-    Corruptor("QC209", "router-excluded-by-wrapper", edit(router_excluded_by_wrapper), formats=UNIFORM, also=ids("402")),
+    Corruptor(
+        "QC209", "tower-excluded-by-wrapper", edit(tower_excluded_by_wrapper), traits=_VISION
+    ),
+    Corruptor(
+        "QC209",
+        "router-excluded-by-wrapper",
+        edit(router_excluded_by_wrapper),
+        formats=UNIFORM,
+        also=ids("402"),
+    ),
     Corruptor("QC209", "wrapped-norm", edit(wrapped_norm)),
     Corruptor("QC209", "wrapped-tower", edit(wrapped_tower), traits=_VISION),
-    Corruptor("QC209", "tower-quantized", edit(tower_quantized), traits=_VISION, severity="warning"),
+    Corruptor(
+        "QC209", "tower-quantized", edit(tower_quantized), traits=_VISION, severity="warning"
+    ),
 )

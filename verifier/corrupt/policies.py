@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Defects of what a release declares and chooses to quantize: QC403, QC405, QC411 to QC415, QC513."""
+"""Defects of what a release declares and chooses to quantize: QC403, QC405, QC411 to QC415,
+QC513.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,7 @@ from verifier.corrupt.corruptor import (
     plain_linear,
     scale_leaf,
     target,
-)  # fmt: skip
+)
 from verifier.corrupt.edit import CONFIG, QUANT_CONFIG, Folder, Place
 from verifier.corrupt.encode import Array, mxfp8, nvfp4
 
@@ -38,7 +40,9 @@ def _exclude(folder: Folder, *names: str) -> None:
 
 
 def _declare(folder: Folder, modules: list[str], algo: str) -> None:
-    """List modules in ``quantized_layers`` where there is one, and take them out of the exclusions."""
+    """List modules in ``quantized_layers`` where there is one, and take them out of the
+    exclusions.
+    """
 
     def change(body: dict[str, Any]) -> None:
         if "quantized_layers" in body:
@@ -91,14 +95,18 @@ def _mtp_experts(folder: Folder) -> list[str]:
 
 
 def mtp_experts_in_part(folder: Folder) -> Place:
-    """Quantize the experts of an MTP layer but for the last one, which stays BF16 and is excluded."""
+    """Quantize the experts of an MTP layer but for the last one, which stays BF16 and is
+    excluded.
+    """
     new = _mtp_experts(folder)
     last = [m for m in new if expert_of(m)[1] == max(expert_of(n)[1] for n in new)]
     return _not_quantized(folder, last)
 
 
 def _not_quantized(folder: Folder, modules: list[str]) -> Place:
-    """Put BF16 weights in place of quantized ones, excluded by name; return the place of the first."""
+    """Put BF16 weights in place of quantized ones, excluded by name; return the place of the
+    first.
+    """
     for module in modules:
         parts = folder.modules()[module]
         rows, width = parts["weight"].shape
@@ -165,7 +173,12 @@ def group_size_as_text(folder: Folder) -> Place:
 
 def exclusions_null(folder: Folder) -> Place:
     """Write null for an empty exclusion list, in a field beside the one that holds the list."""
-    folder.edit_json(CONFIG, lambda value: value[_QUANT].update({"modules_to_not_convert": None, "exclude_modules": None}))
+    folder.edit_json(
+        CONFIG,
+        lambda value: value[_QUANT].update(
+            {"modules_to_not_convert": None, "exclude_modules": None}
+        ),
+    )
     return Place(None, CONFIG)
 
 
@@ -178,7 +191,10 @@ def _config(change: Callable[[dict[str, Any]], Any]) -> Callable[[Folder], Place
 
 
 def _tied_above(config: dict[str, Any]) -> None:
-    config["text_config"] = {**config.get("text_config", {}), "tie_word_embeddings": bool(config["tie_word_embeddings"])}
+    config["text_config"] = {
+        **config.get("text_config", {}),
+        "tie_word_embeddings": bool(config["tie_word_embeddings"]),
+    }
     config["tie_word_embeddings"] = not config["tie_word_embeddings"]
 
 
@@ -208,7 +224,10 @@ def shared_expert_plain(folder: Folder) -> Place:
     if shared in folder.modules():
         raise LookupError("the layer has shared experts")
     parts = folder.modules()[gate]["weight"]
-    folder.add(f"{shared}.weight", _plain(parts.shape[0], parts.shape[1] * (2 if parts.dtype == "U8" else 1)))
+    folder.add(
+        f"{shared}.weight",
+        _plain(parts.shape[0], parts.shape[1] * (2 if parts.dtype == "U8" else 1)),
+    )
     _exclude(folder, shared)
     return folder.place(f"{shared}.weight")
 
@@ -218,7 +237,9 @@ def _kv(change: Callable[[dict[str, Any]], Any]) -> Callable[[Folder], Place]:
 
     def apply(folder: Folder) -> Place:
         folder.edit_json(CONFIG, lambda value: change(value[_QUANT]))
-        folder.edit_json(QUANT_CONFIG, lambda value: value["quantization"].update({"kv_cache_quant_algo": "FP8"}))
+        folder.edit_json(
+            QUANT_CONFIG, lambda value: value["quantization"].update({"kv_cache_quant_algo": "FP8"})
+        )
         return Place(None, CONFIG)
 
     return apply
@@ -230,7 +251,9 @@ def _quantize(folder: Folder, module: str) -> Place:
     if kind_of(folder) == "nvfp4":
         parts, algo = nvfp4(values), "NVFP4"
     else:
-        leaf = next(s for p in folder.modules().values() if (s := scale_leaf(p)) and p[s].dtype == "U8")
+        leaf = next(
+            s for p in folder.modules().values() if (s := scale_leaf(p)) and p[s].dtype == "U8"
+        )
         parts, algo = mxfp8(values, leaf), "MXFP8"
     file = folder.tensors()[f"{module}.weight"].file
     folder.store(f"{module}.weight", parts.pop("weight"))
@@ -258,52 +281,112 @@ def head_quantized(folder: Folder) -> Place:
 _EXPERTS = frozenset({"experts"})
 _BASE = ("base",)
 POLICIES: tuple[Corruptor, ...] = (
-    Corruptor("QC403", "head-not-excluded", edit(mtp_not_excluded), formats=UNIFORM, also=ids("201")),
-    Corruptor("QC403", "numbered-head-not-excluded", edit(numbered_mtp_not_excluded), formats=UNIFORM, also=ids("201")),
-    Corruptor("QC403", "experts-in-part", edit(mtp_experts_in_part), traits=_EXPERTS, also=ids("201")),
     Corruptor(
-        "QC403", "downs-plain", edit(mtp_down_projections_plain), traits=_EXPERTS, severity="warning",
+        "QC403", "head-not-excluded", edit(mtp_not_excluded), formats=UNIFORM, also=ids("201")
+    ),
+    Corruptor(
+        "QC403",
+        "numbered-head-not-excluded",
+        edit(numbered_mtp_not_excluded),
+        formats=UNIFORM,
         also=ids("201"),
     ),
     Corruptor(
-        "QC405", "router-by-regex", edit(_router_as(lambda m: f"re:^{re.escape(m)}$")), formats=UNIFORM, severity="warning"
+        "QC403", "experts-in-part", edit(mtp_experts_in_part), traits=_EXPERTS, also=ids("201")
     ),
     Corruptor(
-        "QC405", "router-by-part", edit(_router_as(lambda m: m.rpartition(".")[2])), formats=UNIFORM, traits=_EXPERTS,
+        "QC403",
+        "downs-plain",
+        edit(mtp_down_projections_plain),
+        traits=_EXPERTS,
+        severity="warning",
+        also=ids("201"),
+    ),
+    Corruptor(
+        "QC405",
+        "router-by-regex",
+        edit(_router_as(lambda m: f"re:^{re.escape(m)}$")),
+        formats=UNIFORM,
         severity="warning",
     ),
-    Corruptor("QC405", "router-by-piece", edit(_router_as(lambda m: m[2:])), formats=UNIFORM, severity="warning"),
-    Corruptor("QC411", "nested-form-alone-without-kv", edit(nested_alone_without_kv), formats=UNIFORM),
     Corruptor(
-        "QC411", "nested-form-without-kv", edit(_without(QUANT_CONFIG, "kv_cache_quant_algo")), formats=UNIFORM,
+        "QC405",
+        "router-by-part",
+        edit(_router_as(lambda m: m.rpartition(".")[2])),
+        formats=UNIFORM,
+        traits=_EXPERTS,
         severity="warning",
     ),
     Corruptor(
-        "QC411", "nested-form-without-group-size", edit(_without(QUANT_CONFIG, "group_size")),
-        formats=frozenset({"nvfp4"}), severity="warning",
+        "QC405",
+        "router-by-piece",
+        edit(_router_as(lambda m: m[2:])),
+        formats=UNIFORM,
+        severity="warning",
+    ),
+    Corruptor(
+        "QC411", "nested-form-alone-without-kv", edit(nested_alone_without_kv), formats=UNIFORM
+    ),
+    Corruptor(
+        "QC411",
+        "nested-form-without-kv",
+        edit(_without(QUANT_CONFIG, "kv_cache_quant_algo")),
+        formats=UNIFORM,
+        severity="warning",
+    ),
+    Corruptor(
+        "QC411",
+        "nested-form-without-group-size",
+        edit(_without(QUANT_CONFIG, "group_size")),
+        formats=frozenset({"nvfp4"}),
+        severity="warning",
     ),
     Corruptor("QC411", "group-size-as-text", edit(group_size_as_text)),
     Corruptor("QC411", "exclusions-null", edit(exclusions_null), formats=UNIFORM),
     Corruptor("QC412", "levels-differ", edit(_config(_tied_above)), severity="warning"),
     Corruptor(
-        "QC412", "flag-is-text", edit(_config(lambda c: c.update({"tie_word_embeddings": "false"}))), severity="warning"
+        "QC412",
+        "flag-is-text",
+        edit(_config(lambda c: c.update({"tie_word_embeddings": "false"}))),
+        severity="warning",
     ),
     Corruptor("QC413", "rope-lost", edit(_config(_rope_lost)), needs=_BASE, severity="warning"),
-    Corruptor("QC413", "rope-theta-default", edit(_config(_rope_default)), needs=_BASE, severity="warning"),
-    Corruptor("QC413", "norm-epsilon", edit(_config(_eps_changed)), needs=_BASE, severity="warning"),
     Corruptor(
-        "QC413", "field-lost", edit(_config(lambda c: c.pop("bos_token_id", c.pop("architectures", None)))), needs=_BASE,
-        severity="warning",
-    ),
-    Corruptor("QC414", "shared-expert-plain", edit(shared_expert_plain), traits=_EXPERTS, severity="info", also=ids("201")),
-    Corruptor(
-        "QC415", "nested-field-in-flat-form", edit(_kv(lambda q: q.update({"kv_cache_quant_algo": "FP8"}))),
-        severity="warning",
+        "QC413", "rope-theta-default", edit(_config(_rope_default)), needs=_BASE, severity="warning"
     ),
     Corruptor(
-        "QC415", "scheme-as-text", edit(_kv(lambda q: q.update({"kv_cache_scheme": "FP8"}))), severity="warning"
+        "QC413", "norm-epsilon", edit(_config(_eps_changed)), needs=_BASE, severity="warning"
+    ),
+    Corruptor(
+        "QC413",
+        "field-lost",
+        edit(_config(lambda c: c.pop("bos_token_id", c.pop("architectures", None)))),
+        needs=_BASE,
+        severity="warning",
+    ),
+    Corruptor(
+        "QC414",
+        "shared-expert-plain",
+        edit(shared_expert_plain),
+        traits=_EXPERTS,
+        severity="info",
+        also=ids("201"),
+    ),
+    Corruptor(
+        "QC415",
+        "nested-field-in-flat-form",
+        edit(_kv(lambda q: q.update({"kv_cache_quant_algo": "FP8"}))),
+        severity="warning",
+    ),
+    Corruptor(
+        "QC415",
+        "scheme-as-text",
+        edit(_kv(lambda q: q.update({"kv_cache_scheme": "FP8"}))),
+        severity="warning",
     ),
     Corruptor("QC513", "router", edit(router_quantized), traits=_EXPERTS, severity="warning"),
     Corruptor("QC513", "embedding", edit(embedding_quantized), severity="warning"),
-    Corruptor("QC513", "head", edit(head_quantized), formats=frozenset({"nvfp4"}), severity="warning"),
-)  # fmt: skip
+    Corruptor(
+        "QC513", "head", edit(head_quantized), formats=frozenset({"nvfp4"}), severity="warning"
+    ),
+)

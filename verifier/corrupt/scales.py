@@ -28,7 +28,7 @@ from verifier.corrupt.corruptor import (
     quantized,
     scale_leaf,
     target,
-)  # fmt: skip
+)
 from verifier.corrupt.edit import CONFIG, QUANT_CONFIG, Folder, Place
 
 
@@ -108,7 +108,11 @@ def half_width(folder: Folder) -> Place:
 
 def _ragged(folder: Folder) -> str:
     """Return the block scale of a module whose rows fill no tile of 128."""
-    return next(block_scale(folder, m) for m, p in folder.modules().items() if scale_leaf(p) and p["weight"].shape[0] % 128)
+    return next(
+        block_scale(folder, m)
+        for m, p in folder.modules().items()
+        if scale_leaf(p) and p["weight"].shape[0] % 128
+    )
 
 
 def _pad(values: npt.NDArray[Any], rows: int, columns: int) -> npt.NDArray[Any]:
@@ -194,7 +198,9 @@ def ragged_width(folder: Folder) -> Place:
     """Quantize a projection whose input width is no multiple of the block: eight columns less."""
     name = f"{target(folder, DOWNS)}.weight"
     codes = folder.array(name)
-    return folder.store(name, np.ascontiguousarray(codes[:, : -(4 if codes.dtype == np.uint8 else 8)]))
+    return folder.store(
+        name, np.ascontiguousarray(codes[:, : -(4 if codes.dtype == np.uint8 else 8)])
+    )
 
 
 _SPELLINGS = {"weight_scale": "weight_scale_inv", "weight_scale_inv": "weight_scale"}
@@ -202,7 +208,11 @@ _SPELLINGS = {"weight_scale": "weight_scale_inv", "weight_scale_inv": "weight_sc
 
 def _mxfp8(folder: Folder) -> list[str]:
     """Return the names of the E8M0 scales."""
-    found = (block_scale(folder, m) for m, p in folder.modules().items() if scale_leaf(p) and p["weight"].dtype == "F8_E4M3")
+    found = (
+        block_scale(folder, m)
+        for m, p in folder.modules().items()
+        if scale_leaf(p) and p["weight"].dtype == "F8_E4M3"
+    )
     return list(found)
 
 
@@ -253,8 +263,12 @@ def _as(leaf: str, dtype: npt.DTypeLike) -> Callable[[Folder], Place]:
     return apply
 
 
-def _kv(change: Callable[[Folder, list[str]], Place], declared: bool = True) -> Callable[[Path], Place]:
-    """Return a change of a checkpoint that has FP8 KV scales; ``change`` is given the attention modules."""
+def _kv(
+    change: Callable[[Folder, list[str]], Place], declared: bool = True
+) -> Callable[[Path], Place]:
+    """Return a change of a checkpoint that has FP8 KV scales; ``change`` is given the attention
+    modules.
+    """
 
     def declare(body: dict[str, Any]) -> None:
         if "kv_cache_quant_algo" in body:
@@ -263,7 +277,11 @@ def _kv(change: Callable[[Folder, list[str]], Place], declared: bool = True) -> 
             body["kv_cache_scheme"] = {"dynamic": False, "num_bits": 8, "type": "float"}
 
     def apply(folder: Folder) -> Place:
-        layers = [m.removesuffix(".k_proj") for m in folder.modules() if m.endswith(".k_proj") and "vision" not in m]
+        layers = [
+            m.removesuffix(".k_proj")
+            for m in folder.modules()
+            if m.endswith(".k_proj") and "vision" not in m
+        ]
         for layer in layers:
             for one in "kv":
                 folder.add(f"{layer}.{one}_proj.{one}_scale", np.asarray(0.03, np.float32))
@@ -324,7 +342,9 @@ def tied_head_stored(folder: Folder) -> Place:
 
 
 def _smoothed(lost: Callable[[str, int], bool]) -> Callable[[Folder], Place]:
-    """Return the loss of ``pre_quant_scale`` for some (layer, expert) where AWQ gave one to every expert."""
+    """Return the loss of ``pre_quant_scale`` for some (layer, expert) where AWQ gave one to every
+    expert.
+    """
 
     def apply(folder: Folder) -> Place:
         experts = [m for m in quantized(folder) if is_expert(m)]
@@ -336,7 +356,11 @@ def _smoothed(lost: Callable[[str, int], bool]) -> Callable[[Folder], Place]:
             else:
                 weight = folder.modules()[module]["weight"]
                 width = weight.shape[1] * (2 if weight.dtype == "U8" else 1)
-                folder.add(f"{module}.pre_quant_scale", np.ones(width, ml_dtypes.bfloat16), file=weight.file)
+                folder.add(
+                    f"{module}.pre_quant_scale",
+                    np.ones(width, ml_dtypes.bfloat16),
+                    file=weight.file,
+                )
         return Place(f"{missing}.pre_quant_scale")
 
     return apply
@@ -348,7 +372,9 @@ SCALES: tuple[Corruptor, ...] = (
     Corruptor("QC302", "weight-scale-2-lost", edit(scale_2_lost), formats=NVFP4),
     Corruptor("QC302", "block-scale-lost", edit(block_scale_lost)),
     Corruptor("QC303", "no-input-scales", edit(no_input_scales), formats=NVFP4),
-    Corruptor("QC303", "tagged-weight-only", edit(tagged_weight_only), formats=NVFP4, severity="warning"),
+    Corruptor(
+        "QC303", "tagged-weight-only", edit(tagged_weight_only), formats=NVFP4, severity="warning"
+    ),
     Corruptor("QC304", "block-scale-as-f32", edit(scale_as_f32)),
     Corruptor("QC305", "weight-not-packed", edit(not_packed), formats=NVFP4),
     Corruptor("QC306", "one-column-short", edit(column_short)),
@@ -359,14 +385,46 @@ SCALES: tuple[Corruptor, ...] = (
     Corruptor("QC307", "swizzled-tiles", edit(tiled), also=ids("501")),
     Corruptor("QC308", "group-size-32", edit(group_size_32), formats=frozenset({"nvfp4"})),
     Corruptor("QC308", "group-size-128", edit(group_size_128), formats=UNIFORM),
-    Corruptor("QC308", "group-size-in-one-file", edit(group_size_in_file), formats=MXFP8, also=ids("406")),
+    Corruptor(
+        "QC308", "group-size-in-one-file", edit(group_size_in_file), formats=MXFP8, also=ids("406")
+    ),
     Corruptor("QC308", "group-size-of-one-entry", edit(group_size_of_entry), formats=MIXED),
     Corruptor("QC309", "ragged-width", edit(ragged_width), also=ids("208")),
-    Corruptor("QC310", "one-spelled-otherwise", edit(one_spelled_otherwise), formats=MXFP8 | MIXED, severity="warning"),
-    Corruptor("QC310", "all-spelled-otherwise", edit(all_spelled_otherwise), formats=MXFP8 | MIXED, severity="warning"),
-    Corruptor("QC310", "spelled-both-ways", edit(spelled_both_ways), formats=MXFP8 | MIXED, severity="warning"),
-    Corruptor("QC311", "one-weight-scale-2-longer", edit(_longer("weight_scale_2")), formats=NVFP4, severity="warning"),
-    Corruptor("QC311", "one-input-scale-longer", edit(_longer("input_scale")), formats=NVFP4, severity="warning"),
+    Corruptor(
+        "QC310",
+        "one-spelled-otherwise",
+        edit(one_spelled_otherwise),
+        formats=MXFP8 | MIXED,
+        severity="warning",
+    ),
+    Corruptor(
+        "QC310",
+        "all-spelled-otherwise",
+        edit(all_spelled_otherwise),
+        formats=MXFP8 | MIXED,
+        severity="warning",
+    ),
+    Corruptor(
+        "QC310",
+        "spelled-both-ways",
+        edit(spelled_both_ways),
+        formats=MXFP8 | MIXED,
+        severity="warning",
+    ),
+    Corruptor(
+        "QC311",
+        "one-weight-scale-2-longer",
+        edit(_longer("weight_scale_2")),
+        formats=NVFP4,
+        severity="warning",
+    ),
+    Corruptor(
+        "QC311",
+        "one-input-scale-longer",
+        edit(_longer("input_scale")),
+        formats=NVFP4,
+        severity="warning",
+    ),
     Corruptor("QC311", "one-kv-scale-longer", _kv(_kv_longer), severity="warning"),
     Corruptor("QC312", "values-of-one-layer", _kv(_kv_lost)),
     Corruptor("QC312", "one-layer", _kv(_kv_layer_lost)),
@@ -375,14 +433,26 @@ SCALES: tuple[Corruptor, ...] = (
     Corruptor("QC313", "scales-of-another-pass", edit(scales_of_another_pass)),
     Corruptor("QC313", "tied-head-stored", edit(tied_head_stored), severity="warning"),
     Corruptor(
-        "QC314", "pre-quant-scale-of-one-expert", edit(_smoothed(lambda container, number: number == 3)), formats=NVFP4,
+        "QC314",
+        "pre-quant-scale-of-one-expert",
+        edit(_smoothed(lambda container, number: number == 3)),
+        formats=NVFP4,
         traits=_EXPERTS,
     ),
     Corruptor(
-        "QC314", "pre-quant-scale-of-one-layer", edit(_smoothed(lambda container, number: ".1." in container)),
-        formats=NVFP4, traits=_EXPERTS, severity="warning",
+        "QC314",
+        "pre-quant-scale-of-one-layer",
+        edit(_smoothed(lambda container, number: ".1." in container)),
+        formats=NVFP4,
+        traits=_EXPERTS,
+        severity="warning",
     ),
-    Corruptor("QC315", "weight-scale-2-as-bf16", edit(_as("weight_scale_2", ml_dtypes.bfloat16)), formats=NVFP4),
+    Corruptor(
+        "QC315",
+        "weight-scale-2-as-bf16",
+        edit(_as("weight_scale_2", ml_dtypes.bfloat16)),
+        formats=NVFP4,
+    ),
     Corruptor("QC315", "input-scale-as-f16", edit(_as("input_scale", np.float16)), formats=NVFP4),
     Corruptor("QC315", "kv-scale-as-bf16", _kv(_kv_as_bf16)),
-)  # fmt: skip
+)

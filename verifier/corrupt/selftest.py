@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prove the rules where they are installed: tiny sound checkpoints stay silent, and every defect is told.
+"""Prove the rules where they are installed: tiny sound checkpoints stay silent, and every defect is
+told.
 
-Neither the rules nor the corruptors are named here; what the registry and the table hold is what is tried.
+Neither the rules nor the corruptors are named here; what the registry and the table hold is what is
+tried.
 """
 
 from __future__ import annotations
@@ -27,9 +29,11 @@ Status = Literal["told", "silent", "unfit", "skipped"]
 
 @dataclass(frozen=True, slots=True)
 class Clean:
-    """A sound checkpoint: ``found`` are the rules that warned or failed it all the same, with a base and without.
+    """A sound checkpoint: ``found`` are the rules that warned or failed it all the same, with a
+    base and without.
 
-    ``notes`` are those that told something for information; the defects made in it do not explain these.
+    ``notes`` are those that told something for information; the defects made in it do not explain
+    these.
     """
 
     name: str
@@ -47,11 +51,12 @@ class Clean:
 
 @dataclass(slots=True)
 class Trial:
-    """One corruptor: on which checkpoints its rule spoke up at the severity that it states, and on which it did not.
+    """One corruptor: on which checkpoints its rule spoke up at the severity that it states, and on
+    which it did not.
 
-    ``unmade`` are those where the defect cannot be made, which proves nothing either way. ``others`` are the other rules
-    that spoke up, what they note of the clean one too aside; ``unexpected`` those at error level that the corruptor does not
-    name.
+    ``unmade`` are those where the defect cannot be made, which proves nothing either way.
+    ``others`` are the other rules that spoke up, what they note of the clean one too aside;
+    ``unexpected`` those at error level that the corruptor does not name.
     """
 
     rule: str
@@ -83,7 +88,9 @@ class Result:
 
     @property
     def unproved(self) -> dict[str, str]:
-        """Rules of which no corruptor was told, and why; a rule beyond depth payload is none of them."""
+        """Rules of which no corruptor was told, and why; a rule beyond depth payload is none of
+        them.
+        """
         found: dict[str, str] = {}
         for rule in self.rules:
             mine = [t for t in self.trials if t.rule == rule]
@@ -94,22 +101,34 @@ class Result:
             elif any(t.silent for t in mine):
                 found[rule] = "silent"
             else:
-                found[rule] = next((t.skipped for t in mine if t.skipped), "no built-in checkpoint suits its corruptors")
+                found[rule] = next(
+                    (t.skipped for t in mine if t.skipped),
+                    "no built-in checkpoint suits its corruptors",
+                )
         return found
 
     @property
     def elsewhere(self) -> tuple[str, ...]:
-        """The rules of depths load and eval, which take torch and a model: the project's tests prove them, not this."""
+        """The rules of depths load and eval, which take torch and a model: the project's tests
+        prove them, not this.
+        """
         return tuple(r for r in self.rules if all_rules()[r].depth not in ("header", "payload"))
 
     @property
     def passed(self) -> bool:
-        """Whether every clean checkpoint was silent, every corruptor that suits one was told, and no rule is unproved."""
-        return all(c.silent for c in self.clean) and not any(t.silent for t in self.trials) and not self.unproved
+        """Whether every clean checkpoint was silent, every corruptor that suits one was told, and
+        no rule is unproved.
+        """
+        return (
+            all(c.silent for c in self.clean)
+            and not any(t.silent for t in self.trials)
+            and not self.unproved
+        )
 
 
 def selftest(rules: Collection[str] = (), *, checkpoints: Collection[str] = ()) -> Result:
-    """Make the tiny checkpoints in a temporary folder and try every corruptor on every one that it suits.
+    """Make the tiny checkpoints in a temporary folder and try every corruptor on every one that it
+    suits.
 
     Args:
         rules: the rules to prove; all where empty.
@@ -147,7 +166,9 @@ def _clean(made: Made) -> Clean:
     found = sorted({f.rule for report in reports for f in report.findings if f.severity != "info"})
     worst = next((r.verdict for r in reports if r.verdict != "passed"), "passed")
     notes = {r for report in reports for r in rules_of(report.findings, "info")}
-    return Clean(made.tiny.name, made.tiny.family, made.tiny.kind, tuple(found), frozenset(notes), worst)
+    return Clean(
+        made.tiny.name, made.tiny.family, made.tiny.kind, tuple(found), frozenset(notes), worst
+    )
 
 
 def _judge(made: Made, path: Path) -> Report:
@@ -155,11 +176,19 @@ def _judge(made: Made, path: Path) -> Report:
 
 
 def _try(
-    root: Path, made: Made, traits: frozenset[str], corruptor: Corruptor, trial: Trial, notes: frozenset[str]
+    root: Path,
+    made: Made,
+    traits: frozenset[str],
+    corruptor: Corruptor,
+    trial: Trial,
+    notes: frozenset[str],
 ) -> None:
     stated = made.tiny.kind in corruptor.formats and corruptor.traits <= traits
-    # Other formats and dialects have no kind of their own: a defect of any format is tried on them where it can be made.
-    if not stated and not (made.tiny.kind not in KINDS and KINDS <= corruptor.formats and corruptor.traits <= traits):
+    # Other formats and dialects have no kind of their own: a defect of any format is tried on them
+    # where it can be made.
+    if not stated and not (
+        made.tiny.kind not in KINDS and KINDS <= corruptor.formats and corruptor.traits <= traits
+    ):
         return
     given = {"base"} | ({"merged_from"} if made.merged_from else set())
     for need in corruptor.needs:
@@ -178,7 +207,9 @@ def _try(
             corruptor.apply(work)
         except (StopIteration, LookupError, ValueError, TypeError, OSError) as error:
             if stated:
-                trial.unmade.append(f"{made.tiny.name} (cannot be made: {type(error).__name__}: {error})")
+                trial.unmade.append(
+                    f"{made.tiny.name} (cannot be made: {type(error).__name__}: {error})"
+                )
             return
         report = _judge(made, work)
     finally:
@@ -196,7 +227,11 @@ def _try(
 def lines(result: Result) -> Iterator[str]:
     """Yield the result as text, one line a checkpoint and a corruptor."""
     for clean in result.clean:
-        said = "silent" if clean.silent else f"NOT SILENT: {clean.verdict}, {', '.join(clean.found) or 'no finding'}"
+        said = (
+            "silent"
+            if clean.silent
+            else f"NOT SILENT: {clean.verdict}, {', '.join(clean.found) or 'no finding'}"
+        )
         yield f"clean   {clean.name:18} {clean.kind:16} {said}"
     for trial in result.trials:
         if trial.rule in result.elsewhere:
@@ -229,17 +264,32 @@ def as_json(result: Result) -> dict[str, object]:
     return {
         "passed": result.passed,
         "clean": [
-            {"name": c.name, "family": c.family, "kind": c.kind, "silent": c.silent, "verdict": c.verdict,
-             "findings": list(c.found)}
+            {
+                "name": c.name,
+                "family": c.family,
+                "kind": c.kind,
+                "silent": c.silent,
+                "verdict": c.verdict,
+                "findings": list(c.found),
+            }
             for c in result.clean
         ],
         "corruptors": [
-            {"rule": t.rule, "name": t.name, "status": t.status, "told": t.told, "silent": t.silent,
-             "others": sorted(t.others), "unexpected": sorted(t.unexpected), "skipped": t.skipped}
+            {
+                "rule": t.rule,
+                "name": t.name,
+                "status": t.status,
+                "told": t.told,
+                "silent": t.silent,
+                "others": sorted(t.others),
+                "unexpected": sorted(t.unexpected),
+                "skipped": t.skipped,
+            }
             for t in result.trials
         ],
-        "unproved": result.unproved, "not_run": list(result.elsewhere),
-    }  # fmt: skip
+        "unproved": result.unproved,
+        "not_run": list(result.elsewhere),
+    }
 
 
 __all__ = ["Result", "as_json", "lines", "selftest"]

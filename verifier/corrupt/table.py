@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every corruptor. Each rule has one at least; ``selftest`` and the tests prove the rules with them."""
+"""Every corruptor. Each rule has one at least; ``selftest`` and the tests prove the rules with
+them.
+"""
 
 from __future__ import annotations
 
@@ -15,5 +17,8 @@ from verifier.corrupt.scales import SCALES
 from verifier.corrupt.values import VALUES
 
 CORRUPTORS: tuple[Corruptor, ...] = tuple(
-    sorted((*CONTAINER, *NAMES, *SCALES, *CONFIGS, *VALUES, *POLICIES, *CONTENTS, *FUSED, *RELOAD), key=lambda c: c.rule)
+    sorted(
+        (*CONTAINER, *NAMES, *SCALES, *CONFIGS, *VALUES, *POLICIES, *CONTENTS, *FUSED, *RELOAD),
+        key=lambda c: c.rule,
+    )
 )

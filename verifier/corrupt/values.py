@@ -29,7 +29,7 @@ from verifier.corrupt.corruptor import (
     scale_leaf,
     sibling_of,
     target,
-)  # fmt: skip
+)
 from verifier.corrupt.edit import Folder, Place
 
 ROW, BLOCK = 5, 2
@@ -71,7 +71,9 @@ def zero_scale_of_zero_block(folder: Folder) -> Place:
 
 
 def zero_expert(folder: Folder) -> Place:
-    """Write what ModelOpt 0.47 makes of an all-zero expert: NaN block scales under a zero global scale."""
+    """Write what ModelOpt 0.47 makes of an all-zero expert: NaN block scales under a zero global
+    scale.
+    """
     module = target(folder, DOWNS)
     name = block_scale(folder, module)
     folder.overwrite(f"{module}.weight_scale_2", 0, _f32(0.0))
@@ -195,7 +197,9 @@ def nan_code(folder: Folder) -> Place:
 
 
 def scales_cast_to_zero(folder: Folder) -> Place:
-    """Write 0, which is 2^-127, for every E8M0 scale of a tensor: float values were cast to bytes."""
+    """Write 0, which is 2^-127, for every E8M0 scale of a tensor: float values were cast to
+    bytes.
+    """
     module = target(folder)
     name = block_scale(folder, module)
     folder.overwrite(name, 0, bytes(folder.tensors()[name].nbytes))
@@ -264,10 +268,16 @@ _BASE = ("base",)
 
 
 def _values(
-    rule: str, name: str, change: Callable[[Folder], Place], also: str = "", formats: frozenset[Kind] = NVFP4,
+    rule: str,
+    name: str,
+    change: Callable[[Folder], Place],
+    also: str = "",
+    formats: frozenset[Kind] = NVFP4,
     traits: frozenset[str] = frozenset(),
-) -> Corruptor:  # fmt: skip
-    return Corruptor(rule, name, edit(change), "payload", formats=formats, traits=traits, also=ids(also))
+) -> Corruptor:
+    return Corruptor(
+        rule, name, edit(change), "payload", formats=formats, traits=traits, also=ids(also)
+    )
 
 
 VALUES: tuple[Corruptor, ...] = (
@@ -276,7 +286,12 @@ VALUES: tuple[Corruptor, ...] = (
     _values("QC501", "underflown-block-scales", underflown_scales),
     _values("QC501", "zero-weight-scale-2", scale_2_zero, "515"),
     Corruptor(
-        "QC501", "zero-scale-of-a-zero-block", edit(zero_scale_of_zero_block), "payload", formats=NVFP4, severity="warning"
+        "QC501",
+        "zero-scale-of-a-zero-block",
+        edit(zero_scale_of_zero_block),
+        "payload",
+        formats=NVFP4,
+        severity="warning",
     ),
     _values("QC502", "nan-block-scale", _scale_byte(0x7F)),
     _values("QC502", "negative-nan-block-scale", _scale_byte(0xFF)),
@@ -292,8 +307,13 @@ VALUES: tuple[Corruptor, ...] = (
     _values("QC503", "denormal-input-scale", _scalar("input_scale", 1e-39)),
     _values("QC503", "negative-input-scale", _scalar("input_scale", -1.0)),
     Corruptor(
-        "QC503", "input-scale-far-from-siblings", edit(_scalar("input_scale", 1e9)), "payload", formats=NVFP4,
-        traits=_EXPERTS, severity="warning",
+        "QC503",
+        "input-scale-far-from-siblings",
+        edit(_scalar("input_scale", 1e9)),
+        "payload",
+        formats=NVFP4,
+        traits=_EXPERTS,
+        severity="warning",
     ),
     _values("QC504", "up-on-its-own-maximum", scale_2_of_up_doubled, traits=_EXPERTS),
     _values("QC504", "last-bit", scale_2_of_up_one_bit, traits=_EXPERTS),
@@ -307,15 +327,43 @@ VALUES: tuple[Corruptor, ...] = (
     Corruptor("QC515", "scales-doubled", edit(scale_doubled), "payload", _BASE),
     Corruptor("QC515", "nan-code", edit(nan_code), "payload", _BASE, MXFP8),
     _values("QC512", "scales-cast-to-bytes", scales_cast_to_zero, formats=MXFP8),
-    Corruptor("QC515", "coarse-codes", edit(coarse_nvfp4), "payload", _BASE, NVFP4, severity="warning", instead=ids("517")),
     Corruptor(
-        "QC515", "coarse-codes-mxfp8", edit(coarse_mxfp8), "payload", _BASE, MXFP8, severity="warning", instead=ids("517"),
+        "QC515",
+        "coarse-codes",
+        edit(coarse_nvfp4),
+        "payload",
+        _BASE,
+        NVFP4,
+        severity="warning",
+        instead=ids("517"),
     ),
-    Corruptor("QC516", "router-recast", edit(router_recast), "header", _EITHER, traits=frozenset({"f32"})),
+    Corruptor(
+        "QC515",
+        "coarse-codes-mxfp8",
+        edit(coarse_mxfp8),
+        "payload",
+        _BASE,
+        MXFP8,
+        severity="warning",
+        instead=ids("517"),
+    ),
+    Corruptor(
+        "QC516", "router-recast", edit(router_recast), "header", _EITHER, traits=frozenset({"f32"})
+    ),
     Corruptor("QC516", "norm-widened", edit(norm_widened), "header", _EITHER),
     Corruptor("QC516", "embedding-as-f16", edit(head_as_f16), "header", _EITHER),
     Corruptor("QC605", "one-bit-of-the-embedding", edit(one_bit), "payload", _EITHER),
     Corruptor("QC605", "router-cast-there-and-back", edit(cast_there_and_back), "payload", _EITHER),
-    Corruptor("QC605", "one-code-of-a-kept-tensor", edit(kept_code), "payload", ("merged_from",), MIXED),
-    Corruptor("QC605", "one-scale-of-a-kept-tensor", edit(kept_scale), "payload", ("merged_from",), MIXED, also=ids("517")),
-)  # fmt: skip
+    Corruptor(
+        "QC605", "one-code-of-a-kept-tensor", edit(kept_code), "payload", ("merged_from",), MIXED
+    ),
+    Corruptor(
+        "QC605",
+        "one-scale-of-a-kept-tensor",
+        edit(kept_scale),
+        "payload",
+        ("merged_from",),
+        MIXED,
+        also=ids("517"),
+    ),
+)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hub layouts as data: which tensors a family has, with which shapes, from its config alone.
 
-The JSON files are written by ``tools/make_families.py`` from what transformers saves. Shapes are products of config
-values; a value that neither the config nor transformers' defaults give makes that one shape unknown, nothing else.
+The JSON files are written by ``tools/make_families.py`` from what transformers saves. Shapes are
+products of config values; a value that neither the config nor transformers' defaults give makes
+that one shape unknown, nothing else.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ class Family:
     data: Mapping[str, Any]
 
     def value(self, config: Mapping[str, Any], path: str) -> int | None:
-        """Return the whole number at a dotted config path, by its other spellings or default; None where unknown."""
+        """Return the whole number at a dotted config path, by its other spellings or default; None
+        where unknown.
+        """
         for candidate in (path, *self.data["spellings"].get(path, ())):
             node: Any = config
             for part in candidate.split("."):
@@ -42,15 +45,22 @@ class Family:
         default = self.data["defaults"].get(path)
         if type(default) is int:
             return default
-        if path.rpartition(".")[2] == "head_dim":  # what transformers derives where the family sets no default
+        if (
+            path.rpartition(".")[2] == "head_dim"
+        ):  # what transformers derives where the family sets no default
             text = self.data["text"]
-            hidden, heads = self.value(config, f"{text}hidden_size"), self.value(config, f"{text}num_attention_heads")
+            hidden, heads = (
+                self.value(config, f"{text}hidden_size"),
+                self.value(config, f"{text}num_attention_heads"),
+            )
             if hidden and heads:
                 return hidden // heads
         return None
 
     def shape(self, config: Mapping[str, Any], dims: list[str] | None) -> Shape | None:
-        """Return the shape that products of config paths give, or None where a value, or the formula, is unknown."""
+        """Return the shape that products of config paths give, or None where a value, or the
+        formula, is unknown.
+        """
         if dims is None:
             return None
         shape = []
@@ -68,7 +78,9 @@ class Family:
         return tuple(shape)
 
     def layers(self, config: Mapping[str, Any], kind: str) -> list[int]:
-        """Return the text layers of a kind: ``all``, ``dense``, ``sparse``, ``indexer`` or one of the family's own."""
+        """Return the text layers of a kind: ``all``, ``dense``, ``sparse``, ``indexer`` or one of
+        the family's own.
+        """
         return self._layers(config, kind) or []
 
     def _layers(self, config: Mapping[str, Any], kind: str) -> list[int] | None:
@@ -81,7 +93,9 @@ class Family:
         if rules is not None:
             told = next((f for r in rules if (f := self._rule(text, r, count)) is not None), None)
             return None if told is None else [i for i in range(count) if told[i]]
-        flags = _indexer_flags(text, count) if kind == "indexer" else self._sparse_flags(text, count)
+        flags = (
+            _indexer_flags(text, count) if kind == "indexer" else self._sparse_flags(text, count)
+        )
         return [i for i in range(count) if flags[i] == (kind != "dense")]
 
     def _text(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -91,12 +105,15 @@ class Family:
             node = node.get(part) if isinstance(node, Mapping) else None
         return node if isinstance(node, Mapping) else {}
 
-    def _rule(self, text: Mapping[str, Any], rule: Mapping[str, Any], count: int) -> list[bool] | None:
+    def _rule(
+        self, text: Mapping[str, Any], rule: Mapping[str, Any], count: int
+    ) -> list[bool] | None:
         """Return which layers a rule of the data means, or None where the config has not its keys.
 
-        ``{"list": key, "is": [value, …]}``: one entry a layer, a letter where the value is a string. ``{"named": key}``:
-        the numbers of the layers. ``{"from": key}``: from that number on. ``{"period": key, "offset": key}``: every so
-        many; ``shift`` is added to the layer's number first. ``not`` turns it round.
+        ``{"list": key, "is": [value, …]}``: one entry a layer, a letter where the value is a
+        string. ``{"named": key}``: the numbers of the layers. ``{"from": key}``: from that number
+        on. ``{"period": key, "offset": key}``: every so many; ``shift`` is added to the layer's
+        number first. ``not`` turns it round.
         """
         turned = bool(rule.get("not"))
         listed = text.get(rule.get("list") or rule.get("named") or "")
@@ -116,7 +133,9 @@ class Family:
         offset = self._number(text, rule["offset"]) if "offset" in rule else 0
         if not period or offset is None:
             return None
-        return [((i + rule.get("shift", 0)) % period == offset % period) != turned for i in range(count)]
+        return [
+            ((i + rule.get("shift", 0)) % period == offset % period) != turned for i in range(count)
+        ]
 
     def _number(self, text: Mapping[str, Any], key: str) -> int | None:
         value = text.get(key, self.data["defaults"].get(self.data["text"] + key))
@@ -129,18 +148,27 @@ class Family:
         if isinstance(freq, list) and len(freq) >= count:
             return [bool(f) for f in freq]
         dense = text.get("mlp_only_layers")
-        dense = set(dense) if isinstance(dense, list) and all(type(d) is int for d in dense) else set()
+        dense = (
+            set(dense) if isinstance(dense, list) and all(type(d) is int for d in dense) else set()
+        )
         step = self._stated(text, "decoder_sparse_step") or 1
-        first = self._stated(text, "first_k_dense_replace") or self._stated(text, "moe_layer_start_index") or 0
+        first = (
+            self._stated(text, "first_k_dense_replace")
+            or self._stated(text, "moe_layer_start_index")
+            or 0
+        )
         return [i not in dense and (i + 1) % step == 0 and i >= first for i in range(count)]
 
     def _stated(self, text: Mapping[str, Any], key: str) -> int | None:
-        """Return a whole number of the text config that decides which layers are sparse, or the family's default."""
+        """Return a whole number of the text config that decides which layers are sparse, or the
+        family's default.
+        """
         value = text.get(key, self.data["defaults"].get(self.data["text"] + key))
         return value if type(value) is int and value > 0 else None
 
     def expected(self, config: Mapping[str, Any]) -> dict[str, Shape | None]:
-        """Return every tensor that the hub layout has under this config, with its shape where known.
+        """Return every tensor that the hub layout has under this config, with its shape where
+        known.
 
         Raises:
             ContentError: the config declares more layers or experts than any model has.
@@ -160,7 +188,9 @@ class Family:
         return found
 
     def _applies(self, config: Mapping[str, Any], entry: Mapping[str, Any]) -> bool:
-        """Whether a tensor belongs under this config; null is unset, an absent key has its default."""
+        """Whether a tensor belongs under this config; null is unset, an absent key has its
+        default.
+        """
         for word, wanted in (("if", True), ("unless", False)):
             keys = entry.get(word) or []
             for key in [keys] if isinstance(keys, str) else keys:
@@ -182,14 +212,20 @@ class Family:
         return math.prod(self._length(config, p) for p in paths)
 
     def _length(self, config: Mapping[str, Any], path: str) -> int:
-        """Return how far a range runs: a whole number of the config, or how many entries a list of it has."""
+        """Return how far a range runs: a whole number of the config, or how many entries a list of
+        it has.
+        """
         node: Any = config
         for part in path.split("."):
             node = node.get(part) if isinstance(node, Mapping) else None
         return len(node) if isinstance(node, list) else self.value(config, path) or 0
 
-    def _names(self, config: Mapping[str, Any], pattern: str, kind: str | None, *, unsure: bool = False) -> Iterator[str]:
-        """Yield the names of a pattern; with ``unsure`` those of all layers where the config does not tell which."""
+    def _names(
+        self, config: Mapping[str, Any], pattern: str, kind: str | None, *, unsure: bool = False
+    ) -> Iterator[str]:
+        """Yield the names of a pattern; with ``unsure`` those of all layers where the config does
+        not tell which.
+        """
         ranges: dict[str, list[int]] = {}
         for key, path in self.data["ranges"].items():
             if "{" + key + "}" in pattern:
@@ -210,14 +246,17 @@ class Family:
         yield from names
 
     def possible(self, config: Mapping[str, Any]) -> dict[str, Shape | None]:
-        """Return what may be here, with its shape: tensors of some layers only, where the config does not tell which.
+        """Return what may be here, with its shape: tensors of some layers only, where the config
+        does not tell which.
 
         Raises:
             ContentError: the config declares more layers or experts than any model has.
         """
         found: dict[str, Shape | None] = {}
         for entry in self.data["tensors"]:
-            if entry.get("layers", "all") in self.data.get("kinds", {}) and self._applies(config, entry):
+            if entry.get("layers", "all") in self.data.get("kinds", {}) and self._applies(
+                config, entry
+            ):
                 if len(found) + self._count(config, entry) > MAX_TENSORS:
                     raise ContentError(f"config.json declares more than {MAX_TENSORS:,} tensors")
                 names = self._names(config, entry["name"], entry["layers"], unsure=True)
@@ -225,7 +264,9 @@ class Family:
         return found
 
     def beyond(self, config: Mapping[str, Any], name: str) -> bool:
-        """Whether a name is of a layer after the last, where the family puts its next-token-prediction layers."""
+        """Whether a name is of a layer after the last, where the family puts its
+        next-token-prediction layers.
+        """
         path = self.data.get("more_layers")
         number, count = layer_of(name), self._length(config, self.data["ranges"]["layer"])
         if not path or number is None:
@@ -247,10 +288,16 @@ class Family:
         return bool(self._memory and self._memory.match(name))
 
     def optional(self, name: str) -> bool:
-        """Whether a name is one that releases may carry beside what transformers saves (MTP heads, a tied head's copy)."""
-        if any(re.search(p, name) for p in self.data["optional"]) or name.endswith(".rotary_emb.inv_freq"):
+        """Whether a name is one that releases may carry beside what transformers saves (MTP heads,
+        a tied head's copy).
+        """
+        if any(re.search(p, name) for p in self.data["optional"]) or name.endswith(
+            ".rotary_emb.inv_freq"
+        ):
             return True
-        return name.endswith("lm_head.weight") and any(t["name"] == name for t in self.data["tensors"])
+        return name.endswith("lm_head.weight") and any(
+            t["name"] == name for t in self.data["tensors"]
+        )
 
 
 def _indexer_flags(text: Mapping[str, Any], count: int) -> list[bool]:
@@ -268,7 +315,11 @@ def _indexer_flags(text: Mapping[str, Any], count: int) -> list[bool]:
 def known() -> tuple[str, ...]:
     """Return the model types that have a layout file, sorted."""
     return tuple(
-        sorted(f.name.removesuffix(".json") for f in resources.files(__name__).iterdir() if f.name.endswith(".json"))
+        sorted(
+            f.name.removesuffix(".json")
+            for f in resources.files(__name__).iterdir()
+            if f.name.endswith(".json")
+        )
     )
 
 
@@ -277,7 +328,9 @@ def load(model_type: str | None) -> Family | None:
     """Return the family of a model type, or None where no file describes it."""
     if model_type not in known():
         return None
-    data = json.loads((resources.files(__name__) / f"{model_type}.json").read_text(encoding="utf-8"))
+    data = json.loads(
+        (resources.files(__name__) / f"{model_type}.json").read_text(encoding="utf-8")
+    )
     return Family(str(model_type), data)
 
 

@@ -14,7 +14,29 @@ from verifier.gate.scoring import score_run
 from verifier.gate.statistics import Interval, paired
 
 __all__ = [
-    "BUDGETS", "Corpus", "GateResult", "Interval", "Margin", "Plan", "Run", "RunHeader", "compare_runs", "decide",
-    "drift_margin_of", "evaluator", "load_corpus", "margin_of", "paired", "plan", "read_run", "render_json",
-    "render_plan_json", "render_plan_text", "render_run", "render_text", "run", "score_run", "write_run",
-]  # fmt: skip
+    "BUDGETS",
+    "Corpus",
+    "GateResult",
+    "Interval",
+    "Margin",
+    "Plan",
+    "Run",
+    "RunHeader",
+    "compare_runs",
+    "decide",
+    "drift_margin_of",
+    "evaluator",
+    "load_corpus",
+    "margin_of",
+    "paired",
+    "plan",
+    "read_run",
+    "render_json",
+    "render_plan_json",
+    "render_plan_text",
+    "render_run",
+    "render_text",
+    "run",
+    "score_run",
+    "write_run",
+]

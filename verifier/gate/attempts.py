@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""No re-rolls: every attempt of a pair is recorded, and one that follows must take the earlier documents in.
+"""No re-rolls: every attempt of a pair is recorded, and one that follows must take the earlier
+documents in.
 
-An attempt on other text after one that did not pass would be drawn until it passes. More documents are welcome when the
-earlier ones are among them; each look then has its share of the 5 % error (Bonferroni).
+An attempt on other text after one that did not pass would be drawn until it passes. More documents
+are welcome when the earlier ones are among them; each look then has its share of the 5 % error
+(Bonferroni).
 """
 
 from __future__ import annotations
@@ -29,8 +31,11 @@ class Attempts:
     def __init__(self, folder: Path) -> None:
         self.path = folder / FILE
 
-    def looks(self, candidate: Checkpoint, base: Checkpoint, corpus: Corpus, window: int, protocol: str) -> int:
-        """Return which look this is at a pair, 1 for the first; the same documents again are no new look.
+    def looks(
+        self, candidate: Checkpoint, base: Checkpoint, corpus: Corpus, window: int, protocol: str
+    ) -> int:
+        """Return which look this is at a pair, 1 for the first; the same documents again are no new
+        look.
 
         Raises:
             UsageError: an earlier attempt did not pass, and its documents are not all among these.
@@ -59,18 +64,27 @@ class Attempts:
         return found[-1] if found else None
 
     def record(
-        self, candidate: Checkpoint, base: Checkpoint, corpus: Corpus, window: int, protocol: str, result: GateResult,
+        self,
+        candidate: Checkpoint,
+        base: Checkpoint,
+        corpus: Corpus,
+        window: int,
+        protocol: str,
+        result: GateResult,
         seconds: float,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Append an attempt and sync.
 
         Raises:
             MachineError: it could not be written.
         """
         row: dict[str, Any] = {
-            "pair": _key(candidate, base, window, protocol), "corpus": corpus.name, "outcome": result.outcome,
-            "candidate": candidate.uri, "documents": sorted(_documents(corpus)),
-        }  # fmt: skip
+            "pair": _key(candidate, base, window, protocol),
+            "corpus": corpus.name,
+            "outcome": result.outcome,
+            "candidate": candidate.uri,
+            "documents": sorted(_documents(corpus)),
+        }
         if (i := result.interval) is not None and math.isfinite(i.se):
             row |= {"scored": i.documents, "se": i.se, "delta": i.delta, "seconds": seconds}
         try:
@@ -96,7 +110,9 @@ class Attempts:
                 row = json.loads(line)
             except (ValueError, RecursionError):
                 continue  # a line that a killed process tore
-            if isinstance(row, dict) and all(isinstance(row.get(k), list) for k in ("documents", "pair")):
+            if isinstance(row, dict) and all(
+                isinstance(row.get(k), list) for k in ("documents", "pair")
+            ):
                 rows.append(row | {"documents": [str(d) for d in row["documents"]]})
         return rows
 

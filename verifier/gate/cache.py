@@ -19,14 +19,26 @@ from verifier.gate.scoring import Progress, identity_of, score_run, weights_dige
 
 
 def cached_run(
-    folder: Path, ckpt: Checkpoint, corpus: Corpus, *, protocol: Protocol, window: int, batch: int, device: str,
-    workers: int | None, top_k: int, progress: Progress | None, say: Callable[[str], None] | None, keep: bool,
+    folder: Path,
+    ckpt: Checkpoint,
+    corpus: Corpus,
+    *,
+    protocol: Protocol,
+    window: int,
+    batch: int,
+    device: str,
+    workers: int | None,
+    top_k: int,
+    progress: Progress | None,
+    say: Callable[[str], None] | None,
+    keep: bool,
     scorer: Scorer = HF,
-) -> Run:  # fmt: skip
-    """Return a checkpoint's run from the cache, or score it; what an interrupted one had done is used.
+) -> Run:
+    """Return a checkpoint's run from the cache, or score it; what an interrupted one had done is
+    used.
 
-    The name of the file is a digest of weights, protocol key, batch, device, top-k and versions. A file that does not
-    read as it was written is scored anew.
+    The name of the file is a digest of weights, protocol key, batch, device, top-k and versions. A
+    file that does not read as it was written is scored anew.
 
     Args:
         folder: the cache.
@@ -45,10 +57,14 @@ def cached_run(
     """
     key, _ = plan_units([ckpt], corpus, protocol, window, batch, scorer)
     identity = {
-        "weights": weights_digest(ckpt), "key": {k: v for k, v in key.items() if k != "corpus"}, "batch": batch,
-        "device": device, "top_k": top_k, "versions": {p: version(p) for p in ("torch", "transformers")},
+        "weights": weights_digest(ckpt),
+        "key": {k: v for k, v in key.items() if k != "corpus"},
+        "batch": batch,
+        "device": device,
+        "top_k": top_k,
+        "versions": {p: version(p) for p in ("torch", "transformers")},
         **identity_of(scorer),
-    }  # fmt: skip
+    }
     name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
     file, journal = folder / f"{name}.run", folder / f"{name}.run.part"
     if keep and file.is_file():
@@ -61,9 +77,19 @@ def cached_run(
             if say:
                 say(f"{error}; scoring it again")
     scored = score_run(
-        ckpt, corpus, protocol=protocol, window=window, batch=batch, device=device, workers=workers, top_k=top_k,
-        journal=journal, progress=progress, say=say, scorer=scorer,
-    )  # fmt: skip
+        ckpt,
+        corpus,
+        protocol=protocol,
+        window=window,
+        batch=batch,
+        device=device,
+        workers=workers,
+        top_k=top_k,
+        journal=journal,
+        progress=progress,
+        say=say,
+        scorer=scorer,
+    )
     if scored is None:
         raise MachineError("a unit of work was lost")
     if keep:

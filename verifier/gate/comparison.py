@@ -20,14 +20,21 @@ from verifier.gate.scorer import perplexity
 from verifier.gate.statistics import Interval, accuracy_loss, p_of_loss, paired
 
 UNLIKE_FLOOR = 0.0005
-"""Nats a token that two environments may differ by where nothing was measured: BF16 and FP16 on one engine differ by 0.0004
-(ggml-org/llama.cpp#7150)."""
+"""Nats a token that two environments may differ by where nothing was measured: BF16 and FP16 on one
+engine differ by 0.0004 (ggml-org/llama.cpp#7150)."""
 
 
 def compare_runs(
-    base: Run, candidate: Run, margin: Margin, *, drift_against: Run | None = None, drift_margin: Margin | None = None,
-    kl: Array | None = None, looks: int = 1, floor_runs: Sequence[Run] = (),
-) -> GateResult:  # fmt: skip
+    base: Run,
+    candidate: Run,
+    margin: Margin,
+    *,
+    drift_against: Run | None = None,
+    drift_margin: Margin | None = None,
+    kl: Array | None = None,
+    looks: int = 1,
+    floor_runs: Sequence[Run] = (),
+) -> GateResult:
     """Return the verdict on a candidate's run.
 
     Args:
@@ -37,19 +44,25 @@ def compare_runs(
         drift_against: an accepted run of the same base, where the drift is judged too.
         drift_margin: the largest tolerated loss over it.
         kl: KL(base || candidate) of each token, nats, where both ran in lockstep.
-        looks: this attempt and those before it on the same pair; each gets its share of the 5 % error.
-        floor_runs: the base as other engines score it; what separates it from itself there is noise too.
+        looks: this attempt and those before it on the same pair; each gets its share of the 5 %
+            error.
+        floor_runs: the base as other engines score it; what separates it from itself there is noise
+            too.
 
     Raises:
         UsageError: the candidate is the base, or a floor run is not the base's.
         ContentError: the runs have different protocol keys.
     """
     if base.header.weights_sha256 == candidate.header.weights_sha256:
-        raise UsageError(f"{candidate.header.model}: the candidate is the base itself; there is nothing to measure")
+        raise UsageError(
+            f"{candidate.header.model}: the candidate is the base itself; there is nothing to measure"
+        )
     others = [base] if drift_against is None else [base, drift_against]
     for other in others:
         refuse_unlike(other.header, candidate.header)
-    unlike = sorted({u for other in others for u in unlike_environment(other.header, candidate.header)})
+    unlike = sorted(
+        {u for other in others for u in unlike_environment(other.header, candidate.header)}
+    )
     measured = [r.header.floor for r in (*others, candidate) if r.header.floor is not None]
     apart = [floor_between(base, other) for other in floor_runs]
     floor = max([*measured, *apart], default=None)
@@ -59,15 +72,30 @@ def compare_runs(
     level = 1 - 0.05 / looks
     bad = sorted({d for r in (*others, candidate) for d in r.header.nonfinite})
     common: dict[str, Any] = {
-        "candidate": candidate.header.model, "base": base.header.model, "margin": margin, "key": dict(candidate.header.key),
-        "environment": dict(base.header.environment), "nonfinite": bad, "unlike": tuple(unlike), "floor": floor,
-        "documents": list(zip(base.sums.tolist(), candidate.sums.tolist(), base.tokens.tolist(), strict=True)),
+        "candidate": candidate.header.model,
+        "base": base.header.model,
+        "margin": margin,
+        "key": dict(candidate.header.key),
+        "environment": dict(base.header.environment),
+        "nonfinite": bad,
+        "unlike": tuple(unlike),
+        "floor": floor,
+        "documents": list(
+            zip(base.sums.tolist(), candidate.sums.tolist(), base.tokens.tolist(), strict=True)
+        ),
         "measures_kl": base.header.sampled_from == base.header.weights_sha256,
-        "experts": experts_of(candidate), "looks": looks,
+        "experts": experts_of(candidate),
+        "looks": looks,
         "nonfinite_base": tuple(sorted({d for r in others for d in r.header.nonfinite})),
-    }  # fmt: skip
+    }
     if bad:
-        return GateResult("failed", interval=None, perplexity_base=math.nan, perplexity_candidate=math.nan, **common)
+        return GateResult(
+            "failed",
+            interval=None,
+            perplexity_base=math.nan,
+            perplexity_candidate=math.nan,
+            **common,
+        )
     task = candidate.header.key.get("protocol") == "task"
     interval = loss_of(base, candidate, level).widened(widening)
     drift = None
@@ -77,46 +105,65 @@ def compare_runs(
     family = [(interval, margin)] + ([(drift.interval, drift.margin)] if drift else [])
     outcome: Outcome = judge(family, floor=floor, widening=widening, alpha=1 - level)
     measures = Measures() if task else measure(base, candidate, kl, level)
-    nats = [math.nan] * 2 if task else [perplexity(r.sums.tolist(), r.tokens.tolist()) for r in (base, candidate)]
+    nats = (
+        [math.nan] * 2
+        if task
+        else [perplexity(r.sums.tolist(), r.tokens.tolist()) for r in (base, candidate)]
+    )
     return GateResult(
-        outcome, interval=interval, perplexity_base=nats[0], perplexity_candidate=nats[1], drift=drift, measures=measures,
+        outcome,
+        interval=interval,
+        perplexity_base=nats[0],
+        perplexity_candidate=nats[1],
+        drift=drift,
+        measures=measures,
         needed=documents_for(family) if outcome == "inconclusive" else None,
         notes=(
             *(_floor_note(o, f) for o, f in zip(floor_runs, apart, strict=True)),
             *_notes(0 if task else interval.documents, measures, outcome, floor, family),
         ),
-        accuracy=_accuracy(base, candidate) if task else None, **common,
-    )  # fmt: skip
+        accuracy=_accuracy(base, candidate) if task else None,
+        **common,
+    )
 
 
 def refuse_other_floor(run: Run, model: str, weights_sha256: str, key: Mapping[str, Any]) -> None:
     """Refuse a run that is not the base's on the same text, whichever engine it is of.
 
-    An engine rounds activations as the checkpoint declares; a base that declares no format has none to round.
+    An engine rounds activations as the checkpoint declares; a base that declares no format has none
+    to round.
 
     Raises:
         UsageError: it is a run of other weights.
         IncomparableError: a protocol key differs, which is named.
     """
     if run.header.weights_sha256 != weights_sha256:
-        raise UsageError(f"--floor: {run.header.model} is not the base {model}: other weights; score the base by the engine")
+        raise UsageError(
+            f"--floor: {run.header.model} is not the base {model}: other weights; score the base by the engine"
+        )
     drop = {"activations"} if not run.header.formats else set()
-    ours, theirs = ({k: v for k, v in found.items() if k not in drop} for found in (key, run.header.key))
+    ours, theirs = (
+        {k: v for k, v in found.items() if k not in drop} for found in (key, run.header.key)
+    )
     refuse_unlike_keys(model, ours, run.header.model, theirs)
 
 
 def floor_between(base: Run, other: Run) -> float:
-    """Return what separates a model from itself under another engine: the larger end of the interval, nats a token.
+    """Return what separates a model from itself under another engine: the larger end of the
+    interval, nats a token.
 
     Raises:
         UsageError: the other run is not of the same weights.
-        IncomparableError: it is of other text or of another protocol, or it has logits that are not finite.
+        IncomparableError: it is of other text or of another protocol, or it has logits that are not
+            finite.
     """
     refuse_other_floor(other, base.header.model, base.header.weights_sha256, base.header.key)
     if base.header.documents != other.header.documents:
         raise IncomparableError(f"--floor: {other.header.model} was scored on other documents")
     if other.header.nonfinite:
-        raise IncomparableError(f"--floor: {other.header.model} has logits that are not finite: no noise, a defect there")
+        raise IncomparableError(
+            f"--floor: {other.header.model} has logits that are not finite: no noise, a defect there"
+        )
     found = loss_of(base, other, 0.95)
     return max(abs(found.low), abs(found.high))
 
@@ -128,7 +175,9 @@ def _floor_note(run: Run, floor: float) -> str:
 
 
 def loss_of(base: Run, candidate: Run, level: float) -> Interval:
-    """Return the paired loss of a run over another: a mean a token, or of a task the loss of accuracy, exact."""
+    """Return the paired loss of a run over another: a mean a token, or of a task the loss of
+    accuracy, exact.
+    """
     if candidate.header.key.get("protocol") != "task":
         return paired(base.sums, candidate.sums, base.tokens, level)
     lost, won = _discordant(base, candidate)
@@ -153,10 +202,14 @@ def experts_of(run: Run) -> tuple[Experts, ...]:
     )
 
 
-def _notes(documents: int, measures: Measures, outcome: str, floor: float | None, family: list[Any]) -> list[str]:
+def _notes(
+    documents: int, measures: Measures, outcome: str, floor: float | None, family: list[Any]
+) -> list[str]:
     found = []
     if floor is not None and any(m.nats <= floor for _, m in family) and outcome == "inconclusive":
-        found.append(f"a margin is not above the noise floor of {floor:.6f} nats: no number of documents would show it")
+        found.append(
+            f"a margin is not above the noise floor of {floor:.6f} nats: no number of documents would show it"
+        )
     if measures.beyond:
         shown = ", ".join(map(str, measures.beyond[:10]))
         found.append(
@@ -170,12 +223,16 @@ def _notes(documents: int, measures: Measures, outcome: str, floor: float | None
 
 @cache
 def _coverage() -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((Path(__file__).parent / "coverage.json").read_text(encoding="utf-8"))
+    found: dict[str, Any] = json.loads(
+        (Path(__file__).parent / "coverage.json").read_text(encoding="utf-8")
+    )
     return found
 
 
 def coverage_note(documents: int) -> str:
-    """Return what the interval was measured to cover at the nearest simulated number of documents that is not larger."""
+    """Return what the interval was measured to cover at the nearest simulated number of documents
+    that is not larger.
+    """
     if documents < 2:
         return ""
     table = _coverage()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a gate reads: documents of text, or documents of token ids that a model itself wrote.
 
-Documents are the clusters of the statistics. Text is split as lm-eval's document-level WikiText does it: a new document
-at each line ``= Title =``; WikiText-2's test file so gives 62.
+Documents are the clusters of the statistics. Text is split as lm-eval's document-level WikiText
+does it: a new document at each line ``= Title =``; WikiText-2's test file so gives 62.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ MAX_BYTES = 2_000_000_000
 class Corpus:
     """Documents to score: ``texts``, or ``ids`` (then token ids, scored document by document).
 
-    ``sampled_from`` is the weights digest of the model that wrote the ids, where one did. ``task``: the texts are the
-    documents of a task of lm-eval, as JSON.
+    ``sampled_from`` is the weights digest of the model that wrote the ids, where one did. ``task``:
+    the texts are the documents of a task of lm-eval, as JSON.
     """
 
     name: str
@@ -52,20 +52,28 @@ class Corpus:
             return self
         texts, ids = self.texts[:count], self.ids[:count]
         found = documents_digest(ids or texts)
-        return Corpus(f"{self.name}[:{count}]", self.rule, found, texts, ids, self.sampled_from, self.task)
+        return Corpus(
+            f"{self.name}[:{count}]", self.rule, found, texts, ids, self.sampled_from, self.task
+        )
 
 
 def documents_digest(documents: Iterable[object]) -> str:
     """Return one SHA-256 over a sequence of documents."""
     state = hashlib.sha256()
     for document in documents:
-        raw = document.encode() if isinstance(document, str) else json.dumps(document, separators=(",", ":")).encode()
+        raw = (
+            document.encode()
+            if isinstance(document, str)
+            else json.dumps(document, separators=(",", ":")).encode()
+        )
         state.update(len(raw).to_bytes(8, "little") + raw)
     return state.hexdigest()
 
 
 def split_documents(text: str) -> list[str]:
-    """Return the documents of a WikiText file, by the rule of lm-eval's ``wikitext_document_level``."""
+    """Return the documents of a WikiText file, by the rule of lm-eval's
+    ``wikitext_document_level``.
+    """
     found: list[str] = []
     current: list[str] = []
     for line in text.split("\n"):
@@ -80,17 +88,21 @@ def split_documents(text: str) -> list[str]:
 
 
 def load_corpus(name: str) -> Corpus:
-    """Return a corpus by its name (``wikitext2-test``) or from a file (.jsonl with ``ids`` or ``text``; else text).
+    """Return a corpus by its name (``wikitext2-test``) or from a file (.jsonl with ``ids`` or
+    ``text``; else text).
 
     Raises:
         UsageError: no such name or file, or WikiText is nowhere to be had.
-        ContentError: the file is not what its name says, or not the documents that the name stands for.
+        ContentError: the file is not what its name says, or not the documents that the name stands
+            for.
     """
     if name == WIKITEXT:
         texts, how = _wikitext()
         digest = documents_digest(texts)
         if digest != WIKITEXT_DIGEST:
-            raise ContentError(f"{how}: these are not the {WIKITEXT} documents (digest {digest[:16]}…)")
+            raise ContentError(
+                f"{how}: these are not the {WIKITEXT} documents (digest {digest[:16]}…)"
+            )
         return Corpus(name, "lm-eval document level, 62", digest, texts=tuple(texts))
     path = Path(name)
     if not path.is_file():
@@ -104,7 +116,12 @@ def load_corpus(name: str) -> Corpus:
     if path.suffix == ".jsonl":
         return _jsonl(path, text)
     documents = split_documents(text)
-    return Corpus(path.name, f"headings, {len(documents)}", documents_digest(documents), texts=tuple(documents))
+    return Corpus(
+        path.name,
+        f"headings, {len(documents)}",
+        documents_digest(documents),
+        texts=tuple(documents),
+    )
 
 
 def _wikitext() -> tuple[list[str], str]:
@@ -119,7 +136,9 @@ def _wikitext() -> tuple[list[str], str]:
     except ImportError as error:
         raise MissingExtra(f"fetching {WIKITEXT}", "gate") from error
     try:
-        rows = datasets.load_dataset(WIKITEXT_DATASET[0], WIKITEXT_DATASET[1], split=WIKITEXT_DATASET[2])
+        rows = datasets.load_dataset(
+            WIKITEXT_DATASET[0], WIKITEXT_DATASET[1], split=WIKITEXT_DATASET[2]
+        )
     except (OSError, ValueError, RuntimeError) as error:
         raise UsageError(f"{_wanted()} (online: {' '.join(str(error).split())[:120]})") from error
     return [r["page"] for r in rows], WIKITEXT_DATASET[0]
@@ -142,7 +161,9 @@ def _jsonl(path: Path, text: str) -> Corpus:
         row = _row(path, number, line)
         if number == 1 and "sampled_from" in row:
             sampled = str(row["sampled_from"])
-        elif isinstance(row.get("ids"), list) and all(type(i) is int and i >= 0 for i in row["ids"]):
+        elif isinstance(row.get("ids"), list) and all(
+            type(i) is int and i >= 0 for i in row["ids"]
+        ):
             ids.append(tuple(row["ids"]))
         elif isinstance(row.get("text"), str):
             texts.append(row["text"])
@@ -153,7 +174,12 @@ def _jsonl(path: Path, text: str) -> Corpus:
     documents: list[Any] = list(ids) or list(texts)
     kind = "token ids" if ids else "lines"
     return Corpus(
-        path.name, f"{kind}, {len(documents)}", documents_digest(documents), tuple(texts), tuple(ids), sampled
+        path.name,
+        f"{kind}, {len(documents)}",
+        documents_digest(documents),
+        tuple(texts),
+        tuple(ids),
+        sampled,
     )
 
 

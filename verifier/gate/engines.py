@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scores of an engine that runs elsewhere: vLLM in its own interpreter, or a server with an OpenAI-style endpoint.
+"""Scores of an engine that runs elsewhere: vLLM in its own interpreter, or a server with an
+OpenAI-style endpoint.
 
-Every engine gives the same: for each window of token ids the arrays of `Scores`. What comes back is bounded, checked for
-its lengths, and an answer that does not come in time ends the run. No engine was run where this project is built: the
-adapters are tested against other processes that speak the same lines.
+Every engine gives the same: for each window of token ids the arrays of `Scores`. What comes back is
+bounded, checked for its lengths, and an answer that does not come in time ends the run. No engine
+was run where this project is built: the adapters are tested against other processes that speak the
+same lines.
 """
 
 from __future__ import annotations
@@ -40,7 +42,9 @@ _BYTES_A_NUMBER = 400
 
 
 class Engine(Protocol):
-    """Scores windows of token ids: ``score(windows)`` gives per-token arrays, whatever the engine is."""
+    """Scores windows of token ids: ``score(windows)`` gives per-token arrays, whatever the engine
+    is.
+    """
 
     environment: dict[str, str]
 
@@ -55,8 +59,9 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class Scores:
-    """One window of n tokens: ``nats`` float32 [n - 1], and where the engine names tokens ``top1`` int32 and ``sure``
-    float32 [n - 1], ``top_ids`` int32 and ``top_logprobs`` float32 [n - 1, k]; ``finite`` bool [n - 1].
+    """One window of n tokens: ``nats`` float32 [n - 1], and where the engine names tokens ``top1``
+    int32 and ``sure`` float32 [n - 1], ``top_ids`` int32 and ``top_logprobs`` float32 [n - 1, k];
+    ``finite`` bool [n - 1].
     """
 
     arrays: dict[str, Array]
@@ -92,9 +97,11 @@ def _piece(unit: Unit, engine: Engine) -> Piece:
     part = [w for w in unit.windows if len(w[0]) > 1]
     scores = engine.score([ids for ids, _ in part]) if part else []
     bad = {
-        d for (_, owner), s in zip(part, scores, strict=True)
-        for d, fine in zip(owner[1:], s.finite.tolist(), strict=True) if not fine
-    }  # fmt: skip
+        d
+        for (_, owner), s in zip(part, scores, strict=True)
+        for d, fine in zip(owner[1:], s.finite.tolist(), strict=True)
+        if not fine
+    }
     names = scores[0].arrays if scores else {}
     if any(s.arrays.keys() != names.keys() for s in scores):
         raise MachineError("the engine names the likeliest tokens of some windows only")
@@ -113,26 +120,46 @@ def scores_of(window: Sequence[int], given: Any, top_k: int, who: str) -> Scores
     """
     count = len(window) - 1
     try:
-        raw = {k: given[k] for k in ("nats", "top1", "sure", "top_ids", "top_logprobs") if given.get(k) is not None}
+        raw = {
+            k: given[k]
+            for k in ("nats", "top1", "sure", "top_ids", "top_logprobs")
+            if given.get(k) is not None
+        }
         arrays = {
-            k: np.array([[math.nan if x is None else x for x in row] for row in v] if "top_" in k else
-                        [math.nan if x is None else x for x in v], np.float64)
+            k: np.array(
+                [[math.nan if x is None else x for x in row] for row in v]
+                if "top_" in k
+                else [math.nan if x is None else x for x in v],
+                np.float64,
+            )
             for k, v in raw.items()
-        }  # fmt: skip
+        }
     except (TypeError, ValueError, AttributeError, KeyError) as error:
-        raise MachineError(f"{who}: an answer that is no scores ({type(error).__name__})") from error
+        raise MachineError(
+            f"{who}: an answer that is no scores ({type(error).__name__})"
+        ) from error
     wide = {"top_ids", "top_logprobs"} if top_k else set()
-    if "nats" not in arrays or not wide <= arrays.keys() or ("top1" in arrays) != ("sure" in arrays):
-        raise MachineError(f"{who}: an answer without {'the likeliest tokens' if 'nats' in arrays else 'log-probabilities'}")
+    if (
+        "nats" not in arrays
+        or not wide <= arrays.keys()
+        or ("top1" in arrays) != ("sure" in arrays)
+    ):
+        raise MachineError(
+            f"{who}: an answer without {'the likeliest tokens' if 'nats' in arrays else 'log-probabilities'}"
+        )
     arrays = {k: v for k, v in arrays.items() if k in wide or "top_" not in k}
     for name, values in arrays.items():
         if len(values) != count or (name in wide and (values.ndim != 2 or values.shape[1] > top_k)):
-            raise MachineError(f"{who}: {name} is {list(values.shape)} for a window of {count + 1} tokens")
+            raise MachineError(
+                f"{who}: {name} is {list(values.shape)} for a window of {count + 1} tokens"
+            )
     finite = np.isfinite(arrays["nats"]) & (arrays["nats"] < -LOWEST)
     for name in ("sure", "top_logprobs"):
         if name in arrays:
             finite &= np.isfinite(arrays[name].reshape(count, -1)).all(1) if count else finite
-    if (arrays["nats"][finite] < -1e-3).any() or any((arrays[n][finite] > 1e-3).any() for n in ("sure",) if n in arrays):
+    if (arrays["nats"][finite] < -1e-3).any() or any(
+        (arrays[n][finite] > 1e-3).any() for n in ("sure",) if n in arrays
+    ):
         raise MachineError(f"{who}: a probability above one")
     return Scores(_typed(arrays, finite), finite)
 
@@ -144,7 +171,9 @@ def _typed(arrays: dict[str, Array], finite: Array) -> dict[str, Array]:
         if name in ("top1", "top_ids"):
             found[name] = kept.astype(np.int32)
         else:
-            found[name] = (np.maximum(kept, 0.0) if name == "nats" else np.minimum(kept, 0.0)).astype(np.float32)
+            found[name] = (
+                np.maximum(kept, 0.0) if name == "nats" else np.minimum(kept, 0.0)
+            ).astype(np.float32)
     return found
 
 
@@ -156,11 +185,16 @@ class VllmEngine:
         self._tail, self._answered = bytearray(), True
         try:
             self._process = subprocess.Popen(  # noqa: S603  (the interpreter that the user named)
-                [scorer.python, str(WORKER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                [scorer.python, str(WORKER)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
                 start_new_session=True,
-            )  # fmt: skip
+            )
         except OSError as error:
-            raise UsageError(f"--engine-python {scorer.python}: {error.strerror or error}") from error
+            raise UsageError(
+                f"--engine-python {scorer.python}: {error.strerror or error}"
+            ) from error
         self._drainer = threading.Thread(target=self._drain, daemon=True)
         self._drainer.start()
         self._buffer = b""
@@ -168,14 +202,22 @@ class VllmEngine:
         if self._process.stdout is not None:
             self._selector.register(self._process.stdout, selectors.EVENT_READ)
         try:
-            hello = {"ckptgate": 1, "model": model, "window": window, "top_k": top_k, "options": dict(scorer.options)}
+            hello = {
+                "ckptgate": 1,
+                "model": model,
+                "window": window,
+                "top_k": top_k,
+                "options": dict(scorer.options),
+            }
             ready = self._ask(hello, 1 << 16).get("ready")
             if not isinstance(ready, dict):
                 raise MachineError(f"{self._who}: did not say that it is ready")
         except BaseException:
             self.close()
             raise
-        self.environment = {str(k)[:80]: str(v)[:400] for k, v in ready.items() if k in ("engine", "device")}
+        self.environment = {
+            str(k)[:80]: str(v)[:400] for k, v in ready.items() if k in ("engine", "device")
+        }
 
     @property
     def _who(self) -> str:
@@ -185,11 +227,20 @@ class VllmEngine:
         """Return the scores of each window."""
         self._number += 1
         numbers = sum(len(w) for w in windows) * (2 * self._top_k + 3)
-        answer = self._ask({"id": self._number, "windows": [list(w) for w in windows]}, 4096 + numbers * _BYTES_A_NUMBER)
+        answer = self._ask(
+            {"id": self._number, "windows": [list(w) for w in windows]},
+            4096 + numbers * _BYTES_A_NUMBER,
+        )
         scores = answer.get("scores")
-        if answer.get("id") != self._number or not isinstance(scores, list) or len(scores) != len(windows):
+        if (
+            answer.get("id") != self._number
+            or not isinstance(scores, list)
+            or len(scores) != len(windows)
+        ):
             raise MachineError(f"{self._who}: answered what it was not asked")
-        return [scores_of(w, s, self._top_k, self._who) for w, s in zip(windows, scores, strict=True)]
+        return [
+            scores_of(w, s, self._top_k, self._who) for w, s in zip(windows, scores, strict=True)
+        ]
 
     def close(self) -> None:
         """End the process and what it started."""
@@ -234,7 +285,9 @@ class VllmEngine:
             if len(self._buffer) > limit:
                 raise MachineError(f"{self._who}: an answer of more than {limit:,} bytes")
             if not self._selector.select(max(0.0, end - time.monotonic())):
-                raise MachineError(f"{self._who} did not answer within {self._timeout:g} s (--engine-timeout)")
+                raise MachineError(
+                    f"{self._who} did not answer within {self._timeout:g} s (--engine-timeout)"
+                )
             stdout = self._process.stdout
             more = os.read(stdout.fileno(), 1 << 20) if stdout is not None else b""
             if not more:
@@ -257,14 +310,20 @@ class VllmEngine:
 
 
 class ServerEngine:
-    """A running server: vLLM's ``prompt_logprobs``, else ``echo`` with ``logprobs`` as OpenAI's completions have them.
+    """A running server: vLLM's ``prompt_logprobs``, else ``echo`` with ``logprobs`` as OpenAI's
+    completions have them.
 
     Plain ``echo`` names tokens by their text only: then there is no top-1 and no KL, only the loss.
     """
 
     def __init__(self, scorer: Scorer, batch: int, top_k: int) -> None:
         parts = urlsplit(scorer.endpoint)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
+        if (
+            parts.scheme not in ("http", "https")
+            or not parts.hostname
+            or parts.username
+            or parts.query
+        ):
             raise UsageError(f"--endpoint {scorer.endpoint[:200]}: give http://HOST:PORT/v1")
         try:
             self._host, self._port, self._tls = parts.hostname, parts.port, parts.scheme == "https"
@@ -290,19 +349,30 @@ class ServerEngine:
         try:
             given = (_echoed if self._echo else _prompt_logprobs)(window, choice, self._top_k)
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-            raise MachineError(f"{self._who}: an answer that is no scores ({type(error).__name__})") from error
+            raise MachineError(
+                f"{self._who}: an answer that is no scores ({type(error).__name__})"
+            ) from error
         if self._top_k and "top_ids" not in given:
-            raise UsageError(f"{self._who} names tokens by their text; --top-k and a KL divergence need their numbers")
+            raise UsageError(
+                f"{self._who} names tokens by their text; --top-k and a KL divergence need their numbers"
+            )
         return scores_of(window, given, self._top_k, self._who)
 
     def _complete(self, window: Sequence[int]) -> dict[str, Any]:
         count = max(1, self._top_k)
-        body: dict[str, Any] = {"model": self._model, "prompt": list(window), "max_tokens": 1, "temperature": 0}
+        body: dict[str, Any] = {
+            "model": self._model,
+            "prompt": list(window),
+            "max_tokens": 1,
+            "temperature": 0,
+        }
         if self._echo:
             body |= {"echo": True, "logprobs": count, "return_tokens_as_token_ids": True}
         else:
             body |= {"prompt_logprobs": count}
-        answer = self._request("POST", "/completions", body, (1 << 16) + len(window) * (count + 2) * _BYTES_A_NUMBER)
+        answer = self._request(
+            "POST", "/completions", body, (1 << 16) + len(window) * (count + 2) * _BYTES_A_NUMBER
+        )
         choices = answer.get("choices")
         if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
             raise MachineError(f"{self._who}: an answer without its one choice")
@@ -318,9 +388,15 @@ class ServerEngine:
 
     def _served(self, wanted: str) -> str:
         listed = self._request("GET", "/models", None, 1 << 20).get("data")
-        names = [str(m.get("id")) for m in listed if isinstance(m, dict)] if isinstance(listed, list) else []
+        names = (
+            [str(m.get("id")) for m in listed if isinstance(m, dict)]
+            if isinstance(listed, list)
+            else []
+        )
         if wanted and wanted not in names:
-            raise UsageError(f"{self._who} serves {', '.join(n[:80] for n in names[:5]) or 'nothing'}, not {wanted!r}")
+            raise UsageError(
+                f"{self._who} serves {', '.join(n[:80] for n in names[:5]) or 'nothing'}, not {wanted!r}"
+            )
         if not wanted and len(names) != 1:
             raise UsageError(f"{self._who} serves {len(names)} models; name one with --served")
         return wanted or names[0]
@@ -332,8 +408,12 @@ class ServerEngine:
             return "server"
         return f"server {str(found)[:80]}" if isinstance(found, str) else "server"
 
-    def _request(self, method: str, path: str | None, body: dict[str, Any] | None, limit: int) -> dict[str, Any]:
-        """Return the JSON object that a path below the endpoint answers; without a path, vLLM's ``/version``."""
+    def _request(
+        self, method: str, path: str | None, body: dict[str, Any] | None, limit: int
+    ) -> dict[str, Any]:
+        """Return the JSON object that a path below the endpoint answers; without a path, vLLM's
+        ``/version``.
+        """
         target = "/version" if path is None else f"{self._path}{path}"
         text = json.dumps(body).encode() if body is not None else None
         why = ""
@@ -353,7 +433,9 @@ class ServerEngine:
             try:
                 answer = json.loads(raw)
             except (ValueError, RecursionError) as error:
-                raise MachineError(f"{self._who}: an answer that is no JSON: {_text(raw)[:80]!r}") from error
+                raise MachineError(
+                    f"{self._who}: an answer that is no JSON: {_text(raw)[:80]!r}"
+                ) from error
             if not isinstance(answer, dict):
                 raise MachineError(f"{self._who}: an answer that is no object")
             return answer
@@ -363,7 +445,12 @@ class ServerEngine:
         kind = http.client.HTTPSConnection if self._tls else http.client.HTTPConnection
         connection = kind(self._host, self._port, timeout=self._timeout)
         try:
-            connection.request(method, target, body, {"Content-Type": "application/json"} if body is not None else {})
+            connection.request(
+                method,
+                target,
+                body,
+                {"Content-Type": "application/json"} if body is not None else {},
+            )
             response = connection.getresponse()
             raw = response.read(limit + 1)
             if len(raw) > limit:
@@ -391,7 +478,11 @@ def _echoed(window: Sequence[int], choice: dict[str, Any], top_k: int) -> dict[s
     top = found.get("top_logprobs") or []
     names = found.get("tokens") or []
     numbered = len(names) >= len(window) and all(_numbered(n) for n in names[: len(window)])
-    if not numbered or len(top) < len(window) or any(not isinstance(t, dict) for t in top[1 : len(window)]):
+    if (
+        not numbered
+        or len(top) < len(window)
+        or any(not isinstance(t, dict) for t in top[1 : len(window)])
+    ):
         return {"nats": [-x for x in own]}
     if [_numbered(n) for n in names[: len(window)]] != [str(i) for i in window]:
         raise ValueError("other tokens")
@@ -402,7 +493,11 @@ def _echoed(window: Sequence[int], choice: dict[str, Any], top_k: int) -> dict[s
 def _numbered(name: Any) -> str:
     """Return N of ``token_id:N``, else ''."""
     text = str(name)
-    return text.removeprefix("token_id:") if text.startswith("token_id:") and text[9:].isdigit() else ""
+    return (
+        text.removeprefix("token_id:")
+        if text.startswith("token_id:") and text[9:].isdigit()
+        else ""
+    )
 
 
 def _number(value: Any) -> float:
@@ -413,7 +508,10 @@ def _number(value: Any) -> float:
 
 def _ranked(own: list[float], values: list[dict[int, float]], top_k: int) -> dict[str, Any]:
     found: dict[str, Any] = {"nats": [-x for x in own], "top1": [], "sure": []}
-    rows = [sorted(v.items(), key=lambda item: (-item[1] if item[1] == item[1] else math.inf, item[0])) for v in values]
+    rows = [
+        sorted(v.items(), key=lambda item: (-item[1] if item[1] == item[1] else math.inf, item[0]))
+        for v in values
+    ]
     found["top1"], found["sure"] = [r[0][0] for r in rows], [r[0][1] for r in rows]
     if top_k:
         found["top_ids"] = [[i for i, _ in r[:top_k]] for r in rows]

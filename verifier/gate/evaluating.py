@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The gate as depth eval of a check: what it measures becomes an `Evaluation`, which rules judge."""
+"""The gate as depth eval of a check: what it measures becomes an `Evaluation`, which rules
+judge.
+"""
 
 from __future__ import annotations
 
@@ -19,18 +21,22 @@ from verifier.gate.statistics import Interval
 
 
 def evaluator(corpus: str | None = WIKITEXT, **options: Any) -> Evaluate:
-    """Return what scores a candidate and its base for ``verifier.check(..., depth="eval", evaluate=...)``.
+    """Return what scores a candidate and its base for ``verifier.check(..., depth="eval",
+    evaluate=...)``.
 
     Args:
         corpus: as `verifier.gate.run` takes it; None for a task.
         options: the other arguments of `verifier.gate.run`.
 
-    What a checkpoint's contents do not allow becomes part of the `Evaluation`; other errors are raised when it is called.
+    What a checkpoint's contents do not allow becomes part of the `Evaluation`; other errors are
+    raised when it is called.
     """
 
     def evaluate(candidate: Checkpoint, base: Checkpoint) -> Evaluation:
         if options.get("max_increase") is None and not formats_of(candidate) & BUDGETS.keys():
-            return Evaluation(failure="no quantized format with a default budget; give a margin (--max-increase)")
+            return Evaluation(
+                failure="no quantized format with a default budget; give a margin (--max-increase)"
+            )
         try:
             result = run(candidate.uri, base=base.uri, corpus=corpus, **options)
         except IncomparableError as error:
@@ -55,13 +61,24 @@ def evaluation_of(result: GateResult) -> Evaluation:
     summary = json.loads(render_json(result))
     summary.pop("documents", None)
     return Evaluation(
-        unit=result.unit, documents=len(result.documents), losses=tuple(losses), collapse=result.collapse,
-        needed=result.needed, nonfinite=tuple(sorted(set(result.nonfinite) - set(result.nonfinite_base))),
-        nonfinite_base=result.nonfinite_base, hit=m.beyond, worst=m.worst,
+        unit=result.unit,
+        documents=len(result.documents),
+        losses=tuple(losses),
+        collapse=result.collapse,
+        needed=result.needed,
+        nonfinite=tuple(sorted(set(result.nonfinite) - set(result.nonfinite_base))),
+        nonfinite_base=result.nonfinite_base,
+        hit=m.beyond,
+        worst=m.worst,
         reach=tuple(Reach(e.layer, e.experts, e.unreached) for e in result.experts),
-        base_nats=sum(b for b, _, _ in result.documents) / tokens if per_token and tokens and losses else None,
-        keys=len(result.key) + len(result.environment), unlike=result.unlike, notes=result.notes, summary=summary,
-    )  # fmt: skip
+        base_nats=sum(b for b, _, _ in result.documents) / tokens
+        if per_token and tokens and losses
+        else None,
+        keys=len(result.key) + len(result.environment),
+        unlike=result.unlike,
+        notes=result.notes,
+        summary=summary,
+    )
 
 
 def _loss(against: str, interval: Interval, margin: Margin, result: GateResult) -> Loss:
@@ -70,4 +87,6 @@ def _loss(against: str, interval: Interval, margin: Margin, result: GateResult) 
         standing = "beyond"
     elif interval.high <= margin.nats and (result.floor is None or margin.nats > result.floor):
         standing = "within"
-    return Loss(against, interval.delta, interval.low, interval.high, margin.nats, margin.source, standing)
+    return Loss(
+        against, interval.delta, interval.low, interval.high, margin.nats, margin.source, standing
+    )

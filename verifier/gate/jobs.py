@@ -17,9 +17,11 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class Unit:
-    """What is scored as one batch, fixed before workers share the work: the same unit gives the same bits anywhere.
+    """What is scored as one batch, fixed before workers share the work: the same unit gives the
+    same bits anywhere.
 
-    ``places`` are the numbers of its windows in the corpus (``tokens``), ``texts`` its documents (``lm-eval``).
+    ``places`` are the numbers of its windows in the corpus (``tokens``), ``texts`` its documents
+    (``lm-eval``).
     """
 
     number: int
@@ -35,9 +37,10 @@ class Unit:
 class Scorer:
     """What turns token ids into log-probabilities.
 
-    ``hf``: transformers in a worker process, weights decoded by the verifier; with ``activations="declared"`` inputs are
-    rounded as the checkpoint declares. ``vllm``: vLLM under the interpreter ``python``, with ``options`` for its ``LLM``.
-    ``server``: the model ``served`` at the OpenAI-style ``endpoint``. Engines round as they do: activations ``engine``.
+    ``hf``: transformers in a worker process, weights decoded by the verifier; with
+    ``activations="declared"`` inputs are rounded as the checkpoint declares. ``vllm``: vLLM under
+    the interpreter ``python``, with ``options`` for its ``LLM``. ``server``: the model ``served``
+    at the OpenAI-style ``endpoint``. Engines round as they do: activations ``engine``.
 
     Args:
         timeout: seconds that an engine may take to start, and for one unit of work.
@@ -53,7 +56,9 @@ class Scorer:
 
     @property
     def key(self) -> dict[str, Any]:
-        """What it adds to the protocol key; BF16 activations, which the first runs had, are not named."""
+        """What it adds to the protocol key; BF16 activations, which the first runs had, are not
+        named.
+        """
         rounded = "engine" if self.name != "hf" else self.activations
         return {} if rounded == "bf16" else {"activations": rounded}
 
@@ -68,13 +73,21 @@ class Scorer:
         if self.activations not in ("bf16", "declared"):
             raise UsageError(f"no activations {self.activations!r}; bf16 or declared")
         if self.name != "hf" and self.activations != "bf16":
-            raise UsageError(f"--activations is for the scorer hf; {self.name} rounds activations as the engine does")
+            raise UsageError(
+                f"--activations is for the scorer hf; {self.name} rounds activations as the engine does"
+            )
         if self.name == "vllm" and not self.python:
-            raise UsageError("--scorer vllm needs --engine-python PATH: the interpreter that has vLLM")
+            raise UsageError(
+                "--scorer vllm needs --engine-python PATH: the interpreter that has vLLM"
+            )
         if self.name == "server" and not self.endpoint:
             raise UsageError("--scorer server needs --endpoint URL")
-        if (self.python and self.name != "vllm") or ((self.endpoint or self.served) and self.name != "server"):
-            raise UsageError("--engine-python is for the scorer vllm, --endpoint and --served are for server")
+        if (self.python and self.name != "vllm") or (
+            (self.endpoint or self.served) and self.name != "server"
+        ):
+            raise UsageError(
+                "--engine-python is for the scorer vllm, --endpoint and --served are for server"
+            )
         if self.options and self.name != "vllm":
             raise UsageError("--engine-option is for the scorer vllm")
         if not 0 < self.timeout <= 86_400:
@@ -86,7 +99,9 @@ HF = Scorer()
 
 @dataclass(frozen=True)
 class TaskInfo:
-    """A task of lm-eval: how to load it, and which of its metrics, after which filter, says right or wrong."""
+    """A task of lm-eval: how to load it, and which of its metrics, after which filter, says right
+    or wrong.
+    """
 
     spec: str
     name: str
@@ -98,7 +113,9 @@ class TaskInfo:
 
 @dataclass(frozen=True)
 class Job:
-    """What one worker does: score some units with one model, or with a model and its base in lockstep."""
+    """What one worker does: score some units with one model, or with a model and its base in
+    lockstep.
+    """
 
     model: str
     device: str
@@ -122,10 +139,11 @@ class Job:
 class Piece:
     """What one unit gave.
 
-    ``tokens``: arrays over its scored tokens, window by window: ``nats`` float32, ``top1`` int32 (the likeliest token),
-    ``sure`` float32 (its log-probability), where asked ``top_ids`` int32 and ``top_logprobs`` float32 [tokens, k]; in
-    lockstep ``kl`` float64 (KL(base || model), nats) and the base's arrays as ``base_nats`` and so on.
-    ``lm-eval``: ``nats`` float64 and ``words`` int64 over its documents; a task: 1 for wrong, 0 for right, and 1.
+    ``tokens``: arrays over its scored tokens, window by window: ``nats`` float32, ``top1`` int32
+    (the likeliest token), ``sure`` float32 (its log-probability), where asked ``top_ids`` int32 and
+    ``top_logprobs`` float32 [tokens, k]; in lockstep ``kl`` float64 (KL(base || model), nats) and
+    the base's arrays as ``base_nats`` and so on. ``lm-eval``: ``nats`` float64 and ``words`` int64
+    over its documents; a task: 1 for wrong, 0 for right, and 1.
     """
 
     unit: int
@@ -137,7 +155,9 @@ class Piece:
 
 @dataclass
 class Sums:
-    """Per document: nats, scored tokens (``lm-eval``: words), and the documents with logits that are not finite."""
+    """Per document: nats, scored tokens (``lm-eval``: words), and the documents with logits that
+    are not finite.
+    """
 
     nats: list[float]
     tokens: list[int]

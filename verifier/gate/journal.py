@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Finished units on disk, so that a killed run goes on where it stopped and gives the same bits.
 
-JSON lines beside the run file (``base.run.part``): a header, then a line a unit. A last line that is torn is dropped.
+JSON lines beside the run file (``base.run.part``): a header, then a line a unit. A last line that
+is torn is dropped.
 """
 
 from __future__ import annotations
@@ -68,9 +69,19 @@ class Journal:
     def add(self, piece: Piece) -> None:
         """Append a unit and sync."""
         self.done[piece.unit] = piece
-        arrays = {k: [v.dtype.str, list(v.shape), base64.b64encode(v.tobytes()).decode()] for k, v in piece.arrays.items()}
+        arrays = {
+            k: [v.dtype.str, list(v.shape), base64.b64encode(v.tobytes()).decode()]
+            for k, v in piece.arrays.items()
+        }
         self._append(
-            _line({"unit": piece.unit, "arrays": arrays, "nonfinite": piece.nonfinite, "experts": piece.experts})
+            _line(
+                {
+                    "unit": piece.unit,
+                    "arrays": arrays,
+                    "nonfinite": piece.nonfinite,
+                    "experts": piece.experts,
+                }
+            )
         )
 
     def _append(self, line: bytes) -> None:
@@ -88,12 +99,19 @@ class Journal:
     def __enter__(self) -> Journal:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
         self._file.close()
 
 
 def units_in(path: Path, header: dict[str, Any]) -> dict[int, Piece]:
-    """Return the units of another process's journal as far as they are whole; none where it is absent or of another run."""
+    """Return the units of another process's journal as far as they are whole; none where it is
+    absent or of another run.
+    """
     try:
         with path.open("rb") as file:
             return {p.unit: p for _, p in _pieces(file)} if file.readline() == _line(header) else {}

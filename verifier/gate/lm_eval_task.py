@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""lm-eval's own ``wikitext`` task over given documents, offline: its detokenizer, its windows, its word counts."""
+"""lm-eval's own ``wikitext`` task over given documents, offline: its detokenizer, its windows, its
+word counts.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,8 @@ def score_texts(model: Any, job: Job, unit: Unit) -> Piece:
 
     Raises:
         MissingExtra: lm-eval is not installed.
-        ContentError: the checkpoint's tokenizer cannot be loaded, or lm-eval returned other documents.
+        ContentError: the checkpoint's tokenizer cannot be loaded, or lm-eval returned other
+            documents.
     """
     try:
         # lm-eval is an extra, and its import costs seconds.
@@ -39,29 +42,46 @@ def score_texts(model: Any, job: Job, unit: Unit) -> Piece:
     try:
         tokenizer = AutoTokenizer.from_pretrained(job.model, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise ContentError(f"{job.model}: its tokenizer cannot be loaded: {' '.join(str(error).split())[:200]}") from error
+        raise ContentError(
+            f"{job.model}: its tokenizer cannot be loaded: {' '.join(str(error).split())[:200]}"
+        ) from error
     pages = [{"page": text} for _, text in unit.texts]
     task = {
-        "task": "wikitext", "custom_dataset": lambda **_: {"test": Dataset.from_list(pages)}, "test_split": "test",
-        "output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": functions.wikitext_detokenizer,
-        "process_results": functions.process_results, "metric_list": [
+        "task": "wikitext",
+        "custom_dataset": lambda **_: {"test": Dataset.from_list(pages)},
+        "test_split": "test",
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": functions.wikitext_detokenizer,
+        "process_results": functions.process_results,
+        "metric_list": [
             {"metric": m, "aggregation": a, "higher_is_better": False}
             for m, a in (
-                ("word_perplexity", "weighted_perplexity"), ("byte_perplexity", "weighted_perplexity"),
+                ("word_perplexity", "weighted_perplexity"),
+                ("byte_perplexity", "weighted_perplexity"),
                 ("bits_per_byte", "bits_per_byte"),
             )
         ],
         "metadata": {"version": 2.0},
-    }  # fmt: skip
+    }
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     sink = io.StringIO()
-    with contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink), warnings.catch_warnings():
+    with (
+        contextlib.redirect_stdout(sink),
+        contextlib.redirect_stderr(sink),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")
-        adapter = HFLM(pretrained=model, tokenizer=tokenizer, max_length=job.window, batch_size=job.batch)
+        adapter = HFLM(
+            pretrained=model, tokenizer=tokenizer, max_length=job.window, batch_size=job.batch
+        )
         results = simple_evaluate(
-            model=adapter, tasks=[task], task_manager=TaskManager(include_defaults=False), log_samples=True,
+            model=adapter,
+            tasks=[task],
+            task_manager=TaskManager(include_defaults=False),
+            log_samples=True,
             bootstrap_iters=0,
-        )  # fmt: skip
+        )
     samples = results["samples"]["wikitext"] if results else []
     if len(samples) != len(pages):
         raise ContentError(f"lm-eval scored {len(samples)} of {len(pages)} documents")

@@ -16,7 +16,8 @@ from verifier.gate.statistics import Interval
 from verifier.report import printable
 
 _ACTIVATIONS = {
-    "bf16": "bf16: the weights alone are judged", "declared": "declared: rounded as each checkpoint declares",
+    "bf16": "bf16: the weights alone are judged",
+    "declared": "declared: rounded as each checkpoint declares",
     "engine": "as the engine has them",
 }
 _VERDICT = {"passed": "passed", "failed": "failed", "inconclusive": "unproven"}
@@ -35,14 +36,20 @@ def render_text(result: GateResult) -> str:
     i = result.interval
     if i is None:
         shown = ", ".join(map(str, result.nonfinite[:5]))
-        lines.append(f"error    logits that are not finite in {len(result.nonfinite)} documents ({shown}); no statistics")
+        lines.append(
+            f"error    logits that are not finite in {len(result.nonfinite)} documents ({shown}); no statistics"
+        )
     else:
-        lines += _of_task(result, i) if result.accuracy is not None else [
-            f"base     {unit} perplexity {result.perplexity_base:.4f}   ({i.tokens:,} {unit}s)",
-            f"cand     {unit} perplexity {result.perplexity_candidate:.4f}",
-            f"loss     {i.delta:+.5f} nats a {unit} ({math.expm1(i.delta):+.2%} of perplexity), {_shown(i, result.looks)}, "
-            f"standard error {i.se:.5f} over {i.documents} documents",
-        ]  # fmt: skip
+        lines += (
+            _of_task(result, i)
+            if result.accuracy is not None
+            else [
+                f"base     {unit} perplexity {result.perplexity_base:.4f}   ({i.tokens:,} {unit}s)",
+                f"cand     {unit} perplexity {result.perplexity_candidate:.4f}",
+                f"loss     {i.delta:+.5f} nats a {unit} ({math.expm1(i.delta):+.2%} of perplexity), {_shown(i, result.looks)}, "
+                f"standard error {i.se:.5f} over {i.documents} documents",
+            ]
+        )
         lines.append(f"margin   {result.margin.nats:.5f} {nats} ({result.margin.source})")
         if (d := result.drift) is not None:
             lines += [
@@ -80,9 +87,13 @@ def _measures(result: GateResult) -> list[str]:
     if result.accuracy is not None:
         return []
     if m.bootstrap is not None:
-        lines.append(f"errors   bootstrap of documents (BCa) [{m.bootstrap[0]:+.5f}, {m.bootstrap[1]:+.5f}]")
+        lines.append(
+            f"errors   bootstrap of documents (BCa) [{m.bootstrap[0]:+.5f}, {m.bootstrap[1]:+.5f}]"
+        )
         if m.se_tokens is not None and m.design_effect is not None:
-            lines[-1] += f"; token by token a standard error of {m.se_tokens:.5f}, design effect {m.design_effect:.2f}"
+            lines[-1] += (
+                f"; token by token a standard error of {m.se_tokens:.5f}, design effect {m.design_effect:.2f}"
+            )
         if m.se_blocks is not None:
             lines[-1] += f"; within these documents {m.se_blocks:.5f} (blocks; decides nothing)"
     if m.kl is not None:
@@ -97,7 +108,9 @@ def _measures(result: GateResult) -> list[str]:
             f"sure (p > 0.9): {m.flips:,} of {m.sure:,}"
         )
     if m.worst is not None:
-        lines.append(f"worst    document {m.worst[0]}: {m.worst[1]:+.5f} nats, bound {m.worst[2]:+.5f}")
+        lines.append(
+            f"worst    document {m.worst[0]}: {m.worst[1]:+.5f} nats, bound {m.worst[2]:+.5f}"
+        )
     if result.experts:
         reached = sum(e.experts - len(e.unreached) for e in result.experts)
         total = sum(e.experts for e in result.experts)
@@ -116,14 +129,18 @@ def _measures(result: GateResult) -> list[str]:
 def _notes(result: GateResult) -> list[str]:
     lines = []
     if result.measures_kl:
-        lines.append("note     the text was sampled from the base: the loss estimates KL(base || candidate)")
+        lines.append(
+            "note     the text was sampled from the base: the loss estimates KL(base || candidate)"
+        )
     if result.unlike:
         lines.append(
             f"note     scored in unlike environments ({'; '.join(result.unlike)}): intervals are "
             "widened by the floor on each side"
         )
     if result.looks > 1:
-        lines.append(f"note     look {result.looks} at this pair: each one-sided bound is at {1 - 0.05 / result.looks:.4g}")
+        lines.append(
+            f"note     look {result.looks} at this pair: each one-sided bound is at {1 - 0.05 / result.looks:.4g}"
+        )
     if result.outcome == "inconclusive":
         count = f"about {result.needed:,}" if result.needed else "more"
         need = f"{count} documents like these would decide"
@@ -146,7 +163,9 @@ def render_run(run: Run, file: str) -> str:
         f"floor    {'not measured' if h.floor is None else f'{h.floor:.6f} nats'}",
     ]
     if h.nonfinite:
-        lines.append(f"error    logits that are not finite in {len(h.nonfinite)} documents; a comparison will fail")
+        lines.append(
+            f"error    logits that are not finite in {len(h.nonfinite)} documents; a comparison will fail"
+        )
     lines.append(f"wrote    {file}")
     return "".join(printable(line, 2000) + "\n" for line in lines)
 

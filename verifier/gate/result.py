@@ -23,7 +23,9 @@ class Drift:
 
 @dataclass(frozen=True)
 class Experts:
-    """Experts of one layer that the corpus reached through the candidate; the rest was not judged."""
+    """Experts of one layer that the corpus reached through the candidate; the rest was not
+    judged.
+    """
 
     layer: str
     experts: int
@@ -32,7 +34,8 @@ class Experts:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """A task's right answers: of the base, of the candidate, only of the one, only of the other; McNemar's exact p-value.
+    """A task's right answers: of the base, of the candidate, only of the one, only of the other;
+    McNemar's exact p-value.
 
     ``p_value`` is one-sided: of no loss.
     """
@@ -46,10 +49,12 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class GateResult:
-    """What a gate found. ``interval`` is None where logits were not finite: then there are no statistics.
+    """What a gate found. ``interval`` is None where logits were not finite: then there are no
+    statistics.
 
-    Intervals are as they decide: widened by the noise floor where ``unlike`` names environment keys that differ. ``looks``
-    counts this attempt and those before it; the level of each one-sided bound is 1 - 0.05 / looks.
+    Intervals are as they decide: widened by the noise floor where ``unlike`` names environment keys
+    that differ. ``looks`` counts this attempt and those before it; the level of each one-sided
+    bound is 1 - 0.05 / looks.
     """
 
     outcome: Outcome
@@ -83,7 +88,9 @@ class GateResult:
 
     @property
     def collapse(self) -> float:
-        """The loss over the base that a destroyed model has, in its unit: twice the perplexity, half the right answers."""
+        """The loss over the base that a destroyed model has, in its unit: twice the perplexity,
+        half the right answers.
+        """
         if self.accuracy is not None:
             return max(0.5 * self.accuracy.base / max(1, len(self.documents)), self.margin.nats)
         return math.log(2)

@@ -43,9 +43,20 @@ from verifier.gate.scoring import (
 from verifier.gate.tasks import is_task, kind_of, task_corpus
 
 __all__ = [
-    "BATCH", "TOP_K", "GateResult", "KlChoice", "Protocol", "formats_of", "plan_jobs", "refuse_same", "run", "score_all",
-    "score_apart", "tokenizer_digest", "weights_digest",
-]  # fmt: skip
+    "BATCH",
+    "TOP_K",
+    "GateResult",
+    "KlChoice",
+    "Protocol",
+    "formats_of",
+    "plan_jobs",
+    "refuse_same",
+    "run",
+    "score_all",
+    "score_apart",
+    "tokenizer_digest",
+    "weights_digest",
+]
 PathLike = str | os.PathLike[str]
 KlChoice = Literal["auto", "lockstep", "top-k", "off"]
 BATCH = 8
@@ -80,32 +91,42 @@ def run(
         candidate: folder of the quantized checkpoint.
         base: folder of its reference; a quantized one is decoded.
         corpus: ``wikitext2-test``, or a file.
-        protocol: ``tokens`` (windows of the model's own tokens), ``lm-eval`` (its ``wikitext`` task), or another task of
-            lm-eval by its name or YAML file; a task has its own documents and takes no ``corpus``.
-        max_increase: ``8%`` of perplexity or nats a token; by default the budget of the candidate's formats. Of a task,
-            points of accuracy: ``1%`` or ``0.01``; there is no default.
+        protocol: ``tokens`` (windows of the model's own tokens), ``lm-eval`` (its ``wikitext``
+            task), or another task of lm-eval by its name or YAML file; a task has its own documents
+            and takes no ``corpus``.
+        max_increase: ``8%`` of perplexity or nats a token; by default the budget of the candidate's
+            formats. Of a task, points of accuracy: ``1%`` or ``0.01``; there is no default.
         window: tokens in a window (``lm-eval``: ``max_length``), at least 2.
         documents: score the first so many documents only.
         device: where the models run.
         batch: windows at a time.
-        workers: processes; by default one a processor on CPU (at most 4), one elsewhere. They change no bit.
+        workers: processes; by default one a processor on CPU (at most 4), one elsewhere. They
+            change no bit.
         progress: called with (done, total) windows or documents.
-        kl: ``lockstep`` (both models in each process), ``top-k`` (a lower bound from both runs), ``off``; ``auto`` is
-            lockstep where both fit in memory and there is no cache, else top-k.
-        cache: folder for the base's run, for what is done of an interrupted one, and for attempts; none by default.
+        kl: ``lockstep`` (both models in each process), ``top-k`` (a lower bound from both runs),
+            ``off``; ``auto`` is lockstep where both fit in memory and there is no cache, else
+            top-k.
+        cache: folder for the base's run, for what is done of an interrupted one, and for attempts;
+            none by default.
         drift_against: file of an accepted run, to judge the drift against as well.
         max_drift: its margin, 0.003 nats by default.
         say: called with what a person should know before the result.
         scorer: what turns tokens into log-probabilities, for both.
         metric: which metric of a task says right or wrong; its first by default.
-        floor: files of runs of the base that other engines scored: the noise floor is at least what separates them.
+        floor: files of runs of the base that other engines scored: the noise floor is at least what
+            separates them.
 
     Raises:
-        UsageError: the candidate is the base, a floor run is not the base's, an option out of range, no such corpus,
-            another attempt after a failed one.
+        UsageError: the candidate is the base, a floor run is not the base's, an option out of
+            range, no such corpus, another attempt after a failed one.
         ContentError: a checkpoint cannot be scored, or their tokenizers differ.
     """
-    if window < 2 or batch < 1 or (documents is not None and documents < 1) or (workers is not None and workers < 1):
+    if (
+        window < 2
+        or batch < 1
+        or (documents is not None and documents < 1)
+        or (workers is not None and workers < 1)
+    ):
         raise UsageError("window is at least 2, batch, documents and workers at least 1")
     kind = check_scorer(scorer, protocol)
     refuse_corpus(protocol, corpus, metric)
@@ -114,49 +135,95 @@ def run(
     ckpt, reference = open_checkpoint(candidate), open_checkpoint(base)
     refuse_same(ckpt, reference)
     task = kind == "task"
-    margin, drift_margin = margin_of(max_increase, formats_of(ckpt), task=task), drift_margin_of(max_drift, task=task)
+    margin, drift_margin = (
+        margin_of(max_increase, formats_of(ckpt), task=task),
+        drift_margin_of(max_drift, task=task),
+    )
     accepted = read_run(drift_against) if drift_against is not None else None
     found = corpus_of(protocol, corpus, metric).head(documents)
-    key, _ = plan_units([reference, ckpt], found, kind, window, batch, scorer)  # told before any model runs
+    key, _ = plan_units(
+        [reference, ckpt], found, kind, window, batch, scorer
+    )  # told before any model runs
     if accepted is not None:
         refuse_unlike_keys(accepted.header.model, accepted.header.key, ckpt.uri, key)
     floors = [read_run(file) for file in floor]
     for noise in floors:
         refuse_other_floor(noise, reference.uri, weights_digest(reference), key)
     attempts = Attempts(Path(cache)) if cache is not None else None
-    looks = attempts.looks(ckpt, reference, found, window, series_of(kind, scorer, found)) if attempts else 1
+    looks = (
+        attempts.looks(ckpt, reference, found, window, series_of(kind, scorer, found))
+        if attempts
+        else 1
+    )
     if kl == "lockstep" and scorer.name != "hf":
-        raise UsageError(f"--kl lockstep runs both models in one process; with --scorer {scorer.name} there is top-k")
-    chosen = _kl_choice(kl, kind, reference, device, workers, cached=cache is not None or scorer.name != "hf")
+        raise UsageError(
+            f"--kl lockstep runs both models in one process; with --scorer {scorer.name} there is top-k"
+        )
+    chosen = _kl_choice(
+        kl, kind, reference, device, workers, cached=cache is not None or scorer.name != "hf"
+    )
     divergence: Array | None = None
     if chosen == "lockstep":
-        ours, theirs, divergence = _lockstep(ckpt, reference, found, window, batch, device, workers, progress, scorer)
+        ours, theirs, divergence = _lockstep(
+            ckpt, reference, found, window, batch, device, workers, progress, scorer
+        )
     else:
         top_k = TOP_K if chosen == "top-k" else 0
         if cache is None:
             ours, theirs = score_apart(
-                ckpt, reference, found, kind, window, batch, device, workers, top_k, progress, scorer
+                ckpt,
+                reference,
+                found,
+                kind,
+                window,
+                batch,
+                device,
+                workers,
+                top_k,
+                progress,
+                scorer,
             )
         else:
             ours, theirs = (
                 cached_run(
-                    Path(cache), c, found, protocol=kind, window=window, batch=batch, device=device, workers=workers,
-                    top_k=top_k, progress=progress, say=say, keep=c is reference, scorer=scorer,
+                    Path(cache),
+                    c,
+                    found,
+                    protocol=kind,
+                    window=window,
+                    batch=batch,
+                    device=device,
+                    workers=workers,
+                    top_k=top_k,
+                    progress=progress,
+                    say=say,
+                    keep=c is reference,
+                    scorer=scorer,
                 )
                 for c in (ckpt, reference)
-            )  # fmt: skip
+            )
     result = compare_runs(
-        theirs, ours, margin, drift_against=accepted, drift_margin=drift_margin, kl=divergence, looks=looks,
+        theirs,
+        ours,
+        margin,
+        drift_against=accepted,
+        drift_margin=drift_margin,
+        kl=divergence,
+        looks=looks,
         floor_runs=floors,
-    )  # fmt: skip
+    )
     if attempts:
         seconds = ours.header.seconds + theirs.header.seconds
-        attempts.record(ckpt, reference, found, window, series_of(kind, scorer, found), result, seconds)
+        attempts.record(
+            ckpt, reference, found, window, series_of(kind, scorer, found), result, seconds
+        )
     return result
 
 
 def series_of(protocol: str, scorer: Scorer, corpus: Corpus) -> str:
-    """Return what attempts at one pair share beside the window: another rounding or task is another question."""
+    """Return what attempts at one pair share beside the window: another rounding or task is another
+    question.
+    """
     task = [corpus.task.name, corpus.task.metric, corpus.task.filter] if corpus.task else []
     return "/".join([protocol, *task, *map(str, scorer.key.values())])
 
@@ -165,7 +232,8 @@ def corpus_of(protocol: str, corpus: str | None, metric: str | None) -> Corpus:
     """Return the documents that a protocol scores: a corpus, or those of a task.
 
     Raises:
-        UsageError: none was given, or one for a task, which has its own; a metric for what is no task.
+        UsageError: none was given, or one for a task, which has its own; a metric for what is no
+            task.
     """
     refuse_corpus(protocol, corpus, metric)
     return load_corpus(corpus) if corpus is not None else task_corpus(protocol, metric)
@@ -215,51 +283,91 @@ def refuse_same(candidate: Checkpoint, base: Checkpoint) -> None:
     ours, theirs = candidate.tensors, base.tensors
     if not same and ours.keys() == theirs.keys():
         same = all(
-            ours[n].dtype == theirs[n].dtype and np.array_equal(candidate.read(ours[n]), base.read(theirs[n])) for n in ours
+            ours[n].dtype == theirs[n].dtype
+            and np.array_equal(candidate.read(ours[n]), base.read(theirs[n]))
+            for n in ours
         )
     if same:
-        raise UsageError(f"{candidate.uri}: the candidate is the base itself; there is nothing to measure")
+        raise UsageError(
+            f"{candidate.uri}: the candidate is the base itself; there is nothing to measure"
+        )
 
 
 def _kl_choice(
-    given: KlChoice, protocol: Protocol, base: Checkpoint, device: str, workers: int | None, *, cached: bool
+    given: KlChoice,
+    protocol: Protocol,
+    base: Checkpoint,
+    device: str,
+    workers: int | None,
+    *,
+    cached: bool,
 ) -> KlChoice:
     if given not in ("auto", "lockstep", "top-k", "off"):
         raise UsageError(f"no such way to a KL divergence: {given!r}; auto, lockstep, top-k or off")
     if protocol != "tokens":
         if given in ("lockstep", "top-k"):
-            raise UsageError(f"--kl {given} needs the protocol tokens; {protocol} gives sums of documents only")
+            raise UsageError(
+                f"--kl {given} needs the protocol tokens; {protocol} gives sums of documents only"
+            )
         return "off"
     if given == "lockstep" and cached:
-        raise UsageError("--kl lockstep runs both models side by side and cannot use a cached run; give one of them up")
+        raise UsageError(
+            "--kl lockstep runs both models side by side and cannot use a cached run; give one of them up"
+        )
     if given != "auto":
         return given
-    return "lockstep" if not cached and fits_twice(base, device, workers_of(device, workers)) else "top-k"
+    return (
+        "lockstep"
+        if not cached and fits_twice(base, device, workers_of(device, workers))
+        else "top-k"
+    )
 
 
 def _lockstep(
-    ckpt: Checkpoint, reference: Checkpoint, corpus: Corpus, window: int, batch: int, device: str,
-    workers: int | None, progress: Progress | None, scorer: Scorer,
-) -> tuple[Run, Run, Array]:  # fmt: skip
+    ckpt: Checkpoint,
+    reference: Checkpoint,
+    corpus: Corpus,
+    window: int,
+    batch: int,
+    device: str,
+    workers: int | None,
+    progress: Progress | None,
+    scorer: Scorer,
+) -> tuple[Run, Run, Array]:
     started = time.monotonic()
     key, units = plan_units([reference, ckpt], corpus, "tokens", window, batch, scorer)
     again = floor_units(units, batch)
-    job = Job(ckpt.uri, device, "tokens", batch, window, len(corpus), base=reference.uri, scorer=scorer)
+    job = Job(
+        ckpt.uri, device, "tokens", batch, window, len(corpus), base=reference.uri, scorer=scorer
+    )
     shares = share(job, [*units, *again], workers_of(device, workers))
     (pieces,), (environment,) = score_pieces([shares], device, workers, progress, [None])
     seconds = round((time.monotonic() - started) / 2, 3)
     ours, theirs = (
-        run_of(c, corpus, key, units, pieces, environment, again=again, prefix=prefix, seconds=seconds)
+        run_of(
+            c, corpus, key, units, pieces, environment, again=again, prefix=prefix, seconds=seconds
+        )
         for c, prefix in ((ckpt, ""), (reference, "base_"))
     )
     return ours, theirs, assemble(units, pieces, len(corpus)).get("kl", np.zeros(0))
 
 
 def score_apart(
-    ckpt: Checkpoint, reference: Checkpoint, corpus: Corpus, protocol: Protocol, window: int, batch: int,
-    device: str, workers: int | None, top_k: int, progress: Progress | None, scorer: Scorer = HF,
-) -> tuple[Run, Run]:  # fmt: skip
-    """Score candidate and base in processes of their own, at the same time; return their runs in this order."""
+    ckpt: Checkpoint,
+    reference: Checkpoint,
+    corpus: Corpus,
+    protocol: Protocol,
+    window: int,
+    batch: int,
+    device: str,
+    workers: int | None,
+    top_k: int,
+    progress: Progress | None,
+    scorer: Scorer = HF,
+) -> tuple[Run, Run]:
+    """Score candidate and base in processes of their own, at the same time; return their runs in
+    this order.
+    """
     started = time.monotonic()
     key, units = plan_units([reference, ckpt], corpus, protocol, window, batch, scorer)
     again, slices = floor_units(units, batch), max(1, workers_of(device, workers, scorer) // 2)

@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one checkpoint scored on one corpus under one protocol, as a file that is compared later, on any machine.
+"""What one checkpoint scored on one corpus under one protocol, as a file that is compared later, on
+any machine.
 
-A run file is a safetensors container. ``__metadata__.ckptgate_run`` holds its header as JSON, ``sha256`` the digest of
-that header and of every array. Arrays, D documents, T scored tokens in corpus order:
+A run file is a safetensors container. ``__metadata__.ckptgate_run`` holds its header as JSON,
+``sha256`` the digest of that header and of every array. Arrays, D documents, T scored tokens in
+corpus order:
 
     sums            F64 [D]     nats of each document (a task: 1 for wrong, 0 for right)
     tokens          I64 [D]     scored tokens (lm-eval: words, a task: 1) of each document
-    nats            F32 [T]     nats of each token                                  protocol tokens only, as the rest
-    top1, sure      I32, F32    the likeliest token at each position and its log-probability; not of every engine
-    top_ids         I32 [T, k]  with --top-k: the k likeliest tokens
-    top_logprobs    F32 [T, k]  and their log-probabilities
+    nats            F32 [T]     nats of each token                                  protocol tokens
+    only, as the rest top1, sure      I32, F32    the likeliest token at each position and its
+    log-probability; not of every engine top_ids         I32 [T, k]  with --top-k: the k likeliest
+    tokens top_logprobs    F32 [T, k]  and their log-probabilities
 """
 
 from __future__ import annotations
@@ -36,18 +38,25 @@ from verifier.writing import write_atomic
 MAX_FILE = 64_000_000_000
 MAX_DOCUMENTS = 10_000_000
 DTYPES = {
-    "sums": ("F64", np.float64), "tokens": ("I64", np.int64), "nats": ("F32", np.float32), "top1": ("I32", np.int32),
-    "sure": ("F32", np.float32), "top_ids": ("I32", np.int32), "top_logprobs": ("F32", np.float32),
-}  # fmt: skip
+    "sums": ("F64", np.float64),
+    "tokens": ("I64", np.int64),
+    "nats": ("F32", np.float32),
+    "top1": ("I32", np.int32),
+    "sure": ("F32", np.float32),
+    "top_ids": ("I32", np.int32),
+    "top_logprobs": ("F32", np.float32),
+}
 PER_TOKEN = ("nats", "top1", "sure")
 TOP = ("top_ids", "top_logprobs")
 _Text = Annotated[str, Field(max_length=4096)]
 
 
 class RunHeader(BaseModel):
-    """What was scored and how. ``key`` must be equal for two runs to be compared, ``environment`` should be.
+    """What was scored and how. ``key`` must be equal for two runs to be compared, ``environment``
+    should be.
 
-    ``floor``: the model against itself in other batches, nats a token; ``experts``: tokens of each expert by layer.
+    ``floor``: the model against itself in other batches, nats a token; ``experts``: tokens of each
+    expert by layer.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -57,7 +66,9 @@ class RunHeader(BaseModel):
     formats: list[_Text] = Field(default=[], max_length=100)
     key: dict[_Text, _Text | bool | int] = Field(max_length=100)
     environment: dict[_Text, _Text] = Field(max_length=100)
-    documents: list[Annotated[str, Field(pattern="^[0-9a-f]{16}$")]] = Field(max_length=MAX_DOCUMENTS)
+    documents: list[Annotated[str, Field(pattern="^[0-9a-f]{16}$")]] = Field(
+        max_length=MAX_DOCUMENTS
+    )
     sampled_from: _Text | None = None
     nonfinite: list[Annotated[int, Field(ge=0)]] = []
     experts: dict[_Text, list[Annotated[int, Field(ge=0)]]] = Field(default={}, max_length=100_000)
@@ -87,10 +98,15 @@ class Run:
 
 
 def sums_of(nats: Array, tokens: Array) -> Array:
-    """Return the exact sum of each document's tokens, rounded once to float64: no order of work can change it."""
+    """Return the exact sum of each document's tokens, rounded once to float64: no order of work can
+    change it.
+    """
     ends = np.cumsum(tokens)
     values = nats.tolist()
-    return np.array([math.fsum(values[e - n : e]) for e, n in zip(ends.tolist(), tokens.tolist(), strict=True)], np.float64)
+    return np.array(
+        [math.fsum(values[e - n : e]) for e, n in zip(ends.tolist(), tokens.tolist(), strict=True)],
+        np.float64,
+    )
 
 
 def write_run(file: str | os.PathLike[str], run: Run) -> None:
@@ -125,19 +141,25 @@ def read_run(file: str | os.PathLike[str]) -> Run:
         if shard.problems:
             raise ContentError(f"{path}: not a run file: {shard.problems[0].message}")
         if "ckptgate_run" not in shard.metadata:
-            raise ContentError(f"{path}: a safetensors file, but not a run; `ckptgate score` writes one")
+            raise ContentError(
+                f"{path}: a safetensors file, but not a run; `ckptgate score` writes one"
+            )
         text = shard.metadata["ckptgate_run"]
         header = _header(path, text)
         arrays = {}
         for name, t in shard.tensors.items():
             if name not in DTYPES or t.dtype != DTYPES[name][0]:
                 raise ContentError(f"{path}: a run has no array {name[:80]!r} of {t.dtype}")
-            arrays[name] = source.read(path.name, t.offset, t.nbytes).view(DTYPES[name][1]).reshape(t.shape)
+            arrays[name] = (
+                source.read(path.name, t.offset, t.nbytes).view(DTYPES[name][1]).reshape(t.shape)
+            )
     finally:
         source.close()
     fault = _fault(header, arrays)
     if fault is None and shard.metadata.get("sha256") != _digest(text, arrays):
-        fault = "its digest is not that of its contents; it was changed or damaged after it was written"
+        fault = (
+            "its digest is not that of its contents; it was changed or damaged after it was written"
+        )
     if fault:
         raise ContentError(f"{path}: {fault}")
     return Run(header, arrays)
@@ -149,7 +171,9 @@ def _header(path: Path, text: str) -> RunHeader:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))[:80]
-        raise ContentError(f"{path}: its header is not a run's: {where}: {first['msg'][:120]}") from error
+        raise ContentError(
+            f"{path}: its header is not a run's: {where}: {first['msg'][:120]}"
+        ) from error
     except ValueError as error:
         raise ContentError(f"{path}: its header is not JSON: {str(error)[:120]}") from error
 
@@ -172,7 +196,9 @@ def _fault(header: RunHeader, arrays: dict[str, Array]) -> str | None:
         return "a document with an impossible number of tokens"
     if any(d >= count for d in header.nonfinite):
         return "names a document that it does not have"
-    if header.key.get("protocol") == "task" and not (np.isin(sums, (0.0, 1.0)).all() and (tokens == 1).all()):
+    if header.key.get("protocol") == "task" and not (
+        np.isin(sums, (0.0, 1.0)).all() and (tokens == 1).all()
+    ):
         return "a task's document that is neither right nor wrong"
     for name, values in arrays.items():
         if values.dtype.kind == "f" and not np.isfinite(values).all():
@@ -182,13 +208,17 @@ def _fault(header: RunHeader, arrays: dict[str, Array]) -> str | None:
 
 def _token_fault(arrays: dict[str, Array], total: int) -> str | None:
     for name in (*PER_TOKEN, *TOP):
-        if name in arrays and (arrays[name].ndim != (2 if name in TOP else 1) or len(arrays[name]) != total):
+        if name in arrays and (
+            arrays[name].ndim != (2 if name in TOP else 1) or len(arrays[name]) != total
+        ):
             return f"{name} is {list(arrays[name].shape)} for {total:,} tokens"
     if "nats" not in arrays:
         return "a sum of nats below zero" if (arrays["sums"] < 0).any() else None
     if "top_ids" in arrays and arrays["top_ids"].shape != arrays["top_logprobs"].shape:
         return "top_ids and top_logprobs differ in shape"
-    if (arrays["nats"] < 0).any() or any((arrays[n] > 0).any() for n in ("sure", "top_logprobs") if n in arrays):
+    if (arrays["nats"] < 0).any() or any(
+        (arrays[n] > 0).any() for n in ("sure", "top_logprobs") if n in arrays
+    ):
         return "a probability above one"
     if not np.array_equal(sums_of(arrays["nats"], arrays["tokens"]), arrays["sums"]):
         return "sums are not the sums of its tokens"
@@ -203,7 +233,8 @@ def _digest(text: str, arrays: dict[str, Array]) -> str:
 
 
 def refuse_unlike(base: RunHeader, other: RunHeader) -> None:
-    """Refuse two runs whose protocol keys differ; the name of the corpus may, its documents may not.
+    """Refuse two runs whose protocol keys differ; the name of the corpus may, its documents may
+    not.
 
     Raises:
         IncomparableError: naming the first key that differs, and both values.
@@ -213,7 +244,9 @@ def refuse_unlike(base: RunHeader, other: RunHeader) -> None:
         raise IncomparableError(f"{base.model} and {other.model} were scored on other documents")
 
 
-def refuse_unlike_keys(model: str, key: Mapping[str, Any], other: str, theirs: Mapping[str, Any]) -> None:
+def refuse_unlike_keys(
+    model: str, key: Mapping[str, Any], other: str, theirs: Mapping[str, Any]
+) -> None:
     """Refuse two protocol keys that differ in more than the name of the corpus.
 
     Raises:

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Negative log-likelihood of each token under one model, or two in lockstep, in a process with one intra-op thread."""
+"""Negative log-likelihood of each token under one model, or two in lockstep, in a process with one
+intra-op thread.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +17,17 @@ from verifier.gate.corpora import Corpus
 from verifier.gate.jobs import Array, Job, Piece, Unit, Window
 
 LANE, GPU_LANE = 1 << 18, 1 << 27
-"""Log-probabilities that are worked on at a time: what a core's cache holds, what a card does in one go."""
+"""Log-probabilities that are worked on at a time: what a core's cache holds, what a card does in
+one go."""
 
 
-def windows_of(corpus: Corpus, encode: Callable[[str], tuple[list[int], list[int]]] | None, size: int) -> list[Window]:
+def windows_of(
+    corpus: Corpus, encode: Callable[[str], tuple[list[int], list[int]]] | None, size: int
+) -> list[Window]:
     """Return the windows of a corpus: no overlap, no BOS, the last short one included.
 
-    A corpus of ids is cut document by document. Text is one stream, documents joined by a newline; a token belongs to
-    the document in which its first character lies.
+    A corpus of ids is cut document by document. Text is one stream, documents joined by a newline;
+    a token belongs to the document in which its first character lies.
 
     Args:
         corpus: the documents.
@@ -47,7 +52,9 @@ def windows_of(corpus: Corpus, encode: Callable[[str], tuple[list[int], list[int
         while document + 1 < len(starts) and starts[document + 1] <= offset:
             document += 1
         owner.append(document)
-    return [(tuple(ids[i : i + size]), tuple(owner[i : i + size])) for i in range(0, len(ids), size)]
+    return [
+        (tuple(ids[i : i + size]), tuple(owner[i : i + size])) for i in range(0, len(ids), size)
+    ]
 
 
 def score(job: Job, emit: Callable[[Piece], None]) -> dict[str, str]:
@@ -102,7 +109,9 @@ def _refuse_far_ids(model: Any, job: Job) -> None:
     vocabulary = model.get_input_embeddings().num_embeddings
     highest = max((max(ids) for ids, _ in job.windows if ids), default=0)
     if highest >= vocabulary:
-        raise ContentError(f"{job.model}: the corpus has token id {highest}, the vocabulary {vocabulary} entries")
+        raise ContentError(
+            f"{job.model}: the corpus has token id {highest}, the vocabulary {vocabulary} entries"
+        )
 
 
 def _score_windows(model: Any, base: Any, job: Job, unit: Unit, experts: Any) -> Piece:
@@ -131,8 +140,12 @@ def _score_windows(model: Any, base: Any, job: Job, unit: Unit, experts: Any) ->
                 wanted, owners = torch.tensor(tokens[1:][at], device=logits.device), owner[1:][at]
                 ours, logp, finite = _of_rows(logits[row, at], wanted, job.top_k)
                 if theirs is not None:
-                    other, logb, fine = _of_rows(theirs[row, at].to(logits.device), wanted, job.top_k)
-                    bad_base |= {d for d, good in zip(owners, fine.tolist(), strict=True) if not good}
+                    other, logb, fine = _of_rows(
+                        theirs[row, at].to(logits.device), wanted, job.top_k
+                    )
+                    bad_base |= {
+                        d for d, good in zip(owners, fine.tolist(), strict=True) if not good
+                    }
                     ours |= {f"base_{k}": v for k, v in other.items()}
                     kl = logp.neg_().add_(logb).mul_(logb.exp_()).sum(-1).double()
                     ours["kl"] = torch.where(finite & fine, kl, 0.0).cpu().numpy()
@@ -143,22 +156,30 @@ def _score_windows(model: Any, base: Any, job: Job, unit: Unit, experts: Any) ->
 
 
 def _of_rows(logits: Any, wanted: Any, top_k: int) -> tuple[dict[str, Array], Any, Any]:
-    """Return the arrays of `Piece` for some positions, the log-probabilities, and which positions are finite."""
+    """Return the arrays of `Piece` for some positions, the log-probabilities, and which positions
+    are finite.
+    """
     import torch  # noqa: PLC0415
 
     rows = logits.float()
     logp = torch.log_softmax(rows, -1)
     nats = -logp.gather(-1, wanted[:, None])[:, 0]
-    # A logit that is infinite where it does not matter leaves the log-probability finite; it is still a defect. The
-    # smallest log-probability of a position is finite only where all its logits are.
+    # A logit that is infinite where it does not matter leaves the log-probability finite; it is
+    # still a defect. The smallest log-probability of a position is finite only where all its logits
+    # are.
     finite = torch.isfinite(logp.amin(-1))
     best, at = logp.max(-1)
     found = {
-        "nats": torch.where(finite, nats, 0.0), "top1": at.to(torch.int32), "sure": torch.where(finite, best, 0.0),
-    }  # fmt: skip
+        "nats": torch.where(finite, nats, 0.0),
+        "top1": at.to(torch.int32),
+        "sure": torch.where(finite, best, 0.0),
+    }
     if top_k:
         values, ids = logp.topk(min(top_k, logp.shape[-1]), -1)
-        found |= {"top_ids": ids.to(torch.int32), "top_logprobs": torch.where(finite[:, None], values, 0.0)}
+        found |= {
+            "top_ids": ids.to(torch.int32),
+            "top_logprobs": torch.where(finite[:, None], values, 0.0),
+        }
     return {k: v.cpu().numpy() for k, v in found.items()}, logp, finite
 
 
@@ -169,11 +190,12 @@ def environment(model: Any) -> dict[str, str]:
 
     device = next(model.parameters()).device
     return {
-        "torch": torch.__version__.partition("+")[0], "transformers": transformers.__version__,
+        "torch": torch.__version__.partition("+")[0],
+        "transformers": transformers.__version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "attention": str(getattr(model.config, "_attn_implementation", "")),
         "experts": str(getattr(model.config, "_experts_implementation", "")),
-    }  # fmt: skip
+    }
 
 
 def perplexity(nats: Sequence[float], tokens: Sequence[int]) -> float:

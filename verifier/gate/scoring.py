@@ -52,11 +52,24 @@ def identity_of(scorer: Scorer) -> dict[str, Any]:
     """Return what a journal or a cached run must share with a scorer beside the protocol key."""
     if scorer == HF:
         return {}
-    return {"scorer": [scorer.name, scorer.activations, scorer.python, scorer.endpoint, scorer.served, [*scorer.options]]}
+    return {
+        "scorer": [
+            scorer.name,
+            scorer.activations,
+            scorer.python,
+            scorer.endpoint,
+            scorer.served,
+            [*scorer.options],
+        ]
+    }
 
 
 def score_pieces(
-    jobs: list[list[Job]], device: str, workers: int | None, progress: Progress | None, journals: Sequence[Journal | None]
+    jobs: list[list[Job]],
+    device: str,
+    workers: int | None,
+    progress: Progress | None,
+    journals: Sequence[Journal | None],
 ) -> tuple[list[dict[int, Piece]], list[dict[str, str]]]:
     """Run the jobs of all checkpoints; return the pieces of each by unit, and its environment."""
     flat = [(group, job) for group, shares in enumerate(jobs) for job in shares if job.units]
@@ -75,13 +88,19 @@ def score_pieces(
             progress(done, total)
 
     environments: list[dict[str, str]] = [{} for _ in jobs]
-    results = run_jobs([job for _, job in flat], workers_of(device, workers, flat[0][1].scorer if flat else HF), emit)
+    results = run_jobs(
+        [job for _, job in flat],
+        workers_of(device, workers, flat[0][1].scorer if flat else HF),
+        emit,
+    )
     for (group, _), environment in zip(flat, results, strict=True):
         environments[group] |= environment
     return found, environments
 
 
-def assemble(units: Sequence[Unit], pieces: dict[int, Piece], documents: int, prefix: str = "") -> dict[str, Array]:
+def assemble(
+    units: Sequence[Unit], pieces: dict[int, Piece], documents: int, prefix: str = ""
+) -> dict[str, Array]:
     """Return the arrays of a run from the pieces of all units, in corpus order.
 
     Raises:
@@ -93,21 +112,37 @@ def assemble(units: Sequence[Unit], pieces: dict[int, Piece], documents: int, pr
         sums, tokens = np.zeros(documents), np.zeros(documents, np.int64)
         for unit in units:
             places = [d for d, _ in unit.texts]
-            sums[places], tokens[places] = pieces[unit.number].arrays["nats"], pieces[unit.number].arrays["words"]
+            sums[places], tokens[places] = (
+                pieces[unit.number].arrays["nats"],
+                pieces[unit.number].arrays["words"],
+            )
         return {"sums": sums, "tokens": tokens}
     owners = {place: w[1][1:] for u in units for place, w, _, _ in slices_of(u)}
-    starts = np.concatenate([[0], np.cumsum([len(owners[i]) for i in range(len(owners))])]).astype(np.int64)
+    starts = np.concatenate([[0], np.cumsum([len(owners[i]) for i in range(len(owners))])]).astype(
+        np.int64
+    )
     total = int(starts[-1])
-    names = {n.removeprefix(prefix): v for p in pieces.values() for n, v in p.arrays.items() if n.startswith(prefix)}
+    names = {
+        n.removeprefix(prefix): v
+        for p in pieces.values()
+        for n, v in p.arrays.items()
+        if n.startswith(prefix)
+    }
     wanted = {n: v for n, v in names.items() if n in (*PER_TOKEN, *TOP, "kl")}
     arrays = {n: np.zeros((total, *v.shape[1:]), v.dtype) for n, v in wanted.items()}
     if not total:
-        arrays = {"nats": np.zeros(0, np.float32), "top1": np.zeros(0, np.int32), "sure": np.zeros(0, np.float32)}
+        arrays = {
+            "nats": np.zeros(0, np.float32),
+            "top1": np.zeros(0, np.int32),
+            "sure": np.zeros(0, np.float32),
+        }
     for unit in units:
         for place, _, begin, end in slices_of(unit):
             for name, whole in arrays.items():
                 if end > begin:
-                    whole[starts[place] : starts[place] + end - begin] = pieces[unit.number].arrays[prefix + name][begin:end]
+                    whole[starts[place] : starts[place] + end - begin] = pieces[unit.number].arrays[
+                        prefix + name
+                    ][begin:end]
     owner = list(chain.from_iterable(owners[i] for i in range(len(owners))))
     arrays["tokens"] = np.bincount(np.array(owner, np.int64), minlength=documents).astype(np.int64)
     arrays["sums"] = sums_of(arrays["nats"], arrays["tokens"])
@@ -115,19 +150,31 @@ def assemble(units: Sequence[Unit], pieces: dict[int, Piece], documents: int, pr
 
 
 def score_all(
-    jobs: list[list[Job]], documents: int, device: str, workers: int | None, progress: Progress | None
+    jobs: list[list[Job]],
+    documents: int,
+    device: str,
+    workers: int | None,
+    progress: Progress | None,
 ) -> list[Sums]:
     """Run the jobs of all checkpoints and return one sum for each checkpoint."""
     pieces, environments = score_pieces(jobs, device, workers, progress, [None] * len(jobs))
     found = []
     for shares, part, environment in zip(jobs, pieces, environments, strict=True):
-        arrays = assemble(sorted((u for j in shares for u in j.units), key=lambda u: u.number), part, documents)
-        found.append(Sums(arrays["sums"].tolist(), arrays["tokens"].tolist(), _nonfinite(part), environment))
+        arrays = assemble(
+            sorted((u for j in shares for u in j.units), key=lambda u: u.number), part, documents
+        )
+        found.append(
+            Sums(arrays["sums"].tolist(), arrays["tokens"].tolist(), _nonfinite(part), environment)
+        )
     return found
 
 
-def floor_of(units: Sequence[Unit], again: Sequence[Unit], pieces: dict[int, Piece], prefix: str = "") -> float | None:
-    """Return the noise floor: the larger end, in magnitude, of the interval of one model against itself, nats a token."""
+def floor_of(
+    units: Sequence[Unit], again: Sequence[Unit], pieces: dict[int, Piece], prefix: str = ""
+) -> float | None:
+    """Return the noise floor: the larger end, in magnitude, of the interval of one model against
+    itself, nats a token.
+    """
     first = {p: (u.number, a, b) for u in units for p, _, a, b in slices_of(u)}
     sums: dict[int, float] = {}
     tokens: dict[int, int] = {}
@@ -148,7 +195,9 @@ def floor_of(units: Sequence[Unit], again: Sequence[Unit], pieces: dict[int, Pie
 
 
 def _nonfinite(pieces: dict[int, Piece], prefix: str = "") -> list[int]:
-    return sorted({d for p in pieces.values() for d in (p.nonfinite_base if prefix else p.nonfinite)})
+    return sorted(
+        {d for p in pieces.values() for d in (p.nonfinite_base if prefix else p.nonfinite)}
+    )
 
 
 def experts_of(units: Sequence[Unit], pieces: dict[int, Piece]) -> dict[str, list[int]]:
@@ -161,27 +210,54 @@ def experts_of(units: Sequence[Unit], pieces: dict[int, Piece]) -> dict[str, lis
 
 
 def run_of(
-    ckpt: Checkpoint, corpus: Corpus, key: dict[str, Any], units: Sequence[Unit], pieces: dict[int, Piece],
-    environment: dict[str, str], *, again: Sequence[Unit] = (), prefix: str = "", seconds: float = 0.0,
-) -> Run:  # fmt: skip
-    """Return the run that finished units make; ``prefix`` chooses the base's arrays of a lockstep."""
+    ckpt: Checkpoint,
+    corpus: Corpus,
+    key: dict[str, Any],
+    units: Sequence[Unit],
+    pieces: dict[int, Piece],
+    environment: dict[str, str],
+    *,
+    again: Sequence[Unit] = (),
+    prefix: str = "",
+    seconds: float = 0.0,
+) -> Run:
+    """Return the run that finished units make; ``prefix`` chooses the base's arrays of a
+    lockstep.
+    """
     arrays = assemble(units, pieces, len(corpus), prefix)
     arrays.pop("kl", None)
     header = RunHeader(
-        model=ckpt.uri, weights_sha256=weights_digest(ckpt), formats=sorted(formats_of(ckpt)), key=key,
-        environment=environment, documents=[documents_digest([d])[:16] for d in corpus.ids or corpus.texts],
-        sampled_from=corpus.sampled_from, nonfinite=_nonfinite(pieces, prefix), seconds=seconds,
-        experts={} if prefix else experts_of(units, pieces), floor=floor_of(units, again, pieces, prefix),
-    )  # fmt: skip
+        model=ckpt.uri,
+        weights_sha256=weights_digest(ckpt),
+        formats=sorted(formats_of(ckpt)),
+        key=key,
+        environment=environment,
+        documents=[documents_digest([d])[:16] for d in corpus.ids or corpus.texts],
+        sampled_from=corpus.sampled_from,
+        nonfinite=_nonfinite(pieces, prefix),
+        seconds=seconds,
+        experts={} if prefix else experts_of(units, pieces),
+        floor=floor_of(units, again, pieces, prefix),
+    )
     return Run(header, arrays)
 
 
 def score_run(
-    ckpt: Checkpoint, corpus: Corpus, *, protocol: Protocol = "tokens", window: int = 512, batch: int = 8,
-    device: str = "cpu", workers: int | None = None, top_k: int = 0, journal: Path | None = None,
-    progress: Progress | None = None, say: Callable[[str], None] | None = None, ranks: tuple[int, int] | None = None,
+    ckpt: Checkpoint,
+    corpus: Corpus,
+    *,
+    protocol: Protocol = "tokens",
+    window: int = 512,
+    batch: int = 8,
+    device: str = "cpu",
+    workers: int | None = None,
+    top_k: int = 0,
+    journal: Path | None = None,
+    progress: Progress | None = None,
+    say: Callable[[str], None] | None = None,
+    ranks: tuple[int, int] | None = None,
     scorer: Scorer = HF,
-) -> Run | None:  # fmt: skip
+) -> Run | None:
     """Score one checkpoint; None where another rank has units to finish yet.
 
     Args:
@@ -193,11 +269,12 @@ def score_run(
         device: where the model runs.
         workers: processes; they change no bit of the result.
         top_k: log-probabilities to keep a token (0: the likeliest alone).
-        journal: where finished units are kept until the run is whole; a run that finds them goes on from there.
+        journal: where finished units are kept until the run is whole; a run that finds them goes on
+            from there.
         progress: called with (done, total) windows or documents.
         say: called with what a person should know.
-        ranks: this process's number and how many there are (torchrun): each scores its share into a journal of its own,
-            and every one that finds all journals whole returns the run.
+        ranks: this process's number and how many there are (torchrun): each scores its share into a
+            journal of its own, and every one that finds all journals whole returns the run.
         scorer: what turns tokens into log-probabilities.
 
     Raises:
@@ -206,19 +283,36 @@ def score_run(
     """
     scorer.check()
     key, units = plan_units([ckpt], corpus, protocol, window, batch, scorer)
-    job = Job(ckpt.uri, device, protocol, batch, window, len(corpus), top_k=top_k, scorer=scorer, task=corpus.task)
+    job = Job(
+        ckpt.uri,
+        device,
+        protocol,
+        batch,
+        window,
+        len(corpus),
+        top_k=top_k,
+        scorer=scorer,
+        task=corpus.task,
+    )
     started = time.monotonic()
     if journal is None:
         if ranks is not None:
             raise UsageError("ranks share their work through journals; give one")
         return _finish(ckpt, corpus, key, units, job, None, workers, progress, started)
     identity = {
-        "ckptgate_journal": __version__, "weights_sha256": weights_digest(ckpt), "key": key, "batch": batch,
-        "device": device.partition(":")[0], "top_k": top_k, "versions": {p: version(p) for p in ("torch", "transformers")},
+        "ckptgate_journal": __version__,
+        "weights_sha256": weights_digest(ckpt),
+        "key": key,
+        "batch": batch,
+        "device": device.partition(":")[0],
+        "top_k": top_k,
+        "versions": {p: version(p) for p in ("torch", "transformers")},
         **identity_of(scorer),
-    }  # fmt: skip
+    }
     if ranks is not None:
-        return _of_ranks(ckpt, corpus, key, units, job, journal, identity, ranks, workers, progress, started)
+        return _of_ranks(
+            ckpt, corpus, key, units, job, journal, identity, ranks, workers, progress, started
+        )
     with Journal(journal, identity) as kept:
         if kept.restarted and say:
             say(f"{journal}: of another run or version; scoring begins anew")
@@ -228,9 +322,18 @@ def score_run(
 
 
 def _of_ranks(
-    ckpt: Checkpoint, corpus: Corpus, key: dict[str, Any], units: list[Unit], job: Job, journal: Path,
-    identity: dict[str, Any], ranks: tuple[int, int], workers: int | None, progress: Progress | None, started: float,
-) -> Run | None:  # fmt: skip
+    ckpt: Checkpoint,
+    corpus: Corpus,
+    key: dict[str, Any],
+    units: list[Unit],
+    job: Job,
+    journal: Path,
+    identity: dict[str, Any],
+    ranks: tuple[int, int],
+    workers: int | None,
+    progress: Progress | None,
+    started: float,
+) -> Run | None:
     number, count = ranks
     again = floor_units(units, job.batch)
     everything = [*units, *again]
@@ -238,7 +341,9 @@ def _of_ranks(
     with Journal(files[number], identity) as kept:
         mine = everything[number::count]
         left = [u for u in mine if u.number not in kept.done] or everything[-1:]
-        _, (environment,) = score_pieces([share(job, left, workers or 1)], job.device, workers or 1, progress, [kept])
+        _, (environment,) = score_pieces(
+            [share(job, left, workers or 1)], job.device, workers or 1, progress, [kept]
+        )
     # What a rank wrote is synced before it looks: the last one to finish sees all.
     pieces = {n: p for file in files for n, p in units_in(file, identity).items()}
     if any(u.number not in pieces for u in everything):
@@ -248,13 +353,25 @@ def _of_ranks(
 
 
 def _finish(
-    ckpt: Checkpoint, corpus: Corpus, key: dict[str, Any], units: list[Unit], job: Job, journal: Journal | None,
-    workers: int | None, progress: Progress | None, started: float,
-) -> Run:  # fmt: skip
+    ckpt: Checkpoint,
+    corpus: Corpus,
+    key: dict[str, Any],
+    units: list[Unit],
+    job: Job,
+    journal: Journal | None,
+    workers: int | None,
+    progress: Progress | None,
+    started: float,
+) -> Run:
     again = floor_units(units, job.batch)
-    # The last unit is scored even where a journal has it: its environment is this process's to tell.
-    left = [u for u in (*units, *again) if journal is None or u.number not in journal.done] or units[-1:]
+    # The last unit is scored even where a journal has it: its environment is this process's to
+    # tell.
+    left = [
+        u for u in (*units, *again) if journal is None or u.number not in journal.done
+    ] or units[-1:]
     jobs = [share(job, left, workers_of(job.device, workers, job.scorer))]
     pieces, environments = score_pieces(jobs, job.device, workers, progress, [journal])
     seconds = round(time.monotonic() - started, 3)
-    return run_of(ckpt, corpus, key, units, pieces[0], environments[0], again=again, seconds=seconds)
+    return run_of(
+        ckpt, corpus, key, units, pieces[0], environments[0], again=again, seconds=seconds
+    )

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run jobs in fresh processes, a few at a time; errors of a worker are raised here as what they are."""
+"""Run jobs in fresh processes, a few at a time; errors of a worker are raised here as what they
+are.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +19,20 @@ from verifier.gate.scorer import score
 
 _STOP_SECONDS = 5.0
 QUIET = {
-    "TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false",
-    "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1",
-}  # fmt: skip
+    "TQDM_DISABLE": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+}
 """A worker reads local files only, and its progress is the parent's to draw."""
 
 
-def run_jobs(jobs: Sequence[Job], workers: int, emit: Callable[[int, Piece], None]) -> list[dict[str, str]]:
-    """Call ``emit(job number, piece)`` for each finished unit, and return the environment of each job, in order.
+def run_jobs(
+    jobs: Sequence[Job], workers: int, emit: Callable[[int, Piece], None]
+) -> list[dict[str, str]]:
+    """Call ``emit(job number, piece)`` for each finished unit, and return the environment of each
+    job, in order.
 
     Raises:
         CkptgateError: what the worker raised.
@@ -67,7 +75,9 @@ def _receive(connection: Any, process: Any) -> tuple[str, Any]:
         process.join(_STOP_SECONDS)
         code = process.exitcode or 0
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
-        raise MachineError(f"a scoring process died ({how}); is there enough memory for the model?") from None
+        raise MachineError(
+            f"a scoring process died ({how}); is there enough memory for the model?"
+        ) from None
     if kind == "error":
         raise value
     if kind == "failed":

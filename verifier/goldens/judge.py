@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether a run agrees with an accepted record.
 
-Of a gate: the loss over the base, run against record, document by document (`verifier.gate.statistics.paired`). The
-difference of losses is taken and not that of candidates alone, so that an environment that moves base and candidate
-alike does not show. Of a check: every count, exactly.
+Of a gate: the loss over the base, run against record, document by document
+(`verifier.gate.statistics.paired`). The difference of losses is taken and not that of candidates
+alone, so that an environment that moves base and candidate alike does not show. Of a check: every
+count, exactly.
 """
 
 from __future__ import annotations
@@ -21,19 +22,41 @@ from verifier.history.record import now
 if TYPE_CHECKING:
     from verifier.gate.statistics import Interval
 
-Outcome = Literal["agrees", "within", "stale", "worse", "unproven", "unlike", "changed", "new", "nonfinite", "broken"]
+Outcome = Literal[
+    "agrees",
+    "within",
+    "stale",
+    "worse",
+    "unproven",
+    "unlike",
+    "changed",
+    "new",
+    "nonfinite",
+    "broken",
+]
 EXIT_OF_OUTCOME: dict[str, int] = {
-    "agrees": 0, "within": 0, "stale": 0, "worse": 1, "unproven": 3, "unlike": 1, "changed": 1, "new": 1, "nonfinite": 1,
+    "agrees": 0,
+    "within": 0,
+    "stale": 0,
+    "worse": 1,
+    "unproven": 3,
+    "unlike": 1,
+    "changed": 1,
+    "new": 1,
+    "nonfinite": 1,
     "broken": 4,
-}  # fmt: skip
+}
 NOISE_OF_DRIFT = 0.1
-"""An improvement below this part of the drift margin is taken for noise, where the noise floor was not measured."""
+"""An improvement below this part of the drift margin is taken for noise, where the noise floor was
+not measured."""
 MAX_SHOWN = 8
 
 
 @dataclass(frozen=True)
 class Judged:
-    """What a run came to against a record, in one sentence; ``interval`` is the paired drift of a gate."""
+    """What a run came to against a record, in one sentence; ``interval`` is the paired drift of a
+    gate.
+    """
 
     outcome: Outcome
     sentence: str
@@ -41,7 +64,9 @@ class Judged:
 
     @property
     def exit_code(self) -> int:
-        """0 agrees, is within the drift margin or better; 1 disagrees; 3 neither is shown; 4 the run broke."""
+        """0 agrees, is within the drift margin or better; 1 disagrees; 3 neither is shown; 4 the
+        run broke.
+        """
         return EXIT_OF_OUTCOME[self.outcome]
 
 
@@ -57,13 +82,16 @@ def judge(old: Golden | None, new: Golden) -> Judged:
         return Judged("unlike", f"the record is of a {old.kind}, the run of a {new.kind}")
     unlike = sorted(k for k in {*old.key, *new.key} if old.key.get(k) != new.key.get(k))
     if unlike:
-        told = ", ".join(f"{k} {_short(old.key.get(k))} -> {_short(new.key.get(k))}" for k in unlike[:MAX_SHOWN])
+        told = ", ".join(
+            f"{k} {_short(old.key.get(k))} -> {_short(new.key.get(k))}" for k in unlike[:MAX_SHOWN]
+        )
         return Judged("unlike", f"the record was made under another protocol: {told}")
     return _drift(old, new) if old.kind == "gate" else _facts(old, new)
 
 
 def hold(run: dict[str, Any], file: str | os.PathLike[str]) -> Judged:
-    """Hold a run against the accepted record in a file; where it does not agree, write the pending record beside it.
+    """Hold a run against the accepted record in a file; where it does not agree, write the pending
+    record beside it.
 
     Raises:
         UsageError: the path names no golden.
@@ -75,19 +103,30 @@ def hold(run: dict[str, Any], file: str | os.PathLike[str]) -> Judged:
     judged = judge(store.load(folder, name) if before is not None else None, new)
     if judged.outcome in ("agrees", "within", "broken"):
         return judged
-    pending = Pending(proposed=new, against=before, outcome=judged.outcome, sentence=judged.sentence[:2000], time=now())
+    pending = Pending(
+        proposed=new,
+        against=before,
+        outcome=judged.outcome,
+        sentence=judged.sentence[:2000],
+        time=now(),
+    )
     store.write_pending(folder, name, pending)
-    return Judged(judged.outcome, f"{judged.sentence}; pending in {name}{store.PENDING}", judged.interval)
+    return Judged(
+        judged.outcome, f"{judged.sentence}; pending in {name}{store.PENDING}", judged.interval
+    )
 
 
 def _drift(old: Golden, new: Golden) -> Judged:
     if [t for _, _, t in old.documents] != [t for _, _, t in new.documents] or not old.documents:
         return Judged(
-            "unlike", "the documents have other numbers of tokens than the record's, under the same protocol key"
+            "unlike",
+            "the documents have other numbers of tokens than the record's, under the same protocol key",
         )
     if old.documents == new.documents:
         count = f"{len(new.documents):,}"
-        return Judged("agrees", f"the sums of all {count} documents equal the record's to the last bit")
+        return Judged(
+            "agrees", f"the sums of all {count} documents equal the record's to the last bit"
+        )
     if find_spec("scipy") is None:
         raise MissingExtra("comparing losses", "gate")
     from verifier.gate.statistics import accuracy_loss, paired  # noqa: PLC0415  (of use to a gate only)
@@ -96,11 +135,18 @@ def _drift(old: Golden, new: Golden) -> Judged:
     found, unit = paired(theirs, ours, [t for _, _, t in old.documents]), "nats a token"
     if old.key.get("protocol") == "task":  # right and wrong answers
         moved = [a - b for a, b in zip(ours, theirs, strict=True)]
-        found, unit = accuracy_loss(sum(x > 0 for x in moved), sum(x < 0 for x in moved), len(moved)), "of accuracy"
+        found, unit = (
+            accuracy_loss(sum(x > 0 for x in moved), sum(x < 0 for x in moved), len(moved)),
+            "of accuracy",
+        )
     told = f"drift {found.delta:+.6f} {unit} [{found.low:+.6f}, {found.high:+.6f}], margin {old.drift:g}"
     noise = max(NOISE_OF_DRIFT * old.drift, old.floor or 0.0, new.floor or 0.0)
     if found.high < -noise:
-        return Judged("stale", f"{told}: better than noise ({noise:g}); the golden is stale, review and accept", found)
+        return Judged(
+            "stale",
+            f"{told}: better than noise ({noise:g}); the golden is stale, review and accept",
+            found,
+        )
     if found.high <= old.drift:
         return Judged("within", f"{told}: within the margin", found)
     if found.low > old.drift:
@@ -112,14 +158,21 @@ def _facts(old: Golden, new: Golden) -> Judged:
     other = sorted(k for k in {*old.facts, *new.facts} if old.facts.get(k) != new.facts.get(k))
     if not other and old.verdict == new.verdict:
         return Judged("agrees", f"all {len(new.facts):,} counts equal the record's")
-    told = [f"{k} {_short(old.facts.get(k))} -> {_short(new.facts.get(k))}" for k in other[:MAX_SHOWN]]
+    told = [
+        f"{k} {_short(old.facts.get(k))} -> {_short(new.facts.get(k))}" for k in other[:MAX_SHOWN]
+    ]
     if len(other) > MAX_SHOWN:
         told.append(f"and {len(other) - MAX_SHOWN} more")
     if old.verdict != new.verdict:
         told.insert(0, f"verdict {old.verdict} -> {new.verdict}")
-    fewer = all(k.startswith("findings.") and _count(new.facts.get(k)) < _count(old.facts.get(k)) for k in other)
+    fewer = all(
+        k.startswith("findings.") and _count(new.facts.get(k)) < _count(old.facts.get(k))
+        for k in other
+    )
     if fewer and (new.verdict in (old.verdict, "passed")):
-        return Judged("stale", f"fewer findings ({', '.join(told)}); the golden is stale, review and accept")
+        return Judged(
+            "stale", f"fewer findings ({', '.join(told)}); the golden is stale, review and accept"
+        )
     return Judged("changed", ", ".join(told))
 
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Golden records on disk: ``NAME.golden.json`` is accepted, ``NAME.pending.json`` beside it waits for a person.
+"""Golden records on disk: ``NAME.golden.json`` is accepted, ``NAME.pending.json`` beside it waits
+for a person.
 
-A record of a gate keeps the sums of every document, so that drift against it is a paired test; one of a check keeps counts
-and the digest of the headers. Neither keeps bytes of weights.
+A record of a gate keeps the sums of every document, so that drift against it is a paired test; one
+of a check keeps counts and the digest of the headers. Neither keeps bytes of weights.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ class Acceptance(BaseModel):
 
 
 class Golden(BaseModel):
-    """What a run came to. ``documents``: base nats, candidate nats, tokens of each; ``drift``: its margin, nats a token."""
+    """What a run came to. ``documents``: base nats, candidate nats, tokens of each; ``drift``: its
+    margin, nats a token.
+    """
 
     model_config = _CONFIG
     schema_version: Literal["1.0"] = "1.0"
@@ -54,9 +57,9 @@ class Golden(BaseModel):
     versions: dict[Text, Text] = Field(default={}, max_length=20)
     checkpoint: dict[Text, Scalar] = Field(default={}, max_length=20)
     recipe: dict[Text, Scalar] = Field(default={}, max_length=100)
-    documents: list[Annotated[tuple[Number, Number, Annotated[int, Field(ge=0)]], Field(strict=False)]] = Field(
-        default=[], max_length=2_000_000
-    )
+    documents: list[
+        Annotated[tuple[Number, Number, Annotated[int, Field(ge=0)]], Field(strict=False)]
+    ] = Field(default=[], max_length=2_000_000)
     nonfinite: int = 0
     loss: Number | None = None
     low: Number | None = None
@@ -69,7 +72,9 @@ class Golden(BaseModel):
 
 
 class Pending(BaseModel):
-    """A record that waits, what it was held against (the SHA-256 of that file), and what that came to."""
+    """A record that waits, what it was held against (the SHA-256 of that file), and what that came
+    to.
+    """
 
     model_config = _CONFIG
     proposed: Golden
@@ -83,7 +88,8 @@ def split_path(file: PathLike) -> tuple[Path, str]:
     """Return folder and name of an accepted record's path.
 
     Raises:
-        UsageError: it does not end in ``.golden.json``, or the name holds other characters than letters, digits, ``._-``.
+        UsageError: it does not end in ``.golden.json``, or the name holds other characters than
+            letters, digits, ``._-``.
     """
     path = Path(file)
     name = path.name.removesuffix(ACCEPTED)
@@ -102,14 +108,22 @@ def proposed(run: dict[str, Any]) -> Golden:
     """
     record = recorded(run)
     fields: dict[str, Any] = {
-        "kind": record.kind, "of": record.name, "verdict": record.verdict, "key": record.key,
-        "environment": record.environment, "versions": record.versions, "checkpoint": record.checkpoint,
+        "kind": record.kind,
+        "of": record.name,
+        "verdict": record.verdict,
+        "key": record.key,
+        "environment": record.environment,
+        "versions": record.versions,
+        "checkpoint": record.checkpoint,
         "recipe": record.recipe,
-    }  # fmt: skip
+    }
     if record.kind == "gate":
         nonfinite = run.get("nonfinite") or []
         loss = record.measures.get("loss")
-        fields |= {"documents": [] if nonfinite else run.get("documents") or [], "nonfinite": len(nonfinite)}
+        fields |= {
+            "documents": [] if nonfinite else run.get("documents") or [],
+            "nonfinite": len(nonfinite),
+        }
         if loss is not None and not nonfinite:
             fields |= {"loss": loss.value, "low": loss.low, "high": loss.high}
         if "floor" in record.measures:
@@ -129,13 +143,19 @@ def _facts(run: dict[str, Any], record: Record) -> dict[str, Any]:
     stats: dict[str, Any] = told if isinstance(told, dict) else {}
     for what in ("formats", "unquantized"):
         values = stats.get(what)
-        found |= {f"{what}.{k}": v for k, v in sorted(values.items())} if isinstance(values, dict) else {}
+        found |= (
+            {f"{what}.{k}": v for k, v in sorted(values.items())}
+            if isinstance(values, dict)
+            else {}
+        )
     for finding in run["findings"]:
         if not isinstance(finding, dict) or finding.get("standing") == "known":
             continue
         if finding.get("severity") in ("error", "warning"):
             name = f"findings.{finding.get('rule')}"
-            found[name] = found.get(name, 0) + (finding["count"] if isinstance(finding.get("count"), int) else 1)
+            found[name] = found.get(name, 0) + (
+                finding["count"] if isinstance(finding.get("count"), int) else 1
+            )
     for rule in run["coverage"]:
         if isinstance(rule, dict) and rule.get("ran"):
             found[f"examined.{rule.get('rule')}"] = rule.get("checked")
@@ -168,7 +188,9 @@ def matching(folder: PathLike, suffix: str, patterns: Sequence[str]) -> list[str
     for p in patterns:
         if not any(fnmatchcase(n, p) for n in have):
             what = "pending record" if suffix == PENDING else "golden"
-            raise ContentError(f"{p!r} matches no {what} in {os.fspath(folder)} ({len(have)} are there)")
+            raise ContentError(
+                f"{p!r} matches no {what} in {os.fspath(folder)} ({len(have)} are there)"
+            )
     return [n for n in have if not patterns or any(fnmatchcase(n, p) for p in patterns)]
 
 
@@ -205,18 +227,24 @@ def accept(folder: PathLike, name: str, reason: str) -> Golden:
 
     Raises:
         UsageError: ``CI`` is set, the reason is empty, nothing is pending.
-        ContentError: the accepted record is no longer the one that the pending one was held against, or the run had logits
-            that were not finite.
+        ContentError: the accepted record is no longer the one that the pending one was held
+            against, or the run had logits that were not finite.
     """
     refuse_in_ci("accepts goldens")
     if not reason.strip():
         raise UsageError("--reason is empty; say why the record is accepted")
     pending = load_pending(folder, name)
     if pending.against != digest_of(folder, name):
-        raise ContentError(f"{name}: the accepted record changed since; run again, then review what is pending")
+        raise ContentError(
+            f"{name}: the accepted record changed since; run again, then review what is pending"
+        )
     new = pending.proposed
     if new.nonfinite or new.verdict == "broken":
-        why = f"{new.nonfinite} documents had logits that are not finite" if new.nonfinite else "the run broke"
+        why = (
+            f"{new.nonfinite} documents had logits that are not finite"
+            if new.nonfinite
+            else "the run broke"
+        )
         raise ContentError(f"{name}: {why}; such a run is never accepted")
     from verifier.history.record import commit_here  # noqa: PLC0415
 
@@ -224,8 +252,13 @@ def accept(folder: PathLike, name: str, reason: str) -> Golden:
     drift = new.drift
     if pending.against is not None:
         old = load(folder, name)
-        earlier, drift = [*old.earlier, *([old.accepted] if old.accepted else [])][-MAX_EARLIER:], old.drift
-    entry = Acceptance(time=now(), reason=reason.strip()[:4000], commit=commit_here(), loss=new.loss)
+        earlier, drift = (
+            [*old.earlier, *([old.accepted] if old.accepted else [])][-MAX_EARLIER:],
+            old.drift,
+        )
+    entry = Acceptance(
+        time=now(), reason=reason.strip()[:4000], commit=commit_here(), loss=new.loss
+    )
     found = new.model_copy(update={"accepted": entry, "earlier": earlier, "drift": drift})
     write_atomic(_own(Path(folder) / f"{name}{ACCEPTED}"), found.model_dump_json(indent=1) + "\n")
     _remove(Path(folder) / f"{name}{PENDING}")

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs over time: an append-only file of JSON lines, an SQLite index rebuilt from it, trends and change points."""
+"""Runs over time: an append-only file of JSON lines, an SQLite index rebuilt from it, trends and
+change points.
+"""
 
 from verifier.history.journal import Loaded, append, load
 from verifier.history.record import Measure, Record, recorded

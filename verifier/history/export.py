@@ -33,14 +33,20 @@ def export(records: Sequence[Record], to: str) -> str:
     """Return records as ``bmf``, ``csv`` (a row a measure) or ``json`` (a list)."""
     if to == "bmf":
         return to_bmf(records)
-    return to_csv(records) if to == "csv" else json.dumps([r.model_dump() for r in records], indent=2) + "\n"
+    return (
+        to_csv(records)
+        if to == "csv"
+        else json.dumps([r.model_dump() for r in records], indent=2) + "\n"
+    )
 
 
 def to_bmf(records: Sequence[Record]) -> str:
-    """Return Bencher Metric Format (bencher.dev/docs/reference/bencher-metric-format): the last run of each series.
+    """Return Bencher Metric Format (bencher.dev/docs/reference/bencher-metric-format): the last run
+    of each series.
 
-    A benchmark of Bencher has one value a measure, so that a run is exported when it was made; names are cut to the 1024
-    characters that Bencher takes. Series of one name are told apart by their digest.
+    A benchmark of Bencher has one value a measure, so that a run is exported when it was made;
+    names are cut to the 1024 characters that Bencher takes. Series of one name are told apart by
+    their digest.
     """
     last = {r.series: r for r in records if r.kind != "golden"}
     names = [r.name for r in last.values()]
@@ -57,7 +63,9 @@ def to_bmf(records: Sequence[Record]) -> str:
 
 
 def to_csv(records: Sequence[Record]) -> str:
-    """Return one row for each measure of each run; texts that a spreadsheet would run as a formula get a quote before."""
+    """Return one row for each measure of each run; texts that a spreadsheet would run as a formula
+    get a quote before.
+    """
     out = io.StringIO()
     rows = csv.writer(out, lineterminator="\n")
     rows.writerow(_FIELDS)
@@ -65,7 +73,14 @@ def to_csv(records: Sequence[Record]) -> str:
         told = [_plain(str(getattr(r, f))) for f in _FIELDS[:7]]
         for name, m in r.measures.items():
             rows.writerow(
-                [*told, name, *("" if v is None else repr(v) for v in (m.value, m.low, m.high, m.se, m.margin))]
+                [
+                    *told,
+                    name,
+                    *(
+                        "" if v is None else repr(v)
+                        for v in (m.value, m.low, m.high, m.se, m.margin)
+                    ),
+                ]
             )
     return out.getvalue()
 

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An SQLite index beside a history file, FILE.sqlite: made from it, thrown away with it, never read back into it."""
+"""An SQLite index beside a history file, FILE.sqlite: made from it, thrown away with it, never read
+back into it.
+"""
 
 from __future__ import annotations
 
@@ -58,14 +60,28 @@ def _fill(path: str, found: Loaded) -> None:
             f"INSERT INTO runs VALUES ({','.join('?' * 13)})",  # noqa: S608  (question marks)
             [
                 (
-                    i, r.id, r.time, r.kind, r.name, r.series, r.label, r.verdict, r.recipe.get("sha256"),
-                    r.checkpoint.get("files_sha256") or r.checkpoint.get("header_sha256"), r.commit, r.seconds,
+                    i,
+                    r.id,
+                    r.time,
+                    r.kind,
+                    r.name,
+                    r.series,
+                    r.label,
+                    r.verdict,
+                    r.recipe.get("sha256"),
+                    r.checkpoint.get("files_sha256") or r.checkpoint.get("header_sha256"),
+                    r.commit,
+                    r.seconds,
                     r.model_dump_json(),
                 )
                 for i, r in enumerate(found.records)
             ],
-        )  # fmt: skip
+        )
         db.executemany(
             "INSERT INTO measures VALUES (?,?,?,?,?,?,?)",
-            [(r.id, n, m.value, m.low, m.high, m.se, m.margin) for r in found.records for n, m in r.measures.items()],
+            [
+                (r.id, n, m.value, m.low, m.high, m.se, m.margin)
+                for r in found.records
+                for n, m in r.measures.items()
+            ],
         )

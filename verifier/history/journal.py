@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The history file: JSON lines, only ever added to.
 
-A writer holds an exclusive lock (flock) while it adds its one line, so that writers at once lose nothing. A writer that
-died leaves a line without an end. Reading it under the lock shows that nobody is still writing it: a line that is whole
-gets its end, and the bytes of one that is not are moved to FILE.torn; both are reported.
+A writer holds an exclusive lock (flock) while it adds its one line, so that writers at once lose
+nothing. A writer that died leaves a line without an end. Reading it under the lock shows that
+nobody is still writing it: a line that is whole gets its end, and the bytes of one that is not are
+moved to FILE.torn; both are reported.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ Path = str | os.PathLike[str]
 
 @dataclass
 class Loaded:
-    """The records of a history file in its order, and what was wrong with it; ``bad`` counts lines that were left out."""
+    """The records of a history file in its order, and what was wrong with it; ``bad`` counts lines
+    that were left out.
+    """
 
     records: list[Record]
     notes: list[str] = field(default_factory=list)
@@ -45,12 +48,18 @@ def append(file: Path, record: Record) -> None:
     """
     line = record.model_dump_json().encode() + b"\n"
     if len(line) > MAX_LINE:
-        raise UsageError(f"the record has {len(line):,} bytes; a line of a history has at most {MAX_LINE:,}")
+        raise UsageError(
+            f"the record has {len(line):,} bytes; a line of a history has at most {MAX_LINE:,}"
+        )
     try:
         os.makedirs(os.path.dirname(os.path.abspath(file)), exist_ok=True)
-        handle = os.open(file, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
+        handle = os.open(
+            file, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o666
+        )
     except (OSError, ValueError) as error:
-        raise UsageError(f"history {os.fspath(file)}: {getattr(error, 'strerror', None) or error}") from error
+        raise UsageError(
+            f"history {os.fspath(file)}: {getattr(error, 'strerror', None) or error}"
+        ) from error
     try:
         _regular(handle, file)
         fcntl.flock(handle, fcntl.LOCK_EX)
@@ -71,7 +80,8 @@ def append(file: Path, record: Record) -> None:
 
 
 def load(file: Path) -> Loaded:
-    """Read a history file; lines that are no record are left out, counted, and the first ones named.
+    """Read a history file; lines that are no record are left out, counted, and the first ones
+    named.
 
     Raises:
         UsageError: no such file, or larger than 512 MiB.
@@ -89,7 +99,9 @@ def load(file: Path) -> Loaded:
                 if found.bad <= MAX_NOTES:
                     found.notes.append(f"line {number}: {record}; it is left out")
             elif record.id in seen:
-                found.notes.append(f"line {number}: the run {record.id} stands there already; it is left out")
+                found.notes.append(
+                    f"line {number}: the run {record.id} stands there already; it is left out"
+                )
             else:
                 seen.add(record.id)
                 found.records.append(record)
@@ -116,13 +128,17 @@ def _locked(file: Path, notes: list[str]) -> Iterator[int]:
     """Open a history for reading, mended; where it cannot be written it is read as it is."""
     writable = os.access(file, os.W_OK)
     try:
-        handle = os.open(file, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK)
+        handle = os.open(
+            file, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK
+        )
     except FileNotFoundError as error:
         raise UsageError(
             f"no history {os.fspath(file)}; `ckptgate history add` or `gate --history` begin one"
         ) from error
     except (OSError, ValueError) as error:
-        raise UsageError(f"history {os.fspath(file)}: {getattr(error, 'strerror', None) or error}") from error
+        raise UsageError(
+            f"history {os.fspath(file)}: {getattr(error, 'strerror', None) or error}"
+        ) from error
     try:
         _regular(handle, file)
         fcntl.flock(handle, fcntl.LOCK_EX if writable else fcntl.LOCK_SH)
@@ -148,7 +164,9 @@ def _mend(handle: int, file: Path, notes: list[str], *, write: bool = True) -> N
     tail = os.pread(handle, size - start, start)
     torn = tail[tail.rfind(b"\n") + 1 :]
     if start and len(torn) == len(tail):
-        notes.append(f"the last line has no end and more than {MAX_LINE:,} bytes; it is left as it is")
+        notes.append(
+            f"the last line has no end and more than {MAX_LINE:,} bytes; it is left as it is"
+        )
         if write:
             os.lseek(handle, 0, os.SEEK_END)
             os.write(handle, b"\n")
@@ -167,11 +185,15 @@ def _mend(handle: int, file: Path, notes: list[str], *, write: bool = True) -> N
             aside.flush()
             os.fsync(aside.fileno())
         os.ftruncate(handle, size - len(torn))
-        notes.append(f"the last line was torn ({len(torn):,} bytes, a writer died); moved to {os.fspath(file)}.torn")
+        notes.append(
+            f"the last line was torn ({len(torn):,} bytes, a writer died); moved to {os.fspath(file)}.torn"
+        )
 
 
 def _lines(handle: int) -> Iterator[tuple[int, bytes]]:
-    """Yield (number, line without its end), at most one byte more than `MAX_LINE` of it; blank lines are passed over."""
+    """Yield (number, line without its end), at most one byte more than `MAX_LINE` of it; blank
+    lines are passed over.
+    """
     with os.fdopen(os.dup(handle), "rb") as stream:
         stream.seek(0)
         number = 0

@@ -35,9 +35,13 @@ def draw(records: Sequence[Record], measure: str, *, standalone: bool = False) -
         s.points.append(Point(at, m.value, m.low, m.high, r.verdict, title))
     if not found:
         have = sorted({n for r in records for n in r.measures})
-        raise ContentError(f"no run has the measure {measure!r}; there are {', '.join(have[:20]) or 'none'}")
+        raise ContentError(
+            f"no run has the measure {measure!r}; there are {', '.join(have[:20]) or 'none'}"
+        )
     for c in changes(records, measure):
         where = of_run.get(c.run.id)
         if where is not None:
-            found[where[0]].changes.append((where[1], "; ".join(c.because) or "nothing that is recorded changed"))
+            found[where[0]].changes.append(
+                (where[1], "; ".join(c.because) or "nothing that is recorded changed")
+            )
     return series(list(found.values()), measure, standalone=standalone)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One run as one line: measures with intervals, keys, digests, versions, wall time; made from what gate and check print."""
+"""One run as one line: measures with intervals, keys, digests, versions, wall time; made from what
+gate and check print.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ _CONFIG = ConfigDict(extra="ignore", frozen=True, strict=True)
 
 
 class Measure(BaseModel):
-    """A value with its interval and standard error, where it has them, and the margin that it was held against."""
+    """A value with its interval and standard error, where it has them, and the margin that it was
+    held against.
+    """
 
     model_config = _CONFIG
     value: Number
@@ -78,7 +82,9 @@ def read_run(file: str | os.PathLike[str]) -> dict[str, Any]:
         with open(file, "rb") as handle:
             raw = handle.read(MAX_RUN_BYTES + 1)
     except (OSError, ValueError) as error:
-        raise UsageError(f"{os.fspath(file)}: {getattr(error, 'strerror', None) or error}") from error
+        raise UsageError(
+            f"{os.fspath(file)}: {getattr(error, 'strerror', None) or error}"
+        ) from error
     if len(raw) > MAX_RUN_BYTES:
         raise UsageError(f"{os.fspath(file)}: larger than {MAX_RUN_BYTES:,} bytes")
     return parse_run(raw.decode("utf-8", "replace"), os.fspath(file))
@@ -98,14 +104,24 @@ def parse_run(text: str, where: str) -> dict[str, Any]:
 
 def run_kind(value: dict[str, Any]) -> Literal["gate", "check"] | None:
     """Return which command printed a JSON object, or None."""
-    if isinstance(value.get("candidate"), str) and isinstance(value.get("key"), dict) and "interval" in value:
+    if (
+        isinstance(value.get("candidate"), str)
+        and isinstance(value.get("key"), dict)
+        and "interval" in value
+    ):
         return "gate"
-    if isinstance(value.get("uri"), str) and isinstance(value.get("coverage"), list) and "findings" in value:
+    if (
+        isinstance(value.get("uri"), str)
+        and isinstance(value.get("coverage"), list)
+        and "findings" in value
+    ):
         return "check"
     return None
 
 
-def recorded(value: dict[str, Any], *, name: str = "", label: str = "", seconds: float | None = None) -> Record:
+def recorded(
+    value: dict[str, Any], *, name: str = "", label: str = "", seconds: float | None = None
+) -> Record:
     """Return the record of a run.
 
     Args:
@@ -122,14 +138,21 @@ def recorded(value: dict[str, Any], *, name: str = "", label: str = "", seconds:
         raise ContentError("the run is neither of a gate nor of a check")
     uri = str(value["candidate"] if kind == "gate" else value["uri"])
     fields: dict[str, Any] = {
-        "kind": kind, "verdict": value.get("verdict"), "label": label, "time": now(), "commit": commit_here(),
-        "name": name or uri.rstrip("/").rpartition("/")[2] or uri, "versions": {"ckptgate": __version__},
+        "kind": kind,
+        "verdict": value.get("verdict"),
+        "label": label,
+        "time": now(),
+        "commit": commit_here(),
+        "name": name or uri.rstrip("/").rpartition("/")[2] or uri,
+        "versions": {"ckptgate": __version__},
         "measures": (_gate_measures if kind == "gate" else _check_measures)(value),
         "key": _scalars(value.get("key") if kind == "gate" else _check_key(value)),
-        "environment": _scalars(value.get("environment")), "seconds": _number(value.get("seconds", seconds)),
-        "checkpoint": identity(uri), "base": identity(str(value["base"])) if value.get("base") else {},
+        "environment": _scalars(value.get("environment")),
+        "seconds": _number(value.get("seconds", seconds)),
+        "checkpoint": identity(uri),
+        "base": identity(str(value["base"])) if value.get("base") else {},
         "recipe": recipe_of(uri),
-    }  # fmt: skip
+    }
     if kind == "check":
         fields["seconds"] = _number(_dict(value.get("stats")).get("seconds", seconds))
     if isinstance(value.get("documents"), list):
@@ -146,7 +169,9 @@ def build(fields: dict[str, Any]) -> Record:
     """
     raw = json.dumps(fields, sort_keys=True, default=str) + os.urandom(8).hex()
     try:
-        return Record.model_validate({"id": hashlib.sha256(raw.encode("utf-8", "replace")).hexdigest()[:16], **fields})
+        return Record.model_validate(
+            {"id": hashlib.sha256(raw.encode("utf-8", "replace")).hexdigest()[:16], **fields}
+        )
     except ValueError as error:
         first = error.errors()[0] if hasattr(error, "errors") else {"loc": (), "msg": str(error)}
         at = ".".join(map(str, first["loc"]))
@@ -159,15 +184,20 @@ def now() -> str:
 
 
 def commit_here() -> str:
-    """Return the commit that CI names or that is checked out in the working directory, with ``-dirty``; '' where none is."""
+    """Return the commit that CI names or that is checked out in the working directory, with
+    ``-dirty``; '' where none is.
+    """
     for name in ("GITHUB_SHA", "CI_COMMIT_SHA"):
         if re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", os.environ.get(name, "")):
             return os.environ[name]
     try:
         done = subprocess.run(
             ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"],  # noqa: S607  (the user's own git)
-            capture_output=True, text=True, timeout=10, check=False,
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=False,
+        )
     except (OSError, subprocess.SubprocessError, UnicodeError):
         return ""
     found = done.stdout.strip()
@@ -175,7 +205,8 @@ def commit_here() -> str:
 
 
 def identity(uri: str) -> dict[str, Scalar]:
-    """Return the path of a checkpoint, the digest of its headers, and that of its files where its manifest tells them.
+    """Return the path of a checkpoint, the digest of its headers, and that of its files where its
+    manifest tells them.
 
     A checkpoint that is gone, or none, is a path alone.
     """
@@ -189,18 +220,28 @@ def identity(uri: str) -> dict[str, Scalar]:
     state = hashlib.sha256()
     for name in sorted(ckpt.tensors):
         state.update(
-            f"{name}\0{ckpt.tensors[name].dtype}\0{list(ckpt.tensors[name].shape)}\0".encode("utf-8", "replace")
+            f"{name}\0{ckpt.tensors[name].dtype}\0{list(ckpt.tensors[name].shape)}\0".encode(
+                "utf-8", "replace"
+            )
         )
-    found |= {"header_sha256": state.hexdigest(), "tensors": len(ckpt.tensors), "bytes": ckpt.nbytes}
+    found |= {
+        "header_sha256": state.hexdigest(),
+        "tensors": len(ckpt.tensors),
+        "bytes": ckpt.nbytes,
+    }
     files = _dict(manifest_of(uri).get("files"))
     digests = {n: _dict(f).get("sha256") for n, f in files.items() if n.endswith(".safetensors")}
     if digests:
-        found["files_sha256"] = hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
+        found["files_sha256"] = hashlib.sha256(
+            json.dumps(digests, sort_keys=True).encode()
+        ).hexdigest()
     return found
 
 
 def recipe_of(uri: str) -> dict[str, Scalar]:
-    """Return the options that an export's manifest tells, with one digest over them; {} without a manifest."""
+    """Return the options that an export's manifest tells, with one digest over them; {} without a
+    manifest.
+    """
     options = _dict(manifest_of(uri).get("options"))
     if not options:
         return {}
@@ -224,13 +265,19 @@ def _gate_measures(value: dict[str, Any]) -> dict[str, Any]:
     drift, more = _dict(value.get("drift")), _dict(value.get("measures"))
     kl = _dict(more.get("kl"))
     for name, interval, margin in (
-        ("loss", value.get("interval"), value.get("margin")), ("drift", drift.get("interval"), drift.get("margin")),
-        ("kl", kl.get("mean"), None), ("top1", more.get("top1"), None),
-    ):  # fmt: skip
+        ("loss", value.get("interval"), value.get("margin")),
+        ("drift", drift.get("interval"), drift.get("margin")),
+        ("kl", kl.get("mean"), None),
+        ("top1", more.get("top1"), None),
+    ):
         i = _dict(interval)
         if _number(i.get("delta")) is not None:
             ends = {k: _number(i.get(k)) for k in ("low", "high", "se")}
-            found[name] = {"value": i["delta"], **ends, "margin": _number(_dict(margin).get("nats"))}
+            found[name] = {
+                "value": i["delta"],
+                **ends,
+                "margin": _number(_dict(margin).get("nats")),
+            }
     tail = kl.get("tail")
     if isinstance(tail, list) and len(tail) == 3 and all(_number(x) is not None for x in tail):
         found["kl_999"] = {"value": tail[0], "low": tail[1], "high": tail[2]}
@@ -240,7 +287,10 @@ def _gate_measures(value: dict[str, Any]) -> dict[str, Any]:
     for name in ("perplexity_base", "perplexity_candidate", "floor"):
         if _number(value.get(name)) is not None:
             found[name] = {"value": value[name]}
-    right, count = _dict(value.get("accuracy")), _number(_dict(value.get("interval")).get("documents"))
+    right, count = (
+        _dict(value.get("accuracy")),
+        _number(_dict(value.get("interval")).get("documents")),
+    )
     for name in ("base", "candidate"):
         if _number(right.get(name)) is not None and count:
             found[f"accuracy_{name}"] = {"value": right[name] / count}
@@ -251,15 +301,22 @@ def _gate_measures(value: dict[str, Any]) -> dict[str, Any]:
 def _check_measures(value: dict[str, Any]) -> dict[str, Any]:
     findings = [_dict(f) for f in value.get("findings") or ()]
     count = {
-        s: sum(f.get("severity") == s and f.get("standing") != "known" for f in findings) for s in ("error", "warning")
+        s: sum(f.get("severity") == s and f.get("standing") != "known" for f in findings)
+        for s in ("error", "warning")
     }
     found: dict[str, Any] = {"errors": count["error"], "warnings": count["warning"]}
     found["known"] = sum(f.get("standing") == "known" for f in findings)
     stats = _dict(value.get("stats"))
-    found |= {n: stats[n] for n in ("tensors", "bytes", "scale_bytes") if _number(stats.get(n)) is not None}
+    found |= {
+        n: stats[n]
+        for n in ("tensors", "bytes", "scale_bytes")
+        if _number(stats.get(n)) is not None
+    }
     found["rules_run"] = sum(bool(_dict(c).get("ran")) for c in value["coverage"])
     scored = _dict(stats.get("eval"))
-    return {n: {"value": float(v)} for n, v in found.items()} | (_gate_measures(scored) if scored else {})
+    return {n: {"value": float(v)} for n, v in found.items()} | (
+        _gate_measures(scored) if scored else {}
+    )
 
 
 def _check_key(value: dict[str, Any]) -> dict[str, Any]:

@@ -35,12 +35,19 @@ def show_lines(r: Record) -> list[str]:
     if r.label:
         lines.append(f"label    {printable(r.label)}")
     for what, values in (
-        ("candid.", r.checkpoint), ("base", r.base), ("recipe", r.recipe), ("key", r.key), ("env", r.environment),
+        ("candid.", r.checkpoint),
+        ("base", r.base),
+        ("recipe", r.recipe),
+        ("key", r.key),
+        ("env", r.environment),
         ("versions", r.versions),
-    ):  # fmt: skip
+    ):
         if values:
             lines.append(
-                f"{what:8} " + ", ".join(f"{printable(k, 60)} {printable(str(v), 120)}" for k, v in values.items())
+                f"{what:8} "
+                + ", ".join(
+                    f"{printable(k, 60)} {printable(str(v), 120)}" for k, v in values.items()
+                )
             )
     if r.commit:
         lines.append(f"commit   {r.commit}")
@@ -63,9 +70,14 @@ def compare_lines(a: Record, b: Record) -> list[str]:
     for name in [*a.measures, *(n for n in b.measures if n not in a.measures)]:
         ours, theirs = a.measures.get(name), b.measures.get(name)
         both = f"   b - a {theirs.value - ours.value:+.6g}" if ours and theirs else ""
-        lines.append(f"{name:20} {interval(ours) if ours else '-'}   {interval(theirs) if theirs else '-'}{both}")
+        lines.append(
+            f"{name:20} {interval(ours) if ours else '-'}   {interval(theirs) if theirs else '-'}{both}"
+        )
     told = differences(a, b)
-    return [*lines, *(f"differs  {printable(t)}" for t in told or ("nothing else that is recorded",))]
+    return [
+        *lines,
+        *(f"differs  {printable(t)}" for t in told or ("nothing else that is recorded",)),
+    ]
 
 
 def trend_lines(records: Sequence[Record], last: int = LAST) -> list[str]:
@@ -77,7 +89,11 @@ def change_lines(records: Sequence[Record], measure: str | None = None) -> list[
     """Return the change points, the oldest first."""
     found = sorted(changes(records, measure), key=lambda c: c.run.time)
     lines = [_change(c) for c in found[-MAX_CHANGES:]]
-    return lines + ([f"change   and {len(found) - MAX_CHANGES} earlier ones"] if len(found) > MAX_CHANGES else [])
+    return lines + (
+        [f"change   and {len(found) - MAX_CHANGES} earlier ones"]
+        if len(found) > MAX_CHANGES
+        else []
+    )
 
 
 def _warning(w: Warned) -> str:

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether the last run is off the ones before it, and where a series changed its level; a warning, never a verdict.
+"""Whether the last run is off the ones before it, and where a series changed its level; a warning,
+never a verdict.
 
-Runs of one series score the same documents, so that the interval of a single run, which tells how documents differ, is not
-how runs differ. That is told by the runs themselves: 1.4826 times the median absolute deviation, and not less than `FLOOR`.
+Runs of one series score the same documents, so that the interval of a single run, which tells how
+documents differ, is not how runs differ. That is told by the runs themselves: 1.4826 times the
+median absolute deviation, and not less than `FLOOR`.
 """
 
 from __future__ import annotations
@@ -15,10 +17,19 @@ from dataclasses import dataclass
 from verifier.history.record import Record
 
 FLOOR = {
-    "loss": 0.001, "drift": 0.001, "kl": 0.001, "kl_999": 0.05, "top1": 0.002, "flips": 0.001, "errors": 0.0,
-    "warnings": 0.0, "nonfinite": 0.0, "bytes": 0.0,
-}  # fmt: skip
-"""The measures that are watched, and the least difference that counts: nats a token (a third of the drift margin of
+    "loss": 0.001,
+    "drift": 0.001,
+    "kl": 0.001,
+    "kl_999": 0.05,
+    "top1": 0.002,
+    "flips": 0.001,
+    "errors": 0.0,
+    "warnings": 0.0,
+    "nonfinite": 0.0,
+    "bytes": 0.0,
+}
+"""The measures that are watched, and the least difference that counts: nats a token (a third of the
+drift margin of
 0.003), shares, or counts."""
 BETTER_UP = {"top1"}
 SIGMAS = 3.0
@@ -31,7 +42,9 @@ MAX_DEPTH = 100
 
 @dataclass(frozen=True)
 class Warned:
-    """A measure of the last run that is worse than the median of the accepted runs before it by more than ``allowed``."""
+    """A measure of the last run that is worse than the median of the accepted runs before it by
+    more than ``allowed``.
+    """
 
     run: Record
     measure: str
@@ -43,7 +56,9 @@ class Warned:
 
 @dataclass(frozen=True)
 class Change:
-    """A measure changed its level at ``run``; ``because`` names what is recorded as different from the run before it."""
+    """A measure changed its level at ``run``; ``because`` names what is recorded as different from
+    the run before it.
+    """
 
     run: Record
     before: Record
@@ -63,12 +78,18 @@ def series_of(records: Sequence[Record]) -> dict[str, list[Record]]:
 
 
 def warnings(records: Sequence[Record], last: int = LAST) -> list[Warned]:
-    """Return the warnings about the last run of each series; at least `LEAST_RUNS` passed runs must lie before it."""
+    """Return the warnings about the last run of each series; at least `LEAST_RUNS` passed runs must
+    lie before it.
+    """
     found = []
     for runs in series_of(records).values():
         run = runs[-1]
         for name, floor in FLOOR.items():
-            before = [r.measures[name].value for r in runs[:-1] if r.verdict == "passed" and name in r.measures][-last:]
+            before = [
+                r.measures[name].value
+                for r in runs[:-1]
+                if r.verdict == "passed" and name in r.measures
+            ][-last:]
             if name not in run.measures or len(before) < LEAST_RUNS:
                 continue
             value, median = run.measures[name].value, statistics.median(before)
@@ -80,7 +101,9 @@ def warnings(records: Sequence[Record], last: int = LAST) -> list[Warned]:
 
 
 def changes(records: Sequence[Record], measure: str | None = None) -> list[Change]:
-    """Return the change points of every series, or of one measure; the last `MAX_POINTS` runs are looked at."""
+    """Return the change points of every series, or of one measure; the last `MAX_POINTS` runs are
+    looked at.
+    """
     found = []
     for runs in series_of(records).values():
         for name, floor in FLOOR.items():
@@ -92,7 +115,14 @@ def changes(records: Sequence[Record], measure: str | None = None) -> list[Chang
             for cut, low, high in _levels(cuts, len(values)):
                 old, new = statistics.median(values[low:cut]), statistics.median(values[cut:high])
                 found.append(
-                    Change(having[cut], having[cut - 1], name, old, new, differences(having[cut - 1], having[cut]))
+                    Change(
+                        having[cut],
+                        having[cut - 1],
+                        name,
+                        old,
+                        new,
+                        differences(having[cut - 1], having[cut]),
+                    )
                 )
     return found
 
@@ -107,12 +137,19 @@ def differences(old: Record, new: Record) -> tuple[str, ...]:
     if old.commit != new.commit:
         found.append(f"commit {old.commit[:12] or 'none'} -> {new.commit[:12] or 'none'}")
     for what, a, b in (
-        ("", old.versions, new.versions), ("", old.environment, new.environment), ("protocol ", old.key, new.key),
-    ):  # fmt: skip
+        ("", old.versions, new.versions),
+        ("", old.environment, new.environment),
+        ("protocol ", old.key, new.key),
+    ):
         found += [
-            f"{what}{k} {_shown(a.get(k))} -> {_shown(b.get(k))}" for k in sorted({*a, *b}) if a.get(k) != b.get(k)
+            f"{what}{k} {_shown(a.get(k))} -> {_shown(b.get(k))}"
+            for k in sorted({*a, *b})
+            if a.get(k) != b.get(k)
         ]
-    for what, a, b in (("base", old.base, new.base), ("checkpoint", old.checkpoint, new.checkpoint)):
+    for what, a, b in (
+        ("base", old.base, new.base),
+        ("checkpoint", old.checkpoint, new.checkpoint),
+    ):
         if any(a.get(k) != b.get(k) for k in ("files_sha256", "header_sha256")):
             found.append(f"other {what}")
     return tuple(found)
@@ -128,13 +165,16 @@ def _spread(values: Sequence[float]) -> float:
 
 
 def _noise(values: Sequence[float]) -> float:
-    """Return the standard deviation about the levels: differences of neighbours hardly see the steps."""
+    """Return the standard deviation about the levels: differences of neighbours hardly see the
+    steps.
+    """
     steps = [abs(b - a) for a, b in itertools.pairwise(values)]
     return TO_SIGMA * statistics.median(steps) / 2**0.5 if steps else 0.0
 
 
 def _cuts(values: Sequence[float], low: int, high: int, floor: float, depth: int = 0) -> list[int]:
-    """Cut in two where the squared error falls most, as long as the medians of both sides differ by more than noise.
+    """Cut in two where the squared error falls most, as long as the medians of both sides differ by
+    more than noise.
 
     One run by itself at an end is no level, and is passed over; the trend warns of the last one.
     """
@@ -157,7 +197,11 @@ def _cuts(values: Sequence[float], low: int, high: int, floor: float, depth: int
     step = abs(statistics.median(values[cut:high]) - statistics.median(values[low:cut]))
     if step <= max(floor, SIGMAS * _noise(values[low:high])):
         return []
-    return [*_cuts(values, low, cut, floor, depth + 1), cut, *_cuts(values, cut, high, floor, depth + 1)]
+    return [
+        *_cuts(values, low, cut, floor, depth + 1),
+        cut,
+        *_cuts(values, cut, high, floor, depth + 1),
+    ]
 
 
 def _levels(cuts: Sequence[int], count: int) -> list[tuple[int, int, int]]:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Routed experts computed one by one, so that what each of them is given can be read or changed.
 
-From the interface's own contract (layout flags, ``_apply_gate``, ``act_fn``, ``post_expert_norm``; transformers 5,
-``integrations/moe.py``), in the order of the eager loops: the model's output is that of the eager implementation.
+From the interface's own contract (layout flags, ``_apply_gate``, ``act_fn``, ``post_expert_norm``;
+transformers 5, ``integrations/moe.py``), in the order of the eager loops: the model's output is
+that of the eager implementation.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from typing import Any
 import torch
 
 Given = Callable[[int, torch.Tensor], torch.Tensor]
-"""Takes an expert's number and the rows that one of its projections is given, [rows, in]; returns what it is to see."""
+"""Takes an expert's number and the rows that one of its projections is given, [rows, in]; returns
+what it is to see."""
 
 
 def run_experts(
@@ -35,7 +37,8 @@ def run_experts(
         second: called before its down projection.
     """
     rows, count = hidden_states.shape[0], module.down_proj.shape[0]
-    # Position first, as the eager loops order an expert's rows. A router may name an expert beyond the last: no one.
+    # Position first, as the eager loops order an expert's rows. A router may name an expert beyond
+    # the last: no one.
     chosen = top_k_index.t().reshape(-1).clamp(max=count)
     order = torch.argsort(chosen, stable=True)
     sizes = torch.bincount(chosen, minlength=count + 1)[:count].tolist()
@@ -57,7 +60,9 @@ def run_experts(
 
 
 def implementations(model: Any) -> list[tuple[Any, Any]]:
-    """Return every config of the model with its implementation, outer ones first: setting one sets those within."""
+    """Return every config of the model with its implementation, outer ones first: setting one sets
+    those within.
+    """
     found: dict[int, tuple[Any, Any]] = {}
     for module in model.modules():
         config = getattr(module, "config", None)

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Round activations to what a format would hand to the matrix product, on any device.
 
-Each function takes [..., in] of any floating dtype, computes in float32, and returns the rounded values in the dtype that
-it was given (BF16 in a model: products with a scale are rounded once more, as ModelOpt's own simulation rounds them).
-The rules are those of the weights: OCP Microscaling v1.0 with the exponent rounded up, ModelOpt 0.47 for NVFP4.
+Each function takes [..., in] of any floating dtype, computes in float32, and returns the rounded
+values in the dtype that it was given (BF16 in a model: products with a scale are rounded once more,
+as ModelOpt's own simulation rounds them). The rules are those of the weights: OCP Microscaling v1.0
+with the exponent rounded up, ModelOpt 0.47 for NVFP4.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ def e4m3(x: torch.Tensor) -> torch.Tensor:
 
 
 def e2m1(x: torch.Tensor) -> torch.Tensor:
-    """Return float32 values rounded to E2M1 within [-6, 6], ties to the even code; NaN stays NaN."""
+    """Return float32 values rounded to E2M1 within [-6, 6], ties to the even code; NaN stays
+    NaN.
+    """
     size = x.abs().clamp(max=E2M1_MAX)
     fine, middle, coarse = (size * 2).round() / 2, size.round(), (size / 2).round() * 2
     return torch.where(size < 2, fine, torch.where(size < 4, middle, coarse)).copysign(x)
@@ -36,7 +39,8 @@ def nvfp4(x: torch.Tensor, scale: float) -> torch.Tensor:
 
     Args:
         x: activations.
-        scale: the module's input_scale, amax / 2688 of calibration; what a block exceeds it by is cut off.
+        scale: the module's input_scale, amax / 2688 of calibration; what a block exceeds it by is
+            cut off.
     """
     blocks, width = _blocks(x, NVFP4_BLOCK)
     whole = torch.tensor(scale, dtype=torch.float32, device=x.device)
@@ -47,10 +51,13 @@ def nvfp4(x: torch.Tensor, scale: float) -> torch.Tensor:
 
 
 def mxfp8(x: torch.Tensor) -> torch.Tensor:
-    """Round in blocks of 32 to E4M3 times the least power of two that holds the block's largest magnitude."""
+    """Round in blocks of 32 to E4M3 times the least power of two that holds the block's largest
+    magnitude.
+    """
     blocks, width = _blocks(x, MXFP8_BLOCK)
     amax = blocks.abs().amax(-1, keepdim=True)
-    # Exact, where log2 in float32 is one too low just above 448 * 2^k: 448 is 1.75 * 2^8, so round the mantissa up there.
+    # Exact, where log2 in float32 is one too low just above 448 * 2^k: 448 is 1.75 * 2^8, so round
+    # the mantissa up there.
     exponent = (((amax.view(torch.int32) + 0x1FFFFF) >> 23) - 8).clamp(0, 254) - 127
     return _joined(_times_power(e4m3(_times_power(blocks, -exponent)), exponent), x, width)
 
@@ -67,7 +74,9 @@ def fp8_token(x: torch.Tensor) -> torch.Tensor:
 
 
 def fp8_group(x: torch.Tensor) -> torch.Tensor:
-    """Round to E4M3 with a scale for each 128 values of a position, amax / 448, as DeepSeek-V3's block FP8 does."""
+    """Round to E4M3 with a scale for each 128 values of a position, amax / 448, as DeepSeek-V3's
+    block FP8 does.
+    """
     blocks, width = _blocks(x, FP8_GROUP)
     return _joined(_by_amax(blocks), x, width)
 
@@ -79,7 +88,9 @@ def _by_amax(x: torch.Tensor) -> torch.Tensor:
 
 
 def _times_power(x: torch.Tensor, exponent: torch.Tensor) -> torch.Tensor:
-    """Return x * 2^exponent for exponents of -127 to 127, in two steps: neither power is subnormal."""
+    """Return x * 2^exponent for exponents of -127 to 127, in two steps: neither power is
+    subnormal.
+    """
     half = exponent >> 1
     return x * _power(half) * _power(exponent - half)
 
@@ -90,7 +101,9 @@ def _power(exponent: torch.Tensor) -> torch.Tensor:
 
 
 def _blocks(x: torch.Tensor, size: int) -> tuple[torch.Tensor, int]:
-    """Return float32 [..., blocks, size], the last block filled up with zeros, and the width without them."""
+    """Return float32 [..., blocks, size], the last block filled up with zeros, and the width
+    without them.
+    """
     width = x.shape[-1]
     values = torch.nn.functional.pad(x.float(), (0, -width % size))
     return values.reshape(*x.shape[:-1], -1, size), width
@@ -115,5 +128,7 @@ class Rounding:
 
 
 _DYNAMIC: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "mxfp8": mxfp8, "fp8_token": fp8_token, "fp8_group": fp8_group,
-}  # fmt: skip
+    "mxfp8": mxfp8,
+    "fp8_token": fp8_token,
+    "fp8_group": fp8_group,
+}

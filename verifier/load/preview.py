@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a checkpoint's model says next to a few prompts, greedily: a look at it, not a measure of it."""
+"""What a checkpoint's model says next to a few prompts, greedily: a look at it, not a measure of
+it.
+"""
 
 from __future__ import annotations
 
@@ -27,16 +29,23 @@ class Continuation:
     def same(self, other: Continuation) -> int:
         """Return how many tokens from the start another continuation shares."""
         pairs = zip(self.tokens, other.tokens, strict=False)
-        return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(self.tokens), len(other.tokens)))
+        return next(
+            (i for i, (a, b) in enumerate(pairs) if a != b),
+            min(len(self.tokens), len(other.tokens)),
+        )
 
 
 def trim(ids: Sequence[int], pad: int | None) -> list[int]:
-    """Return ids without leading pads, unless nothing else would remain (the pad may be a token that means something)."""
+    """Return ids without leading pads, unless nothing else would remain (the pad may be a token
+    that means something).
+    """
     start = next((i for i, t in enumerate(ids) if t != pad), None)
     return list(ids if start is None else ids[start:])
 
 
-def preview(uri: str, prompts: Sequence[str | Sequence[int]], new_tokens: int) -> list[Continuation]:
+def preview(
+    uri: str, prompts: Sequence[str | Sequence[int]], new_tokens: int
+) -> list[Continuation]:
     """Return each prompt's greedy continuation; special tokens are not shown.
 
     Args:
@@ -60,13 +69,18 @@ def preview(uri: str, prompts: Sequence[str | Sequence[int]], new_tokens: int) -
         ids = trim(ids, pad)
         vocabulary = model.get_input_embeddings().num_embeddings
         if not ids or max(ids) >= vocabulary:
-            raise ContentError(f"{uri}: a prompt of {len(ids)} tokens up to {max(ids, default=0)}; {vocabulary} are known")
+            raise ContentError(
+                f"{uri}: a prompt of {len(ids)} tokens up to {max(ids, default=0)}; {vocabulary} are known"
+            )
         given = torch.tensor([ids], device=model.device)
         with torch.inference_mode(), _greedy(model):
             made = model.generate(
-                given, attention_mask=torch.ones_like(given), do_sample=False, max_new_tokens=new_tokens,
+                given,
+                attention_mask=torch.ones_like(given),
+                do_sample=False,
+                max_new_tokens=new_tokens,
                 pad_token_id=pad if pad is not None else 0,
-            )  # fmt: skip
+            )
         new = tuple(int(i) for i in made[0, len(ids) :])
         found.append(Continuation(_text(tokenizer, ids), _text(tokenizer, new), new))
     return found
@@ -74,7 +88,9 @@ def preview(uri: str, prompts: Sequence[str | Sequence[int]], new_tokens: int) -
 
 @contextlib.contextmanager
 def _greedy(model: Any) -> Iterator[None]:
-    """Have generate() use no setting of the checkpoint's own: temperatures and penalties are not the question here."""
+    """Have generate() use no setting of the checkpoint's own: temperatures and penalties are not
+    the question here.
+    """
     before = model.generation_config
     settings: Any = transformers.GenerationConfig
     model.generation_config = settings(eos_token_id=before.eos_token_id)
@@ -85,10 +101,15 @@ def _greedy(model: Any) -> Iterator[None]:
 
 
 def _tokenizer(checkpoint: Checkpoint) -> Any:
-    if not any(n in checkpoint.files for n in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+    if not any(
+        n in checkpoint.files
+        for n in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+    ):
         return None
     try:
-        return transformers.AutoTokenizer.from_pretrained(checkpoint.uri, trust_remote_code=False, local_files_only=True)
+        return transformers.AutoTokenizer.from_pretrained(
+            checkpoint.uri, trust_remote_code=False, local_files_only=True
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
         said = " ".join(str(error).split())[:300]
         raise ContentError(f"{checkpoint.uri}: its tokenizer cannot be read: {said}") from error

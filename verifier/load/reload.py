@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Depth load: a checkpoint, decoded by the verifier, through transformers' own loader.
 
-First names and shapes, on the meta device: seconds at any size, and no byte of a tensor is read. Then, where the model fits
-into memory, its values and a forward pass on a fixed prompt, and the base's logits beside them. What is found is plain data
-(`verifier.rules.loading`); the rules QC606 and QC608 judge it.
+First names and shapes, on the meta device: seconds at any size, and no byte of a tensor is read.
+Then, where the model fits into memory, its values and a forward pass on a fixed prompt, and the
+base's logits beside them. What is found is plain data (`verifier.rules.loading`); the rules QC606
+and QC608 judge it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,15 @@ import transformers
 
 from verifier.checkpoint import Checkpoint
 from verifier.errors import ContentError
-from verifier.load.model import BUILD_ERRORS, decoded_tensors, load_model, model_class, parameter_names, quiet, short
+from verifier.load.model import (
+    BUILD_ERRORS,
+    decoded_tensors,
+    load_model,
+    model_class,
+    parameter_names,
+    quiet,
+    short,
+)
 from verifier.memory import free_memory
 from verifier.rules.loading import Forward, Loaded, Misfit
 
@@ -30,13 +39,17 @@ ROOM = 1.25
 """Memory that a load takes over that of the model's values in BF16."""
 
 
-def reload(checkpoint: Checkpoint, base: Checkpoint | None = None, *, memory: int | None = None) -> Loaded:
+def reload(
+    checkpoint: Checkpoint, base: Checkpoint | None = None, *, memory: int | None = None
+) -> Loaded:
     """Return what transformers makes of a checkpoint.
 
     Args:
         checkpoint: what to load.
-        base: the checkpoint whose logits the candidate's are compared with, and whose own misfits are not the candidate's.
-        memory: bytes that the values of one model may take; what is free where nothing is given. 0 loads no values.
+        base: the checkpoint whose logits the candidate's are compared with, and whose own misfits
+            are not the candidate's.
+        memory: bytes that the values of one model may take; what is free where nothing is given. 0
+            loads no values.
     """
     loader = f"transformers {transformers.__version__}"
     try:
@@ -47,9 +60,13 @@ def reload(checkpoint: Checkpoint, base: Checkpoint | None = None, *, memory: in
     shared = _shared(misfits, base)
     keys = model.state_dict()
     found = Loaded(
-        loader, keys=len(keys), misfits=tuple(m for m in misfits if m not in shared), shared=tuple(shared),
-        dropped=_dropped(model, checkpoint), native=_native(checkpoint),
-    )  # fmt: skip
+        loader,
+        keys=len(keys),
+        misfits=tuple(m for m in misfits if m not in shared),
+        shared=tuple(shared),
+        dropped=_dropped(model, checkpoint),
+        native=_native(checkpoint),
+    )
     if any(m.kind != "unexpected" for m in misfits):
         return replace(found, why_no_values="names and shapes do not fit the model")
     size = sum(2 * v.numel() for v in keys.values())
@@ -81,12 +98,14 @@ class _Shape:
 
 
 def _names(cls: Any, config: Any, checkpoint: Checkpoint) -> tuple[Any, list[Misfit]]:
-    """Return the model on the meta device after a load of names and shapes, and what does not fit it.
+    """Return the model on the meta device after a load of names and shapes, and what does not fit
+    it.
 
     Raises:
         ContentError: the model cannot be built, or a tensor's format cannot be told.
     """
-    # Steps of PreTrainedModel.from_pretrained, which raises where a conversion fails and does not say what else is wrong.
+    # Steps of PreTrainedModel.from_pretrained, which raises where a conversion fails and does not
+    # say what else is wrong.
     from transformers.conversion_mapping import get_model_conversion_mapping  # noqa: PLC0415
     from transformers.modeling_utils import LoadStateDictConfig  # noqa: PLC0415
 
@@ -98,23 +117,32 @@ def _names(cls: Any, config: Any, checkpoint: Checkpoint) -> tuple[Any, list[Mis
             dtype = torch.bfloat16
             mapping: list[Any] = list(get_model_conversion_mapping(model))
             settings = LoadStateDictConfig(
-                ignore_mismatched_sizes=True, device_map={"": "meta"}, dtype=dtype, dtype_plan=model._get_dtype_plan(dtype),
+                ignore_mismatched_sizes=True,
+                device_map={"": "meta"},
+                dtype=dtype,
+                dtype_plan=model._get_dtype_plan(dtype),
                 weight_mapping=mapping,
-            )  # fmt: skip
+            )
             info, _ = cls._load_pretrained_model(model, state, None, settings)
         except BUILD_ERRORS as error:
-            raise ContentError(f"{checkpoint.uri}: transformers cannot build its model: {short(error)}") from error
+            raise ContentError(
+                f"{checkpoint.uri}: transformers cannot build its model: {short(error)}"
+            ) from error
         try:
             cls._finalize_model_loading(model, settings, info)
         except BUILD_ERRORS as error:
             if not info.conversion_errors:  # with some it always raises
-                raise ContentError(f"{checkpoint.uri}: transformers cannot finish its load: {short(error)}") from error
+                raise ContentError(
+                    f"{checkpoint.uri}: transformers cannot finish its load: {short(error)}"
+                ) from error
     return model, _misfits(model, info, state)
 
 
 def _misfits(model: Any, info: Any, names: Iterable[str]) -> list[Misfit]:
     """Return what the loading report holds, under the names of tensors where they are known."""
-    if not (info.missing_keys or info.unexpected_keys or info.mismatched_keys or info.conversion_errors):
+    if not (
+        info.missing_keys or info.unexpected_keys or info.mismatched_keys or info.conversion_errors
+    ):
         return []
     given = list(names)
     tensors: dict[str, list[str]] = {}
@@ -129,16 +157,26 @@ def _misfits(model: Any, info: Any, names: Iterable[str]) -> list[Misfit]:
     wrong = {key for key, _, _ in info.mismatched_keys}
     found = [Misfit("missing", k) for k in info.missing_keys if k not in unconverted | wrong]
     found += [Misfit("unexpected", called(k)) for k in info.unexpected_keys]
-    found += [Misfit("mismatched", called(k), str(list(a)), str(list(b))) for k, a, b in info.mismatched_keys]
-    found += [Misfit("unconverted", k, _said(text, tensors.get(k, []))) for k, text in info.conversion_errors.items()]
+    found += [
+        Misfit("mismatched", called(k), str(list(a)), str(list(b)))
+        for k, a, b in info.mismatched_keys
+    ]
+    found += [
+        Misfit("unconverted", k, _said(text, tensors.get(k, [])))
+        for k, text in info.conversion_errors.items()
+    ]
     return sorted(found)
 
 
 def _said(text: str, tensors: Iterable[str]) -> str:
-    """Return what was to be put together, and what a conversion error says of it without its traceback."""
+    """Return what was to be put together, and what a conversion error says of it without its
+    traceback.
+    """
     counts = Counter(".".join(name.split(".")[-2:]) for name in tensors)
     message, _, which = text.rpartition("\nError")
-    operation = re.split(r" on tensors| when ", which.removeprefix(" via").lstrip(": "), maxsplit=1)[0]
+    operation = re.split(
+        r" on tensors| when ", which.removeprefix(" via").lstrip(": "), maxsplit=1
+    )[0]
     given = ", ".join(f"{count:,} {kind}" for kind, count in counts.items())
     return " ".join(f"{given}; {operation}: {message.strip().rpartition(chr(10))[2]}".split())[:300]
 
@@ -155,11 +193,19 @@ def _shared(misfits: list[Misfit], base: Checkpoint | None) -> list[Misfit]:
 
 
 def _dropped(model: Any, checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Return the names that the model's class says it ignores (``mtp.…`` in several families) and that it has not."""
-    patterns = [re.compile(p) for p in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
+    """Return the names that the model's class says it ignores (``mtp.…`` in several families) and
+    that it has not.
+    """
+    patterns = [
+        re.compile(p) for p in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    ]
     found = [n for n in checkpoint.tensors if any(p.search(n) for p in patterns)]
     keys = model.state_dict()
-    return tuple(n for n, (key, _) in zip(found, parameter_names(model, found), strict=True) if key not in keys)
+    return tuple(
+        n
+        for n, (key, _) in zip(found, parameter_names(model, found), strict=True)
+        if key not in keys
+    )
 
 
 def _native(checkpoint: Checkpoint) -> bool:
@@ -190,13 +236,17 @@ def _forward(checkpoint: Checkpoint, base: Checkpoint | None, device: str) -> Fo
     finite = torch.isfinite(mine).all(dim=-1)
     found = Forward(len(mine), int((~finite).sum()))
     if base is None or found.broken:
-        return replace(found, why_not="there is no base" if base is None else "the logits are not finite")
+        return replace(
+            found, why_not="there is no base" if base is None else "the logits are not finite"
+        )
     try:
         theirs = _logits(base, device)
     except ContentError as error:
         return replace(found, why_not=f"the base: {_without_uri(error, base)}")
     if theirs.shape != mine.shape or not torch.isfinite(theirs).all():
-        what = "are not finite" if theirs.shape == mine.shape else f"have shape {list(theirs.shape)}"
+        what = (
+            "are not finite" if theirs.shape == mine.shape else f"have shape {list(theirs.shape)}"
+        )
         return replace(found, why_not=f"the base's logits {what}")
     # A constant added to all logits of a position changes no probability.
     a, b = (x - x.mean(dim=-1, keepdim=True) for x in (mine, theirs))
@@ -215,7 +265,10 @@ def _logits(checkpoint: Checkpoint, device: str) -> torch.Tensor:
     """
     model = load_model(checkpoint, device=device).model
     try:
-        ids = torch.tensor([prompt(model.get_input_embeddings().num_embeddings, checkpoint.config or {})], device=device)
+        ids = torch.tensor(
+            [prompt(model.get_input_embeddings().num_embeddings, checkpoint.config or {})],
+            device=device,
+        )
         with torch.inference_mode(), quiet():
             logits: torch.Tensor = model(input_ids=ids).logits[0].float().cpu()
         return logits
@@ -227,7 +280,9 @@ def _logits(checkpoint: Checkpoint, device: str) -> torch.Tensor:
 
 
 def prompt(vocabulary: int, config: Mapping[str, Any]) -> list[int]:
-    """Return the fixed prompt: ids spread over the vocabulary, none that the config gives a meaning (an image, an end)."""
+    """Return the fixed prompt: ids spread over the vocabulary, none that the config gives a meaning
+    (an image, an end).
+    """
     special = set(_special(config))
     found: list[int] = []
     for i in range(16 * PROMPT):
@@ -244,4 +299,6 @@ def _special(node: Mapping[str, Any]) -> Iterable[int]:
         if isinstance(value, Mapping):
             yield from _special(value)
         elif "token" in key:
-            yield from (v for v in (value if isinstance(value, list) else [value]) if type(v) is int)
+            yield from (
+                v for v in (value if isinstance(value, list) else [value]) if type(v) is int
+            )

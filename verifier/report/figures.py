@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pictures of a run: forest plot, documents, survival curves, heat maps, time series. All bounded, all with alt text."""
+"""The pictures of a run: forest plot, documents, survival curves, heat maps, time series. All
+bounded, all with alt text.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ WORST = 10
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a forest plot: a difference with its interval, the margin that it is held against, the verdict."""
+    """One line of a forest plot: a difference with its interval, the margin that it is held
+    against, the verdict.
+    """
 
     label: str
     value: float
@@ -44,7 +48,9 @@ class Point:
 
 @dataclass
 class Series:
-    """Runs of one name and protocol, and what happened to them: (position, value) of accepted goldens, change points."""
+    """Runs of one name and protocol, and what happened to them: (position, value) of accepted
+    goldens, change points.
+    """
 
     name: str
     points: list[Point]
@@ -53,7 +59,9 @@ class Series:
 
 
 def forest(rows: Sequence[Row], unit: str) -> str:
-    """Return intervals under each other with their margins; green passed, red failed, amber unproven."""
+    """Return intervals under each other with their margins; green passed, red failed, amber
+    unproven.
+    """
     shown = list(rows[:MAX_ROWS])
     ends = [v for r in shown for v in (r.low, r.high, r.value, r.margin or 0.0, 0.0)]
     low, high = svg.bounds(ends)
@@ -70,21 +78,36 @@ def forest(rows: Sequence[Row], unit: str) -> str:
     for i, r in enumerate(shown):
         y = top + 36 * i + 20
         parts += [
-            svg.text(left - 12, y + 4, r.label, "", "end", 38), svg.line(x(r.low), y, x(r.high), y, f"{r.verdict} line-w"),
-            svg.line(x(r.low), y - 5, x(r.low), y + 5, r.verdict), svg.line(x(r.high), y - 5, x(r.high), y + 5, r.verdict),
+            svg.text(left - 12, y + 4, r.label, "", "end", 38),
+            svg.line(x(r.low), y, x(r.high), y, f"{r.verdict} line-w"),
+            svg.line(x(r.low), y - 5, x(r.low), y + 5, r.verdict),
+            svg.line(x(r.high), y - 5, x(r.high), y + 5, r.verdict),
             svg.dot(x(r.value), y, r.verdict, f"{r.value:+.6f} [{r.low:+.6f}, {r.high:+.6f}]"),
-        ]  # fmt: skip
+        ]
         if r.margin is not None:
             near = x(r.margin) > right - 100  # what is said of the row stands there
             said = svg.text(
-                x(r.margin) + (-5 if near else 5), y - 10, f"margin {r.margin:.4g}", "soft", "end" if near else "start"
+                x(r.margin) + (-5 if near else 5),
+                y - 10,
+                f"margin {r.margin:.4g}",
+                "soft",
+                "end" if near else "start",
             )
             parts += [svg.line(x(r.margin), y - 13, x(r.margin), y + 13, "margin"), said]
         ends_ = f"[{r.low:+.4f}, {r.high:+.4f}]"
-        parts.append(svg.text(svg.WIDTH - 4, y + 4, f"{r.value:+.5f} {ends_} {r.verdict}", r.verdict + " said", "end"))
+        parts.append(
+            svg.text(
+                svg.WIDTH - 4,
+                y + 4,
+                f"{r.value:+.5f} {ends_} {r.verdict}",
+                r.verdict + " said",
+                "end",
+            )
+        )
     parts.append(svg.text((left + right) / 2, bottom + 34, unit, "soft", "middle"))
     alt = "; ".join(
-        f"{r.label}: {r.value:+.5f}, interval {r.low:+.5f} to {r.high:+.5f}, {_margin(r)}{r.verdict}" for r in shown
+        f"{r.label}: {r.value:+.5f}, interval {r.low:+.5f} to {r.high:+.5f}, {_margin(r)}{r.verdict}"
+        for r in shown
     )
     return svg.plot(parts, bottom + 42, "Differences with intervals and margins", alt)
 
@@ -111,20 +134,31 @@ def documents(deltas: Sequence[tuple[str, float]], mean: float) -> str:
     wide = (right - left) / max(1, len(shown))
     parts = []
     for t in svg.ticks(low, high):
-        parts += [svg.line(left, y(t), right, y(t), "grid"), svg.text(left - 6, y(t) + 4, svg.number(t), "soft", "end")]
+        parts += [
+            svg.line(left, y(t), right, y(t), "grid"),
+            svg.text(left - 6, y(t) + 4, svg.number(t), "soft", "end"),
+        ]
     for i, (name, value) in enumerate(shown):
         x, bad = left + i * wide, name in worst
         kind = "failed" if bad else "info"
         parts.append(
             svg.rect(
-                x + wide * 0.1, min(y(0), y(value)), wide * 0.8, abs(y(value) - y(0)), kind, f"{name}: {value:+.5f}"
+                x + wide * 0.1,
+                min(y(0), y(value)),
+                wide * 0.8,
+                abs(y(value) - y(0)),
+                kind,
+                f"{name}: {value:+.5f}",
             )
         )
         if bad and wide >= 9:
             up, over = x + wide / 2 + 3.5, y(max(value, 0)) - 4
             number = svg.text(0, 0, name.rpartition(" ")[2], "tiny", limit=8)
             parts.append(f'<g transform="translate({up:.1f} {over:.1f}) rotate(-90)">{number}</g>')
-    parts += [svg.line(left, y(0), right, y(0), "axis"), svg.line(left, y(mean), right, y(mean), "golden")]
+    parts += [
+        svg.line(left, y(0), right, y(0), "axis"),
+        svg.line(left, y(mean), right, y(mean), "golden"),
+    ]
     parts.append(svg.text(left + 4, y(mean) - 4, f"mean {mean:+.5f}", "soft"))
     parts.append(
         svg.text(
@@ -137,7 +171,10 @@ def documents(deltas: Sequence[tuple[str, float]], mean: float) -> str:
     )
     told = ", ".join(f"{n} {v:+.5f}" for n, v in reversed(ordered[-WORST:]))
     return svg.plot(
-        parts, bottom + 32, "Difference of each document", f"The mean is {mean:+.5f}. The worst documents: {told}"
+        parts,
+        bottom + 32,
+        "Difference of each document",
+        f"The mean is {mean:+.5f}. The worst documents: {told}",
     )
 
 
@@ -147,11 +184,17 @@ def survival(curves: Mapping[str, Sequence[tuple[float, float]]]) -> str:
     Args:
         curves: name of the curve -> (nats, share of tokens above), above zero both.
     """
-    kept = {n: [(a, b) for a, b in c if a > 0 and b > 0][:2000] for n, c in list(curves.items())[:MAX_SERIES]}
+    kept = {
+        n: [(a, b) for a, b in c if a > 0 and b > 0][:2000]
+        for n, c in list(curves.items())[:MAX_SERIES]
+    }
     logs = [(math.log10(a), math.log10(b)) for c in kept.values() for a, b in c]
     if not logs:
         return ""
-    (x0, x1), (y0, y1) = svg.bounds([a for a, _ in logs], 0.02), svg.bounds([b for _, b in logs], 0.02)
+    (x0, x1), (y0, y1) = (
+        svg.bounds([a for a, _ in logs], 0.02),
+        svg.bounds([b for _, b in logs], 0.02),
+    )
     left, right, top, bottom = 70.0, svg.WIDTH - 180.0, 16.0, 280.0
     x, y = svg.scale(x0, x1, left, right), svg.scale(y0, y1, bottom, top)
     parts = []
@@ -184,7 +227,9 @@ def survival(curves: Mapping[str, Sequence[tuple[float, float]]]) -> str:
     return svg.plot(parts, bottom + 42, "Survival of the KL divergence", told)
 
 
-def heat(cells: Mapping[tuple[str, str], float], title: str, unit: str, *, low_is_bad: bool = True) -> str:
+def heat(
+    cells: Mapping[tuple[str, str], float], title: str, unit: str, *, low_is_bad: bool = True
+) -> str:
     """Return a heat map, rows by columns; strong is high, and the worst cell is framed in red.
 
     Args:
@@ -211,11 +256,23 @@ def heat(cells: Mapping[tuple[str, str], float], title: str, unit: str, *, low_i
     worst = min(shown, key=lambda k: sign * shown[k])
     least, most = min(shown.values()), max(shown.values())
     left, top = 190.0, 56.0
-    wide, tall = min(92.0, (svg.WIDTH - left - 10) / len(columns)), (22.0 if len(rows) <= 64 else 9.0)
+    wide, tall = (
+        min(92.0, (svg.WIDTH - left - 10) / len(columns)),
+        (22.0 if len(rows) <= 64 else 9.0),
+    )
     parts = []
     for j, c in enumerate(columns):
         if wide >= 40 or j % max(1, math.ceil(30 / wide)) == 0:
-            parts.append(svg.text(left + (j + 0.5) * wide, top - 8, c, "soft tiny", "middle", max(3, int(wide / 6))))
+            parts.append(
+                svg.text(
+                    left + (j + 0.5) * wide,
+                    top - 8,
+                    c,
+                    "soft tiny",
+                    "middle",
+                    max(3, int(wide / 6)),
+                )
+            )
     for i, r in enumerate(rows):
         y = top + i * tall
         if tall > 12 or i % 2 == 0:
@@ -225,14 +282,21 @@ def heat(cells: Mapping[tuple[str, str], float], title: str, unit: str, *, low_i
                 continue
             v = shown[r, c]
             faint = 0.12 + 0.5 * (v - least) / ((most - least) or 1.0)
-            parts.append(svg.rect(left + j * wide, y, wide, tall, "cell", f"{r}, {c}: {v:.4g} {unit}", faint))
+            parts.append(
+                svg.rect(left + j * wide, y, wide, tall, "cell", f"{r}, {c}: {v:.4g} {unit}", faint)
+            )
             if wide >= 34 and tall > 12:
-                parts.append(svg.text(left + (j + 0.5) * wide, y + tall * 0.7, f"{v:.3g}", "tiny", "middle"))
+                parts.append(
+                    svg.text(left + (j + 0.5) * wide, y + tall * 0.7, f"{v:.3g}", "tiny", "middle")
+                )
     if least == most:
         told = f"{unit}; all {least:.4g}"
         parts.append(svg.text(left, 20, told, "soft"))
         return svg.plot(
-            parts, top + len(rows) * tall + 8, title, f"{title}, {len(rows)} rows by {len(columns)} columns: {told}"
+            parts,
+            top + len(rows) * tall + 8,
+            title,
+            f"{title}, {len(rows)} rows by {len(columns)} columns: {told}",
         )
     i, j = rows.index(worst[0]), columns.index(worst[1])
     parts.append(
@@ -240,7 +304,12 @@ def heat(cells: Mapping[tuple[str, str], float], title: str, unit: str, *, low_i
     )
     more = f"; {dropped} further rows are not shown" if dropped > 0 else ""
     parts.append(
-        svg.text(left, 20, f"{unit}; from {least:.4g} to {most:.4g}; framed: {worst[0]}, {worst[1]}{more}", "soft")
+        svg.text(
+            left,
+            20,
+            f"{unit}; from {least:.4g} to {most:.4g}; framed: {worst[0]}, {worst[1]}{more}",
+            "soft",
+        )
     )
     span = f"{unit}, from {least:.4g} to {most:.4g}"
     alt = f"{title}, {len(rows)} rows by {len(columns)} columns, {span}; the worst is {worst[0]}, {worst[1]}"
@@ -248,8 +317,13 @@ def heat(cells: Mapping[tuple[str, str], float], title: str, unit: str, *, low_i
 
 
 def series(found: Sequence[Series], measure: str, *, standalone: bool = False) -> str:
-    """Return a measure over runs: a line and a ribbon for each series, golden steps dashed, change points dotted."""
-    shown = [Series(s.name, s.points[-MAX_POINTS:], s.goldens[-50:], s.changes[-20:]) for s in found[:MAX_SERIES]]
+    """Return a measure over runs: a line and a ribbon for each series, golden steps dashed, change
+    points dotted.
+    """
+    shown = [
+        Series(s.name, s.points[-MAX_POINTS:], s.goldens[-50:], s.changes[-20:])
+        for s in found[:MAX_SERIES]
+    ]
     points = [p for s in shown for p in s.points]
     if not points:
         return ""
@@ -259,10 +333,16 @@ def series(found: Sequence[Series], measure: str, *, standalone: bool = False) -
     low, high = svg.bounds(ends)
     first, last = min(p.at for p in points), max(p.at for p in points)
     left, right, top, bottom = 80.0, svg.WIDTH - 16.0, 24.0 + 18 * len(shown), 320.0
-    x, y = svg.scale(first, max(last, first + 1), left + 8, right - 8), svg.scale(low, high, bottom, top)
+    x, y = (
+        svg.scale(first, max(last, first + 1), left + 8, right - 8),
+        svg.scale(low, high, bottom, top),
+    )
     parts = []
     for t in svg.ticks(low, high):
-        parts += [svg.line(left, y(t), right, y(t), "grid"), svg.text(left - 6, y(t) + 4, svg.number(t), "soft", "end")]
+        parts += [
+            svg.line(left, y(t), right, y(t), "grid"),
+            svg.text(left - 6, y(t) + 4, svg.number(t), "soft", "end"),
+        ]
     for i, s in enumerate(shown):
         parts += _one(s, i, x, y, top, bottom, right - 8, first)
         parts.append(svg.text(left, 16 + 18 * i, f"● {s.name}", f"key s{i}"))
@@ -278,14 +358,19 @@ def series(found: Sequence[Series], measure: str, *, standalone: bool = False) -
     told = "; ".join(
         f"{s.name}: {len(s.points)} runs, last {s.points[-1].value:.6g}"
         + "".join(f", change at run {at + 1}: {why}" for at, why in s.changes)
-        for s in shown if s.points
-    )  # fmt: skip
+        for s in shown
+        if s.points
+    )
     return svg.plot(parts, bottom + 30, f"{measure} over runs", told, standalone=standalone)
 
 
-def _one(s: Series, i: int, x: svg.Axis, y: svg.Axis, top: float, bottom: float, end: float, first: int) -> list[str]:
+def _one(
+    s: Series, i: int, x: svg.Axis, y: svg.Axis, top: float, bottom: float, end: float, first: int
+) -> list[str]:
     ribbon = [(p, p.low, p.high) for p in s.points if p.low is not None and p.high is not None]
-    area = [(x(p.at), y(h)) for p, _, h in ribbon] + [(x(p.at), y(lo)) for p, lo, _ in reversed(ribbon)]
+    area = [(x(p.at), y(h)) for p, _, h in ribbon] + [
+        (x(p.at), y(lo)) for p, lo, _ in reversed(ribbon)
+    ]
     parts = [svg.path(area, f"ribbon s{i}", closed=True) if len(ribbon) > 1 else ""]
     steps = sorted(s.goldens)
     for n, (at, value) in enumerate(steps):
@@ -298,12 +383,23 @@ def _one(s: Series, i: int, x: svg.Axis, y: svg.Axis, top: float, bottom: float,
         parts += [
             svg.line(x(at), top, x(at), bottom, "change"),
             svg.text(
-                x(at) + (-4 if near else 4), top + 12 + 14 * (n % 3), why, "soft tiny", "end" if near else "start", 60
+                x(at) + (-4 if near else 4),
+                top + 12 + 14 * (n % 3),
+                why,
+                "soft tiny",
+                "end" if near else "start",
+                60,
             ),
         ]
     parts.append(svg.path([(x(p.at), y(p.value)) for p in s.points], f"line s{i}"))
     for p in s.points:
-        kind = "failed" if p.verdict in ("failed", "broken") else "unproven" if p.verdict == "unproven" else f"dot s{i}"
+        kind = (
+            "failed"
+            if p.verdict in ("failed", "broken")
+            else "unproven"
+            if p.verdict == "unproven"
+            else f"dot s{i}"
+        )
         parts.append(svg.dot(x(p.at), y(p.value), kind, p.title, 3.2))
     return parts
 

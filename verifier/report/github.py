@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The report as workflow commands of GitHub Actions: annotations of the worst findings, and the verdict as a line.
+"""The report as workflow commands of GitHub Actions: annotations of the worst findings, and the
+verdict as a line.
 
-GitHub shows some ten annotations of a step and drops the rest without a word; the step summary holds more.
+GitHub shows some ten annotations of a step and drops the rest without a word; the step summary
+holds more.
 """
 
 from __future__ import annotations
@@ -14,11 +16,15 @@ _COMMAND = {"error": "error", "warning": "warning", "info": "notice"}
 
 
 def render_github(report: Report) -> str:
-    """Return one line for each annotation, at most `MAX_ANNOTATIONS`, and a last line with the verdict."""
+    """Return one line for each annotation, at most `MAX_ANNOTATIONS`, and a last line with the
+    verdict.
+    """
     titles = {c.rule: c.title for c in report.coverage}
     lines = []
     if report.verdict in ("unproven", "broken"):
-        lines.append(_command("error", f"ckptgate: {report.verdict}", why_not(report) or report.verdict))
+        lines.append(
+            _command("error", f"ckptgate: {report.verdict}", why_not(report) or report.verdict)
+        )
     new = [f for f in worst_first(report.findings) if f.standing != "known"]
     shown = new[: MAX_ANNOTATIONS - len(lines)]
     lines += [_annotation(f, titles.get(f.rule, "")) for f in shown]
@@ -29,7 +35,9 @@ def render_github(report: Report) -> str:
 
 
 def _annotation(finding: Finding, title: str) -> str:
-    return _command(_COMMAND[finding.severity], f"{finding.rule} {printable(title)}".strip(), sentence(finding))
+    return _command(
+        _COMMAND[finding.severity], f"{finding.rule} {printable(title)}".strip(), sentence(finding)
+    )
 
 
 def _command(command: str, title: str, message: str) -> str:

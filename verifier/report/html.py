@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The report as one HTML file: no script, nothing fetched, at most 2 MB whatever there is to tell."""
+"""The report as one HTML file: no script, nothing fetched, at most 2 MB whatever there is to
+tell.
+"""
 
 from __future__ import annotations
 
@@ -33,11 +35,16 @@ MAX_RULES = 500
 
 def render_html(report: Report) -> str:
     """Return the page; findings that would make it larger than `MAX_BYTES` are counted instead."""
-    source = (resources.files(__name__.rpartition(".")[0]) / "templates" / "report.html.j2").read_text(encoding="utf-8")
+    source = (
+        resources.files(__name__.rpartition(".")[0]) / "templates" / "report.html.j2"
+    ).read_text(encoding="utf-8")
     environment = Environment(
-        loader=DictLoader({"report": source}), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        loader=DictLoader({"report": source}),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
         lstrip_blocks=True,
-    )  # fmt: skip
+    )
     environment.filters |= {"printable": printable, "cell": cell}
     template = environment.get_template("report")
     rows = MAX_FINDINGS
@@ -56,14 +63,29 @@ def _values(report: Report, rows: int) -> dict[str, Any]:
         key = ("known" if f.standing == "known" else f.severity, f.rule)
         told = [t for t in (seen(f), *remarks(f)) if t]
         groups.setdefault(key, []).append(
-            {"message": f.message, "amount": amount(f), "place": place(f), "told": told, "fingerprint": f.fingerprint}
+            {
+                "message": f.message,
+                "amount": amount(f),
+                "place": place(f),
+                "told": told,
+                "fingerprint": f.fingerprint,
+            }
         )
     table = by_engine(report)
     return {
-        "report": report, "version": __version__, "verdict": verdict(report), "groups": groups, "titles": titles,
-        "unshown": max(0, len(ordered) - rows), "footer": footer(report), "not_run": not_run(report),
-        "about_baseline": about_baseline(report), "coverage": report.coverage[:MAX_RULES],
-        "unshown_rules": max(0, len(report.coverage) - MAX_RULES), "table": table,
+        "report": report,
+        "version": __version__,
+        "verdict": verdict(report),
+        "groups": groups,
+        "titles": titles,
+        "unshown": max(0, len(ordered) - rows),
+        "footer": footer(report),
+        "not_run": not_run(report),
+        "about_baseline": about_baseline(report),
+        "coverage": report.coverage[:MAX_RULES],
+        "unshown_rules": max(0, len(report.coverage) - MAX_RULES),
+        "table": table,
         "parentheses": PARENTHESES,
-        "engines": list(next(iter(table.values()))) if table else [], "options": report.stats.get("options", {}),
-    }  # fmt: skip
+        "engines": list(next(iter(table.values()))) if table else [],
+        "options": report.stats.get("options", {}),
+    }

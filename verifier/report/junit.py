@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The report as JUnit XML: one test case for each rule, and one for the verdict.
 
-A rule that did not run is skipped with its reason, findings that fail the check are a failure, others are output. An
-unproven or broken check is an error of the case ``verdict``, so that a reader of nothing but JUnit does not see green.
+A rule that did not run is skipped with its reason, findings that fail the check are a failure,
+others are output. An unproven or broken check is an error of the case ``verdict``, so that a reader
+of nothing but JUnit does not see green.
 """
 
 from __future__ import annotations
@@ -37,8 +38,12 @@ def render_junit(report: Report) -> str:
     return f'<?xml version="1.0" encoding="utf-8"?>\n{data.decode("utf-8").rstrip()}\n'
 
 
-def _case(rule: str, covered: Coverage | None, findings: tuple[Finding, ...], bad: set[int]) -> TestCase:
-    case = TestCase(f"{rule} {printable(covered.title)}".strip() if covered else rule, f"ckptgate.{rule[:3]}")
+def _case(
+    rule: str, covered: Coverage | None, findings: tuple[Finding, ...], bad: set[int]
+) -> TestCase:
+    case = TestCase(
+        f"{rule} {printable(covered.title)}".strip() if covered else rule, f"ckptgate.{rule[:3]}"
+    )
     failing = [f for f in findings if id(f) in bad]
     if failing:
         failure = Failure(printable(failing[0].message), rule)

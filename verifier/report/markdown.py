@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The report as GitHub-flavoured Markdown, for a step summary or a comment; bounded to fit the 1 MiB of a summary."""
+"""The report as GitHub-flavoured Markdown, for a step summary or a comment; bounded to fit the 1
+MiB of a summary.
+"""
 
 from __future__ import annotations
 
@@ -40,10 +42,18 @@ def render_markdown(report: Report) -> str:
 
 
 def _render(report: Report, rows: int) -> str:
-    lines = [f"## ckptgate: {report.verdict}", "", f"{code(report.uri, 2000)}: {_words(verdict(report))}", ""]
+    lines = [
+        f"## ckptgate: {report.verdict}",
+        "",
+        f"{code(report.uri, 2000)}: {_words(verdict(report))}",
+        "",
+    ]
     ordered = worst_first(report.findings)
     if ordered[:rows]:
-        lines += ["| severity | rule | finding | amount | where |", "| --- | --- | --- | --- | --- |"]
+        lines += [
+            "| severity | rule | finding | amount | where |",
+            "| --- | --- | --- | --- | --- |",
+        ]
         lines += [_row(f) for f in ordered[:rows]]
         lines.append("")
     if len(ordered) > rows:
@@ -52,7 +62,12 @@ def _render(report: Report, rows: int) -> str:
     lines += [_words(footer(report)), ""]
     skipped = not_run(report)
     if skipped:
-        lines += ["Not run:", "", *(f"* {_words(why)}: {_words(' '.join(rules))}" for why, rules in skipped), ""]
+        lines += [
+            "Not run:",
+            "",
+            *(f"* {_words(why)}: {_words(' '.join(rules))}" for why, rules in skipped),
+            "",
+        ]
     if about := about_baseline(report):
         lines += [f"Baseline {_words(about)}", ""]
     return "\n".join(lines)

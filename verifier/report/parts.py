@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What several renderers say in the same words. Every text that is returned is printable and bounded."""
+"""What several renderers say in the same words. Every text that is returned is printable and
+bounded.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ PARENTHESES = "(in parentheses: the rule's own severity; what the engine does is
 
 
 def printable(text: str, limit: int = 400) -> str:
-    """Return text with control characters escaped and a bounded length; names come from files and may be hostile."""
+    """Return text with control characters escaped and a bounded length; names come from files and
+    may be hostile.
+    """
     safe = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text[: limit + 1])
     return safe if len(safe) <= limit else f"{safe[: limit - 1]}…"
 
@@ -56,7 +60,13 @@ def remarks(finding: Finding) -> list[str]:
 
 def sentence(finding: Finding) -> str:
     """Return a finding in one line: message, amount, place, what was seen, remarks."""
-    parts = [printable(finding.message), amount(finding), place(finding), seen(finding), *remarks(finding)]
+    parts = [
+        printable(finding.message),
+        amount(finding),
+        place(finding),
+        seen(finding),
+        *remarks(finding),
+    ]
     return "; ".join(p for p in parts if p)
 
 
@@ -92,7 +102,9 @@ def not_run(report: Report) -> list[tuple[str, list[str]]]:
         if not c.ran:
             groups.setdefault(printable(c.reason), []).append(c.rule)
         elif c.checked < c.of:
-            groups.setdefault(printable(f"on {c.of - c.checked:,} of {c.of:,} {c.unit}: {c.reason}"), []).append(c.rule)
+            groups.setdefault(
+                printable(f"on {c.of - c.checked:,} of {c.of:,} {c.unit}: {c.reason}"), []
+            ).append(c.rule)
     return list(groups.items())
 
 
@@ -106,11 +118,15 @@ def about_baseline(report: Report) -> str:
     if stale:
         first = ", ".join(printable(f"{e['rule']} {e['what']}", 80) for e in stale[:3])
         text += f" (`ckptgate baseline prune` drops them: {first}{', …' if len(stale) > 3 else ''})"
-    return text + (f"; {found['not_judged']:,} of rules that did not judge all" if found["not_judged"] else "")
+    return text + (
+        f"; {found['not_judged']:,} of rules that did not judge all" if found["not_judged"] else ""
+    )
 
 
 def by_engine(report: Report) -> dict[str, dict[str, tuple[Severity, list[str]]]]:
-    """Return rule -> engine -> (its worst severity there, what the engine does); empty unless the profile is ``all``."""
+    """Return rule -> engine -> (its worst severity there, what the engine does); empty unless the
+    profile is ``all``.
+    """
     if report.stats.get("options", {}).get("profile") != "all":
         return {}
     table: dict[str, dict[str, tuple[Severity, list[str]]]] = {}
@@ -118,12 +134,17 @@ def by_engine(report: Report) -> dict[str, dict[str, tuple[Severity, list[str]]]
         for effect in finding.effects:
             cells = table.setdefault(finding.rule, {})
             severity, what = cells.get(effect.engine, (effect.severity, []))
-            cells[effect.engine] = (min(severity, effect.severity, key=SEVERITIES.index), _with(what, effect))
+            cells[effect.engine] = (
+                min(severity, effect.severity, key=SEVERITIES.index),
+                _with(what, effect),
+            )
     return table
 
 
 def cell(found: tuple[Severity, list[str]]) -> str:
-    """Return a severity of `by_engine`; in parentheses where it is the rule's, nothing being known of the engine."""
+    """Return a severity of `by_engine`; in parentheses where it is the rule's, nothing being known
+    of the engine.
+    """
     return found[0] if found[1] else f"({found[0]})"
 
 

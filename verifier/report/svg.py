@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The little SVG that the pictures need: escaped text, shapes by class, linear and logarithmic axes.
+"""The little SVG that the pictures need: escaped text, shapes by class, linear and logarithmic
+axes.
 
-Colours are the page's CSS variables, so that one picture is light and dark; `standalone` gives a file its own.
+Colours are the page's CSS variables, so that one picture is light and dark; `standalone` gives a
+file its own.
 """
 
 from __future__ import annotations
@@ -38,11 +40,13 @@ LARGEST = 1e100
 Axis = Callable[[float], float]
 
 
-def text(x: float, y: float, words: str, kind: str = "", anchor: str = "start", limit: int = 120) -> str:
-    """Return a line of text at its baseline; control characters are escaped, the length is bounded."""
-    return (
-        f'<text x="{x:.1f}" y="{y:.1f}" class="{kind}" text-anchor="{anchor}">{escape(printable(words, limit))}</text>'
-    )
+def text(
+    x: float, y: float, words: str, kind: str = "", anchor: str = "start", limit: int = 120
+) -> str:
+    """Return a line of text at its baseline; control characters are escaped, the length is
+    bounded.
+    """
+    return f'<text x="{x:.1f}" y="{y:.1f}" class="{kind}" text-anchor="{anchor}">{escape(printable(words, limit))}</text>'
 
 
 def line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
@@ -50,13 +54,13 @@ def line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
     return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" class="{kind}"/>'
 
 
-def rect(x: float, y: float, w: float, h: float, kind: str, title: str = "", opacity: float | None = None) -> str:
+def rect(
+    x: float, y: float, w: float, h: float, kind: str, title: str = "", opacity: float | None = None
+) -> str:
     """Return a rectangle, with a title that a browser shows under the pointer."""
     faint = f' fill-opacity="{opacity:.2f}"' if opacity is not None else ""
     inside = f"><title>{escape(printable(title, 200))}</title></rect>" if title else "/>"
-    return (
-        f'<rect x="{x:.1f}" y="{y:.1f}" width="{max(w, 0):.1f}" height="{max(h, 0):.1f}" class="{kind}"{faint}{inside}'
-    )
+    return f'<rect x="{x:.1f}" y="{y:.1f}" width="{max(w, 0):.1f}" height="{max(h, 0):.1f}" class="{kind}"{faint}{inside}'
 
 
 def dot(x: float, y: float, kind: str, title: str = "", size: float = 4) -> str:
@@ -72,17 +76,29 @@ def path(points: Sequence[tuple[float, float]], kind: str, *, closed: bool = Fal
 
 
 def plot(
-    parts: Sequence[str], height: float, title: str, alt: str, *, standalone: bool = False, width: int = WIDTH
+    parts: Sequence[str],
+    height: float,
+    title: str,
+    alt: str,
+    *,
+    standalone: bool = False,
+    width: int = WIDTH,
 ) -> str:
     """Return an ``<svg>`` with title and description, which screen readers read."""
-    words = f"<title>{escape(printable(title, 200))}</title><desc>{escape(printable(alt, 1500))}</desc>"
+    words = (
+        f"<title>{escape(printable(title, 200))}</title><desc>{escape(printable(alt, 1500))}</desc>"
+    )
     extra = ' xmlns="http://www.w3.org/2000/svg"' if standalone else ""
     ground = f"<style>{COLORS}{STYLE}</style>" if standalone else ""
-    ground += f'<rect width="{width}" height="{height:.0f}" style="fill:var(--ground)"/>' if standalone else ""
-    head = (
-        f'<svg class="plot" role="img" viewBox="0 0 {width} {height:.0f}" width="{width}" height="{height:.0f}"{extra}'
+    ground += (
+        f'<rect width="{width}" height="{height:.0f}" style="fill:var(--ground)"/>'
+        if standalone
+        else ""
     )
-    return f'{head} aria-label="{escape(printable(alt, 1500))}">{words}{ground}{"".join(parts)}</svg>'
+    head = f'<svg class="plot" role="img" viewBox="0 0 {width} {height:.0f}" width="{width}" height="{height:.0f}"{extra}'
+    return (
+        f'{head} aria-label="{escape(printable(alt, 1500))}">{words}{ground}{"".join(parts)}</svg>'
+    )
 
 
 def scale(low: float, high: float, start: float, end: float) -> Axis:
@@ -108,7 +124,9 @@ def number(value: float) -> str:
 
 
 def bounds(values: Sequence[float], pad: float = 0.06) -> tuple[float, float]:
-    """Return the least and greatest value below `LARGEST` with some room, (0, 1) where there is none."""
+    """Return the least and greatest value below `LARGEST` with some room, (0, 1) where there is
+    none.
+    """
     finite = [v for v in values if abs(v) < LARGEST]
     if not finite:
         return 0.0, 1.0

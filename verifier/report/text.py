@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The report for a person: findings by rule, then what was and was not examined, then the verdict."""
+"""The report for a person: findings by rule, then what was and was not examined, then the
+verdict.
+"""
 
 from __future__ import annotations
 
@@ -24,14 +26,21 @@ from verifier.report.parts import (
 
 MAX_KNOWN = 20
 _STYLE = {
-    "error": "\x1b[1;31m", "warning": "\x1b[33m", "info": "\x1b[36m", "passed": "\x1b[1;32m", "failed": "\x1b[1;31m",
-    "unproven": "\x1b[1;33m", "broken": "\x1b[1;35m",
-}  # fmt: skip
+    "error": "\x1b[1;31m",
+    "warning": "\x1b[33m",
+    "info": "\x1b[36m",
+    "passed": "\x1b[1;32m",
+    "failed": "\x1b[1;31m",
+    "unproven": "\x1b[1;33m",
+    "broken": "\x1b[1;35m",
+}
 _PLAIN = "\x1b[0m"
 
 
 def render_text(report: Report, *, color: bool = False) -> str:
-    """Return the report as lines of text; with ``color``, severities and verdict in ANSI colours."""
+    """Return the report as lines of text; with ``color``, severities and verdict in ANSI
+    colours.
+    """
     lines: list[str] = []
     ordered = worst_first(report.findings)
     new = [f for f in ordered if f.standing != "known"]
@@ -42,7 +51,9 @@ def render_text(report: Report, *, color: bool = False) -> str:
     lines.append(footer(report))
     skipped = not_run(report)
     if skipped:
-        lines.append("not run: " + "; ".join(f"{' '.join(rules)} ({why})" for why, rules in skipped))
+        lines.append(
+            "not run: " + "; ".join(f"{' '.join(rules)} ({why})" for why, rules in skipped)
+        )
     if about := about_baseline(report):
         lines.append(f"baseline: {about}")
     if config := report.stats.get("options", {}).get("config"):

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every rule is given: the checkpoint, what it is judged against, and a tally of what was examined."""
+"""What every rule is given: the checkpoint, what it is judged against, and a tally of what was
+examined.
+"""
 
 from __future__ import annotations
 
@@ -51,17 +53,39 @@ from verifier.schemes import (
 Shape = tuple[int, ...]
 T = TypeVar("T")
 SMALL = 4096
-# What a part of the modules takes over from the whole; all else that is worked out once follows from its own modules.
-_WHOLE = frozenset({
-    "shapes", "names", "declarations", "declaration", "family", "_layout", "expected", "naming", "unrelated_base",
-    "_formats", "partners",
-})  # fmt: skip
-_DECODED = ("weight", "weight_packed", "weight_scale", "weight_scale_inv", "weight_scale_2", "weight_global_scale", "scales")
+# What a part of the modules takes over from the whole; all else that is worked out once follows
+# from its own modules.
+_WHOLE = frozenset(
+    {
+        "shapes",
+        "names",
+        "declarations",
+        "declaration",
+        "family",
+        "_layout",
+        "expected",
+        "naming",
+        "unrelated_base",
+        "_formats",
+        "partners",
+    }
+)
+_DECODED = (
+    "weight",
+    "weight_packed",
+    "weight_scale",
+    "weight_scale_inv",
+    "weight_scale_2",
+    "weight_global_scale",
+    "scales",
+)
 
 
 @dataclass(slots=True)
 class Tally:
-    """How much a rule had to examine (``of``), how much it did (``checked``), and why not the rest."""
+    """How much a rule had to examine (``of``), how much it did (``checked``), and why not the
+    rest.
+    """
 
     checked: int = 0
     of: int = 0
@@ -81,9 +105,11 @@ class Tally:
 
 @dataclass(frozen=True, slots=True)
 class Alike:
-    """Quantized modules that differ in name and place only: leaves, dtypes, shapes and declarations are the same.
+    """Quantized modules that differ in name and place only: leaves, dtypes, shapes and declarations
+    are the same.
 
-    ``format`` is `Judged.format_of` each; ``cover`` that of the first (``entry`` aside, that of each).
+    ``format`` is `Judged.format_of` each; ``cover`` that of the first (``entry`` aside, that of
+    each).
     """
 
     modules: tuple[Module, ...]
@@ -109,7 +135,8 @@ class Judged:
 
     @cached_property
     def shapes(self) -> dict[str, Shape | None]:
-        """Every unquantized name that the tensors stand for, with its unquantized shape, packed widths doubled.
+        """Every unquantized name that the tensors stand for, with its unquantized shape, packed
+        widths doubled.
 
         None is the shape of a packed weight that has other than two dimensions.
         """
@@ -137,7 +164,9 @@ class Judged:
     def declarations(self) -> Declarations:
         """Both quantization declarations."""
         found = read_declarations(self.checkpoint)
-        return Declarations(expanded(found.inline, self.checkpoint), expanded(found.file, self.checkpoint))
+        return Declarations(
+            expanded(found.inline, self.checkpoint), expanded(found.file, self.checkpoint)
+        )
 
     @cached_property
     def declaration(self) -> Declaration | None:
@@ -147,14 +176,20 @@ class Judged:
 
     @cached_property
     def tied_heads(self) -> frozenset[str]:
-        """The weights of output heads that are stored although every level of config.json that speaks of it ties them."""
+        """The weights of output heads that are stored although every level of config.json that
+        speaks of it ties them.
+        """
         top = self.checkpoint.config or {}
         text = top.get("text_config")
-        said = [c.get("tie_word_embeddings") for c in (top, text if isinstance(text, Mapping) else {})]
+        said = [
+            c.get("tie_word_embeddings") for c in (top, text if isinstance(text, Mapping) else {})
+        ]
         flags = [f for f in said if isinstance(f, bool)]
         if not flags or not all(flags):
             return frozenset()
-        return frozenset(f"{m}.weight" for m in self.modules if m == "lm_head" or m.endswith(".lm_head"))
+        return frozenset(
+            f"{m}.weight" for m in self.modules if m == "lm_head" or m.endswith(".lm_head")
+        )
 
     def cover(self, module: Module) -> Cover | None:
         """Return what the declaration says about a module, or None without a declaration."""
@@ -171,11 +206,17 @@ class Judged:
 
     @cached_property
     def alike(self) -> tuple[Alike, ...]:
-        """The quantized modules, gathered by what headers and declarations say; each is in one of them.
+        """The quantized modules, gathered by what headers and declarations say; each is in one of
+        them.
 
-        A rule whose judgement needs neither names nor bytes judges `Alike.first` and counts the others.
+        A rule whose judgement needs neither names nor bytes judges `Alike.first` and counts the
+        others.
         """
-        declarations = [d for d in (self.declarations.inline, self.declarations.file) if d is not None and d.known]
+        declarations = [
+            d
+            for d in (self.declarations.inline, self.declarations.file)
+            if d is not None and d.known
+        ]
         effective = self.declaration
         groups: dict[tuple[object, ...], list[Module]] = {}
         for module in self.quantized_modules:
@@ -200,7 +241,9 @@ class Judged:
         return {m.name: a.format for a in self.alike for m in a.modules}
 
     def values(self, module: Module) -> Float32 | None:
-        """Return a weight's values in float32, decoded where it is quantized; None where it cannot be."""
+        """Return a weight's values in float32, decoded where it is quantized; None where it cannot
+        be.
+        """
         weight = module.weight
         if weight is None:
             return None
@@ -210,13 +253,15 @@ class Judged:
         if found is None:
             return None
         try:
-            return decode({leaf: self.checkpoint.array(t) for leaf, t in module.parts.items()}, found.name)
+            return decode(
+                {leaf: self.checkpoint.array(t) for leaf, t in module.parts.items()}, found.name
+            )
         except ContentError:
             return None  # its parts do not fit one another: the shape rules name that
 
-
     def stored_rows(self, module: Module, start: int, stop: int) -> dict[str, npt.NDArray[Any]]:
-        """Return what decoding rows ``start`` to ``stop`` of a two-dimensional weight takes, in dtypes and shapes on disk.
+        """Return what decoding rows ``start`` to ``stop`` of a two-dimensional weight takes, in
+        dtypes and shapes on disk.
 
         ``start`` is a multiple of 128, for the sake of formats with tiles of as many rows.
 
@@ -237,11 +282,14 @@ class Judged:
                 raise ContentError(f"{tensor.name}: {list(tensor.shape)} does not fit {out} rows")
             size, first, last = tensor.nbytes // max(1, rows), start // tile, -(-stop // tile)
             data = self.checkpoint.read_range(tensor, first * size, (last - first) * size)
-            found[leaf] = data.view(NUMPY_DTYPES[tensor.dtype]).reshape(last - first, *tensor.shape[1:])
+            found[leaf] = data.view(NUMPY_DTYPES[tensor.dtype]).reshape(
+                last - first, *tensor.shape[1:]
+            )
         return found
 
     def rows(self, module: Module, start: int, stop: int) -> npt.NDArray[Any] | None:
-        """Return rows of a two-dimensional weight: the bits of BF16 as uint16, all else decoded or widened to float32.
+        """Return rows of a two-dimensional weight: the bits of BF16 as uint16, all else decoded or
+        widened to float32.
 
         None where its values cannot be decoded; ``start`` as in `stored_rows`.
         """
@@ -263,9 +311,10 @@ class Judged:
 class Context(Judged):
     """The candidate, with its base and the checkpoint whose bytes it keeps.
 
-    Experts that are stored in stacks are judged one by one, whatever is judged against what (`verifier.schemes.stacks`).
-    ``tp`` and ``ep`` are the tensor and expert parallel sizes that it is to be served with, None where nobody says.
-    ``loader`` puts a checkpoint into a model, at depth load.
+    Experts that are stored in stacks are judged one by one, whatever is judged against what
+    (`verifier.schemes.stacks`). ``tp`` and ``ep`` are the tensor and expert parallel sizes that it
+    is to be served with, None where nobody says. ``loader`` puts a checkpoint into a model, at
+    depth load.
     """
 
     def __init__(
@@ -293,14 +342,18 @@ class Context(Judged):
         self._small: dict[str, Bytes] = {}
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
-        """Return what ``make`` gives, made once for each key; for small results that several rules need."""
+        """Return what ``make`` gives, made once for each key; for small results that several rules
+        need.
+        """
         if key not in self._once:
             self._once[key] = make()
         found: T = self._once[key]
         return found
 
     def learnt(self) -> dict[Hashable, Any]:
-        """Return what `once` holds of single modules and tensors: what a copy of this process may tell the others."""
+        """Return what `once` holds of single modules and tensors: what a copy of this process may
+        tell the others.
+        """
         return {key: value for key, value in self._once.items() if isinstance(key, tuple)}
 
     def learn(self, told: Mapping[Hashable, Any]) -> None:
@@ -312,14 +365,17 @@ class Context(Judged):
         """What the loader made of the candidate, and of the base beside it; loaded once."""
         if self.loader is None:
             raise ValueError("a rule of depth load was run without a loader")
-        load, base = self.loader, self.base.checkpoint if self.base and not self.unrelated_base else None
+        load, base = (
+            self.loader,
+            self.base.checkpoint if self.base and not self.unrelated_base else None,
+        )
         return self.once("loaded", lambda: load(self.checkpoint, base))
 
     def part(self, modules: Iterable[Module]) -> Context:
         """Return a context of some of the modules only, with a tally of its own.
 
-        Names, declarations and what is judged against stay whole; `modules`, `tensors` and what follows from them are
-        those of the part. What tensors tell is not shared with other parts.
+        Names, declarations and what is judged against stay whole; `modules`, `tensors` and what
+        follows from them are those of the part. What tensors tell is not shared with other parts.
         """
         _ = self.expected, self.unrelated_base, self._formats, self.partners
         for other in (self.base, self.merged_from):
@@ -339,7 +395,9 @@ class Context(Judged):
 
     @cached_property
     def partners(self) -> dict[str, Tensor]:
-        """The tensors of the source that untouched ones are to equal, by name; what was recast has none."""
+        """The tensors of the source that untouched ones are to equal, by name; what was recast has
+        none.
+        """
         if self.base is None and self.merged_from is None:
             return {}
         return {a.name: b for a, b in self.untouched() if (a.dtype, a.shape) == (b.dtype, b.shape)}
@@ -352,15 +410,22 @@ class Context(Judged):
     @cached_property
     def _layout(self) -> tuple[dict[str, Shape | None], str]:
         if self.family is None or self.checkpoint.config is None:
-            return {}, f"the family {self.checkpoint.model_type!r} is not known and there is no base"
+            return (
+                {},
+                f"the family {self.checkpoint.model_type!r} is not known and there is no base",
+            )
         try:
-            return split_shapes(self.family.expected(self.checkpoint.config), self.checkpoint.config), ""
+            return split_shapes(
+                self.family.expected(self.checkpoint.config), self.checkpoint.config
+            ), ""
         except ContentError as error:
             return {}, str(error)
 
     @cached_property
     def expected(self) -> dict[str, Shape | None]:
-        """Every unquantized name that belongs here, with its logical shape where known: the family's, and the base's."""
+        """Every unquantized name that belongs here, with its logical shape where known: the
+        family's, and the base's.
+        """
         found = dict(self._layout[0])
         if self.base:
             names = self.base.names
@@ -386,15 +451,26 @@ class Context(Judged):
             allowed |= {n for n in self.names - allowed if family.beyond(config, n)}
             if self._layout[0]:
                 allowed |= split_shapes(family.possible(config), config).keys()
-        return classify(self.names, set(self.expected), allowed, self.checkpoint.tensors, self.family, self.is_mtp)
+        return classify(
+            self.names,
+            set(self.expected),
+            allowed,
+            self.checkpoint.tensors,
+            self.family,
+            self.is_mtp,
+        )
 
     @cached_property
     def layers(self) -> int | None:
-        """The number of text layers by the base's config, or without a base by the candidate's; None where unknown."""
+        """The number of text layers by the base's config, or without a base by the candidate's;
+        None where unknown.
+        """
         return config_value((self.base or self).checkpoint.config, "num_hidden_layers")
 
     def is_mtp(self, name: str) -> bool:
-        """Whether a tensor or module belongs to an MTP module: by its name, or a layer behind the last text layer."""
+        """Whether a tensor or module belongs to an MTP module: by its name, or a layer behind the
+        last text layer.
+        """
         what = role(split(name)[0])
         if what == "mtp" or self.layers is None:
             return what == "mtp"
@@ -403,7 +479,9 @@ class Context(Judged):
 
     @cached_property
     def wrapped_exclusions(self) -> dict[str, str]:
-        """Dead exclusions that match a module once the part of a wrapper is taken out of them, with what is left."""
+        """Dead exclusions that match a module once the part of a wrapper is taken out of them, with
+        what is left.
+        """
         listed = self.declaration.exclude if self.declaration else ()
         plain = {p: w for p in listed if not p.startswith("re:") and (w := unwrapped(p))}
         if not plain:
@@ -433,12 +511,15 @@ class Context(Judged):
         renamed = (naming.prefix, naming.leaf, naming.submodel, naming.wrapped)
         known = common + sum(map(len, renamed)) + sum(n for _, n in naming.fused)
         types = {self.checkpoint.model_type, self.base.checkpoint.model_type}
-        if known * 10 < len(self.base.names) or (len(types) > 1 and known * 2 < len(self.base.names)):
+        if known * 10 < len(self.base.names) or (
+            len(types) > 1 and known * 2 < len(self.base.names)
+        ):
             return f"{known} of {len(self.base.names)} names are those of the base"
         differing = [
-            n for n in sorted(self.names & self.base.names)
+            n
+            for n in sorted(self.names & self.base.names)
             if (a := self.shapes[n]) and (b := self.base.shapes[n]) and a != b
-        ]  # fmt: skip
+        ]
         if common and len(differing) * 2 > common:
             return f"{len(differing)} of {common} common tensors have other shapes than the base's, {differing[0]} first"
         return ""
@@ -451,39 +532,59 @@ class Context(Judged):
 
     @cached_property
     def scales(self) -> tuple[tuple[Module, Format, Sibling, Tensor], ...]:
-        """Every scale tensor that a module's format knows: module, format, what the format says of it, the tensor."""
-        known = {(f.name, leaf): s for f in FORMATS.values() for s in f.siblings for leaf in s.leaves}
+        """Every scale tensor that a module's format knows: module, format, what the format says of
+        it, the tensor.
+        """
+        known = {
+            (f.name, leaf): s for f in FORMATS.values() for s in f.siblings for leaf in s.leaves
+        }
         return tuple(
-            (m, f, sibling, m.parts[leaf]) for m, f in self.formatted for leaf in m.scales
+            (m, f, sibling, m.parts[leaf])
+            for m, f in self.formatted
+            for leaf in m.scales
             if (sibling := known.get((f.name, leaf))) is not None
-        )  # fmt: skip
+        )
 
     @cached_property
     def kv_scales(self) -> tuple[tuple[Module, str, Tensor], ...]:
         """Every scale of the KV cache: the module that it stands on, its leaf, the tensor."""
         return tuple(
-            (m, leaf, m.parts[leaf]) for m in self.modules.values() for leaf in ("k_scale", "v_scale") if leaf in m.parts
+            (m, leaf, m.parts[leaf])
+            for m in self.modules.values()
+            for leaf in ("k_scale", "v_scale")
+            if leaf in m.parts
         )
 
     @cached_property
     def linears(self) -> tuple[Module, ...]:
         """Two-dimensional weights that engines build as linear layers (not embeddings or norms)."""
         return tuple(
-            m for m in self.modules.values()
-            if m.dims is not None and "weight" in m.parts and role(m.name) not in ("embedding", "norm")
-        )  # fmt: skip
+            m
+            for m in self.modules.values()
+            if m.dims is not None
+            and "weight" in m.parts
+            and role(m.name) not in ("embedding", "norm")
+        )
 
     def declared_group(self, module: Module, found: Format) -> int | None:
-        """Return the group size that a declaration states for a module where it is not the format's, else the format's."""
+        """Return the group size that a declaration states for a module where it is not the
+        format's, else the format's.
+        """
         for declaration in (self.declarations.inline, self.declarations.file):
-            cover = declaration.cover(module.name) if declaration is not None and declaration.known else None
+            cover = (
+                declaration.cover(module.name)
+                if declaration is not None and declaration.known
+                else None
+            )
             if cover is not None and cover.group_size not in (None, found.group_size):
                 return cover.group_size
         return found.group_size
 
     @property
     def untouched_source(self) -> Judged:
-        """The checkpoint whose bytes are kept: ``--merged-from``, else the base (only where one of both is given)."""
+        """The checkpoint whose bytes are kept: ``--merged-from``, else the base (only where one of
+        both is given).
+        """
         source = self.merged_from or self.base
         if source is None:
             raise ValueError("neither a base nor a merged-from checkpoint")
@@ -496,8 +597,13 @@ class Context(Judged):
             theirs = source.modules.get(module.name)
             if theirs is None:
                 continue
-            mine, kept = (self.format_of(module) or module.shown), (source.format_of(theirs) or theirs.shown)
-            if (module.quantized or theirs.quantized) and (mine is not kept or self.merged_from is None):
+            mine, kept = (
+                (self.format_of(module) or module.shown),
+                (source.format_of(theirs) or theirs.shown),
+            )
+            if (module.quantized or theirs.quantized) and (
+                mine is not kept or self.merged_from is None
+            ):
                 parts = {leaf: t for leaf, t in module.parts.items() if leaf == "bias"}
             else:
                 parts = dict(module.parts)
@@ -526,11 +632,14 @@ class Context(Judged):
     def digest(self, tensor: Tensor) -> bytes:
         """Return a digest of a tensor's bytes; read once, whichever rules ask."""
         return self.once(
-            ("digest", tensor.name), lambda: hashlib.blake2b(self.bytes_of(tensor).data, digest_size=16).digest()
+            ("digest", tensor.name),
+            lambda: hashlib.blake2b(self.bytes_of(tensor).data, digest_size=16).digest(),
         )
 
     def pieces(self, tensor: Tensor) -> Iterator[tuple[int, Bytes]]:
-        """Yield (start, bytes) of a tensor, a piece at a time; each overwrites the one before it."""
+        """Yield (start, bytes) of a tensor, a piece at a time; each overwrites the one before
+        it.
+        """
         return self.checkpoint.pieces(tensor)
 
     def facts(self, tensor: Tensor) -> Facts:
@@ -538,20 +647,32 @@ class Context(Judged):
         found = self._facts.get(tensor.name)
         if found is None:
             partner = self.partners.get(tensor.name)
-            theirs = self.untouched_source.checkpoint.pieces(partner) if partner is not None else None
-            mine = self.pieces(tensor) if tensor.nbytes > SMALL else ((0, b) for b in [self.bytes_of(tensor)] if b.size)
+            theirs = (
+                self.untouched_source.checkpoint.pieces(partner) if partner is not None else None
+            )
+            mine = (
+                self.pieces(tensor)
+                if tensor.nbytes > SMALL
+                else ((0, b) for b in [self.bytes_of(tensor)] if b.size)
+            )
             found = self._facts[tensor.name] = survey(tensor.dtype, mine, theirs)
         return found
 
     def extremes(self, tensor: Tensor) -> tuple[int, int]:
-        """Return the smallest and largest byte of a tensor of one-byte values; read once, whichever rules ask."""
+        """Return the smallest and largest byte of a tensor of one-byte values; read once, whichever
+        rules ask.
+        """
         found = self.facts(tensor)
         return found.low, found.high
 
     def array(self, tensor: Tensor) -> npt.NDArray[Any]:
         """Return a tensor of the candidate in its own dtype and shape, all at once."""
         dtype = NUMPY_DTYPES.get(tensor.dtype) if tensor.nbytes <= SMALL else None
-        return self.checkpoint.array(tensor) if dtype is None else self.bytes_of(tensor).view(dtype).reshape(tensor.shape)
+        return (
+            self.checkpoint.array(tensor)
+            if dtype is None
+            else self.bytes_of(tensor).view(dtype).reshape(tensor.shape)
+        )
 
     def finding(
         self,
@@ -565,18 +686,30 @@ class Context(Judged):
         count: int = 1,
         engines: Mapping[str, tuple[Severity, str]] | None = None,
     ) -> Finding:
-        """Return a finding of the running rule; ``engines`` as in `verifier.rules.Rule`, for this finding alone."""
+        """Return a finding of the running rule; ``engines`` as in `verifier.rules.Rule`, for this
+        finding alone.
+        """
         if where is None:
             known = self.checkpoint.tensors.get(tensor) if tensor else None
             where = Where(tensor, known.file if known else None)
-        stack = self.checkpoint.stacked.get(where.tensor or "") if isinstance(self.checkpoint, Unstacked) else None
+        stack = (
+            self.checkpoint.stacked.get(where.tensor or "")
+            if isinstance(self.checkpoint, Unstacked)
+            else None
+        )
         if stack is not None:
             observed = f"{observed} (stored in {stack})".strip()
         effects = tuple(Effect(engine, *rest) for engine, rest in (engines or {}).items())
         return Finding(
-            self.rule_id, severity or self.rule_severity, message, where, str(observed), str(expected), count,
+            self.rule_id,
+            severity or self.rule_severity,
+            message,
+            where,
+            str(observed),
+            str(expected),
+            count,
             effects=effects,
-        )  # fmt: skip
+        )
 
     def at_byte(self, tensor: Tensor, flat: int) -> Where:
         """Return the place of the byte ``flat`` of a tensor: row, block, offset in its file."""
@@ -585,11 +718,15 @@ class Context(Judged):
         row = int(index[-2]) if len(index) >= 2 else (int(index[0]) if index else None)
         block = int(index[-1]) if len(index) >= 2 else None
         start = place_in_file(tensor.offset)
-        return Where(tensor.name, tensor.file, row, block, start + flat if start is not None else None)
+        return Where(
+            tensor.name, tensor.file, row, block, start + flat if start is not None else None
+        )
 
 
 def config_value(config: Mapping[str, Any] | None, *keys: str) -> int | None:
-    """Return the first whole number that a config states under some keys, in its text part or at the top."""
+    """Return the first whole number that a config states under some keys, in its text part or at
+    the top.
+    """
     top = config or {}
     text = top.get("text_config")
     for node in (text if isinstance(text, Mapping) else {}, top):

@@ -12,21 +12,25 @@ import numpy.typing as npt
 
 from verifier.checkpoint import Bytes
 
-# Infinity and NaN are the numbers whose exponent bits are all set: the bit patterns from the first one on, read as
-# signed (positive numbers) and as unsigned (negative ones).
+# Infinity and NaN are the numbers whose exponent bits are all set: the bit patterns from the first
+# one on, read as signed (positive numbers) and as unsigned (negative ones).
 NONFINITE = {"BF16": (2, 0x7F80), "F16": (2, 0x7C00), "F32": (4, 0x7F800000)}
 
 
 @dataclass(slots=True)
 class Spots:
-    """Places of one kind in a tensor: how many, the first (as an index of bytes or values), and what stands there."""
+    """Places of one kind in a tensor: how many, the first (as an index of bytes or values), and
+    what stands there.
+    """
 
     count: int = 0
     first: int = -1
     value: int = 0
 
     def add(self, start: int, places: npt.NDArray[np.intp], values: npt.NDArray[Any]) -> None:
-        """Count ``places``, indices of ``values``, which begins at ``start`` of the tensor; in ascending order."""
+        """Count ``places``, indices of ``values``, which begins at ``start`` of the tensor; in
+        ascending order.
+        """
         if places.size:
             if not self.count:
                 self.first, self.value = start + int(places[0]), int(values[places[0]])
@@ -41,7 +45,8 @@ class Facts:
         low: its smallest byte, 1 without any.
         high: its largest byte, 1 without any.
         nonfinite: NaN and infinite values of a BF16, F16 or F32 tensor, ``first`` in values.
-        differing: bytes that are not those of the source, ``first`` in bytes; ``value`` is the source's byte.
+        differing: bytes that are not those of the source, ``first`` in bytes; ``value`` is the
+            source's byte.
         seen: the byte at the first difference.
     """
 
@@ -52,8 +57,14 @@ class Facts:
     seen: int = 0
 
 
-def survey(dtype: str, pieces: Iterable[tuple[int, Bytes]], theirs: Iterator[tuple[int, Bytes]] | None = None) -> Facts:
-    """Return the facts of a tensor from its (start, bytes), compared with a source's pieces of the same sizes."""
+def survey(
+    dtype: str,
+    pieces: Iterable[tuple[int, Bytes]],
+    theirs: Iterator[tuple[int, Bytes]] | None = None,
+) -> Facts:
+    """Return the facts of a tensor from its (start, bytes), compared with a source's pieces of the
+    same sizes.
+    """
     low, high = 255, 0
     nonfinite, differing, seen = Spots(), Spots(), 0
     for start, piece in pieces:

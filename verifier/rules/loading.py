@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a loader made of a checkpoint, in plain data: the rules of depth load judge it and import no torch."""
+"""What a loader made of a checkpoint, in plain data: the rules of depth load judge it and import no
+torch.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,9 @@ class Misfit:
     """A name that does not fit the model.
 
     Attributes:
-        kind: ``missing``, a parameter without a tensor; ``unexpected``, a tensor without a parameter; ``mismatched``, one of
-            another shape; ``unconverted``, a parameter whose tensors the loader could not put together.
+        kind: ``missing``, a parameter without a tensor; ``unexpected``, a tensor without a
+            parameter; ``mismatched``, one of another shape; ``unconverted``, a parameter whose
+            tensors the loader could not put together.
         name: the tensor's name where one is known, else the parameter's in memory.
         have: the shape, or what the loader says.
         want: the shape that belongs there.
@@ -36,7 +39,8 @@ class Forward:
     Attributes:
         positions: tokens of the prompt.
         broken: positions whose logits are not all finite.
-        distance: the relative distance of the logits to the base's, None where there is none to compare with.
+        distance: the relative distance of the logits to the base's, None where there is none to
+            compare with.
         agree: positions at which both have the same likeliest token.
         why_not: why there is no distance.
     """

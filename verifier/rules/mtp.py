@@ -12,12 +12,16 @@ _INNER = re.compile(r"^(transformer_layer|mtp_block)\.")
 
 
 def mtp_modules(ctx: Context) -> frozenset[str]:
-    """Return the linears of the MTP head: ``mtp.…``, or layers numbered from ``num_hidden_layers`` on (DeepSeek, GLM)."""
+    """Return the linears of the MTP head: ``mtp.…``, or layers numbered from ``num_hidden_layers``
+    on (DeepSeek, GLM).
+    """
     return frozenset(m.name for m in ctx.linears if ctx.is_mtp(m.name))
 
 
 def head_and_tail(module: str) -> tuple[str, str]:
-    """Split a name behind its layer: ``mtp.layers.0`` and ``self_attn.q_proj``; the head is '' without a layer."""
+    """Split a name behind its layer: ``mtp.layers.0`` and ``self_attn.q_proj``; the head is ''
+    without a layer.
+    """
     match = _HEAD.match(module)
     if match is None:
         return "", module

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the names of a checkpoint differ from those expected, each difference with exactly one explanation."""
+"""How the names of a checkpoint differ from those expected, each difference with exactly one
+explanation.
+"""
 
 from __future__ import annotations
 
@@ -12,18 +14,35 @@ from verifier.families import Family
 from verifier.schemes import PACKED, ExpertKey, expert_key, packed_name, split
 
 _FUSED = re.compile(r"\.(gate_up_proj|qkv_proj|w13|fc1|gate_up)(\.weight)?$")
-_STACKED = re.compile(r"\.experts\.(gate_up_proj|gate_proj|up_proj|down_proj|w1|w2|w3|w13|w2_weight|w13_weight)(\.weight)?$")
+_STACKED = re.compile(
+    r"\.experts\.(gate_up_proj|gate_proj|up_proj|down_proj|w1|w2|w3|w13|w2_weight|w13_weight)(\.weight)?$"
+)
 MAX_PARTS = 64
 """The longest tail of a name that is compared, in dot parts; names have some ten."""
 _ALIASES = (
-    (".block_sparse_moe.", ".mlp."), (".feed_forward.", ".mlp."), (".ffn.", ".mlp."), (".moe.", ".mlp."),
-    (".w1.", ".gate_proj."), (".w3.", ".up_proj."), (".w2.", ".down_proj."), (".indexer.", ".index_"),
-)  # fmt: skip
+    (".block_sparse_moe.", ".mlp."),
+    (".feed_forward.", ".mlp."),
+    (".ffn.", ".mlp."),
+    (".moe.", ".mlp."),
+    (".w1.", ".gate_proj."),
+    (".w3.", ".up_proj."),
+    (".w2.", ".down_proj."),
+    (".indexer.", ".index_"),
+)
 
-WRAPPERS = frozenset({
-    "linear", "module", "base_layer", "orig_module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module",
-})  # fmt: skip
-"""Attributes under which wrapper modules of calibration and training hold the module that they wrap."""
+WRAPPERS = frozenset(
+    {
+        "linear",
+        "module",
+        "base_layer",
+        "orig_module",
+        "_orig_mod",
+        "_fsdp_wrapped_module",
+        "_checkpoint_wrapped_module",
+    }
+)
+"""Attributes under which wrapper modules of calibration and training hold the module that they
+wrap."""
 _LEAKED = re.compile(
     r"(?:^|[._])(?:weight|input|output|[qkvp]_bmm|bmm2_output|softmax)_quantizers?(?:\.\d+)?\.[^.]+$|_amax$"
 )
@@ -38,11 +57,12 @@ _PARTS = re.compile(
 class Naming:
     """Differences by explanation; pairs are (name here, name expected).
 
-    ``prefix``: under another prefix, or the in-memory name. ``leaf``: another spelling of the last parts. ``fused``:
-    one tensor where the layout has several. ``experts``: missing expert tensors. ``lost``: missing, not an expert's.
-    ``unknown``: here and nowhere in the layout. ``leaked``: a quantizer's buffer. ``submodel``: under the prefix of another
-    part of the model. ``wrapped``: with the part of a wrapper module in it. ``mtp``: missing, an MTP module's.
-    ``biases``: a missing bias of a linear whose weight is here.
+    ``prefix``: under another prefix, or the in-memory name. ``leaf``: another spelling of the last
+    parts. ``fused``: one tensor where the layout has several. ``experts``: missing expert tensors.
+    ``lost``: missing, not an expert's. ``unknown``: here and nowhere in the layout. ``leaked``: a
+    quantizer's buffer. ``submodel``: under the prefix of another part of the model. ``wrapped``:
+    with the part of a wrapper module in it. ``mtp``: missing, an MTP module's. ``biases``: a
+    missing bias of a linear whose weight is here.
     """
 
     prefix: list[tuple[str, str]] = field(default_factory=list)
@@ -124,7 +144,9 @@ def leaked(name: str) -> bool:
 
 
 def unwrapped(name: str) -> str | None:
-    """Return a name without the parts that wrapper modules put into it, or None where it has none."""
+    """Return a name without the parts that wrapper modules put into it, or None where it has
+    none.
+    """
     parts = name.split(".")
     kept = [p for p in parts if p not in WRAPPERS]
     return ".".join(kept) if kept and len(kept) < len(parts) else None
@@ -143,17 +165,25 @@ def _take_wrapped(surplus: list[str], missing: set[str], naming: Naming) -> list
 
 
 def _strayed(name: str, wanted: str) -> bool:
-    """Whether a name stands under the prefix of another part of the model than the one that it belongs to."""
+    """Whether a name stands under the prefix of another part of the model than the one that it
+    belongs to.
+    """
     here, there = _part(name), _part(wanted)
     return bool(here and there and here != there)
 
 
 def _part(name: str) -> str:
-    """Return the part of the model that a name's outermost prefix means: language, vision … or ''."""
+    """Return the part of the model that a name's outermost prefix means: language, vision … or
+    ''.
+    """
     found = _PARTS.search(name)
     if found:
         return next(part for part, word in found.groupdict().items() if word)
-    return "language" if name.startswith(("model.layers.", "model.embed_tokens.", "model.norm.", "lm_head.")) else ""
+    return (
+        "language"
+        if name.startswith(("model.layers.", "model.embed_tokens.", "model.norm.", "lm_head."))
+        else ""
+    )
 
 
 def _linear_here(bias: str, tensors: Mapping[str, Tensor]) -> bool:
@@ -162,8 +192,12 @@ def _linear_here(bias: str, tensors: Mapping[str, Tensor]) -> bool:
     return weight is not None and len(weight.shape) == 2
 
 
-def _take_fused(surplus: list[str], missing: set[str], tensors: Mapping[str, Tensor], naming: Naming) -> list[str]:
-    """Move fused and stacked names from ``surplus`` to ``naming``, with the missing names that they stand for."""
+def _take_fused(
+    surplus: list[str], missing: set[str], tensors: Mapping[str, Tensor], naming: Naming
+) -> list[str]:
+    """Move fused and stacked names from ``surplus`` to ``naming``, with the missing names that they
+    stand for.
+    """
     parts_of: dict[str, list[str]] = {}
     experts_at: dict[str, list[str]] = {}
     for m in missing:
@@ -214,7 +248,9 @@ def _by_tail(name: str, by_tail: dict[tuple[str, ...], str], missing: set[str]) 
 
 
 def _form(name: str) -> str:
-    """Return a name in one spelling of the containers and projections that vendors spell differently."""
+    """Return a name in one spelling of the containers and projections that vendors spell
+    differently.
+    """
     text = f"{name}."
     for old, new in _ALIASES:
         text = text.replace(old, new)

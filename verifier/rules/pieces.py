@@ -18,14 +18,21 @@ HELD = 64 << 20
 
 
 class WeightPieces:
-    """A weight and its base, some rows at a time; a remote base of moderate size is fetched once."""
+    """A weight and its base, some rows at a time; a remote base of moderate size is fetched
+    once.
+    """
 
     def __init__(self, ctx: Context, module: Module, base: Judged, source: Module) -> None:
         self.ctx, self.module, self.base, self.source = ctx, module, base, source
         self.fit = source.dims == module.dims and module.dims is not None
-        # The base is walked twice. What the system's cache holds is cheaper to read again than fresh memory is.
+        # The base is walked twice. What the system's cache holds is cheaper to read again than
+        # fresh memory is.
         self.held: list[npt.NDArray[Any]] = []
-        self.holds = base.checkpoint.source.remote and source.weight is not None and source.weight.nbytes <= HELD
+        self.holds = (
+            base.checkpoint.source.remote
+            and source.weight is not None
+            and source.weight.nbytes <= HELD
+        )
 
     def __iter__(self) -> Iterator[Piece]:
         for start, stop, wanted in self._base():
@@ -48,5 +55,9 @@ class WeightPieces:
             yield start, stop, rows
 
     def distance(self, found: Format) -> tuple[Distance, bool]:
-        """Return how far the decoded weight is from the base, and whether ``max`` calibration is defined on it."""
-        return distance(self, found.name, max((peak_of(w) for _, _, w in self._base()), default=0.0))
+        """Return how far the decoded weight is from the base, and whether ``max`` calibration is
+        defined on it.
+        """
+        return distance(
+            self, found.name, max((peak_of(w) for _, _, w in self._base()), default=0.0)
+        )

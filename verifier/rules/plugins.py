@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules of others: from installed packages (entry-point group ``ckptgate.rules``) and from files (``--plugin``)."""
+"""Rules of others: from installed packages (entry-point group ``ckptgate.rules``) and from files
+(``--plugin``).
+"""
 
 from __future__ import annotations
 
@@ -27,12 +29,14 @@ _NUMBER = itertools.count()
 
 
 def with_plugins(files: Sequence[str | os.PathLike[str]] = ()) -> dict[str, Rule]:
-    """Return every rule by id: the built-in ones, those of installed packages, and those of some Python files.
+    """Return every rule by id: the built-in ones, those of installed packages, and those of some
+    Python files.
 
     Files are run anew at each call and leave nothing behind; installed packages are imported once.
 
     Raises:
-        UsageError: a plugin cannot be loaded, registers no rule, or one whose id is not its own to give.
+        UsageError: a plugin cannot be loaded, registers no rule, or one whose id is not its own to
+            give.
     """
     rules = dict(built_in_rules())
     imported: set[str] = set()
@@ -43,7 +47,9 @@ def with_plugins(files: Sequence[str | os.PathLike[str]] = ()) -> dict[str, Rule
     for entry in sorted(entry_points(group=GROUP), key=lambda e: (e.name, e.value)):
         owner = f"the package {entry.dist.name} ({entry.value})" if entry.dist else entry.value
         found = _of_entry(entry, owner)
-        if found or entry.module.partition(".")[0] not in imported:  # one that was imported before has registered
+        if (
+            found or entry.module.partition(".")[0] not in imported
+        ):  # one that was imported before has registered
             _join(rules, found, owner)
     for file in files:
         _join(rules, _of_file(Path(file)), os.fspath(file))
@@ -61,7 +67,9 @@ def _of_entry(entry: EntryPoint, owner: str) -> tuple[Rule, ...]:
             try:
                 entry.load()
             except Exception as error:
-                raise UsageError(f"the rules of {owner} cannot be loaded: {_told(error)}") from error
+                raise UsageError(
+                    f"the rules of {owner} cannot be loaded: {_told(error)}"
+                ) from error
         found = _LOADED[entry.value] = tuple(table.values())
     return found
 
@@ -89,7 +97,11 @@ def _of_file(path: Path) -> tuple[Rule, ...]:
 def _told(error: BaseException) -> str:
     """Return kind, message and place of an error in a plugin."""
     frames = traceback.extract_tb(error.__traceback__)
-    place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames and not isinstance(error, SyntaxError) else ""
+    place = (
+        f" ({frames[-1].filename}:{frames[-1].lineno})"
+        if frames and not isinstance(error, SyntaxError)
+        else ""
+    )
     return f"{type(error).__name__}: {error}{place}"
 
 
@@ -104,9 +116,13 @@ def _join(rules: dict[str, Rule], found: Iterable[Rule], owner: str) -> None:
         count += 1
         known = rules.get(rule.id)
         if rule.id.startswith("QC"):
-            raise UsageError(f"{owner}: {rule.id}: ids that begin with QC are ckptgate's own; take letters of your own")
+            raise UsageError(
+                f"{owner}: {rule.id}: ids that begin with QC are ckptgate's own; take letters of your own"
+            )
         if known is not None:
-            raise UsageError(f"{owner}: {rule.id} is a rule of {known.origin or 'ckptgate'} already")
+            raise UsageError(
+                f"{owner}: {rule.id} is a rule of {known.origin or 'ckptgate'} already"
+            )
         wrong = _wrong(rule)
         if wrong:
             raise UsageError(f"{owner}: {rule.id}: {wrong}")
@@ -126,7 +142,11 @@ def _wrong(rule: Rule) -> str:
     unknown = [n for need in rule.needs for n in need.split("|") if n not in NEEDS]
     if unknown:
         return f"cannot need {unknown[0]!r}; one of {', '.join(NEEDS)}"
-    return "" if rule.doc and rule.unit and rule.title else "it has no title, no unit or no docstring to explain it"
+    return (
+        ""
+        if rule.doc and rule.unit and rule.title
+        else "it has no title, no unit or no docstring to explain it"
+    )
 
 
 def _guarded(rule: Rule, owner: str) -> Check:

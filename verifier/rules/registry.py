@@ -25,11 +25,13 @@ Check = Callable[[Context], Iterator[Finding]]
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One rule. ``unit`` is what it counts; ``needs`` names the inputs without which it is listed as not run.
+    """One rule. ``unit`` is what it counts; ``needs`` names the inputs without which it is listed
+    as not run.
 
-    ``engines`` gives an engine's own severity of the defect, and what that engine does with it, where it differs from
-    ``severity`` or is known from its code. ``split``: each module is judged by itself, so that the check may be run on
-    parts of the modules (`Context.part`), in copies of the process and on several machines.
+    ``engines`` gives an engine's own severity of the defect, and what that engine does with it,
+    where it differs from ``severity`` or is known from its code. ``split``: each module is judged
+    by itself, so that the check may be run on parts of the modules (`Context.part`), in copies of
+    the process and on several machines.
     """
 
     id: str
@@ -74,16 +76,28 @@ def rule(
     engines: Mapping[Engine, tuple[Severity, str]] | None = None,
     split: bool = False,
 ) -> Callable[[Check], Check]:
-    """Register the decorated function as the check of a rule; its docstring is what ``explain`` prints."""
+    """Register the decorated function as the check of a rule; its docstring is what ``explain``
+    prints.
+    """
 
     def register(check: Check) -> Check:
         table = _TABLE.get()
         if id_ in table:
             raise ValueError(f"{id_} is registered twice")
         table[id_] = Rule(
-            id_, title, severity, depth, unit, needs, consumers, sources, inspect.getdoc(check) or "", check, engines or {},
+            id_,
+            title,
+            severity,
+            depth,
+            unit,
+            needs,
+            consumers,
+            sources,
+            inspect.getdoc(check) or "",
+            check,
+            engines or {},
             split=split,
-        )  # fmt: skip
+        )
         return check
 
     return register
@@ -107,7 +121,8 @@ def registered() -> tuple[Rule, ...]:
 
 
 def all_rules(plugins: Sequence[str | os.PathLike[str]] = ()) -> dict[str, Rule]:
-    """Return every rule by id: ckptgate's own in order, those of installed packages, and those of some Python files.
+    """Return every rule by id: ckptgate's own in order, those of installed packages, and those of
+    some Python files.
 
     Raises:
         UsageError: a plugin cannot be loaded.

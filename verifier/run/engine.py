@@ -16,7 +16,16 @@ from verifier.checkpoint import Checkpoint, open_checkpoint
 from verifier.compare.fingerprints import fingerprinted
 from verifier.errors import ContainerError, UsageError
 from verifier.evaluation import Evaluate
-from verifier.findings import SEVERITIES, Coverage, Finding, Report, Severity, Verdict, Where, failing
+from verifier.findings import (
+    SEVERITIES,
+    Coverage,
+    Finding,
+    Report,
+    Severity,
+    Verdict,
+    Where,
+    failing,
+)
 from verifier.rules import DEPTHS, Context, Depth, Rule, all_rules
 from verifier.run.group import MAX_GROUPS, group
 from verifier.run.loading import loading, scoring
@@ -34,7 +43,9 @@ Path = str | os.PathLike[str]
 
 @contextmanager
 def _rare_collections() -> Iterator[None]:
-    """Let the collector of cycles look once a million objects: names and headers make many, and no cycles."""
+    """Let the collector of cycles look once a million objects: names and headers make many, and no
+    cycles.
+    """
     before = gc.get_threshold()
     gc.set_threshold(before[0] and max(1_000_000, before[0]), *before[1:])  # 0 is: never
     try:
@@ -70,35 +81,42 @@ def check(
 
     Args:
         uri: the folder, a path or an fsspec URL.
-        plugins: Python files of further rules; those of installed packages run anyway (docs/plugins.md).
+        plugins: Python files of further rules; those of installed packages run anyway
+            (docs/plugins.md).
         base: the unquantized (or less quantized) checkpoint to judge against.
         merged_from: the checkpoint whose bytes a mixed export keeps.
-        depth: ``header`` reads headers and configs; ``payload`` every scale and unquantized tensor as well, and with a
-            base or ``merged_from`` every weight; ``load`` also builds the model with transformers (docs/reload.md);
-            ``eval`` scores text with candidate and base too (docs/gate.md).
+        depth: ``header`` reads headers and configs; ``payload`` every scale and unquantized tensor
+            as well, and with a base or ``merged_from`` every weight; ``load`` also builds the model
+            with transformers (docs/reload.md); ``eval`` scores text with candidate and base too
+            (docs/gate.md).
         require: rules, by id or prefix, that must run; one that did not makes the verdict unproven.
         fail_on: ``warning`` lets warnings fail too.
-        select: prefixes of rule ids (``QC5``, ``QC501,QC3``, ``ALL``): the rules that run; without any, all.
-        ignore: prefixes of rules that do not run; of two prefixes that match a rule the longer one decides.
-        profile: judge as one engine would: ``vllm``, ``sglang``, ``trtllm``, ``transformers``; ``all`` takes the worst of
-            the four, ``strict`` makes errors of warnings.
-        severity: a severity for each prefix of rules, or for each glob over tensor names: ``{"QC515": {"*.w2.*": "info"}}``.
-        baseline: a file of accepted findings, which do not fail the check as long as they do not get worse.
-        tp: the tensor parallel size to serve with; every linear is then divided as engines divide it (QC309).
+        select: prefixes of rule ids (``QC5``, ``QC501,QC3``, ``ALL``): the rules that run; without
+            any, all.
+        ignore: prefixes of rules that do not run; of two prefixes that match a rule the longer one
+            decides.
+        profile: judge as one engine would: ``vllm``, ``sglang``, ``trtllm``, ``transformers``;
+            ``all`` takes the worst of the four, ``strict`` makes errors of warnings.
+        severity: a severity for each prefix of rules, or for each glob over tensor names:
+            ``{"QC515": {"*.w2.*": "info"}}``.
+        baseline: a file of accepted findings, which do not fail the check as long as they do not
+            get worse.
+        tp: the tensor parallel size to serve with; every linear is then divided as engines divide
+            it (QC309).
         ep: the expert parallel size to serve with.
-        workers: processes that read and judge bytes (copies of this one; threads where it has other threads already, is not
-            on Linux, or reads over the net); its processors, at most four, where none is given. The report does not depend
-            on it.
-        subset: ``2/8`` reads the second eighth of the shards. Headers are judged in every subset; `merge_reports` makes
-            one report of all of them.
+        workers: processes that read and judge bytes (copies of this one; threads where it has other
+            threads already, is not on Linux, or reads over the net); its processors, at most four,
+            where none is given. The report does not depend on it.
+        subset: ``2/8`` reads the second eighth of the shards. Headers are judged in every subset;
+            `merge_reports` makes one report of all of them.
         sample: ``5%`` reads that part of the modules of each look; the report says so.
         seed: which modules a sample takes.
-        evaluate: what scores text at depth eval: ``verifier.gate.evaluator(corpus=…)``; the default is that of
-            ``wikitext2-test``.
+        evaluate: what scores text at depth eval: ``verifier.gate.evaluator(corpus=…)``; the default
+            is that of ``wikitext2-test``.
 
     Raises:
-        UsageError: a folder that does not exist, an unknown rule, depth, profile or severity, a baseline that is none, no
-            ranks, a subset or sample that is none, or both.
+        UsageError: a folder that does not exist, an unknown rule, depth, profile or severity, a
+            baseline that is none, no ranks, a subset or sample that is none, or both.
         MissingExtra: depth load without torch or transformers; it is a UsageError.
         ContentError: the base cannot be read as a checkpoint.
         MachineError: reading failed.
@@ -108,7 +126,10 @@ def check(
         raise UsageError(f"no depth {depth!r}; one of {', '.join(DEPTHS)}")
     if depth == "eval" and base is None:
         raise UsageError("depth eval needs a base: the loss is measured over it")
-    chosen, severities = Selection(rules, select, ignore, require), Severities(rules, profile, severity)
+    chosen, severities = (
+        Selection(rules, select, ignore, require),
+        Severities(rules, profile, severity),
+    )
     if fail_on not in ("error", "warning"):
         raise UsageError(f"cannot fail on {fail_on!r}; error or warning")
     for name, ranks in (("tp", tp), ("ep", ep)):
@@ -123,9 +144,16 @@ def check(
     started = time.perf_counter()
     others = {"base": base, "merged_from": merged_from}
     known = _baseline(baseline)
-    options: dict[str, Any] = {"depth": depth, "require": sorted(chosen.required), "fail_on": fail_on, "tp": tp, "ep": ep}
+    options: dict[str, Any] = {
+        "depth": depth,
+        "require": sorted(chosen.required),
+        "fail_on": fail_on,
+        "tp": tp,
+        "ep": ep,
+    }
     options |= {
-        k: os.fspath(v) if v is not None else None for k, v in (others | {"baseline": baseline}).items()
+        k: os.fspath(v) if v is not None else None
+        for k, v in (others | {"baseline": baseline}).items()
     }
     options |= {"select": list(chosen.select), "ignore": list(chosen.ignore), "profile": profile}
     options["plugins"] = [os.fspath(p) for p in plugins]
@@ -136,7 +164,9 @@ def check(
     except ContainerError as error:
         # Nothing could be judged: neither a profile nor a baseline makes that less than an error.
         (finding,) = fingerprinted([Finding("QC104", "error", str(error), Where())])
-        return Report("failed", os.fspath(uri), options["base"], (finding,), (), {"options": options})
+        return Report(
+            "failed", os.fspath(uri), options["base"], (finding,), (), {"options": options}
+        )
     inputs = {k for k, v in opened.items() if v is not None}
     findings: list[Finding] = []
     coverage: list[Coverage] = []
@@ -147,12 +177,27 @@ def check(
     first = reading.share is None or reading.share.number == 1
     if reference is not None and first and any(r.depth == "eval" for r in running):
         evaluation = (evaluate or scoring())(candidate, reference)
-    ctx = Context(candidate, opened["base"], opened["merged_from"], tp=tp, ep=ep, loader=loader, evaluation=evaluation)
+    ctx = Context(
+        candidate,
+        opened["base"],
+        opened["merged_from"],
+        tp=tp,
+        ep=ep,
+        loader=loader,
+        evaluation=evaluation,
+    )
     outcomes = run_rules(
-        ctx, running, workers=reading.workers, share=reading.share, sample=reading.sample, judge=severities.judge
+        ctx,
+        running,
+        workers=reading.workers,
+        share=reading.share,
+        sample=reading.sample,
+        judge=severities.judge,
     )
     for rule in rules.values():
-        found, covered = settle(rule, outcomes.get(rule.id, Outcome(deferred=reasons[rule.id])), reading.share is None)
+        found, covered = settle(
+            rule, outcomes.get(rule.id, Outcome(deferred=reasons[rule.id])), reading.share is None
+        )
         findings += found
         coverage.append(covered)
     findings = fingerprinted(sorted(findings, key=level))
@@ -186,14 +231,19 @@ class _Reading:
     def options(self) -> dict[str, object]:
         """Return what the report says of it."""
         found: dict[str, object] = {"subset": str(self.share)} if self.share else {}
-        return found | ({"sample": self.sample.percent, "seed": self.sample.seed} if self.sample else {})
+        return found | (
+            {"sample": self.sample.percent, "seed": self.sample.seed} if self.sample else {}
+        )
 
 
-def _reading(depth: Depth, workers: int | None, subset: str | None, sample: str | float | None, seed: int) -> _Reading:
+def _reading(
+    depth: Depth, workers: int | None, subset: str | None, sample: str | float | None, seed: int
+) -> _Reading:
     found = _Reading(
-        workers_of(workers), share_of(subset) if subset is not None else None,
+        workers_of(workers),
+        share_of(subset) if subset is not None else None,
         sample_of(sample, seed) if sample is not None else None,
-    )  # fmt: skip
+    )
     if subset is not None and sample is not None:
         raise UsageError("--subset and --sample: one of both; a subset reads all of its shards")
     if depth == "header" and (subset is not None or sample is not None):
@@ -225,7 +275,9 @@ def settle(rule: Rule, outcome: Outcome, whole: bool = True) -> tuple[list[Findi
         return [], Coverage(rule.id, False, 0, 0, rule.unit, outcome.deferred)
     tally = outcome.tally
     found = group(sorted(outcome.findings, key=level), tally.of, MAX_GROUPS if whole else MAX_KINDS)
-    return found, Coverage(rule.id, True, 0 if outcome.stopped else tally.checked, tally.of, rule.unit, tally.reason)
+    return found, Coverage(
+        rule.id, True, 0 if outcome.stopped else tally.checked, tally.of, rule.unit, tally.reason
+    )
 
 
 def level(finding: Finding) -> int:
@@ -234,7 +286,11 @@ def level(finding: Finding) -> int:
 
 
 def judge(
-    quantized: bool, findings: Iterable[Finding], coverage: Sequence[Coverage], require: Collection[str], fail_on: Severity
+    quantized: bool,
+    findings: Iterable[Finding],
+    coverage: Sequence[Coverage],
+    require: Collection[str],
+    fail_on: Severity,
 ) -> tuple[Verdict, str]:
     """Return the verdict, and why where it is unproven."""
     if failing(findings, fail_on):
@@ -249,15 +305,27 @@ def judge(
             return "unproven", f"{c.rule} is required and {why}"
     if not any(c.checked for c in coverage):
         ran = any(c.ran for c in coverage)
-        return "unproven", "the selected rules found nothing to examine" if ran else "none of the selected rules ran"
+        return (
+            "unproven",
+            "the selected rules found nothing to examine"
+            if ran
+            else "none of the selected rules ran",
+        )
     return "passed", ""
 
 
 def _stats(ctx: Context, candidate: Checkpoint) -> dict[str, object]:
     formats = Counter((m.shown.algo if m.shown else "undetermined") for m in ctx.quantized_modules)
     plain = Counter(m.weight.dtype for m in ctx.modules.values() if not m.quantized and m.weight)
-    scales = sum(t.nbytes for m in ctx.quantized_modules for leaf, t in m.parts.items() if leaf in m.scales)
+    scales = sum(
+        t.nbytes for m in ctx.quantized_modules for leaf, t in m.parts.items() if leaf in m.scales
+    )
     return {
-        "tensors": len(candidate.tensors), "shards": len(candidate.shards), "bytes": candidate.nbytes,
-        "scale_bytes": scales, "formats": dict(formats), "unquantized": dict(plain), "model_type": candidate.model_type,
-    }  # fmt: skip
+        "tensors": len(candidate.tensors),
+        "shards": len(candidate.shards),
+        "bytes": candidate.nbytes,
+        "scale_bytes": scales,
+        "formats": dict(formats),
+        "unquantized": dict(plain),
+        "model_type": candidate.model_type,
+    }

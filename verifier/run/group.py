@@ -13,7 +13,8 @@ MAX_GROUPS = 40
 
 
 def group(findings: Iterable[Finding], of: int, limit: int = MAX_GROUPS) -> list[Finding]:
-    """Return one finding for each kind and place (numbers in names collapsed), in order of first appearance.
+    """Return one finding for each kind and place (numbers in names collapsed), in order of first
+    appearance.
 
     At most ``limit`` of them; one more says how many findings the rest held.
     """
@@ -33,5 +34,13 @@ def group(findings: Iterable[Finding], of: int, limit: int = MAX_GROUPS) -> list
             severity = min(severity, f.severity, key=SEVERITIES.index)
     grouped = [replace(f, count=counts[k], of=max(of, counts[k])) for k, f in first.items()]
     if dropped:
-        grouped.append(Finding(grouped[-1].rule, severity, "and more of other names", count=dropped, of=max(of, dropped)))
+        grouped.append(
+            Finding(
+                grouped[-1].rule,
+                severity,
+                "and more of other names",
+                count=dropped,
+                of=max(of, dropped),
+            )
+        )
     return grouped

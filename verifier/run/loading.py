@@ -15,7 +15,8 @@ SCORING = "verifier.gate.evaluating"
 def loading() -> Loader:
     """Return transformers' loader; the one place below depth load that knows where it is.
 
-    It is found by name: importing it takes torch, transformers and seconds, which no other depth may cost.
+    It is found by name: importing it takes torch, transformers and seconds, which no other depth
+    may cost.
 
     Raises:
         MissingExtra: torch or transformers is not installed.

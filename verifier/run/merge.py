@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One report of the reports on all subsets of a checkpoint, equal to that of one run over all shards."""
+"""One report of the reports on all subsets of a checkpoint, equal to that of one run over all
+shards.
+"""
 
 from __future__ import annotations
 
@@ -31,25 +33,30 @@ def report_of(value: Any) -> Report:
         stats = dict(value["stats"])
         return Report(value["verdict"], value["uri"], value["base"], findings, coverage, stats)
     except (AttributeError, KeyError, TypeError) as error:
-        raise ContentError(f"not a report of `ckptgate check --format json`: {type(error).__name__}: {error}") from None
+        raise ContentError(
+            f"not a report of `ckptgate check --format json`: {type(error).__name__}: {error}"
+        ) from None
 
 
 def _finding(value: Any) -> Finding:
-    effects = tuple(Effect(engine, e["severity"], e["what"]) for engine, e in value["effects"].items())
+    effects = tuple(
+        Effect(engine, e["severity"], e["what"]) for engine, e in value["effects"].items()
+    )
     return Finding(**{**value, "where": Where(**value["where"]), "effects": effects})
 
 
 def merge_reports(reports: Iterable[Report]) -> Report:
     """Return the report on all shards from one report on each subset.
 
-    Findings, coverage, verdict and exit code are those of one run over all shards; ``seconds`` is the sum.
+    Findings, coverage, verdict and exit code are those of one run over all shards; ``seconds`` is
+    the sum.
 
     Args:
         reports: of `verifier.check` with ``subset``, in any order.
 
     Raises:
-        ContentError: a subset is missing or stands twice, a report is of no subset or of none that could be read, or two
-            are not of the same checkpoint judged in the same way.
+        ContentError: a subset is missing or stands twice, a report is of no subset or of none that
+            could be read, or two are not of the same checkpoint judged in the same way.
     """
     parts = _in_order(list(reports))
     rules = all_rules()
@@ -57,23 +64,31 @@ def merge_reports(reports: Iterable[Report]) -> Report:
     for part in parts[1:]:
         if _identity(part, rules) != _identity(first, rules):
             number, other = first.stats["options"]["subset"], part.stats["options"]["subset"]
-            raise ContentError(f"the reports on {number} and {other} are of different checkpoints, options or versions")
+            raise ContentError(
+                f"the reports on {number} and {other} are of different checkpoints, options or versions"
+            )
     findings: list[Finding] = []
     coverage: list[Coverage] = []
     stopped = {k: v for p in reversed(parts) for k, v in p.stats.get("stopped", {}).items()}
     for i, covered in enumerate(first.coverage):
         split = rules[covered.rule].split and covered.ran
         whole = _sum([p.coverage[i] for p in parts], covered.rule in stopped) if split else covered
-        found = sorted((f for p in (parts if split else [first]) for f in p.by_rule(covered.rule)), key=level)
+        found = sorted(
+            (f for p in (parts if split else [first]) for f in p.by_rule(covered.rule)), key=level
+        )
         findings += group(found, whole.of)
         coverage.append(whole)
     findings = fingerprinted(sorted(findings, key=level))
     options = {k: v for k, v in first.stats["options"].items() if k != "subset"}
-    stats: dict[str, Any] = {k: v for k, v in first.stats.items() if k not in ("stopped", "unproven")}
+    stats: dict[str, Any] = {
+        k: v for k, v in first.stats.items() if k not in ("stopped", "unproven")
+    }
     stats |= {"options": options, "seconds": round(sum(p.stats["seconds"] for p in parts), 3)}
     if stopped:
         stats["stopped"] = stopped
-    verdict, why = judge(bool(stats["formats"]), findings, coverage, options["require"], options["fail_on"])
+    verdict, why = judge(
+        bool(stats["formats"]), findings, coverage, options["require"], options["fail_on"]
+    )
     if why:
         stats["unproven"] = why
     return Report(verdict, first.uri, first.base, tuple(findings), tuple(coverage), stats)
@@ -89,7 +104,9 @@ def _in_order(reports: list[Report]) -> list[Report]:
         options = report.stats.get("options")
         text = options.get("subset") if isinstance(options, dict) else None
         if not isinstance(text, str):
-            raise ContentError(f"a report on {report.uri} that is of no subset (`check --subset k/n`): {report.verdict}")
+            raise ContentError(
+                f"a report on {report.uri} that is of no subset (`check --subset k/n`): {report.verdict}"
+            )
         share = share_of(text)
         if of not in (0, share.of):
             raise ContentError(f"a report of the subset {share} among those of n = {of}")
@@ -98,7 +115,9 @@ def _in_order(reports: list[Report]) -> list[Report]:
         found[share.number], of = report, share.of
     missing = [n for n in range(1, of + 1) if n not in found]
     if missing:
-        raise ContentError(f"{len(missing)} of {of} subsets have no report, {missing[0]}/{of} first")
+        raise ContentError(
+            f"{len(missing)} of {of} subsets have no report, {missing[0]}/{of} first"
+        )
     if any("tensors" not in r.stats for r in reports):
         raise ContentError("a report of a checkpoint that could not be read")
     return [found[n] for n in sorted(found)]
@@ -108,15 +127,23 @@ def _identity(report: Report, rules: Mapping[str, Rule]) -> object:
     """Return what the reports on all subsets of one checkpoint have in common."""
     unknown = [c.rule for c in report.coverage if c.rule not in rules]
     if unknown:
-        raise ContentError(f"a report that knows the rule {unknown[0]}, which this version does not")
+        raise ContentError(
+            f"a report that knows the rule {unknown[0]}, which this version does not"
+        )
     headers = [c for c in report.coverage if rules[c.rule].depth == "header"]
-    options = {k: v for k, v in report.stats["options"].items() if k not in ("subset", "base", "merged_from")}
+    options = {
+        k: v
+        for k, v in report.stats["options"].items()
+        if k not in ("subset", "base", "merged_from")
+    }
     changing = ("seconds", "options", "stopped", "unproven", "eval")
     return (
-        [(c.rule, c.unit) for c in report.coverage], headers, options,
+        [(c.rule, c.unit) for c in report.coverage],
+        headers,
+        options,
         {k: v for k, v in report.stats.items() if k not in changing},
         [f for f in report.findings if rules[f.rule].depth == "header"],
-    )  # fmt: skip
+    )
 
 
 def _sum(parts: Sequence[Coverage], stopped: bool) -> Coverage:

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Work that is shared by copies of this process: two threads of numpy are 1.5 times one, two processes 1.9 times.
+"""Work that is shared by copies of this process: two threads of numpy are 1.5 times one, two
+processes 1.9 times.
 
-A copy (fork) has all that was worked out so far and is sent nothing but numbers; what it comes to is sent back. Where a
-process cannot be copied safely (other threads run in it, or in a source that is read over the net) threads do the work.
+A copy (fork) has all that was worked out so far and is sent nothing but numbers; what it comes to
+is sent back. Where a process cannot be copied safely (other threads run in it, or in a source that
+is read over the net) threads do the work.
 """
 
 from __future__ import annotations
@@ -25,12 +27,21 @@ _STOP_SECONDS = 5.0
 
 
 def can_be_copied() -> bool:
-    """Whether this process may be copied: on Linux, with no other Python thread, and allowed to have children."""
-    return sys.platform == "linux" and threading.active_count() == 1 and not multiprocessing.current_process().daemon
+    """Whether this process may be copied: on Linux, with no other Python thread, and allowed to
+    have children.
+    """
+    return (
+        sys.platform == "linux"
+        and threading.active_count() == 1
+        and not multiprocessing.current_process().daemon
+    )
 
 
-def by_copies(work: Callable[[int], T], order: Sequence[int], workers: int) -> Iterator[tuple[int, T]]:
-    """Yield (number, ``work(number)``) of each number of ``order``, which are begun in that order, as they end.
+def by_copies(
+    work: Callable[[int], T], order: Sequence[int], workers: int
+) -> Iterator[tuple[int, T]]:
+    """Yield (number, ``work(number)``) of each number of ``order``, which are begun in that order,
+    as they end.
 
     Args:
         work: runs in a copy of this process; what it returns is pickled, what it changes is lost.
@@ -45,7 +56,8 @@ def by_copies(work: Callable[[int], T], order: Sequence[int], workers: int) -> I
     waiting = list(reversed(order))
     copies: dict[Any, Any] = {}
     connection: Any
-    # What stays is not to be written to by a collection, in whichever copy: pages are shared until they are written to.
+    # What stays is not to be written to by a collection, in whichever copy: pages are shared until
+    # they are written to.
     gc.freeze()
     try:
         # A signal that arrives now waits until no copy can take it with this process's handlers.
@@ -53,8 +65,12 @@ def by_copies(work: Callable[[int], T], order: Sequence[int], workers: int) -> I
         try:
             for _ in range(min(workers, len(order))):
                 ours, theirs = context.Pipe()
-                process = context.Process(target=_serve, args=(work, theirs, [*copies, ours]), daemon=True)
-                with warnings.catch_warnings():  # numpy's own threads wait in C; Python 3.12 counts them
+                process = context.Process(
+                    target=_serve, args=(work, theirs, [*copies, ours]), daemon=True
+                )
+                with (
+                    warnings.catch_warnings()
+                ):  # numpy's own threads wait in C; Python 3.12 counts them
                     warnings.simplefilter("ignore", DeprecationWarning)
                     process.start()
                 theirs.close()
@@ -102,11 +118,14 @@ def _death(process: Any) -> MachineError:
     process.join(_STOP_SECONDS)
     code = process.exitcode or 0
     how = f"signal {-code}" if code < 0 else f"exit code {code}"
-    return MachineError(f"a process that reads bytes died ({how}); --workers 1 reads in this one alone")
+    return MachineError(
+        f"a process that reads bytes died ({how}); --workers 1 reads in this one alone"
+    )
 
 
 def _serve(work: Callable[[int], object], connection: Connection, others: list[Connection]) -> None:
-    # The terminal sends Ctrl-C to the whole group: the parent decides what happens to its copies. SIGINT stays blocked.
+    # The terminal sends Ctrl-C to the whole group: the parent decides what happens to its copies.
+    # SIGINT stays blocked.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     # Held here too, they would keep a copy waiting for a parent that was killed.
@@ -128,7 +147,9 @@ def _serve(work: Callable[[int], object], connection: Connection, others: list[C
 
 
 def _portable(error: Exception) -> Exception:
-    """Return an error of this package as it is, and any other by its name and words: not all can be sent."""
+    """Return an error of this package as it is, and any other by its name and words: not all can be
+    sent.
+    """
     if isinstance(error, (CkptgateError, MemoryError)):
         return error
     result = RuntimeError("".join(traceback.format_exception_only(error)).strip())

@@ -23,7 +23,8 @@ class Sample:
         return f"a sample of {self.percent:g}% (seed {self.seed})"
 
     def choose(self, modules: Iterable[Module]) -> list[tuple[list[Module], int]]:
-        """Return, for each look, the modules that are read, in their order, and how many there are of that look.
+        """Return, for each look, the modules that are read, in their order, and how many there are
+        of that look.
 
         The choice depends on names and seed, not on the order or number of shards.
         """
@@ -38,7 +39,9 @@ class Sample:
         return chosen
 
     def _rank(self, module: Module) -> bytes:
-        return hashlib.blake2b(f"{self.seed}:{module.name}".encode(errors="surrogatepass"), digest_size=8).digest()
+        return hashlib.blake2b(
+            f"{self.seed}:{module.name}".encode(errors="surrogatepass"), digest_size=8
+        ).digest()
 
 
 def sample_of(text: str | float, seed: int = 0) -> Sample | None:
@@ -52,5 +55,7 @@ def sample_of(text: str | float, seed: int = 0) -> Sample | None:
     except ValueError:
         percent = math.nan
     if not 0 < percent <= 100:
-        raise UsageError(f"--sample {text!r}: write a percentage above 0 and at most 100, such as 5%")
+        raise UsageError(
+            f"--sample {text!r}: write a percentage above 0 and at most 100, such as 5%"
+        )
     return Sample(percent, seed) if percent < 100 else None

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run rules: those that read headers one after another, those that read bytes by shard, over processes or threads.
+"""Run rules: those that read headers one after another, those that read bytes by shard, over
+processes or threads.
 
-A rule that judges each module by itself (`Rule.split`) is run on the modules of one shard at a time, and what it says
-is put together in the order of the shards, whatever the number of workers and machines: so the report does not depend
-on them. A rule that compares modules is run once, on all of them. Rules that load the model come last, one by one.
+A rule that judges each module by itself (`Rule.split`) is run on the modules of one shard at a
+time, and what it says is put together in the order of the shards, whatever the number of workers
+and machines: so the report does not depend on them. A rule that compares modules is run once, on
+all of them. Rules that load the model come last, one by one.
 """
 
 from __future__ import annotations
@@ -29,16 +31,20 @@ from verifier.schemes import Module
 Judge = Callable[[Finding], Finding] | None
 MAX_WORKERS = 64
 WORTH_COPIES = 64 << 20
-"""Bytes of weights to compare from which on copies of this process are worth the tens of milliseconds that they cost."""
+"""Bytes of weights to compare from which on copies of this process are worth the tens of
+milliseconds that they cost."""
 SCANNED = 16
 """What is only looked at goes as many times as fast."""
-# More kinds of findings than these, and a merged report may name others of them first than a whole one does.
+# More kinds of findings than these, and a merged report may name others of them first than a whole
+# one does.
 MAX_KINDS = 5_000
 
 
 @dataclass(slots=True)
 class Outcome:
-    """What a rule said and examined; ``stopped`` is why it could not go on, ``deferred`` why it did not run here."""
+    """What a rule said and examined; ``stopped`` is why it could not go on, ``deferred`` why it did
+    not run here.
+    """
 
     findings: list[Finding] = field(default_factory=list)
     tally: Tally = field(default_factory=Tally)
@@ -55,13 +61,18 @@ class Outcome:
 
 
 def workers_of(given: int | None) -> int:
-    """Return the number of workers: as given, else the processors that this process may use, at most four.
+    """Return the number of workers: as given, else the processors that this process may use, at
+    most four.
 
     Raises:
         UsageError: none, or more than `MAX_WORKERS`.
     """
     if given is None:
-        usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        usable = (
+            len(os.sched_getaffinity(0))
+            if hasattr(os, "sched_getaffinity")
+            else os.cpu_count() or 1
+        )
         return min(4, usable)
     if not 1 <= given <= MAX_WORKERS:
         raise UsageError(f"{given} workers; 1 to {MAX_WORKERS}")
@@ -83,8 +94,8 @@ def run_rules(
         ctx: the checkpoint and what it is judged against.
         rules: those to run.
         workers: processes, or where this one cannot be copied threads, that read and judge bytes.
-        share: the shards that are read here, where it is not all of them. Rules of depth header run whatever the share,
-            those that compare bytes of modules in the first share only.
+        share: the shards that are read here, where it is not all of them. Rules of depth header run
+            whatever the share, those that compare bytes of modules in the first share only.
         sample: the modules that are read, where it is not all of them.
         judge: what is done to each finding before equal ones are counted as one.
     """
@@ -102,9 +113,14 @@ def run_rules(
 
 
 def _read(
-    ctx: Context, reading: Sequence[Rule], found: dict[str, Outcome], workers: int, share: Share | None,
-    sample: Sample | None, judge: Judge,
-) -> None:  # fmt: skip
+    ctx: Context,
+    reading: Sequence[Rule],
+    found: dict[str, Outcome],
+    workers: int,
+    share: Share | None,
+    sample: Sample | None,
+    judge: Judge,
+) -> None:
     """Add what the rules of depth payload say to ``found``."""
     split, whole = [r for r in reading if r.split], [r for r in reading if not r.split]
     if share is not None and share.number > 1:
@@ -122,7 +138,8 @@ def _read(
 
     _keep_freed_memory()
     ctx.part(())  # works out what all parts share, before threads would each do so
-    # Shards first: what rules that compare modules ask for is known then. Beside the shards it would be worked out twice.
+    # Shards first: what rules that compare modules ask for is known then. Beside the shards it
+    # would be worked out twice.
     copied = workers > 1 and _worth_copies(ctx, tasks) and can_be_copied()
     shards = _by_copies(ctx, read, tasks, workers) if copied else _each(read, tasks, workers)
     said = chain(shards, _each(read, comparing, workers))
@@ -178,9 +195,10 @@ def _run(rule: Rule, ctx: Context, judge: Judge) -> Outcome:
 def _keep_freed_memory() -> None:
     """Let the C library hand out again what arrays of some megabytes give back.
 
-    glibc asks the kernel for every array beyond 128 kB and returns it at once; a payload check then spends more time on
-    fresh pages than on values. Its limit follows the largest such array that was ever freed, up to 32 MB (mallopt(3),
-    M_MMAP_THRESHOLD): free one of which no byte was touched. Other C libraries do nothing by it.
+    glibc asks the kernel for every array beyond 128 kB and returns it at once; a payload check then
+    spends more time on fresh pages than on values. Its limit follows the largest such array that
+    was ever freed, up to 32 MB (mallopt(3), M_MMAP_THRESHOLD): free one of which no byte was
+    touched. Other C libraries do nothing by it.
     """
     np.empty(16 << 20, np.uint8)
 
@@ -190,7 +208,9 @@ def _largest_first(tasks: Sequence[_Task]) -> list[int]:
     return sorted(range(len(tasks)), key=lambda i: -tasks[i].nbytes)
 
 
-def _each(read: Callable[[_Task], list[Outcome]], tasks: Sequence[_Task], workers: int) -> Iterator[list[Outcome]]:
+def _each(
+    read: Callable[[_Task], list[Outcome]], tasks: Sequence[_Task], workers: int
+) -> Iterator[list[Outcome]]:
     """Yield what each task comes to, in the order of the tasks."""
     if workers == 1 or len(tasks) < 2:
         yield from map(read, tasks)
@@ -220,7 +240,9 @@ def _worth_copies(ctx: Context, tasks: Sequence[_Task]) -> bool:
 def _by_copies(
     ctx: Context, read: Callable[[_Task], list[Outcome]], tasks: Sequence[_Task], workers: int
 ) -> Iterator[list[Outcome]]:
-    """Yield what each task comes to, in the order of the tasks, worked out by copies of this process."""
+    """Yield what each task comes to, in the order of the tasks, worked out by copies of this
+    process.
+    """
 
     def read_apart(number: int) -> tuple[list[Outcome], dict[Hashable, Any]]:
         before = ctx.learnt().keys()

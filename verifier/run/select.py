@@ -29,10 +29,14 @@ def prefixes(given: Prefixes, known: Iterable[str], option: str) -> tuple[str, .
         for part in text.split(","):
             prefix = part.strip().upper()
             if not prefix:
-                raise UsageError(f"{option} {text!r}: an empty rule id; `ckptgate rules` lists them")
+                raise UsageError(
+                    f"{option} {text!r}: an empty rule id; `ckptgate rules` lists them"
+                )
             if prefix != ALL and not any(i.startswith(prefix) for i in ids):
                 near = nearest(prefix, [*ids, *sorted({i[:3] for i in ids})])
-                raise UsageError(f"{option}: no rule {part.strip()!r}; {near}`ckptgate rules` lists them")
+                raise UsageError(
+                    f"{option}: no rule {part.strip()!r}; {near}`ckptgate rules` lists them"
+                )
             found[prefix] = None
     return tuple(found)
 
@@ -44,25 +48,35 @@ def nearest(name: str, among: Iterable[str]) -> str:
 
 
 def match(rule: str, among: Iterable[str]) -> str | None:
-    """Return the longest prefix that a rule id begins with, or None; ``ALL`` is the shortest of all."""
+    """Return the longest prefix that a rule id begins with, or None; ``ALL`` is the shortest of
+    all.
+    """
     return max((p for p in among if p == ALL or rule.startswith(p)), key=_length, default=None)
 
 
 class Selection:
     """What ``select``, ``ignore`` and ``require`` come to for each rule.
 
-    Without ``select`` every rule is selected. Where a rule is both selected and ignored the longer prefix decides, and of
-    two equal ones ``ignore``.
+    Without ``select`` every rule is selected. Where a rule is both selected and ignored the longer
+    prefix decides, and of two equal ones ``ignore``.
 
     Raises:
         UsageError: an unknown prefix, or a required one none of whose rules is selected.
     """
 
-    def __init__(self, known: Iterable[str], select: Prefixes = (), ignore: Prefixes = (), require: Prefixes = ()) -> None:
+    def __init__(
+        self,
+        known: Iterable[str],
+        select: Prefixes = (),
+        ignore: Prefixes = (),
+        require: Prefixes = (),
+    ) -> None:
         ids = list(known)
         self.select = prefixes(select, ids, "--select")
         self.ignore = prefixes(ignore, ids, "--ignore")
-        self.required = frozenset(i for p in prefixes(require, ids, "--require") for i in self._require(p, ids))
+        self.required = frozenset(
+            i for p in prefixes(require, ids, "--require") for i in self._require(p, ids)
+        )
 
     def _require(self, prefix: str, ids: Iterable[str]) -> list[str]:
         meant = [i for i in ids if match(i, [prefix]) is not None]

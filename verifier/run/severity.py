@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What severity a finding has in this run. Rules know nothing of it; verifier/rules/README.md states the precedence."""
+"""What severity a finding has in this run. Rules know nothing of it; verifier/rules/README.md
+states the precedence.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ Levels = Mapping[str, str | Mapping[str, str]]
 
 
 class _Setting(NamedTuple):
-    """One level that the user set: for the rules that a prefix begins, for all names or those that a glob matches."""
+    """One level that the user set: for the rules that a prefix begins, for all names or those that
+    a glob matches.
+    """
 
     prefix: str
     glob: str
@@ -29,11 +33,14 @@ class _Setting(NamedTuple):
     def fits(self, finding: Finding) -> bool:
         if self.prefix != ALL and not finding.rule.startswith(self.prefix):
             return False
-        return self.names is None or (finding.where.tensor is not None and bool(self.names.match(finding.where.tensor)))
+        return self.names is None or (
+            finding.where.tensor is not None and bool(self.names.match(finding.where.tensor))
+        )
 
 
 class Severities:
-    """Maps the severity that a rule gave a finding to the one it has under a profile and the user's own levels.
+    """Maps the severity that a rule gave a finding to the one it has under a profile and the user's
+    own levels.
 
     Args:
         rules: the table of rules.
@@ -44,16 +51,22 @@ class Severities:
         UsageError: an unknown profile, prefix or severity.
     """
 
-    def __init__(self, rules: Mapping[str, Rule], profile: str | None = None, levels: Levels | None = None) -> None:
+    def __init__(
+        self, rules: Mapping[str, Rule], profile: str | None = None, levels: Levels | None = None
+    ) -> None:
         if profile is not None and profile not in PROFILES:
-            raise UsageError(f"no profile {profile!r}; {nearest(profile, PROFILES)}one of {', '.join(PROFILES)}")
+            raise UsageError(
+                f"no profile {profile!r}; {nearest(profile, PROFILES)}one of {', '.join(PROFILES)}"
+            )
         self._rules = rules
         self.profile = profile
         self._mapped: dict[tuple[object, ...], tuple[tuple[Effect, ...], Severity, str]] = {}
         self._set = sorted(_settings(levels or {}, rules), key=_order)
 
     def judge(self, finding: Finding) -> Finding:
-        """Return the finding with its severity in this run, where that comes from, and what every engine makes of it."""
+        """Return the finding with its severity in this run, where that comes from, and what every
+        engine makes of it.
+        """
         f = finding
         key = (f.rule, f.severity, f.effects)
         if key not in self._mapped:
@@ -63,15 +76,30 @@ class Severities:
         for setting in self._set:
             if setting.fits(f):
                 glob = f" {setting.glob}" if setting.glob else ""
-                severity, because = setting.level, f"configuration: {setting.prefix}{glob} is {setting.level}"
+                severity, because = (
+                    setting.level,
+                    f"configuration: {setting.prefix}{glob} is {setting.level}",
+                )
                 break
-        # Not dataclasses.replace, which is ten times slower: a rule may have a finding for every expert.
+        # Not dataclasses.replace, which is ten times slower: a rule may have a finding for every
+        # expert.
         return Finding(
-            f.rule, severity, f.message, f.where, f.observed, f.expected, f.count, f.of, effects, because
-        )  # fmt: skip
+            f.rule,
+            severity,
+            f.message,
+            f.where,
+            f.observed,
+            f.expected,
+            f.count,
+            f.of,
+            effects,
+            because,
+        )
 
     def _effects(self, finding: Finding) -> tuple[Effect, ...]:
-        """Every engine in order: what the finding says of it, else the rule where the severity is the rule's own."""
+        """Every engine in order: what the finding says of it, else the rule where the severity is
+        the rule's own.
+        """
         own = {e.engine: e for e in finding.effects}
         rule = self._rules.get(finding.rule)
         if rule is not None and finding.severity == rule.severity:
@@ -80,7 +108,11 @@ class Severities:
 
     def _by_profile(self, finding: Finding, effects: tuple[Effect, ...]) -> tuple[Severity, str]:
         if self.profile == "strict":
-            return ("error", "profile strict") if finding.severity == "warning" else (finding.severity, "")
+            return (
+                ("error", "profile strict")
+                if finding.severity == "warning"
+                else (finding.severity, "")
+            )
         if self.profile == "all":
             chosen = min(effects, key=lambda e: (SEVERITIES.index(e.severity), not e.what))
         else:
@@ -107,7 +139,9 @@ def _settings(levels: Levels, rules: Iterable[str]) -> Iterable[_Setting]:
         else:
             # Of two globs that match, the later one decides.
             for glob, level in reversed(list(value.items())):
-                yield _Setting(prefix, glob, _level(f"{prefix} {glob}", level), re.compile(translate(glob)))
+                yield _Setting(
+                    prefix, glob, _level(f"{prefix} {glob}", level), re.compile(translate(glob))
+                )
 
 
 def _level(what: str, value: str) -> Severity:
@@ -115,4 +149,6 @@ def _level(what: str, value: str) -> Severity:
         if value == level:
             return level
     near = nearest(str(value), SEVERITIES)
-    raise UsageError(f"severity of {what}: no level {value!r}; {near}one of {', '.join(SEVERITIES)}")
+    raise UsageError(
+        f"severity of {what}: no level {value!r}; {near}one of {', '.join(SEVERITIES)}"
+    )

@@ -33,7 +33,9 @@ def share_of(text: str) -> Share:
     """
     found = re.fullmatch(r"([0-9]{1,5})/([0-9]{1,5})", text.strip())
     if not found or not 1 <= int(found[1]) <= int(found[2]) <= MAX_SHARES:
-        raise UsageError(f"--subset {text!r}: write k/n, such as 2/8; k from 1 to n, n at most {MAX_SHARES:,}")
+        raise UsageError(
+            f"--subset {text!r}: write k/n, such as 2/8; k from 1 to n, n at most {MAX_SHARES:,}"
+        )
     return Share(int(found[1]), int(found[2]))
 
 
@@ -43,7 +45,8 @@ def file_of(module: Module) -> str:
 
 
 def shares(checkpoint: Checkpoint, of: int) -> Mapping[str, int]:
-    """Return the number of the share that each shard belongs to; a share is consecutive shards, shares are about equal.
+    """Return the number of the share that each shard belongs to; a share is consecutive shards,
+    shares are about equal.
 
     Consecutive, so that shares put together in their order are the shards in theirs.
     """

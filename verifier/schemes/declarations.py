@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What config.json and hf_quant_config.json say about quantization, in one shape whatever the dialect.
+"""What config.json and hf_quant_config.json say about quantization, in one shape whatever the
+dialect.
 
-Dialects read: ModelOpt flat (``quant_algo``, ``ignore``), ModelOpt nested (``quantization: {exclude_modules}``), MiniMax
-vendor (``quant_method: mxfp8``, ``ignored_layers``), DeepSeek block FP8 (``quant_method: fp8``, ``weight_block_size``).
-Others are *not judged*: `Declaration.known` is False and ``method`` names them.
+Dialects read: ModelOpt flat (``quant_algo``, ``ignore``), ModelOpt nested (``quantization:
+{exclude_modules}``), MiniMax vendor (``quant_method: mxfp8``, ``ignored_layers``), DeepSeek block
+FP8 (``quant_method: fp8``, ``weight_block_size``). Others are *not judged*: `Declaration.known` is
+False and ``method`` names them.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ class Entry:
 
 
 class Cover(NamedTuple):
-    """What the declaration says about one module: its algorithm (None: unquantized) and how it says so.
+    """What the declaration says about one module: its algorithm (None: unquantized) and how it says
+    so.
 
     ``via`` is ``uniform``, ``exact``, ``container``, ``packed``, ``excluded`` or ``unlisted``.
     """
@@ -71,7 +74,9 @@ class Declaration:
 
     @property
     def mixed(self) -> bool:
-        """Whether modules are declared one by one; then a module without an entry is unquantized."""
+        """Whether modules are declared one by one; then a module without an entry is
+        unquantized.
+        """
         return self.algo == "MIXED_PRECISION"
 
     @cached_property
@@ -108,13 +113,17 @@ class Declaration:
             if not head:
                 break
             if head in self.layers:
-                return Cover(self.layers[head].algo, "container", head, self.layers[head].group_size)
+                return Cover(
+                    self.layers[head].algo, "container", head, self.layers[head].group_size
+                )
         return Cover(None, "unlisted")
 
 
 @dataclass(frozen=True, slots=True)
 class Declarations:
-    """Both files' declarations. Engines differ in which they read first; `effective` is config.json's, else the other."""
+    """Both files' declarations. Engines differ in which they read first; `effective` is
+    config.json's, else the other.
+    """
 
     inline: Declaration | None
     file: Declaration | None
@@ -139,12 +148,16 @@ def read_declarations(checkpoint: Checkpoint) -> Declarations:
 
 
 def format_of(module: Module, declaration: Declaration | None) -> Format | None:
-    """Return the format that a quantized module must satisfy: the declared one, else the one that it shows.
+    """Return the format that a quantized module must satisfy: the declared one, else the one that
+    it shows.
 
-    None where it is not quantized, where it shows another format than the declared one (QC305, QC408, QC410), or where
-    an algorithm is declared that is not judged.
+    None where it is not quantized, where it shows another format than the declared one (QC305,
+    QC408, QC410), or where an algorithm is declared that is not judged.
     """
-    return fitting(module, declaration.cover(module.name) if declaration is not None and declaration.known else None)
+    return fitting(
+        module,
+        declaration.cover(module.name) if declaration is not None and declaration.known else None,
+    )
 
 
 def fitting(module: Module, cover: Cover | None) -> Format | None:
@@ -162,11 +175,17 @@ def parse(raw: Any, file: str) -> Declaration:
     """Normalise one declaration; what is malformed is listed in ``problems``, never raised."""
     problems: list[str] = []
     if not isinstance(raw, Mapping):
-        return Declaration(file, "foreign", "", None, problems=(f"is a {type(raw).__name__}, not an object",))
+        return Declaration(
+            file, "foreign", "", None, problems=(f"is a {type(raw).__name__}, not an object",)
+        )
     body, form = raw, "flat"
     if isinstance(raw.get("quantization"), Mapping):
         body, form = raw["quantization"], "nested"
-    method = str(raw.get("quant_method") or body.get("quant_method") or ("modelopt" if "quant_algo" in body else ""))
+    method = str(
+        raw.get("quant_method")
+        or body.get("quant_method")
+        or ("modelopt" if "quant_algo" in body else "")
+    )
     algo = body.get("quant_algo")
     if algo is not None and not isinstance(algo, str):
         problems.append(f"quant_algo is {algo!r}, not a string")
@@ -191,21 +210,36 @@ def parse(raw: Any, file: str) -> Declaration:
         else:
             wild = sum(any(c in v for c in "*?[") for v in value)
             if wild > MAX_WILDCARDS:
-                problems.append(f"{key} holds {wild:,} patterns with wildcards; more than {MAX_WILDCARDS:,} are not read")
+                problems.append(
+                    f"{key} holds {wild:,} patterns with wildcards; more than {MAX_WILDCARDS:,} are not read"
+                )
             else:
                 exclude += value
     exclude = list(dict.fromkeys(exclude))
     return Declaration(
-        file, form, method, algo, group, tuple(exclude), _layers(body.get("quantized_layers"), problems), _kv(body),
+        file,
+        form,
+        method,
+        algo,
+        group,
+        tuple(exclude),
+        _layers(body.get("quantized_layers"), problems),
+        _kv(body),
         tuple(problems),
-    )  # fmt: skip
+    )
 
 
-def _vendor_algo(method: str, body: Mapping[str, Any], problems: list[str]) -> tuple[str | None, int | None]:
+def _vendor_algo(
+    method: str, body: Mapping[str, Any], problems: list[str]
+) -> tuple[str | None, int | None]:
     block = body.get("weight_block_size")
     if block is None:
         return ("MXFP8", 32) if method == "mxfp8" else ("FP8", None)
-    if not isinstance(block, list) or len(block) != 2 or not all(type(b) is int and b > 0 for b in block):
+    if (
+        not isinstance(block, list)
+        or len(block) != 2
+        or not all(type(b) is int and b > 0 for b in block)
+    ):
         problems.append(f"weight_block_size is {str(block)[:40]}, not two positive integers")
         return None, None
     if method == "mxfp8" or block == [1, 32]:

@@ -7,8 +7,8 @@
     part       the glob matches one dot part, or a leading run of parts         SGLang, transformers
     substring  the pattern stands anywhere in the name                          vLLM
 
-The first three are *strict*: all who read the pattern so agree on what it means. The other two are *loose*.
-`Exclusions.excludes` puts them together as each engine does.
+The first three are *strict*: all who read the pattern so agree on what it means. The other two are
+*loose*. `Exclusions.excludes` puts them together as each engine does.
 """
 
 from __future__ import annotations
@@ -42,12 +42,16 @@ _DIGITS = re.compile(r"\d+")
 
 
 def _outline(text: str) -> str:
-    """Return text with each run of digits as one ``0``: what stands in a text has an outline that stands in its outline."""
+    """Return text with each run of digits as one ``0``: what stands in a text has an outline that
+    stands in its outline.
+    """
     return _DIGITS.sub("0", text)
 
 
 def _literals(pattern: str) -> list[str]:
-    """Return pieces that every name which a glob matches must hold; of one with a class none are known."""
+    """Return pieces that every name which a glob matches must hold; of one with a class none are
+    known.
+    """
     return [] if "[" in pattern else [p for p in re.split(r"[*?]", pattern) if p]
 
 
@@ -64,16 +68,24 @@ class Exclusions:
 
     @cached_property
     def _globs(self) -> re.Pattern[str] | None:
-        return _compiled(p for p in self.patterns if any(c in p for c in _WILD) and not p.startswith("re:"))
+        return _compiled(
+            p for p in self.patterns if any(c in p for c in _WILD) and not p.startswith("re:")
+        )
 
     @cached_property
     def _regexes(self) -> tuple[Regex, ...]:
         # A pattern that does not compile matches nothing, and is then reported dead.
-        return tuple(r for p in self.patterns if p.startswith("re:") and (r := compile_regex(p[3:])) is not None)
+        return tuple(
+            r
+            for p in self.patterns
+            if p.startswith("re:") and (r := compile_regex(p[3:])) is not None
+        )
 
     @cached_property
     def _plain(self) -> tuple[str, ...]:
-        return tuple(p.strip("*") for p in self.patterns if not p.startswith("re:") and p.strip("*"))
+        return tuple(
+            p.strip("*") for p in self.patterns if not p.startswith("re:") and p.strip("*")
+        )
 
     @cached_property
     def _plain_by_outline(self) -> dict[str, list[str]]:
@@ -83,7 +95,9 @@ class Exclusions:
         return found
 
     def _stands_in(self, module: str) -> bool:
-        """Whether a plain pattern is a substring of the name; only one whose outline is in the name's can be."""
+        """Whether a plain pattern is a substring of the name; only one whose outline is in the
+        name's can be.
+        """
         outline = _outline(module)
         found = self._candidates.get(outline)
         if found is None:
@@ -109,28 +123,40 @@ class Exclusions:
 
     @cached_property
     def _vllm(self) -> tuple[tuple[str, ...], re.Pattern[str] | None]:
-        """As vLLM 0.32 reads: ``x*`` becomes ``x`` and ``x.*``; the rest are substrings and globs."""
-        spread = [e for p in self.patterns for e in ((p[:-1], f"{p[:-1]}.*") if p.endswith("*") and len(p) > 1 else (p,))]
+        """As vLLM 0.32 reads: ``x*`` becomes ``x`` and ``x.*``; the rest are substrings and
+        globs.
+        """
+        spread = [
+            e
+            for p in self.patterns
+            for e in ((p[:-1], f"{p[:-1]}.*") if p.endswith("*") and len(p) > 1 else (p,))
+        ]
         return tuple(e for e in spread if e and not any(c in e for c in _WILD)), _compiled(
             e for e in spread if any(c in e for c in _WILD)
         )
 
     @cached_property
     def _readable(self) -> re.Pattern[str] | None:
-        """Every pattern as a glob on a whole name: TensorRT-LLM; SGLang, which tries each part as well."""
+        """Every pattern as a glob on a whole name: TensorRT-LLM; SGLang, which tries each part as
+        well.
+        """
         return _compiled(p for p in self.patterns if not p.startswith("re:"))
 
     def excludes(self, reader: Reader, module: str) -> bool:
-        """Whether one engine excludes a module on disk; of an expert's projection it asks for the container too.
+        """Whether one engine excludes a module on disk; of an expert's projection it asks for the
+        container too.
 
-        Source: ``is_layer_excluded`` of vLLM 0.32 and SGLang 0.5.23, TensorRT-LLM's exclusion check. A fused
+        Source: ``is_layer_excluded`` of vLLM 0.32 and SGLang 0.5.23, TensorRT-LLM's exclusion
+            check. A fused
         projection is read through its members.
         """
         if module in self._exact and not module.startswith("re:"):
             return True
         if reader == "vllm":
             literals, globs = self._vllm
-            return any(p in module for p in literals) or (globs is not None and globs.match(module) is not None)
+            return any(p in module for p in literals) or (
+                globs is not None and globs.match(module) is not None
+            )
         if self._readable is None:
             return False
         bare = _bare(module)
@@ -163,12 +189,14 @@ class Exclusions:
         """Whether any pattern stands somewhere in the name."""
         if len(self._plain) <= MANY or len(module) > MANY:
             return self._stands_in(module)
-        # A list of every excluded expert by name has tens of thousands of entries and some ten lengths.
+        # A list of every excluded expert by name has tens of thousands of entries and some ten
+        # lengths.
         pieces = self._by_length
         return any(
             module[i : i + n] in found
-            for n, found in pieces.items() for i in range(len(module) - n + 1)
-        )  # fmt: skip
+            for n, found in pieces.items()
+            for i in range(len(module) - n + 1)
+        )
 
     @cached_property
     def _by_length(self) -> dict[int, frozenset[str]]:
@@ -184,7 +212,8 @@ class Exclusions:
     def dead(self, modules: Iterable[str]) -> list[str]:
         """Return the patterns that exclude none of the modules under any reading.
 
-        A list of so many wildcards that judging all would take more than `MAX_MATCHES` is judged in part.
+        A list of so many wildcards that judging all would take more than `MAX_MATCHES` is judged in
+        part.
         """
         names = list(modules)
         known = set(names)
@@ -199,7 +228,9 @@ class Exclusions:
             left -= (len(text) if at < 0 else at) // 1500
             if at >= 0:
                 continue
-            if not pattern.startswith("re:") and any(part not in text for part in _literals(pattern)):
+            if not pattern.startswith("re:") and any(
+                part not in text for part in _literals(pattern)
+            ):
                 result.append(pattern)
                 continue
             one = Exclusions([pattern])

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What each quantization format puts on disk: siblings, dtypes, shapes, block.
 
-Sources: NVIDIA ModelOpt 0.47 (unified HF export) for the NVFP4, MXFP8 and FP8 layouts; OCP Microscaling Formats v1.0
-section 5.3 for MXFP8 and MXFP4; DeepSeek-V3's config for 128x128 block FP8. Here ``out`` and ``in`` are the logical
-dimensions of the linear layer, in elements.
+Sources: NVIDIA ModelOpt 0.47 (unified HF export) for the NVFP4, MXFP8 and FP8 layouts; OCP
+Microscaling Formats v1.0 section 5.3 for MXFP8 and MXFP4; DeepSeek-V3's config for 128x128 block
+FP8. Here ``out`` and ``in`` are the logical dimensions of the linear layer, in elements.
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ class Sibling:
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """A quantization format; ``block`` is (rows, columns) that share a scale, None for a whole row or tensor."""
+    """A quantization format; ``block`` is (rows, columns) that share a scale, None for a whole row
+    or tensor.
+    """
 
     name: str
     algo: str
@@ -88,39 +90,59 @@ FORMATS: dict[str, Format] = {
         Format("nvfp4", "NVFP4", "U8", (1, 16), (*_NVFP4_SCALES, _INPUT)),
         Format("w4a16_nvfp4", "W4A16_NVFP4", "U8", (1, 16), _NVFP4_SCALES),
         Format(
-            "mxfp8", "MXFP8", "F8_E4M3", (1, 32),
+            "mxfp8",
+            "MXFP8",
+            "F8_E4M3",
+            (1, 32),
             (Sibling(("weight_scale", "weight_scale_inv"), ("U8", "F8_E8M0"), _blocks(32)),),
         ),
         Format(
-            "fp8", "FP8", "F8_E4M3", None,
+            "fp8",
+            "FP8",
+            "F8_E4M3",
+            None,
             (
                 Sibling(("weight_scale", "weight_scale_inv"), ("F32",), _scalar),
                 Sibling(("input_scale",), ("F32",), _scalar, required=False),
             ),
         ),
         Format(
-            "fp8_per_channel", "FP8_PER_CHANNEL_PER_TOKEN", "F8_E4M3", None,
+            "fp8_per_channel",
+            "FP8_PER_CHANNEL_PER_TOKEN",
+            "F8_E4M3",
+            None,
             (Sibling(("weight_scale",), ("F32",), _per_row),),
         ),
         Format(
-            "fp8_block", "FP8_PB_WO", "F8_E4M3", (128, 128),
+            "fp8_block",
+            "FP8_PB_WO",
+            "F8_E4M3",
+            (128, 128),
             (Sibling(("weight_scale_inv", "weight_scale"), ("F32",), _tiles),),
         ),
         # compressed-tensors 0.20: the global scales are divisors, 2688 / amax.
         Format(
-            "nvfp4_ct", "NVFP4_PACK_QUANTIZED", "U8", (1, 16),
+            "nvfp4_ct",
+            "NVFP4_PACK_QUANTIZED",
+            "U8",
+            (1, 16),
             (
                 Sibling(("weight_scale",), ("F8_E4M3",), _blocks(16)),
                 Sibling(("weight_global_scale",), ("F32",), _scalar),
                 Sibling(("input_global_scale",), ("F32",), _scalar, required=False),
             ),
         ),
-        # gpt-oss spells weight and scale `<parameter>_blocks` [out, in/32, 16] and `<parameter>_scales`.
+        # gpt-oss spells weight and scale `<parameter>_blocks` [out, in/32, 16] and
+        # `<parameter>_scales`.
         Format(
-            "mxfp4", "MXFP4", "U8", (1, 32), (Sibling(("weight_scale", "scales"), ("U8", "F8_E8M0"), _blocks(32)),)
+            "mxfp4",
+            "MXFP4",
+            "U8",
+            (1, 32),
+            (Sibling(("weight_scale", "scales"), ("U8", "F8_E8M0"), _blocks(32)),),
         ),
     )
-}  # fmt: skip
+}
 
 
 def same_layout(a: Format, b: Format) -> bool:
@@ -131,8 +153,9 @@ def same_layout(a: Format, b: Format) -> bool:
 def runtime_layout(shape: Shape, rows: int, columns: int) -> str:
     """Return how a block scale's shape differs from [rows, columns] as kernels want it, or ''.
 
-    Kernels read scales in tiles of 128 rows by 4 columns, so both are padded up (``padded``); in memory a tile is 32 x 16
-    values (``swizzled``), and the tiles are often flattened. Source: cuBLAS 12.9, "1D block scaling factors layout".
+    Kernels read scales in tiles of 128 rows by 4 columns, so both are padded up (``padded``); in
+    memory a tile is 32 x 16 values (``swizzled``), and the tiles are often flattened. Source:
+    cuBLAS 12.9, "1D block scaling factors layout".
     """
     tall, wide = -(-rows // 128) * 128, -(-columns // 4) * 4
     if shape == (rows, columns):
@@ -149,8 +172,17 @@ FORMAT_OF_ALGO: dict[str, str] = {
     "NVFP4_AWQ": "nvfp4",
     "NVFP4_SVD": "nvfp4",
 }
-"""quant_algo as ModelOpt spells it to the name of its format; other algorithms are known by name only."""
+"""quant_algo as ModelOpt spells it to the name of its format; other algorithms are known by name
+only."""
 KNOWN_ALGOS = frozenset(FORMAT_OF_ALGO) | {
-    "MIXED_PRECISION", "W4A8_NVFP4_FP8", "W4A8_MXFP4_FP8", "MXFP4", "INT8_SQ", "INT4_AWQ", "W4A16_AWQ", "W4A8_AWQ", "W8A16",
+    "MIXED_PRECISION",
+    "W4A8_NVFP4_FP8",
+    "W4A8_MXFP4_FP8",
+    "MXFP4",
+    "INT8_SQ",
+    "INT4_AWQ",
+    "W4A16_AWQ",
+    "W4A8_AWQ",
+    "W8A16",
     "W8A8_SQ_PER_CHANNEL",
-}  # fmt: skip
+}

@@ -11,9 +11,17 @@ from verifier.checkpoint import Tensor
 from verifier.schemes.formats import FORMATS, Format
 
 SCALE_LEAVES = frozenset(
-    {"weight_scale", "weight_scale_inv", "weight_scale_2", "input_scale", "pre_quant_scale", "weight_global_scale",
-     "input_global_scale", "scales"}
-)  # fmt: skip
+    {
+        "weight_scale",
+        "weight_scale_inv",
+        "weight_scale_2",
+        "input_scale",
+        "pre_quant_scale",
+        "weight_global_scale",
+        "input_global_scale",
+        "scales",
+    }
+)
 KV_LEAVES = frozenset({"k_scale", "v_scale"})
 LEAVES = (SCALE_LEAVES - {"scales"}) | KV_LEAVES | {"weight", "bias", "weight_packed"}
 FLOATS = frozenset({"BF16", "F16", "F32"})
@@ -24,8 +32,9 @@ _SIBLING = re.compile(r"(\w+_proj)_(weight_scale|weight_scale_2|weight_scale_inv
 def split(name: str) -> tuple[str, str]:
     """Return module and leaf of a tensor name; a bare parameter is its own module with the leaf ''.
 
-    MXFP4's ``<parameter>_blocks`` and ``<parameter>_scales`` are the leaves ``blocks`` and ``scales``; ``_weight_scale`` and
-    its like behind a projection of stacked experts are that leaf of it.
+    MXFP4's ``<parameter>_blocks`` and ``<parameter>_scales`` are the leaves ``blocks`` and
+    ``scales``; ``_weight_scale`` and its like behind a projection of stacked experts are that leaf
+    of it.
     """
     head, _, leaf = name.rpartition(".")
     if leaf.endswith(_JOINED) and head.endswith(".experts") and (found := _SIBLING.match(leaf)):
@@ -48,7 +57,8 @@ def canonical(name: str) -> str | None:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Look:
-    """What leaves, dtypes and shapes of a module's tensors show; one object for all modules that look alike.
+    """What leaves, dtypes and shapes of a module's tensors show; one object for all modules that
+    look alike.
 
     ``weight`` and ``scale`` are leaves; the other attributes are those of `Module`.
     """
@@ -62,7 +72,8 @@ class Look:
 
 
 class Module:
-    """A module of a checkpoint: its tensors by leaf (``weight``, ``weight_scale`` …), and what they show.
+    """A module of a checkpoint: its tensors by leaf (``weight``, ``weight_scale`` …), and what they
+    show.
 
     Attributes:
         name: the module's name on disk.
@@ -72,8 +83,10 @@ class Module:
         scales: the leaves of its weight and activation scales.
         quantized: whether the weight is stored as codes, or has a scale.
         dims: the logical (out, in) of a two-dimensional weight, in elements.
-        shown: the format that dtypes and shapes show, or None where they show none or contradict one another.
-        look: the object that modules with equal leaves, dtypes and shapes share where one call gathered them.
+        shown: the format that dtypes and shapes show, or None where they show none or contradict
+            one another.
+        look: the object that modules with equal leaves, dtypes and shapes share where one call
+            gathered them.
     """
 
     __slots__ = ("dims", "look", "name", "parts", "quantized", "scale", "scales", "shown", "weight")
@@ -83,7 +96,12 @@ class Module:
         self.name, self.parts, self.look = name, parts, look
         self.weight = parts[look.weight] if look.weight is not None else None
         self.scale = parts[look.scale] if look.scale is not None else None
-        self.scales, self.quantized, self.dims, self.shown = look.scales, look.quantized, look.dims, look.shown
+        self.scales, self.quantized, self.dims, self.shown = (
+            look.scales,
+            look.quantized,
+            look.dims,
+            look.shown,
+        )
 
     def __repr__(self) -> str:
         return f"Module({self.name!r}, {dict(self.parts)!r})"
@@ -107,7 +125,9 @@ def look_at(parts: Mapping[str, Tensor]) -> Look:
     return Look(leaf, scale, scales, quantized, dims, shown)
 
 
-def _shown(parts: Mapping[str, Tensor], weight: Tensor, scale: Tensor | None, dims: tuple[int, int]) -> Format | None:
+def _shown(
+    parts: Mapping[str, Tensor], weight: Tensor, scale: Tensor | None, dims: tuple[int, int]
+) -> Format | None:
     mxfp4 = FORMATS["mxfp4"]
     if weight.dtype == "U8" and scale is not None and scale.dtype in mxfp4.siblings[0].dtypes:
         if scale.shape in mxfp4.siblings[0].shapes(*dims):
@@ -119,7 +139,9 @@ def _shown(parts: Mapping[str, Tensor], weight: Tensor, scale: Tensor | None, di
     if weight.dtype != "F8_E4M3" or scale is None:
         return None
     if scale.dtype in ("U8", "F8_E8M0"):
-        return FORMATS["mxfp8"] if scale.shape in FORMATS["mxfp8"].siblings[0].shapes(*dims) else None
+        return (
+            FORMATS["mxfp8"] if scale.shape in FORMATS["mxfp8"].siblings[0].shapes(*dims) else None
+        )
     for name in ("fp8", "fp8_per_channel", "fp8_block"):
         if scale.shape in FORMATS[name].siblings[0].shapes(*dims):
             return FORMATS[name]

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Regular expressions out of a config, which nobody vouches for: matched in bounded time, or not at all."""
+"""Regular expressions out of a config, which nobody vouches for: matched in bounded time, or not at
+all.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +12,16 @@ from functools import cache
 
 MAX_PATTERN = 1000
 STEPS = 5e7
-"""The most backtracking that one match may cost: the ways to cut a name among k unbounded repeats and what is left."""
+"""The most backtracking that one match may cost: the ways to cut a name among k unbounded repeats
+and what is left."""
 SECONDS = 1.0
 """The processor time that one pattern may take on all names together."""
 
 
 class Regex:
-    """A compiled ``re:`` pattern; ``match`` is False for names that are too long for it, and once its time is used up."""
+    """A compiled ``re:`` pattern; ``match`` is False for names that are too long for it, and once
+    its time is used up.
+    """
 
     def __init__(self, compiled: re.Pattern[str], repeats: int) -> None:
         self._compiled = compiled
@@ -35,25 +40,32 @@ class Regex:
 
 @cache
 def _longest(repeats: int) -> int:
-    """Return the length of the longest name that a pattern of so many unbounded repeats is matched with."""
+    """Return the length of the longest name that a pattern of so many unbounded repeats is matched
+    with.
+    """
     if not repeats:
         return 1 << 20
     low, high = 0, int(STEPS)
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if math.comb(middle + repeats, repeats) <= STEPS else (low, middle - 1)
+        low, high = (
+            (middle, high) if math.comb(middle + repeats, repeats) <= STEPS else (low, middle - 1)
+        )
     return low
 
 
 def compile_regex(pattern: str) -> Regex | None:
-    """Return a pattern of a config, or None where it does not compile or could take exponential time.
+    """Return a pattern of a config, or None where it does not compile or could take exponential
+    time.
 
-    Refused are more than 1,000 characters, and an unbounded repeat of a group that itself repeats or has alternatives
-    (``(a+)+``, ``(a|a)*``).
+    Refused are more than 1,000 characters, and an unbounded repeat of a group that itself repeats
+    or has alternatives (``(a+)+``, ``(a|a)*``).
     """
     if len(pattern) > MAX_PATTERN:
         return None
-    pattern = re.sub(r"(?<!\\)(?:\.\*){2,}", ".*", pattern)  # the same language, without the ways to share it out
+    pattern = re.sub(
+        r"(?<!\\)(?:\.\*){2,}", ".*", pattern
+    )  # the same language, without the ways to share it out
     repeats = _repeats(pattern)
     if repeats is None:
         return None
@@ -64,7 +76,9 @@ def compile_regex(pattern: str) -> Regex | None:
 
 
 def _repeats(pattern: str) -> int | None:
-    """Return the number of unbounded repeats, or None where one repeats what repeats or has alternatives."""
+    """Return the number of unbounded repeats, or None where one repeats what repeats or has
+    alternatives.
+    """
     count, groups, closed = 0, [False], False
     i = 0
     while i < len(pattern):

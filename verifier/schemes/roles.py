@@ -8,13 +8,27 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 ROLES = (
-    "mtp", "vision", "projector", "routed_expert", "shared_expert", "router", "indexer", "norm", "attention", "embedding",
-    "lm_head", "mlp", "other",
-)  # fmt: skip
+    "mtp",
+    "vision",
+    "projector",
+    "routed_expert",
+    "shared_expert",
+    "router",
+    "indexer",
+    "norm",
+    "attention",
+    "embedding",
+    "lm_head",
+    "mlp",
+    "other",
+)
 _PATTERNS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
     (role, re.compile(pattern))
     for role, pattern in (
-        ("projector", r"(^|\.)(multi_modal_projector|mm_projector|patch_merge_mlp|merger|embed_vision)(\.|$)"),
+        (
+            "projector",
+            r"(^|\.)(multi_modal_projector|mm_projector|patch_merge_mlp|merger|embed_vision)(\.|$)",
+        ),
         (
             "vision",
             r"(^|\.)(vision_tower|vision_model|vision_encoder|visual|vision|sam_model|qwen2_model|audio_tower|audio_encoder"
@@ -29,7 +43,10 @@ _PATTERNS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
         ("shared_expert", r"\.shared_experts?\."),
         ("norm", r"(norm|layernorm|ln_f|layrnorm)(\d*)$|_norm\.|\.norm$"),
         ("indexer", r"\.(indexer\.|index_[qk]_(proj|norm))"),
-        ("router", r"\.(gate|router|shared_expert_gate|e_score_correction_bias)(\.(proj|layer|e_score_correction_bias))?$"),
+        (
+            "router",
+            r"\.(gate|router|shared_expert_gate|e_score_correction_bias)(\.(proj|layer|e_score_correction_bias))?$",
+        ),
         ("attention", r"\.(self_attn|attn|attention|linear_attn)\."),
         ("embedding", r"(^|\.)(embed_tokens|wte|word_embeddings|embeddings)$"),
         ("lm_head", r"(^|\.)(lm_head|head|output)$"),

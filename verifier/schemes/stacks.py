@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Experts that a family's hub layout holds in stacks, judged as what engines build of them: each expert's linear layers.
+"""Experts that a family's hub layout holds in stacks, judged as what engines build of them: each
+expert's linear layers.
 
-`STACKINGS` says of each family, as transformers 5.23 computes with them, which tensor holds which projections and along
-which axes. A checkpoint may hold its experts in stacks or one by one; `unstacked` lets both be read alike, so that either
-can be judged, and against either.
+`STACKINGS` says of each family, as transformers 5.23 computes with them, which tensor holds which
+projections and along which axes. A checkpoint may hold its experts in stacks or one by one;
+`unstacked` lets both be read alike, so that either can be judged, and against either.
 """
 
 from __future__ import annotations
@@ -33,9 +34,10 @@ _FAR = 1 << 60
 class Stacking:
     """How a family stacks experts.
 
-    ``stacks`` maps a tensor's name behind its layer to the projections that it holds in order; ``linear`` is what a
-    projection of one expert is called; ``turned`` that weights are [experts, in, out] (None: either), not
-    [experts, out, in]; ``woven`` that projections alternate row by row and do not follow one another.
+    ``stacks`` maps a tensor's name behind its layer to the projections that it holds in order;
+    ``linear`` is what a projection of one expert is called; ``turned`` that weights are [experts,
+    in, out] (None: either), not [experts, out, in]; ``woven`` that projections alternate row by row
+    and do not follow one another.
     """
 
     stacks: Mapping[str, tuple[str, ...]]
@@ -48,36 +50,55 @@ _GATE_UP = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",
 
 
 def _under(container: str, turned: bool | None = False, woven: bool = False) -> Stacking:
-    return Stacking({f"{container}.{k}": v for k, v in _GATE_UP.items()}, f"{container}.{{}}.{{}}", turned, woven)
+    return Stacking(
+        {f"{container}.{k}": v for k, v in _GATE_UP.items()},
+        f"{container}.{{}}.{{}}",
+        turned,
+        woven,
+    )
 
 
 _ARIA = Stacking(
-    {"mlp.experts.fc1.weight": ("gate_proj", "up_proj"), "mlp.experts.fc2.weight": ("down_proj",)}, "mlp.experts.{}.{}", True
+    {"mlp.experts.fc1.weight": ("gate_proj", "up_proj"), "mlp.experts.fc2.weight": ("down_proj",)},
+    "mlp.experts.{}.{}",
+    True,
 )
 _GRANITE = Stacking(
-    {"block_sparse_moe.input_linear.weight": ("w1", "w3"), "block_sparse_moe.output_linear.weight": ("w2",)},
+    {
+        "block_sparse_moe.input_linear.weight": ("w1", "w3"),
+        "block_sparse_moe.output_linear.weight": ("w2",),
+    },
     "block_sparse_moe.experts.{}.{}",
 )
-_STEP = Stacking({f"moe.{p}.weight": (p,) for p in ("gate_proj", "up_proj", "down_proj")}, "moe.experts.{}.{}")
+_STEP = Stacking(
+    {f"moe.{p}.weight": (p,) for p in ("gate_proj", "up_proj", "down_proj")}, "moe.experts.{}.{}"
+)
 STACKINGS: Mapping[str, Stacking] = {
-    "aria": _ARIA, "aria_text": _ARIA,
-    **dict.fromkeys(("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"), _under("experts")),
+    "aria": _ARIA,
+    "aria_text": _ARIA,
+    **dict.fromkeys(
+        ("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"), _under("experts")
+    ),
     "gpt_oss": _under("mlp.experts", turned=True, woven=True),
     **dict.fromkeys(("granitemoe", "granitemoeshared", "granitemoehybrid"), _GRANITE),
     "granitemoe_swa": _under("block_sparse_moe.experts"),
     **dict.fromkeys(("llama4", "llama4_text"), _under("feed_forward.experts", turned=True)),
-    **dict.fromkeys(("hy_v4", "mistral4", "muse_spark", "muse_spark_text", "zaya"), _under("mlp.experts")),
+    **dict.fromkeys(
+        ("hy_v4", "mistral4", "muse_spark", "muse_spark_text", "zaya"), _under("mlp.experts")
+    ),
     "openai_privacy_filter": _under("mlp.experts", turned=True),
     **dict.fromkeys(("qwen3_5_moe", "qwen3_5_moe_text"), _under("mlp.experts")),
     **dict.fromkeys(("qwen3_vl_moe", "qwen3_vl_moe_text"), _under("mlp.experts", turned=None)),
-    "step3p7": _STEP, "step3p5": _STEP,
-}  # fmt: skip
+    "step3p7": _STEP,
+    "step3p5": _STEP,
+}
 """By model_type; what is not here is judged as it is stored."""
 
 
 class Part(NamedTuple):
-    """What of a stack's tensor a projection of one expert has: from ``first``, every ``step``-th of ``size`` along ``axis``
-    of the expert's slab (axis None: the slab whole); ``turned`` where the slab's axes are swapped.
+    """What of a stack's tensor a projection of one expert has: from ``first``, every ``step``-th of
+    ``size`` along ``axis`` of the expert's slab (axis None: the slab whole); ``turned`` where the
+    slab's axes are swapped.
     """
 
     tensor: Tensor
@@ -90,15 +111,20 @@ class Part(NamedTuple):
 
 
 def stacking_of(config: Mapping[str, Any] | None) -> Stacking | None:
-    """Return how the family of a config.json, or of its text_config, stacks experts; None where it does not."""
+    """Return how the family of a config.json, or of its text_config, stacks experts; None where it
+    does not.
+    """
     top = config or {}
     text = top.get("text_config")
     types = (top.get("model_type"), text.get("model_type") if isinstance(text, Mapping) else None)
     return next((STACKINGS[t] for t in types if isinstance(t, str) and t in STACKINGS), None)
 
 
-def split_shapes(found: Mapping[str, Shape | None], config: Mapping[str, Any] | None) -> dict[str, Shape | None]:
-    """Return names and logical shapes with those of stacks replaced by those of each expert's linears.
+def split_shapes(
+    found: Mapping[str, Shape | None], config: Mapping[str, Any] | None
+) -> dict[str, Shape | None]:
+    """Return names and logical shapes with those of stacks replaced by those of each expert's
+    linears.
 
     A stack of unknown shape is left out: how many experts it has is not known.
     """
@@ -127,7 +153,9 @@ def split_shapes(found: Mapping[str, Shape | None], config: Mapping[str, Any] | 
 
 
 def _place(name: str, stacking: Stacking) -> tuple[str, str, str] | None:
-    """Return (what stands before, which stack, the leaf beside it) of a stack's tensor, or None for any other."""
+    """Return (what stands before, which stack, the leaf beside it) of a stack's tensor, or None for
+    any other.
+    """
     for suffix in stacking.stacks:
         head, found, tail = name.rpartition(f".{suffix.removesuffix('.weight')}")
         if not found:
@@ -204,8 +232,8 @@ def read_part(source: Any, part: Part) -> Bytes:
 class Unstacked(Checkpoint):
     """A checkpoint whose experts' tensors are read one by one; ``raw`` is it as it is stored.
 
-    ``stacked`` names for each tensor of an expert the stack's that it is a part of, ``modules`` for each stack's module
-    those of its experts.
+    ``stacked`` names for each tensor of an expert the stack's that it is a part of, ``modules`` for
+    each stack's module those of its experts.
     """
 
     raw: Checkpoint
@@ -225,9 +253,11 @@ class Unstacked(Checkpoint):
 
 
 def unstacked(checkpoint: Checkpoint) -> Checkpoint:
-    """Return a checkpoint with the experts of its stacks one by one; itself where it holds none that are known.
+    """Return a checkpoint with the experts of its stacks one by one; itself where it holds none
+    that are known.
 
-    A stack whose shape does not fit what its family has, or a tensor beside one that has no meaning there, stays as it is.
+    A stack whose shape does not fit what its family has, or a tensor beside one that has no meaning
+    there, stays as it is.
     """
     stacking = stacking_of(checkpoint.config)
     if stacking is None:
@@ -246,10 +276,16 @@ def unstacked(checkpoint: Checkpoint) -> Checkpoint:
         for suffix, tensors in layer.items():
             leaves = stacking.stacks[suffix]
             experts = _weight(tensors).shape[0]
-            linears = [f"{head}{stacking.linear.format(e, leaf)}" for e in range(experts) for leaf in leaves]
+            linears = [
+                f"{head}{stacking.linear.format(e, leaf)}"
+                for e in range(experts)
+                for leaf in leaves
+            ]
             modules[f"{head}{suffix}".removesuffix(".weight")] = tuple(linears)
             for leaf, tensor in tensors.items():
-                for linear, part in zip(linears, _parts(tensor, leaf, experts, leaves, turned, stacking), strict=False):
+                for linear, part in zip(
+                    linears, _parts(tensor, leaf, experts, leaves, turned, stacking), strict=False
+                ):
                     parts[f"{linear}.{_spelled(leaf)}"] = part
     if not parts or len(parts) > MAX_PARTS:
         return checkpoint
@@ -265,8 +301,12 @@ def _weight(tensors: Mapping[str, Tensor]) -> Tensor:
 
 
 def _turned(stacking: Stacking, layer: Mapping[str, Mapping[str, Tensor]]) -> bool | None:
-    """Return whether the weights of a layer are [experts, in, out]; None where they are not what the family has."""
-    if set(layer) != set(stacking.stacks) or not all("" in t or "blocks" in t for t in layer.values()):
+    """Return whether the weights of a layer are [experts, in, out]; None where they are not what
+    the family has.
+    """
+    if set(layer) != set(stacking.stacks) or not all(
+        "" in t or "blocks" in t for t in layer.values()
+    ):
         return None
     if any("blocks" in t for t in layer.values()):
         readings: tuple[bool, ...] = (False,)
@@ -284,8 +324,9 @@ def _fits(stacking: Stacking, layer: Mapping[str, Mapping[str, Tensor]], turned:
     wanted = sizes[down]
     return wanted is not None and all(
         size is not None and size[1:] == (len(stacking.stacks[s]) * wanted[2], wanted[1])
-        for s, size in sizes.items() if s != down
-    )  # fmt: skip
+        for s, size in sizes.items()
+        if s != down
+    )
 
 
 def _size(weight: Tensor, turned: bool) -> tuple[int, int, int] | None:
@@ -299,16 +340,25 @@ def _size(weight: Tensor, turned: bool) -> tuple[int, int, int] | None:
 
 
 def _parts(
-    tensor: Tensor, leaf: str, experts: int, leaves: tuple[str, ...], turned: bool, stacking: Stacking
+    tensor: Tensor,
+    leaf: str,
+    experts: int,
+    leaves: tuple[str, ...],
+    turned: bool,
+    stacking: Stacking,
 ) -> Iterator[Part]:
-    """Yield what of a tensor each linear has, expert by expert; nothing where its shape has no meaning."""
+    """Yield what of a tensor each linear has, expert by expert; nothing where its shape has no
+    meaning.
+    """
     if tensor.dtype not in NUMPY_DTYPES:
         return
     one = tensor.shape in ((), (1,)) or leaf == "pre_quant_scale"
     if not one and (not tensor.shape or tensor.shape[0] != experts):
         return
     swapped = turned and len(tensor.shape) == 3
-    axis = None if one or len(tensor.shape) < 2 or tensor.shape[1:] == (1,) else (1 if swapped else 0)
+    axis = (
+        None if one or len(tensor.shape) < 2 or tensor.shape[1:] == (1,) else (1 if swapped else 0)
+    )
     rows = tensor.shape[1 + axis] if axis is not None else 0
     if axis is not None and rows % len(leaves):
         return
@@ -319,7 +369,9 @@ def _parts(
             yield Part(tensor, None if one else e, axis, first, step, count, swapped)
 
 
-def _view(checkpoint: Checkpoint, parts: Mapping[str, Part], modules: Mapping[str, tuple[str, ...]]) -> Checkpoint:
+def _view(
+    checkpoint: Checkpoint, parts: Mapping[str, Part], modules: Mapping[str, tuple[str, ...]]
+) -> Checkpoint:
     of: dict[str, list[str]] = {}
     for name, part in parts.items():
         of.setdefault(part.tensor.name, []).append(name)
@@ -335,7 +387,9 @@ def _view(checkpoint: Checkpoint, parts: Mapping[str, Part], modules: Mapping[st
     own: dict[str, Any] = {f.name: getattr(checkpoint, f.name) for f in fields(Checkpoint)}
     stacked = {n: p.tensor.name for n, p in parts.items()}
     source = PartSource(checkpoint.source, far)
-    return Unstacked(**own | {"source": source}, raw=checkpoint, found=found, stacked=stacked, modules=modules)
+    return Unstacked(
+        **own | {"source": source}, raw=checkpoint, found=found, stacked=stacked, modules=modules
+    )
 
 
 def _tensor(name: str, part: Part, number: int) -> Tensor:
@@ -353,10 +407,14 @@ def _tensor(name: str, part: Part, number: int) -> Tensor:
         plain = plain and min(shape) == 1
     if plain and part.axis is not None:
         offset += part.first * (slab // (t.shape[1] or 1))
-    return Tensor(name, t.dtype, tuple(shape), t.file, offset if plain else _FAR + (number << 40), nbytes)
+    return Tensor(
+        name, t.dtype, tuple(shape), t.file, offset if plain else _FAR + (number << 40), nbytes
+    )
 
 
-def restacked(names: Iterable[str], config: Mapping[str, Any] | None) -> dict[str, tuple[str, list[str]]]:
+def restacked(
+    names: Iterable[str], config: Mapping[str, Any] | None
+) -> dict[str, tuple[str, list[str]]]:
     """Return by name on the hub what the unstacked weights and biases of experts make there.
 
     Args:
@@ -364,7 +422,8 @@ def restacked(names: Iterable[str], config: Mapping[str, Any] | None) -> dict[st
         config: of the checkpoint.
 
     Returns:
-        ``weight`` or ``bias`` and the parts, expert by expert and in each the projections in order; only what is complete.
+        ``weight`` or ``bias`` and the parts, expert by expert and in each the projections in order;
+        only what is complete.
     """
     stacking = stacking_of(config)
     if stacking is None:
@@ -375,14 +434,23 @@ def restacked(names: Iterable[str], config: Mapping[str, Any] | None) -> dict[st
         module, _, leaf = name.rpartition(".")
         above, _, projection = module.rpartition(".")
         before, _, number = above.rpartition(".")
-        if leaf in ("weight", "bias") and number.isdecimal() and len(number) < 8 and f"{before}.".endswith(f".{head}"):
+        if (
+            leaf in ("weight", "bias")
+            and number.isdecimal()
+            and len(number) < 8
+            and f"{before}.".endswith(f".{head}")
+        ):
             prefix = f"{before}.".removesuffix(head)
             found.setdefault((prefix, leaf), {})[int(number), projection] = name
     result: dict[str, tuple[str, list[str]]] = {}
     for (prefix, leaf), parts in found.items():
         experts = 1 + max(e for e, _ in parts)
         for suffix, leaves in stacking.stacks.items():
-            own = [parts.get((e, projection)) for e in range(min(experts, len(parts))) for projection in leaves]
+            own = [
+                parts.get((e, projection))
+                for e in range(min(experts, len(parts)))
+                for projection in leaves
+            ]
             kept = [n for n in own if n is not None]
             if kept and len(kept) == experts * len(leaves):
                 key = f"{prefix}{suffix}"
@@ -405,7 +473,11 @@ def expanded(declaration: Declaration | None, checkpoint: Checkpoint) -> Declara
         for name in names:
             yield from modules.get(name, (name,))
 
-    layers = {m: entry for name, entry in declaration.layers.items() for m in modules.get(name, (name,))}
+    layers = {
+        m: entry for name, entry in declaration.layers.items() for m in modules.get(name, (name,))
+    }
     if layers == declaration.layers and not any(n in modules for n in declaration.exclude):
         return declaration
-    return replace(declaration, layers=layers, exclude=tuple(dict.fromkeys(each(declaration.exclude))))
+    return replace(
+        declaration, layers=layers, exclude=tuple(dict.fromkeys(each(declaration.exclude)))
+    )

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""As much of vLLM as scoring calls, with made-up log-probabilities; it prints on stdout, as vLLM does."""
+"""As much of vLLM as scoring calls, with made-up log-probabilities; it prints on stdout, as vLLM
+does.
+"""
 
 from __future__ import annotations
 
@@ -43,18 +45,28 @@ class LLM:
             os.write(2, b"CUDA error: out of memory\n")
             os._exit(7)
         self.mode = options.pop("mode", "")
-        known = {"max_model_len", "max_logprobs", "enable_prefix_caching", "disable_log_stats", "trust_remote_code"}
+        known = {
+            "max_model_len",
+            "max_logprobs",
+            "enable_prefix_caching",
+            "disable_log_stats",
+            "trust_remote_code",
+        }
         assert set(options) == known
         self.longest = options["max_model_len"]
 
-    def generate(self, prompts: list[dict[str, list[int]]], params: SamplingParams, *, use_tqdm: bool) -> list[Output]:
+    def generate(
+        self, prompts: list[dict[str, list[int]]], params: SamplingParams, *, use_tqdm: bool
+    ) -> list[Output]:
         print("INFO generating")
         if self.mode == "hang":
             time.sleep(60)
         if self.mode == "short":
             prompts = prompts[1:]
-        return [Output([None, *(self._entry(a, b, params.prompt_logprobs) for a, b in pairwise(p))])
-                for p in (x["prompt_token_ids"] for x in prompts)]  # fmt: skip
+        return [
+            Output([None, *(self._entry(a, b, params.prompt_logprobs) for a, b in pairwise(p))])
+            for p in (x["prompt_token_ids"] for x in prompts)
+        ]
 
     def _entry(self, previous: int, token: int, count: int) -> dict[int, Logprob]:
         values = row(previous)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shared exports of the small checkpoints, and safetensors read and written by hand: no code of ours in between."""
+"""Shared exports of the small checkpoints, and safetensors read and written by hand: no code of
+ours in between.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,13 @@ import exporter
 from verifier.manifest import Manifest
 
 MODELOPT = Path(__file__).parents[2] / "data" / "modelopt"
-NUMPY = {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "U8": np.uint8, "I64": np.int64, "F8_E4M3": ml_dtypes.float8_e4m3fn}
+NUMPY = {
+    "F32": np.float32,
+    "BF16": ml_dtypes.bfloat16,
+    "U8": np.uint8,
+    "I64": np.int64,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+}
 
 
 class Raw(NamedTuple):
@@ -75,7 +83,9 @@ class Kit:
                 if name != "__metadata__":
                     low, high = entry["data_offsets"]
                     assert name not in found, f"{name} stands twice in {folder}"
-                    found[name] = Raw(entry["dtype"], tuple(entry["shape"]), blob[start + low : start + high])
+                    found[name] = Raw(
+                        entry["dtype"], tuple(entry["shape"]), blob[start + low : start + high]
+                    )
         return found
 
     @staticmethod
@@ -83,7 +93,11 @@ class Kit:
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         offset = 0
         for name, raw in tensors.items():
-            header[name] = {"dtype": raw.dtype, "shape": list(raw.shape), "data_offsets": [offset, offset + len(raw.data)]}
+            header[name] = {
+                "dtype": raw.dtype,
+                "shape": list(raw.shape),
+                "data_offsets": [offset, offset + len(raw.data)],
+            }
             offset += len(raw.data)
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
@@ -108,7 +122,10 @@ class Kit:
         change(tensors)
         path.mkdir(parents=True)
         for file in source.iterdir():
-            if file.suffix != ".safetensors" and file.name not in ("model.safetensors.index.json", "ckptgate_manifest.json"):
+            if file.suffix != ".safetensors" and file.name not in (
+                "model.safetensors.index.json",
+                "ckptgate_manifest.json",
+            ):
                 shutil.copy(file, path)
         Kit.write(path / "model.safetensors", tensors)
         return path
@@ -120,7 +137,9 @@ class Kit:
     @staticmethod
     def stats(file: Path, maxima: Mapping[str, float]) -> Path:
         """Write a stats file with one float32 scalar for each module."""
-        return Kit.write(file, {f"{m}.input_amax": Kit.raw(np.array(v, np.float32)) for m, v in maxima.items()})
+        return Kit.write(
+            file, {f"{m}.input_amax": Kit.raw(np.array(v, np.float32)) for m, v in maxima.items()}
+        )
 
 
 @pytest.fixture(scope="session")
@@ -171,7 +190,9 @@ def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     def add(name: str, *shape: int) -> None:
         start = 131 * len(tensors) % (hidden * hidden * 3)
-        tensors[f"{name}.weight"] = Kit.raw(pool[start : start + int(np.prod(shape))].reshape(shape))
+        tensors[f"{name}.weight"] = Kit.raw(
+            pool[start : start + int(np.prod(shape))].reshape(shape)
+        )
 
     add("model.embed_tokens", vocab, hidden)
     for i in range(layers):
@@ -190,7 +211,11 @@ def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
     add("model.norm", hidden)
     add("lm_head", vocab, hidden)
     config = Kit.config(Kit.qwen) | {
-        "hidden_size": hidden, "num_local_experts": experts, "num_experts": experts, "moe_intermediate_size": hidden,
-        "num_hidden_layers": layers, "vocab_size": vocab,
-    }  # fmt: skip
+        "hidden_size": hidden,
+        "num_local_experts": experts,
+        "num_experts": experts,
+        "moe_intermediate_size": hidden,
+        "num_hidden_layers": layers,
+        "vocab_size": vocab,
+    }
     return Kit.folder(tmp_path_factory.mktemp("big") / "source", tensors, config)

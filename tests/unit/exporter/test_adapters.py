@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""State-dict adapters: names, what is quantized, values, refusals, memory, shards on four simulated ranks."""
+"""State-dict adapters: names, what is quantized, values, refusals, memory, shards on four simulated
+ranks.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,9 @@ def m3() -> StateDictAdapter:
 @pytest.fixture(scope="module")
 def native(tmp_path_factory: pytest.TempPathFactory, mxfp8: State) -> State:
     """Return the MXFP8 golden in native names, made without the adapter."""
-    return adapting.native_of(adapting.write(tmp_path_factory.mktemp("m3") / "m3", adapting.mtp_config(), mxfp8))
+    return adapting.native_of(
+        adapting.write(tmp_path_factory.mktemp("m3") / "m3", adapting.mtp_config(), mxfp8)
+    )
 
 
 def alike(a: State, b: State) -> bool:
@@ -78,13 +82,19 @@ def test_the_quantized_keys_are_those_of_the_release(released: StateDictAdapter)
     assert set(released.quantized) == scales
 
 
-def test_every_tensor_of_the_release_has_its_published_native_name(released: StateDictAdapter) -> None:
+def test_every_tensor_of_the_release_has_its_published_native_name(
+    released: StateDictAdapter,
+) -> None:
     experts = {"w1": "gate_and_up_projs", "w3": "gate_and_up_projs", "w2": "down_projs"}
     for name, _, _ in sparse.rows():
         if name.endswith("_scale_inv"):
             continue
-        found = re.fullmatch(r"language_model\.(.+)\.block_sparse_moe\.experts\.\d+\.(w[123])\.weight", name)
-        expected = f"{found[1]}.mlp.experts.{experts[found[2]]}" if found else adapting.native_name(name)
+        found = re.fullmatch(
+            r"language_model\.(.+)\.block_sparse_moe\.experts\.\d+\.(w[123])\.weight", name
+        )
+        expected = (
+            f"{found[1]}.mlp.experts.{experts[found[2]]}" if found else adapting.native_name(name)
+        )
         assert released.native_name(name) == expected
 
 
@@ -96,10 +106,23 @@ def test_a_load_of_the_release_asks_for_its_45838_tensors(released: StateDictAda
             kept = torch.float32 if dtype == "F32" else torch.bfloat16
             native[released.native_name(name)] = torch.empty(shape, dtype=kept, device="meta")
     for i in range(3, 60):
-        for leaf, shape in (("gate_and_up_projs", (128, 6144, 6144)), ("down_projs", (128, 3072, 6144))):
-            native[f"model.layers.{i}.mlp.experts.{leaf}"] = torch.empty(shape, dtype=torch.bfloat16, device="meta")
-    dtypes = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float8_e4m3fn: "F8_E4M3", torch.uint8: "U8"}
-    asked = {n: (dtypes[t.dtype], tuple(t.shape)) for n, t in released.to_hf(native, quantization=True).items()}
+        for leaf, shape in (
+            ("gate_and_up_projs", (128, 6144, 6144)),
+            ("down_projs", (128, 3072, 6144)),
+        ):
+            native[f"model.layers.{i}.mlp.experts.{leaf}"] = torch.empty(
+                shape, dtype=torch.bfloat16, device="meta"
+            )
+    dtypes = {
+        torch.float32: "F32",
+        torch.bfloat16: "BF16",
+        torch.float8_e4m3fn: "F8_E4M3",
+        torch.uint8: "U8",
+    }
+    asked = {
+        n: (dtypes[t.dtype], tuple(t.shape))
+        for n, t in released.to_hf(native, quantization=True).items()
+    }
     assert len(asked) == 45_838
     assert asked == rows
 
@@ -107,7 +130,10 @@ def test_a_load_of_the_release_asks_for_its_45838_tensors(released: StateDictAda
 @pytest.mark.parametrize(
     ("hub", "expected"),
     [
-        ("language_model.model.layers.4.block_sparse_moe.gate.weight", "model.layers.4.mlp.gate.weight"),
+        (
+            "language_model.model.layers.4.block_sparse_moe.gate.weight",
+            "model.layers.4.mlp.gate.weight",
+        ),
         (
             "language_model.model.layers.4.block_sparse_moe.e_score_correction_bias",
             "model.layers.4.mlp.gate.e_score_correction_bias",
@@ -120,9 +146,15 @@ def test_a_load_of_the_release_asks_for_its_45838_tensors(released: StateDictAda
             "language_model.model.layers.4.self_attn.index_k_norm.weight",
             "model.layers.4.self_attn.indexer.index_k_norm.weight",
         ),
-        ("language_model.model.layers.0.mlp.gate_proj.weight", "model.layers.0.mlp.gate_proj.weight"),
+        (
+            "language_model.model.layers.0.mlp.gate_proj.weight",
+            "model.layers.0.mlp.gate_proj.weight",
+        ),
         ("language_model.lm_head.weight", "lm_head.weight"),
-        ("vision_tower.vision_model.pre_layrnorm.bias", "vision_tower.vision_model.pre_layrnorm.bias"),
+        (
+            "vision_tower.vision_model.pre_layrnorm.bias",
+            "vision_tower.vision_model.pre_layrnorm.bias",
+        ),
         ("multi_modal_projector.linear_1.bias", "vision_tower.multi_modal_projector.linear_1.bias"),
         ("patch_merge_mlp.linear_2.weight", "vision_tower.patch_merge_mlp.linear_2.weight"),
     ],
@@ -134,23 +166,34 @@ def test_native_names(released: StateDictAdapter, hub: str, expected: str) -> No
 @pytest.mark.parametrize("head", ["mtp.", "language_model.mtp.", "language_model.model.mtp."])
 def test_mtp_names_at_every_depth(m3: StateDictAdapter, head: str) -> None:
     name = f"{head}layers.0.transformer_layer.block_sparse_moe.experts.3.w3.weight"
-    assert m3.native_name(name) == "model.mtp.layers.0.transformer_layer.mlp.experts.gate_and_up_projs"
+    assert (
+        m3.native_name(name) == "model.mtp.layers.0.transformer_layer.mlp.experts.gate_and_up_projs"
+    )
     assert m3.native_name(f"{head}layers.0.eh_proj.weight") == "model.mtp.layers.0.eh_proj.weight"
 
 
 def test_the_family_data_say_what_there_is(released: StateDictAdapter) -> None:
-    for name in ("language_model.model.layers.60.input_layernorm.weight", "language_model.model.layers.0.mlp.gate_proj.bias",
-                 "language_model.model.layers.0.block_sparse_moe.gate.weight"):  # fmt: skip
+    for name in (
+        "language_model.model.layers.60.input_layernorm.weight",
+        "language_model.model.layers.0.mlp.gate_proj.bias",
+        "language_model.model.layers.0.block_sparse_moe.gate.weight",
+    ):
         with pytest.raises(PlanError, match=re.escape(name)):
             released.native_name(name)
 
 
 def test_the_released_mix_is_refused_by_name_where_it_is_no_mxfp8() -> None:
     tensors = sparse.mixed(sparse.rows())
-    adapter = StateDictAdapter(sparse.m3_config() | {"quantization_config": sparse.release_quantization(tensors)})
-    assert set(adapter.quantized) == {n for n, d, _ in tensors if d == "F8_E4M3" and n.endswith(".weight")}
+    adapter = StateDictAdapter(
+        sparse.m3_config() | {"quantization_config": sparse.release_quantization(tensors)}
+    )
+    assert set(adapter.quantized) == {
+        n for n, d, _ in tensors if d == "F8_E4M3" and n.endswith(".weight")
+    }
     stack = torch.empty(128, 3072, 6144, device="meta", dtype=torch.bfloat16)
-    with pytest.raises(PlanError, match=r"layers\.3\.block_sparse_moe\.experts\.0\.w2\.weight: declared NVFP4"):
+    with pytest.raises(
+        PlanError, match=r"layers\.3\.block_sparse_moe\.experts\.0\.w2\.weight: declared NVFP4"
+    ):
         adapter.to_hf({"model.layers.3.mlp.experts.down_projs": stack}, quantization=True)
 
 
@@ -169,7 +212,9 @@ def test_a_bf16_checkpoint_goes_there_and_back_bit_for_bit() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_an_mxfp8_checkpoint_is_decoded_to_the_dtype(mxfp8: State, native: State, dtype: torch.dtype) -> None:
+def test_an_mxfp8_checkpoint_is_decoded_to_the_dtype(
+    mxfp8: State, native: State, dtype: torch.dtype
+) -> None:
     made = StateDictAdapter(adapting.mtp_config(), dtype=dtype).from_hf(dict(mxfp8))
     assert made.keys() == native.keys()
     name = f"{L1}.self_attn.index_q_proj.weight"
@@ -185,7 +230,9 @@ def test_an_mxfp8_checkpoint_is_decoded_to_the_dtype(mxfp8: State, native: State
     assert made["model.norm.weight"].dtype == torch.bfloat16
 
 
-def test_a_decoded_checkpoint_goes_back_under_hub_names(mxfp8: State, m3: StateDictAdapter, native: State) -> None:
+def test_a_decoded_checkpoint_goes_back_under_hub_names(
+    mxfp8: State, m3: StateDictAdapter, native: State
+) -> None:
     made = m3.from_hf(dict(mxfp8))
     assert alike(made, native)
     assert alike(m3.to_hf(made), adapting.plain(mxfp8))
@@ -194,17 +241,27 @@ def test_a_decoded_checkpoint_goes_back_under_hub_names(mxfp8: State, m3: StateD
 
 def test_a_load_asks_for_what_is_on_disk(mxfp8: State, m3: StateDictAdapter, native: State) -> None:
     asked = m3.to_hf(native, quantization=True)
-    assert {n: (t.shape, t.dtype) for n, t in asked.items()} == {n: (t.shape, t.dtype) for n, t in mxfp8.items()}
+    assert {n: (t.shape, t.dtype) for n, t in asked.items()} == {
+        n: (t.shape, t.dtype) for n, t in mxfp8.items()
+    }
     for name, tensor in asked.items():
         if name.endswith("_scale_inv"):
             assert bool((tensor == 127).all())
             assert type(tensor) is torch.Tensor
     code = asked[f"{L1}.self_attn.q_proj.weight"]
-    assert same(code, native["model.layers.1.self_attn.q_proj.weight"].clamp(-448, 448).to(torch.float8_e4m3fn))
+    assert same(
+        code,
+        native["model.layers.1.self_attn.q_proj.weight"].clamp(-448, 448).to(torch.float8_e4m3fn),
+    )
     assert code.is_contiguous()
     large = torch.full((128, 256), 1e6)
-    one = m3.convert_single_tensor_to_hf("model.mtp.layers.0.eh_proj.weight", large, quantization=True)
-    assert [n for n, _ in one] == ["mtp.layers.0.eh_proj.weight", "mtp.layers.0.eh_proj.weight_scale_inv"]
+    one = m3.convert_single_tensor_to_hf(
+        "model.mtp.layers.0.eh_proj.weight", large, quantization=True
+    )
+    assert [n for n, _ in one] == [
+        "mtp.layers.0.eh_proj.weight",
+        "mtp.layers.0.eh_proj.weight_scale_inv",
+    ]
     assert bool((one[0][1].float() == 448).all())
 
 
@@ -212,7 +269,9 @@ def test_the_text_model_alone(mxfp8: State, native: State) -> None:
     config = adapting.mtp_config()
     text = config["text_config"] | {"quantization_config": config["quantization_config"]}
     beside = ("vision", "multi", "patch")
-    given = {n.removeprefix("language_model."): t for n, t in mxfp8.items() if not n.startswith(beside)}
+    given = {
+        n.removeprefix("language_model."): t for n, t in mxfp8.items() if not n.startswith(beside)
+    }
     adapter = StateDictAdapter(text)
     assert set(adapter.quantized) >= {n for n, t in given.items() if t.dtype == torch.float8_e4m3fn}
     made = adapter.from_hf(dict(given))
@@ -225,22 +284,33 @@ def test_the_text_model_alone(mxfp8: State, native: State) -> None:
 def test_the_spelling_and_the_scales_on_disk_win_over_the_config(mxfp8: State) -> None:
     config = adapting.mtp_config()
     del config["quantization_config"]
-    names = {n.replace("mtp.", "language_model.model.mtp.", 1) if n.startswith("mtp.") else n for n in mxfp8}
+    names = {
+        n.replace("mtp.", "language_model.model.mtp.", 1) if n.startswith("mtp.") else n
+        for n in mxfp8
+    }
     names.remove(f"{L1}.self_attn.q_proj.weight_scale_inv")
     adapter = StateDictAdapter(config, names=names)
-    assert set(adapter.quantized) == {n.removesuffix("_scale_inv") for n in names if n.endswith("_scale_inv")}
+    assert set(adapter.quantized) == {
+        n.removesuffix("_scale_inv") for n in names if n.endswith("_scale_inv")
+    }
     weight = torch.zeros(128, 256)
-    found = adapter.convert_single_tensor_to_hf("model.mtp.layers.0.eh_proj.weight", weight, quantization=True)
+    found = adapter.convert_single_tensor_to_hf(
+        "model.mtp.layers.0.eh_proj.weight", weight, quantization=True
+    )
     head = "language_model.model.mtp.layers.0.eh_proj.weight"
     assert [n for n, _ in found] == [head, f"{head}_scale_inv"]
 
 
-@pytest.mark.parametrize("pattern", ["layers.1.self_attn", "language_model.*.1.self_attn*", "re:.*layers.1.self_attn"])
+@pytest.mark.parametrize(
+    "pattern", ["layers.1.self_attn", "language_model.*.1.self_attn*", "re:.*layers.1.self_attn"]
+)
 def test_what_the_declaration_excludes_is_not_quantized(m3: StateDictAdapter, pattern: str) -> None:
     config = adapting.mtp_config()
     config["quantization_config"]["ignored_layers"] += [pattern, "mlp.gate", "layers.2.self_att"]
     left = set(m3.quantized) - set(StateDictAdapter(config).quantized)
-    assert left == {f"{L1}.self_attn.{p}_proj.weight" for p in ("q", "k", "v", "o", "index_q", "index_k")}
+    assert left == {
+        f"{L1}.self_attn.{p}_proj.weight" for p in ("q", "k", "v", "o", "index_q", "index_k")
+    }
 
 
 # --- a further family is a further table
@@ -249,18 +319,26 @@ def test_what_the_declaration_excludes_is_not_quantized(m3: StateDictAdapter, pa
 def test_a_second_family_needs_no_second_adapter(vendor: Any) -> None:
     config, source = adapting.config_of(vendor.path), adapting.read(vendor.path)
     adapter = StateDictAdapter(config)
-    assert set(adapter.quantized) == {n for n, t in source.items() if t.dtype == torch.float8_e4m3fn}
+    assert set(adapter.quantized) == {
+        n for n, t in source.items() if t.dtype == torch.float8_e4m3fn
+    }
     made = adapter.from_hf(dict(source))
     assert alike(made, adapting.native_of(vendor.path))
     assert alike(adapter.to_hf(made), adapting.plain(source))
     asked = adapter.to_hf(made, quantization=True)
-    assert {n: (t.shape, t.dtype) for n, t in asked.items()} == {n: (t.shape, t.dtype) for n, t in source.items()}
+    assert {n: (t.shape, t.dtype) for n, t in asked.items()} == {
+        n: (t.shape, t.dtype) for n, t in source.items()
+    }
 
 
 def test_a_table_may_stack_without_transposing_and_name_as_it_likes() -> None:
     stacks = (
         Stack("moe.up", ("mlp.experts.{expert}.up_proj.weight",), transpose=False),
-        Stack("moe.gate_down", tuple(f"mlp.experts.{{expert}}.{p}_proj.weight" for p in ("gate",)), transpose=True),
+        Stack(
+            "moe.gate_down",
+            tuple(f"mlp.experts.{{expert}}.{p}_proj.weight" for p in ("gate",)),
+            transpose=True,
+        ),
         Stack("moe.down", ("mlp.experts.{expert}.down_proj.weight",), transpose=False),
     )
     table = dataclasses.replace(QWEN3_MOE, stacks=stacks, inside={"self_attn.": "attention."})
@@ -268,7 +346,10 @@ def test_a_table_may_stack_without_transposing_and_name_as_it_likes() -> None:
     adapter = StateDictAdapter(adapting.config_of(QWEN), table)
     made = adapter.from_hf(dict(source))
     head = "model.layers.0.mlp.experts"
-    assert same(made["model.layers.0.moe.up"], torch.stack([source[f"{head}.{e}.up_proj.weight"] for e in range(8)]))
+    assert same(
+        made["model.layers.0.moe.up"],
+        torch.stack([source[f"{head}.{e}.up_proj.weight"] for e in range(8)]),
+    )
     assert "model.layers.1.attention.o_proj.weight" in made
     assert alike(adapter.to_hf(made), source)
 
@@ -288,7 +369,10 @@ def test_a_table_may_stack_without_transposing_and_name_as_it_likes() -> None:
             {"places": (*QWEN3_MOE.places, Place(("lm_",), "x."))},
             r"lm_head\.weight: two rules .* claim it, 'lm_head\.' and 'lm_'",
         ),
-        ({"places": QWEN3_MOE.places[:-1]}, r"lm_head\.weight: no rule of the table for qwen3_moe names it"),
+        (
+            {"places": QWEN3_MOE.places[:-1]},
+            r"lm_head\.weight: no rule of the table for qwen3_moe names it",
+        ),
         (
             {"inside": {"self_attn.q_proj.": "self_attn.k_proj."}},
             r"self_attn\.[qk]_proj\.weight and .*[qk]_proj\.weight would both be model\.layers\.0\.self_attn\.k_proj",
@@ -302,14 +386,21 @@ def test_a_table_that_is_not_one_to_one_is_refused(change: dict[str, Any], messa
 
 
 def test_a_model_type_without_a_table_is_named() -> None:
-    with pytest.raises(PlanError, match=r"model_type 'gpt2': no table of native names \(known: minimax_m3, .*give table="):
+    with pytest.raises(
+        PlanError,
+        match=r"model_type 'gpt2': no table of native names \(known: minimax_m3, .*give table=",
+    ):
         StateDictAdapter({"model_type": "gpt2"})
 
 
 @pytest.mark.parametrize("model_type", sorted(TABLES))
 def test_every_table_names_every_tensor_of_its_family(model_type: str) -> None:
     table = TABLES[model_type]
-    small = {"num_hidden_layers": 4, "num_local_experts": 4, "mlp_layer_types": ["dense", *["sparse"] * 3]}
+    small = {
+        "num_hidden_layers": 4,
+        "num_local_experts": 4,
+        "mlp_layer_types": ["dense", *["sparse"] * 3],
+    }
     nested = model_type == "minimax_m3_vl"
     config = {"model_type": model_type} | ({"text_config": small} if nested else small)
     family = families.load(table.family)
@@ -340,38 +431,70 @@ MTP = "mtp.layers.0."
     ("change", "error", "message"),
     [
         (
-            lambda s: s.pop(f"{Q}.weight_scale_inv"), PlanError,
+            lambda s: s.pop(f"{Q}.weight_scale_inv"),
+            PlanError,
             rf"{Q}\.weight: .*e4m3fn codes without a scale; {Q}\.weight_scale_inv",
         ),
         (
-            lambda s: s.pop(f"{MTP}eh_proj.weight_scale_inv"), PlanError,
+            lambda s: s.pop(f"{MTP}eh_proj.weight_scale_inv"),
+            PlanError,
             r"mtp\.layers\.0\.eh_proj\.weight: .* without a scale",
         ),
-        (lambda s: s.pop(f"{Q}.weight"), PlanError, rf"{Q}\.weight_scale_inv: a scale, and {Q}\.weight is not"),
-        (bad(f"{Q}.weight_scale", torch.zeros(128, 4, dtype=torch.uint8)), PlanError, rf"{Q}\.weight: two scales"),
-        (bad(f"{Q}.weight", torch.zeros(128, 128)), PlanError, rf"{Q}\.weight_scale_inv: a scale beside torch\.float32"),
         (
-            bad(f"{Q}.weight_scale_inv", torch.zeros(4, 128, dtype=torch.uint8)), EncodeError,
+            lambda s: s.pop(f"{Q}.weight"),
+            PlanError,
+            rf"{Q}\.weight_scale_inv: a scale, and {Q}\.weight is not",
+        ),
+        (
+            bad(f"{Q}.weight_scale", torch.zeros(128, 4, dtype=torch.uint8)),
+            PlanError,
+            rf"{Q}\.weight: two scales",
+        ),
+        (
+            bad(f"{Q}.weight", torch.zeros(128, 128)),
+            PlanError,
+            rf"{Q}\.weight_scale_inv: a scale beside torch\.float32",
+        ),
+        (
+            bad(f"{Q}.weight_scale_inv", torch.zeros(4, 128, dtype=torch.uint8)),
+            EncodeError,
             rf"{Q}\.weight: mxfp8: .*\[4, 128\]",
         ),
-        (bad(f"{Q}.weight_scale_inv", torch.zeros(128, 4)), EncodeError, rf"{Q}\.weight: mxfp8: .*scale of torch\.float32"),
-        (bad(f"{Q}.weight_scale_2", torch.zeros(())), PlanError, rf"{Q}\.weight_scale_2: no part of MXFP8"),
-        (bad(f"{Q}.bias", torch.zeros(128)), PlanError, rf"{Q}\.bias: no tensor that this family has"),
         (
-            bad("mtp.layers.1.enorm.weight", torch.zeros(128)), PlanError,
+            bad(f"{Q}.weight_scale_inv", torch.zeros(128, 4)),
+            EncodeError,
+            rf"{Q}\.weight: mxfp8: .*scale of torch\.float32",
+        ),
+        (
+            bad(f"{Q}.weight_scale_2", torch.zeros(())),
+            PlanError,
+            rf"{Q}\.weight_scale_2: no part of MXFP8",
+        ),
+        (
+            bad(f"{Q}.bias", torch.zeros(128)),
+            PlanError,
+            rf"{Q}\.bias: no tensor that this family has",
+        ),
+        (
+            bad("mtp.layers.1.enorm.weight", torch.zeros(128)),
+            PlanError,
             r"mtp\.layers\.1\.enorm\.weight: .* declares 1 MTP modules",
         ),
         (
-            bad("language_model.mtp.layers.0.enorm.weight", torch.zeros(128)), PlanError,
+            bad("language_model.mtp.layers.0.enorm.weight", torch.zeros(128)),
+            PlanError,
             r"language_model\.mtp\.layers\.0\.enorm\.weight and mtp\.layers\.0\.enorm\.weight are two names of one",
         ),
         (
-            lambda s: [s.pop(f"{L1}.block_sparse_moe.experts.5.w3.{x}") for x in ("weight", "weight_scale_inv")],
+            lambda s: [
+                s.pop(f"{L1}.block_sparse_moe.experts.5.w3.{x}")
+                for x in ("weight", "weight_scale_inv")
+            ],
             PlanError,
             r"model\.layers\.1\.mlp\.experts\.gate_and_up_projs: 1 of its 16 parts .*experts\.5\.w3\.weight; .*device_mesh=",
         ),
     ],
-)  # fmt: skip
+)
 def test_what_does_not_fit_is_refused_by_name_before_anything_is_taken(
     mxfp8: State, m3: StateDictAdapter, change: Change, error: type[Exception], message: str
 ) -> None:
@@ -384,7 +507,9 @@ def test_what_does_not_fit_is_refused_by_name_before_anything_is_taken(
     assert all(given[n] is before[n] for n in given)
 
 
-def test_an_mtp_module_that_the_config_does_not_declare_is_refused_or_left_out(mxfp8: State, native: State) -> None:
+def test_an_mtp_module_that_the_config_does_not_declare_is_refused_or_left_out(
+    mxfp8: State, native: State
+) -> None:
     adapter = StateDictAdapter(adapting.config_of(GOLDEN / "mxfp8"))
     with pytest.raises(PlanError, match=r"mtp\.layers\.0\..*declares 0 MTP modules"):
         adapter.from_hf(dict(mxfp8))
@@ -398,7 +523,10 @@ def test_parts_of_a_stack_that_differ_are_refused(mxfp8: State, m3: StateDictAda
     name = f"{L1}.block_sparse_moe.experts.3.w3.weight"
     given = dict(mxfp8) | {name: torch.zeros(64, 128, dtype=torch.bfloat16)}
     del given[f"{name}_scale_inv"]
-    with pytest.raises(EncodeError, match=rf"{name}: shape \[64, 128\] beside \[128, 128\] of .*experts\.0\.w1\.weight"):
+    with pytest.raises(
+        EncodeError,
+        match=rf"{name}: shape \[64, 128\] beside \[128, 128\] of .*experts\.0\.w1\.weight",
+    ):
         m3.from_hf(given)
     given = dict(mxfp8) | {name: torch.zeros(128, 128)}
     del given[f"{name}_scale_inv"]
@@ -409,20 +537,40 @@ def test_parts_of_a_stack_that_differ_are_refused(mxfp8: State, m3: StateDictAda
 @pytest.mark.parametrize(
     ("name", "tensor", "message"),
     [
-        ("model.layers.1.mlp.experts.down_projs", torch.zeros(7, 128, 128), r"down_projs: shape \[7, 128, 128\]; 8 experts"),
-        ("model.layers.1.mlp.experts.gate_and_up_projs", torch.zeros(8, 128, 255), r"dimension 2 does not split into 2"),
-        ("model.layers.1.mlp.experts.0.gate_proj.weight", torch.zeros(1), r"no native tensor of this family"),
-        ("model.layers.1._extra_state", torch.zeros(1), r"_extra_state: no native tensor .*exclude_key_regex"),
+        (
+            "model.layers.1.mlp.experts.down_projs",
+            torch.zeros(7, 128, 128),
+            r"down_projs: shape \[7, 128, 128\]; 8 experts",
+        ),
+        (
+            "model.layers.1.mlp.experts.gate_and_up_projs",
+            torch.zeros(8, 128, 255),
+            r"dimension 2 does not split into 2",
+        ),
+        (
+            "model.layers.1.mlp.experts.0.gate_proj.weight",
+            torch.zeros(1),
+            r"no native tensor of this family",
+        ),
+        (
+            "model.layers.1._extra_state",
+            torch.zeros(1),
+            r"_extra_state: no native tensor .*exclude_key_regex",
+        ),
     ],
 )
-def test_native_tensors_that_do_not_fit(m3: StateDictAdapter, name: str, tensor: torch.Tensor, message: str) -> None:
+def test_native_tensors_that_do_not_fit(
+    m3: StateDictAdapter, name: str, tensor: torch.Tensor, message: str
+) -> None:
     with pytest.raises(PlanError, match=message):
         m3.to_hf({name: tensor})
 
 
 def test_what_is_excluded_does_not_come_out(m3: StateDictAdapter, native: State) -> None:
     extra = native | {"model.layers.1._extra_state": torch.zeros(1)}
-    found = m3.to_hf(extra, exclude_key_regex=r".*_extra_state|mtp\.|language_model\.lm_head", quantization=True)
+    found = m3.to_hf(
+        extra, exclude_key_regex=r".*_extra_state|mtp\.|language_model\.lm_head", quantization=True
+    )
     assert not any(n.startswith("mtp.") or "lm_head" in n or "extra" in n for n in found)
     assert f"{Q}.weight_scale_inv" in found
     with pytest.raises(PlanError, match="no regular expression"):
@@ -431,17 +579,27 @@ def test_what_is_excluded_does_not_come_out(m3: StateDictAdapter, native: State)
 
 @pytest.mark.parametrize(
     ("declaration", "message"),
-    [(None, "declares no quantized weight"), ({"quant_method": "gptq"}, "quantization_config is gptq: not MXFP8")],
+    [
+        (None, "declares no quantized weight"),
+        ({"quant_method": "gptq"}, "quantization_config is gptq: not MXFP8"),
+    ],
 )
-def test_a_quantized_load_of_what_is_not_mxfp8_is_refused(declaration: object, message: str) -> None:
-    config = adapting.config_of(GOLDEN / "bf16") | ({"quantization_config": declaration} if declaration else {})
+def test_a_quantized_load_of_what_is_not_mxfp8_is_refused(
+    declaration: object, message: str
+) -> None:
+    config = adapting.config_of(GOLDEN / "bf16") | (
+        {"quantization_config": declaration} if declaration else {}
+    )
     with pytest.raises(PlanError, match=message):
         StateDictAdapter(config).to_hf({"model.norm.weight": torch.zeros(128)}, quantization=True)
 
 
 def test_nvfp4_is_refused_by_name(mixed: Any) -> None:
     adapter = StateDictAdapter(adapting.config_of(mixed.path))
-    with pytest.raises(PlanError, match=r"experts\.\d\.\w+\.(weight_scale_2|input_scale): no part of MXFP8|declared NVFP4"):
+    with pytest.raises(
+        PlanError,
+        match=r"experts\.\d\.\w+\.(weight_scale_2|input_scale): no part of MXFP8|declared NVFP4",
+    ):
         adapter.from_hf(adapting.read(mixed.path))
 
 
@@ -470,7 +628,11 @@ def test_values_that_no_weight_has_are_refused(mxfp8: State, m3: StateDictAdapte
     with pytest.raises(EncodeError, match="NaN or infinity"):
         dequantize_mxfp8(nan, torch.full_like(scale, 120))
     large = torch.full((1, 32), 448.0).to(torch.float8_e4m3fn)
-    assert bool((dequantize_mxfp8(large, torch.tensor([[140]], dtype=torch.uint8)).float() == 448 * 2**13).all())
+    assert bool(
+        (
+            dequantize_mxfp8(large, torch.tensor([[140]], dtype=torch.uint8)).float() == 448 * 2**13
+        ).all()
+    )
     with pytest.raises(EncodeError, match=r"infinity in torch\.float16"):
         dequantize_mxfp8(large, torch.tensor([[140]], dtype=torch.uint8), dtype=torch.float16)
     with pytest.raises(EncodeError, match=r"a target of torch\.int8"):
@@ -502,15 +664,23 @@ def rank(request: pytest.FixtureRequest) -> Iterator[int]:
 
 
 @pytest.mark.parametrize("shape", [(8, 256), (5, 96), (3, 100), (7, 33), (2, 40), (1, 8)])
-def test_a_shard_is_decoded_against_its_slice_of_the_global_scale(rank: int, shape: tuple[int, int]) -> None:
+def test_a_shard_is_decoded_against_its_slice_of_the_global_scale(
+    rank: int, shape: tuple[int, int]
+) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
     code, scale = codes(*shape, seed=shape[1])
     whole = values(code, scale, torch.float32)
     line, grid = init_device_mesh("cpu", (4,)), init_device_mesh("cpu", (2, 2))
-    layouts: list[tuple[Any, list[Placement]]] = [(line, [Shard(0)]), (line, [Shard(1)]), (line, [Replicate()])]
-    layouts += [(grid, list(p)) for p in itertools.product([Shard(0), Shard(1), Replicate()], repeat=2)]
+    layouts: list[tuple[Any, list[Placement]]] = [
+        (line, [Shard(0)]),
+        (line, [Shard(1)]),
+        (line, [Replicate()]),
+    ]
+    layouts += [
+        (grid, list(p)) for p in itertools.product([Shard(0), Shard(1), Replicate()], repeat=2)
+    ]
     for mesh, placements in layouts:
         sharded = adapting.shard(code.view(torch.uint8), mesh, placements)
         part = sharded.to_local().view(torch.float8_e4m3fn)
@@ -520,7 +690,10 @@ def test_a_shard_is_decoded_against_its_slice_of_the_global_scale(rank: int, sha
         found = dequantize_mxfp8(sharded, scale, dtype=torch.float32)
         assert isinstance(found, DTensor)
         assert (found.shape, found.placements) == (code.shape, tuple(placements))
-        assert same(found.to_local(), adapting.shard(whole, mesh, placements).to_local()), (mesh, placements)
+        assert same(found.to_local(), adapting.shard(whole, mesh, placements).to_local()), (
+            mesh,
+            placements,
+        )
         assert create_mxfp8_scale_inv(sharded).shape == scale.shape
         assert type(create_mxfp8_scale_inv(sharded)) is torch.Tensor
 
@@ -538,19 +711,25 @@ def test_a_scale_that_is_a_shard_itself_must_reach(rank: int) -> None:
         dequantize_mxfp8(weight, adapting.shard(scale, mesh, [Shard(1)]))
 
 
-def test_a_stack_sharded_where_its_pieces_are_joined_is_refused(rank: int, native: State, m3: StateDictAdapter) -> None:
+def test_a_stack_sharded_where_its_pieces_are_joined_is_refused(
+    rank: int, native: State, m3: StateDictAdapter
+) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard
 
     mesh, name = init_device_mesh("cpu", (4,)), "model.layers.1.mlp.experts.gate_and_up_projs"
-    with pytest.raises(PlanError, match=rf"{name}: sharded along the output dimension, in which 2 projections"):
+    with pytest.raises(
+        PlanError, match=rf"{name}: sharded along the output dimension, in which 2 projections"
+    ):
         m3.to_hf({name: adapting.shard(native[name], mesh, [Shard(2)])})
     down = name.replace("gate_and_up", "down")
     parts = m3.to_hf({down: adapting.shard(native[down], mesh, [Shard(2)])})
     assert same(m3.from_hf(parts)[down].to_local(), native[down][:, :, 32 * rank : 32 * rank + 32])
 
 
-def test_experts_are_spread_over_ranks_and_a_mesh(rank: int, native: State, mxfp8: State, m3: StateDictAdapter) -> None:
+def test_experts_are_spread_over_ranks_and_a_mesh(
+    rank: int, native: State, mxfp8: State, m3: StateDictAdapter
+) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard
 
@@ -577,7 +756,10 @@ def test_experts_that_ranks_do_not_divide(rank: int) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard
 
-    adapter, mesh = StateDictAdapter(adapting.ragged()[0] | {"num_local_experts": 5}), init_device_mesh("cpu", (4,))
+    adapter, mesh = (
+        StateDictAdapter(adapting.ragged()[0] | {"num_local_experts": 5}),
+        init_device_mesh("cpu", (4,)),
+    )
     name = "model.layers.0.mlp.experts.gate_and_up_projs"
     stack = torch.randn(5, 80, 96)
     parts = adapter.to_hf({name: adapting.shard(stack, mesh, [Shard(0)])})
@@ -595,7 +777,9 @@ def test_experts_that_ranks_do_not_divide(rank: int) -> None:
 
 
 class Live(TorchDispatchMode):
-    """The most bytes that tensors' memory took at any operation: what was given, and what each operation returns."""
+    """The most bytes that tensors' memory took at any operation: what was given, and what each
+    operation returns.
+    """
 
     def __init__(self, given: State) -> None:
         super().__init__()
@@ -675,7 +859,9 @@ def test_views_in_another_order_are_copied(native: State, m3: StateDictAdapter) 
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
-def test_the_example_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mxfp8: State) -> None:
+def test_the_example_of_the_page_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mxfp8: State
+) -> None:
     page = (Path(__file__).parents[3] / "docs" / "adapters.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     assert len(blocks) == 2

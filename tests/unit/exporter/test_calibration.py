@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calibration: what it reads against an eager loop watched at F.linear, what it writes, refuses, and leaves behind."""
+"""Calibration: what it reads against an eager loop watched at F.linear, what it writes, refuses,
+and leaves behind.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ LENGTH = 24
 golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"{GOLDEN} is absent")
 
 
-def documents(vocabulary: int, count: int = 6, length: int = LENGTH, seed: int = 3) -> list[list[int]]:
+def documents(
+    vocabulary: int, count: int = 6, length: int = LENGTH, seed: int = 3
+) -> list[list[int]]:
     return np.random.default_rng(seed).integers(5, vocabulary, (count, length)).tolist()
 
 
@@ -61,7 +65,9 @@ def maxima(file: Path, leaf: str = "input_amax") -> dict[str, float]:
     for name, value in stats_of(file)[0].items():
         module, _, last = name.rpartition(".")
         if last == leaf:
-            assert value.shape == () and value.dtype == (np.int64 if leaf == "tokens" else np.float32)
+            assert value.shape == () and value.dtype == (
+                np.int64 if leaf == "tokens" else np.float32
+            )
             found[module] = value.item()
     return found
 
@@ -77,7 +83,9 @@ def run(source: Path | str, out: Path, file: Path, **options: Any) -> Calibratio
 
 
 @pytest.fixture(scope="module")
-def qwen(kit, ids: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, CalibrationReport]:
+def qwen(
+    kit, ids: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, CalibrationReport]:
     """Calibrate every linear of the Qwen3-MoE source."""
     out = tmp_path_factory.mktemp("qwen") / "stats.safetensors"
     return out, run(kit.qwen, out, ids, recipe="nvfp4_default")
@@ -86,15 +94,22 @@ def qwen(kit, ids: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
 # against another opinion: the eager loop, watched where every linear layer ends
 
 
-def watch(model: Any, rows: list[list[int]], names: dict[int, list[str]], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def watch(
+    model: Any, rows: list[list[int]], names: dict[int, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> dict[str, Any]:
     """Return (input maximum, tokens) by hub name; weights are told apart by their address."""
     found: dict[str, Any] = {n: (0.0, 0) for group in names.values() for n in group}
     true = torch.nn.functional.linear
 
-    def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def linear(
+        x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
         for name in names.get(weight.data_ptr(), []):
             amax, tokens = found[name]
-            found[name] = (max(amax, x.abs().max().float().item()), tokens + x.numel() // x.shape[-1])
+            found[name] = (
+                max(amax, x.abs().max().float().item()),
+                tokens + x.numel() // x.shape[-1],
+            )
         return true(x, weight, bias)
 
     with monkeypatch.context() as patch, torch.no_grad():
@@ -118,12 +133,20 @@ def qwen_names(model: Any) -> dict[int, list[str]]:
 
 
 def m3_names(model: Any) -> dict[int, list[str]]:
-    """Return hub names by address, written from the layout of the release and not from transformers' mapping."""
+    """Return hub names by address, written from the layout of the release and not from
+    transformers' mapping.
+    """
     found: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters():
-        if not name.startswith("model.language_model.layers.") or "_proj" not in name or ".indexer." in name:
+        if (
+            not name.startswith("model.language_model.layers.")
+            or "_proj" not in name
+            or ".indexer." in name
+        ):
             continue
-        hub = name.removesuffix(".weight").replace("model.language_model.", "language_model.model.", 1)
+        hub = name.removesuffix(".weight").replace(
+            "model.language_model.", "language_model.model.", 1
+        )
         stem, _, leaf = hub.rpartition(".")
         if stem.endswith(".mlp.experts"):
             stem = stem.replace(".mlp.", ".block_sparse_moe.")
@@ -138,7 +161,9 @@ def m3_names(model: Any) -> dict[int, list[str]]:
 
 
 def test_qwen_equals_the_eager_loop(kit, qwen, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = transformers.AutoModelForCausalLM.from_pretrained(kit.qwen, dtype=torch.bfloat16, experts_implementation="eager")
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        kit.qwen, dtype=torch.bfloat16, experts_implementation="eager"
+    )
     seen = watch(model, documents(512), qwen_names(model), monkeypatch)
     out, report = qwen
     assert maxima(out) == {n: a for n, (a, _) in seen.items()}
@@ -151,27 +176,49 @@ def test_qwen_equals_the_eager_loop(kit, qwen, monkeypatch: pytest.MonkeyPatch) 
 def test_m3_equals_the_eager_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = documents(2048, count=4, length=48)
     out = tmp_path / "stats.safetensors"
-    report = run(GOLDEN, out, ids_file(tmp_path / "t.jsonl", rows), recipe="nvfp4_default", samples=[4], seq_len=48)
+    report = run(
+        GOLDEN,
+        out,
+        ids_file(tmp_path / "t.jsonl", rows),
+        recipe="nvfp4_default",
+        samples=[4],
+        seq_len=48,
+    )
     loaded = load_model(str(GOLDEN)).model
     loaded.set_experts_implementation("eager")
     seen = watch(loaded, rows, m3_names(loaded), monkeypatch)
-    assert maxima(out) == {n: a for n, (a, t) in seen.items() if t} | {f.name: f.value for f in report.fallbacks}
+    assert maxima(out) == {n: a for n, (a, t) in seen.items() if t} | {
+        f.name: f.value for f in report.fallbacks
+    }
     assert maxima(out, "tokens") == {n: t for n, (_, t) in seen.items()}
-    assert {n for n in seen if n.endswith(".w1")} == {f"{x.container}.{e}.w1" for x in report.layers for e in range(8)}
+    assert {n for n in seen if n.endswith(".w1")} == {
+        f"{x.container}.{e}.w1" for x in report.layers for e in range(8)
+    }
 
 
-def test_mixtral_equals_the_eager_loop(ids: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mixtral_equals_the_eager_loop(
+    ids: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = transformers.AutoConfig.for_model(
-        "mixtral", hidden_size=64, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
-        head_dim=32, num_local_experts=4, vocab_size=512,
-    )  # fmt: skip
+        "mixtral",
+        hidden_size=64,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        num_local_experts=4,
+        vocab_size=512,
+    )
     torch.manual_seed(7)
     model = transformers.MixtralForCausalLM(config).to(torch.bfloat16).eval()
     model.save_pretrained(tmp_path / "source")
     model.set_experts_implementation("eager")
     experts = model.model.layers[0].mlp.experts
     hub = "model.layers.0.block_sparse_moe.experts"
-    names = {experts.gate_up_proj[e].data_ptr(): [f"{hub}.{e}.w1", f"{hub}.{e}.w3"] for e in range(4)}
+    names = {
+        experts.gate_up_proj[e].data_ptr(): [f"{hub}.{e}.w1", f"{hub}.{e}.w3"] for e in range(4)
+    }
     names |= {experts.down_proj[e].data_ptr(): [f"{hub}.{e}.w2"] for e in range(4)}
     run(tmp_path / "source", tmp_path / "stats", ids)
     seen = watch(model, documents(512), names, monkeypatch)
@@ -180,7 +227,9 @@ def test_mixtral_equals_the_eager_loop(ids: Path, tmp_path: Path, monkeypatch: p
 
 
 def test_kv_maxima_are_those_of_what_the_cache_holds(kit, qwen) -> None:
-    model = transformers.AutoModelForCausalLM.from_pretrained(kit.qwen, dtype=torch.bfloat16, experts_implementation="eager")
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        kit.qwen, dtype=torch.bfloat16, experts_implementation="eager"
+    )
     expected: dict[tuple[str, str], float] = {}
     with torch.no_grad():
         for row in documents(512):
@@ -196,7 +245,9 @@ def test_kv_maxima_are_those_of_what_the_cache_holds(kit, qwen) -> None:
 
 
 def tiny(name: str, **more: Any) -> Any:
-    """Build one experts module of a family, float32, with weights that its forward can tell apart."""
+    """Build one experts module of a family, float32, with weights that its forward can tell
+    apart.
+    """
     config = transformers.AutoConfig.for_model(name, hidden_size=32, num_hidden_layers=1, **more)
     found = transformers.AutoModel.from_config(config.get_text_config(), dtype=torch.float32)
     module = next(m for n, m in found.named_modules() if n.endswith(".experts"))
@@ -208,22 +259,38 @@ def tiny(name: str, **more: Any) -> Any:
 
 
 FAMILIES: dict[str, dict[str, Any]] = {
-    "mixtral": {"intermediate_size": 48, "num_local_experts": 4, "num_attention_heads": 2, "num_key_value_heads": 1},
+    "mixtral": {
+        "intermediate_size": 48,
+        "num_local_experts": 4,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    },
     "gpt_oss": {
-        "intermediate_size": 48, "num_local_experts": 4, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16,
+        "intermediate_size": 48,
+        "num_local_experts": 4,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
     },
     "nemotron_h": {
-        "n_routed_experts": 4, "moe_intermediate_size": 48, "layers_block_type": ["moe"], "num_attention_heads": 2,
-        "num_key_value_heads": 1, "moe_shared_expert_intermediate_size": 48, "intermediate_size": 48,
+        "n_routed_experts": 4,
+        "moe_intermediate_size": 48,
+        "layers_block_type": ["moe"],
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "moe_shared_expert_intermediate_size": 48,
+        "intermediate_size": 48,
     },
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_reading_implementation_computes_what_the_eager_one_does(family: str) -> None:
     module = tiny(family, **FAMILIES[family])
     generator = torch.Generator().manual_seed(9)
-    hidden = torch.randn((7, module.down_proj.shape[-1 if module.is_transposed else 1]), generator=generator)
+    hidden = torch.randn(
+        (7, module.down_proj.shape[-1 if module.is_transposed else 1]), generator=generator
+    )
     chosen = torch.stack([torch.randperm(4, generator=generator)[:2] for _ in range(7)])
     weights = torch.rand((7, 2), generator=generator)
     sites = (Site(4), Site(4))
@@ -258,7 +325,11 @@ def test_stats_export_and_check(kit, qwen, ids: Path, tmp_path: Path, recipe: st
     if recipe == NVFP4:
         out = tmp_path / "stats.safetensors"
         report = run(kit.qwen, out, ids)
-        assert [x.seen for x in report.layers] == [8, 8] and report.modules == 48 and not report.fallbacks
+        assert (
+            [x.seen for x in report.layers] == [8, 8]
+            and report.modules == 48
+            and not report.fallbacks
+        )
         assert maxima(out) == {n: v for n, v in maxima(qwen[0]).items() if ".experts." in n}
     made = exporter.export(kit.qwen, tmp_path / "made", recipe=recipe, stats=out)
     assert made.formats == {"NVFP4": len(maxima(out))}
@@ -267,7 +338,11 @@ def test_stats_export_and_check(kit, qwen, ids: Path, tmp_path: Path, recipe: st
     written, given = kit.read(tmp_path / "made"), maxima(out)
     pair = "model.layers.1.mlp.experts.5."
     largest = np.float32(max(given[f"{pair}gate_proj"], given[f"{pair}up_proj"]) / 2688.0)
-    assert written[f"{pair}up_proj.input_scale"].array() == written[f"{pair}gate_proj.input_scale"].array() == largest
+    assert (
+        written[f"{pair}up_proj.input_scale"].array()
+        == written[f"{pair}gate_proj.input_scale"].array()
+        == largest
+    )
 
 
 def test_llama_has_no_experts(kit, ids: Path, tmp_path: Path) -> None:
@@ -283,7 +358,20 @@ def test_llama_has_no_experts(kit, ids: Path, tmp_path: Path) -> None:
 def test_m3_stats_export_and_check(tmp_path: Path) -> None:
     file, out = tmp_path / "a.txt", tmp_path / "stats.safetensors"
     rng = np.random.default_rng(1)
-    words = ["river", "the", "of", "castle", "1914", "music", "in", "and", "was", "season", "game", "album"]
+    words = [
+        "river",
+        "the",
+        "of",
+        "castle",
+        "1914",
+        "music",
+        "in",
+        "and",
+        "was",
+        "season",
+        "game",
+        "album",
+    ]
     file.write_text("\n\n".join(" ".join(rng.choice(words, 40)) for _ in range(40)))
     report = run(GOLDEN, out, file, samples=[12], seq_len=64, batch_size=4, min_tokens=4)
     assert [len(x.tokens) for x in report.layers] == [8, 8, 8]
@@ -294,12 +382,20 @@ def test_m3_stats_export_and_check(tmp_path: Path) -> None:
 
 
 @golden
-def test_kv_is_that_of_the_language_model_and_of_what_was_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kv_is_that_of_the_language_model_and_of_what_was_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, where = load_source(open_checkpoint(GOLDEN), "cpu")
     found = kv_targets(model, where)
-    assert len(found) == 8 and all(n.startswith("language_model.model.layers.") and ".self_attn." in n for n in found)
-    monkeypatch.setattr("exporter.calibration.run.kv_targets", lambda *_: {"vision.k_proj.k_amax": (99, "k")})
-    report = run(GOLDEN, tmp_path / "stats", ids_file(tmp_path / "t.jsonl", documents(2048, 2)), samples=[2])
+    assert len(found) == 8 and all(
+        n.startswith("language_model.model.layers.") and ".self_attn." in n for n in found
+    )
+    monkeypatch.setattr(
+        "exporter.calibration.run.kv_targets", lambda *_: {"vision.k_proj.k_amax": (99, "k")}
+    )
+    report = run(
+        GOLDEN, tmp_path / "stats", ids_file(tmp_path / "t.jsonl", documents(2048, 2)), samples=[2]
+    )
     assert report.kv == 0 and maxima(tmp_path / "stats", "k_amax") == {}
 
 
@@ -310,7 +406,9 @@ def test_m3_routes_by_the_float32_values_of_the_file() -> None:
     assert held and {t.dtype for t in held.values()} == {torch.float32}
 
 
-def test_a_router_that_cannot_run_in_float32_keeps_the_models_dtype(kit, ids: Path, tmp_path: Path) -> None:
+def test_a_router_that_cannot_run_in_float32_keeps_the_models_dtype(
+    kit, ids: Path, tmp_path: Path
+) -> None:
     def widen(tensors: dict) -> None:
         for name in [n for n in tensors if n.endswith("mlp.gate.weight")]:
             tensors[name] = kit.raw(tensors[name].array().astype(np.float32))
@@ -328,7 +426,9 @@ DEAD = "model.layers.1.mlp.experts.5"
 
 @pytest.fixture(scope="module")
 def with_dead(kit, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Edit layer 1's router: of two rows and their negatives two are above zero, so expert 5 (zero) is never chosen."""
+    """Edit layer 1's router: of two rows and their negatives two are above zero, so expert 5 (zero)
+    is never chosen.
+    """
 
     def edit(tensors: dict) -> None:
         rows = tensors["model.layers.1.mlp.gate.weight"].array().copy()
@@ -338,22 +438,37 @@ def with_dead(kit, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return kit.edit(kit.qwen, tmp_path_factory.mktemp("dead") / "source", edit)
 
 
-def test_a_dead_expert_is_listed_and_gets_the_largest_of_the_others(with_dead: Path, ids: Path, tmp_path: Path) -> None:
+def test_a_dead_expert_is_listed_and_gets_the_largest_of_the_others(
+    with_dead: Path, ids: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "stats.safetensors"
     report = run(with_dead, out, ids, min_tokens=100)
     values, tokens = maxima(out), maxima(out, "tokens")
     assert report.dead == (DEAD,) and report.layers[1].seen == 7 and report.layers[1].tokens[5] == 0
-    assert {f.name for f in report.fallbacks} == {f"{DEAD}.{x}" for x in ("gate_proj", "up_proj", "down_proj")}
+    assert {f.name for f in report.fallbacks} == {
+        f"{DEAD}.{x}" for x in ("gate_proj", "up_proj", "down_proj")
+    }
     for f in report.fallbacks:
         leaf = f.name.rpartition(".")[2]
         others = {e: values[f"model.layers.1.mlp.experts.{e}.{leaf}"] for e in range(8) if e != 5}
         assert values[f.name] == f.value == max(others.values())
         assert values[f.taken_from] == f.value and tokens[f.name] == 0 and f.condition == room.DEAD
-    assert dict(report.few) == {
-        f"{x.container}.{e}": t for x in report.layers for e, t in enumerate(x.tokens) if 0 < t < 100
-    } != {}
+    assert (
+        dict(report.few)
+        == {
+            f"{x.container}.{e}": t
+            for x in report.layers
+            for e, t in enumerate(x.tokens)
+            if 0 < t < 100
+        }
+        != {}
+    )
     text = render_text(report)
-    for said in ("dead      1 experts without tokens: " + DEAD, "fallback  3 statistics (expert without tokens", "warning"):
+    for said in (
+        "dead      1 experts without tokens: " + DEAD,
+        "fallback  3 statistics (expert without tokens",
+        "warning",
+    ):
         assert said in text
     assert "7 of 8 with tokens" in text
     metadata = stats_of(out)[1]
@@ -363,18 +478,26 @@ def test_a_dead_expert_is_listed_and_gets_the_largest_of_the_others(with_dead: P
     assert verifier.check(tmp_path / "made", base=with_dead, depth="payload").verdict == "passed"
 
 
-def test_a_recipe_that_takes_some_experts_names_them_right(with_dead: Path, ids: Path, tmp_path: Path) -> None:
+def test_a_recipe_that_takes_some_experts_names_them_right(
+    with_dead: Path, ids: Path, tmp_path: Path
+) -> None:
     rule = Rule(modules=("model.layers.1.mlp.experts.[4-6].*",), format="nvfp4")
     report = run(with_dead, tmp_path / "stats", ids, recipe=Recipe(name="some", rules=(rule,)))
     (layer,) = report.layers
     assert (layer.experts, layer.seen, report.dead, report.modules) == ((4, 5, 6), 2, (DEAD,), 9)
-    assert json.loads(stats_of(tmp_path / "stats")[1]["dead_experts"]) == {"model.layers.1.mlp.experts": [5]}
+    assert json.loads(stats_of(tmp_path / "stats")[1]["dead_experts"]) == {
+        "model.layers.1.mlp.experts": [5]
+    }
     taken = maxima(tmp_path / "stats")
-    assert taken[f"{DEAD}.up_proj"] == max(taken[f"model.layers.1.mlp.experts.{e}.up_proj"] for e in (4, 6))
+    assert taken[f"{DEAD}.up_proj"] == max(
+        taken[f"model.layers.1.mlp.experts.{e}.up_proj"] for e in (4, 6)
+    )
 
 
 def test_a_dead_expert_can_be_refused(with_dead: Path, ids: Path, tmp_path: Path) -> None:
-    with pytest.raises(PlanError, match=rf"1 experts saw no token: {DEAD}; .*--on-dead-expert fallback"):
+    with pytest.raises(
+        PlanError, match=rf"1 experts saw no token: {DEAD}; .*--on-dead-expert fallback"
+    ):
         run(with_dead, tmp_path / "stats.safetensors", ids, on_dead_expert="error")
     assert list(tmp_path.iterdir()) == []
 
@@ -382,33 +505,54 @@ def test_a_dead_expert_can_be_refused(with_dead: Path, ids: Path, tmp_path: Path
 def test_a_layer_whose_input_is_zero(kit, ids: Path, tmp_path: Path) -> None:
     name = "model.layers.0.post_attention_layernorm.weight"
     source = kit.edit(
-        kit.llama, tmp_path / "source", lambda t: t.update({name: kit.raw(np.zeros(128, ml_dtypes.bfloat16))})
+        kit.llama,
+        tmp_path / "source",
+        lambda t: t.update({name: kit.raw(np.zeros(128, ml_dtypes.bfloat16))}),
     )
     out = tmp_path / "stats.safetensors"
-    with pytest.raises(PlanError, match=r"3 statistics give no scale: .*layers\.0\.mlp\.gate_proj \(zero\)"):
+    with pytest.raises(
+        PlanError, match=r"3 statistics give no scale: .*layers\.0\.mlp\.gate_proj \(zero\)"
+    ):
         run(source, out, ids, recipe="nvfp4_mlp_only")
     report = run(source, out, ids, recipe="nvfp4_mlp_only", on_bad_stat="fallback")
-    zero = [f for f in report.fallbacks if f.condition == "zero: the largest of the same projection in other layers"]
+    zero = [
+        f
+        for f in report.fallbacks
+        if f.condition == "zero: the largest of the same projection in other layers"
+    ]
     assert [f.name.rpartition(".")[2] for f in zero] == ["down_proj", "gate_proj", "up_proj"]
-    assert all(f.taken_from == f.name.replace(".0.", ".1.") and f.value == maxima(out)[f.taken_from] for f in zero)
+    assert all(
+        f.taken_from == f.name.replace(".0.", ".1.") and f.value == maxima(out)[f.taken_from]
+        for f in zero
+    )
 
 
 @pytest.mark.parametrize(
     ("value", "said"),
     [
-        (float("nan"), "NaN"), (float("inf"), "infinite"), (float("-inf"), "infinite"), (-1.0, "negative"), (0.0, "zero"),
-        (1e-36, "tiny"), (2688 * 2.0**-126 * 0.999, "tiny"), (1e39, "huge"),
+        (float("nan"), "NaN"),
+        (float("inf"), "infinite"),
+        (float("-inf"), "infinite"),
+        (-1.0, "negative"),
+        (0.0, "zero"),
+        (1e-36, "tiny"),
+        (2688 * 2.0**-126 * 0.999, "tiny"),
+        (1e39, "huge"),
     ],
-)  # fmt: skip
+)
 def test_every_bad_value_has_its_name(value: float, said: str) -> None:
     assert problem(value) == said
     name = "model.layers.0.mlp.experts.{}.down_proj".format
     amax, tokens = {name(0): 2.0, name(1): value, name(2): 3.0}, {name(e): 9 for e in range(3)}
-    with pytest.raises(PlanError, match=rf"1 statistics give no scale: .*experts\.1\.down_proj \({said}\)"):
+    with pytest.raises(
+        PlanError, match=rf"1 statistics give no scale: .*experts\.1\.down_proj \({said}\)"
+    ):
         room.settle(amax, tokens, {}, on_bad="error", on_dead="fallback")
     settled = room.settle(amax, tokens, {}, on_bad="fallback", on_dead="error")
     assert settled.amax == {name(0): 2.0, name(1): 3.0, name(2): 3.0}
-    assert settled.fallbacks == [Fallback(name(1), f"{said}: the largest of the layer's other experts", 3.0, name(2))]
+    assert settled.fallbacks == [
+        Fallback(name(1), f"{said}: the largest of the layer's other experts", 3.0, name(2))
+    ]
 
 
 @pytest.mark.parametrize("value", [2688 * 2.0**-126, 1e-30, 1.0, 3.4e38])
@@ -421,7 +565,10 @@ def test_a_fallback_with_nothing_to_take_from_is_refused() -> None:
     name = "model.layers.{}.mlp.experts.{}.down_proj".format
     amax = {name(0, 0): 0.0, name(0, 1): float("nan"), name(1, 0): 1.0}
     tokens = {name(0, 0): 0, name(0, 1): 5, name(1, 0): 5}
-    with pytest.raises(PlanError, match=r"layers\.0.*: expert without tokens, and the layer's other experts have no good"):
+    with pytest.raises(
+        PlanError,
+        match=r"layers\.0.*: expert without tokens, and the layer's other experts have no good",
+    ):
         room.settle(amax, tokens, {}, on_bad="fallback", on_dead="fallback")
 
 
@@ -430,7 +577,10 @@ def test_kv_values_are_judged_too() -> None:
     kv = {name(0): float("inf"), name(1): 2.0}
     with pytest.raises(PlanError, match=r"k_amax \(infinite\)"):
         room.settle({}, {}, kv, on_bad="error", on_dead="fallback")
-    assert room.settle({}, {}, kv, on_bad="fallback", on_dead="fallback").kv == {name(0): 2.0, name(1): 2.0}
+    assert room.settle({}, {}, kv, on_bad="fallback", on_dead="fallback").kv == {
+        name(0): 2.0,
+        name(1): 2.0,
+    }
 
 
 def test_a_module_without_any_call_is_an_error() -> None:
@@ -447,7 +597,13 @@ def test_a_module_that_text_never_reaches_is_named(tmp_path: Path) -> None:
     rule = Rule(modules=("vision_tower.*.fc1", "*.experts.*"), format="nvfp4")
     file = ids_file(tmp_path / "t.jsonl", documents(2048, 2))
     with pytest.raises(PlanError, match=r"modules saw no input at all: vision_tower.*\.fc1"):
-        run(GOLDEN, tmp_path / "stats.safetensors", file, recipe=Recipe(name="v", rules=(rule,)), samples=[2])
+        run(
+            GOLDEN,
+            tmp_path / "stats.safetensors",
+            file,
+            recipe=Recipe(name="v", rules=(rule,)),
+            samples=[2],
+        )
 
 
 # nothing stays behind
@@ -457,7 +613,11 @@ def traces(model: Any) -> dict[str, Any]:
     hooks = {n: len(m._forward_hooks) + len(m._forward_pre_hooks) for n, m in model.named_modules()}
     configs = {n: m.config for n, m in model.named_modules() if hasattr(m, "config")}
     implementations = {n: c._experts_implementation for n, c in configs.items()}
-    return {"hooks": hooks, "implementations": implementations, "registry": sorted(ALL_EXPERTS_FUNCTIONS)}
+    return {
+        "hooks": hooks,
+        "implementations": implementations,
+        "registry": sorted(ALL_EXPERTS_FUNCTIONS),
+    }
 
 
 @pytest.mark.parametrize("implementation", ["grouped_mm", "eager"])
@@ -479,7 +639,9 @@ def test_everything_is_as_before(kit, implementation: str, fails: bool) -> None:
     bomb = model.model.layers[1].register_forward_pre_hook(boom) if fails else None
     with observing(model, spots, kv.values()) as readers, torch.inference_mode():
         inside = traces(model)
-        assert sum(inside["hooks"].values()) == 8 + fails and inside["implementations"][""].startswith("ckptgate_")
+        assert sum(inside["hooks"].values()) == 8 + fails and inside["implementations"][
+            ""
+        ].startswith("ckptgate_")
         if fails:
             with pytest.raises(ZeroDivisionError):
                 model(input_ids=given)
@@ -498,7 +660,9 @@ def test_everything_is_as_before(kit, implementation: str, fails: bool) -> None:
 def test_the_context_cleans_up_when_the_body_raises(kit) -> None:
     checkpoint = open_checkpoint(kit.qwen)
     model, where = load_source(checkpoint, "cpu")
-    spots = targets(model, where, ["model.layers.0.mlp.experts.0.up_proj", "model.layers.0.self_attn.q_proj"])
+    spots = targets(
+        model, where, ["model.layers.0.mlp.experts.0.up_proj", "model.layers.0.self_attn.q_proj"]
+    )
     before = traces(model)
     with pytest.raises(ZeroDivisionError), observing(model, spots, ()):
         raise ZeroDivisionError
@@ -509,7 +673,9 @@ def test_the_context_cleans_up_when_the_body_raises(kit) -> None:
     assert traces(model) == before
 
 
-def test_a_full_disk_leaves_nothing(kit, ids: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_nothing(
+    kit, ids: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(_fd: int) -> None:
         raise OSError(28, "No space left on device")
 
@@ -522,9 +688,13 @@ def test_a_full_disk_leaves_nothing(kit, ids: Path, tmp_path: Path, monkeypatch:
 def test_progress_counts_sequences_and_no_gradient_is_kept(kit, ids: Path, tmp_path: Path) -> None:
     calls: list[tuple[int, int, bool]] = []
     run(
-        kit.llama, tmp_path / "stats", ids, recipe="nvfp4_mlp_only", batch_size=4,
+        kit.llama,
+        tmp_path / "stats",
+        ids,
+        recipe="nvfp4_mlp_only",
+        batch_size=4,
         progress=lambda done, total: calls.append((done, total, torch.is_inference_mode_enabled())),
-    )  # fmt: skip
+    )
     assert calls == [(4, 6, True), (6, 6, True)]
 
 
@@ -546,7 +716,10 @@ def test_an_interruption_leaves_no_file_and_no_registration(kit, ids: Path, tmp_
 @pytest.mark.parametrize("percentile", [1.0, 37.0, 99.0, 99.9, 100.0])
 def test_percentile_is_that_of_all_magnitudes(dtype: torch.dtype, percentile: float) -> None:
     rng = np.random.default_rng(11)
-    parts = [torch.from_numpy(rng.standard_normal((n, 40)) * 10.0 ** rng.integers(-3, 4)).to(dtype) for n in (3, 50, 7)]
+    parts = [
+        torch.from_numpy(rng.standard_normal((n, 40)) * 10.0 ** rng.integers(-3, 4)).to(dtype)
+        for n in (3, 50, 7)
+    ]
     site = Site(2, percentile)
     for part in parts:
         site.update(1, part)
@@ -609,11 +782,22 @@ def test_metadata_says_what_was_done(kit, qwen, ids: Path) -> None:
     import hashlib
 
     metadata = stats_of(qwen[0])[1]
-    said = {"tool": "ckptgate", "recipe": "nvfp4_default", "method": "max", "seed": "0", "batch_size": "1"}
+    said = {
+        "tool": "ckptgate",
+        "recipe": "nvfp4_default",
+        "method": "max",
+        "seed": "0",
+        "batch_size": "1",
+    }
     assert {k: metadata[k] for k in said} == said
     assert metadata["tokens"] == str(6 * LENGTH) and metadata["seq_len"] == str(LENGTH)
     (text,) = json.loads(metadata["texts"])
-    expected = {"file": "ids.jsonl", "sha256": hashlib.sha256(ids.read_bytes()).hexdigest(), "samples": 6, "asked": 6}
+    expected = {
+        "file": "ids.jsonl",
+        "sha256": hashlib.sha256(ids.read_bytes()).hexdigest(),
+        "samples": 6,
+        "asked": 6,
+    }
     assert text == expected | {"tokens": 6 * LENGTH}
     from exporter.plan import header_digest
 
@@ -664,7 +848,11 @@ def test_text_is_tokenized_as_far_as_needed() -> None:
 
 
 def test_batches_hold_one_length() -> None:
-    assert list(batches([[1], [2, 2], [3], [4], [5, 5]], 2)) == [[[2, 2], [5, 5]], [[1], [3]], [[4]]]
+    assert list(batches([[1], [2, 2], [3], [4], [5, 5]], 2)) == [
+        [[2, 2], [5, 5]],
+        [[1], [3]],
+        [[4]],
+    ]
 
 
 def test_documents_of_files(tmp_path: Path) -> None:
@@ -680,13 +868,17 @@ def test_documents_of_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "data", "said"),
     [
-        ("a.txt", b"\n \n", "holds no document"), ("a.txt", b"ab\xff", "not UTF-8 at byte 2"),
-        ("a.jsonl", b'{"text": "a"}\n{', "line 2: not JSON"), ("a.jsonl", b"[1]", "line 1: neither"),
-        ("a.jsonl", b'{"ids": []}', "neither"), ("a.jsonl", b'{"ids": [1, true]}', "neither"),
-        ("a.jsonl", b'{"ids": [-1]}', "neither"), ("a.jsonl", b'{"ids": "x", "text": "a"}', "neither"),
+        ("a.txt", b"\n \n", "holds no document"),
+        ("a.txt", b"ab\xff", "not UTF-8 at byte 2"),
+        ("a.jsonl", b'{"text": "a"}\n{', "line 2: not JSON"),
+        ("a.jsonl", b"[1]", "line 1: neither"),
+        ("a.jsonl", b'{"ids": []}', "neither"),
+        ("a.jsonl", b'{"ids": [1, true]}', "neither"),
+        ("a.jsonl", b'{"ids": [-1]}', "neither"),
+        ("a.jsonl", b'{"ids": "x", "text": "a"}', "neither"),
         ("a.jsonl", b"[" * 100_000, "not JSON"),
     ],
-)  # fmt: skip
+)
 def test_bad_files_are_refused(tmp_path: Path, name: str, data: bytes, said: str) -> None:
     (tmp_path / name).write_bytes(data)
     with pytest.raises(PlanError, match=said):
@@ -702,7 +894,9 @@ def with_tokenizer(kit, tmp_path: Path) -> Path:
     words = {w: i for i, w in enumerate(["?", "<s>", "a", "b", "c", "d", "e", "f"])}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="?"))  # noqa: S106
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
     tokenizer.save(str(source / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>"}
     (source / "tokenizer_config.json").write_text(json.dumps(config))
@@ -714,7 +908,14 @@ def test_text_goes_through_the_sources_tokenizer(with_tokenizer: Path, tmp_path:
     text.write_text("a b c d\n\ne f a b")
     ids_file(tokens, [[1, 2, 3, 4, 5], [1, 6, 7, 2, 3]])
     for file in (text, tokens):
-        report = run(with_tokenizer, tmp_path / f"{file.name}.st", file, recipe="nvfp4_mlp_only", samples=[2], seq_len=5)
+        report = run(
+            with_tokenizer,
+            tmp_path / f"{file.name}.st",
+            file,
+            recipe="nvfp4_mlp_only",
+            samples=[2],
+            seq_len=5,
+        )
         assert report.tokens == 10
     assert maxima(tmp_path / "a.txt.st") == maxima(tmp_path / "b.jsonl.st")
     assert maxima(tmp_path / "a.txt.st", "k_amax") == maxima(tmp_path / "b.jsonl.st", "k_amax")
@@ -723,7 +924,10 @@ def test_text_goes_through_the_sources_tokenizer(with_tokenizer: Path, tmp_path:
 def test_two_files_and_fewer_samples_than_asked(kit, ids: Path, tmp_path: Path) -> None:
     short = ids_file(tmp_path / "s.jsonl", documents(512, 3, 10))
     report = run(kit.qwen, tmp_path / "stats", ids, texts=[ids, short], samples=[2, 50])
-    assert [(t.asked, t.samples, t.tokens) for t in report.texts] == [(2, 2, 2 * LENGTH), (50, 1, LENGTH)]
+    assert [(t.asked, t.samples, t.tokens) for t in report.texts] == [
+        (2, 2, 2 * LENGTH),
+        (50, 1, LENGTH),
+    ]
     assert "1 samples (50 asked for: the texts hold no more), 24 tokens" in render_text(report)
 
 
@@ -733,15 +937,23 @@ def test_two_files_and_fewer_samples_than_asked(kit, ids: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        ({"samples": [1, 2]}, "1 --texts and 2 numbers in --samples"), ({"texts": [], "samples": []}, "0 --texts"),
-        ({"samples": [0]}, "at least 1"), ({"seq_len": 1}, "--seq-len at least 2"), ({"batch_size": 0}, "at least 1"),
-        ({"min_tokens": -1}, "--min-tokens"), ({"method": "entropy"}, "no method 'entropy'"),
-        ({"percentile": 0}, "--percentile 0"), ({"percentile": 100.5}, "--percentile 100.5"),
-        ({"percentile": float("nan")}, "--percentile nan"), ({"on_bad_stat": "x"}, "--on-bad-stat x"),
-        ({"on_dead_expert": "x"}, "--on-dead-expert x"), ({"texts": ["/no/such"]}, "/no/such: no such file of texts"),
-        ({"recipe": "nvfp4_expert"}, "no recipe"), ({"device": "cuda:99"}, "cuda:99: no such device"),
+        ({"samples": [1, 2]}, "1 --texts and 2 numbers in --samples"),
+        ({"texts": [], "samples": []}, "0 --texts"),
+        ({"samples": [0]}, "at least 1"),
+        ({"seq_len": 1}, "--seq-len at least 2"),
+        ({"batch_size": 0}, "at least 1"),
+        ({"min_tokens": -1}, "--min-tokens"),
+        ({"method": "entropy"}, "no method 'entropy'"),
+        ({"percentile": 0}, "--percentile 0"),
+        ({"percentile": 100.5}, "--percentile 100.5"),
+        ({"percentile": float("nan")}, "--percentile nan"),
+        ({"on_bad_stat": "x"}, "--on-bad-stat x"),
+        ({"on_dead_expert": "x"}, "--on-dead-expert x"),
+        ({"texts": ["/no/such"]}, "/no/such: no such file of texts"),
+        ({"recipe": "nvfp4_expert"}, "no recipe"),
+        ({"device": "cuda:99"}, "cuda:99: no such device"),
     ],
-)  # fmt: skip
+)
 def test_wrong_options(kit, ids: Path, tmp_path: Path, more: dict[str, Any], said: str) -> None:
     with pytest.raises(UsageError, match=said) as caught:
         run(kit.qwen, tmp_path / "stats.safetensors", ids, **more)
@@ -753,11 +965,13 @@ def test_wrong_paths(kit, ids: Path, tmp_path: Path) -> None:
     out = tmp_path / "stats"
     out.write_text("mine")
     for where, target, said in (
-        (source, out, "exists; --overwrite"), (source, tmp_path, "is a folder"),
-        (source, tmp_path / "no" / "x", "does not exist"), (tmp_path / "none", tmp_path / "s", "no such folder"),
+        (source, out, "exists; --overwrite"),
+        (source, tmp_path, "is a folder"),
+        (source, tmp_path / "no" / "x", "does not exist"),
+        (tmp_path / "none", tmp_path / "s", "no such folder"),
         (source, source / "stats.safetensors", "beside the source's shards"),
         ("memory://x", tmp_path / "s", "a local folder"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(UsageError, match=said):
             run(where, target, ids)
     assert out.read_text() == "mine"
@@ -770,7 +984,9 @@ def test_wrong_paths(kit, ids: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("recipe", ["w4a16_nvfp4_experts_only", "mxfp8_default"])
 def test_a_recipe_without_static_activations(kit, ids: Path, tmp_path: Path, recipe: str) -> None:
-    with pytest.raises(PlanError, match=rf"{recipe} gives no module a static activation scale .*: nothing to"):
+    with pytest.raises(
+        PlanError, match=rf"{recipe} gives no module a static activation scale .*: nothing to"
+    ):
         run(kit.qwen, tmp_path / "stats", ids, recipe=recipe)
 
 
@@ -806,7 +1022,9 @@ def edited_config(kit, path: Path, change: Change) -> Path:
 
 
 @pytest.mark.parametrize("family", OUTSIDE)
-def test_families_outside_the_interface_are_refused_by_name(kit, ids: Path, tmp_path: Path, family: str) -> None:
+def test_families_outside_the_interface_are_refused_by_name(
+    kit, ids: Path, tmp_path: Path, family: str
+) -> None:
     source = edited_config(kit, tmp_path / "source", lambda c: c.update(model_type=family))
     with pytest.raises(PlanError, match=f"{family} is outside transformers' experts interface"):
         run(source, tmp_path / "stats", ids)
@@ -817,9 +1035,15 @@ def test_families_outside_the_interface_are_refused_by_name(kit, ids: Path, tmp_
     [
         (lambda c: c.update(architectures=["NoSuchModel"]), "has no architecture 'NoSuchModel'"),
         (lambda c: c.update(model_type="no_such"), "transformers cannot load it"),
-        (lambda c: c.update(num_hidden_layers=3), "keys of the model are missing or of another shape, model.layers.2"),
+        (
+            lambda c: c.update(num_hidden_layers=3),
+            "keys of the model are missing or of another shape, model.layers.2",
+        ),
         (lambda c: c.update(hidden_size=64), "transformers cannot load it|of another shape"),
-        (lambda c: c.update(max_position_embeddings=8), "--seq-len 24 is beyond the model's 8 positions"),
+        (
+            lambda c: c.update(max_position_embeddings=8),
+            "--seq-len 24 is beyond the model's 8 positions",
+        ),
     ],
 )
 def test_configs_that_do_not_fit(kit, ids: Path, tmp_path: Path, change: Change, said: str) -> None:
@@ -830,15 +1054,22 @@ def test_configs_that_do_not_fit(kit, ids: Path, tmp_path: Path, change: Change,
 
 def test_a_module_that_the_model_does_not_have(kit, ids: Path, tmp_path: Path) -> None:
     name = "mtp.layers.0.mlp.up_proj"
-    source = kit.edit(kit.qwen, tmp_path / "source", lambda t: t.update({f"{name}.weight": kit.bf16(64, 128)}))
+    source = kit.edit(
+        kit.qwen, tmp_path / "source", lambda t: t.update({f"{name}.weight": kit.bf16(64, 128)})
+    )
     recipe = Recipe(name="m", rules=(Rule(modules=("mtp.*", "*.experts.*"), format="nvfp4"),))
-    with pytest.raises(PlanError, match=rf"{name} is in the source and not in transformers' Qwen3MoeForCausalLM"):
+    with pytest.raises(
+        PlanError, match=rf"{name} is in the source and not in transformers' Qwen3MoeForCausalLM"
+    ):
         run(source, tmp_path / "stats", ids, recipe=recipe)
 
 
 def test_a_module_that_is_neither_linear_nor_experts(kit, ids: Path, tmp_path: Path) -> None:
     recipe = Recipe(name="r", rules=(Rule(modules=("*.mlp.gate",), format="nvfp4"),))
-    with pytest.raises(PlanError, match=r"mlp\.gate is .* of a Qwen3MoeTopKRouter in transformers: neither a linear layer"):
+    with pytest.raises(
+        PlanError,
+        match=r"mlp\.gate is .* of a Qwen3MoeTopKRouter in transformers: neither a linear layer",
+    ):
         run(kit.qwen, tmp_path / "stats", ids, recipe=recipe)
 
 
@@ -848,7 +1079,9 @@ def test_expert_numbers_with_a_gap_are_refused(kit, ids: Path, tmp_path: Path) -
             tensors[name.replace("experts.7.", "experts.9.")] = tensors.pop(name)
 
     source = kit.edit(kit.qwen, tmp_path / "source", rename)
-    with pytest.raises(PlanError, match=r"model\.layers\.0\.mlp\.experts: its expert numbers are not 0 to 7"):
+    with pytest.raises(
+        PlanError, match=r"model\.layers\.0\.mlp\.experts: its expert numbers are not 0 to 7"
+    ):
         run(source, tmp_path / "stats", ids)
 
 
@@ -870,8 +1103,12 @@ def test_texts_that_do_not_fit_the_model(kit, tmp_path: Path) -> None:
 
 def test_stats_of_another_model_are_refused_at_export(kit, ids: Path, tmp_path: Path) -> None:
     run(kit.llama, tmp_path / "stats", ids, recipe="nvfp4_default")
-    with pytest.raises(PlanError, match=r"no input maximum for .*; were they taken from this model"):
-        exporter.export(kit.qwen, tmp_path / "out", recipe="nvfp4_default", stats=tmp_path / "stats")
+    with pytest.raises(
+        PlanError, match=r"no input maximum for .*; were they taken from this model"
+    ):
+        exporter.export(
+            kit.qwen, tmp_path / "out", recipe="nvfp4_default", stats=tmp_path / "stats"
+        )
 
 
 # the command
@@ -884,25 +1121,44 @@ def invoke(*args: object) -> tuple[str, BaseException | None]:
 
 def test_the_command_prints_the_report(kit, ids: Path, tmp_path: Path, qwen) -> None:
     out = tmp_path / "stats.safetensors"
-    given = ["--recipe", "nvfp4_default", "--texts", ids, "--samples", "6", "--seq-len", LENGTH, "-o", out]
+    given = [
+        "--recipe",
+        "nvfp4_default",
+        "--texts",
+        ids,
+        "--samples",
+        "6",
+        "--seq-len",
+        LENGTH,
+        "-o",
+        out,
+    ]
     text, error = invoke(kit.qwen, *given)
     assert error is None, error
     assert out.read_bytes() == qwen[0].read_bytes()
     assert f"calibrated 56 modules of {kit.qwen} by nvfp4_default, max\n" in text
-    assert f"experts   model.layers.0.mlp.experts: 8 of 8 with tokens, {min(qwen[1].layers[0].tokens)} to " in text
+    assert (
+        f"experts   model.layers.0.mlp.experts: 8 of 8 with tokens, {min(qwen[1].layers[0].tokens)} to "
+        in text
+    )
     assert "amax      " in text and "kv        4 maxima" in text and text.endswith(f"wrote {out}\n")
 
 
 def test_the_command_refuses_as_the_function_does(kit, ids: Path, tmp_path: Path) -> None:
     given = [kit.qwen, "--recipe", NVFP4, "--texts", ids, "-o", tmp_path / "s"]
-    for samples, said in (("1,2", "1 --texts and 2 numbers"), ("1,x", "--samples 1,x: whole numbers")):
+    for samples, said in (
+        ("1,2", "1 --texts and 2 numbers"),
+        ("1,x", "--samples 1,x: whole numbers"),
+    ):
         error = invoke(*given, "--samples", samples)[1]
         assert isinstance(error, UsageError) and said in str(error)
     assert isinstance(invoke(*given, "--samples", "1", "--seq-len", "1")[1], SystemExit)
 
 
 def probe(script: str) -> str:
-    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    return subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    ).stdout
 
 
 def test_help_needs_no_torch() -> None:

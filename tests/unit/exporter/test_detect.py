@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Detection of fused experts: flags, shapes, what is refused, what is none, and the real MiniMax-M3 without memory."""
+"""Detection of fused experts: flags, shapes, what is refused, what is none, and the real MiniMax-M3
+without memory.
+"""
 
 from __future__ import annotations
 
@@ -18,17 +20,27 @@ from verifier.cli.main import run
 from verifier.errors import ContentError, UsageError
 
 SMALL: dict[str, Any] = {
-    "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 96,
-    "vocab_size": 128, "num_local_experts": 4, "num_experts": 4, "n_routed_experts": 4, "moe_intermediate_size": 48,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "intermediate_size": 96,
+    "vocab_size": 128,
+    "num_local_experts": 4,
+    "num_experts": 4,
+    "n_routed_experts": 4,
+    "moe_intermediate_size": 48,
     "num_experts_per_tok": 2,
-}  # fmt: skip
+}
 
 
 def meta(model_type: str, **more: Any) -> Any:
     base = transformers.AutoConfig.for_model(model_type)
     given = {k: v for k, v in SMALL.items() if hasattr(base, k)} | {"pad_token_id": 0} | more
     with torch.device("meta"):
-        return transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(model_type, **given))
+        return transformers.AutoModelForCausalLM.from_config(
+            transformers.AutoConfig.for_model(model_type, **given)
+        )
 
 
 @pytest.mark.parametrize(
@@ -37,13 +49,25 @@ def meta(model_type: str, **more: Any) -> Any:
         ("mixtral", {}, (True, False, False, False, "flags"), 24),
         ("qwen3_moe", {}, (True, False, False, False, "flags"), 24),
         ("gpt_oss", {}, (True, True, True, True, "flags"), 24),
-        ("nemotron_h", {"layers_block_type": ["moe", "moe"]}, (False, False, False, False, "flags"), 16),
+        (
+            "nemotron_h",
+            {"layers_block_type": ["moe", "moe"]},
+            (False, False, False, False, "flags"),
+            16,
+        ),
         ("llama4_text", {"moe_layers": [0, 1]}, (True, True, False, False, "class"), 24),
         ("granitemoe", {}, (True, False, False, False, "flags"), 24),
-        ("longcat_flash", {"zero_expert_num": 2, "expert_ffn_hidden_size": 48}, (True, False, False, False, "class"), 12),
+        (
+            "longcat_flash",
+            {"zero_expert_num": 2, "expert_ffn_hidden_size": 48},
+            (True, False, False, False, "class"),
+            12,
+        ),
     ],
 )
-def test_layouts_of_families(model_type: str, more: dict[str, Any], layout: tuple[object, ...], linears: int) -> None:
+def test_layouts_of_families(
+    model_type: str, more: dict[str, Any], layout: tuple[object, ...], linears: int
+) -> None:
     found = detect(meta(model_type, **more))
     assert found.refused == () and found.linears == linears
     stack = found.stacks[0]
@@ -51,11 +75,18 @@ def test_layouts_of_families(model_type: str, more: dict[str, Any], layout: tupl
     assert stack.experts == 4 and stack.hidden == 64
 
 
-DBRX: dict[str, Any] = {"d_model": 64, "n_heads": 2, "n_layers": 1, "vocab_size": 64, "attn_config": {"rope_theta": 1e4}}
+DBRX: dict[str, Any] = {
+    "d_model": 64,
+    "n_heads": 2,
+    "n_layers": 1,
+    "vocab_size": 64,
+    "attn_config": {"rope_theta": 1e4},
+}
 
 
 @pytest.mark.parametrize(
-    ("model_type", "more", "cls"), [("dbrx", DBRX, "DbrxExpertGLU"), ("jetmoe", {}, "JetMoeParallelExperts")]
+    ("model_type", "more", "cls"),
+    [("dbrx", DBRX, "DbrxExpertGLU"), ("jetmoe", {}, "JetMoeParallelExperts")],
 )
 def test_families_that_are_refused_by_name(model_type: str, more: dict[str, Any], cls: str) -> None:
     found = detect(meta(model_type, **more))
@@ -101,12 +132,19 @@ class Stack(torch.nn.Module):
         ({"up_proj": (4, 64, 48), "down_proj": (4, 48, 64)}, (False, True)),
     ],
 )
-def test_shapes_that_admit_one_reading(shapes: dict[str, tuple[int, ...]], layout: tuple[bool, bool]) -> None:
+def test_shapes_that_admit_one_reading(
+    shapes: dict[str, tuple[int, ...]], layout: tuple[bool, bool]
+) -> None:
     with_act = Stack(**shapes)
     with_act.act_fn = torch.nn.SiLU()
     for module in (Stack(**shapes), with_act):
         (stack,) = detect(Holder(module)).stacks
-        assert (stack.gated, stack.transposed, stack.hidden, stack.intermediate, stack.by) == (*layout, 64, 48, "shapes")
+        assert (stack.gated, stack.transposed, stack.hidden, stack.intermediate, stack.by) == (
+            *layout,
+            64,
+            48,
+            "shapes",
+        )
 
 
 @pytest.mark.parametrize(
@@ -115,9 +153,18 @@ def test_shapes_that_admit_one_reading(shapes: dict[str, tuple[int, ...]], layou
         (Stack(gate_up_proj=(4, 64, 64), down_proj=(4, 64, 64)), "admit no reading"),
         (Stack(up_proj=(4, 64, 64), down_proj=(4, 64, 64)), "admit two readings"),
         (Stack(gate_up_proj=(4, 96, 60), down_proj=(4, 64, 48)), "admit no reading"),
-        (Stack(None, gate_up_proj=(4, 96, 64), down_proj=(4, 64, 48)), "without a matching expert count"),
-        (Stack(8, gate_up_proj=(4, 96, 64), down_proj=(4, 64, 48)), "without a matching expert count"),
-        (Stack(w13=(4, 96, 64), w2=(4, 64, 48)), r"holds w13 \[4, 96, 64\], w2 \[4, 64, 48\] in a layout"),
+        (
+            Stack(None, gate_up_proj=(4, 96, 64), down_proj=(4, 64, 48)),
+            "without a matching expert count",
+        ),
+        (
+            Stack(8, gate_up_proj=(4, 96, 64), down_proj=(4, 64, 48)),
+            "without a matching expert count",
+        ),
+        (
+            Stack(w13=(4, 96, 64), w2=(4, 64, 48)),
+            r"holds w13 \[4, 96, 64\], w2 \[4, 64, 48\] in a layout",
+        ),
     ],
 )
 def test_what_shapes_cannot_tell_is_refused(module: torch.nn.Module, said: str) -> None:
@@ -145,7 +192,12 @@ def test_three_dimensions_that_are_no_experts() -> None:
 
 def test_flags_that_its_shapes_contradict() -> None:
     module = Stack(gate_up_proj=(4, 96, 64), down_proj=(4, 64, 48))
-    for flag, value in {"has_gate": True, "has_bias": False, "is_transposed": True, "is_concatenated": True}.items():
+    for flag, value in {
+        "has_gate": True,
+        "has_bias": False,
+        "is_transposed": True,
+        "is_concatenated": True,
+    }.items():
         setattr(module, flag, value)
     (refused,) = detect(Holder(module)).refused
     assert "its shapes contradict its flags (transposed True)" in refused.reason
@@ -158,7 +210,12 @@ def test_the_real_minimax_m3_takes_no_memory(shared_data: Path) -> None:
     raw = json.loads((shared_data / "configs" / "nvidia--MiniMax-M3-NVFP4_config.json").read_text())
     found = detect_config(shared_data / "configs" / "nvidia--MiniMax-M3-NVFP4_config.json")
     assert raw["architectures"] == ["MiniMaxM3SparseForConditionalGeneration"]
-    assert (len(found.stacks), found.linears, len(found.fused), found.refused) == (57, 21_888, 60, ())
+    assert (len(found.stacks), found.linears, len(found.fused), found.refused) == (
+        57,
+        21_888,
+        60,
+        (),
+    )
 
 
 @pytest.mark.parametrize(
@@ -169,21 +226,32 @@ def test_the_real_minimax_m3_takes_no_memory(shared_data: Path) -> None:
         ("[]", ContentError, "not a JSON object"),
         ('{"model_type": "nobodys"}', ContentError, "has no model_type 'nobodys'"),
         ('{"model_type": ["x"]}', ContentError, "has no model_type"),
-        ('{"model_type": "mixtral", "hidden_size": "wide"}', ContentError, "cannot build its model"),
+        (
+            '{"model_type": "mixtral", "hidden_size": "wide"}',
+            ContentError,
+            "cannot build its model",
+        ),
     ],
 )
-def test_configs_that_are_wrong(text: str | None, error: type[Exception], said: str, tmp_path: Path) -> None:
+def test_configs_that_are_wrong(
+    text: str | None, error: type[Exception], said: str, tmp_path: Path
+) -> None:
     if text is not None:
         (tmp_path / "config.json").write_text(text)
     with pytest.raises(error, match=said):
         detect_config(tmp_path)
 
 
-def test_the_command_counts_what_recipes_would_take(kit, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_the_command_counts_what_recipes_would_take(
+    kit, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     assert run(["detect", str(kit.qwen)]) == 0
     text = capsys.readouterr().out
     assert "qwen3_moe: 48 linears of routed experts in 2 layers" in text
-    assert "nvfp4_experts_only        48 linears" in text and "nvfp4_default             56 linears" in text
+    assert (
+        "nvfp4_experts_only        48 linears" in text
+        and "nvfp4_default             56 linears" in text
+    )
     alone = tmp_path / "config.json"
     alone.write_text((kit.qwen / "config.json").read_text())
     assert run(["detect", str(alone)]) == 0
@@ -192,17 +260,19 @@ def test_the_command_counts_what_recipes_would_take(kit, capsys: pytest.CaptureF
     assert "nothing matches routed_expert" in capsys.readouterr().out
 
 
-PLUGIN = '''
+PLUGIN = """
 from exporter.detect import ExpertStack, register
 
 @register("DbrxExpertGLU")
 def mine(path, module):
     rows, hidden = module.w1.shape
     return ExpertStack(path, "DbrxExpertGLU", 4, "w1", "w2", hidden, rows // 4, True, False, False, False, "plugin")
-'''
+"""
 
 
-def test_a_reader_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reader_of_ones_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("exporter.detect.registry.READERS", READERS)
     before = dict(READERS)
     meta_config = transformers.AutoConfig.for_model("dbrx", **DBRX)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model in memory is exported as its checkpoint on disk is: the same bytes under the same names."""
+"""A model in memory is exported as its checkpoint on disk is: the same bytes under the same
+names.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ from verifier.errors import PlanError, UnsupportedConversion
 
 def load(folder: Path) -> Any:
     config = transformers.AutoConfig.from_pretrained(folder)
-    return getattr(transformers, config.architectures[0]).from_pretrained(folder, dtype=torch.bfloat16)
+    return getattr(transformers, config.architectures[0]).from_pretrained(
+        folder, dtype=torch.bfloat16
+    )
 
 
 @pytest.mark.parametrize("with_source", [True, False])
@@ -29,7 +33,9 @@ def test_qwen3_moe(kit, nvfp4, with_source: bool, tmp_path: Path) -> None:
     model = load(kit.qwen)
     source = kit.qwen if with_source else None
     out = tmp_path / "out"
-    manifest = exporter.export_model(model, out, recipe="nvfp4_experts_only", input_scale="one", source=source)
+    manifest = exporter.export_model(
+        model, out, recipe="nvfp4_experts_only", input_scale="one", source=source
+    )
     assert kit.read(out) == kit.read(nvfp4.path)
     assert manifest.sources[0].uri == "memory:Qwen3MoeForCausalLM"
     assert verifier.check(str(out), base=str(kit.qwen), depth="payload").verdict == "passed"
@@ -51,13 +57,17 @@ def test_what_a_model_rounds_or_has_no_place_for_comes_from_its_source(kit, tmp_
     names = ["model.layers.0.mlp.gate.weight", "model.layers.1.mlp.gate.weight"]
     rng = np.random.default_rng(5)
     for name in names:
-        folder.store(name, rng.standard_normal(folder.tensors()[name].shape).astype(np.float32) * 0.02)
+        folder.store(
+            name, rng.standard_normal(folder.tensors()[name].shape).astype(np.float32) * 0.02
+        )
     folder.add("model.mtp.norm.weight", np.ones(128, np.float32))
     (base / "chat_template.jinja").write_text("{{ messages }}")
     model = load(base)
     with torch.no_grad():  # training changed this one
         model.model.layers[1].mlp.gate.weight.mul_(1.5)
-    exporter.export_model(model, tmp_path / "out", recipe="nvfp4_experts_only", input_scale="one", source=base)
+    exporter.export_model(
+        model, tmp_path / "out", recipe="nvfp4_experts_only", input_scale="one", source=base
+    )
     made, was = kit.read(tmp_path / "out"), kit.read(base)
     assert made[names[0]] == was[names[0]]
     assert made["model.mtp.norm.weight"] == was["model.mtp.norm.weight"]
@@ -66,7 +76,9 @@ def test_what_a_model_rounds_or_has_no_place_for_comes_from_its_source(kit, tmp_
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ messages }}"
 
 
-def test_small_shards_and_pieces_hold_the_same_bytes(kit, nvfp4, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_small_shards_and_pieces_hold_the_same_bytes(
+    kit, nvfp4, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr("exporter.stream.shards.COPY_BYTES", 1000)
     given = {"recipe": "nvfp4_experts_only", "input_scale": "one", "shard_bytes": 100_000}
     exporter.export_model(load(kit.qwen), tmp_path / "out", **given)

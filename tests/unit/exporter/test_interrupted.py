@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exports that were killed, interrupted, raced or ran out of disk: never a folder that looks finished, and a true resume."""
+"""Exports that were killed, interrupted, raced or ran out of disk: never a folder that looks
+finished, and a true resume.
+"""
 
 from __future__ import annotations
 
@@ -76,7 +78,9 @@ def killed_once(big: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Kill an export in the middle and return the OUT that it did not make."""
     out = tmp_path_factory.mktemp("killed") / "out"
     process = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(big), str(out), str(SHARD), str(KILL_AFTER)], capture_output=True, check=False
+        [sys.executable, "-c", SCRIPT, str(big), str(out), str(SHARD), str(KILL_AFTER)],
+        capture_output=True,
+        check=False,
     )
     assert process.returncode == -signal.SIGKILL, process.stderr.decode()
     return out
@@ -131,7 +135,9 @@ def test_a_resumed_export_counts_every_byte(big: Path, whole: Path, killed: Path
 
 
 @pytest.mark.parametrize("damage", ["flipped bit", "shorter", "longer", "removed"])
-def test_a_finished_shard_that_was_damaged_is_redone(big: Path, whole: Path, killed: Path, damage: str, kit) -> None:
+def test_a_finished_shard_that_was_damaged_is_redone(
+    big: Path, whole: Path, killed: Path, damage: str, kit
+) -> None:
     done = finished(killed)
     shard = work_folder(killed) / done[-1]
     blob = bytearray(shard.read_bytes())
@@ -148,7 +154,9 @@ def test_a_finished_shard_that_was_damaged_is_redone(big: Path, whole: Path, kil
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"plan": 1, "shards": []}'])
-def test_a_damaged_note_of_what_was_done_starts_afresh(big: Path, whole: Path, killed: Path, text: str, kit) -> None:
+def test_a_damaged_note_of_what_was_done_starts_afresh(
+    big: Path, whole: Path, killed: Path, text: str, kit
+) -> None:
     (work_folder(killed) / STATE).write_text(text)
     manifest = export(big, killed)
     assert manifest.notes["resumed_shards"] == 0
@@ -171,26 +179,34 @@ def test_another_recipe_starts_afresh(big: Path, killed: Path, kit, tmp_path: Pa
     assert {p.name for p in killed.iterdir()} == set(manifest.files) | {"ckptgate_manifest.json"}
 
 
-def test_another_shard_size_leaves_no_shard_of_the_old_one(big: Path, whole: Path, killed: Path, kit) -> None:
+def test_another_shard_size_leaves_no_shard_of_the_old_one(
+    big: Path, whole: Path, killed: Path, kit
+) -> None:
     manifest = export(big, killed, shard_bytes=5 * SHARD)
     assert {p.name for p in killed.iterdir()} == set(manifest.files) | {"ckptgate_manifest.json"}
     assert kit.read(killed) == kit.read(whole)
     assert manifest.bytes == sum(len(r.data) for r in kit.read(whole).values())
 
 
-def test_another_shard_size_with_as_many_shards_keeps_every_tensor(big: Path, whole: Path, killed: Path, kit) -> None:
+def test_another_shard_size_with_as_many_shards_keeps_every_tensor(
+    big: Path, whole: Path, killed: Path, kit
+) -> None:
     plan = exporter.plan_export(big, recipe=NVFP4, input_scale="one")
     usual = [[s.name for s in t.specs] for t in tasks(plan, SHARD)]
     sizes = [SHARD + i * 25_000 for i in range(-4, 5) if i]
     other = next(
-        size for size in sizes
-        if len(t := [[s.name for s in x.specs] for x in tasks(plan, size)]) == len(usual) and t[0] != usual[0]
-    )  # fmt: skip
+        size
+        for size in sizes
+        if len(t := [[s.name for s in x.specs] for x in tasks(plan, size)]) == len(usual)
+        and t[0] != usual[0]
+    )
     export(big, killed, shard_bytes=other)
     assert kit.read(killed) == kit.read(whole)
 
 
-def test_a_source_that_changed_since_starts_afresh(big: Path, killed: Path, kit, tmp_path: Path) -> None:
+def test_a_source_that_changed_since_starts_afresh(
+    big: Path, killed: Path, kit, tmp_path: Path
+) -> None:
     """The headers are the same; the bytes are those of another training step."""
 
     def change(tensors: dict) -> None:
@@ -201,7 +217,10 @@ def test_a_source_that_changed_since_starts_afresh(big: Path, killed: Path, kit,
     source = kit.edit(big, tmp_path / "new", change)
     assert kit.header(source / "model.safetensors") == kit.header(big / "model.safetensors")
     export(source, killed)
-    assert kit.read(killed)["model.embed_tokens.weight"] == kit.read(source)["model.embed_tokens.weight"]
+    assert (
+        kit.read(killed)["model.embed_tokens.weight"]
+        == kit.read(source)["model.embed_tokens.weight"]
+    )
 
 
 # signals
@@ -209,14 +228,20 @@ def test_a_source_that_changed_since_starts_afresh(big: Path, killed: Path, kit,
 
 @pytest.fixture(scope="module")
 def slow(tmp_path_factory: pytest.TempPathFactory, kit) -> Path:
-    """Write a source of 100 MB of holes: large enough for a signal to arrive while its one shard is written."""
+    """Write a source of 100 MB of holes: large enough for a signal to arrive while its one shard is
+    written.
+    """
     rows, width, count = 2048, 2048, 12
     folder = tmp_path_factory.mktemp("slow")
     kit.folder(folder / "source", {}, {"model_type": "qwen3_moe"})
     header: dict[str, object] = {}
     size = rows * width * 2
     for i in range(count):
-        entry = {"dtype": "BF16", "shape": [rows, width], "data_offsets": [i * size, (i + 1) * size]}
+        entry = {
+            "dtype": "BF16",
+            "shape": [rows, width],
+            "data_offsets": [i * size, (i + 1) * size],
+        }
         header[f"model.layers.0.mlp.experts.{i}.down_proj.weight"] = entry
     raw = json.dumps(header).encode()
     with (folder / "source" / "model.safetensors").open("wb") as handle:
@@ -236,12 +261,27 @@ class Stopped:
     out: Path
 
 
-@pytest.fixture(scope="module", params=[(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"])
-def stopped(slow: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Stopped:
+@pytest.fixture(
+    scope="module", params=[(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"]
+)
+def stopped(
+    slow: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Stopped:
     """Send a signal to an export on the command line while it writes its shard."""
     number, code = request.param
     out = tmp_path_factory.mktemp("stopped") / "out"
-    args = [sys.executable, "-m", "verifier", "export", str(slow), str(out), "--recipe", NVFP4, "--input-scale", "one"]
+    args = [
+        sys.executable,
+        "-m",
+        "verifier",
+        "export",
+        str(slow),
+        str(out),
+        "--recipe",
+        NVFP4,
+        "--input-scale",
+        "one",
+    ]
     process = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         for _ in range(20_000):
@@ -260,14 +300,18 @@ def test_a_signal_ends_an_export_with_its_exit_code(stopped: Stopped) -> None:
     assert stopped.code == stopped.expected, stopped.stderr
     assert stopped.stdout == ""
     assert "Traceback" not in stopped.stderr
-    assert len([line for line in stopped.stderr.splitlines() if line]) <= 1, "click writes a blank line after ^C"
+    assert len([line for line in stopped.stderr.splitlines() if line]) <= 1, (
+        "click writes a blank line after ^C"
+    )
     assert not stopped.out.exists()
     assert [p.name for p in stopped.out.parent.iterdir()] == [work_folder(stopped.out).name]
     assert not list(work_folder(stopped.out).glob("*.part"))
 
 
 def test_what_a_stopped_export_finished_is_noted_for_the_next(stopped: Stopped) -> None:
-    """A shard that was written to its end after the signal must not be thrown away: it may be 5 GB."""
+    """A shard that was written to its end after the signal must not be thrown away: it may be 5
+    GB.
+    """
     shards = sorted(p.name for p in work_folder(stopped.out).glob("*.safetensors"))
     assert shards == finished(stopped.out)
 
@@ -275,7 +319,9 @@ def test_what_a_stopped_export_finished_is_noted_for_the_next(stopped: Stopped) 
 # two at once
 
 
-def test_a_second_export_to_the_same_out_is_refused(big: Path, whole: Path, tmp_path: Path, kit) -> None:
+def test_a_second_export_to_the_same_out_is_refused(
+    big: Path, whole: Path, tmp_path: Path, kit
+) -> None:
     begun, go = threading.Event(), threading.Event()
     results: list[Manifest] = []
 
@@ -283,7 +329,9 @@ def test_a_second_export_to_the_same_out_is_refused(big: Path, whole: Path, tmp_
         begun.set()
         go.wait(60)
 
-    first = threading.Thread(target=lambda: results.append(export(big, tmp_path / "out", progress=progress)))
+    first = threading.Thread(
+        target=lambda: results.append(export(big, tmp_path / "out", progress=progress))
+    )
     first.start()
     try:
         assert begun.wait(60)
@@ -302,7 +350,9 @@ def test_a_second_export_to_the_same_out_is_refused(big: Path, whole: Path, tmp_
 def test_a_second_export_while_the_first_gets_its_final_name(
     kit, nvfp4, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Syncing 250 GB takes a while; an export that begins then must neither win nor empty the folder."""
+    """Syncing 250 GB takes a while; an export that begins then must neither win nor empty the
+    folder.
+    """
     out, real, tried = tmp_path / "out", os.fsync, []
 
     def fsync(fd: int) -> None:
@@ -327,7 +377,10 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     folder = tmp_path / "small"
     folder.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(folder)], capture_output=True, text=True, check=False
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(folder)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if mounted.returncode:
         pytest.skip(f"mounting a tmpfs is not permitted here: {mounted.stderr.strip()}")
@@ -337,7 +390,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def test_a_full_disk_is_exit_4_with_one_message(big: Path, small_disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_full_disk_is_exit_4_with_one_message(
+    big: Path, small_disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = small_disk / "out"
     assert run(["export", str(big), str(out), "--recipe", NVFP4, "--input-scale", "one"]) == 4
     stdout, stderr = capsys.readouterr()
@@ -348,7 +403,9 @@ def test_a_full_disk_is_exit_4_with_one_message(big: Path, small_disk: Path, cap
     assert not list(work_folder(out).glob("*.part"))
 
 
-def test_after_room_was_made_the_export_goes_through(big: Path, whole: Path, small_disk: Path, kit) -> None:
+def test_after_room_was_made_the_export_goes_through(
+    big: Path, whole: Path, small_disk: Path, kit
+) -> None:
     out = small_disk / "out"
     with pytest.raises(OSError, match="No space left"):
         export(big, out)
@@ -357,7 +414,9 @@ def test_after_room_was_made_the_export_goes_through(big: Path, whole: Path, sma
     assert kit.read(out) == kit.read(whole)
 
 
-def test_a_missing_permission_is_exit_4(big: Path, small_disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_permission_is_exit_4(
+    big: Path, small_disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     args = ["export", str(big), str(small_disk / "out"), "--recipe", NVFP4, "--input-scale", "one"]
     assert run(args) == 4

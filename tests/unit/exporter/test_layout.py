@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layouts: every operation and sibling there and back, blocks cut at their seams, and whole families."""
+"""Layouts: every operation and sibling there and back, blocks cut at their seams, and whole
+families.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,17 @@ from safetensors.torch import load_file
 
 from exporter import codecs
 from exporter.layout import Layout, hf_mapping, of_model
-from exporter.layout.pieces import Grid, concatenate, cut, deinterleave, interleave, run, stack, transpose, whole
+from exporter.layout.pieces import (
+    Grid,
+    concatenate,
+    cut,
+    deinterleave,
+    interleave,
+    run,
+    stack,
+    transpose,
+    whole,
+)
 from exporter.layout.pieces import Op as Operation
 from tests import sparse
 from verifier.errors import UnsupportedConversion
@@ -41,7 +53,9 @@ def hub(expert: int, leaf: str) -> str:
 
 
 def gates(shape: tuple[int, ...] = (F, H)) -> Grid:
-    return concatenate([stack([whole(hub(e, w), shape) for e in range(E)], 0) for w in ("w1", "w3")], 1)
+    return concatenate(
+        [stack([whole(hub(e, w), shape) for e in range(E)], 0) for w in ("w1", "w3")], 1
+    )
 
 
 def experts() -> Layout:
@@ -83,9 +97,21 @@ def same(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> bool:
             lambda x, y: deinterleave(concatenate([x, y], 0), 0),
             lambda x, y: torch.cat([x, y]).view(4, 2, 6).transpose(0, 1).reshape(8, 6),
         ),
-        (lambda x, y: deinterleave(interleave(concatenate([x, y], 1), 1), 1), lambda x, y: torch.cat([x, y], 1)),
+        (
+            lambda x, y: deinterleave(interleave(concatenate([x, y], 1), 1), 1),
+            lambda x, y: torch.cat([x, y], 1),
+        ),
     ],
-    ids=["stack", "stack-1", "cat", "cat-1", "transpose", "interleave", "deinterleave", "there-and-back"],
+    ids=[
+        "stack",
+        "stack-1",
+        "cat",
+        "cat-1",
+        "transpose",
+        "interleave",
+        "deinterleave",
+        "there-and-back",
+    ],
 )
 def test_an_operation_on_shapes_is_the_operation_on_values(made: Any, wanted: Any) -> None:
     values = torch.arange(48.0).view(2, 4, 6)
@@ -103,7 +129,11 @@ def test_rotary_pairs_are_brought_to_halves_within_each_head() -> None:
     for kind, before, after in (("rotary", values, wanted), ("unrotary", wanted, values)):
         (grid,) = run([Operation(kind, 0, sizes=(3,))], [[whole("q", (24, 3))]], 1)
         assert same(layout({"q_proj": grid}).to_memory({"q": before}), {"q_proj": after})
-    chosen = run([Operation("chunk", 0), Operation("rotary", 0, sizes=(2,), only=(0,))], [[whole("qv", (16, 3))]], 2)
+    chosen = run(
+        [Operation("chunk", 0), Operation("rotary", 0, sizes=(2,), only=(0,))],
+        [[whole("qv", (16, 3))]],
+        2,
+    )
     memory = layout(dict(zip("qv", chosen, strict=True))).to_memory({"qv": values[:16]})
     assert torch.equal(memory["v"], values[8:16])
     assert torch.equal(memory["q"], values[:8].view(2, 2, 2, 3).transpose(1, 2).reshape(8, 3))
@@ -112,7 +142,9 @@ def test_rotary_pairs_are_brought_to_halves_within_each_head() -> None:
 
 
 def test_a_list_of_experts_that_two_stacks_share() -> None:
-    """Ernie-VL: the first half of the list are the experts for text, the second those for images, which are smaller."""
+    """Ernie-VL: the first half of the list are the experts for text, the second those for images,
+    which are smaller.
+    """
     shapes = [(6, 4), (6, 4), (2, 4), (2, 4)]
     hub_values = {f"{w}.{e}": torch.randn(s) for w in ("gate", "up") for e, s in enumerate(shapes)}
     groups = [[whole(f"{w}.{e}", s) for e, s in enumerate(shapes)] for w in ("gate", "up")]
@@ -141,8 +173,12 @@ def test_what_does_not_divide_is_refused() -> None:
         run([Operation("chunk", 0)], [[whole("x", (12, 6))]], 5)
     with pytest.raises(ValueError, match="does not divide into"):
         run([Operation("split", 0, sizes=(8, 3))], [[whole("x", (12, 6))]], 2)
-    assert [g.shape for g in run([Operation("split", 0, sizes=(8, 4))], [[whole("x", (12, 6))]], 2)] == [(8, 6), (4, 6)]
-    assert [g.shape for g in run([Operation("unstack", 0)], [[whole("x", (3, 4, 6))]], 1)] == [(4, 6)] * 3
+    assert [
+        g.shape for g in run([Operation("split", 0, sizes=(8, 4))], [[whole("x", (12, 6))]], 2)
+    ] == [(8, 6), (4, 6)]
+    assert [g.shape for g in run([Operation("unstack", 0)], [[whole("x", (3, 4, 6))]], 1)] == [
+        (4, 6)
+    ] * 3
     with pytest.raises(ValueError, match="no two halves"):
         interleave(whole("x", (3, 6)), 0)
 
@@ -169,7 +205,9 @@ def test_two_tensors_of_one_hub_name() -> None:
 
 
 def test_no_name_is_made_up() -> None:
-    with pytest.raises(UnsupportedConversion, match=r"mlp\.experts\.gate_proj: rename \(a family\)"):
+    with pytest.raises(
+        UnsupportedConversion, match=r"mlp\.experts\.gate_proj: rename \(a family\)"
+    ):
         experts().to_hub({"mlp.experts.gate_proj": torch.zeros(E, F, H)})
     with pytest.raises(UnsupportedConversion, match="the hub layout has no such tensor"):
         experts().to_memory({"moe.experts.0.gate_proj.weight": torch.zeros(F, H)})
@@ -181,7 +219,9 @@ def test_no_name_is_made_up() -> None:
 FORMATS = ["nvfp4", "mxfp8", "fp8_per_channel", "fp8"]
 
 
-def spelled(name: str, parts: Mapping[str, torch.Tensor], joint: str = ".") -> dict[str, torch.Tensor]:
+def spelled(
+    name: str, parts: Mapping[str, torch.Tensor], joint: str = "."
+) -> dict[str, torch.Tensor]:
     head = name.removesuffix(".weight")
     return {name if leaf == "weight" else f"{head}{joint}{leaf}": t for leaf, t in parts.items()}
 
@@ -221,16 +261,26 @@ def test_quantize_then_unfuse_is_unfuse_then_quantize(fmt: str) -> None:
 
 @pytest.mark.parametrize("fmt", ["nvfp4", "mxfp8"])
 def test_quantize_then_deinterleave_and_untranspose(fmt: str) -> None:
-    """The layout of gpt-oss in memory, against a hub that keeps each expert's projections as [out, in]."""
+    """The layout of gpt-oss in memory, against a hub that keeps each expert's projections as [out,
+    in].
+    """
     torch.manual_seed(3)
-    stored = stack([interleave(concatenate([whole(hub(e, w), (F, H)) for w in ("w1", "w3")], 0), 0) for e in range(E)], 0)
+    stored = stack(
+        [
+            interleave(concatenate([whole(hub(e, w), (F, H)) for w in ("w1", "w3")], 0), 0)
+            for e in range(E)
+        ],
+        0,
+    )
     name = "mlp.experts.gate_up_proj"
     found = layout({name: transpose(stored, 1, 2)}, frozenset({name}))
     memory = torch.randn(E, H, 2 * F)
     amax = codecs.amax(memory.transpose(1, 2), fmt)
     shared = {"amax": amax} if fmt == "nvfp4" else {}
     encoded = codecs.encode(memory.transpose(1, 2), fmt, **shared)
-    quantized = {n: t.transpose(1, 2).contiguous() if t.ndim == 3 else t for n, t in encoded.items()}
+    quantized = {
+        n: t.transpose(1, 2).contiguous() if t.ndim == 3 else t for n, t in encoded.items()
+    }
     before = found.to_hub(spelled(name, quantized))
     after: dict[str, torch.Tensor] = {}
     for expert in range(E):
@@ -244,8 +294,17 @@ def test_quantize_then_deinterleave_and_untranspose(fmt: str) -> None:
 
 def test_128_by_128_blocks_are_cut_on_128_only() -> None:
     fused = torch.randn(2 * F, H)
-    assert len(dense().to_hub(spelled("mlp.gate_up_proj.weight", codecs.encode(fused, "fp8_block")))) == 4
-    odd = layout({"g.gate_up_proj.weight": concatenate([whole(f"g.{n}.weight", (192, H)) for n in ("a", "b")], 0)})
+    assert (
+        len(dense().to_hub(spelled("mlp.gate_up_proj.weight", codecs.encode(fused, "fp8_block"))))
+        == 4
+    )
+    odd = layout(
+        {
+            "g.gate_up_proj.weight": concatenate(
+                [whole(f"g.{n}.weight", (192, H)) for n in ("a", "b")], 0
+            )
+        }
+    )
     parts = spelled("g.gate_up_proj.weight", codecs.encode(torch.randn(384, H), "fp8_block"))
     with pytest.raises(UnsupportedConversion, match="seam on out is at 192, inside a block of 128"):
         odd.to_hub(parts)
@@ -265,25 +324,43 @@ def test_each_sibling_goes_where_its_axes_say() -> None:
     for e in range(E):
         for w, rows in (("w1", slice(0, F)), ("w3", slice(F, 2 * F))):
             head = f"moe.experts.{e}.{w}"
-            assert torch.equal(found[f"{head}.bias"], memory["mlp.experts.gate_up_proj_bias"][e, rows])
-            assert torch.equal(found[f"{head}.pre_quant_scale"], memory["mlp.experts.gate_up_proj.pre_quant_scale"])
+            assert torch.equal(
+                found[f"{head}.bias"], memory["mlp.experts.gate_up_proj_bias"][e, rows]
+            )
+            assert torch.equal(
+                found[f"{head}.pre_quant_scale"], memory["mlp.experts.gate_up_proj.pre_quant_scale"]
+            )
             assert found[f"{head}.input_scale"].item() == 0.5
-            assert torch.equal(found[f"{head}.weight_scale_2"], memory["mlp.experts.gate_up_proj.weight_scale_2"][e])
-        assert torch.equal(found[f"moe.experts.{e}.w2.pre_quant_scale"], memory["mlp.experts.down_proj.pre_quant_scale"][e])
+            assert torch.equal(
+                found[f"{head}.weight_scale_2"],
+                memory["mlp.experts.gate_up_proj.weight_scale_2"][e],
+            )
+        assert torch.equal(
+            found[f"moe.experts.{e}.w2.pre_quant_scale"],
+            memory["mlp.experts.down_proj.pre_quant_scale"][e],
+        )
         scale = memory["mlp.experts.down_proj.weight_scale_inv"][e]
         assert torch.equal(found[f"moe.experts.{e}.w2.weight_scale_inv"], scale)
     assert len(found) == 2 * E * 5 + 2 * E
     storages = [t.untyped_storage().data_ptr() for t in found.values()]
     assert len(set(storages)) == len(storages), "a copied scalar shares its storage"
-    again = experts().to_memory({n: t for n, t in found.items() if not n.endswith(("input_scale", "pre_quant_scale"))})
-    alike = {n.replace("proj_bias", "proj.bias"): t for n, t in memory.items() if "input" not in n and "pre_q" not in n}
+    again = experts().to_memory(
+        {n: t for n, t in found.items() if not n.endswith(("input_scale", "pre_quant_scale"))}
+    )
+    alike = {
+        n.replace("proj_bias", "proj.bias"): t
+        for n, t in memory.items()
+        if "input" not in n and "pre_q" not in n
+    }
     assert same(again, alike)
 
 
 def test_parts_that_do_not_agree_are_not_joined() -> None:
     fused = {"weight": torch.zeros(2 * F, H), "weight_scale_2": torch.tensor(1.0)}
     found = dense().to_hub({f"mlp.gate_up_proj.{leaf}": t for leaf, t in fused.items()})
-    assert set(found) == {f"mlp.{n}_proj.{leaf}" for n in ("gate", "up") for leaf in ("weight", "weight_scale_2")}
+    assert set(found) == {
+        f"mlp.{n}_proj.{leaf}" for n in ("gate", "up") for leaf in ("weight", "weight_scale_2")
+    }
     found["mlp.up_proj.weight_scale_2"] = torch.tensor(2.0)
     with pytest.raises(UnsupportedConversion, match=r"mlp\.gate_up_proj\.weight_scale_2: join"):
         dense().to_memory(found)
@@ -294,7 +371,13 @@ def test_parts_that_do_not_agree_are_not_joined() -> None:
 
 def test_kv_scales_stay_with_their_own_projection() -> None:
     sizes = {"q_proj": 64, "k_proj": 32, "v_proj": 32}
-    found = layout({"attn.qkv.weight": concatenate([whole(f"attn.{n}.weight", (s, H)) for n, s in sizes.items()], 0)})
+    found = layout(
+        {
+            "attn.qkv.weight": concatenate(
+                [whole(f"attn.{n}.weight", (s, H)) for n, s in sizes.items()], 0
+            )
+        }
+    )
     memory = {"attn.qkv.weight": torch.zeros(128, H), "attn.qkv.k_scale": torch.tensor(3.0)}
     assert {n for n in found.to_hub(memory) if "scale" in n} == {"attn.k_proj.k_scale"}
     with pytest.raises(UnsupportedConversion, match="none of its parts is called k_proj"):
@@ -302,7 +385,9 @@ def test_kv_scales_stay_with_their_own_projection() -> None:
 
 
 def test_a_scale_whose_shape_means_nothing_is_refused() -> None:
-    with pytest.raises(UnsupportedConversion, match=r"mlp.experts.gate_up_proj.weight_scale: axes.*\[3, 5\]"):
+    with pytest.raises(
+        UnsupportedConversion, match=r"mlp.experts.gate_up_proj.weight_scale: axes.*\[3, 5\]"
+    ):
         experts().to_hub({"mlp.experts.gate_up_proj.weight_scale": torch.zeros(3, 5)})
 
 
@@ -310,31 +395,72 @@ def test_a_scale_whose_shape_means_nothing_is_refused() -> None:
 
 
 TEXT: dict[str, Any] = {
-    "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 64,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_experts": 4, "num_local_experts": 4,
-    "n_routed_experts": 4, "num_experts_per_tok": 2, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "vocab_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
     "eos_token_id": 2,
-}  # fmt: skip
+}
 LATENT = {
-    "n_group": 1, "topk_group": 1, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8,
-    "v_head_dim": 8, "first_k_dense_replace": 1, "n_shared_experts": 1,
-}  # fmt: skip
+    "n_group": 1,
+    "topk_group": 1,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+    "first_k_dense_replace": 1,
+    "n_shared_experts": 1,
+}
 SIGHT = {
-    "depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32, "patch_size": 4,
-    "deepstack_visual_indexes": [0], "num_position_embeddings": 16,
-}  # fmt: skip
+    "depth": 1,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_heads": 2,
+    "out_hidden_size": 32,
+    "patch_size": 4,
+    "deepstack_visual_indexes": [0],
+    "num_position_embeddings": 16,
+}
 FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": TEXT, "mixtral": TEXT, "qwen2_moe": TEXT, "qwen3_moe": TEXT, "deepseek_v3": TEXT | LATENT, "glm4_moe": TEXT,
-    "minimax_m2": TEXT, "phimoe": TEXT, "olmoe": TEXT, "gpt_oss": TEXT, "granitemoe": TEXT, "aria_text": TEXT,
-    "ernie4_5_moe": TEXT, "phi3": TEXT, "qwen3_vl_moe": {"text_config": TEXT, "vision_config": SIGHT},
-}  # fmt: skip
+    "llama": TEXT,
+    "mixtral": TEXT,
+    "qwen2_moe": TEXT,
+    "qwen3_moe": TEXT,
+    "deepseek_v3": TEXT | LATENT,
+    "glm4_moe": TEXT,
+    "minimax_m2": TEXT,
+    "phimoe": TEXT,
+    "olmoe": TEXT,
+    "gpt_oss": TEXT,
+    "granitemoe": TEXT,
+    "aria_text": TEXT,
+    "ernie4_5_moe": TEXT,
+    "phi3": TEXT,
+    "qwen3_vl_moe": {"text_config": TEXT, "vision_config": SIGHT},
+}
 
 
 def build(family: str, given: Mapping[str, Any]) -> Any:
     """Return a tiny model of a family, BF16, every parameter and buffer with values of its own."""
     config = transformers.AutoConfig.for_model(family, **given)
     text = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
-    classes = transformers.MODEL_FOR_CAUSAL_LM_MAPPING if text else transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    classes = (
+        transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+        if text
+        else transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    )
     torch.manual_seed(0)
     model = classes[type(config)](config).to(torch.bfloat16)
     with torch.no_grad():
@@ -362,22 +488,36 @@ def test_a_family_is_named_as_transformers_saves_it(family: str, tmp_path: Path)
 
 def test_minimax_m3_with_vision_and_indexer(shared_data: Path, tmp_path: Path) -> None:
     raw = json.loads((shared_data / "modelopt" / "src_m3" / "config.json").read_text())
-    model = build("minimax_m3_vl", {k: v for k, v in raw.items() if k not in ("model_type", "architectures", "dtype")})
+    model = build(
+        "minimax_m3_vl",
+        {k: v for k, v in raw.items() if k not in ("model_type", "architectures", "dtype")},
+    )
     memory, disk = hf_mapping.saved(model), saved(model, tmp_path)
     found = of_model(model)
     assert same(found.to_hub(memory), disk) and same(found.to_memory(disk), memory)
     fused = next(n for n in memory if n.endswith("layers.0.mlp.gate_up_proj.weight"))
     rows, columns = memory[fused].shape
-    scale = found.to_hub({fused.replace("weight", "weight_scale"): torch.zeros(rows, columns // 32)})
-    assert {n.rpartition("layers.0.")[2] for n in scale} == {"mlp.gate_proj.weight_scale", "mlp.up_proj.weight_scale"}
+    scale = found.to_hub(
+        {fused.replace("weight", "weight_scale"): torch.zeros(rows, columns // 32)}
+    )
+    assert {n.rpartition("layers.0.")[2] for n in scale} == {
+        "mlp.gate_proj.weight_scale",
+        "mlp.up_proj.weight_scale",
+    }
 
 
 def test_the_real_minimax_m3_from_its_config_alone() -> None:
-    """428 billion parameters on the meta device: the names and shapes of the vendor's checkpoint, its scales apart."""
+    """428 billion parameters on the meta device: the names and shapes of the vendor's checkpoint,
+    its scales apart.
+    """
     raw = {k: copy.deepcopy(v) for k, v in sparse.m3_config().items() if k != "architectures"}
     with torch.device("meta"):
-        model = transformers.AutoModelForImageTextToText.from_config(transformers.AutoConfig.for_model(**raw))
-    wanted = {n: tuple(shape) for n, _, shape in sparse.rows() if not n.endswith("weight_scale_inv")}
+        model = transformers.AutoModelForImageTextToText.from_config(
+            transformers.AutoConfig.for_model(**raw)
+        )
+    wanted = {
+        n: tuple(shape) for n, _, shape in sparse.rows() if not n.endswith("weight_scale_inv")
+    }
     assert len(wanted) == 23_416
     assert {n: tuple(shape) for n, shape in of_model(model).hub.items()} == wanted
 
@@ -422,6 +562,11 @@ def test_an_operation_that_is_not_known_is_refused_by_name(monkeypatch: pytest.M
     model = build("llama", TEXT)
     names = hf_mapping.hub_names(model)
     rotated = WeightConverter("o_proj.weight", "o_proj.weight", operations=[Rotate()])
-    monkeypatch.setattr(conversion_mapping, "get_model_conversion_mapping", lambda _model: [rotated])
-    with pytest.raises(UnsupportedConversion, match=r"model\.layers\.0\.self_attn\.o_proj\.weight: Rotate \(llama\)"):
+    monkeypatch.setattr(
+        conversion_mapping, "get_model_conversion_mapping", lambda _model: [rotated]
+    )
+    with pytest.raises(
+        UnsupportedConversion,
+        match=r"model\.layers\.0\.self_attn\.o_proj\.weight: Rotate \(llama\)",
+    ):
         of_model(model, names)

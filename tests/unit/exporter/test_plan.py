@@ -39,14 +39,22 @@ def fates(plan: Plan) -> Counter[tuple[str, str]]:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("3", {3}), ("3-5", {3, 4, 5}), ("3,5", {3, 5}), ("0, 7-9 ,2", {0, 2, 7, 8, 9}), ("4-4", {4}), ("1,1-2", {1, 2}),
+        ("3", {3}),
+        ("3-5", {3, 4, 5}),
+        ("3,5", {3, 5}),
+        ("0, 7-9 ,2", {0, 2, 7, 8, 9}),
+        ("4-4", {4}),
+        ("1,1-2", {1, 2}),
     ],
-)  # fmt: skip
+)
 def test_layers_are_parsed(text: str, expected: set[int]) -> None:
     assert parse_layers(text) == expected
 
 
-@pytest.mark.parametrize("text", ["", ",", "3-", "-3", "5-3", "a", "3..5", "3;5", "1e3", "0-9999999", "3,,5", "x", "3\n-5"])
+@pytest.mark.parametrize(
+    "text",
+    ["", ",", "3-", "-3", "5-3", "a", "3..5", "3;5", "1e3", "0-9999999", "3,,5", "x", "3\n-5"],
+)
 def test_layers_that_cannot_be_parsed_are_quoted(text: str) -> None:
     with pytest.raises(UsageError, match="is no layer and no range"):
         parse_layers(text)
@@ -63,7 +71,9 @@ def test_every_tensor_of_the_source_has_exactly_one_fate(kit) -> None:
 def test_every_tensor_of_both_checkpoints_has_exactly_one_fate(kit, vendor) -> None:
     plan = exporter.plan_export(kit.qwen, recipe=NVFP4, onto=vendor.path)
     found = fates(plan)
-    owed = {("source", n) for n in kit.read(kit.qwen)} | {("onto", n) for n in kit.read(vendor.path)}
+    owed = {("source", n) for n in kit.read(kit.qwen)} | {
+        ("onto", n) for n in kit.read(vendor.path)
+    }
     assert set(found) == owed
     assert set(found.values()) == {1}
     written = {s.name for s in plan.specs}
@@ -77,9 +87,15 @@ def test_a_merge_gives_every_tensor_exactly_one_fate(kit, vendor, tmp_path) -> N
     from exporter.plan import merge
 
     for how in ("keep", "one"):
-        plan = merge(verifier.open_checkpoint(kit.qwen_nvfp4), verifier.open_checkpoint(vendor.path), input_scale=how)
+        plan = merge(
+            verifier.open_checkpoint(kit.qwen_nvfp4),
+            verifier.open_checkpoint(vendor.path),
+            input_scale=how,
+        )
         found = fates(plan)
-        owed = {("source", n) for n in kit.read(kit.qwen_nvfp4)} | {("onto", n) for n in kit.read(vendor.path)}
+        owed = {("source", n) for n in kit.read(kit.qwen_nvfp4)} | {
+            ("onto", n) for n in kit.read(vendor.path)
+        }
         assert set(found) == owed
         assert set(found.values()) == {1}
 
@@ -94,42 +110,61 @@ def test_the_members_of_a_fused_group_share_one_unit(kit) -> None:
 
 
 def test_attention_in_nvfp4_shares_one_unit_for_q_k_v(kit) -> None:
-    plan = exporter.plan_export(kit.llama, recipe=recipe({"roles": ["attention"], "format": "w4a16_nvfp4"}))
+    plan = exporter.plan_export(
+        kit.llama, recipe=recipe({"roles": ["attention"], "format": "w4a16_nvfp4"})
+    )
     sizes = Counter(tuple(m.rpartition(".")[2] for m in e.modules) for e in plan.encodes)
     assert sizes == {("q_proj", "k_proj", "v_proj"): 2, ("o_proj",): 2}
 
 
 def test_a_group_with_two_formats_is_refused_by_name(kit) -> None:
-    two = recipe({"roles": ["mlp"], "format": "w4a16_nvfp4"}, {"modules": ["model.layers.0.mlp.up_proj"], "format": "mxfp8"})
-    with pytest.raises(PlanError, match=r"one format for all: .*\.0\.mlp\.gate_proj w4a16_nvfp4, .*up_proj mxfp8"):
+    two = recipe(
+        {"roles": ["mlp"], "format": "w4a16_nvfp4"},
+        {"modules": ["model.layers.0.mlp.up_proj"], "format": "mxfp8"},
+    )
+    with pytest.raises(
+        PlanError, match=r"one format for all: .*\.0\.mlp\.gate_proj w4a16_nvfp4, .*up_proj mxfp8"
+    ):
         exporter.plan_export(kit.llama, recipe=two)
 
 
 @pytest.mark.parametrize("fmt", ["w4a16_nvfp4", "mxfp8"])
 def test_a_group_of_which_a_part_is_selected_is_refused(kit, fmt: str) -> None:
-    """Engines build one parameter from gate_proj and up_proj; they cannot load half of it quantized."""
+    """Engines build one parameter from gate_proj and up_proj; they cannot load half of it
+    quantized.
+    """
     with pytest.raises(PlanError, match="up_proj"):
         exporter.plan_export(kit.llama, recipe=recipe({"modules": ["*.gate_proj"], "format": fmt}))
 
 
 def test_the_last_rule_that_matches_decides(kit) -> None:
-    rules = recipe({"roles": ["attention", "mlp"], "format": "mxfp8"}, {"modules": ["model.layers.0.*"], "format": None})
+    rules = recipe(
+        {"roles": ["attention", "mlp"], "format": "mxfp8"},
+        {"modules": ["model.layers.0.*"], "format": None},
+    )
     plan = exporter.plan_export(kit.llama, recipe=rules)
     assert {layer_of(m) for e in plan.encodes for m in e.modules} == {1}
     assert plan.formats() == {"MXFP8": 7}
 
 
 def test_nothing_selected_names_the_nearest_names(kit) -> None:
-    with pytest.raises(PlanError, match="nothing matches routed_expert; the nearest names here are") as caught:
+    with pytest.raises(
+        PlanError, match="nothing matches routed_expert; the nearest names here are"
+    ) as caught:
         exporter.plan_export(kit.llama, recipe=NVFP4, input_scale="one")
     near = str(caught.value).rpartition(" are ")[2].split(", ")
-    known = {n.removesuffix(".weight").replace(".0.", ".*.").replace(".1.", ".*.") for n in kit.read(kit.llama)}
+    known = {
+        n.removesuffix(".weight").replace(".0.", ".*.").replace(".1.", ".*.")
+        for n in kit.read(kit.llama)
+    }
     assert near
     assert set(near) <= known
 
 
 def test_a_layer_without_experts_is_listed(kit) -> None:
-    with pytest.raises(PlanError, match=r"--layers: 2, 3, 7 hold no routed experts \(layers that do: 0, 1\)"):
+    with pytest.raises(
+        PlanError, match=r"--layers: 2, 3, 7 hold no routed experts \(layers that do: 0, 1\)"
+    ):
         exporter.plan_export(kit.qwen, recipe=NVFP4, input_scale="one", layers="1-3,7")
     with pytest.raises(PlanError, match=r"layers that do: none"):
         exporter.plan_export(kit.llama, recipe="mxfp8_default", layers="0")
@@ -158,7 +193,9 @@ def test_unequal_expert_sets_are_refused_and_named(kit, vendor, tmp_path: Path, 
     whole = {"source": kit.qwen, "onto": vendor.path}
     folders = whole | {side: kit.edit(whole[side], tmp_path / "less", drop)}
     other = "onto" if side == "source" else "the source"
-    with pytest.raises(PlanError, match=rf"expert sets differ: .*{EXPERT} is in {other} only \(1 such\)"):
+    with pytest.raises(
+        PlanError, match=rf"expert sets differ: .*{EXPERT} is in {other} only \(1 such\)"
+    ):
         exporter.plan_export(folders["source"], recipe=NVFP4, onto=folders["onto"])
     with pytest.raises(PlanError, match=f"expert sets differ: .*{EXPERT}"):
         exporter.merge(folders["source"], tmp_path / "out", onto=folders["onto"])
@@ -177,9 +214,14 @@ def test_onto_of_other_shapes_is_refused_by_name(kit, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("recipe_name", [NVFP4, "mxfp8_default"])
 @pytest.mark.parametrize("suffix", ["", ".weight"])
-def test_stacked_experts_are_refused_by_name(kit, tmp_path: Path, recipe_name: str, suffix: str) -> None:
+def test_stacked_experts_are_refused_by_name(
+    kit, tmp_path: Path, recipe_name: str, suffix: str
+) -> None:
     name = f"model.layers.0.mlp.experts.gate_up_proj{suffix}"
-    tensors = {name: kit.bf16(4, 64, 32), "model.layers.0.self_attn.o_proj.weight": kit.bf16(32, 32)}
+    tensors = {
+        name: kit.bf16(4, 64, 32),
+        "model.layers.0.self_attn.o_proj.weight": kit.bf16(32, 32),
+    }
     source = kit.folder(tmp_path / "stacked", tensors, {"model_type": "stacked_moe"})
     with pytest.raises(PlanError, match=rf"{name} holds all experts .* \[4, 64, 32\].*stacked_moe"):
         exporter.plan_export(source, recipe=recipe_name, input_scale="one")
@@ -188,13 +230,18 @@ def test_stacked_experts_are_refused_by_name(kit, tmp_path: Path, recipe_name: s
 
 
 def test_a_source_that_is_what_the_recipe_makes_is_refused(kit) -> None:
-    with pytest.raises(PlanError, match="recipe nvfp4_experts_only: all 48 modules that it selects are nvfp4 already"):
+    with pytest.raises(
+        PlanError,
+        match="recipe nvfp4_experts_only: all 48 modules that it selects are nvfp4 already",
+    ):
         exporter.plan_export(kit.qwen_nvfp4, recipe=NVFP4, input_scale="one")
     with pytest.raises(PlanError, match="all 14 modules that it selects are mxfp8 already"):
         exporter.plan_export(kit.llama_mxfp8, recipe="mxfp8_default")
 
 
-def test_w4a4_needs_a_source_of_input_scales(kit, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_w4a4_needs_a_source_of_input_scales(
+    kit, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(UsageError, match="--input-scale one, or --stats"):
         exporter.plan_export(kit.qwen, recipe=NVFP4)
     assert run(["export", str(kit.qwen), str(tmp_path / "out"), "--recipe", NVFP4]) == 2
@@ -203,12 +250,16 @@ def test_w4a4_needs_a_source_of_input_scales(kit, tmp_path: Path, capsys: pytest
 
 
 def test_weight_only_needs_none(kit) -> None:
-    plan = exporter.plan_export(kit.qwen, recipe=recipe({"roles": ["routed_expert"], "format": "w4a16_nvfp4"}))
+    plan = exporter.plan_export(
+        kit.qwen, recipe=recipe({"roles": ["routed_expert"], "format": "w4a16_nvfp4"})
+    )
     assert plan.formats() == {"W4A16_NVFP4": 48}
     assert not any(s.name.endswith("input_scale") for s in plan.specs)
 
 
-def test_input_scale_options_that_contradict(kit, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_input_scale_options_that_contradict(
+    kit, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     stats = kit.stats(tmp_path / "stats.safetensors", {EXPERT: 1.0})
     args = ["export", str(kit.qwen), str(tmp_path / "out"), "--recipe", NVFP4, "--input-scale"]
     assert run([*args, "one", "--stats", str(stats)]) == 2
@@ -218,28 +269,42 @@ def test_input_scale_options_that_contradict(kit, tmp_path: Path, capsys: pytest
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("fmt", "width", "block"), [("nvfp4", 24, 16), ("w4a16_nvfp4", 40, 16), ("mxfp8", 48, 32)])
-def test_a_width_that_the_block_does_not_divide_is_refused(kit, tmp_path: Path, fmt: str, width: int, block: int) -> None:
+@pytest.mark.parametrize(
+    ("fmt", "width", "block"), [("nvfp4", 24, 16), ("w4a16_nvfp4", 40, 16), ("mxfp8", 48, 32)]
+)
+def test_a_width_that_the_block_does_not_divide_is_refused(
+    kit, tmp_path: Path, fmt: str, width: int, block: int
+) -> None:
     name = "model.layers.0.mlp.experts.0.down_proj"
-    source = kit.folder(tmp_path / "odd", {f"{name}.weight": kit.bf16(16, width)}, {"model_type": "qwen3_moe"})
-    with pytest.raises(PlanError, match=rf"{name}\.weight: the input dimension {width} is not a multiple .*{block}"):
-        exporter.plan_export(source, recipe=recipe({"roles": ["routed_expert"], "format": fmt}), input_scale="one")
+    source = kit.folder(
+        tmp_path / "odd", {f"{name}.weight": kit.bf16(16, width)}, {"model_type": "qwen3_moe"}
+    )
+    with pytest.raises(
+        PlanError, match=rf"{name}\.weight: the input dimension {width} is not a multiple .*{block}"
+    ):
+        exporter.plan_export(
+            source, recipe=recipe({"roles": ["routed_expert"], "format": fmt}), input_scale="one"
+        )
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        ("truncated", "ends .* early"), ("index", "names model-9.safetensors, which is not in the folder"),
-        ("config", "config.json is missing"), ("twice", "stands in .* and"),
+        ("truncated", "ends .* early"),
+        ("index", "names model-9.safetensors, which is not in the folder"),
+        ("config", "config.json is missing"),
+        ("twice", "stands in .* and"),
     ],
-)  # fmt: skip
+)
 def test_a_broken_source_is_refused(kit, tmp_path: Path, damage: str, message: str) -> None:
     source = kit.edit(kit.qwen, tmp_path / "source", lambda _t: None)
     shard = source / "model.safetensors"
     if damage == "truncated":
         shard.write_bytes(shard.read_bytes()[:-100])
     elif damage == "index":
-        (source / "model.safetensors.index.json").write_text('{"weight_map": {"x": "model-9.safetensors"}}')
+        (source / "model.safetensors.index.json").write_text(
+            '{"weight_map": {"x": "model-9.safetensors"}}'
+        )
     elif damage == "config":
         (source / "config.json").unlink()
     else:
@@ -269,11 +334,24 @@ def test_a_broken_source_is_refused(kit, tmp_path: Path, damage: str, message: s
         ("[" * 3000, ""),
     ],
     ids=[
-        "unknown key", "unknown key of a rule", "unknown role", "rule that selects nothing", "no format", "unknown format",
-        "empty rules", "no rules", "empty name", "a list", "empty file", "bad YAML", "control character", "python tag",
-        "impossible date", "nested too deeply",
+        "unknown key",
+        "unknown key of a rule",
+        "unknown role",
+        "rule that selects nothing",
+        "no format",
+        "unknown format",
+        "empty rules",
+        "no rules",
+        "empty name",
+        "a list",
+        "empty file",
+        "bad YAML",
+        "control character",
+        "python tag",
+        "impossible date",
+        "nested too deeply",
     ],
-)  # fmt: skip
+)
 def test_a_recipe_that_the_schema_refuses(
     kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, message: str
 ) -> None:
@@ -288,8 +366,13 @@ def test_a_recipe_that_the_schema_refuses(
     assert not (tmp_path / "pwned").exists()
 
 
-@pytest.mark.parametrize("name", ["nvfp4_expert_only", "missing.yaml", "../recipes/mxfp8_default", "", "recipe.json", "."])
-def test_a_recipe_that_does_not_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+@pytest.mark.parametrize(
+    "name",
+    ["nvfp4_expert_only", "missing.yaml", "../recipes/mxfp8_default", "", "recipe.json", "."],
+)
+def test_a_recipe_that_does_not_exist(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipe.json").write_text("{}")
     assert {"mxfp8_default", "nvfp4_experts_only"} <= set(names())
@@ -315,8 +398,14 @@ def test_a_plan_says_how_large_the_result_is(kit, nvfp4) -> None:
 
 
 def test_stats_give_the_plan_its_input_scales(kit, tmp_path: Path) -> None:
-    maxima = {n.removesuffix(".weight"): 1.0 + i for i, n in enumerate(kit.read(kit.qwen)) if ".experts." in n}
-    plan = exporter.plan_export(kit.qwen, recipe=NVFP4, stats=kit.stats(tmp_path / "s.safetensors", maxima))
+    maxima = {
+        n.removesuffix(".weight"): 1.0 + i
+        for i, n in enumerate(kit.read(kit.qwen))
+        if ".experts." in n
+    }
+    plan = exporter.plan_export(
+        kit.qwen, recipe=NVFP4, stats=kit.stats(tmp_path / "s.safetensors", maxima)
+    )
     for unit in plan.encodes:
         largest = max(maxima[m] for m in unit.modules)
         assert unit.input_scales == pytest.approx([largest / 2688] * len(unit.modules), rel=1e-6)
@@ -324,16 +413,26 @@ def test_stats_give_the_plan_its_input_scales(kit, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="session")
 def m3(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Write the real MiniMax-M3 as sparse files: BF16 base, the vendor's MXFP8, the published mix."""
+    """Write the real MiniMax-M3 as sparse files: BF16 base, the vendor's MXFP8, the published
+    mix.
+    """
     root = tmp_path_factory.mktemp("m3")
     rows = sparse.rows()
     release = sparse.mixed(rows)
     config = sparse.m3_config()
     return {
         "base": sparse.write(root / "bf16", sparse.bf16(rows), config, 59),
-        "vendor": sparse.write(root / "vendor", rows, config | {"quantization_config": sparse.vendor_quantization()}, 31),
+        "vendor": sparse.write(
+            root / "vendor",
+            rows,
+            config | {"quantization_config": sparse.vendor_quantization()},
+            31,
+        ),
         "mixed": sparse.write(
-            root / "mixed", release, config | {"quantization_config": sparse.release_quantization(release)}, 31
+            root / "mixed",
+            release,
+            config | {"quantization_config": sparse.release_quantization(release)},
+            31,
         ),
     }
 
@@ -357,14 +456,19 @@ def test_minimax_m3_mixed(m3: dict[str, Path]) -> None:
 
 
 def test_minimax_m3_layers_without_experts(m3: dict[str, Path]) -> None:
-    with pytest.raises(PlanError, match=r"--layers: 0, 1, 2 hold no routed experts \(layers that do: 3, 4, "):
+    with pytest.raises(
+        PlanError, match=r"--layers: 0, 1, 2 hold no routed experts \(layers that do: 3, 4, "
+    ):
         exporter.plan_export(m3["base"], recipe=NVFP4, onto=m3["vendor"], layers="0-59")
 
 
 def test_the_published_mix_of_minimax_m3_passes(m3: dict[str, Path]) -> None:
     report = verifier.check(m3["mixed"])
     # Shared experts in MXFP8 beside routed ones in NVFP4 are information.
-    assert (report.verdict, {(f.rule, f.severity) for f in report.findings}) == ("passed", {("QC414", "info")})
+    assert (report.verdict, {(f.rule, f.severity) for f in report.findings}) == (
+        "passed",
+        {("QC414", "info")},
+    )
     assert report.stats["tensors"] == 89_614
     assert report.stats["formats"]["NVFP4"] == 21_888
 
@@ -372,7 +476,10 @@ def test_the_published_mix_of_minimax_m3_passes(m3: dict[str, Path]) -> None:
 def test_the_published_mix_of_minimax_m3_passes_against_its_sources(m3: dict[str, Path]) -> None:
     report = verifier.check(m3["mixed"], base=m3["base"], merged_from=m3["vendor"])
     # Shared experts in MXFP8 beside routed ones in NVFP4 are information.
-    assert (report.verdict, {(f.rule, f.severity) for f in report.findings}) == ("passed", {("QC414", "info")})
+    assert (report.verdict, {(f.rule, f.severity) for f in report.findings}) == (
+        "passed",
+        {("QC414", "info")},
+    )
     ran = {c.rule: c for c in report.coverage if c.ran}
     assert ran["QC516"].checked == ran["QC516"].of > 1000
 
@@ -382,7 +489,9 @@ def test_what_is_planned_does_not_depend_on_the_order_of_tensors(kit, tmp_path: 
         for name in list(tensors)[::-1]:
             tensors[name] = tensors.pop(name)
 
-    shuffled = exporter.plan_export(kit.edit(kit.qwen, tmp_path / "s", reverse), recipe=NVFP4, input_scale="one")
+    shuffled = exporter.plan_export(
+        kit.edit(kit.qwen, tmp_path / "s", reverse), recipe=NVFP4, input_scale="one"
+    )
     plain = exporter.plan_export(kit.qwen, recipe=NVFP4, input_scale="one")
     assert set(shuffled.specs) == set(plain.specs)
     assert {e.modules for e in shuffled.encodes} == {e.modules for e in plain.encodes}

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Repair: broken twins of clean exports come out byte for byte as they were, and what cannot be known is refused."""
+"""Repair: broken twins of clean exports come out byte for byte as they were, and what cannot be
+known is refused.
+"""
 
 from __future__ import annotations
 
@@ -45,17 +47,36 @@ def clean(out: Path, base: Path) -> None:
 
 def quantized(folder: Path) -> int:
     """Return how many tensors belong to modules with a weight scale."""
-    return sum(len(p) for p in Folder(folder).modules().values() if {"weight_scale", "weight_scale_inv"} & set(p))
+    return sum(
+        len(p)
+        for p in Folder(folder).modules().values()
+        if {"weight_scale", "weight_scale_inv"} & set(p)
+    )
 
 
 # twins
 
 MENDED = [
-    "all-names-of-memory", "one-name-of-memory", "quantized-module-under-another-prefix", "amax-of-a-quantizer",
-    "scale-of-a-quantizer", "qkv-fused", "container", "norm-lost", "linear-transposed", "config-of-another-size",
-    "norm-widened", "embedding-as-f16", "one-bit-of-the-embedding", "router-cast-there-and-back", "not-declared",
-    "config-absent", "config-not-json", "quant-config-cut", "declaration-is-text",
-]  # fmt: skip
+    "all-names-of-memory",
+    "one-name-of-memory",
+    "quantized-module-under-another-prefix",
+    "amax-of-a-quantizer",
+    "scale-of-a-quantizer",
+    "qkv-fused",
+    "container",
+    "norm-lost",
+    "linear-transposed",
+    "config-of-another-size",
+    "norm-widened",
+    "embedding-as-f16",
+    "one-bit-of-the-embedding",
+    "router-cast-there-and-back",
+    "not-declared",
+    "config-absent",
+    "config-not-json",
+    "quant-config-cut",
+    "declaration-is-text",
+]
 EXPERTS = ["amax-of-fused-experts", "experts-stacked", "expert-leaves", "linear-lost"]
 
 
@@ -75,7 +96,9 @@ def test_a_broken_twin_is_mended_byte_for_byte(kit, kind: str, defect: str, tmp_
     assert same["sha256_before"] == same["sha256_after"]
 
 
-@pytest.mark.parametrize("defect", ["all-names-of-memory", "qkv-fused", "experts-stacked", "expert-leaves", "container"])
+@pytest.mark.parametrize(
+    "defect", ["all-names-of-memory", "qkv-fused", "experts-stacked", "expert-leaves", "container"]
+)
 def test_spellings_are_enough_without_transformers(
     kit, defect: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -86,9 +109,13 @@ def test_spellings_are_enough_without_transformers(
     assert kit.read(tmp_path / "out") == kit.read(kit.qwen_nvfp4)
 
 
-@pytest.mark.parametrize("defect", [*EXPERTS[1:3], "container", "quantized-module-under-another-prefix"])
+@pytest.mark.parametrize(
+    "defect", [*EXPERTS[1:3], "container", "quantized-module-under-another-prefix"]
+)
 def test_a_mixed_minimax_m3_is_mended(kit, defect: str, shared_data: Path, tmp_path: Path) -> None:
-    twin, base = (shared_data / "modelopt" / n for n in ("m3_mixed_mxfp8_nvfp4_recipe__cpushim", "src_m3"))
+    twin, base = (
+        shared_data / "modelopt" / n for n in ("m3_mixed_mxfp8_nvfp4_recipe__cpushim", "src_m3")
+    )
     broken = copy(twin, tmp_path / "broken")
     BY_NAME[defect].apply(broken)
     exporter.repair(broken, tmp_path / "out", base=base)
@@ -99,7 +126,12 @@ def test_a_mixed_minimax_m3_is_mended(kit, defect: str, shared_data: Path, tmp_p
 def test_a_recast_router_is_the_bases_again(kit, tmp_path: Path) -> None:
     base, twin = copy(kit.qwen, tmp_path / "base"), copy(kit.qwen_nvfp4, tmp_path / "twin")
     name = "model.layers.0.mlp.gate.weight"
-    values = np.random.default_rng(3).standard_normal(Folder(base).tensors()[name].shape).astype(np.float32) * 0.02
+    values = (
+        np.random.default_rng(3)
+        .standard_normal(Folder(base).tensors()[name].shape)
+        .astype(np.float32)
+        * 0.02
+    )
     for folder in (base, twin):
         Folder(folder).store(name, values)
     broken = copy(twin, tmp_path / "broken")
@@ -111,24 +143,40 @@ def test_a_recast_router_is_the_bases_again(kit, tmp_path: Path) -> None:
 
 
 def in_memory(kit, twin: Path, base: Path, path: Path) -> Path:
-    """Write a checkpoint as transformers holds it in memory: fused and stacked, under those names."""
+    """Write a checkpoint as transformers holds it in memory: fused and stacked, under those
+    names.
+    """
     opened = open_checkpoint(base)
     layout = of_model(meta_model(base, opened.config or {}), logical(opened))
     torches: dict[str, torch.Tensor] = {}
     for name, raw in kit.read(twin).items():
-        dtype = {"F32": torch.float32, "BF16": torch.bfloat16, "U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn}[raw.dtype]
+        dtype = {
+            "F32": torch.float32,
+            "BF16": torch.bfloat16,
+            "U8": torch.uint8,
+            "F8_E4M3": torch.float8_e4m3fn,
+        }[raw.dtype]
         torches[name] = torch.frombuffer(bytearray(raw.data), dtype=dtype).reshape(raw.shape)
-    names = {torch.float32: "F32", torch.bfloat16: "BF16", torch.uint8: "U8", torch.float8_e4m3fn: "F8_E4M3"}
+    names = {
+        torch.float32: "F32",
+        torch.bfloat16: "BF16",
+        torch.uint8: "U8",
+        torch.float8_e4m3fn: "F8_E4M3",
+    }
     raws = {
         n: type(next(iter(kit.read(twin).values())))(
-            names[t.dtype], tuple(t.shape), bytes(t.contiguous().reshape(-1).view(torch.uint8).numpy())
+            names[t.dtype],
+            tuple(t.shape),
+            bytes(t.contiguous().reshape(-1).view(torch.uint8).numpy()),
         )
         for n, t in layout.to_memory(torches).items()
     }
     return kit.folder(path, raws, json.loads((twin / "config.json").read_text()))
 
 
-def test_a_mixed_minimax_m3_as_transformers_holds_it(kit, shared_data: Path, tmp_path: Path) -> None:
+def test_a_mixed_minimax_m3_as_transformers_holds_it(
+    kit, shared_data: Path, tmp_path: Path
+) -> None:
     data = shared_data / "modelopt"
     twin, base = data / "m3_mixed_mxfp8_nvfp4_recipe__cpushim", data / "src_m3"
     broken = in_memory(kit, twin, base, tmp_path / "broken")
@@ -151,7 +199,11 @@ def test_what_modelopt_described_wrongly(kit, name: str, shared_data: Path, tmp_
     assert found.exit_code == 0, found.output
     assert kit.read(tmp_path / "out") == kit.read(broken)
     clean(tmp_path / "out", base)
-    dead = "5 quantized_layers that are no module" if "mixed" in name else "2 exclusions that match no module"
+    dead = (
+        "5 quantized_layers that are no module"
+        if "mixed" in name
+        else "2 exclusions that match no module"
+    )
     assert f"drop         {dead}" in found.output
 
 
@@ -160,8 +212,17 @@ def test_stacks_with_siblings_joined_by_an_underscore(kit, tmp_path: Path) -> No
     broken = copy(kit.qwen_nvfp4, tmp_path / "broken")
     BY_NAME["experts-stacked"].apply(broken)
     folder = Folder(broken)
-    stacked = [n for n in folder.tensors() if "_proj." in n and n.rpartition(".")[0].endswith("experts.gate_up_proj")]
-    folder.rename({n: n.replace("_proj.weight", "_proj", 1) if n.endswith(".weight") else _under(n) for n in stacked})
+    stacked = [
+        n
+        for n in folder.tensors()
+        if "_proj." in n and n.rpartition(".")[0].endswith("experts.gate_up_proj")
+    ]
+    folder.rename(
+        {
+            n: n.replace("_proj.weight", "_proj", 1) if n.endswith(".weight") else _under(n)
+            for n in stacked
+        }
+    )
     assert any(n.endswith("experts.gate_up_proj_weight_scale_2") for n in folder.tensors())
     exporter.repair(broken, tmp_path / "out", base=kit.qwen)
     assert kit.read(tmp_path / "out") == kit.read(kit.qwen_nvfp4)
@@ -181,7 +242,9 @@ def test_digests_are_those_of_the_slices(kit, tmp_path: Path) -> None:
         if ".experts." in name:
             state.update(f"{name} {hashlib.sha256(raw.data).hexdigest()}\n".encode())
     assert manifest.notes["unchanged"]["sha256_after"] == state.hexdigest()
-    assert manifest.notes["unchanged"]["stacks"] == 8  # four leaves of gate_up_proj and of down_proj
+    assert (
+        manifest.notes["unchanged"]["stacks"] == 8
+    )  # four leaves of gate_up_proj and of down_proj
     assert manifest.kind == "repair" and [s.role for s in manifest.sources] == ["source", "base"]
 
 
@@ -199,13 +262,20 @@ def test_index_config_and_side_files(kit, tmp_path: Path) -> None:
     where = json.loads((out / INDEX).read_text())["weight_map"]
     assert len(set(where.values())) > 1
     for file in set(where.values()):
-        assert set(kit.header(out / file)) - {"__metadata__"} == {n for n, f in where.items() if f == file}
-    made, wanted = json.loads((out / "config.json").read_text()), json.loads((base / "config.json").read_text())
+        assert set(kit.header(out / file)) - {"__metadata__"} == {
+            n for n, f in where.items() if f == file
+        }
+    made, wanted = (
+        json.loads((out / "config.json").read_text()),
+        json.loads((base / "config.json").read_text()),
+    )
     assert made.pop("quantization_config")["quant_algo"] == "NVFP4" and made == wanted
     clean(out, base)
 
 
-def test_a_kv_cache_that_the_export_declares_is_declared_again(kit, shared_data: Path, tmp_path: Path) -> None:
+def test_a_kv_cache_that_the_export_declares_is_declared_again(
+    kit, shared_data: Path, tmp_path: Path
+) -> None:
     broken = copy(shared_data / "modelopt" / "llama_fp8_kvfp8", tmp_path / "broken")
     BY_NAME["container"].apply(broken)
     exporter.repair(broken, tmp_path / "out", base=kit.llama)
@@ -218,7 +288,10 @@ def test_kv_scales_of_attention_that_is_not_quantized(kit, tmp_path: Path) -> No
     twin = copy(kit.qwen_nvfp4, tmp_path / "twin")
     for layer in (0, 1):
         for kind in "kv":
-            Folder(twin).add(f"model.layers.{layer}.self_attn.{kind}_proj.{kind}_scale", np.array(0.25, np.float32))
+            Folder(twin).add(
+                f"model.layers.{layer}.self_attn.{kind}_proj.{kind}_scale",
+                np.array(0.25, np.float32),
+            )
     broken = copy(twin, tmp_path / "broken")
     BY_NAME["all-names-of-memory"].apply(broken)
     exporter.repair(broken, tmp_path / "out", base=kit.qwen)
@@ -229,7 +302,9 @@ def test_kv_scales_of_attention_that_is_not_quantized(kit, tmp_path: Path) -> No
 # refusals
 
 
-def refused(broken: Path, base: Path, tmp_path: Path, said: str, error: type[CkptgateError] = PlanError) -> None:
+def refused(
+    broken: Path, base: Path, tmp_path: Path, said: str, error: type[CkptgateError] = PlanError
+) -> None:
     before = sorted(p.name for p in tmp_path.iterdir())
     with pytest.raises(error, match=said):
         exporter.repair(broken, tmp_path / "out", base=base)
@@ -239,14 +314,26 @@ def refused(broken: Path, base: Path, tmp_path: Path, said: str, error: type[Ckp
 @pytest.mark.parametrize(
     ("name", "base", "said"),
     [
-        ("qwen3moe_nvfp4_experts_adversarial", "src_qwen3moe", r"experts\.0\.\w+\.weight_scale: 512 of 512 scales .*NaN"),
-        ("aria_nvfp4_transposed", "src_aria", r"down_proj is stored \[64, 128\].*blocks lie along the output axis"),
+        (
+            "qwen3moe_nvfp4_experts_adversarial",
+            "src_qwen3moe",
+            r"experts\.0\.\w+\.weight_scale: 512 of 512 scales .*NaN",
+        ),
+        (
+            "aria_nvfp4_transposed",
+            "src_aria",
+            r"down_proj is stored \[64, 128\].*blocks lie along the output axis",
+        ),
     ],
 )
-def test_what_modelopt_lost(name: str, base: str, said: str, shared_data: Path, tmp_path: Path) -> None:
+def test_what_modelopt_lost(
+    name: str, base: str, said: str, shared_data: Path, tmp_path: Path
+) -> None:
     data = shared_data / "modelopt"
     refused(data / name, data / base, tmp_path, said)
-    dry = CliRunner().invoke(command, [str(data / name), str(tmp_path / "out"), "--base", str(data / base), "--dry-run"])
+    dry = CliRunner().invoke(
+        command, [str(data / name), str(tmp_path / "out"), "--base", str(data / base), "--dry-run"]
+    )
     assert isinstance(dry.exception, PlanError) and dry.exception.exit_code == 1
 
 
@@ -321,7 +408,9 @@ def fold_a_scale(folder: Folder) -> None:
 
 
 def add_a_pre_quant_scale(folder: Folder) -> None:
-    folder.add("model.layers.0.mlp.experts.0.gate_proj.pre_quant_scale", np.ones(128, ml_dtypes.bfloat16))
+    folder.add(
+        "model.layers.0.mlp.experts.0.gate_proj.pre_quant_scale", np.ones(128, ml_dtypes.bfloat16)
+    )
 
 
 def add_a_bias(folder: Folder) -> None:
@@ -333,7 +422,9 @@ def call_a_norm_anything(folder: Folder) -> None:
 
 
 def two_of_one_name(folder: Folder) -> None:
-    for leaf in [n.rpartition(".")[2] for n in folder.tensors() if ".layers.0.mlp.experts.0.gate_proj." in n]:
+    for leaf in [
+        n.rpartition(".")[2] for n in folder.tensors() if ".layers.0.mlp.experts.0.gate_proj." in n
+    ]:
         values = folder.array(f"model.layers.0.mlp.experts.0.gate_proj.{leaf}")
         folder.add(f"model.layers.0.mlp.experts.0.w1.{leaf}", values)
 
@@ -341,15 +432,35 @@ def two_of_one_name(folder: Folder) -> None:
 @pytest.mark.parametrize(
     ("change", "error", "said"),
     [
-        (swap_gate_and_up, PlanError, r"w1\.weight: its values are not those of the base's .*gate_proj"),
-        (interleave_gate_and_up, PlanError, r"gate_up_proj\.weight: its values are not those of the base's"),
+        (
+            swap_gate_and_up,
+            PlanError,
+            r"w1\.weight: its values are not those of the base's .*gate_proj",
+        ),
+        (
+            interleave_gate_and_up,
+            PlanError,
+            r"gate_up_proj\.weight: its values are not those of the base's",
+        ),
         (stack_transposed, UnsupportedConversion, r"down_proj\.\w+: axes \(qwen3_moe\)"),
         (lose_an_expert_of_a_stack, UnsupportedConversion, r"down_proj\.\w+: axes \(qwen3_moe\)"),
         (fold_a_scale, PlanError, "post_attention_layernorm.* which no cast explains"),
         (add_a_pre_quant_scale, PlanError, "has a pre_quant_scale .AWQ."),
-        (call_a_norm_anything, PlanError, "model.thing.weight: neither transformers' mapping nor any spelling"),
-        (add_a_bias, PlanError, r"o_proj\.bias: .* has model\.layers\.0\.self_attn\.o_proj without a bias"),
-        (two_of_one_name, UnsupportedConversion, r"experts\.0\.w1\.\w+: rename .*becomes .*gate_proj"),
+        (
+            call_a_norm_anything,
+            PlanError,
+            "model.thing.weight: neither transformers' mapping nor any spelling",
+        ),
+        (
+            add_a_bias,
+            PlanError,
+            r"o_proj\.bias: .* has model\.layers\.0\.self_attn\.o_proj without a bias",
+        ),
+        (
+            two_of_one_name,
+            UnsupportedConversion,
+            r"experts\.0\.w1\.\w+: rename .*becomes .*gate_proj",
+        ),
     ],
 )
 def test_what_values_and_names_do_not_tell(
@@ -383,17 +494,23 @@ def test_names_are_proved_by_a_quantized_base_too(kit, vendor, tmp_path: Path) -
 
 @pytest.fixture(scope="module")
 def wide(kit, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write a Llama with MLPs of 384, so that rows of their middle tell them, and keys of whole 128x128 blocks."""
+    """Write a Llama with MLPs of 384, so that rows of their middle tell them, and keys of whole
+    128x128 blocks.
+    """
     path = tmp_path_factory.mktemp("wide") / "source"
 
     def widen(tensors: dict[str, Any]) -> None:
         for seed, name in enumerate(n for n in tensors if ".mlp." in n):
-            tensors[name] = kit.bf16(*((128, 384) if "down_proj" in name else (384, 128)), seed=seed)
+            tensors[name] = kit.bf16(
+                *((128, 384) if "down_proj" in name else (384, 128)), seed=seed
+            )
         for name in [n for n in tensors if n.endswith(("k_proj.weight", "v_proj.weight"))]:
             tensors[name] = kit.bf16(128, 128, seed=len(name))
 
     kit.edit(kit.llama, path, widen)
-    Folder(path).edit_json("config.json", lambda config: config.update(intermediate_size=384, num_key_value_heads=4))
+    Folder(path).edit_json(
+        "config.json", lambda config: config.update(intermediate_size=384, num_key_value_heads=4)
+    )
     return path
 
 
@@ -405,14 +522,18 @@ def fuse(folder: Folder, order: tuple[str, str]) -> None:
     made = {}
     for leaf, tensor in parts.items():
         values = [folder.array(f"{head}.{n}.{leaf}") for n in order]
-        made[f"model.decoder.layers.0.ffn.gate_up_proj.{leaf}"] = np.concatenate(values) if tensor.shape else values[0]
+        made[f"model.decoder.layers.0.ffn.gate_up_proj.{leaf}"] = (
+            np.concatenate(values) if tensor.shape else values[0]
+        )
     folder.drop(n for m in order for n in folder.siblings(f"{head}.{m}"))
     for name, values in made.items():
         folder.add(name, values, file=file)
 
 
 @pytest.mark.parametrize("recipe", ["fp8_block128", "mxfp8_default", "nvfp4_mlp_only"])
-def test_a_fused_pair_of_each_format_is_told_by_rows_of_its_middle(kit, wide: Path, recipe: str, tmp_path: Path) -> None:
+def test_a_fused_pair_of_each_format_is_told_by_rows_of_its_middle(
+    kit, wide: Path, recipe: str, tmp_path: Path
+) -> None:
     scales = {"input_scale": "one"} if recipe == "nvfp4_mlp_only" else {}
     exporter.export(wide, tmp_path / "twin", recipe=recipe, **scales)
     fuse(Folder(copy(tmp_path / "twin", tmp_path / "broken")), ("gate_proj", "up_proj"))
@@ -446,17 +567,25 @@ def test_a_dry_run_says_what_a_run_would_do_and_writes_nothing(kit, tmp_path: Pa
     dry = CliRunner().invoke(command, [str(broken), str(out), "--base", str(kit.qwen), "--dry-run"])
     assert dry.exit_code == 0, dry.output
     for line in (
-        "keep         192 quantized tensors, byte for byte, 24 compared with the base", "take apart   8 stacked",
-        "replace      1 unquantized tensors", "(recast)", "add          1 tensors of the base that it lacks",
-        "drop         1 tensors that belong to no checkpoint", "index and configs anew: NVFP4 (declared: NVFP4)",
+        "keep         192 quantized tensors, byte for byte, 24 compared with the base",
+        "take apart   8 stacked",
+        "replace      1 unquantized tensors",
+        "(recast)",
+        "add          1 tensors of the base that it lacks",
+        "drop         1 tensors that belong to no checkpoint",
+        "index and configs anew: NVFP4 (declared: NVFP4)",
         "nothing was written (dry run)",
-    ):  # fmt: skip
+    ):
         assert line in dry.output, dry.output
     assert not out.exists()
     report = tmp_path / "report.json"
-    done = CliRunner().invoke(command, [str(broken), str(out), "--base", str(kit.qwen), "--report", str(report)])
+    done = CliRunner().invoke(
+        command, [str(broken), str(out), "--base", str(kit.qwen), "--report", str(report)]
+    )
     assert done.exit_code == 0, done.output
-    shared = [x for x in dry.output.splitlines() if x.startswith("  ") and not x.startswith("  result")]
+    shared = [
+        x for x in dry.output.splitlines() if x.startswith("  ") and not x.startswith("  result")
+    ]
     assert [x for x in shared if x not in done.output] == []
     value: dict[str, Any] = json.loads(report.read_text())
     assert value["check"]["verdict"] == "passed" and value["manifest"]["kind"] == "repair"
@@ -466,7 +595,9 @@ def test_an_export_without_input_scales_is_described_as_weight_only(kit, tmp_pat
     broken = copy(kit.qwen_nvfp4, tmp_path / "broken")
     folder = Folder(broken)
     folder.drop([n for n in folder.tensors() if n.endswith(".input_scale")])
-    done = CliRunner().invoke(command, [str(broken), str(tmp_path / "out"), "--base", str(kit.qwen)])
+    done = CliRunner().invoke(
+        command, [str(broken), str(tmp_path / "out"), "--base", str(kit.qwen)]
+    )
     assert done.exit_code == 0, done.output
     assert "W4A16_NVFP4 (declared: NVFP4)" in done.output
 

@@ -37,20 +37,30 @@ p_value = cache(p_of_loss)
 
 def test_at_margin_zero_it_is_mcnemars_exact_test() -> None:
     for lost, won in ((0, 0), (5, 0), (9, 4), (30, 25)):
-        want = stats.binomtest(lost, lost + won, 0.5, alternative="greater").pvalue if lost + won else 1.0
+        want = (
+            stats.binomtest(lost, lost + won, 0.5, alternative="greater").pvalue
+            if lost + won
+            else 1.0
+        )
         assert p_of_loss(lost, won, 1000, 0.0, "beyond") == want
 
 
 @pytest.mark.parametrize("rates", [(0.3, 0.1), (0.2, 0.0), (0.5, 0.3), (0.04, 0.02), (0.25, 0.25)])
-def test_the_error_is_bounded_for_every_rate_of_discordant_documents(rates: tuple[float, float]) -> None:
-    """Summed over every outcome of 14 documents, at a margin that is the truth; nothing is drawn."""
+def test_the_error_is_bounded_for_every_rate_of_discordant_documents(
+    rates: tuple[float, float],
+) -> None:
+    """Summed over every outcome of 14 documents, at a margin that is the truth; nothing is
+    drawn.
+    """
     p10, p01 = rates
     truth = p10 - p01
     error = {"beyond": 0.0, "within": 0.0}
     for b, c in itertools.product(range(D + 1), repeat=2):
         if b + c > D:
             continue
-        chance = math.comb(D, b) * math.comb(D - b, c) * p10**b * p01**c * (1 - p10 - p01) ** (D - b - c)
+        chance = (
+            math.comb(D, b) * math.comb(D - b, c) * p10**b * p01**c * (1 - p10 - p01) ** (D - b - c)
+        )
         for side in error:
             error[side] += chance * (p_value(b, c, D, truth, side) <= 0.05)  # type: ignore[arg-type]
     assert max(error.values()) <= 0.05
@@ -72,10 +82,20 @@ def test_bounds_are_the_test_inverted() -> None:
 
 def task_run(right: np.ndarray, *, weights: str, **key: str) -> Run:
     header = RunHeader(
-        model=f"/{weights[0]}", weights_sha256=weights[0] * 64, formats=["NVFP4"],
-        key={"protocol": "task", "task": "t", "window": 512, "corpus": "t", "documents": len(right), **key}, environment={},
+        model=f"/{weights[0]}",
+        weights_sha256=weights[0] * 64,
+        formats=["NVFP4"],
+        key={
+            "protocol": "task",
+            "task": "t",
+            "window": 512,
+            "corpus": "t",
+            "documents": len(right),
+            **key,
+        },
+        environment={},
         documents=[f"{i:016x}" for i in range(len(right))],
-    )  # fmt: skip
+    )
     return Run(header, {"sums": 1.0 - right, "tokens": np.ones(len(right), np.int64)})
 
 
@@ -88,7 +108,8 @@ def answers(count: int, lost: int, won: int) -> tuple[Run, Run]:
 
 
 @pytest.mark.parametrize(
-    ("lost", "won", "outcome"), [(10, 10, "passed"), (100, 20, "failed"), (30, 10, "inconclusive"), (0, 0, "passed")]
+    ("lost", "won", "outcome"),
+    [(10, 10, "passed"), (100, 20, "failed"), (30, 10, "inconclusive"), (0, 0, "passed")],
 )
 def test_three_outcomes(lost: int, won: int, outcome: str) -> None:
     base, candidate = answers(1000, lost, won)
@@ -103,17 +124,26 @@ def test_three_outcomes(lost: int, won: int, outcome: str) -> None:
     assert json.loads(render_json(result))["accuracy"]["lost"] == lost
     evaluation = evaluation_of(result)
     assert (evaluation.unit, evaluation.base_nats) == ("of accuracy", None)
-    assert evaluation.losses[0].standing == {"passed": "within", "failed": "beyond", "inconclusive": "open"}[outcome]
-    drift = compare_runs(base, candidate, Margin(0.5, ""), drift_against=base, drift_margin=Margin(0.03, ""))
+    assert (
+        evaluation.losses[0].standing
+        == {"passed": "within", "failed": "beyond", "inconclusive": "open"}[outcome]
+    )
+    drift = compare_runs(
+        base, candidate, Margin(0.5, ""), drift_against=base, drift_margin=Margin(0.03, "")
+    )
     assert drift.outcome == outcome
 
 
-@pytest.mark.parametrize(("lost", "outcome"), [(10, "within"), (11, "unproven"), (90, "worse"), (0, "agrees")])
+@pytest.mark.parametrize(
+    ("lost", "outcome"), [(10, "within"), (11, "unproven"), (90, "worse"), (0, "agrees")]
+)
 def test_an_accepted_task_is_held_by_its_answers(lost: int, outcome: str) -> None:
     records = []
     for more, won in ((0, 0), (lost, 10 if outcome == "within" else 0)):
         base, candidate = answers(2000, 20 + more, won)
-        records.append(proposed(json.loads(render_json(compare_runs(base, candidate, Margin(0.5, ""))))))
+        records.append(
+            proposed(json.loads(render_json(compare_runs(base, candidate, Margin(0.5, "")))))
+        )
     records[0] = records[0].model_copy(update={"drift": 0.02 if outcome != "unproven" else 0.006})
     judged = judge(*records)
     assert judged.outcome == outcome, judged.sentence
@@ -161,15 +191,21 @@ filter_list:
 def task_files(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     monkeypatch.setenv("HF_DATASETS_CACHE", str(folder / "cache"))
     nouns = "sky game city film song war team king river church road ship book star year world house first".split()
-    rows = [{"q": f"The {n} is", "choices": [" a", " the", " of"], "gold": i % 3, "t": "the"} for i, n in enumerate(nouns)]
+    rows = [
+        {"q": f"The {n} is", "choices": [" a", " the", " of"], "gold": i % 3, "t": "the"}
+        for i, n in enumerate(nouns)
+    ]
     (folder / "data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     found = {}
     for name, kind, target, more in (
-        ("tiny_choice", "multiple_choice", "gold", CHOICE), ("tiny_write", "generate_until", "t", WRITE),
+        ("tiny_choice", "multiple_choice", "gold", CHOICE),
+        ("tiny_write", "generate_until", "t", WRITE),
         ("tiny_rolling", "loglikelihood_rolling", "t", ""),
-    ):  # fmt: skip
+    ):
         file = folder / f"{name}.yaml"
-        file.write_text(TASK.format(name=name, data=folder / "data.jsonl", kind=kind, target=target, more=more))
+        file.write_text(
+            TASK.format(name=name, data=folder / "data.jsonl", kind=kind, target=target, more=more)
+        )
         found[name] = str(file)
     return found
 
@@ -180,7 +216,10 @@ def test_tasks_from_yaml_files(
 ) -> None:
     pytest.importorskip("lm_eval")
     ckpt, files = open_checkpoint(GOLDEN / "bf16"), task_files(tmp_path, monkeypatch)
-    for name, metric, filter_ in (("tiny_choice", "acc", "none"), ("tiny_write", "exact_match", "first")):
+    for name, metric, filter_ in (
+        ("tiny_choice", "acc", "none"),
+        ("tiny_write", "exact_match", "first"),
+    ):
         corpus = task_corpus(files[name])
         assert (len(corpus), corpus.name) == (18, name)
         info = corpus.task
@@ -189,7 +228,9 @@ def test_tasks_from_yaml_files(
         key, units = plan_units([ckpt], corpus, "task", 128, 4)
         assert [len(u) for u in units] == [16, 2]
         pieces: list[Piece] = []
-        environment = score(Job(ckpt.uri, "cpu", "task", 4, 128, 18, tuple(units), task=info), pieces.append)
+        environment = score(
+            Job(ckpt.uri, "cpu", "task", 4, 128, 18, tuple(units), task=info), pieces.append
+        )
         found = run_of(ckpt, corpus, key, units, dict(enumerate(pieces)), environment)
         write_run(tmp_path / name, found)
         assert read_run(tmp_path / name).header.key["task"] == name
@@ -204,9 +245,12 @@ def test_tasks_from_yaml_files(
     gate = ["gate", str(GOLDEN / "mxfp8"), "--base", str(GOLDEN / "bf16"), "--max-loss", "1%"]
     task = ["--protocol", files["tiny_choice"]]
     for args, message in (
-        ([*task, "--corpus", "x"], "has its own documents"), ([*task, "--kl", "top-k"], "needs the protocol tokens"),
-        (["--protocol", str(tmp_path / "none.yaml")], "no such file"), (["--protocol", "a b"], "tokens, lm-eval, a task"),
-        ([], "needs --corpus"), (["--corpus", "x", "--metric", "acc"], "--metric is for a task"),
-    ):  # fmt: skip
+        ([*task, "--corpus", "x"], "has its own documents"),
+        ([*task, "--kl", "top-k"], "needs the protocol tokens"),
+        (["--protocol", str(tmp_path / "none.yaml")], "no such file"),
+        (["--protocol", "a b"], "tokens, lm-eval, a task"),
+        ([], "needs --corpus"),
+        (["--corpus", "x", "--metric", "acc"], "--metric is for a task"),
+    ):
         assert run([*gate, *args]) == 2, args
         assert message in capsys.readouterr().err

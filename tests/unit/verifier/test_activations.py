@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Activations rounded as a checkpoint declares: the oracle's numbers, and every module of a model reached."""
+"""Activations rounded as a checkpoint declares: the oracle's numbers, and every module of a model
+reached.
+"""
 
 from __future__ import annotations
 
@@ -31,10 +33,20 @@ DATA = Path(__file__).parents[2] / "data" / "modelopt"
 
 
 def inputs() -> list[np.ndarray]:
-    """Return activations as they come: normal, heavy-tailed, tiny, huge, with empty blocks, on ties; float32 and BF16."""
+    """Return activations as they come: normal, heavy-tailed, tiny, huge, with empty blocks, on
+    ties; float32 and BF16.
+    """
     rng = np.random.default_rng(41)
-    found = [rng.standard_normal((5, 256)), rng.standard_t(2, (3, 7, 64)), rng.standard_normal((4, 128)) * 1e-6]
-    found += [rng.standard_normal((4, 128)) * 1e6, rng.integers(-24, 25, (6, 128)) / 4, np.zeros((2, 64))]
+    found = [
+        rng.standard_normal((5, 256)),
+        rng.standard_t(2, (3, 7, 64)),
+        rng.standard_normal((4, 128)) * 1e-6,
+    ]
+    found += [
+        rng.standard_normal((4, 128)) * 1e6,
+        rng.integers(-24, 25, (6, 128)) / 4,
+        np.zeros((2, 64)),
+    ]
     mixed = rng.standard_normal((8, 128)) * 10.0 ** rng.integers(-12, 13, (8, 1))
     mixed[:, 32:64] = 0
     above = np.nextafter(np.float32(448), np.float32(999))
@@ -44,7 +56,12 @@ def inputs() -> list[np.ndarray]:
 
 
 def same(mine: torch.Tensor, wanted: np.ndarray, like: np.ndarray) -> bool:
-    return bool((mine.float().numpy() == np.asarray(wanted, np.float32).astype(like.dtype).astype(np.float32)).all())
+    return bool(
+        (
+            mine.float().numpy()
+            == np.asarray(wanted, np.float32).astype(like.dtype).astype(np.float32)
+        ).all()
+    )
 
 
 @pytest.mark.parametrize("x", inputs(), ids=lambda a: f"{a.dtype}{list(a.shape)}")
@@ -56,7 +73,11 @@ def test_numbers_are_the_oracles(x: np.ndarray) -> None:
         wanted = oracle.fp8_decode(oracle.fp8_encode(x, "fp8", scale=np.float32(scale)), "fp8")
         assert same(fake.fp8(t, scale), wanted, x), ("fp8", scale)
     assert same(fake.mxfp8(t), oracle.mxfp8_decode(oracle.mxfp8_encode(x)), x)
-    assert same(fake.fp8_token(t), oracle.fp8_decode(oracle.fp8_encode(x, "fp8_per_channel"), "fp8_per_channel"), x)
+    assert same(
+        fake.fp8_token(t),
+        oracle.fp8_decode(oracle.fp8_encode(x, "fp8_per_channel"), "fp8_per_channel"),
+        x,
+    )
     groups = x.reshape(*x.shape[:-1], -1, 128) if x.shape[-1] % 128 == 0 else x
     wanted = oracle.fp8_decode(oracle.fp8_encode(groups, "fp8_per_channel"), "fp8_per_channel")
     assert same(fake.fp8_group(t), wanted.reshape(x.shape), x)
@@ -67,7 +88,13 @@ def test_a_ragged_width_and_what_is_not_finite() -> None:
     assert torch.equal(fake.mxfp8(x)[:, :32], fake.mxfp8(x[:, :32]))
     assert fake.mxfp8(x).shape == fake.nvfp4(x, 0.1).shape == x.shape
     x[0, 0] = torch.nan
-    for rounded in (fake.mxfp8(x), fake.nvfp4(x, 0.1), fake.fp8(x, 0.1), fake.fp8_token(x), fake.fp8_group(x)):
+    for rounded in (
+        fake.mxfp8(x),
+        fake.nvfp4(x, 0.1),
+        fake.fp8(x, 0.1),
+        fake.fp8_token(x),
+        fake.fp8_group(x),
+    ):
         assert rounded[0, 0].isnan()
         assert rounded[1:].isfinite().all()
 
@@ -82,17 +109,26 @@ def oracle_nvfp4(x: torch.Tensor, scale: float) -> torch.Tensor:
 
 
 def near_and_far(found: torch.Tensor, plain: torch.Tensor, wanted: torch.Tensor) -> None:
-    # A last bit of BF16 before a rounding can move a value to the next code; what is not rounded at all is far off.
-    off, far = (float((x.float() - wanted.float()).norm() / wanted.float().norm()) for x in (found, plain))
+    # A last bit of BF16 before a rounding can move a value to the next code; what is not rounded at
+    # all is far off.
+    off, far = (
+        float((x.float() - wanted.float()).norm() / wanted.float().norm()) for x in (found, plain)
+    )
     assert off < 0.025
     assert far > max(0.05, 4 * off)
 
 
 def test_fused_experts_see_what_the_oracle_rounds() -> None:
-    """Each expert by itself, with its own input_scale, against a loop that knows nothing of the implementation."""
+    """Each expert by itself, with its own input_scale, against a loop that knows nothing of the
+    implementation.
+    """
     ckpt, model = open_checkpoint(QWEN), load_model(str(QWEN)).model
     experts = model.model.layers[1].mlp.experts
-    scales = {n: float(ckpt.array(t).reshape(-1)[0]) for n, t in ckpt.tensors.items() if n.endswith("input_scale")}
+    scales = {
+        n: float(ckpt.array(t).reshape(-1)[0])
+        for n, t in ckpt.tensors.items()
+        if n.endswith("input_scale")
+    }
     x = torch.randn(24, 128, generator=torch.Generator().manual_seed(3)).to(torch.bfloat16)
     index = torch.stack([torch.arange(24) % 8, (torch.arange(24) + 3) % 8], 1)
     weight = torch.full((24, 2), 0.5, dtype=torch.bfloat16)
@@ -106,9 +142,13 @@ def test_fused_experts_see_what_the_oracle_rounds() -> None:
         for e in range(8):
             rows = (index == e).any(1)
             prefix = f"model.layers.1.mlp.experts.{e}"
-            given = oracle_nvfp4(x[rows], max(scales[f"{prefix}.{p}_proj.input_scale"] for p in ("gate", "up")))
+            given = oracle_nvfp4(
+                x[rows], max(scales[f"{prefix}.{p}_proj.input_scale"] for p in ("gate", "up"))
+            )
             gate, up = linear(given, experts.gate_up_proj[e]).chunk(2, -1)
-            between = oracle_nvfp4(torch.nn.functional.silu(gate) * up, scales[f"{prefix}.down_proj.input_scale"])
+            between = oracle_nvfp4(
+                torch.nn.functional.silu(gate) * up, scales[f"{prefix}.down_proj.input_scale"]
+            )
             wanted[rows] += linear(between, experts.down_proj[e]) * 0.5
     near_and_far(found, plain, wanted)
 
@@ -135,7 +175,9 @@ def test_what_each_format_declares(tmp_path: Path) -> None:
     source = DATA / "src_qwen3moe"
     for recipe, wanted in kinds.items():
         exporter.export(source, tmp_path / recipe, recipe=recipe, input_scale="one")
-        assert {r.kind for r in roundings(open_checkpoint(tmp_path / recipe)).values()} == wanted, recipe
+        assert {r.kind for r in roundings(open_checkpoint(tmp_path / recipe)).values()} == wanted, (
+            recipe
+        )
     assert {r.kind for r in roundings(open_checkpoint(QWEN)).values()} == {"nvfp4"}
     assert roundings(open_checkpoint(source)) == {}
 
@@ -160,34 +202,58 @@ def test_the_key_refuses_to_mix() -> None:
     corpus, ckpt = Corpus("c", "r", "0" * 64, ids=((1, 2, 3),)), open_checkpoint(QWEN)
     declared, plain, engine = (
         plan_units([ckpt], corpus, "tokens", 8, 2, s)[0]
-        for s in (Scorer(activations="declared"), Scorer(), Scorer("server", endpoint="http://h/v1"))
+        for s in (
+            Scorer(activations="declared"),
+            Scorer(),
+            Scorer("server", endpoint="http://h/v1"),
+        )
     )
-    assert (declared["activations"], "activations" in plain, engine["activations"]) == ("declared", False, "engine")
+    assert (declared["activations"], "activations" in plain, engine["activations"]) == (
+        "declared",
+        False,
+        "engine",
+    )
     for one, other in ((declared, plain), (plain, engine), (engine, declared)):
         with pytest.raises(IncomparableError, match="activations is"):
             refuse_unlike_keys("a", one, "b", other)
     for wrong in (
-        Scorer("vllm"), Scorer("server"), Scorer("vllm", "declared", "/usr/bin/python3"), Scorer(endpoint="http://h"),
-        Scorer(timeout=0), Scorer(options=(("a", 1),)),
+        Scorer("vllm"),
+        Scorer("server"),
+        Scorer("vllm", "declared", "/usr/bin/python3"),
+        Scorer(endpoint="http://h"),
+        Scorer(timeout=0),
+        Scorer(options=(("a", 1),)),
     ):
         with pytest.raises(UsageError):
             wrong.check()
 
 
 def test_stacked_experts_of_gpt_oss_are_reached(tmp_path: Path) -> None:
-    """On disk one by one, in memory [expert, in, out] with gate and up interleaved and biases: the same rounding."""
+    """On disk one by one, in memory [expert, in, out] with gate and up interleaved and biases: the
+    same rounding.
+    """
     import transformers
 
     config = transformers.AutoConfig.for_model(
-        "gpt_oss", hidden_size=64, num_hidden_layers=2, intermediate_size=64, num_local_experts=4, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=32, vocab_size=128, num_experts_per_tok=2,
-    )  # fmt: skip
+        "gpt_oss",
+        hidden_size=64,
+        num_hidden_layers=2,
+        intermediate_size=64,
+        num_local_experts=4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        vocab_size=128,
+        num_experts_per_tok=2,
+    )
     torch.manual_seed(0)
     made = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     for parameter in made.parameters():
         parameter.data.normal_(0, 0.1)
     made.save_pretrained(tmp_path / "plain")
-    exporter.export(tmp_path / "plain", tmp_path / "out", recipe="nvfp4_experts_only", input_scale="one")
+    exporter.export(
+        tmp_path / "plain", tmp_path / "out", recipe="nvfp4_experts_only", input_scale="one"
+    )
     ckpt, model = open_checkpoint(tmp_path / "out"), load_model(str(tmp_path / "out")).model
     experts = model.model.layers[1].mlp.experts
     x = torch.randn(12, 64, generator=torch.Generator().manual_seed(5)).to(torch.bfloat16)
@@ -200,7 +266,11 @@ def test_stacked_experts_of_gpt_oss_are_reached(tmp_path: Path) -> None:
         wanted = torch.zeros_like(x)
         for e in range(4):
             rows = index[:, 0] == e
-            both = linear(oracle_nvfp4(x[rows], 1.0), experts.gate_up_proj[e].t(), experts.gate_up_proj_bias[e])
+            both = linear(
+                oracle_nvfp4(x[rows], 1.0),
+                experts.gate_up_proj[e].t(),
+                experts.gate_up_proj_bias[e],
+            )
             between = oracle_nvfp4(experts._apply_gate(both), 1.0)
             wanted[rows] = linear(between, experts.down_proj[e].t(), experts.down_proj_bias[e])
     near_and_far(found, plain, wanted)

@@ -20,13 +20,18 @@ from verifier.schemes.roles import _PATTERNS
 
 MODELOPT = Path(__file__).parents[2] / "data" / "modelopt"
 FOLDERS = sorted(p.name for p in MODELOPT.iterdir() if any(p.glob("*.safetensors")))
-PARTS = st.sampled_from(["a", "layers", "0", "1", "21", "12", "mlp", "gate", "w1", "norm2", "experts", "lm_head", "1x"])
+PARTS = st.sampled_from(
+    ["a", "layers", "0", "1", "21", "12", "mlp", "gate", "w1", "norm2", "experts", "lm_head", "1x"]
+)
 NAMES = st.lists(PARTS, min_size=1, max_size=5).map(".".join)
 PATTERNS = st.one_of(
-    NAMES, NAMES.map(lambda n: f"*{n}"), NAMES.map(lambda n: f"{n}*"), NAMES.map(lambda n: f"re:.*{re.escape(n)}"),
+    NAMES,
+    NAMES.map(lambda n: f"*{n}"),
+    NAMES.map(lambda n: f"{n}*"),
+    NAMES.map(lambda n: f"re:.*{re.escape(n)}"),
     st.text("lay21.0gate*?[]", min_size=1, max_size=6),
     NAMES.flatmap(lambda n: st.integers(0, len(n)).map(lambda i: n[i:] or n)),
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize("name", FOLDERS)
@@ -37,7 +42,9 @@ def test_modules_that_look_alike_are_alike(name: str) -> None:
     for alike in ctx.alike:
         for module in alike.modules:
             assert alike.format is format_of(module, ctx.declaration) is ctx.format_of(module)
-            assert ctx.cover(module) is None or ctx.cover(module)._replace(entry="") == alike.cover._replace(entry="")
+            assert ctx.cover(module) is None or ctx.cover(module)._replace(
+                entry=""
+            ) == alike.cover._replace(entry="")
             shapes = {n: (t.dtype, t.shape) for n, t in module.parts.items()}
             assert shapes == {n: (t.dtype, t.shape) for n, t in alike.first.parts.items()}
     assert ctx.names == {c for c in map(canonical, ctx.checkpoint.tensors) if c is not None}
@@ -57,9 +64,17 @@ def test_exclusions_are_read_as_written(patterns: list[str], names: list[str]) -
     for name in names:
         plain = [p.strip("*") for p in patterns if not p.startswith("re:") and p.strip("*")]
         parts = Exclusions([p for p in patterns if "." not in p and not p.startswith("re:")])
-        expected = found.strict(name) or any(p in name for p in plain) or any(parts.strict(p) for p in name.split("."))
-        assert found.loose(name) == expected == Exclusions(patterns).loose(name) == found.loose(name)
-    assert found.dead(names) == [p for p in patterns if not any(Exclusions([p]).loose(n) for n in names)]
+        expected = (
+            found.strict(name)
+            or any(p in name for p in plain)
+            or any(parts.strict(p) for p in name.split("."))
+        )
+        assert (
+            found.loose(name) == expected == Exclusions(patterns).loose(name) == found.loose(name)
+        )
+    assert found.dead(names) == [
+        p for p in patterns if not any(Exclusions([p]).loose(n) for n in names)
+    ]
 
 
 @given(NAMES)
@@ -69,7 +84,10 @@ def test_a_role_does_not_depend_on_numbers(name: str) -> None:
 
 VALUES = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(), st.text(':"\\{}a ', max_size=4)),
-    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(':"a\\', max_size=3), inner, max_size=3)),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3),
+        st.dictionaries(st.text(':"a\\', max_size=3), inner, max_size=3),
+    ),
     max_leaves=12,
 )
 
@@ -79,10 +97,18 @@ def test_json_without_duplicates_is_read(value: Any, indent: int | None) -> None
     assert strict_json(json.dumps(value, indent=indent)) == value
 
 
-@pytest.mark.parametrize("text", [
-    '{"a": 1, "a": 1}', '{"a":1,"a" :1}', '{"a":{":":1,"b":2,"b":3}}', '[{"x":[{"k":1,"k":2}]}]', '{"\\u0061":1,"a":1}',
-    '{":":":","a":1,"a":1}', '{"a:b":1,"a":{},"a":":::"}',
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"a": 1, "a": 1}',
+        '{"a":1,"a" :1}',
+        '{"a":{":":1,"b":2,"b":3}}',
+        '[{"x":[{"k":1,"k":2}]}]',
+        '{"\\u0061":1,"a":1}',
+        '{":":":","a":1,"a":1}',
+        '{"a:b":1,"a":{},"a":":::"}',
+    ],
+)
 def test_a_duplicate_key_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="stands twice"):
         strict_json(text)
@@ -91,16 +117,40 @@ def test_a_duplicate_key_is_refused(text: str) -> None:
 GOOD = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
 
 
-@pytest.mark.parametrize("change", [
-    {"shape": [2, 3.0]}, {"shape": [True, 6]}, {"shape": [2, -3]}, {"shape": "23"}, {"shape": [[2, 3]]}, {"dtype": "F99"},
-    {"dtype": ["F32"]}, {"data_offsets": [0, 24.0]}, {"data_offsets": [False, 24]}, {"data_offsets": [0, 25]},
-    {"data_offsets": [0]}, {"data_offsets": "ab"}, {"data_offsets": [0, 12, 24]}, {"extra": 1}, {"data_offsets": [4, 28]},
-    {"shape": [1] * 17 + [6]}, {"shape": [2**57, 0]}, {"dtype": "F4", "shape": [3], "data_offsets": [0, 1]},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"shape": [2, 3.0]},
+        {"shape": [True, 6]},
+        {"shape": [2, -3]},
+        {"shape": "23"},
+        {"shape": [[2, 3]]},
+        {"dtype": "F99"},
+        {"dtype": ["F32"]},
+        {"data_offsets": [0, 24.0]},
+        {"data_offsets": [False, 24]},
+        {"data_offsets": [0, 25]},
+        {"data_offsets": [0]},
+        {"data_offsets": "ab"},
+        {"data_offsets": [0, 12, 24]},
+        {"extra": 1},
+        {"data_offsets": [4, 28]},
+        {"shape": [1] * 17 + [6]},
+        {"shape": [2**57, 0]},
+        {"dtype": "F4", "shape": [3], "data_offsets": [0, 1]},
+    ],
+)
 def test_a_header_that_is_not_plain_takes_the_long_way(change: dict[str, Any]) -> None:
     assert _sound("f", 8, {"a": GOOD}) is not None
     assert _sound("f", 8, {"a": {**GOOD, **change}}) is None
-    assert _sound("f", 8, {"z": {**GOOD, "shape": [2, 3]}, "a": {**GOOD, "data_offsets": [24, 48], **change}}) is None
+    assert (
+        _sound(
+            "f",
+            8,
+            {"z": {**GOOD, "shape": [2, 3]}, "a": {**GOOD, "data_offsets": [24, 48], **change}},
+        )
+        is None
+    )
     assert _from_entries("f", 32, 8, {"a": {**GOOD, **change}}).problems
 
 

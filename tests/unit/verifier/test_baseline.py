@@ -24,7 +24,9 @@ Call = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def call(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call:
+def call(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Call:
     monkeypatch.chdir(tmp_path)
 
     def one(*argv: object) -> tuple[int, str, str]:
@@ -60,7 +62,9 @@ def prints(folder: Path, **options: object) -> set[str]:
 # fingerprints
 
 
-def test_a_fingerprint_is_of_the_defect_and_not_of_the_files(candidate: Path, tmp_path: Path) -> None:
+def test_a_fingerprint_is_of_the_defect_and_not_of_the_files(
+    candidate: Path, tmp_path: Path
+) -> None:
     drop(candidate, scale(0, 2))
     before = prints(candidate)
     assert len(before) == 1
@@ -109,14 +113,22 @@ def found(rule: str, message: str, where: Where | None = None) -> Finding:
 @pytest.mark.parametrize(
     ("one", "other"),
     [
-        (found("QC103", "a-1.safetensors holds 3 tensors"), found("QC103", "b.safetensors holds 14 tensors")),
+        (
+            found("QC103", "a-1.safetensors holds 3 tensors"),
+            found("QC103", "b.safetensors holds 14 tensors"),
+        ),
         (found("QC103", "in a.safetensors, b.safetensors"), found("QC103", "in c.safetensors")),
-        (found("QC208", "of [128, 64]", Where("a.0.b")), found("QC208", "of [64, 1,024]", Where("a.7.b"))),
-        (found("QC5", "x", Where("a", "f.safetensors", 1, 2, 3)),
-         replace(found("QC5", "x", Where("a")), severity="warning", observed="o", count=9)),
+        (
+            found("QC208", "of [128, 64]", Where("a.0.b")),
+            found("QC208", "of [64, 1,024]", Where("a.7.b")),
+        ),
+        (
+            found("QC5", "x", Where("a", "f.safetensors", 1, 2, 3)),
+            replace(found("QC5", "x", Where("a")), severity="warning", observed="o", count=9),
+        ),
         (found("QC5", "by 1.5e-3 or +7"), found("QC5", "by 2 or -1,000.25")),
     ],
-)  # fmt: skip
+)
 def test_what_is_not_part_of_a_fingerprint(one: Finding, other: Finding) -> None:
     assert (kind(one), place(one)) == (kind(other), place(other))
     assert fingerprint(one) == fingerprint(other)
@@ -129,7 +141,10 @@ def test_what_is_not_part_of_a_fingerprint(one: Finding, other: Finding) -> None
         (found("QC301", "stored as F32"), found("QC301", "stored as BF16")),
         (found("QC301", "NVFP4: w1"), found("QC301", "NVFP8: w1")),
         (found("QC301", "x", Where("a.w1")), found("QC301", "x", Where("a.w2"))),
-        (found("QC406", "x", Where(None, "config.json")), found("QC406", "x", Where(None, "b.json"))),
+        (
+            found("QC406", "x", Where(None, "config.json")),
+            found("QC406", "x", Where(None, "b.json")),
+        ),
         (found("QC404", "'a.*'"), found("QC404", "'b.*'")),
         (found("QC301", "a", Where("b")), found("QC301", "a\0b")),
     ],
@@ -149,8 +164,16 @@ def test_a_hostile_name_has_a_fingerprint_and_an_entry(tmp_path: Path) -> None:
 # judging
 
 
-def entry(finding: Finding, count: int = 1, severity: str = "error", reason: str = "as agreed") -> Entry:
-    return Entry(fingerprint=fingerprint(finding), rule=finding.rule, severity=severity, count=count, reason=reason)  # type: ignore[arg-type]
+def entry(
+    finding: Finding, count: int = 1, severity: str = "error", reason: str = "as agreed"
+) -> Entry:
+    return Entry(
+        fingerprint=fingerprint(finding),
+        rule=finding.rule,
+        severity=severity,
+        count=count,
+        reason=reason,
+    )  # type: ignore[arg-type]
 
 
 ONE = Finding("QC301", "error", "one", Where("a.0.b"), count=3)
@@ -160,9 +183,17 @@ RAN = (Coverage("QC301", True, 5, 5, "x"), Coverage("QC302", True, 5, 5, "x"))
 
 @pytest.mark.parametrize(
     ("count", "severity", "standing"),
-    [(3, "error", "known"), (4, "error", "known"), (2, "error", "grown"), (3, "warning", "grown"), (9, "info", "grown")],
+    [
+        (3, "error", "known"),
+        (4, "error", "known"),
+        (2, "error", "grown"),
+        (3, "warning", "grown"),
+        (9, "info", "grown"),
+    ],
 )
-def test_an_entry_holds_as_long_as_nothing_got_worse(count: int, severity: str, standing: str) -> None:
+def test_an_entry_holds_as_long_as_nothing_got_worse(
+    count: int, severity: str, standing: str
+) -> None:
     baseline = Baseline(entries=(entry(ONE, count, severity),))
     judged = baseline.judge(fingerprinted([ONE, TWO]), RAN)
     assert [f.standing for f in judged.findings] == [standing, ""]
@@ -173,17 +204,26 @@ def test_an_entry_holds_as_long_as_nothing_got_worse(count: int, severity: str, 
 
 def test_findings_of_one_fingerprint_are_held_against_their_sum() -> None:
     """Two shards that are cut have one fingerprint; the entry of one must not cover both."""
-    cut = [Finding("QC104", "error", f"{n}.safetensors is cut", Where(None, f"{n}.safetensors")) for n in "ab"]
+    cut = [
+        Finding("QC104", "error", f"{n}.safetensors is cut", Where(None, f"{n}.safetensors"))
+        for n in "ab"
+    ]
     baseline = Baseline(entries=(entry(cut[0], 1),))
     assert [f.standing for f in baseline.judge(fingerprinted(cut[:1]), ()).findings] == ["known"]
-    assert [f.standing for f in baseline.judge(fingerprinted(cut), ()).findings] == ["grown", "grown"]
+    assert [f.standing for f in baseline.judge(fingerprinted(cut), ()).findings] == [
+        "grown",
+        "grown",
+    ]
 
 
 def test_an_entry_is_stale_only_where_its_rule_looked_at_everything() -> None:
     baseline = Baseline(entries=(entry(ONE), entry(TWO)))
     judged = baseline.judge([], RAN)
     assert ([e.rule for e in judged.stale], judged.not_judged) == (["QC301", "QC302"], 0)
-    part = (Coverage("QC301", True, 4, 5, "x", "unreadable"), Coverage("QC302", False, 0, 0, "x", "depth payload"))
+    part = (
+        Coverage("QC301", True, 4, 5, "x", "unreadable"),
+        Coverage("QC302", False, 0, 0, "x", "depth payload"),
+    )
     judged = baseline.judge([], part)
     assert (judged.stale, judged.not_judged) == ([], 2)
     assert prune(baseline, [], part)[1:] == (0, 0)
@@ -197,7 +237,10 @@ def test_accept_keeps_reasons_and_prune_lowers() -> None:
     worse = Finding("QC301", "error", "one", Where("a.0.b"), count=7)
     second, new, raised = accept(first, fingerprinted([worse, TWO]), "second")
     assert (new, raised) == (0, 1)
-    assert {e.rule: (e.count, e.reason) for e in second.entries} == {"QC301": (7, "second"), "QC302": (1, "first")}
+    assert {e.rule: (e.count, e.reason) for e in second.entries} == {
+        "QC301": (7, "second"),
+        "QC302": (1, "first"),
+    }
     assert accept(second, fingerprinted([ONE]), "third")[0] == second
     third, dropped, lowered = prune(second, fingerprinted([ONE]), RAN)
     assert (dropped, lowered) == (1, 1)
@@ -211,15 +254,24 @@ def test_a_note_is_no_debt() -> None:
 # the command line
 
 
-def test_adopt_today_fail_on_what_is_new_or_worse_and_prune(call: Call, candidate: Path, tmp_path: Path) -> None:
+def test_adopt_today_fail_on_what_is_new_or_worse_and_prune(
+    call: Call, candidate: Path, tmp_path: Path
+) -> None:
     file = tmp_path / "known.json"
     drop(candidate, scale(0, 2))
     assert call("check", candidate)[0] == 1
-    code, out, err = call("baseline", "write", candidate, "--baseline", file, "--reason", "calibration set of v1")
+    code, out, err = call(
+        "baseline", "write", candidate, "--baseline", file, "--reason", "calibration set of v1"
+    )
     assert (code, err) == (0, "")
     assert out == f"{file}: 1 entry (1 new, 0 raised)\n"
     (only,) = load(file).entries
-    assert (only.rule, only.count, only.severity, only.reason) == ("QC301", 1, "error", "calibration set of v1")
+    assert (only.rule, only.count, only.severity, only.reason) == (
+        "QC301",
+        1,
+        "error",
+        "calibration set of v1",
+    )
     assert only.place == "model.layers.*.mlp.experts.*.up_proj.input_scale"
 
     code, out, err = call("check", candidate, "--baseline", file)
@@ -234,7 +286,9 @@ def test_adopt_today_fail_on_what_is_new_or_worse_and_prune(call: Call, candidat
     assert code == 1
     assert "grown: 2 error now, 1 error accepted (calibration set of v1)" in out
     assert out.endswith("verdict: FAILED (1 error, 0 warnings)\n")
-    assert call("baseline", "write", candidate, "--baseline", file, "--reason", "again")[1].endswith("(0 new, 1 raised)\n")
+    assert call("baseline", "write", candidate, "--baseline", file, "--reason", "again")[
+        1
+    ].endswith("(0 new, 1 raised)\n")
     assert call("check", candidate, "--baseline", file)[0] == 0
 
     drop(candidate, scale(1, 3, "down_proj"))
@@ -245,7 +299,10 @@ def test_adopt_today_fail_on_what_is_new_or_worse_and_prune(call: Call, candidat
     whole = Path(shutil.copytree(QWEN_NVFP4, tmp_path / "whole"))
     code, out, _ = call("check", whole, "--baseline", file)
     assert code == 0
-    assert "0 known, 0 grown, 1 stale (`ckptgate baseline prune` drops them: QC301 the module has no input_scale)" in out
+    assert (
+        "0 known, 0 grown, 1 stale (`ckptgate baseline prune` drops them: QC301 the module has no input_scale)"
+        in out
+    )
     before = file.read_text()
     code, out, _ = call("baseline", "prune", whole, "--baseline", file, "--ignore", "QC301")
     assert (code, file.read_text()) == (0, before)
@@ -265,7 +322,9 @@ def test_a_known_defect_that_moved_is_said(call: Call, candidate: Path, tmp_path
     assert f"(v1; first {scale(1, 7)}, when accepted {scale(0, 2)})" in out
 
 
-def test_a_known_warning_does_not_fail_under_fail_on_warning(call: Call, candidate: Path, tmp_path: Path) -> None:
+def test_a_known_warning_does_not_fail_under_fail_on_warning(
+    call: Call, candidate: Path, tmp_path: Path
+) -> None:
     file = candidate / "model.safetensors"
     file.write_bytes(file.read_bytes() + bytes(8))
     known = tmp_path / "known.json"
@@ -281,12 +340,26 @@ def test_a_known_warning_does_not_fail_under_fail_on_warning(call: Call, candida
 def test_a_baseline_never_proves_what_was_not_examined(call: Call, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     known = tmp_path / "known.json"
-    code, _, err = call("baseline", "write", tmp_path / "empty", "--baseline", known, "--reason", "x")
+    code, _, err = call(
+        "baseline", "write", tmp_path / "empty", "--baseline", known, "--reason", "x"
+    )
     assert code == 1
     assert "nothing was judged" in err
     assert not known.exists()
     save(Baseline(entries=(entry(ONE),)), known)
-    assert call("check", tmp_path / "empty", "--baseline", known, "--profile", "all", "--ignore", "QC104")[0] == 1
+    assert (
+        call(
+            "check",
+            tmp_path / "empty",
+            "--baseline",
+            known,
+            "--profile",
+            "all",
+            "--ignore",
+            "QC104",
+        )[0]
+        == 1
+    )
 
 
 def test_a_reason_and_a_file_are_required(call: Call, tmp_path: Path) -> None:
@@ -305,7 +378,13 @@ def test_a_reason_and_a_file_are_required(call: Call, tmp_path: Path) -> None:
 
 
 def written(count: int = 1, reason: str = "x", times: int = 1) -> str:
-    one = {"fingerprint": "0" * 32, "rule": "QC1", "severity": "error", "count": count, "reason": reason}
+    one = {
+        "fingerprint": "0" * 32,
+        "rule": "QC1",
+        "severity": "error",
+        "count": count,
+        "reason": reason,
+    }
     return json.dumps({"version": 1, "entries": [one] * times})
 
 
@@ -322,7 +401,9 @@ def written(count: int = 1, reason: str = "x", times: int = 1) -> str:
         (written(times=2), "two entries"),
     ],
 )
-def test_a_file_that_is_no_baseline_is_a_usage_error(call: Call, tmp_path: Path, text: str, words: str) -> None:
+def test_a_file_that_is_no_baseline_is_a_usage_error(
+    call: Call, tmp_path: Path, text: str, words: str
+) -> None:
     known = tmp_path / "known.json"
     known.write_text(text)
     code, out, err = call("check", QWEN_NVFP4, "--baseline", known)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The files for CI, run as the services run them: the action's script, the hook, and every example of docs/ci.md."""
+"""The files for CI, run as the services run them: the action's script, the hook, and every example
+of docs/ci.md.
+"""
 
 from __future__ import annotations
 
@@ -43,19 +45,25 @@ def documents() -> dict[str, Any]:
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """Make a repository with the paths that the examples use; `ckptgate` on its PATH is this code, pip does nothing."""
+    """Make a repository with the paths that the examples use; `ckptgate` on its PATH is this code,
+    pip does nothing.
+    """
     folder = tmp_path / "project"
     for place, source in {
-        "models/m3-nvfp4": SOUND, "releases/last": SOUND, "out/m3-nvfp4": SOUND, "out/m3-bf16": BASE,
-    }.items():  # fmt: skip
+        "models/m3-nvfp4": SOUND,
+        "releases/last": SOUND,
+        "out/m3-nvfp4": SOUND,
+        "out/m3-bf16": BASE,
+    }.items():
         shutil.copytree(source, folder / place)
     (folder / "pytest.ini").write_text("[pytest]\n")
     tools = tmp_path / "bin"
     tools.mkdir()
     for name, body in {
         "ckptgate": f'exec {shlex.quote(sys.executable)} -m verifier "$@"',
-        "pytest": f'exec {shlex.quote(sys.executable)} -m pytest "$@"', "pip": "exit 0",
-    }.items():  # fmt: skip
+        "pytest": f'exec {shlex.quote(sys.executable)} -m pytest "$@"',
+        "pip": "exit 0",
+    }.items():
         (tools / name).write_text(f"#!/bin/sh\n{body}\n")
         (tools / name).chmod(0o755)
     return folder
@@ -65,13 +73,22 @@ def shell(project: Path, command: str, **environment: object) -> Done:
     """Run a command as a runner does: bash that stops at the first error."""
     path = os.pathsep.join([str(project.parent / "bin"), os.environ["PATH"]])
     given = {
-        **os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
-        "PYTEST_PLUGINS": "verifier.pytest_plugin", **{k: str(v) for k, v in environment.items()},
-    }  # fmt: skip
+        **os.environ,
+        "PATH": path,
+        "PYTHONPATH": str(ROOT),
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+        "PYTEST_PLUGINS": "verifier.pytest_plugin",
+        **{k: str(v) for k, v in environment.items()},
+    }
     return subprocess.run(
         ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", command],
-        cwd=project, capture_output=True, text=True, check=False, timeout=120, env=given,
-    )  # fmt: skip
+        cwd=project,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        env=given,
+    )
 
 
 def damage(folder: Path, byte: bytes = b"\0") -> None:
@@ -84,9 +101,11 @@ def damage(folder: Path, byte: bytes = b"\0") -> None:
 
 def test_every_example_is_one_that_is_run_below() -> None:
     assert set(documents()) == {
-        ".github/workflows/checkpoint.yml", ".github/workflows/checkpoint-plain.yml", ".gitlab-ci.yml",
+        ".github/workflows/checkpoint.yml",
+        ".github/workflows/checkpoint-plain.yml",
+        ".gitlab-ci.yml",
         ".pre-commit-config.yaml",
-    }  # fmt: skip
+    }
     assert [name for name, _ in BLOCKS if name != "yaml"] == ["makefile", "shell", "python"]
 
 
@@ -188,10 +207,14 @@ HOOK = yaml.safe_load((ROOT / ".pre-commit-hooks.yaml").read_text())[0]
 
 
 def hook(project: Path, *args: str, files: list[str]) -> Done:
-    """Run the hook as pre-commit does: entry, args, then the staged files that its pattern takes."""
+    """Run the hook as pre-commit does: entry, args, then the staged files that its pattern
+    takes.
+    """
     taken = [f for f in files if re.search(HOOK["files"], f)]
     line = shlex.join([*args, *taken])
-    return shell(project, f"{HOOK['entry'].replace('python', shlex.quote(sys.executable), 1)} {line}")
+    return shell(
+        project, f"{HOOK['entry'].replace('python', shlex.quote(sys.executable), 1)} {line}"
+    )
 
 
 def test_the_hook_that_the_page_names() -> None:
@@ -204,11 +227,16 @@ def test_the_hook_that_the_page_names() -> None:
 @pytest.mark.parametrize(
     ("file", "taken"),
     [
-        ("models/a/model-00001-of-00002.safetensors", True), ("config.json", True), ("a/hf_quant_config.json", True),
-        ("a/model.safetensors.index.json", True), ("a/my_config.json", False), ("a/config.json.bak", False),
-        ("a/model.bin", False), ("safetensors.py", False),
+        ("models/a/model-00001-of-00002.safetensors", True),
+        ("config.json", True),
+        ("a/hf_quant_config.json", True),
+        ("a/model.safetensors.index.json", True),
+        ("a/my_config.json", False),
+        ("a/config.json.bak", False),
+        ("a/model.bin", False),
+        ("safetensors.py", False),
     ],
-)  # fmt: skip
+)
 def test_which_files_the_hook_takes(file: str, taken: bool) -> None:
     assert bool(re.search(HOOK["files"], file)) is taken
 
@@ -248,47 +276,65 @@ def test_a_pointer_of_git_lfs_is_unproven(project: Path) -> None:
     (project / "models/m3-nvfp4/model.safetensors").write_text(text)
     done = hook(project, files=["models/m3-nvfp4/model.safetensors"])
     assert done.returncode == 3
-    assert "a Git LFS pointer, so nothing can be judged; `git lfs pull` fetches the tensors" in done.stdout
+    assert (
+        "a Git LFS pointer, so nothing can be judged; `git lfs pull` fetches the tensors"
+        in done.stdout
+    )
 
 
 # the action
 
 
 def action(project: Path, **inputs: object) -> tuple[Done, dict[str, str], str]:
-    """Run the step that checks, its environment filled from inputs as the runner does; return outputs and summary."""
+    """Run the step that checks, its environment filled from inputs as the runner does; return
+    outputs and summary.
+    """
     step = ACTION["runs"]["steps"][1]
     given = {k: str(v.get("default", "")) for k, v in ACTION["inputs"].items()} | {
         k.replace("_", "-"): str(v) for k, v in inputs.items()
     }
     context = {f"inputs.{k}": v for k, v in given.items()} | {
-        "github.action_path": str(ROOT), "runner.temp": str(project.parent / "runner"),
-    }  # fmt: skip
+        "github.action_path": str(ROOT),
+        "runner.temp": str(project.parent / "runner"),
+    }
     tool = project.parent / "runner/ckptgate/bin/ckptgate"
     tool.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy2(project.parent / "bin/ckptgate", tool)
     environment = {
-        k: re.sub(r"\$\{\{ (\S+) \}\}", lambda m: context[m[1]], str(v)) for k, v in step["env"].items()
-    }  # fmt: skip
+        k: re.sub(r"\$\{\{ (\S+) \}\}", lambda m: context[m[1]], str(v))
+        for k, v in step["env"].items()
+    }
     output, summary = project / "output.txt", project / "summary.md"
     for file in (output, summary):
         file.write_text("")
-    done = shell(project, step["run"], **environment, GITHUB_OUTPUT=output, GITHUB_STEP_SUMMARY=summary)
+    done = shell(
+        project, step["run"], **environment, GITHUB_OUTPUT=output, GITHUB_STEP_SUMMARY=summary
+    )
     pairs = dict(line.split("=", 1) for line in output.read_text().splitlines())
     return done, pairs, summary.read_text()
 
 
 @pytest.mark.parametrize(
     ("install", "expected"),
-    [("", [str(ROOT)]), ("ckptgate[report]==0.1 house-rules", ["ckptgate[report]==0.1", "house-rules"])],
+    [
+        ("", [str(ROOT)]),
+        ("ckptgate[report]==0.1 house-rules", ["ckptgate[report]==0.1", "house-rules"]),
+    ],
 )
 def test_what_the_action_installs(project: Path, install: str, expected: list[str]) -> None:
     log = project / "log"
     fake = f'#!/bin/sh\nprintf "%s\\n" "$@" >> {shlex.quote(str(log))}\n'
-    (project.parent / "bin/python").write_text(f'{fake}mkdir -p "$3/bin" && cp "$0" "$3/bin/python"\n')
+    (project.parent / "bin/python").write_text(
+        f'{fake}mkdir -p "$3/bin" && cp "$0" "$3/bin/python"\n'
+    )
     (project.parent / "bin/python").chmod(0o755)
     step = ACTION["runs"]["steps"][0]
     done = shell(
-        project, step["run"], CKPTGATE_INSTALL=install, CKPTGATE_ACTION=ROOT, RUNNER_TEMP=project.parent / "runner"
+        project,
+        step["run"],
+        CKPTGATE_INSTALL=install,
+        CKPTGATE_ACTION=ROOT,
+        RUNNER_TEMP=project.parent / "runner",
     )
     assert done.returncode == 0, done.stderr
     words = log.read_text().splitlines()
@@ -301,7 +347,9 @@ def test_the_action_hands_every_input_over() -> None:
     text = json.dumps(ACTION["runs"]["steps"])
     for name in ACTION["inputs"]:
         assert f"${{{{ inputs.{name} }}}}" in text, name
-    assert not [s for s in ACTION["runs"]["steps"] if "${{" in s["run"]], "an input inside a script is run as code"
+    assert not [s for s in ACTION["runs"]["steps"] if "${{" in s["run"]], (
+        "an input inside a script is run as code"
+    )
     script = (ROOT / "tools/action.sh").read_text()
     for name in ACTION["runs"]["steps"][1]["env"]:
         assert name == "CKPTGATE_ACTION" or name in script, name
@@ -311,17 +359,24 @@ def test_the_action_hands_every_input_over() -> None:
 
 
 def test_the_action_on_a_sound_checkpoint(project: Path) -> None:
-    done, outputs, summary = action(project, uri="models/m3-nvfp4", depth="payload", require="QC501 QC502")
+    done, outputs, summary = action(
+        project, uri="models/m3-nvfp4", depth="payload", require="QC501 QC502"
+    )
     assert done.returncode == 0, done.stderr
     assert outputs == {"verdict": "passed", "exit-code": "0", "report": "ckptgate-report.json"}
-    assert json.loads((project / outputs["report"]).read_text())["stats"]["options"]["require"] == ["QC501", "QC502"]
+    assert json.loads((project / outputs["report"]).read_text())["stats"]["options"]["require"] == [
+        "QC501",
+        "QC502",
+    ]
     assert "passed" in summary
     assert "verdict: PASSED" in done.stdout
 
 
 def test_the_action_ends_with_the_code_after_the_summary(project: Path) -> None:
     damage(project / "models/m3-nvfp4")
-    done, outputs, summary = action(project, uri="models/m3-nvfp4", depth="payload", base="out/m3-bf16", args="--no-config")
+    done, outputs, summary = action(
+        project, uri="models/m3-nvfp4", depth="payload", base="out/m3-bf16", args="--no-config"
+    )
     assert done.returncode == 1
     assert outputs == {"verdict": "failed", "exit-code": "1", "report": "ckptgate-report.json"}
     assert "QC501" in summary
@@ -338,7 +393,9 @@ def test_the_action_ends_with_the_code_after_the_summary(project: Path) -> None:
         ({"uri": "--help"}, 2, "usage"),
     ],
 )
-def test_the_action_hands_every_code_on(project: Path, inputs: dict[str, str], code: int, verdict: str) -> None:
+def test_the_action_hands_every_code_on(
+    project: Path, inputs: dict[str, str], code: int, verdict: str
+) -> None:
     done, outputs, summary = action(project, **inputs)
     assert done.returncode == code
     assert (outputs["verdict"], outputs["exit-code"]) == (verdict, str(code))
@@ -347,7 +404,9 @@ def test_the_action_hands_every_code_on(project: Path, inputs: dict[str, str], c
 
 
 def test_a_name_in_a_checkpoint_is_no_command_of_the_runner(project: Path) -> None:
-    Folder(project / "models/m3-nvfp4").add("::error::owned\n::add-mask::x.weight", np.zeros((2, 16), np.uint8))
+    Folder(project / "models/m3-nvfp4").add(
+        "::error::owned\n::add-mask::x.weight", np.zeros((2, 16), np.uint8)
+    )
     done, _, _ = action(project, uri="models/m3-nvfp4")
     assert done.returncode == 1
     token = re.search(r"^::stop-commands::(ckptgate-[0-9a-f]{32})$", done.stdout, re.M)

@@ -78,11 +78,19 @@ def test_prefixes_select_and_the_longer_one_decides() -> None:
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("QC999", ("'QC999'", "ckptgate rules")), ("QC50l", ("nearest: QC5",)), ("", ("empty",)),
-     ("QC501,,QC502", ("empty",)), ("QB5", ("nearest: QC5",)), ("QC5011", ("nearest: ", "QC501"))],
-)  # fmt: skip
+    [
+        ("QC999", ("'QC999'", "ckptgate rules")),
+        ("QC50l", ("nearest: QC5",)),
+        ("", ("empty",)),
+        ("QC501,,QC502", ("empty",)),
+        ("QB5", ("nearest: QC5",)),
+        ("QC5011", ("nearest: ", "QC501")),
+    ],
+)
 @pytest.mark.parametrize("option", ["--select", "--ignore", "--require"])
-def test_an_unknown_rule_is_a_usage_error(call: Call, option: str, text: str, words: tuple[str, ...]) -> None:
+def test_an_unknown_rule_is_a_usage_error(
+    call: Call, option: str, text: str, words: tuple[str, ...]
+) -> None:
     code, out, err = call("check", QWEN_NVFP4, option, text)
     assert (code, out) == (2, "")
     assert len(err.splitlines()) == 1
@@ -124,7 +132,10 @@ def test_a_selection_of_which_nothing_runs_is_unproven(call: Call) -> None:
 
 
 def test_a_required_rule_that_is_not_selected_is_a_usage_error(call: Call) -> None:
-    for argv in (("--require", "QC501", "--ignore", "QC5"), ("--require", "QC5", "--select", "QC1")):
+    for argv in (
+        ("--require", "QC501", "--ignore", "QC5"),
+        ("--require", "QC5", "--select", "QC1"),
+    ):
         code, out, err = call("check", QWEN_NVFP4, *argv)
         assert (code, out) == (2, "")
         assert "is required and" in err
@@ -171,13 +182,19 @@ def test_a_file_sets_what_check_does(call: Call, project: Path, padded: Path) ->
     assert call("check", padded, "--config", other)[0] == 1
 
 
-def test_the_command_line_replaces_what_the_file_says(call: Call, project: Path, padded: Path) -> None:
-    (project / "ckptgate.toml").write_text('fail_on = "warning"\nselect = ["QC2"]\nformats = ["json"]\n')
+def test_the_command_line_replaces_what_the_file_says(
+    call: Call, project: Path, padded: Path
+) -> None:
+    (project / "ckptgate.toml").write_text(
+        'fail_on = "warning"\nselect = ["QC2"]\nformats = ["json"]\n'
+    )
     assert call("check", padded)[0] == 0
     code, out, _ = call("check", padded, "--select", "QC1")
     assert code == 1
     assert {c["rule"][:3] for c in json.loads(out)["coverage"] if c["ran"]} == {"QC1"}
-    code, out, _ = call("check", padded, "--select", "QC1", "--fail-on", "error", "--format", "text")
+    code, out, _ = call(
+        "check", padded, "--select", "QC1", "--fail-on", "error", "--format", "text"
+    )
     assert code == 0
     assert out.endswith("verdict: PASSED (0 errors, 1 warning)\n")
 
@@ -199,7 +216,10 @@ def test_config_show_prints_every_value_and_where_it_comes_from(call: Call, proj
     code, out, _ = call("config", "show", "--json")
     shown = json.loads(out)
     assert shown["file"] == str(file)
-    assert shown["settings"]["baseline"] == {"value": str(project / "known.json"), "origin": str(file)}
+    assert shown["settings"]["baseline"] == {
+        "value": str(project / "known.json"),
+        "origin": str(file),
+    }
     assert shown["settings"]["formats"]["value"] == ["text", f"sarif={project / 'out' / 'x.sarif'}"]
     assert shown["settings"]["severity"]["value"] == {"QC515": {"*.w2.*": "info"}}
     code, out, _ = call("config", "show", "--no-config")
@@ -230,7 +250,9 @@ def test_config_show_prints_every_value_and_where_it_comes_from(call: Call, proj
         ('profile = "\\u0000"', ("profile",)),
     ],
 )
-def test_what_is_wrong_in_a_file_is_named(call: Call, project: Path, text: str, words: tuple[str, ...]) -> None:
+def test_what_is_wrong_in_a_file_is_named(
+    call: Call, project: Path, text: str, words: tuple[str, ...]
+) -> None:
     file = project / "ckptgate.toml"
     file.write_text(text)
     for command in (("check", QWEN_NVFP4), ("config", "show")):
@@ -246,7 +268,9 @@ def test_what_is_wrong_in_a_file_is_named(call: Call, project: Path, text: str, 
 def test_a_key_of_pyproject_is_named_with_its_table(project: Path) -> None:
     file = project / "pyproject.toml"
     file.write_text("[tool.ckptgate]\nprofiles = 'vllm'\n")
-    with pytest.raises(UsageError, match=r"unknown key 'tool\.ckptgate\.profiles'; nearest: profile"):
+    with pytest.raises(
+        UsageError, match=r"unknown key 'tool\.ckptgate\.profiles'; nearest: profile"
+    ):
         load(file)
     file.write_text("[tool]\nckptgate = 3\n")
     with pytest.raises(UsageError, match="no table"):
@@ -280,7 +304,9 @@ def test_the_library_reads_no_file(project: Path, padded: Path) -> None:
 
 def test_effective_values_keep_their_defaults(project: Path) -> None:
     assert {k: s.value for k, s in effective({}, None).items()} == Config().model_dump()
-    assert {s.origin for s in effective({"select": (), "profile": None}, None).values()} == {"default"}
+    assert {s.origin for s in effective({"select": (), "profile": None}, None).values()} == {
+        "default"
+    }
 
 
 def test_the_example_of_the_docs_is_a_configuration(project: Path) -> None:

@@ -51,11 +51,15 @@ def copy(source: Path, target: Path) -> Folder:
         ("vision_tower", "vision_tower.layers.0.fc1", "vllm sglang"),
         ("vision_tower*", "vision_tower.layers.0.fc1", "vllm sglang trtllm"),
         ("model.layers.*.mlp", f"{M3}mlp", "sglang trtllm"),
-        ("model.layers.0.mlp.experts", "model.layers.0.mlp.experts.3.gate_proj", "vllm sglang trtllm"),
+        (
+            "model.layers.0.mlp.experts",
+            "model.layers.0.mlp.experts.3.gate_proj",
+            "vllm sglang trtllm",
+        ),
         ("*", ROUTER, "vllm sglang trtllm"),
         ("other", ROUTER, ""),
     ],
-)  # fmt: skip
+)
 def test_how_engines_read_a_pattern(pattern: str, module: str, wanted: str) -> None:
     exclusions = Exclusions([pattern])
     assert {r for r in READERS if exclusions.excludes(r, module)} == set(wanted.split())
@@ -68,7 +72,9 @@ def test_no_pattern_excludes_nothing() -> None:
     assert not any(Exclusions([""]).excludes(r, ROUTER) for r in READERS)
 
 
-def changed(tmp_path: Path, ours: Callable[[dict[str, Any]], Any], theirs: Callable[[dict[str, Any]], Any]) -> Report:
+def changed(
+    tmp_path: Path, ours: Callable[[dict[str, Any]], Any], theirs: Callable[[dict[str, Any]], Any]
+) -> Report:
     folder, base = copy(QWEN, tmp_path / "ckpt"), copy(SOURCE, tmp_path / "base")
     folder.edit_json("config.json", ours)
     base.edit_json("config.json", theirs)
@@ -95,15 +101,22 @@ def rope_outside(config: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("ours", "theirs"),
     [
-        (rope_inside, rope_outside), (rope_outside, rope_inside),
+        (rope_inside, rope_outside),
+        (rope_outside, rope_inside),
         (lambda c: c.update(torch_dtype="bfloat16"), lambda c: c.update(dtype="float32")),
-        (lambda c: c.update(transformers_version="5.0"), lambda c: c.update(transformers_version="4.50")),
-        (lambda c: c.update(_name_or_path="elsewhere"), lambda c: c.update(_attn_implementation="eager")),
+        (
+            lambda c: c.update(transformers_version="5.0"),
+            lambda c: c.update(transformers_version="4.50"),
+        ),
+        (
+            lambda c: c.update(_name_or_path="elsewhere"),
+            lambda c: c.update(_attn_implementation="eager"),
+        ),
         (lambda c: c.update(new_field=1), nothing),
         (nothing, lambda c: c.update(lost_default=None)),
         (lambda c: c.update(rms_norm_eps=1.0), lambda c: c.update(rms_norm_eps=1)),
     ],
-)  # fmt: skip
+)
 def test_spellings_of_one_config_are_no_alarm(tmp_path: Path, ours: Any, theirs: Any) -> None:
     report = changed(tmp_path, ours, theirs)
     assert report.findings == ()
@@ -114,30 +127,51 @@ def test_spellings_of_one_config_are_no_alarm(tmp_path: Path, ours: Any, theirs:
     ("ours", "theirs", "named"),
     [
         (nothing, lambda c: c.update(layer_types=["full", "sliding"]), "layer_types"),
-        (lambda c: c.update(sliding_window=1), lambda c: c.update(sliding_window=4096), "sliding_window"),
-        (nothing, lambda c: c.update(text_config={"rope_scaling": {"type": "yarn"}}), "text_config"),
-        (lambda c: c.update(text_config={"a": 1}), lambda c: c.update(text_config={"a": 1, "b": [2]}), "text_config.b"),
-        (lambda c: c.update(attention_bias=0), lambda c: c.update(attention_bias=False), "attention_bias"),
+        (
+            lambda c: c.update(sliding_window=1),
+            lambda c: c.update(sliding_window=4096),
+            "sliding_window",
+        ),
+        (
+            nothing,
+            lambda c: c.update(text_config={"rope_scaling": {"type": "yarn"}}),
+            "text_config",
+        ),
+        (
+            lambda c: c.update(text_config={"a": 1}),
+            lambda c: c.update(text_config={"a": 1, "b": [2]}),
+            "text_config.b",
+        ),
+        (
+            lambda c: c.update(attention_bias=0),
+            lambda c: c.update(attention_bias=False),
+            "attention_bias",
+        ),
         (
             lambda c: c.update(rope_scaling={"rope_type": "linear", "factor": 2}),
-            lambda c: c.update(rope_scaling={"type": "yarn", "factor": 2}), "rope_scaling",
+            lambda c: c.update(rope_scaling={"type": "yarn", "factor": 2}),
+            "rope_scaling",
         ),
     ],
-)  # fmt: skip
+)
 def test_a_changed_config_is_a_warning(tmp_path: Path, ours: Any, theirs: Any, named: str) -> None:
     report = changed(tmp_path, ours, theirs)
     found = [f for f in report.by_rule("QC413") if f.message.startswith(f"{named} ")]
     assert [f.severity for f in found] == ["warning"], report.findings
 
 
-@pytest.mark.parametrize("head", ["mtp.layers.0", "model.layers.2", "model.mtp.layers.0.transformer_layer"])
+@pytest.mark.parametrize(
+    "head", ["mtp.layers.0", "model.layers.2", "model.mtp.layers.0.transformer_layer"]
+)
 def test_a_head_that_is_excluded_is_left_alone(tmp_path: Path, head: str) -> None:
     folder = copy(QWEN, tmp_path / "ckpt")
     values = np.zeros((64, 64), ml_dtypes.bfloat16)
     for leaf in ("eh_proj", "self_attn.q_proj", "mlp.experts.0.gate_proj"):
         folder.add(f"{head}.{leaf}.weight", values)
     folder.edit_json("config.json", lambda c: c["quantization_config"]["ignore"].append(f"{head}*"))
-    folder.edit_json("hf_quant_config.json", lambda c: c["quantization"]["exclude_modules"].append(f"{head}*"))
+    folder.edit_json(
+        "hf_quant_config.json", lambda c: c["quantization"]["exclude_modules"].append(f"{head}*")
+    )
     report = verifier.check(folder.path)
     assert {r: report.by_rule(r) for r in ("QC402", "QC403", "QC404", "QC405")} == dict.fromkeys(
         ("QC402", "QC403", "QC404", "QC405"), ()
@@ -148,12 +182,22 @@ def test_a_head_that_is_excluded_is_left_alone(tmp_path: Path, head: str) -> Non
 @pytest.mark.parametrize(
     ("top", "inner", "head", "told"),
     [
-        (False, None, True, False), (True, None, False, False), (True, True, False, False), (False, False, True, False),
-        (None, False, True, False), (None, None, True, False), (True, False, True, True), (True, False, False, True),
-        (False, True, False, True), (None, True, False, True), ("true", None, True, True),
+        (False, None, True, False),
+        (True, None, False, False),
+        (True, True, False, False),
+        (False, False, True, False),
+        (None, False, True, False),
+        (None, None, True, False),
+        (True, False, True, True),
+        (True, False, False, True),
+        (False, True, False, True),
+        (None, True, False, True),
+        ("true", None, True, True),
     ],
-)  # fmt: skip
-def test_tied_embeddings(tmp_path: Path, top: Any, inner: bool | None, head: bool, told: bool) -> None:
+)
+def test_tied_embeddings(
+    tmp_path: Path, top: Any, inner: bool | None, head: bool, told: bool
+) -> None:
     folder = copy(QWEN, tmp_path / "ckpt")
 
     def change(config: dict[str, Any]) -> None:
@@ -171,11 +215,18 @@ def test_tied_embeddings(tmp_path: Path, top: Any, inner: bool | None, head: boo
         assert {f.rule for f in report.findings if f.severity == "error"} == set()
 
 
-def test_released_configs_raise_no_alarm_of_the_rules_on_fields(shared_data: Path, tmp_path: Path) -> None:
-    """QC411, QC412, QC415 look at fields alone: each release's configs are put beside tensors that are not its own."""
+def test_released_configs_raise_no_alarm_of_the_rules_on_fields(
+    shared_data: Path, tmp_path: Path
+) -> None:
+    """QC411, QC412, QC415 look at fields alone: each release's configs are put beside tensors that
+    are not its own.
+    """
     known = {
         ("Qwen--Qwen3-32B-FP8-Static-PerTensor", "QC415"),  # kv_cache_scheme "FP8": a string
-        ("nvidia--NVIDIA-Nemotron-3-Ultra-550B-A55B-NVFP4", "QC411"),  # the mirror's copy of the nested form is cut down
+        (
+            "nvidia--NVIDIA-Nemotron-3-Ultra-550B-A55B-NVFP4",
+            "QC411",
+        ),  # the mirror's copy of the nested form is cut down
     }
     told, seen = set(), 0
     for config in sorted((shared_data / "configs").glob("*_config.json")):
@@ -196,7 +247,9 @@ def test_released_configs_raise_no_alarm_of_the_rules_on_fields(shared_data: Pat
 
 
 def test_engines_agree_on_the_exclusions_of_releases(shared_data: Path) -> None:
-    """Each pattern of a published ModelOpt config, on a module of its own making, is read alike by all."""
+    """Each pattern of a published ModelOpt config, on a module of its own making, is read alike by
+    all.
+    """
     seen = 0
     for file in sorted((shared_data / "configs").glob("nvidia--*.json")):
         raw = json.loads(file.read_text())
@@ -205,9 +258,16 @@ def test_engines_agree_on_the_exclusions_of_releases(shared_data: Path) -> None:
         if declared is None or not declared.known or declared.mixed or declared.form == "vendor":
             continue
         for pattern in declared.exclude:
-            plain = [pattern] if "*" not in pattern else [pattern.replace("*", ""), f"{pattern.rstrip('.*')}.q_proj"]
+            plain = (
+                [pattern]
+                if "*" not in pattern
+                else [pattern.replace("*", ""), f"{pattern.rstrip('.*')}.q_proj"]
+            )
             for module in plain:
-                assert all(declared.exclusions.excludes(r, module) for r in READERS), (file.name, pattern)
+                assert all(declared.exclusions.excludes(r, module) for r in READERS), (
+                    file.name,
+                    pattern,
+                )
                 seen += 1
     assert seen > 1000
 
@@ -227,7 +287,9 @@ def test_a_tied_heads_copy_is_no_invention(tmp_path: Path) -> None:
         ("re:.*mlp[.]gate$", {"vllm": "error", "sglang": "error", "trtllm": "error"}),
     ],
 )
-def test_a_profile_hears_of_its_own_reading(tmp_path: Path, pattern: str, told: dict[str, str]) -> None:
+def test_a_profile_hears_of_its_own_reading(
+    tmp_path: Path, pattern: str, told: dict[str, str]
+) -> None:
     folder = copy(QWEN, tmp_path / "ckpt")
 
     def change(body: dict[str, Any], key: str) -> None:

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `diff` tells of two checkpoints: every kind of difference, made by editing bytes of a real one."""
+"""What `diff` tells of two checkpoints: every kind of difference, made by editing bytes of a real
+one.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,11 @@ def test_a_base_and_its_quantized_copy() -> None:
     }
     assert sum(c.names.count for c in found.of("only B") if not c.file) == 144
     assert found.of("only A", "dtype", "shape", "bytes") == ()
-    assert found.a.precision[("routed_expert", "BF16")] == found.b.precision[("routed_expert", "NVFP4")] == 48
+    assert (
+        found.a.precision[("routed_expert", "BF16")]
+        == found.b.precision[("routed_expert", "NVFP4")]
+        == 48
+    )
     assert [c.names.label for c in found.of("only B") if c.file] == ["hf_quant_config.json"]
     assert ("", '"NVFP4"') in {(c.a, c.b) for c in found.of("config")}
 
@@ -75,18 +81,25 @@ def test_a_name_a_dtype_and_a_shape(copy: Folder) -> None:
     copy.store("model.layers.0.self_attn.q_norm.weight", np.ones(7, ml_dtypes.bfloat16))
     found = diff(QWEN_NVFP4, copy.path)
     assert kinds(found) == [
-        ("only A", Q_PROJ, 1), ("only B", "model.layers.1.self_attn.q.weight", 1),
-        ("shape", "model.layers.0.self_attn.q_norm.weight", 1), ("dtype", "model.norm.weight", 1),
-    ]  # fmt: skip
+        ("only A", Q_PROJ, 1),
+        ("only B", "model.layers.1.self_attn.q.weight", 1),
+        ("shape", "model.layers.0.self_attn.q_norm.weight", 1),
+        ("dtype", "model.norm.weight", 1),
+    ]
     text = diff_text(found)
     assert "BF16 [128] → F32 [128]" in text
     assert text.splitlines()[-1] == "different: 4 kinds of differences"
 
 
 def test_one_missing_expert_shows_that_the_ranges_span_more(copy: Folder) -> None:
-    copy.drop([f"model.layers.{i}.mlp.experts.{j}.up_proj.input_scale" for i, j in ((0, 2), (1, 5))])
+    copy.drop(
+        [f"model.layers.{i}.mlp.experts.{j}.up_proj.input_scale" for i, j in ((0, 2), (1, 5))]
+    )
     text = diff_text(diff(QWEN_NVFP4, copy.path))
-    assert "     2  model.layers.{0-1}.mlp.experts.{2,5}.up_proj.input_scale  F32 []  (of 4 in these ranges)" in text
+    assert (
+        "     2  model.layers.{0-1}.mlp.experts.{2,5}.up_proj.input_scale  F32 []  (of 4 in these ranges)"
+        in text
+    )
 
 
 def test_bytes_are_compared_on_request_only(copy: Folder) -> None:
@@ -136,18 +149,29 @@ Edit = Callable[[dict[str, object]], None]
         (lambda c: c[QC].update(quant_algo="FP8"), (f"{QC}.quant_algo", '"NVFP4"', '"FP8"')),
         (lambda c: c[QC]["ignore"].remove("lm_head"), (f"{QC}.ignore: lm_head", "listed", "")),
         (lambda c: c[QC]["ignore"].append("x"), (f"{QC}.ignore: x", "", "listed")),
-        (lambda c: c[QC]["ignore"].reverse(), (f"{QC}.ignore", "the same entries", "in another order")),
+        (
+            lambda c: c[QC]["ignore"].reverse(),
+            (f"{QC}.ignore", "the same entries", "in another order"),
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_config_field(copy: Folder, edit: Edit, expected: tuple[str, str, str]) -> None:
     copy.edit_json("config.json", edit)
     found = diff(QWEN_NVFP4, copy.path)
-    assert [(c.file, c.names.label, c.a, c.b) for c in found.changes] == [("config.json", *expected)]
+    assert [(c.file, c.names.label, c.a, c.b) for c in found.changes] == [
+        ("config.json", *expected)
+    ]
 
 
 def test_a_layers_worth_of_config_entries_is_one_line(copy: Folder) -> None:
-    layers = {f"model.layers.{i}.mlp.experts.{j}.w1": {"quant_algo": "NVFP4"} for i in range(3) for j in range(8)}
-    copy.edit_json("hf_quant_config.json", lambda c: c["quantization"].update(quantized_layers=layers))
+    layers = {
+        f"model.layers.{i}.mlp.experts.{j}.w1": {"quant_algo": "NVFP4"}
+        for i in range(3)
+        for j in range(8)
+    }
+    copy.edit_json(
+        "hf_quant_config.json", lambda c: c["quantization"].update(quantized_layers=layers)
+    )
     found = diff(QWEN_NVFP4, copy.path)
     label = "quantization.quantized_layers.model.layers.{0-2}.mlp.experts.{0-7}.w1.quant_algo"
     assert kinds(found) == [("config", label, 24)]
@@ -214,19 +238,24 @@ def test_ranges_of_names() -> None:
     names = [f"model.layers.{i}.mlp.experts.{j}.w1" for i in (3, 4, 5, 9) for j in range(8)]
     found = gathered([*names, "model.norm.weight"])
     assert [(n.label, n.count, n.spanned) for n in found] == [
-        ("model.layers.{3-5,9}.mlp.experts.{0-7}.w1", 32, 32), ("model.norm.weight", 1, 1),
-    ]  # fmt: skip
+        ("model.layers.{3-5,9}.mlp.experts.{0-7}.w1", 32, 32),
+        ("model.norm.weight", 1, 1),
+    ]
     assert gathered(f"a.{i}.b" for i in range(0, 40, 2))[0].label == "a.{0,2,4,6,8,10,…}.b"
 
 
 def test_a_release_is_a_page(tmp_path: Path) -> None:
-    """The published MiniMax-M3 to its layer 9 against the mixed export of it: 11,000 tensors, headers only."""
+    """The published MiniMax-M3 to its layer 9 against the mixed export of it: 11,000 tensors,
+    headers only.
+    """
     later = re.compile(r"language_model\.model\.layers\.[1-9]\d\.")
     vendor = [r for r in sparse.rows() if not later.match(r[0])]
     mixed = sparse.mixed(vendor)
     config = sparse.m3_config()
     a = sparse.write(tmp_path / "vendor", vendor, config | {QC: sparse.vendor_quantization()}, 3)
-    b = sparse.write(tmp_path / "mixed", mixed, config | {QC: sparse.release_quantization(mixed)}, 7)
+    b = sparse.write(
+        tmp_path / "mixed", mixed, config | {QC: sparse.release_quantization(mixed)}, 7
+    )
     found = diff(a, b)
     experts = "language_model.model.layers.{3-9}.block_sparse_moe.experts.{0-127}"
     assert {c.names.label: c.names.count for c in found.of("dtype and shape")} == {

@@ -38,8 +38,12 @@ def doctor(script: str = "", **environment: str) -> tuple[int, dict[str, dict[st
     call = "from verifier.cli import run\nimport sys\nsys.exit(run(['doctor', '--format', 'json']))"
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", f"{script}\n{call}"],
-        capture_output=True, text=True, check=False, timeout=120, env={**os.environ, **environment},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        env={**os.environ, **environment},
+    )
     assert "Traceback" not in done.stderr
     value = json.loads(done.stdout)
     assert value["core"] == ("broken" if done.returncode else "ok")
@@ -97,5 +101,10 @@ def test_the_text(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["doctor"]) == 0
     out = capsys.readouterr().out
     assert [x for x in out.splitlines() if not x.startswith(" ")][:-1] == [
-        "machine", "core", "extras", "cuda", "space", "entry points",
-    ]  # fmt: skip
+        "machine",
+        "core",
+        "extras",
+        "cuda",
+        "space",
+        "entry points",
+    ]

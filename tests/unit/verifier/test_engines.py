@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scores of engines in other processes: the numbers that they compute, and each way in which they fail."""
+"""Scores of engines in other processes: the numbers that they compute, and each way in which they
+fail.
+"""
 
 from __future__ import annotations
 
@@ -34,9 +36,13 @@ def units(windows: list[tuple[int, ...]]) -> tuple[Unit, ...]:
     return Unit(0, tuple(pairs[:3]), (0, 1, 2)), Unit(1, tuple(pairs[3:]), (3, 4))
 
 
-def scored(scorer: Scorer, windows: list[tuple[int, ...]] = CLEAN, top_k: int = 4) -> tuple[list[Piece], dict[str, str]]:
+def scored(
+    scorer: Scorer, windows: list[tuple[int, ...]] = CLEAN, top_k: int = 4
+) -> tuple[list[Piece], dict[str, str]]:
     found: list[Piece] = []
-    job = Job(str(QWEN), "cpu", "tokens", 4, 16, len(windows), units(windows), top_k=top_k, scorer=scorer)
+    job = Job(
+        str(QWEN), "cpu", "tokens", 4, 16, len(windows), units(windows), top_k=top_k, scorer=scorer
+    )
     environment = score_by_engine(job, found.append)
     return found, environment
 
@@ -45,14 +51,22 @@ def wanted(windows: list[tuple[int, ...]], top_k: int) -> dict[str, np.ndarray]:
     rows = [(row(a), b) for w in windows for a, b in pairwise(w)]
     order = [sorted(range(64), key=lambda i, r=r: (-r[i], i)) for r, _ in rows]
     return {
-        "nats": np.array([-r[b] for r, b in rows], np.float32), "top1": np.array([o[0] for o in order], np.int32),
+        "nats": np.array([-r[b] for r, b in rows], np.float32),
+        "top1": np.array([o[0] for o in order], np.int32),
         "sure": np.array([r[o[0]] for (r, _), o in zip(rows, order, strict=True)], np.float32),
         "top_ids": np.array([o[:top_k] for o in order], np.int32),
-        "top_logprobs": np.array([[r[i] for i in o[:top_k]] for (r, _), o in zip(rows, order, strict=True)], np.float32),
-    }  # fmt: skip
+        "top_logprobs": np.array(
+            [[r[i] for i in o[:top_k]] for (r, _), o in zip(rows, order, strict=True)], np.float32
+        ),
+    }
 
 
-def same(found: list[Piece], names: tuple[str, ...], windows: list[tuple[int, ...]] = CLEAN, top_k: int = 4) -> None:
+def same(
+    found: list[Piece],
+    names: tuple[str, ...],
+    windows: list[tuple[int, ...]] = CLEAN,
+    top_k: int = 4,
+) -> None:
     for piece, part in zip(found, (windows[:3], windows[3:]), strict=True):
         assert set(piece.arrays) == set(names)
         for name, values in wanted(part, top_k).items():
@@ -76,7 +90,9 @@ def interpreter(tmp_path: Path) -> str:
 
 @contextmanager
 def serving(mode: str) -> Iterator[str]:
-    process = subprocess.Popen([sys.executable, str(ENGINES / "server.py"), mode], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, str(ENGINES / "server.py"), mode], stdout=subprocess.PIPE, text=True
+    )
     try:
         assert process.stdout is not None
         yield f"http://127.0.0.1:{int(process.stdout.readline())}/v1"
@@ -115,7 +131,9 @@ def test_vllm_with_logits_that_are_not_finite(interpreter: str) -> None:
     ],
     ids=["raises", "dies", "hangs", "answers-less", "option"],
 )
-def test_vllm_that_fails_is_one_message(interpreter: str, options: dict[str, object], message: str) -> None:
+def test_vllm_that_fails_is_one_message(
+    interpreter: str, options: dict[str, object], message: str
+) -> None:
     with pytest.raises(MachineError, match=message):
         scored(vllm(interpreter, **options))  # type: ignore[arg-type]
 
@@ -123,10 +141,13 @@ def test_vllm_that_fails_is_one_message(interpreter: str, options: dict[str, obj
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ("print('hello')", "no JSON"), ("print('[1]')", "no object"), ("print('{}')", "ready"), ("pass", "ended"),
+        ("print('hello')", "no JSON"),
+        ("print('[1]')", "no object"),
+        ("print('{}')", "ready"),
+        ("pass", "ended"),
         ("print('x' * 200000)", "more than"),
     ],
-)  # fmt: skip
+)
 def test_an_interpreter_that_speaks_otherwise(tmp_path: Path, lines: str, message: str) -> None:
     path = tmp_path / "python"
     path.write_text(f"#!{sys.executable}\nimport sys\nsys.stdin.readline()\n{lines}\n")
@@ -142,7 +163,9 @@ def test_a_server_with_prompt_logprobs() -> None:
         found, environment = scored(Scorer("server", endpoint=url))
         same(found, ALL)
         assert environment["engine"] == "server 0.0-stand-in"
-        found, _ = scored(Scorer("server", endpoint=url, served="one"), [(1, 2, 3), (4, 13, 5), (6, 7)])
+        found, _ = scored(
+            Scorer("server", endpoint=url, served="one"), [(1, 2, 3), (4, 13, 5), (6, 7)]
+        )
         assert found[0].nonfinite == [1]
         with pytest.raises(UsageError, match="serves one, not 'other'"):
             scored(Scorer("server", endpoint=url, served="other"))
@@ -161,15 +184,24 @@ def test_a_server_with_echo_only() -> None:
 
 @pytest.mark.parametrize(
     ("mode", "message"),
-    [("broken", "no JSON"), ("long", "more than"), ("short", "no scores"), ("slow", "failed 3 times: TimeoutError")],
+    [
+        ("broken", "no JSON"),
+        ("long", "more than"),
+        ("short", "no scores"),
+        ("slow", "failed 3 times: TimeoutError"),
+    ],
 )
-def test_a_server_that_fails_is_one_message(mode: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_fails_is_one_message(
+    mode: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("verifier.gate.engines.time.sleep", lambda _s: None)
     with serving(mode) as url, pytest.raises(MachineError, match=message):
         scored(Scorer("server", endpoint=url, timeout=0.3 if mode == "slow" else 30.0))
 
 
-def test_a_busy_server_is_asked_again_and_an_absent_one_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_busy_server_is_asked_again_and_an_absent_one_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("verifier.gate.engines.time.sleep", lambda _s: None)
     with serving("busy") as url:
         windows = [(1, 2, 3), (4, 5)]
@@ -181,7 +213,9 @@ def test_a_busy_server_is_asked_again_and_an_absent_one_is_named(monkeypatch: py
             scored(Scorer("server", endpoint=wrong))
 
 
-def test_score_and_compare_through_a_server(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_score_and_compare_through_a_server(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     corpus = tmp_path / "c.jsonl"
     corpus.write_text("".join(json.dumps({"ids": list(w)}) + "\n" for w in CLEAN))
     out = tmp_path / "a.run"
@@ -196,30 +230,70 @@ def test_score_and_compare_through_a_server(tmp_path: Path, capsys: pytest.Captu
         gate = ["gate", str(QWEN), "--base", str(QWEN), "--corpus", str(corpus), *engine]
         assert run(gate) == 2
         assert "then `ckptgate compare`" in capsys.readouterr().err
-    assert run(["score", str(QWEN), "--corpus", str(corpus), "--engine-option", "x", "-o", str(tmp_path / "b.run")]) == 2
+    assert (
+        run(
+            [
+                "score",
+                str(QWEN),
+                "--corpus",
+                str(corpus),
+                "--engine-option",
+                "x",
+                "-o",
+                str(tmp_path / "b.run"),
+            ]
+        )
+        == 2
+    )
     assert sorted(os.listdir(tmp_path)) == ["a.run", "c.jsonl"]
 
 
-def test_a_gate_through_vllm(interpreter: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_gate_through_vllm(
+    interpreter: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     corpus = tmp_path / "c.jsonl"
     corpus.write_text("".join(json.dumps({"ids": list(w)}) + "\n" for w in CLEAN))
     candidate = QWEN.with_name("qwen3moe_nvfp4_experts_max")
-    command = ["gate", str(candidate), "--base", str(QWEN), "--corpus", str(corpus), "--scorer", "vllm"]
+    command = [
+        "gate",
+        str(candidate),
+        "--base",
+        str(QWEN),
+        "--corpus",
+        str(corpus),
+        "--scorer",
+        "vllm",
+    ]
     command += ["--engine-python", interpreter]
     assert run([*command, "--kl", "lockstep"]) == 2
     assert "--scorer vllm there is top-k" in capsys.readouterr().err
     assert run([*command, "--format", "json"]) == 0
     result = json.loads(capsys.readouterr().out)
-    assert (result["outcome"], result["key"]["activations"], result["experts"]) == ("passed", "engine", [])
+    assert (result["outcome"], result["key"]["activations"], result["experts"]) == (
+        "passed",
+        "engine",
+        [],
+    )
     assert result["interval"]["delta"] == 0  # the stand-in looks at ids alone
     assert result["measures"]["kl"]["kind"].startswith("a lower bound")
     assert result["environment"]["engine"] == "vllm 0.0-stand-in"
 
 
-def test_what_an_engine_adds_is_noise(interpreter: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_an_engine_adds_is_noise(
+    interpreter: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     corpus, engine = tmp_path / "c.jsonl", tmp_path / "engine.run"
     corpus.write_text("".join(json.dumps({"ids": list(w)}) + "\n" for w in CLEAN))
-    score = ["score", str(QWEN), "--corpus", str(corpus), "--scorer", "vllm", "--engine-python", interpreter]
+    score = [
+        "score",
+        str(QWEN),
+        "--corpus",
+        str(corpus),
+        "--scorer",
+        "vllm",
+        "--engine-python",
+        interpreter,
+    ]
     assert run([*score, "-o", str(engine)]) == 0
     candidate = QWEN.with_name("qwen3moe_nvfp4_experts_max")
     gate = ["gate", str(candidate), "--base", str(QWEN), "--corpus", str(corpus), "--workers", "1"]

@@ -20,15 +20,37 @@ from tests.zoo.run import quiet  # noqa: E402
 from verifier.families import Family, family_of, known  # noqa: E402
 
 NUMBERS = {
-    "vocab_size": 347, "hidden_size": 96, "intermediate_size": 176, "num_attention_heads": 8, "num_key_value_heads": 4,
-    "num_local_experts": 5, "num_experts": 5, "n_routed_experts": 10, "moe_num_experts": 5, "moe_intermediate_size": 32,
-    "shared_expert_intermediate_size": 72, "n_shared_experts": 1, "moe_num_shared_experts": 4, "q_lora_rank": 18,
-    "kv_lora_rank": 14, "qk_nope_head_dim": 20, "qk_rope_head_dim": 6, "v_head_dim": 22, "num_experts_per_tok": 2,
-    "moe_k": 2, "n_group": 2, "topk_group": 1, "num_hidden_layers": 4, "tie_word_embeddings": False,
-}  # fmt: skip
+    "vocab_size": 347,
+    "hidden_size": 96,
+    "intermediate_size": 176,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "num_local_experts": 5,
+    "num_experts": 5,
+    "n_routed_experts": 10,
+    "moe_num_experts": 5,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 72,
+    "n_shared_experts": 1,
+    "moe_num_shared_experts": 4,
+    "q_lora_rank": 18,
+    "kv_lora_rank": 14,
+    "qk_nope_head_dim": 20,
+    "qk_rope_head_dim": 6,
+    "v_head_dim": 22,
+    "num_experts_per_tok": 2,
+    "moe_k": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "num_hidden_layers": 4,
+    "tie_word_embeddings": False,
+}
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "deepseek_v3": [{"first_k_dense_replace": 2}, {"q_lora_rank": None}, {"attention_bias": True}],
-    "glm4_moe": [{"first_k_dense_replace": 1, "use_qk_norm": True, "head_dim": 10}, {"attention_bias": True}],
+    "glm4_moe": [
+        {"first_k_dense_replace": 1, "use_qk_norm": True, "head_dim": 10},
+        {"attention_bias": True},
+    ],
     "dots1": [{"first_k_dense_replace": 3}],
     "qwen2_moe": [{"mlp_only_layers": [0, 3]}, {"decoder_sparse_step": 2}],
     "qwen3_moe": [{"mlp_only_layers": [2]}],
@@ -38,14 +60,28 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "ernie4_5_moe": [{"use_bias": True}],
 }
 PLAIN = (
-    "deepseek_v3", "dots1", "ernie4_5_moe", "glm4_moe", "llama", "minimax_m2", "mistral", "mixtral", "olmoe", "phimoe",
-    "qwen2", "qwen2_moe", "qwen3", "qwen3_moe",
-)  # fmt: skip
+    "deepseek_v3",
+    "dots1",
+    "ernie4_5_moe",
+    "glm4_moe",
+    "llama",
+    "minimax_m2",
+    "mistral",
+    "mixtral",
+    "olmoe",
+    "phimoe",
+    "qwen2",
+    "qwen2_moe",
+    "qwen3",
+    "qwen3_moe",
+)
 CASES = [(m, v) for m in PLAIN for v in VARIANTS.get(m, [{}])]
 
 
 @pytest.mark.parametrize(("model_type", "more"), CASES)
-def test_the_layout_is_what_transformers_saves(model_type: str, more: dict[str, Any], tmp_path: Path) -> None:
+def test_the_layout_is_what_transformers_saves(
+    model_type: str, more: dict[str, Any], tmp_path: Path
+) -> None:
     base = transformers.AutoConfig.for_model(model_type)
     given = {k: v for k, v in NUMBERS.items() if hasattr(base, k)} | more
     given |= {k: 0 for k in ("pad_token_id", "bos_token_id", "eos_token_id") if hasattr(base, k)}
@@ -70,7 +106,11 @@ def test_the_layout_is_that_of_the_zoo(model_type: str) -> None:
         pytest.skip(f"transformers {transformers.__version__} has no {model_type}")
     with quiet(), torch.device("meta"):
         built = getattr(transformers, spec.architecture)(config(spec))
-        state = {k: v for k, v in built.state_dict().items() if k not in (built.all_tied_weights_keys or {})}
+        state = {
+            k: v
+            for k, v in built.state_dict().items()
+            if k not in (built.all_tied_weights_keys or {})
+        }
         saved = {n: tuple(t.shape) for n, t in revert_weight_conversion(built, state).items()}
     written = json.loads(built.config.to_json_string())
     assert family is not None
@@ -88,7 +128,11 @@ def test_what_a_config_does_not_tell_is_possible_and_not_expected() -> None:
     linear, full = "model.layers.0.linear_attn.A_log", "model.layers.1.self_attn.q_proj.weight"
     assert family.possible(told) == {}
     assert {linear, full} <= family.expected(told).keys()
-    both = {f"model.layers.{i}.{n}" for i in (0, 1) for n in ("linear_attn.A_log", "self_attn.q_proj.weight")}
+    both = {
+        f"model.layers.{i}.{n}"
+        for i in (0, 1)
+        for n in ("linear_attn.A_log", "self_attn.q_proj.weight")
+    }
     assert both <= family.possible(config).keys()
     assert not both & family.expected(config).keys()
 
@@ -111,11 +155,19 @@ def test_what_a_config_does_not_tell_is_possible_and_not_expected() -> None:
         ({"period": "every"}, {"every": 0}, None),
     ],
 )
-def test_rules_for_layers(rule: dict[str, Any], config: dict[str, Any], layers: list[int] | None) -> None:
+def test_rules_for_layers(
+    rule: dict[str, Any], config: dict[str, Any], layers: list[int] | None
+) -> None:
     data = {
-        "text": "", "ranges": {"layer": "count"}, "spellings": {}, "defaults": {}, "kinds": {"mine": [rule]},
-        "tensors": [{"name": "layers.{layer}.x", "shape": None, "layers": "mine"}], "in_memory": [], "optional": [],
-    }  # fmt: skip
+        "text": "",
+        "ranges": {"layer": "count"},
+        "spellings": {},
+        "defaults": {},
+        "kinds": {"mine": [rule]},
+        "tensors": [{"name": "layers.{layer}.x", "shape": None, "layers": "mine"}],
+        "in_memory": [],
+        "optional": [],
+    }
     family = Family("mine", data)
     given = config | {"count": 4}
     assert family.layers(given, "mine") == (layers or [])
@@ -130,4 +182,6 @@ def test_layers_after_the_last_are_next_token_prediction() -> None:
     assert family.beyond(config, "model.layers.61.eh_proj.weight")
     assert not family.beyond(config, "model.layers.60.mlp.gate.weight")
     assert not family.beyond(config, "model.layers.62.eh_proj.weight")
-    assert not family.beyond({"model_type": "deepseek_v3", "num_hidden_layers": 61}, "model.layers.61.eh_proj.weight")
+    assert not family.beyond(
+        {"model_type": "deepseek_v3", "num_hidden_layers": 61}, "model.layers.61.eh_proj.weight"
+    )

@@ -23,7 +23,11 @@ TEXT = "preamble\n = First = \n a b c \n = = Section = = \n d e \n = Second = \n
 
 def test_documents_begin_at_top_headings_only() -> None:
     found = split_documents(TEXT)
-    assert [d.strip().splitlines()[0].strip() for d in found] == ["preamble", "= First =", "= Second ="]
+    assert [d.strip().splitlines()[0].strip() for d in found] == [
+        "preamble",
+        "= First =",
+        "= Second =",
+    ]
     assert "\n".join(found) == TEXT
 
 
@@ -62,10 +66,18 @@ def test_one_document_has_no_interval() -> None:
 
 @pytest.mark.parametrize(
     ("low", "high", "outcome"),
-    [(-0.1, 0.0769, "passed"), (0.0771, 0.2, "failed"), (0.0, 0.0771, "inconclusive"), (0.05, 0.077, "passed")],
+    [
+        (-0.1, 0.0769, "passed"),
+        (0.0771, 0.2, "failed"),
+        (0.0, 0.0771, "inconclusive"),
+        (0.05, 0.077, "passed"),
+    ],
 )
 def test_three_outcomes(low: float, high: float, outcome: str) -> None:
-    assert decide(Interval((low + high) / 2, 0.01, low, high, 10, 100, 1.8, 9.0), Margin(0.077, "")) == outcome
+    assert (
+        decide(Interval((low + high) / 2, 0.01, low, high, 10, 100, 1.8, 9.0), Margin(0.077, ""))
+        == outcome
+    )
 
 
 def test_documents_needed_grows_with_the_square() -> None:
@@ -92,7 +104,11 @@ def test_margins() -> None:
 
 def test_windows_of_ids_never_cross_a_document() -> None:
     corpus = Corpus("c", "", "", ids=((1, 2, 3, 4, 5), (6, 7)))
-    assert windows_of(corpus, None, 3) == [((1, 2, 3), (0, 0, 0)), ((4, 5), (0, 0)), ((6, 7), (1, 1))]
+    assert windows_of(corpus, None, 3) == [
+        ((1, 2, 3), (0, 0, 0)),
+        ((4, 5), (0, 0)),
+        ((6, 7), (1, 1)),
+    ]
 
 
 def test_a_token_of_text_belongs_to_the_document_in_which_it_begins() -> None:
@@ -109,7 +125,12 @@ def test_a_token_of_text_belongs_to_the_document_in_which_it_begins() -> None:
 def test_sums_add_and_perplexity() -> None:
     a, b = Sums([1.0, 2.0], [1, 2]), Sums([3.0, 0.0], [4, 0], [1], {"torch": "x"})
     a.add(b)
-    assert (a.nats, a.tokens, a.nonfinite, a.environment) == ([4.0, 2.0], [5, 2], [1], {"torch": "x"})
+    assert (a.nats, a.tokens, a.nonfinite, a.environment) == (
+        [4.0, 2.0],
+        [5, 2],
+        [1],
+        {"torch": "x"},
+    )
     assert perplexity(a.nats, a.tokens) == pytest.approx(math.exp(6 / 7))
     assert math.isnan(perplexity([], []))
 
@@ -159,7 +180,9 @@ def test_text_files(tmp_path: Path) -> None:
         load_corpus(str(tmp_path / "absent.txt"))
 
 
-def test_wikitext_that_is_not_here_says_what_is_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wikitext_that_is_not_here_says_what_is_wanted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("CKPTGATE_TEST_DATA", str(tmp_path))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UsageError, match=r"wiki\.test\.raw"):

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run files, journals, attempts, units of work; comparison of runs that were made by hand. Nothing here loads a model."""
+"""Run files, journals, attempts, units of work; comparison of runs that were made by hand. Nothing
+here loads a model.
+"""
 
 from __future__ import annotations
 
@@ -27,9 +29,16 @@ from verifier.gate.runs import Run, RunHeader, read_run, sums_of, write_run
 from verifier.gate.scoring import assemble, floor_of
 
 KEY: dict[str, Any] = {
-    "protocol": "tokens", "version": 1, "window": 512, "corpus": "c", "corpus_sha256": "0" * 64, "documents": 40,
-    "document_rule": "lines", "bos": False, "dtype": "bfloat16",
-}  # fmt: skip
+    "protocol": "tokens",
+    "version": 1,
+    "window": 512,
+    "corpus": "c",
+    "corpus_sha256": "0" * 64,
+    "documents": 40,
+    "document_rule": "lines",
+    "bos": False,
+    "dtype": "bfloat16",
+}
 ENVIRONMENT = {"torch": "2", "device": "cpu", "batch": "8"}
 
 
@@ -41,13 +50,21 @@ def made(seed: int, weights: str, loss: float = 0.0, *, documents: int = 40, **h
     nats = base.exponential(3, total) + 1
     nats = (nats + loss + (own.normal(0, 0.05, total) if seed else 0)).clip(0).astype(np.float32)
     arrays = {
-        "nats": nats, "top1": own.integers(0, 9, total).astype(np.int32),
-        "sure": -own.exponential(0.3, total).astype(np.float32), "tokens": tokens, "sums": sums_of(nats, tokens),
-    }  # fmt: skip
+        "nats": nats,
+        "top1": own.integers(0, 9, total).astype(np.int32),
+        "sure": -own.exponential(0.3, total).astype(np.float32),
+        "tokens": tokens,
+        "sums": sums_of(nats, tokens),
+    }
     fields = {
-        "model": f"model{seed}", "weights_sha256": weights * 64, "formats": ["NVFP4"], "key": KEY | {"documents": documents},
-        "environment": ENVIRONMENT, "documents": [f"{i:016x}" for i in range(documents)], "floor": 0.0,
-    }  # fmt: skip
+        "model": f"model{seed}",
+        "weights_sha256": weights * 64,
+        "formats": ["NVFP4"],
+        "key": KEY | {"documents": documents},
+        "environment": ENVIRONMENT,
+        "documents": [f"{i:016x}" for i in range(documents)],
+        "floor": 0.0,
+    }
     header = {k.removeprefix("header_"): v for k, v in header.items()}
     return Run(RunHeader.model_validate(fields | header), arrays)
 
@@ -60,7 +77,10 @@ def test_a_run_is_read_as_it_was_written(tmp_path: Path) -> None:
     write_run(tmp_path / "x.run", BASE)
     found = read_run(tmp_path / "x.run")
     assert found.header == BASE.header
-    assert all(np.array_equal(found.arrays[k], v) and found.arrays[k].dtype == v.dtype for k, v in BASE.arrays.items())
+    assert all(
+        np.array_equal(found.arrays[k], v) and found.arrays[k].dtype == v.dtype
+        for k, v in BASE.arrays.items()
+    )
     assert [p.name for p in tmp_path.iterdir()] == ["x.run"]
 
 
@@ -96,7 +116,9 @@ def spoil(tmp_path: Path, run: Run, **changes: Any) -> Path:
         ({"header": {"surprise": 1}}, "surprise"),
     ],
 )
-def test_a_run_that_is_not_one_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_a_run_that_is_not_one_is_refused(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ContentError, match=message):
         read_run(spoil(tmp_path, BASE, **changes))
 
@@ -155,7 +177,9 @@ def test_comparison_passes_fails_and_says_why() -> None:
 def test_drift_fails_what_the_absolute_margin_passes() -> None:
     worse = made(3, "c", 0.03)
     assert compare_runs(BASE, worse, MARGIN).outcome == "passed"
-    drift = compare_runs(BASE, worse, MARGIN, drift_against=GOOD, drift_margin=Margin(0.003, "default"))
+    drift = compare_runs(
+        BASE, worse, MARGIN, drift_against=GOOD, drift_margin=Margin(0.003, "default")
+    )
     assert drift.outcome == "failed"
     assert drift.drift is not None
     assert drift.drift.interval.delta == pytest.approx(0.02, abs=0.005)
@@ -163,13 +187,23 @@ def test_drift_fails_what_the_absolute_margin_passes() -> None:
 
 
 def test_unlike_protocols_are_refused_by_name_and_unlike_environments_widen() -> None:
-    for name, value in (("window", 256), ("dtype", "float32"), ("corpus_sha256", "1" * 64), ("bos", True)):
+    for name, value in (
+        ("window", 256),
+        ("dtype", "float32"),
+        ("corpus_sha256", "1" * 64),
+        ("bos", True),
+    ):
         with pytest.raises(ContentError, match=f": {name} is"):
             compare_runs(BASE, made(1, "b", key=KEY | {name: value}), MARGIN)
     with pytest.raises(ContentError, match="tokenizer_sha256 is null and"):
         compare_runs(BASE, made(1, "b", key=KEY | {"tokenizer_sha256": "2" * 64}), MARGIN)
-    assert compare_runs(BASE, made(1, "b", 0.01, key=KEY | {"corpus": "another name"}), MARGIN).outcome == "passed"
-    other = compare_runs(BASE, made(1, "b", 0.01, environment=ENVIRONMENT | {"device": "H200"}), MARGIN)
+    assert (
+        compare_runs(BASE, made(1, "b", 0.01, key=KEY | {"corpus": "another name"}), MARGIN).outcome
+        == "passed"
+    )
+    other = compare_runs(
+        BASE, made(1, "b", 0.01, environment=ENVIRONMENT | {"device": "H200"}), MARGIN
+    )
     same = compare_runs(BASE, GOOD, MARGIN)
     assert other.unlike == ("device cpu and H200",)
     assert other.interval is not None
@@ -181,7 +215,9 @@ def test_unlike_protocols_are_refused_by_name_and_unlike_environments_widen() ->
 
 def test_other_documents_are_refused() -> None:
     with pytest.raises(ContentError, match="other documents"):
-        compare_runs(BASE, made(1, "b", header_documents=["f" * 16, *GOOD.header.documents[1:]]), MARGIN)
+        compare_runs(
+            BASE, made(1, "b", header_documents=["f" * 16, *GOOD.header.documents[1:]]), MARGIN
+        )
 
 
 def test_logits_that_are_not_finite_leave_no_statistics() -> None:
@@ -203,7 +239,9 @@ def test_experts_are_counted_without_padding() -> None:
 
     counter = Counter()
     counter.real = torch.tensor([True, True, False, False])
-    counter.add("x", 3, torch.tensor([[0, 1], [0, 3], [2, 2], [2, 2]]))  # 3 is beyond the last: no one
+    counter.add(
+        "x", 3, torch.tensor([[0, 1], [0, 3], [2, 2], [2, 2]])
+    )  # 3 is beyond the last: no one
     assert counter.take() == {"x": [2, 1, 0]}
     assert counter.take() == {}
 
@@ -249,7 +287,12 @@ def test_hostile_names_are_escaped() -> None:
 
 def test_compare_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = {n: str(tmp_path / f"{n}.run") for n in ("base", "good", "worse", "bad")}
-    for run, name in ((BASE, "base"), (GOOD, "good"), (made(3, "c", 0.03), "worse"), (made(4, "d", 0.3), "bad")):
+    for run, name in (
+        (BASE, "base"),
+        (GOOD, "good"),
+        (made(3, "c", 0.03), "worse"),
+        (made(4, "d", 0.3), "bad"),
+    ):
         write_run(files[name], run)
     assert cli(["compare", files["base"], files["good"]]) == 0
     assert "default budget of NVFP4" in capsys.readouterr().out
@@ -273,15 +316,24 @@ def pieces_of(units: list[Unit], shift: float = 0.0) -> dict[int, Piece]:
     """Return pieces in which a token's nats tell its window and position."""
     found = {}
     for u in units:
-        nats = [100 * p + i + shift for p, (ids, _) in zip(u.places, u.windows, strict=True) for i in range(len(ids) - 1)]
+        nats = [
+            100 * p + i + shift
+            for p, (ids, _) in zip(u.places, u.windows, strict=True)
+            for i in range(len(ids) - 1)
+        ]
         arrays = {"nats": np.array(nats, np.float32), "top1": np.zeros(len(nats), np.int32)}
-        found[u.number] = Piece(u.number, arrays | {"sure": np.zeros(len(nats), np.float32)} if nats else {})
+        found[u.number] = Piece(
+            u.number, arrays | {"sure": np.zeros(len(nats), np.float32)} if nats else {}
+        )
     return found
 
 
 def test_pieces_fall_into_their_places_whatever_the_batch() -> None:
     lengths = [5, 1, 9, 2, 9]
-    whole = [assemble(units_of(windows(lengths), b), pieces_of(units_of(windows(lengths), b)), 5) for b in (1, 2, 3, 8)]
+    whole = [
+        assemble(units_of(windows(lengths), b), pieces_of(units_of(windows(lengths), b)), 5)
+        for b in (1, 2, 3, 8)
+    ]
     assert whole[0]["tokens"].tolist() == [4, 0, 8, 1, 8]
     assert whole[0]["nats"].tolist()[:5] == [0, 1, 2, 3, 200]
     for other in whole[1:]:
@@ -301,11 +353,18 @@ def test_the_floor_is_what_other_batches_change() -> None:
 
 
 def by_engine(shift: float, **header: Any) -> Run:
-    """Return the base's run as another engine might score it: every token ``shift`` nats dearer, formats none."""
+    """Return the base's run as another engine might score it: every token ``shift`` nats dearer,
+    formats none.
+    """
     nats = (BASE.arrays["nats"] + np.float32(shift)).astype(np.float32)
     arrays = BASE.arrays | {"nats": nats, "sums": sums_of(nats, BASE.tokens)}
-    known = BASE.header.model_dump() | {"formats": [], "environment": {"engine": "vllm 0.32", "device": "cuda"}}
-    return Run(RunHeader.model_validate(known | {"key": KEY | {"activations": "engine"}} | header), arrays)
+    known = BASE.header.model_dump() | {
+        "formats": [],
+        "environment": {"engine": "vllm 0.32", "device": "cuda"},
+    }
+    return Run(
+        RunHeader.model_validate(known | {"key": KEY | {"activations": "engine"}} | header), arrays
+    )
 
 
 def test_a_margin_within_what_engines_differ_by_is_inconclusive() -> None:
@@ -336,9 +395,20 @@ def test_a_floor_that_is_none_is_refused(header: dict[str, Any], message: str) -
 
 
 def test_compare_takes_floors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for name, run in (("base", BASE), ("good", GOOD), ("engine", by_engine(0.03)), ("other", made(2, "c"))):
+    for name, run in (
+        ("base", BASE),
+        ("good", GOOD),
+        ("engine", by_engine(0.03)),
+        ("other", made(2, "c")),
+    ):
         write_run(tmp_path / f"{name}.run", run)
-    pair = ["compare", str(tmp_path / "base.run"), str(tmp_path / "good.run"), "--max-increase", "0.02"]
+    pair = [
+        "compare",
+        str(tmp_path / "base.run"),
+        str(tmp_path / "good.run"),
+        "--max-increase",
+        "0.02",
+    ]
     assert cli(pair) == 0
     assert cli([*pair, "--floor", str(tmp_path / "engine.run")]) == 3
     assert "vllm 0.32" in capsys.readouterr().out
@@ -401,7 +471,9 @@ def test_a_second_look_holds_the_first(tmp_path: Path) -> None:
     with (tmp_path / "attempts.jsonl").open("ab") as handle:
         handle.write(b'{"pair": [1, \n[]\n{"documents": 3}\n')
         handle.write(b'{"documents": [[]], "pair": 5}\n{"documents": [[]], "pair": []}\n')
-    attempts.record(*pair, corpus("a", "b", "c"), 512, "tokens", compare_runs(BASE, GOOD, MARGIN), 3.0)  # type: ignore[arg-type]
+    attempts.record(
+        *pair, corpus("a", "b", "c"), 512, "tokens", compare_runs(BASE, GOOD, MARGIN), 3.0
+    )  # type: ignore[arg-type]
     assert looks("a", "b", "c", "d") == 3
     last = attempts.last(pair[1], 512, "tokens")  # type: ignore[arg-type]
     assert last is not None

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Intervals, families of tests, measures: against textbooks, brute force and simulation; nothing here loads a model."""
+"""Intervals, families of tests, measures: against textbooks, brute force and simulation; nothing
+here loads a model.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ def test_the_standard_error_is_the_delete_one_jackknife() -> None:
     sums, tokens = sample(1)
     found = ratio(sums, tokens)
     left_out = np.array([np.delete(sums, i).sum() / np.delete(tokens, i).sum() for i in range(30)])
-    assert found.se == pytest.approx(math.sqrt(29 / 30 * ((left_out - found.delta) ** 2).sum()), rel=1e-12)
+    assert found.se == pytest.approx(
+        math.sqrt(29 / 30 * ((left_out - found.delta) ** 2).sum()), rel=1e-12
+    )
 
 
 def test_degrees_of_freedom_fall_with_unequal_lengths() -> None:
@@ -75,7 +79,9 @@ def test_simulated_coverage_is_what_is_claimed() -> None:
     hits = 0
     for _ in range(500):
         tokens = np.ceil(3000 * np.exp(0.8 * rng.standard_normal(20)))
-        sums = (0.02 + 0.01 * rng.standard_normal(20)) * tokens + 0.35 * np.sqrt(tokens) * rng.standard_normal(20)
+        sums = (0.02 + 0.01 * rng.standard_normal(20)) * tokens + 0.35 * np.sqrt(
+            tokens
+        ) * rng.standard_normal(20)
         found = ratio(sums, tokens, 0.975)
         hits += found.low <= 0.02 <= found.high
     assert hits / 500 > 0.94
@@ -100,9 +106,14 @@ def test_bootstrap_agrees_with_scipy() -> None:
     # scipy 1.15 renamed the generator's argument.
     seed = "rng" if "rng" in inspect.signature(stats.bootstrap).parameters else "random_state"
     theirs = stats.bootstrap(
-        (sums, tokens.astype(float)), statistic, paired=True, confidence_level=0.9, n_resamples=5000, method="BCa",
+        (sums, tokens.astype(float)),
+        statistic,
+        paired=True,
+        confidence_level=0.9,
+        n_resamples=5000,
+        method="BCa",
         **{seed: np.random.default_rng(1)},
-    ).confidence_interval  # fmt: skip
+    ).confidence_interval
     width = theirs.high - theirs.low
     assert abs(ours[0] - theirs.low) < 0.08 * width
     assert abs(ours[1] - theirs.high) < 0.08 * width
@@ -150,7 +161,12 @@ def test_a_margin_below_the_noise_floor_never_passes() -> None:
     assert judge(tight, floor=0.003, widening=0.0, alpha=0.05) == "inconclusive"
     beyond = [(interval(0.0035, 0.0001), Margin(0.003, ""))]
     assert judge(beyond, floor=0.0, widening=0.0, alpha=0.05) == "failed"
-    assert judge([(beyond[0][0].widened(0.001), beyond[0][1])], floor=0.001, widening=0.001, alpha=0.05) == "inconclusive"
+    assert (
+        judge(
+            [(beyond[0][0].widened(0.001), beyond[0][1])], floor=0.001, widening=0.001, alpha=0.05
+        )
+        == "inconclusive"
+    )
 
 
 def test_documents_for_a_family_are_those_of_the_hardest() -> None:
@@ -212,13 +228,19 @@ def full_kl(p: np.ndarray, q: np.ndarray) -> np.ndarray:
 
 def top(p: np.ndarray, k: int) -> dict[str, np.ndarray]:
     ids = np.argsort(-p, -1)[:, :k].astype(np.int32)
-    return {"top_ids": ids, "top_logprobs": np.log(np.take_along_axis(p, ids, 1)).astype(np.float32)}
+    return {
+        "top_ids": ids,
+        "top_logprobs": np.log(np.take_along_axis(p, ids, 1)).astype(np.float32),
+    }
 
 
 def test_top_k_gives_a_lower_bound_of_the_divergence_that_grows_with_k() -> None:
     rng = np.random.default_rng(10)
     logits = rng.normal(0, 2, (500, 100))
-    p, q = (np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in (logits, logits + rng.normal(0, 0.3, logits.shape)))
+    p, q = (
+        np.exp(x) / np.exp(x).sum(-1, keepdims=True)
+        for x in (logits, logits + rng.normal(0, 0.3, logits.shape))
+    )
     truth = full_kl(p, q)
     means = []
     for k in (1, 4, 16, 64, 100):

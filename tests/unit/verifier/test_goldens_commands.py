@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Goldens under review: what disagrees is pending and fails; a person accepts, with a reason; an empty match fails."""
+"""Goldens under review: what disagrees is pending and fails; a person accepts, with a reason; an
+empty match fails.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def no_ci(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def gate_run(loss: float = 0.0, spread: float = 0.0005, **changed: Any) -> dict[str, Any]:
-    """Return a run whose documents lose ``loss`` nats a token more than a fixed candidate, give or take ``spread``."""
+    """Return a run whose documents lose ``loss`` nats a token more than a fixed candidate, give or
+    take ``spread``.
+    """
     fixed, rng = random.Random(1), random.Random(2)  # noqa: S311
     documents = []
     for _ in range(COUNT):
@@ -34,13 +38,27 @@ def gate_run(loss: float = 0.0, spread: float = 0.0005, **changed: Any) -> dict[
         candidate = base + TOKENS * fixed.gauss(0.007, 0.004)
         extra = TOKENS * rng.gauss(loss, spread) if loss or changed.get("noisy") else 0.0
         documents.append([base, candidate + extra, TOKENS])
-    interval = {"delta": 0.007 + loss, "se": 0.0006, "low": 0.006 + loss, "high": 0.008 + loss, "documents": COUNT}
+    interval = {
+        "delta": 0.007 + loss,
+        "se": 0.0006,
+        "low": 0.006 + loss,
+        "high": 0.008 + loss,
+        "documents": COUNT,
+    }
     changed.pop("noisy", None)
     return {
-        "schema_version": "1.0", "verdict": "passed", "outcome": "passed", "candidate": "/x/M3-NVFP4", "base": "/x/M3",
-        "margin": {"nats": 0.077}, "interval": interval, "key": {"protocol": "tokens", "window": 512}, "environment": {},
-        "documents": documents, "nonfinite": [],
-    } | changed  # fmt: skip
+        "schema_version": "1.0",
+        "verdict": "passed",
+        "outcome": "passed",
+        "candidate": "/x/M3-NVFP4",
+        "base": "/x/M3",
+        "margin": {"nats": 0.077},
+        "interval": interval,
+        "key": {"protocol": "tokens", "window": 512},
+        "environment": {},
+        "documents": documents,
+        "nonfinite": [],
+    } | changed
 
 
 def save(file: Path, value: dict[str, Any]) -> str:
@@ -61,17 +79,25 @@ def accepted(tmp_path: Path) -> Path:
     return folder
 
 
-def test_the_first_run_is_pending_and_fails_until_it_is_accepted(tmp_path: Path, accepted: Path) -> None:
+def test_the_first_run_is_pending_and_fails_until_it_is_accepted(
+    tmp_path: Path, accepted: Path
+) -> None:
     assert load(accepted, "M3-NVFP4.gate").accepted.reason == "first"  # type: ignore[union-attr]
     assert not list(accepted.glob("*.pending.json"))
     assert goldens("test", str(tmp_path / "run.json"), folder=accepted) == 0
     assert goldens("list", folder=accepted) == 0
 
 
-@pytest.mark.parametrize(("loss", "spread", "outcome", "code"), [
-    (0.001, 0.0005, "within", 0), (0.010, 0.0005, "worse", 1), (0.0045, 0.006, "unproven", 3), (-0.004, 0.0005, "stale", 0),
-    (-0.0001, 0.00001, "within", 0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("loss", "spread", "outcome", "code"),
+    [
+        (0.001, 0.0005, "within", 0),
+        (0.010, 0.0005, "worse", 1),
+        (0.0045, 0.006, "unproven", 3),
+        (-0.004, 0.0005, "stale", 0),
+        (-0.0001, 0.00001, "within", 0),
+    ],
+)
 def test_drift_is_a_paired_test_over_documents(
     tmp_path: Path,
     accepted: Path,
@@ -82,7 +108,9 @@ def test_drift_is_a_paired_test_over_documents(
     code: int,
 ) -> None:
     before = (accepted / "M3-NVFP4.gate.golden.json").read_bytes()
-    assert goldens("test", save(tmp_path / "r.json", gate_run(loss, spread)), folder=accepted) == code
+    assert (
+        goldens("test", save(tmp_path / "r.json", gate_run(loss, spread)), folder=accepted) == code
+    )
     assert capsys.readouterr().out.splitlines()[-2].startswith(outcome)
     assert (accepted / "M3-NVFP4.gate.pending.json").exists() == (outcome != "within")
     assert (accepted / "M3-NVFP4.gate.golden.json").read_bytes() == before
@@ -109,7 +137,10 @@ def test_review_shows_old_new_interval_verdict_and_changes_nothing(
 
 
 def test_accept_needs_a_reason_a_person_and_a_pending_record(
-    tmp_path: Path, accepted: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    accepted: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     goldens("test", save(tmp_path / "r.json", gate_run(0.01)), folder=accepted)
     before = (accepted / "M3-NVFP4.gate.golden.json").read_bytes()
@@ -122,7 +153,18 @@ def test_accept_needs_a_reason_a_person_and_a_pending_record(
     monkeypatch.delenv("CI")
     assert goldens("accept", "nothing*", "--reason", "x", folder=accepted) == 1
     assert (accepted / "M3-NVFP4.gate.golden.json").read_bytes() == before
-    assert goldens("accept", "M3*", "--reason", "new recipe", "--history", str(tmp_path / "h"), folder=accepted) == 0
+    assert (
+        goldens(
+            "accept",
+            "M3*",
+            "--reason",
+            "new recipe",
+            "--history",
+            str(tmp_path / "h"),
+            folder=accepted,
+        )
+        == 0
+    )
     found = load(accepted, "M3-NVFP4.gate")
     assert [a.reason for a in [*found.earlier, found.accepted] if a] == ["first", "new recipe"]
     assert found.loss == pytest.approx(0.017)
@@ -131,7 +173,9 @@ def test_accept_needs_a_reason_a_person_and_a_pending_record(
     assert goldens("test", str(tmp_path / "r.json"), folder=accepted) == 0
 
 
-def test_what_is_pending_against_another_golden_is_not_accepted(tmp_path: Path, accepted: Path) -> None:
+def test_what_is_pending_against_another_golden_is_not_accepted(
+    tmp_path: Path, accepted: Path
+) -> None:
     goldens("test", save(tmp_path / "r.json", gate_run(0.01)), folder=accepted)
     pending = (accepted / "M3-NVFP4.gate.pending.json").read_bytes()
     assert goldens("accept", "*", "--reason", "x", folder=accepted) == 0
@@ -172,11 +216,14 @@ def test_a_filter_that_matches_nothing_fails(tmp_path: Path, accepted: Path) -> 
     assert goldens("test", str(tmp_path / "run.json"), "--only", "Qwen*", folder=accepted) == 1
     assert goldens("list", "Qwen*", folder=accepted) == 1
     assert goldens("review", "Qwen*", folder=accepted) == 1
-    assert goldens("review", folder=accepted) == 0  # nothing is pending, and nothing was asked for by name
+    assert (
+        goldens("review", folder=accepted) == 0
+    )  # nothing is pending, and nothing was asked for by name
 
 
 @pytest.mark.parametrize(
-    "key", [{"protocol": "tokens", "window": 256}, {"protocol": "tokens", "window": 512, "bos": True}]
+    "key",
+    [{"protocol": "tokens", "window": 256}, {"protocol": "tokens", "window": 512, "bos": True}],
 )
 def test_a_golden_of_another_protocol_is_not_compared(
     tmp_path: Path, accepted: Path, capsys: pytest.CaptureFixture[str], key: dict[str, Any]
@@ -191,13 +238,25 @@ def test_other_token_counts_under_one_key_are_not_compared(accepted: Path) -> No
     assert hold(cut, accepted / "M3-NVFP4.gate.golden.json").outcome == "unlike"
 
 
-def test_a_check_is_held_against_its_golden_as_it_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_check_is_held_against_its_golden_as_it_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     copy = tmp_path / "mxfp8"
     shutil.copytree(GOLDEN / "mxfp8", copy)
-    args = ["check", str(copy), "--depth", "payload", "--golden", str(tmp_path / "g" / "mxfp8.golden.json")]
+    args = [
+        "check",
+        str(copy),
+        "--depth",
+        "payload",
+        "--golden",
+        str(tmp_path / "g" / "mxfp8.golden.json"),
+    ]
     assert run(args) == 1
     assert "no record is accepted yet" in capsys.readouterr().err
-    assert run(["goldens", "accept", "mxfp8", "--reason", "as released", "-d", str(tmp_path / "g")]) == 0
+    assert (
+        run(["goldens", "accept", "mxfp8", "--reason", "as released", "-d", str(tmp_path / "g")])
+        == 0
+    )
     assert run(args) == 0
     config = copy / "config.json"
     config.unlink()
@@ -210,9 +269,13 @@ def test_a_check_is_held_against_its_golden_as_it_runs(tmp_path: Path, capsys: p
 
 def test_fewer_findings_make_the_golden_stale(tmp_path: Path) -> None:
     report = {
-        "verdict": "failed", "uri": "/x/ckpt", "base": None, "coverage": [{"rule": "QC501", "ran": True, "checked": 5}],
-        "stats": {"tensors": 5}, "findings": [{"rule": "QC501", "severity": "error", "count": 2, "standing": ""}],
-    }  # fmt: skip
+        "verdict": "failed",
+        "uri": "/x/ckpt",
+        "base": None,
+        "coverage": [{"rule": "QC501", "ran": True, "checked": 5}],
+        "stats": {"tensors": 5},
+        "findings": [{"rule": "QC501", "severity": "error", "count": 2, "standing": ""}],
+    }
     file = tmp_path / "c.golden.json"
     assert hold(report, file).outcome == "new"
     assert goldens("accept", "c", "--reason", "known bad", folder=tmp_path) == 0
@@ -222,13 +285,19 @@ def test_fewer_findings_make_the_golden_stale(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["../up", "a/b", "", ".hidden", "x" * 200, "a b"])
-def test_a_name_that_leads_out_of_the_folder_is_refused(tmp_path: Path, accepted: Path, name: str) -> None:
+def test_a_name_that_leads_out_of_the_folder_is_refused(
+    tmp_path: Path, accepted: Path, name: str
+) -> None:
     assert goldens("test", f"{name}={tmp_path / 'run.json'}", folder=accepted) == 2
     assert goldens("show", name, folder=accepted) == 2
 
 
-@pytest.mark.parametrize("text", ["", "{", "[" * 100_000, '{"kind": "gate"}', '{"documents": [[NaN, 1, 2]]}'])
-def test_a_golden_that_is_none_is_an_error_of_contents(tmp_path: Path, accepted: Path, text: str) -> None:
+@pytest.mark.parametrize(
+    "text", ["", "{", "[" * 100_000, '{"kind": "gate"}', '{"documents": [[NaN, 1, 2]]}']
+)
+def test_a_golden_that_is_none_is_an_error_of_contents(
+    tmp_path: Path, accepted: Path, text: str
+) -> None:
     (accepted / "M3-NVFP4.gate.golden.json").write_text(text)
     assert goldens("test", str(tmp_path / "run.json"), folder=accepted) == 1
     assert goldens("show", "M3-NVFP4.gate", folder=accepted) == 1

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The history: writers at once, torn and hostile lines, trends, change points, exports, the index."""
+"""The history: writers at once, torn and hostile lines, trends, change points, exports, the
+index.
+"""
 
 from __future__ import annotations
 
@@ -37,13 +39,30 @@ for i in range(int(sys.argv[4])):
 
 
 def gate_run(loss: float = 0.007, **changed: Any) -> dict[str, Any]:
-    interval = {"delta": loss, "se": 0.0006, "low": loss - 0.001, "high": loss + 0.001, "documents": 2, "tokens": 20}
+    interval = {
+        "delta": loss,
+        "se": 0.0006,
+        "low": loss - 0.001,
+        "high": loss + 0.001,
+        "documents": 2,
+        "tokens": 20,
+    }
     return {
-        "schema_version": "1.0", "verdict": "passed", "outcome": "passed", "candidate": "/nowhere/M3-NVFP4",
-        "base": "/nowhere/M3", "margin": {"nats": 0.077, "source": "given"}, "interval": interval, "perplexity_base": 20.0,
-        "perplexity_candidate": 20.1, "key": {"protocol": "tokens", "window": 512}, "environment": {"torch": "2.13.0"},
-        "documents": [[1.0, 1.1, 10], [2.0, 2.1, 10]], "nonfinite": [], "a_field_of_tomorrow": {"x": [1]},
-    } | changed  # fmt: skip
+        "schema_version": "1.0",
+        "verdict": "passed",
+        "outcome": "passed",
+        "candidate": "/nowhere/M3-NVFP4",
+        "base": "/nowhere/M3",
+        "margin": {"nats": 0.077, "source": "given"},
+        "interval": interval,
+        "perplexity_base": 20.0,
+        "perplexity_candidate": 20.1,
+        "key": {"protocol": "tokens", "window": 512},
+        "environment": {"torch": "2.13.0"},
+        "documents": [[1.0, 1.1, 10], [2.0, 2.1, 10]],
+        "nonfinite": [],
+        "a_field_of_tomorrow": {"x": [1]},
+    } | changed
 
 
 def record(loss: float = 0.007, recipe: str = "", commit: str = "", **changed: Any) -> Record:
@@ -65,20 +84,31 @@ def test_what_a_gate_printed_is_recorded_with_intervals_and_keys(tmp_path: Path)
         "mean": {"delta": 0.01, "low": 0.009, "high": 0.011, "se": 0.001},
         "tail": [1.0, 0.9, 1.2],
     }
-    measures = {"kl": kl, "top1": {"delta": 0.95, "low": 0.94, "high": 0.96, "se": 0.01}, "flips": 3, "sure": 300}
+    measures = {
+        "kl": kl,
+        "top1": {"delta": 0.95, "low": 0.94, "high": 0.96, "se": 0.01},
+        "flips": 3,
+        "sure": 300,
+    }
     drift = {
         "accepted": "x",
         "margin": {"nats": 0.003},
         "interval": {"delta": 0.001, "low": 0.0, "high": 0.002, "se": 0.0},
     }
-    append(tmp_path / "h", recorded(gate_run(measures=measures, drift=drift), label="rc1", seconds=7.5))
+    append(
+        tmp_path / "h", recorded(gate_run(measures=measures, drift=drift), label="rc1", seconds=7.5)
+    )
     (found,) = load(tmp_path / "h").records
     assert (found.kind, found.name, found.verdict) == ("gate", "M3-NVFP4", "passed")
     assert (found.label, found.seconds) == ("rc1", 7.5)
     loss = found.measures["loss"]
     assert (loss.value, loss.low, loss.high, loss.margin) == (0.007, 0.006, 0.008, 0.077)
     assert found.measures["drift"].margin == 0.003
-    assert (found.measures["kl"].value, found.measures["kl_999"].high, found.measures["flips"].value) == (
+    assert (
+        found.measures["kl"].value,
+        found.measures["kl_999"].high,
+        found.measures["flips"].value,
+    ) == (
         0.01,
         1.2,
         0.01,
@@ -89,16 +119,38 @@ def test_what_a_gate_printed_is_recorded_with_intervals_and_keys(tmp_path: Path)
 
 def test_a_run_without_statistics_is_recorded_too() -> None:
     found = recorded(
-        gate_run(interval=None, perplexity_base=None, perplexity_candidate=None, nonfinite=[3], verdict="failed")
+        gate_run(
+            interval=None,
+            perplexity_base=None,
+            perplexity_candidate=None,
+            nonfinite=[3],
+            verdict="failed",
+        )
     )
     assert "loss" not in found.measures
     assert found.measures["nonfinite"].value == 1
 
 
-def test_check_appends_by_itself_and_tells_digests(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_appends_by_itself_and_tells_digests(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "sub" / "h.jsonl"
     for label in ("a", "b"):
-        assert run(["check", str(GOLDEN / "mxfp8"), "--history", str(file), "--label", label, "--format", "json"]) == 0
+        assert (
+            run(
+                [
+                    "check",
+                    str(GOLDEN / "mxfp8"),
+                    "--history",
+                    str(file),
+                    "--label",
+                    label,
+                    "--format",
+                    "json",
+                ]
+            )
+            == 0
+        )
     json.loads(capsys.readouterr().out.split("}\n{")[0] + "}")  # stdout holds the reports alone
     first, second = load(file).records
     assert (first.kind, first.label, second.label) == ("check", "a", "b")
@@ -113,7 +165,14 @@ def test_check_appends_by_itself_and_tells_digests(tmp_path: Path, capsys: pytes
 
 def test_a_check_that_could_not_be_made_is_on_record(tmp_path: Path) -> None:
     (tmp_path / "base").mkdir()
-    args = ["check", str(GOLDEN / "mxfp8"), "--base", str(tmp_path / "base"), "--history", str(tmp_path / "h")]
+    args = [
+        "check",
+        str(GOLDEN / "mxfp8"),
+        "--base",
+        str(tmp_path / "base"),
+        "--history",
+        str(tmp_path / "h"),
+    ]
     assert run(args) == 1
     assert [r.verdict for r in load(tmp_path / "h").records] == ["failed"]
 
@@ -123,7 +182,14 @@ def test_gate_appends_by_itself_and_is_held_against_its_golden(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("CI", raising=False)
-    args = ["gate", str(GOLDEN / "mxfp8"), "--base", str(GOLDEN / "bf16"), "--corpus", str(GOLDEN / "corpus.jsonl")]
+    args = [
+        "gate",
+        str(GOLDEN / "mxfp8"),
+        "--base",
+        str(GOLDEN / "bf16"),
+        "--corpus",
+        str(GOLDEN / "corpus.jsonl"),
+    ]
     args += ["--documents", "3", "--max-increase", "0.5", "--format", "json"]
     args += ["--history", str(tmp_path / "h"), "--golden", str(tmp_path / "g" / "m.golden.json")]
     assert run(args) == 1
@@ -143,25 +209,40 @@ def test_the_recipe_of_an_export_is_told_by_its_manifest(tmp_path: Path) -> None
     options = {"recipe": "nvfp4_mlp", "kv_cache": None, "layers": [1, 2]}
     (tmp_path / "ckptgate_manifest.json").write_text(json.dumps({"options": options}))
     found = recorded(gate_run(candidate=str(tmp_path)))
-    assert {k: v for k, v in found.recipe.items() if k != "sha256"} == {"recipe": "nvfp4_mlp", "layers": "[1, 2]"}
+    assert {k: v for k, v in found.recipe.items() if k != "sha256"} == {
+        "recipe": "nvfp4_mlp",
+        "layers": "[1, 2]",
+    }
 
 
 def test_writers_at_once_lose_nothing(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text(json.dumps(gate_run()))
     args = [sys.executable, "-c", WRITER, str(tmp_path / "h"), str(tmp_path / "run.json")]
-    with_env = os.environ | {"PATH": "/nonexistent"}  # no git: the processes are then at the file more often
+    with_env = os.environ | {
+        "PATH": "/nonexistent"
+    }  # no git: the processes are then at the file more often
     writers = [subprocess.Popen([*args, str(i), "40"], env=with_env) for i in range(4)]
     readers = [len(load(tmp_path / "h").notes) for _ in range(20) if (tmp_path / "h").exists()]
     assert [w.wait() for w in writers] == [0] * 4
     found = load(tmp_path / "h")
-    assert sorted(r.label for r in found.records) == sorted(f"{i}-{n}" for i in range(4) for n in range(40))
+    assert sorted(r.label for r in found.records) == sorted(
+        f"{i}-{n}" for i in range(4) for n in range(40)
+    )
     assert found.notes == []
     assert not any(readers)
 
 
 def test_a_killed_writer_leaves_whole_lines_and_no_lock(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text(json.dumps(gate_run()))
-    args = [sys.executable, "-c", WRITER, str(tmp_path / "h"), str(tmp_path / "run.json"), "x", "100000"]
+    args = [
+        sys.executable,
+        "-c",
+        WRITER,
+        str(tmp_path / "h"),
+        str(tmp_path / "run.json"),
+        "x",
+        "100000",
+    ]
     writer = subprocess.Popen(args, env=os.environ | {"PATH": "/nonexistent"})
     while not (tmp_path / "h").exists() or (tmp_path / "h").stat().st_size < 5000:
         assert writer.poll() is None
@@ -206,10 +287,21 @@ def test_a_whole_last_line_without_its_end_is_kept(tmp_path: Path) -> None:
     assert file.read_bytes().endswith(b"}\n")
 
 
-@pytest.mark.parametrize("hostile", [
-    b"{" * 100_000, b'{"a":' * 50_000, b"[" * 200_000 + b"]" * 200_000, b"x" * (MAX_LINE + 10), b"x" * (MAX_LINE + 1),
-    b"\xff\xfe\x00", b'{"id": NaN}', b"null", b"1" * 5000, b'{"schema_version": "9.0"}',
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        b"{" * 100_000,
+        b'{"a":' * 50_000,
+        b"[" * 200_000 + b"]" * 200_000,
+        b"x" * (MAX_LINE + 10),
+        b"x" * (MAX_LINE + 1),
+        b"\xff\xfe\x00",
+        b'{"id": NaN}',
+        b"null",
+        b"1" * 5000,
+        b'{"schema_version": "9.0"}',
+    ],
+)
 def test_hostile_lines_are_left_out_and_counted(tmp_path: Path, hostile: bytes) -> None:
     file = tmp_path / "h"
     write(file, 0.1)
@@ -329,12 +421,18 @@ def test_a_change_point_names_the_recipe_or_the_commit_that_changed() -> None:
 
 
 def test_one_bad_run_at_the_end_is_no_level_and_moves_no_change_point() -> None:
-    runs = [record(0.0069, "a") for _ in range(4)] + [record(0.0054, "b") for _ in range(4)] + [record(0.0164, "b")]
+    runs = (
+        [record(0.0069, "a") for _ in range(4)]
+        + [record(0.0054, "b") for _ in range(4)]
+        + [record(0.0164, "b")]
+    )
     (change,) = changes(runs)
     assert (change.run, change.because) == (runs[4], ("recipe a -> b",))
 
 
-@pytest.mark.parametrize("values", [[1e308, -1e308] * 5, [1e200, 0.0] * 5, [1e308] * 8, [5e-324] * 8])
+@pytest.mark.parametrize(
+    "values", [[1e308, -1e308] * 5, [1e200, 0.0] * 5, [1e308] * 8, [5e-324] * 8]
+)
 def test_values_at_the_ends_of_a_float_are_no_crash(values: list[float], tmp_path: Path) -> None:
     for value in values:
         append(tmp_path / "h", record(interval={"delta": value}))
@@ -354,7 +452,11 @@ def test_bmf_has_the_last_run_of_each_series_with_its_bounds() -> None:
     found = json.loads(to_bmf([record(0.1), record(0.2), record(0.3, candidate="other")]))
     assert set(found) == {"gate M3-NVFP4", "gate other"}
     loss = found["gate M3-NVFP4"]["loss"]
-    assert loss == {"value": 0.2, "lower_value": pytest.approx(0.199), "upper_value": pytest.approx(0.201)}
+    assert loss == {
+        "value": 0.2,
+        "lower_value": pytest.approx(0.199),
+        "upper_value": pytest.approx(0.201),
+    }
     assert found["gate other"]["perplexity-base"] == {"value": 20.0}
     two = json.loads(to_bmf([record(0.1), record(0.2, key={"protocol": "lm-eval"})]))
     assert len(two) == 2
@@ -372,7 +474,20 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     file = tmp_path / "h.jsonl"
     for i, loss in enumerate((0.007, 0.007, 0.007, 0.03)):
         (tmp_path / f"{i}.json").write_text(json.dumps(gate_run(loss)))
-        assert run(["history", "add", str(tmp_path / f"{i}.json"), "--label", f"n{i}\x1b[31m", "-f", str(file)]) == 0
+        assert (
+            run(
+                [
+                    "history",
+                    "add",
+                    str(tmp_path / f"{i}.json"),
+                    "--label",
+                    f"n{i}\x1b[31m",
+                    "-f",
+                    str(file),
+                ]
+            )
+            == 0
+        )
     assert "is off the median" in capsys.readouterr().err
     assert run(["history", "log", "-f", str(file)]) == 0
     out = capsys.readouterr().out
@@ -392,7 +507,9 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert run(["history", "log", "-f", str(tmp_path / "absent")]) == 2
 
 
-def test_unlike_protocols_are_not_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unlike_protocols_are_not_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     append(tmp_path / "h", record())
     append(tmp_path / "h", record(key={"protocol": "tokens", "window": 256}))
     assert run(["history", "compare", "-2", "-1", "-f", str(tmp_path / "h")]) == 1

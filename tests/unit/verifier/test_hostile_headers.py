@@ -48,7 +48,9 @@ def _nested(depth: int) -> bytes:
 def _raw_entry(**changes: str) -> bytes:
     """Return a header with values that json.dumps would not write."""
     fields = {"dtype": '"F32"', "shape": "[2,3]", "data_offsets": "[0,24]"} | changes
-    return f'{{"{NAME}":{{{",".join(f"{json.dumps(k)}:{v}" for k, v in fields.items())}}}}}'.encode()
+    return (
+        f'{{"{NAME}":{{{",".join(f"{json.dumps(k)}:{v}" for k, v in fields.items())}}}}}'.encode()
+    )
 
 
 SHORT_HEADER = json.dumps(_entry()).encode()
@@ -60,9 +62,15 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "length_2_64": (b"\xff" * 8 + bytes(64), "header-length"),
     "length_over_the_cap": ((MAX_HEADER + 1).to_bytes(8, "little") + bytes(64), "header-length"),
     "header_beyond_the_file": ((1000).to_bytes(8, "little") + SHORT_HEADER, "truncated"),
-    "one_byte_beyond_the_file": ((len(SHORT_HEADER) + 1).to_bytes(8, "little") + SHORT_HEADER, "truncated"),
+    "one_byte_beyond_the_file": (
+        (len(SHORT_HEADER) + 1).to_bytes(8, "little") + SHORT_HEADER,
+        "truncated",
+    ),
     "zeros": (bytes(4096), "header-length"),
-    "text": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 1234567\n", "header-length"),
+    "text": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 1234567\n",
+        "header-length",
+    ),
     "not_utf8": (_file(b'{"\xff\xfe": 1}'), "json"),
     "utf16": (_file(json.dumps(_entry()).encode("utf-16")), "json"),
     "utf8_with_a_mark": (_file(b"\xef\xbb\xbf" + SHORT_HEADER), "json"),
@@ -111,10 +119,13 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "overlap": (_file(_two([0, 12], [8, 20]), bytes(20)), "overlap"),
     "same_range_twice": (_file(_two([0, 12], [0, 12]), bytes(12)), "overlap"),
     "empty_inside_another": (
-        _file({
-            "a.weight": {"dtype": "F32", "shape": [0], "data_offsets": [4, 4]},
-            "b.weight": {"dtype": "F32", "shape": [6], "data_offsets": [0, 24]},
-        }), "overlap",
+        _file(
+            {
+                "a.weight": {"dtype": "F32", "shape": [0], "data_offsets": [4, 4]},
+                "b.weight": {"dtype": "F32", "shape": [6], "data_offsets": [0, 24]},
+            }
+        ),
+        "overlap",
     ),
     "gap": (_file(_two([0, 12], [16, 28]), bytes(28)), "gap"),
     "gap_before_the_first": (_file(_entry(data_offsets=[8, 32]), bytes(32)), "gap"),
@@ -131,7 +142,8 @@ HARMLESS: dict[str, bytes] = {
             "a.weight": {"dtype": "I8", "shape": [2], "data_offsets": [0, 2]},
             "b.weight": {"dtype": "F32", "shape": [0], "data_offsets": [2, 2]},
             "c.weight": {"dtype": "I8", "shape": [2], "data_offsets": [2, 4]},
-        }, bytes(4),
+        },
+        bytes(4),
     ),
     "scalar": _file(_entry(shape=[], data_offsets=[0, 4]), bytes(4)),
     "no_tensors": _file({}, b""),
@@ -140,7 +152,7 @@ HARMLESS: dict[str, bytes] = {
     "spaces_before": _file(b"  \n" + SHORT_HEADER),
     "half_bytes": _file(_entry(dtype="F4", shape=[2, 24])),
     "names_out_of_order": _file(_two([12, 24], [0, 12])),
-}  # fmt: skip
+}
 
 
 def _folder(root: Path, shard: bytes, name: str = SHARD) -> Path:
@@ -152,7 +164,9 @@ def _folder(root: Path, shard: bytes, name: str = SHARD) -> Path:
 
 
 def _check(folder: Path) -> Report:
-    """Check at payload depth, against itself too, so that every rule reads it; without the note on absent metadata."""
+    """Check at payload depth, against itself too, so that every rule reads it; without the note on
+    absent metadata.
+    """
     report = verifier.check(folder, depth="payload")
     again = verifier.check(folder, base=folder, merged_from=folder, depth="payload")
     assert {f.rule for f in report.findings} <= {f.rule for f in again.findings}
@@ -187,9 +201,13 @@ def test_hostile_file_is_a_finding(tmp_path: Path, name: str) -> None:
     assert {f.rule for f in report.findings} == {"QC104"}
 
 
-@pytest.mark.parametrize("name", [n for n in HOSTILE if n not in ("name_twice", "field_unknown", "field_twice")])
+@pytest.mark.parametrize(
+    "name", [n for n in HOSTILE if n not in ("name_twice", "field_unknown", "field_twice")]
+)
 def test_safetensors_refuses_it_too(tmp_path: Path, name: str) -> None:
-    """What we call hostile, the reference implementation does not read either (it lets the last of two keys win)."""
+    """What we call hostile, the reference implementation does not read either (it lets the last of
+    two keys win).
+    """
     path = tmp_path / SHARD
     path.write_bytes(HOSTILE[name][0])
     assert not _accepted(path)
@@ -207,7 +225,9 @@ def test_harmless_file_is_no_finding(tmp_path: Path, name: str) -> None:
 
 
 def test_cap_of_the_header_is_not_the_size_of_the_file(tmp_path: Path) -> None:
-    """A header that claims more than 100 MB is refused although the file is as long as that (sparse on disk)."""
+    """A header that claims more than 100 MB is refused although the file is as long as that (sparse
+    on disk).
+    """
     folder = _folder(tmp_path / "ckpt", (MAX_HEADER + 1).to_bytes(8, "little"))
     os.truncate(folder / SHARD, 8 + MAX_HEADER + 1)
     report = _check(folder)
@@ -216,9 +236,10 @@ def test_cap_of_the_header_is_not_the_size_of_the_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "metadata", [{"format": 1}, {"format": None}, {"a": {"b": "c"}}, ["format", "pt"], "pt", 3],
+    "metadata",
+    [{"format": 1}, {"format": None}, {"a": {"b": "c"}}, ["format", "pt"], "pt", 3],
     ids=["number", "null", "object", "list", "text", "bare_number"],
-)  # fmt: skip
+)
 def test_metadata_that_are_no_strings_are_a_finding(tmp_path: Path, metadata: Any) -> None:
     folder = _folder(tmp_path / "ckpt", _file({"__metadata__": metadata, **_entry()}))
     (shard,) = open_checkpoint(folder).shards
@@ -232,7 +253,9 @@ def test_metadata_that_are_no_strings_are_a_finding(tmp_path: Path, metadata: An
 def test_trailing_bytes_are_a_warning(tmp_path: Path) -> None:
     folder = _folder(tmp_path / "ckpt", _file(_entry(), bytes(25)))
     report = _check(folder)
-    assert [(f.rule, f.severity, f.where.file) for f in report.findings] == [("QC105", "warning", SHARD)]
+    assert [(f.rule, f.severity, f.where.file) for f in report.findings] == [
+        ("QC105", "warning", SHARD)
+    ]
 
 
 def test_one_broken_shard_does_not_hide_the_others(tmp_path: Path) -> None:
@@ -245,7 +268,9 @@ def test_one_broken_shard_does_not_hide_the_others(tmp_path: Path) -> None:
     assert {f.where.file for f in found} == {"a.safetensors", "z.safetensors"}
 
 
-@pytest.mark.parametrize("order", [("a.weight", "b.weight"), ("b.weight", "a.weight")], ids=["last", "first"])
+@pytest.mark.parametrize(
+    "order", [("a.weight", "b.weight"), ("b.weight", "a.weight")], ids=["last", "first"]
+)
 def test_one_bad_entry_does_not_hide_its_neighbours(tmp_path: Path, order: tuple[str, str]) -> None:
     """And the bytes of the bad one are no gap and no trailing bytes: it says where they are."""
     header = {name: ENTRY | {"data_offsets": [24 * i, 24 * i + 24]} for i, name in enumerate(order)}
@@ -256,7 +281,11 @@ def test_one_bad_entry_does_not_hide_its_neighbours(tmp_path: Path, order: tuple
     assert [(p.kind, p.tensor) for p in shard.problems] == [("dtype", "b.weight")]
 
 
-@pytest.mark.parametrize("name", ["", "weight", ".weight", "..", "a..weight", "\n", "\x00", "\x1b[31m", "a" * 999], ids=repr)
+@pytest.mark.parametrize(
+    "name",
+    ["", "weight", ".weight", "..", "a..weight", "\n", "\x00", "\x1b[31m", "a" * 999],
+    ids=repr,
+)
 def test_odd_tensor_names_are_read(tmp_path: Path, name: str) -> None:
     folder = _folder(tmp_path / "ckpt", _file({name: ENTRY}))
     assert set(open_checkpoint(folder).tensors) == {name}
@@ -275,34 +304,84 @@ def _sharded(root: Path, index: Any) -> Path:
 @pytest.mark.parametrize(
     "index",
     [
-        [], None, 3, "model", {}, {"weight_map": []}, {"weight_map": None}, b"", b"{", b"\xff\xfe", b'{"weight_map": NaN}',
-        b'{"weight_map": {}, "weight_map": {}}', b'{"weight_map":' + b"[" * 200_000 + b"]" * 200_000 + b"}",
+        [],
+        None,
+        3,
+        "model",
+        {},
+        {"weight_map": []},
+        {"weight_map": None},
+        b"",
+        b"{",
+        b"\xff\xfe",
+        b'{"weight_map": NaN}',
+        b'{"weight_map": {}, "weight_map": {}}',
+        b'{"weight_map":' + b"[" * 200_000 + b"]" * 200_000 + b"}",
     ],
     ids=[
-        "list", "null", "number", "text", "empty_object", "map_is_list", "map_is_null", "empty_file", "cut", "not_utf8",
-        "nan", "key_twice", "nested",
+        "list",
+        "null",
+        "number",
+        "text",
+        "empty_object",
+        "map_is_list",
+        "map_is_null",
+        "empty_file",
+        "cut",
+        "not_utf8",
+        "nan",
+        "key_twice",
+        "nested",
     ],
-)  # fmt: skip
+)
 def test_index_that_is_none_is_a_finding(tmp_path: Path, index: Any) -> None:
     report = _check(_sharded(tmp_path / "ckpt", index))
     assert report.exit_code == 1
-    assert {(f.rule, f.severity, f.where.file) for f in report.findings} == {("QC101", "error", INDEX)}
+    assert {(f.rule, f.severity, f.where.file) for f in report.findings} == {
+        ("QC101", "error", INDEX)
+    }
 
 
 @pytest.mark.parametrize(
     "file",
     [
-        "/etc/passwd", f"../{SHARD}", f"./{SHARD}", f"sub/{SHARD}", "..", ".", "", "a\\..\\b", f"{SHARD}\0", 7, None,
-        [SHARD], {"file": SHARD},
+        "/etc/passwd",
+        f"../{SHARD}",
+        f"./{SHARD}",
+        f"sub/{SHARD}",
+        "..",
+        ".",
+        "",
+        "a\\..\\b",
+        f"{SHARD}\0",
+        7,
+        None,
+        [SHARD],
+        {"file": SHARD},
     ],
     ids=[
-        "absolute", "up", "here", "below", "dots", "dot", "empty", "backslash", "nul", "number", "null", "list", "object",
+        "absolute",
+        "up",
+        "here",
+        "below",
+        "dots",
+        "dot",
+        "empty",
+        "backslash",
+        "nul",
+        "number",
+        "null",
+        "list",
+        "object",
     ],
-)  # fmt: skip
+)
 def test_index_that_names_no_plain_file_is_a_finding(tmp_path: Path, file: Any) -> None:
     outside = tmp_path / SHARD
     outside.write_bytes(_file({"stolen.weight": ENTRY}))
-    folder = _sharded(tmp_path / "ckpt", {"metadata": {"total_size": 24}, "weight_map": {NAME: SHARD, "b.weight": file}})
+    folder = _sharded(
+        tmp_path / "ckpt",
+        {"metadata": {"total_size": 24}, "weight_map": {NAME: SHARD, "b.weight": file}},
+    )
     assert set(open_checkpoint(folder).tensors) == {NAME}
     report = _check(folder)
     assert report.exit_code == 1
@@ -312,8 +391,12 @@ def test_index_that_names_no_plain_file_is_a_finding(tmp_path: Path, file: Any) 
 
 @pytest.mark.parametrize("file", ["config.json", "pytorch_model.bin"])
 def test_index_that_names_another_kind_of_file_is_a_finding(tmp_path: Path, file: str) -> None:
-    """The name is plain and the file is there, and it is no safetensors file: every loader fails on it."""
-    folder = _sharded(tmp_path / "ckpt", {"metadata": {"total_size": 24}, "weight_map": {NAME: file}})
+    """The name is plain and the file is there, and it is no safetensors file: every loader fails on
+    it.
+    """
+    folder = _sharded(
+        tmp_path / "ckpt", {"metadata": {"total_size": 24}, "weight_map": {NAME: file}}
+    )
     (folder / "pytorch_model.bin").write_bytes(b"PK")
     report = _check(folder)
     assert report.exit_code == 1
@@ -322,7 +405,9 @@ def test_index_that_names_another_kind_of_file_is_a_finding(tmp_path: Path, file
 
 @pytest.mark.parametrize("total", ["24", None, 24.5, 1e308, True, [24], -1, 10**30], ids=str)
 def test_odd_total_size_is_read(tmp_path: Path, total: Any) -> None:
-    folder = _sharded(tmp_path / "ckpt", {"metadata": {"total_size": total}, "weight_map": {NAME: SHARD}})
+    folder = _sharded(
+        tmp_path / "ckpt", {"metadata": {"total_size": total}, "weight_map": {NAME: SHARD}}
+    )
     report = _check(folder)
     assert {f.rule for f in report.findings} <= {"QC106"}
 
@@ -338,13 +423,28 @@ def test_metadata_of_the_index_may_be_anything(tmp_path: Path, metadata: Any) ->
 TEXT_FAMILIES = ("llama", "mixtral", "qwen3_moe", "minimax_m3_vl", "nothing_known")
 ODD = [None, True, 7, -1, 1.5, 10**30, "x", [], [None], {}, {"a": 1}]
 KEYS = (
-    "text_config", "vision_config", "num_hidden_layers", "num_local_experts", "hidden_size", "num_attention_heads",
-    "head_dim", "mlp_layer_types", "moe_layer_freq", "mlp_only_layers", "decoder_sparse_step", "first_k_dense_replace",
-    "layer_types", "sparse_attention_config", "tie_word_embeddings", "quantization_config",
-)  # fmt: skip
+    "text_config",
+    "vision_config",
+    "num_hidden_layers",
+    "num_local_experts",
+    "hidden_size",
+    "num_attention_heads",
+    "head_dim",
+    "mlp_layer_types",
+    "moe_layer_freq",
+    "mlp_only_layers",
+    "decoder_sparse_step",
+    "first_k_dense_replace",
+    "layer_types",
+    "sparse_attention_config",
+    "tie_word_embeddings",
+    "quantization_config",
+)
 
 
-@pytest.mark.parametrize("text", [b"", b"[]", b"null", b"{", b"\xff", b'{"a": 1, "a": 1}', b"[" * 200_000])
+@pytest.mark.parametrize(
+    "text", [b"", b"[]", b"null", b"{", b"\xff", b'{"a": 1, "a": 1}', b"[" * 200_000]
+)
 @pytest.mark.parametrize("file", ["config.json", "hf_quant_config.json"])
 def test_config_that_is_no_object_is_a_finding(tmp_path: Path, file: str, text: bytes) -> None:
     folder = _folder(tmp_path / "ckpt", _file(_entry()))
@@ -355,12 +455,20 @@ def test_config_that_is_no_object_is_a_finding(tmp_path: Path, file: str, text: 
 
 
 def test_infinity_in_a_config_is_read(tmp_path: Path) -> None:
-    """Python writes it, transformers reads it, and nvidia/Nemotron-H-56B-Base-8K has it in config.json."""
+    """Python writes it, transformers reads it, and nvidia/Nemotron-H-56B-Base-8K has it in
+    config.json.
+    """
     folder = _folder(tmp_path / "ckpt", _file(_entry()))
-    (folder / "config.json").write_text('{"model_type": "nemotron_h", "time_step_limit": [0.0, Infinity]}')
+    (folder / "config.json").write_text(
+        '{"model_type": "nemotron_h", "time_step_limit": [0.0, Infinity]}'
+    )
     assert open_checkpoint(folder).model_type == "nemotron_h"
     # It is no whole nemotron_h, whose names are known; of its config nothing is said.
-    assert {f.rule for f in verifier.check(folder, depth="payload").findings} <= {"QC109", "QC201", "QC205"}
+    assert {f.rule for f in verifier.check(folder, depth="payload").findings} <= {
+        "QC109",
+        "QC201",
+        "QC205",
+    }
 
 
 @pytest.mark.parametrize("model_type", TEXT_FAMILIES)
@@ -368,16 +476,24 @@ def test_infinity_in_a_config_is_read(tmp_path: Path) -> None:
 def test_odd_config_values_never_crash_the_check(tmp_path: Path, key: str, model_type: str) -> None:
     folder = _folder(tmp_path / "ckpt", _file(_entry()))
     small: dict[str, Any] = {
-        "model_type": model_type, "num_hidden_layers": 2, "num_local_experts": 2, "vision_config": {"num_hidden_layers": 1},
+        "model_type": model_type,
+        "num_hidden_layers": 2,
+        "num_local_experts": 2,
+        "vision_config": {"num_hidden_layers": 1},
         "text_config": {"num_hidden_layers": 2, "num_local_experts": 2},
-    }  # fmt: skip
+    }
     for value in ODD:
-        for config in (small | {key: value}, small | {"text_config": {**small["text_config"], key: value}}):
+        for config in (
+            small | {key: value},
+            small | {"text_config": {**small["text_config"], key: value}},
+        ):
             (folder / "config.json").write_text(json.dumps(config))
             assert verifier.check(folder, depth="payload").exit_code in (1, 3), (key, value)
 
 
-@pytest.mark.parametrize("model_type", [None, 7, [], {}, "", "../llama", "__init__", "a\0b"], ids=repr)
+@pytest.mark.parametrize(
+    "model_type", [None, 7, [], {}, "", "../llama", "__init__", "a\0b"], ids=repr
+)
 def test_odd_model_type_is_unknown(tmp_path: Path, model_type: Any) -> None:
     folder = _folder(tmp_path / "ckpt", _file(_entry()))
     (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
@@ -394,7 +510,10 @@ def _hub_cache(root: Path) -> Path:
     snapshot.mkdir(parents=True)
     (repo / "blobs").mkdir()
     for i, (file, data) in enumerate(
-        [(SHARD, _file(_entry())), ("config.json", json.dumps({"model_type": "none_that_is_known"}).encode())]
+        [
+            (SHARD, _file(_entry())),
+            ("config.json", json.dumps({"model_type": "none_that_is_known"}).encode()),
+        ]
     ):
         (repo / "blobs" / f"{i:064x}").write_bytes(data)
         (snapshot / file).symlink_to(Path("..") / ".." / "blobs" / f"{i:064x}")
@@ -406,7 +525,10 @@ def test_links_of_the_hub_cache_are_followed(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(snapshot)
     assert set(checkpoint.tensors) == {NAME}
     assert checkpoint.model_type == "none_that_is_known"
-    assert checkpoint.array(checkpoint.tensors[NAME]).tobytes() == np.zeros((2, 3), np.float32).tobytes()
+    assert (
+        checkpoint.array(checkpoint.tensors[NAME]).tobytes()
+        == np.zeros((2, 3), np.float32).tobytes()
+    )
     report = _check(snapshot)
     assert report.findings == ()
     linked = tmp_path / "by-link"
@@ -473,8 +595,12 @@ def test_only_regular_files_are_read(tmp_path: Path) -> None:
 # no checkpoint at all
 
 
-@pytest.mark.parametrize("others", [(), ("model.gguf", "tokenizer.json")], ids=["empty", "other_files"])
-def test_folder_without_shards_is_a_finding_of_the_candidate(tmp_path: Path, others: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    "others", [(), ("model.gguf", "tokenizer.json")], ids=["empty", "other_files"]
+)
+def test_folder_without_shards_is_a_finding_of_the_candidate(
+    tmp_path: Path, others: tuple[str, ...]
+) -> None:
     for name in others:
         (tmp_path / name).write_bytes(b"GGUF")
     with pytest.raises(ContainerError):
@@ -490,8 +616,12 @@ def test_base_without_shards_is_an_error_of_the_call(tmp_path: Path) -> None:
         verifier.check(folder, base=tmp_path / "empty")
 
 
-@pytest.mark.parametrize("make", [lambda p: None, lambda p: p.write_bytes(b"")], ids=["absent", "a_file"])
-def test_path_that_is_no_folder_is_a_usage_error(tmp_path: Path, make: Callable[[Path], Any]) -> None:
+@pytest.mark.parametrize(
+    "make", [lambda p: None, lambda p: p.write_bytes(b"")], ids=["absent", "a_file"]
+)
+def test_path_that_is_no_folder_is_a_usage_error(
+    tmp_path: Path, make: Callable[[Path], Any]
+) -> None:
     make(tmp_path / "x")
     with pytest.raises(UsageError):
         verifier.check(tmp_path / "x")
@@ -500,11 +630,14 @@ def test_path_that_is_no_folder_is_a_usage_error(tmp_path: Path, make: Callable[
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ('{"a": 1, "b": 2, "a": 3}', "'a' stands twice"), ('{"a": NaN}', "NaN is not JSON"), ("[-Infinity]", "not JSON"),
-        ("[" * 200_000, "deep"), (b"\xff", "UTF-8"),
+        ('{"a": 1, "b": 2, "a": 3}', "'a' stands twice"),
+        ('{"a": NaN}', "NaN is not JSON"),
+        ("[-Infinity]", "not JSON"),
+        ("[" * 200_000, "deep"),
+        (b"\xff", "UTF-8"),
     ],
     ids=["key_twice", "nan", "infinity", "nested", "not_utf8"],
-)  # fmt: skip
+)
 def test_strict_json_names_what_is_wrong(text: bytes | str, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         strict_json(text)

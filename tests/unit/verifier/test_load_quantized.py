@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models from quantized checkpoints: MXFP4 stacks as gpt-oss ships them, against the same values in BF16."""
+"""Models from quantized checkpoints: MXFP4 stacks as gpt-oss ships them, against the same values in
+BF16.
+"""
 
 from __future__ import annotations
 
@@ -30,9 +32,17 @@ def mxfp4(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def test_gpt_oss_in_mxfp4_is_the_model_of_its_values(tmp_path: Path) -> None:
     config = transformers.AutoConfig.for_model(
-        "gpt_oss", hidden_size=64, num_hidden_layers=2, intermediate_size=64, num_local_experts=4, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=32, vocab_size=128, num_experts_per_tok=2,
-    )  # fmt: skip
+        "gpt_oss",
+        hidden_size=64,
+        num_hidden_layers=2,
+        intermediate_size=64,
+        num_local_experts=4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        vocab_size=128,
+        num_experts_per_tok=2,
+    )
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     for parameter in model.parameters():
@@ -46,16 +56,22 @@ def test_gpt_oss_in_mxfp4_is_the_model_of_its_values(tmp_path: Path) -> None:
             continue
         # On disk the stack is [expert, out, in], so that blocks run along the input.
         blocks, scales, means = mxfp4(tensor.float().numpy().swapaxes(1, 2).copy())
-        packed[f"{name}_blocks"], packed[f"{name}_scales"] = torch.from_numpy(blocks), torch.from_numpy(scales)
+        packed[f"{name}_blocks"], packed[f"{name}_scales"] = (
+            torch.from_numpy(blocks),
+            torch.from_numpy(scales),
+        )
         decoded[name] = torch.from_numpy(means.swapaxes(1, 2).copy()).to(torch.bfloat16)
     raw = json.loads((tmp_path / "plain" / "config.json").read_text())
     for folder, state, extra in (
-        ("decoded", decoded, {}), ("packed", packed, {"quantization_config": {"quant_method": "mxfp4"}})
-    ):  # fmt: skip
+        ("decoded", decoded, {}),
+        ("packed", packed, {"quantization_config": {"quant_method": "mxfp4"}}),
+    ):
         (tmp_path / folder).mkdir()
         save_file(state, tmp_path / folder / "model.safetensors", metadata={"format": "pt"})
         (tmp_path / folder / "config.json").write_text(json.dumps(raw | extra))
     ids = torch.arange(40).reshape(2, 20)
     with torch.inference_mode():
-        found, wanted = (load_model(str(tmp_path / f)).model(input_ids=ids).logits for f in ("packed", "decoded"))
+        found, wanted = (
+            load_model(str(tmp_path / f)).model(input_ids=ids).logits for f in ("packed", "decoded")
+        )
     assert torch.equal(found, wanted)

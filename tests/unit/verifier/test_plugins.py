@@ -27,19 +27,25 @@ QWEN_NVFP4 = ROOT / "tests" / "data" / "modelopt" / "qwen3moe_nvfp4_experts_max"
 Capture = pytest.CaptureFixture[str]
 
 
-def plugin(folder: Path, body: str = "    ctx.tally.see()\n    yield from ()", **changes: object) -> Path:
+def plugin(
+    folder: Path, body: str = "    ctx.tally.see()\n    yield from ()", **changes: object
+) -> Path:
     """Write a plugin with one rule, ACME101 unless told otherwise."""
     given = {"severity": "warning", "depth": "header", "unit": "things", **changes}
-    id_, title, doc = given.pop("id", "ACME101"), given.pop("title", "a thing"), given.pop("doc", "A thing holds.")
+    id_, title, doc = (
+        given.pop("id", "ACME101"),
+        given.pop("title", "a thing"),
+        given.pop("doc", "A thing holds."),
+    )
     options = ", ".join(f"{k}={v!r}" for k, v in given.items())
-    text = f'''from verifier.rules import rule
+    text = f"""from verifier.rules import rule
 
 
 @rule({id_!r}, {title!r}, {options})
 def check(ctx):
     {doc!r}
 {body}
-'''
+"""
     path = folder / f"plugin_{len(list(folder.iterdir()))}.py"
     path.write_text(text)
     return path
@@ -99,7 +105,9 @@ def test_every_field_of_every_rule_is_listed(capsys: Capture) -> None:
     for row, rule in zip(rows, all_rules().values(), strict=True):
         assert set(row) == {f for f in type(rule).__dataclass_fields__ if f != "check"}
         engines = row.pop("engines")
-        assert {e: (said["severity"], said["what"]) for e, said in engines.items()} == dict(rule.engines)
+        assert {e: (said["severity"], said["what"]) for e, said in engines.items()} == dict(
+            rule.engines
+        )
         assert row == json.loads(json.dumps({k: getattr(rule, k) for k in row}))
 
 
@@ -117,7 +125,9 @@ def test_every_field_of_every_rule_is_listed(capsys: Capture) -> None:
         ({"unit": ""}, "no unit"),
     ],
 )
-def test_a_rule_that_is_not_well_formed(tmp_path: Path, changes: dict[str, object], words: str) -> None:
+def test_a_rule_that_is_not_well_formed(
+    tmp_path: Path, changes: dict[str, object], words: str
+) -> None:
     path = plugin(tmp_path, **changes)
     with pytest.raises(UsageError) as caught:
         all_rules([path])
@@ -135,7 +145,10 @@ def test_two_plugins_with_one_id_are_both_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("import no_such_module_at_all", "ModuleNotFoundError: No module named 'no_such_module_at_all'"),
+        (
+            "import no_such_module_at_all",
+            "ModuleNotFoundError: No module named 'no_such_module_at_all'",
+        ),
         ("def f(:", "SyntaxError"),
         ("raise KeyError('x')", "KeyError: 'x'"),
         ("raise SystemExit(0)", "SystemExit: 0"),
@@ -143,7 +156,9 @@ def test_two_plugins_with_one_id_are_both_named(tmp_path: Path) -> None:
         (MODULE.read_text() * 2, "ValueError: ACME101 is registered twice"),
     ],
 )
-def test_a_file_that_cannot_be_loaded_is_a_usage_error(tmp_path: Path, capsys: Capture, text: str, words: str) -> None:
+def test_a_file_that_cannot_be_loaded_is_a_usage_error(
+    tmp_path: Path, capsys: Capture, text: str, words: str
+) -> None:
     path = tmp_path / "plugin.py"
     path.write_text(text)
     for command in (["check", str(QWEN_NVFP4)], ["rules"], ["explain", "QC501"]):
@@ -184,10 +199,25 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("example")
     source = shutil.copytree(EXAMPLE, folder / "source")
     done = subprocess.run(
-        [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-build-isolation",
-         "--disable-pip-version-check", "--target", str(folder / "target"), str(source)],
-        capture_output=True, text=True, check=False, timeout=180,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--no-index",
+            "--no-deps",
+            "--no-build-isolation",
+            "--disable-pip-version-check",
+            "--target",
+            str(folder / "target"),
+            str(source),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=180,
+    )
     assert done.returncode == 0, done.stderr
     return folder / "target"
 
@@ -197,7 +227,12 @@ def call(path: Path, *argv: str, script: str = "") -> subprocess.CompletedProces
     code = f"{script}\nimport sys\nfrom verifier.cli import run\nsys.exit(run(sys.argv[1:]))"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(path), str(ROOT)])}
     return subprocess.run(
-        [sys.executable, "-c", code, *argv], capture_output=True, text=True, check=False, timeout=120, env=environment
+        [sys.executable, "-c", code, *argv],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        env=environment,
     )
 
 
@@ -209,7 +244,10 @@ def test_an_installed_package_joins_by_itself(installed: Path) -> None:
     assert listed.stdout.splitlines()[-1].startswith("ACME101")
     explained = call(installed, "explain", "ACME101")
     assert "the package ckptgate-example-rules (ckptgate_example_rules)" in explained.stdout
-    assert "ACME101 of the package" in call(installed, "doctor", script="import sys; sys.modules['torch'] = None").stdout
+    assert (
+        "ACME101 of the package"
+        in call(installed, "doctor", script="import sys; sys.modules['torch'] = None").stdout
+    )
 
 
 def test_a_package_that_was_imported_before_joins_once(installed: Path) -> None:
@@ -224,7 +262,9 @@ def test_a_package_and_a_file_of_one_id_collide(installed: Path) -> None:
     assert f"{MODULE}: ACME101 is a rule of the package ckptgate-example-rules" in done.stderr
 
 
-def test_an_installed_package_that_cannot_be_loaded_is_named(installed: Path, tmp_path: Path) -> None:
+def test_an_installed_package_that_cannot_be_loaded_is_named(
+    installed: Path, tmp_path: Path
+) -> None:
     broken = Path(shutil.copytree(installed, tmp_path / "target"))
     (broken / "ckptgate_example_rules.py").write_text("import no_such_module_at_all")
     done = call(broken, "check", str(QWEN_NVFP4))

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Copies of a process that share its work: what they come to, how they fail, and that none is left behind."""
+"""Copies of a process that share its work: what they come to, how they fail, and that none is left
+behind.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ import pytest
 from verifier.errors import ContentError, MachineError
 from verifier.run.processes import by_copies, can_be_copied
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are copied on Linux only")
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux", reason="processes are copied on Linux only"
+)
 
 WAITING = """
 import os, sys, time
@@ -89,7 +93,9 @@ def test_who_stops_listening_leaves_no_copy_behind() -> None:
         time.sleep(0.05 * n)
         return os.getpid()
 
-    before = signal.signal(signal.SIGTERM, lambda *_: time.sleep(60))  # a copy does not run what its parent would
+    before = signal.signal(
+        signal.SIGTERM, lambda *_: time.sleep(60)
+    )  # a copy does not run what its parent would
     try:
         said = by_copies(slow, range(20), 3)
         first = next(said)
@@ -103,7 +109,11 @@ def test_who_stops_listening_leaves_no_copy_behind() -> None:
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_copies_end_with_their_parent(how: signal.Signals) -> None:
     with subprocess.Popen(
-        [sys.executable, "-c", WAITING], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        [sys.executable, "-c", WAITING],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     ) as parent:
         assert parent.stdout is not None and parent.stderr is not None
         pids = {int(parent.stdout.readline()) for _ in range(4)}
@@ -111,7 +121,9 @@ def test_copies_end_with_their_parent(how: signal.Signals) -> None:
         os.kill(parent.pid, how) if how == signal.SIGKILL else os.killpg(parent.pid, how)
         parent.wait(20)
         assert all(gone(pid) for pid in pids)
-        assert parent.stderr.read().count("Traceback") == (0 if how == signal.SIGKILL else 1)  # the parent's own
+        assert parent.stderr.read().count("Traceback") == (
+            0 if how == signal.SIGKILL else 1
+        )  # the parent's own
 
 
 def test_a_copy_makes_no_copies() -> None:

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Severities: the rule's, the finding's, the engine's, the user's; which of them decides, and what is said of it."""
+"""Severities: the rule's, the finding's, the engine's, the user's; which of them decides, and what
+is said of it.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,9 @@ def drop(folder: Path, *names: str) -> None:
 
 @pytest.fixture
 def containers(candidate: Path) -> Path:
-    """Make a mixed checkpoint whose quantized_layers names the containers of the experts, as published ones do."""
+    """Make a mixed checkpoint whose quantized_layers names the containers of the experts, as
+    published ones do.
+    """
     entry = {"quant_algo": "NVFP4", "group_size": 16}
     layers = {f"model.layers.{i}.mlp.experts": entry for i in (0, 1)}
     declare(candidate, {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers})
@@ -80,7 +84,10 @@ def judged(rule: str, profile: str | None = None, levels: Any = None, **fields: 
 
 def test_without_a_profile_the_severity_is_the_rules_or_the_findings() -> None:
     assert (judged("QC301").severity, judged("QC301").because) == ("error", "")
-    assert (judged("QC301", severity="warning").severity, judged("QC301", severity="warning").because) == ("warning", "")
+    assert (
+        judged("QC301", severity="warning").severity,
+        judged("QC301", severity="warning").because,
+    ) == ("warning", "")
 
 
 def test_a_profile_takes_what_the_engine_does() -> None:
@@ -115,26 +122,45 @@ def test_all_takes_the_worst_engine_and_strict_raises_warnings() -> None:
 
 def test_what_the_user_sets_decides_over_everything() -> None:
     tensor = Where("model.layers.3.mlp.experts.1.w2.input_scale")
-    levels = {"QC3": "warning", "QC301": {"*.w2.*": "info", "*.experts.1.*": "error"}, "ALL": "info"}
+    levels = {
+        "QC3": "warning",
+        "QC301": {"*.w2.*": "info", "*.experts.1.*": "error"},
+        "ALL": "info",
+    }
     assert judged("QC302", levels=levels).severity == "warning"
     assert judged("QC501", levels=levels).severity == "info"
     assert judged("QC302", "strict", levels).severity == "warning"
     assert judged("QC301", levels=levels, where=Where("other")).severity == "warning"
     # Of two globs that match, the later one.
     found = judged("QC301", levels=levels, where=tensor)
-    assert (found.severity, found.because) == ("error", "configuration: QC301 *.experts.1.* is error")
-    assert judged("QC301", levels={"QC301": {"*.w2.*": "info"}, "QC3": "warning"}, where=tensor).severity == "info"
+    assert (found.severity, found.because) == (
+        "error",
+        "configuration: QC301 *.experts.1.* is error",
+    )
+    assert (
+        judged(
+            "QC301", levels={"QC301": {"*.w2.*": "info"}, "QC3": "warning"}, where=tensor
+        ).severity
+        == "info"
+    )
     # A glob of a shorter prefix decides over a longer prefix without one.
-    assert judged("QC301", levels={"QC301": "error", "QC": {"*.w2.*": "info"}}, where=tensor).severity == "info"
+    assert (
+        judged("QC301", levels={"QC301": "error", "QC": {"*.w2.*": "info"}}, where=tensor).severity
+        == "info"
+    )
     # A finding without a tensor has no name to match.
     assert judged("QC301", levels={"QC301": {"*": "info"}}).severity == "error"
 
 
 @pytest.mark.parametrize(
     ("profile", "levels", "words"),
-    [("vlm", None, "nearest: vllm"), (None, {"QC301": "fatal"}, "no level 'fatal'"),
-     (None, {"QC9": "info"}, "no rule 'QC9'"), (None, {"QC301": {"*": "eror"}}, "nearest: error")],
-)  # fmt: skip
+    [
+        ("vlm", None, "nearest: vllm"),
+        (None, {"QC301": "fatal"}, "no level 'fatal'"),
+        (None, {"QC9": "info"}, "no rule 'QC9'"),
+        (None, {"QC301": {"*": "eror"}}, "nearest: error"),
+    ],
+)
 def test_what_is_unknown_is_a_usage_error(profile: str | None, levels: Any, words: str) -> None:
     with pytest.raises(UsageError, match=words):
         verifier.check(QWEN_NVFP4, profile=profile, severity=levels)
@@ -177,7 +203,10 @@ def test_a_missing_input_scale_is_a_warning_under_sglang(holed: Path) -> None:
 
 def test_a_module_whose_exclusion_is_a_substring_is_an_error_under_vllm(candidate: Path) -> None:
     ignore = json.loads((candidate / "config.json").read_text())["quantization_config"]["ignore"]
-    declare(candidate, {"ignore": [*ignore, "experts.3.up"], "exclude_modules": [*ignore, "experts.3.up"]})
+    declare(
+        candidate,
+        {"ignore": [*ignore, "experts.3.up"], "exclude_modules": [*ignore, "experts.3.up"]},
+    )
     assert verifier.check(candidate, select="QC401").verdict == "passed"
     assert verifier.check(candidate, select="QC401", profile="vllm").verdict == "failed"
     assert verifier.check(candidate, select="QC401", profile="trtllm").verdict == "passed"
@@ -188,8 +217,13 @@ def test_a_glob_splits_one_kind_of_finding(candidate: Path) -> None:
     drop(candidate, *lost)
     whole = verifier.check(candidate, select="QC301")
     assert [(f.severity, f.count) for f in whole.findings] == [("error", 2)]
-    split = verifier.check(candidate, select="QC301", severity={"QC301": {"model.layers.0.*": "info"}})
-    assert [(f.severity, f.count, f.where.tensor) for f in split.findings] == [("error", 1, lost[1]), ("info", 1, lost[0])]
+    split = verifier.check(
+        candidate, select="QC301", severity={"QC301": {"model.layers.0.*": "info"}}
+    )
+    assert [(f.severity, f.count, f.where.tensor) for f in split.findings] == [
+        ("error", 1, lost[1]),
+        ("info", 1, lost[0]),
+    ]
 
 
 def test_all_prints_what_every_engine_does(holed: Path, capsys: pytest.CaptureFixture[str]) -> None:

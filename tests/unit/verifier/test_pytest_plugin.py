@@ -35,15 +35,27 @@ def session(tmp_path: Path) -> Run:
     def one(*argv: object, test: str = "", plugins: tuple[str, ...] = ()) -> Done:
         folder = tmp_path / "project"
         folder.mkdir(exist_ok=True)
-        (folder / "pytest.ini").write_text("[pytest]\naddopts = --strict-markers\nfilterwarnings = error\n")
+        (folder / "pytest.ini").write_text(
+            "[pytest]\naddopts = --strict-markers\nfilterwarnings = error\n"
+        )
         if test:
             (folder / "test_mine.py").write_text(test)
-        environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+        environment = {
+            **os.environ,
+            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+            "PYTHONPATH": str(ROOT),
+            "COLUMNS": "200",
+        }
         names = [x for p in ("verifier.pytest_plugin", *plugins) for x in ("-p", p)]
         return subprocess.run(
             [sys.executable, "-m", "pytest", *names, "-p", "no:cacheprovider", *map(str, argv)],
-            cwd=folder, capture_output=True, text=True, check=False, timeout=120, env=environment,
-        )  # fmt: skip
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+            env=environment,
+        )
 
     return one
 
@@ -55,11 +67,18 @@ def copy(tmp_path: Path) -> Folder:
 
 def counts(done: Done) -> dict[str, int]:
     """Return passed, failed and skipped of the last line."""
-    return {what: int(n) for n, what in re.findall(r"(\d+) (passed|failed|skipped|error)", done.stdout.splitlines()[-1])}
+    return {
+        what: int(n)
+        for n, what in re.findall(
+            r"(\d+) (passed|failed|skipped|error)", done.stdout.splitlines()[-1]
+        )
+    }
 
 
 def test_the_entry_point_is_this_module() -> None:
-    points = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]["pytest11"]
+    points = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"][
+        "pytest11"
+    ]
     assert points == {"ckptgate": "verifier.pytest_plugin"}
 
 
@@ -105,16 +124,27 @@ def test_a_finding_fails_its_rule_and_the_verdict_only(session: Run, copy: Folde
 
 
 def test_a_required_rule_that_did_not_run_fails(session: Run) -> None:
-    done = session(f"--ckptgate={QWEN_NVFP4}", "--ckptgate-require=QC605", "--ckptgate-require=QC301", "-rs")
+    done = session(
+        f"--ckptgate={QWEN_NVFP4}", "--ckptgate-require=QC605", "--ckptgate-require=QC301", "-rs"
+    )
     assert done.returncode == 1
     assert counts(done)["failed"] == 2  # the rule and the verdict
     assert "QC605 is required and did not run: depth payload" in done.stdout
     assert "UNPROVEN (QC605 is required and did not run: depth payload); exit code 3" in done.stdout
-    payload = session(f"--ckptgate={QWEN_NVFP4}", "--ckptgate-require=QC605", "--ckptgate-depth=payload", "-k", "QC605")
+    payload = session(
+        f"--ckptgate={QWEN_NVFP4}",
+        "--ckptgate-require=QC605",
+        "--ckptgate-depth=payload",
+        "-k",
+        "QC605",
+    )
     assert payload.returncode == 1
     assert "did not run: needs --base or --merged-from" in payload.stdout
     based = session(
-        f"--ckptgate={QWEN_NVFP4}", "--ckptgate-require=QC605", "--ckptgate-depth=payload", f"--ckptgate-base={QWEN}"
+        f"--ckptgate={QWEN_NVFP4}",
+        "--ckptgate-require=QC605",
+        "--ckptgate-depth=payload",
+        f"--ckptgate-base={QWEN}",
     )
     assert based.returncode == 0, based.stdout
 
@@ -149,9 +179,15 @@ def test_a_base_that_is_none_fails_with_its_message(session: Run, tmp_path: Path
     ("argv", "words"),
     [
         (["--ckptgate=/nonexistent/folder"], "/nonexistent/folder: no such folder"),
-        ([f"--ckptgate={QWEN_NVFP4}", "--ckptgate-base=/nonexistent/folder"], "/nonexistent/folder: no such folder"),
+        (
+            [f"--ckptgate={QWEN_NVFP4}", "--ckptgate-base=/nonexistent/folder"],
+            "/nonexistent/folder: no such folder",
+        ),
         ([f"--ckptgate={QWEN_NVFP4}", "--ckptgate-require=QC999"], "no rule 'QC999'"),
-        ([f"--ckptgate={QWEN_NVFP4}", "--ckptgate-plugin=/nonexistent.py"], "/nonexistent.py: no such file"),
+        (
+            [f"--ckptgate={QWEN_NVFP4}", "--ckptgate-plugin=/nonexistent.py"],
+            "/nonexistent.py: no such file",
+        ),
         (["--ckptgate-depth=payload"], "--ckptgate-depth needs --ckptgate URI"),
         (["--ckptgate-merged-from=x"], "--ckptgate-merged-from needs --ckptgate URI"),
     ],
@@ -172,11 +208,16 @@ def test_warnings_fail_where_asked(session: Run, tmp_path: Path) -> None:
     assert "warning ACME101  no LICENSE beside the weights" in mild.stdout
     strict = session(*argv, "--ckptgate-fail-on=warning")
     assert strict.returncode == 1
-    assert set(re.findall(r"^FAILED \S*ckptgate::(\S+)", strict.stdout, re.M)) == {"ACME101", "verdict"}
+    assert set(re.findall(r"^FAILED \S*ckptgate::(\S+)", strict.stdout, re.M)) == {
+        "ACME101",
+        "verdict",
+    }
 
 
 def test_the_rules_of_a_file_are_tests(session: Run) -> None:
-    done = session(f"--ckptgate={QWEN_NVFP4}", f"--ckptgate-plugin={EXAMPLE}", "-k", "ACME101 or QC301")
+    done = session(
+        f"--ckptgate={QWEN_NVFP4}", f"--ckptgate-plugin={EXAMPLE}", "-k", "ACME101 or QC301"
+    )
     assert counts(done) == {"failed": 1, "passed": 1}
     assert "no LICENSE beside the weights" in done.stdout
 
@@ -204,7 +245,9 @@ def test_fails(assert_same_layout):
     assert "needs --ckptgate URI" in alone.stdout
 
 
-def test_junit_has_the_findings_and_what_was_examined(session: Run, copy: Folder, tmp_path: Path) -> None:
+def test_junit_has_the_findings_and_what_was_examined(
+    session: Run, copy: Folder, tmp_path: Path
+) -> None:
     copy.drop([SCALE])
     done = session(f"--ckptgate={copy.path}", f"--junitxml={tmp_path / 'junit.xml'}")
     assert done.returncode == 1
@@ -235,6 +278,8 @@ def test_collecting_reads_nothing(session: Run, copy: Folder) -> None:
 
 def test_workers_share_nothing_and_agree(session: Run) -> None:
     pytest.importorskip("xdist")
-    done = session(f"--ckptgate={QWEN_NVFP4}", "-n", "2", "--dist", "loadgroup", plugins=("xdist.plugin",))
+    done = session(
+        f"--ckptgate={QWEN_NVFP4}", "-n", "2", "--dist", "loadgroup", plugins=("xdist.plugin",)
+    )
     assert done.returncode == 0, done.stdout
     assert counts(done) == counts(session(f"--ckptgate={QWEN_NVFP4}"))

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Depth load: what transformers makes of a decoded checkpoint, and what QC606 and QC608 say of it."""
+"""Depth load: what transformers makes of a decoded checkpoint, and what QC606 and QC608 say of
+it.
+"""
 
 from __future__ import annotations
 
@@ -105,7 +107,9 @@ def test_a_gate_without_its_expert_does_not_convert(qwen: Folder) -> None:
 
 
 def test_stacked_experts_in_a_layout_of_single_ones(tmp_path: Path) -> None:
-    """In-memory names, as exporters write that save what they hold: here transformers loads them, and nothing is lost."""
+    """In-memory names, as exporters write that save what they hold: here transformers loads them,
+    and nothing is lost.
+    """
     folder = Folder(copied(QWEN_BASE, tmp_path / "ckpt"))
     for layer in range(2):
         head = f"model.layers.{layer}.mlp.experts"
@@ -159,17 +163,26 @@ def test_formats_that_transformers_does_not_read(qwen: Folder) -> None:
 
 
 def as_compressed_tensors(folder: Folder) -> None:
-    """Write ModelOpt's NVFP4 as compressed-tensors does: other leaves, divisors for global scales."""
+    """Write ModelOpt's NVFP4 as compressed-tensors does: other leaves, divisors for global
+    scales.
+    """
     for module, parts in folder.modules().items():
         if "weight_scale_2" not in parts:
             continue
-        scales = {leaf: np.float32(1) / folder.array(f"{module}.{leaf}") for leaf in ("weight_scale_2", "input_scale")}
+        scales = {
+            leaf: np.float32(1) / folder.array(f"{module}.{leaf}")
+            for leaf in ("weight_scale_2", "input_scale")
+        }
         codes, file = folder.array(f"{module}.weight"), parts["weight"].file
         folder.drop([f"{module}.{leaf}" for leaf in ("weight", *scales)])
         folder.add(f"{module}.weight_packed", codes, file=file)
         folder.add(f"{module}.weight_global_scale", scales["weight_scale_2"].reshape(1), file=file)
         folder.add(f"{module}.input_global_scale", scales["input_scale"].reshape(1), file=file)
-    declared = {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized", "ignore": ["lm_head"]}
+    declared = {
+        "quant_method": "compressed-tensors",
+        "format": "nvfp4-pack-quantized",
+        "ignore": ["lm_head"],
+    }
     folder.edit_json("config.json", lambda c: c.update({"quantization_config": declared}))
     folder.remove("hf_quant_config.json")
 
@@ -192,16 +205,27 @@ def test_experts_that_transformers_reads_wrong_are_decoded_here(qwen: Folder) ->
     ("change", "why"),
     [
         ({"model_type": "unheard_of"}, "has no model_type 'unheard_of'"),
-        ({"architectures": ["OwnForCausalLM"], "auto_map": {"AutoModel": "evil.Own"}}, "no architecture 'OwnForCausalLM'"),
+        (
+            {"architectures": ["OwnForCausalLM"], "auto_map": {"AutoModel": "evil.Own"}},
+            "no architecture 'OwnForCausalLM'",
+        ),
         ({"architectures": ["pipeline"]}, "no architecture 'pipeline'"),
         ({"architectures": [7]}, "architecture"),
-        ({"num_hidden_layers": 10**12}, "config.json declares num_hidden_layers = 1,000,000,000,000"),
-        ({"text_config": {"vision": {"depth": 10**9}}}, "config.json declares depth = 1,000,000,000"),
+        (
+            {"num_hidden_layers": 10**12},
+            "config.json declares num_hidden_layers = 1,000,000,000,000",
+        ),
+        (
+            {"text_config": {"vision": {"depth": 10**9}}},
+            "config.json declares depth = 1,000,000,000",
+        ),
         ({"hidden_size": "wide"}, "cannot read config.json"),
     ],
     ids=["family", "own code", "a function", "a number", "layers", "depth", "a text"],
 )
-def test_what_transformers_does_not_know_is_not_judged(qwen: Folder, change: dict[str, object], why: str) -> None:
+def test_what_transformers_does_not_know_is_not_judged(
+    qwen: Folder, change: dict[str, object], why: str
+) -> None:
     (qwen.path / "evil.py").write_text("raise SystemExit('run')\n")
     qwen.edit_json("config.json", lambda c: c.update(change))
     report = check(qwen.path)
@@ -220,7 +244,9 @@ def test_values_that_do_not_fit_are_not_loaded() -> None:
 
 
 def test_the_real_release_on_the_meta_device(tmp_path: Path) -> None:
-    """428 billion parameters: names and shapes of all 89,614 tensors, in a process of its own that stays below 4 GB."""
+    """428 billion parameters: names and shapes of all 89,614 tensors, in a process of its own that
+    stays below 4 GB.
+    """
     vendor = sparse.rows()
     tensors = sparse.mixed(vendor)
     config = sparse.m3_config() | {"quantization_config": sparse.release_quantization(tensors)}
@@ -232,7 +258,9 @@ def test_the_real_release_on_the_meta_device(tmp_path: Path) -> None:
         "peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "print(json.dumps([found.reason, found.keys, [str(m) for m in found.misfits], found.why_no_values, peak]))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code, path], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     reason, keys, misfits, why, peak = json.loads(done.stdout)
     assert (reason, misfits) == ("", [])
@@ -251,13 +279,17 @@ def test_the_prompt_avoids_tokens_with_a_meaning() -> None:
 
 
 def test_command_and_options(qwen: Folder) -> None:
-    done = CliRunner().invoke(cli, ["check", str(qwen.path), "--depth", "load", "--select", "QC6", "--format", "json"])
+    done = CliRunner().invoke(
+        cli, ["check", str(qwen.path), "--depth", "load", "--select", "QC6", "--format", "json"]
+    )
     assert done.exit_code == 0, done.output
     said = json.loads(done.output)
     assert {c["rule"] for c in said["coverage"] if c["ran"]} == {"QC604", "QC606", "QC608"}
     with pytest.raises(UsageError, match="one of header, payload, load"):
         verifier.check(qwen.path, depth="deep")  # type: ignore[arg-type]
-    first, second = (verifier.check(qwen.path, depth="load", select="QC608", subset=f"{i}/2") for i in (1, 2))
+    first, second = (
+        verifier.check(qwen.path, depth="load", select="QC608", subset=f"{i}/2") for i in (1, 2)
+    )
     assert coverage(first)[0] > 20
     assert "runs in subset 1/2" in coverage(second)[2]
 
@@ -270,7 +302,9 @@ def test_without_the_extra(module: str) -> None:
     assert done.returncode == 2
     assert "needs the extra 'load': pip install 'ckptgate[load]'" in done.stderr
     assert "Traceback" not in done.stderr
-    payload = subprocess.run([*arguments[:-1], "payload"], capture_output=True, text=True, check=False)
+    payload = subprocess.run(
+        [*arguments[:-1], "payload"], capture_output=True, text=True, check=False
+    )
     assert payload.returncode == 0, payload.stderr
     assert issubclass(MissingExtra, UsageError)
 
@@ -283,13 +317,19 @@ def test_a_tower_without_the_attention_that_its_class_has(tmp_path: Path) -> Non
     config = transformers.AutoConfig.for_model(
         "gemma4",
         text_config={
-            **heads, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 128,
-            "global_head_dim": 32, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0,
+            **heads,
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "vocab_size": 128,
+            "global_head_dim": 32,
+            "hidden_size_per_layer_input": 0,
+            "num_kv_shared_layers": 0,
             "layer_types": ["sliding_attention", "full_attention"],
         },
         vision_config={**heads, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1},
         audio_config={"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
-    )  # fmt: skip
+    )
     transformers.Gemma4ForConditionalGeneration(config).to(torch.bfloat16).save_pretrained(tmp_path)
     found = reload(open_checkpoint(str(tmp_path)))
     assert (found.reason, found.misfits, found.why_no_values) == ("", (), "")
@@ -297,6 +337,12 @@ def test_a_tower_without_the_attention_that_its_class_has(tmp_path: Path) -> Non
 
 
 def test_numbers_that_json_does_not_have_are_read_as_transformers_writes_them() -> None:
-    raw = {"a": [0.0, {"__float__": "Infinity"}], "b": {"c": {"__float__": "-Infinity"}, "d": {"__float__": "seven"}}}
-    assert special_floats(raw) == {"a": [0.0, float("inf")], "b": {"c": float("-inf"), "d": {"__float__": "seven"}}}
+    raw = {
+        "a": [0.0, {"__float__": "Infinity"}],
+        "b": {"c": {"__float__": "-Infinity"}, "d": {"__float__": "seven"}},
+    }
+    assert special_floats(raw) == {
+        "a": [0.0, float("inf")],
+        "b": {"c": float("-inf"), "d": {"__float__": "seven"}},
+    }
     assert raw["a"][1] == {"__float__": "Infinity"}  # type: ignore[index]

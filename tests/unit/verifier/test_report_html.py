@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The page of runs: well formed, without script, bounded, escaped, tolerant of what a run does not have."""
+"""The page of runs: well formed, without script, bounded, escaped, tolerant of what a run does not
+have.
+"""
 
 from __future__ import annotations
 
@@ -33,10 +35,16 @@ def gate_run(count: int = 30, **changed: Any) -> dict[str, Any]:
     documents_ = [[1000.0, 1000.0 + 400 * rng.gauss(0.01, 0.01), 400] for _ in range(count)]
     documents_[min(7, count - 1)] = [1000.0, 1040.0, 400]
     return {
-        "verdict": "unproven", "candidate": "/x/M3-NVFP4", "base": "/x/M3", "margin": {"nats": 0.012, "source": "given"},
-        "interval": {"delta": 0.0105, "low": 0.009, "high": 0.0125, "se": 0.001}, "key": {"corpus": "c", "window": 512},
-        "documents": documents_, "perplexity_base": 20.0, "perplexity_candidate": 20.2,
-    } | changed  # fmt: skip
+        "verdict": "unproven",
+        "candidate": "/x/M3-NVFP4",
+        "base": "/x/M3",
+        "margin": {"nats": 0.012, "source": "given"},
+        "interval": {"delta": 0.0105, "low": 0.009, "high": 0.0125, "se": 0.001},
+        "key": {"corpus": "c", "window": 512},
+        "documents": documents_,
+        "perplexity_base": 20.0,
+        "perplexity_candidate": 20.2,
+    } | changed
 
 
 def pictures(page: str) -> list[ET.Element]:
@@ -58,7 +66,9 @@ def harmless(page: str) -> None:
     read = Reader()
     read.feed(page)
     assert not {"script", "img", "iframe", "object", "link", "a"} & set(read.tags)
-    assert not [n for n, _ in read.attributes if n.startswith("on") or n in ("href", "src", "xlink:href")]
+    assert not [
+        n for n, _ in read.attributes if n.startswith("on") or n in ("href", "src", "xlink:href")
+    ]
     assert "url(" not in page
     assert "\x1b" not in page
     assert len(page.encode()) <= MAX_BYTES
@@ -110,11 +120,24 @@ def test_a_run_with_less_has_fewer_pictures() -> None:
 
 def test_a_run_with_more_has_more_pictures() -> None:
     rich = gate_run(
-        drift={"accepted": "old", "margin": {"nats": 0.003}, "interval": {"delta": 0.02, "low": 0.01, "high": 0.03}},
-        measures={"kl": {"kind": "lockstep", "mean": {"delta": 0.02}, "tail": [1, 0.9, 1.1],
-                         "survival": {"candidate": [[1e-4, 0.9], [1, 1e-4]], "base/base": [[1e-6, 0.5], [1e-3, 1e-4]]}}},
+        drift={
+            "accepted": "old",
+            "margin": {"nats": 0.003},
+            "interval": {"delta": 0.02, "low": 0.01, "high": 0.03},
+        },
+        measures={
+            "kl": {
+                "kind": "lockstep",
+                "mean": {"delta": 0.02},
+                "tail": [1, 0.9, 1.1],
+                "survival": {
+                    "candidate": [[1e-4, 0.9], [1, 1e-4]],
+                    "base/base": [[1e-6, 0.5], [1e-3, 1e-4]],
+                },
+            }
+        },
         experts=[{"layer": "layers.1", "experts": 3, "tokens": [5, 0, 9]}],
-    )  # fmt: skip
+    )
     shown = pictures(render_runs([rich]))
     assert len(shown) == 4
     assert "drift of M3-NVFP4" in words(shown[0])
@@ -123,7 +146,9 @@ def test_a_run_with_more_has_more_pictures() -> None:
     assert "framed: layers.1, 1" in words(shown[3])
 
 
-@pytest.mark.parametrize("junk", [None, 5, "x", [], [[]], {"a": {}}, [None], {"delta": "x"}, [[1, 2]], math.inf])
+@pytest.mark.parametrize(
+    "junk", [None, 5, "x", [], [[]], {"a": {}}, [None], {"delta": "x"}, [[1, 2]], math.inf]
+)
 def test_fields_of_other_shapes_are_passed_over(junk: Any) -> None:
     fields = (
         "interval",
@@ -141,19 +166,30 @@ def test_fields_of_other_shapes_are_passed_over(junk: Any) -> None:
         harmless(render_runs([gate_run(**{field: junk})]))
     for field in ("kl", "top1"):
         harmless(render_runs([gate_run(measures={field: junk})]))
-    harmless(render_runs([gate_run(measures={"kl": {"survival": junk, "tail": junk, "mean": junk}})]))
+    harmless(
+        render_runs([gate_run(measures={"kl": {"survival": junk, "tail": junk, "mean": junk}})])
+    )
     for field in ("findings", "coverage", "stats"):
         check = {"uri": "x", "verdict": "failed", "findings": [], "coverage": [], "stats": {}}
         harmless(render_runs([check | {field: junk}]))
 
 
 def test_names_from_files_are_escaped() -> None:
-    bad = gate_run(candidate=f"/x/{HOSTILE}", base=HOSTILE, environment={HOSTILE: HOSTILE}, notes=[HOSTILE])
+    bad = gate_run(
+        candidate=f"/x/{HOSTILE}", base=HOSTILE, environment={HOSTILE: HOSTILE}, notes=[HOSTILE]
+    )
     bad["margin"]["source"] = bad["key"]["corpus"] = HOSTILE
     bad["experts"] = [{"layer": HOSTILE, "tokens": [1, 2]}]
     bad["measures"] = {"kl": {"kind": HOSTILE, "survival": {HOSTILE: [[0.1, 0.1]]}}}
     where = {"tensor": HOSTILE}
-    finding = {"rule": HOSTILE, "severity": HOSTILE, "message": HOSTILE, "where": where, "count": 1, "of": None}
+    finding = {
+        "rule": HOSTILE,
+        "severity": HOSTILE,
+        "message": HOSTILE,
+        "where": where,
+        "count": 1,
+        "of": None,
+    }
     check = {
         "uri": HOSTILE,
         "verdict": HOSTILE,
@@ -161,7 +197,10 @@ def test_names_from_files_are_escaped() -> None:
         "coverage": [],
         "stats": {"formats": {HOSTILE: 1}},
     }
-    page = render_runs([bad, check], [Figure(HOSTILE, HOSTILE, series([Series(HOSTILE, [point(0, 1.0)])], HOSTILE))])
+    page = render_runs(
+        [bad, check],
+        [Figure(HOSTILE, HOSTILE, series([Series(HOSTILE, [point(0, 1.0)])], HOSTILE))],
+    )
     harmless(page)
     assert len(pictures(page)) == 5
 
@@ -171,14 +210,25 @@ def test_the_page_stays_below_two_megabytes_and_says_what_it_left_out() -> None:
     page = render_runs(many)
     harmless(page)
     assert "Left out, so that the page stays below 2 MB" in page
-    findings = [{"rule": "QC501", "severity": "error", "message": "m" * 5000, "where": {"tensor": "t" * 5000}}] * 5000
-    page = render_runs([{"uri": "x", "verdict": "failed", "findings": findings, "coverage": [], "stats": {}}])
+    findings = [
+        {
+            "rule": "QC501",
+            "severity": "error",
+            "message": "m" * 5000,
+            "where": {"tensor": "t" * 5000},
+        }
+    ] * 5000
+    page = render_runs(
+        [{"uri": "x", "verdict": "failed", "findings": findings, "coverage": [], "stats": {}}]
+    )
     harmless(page)
     assert "4,800 more findings are not shown" in page
 
 
 def test_experts_that_no_token_reached_are_shown() -> None:
-    page = render_runs([gate_run(documents=[], experts=[{"layer": "layers.3", "experts": 4, "unreached": [2]}])])
+    page = render_runs(
+        [gate_run(documents=[], experts=[{"layer": "layers.3", "experts": 4, "unreached": [2]}])]
+    )
     assert "framed: layers.3, 2" in words(pictures(page)[-1])
 
 
@@ -192,7 +242,9 @@ def test_many_cells_keep_the_worst_rows() -> None:
 
 
 def test_rows_and_columns_stand_in_natural_order() -> None:
-    (picture,) = pictures(heat({(f"layer {r}", f"{c}"): r + c for r in (10, 9, 2) for c in (11, 3)}, "x", "dB"))
+    (picture,) = pictures(
+        heat({(f"layer {r}", f"{c}"): r + c for r in (10, 9, 2) for c in (11, 3)}, "x", "dB")
+    )
     told = [e.text for e in picture.iter("text")]
     assert told.index("layer 2") < told.index("layer 9") < told.index("layer 10")
     assert told.index("3") < told.index("11")
@@ -207,7 +259,10 @@ def point(at: int, value: float, verdict: str = "passed") -> Point:
 
 def test_a_time_series_has_ribbon_golden_steps_and_change_points() -> None:
     found = Series(
-        "M3", [point(i, 1.0 if i < 3 else 2.0) for i in range(6)], [(0, 1.0), (4, 2.0)], [(3, "recipe a -> b")]
+        "M3",
+        [point(i, 1.0 if i < 3 else 2.0) for i in range(6)],
+        [(0, 1.0), (4, 2.0)],
+        [(3, "recipe a -> b")],
     )
     (picture,) = pictures(series([found], "loss"))
     assert len([e for e in picture.iter("line") if e.get("class") == "golden"]) == 3
@@ -216,12 +271,17 @@ def test_a_time_series_has_ribbon_golden_steps_and_change_points() -> None:
     assert "change at run 4: recipe a -> b" in (picture.get("aria-label") or "")
 
 
-@pytest.mark.parametrize("values", [[0.0], [1e300, -1e300], [5.0, 5.0], [1e-300, 2e-300], [-3.0, -2.0]])
+@pytest.mark.parametrize(
+    "values", [[0.0], [1e300, -1e300], [5.0, 5.0], [1e-300, 2e-300], [-3.0, -2.0]]
+)
 def test_odd_numbers_make_whole_pictures(values: list[float]) -> None:
     shown = [
         documents([(f"document {i}", v) for i, v in enumerate(values)], values[0]),
         forest([Row("x", v, v, v, None, "passed") for v in values], "nats"),
-        series([Series("x", [Point(i, v, None, None, "passed", "") for i, v in enumerate(values)])], "loss"),
+        series(
+            [Series("x", [Point(i, v, None, None, "passed", "") for i, v in enumerate(values)])],
+            "loss",
+        ),
         heat({("r", str(i)): v for i, v in enumerate(values)}, "x", "dB"),
     ]
     for picture in shown:
@@ -235,13 +295,19 @@ def test_odd_numbers_make_whole_pictures(values: list[float]) -> None:
 def test_signal_to_noise_is_what_the_weights_say(tmp_path: Path) -> None:
     found = noise(GOLDEN / "mxfp8", GOLDEN / "bf16")
     assert found.left_out == 0
-    assert found.weights == sum(n.endswith("weight_scale_inv") for n in open_checkpoint(GOLDEN / "mxfp8").tensors)
-    assert all(28 < v < 35 for v in found.roles.values())  # E4M3 with a scale a block of 32: 3 bits of mantissa
+    assert found.weights == sum(
+        n.endswith("weight_scale_inv") for n in open_checkpoint(GOLDEN / "mxfp8").tensors
+    )
+    assert all(
+        28 < v < 35 for v in found.roles.values()
+    )  # E4M3 with a scale a block of 32: 3 bits of mantissa
     assert ("layer 1", "7") in found.experts
     copy = tmp_path / "damaged"
     shutil.copytree(GOLDEN / "mxfp8", copy)
     ckpt = open_checkpoint(copy)
-    name = next(n for n in ckpt.tensors if ".layers.2." in n and ".experts.3.w2.weight_scale_inv" in n)
+    name = next(
+        n for n in ckpt.tensors if ".layers.2." in n and ".experts.3.w2.weight_scale_inv" in n
+    )
     t = ckpt.tensors[name]
     with (copy / t.file).open("r+b") as handle:
         handle.seek(t.offset)
@@ -265,7 +331,21 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert len(pictures(page)) == 3
     assert run(["history", "plot", "-f", str(history), "-o", str(tmp_path / "p.svg")]) == 0
     assert ET.parse(tmp_path / "p.svg").getroot().tag == "{http://www.w3.org/2000/svg}svg"  # noqa: S314
-    assert run(["history", "plot", "-f", str(history), "-o", str(tmp_path / "q.svg"), "--measure", "nothing"]) == 1
+    assert (
+        run(
+            [
+                "history",
+                "plot",
+                "-f",
+                str(history),
+                "-o",
+                str(tmp_path / "q.svg"),
+                "--measure",
+                "nothing",
+            ]
+        )
+        == 1
+    )
     assert not (tmp_path / "q.svg").exists()
     file.write_text("{}")
     before = out.read_bytes()
@@ -276,7 +356,9 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     capsys.readouterr()
 
 
-def test_the_drift_against_a_golden_is_a_row_of_the_forest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_drift_against_a_golden_is_a_row_of_the_forest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from verifier.goldens import hold
 
     monkeypatch.delenv("CI", raising=False)
@@ -284,7 +366,9 @@ def test_the_drift_against_a_golden_is_a_row_of_the_forest(tmp_path: Path, monke
     hold(gate_run(), golden)
     assert run(["goldens", "accept", "x", "--reason", "first", "-d", str(tmp_path)]) == 0
     worse = gate_run()
-    worse["documents"] = [[b, q + t * (0.01 + 0.0001 * (i % 3)), t] for i, (b, q, t) in enumerate(worse["documents"])]
+    worse["documents"] = [
+        [b, q + t * (0.01 + 0.0001 * (i % 3)), t] for i, (b, q, t) in enumerate(worse["documents"])
+    ]
     file.write_text(json.dumps(worse))
     args = ["report", str(file), "-o", str(tmp_path / "r.html"), "--golden", str(golden)]
     assert run(args) == 0
@@ -299,7 +383,9 @@ def test_the_drift_against_a_golden_is_a_row_of_the_forest(tmp_path: Path, monke
 def test_a_check_is_a_page_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     args = ["check", str(GOLDEN / "mxfp8"), "--base", str(GOLDEN / "bf16")]
     assert run([*args, "--format", f"json={tmp_path / 'c.json'}"]) == 0
-    assert run(["report", str(tmp_path / "c.json"), "-o", str(tmp_path / "r.html"), "--weights"]) == 0
+    assert (
+        run(["report", str(tmp_path / "c.json"), "-o", str(tmp_path / "r.html"), "--weights"]) == 0
+    )
     page = (tmp_path / "r.html").read_text()
     harmless(page)
     assert "check PASSED" in page

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every format: what it says of each verdict, what it does with hostile names, and how large it can grow."""
+"""Every format: what it says of each verdict, what it does with hostile names, and how large it can
+grow.
+"""
 
 from __future__ import annotations
 
@@ -36,19 +38,36 @@ COVERAGE = (
     Coverage("QC501", False, 0, 0, "weight scales", "depth payload", "zero weight scale"),
 )
 STATS = {
-    "tensors": 10, "shards": 1, "bytes": 1000, "scale_bytes": 10, "formats": {"NVFP4": 4}, "unquantized": {},
-    "model_type": "x", "options": {"depth": "header", "fail_on": "error", "profile": None}, "seconds": 0.1,
-}  # fmt: skip
+    "tensors": 10,
+    "shards": 1,
+    "bytes": 1000,
+    "scale_bytes": 10,
+    "formats": {"NVFP4": 4},
+    "unquantized": {},
+    "model_type": "x",
+    "options": {"depth": "header", "fail_on": "error", "profile": None},
+    "seconds": 0.1,
+}
 ERROR = Finding(
-    "QC201", "error", "no tensor of this layout has this name", Where("model.x.weight", "model.safetensors", 3, 2, 77),
-    "A", "B", 4, 10, (Effect("vllm", "error", "stops"), Effect("trtllm", "warning", "")), "vllm: stops",
-)  # fmt: skip
+    "QC201",
+    "error",
+    "no tensor of this layout has this name",
+    Where("model.x.weight", "model.safetensors", 3, 2, 77),
+    "A",
+    "B",
+    4,
+    10,
+    (Effect("vllm", "error", "stops"), Effect("trtllm", "warning", "")),
+    "vllm: stops",
+)
 WARNING = Finding("QC101", "warning", "no index")
 NOTE = Finding("QC101", "info", "a remark", Where(None, "config.json"))
 
 
 def report(*findings: Finding, verdict: str = "failed", **stats: Any) -> Report:
-    return Report(verdict, "/data/ckpt", None, tuple(fingerprinted(findings)), COVERAGE, STATS | stats)  # type: ignore[arg-type]
+    return Report(
+        verdict, "/data/ckpt", None, tuple(fingerprinted(findings)), COVERAGE, STATS | stats
+    )  # type: ignore[arg-type]
 
 
 CLEAN = report(verdict="passed")
@@ -56,22 +75,49 @@ FAILED = report(ERROR, WARNING, NOTE)
 UNPROVEN = report(WARNING, verdict="unproven", unproven="no quantized tensor")
 BROKEN = Report("broken", "s3://bucket/x", None, (), (), {"error": "Input/output error"})
 KNOWN = report(
-    replace(ERROR, standing="known", note="agreed"), replace(WARNING, standing="grown", note="2 now"), verdict="passed"
+    replace(ERROR, standing="known", note="agreed"),
+    replace(WARNING, standing="grown", note="2 now"),
+    verdict="passed",
 )
 EVERY = {"clean": CLEAN, "failed": FAILED, "unproven": UNPROVEN, "broken": BROKEN, "known": KNOWN}
 HOSTILES = report(
-    Finding("QC201", "error", f"message of {HOSTILE}", Where(HOSTILE, f"{HOSTILE}.safetensors", 1), HOSTILE, HOSTILE),
-    Finding("QC101", "error", HOSTILE, Where(None, HOSTILE), because=f"configuration: QC1 {HOSTILE} is error"),
+    Finding(
+        "QC201",
+        "error",
+        f"message of {HOSTILE}",
+        Where(HOSTILE, f"{HOSTILE}.safetensors", 1),
+        HOSTILE,
+        HOSTILE,
+    ),
+    Finding(
+        "QC101",
+        "error",
+        HOSTILE,
+        Where(None, HOSTILE),
+        because=f"configuration: QC1 {HOSTILE} is error",
+    ),
     replace(Finding("QC101", "error", "x", Where(HOSTILE)), standing="known", note=HOSTILE),
-    verdict="unproven", unproven=HOSTILE,
-    baseline={"file": HOSTILE, "known": 1, "grown": 0, "not_judged": 0,
-              "stale": [{"fingerprint": "0", "rule": "QC1", "what": HOSTILE, "place": HOSTILE}]},
+    verdict="unproven",
+    unproven=HOSTILE,
+    baseline={
+        "file": HOSTILE,
+        "known": 1,
+        "grown": 0,
+        "not_judged": 0,
+        "stale": [{"fingerprint": "0", "rule": "QC1", "what": HOSTILE, "place": HOSTILE}],
+    },
     options={"profile": "all", "base": HOSTILE, "config": HOSTILE, "fail_on": "error"},
-)  # fmt: skip
-HOSTILES = replace(HOSTILES, uri=f"/data/{HOSTILE}", base=HOSTILE, coverage=(
-    *COVERAGE, Coverage("QC9", True, 1, 2, HOSTILE, HOSTILE, HOSTILE),
-    Coverage("QC8", False, 0, 0, HOSTILE, HOSTILE, HOSTILE),
-))  # fmt: skip
+)
+HOSTILES = replace(
+    HOSTILES,
+    uri=f"/data/{HOSTILE}",
+    base=HOSTILE,
+    coverage=(
+        *COVERAGE,
+        Coverage("QC9", True, 1, 2, HOSTILE, HOSTILE, HOSTILE),
+        Coverage("QC8", False, 0, 0, HOSTILE, HOSTILE, HOSTILE),
+    ),
+)
 
 
 def clean(text: str) -> bool:
@@ -109,7 +155,9 @@ def test_text_says_what_where_how_many_and_why() -> None:
     assert text.startswith("error   QC201  no tensor of this layout has this name   4 of 10\n")
     assert "        model.x.weight [row 3, block 2, byte 77, of model.safetensors]\n" in text
     assert "        observed A, expected B\n        vllm: stops\n" in text
-    assert "not run: QC201 (on 1 of 10 tensors: one cannot be read); QC501 (depth payload)\n" in text
+    assert (
+        "not run: QC201 (on 1 of 10 tensors: one cannot be read); QC501 (depth payload)\n" in text
+    )
     assert text.endswith("verdict: FAILED (1 error, 1 warning)\n")
     assert text.index("error ") < text.index("warning ") < text.index("info ")
 
@@ -120,7 +168,9 @@ def test_text_bounds_the_findings_of_a_rule_and_counts_the_rest() -> None:
     assert text.count("error   QC201") == 10
     assert "and 20 more findings of QC201; --format json lists them" in text
     assert "warning QC101" in text
-    known = report(*(replace(ERROR, where=Where(f"t{i}x"), standing="known", note="n") for i in range(30)))
+    known = report(
+        *(replace(ERROR, where=Where(f"t{i}x"), standing="known", note="n") for i in range(30))
+    )
     assert "and 10 more known findings" in render_text(known)
 
 
@@ -149,8 +199,9 @@ def test_json_keeps_names_as_they_are_and_effects_by_engine() -> None:
     assert value["findings"][0]["where"]["tensor"] == HOSTILE
     value = json.loads(render_json(FAILED))
     assert value["findings"][0]["effects"] == {
-        "vllm": {"severity": "error", "what": "stops"}, "trtllm": {"severity": "warning", "what": ""},
-    }  # fmt: skip
+        "vllm": {"severity": "error", "what": "stops"},
+        "trtllm": {"severity": "warning", "what": ""},
+    }
     assert re.fullmatch(r"[0-9a-f]{32}", value["findings"][0]["fingerprint"])
 
 
@@ -201,7 +252,9 @@ def test_junit_escapes_what_ends_a_text() -> None:
 
 @pytest.fixture(scope="session")
 def sarif_schema(shared_data: Path) -> Any:
-    return json.loads((shared_data / "schemas" / "sarif-schema-2.1.0.json").read_text(encoding="utf-8"))
+    return json.loads(
+        (shared_data / "schemas" / "sarif-schema-2.1.0.json").read_text(encoding="utf-8")
+    )
 
 
 @pytest.mark.parametrize("name", [*EVERY, "hostile"])
@@ -224,12 +277,17 @@ def test_sarif_places_a_finding_in_the_users_checkpoint() -> None:
     assert (first["ruleId"], first["level"], first["occurrenceCount"]) == ("QC201", "error", 4)
     assert run["tool"]["driver"]["rules"][first["ruleIndex"]]["id"] == "QC201"
     (location,) = first["locations"]
-    assert location["physicalLocation"]["artifactLocation"] == {"uri": "model.safetensors", "uriBaseId": "CHECKPOINT"}
+    assert location["physicalLocation"]["artifactLocation"] == {
+        "uri": "model.safetensors",
+        "uriBaseId": "CHECKPOINT",
+    }
     assert location["physicalLocation"]["region"] == {"byteOffset": 77}
     assert location["logicalLocations"][0]["fullyQualifiedName"] == "model.x.weight"
     assert [r["level"] for r in run["results"]] == ["error", "warning", "note"]
     assert sarif(BROKEN)["originalUriBaseIds"]["CHECKPOINT"]["uri"] == "s3://bucket/x/"
-    lost = sarif(report(Finding("QC201", "error", "missing", Where("model.y.weight"))))["results"][0]["locations"][0]
+    lost = sarif(report(Finding("QC201", "error", "missing", Where("model.y.weight"))))["results"][
+        0
+    ]["locations"][0]
     assert lost["physicalLocation"]["artifactLocation"]["uri"] == "config.json"
 
 
@@ -248,10 +306,19 @@ def test_sarif_says_how_the_run_went() -> None:
         return dict(found)
 
     assert (invocation(CLEAN)["executionSuccessful"], invocation(CLEAN)["exitCode"]) == (True, 0)
-    assert (invocation(UNPROVEN)["executionSuccessful"], invocation(UNPROVEN)["exitCode"]) == (True, 3)
+    assert (invocation(UNPROVEN)["executionSuccessful"], invocation(UNPROVEN)["exitCode"]) == (
+        True,
+        3,
+    )
     assert (invocation(BROKEN)["executionSuccessful"], invocation(BROKEN)["exitCode"]) == (False, 4)
-    assert "no quantized tensor" in invocation(UNPROVEN)["toolExecutionNotifications"][0]["message"]["text"]
-    assert "QC501 did not run: depth payload" in invocation(CLEAN)["toolConfigurationNotifications"][0]["message"]["text"]
+    assert (
+        "no quantized tensor"
+        in invocation(UNPROVEN)["toolExecutionNotifications"][0]["message"]["text"]
+    )
+    assert (
+        "QC501 did not run: depth payload"
+        in invocation(CLEAN)["toolConfigurationNotifications"][0]["message"]["text"]
+    )
     known, grown = sarif(KNOWN)["results"][::-1]
     assert known["suppressions"] == [{"kind": "external", "justification": "agreed"}]
     assert "suppressions" not in grown
@@ -275,12 +342,17 @@ def test_github_annotates_the_worst_ten() -> None:
     many = report(*(replace(WARNING, where=Where(f"t{i}x")) for i in range(12)), ERROR)
     found = commands(render(many, "github"))
     assert len(found) == MAX_ANNOTATIONS
-    assert found[0].startswith("::error title=QC201 name is not the hub's::no tensor of this layout")
+    assert found[0].startswith(
+        "::error title=QC201 name is not the hub's::no tensor of this layout"
+    )
     assert all(line.startswith("::warning ") for line in found[1:])
     assert "3 more findings without an annotation\n" in render(many, "github")
     assert commands(render(KNOWN, "github"))[0].startswith("::warning title=QC101")
     assert len(commands(render(KNOWN, "github"))) == 1
-    assert commands(render(UNPROVEN, "github"))[0] == "::error title=ckptgate%3A unproven::no quantized tensor"
+    assert (
+        commands(render(UNPROVEN, "github"))[0]
+        == "::error title=ckptgate%3A unproven::no quantized tensor"
+    )
 
 
 def test_github_commands_cannot_be_forged() -> None:
@@ -358,7 +430,11 @@ def page(of: Report) -> Page:
 def test_html_runs_nothing_and_fetches_nothing(name: str) -> None:
     found = page(EVERY.get(name, HOSTILES))
     assert not {"script", "img", "link", "iframe", "object", "a", "form", "base"} & set(found.tags)
-    assert not [a for a in found.attributes if a[0].startswith("on") or a[0] in ("src", "href", "style", "srcdoc")]
+    assert not [
+        a
+        for a in found.attributes
+        if a[0].startswith("on") or a[0] in ("src", "href", "style", "srcdoc")
+    ]
     assert ("content", "default-src 'none'; style-src 'unsafe-inline'") in found.attributes
     text = render(EVERY.get(name, HOSTILES), "html")
     assert "prefers-color-scheme: dark" in text
@@ -371,14 +447,38 @@ def test_html_shows_hostile_names_as_text() -> None:
     assert "]]><script>alert(1)</script>" in found.text
     assert "\\x1b[31mred" in found.text
     assert set(found.tags) <= {
-        "html", "head", "meta", "title", "style", "body", "h1", "h2", "p", "code", "br", "span", "details", "summary", "b",
-        "div", "table", "tr", "th", "td",
-    }  # fmt: skip
+        "html",
+        "head",
+        "meta",
+        "title",
+        "style",
+        "body",
+        "h1",
+        "h2",
+        "p",
+        "code",
+        "br",
+        "span",
+        "details",
+        "summary",
+        "b",
+        "div",
+        "table",
+        "tr",
+        "th",
+        "td",
+    }
 
 
 def test_html_shows_findings_known_ones_and_what_was_examined() -> None:
     text = page(FAILED).text
-    for words in ("FAILED (1 error, 1 warning)", "no tensor of this layout", "vllm: stops", "9", "depth payload"):
+    for words in (
+        "FAILED (1 error, 1 warning)",
+        "no tensor of this layout",
+        "vllm: stops",
+        "9",
+        "depth payload",
+    ):
         assert words in text
     assert "known: agreed" in page(KNOWN).text
     assert "None." in page(CLEAN).text
@@ -391,14 +491,26 @@ def test_the_engine_table_is_there_under_all_only() -> None:
         assert "(warning)" not in render(FAILED, format_)
 
 
-@pytest.mark.parametrize(("format_", "limit"), [("html", MAX_BYTES), ("markdown", MAX_MARKDOWN), ("text", 200_000)])
+@pytest.mark.parametrize(
+    ("format_", "limit"), [("html", MAX_BYTES), ("markdown", MAX_MARKDOWN), ("text", 200_000)]
+)
 @pytest.mark.parametrize("long", [False, True])
 def test_size_is_bounded_whatever_there_is_to_tell(format_: str, limit: int, long: bool) -> None:
     name = HOSTILE * 200 if long else "model.layers.1.x"
-    many = report(*(
-        Finding("QC201", "error", f"m {i} {name}", Where(f"{name}.{i}", name), name, name, because=name)
-        for i in range(2_500)
-    ))  # fmt: skip
+    many = report(
+        *(
+            Finding(
+                "QC201",
+                "error",
+                f"m {i} {name}",
+                Where(f"{name}.{i}", name),
+                name,
+                name,
+                because=name,
+            )
+            for i in range(2_500)
+        )
+    )
     many = replace(many, uri=name * 50, coverage=COVERAGE * 1_000)
     text = render(many, format_)
     assert len(text.encode()) <= limit
@@ -408,7 +520,12 @@ def test_size_is_bounded_whatever_there_is_to_tell(format_: str, limit: int, lon
 
 
 def test_two_thousand_findings_are_shown_whole() -> None:
-    many = report(*(Finding("QC201", "error", "missing", Where(f"model.layers.1.x{i}.weight")) for i in range(2_000)))
+    many = report(
+        *(
+            Finding("QC201", "error", "missing", Where(f"model.layers.1.x{i}.weight"))
+            for i in range(2_000)
+        )
+    )
     text = render(many, "html")
     assert text.count('class="finding"') == 2_000
     assert len(text.encode()) < MAX_BYTES
@@ -418,9 +535,14 @@ def test_two_thousand_findings_are_shown_whole() -> None:
 
 
 @pytest.mark.parametrize(("format_", "module"), [("junit", "junitparser"), ("html", "jinja2")])
-def test_a_format_without_its_package_names_the_extra(monkeypatch: pytest.MonkeyPatch, format_: str, module: str) -> None:
+def test_a_format_without_its_package_names_the_extra(
+    monkeypatch: pytest.MonkeyPatch, format_: str, module: str
+) -> None:
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(MissingExtra, match=r"--format \w+ needs the extra 'report': pip install 'ckptgate\[report\]'"):
+    with pytest.raises(
+        MissingExtra,
+        match=r"--format \w+ needs the extra 'report': pip install 'ckptgate\[report\]'",
+    ):
         render(CLEAN, format_)
     for other in set(FORMATS) - {"junit", "html"}:
         assert render(CLEAN, other)

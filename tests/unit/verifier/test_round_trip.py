@@ -45,12 +45,19 @@ def unknown(folder: Folder) -> Folder:
     return folder
 
 
-CLEAN = [DATA / "qwen3moe_nvfp4_experts_max", DATA / "llama_mxfp8", GOLDEN / "mxfp8", GOLDEN / "bf16"]
+CLEAN = [
+    DATA / "qwen3moe_nvfp4_experts_max",
+    DATA / "llama_mxfp8",
+    GOLDEN / "mxfp8",
+    GOLDEN / "bf16",
+]
 
 
 @pytest.mark.parametrize("path", CLEAN, ids=lambda p: p.name)
 def test_what_the_rule_passes_comes_back_byte_for_byte(path: Path) -> None:
-    """The claim behind its silence, made by hand: every leaf of every group fused, stacked, and taken apart again."""
+    """The claim behind its silence, made by hand: every leaf of every group fused, stacked, and
+    taken apart again.
+    """
     ctx = Context(open_checkpoint(path))
     groups = list(fused(ctx))
     assert found(path) == []
@@ -64,11 +71,17 @@ def test_what_the_rule_passes_comes_back_byte_for_byte(path: Path) -> None:
             heights = np.cumsum([len(a) for a in arrays])[:-1] if not group.stack else []
             parts = list(whole) if group.stack else np.split(whole, heights)
             for part, array in zip(parts, arrays, strict=True):
-                assert (part.dtype, part.shape, part.tobytes()) == (array.dtype, array.shape, array.tobytes())
+                assert (part.dtype, part.shape, part.tobytes()) == (
+                    array.dtype,
+                    array.shape,
+                    array.tobytes(),
+                )
 
 
 def test_groups_of_a_moe_checkpoint() -> None:
-    groups = {g.name: g for g in fused(Context(open_checkpoint(DATA / "qwen3moe_nvfp4_experts_max")))}
+    groups = {
+        g.name: g for g in fused(Context(open_checkpoint(DATA / "qwen3moe_nvfp4_experts_max")))
+    }
     layer = "model.layers.0"
     assert [m.name for m in groups[f"{layer}.self_attn.qkv_proj"].modules] == [
         f"{layer}.self_attn.{p}_proj" for p in "qkv"
@@ -81,7 +94,11 @@ def test_groups_of_a_moe_checkpoint() -> None:
 def block_fp8(folder: Folder, rows: int) -> Folder:
     """Give gate, up and down of a layer's MLP another height, in 128x128 blocks."""
     rng = np.random.default_rng(rows)
-    for leaf, shape in (("gate_proj", (rows, 64)), ("up_proj", (rows, 64)), ("down_proj", (64, rows))):
+    for leaf, shape in (
+        ("gate_proj", (rows, 64)),
+        ("up_proj", (rows, 64)),
+        ("down_proj", (64, rows)),
+    ):
         parts = encode(rng.standard_normal(shape).astype(np.float32), "fp8_block")
         folder.store(f"{MLP}.{leaf}.weight", parts["weight"])
         folder.store(f"{MLP}.{leaf}.weight_scale_inv", parts["weight_scale_inv"])
@@ -103,7 +120,9 @@ def test_a_block_over_the_seam(tiny: Callable[[str], Folder]) -> None:
 
 def test_the_last_part_may_end_inside_a_block(tiny: Callable[[str], Folder]) -> None:
     folder = unknown(tiny("llama-fp8-block"))
-    parts = encode(np.random.default_rng(0).standard_normal((192, 64)).astype(np.float32), "fp8_block")
+    parts = encode(
+        np.random.default_rng(0).standard_normal((192, 64)).astype(np.float32), "fp8_block"
+    )
     folder.store(f"{MLP}.up_proj.weight", parts["weight"])
     folder.store(f"{MLP}.up_proj.weight_scale_inv", parts["weight_scale_inv"])
     assert found(folder.path) == []
@@ -134,7 +153,11 @@ def test_width_of_one_part(tiny: Callable[[str], Folder]) -> None:
     for leaf in ("weight", "weight_scale"):
         folder.store(f"{name}.{leaf}", np.ascontiguousarray(folder.array(f"{name}.{leaf}")[:, ::2]))
     (finding,) = found(folder.path)
-    assert (finding.severity, finding.where.tensor, finding.observed) == ("error", f"{name}.weight", "[192, 32]")
+    assert (finding.severity, finding.where.tensor, finding.observed) == (
+        "error",
+        f"{name}.weight",
+        "[192, 32]",
+    )
 
 
 def test_a_known_family_tells_shapes_once(tiny: Callable[[str], Folder]) -> None:
@@ -199,7 +222,9 @@ def test_silent_where_no_layout_is_known(spec: Tiny, tmp_path: Path) -> None:
 
 def test_every_row_of_the_catalogue_has_a_rule_or_a_line_that_says_why_not() -> None:
     rows = {1: 11, 2: 9, 3: 15, 4: 15, 5: 17, 6: 8, 7: 6}
-    catalogue = {f"QC{family}{number:02}" for family, count in rows.items() for number in range(1, count + 1)}
+    catalogue = {
+        f"QC{family}{number:02}" for family, count in rows.items() for number in range(1, count + 1)
+    }
     page = (Path(__file__).parents[3] / "docs" / "rules.md").read_text(encoding="utf-8")
     without = page.partition("## Rows of the catalogue without a rule")[2]
     told = {line[2:7] for line in without.splitlines() if line.startswith("| QC")}
@@ -208,7 +233,9 @@ def test_every_row_of_the_catalogue_has_a_rule_or_a_line_that_says_why_not() -> 
 
 
 def test_two_lists_of_experts_in_one(tiny: Callable[[str], Folder]) -> None:
-    """Ernie 4.5 VL numbers its text experts first, then its vision experts, which are of another size."""
+    """Ernie 4.5 VL numbers its text experts first, then its vision experts, which are of another
+    size.
+    """
     folder = unknown(tiny("mixtral-w4a16"))
     names = [n for n in folder.tensors() if ".experts." in n]
     for name in names:
@@ -223,4 +250,6 @@ def test_two_lists_of_experts_in_one(tiny: Callable[[str], Folder]) -> None:
         folder.add(name.replace(f".experts.{number}.", f".experts.{number + 4}."), narrow)
     assert found(folder.path) == []
     folder.drop([n for n in folder.tensors() if ".layers.1." in n and ".experts.7." in n])
-    assert {f.message for f in found(folder.path)} == {"parts of one parameter have different shapes"}
+    assert {f.message for f in found(folder.path)} == {
+        "parts of one parameter have different shapes"
+    }

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every rule, proved both ways: silent on clean checkpoints, and heard on a copy that differs in one defect only."""
+"""Every rule, proved both ways: silent on clean checkpoints, and heard on a copy that differs in
+one defect only.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ GOLDEN = Path(__file__).parents[3] / "goldens" / "minimax-m3-tiny"
 
 @dataclass(frozen=True)
 class Spec:
-    """A clean checkpoint: what it is, and which corruptors are tried on it (None: all that suit)."""
+    """A clean checkpoint: what it is, and which corruptors are tried on it (None: all that
+    suit).
+    """
 
     kind: Kind
     traits: frozenset[str]
@@ -43,19 +47,30 @@ CLEAN = {
     "nvfp4": Spec("nvfp4", frozenset({"index", "experts"})),
     "mxfp8": Spec("mxfp8", frozenset({"index", "experts"})),
     "mixed": Spec("mixed", frozenset({"index", "experts", "shards"}), merged=True),
-    "f32_router": Spec("nvfp4", frozenset({"index", "experts", "f32"}), only=frozenset({"router-recast"})),
+    "f32_router": Spec(
+        "nvfp4", frozenset({"index", "experts", "f32"}), only=frozenset({"router-recast"})
+    ),
     "golden": Spec(
-        "mxfp8", frozenset({"index", "experts", "shards", "f32", "vision", "tokenizer"}),
-        only=frozenset({
-            "vocabulary-lost", "tokenizer-lost", "template-lost", "text-rule-on-the-tower", "tower-excluded-by-wrapper",
-            "wrapped-tower", "tower-quantized",
-        }),
+        "mxfp8",
+        frozenset({"index", "experts", "shards", "f32", "vision", "tokenizer"}),
+        only=frozenset(
+            {
+                "vocabulary-lost",
+                "tokenizer-lost",
+                "template-lost",
+                "text-rule-on-the-tower",
+                "tower-excluded-by-wrapper",
+                "wrapped-tower",
+                "tower-quantized",
+            }
+        ),
     ),
     "mtp": Spec(
-        "mxfp8", frozenset({"index", "experts", "shards", "f32", "vision", "tokenizer", "mtp"}),
+        "mxfp8",
+        frozenset({"index", "experts", "shards", "f32", "vision", "tokenizer", "mtp"}),
         only=frozenset({"mtp-lost", "mtp-tensor-lost"}),
     ),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -104,13 +119,17 @@ def _with_mtp(path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def clean(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Clean]:
-    """Build the clean checkpoints once: two that NVIDIA ModelOpt wrote, four that the exporter makes, the golden."""
+    """Build the clean checkpoints once: two that NVIDIA ModelOpt wrote, four that the exporter
+    makes, the golden.
+    """
     root = tmp_path_factory.mktemp("clean")
     qwen, llama = DATA / "src_qwen3moe", DATA / "src_llama"
     routed = _float32_router(_copy(qwen, root / "src_f32_router"))
     export(qwen, root / "nvfp4", recipe="nvfp4_experts_only", input_scale="one")
     export(qwen, root / "mxfp8", recipe="mxfp8_default")
-    export(qwen, root / "mixed", recipe="nvfp4_experts_only", onto=root / "mxfp8", shard_bytes=200_000)
+    export(
+        qwen, root / "mixed", recipe="nvfp4_experts_only", onto=root / "mxfp8", shard_bytes=200_000
+    )
     export(routed, root / "f32_router", recipe="nvfp4_experts_only", input_scale="one")
     return {
         "modelopt_nvfp4": Clean(DATA / "qwen3moe_nvfp4_experts_max", qwen),
@@ -120,8 +139,11 @@ def clean(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Clean]:
         "mixed": Clean(root / "mixed", qwen, root / "mxfp8"),
         "f32_router": Clean(root / "f32_router", routed),
         "golden": Clean(GOLDEN / "mxfp8", GOLDEN / "bf16"),
-        "mtp": Clean(_with_mtp(_copy(GOLDEN / "mxfp8", root / "mtp")), _with_mtp(_copy(GOLDEN / "bf16", root / "src_mtp"))),
-    }  # fmt: skip
+        "mtp": Clean(
+            _with_mtp(_copy(GOLDEN / "mxfp8", root / "mtp")),
+            _with_mtp(_copy(GOLDEN / "bf16", root / "src_mtp")),
+        ),
+    }
 
 
 def _cases() -> Iterator[tuple[str, Corruptor]]:
@@ -149,7 +171,9 @@ def _ids(cases: list[tuple[str, Corruptor]]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def broken(
-    clean: dict[str, Clean], tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+    clean: dict[str, Clean],
+    tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest,
 ) -> Iterator[tuple[Clean, Corruptor, Place]]:
     """Yield the clean checkpoint of a case, copied, with its one defect made."""
     name, corruptor = request.param
@@ -163,7 +187,9 @@ def broken(
 
 def _told(report: Report, corruptor: Corruptor) -> list[Finding]:
     instead = [f for r in corruptor.instead for f in report.by_rule(r)]
-    return [f for f in report.by_rule(corruptor.rule) if f.severity == corruptor.severity] or instead
+    return [
+        f for f in report.by_rule(corruptor.rule) if f.severity == corruptor.severity
+    ] or instead
 
 
 def _points_at(finding: Finding, place: Place) -> bool:
@@ -181,8 +207,12 @@ def _assert_told(report: Report, corruptor: Corruptor, place: Place) -> None:
         assert finding.of is None or finding.of >= finding.count, finding
         assert finding.message
     if corruptor.severity != "error":
-        assert corruptor.rule not in rules_of(report.findings, "error"), report.by_rule(corruptor.rule)
-    assert rules_of(report.findings, "error") <= {corruptor.rule} | corruptor.also | corruptor.instead, report.findings
+        assert corruptor.rule not in rules_of(report.findings, "error"), report.by_rule(
+            corruptor.rule
+        )
+    assert (
+        rules_of(report.findings, "error") <= {corruptor.rule} | corruptor.also | corruptor.instead
+    ), report.findings
     wanted = 1 if corruptor.severity == "error" or rules_of(report.findings, "error") else 0
     assert report.exit_code == wanted
 
@@ -198,7 +228,9 @@ def test_corruptors_are_told_apart() -> None:
 
 
 def test_every_corruptor_is_tried() -> None:
-    assert {(c.rule, c.name) for _, c in CASES} == {(c.rule, c.name) for c in CORRUPTORS if c.depth != "load"}
+    assert {(c.rule, c.name) for _, c in CASES} == {
+        (c.rule, c.name) for c in CORRUPTORS if c.depth != "load"
+    }
 
 
 def test_corruptors_state_the_depth_and_needs_of_their_rule() -> None:
@@ -223,7 +255,9 @@ def test_clean_checkpoints_are_what_the_table_says(clean: dict[str, Clean], name
 @pytest.mark.parametrize("name", CLEAN)
 def test_clean_twin_has_no_finding(clean: dict[str, Clean], name: str) -> None:
     twin = clean[name]
-    report = verifier.check(twin.path, base=twin.base, merged_from=twin.merged_from, depth="payload")
+    report = verifier.check(
+        twin.path, base=twin.base, merged_from=twin.merged_from, depth="payload"
+    )
     assert report.findings == ()
     assert report.verdict == "passed"
     ran = {c.rule for c in report.coverage if c.ran}
@@ -233,7 +267,10 @@ def test_clean_twin_has_no_finding(clean: dict[str, Clean], name: str) -> None:
     assert quiet.verdict == "passed"
 
 
-@pytest.mark.parametrize(("name", "base"), [("mixed", "mxfp8"), ("nvfp4", "mxfp8"), ("mixed", "nvfp4"), ("mxfp8", "mxfp8")])
+@pytest.mark.parametrize(
+    ("name", "base"),
+    [("mixed", "mxfp8"), ("nvfp4", "mxfp8"), ("mixed", "nvfp4"), ("mxfp8", "mxfp8")],
+)
 def test_clean_against_a_quantized_base(clean: dict[str, Clean], name: str, base: str) -> None:
     """A base that is itself quantized is decoded first."""
     report = verifier.check(clean[name].path, base=clean[base].path, depth="payload")
@@ -242,8 +279,12 @@ def test_clean_against_a_quantized_base(clean: dict[str, Clean], name: str, base
 
 
 @pytest.mark.parametrize("name", CLEAN)
-def test_an_edit_that_changes_nothing_is_no_finding(clean: dict[str, Clean], name: str, tmp_path: Path) -> None:
-    """The editor itself leaves no trace: every shard written again, one tensor dropped and put back, JSON re-dumped."""
+def test_an_edit_that_changes_nothing_is_no_finding(
+    clean: dict[str, Clean], name: str, tmp_path: Path
+) -> None:
+    """The editor itself leaves no trace: every shard written again, one tensor dropped and put
+    back, JSON re-dumped.
+    """
     twin = clean[name]
     folder = Folder(_copy(twin.path, tmp_path / "ckpt"))
     before = {n: folder.read(n) for n in folder.tensors()}
@@ -263,14 +304,18 @@ def test_an_edit_that_changes_nothing_is_no_finding(clean: dict[str, Clean], nam
         index = json.loads((folder.path / INDEX).read_text())
         assert set(index["weight_map"]) == set(before)
         assert index["metadata"]["total_size"] == sum(map(len, before.values()))
-    report = verifier.check(folder.path, base=twin.base, merged_from=twin.merged_from, depth="payload")
+    report = verifier.check(
+        folder.path, base=twin.base, merged_from=twin.merged_from, depth="payload"
+    )
     assert report.findings == ()
 
 
 @pytest.mark.parametrize("broken", CASES, ids=_ids(CASES), indirect=True)
 def test_defect_is_told(broken: tuple[Clean, Corruptor, Place]) -> None:
     ckpt, corruptor, place = broken
-    report = verifier.check(ckpt.path, base=ckpt.base, merged_from=ckpt.merged_from, depth="payload")
+    report = verifier.check(
+        ckpt.path, base=ckpt.base, merged_from=ckpt.merged_from, depth="payload"
+    )
     _assert_told(report, corruptor, place)
 
 
@@ -290,20 +335,31 @@ def test_either_source_tells_it(broken: tuple[Clean, Corruptor, Place], given: s
     _assert_told(report, corruptor, place)
 
 
-# FP8 in its three granularities, encoded here: no exporter writes it, and rules judge it all the same.
+# FP8 in its three granularities, encoded here: no exporter writes it, and rules judge it all the
+# same.
 
 E4M3 = ml_dtypes.float8_e4m3fn
 FP8_DECLARED: dict[str, dict[str, Any]] = {
     "tensor": {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["lm_head"]},
-    "channel": {"quant_method": "modelopt", "quant_algo": "FP8_PER_CHANNEL_PER_TOKEN", "ignore": ["lm_head"]},
+    "channel": {
+        "quant_method": "modelopt",
+        "quant_algo": "FP8_PER_CHANNEL_PER_TOKEN",
+        "ignore": ["lm_head"],
+    },
     # k and v have 64 rows: a block would reach over the seam of q, k and v.
-    "block": {"quant_method": "fp8", "weight_block_size": [128, 128], "modules_to_not_convert": ["lm_head", "self_attn"]},
+    "block": {
+        "quant_method": "fp8",
+        "weight_block_size": [128, 128],
+        "modules_to_not_convert": ["lm_head", "self_attn"],
+    },
 }
 FP8_ALGO = {"tensor": "FP8", "channel": "FP8_PER_CHANNEL_PER_TOKEN", "block": "FP8_PB_WO"}
 VICTIM = "model.layers.1.mlp.down_proj"
 
 
-def _fp8_parts(values: npt.NDArray[np.float32], how: str) -> tuple[npt.NDArray[Any], npt.NDArray[np.float32]]:
+def _fp8_parts(
+    values: npt.NDArray[np.float32], how: str
+) -> tuple[npt.NDArray[Any], npt.NDArray[np.float32]]:
     """Return codes and scale of a weight whose sides are multiples of 128, or of one tile."""
     out, in_ = values.shape
     if how == "tensor":
@@ -330,11 +386,19 @@ def fp8(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         leaf = "weight_scale_inv" if how == "block" else "weight_scale"
         shard = read_shard(path / "model.safetensors")
         for name, (_, shape, data) in list(shard.entries.items()):
-            if ".layers." in name and len(shape) == 2 and not (how == "block" and ".self_attn." in name):
+            if (
+                ".layers." in name
+                and len(shape) == 2
+                and not (how == "block" and ".self_attn." in name)
+            ):
                 values = np.frombuffer(data, ml_dtypes.bfloat16).reshape(shape).astype(np.float32)
                 codes, scale = _fp8_parts(values, how)
                 shard.entries[name] = ("F8_E4M3", shape, codes.tobytes())
-                shard.entries[f"{name.removesuffix('weight')}{leaf}"] = ("F32", scale.shape, scale.tobytes())
+                shard.entries[f"{name.removesuffix('weight')}{leaf}"] = (
+                    "F32",
+                    scale.shape,
+                    scale.tobytes(),
+                )
         write_shard(path / "model.safetensors", shard)
         config = folder.json("config.json") | {"quantization_config": declared}
         (path / "config.json").write_text(json.dumps(config))
@@ -365,7 +429,9 @@ def _fp8_as(dtype: npt.DTypeLike) -> Callable[[Folder, str], Place]:
 
 def _fp8_longer(folder: Folder, name: str) -> Place:
     values = folder.array(name)
-    return folder.store(name, np.concatenate([np.atleast_1d(values), np.atleast_1d(values)], axis=-1))
+    return folder.store(
+        name, np.concatenate([np.atleast_1d(values), np.atleast_1d(values)], axis=-1)
+    )
 
 
 def _fp8_weight(folder: Folder, name: str) -> Place:
@@ -387,12 +453,18 @@ def _fp8_rows(folder: Folder, name: str) -> Place:
 
 
 FP8_DEFECTS: dict[str, tuple[str, Callable[[Folder, str], Place]]] = {
-    "zero": ("QC501", _fp8_value(0.0)), "nan": ("QC502", _fp8_value(float("nan"))),
+    "zero": ("QC501", _fp8_value(0.0)),
+    "nan": ("QC502", _fp8_value(float("nan"))),
     "inf": ("QC502", _fp8_value(float("inf"))),
-    "negative": ("QC502", _fp8_value(-0.5)), "lost": ("QC302", _fp8_lost), "as_bf16": ("QC304", _fp8_as(ml_dtypes.bfloat16)),
-    "as_u8": ("QC304", _fp8_as(np.uint8)), "longer": ("QC306", _fp8_longer), "rolled": ("QC515", _fp8_weight),
-    "inverted": ("QC509", _fp8_inverted), "rows": ("QC517", _fp8_rows),
-}  # fmt: skip
+    "negative": ("QC502", _fp8_value(-0.5)),
+    "lost": ("QC302", _fp8_lost),
+    "as_bf16": ("QC304", _fp8_as(ml_dtypes.bfloat16)),
+    "as_u8": ("QC304", _fp8_as(np.uint8)),
+    "longer": ("QC306", _fp8_longer),
+    "rolled": ("QC515", _fp8_weight),
+    "inverted": ("QC509", _fp8_inverted),
+    "rows": ("QC517", _fp8_rows),
+}
 
 
 @pytest.mark.parametrize("how", FP8_DECLARED)

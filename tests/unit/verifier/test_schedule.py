@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading by shard and in pieces: the same report whatever the workers, each tensor read once, memory bounded."""
+"""Reading by shard and in pieces: the same report whatever the workers, each tensor read once,
+memory bounded.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ Entry = tuple[str, tuple[int, ...], bytes]
 
 
 def reshard(source: Path, target: Path, count: int) -> Path:
-    """Copy a checkpoint of one file into several, tensors dealt out in turn, so that modules lie across files."""
+    """Copy a checkpoint of one file into several, tensors dealt out in turn, so that modules lie
+    across files.
+    """
     target.mkdir(parents=True)
     for file in source.iterdir():
         if file.suffix == ".json" and "index" not in file.name:
@@ -56,7 +60,9 @@ def reshard(source: Path, target: Path, count: int) -> Path:
 def damage(path: Path) -> Path:
     """Break values of several kinds in several places."""
     folder = Folder(path)
-    experts = sorted(m for m, p in folder.modules().items() if ".experts." in m and "weight_scale_2" in p)
+    experts = sorted(
+        m for m, p in folder.modules().items() if ".experts." in m and "weight_scale_2" in p
+    )
     for i, module in enumerate(experts):
         scale = folder.array(f"{module}.weight_scale").copy().view(np.uint8)
         if i % 5 == 0:
@@ -86,6 +92,7 @@ def damaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def same(a: Report, b: Report) -> bool:
     """Whether two reports say the same; how long it took is not a part of that."""
+
     def told(r: Report) -> Report:
         return replace(r, stats={k: v for k, v in r.stats.items() if k != "seconds"})
 
@@ -103,16 +110,22 @@ def test_the_report_does_not_depend_on_threads(damaged: Path, base: Path | None)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are copied on Linux only")
 @pytest.mark.parametrize("base", [None, BASE], ids=["alone", "base"])
-def test_nor_on_processes(damaged: Path, base: Path | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nor_on_processes(
+    damaged: Path, base: Path | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     one = verifier.check(damaged, base=base, depth="payload", workers=1)
     copied = []
 
-    def by_copies(work: Callable[[int], object], order: list[int], workers: int) -> Iterator[tuple[int, object]]:
+    def by_copies(
+        work: Callable[[int], object], order: list[int], workers: int
+    ) -> Iterator[tuple[int, object]]:
         copied.append((len(order), workers))
         return processes.by_copies(work, order, workers)
 
     monkeypatch.setattr(schedule, "by_copies", by_copies)
-    monkeypatch.setattr(schedule, "can_be_copied", lambda: True)  # the test runner has a thread of its own
+    monkeypatch.setattr(
+        schedule, "can_be_copied", lambda: True
+    )  # the test runner has a thread of its own
     assert same(one, verifier.check(damaged, base=base, depth="payload", workers=2))
     assert not copied  # too small
     monkeypatch.setattr(schedule, "WORTH_COPIES", 1)
@@ -125,8 +138,12 @@ def test_the_report_does_not_depend_on_the_number_of_files(damaged: Path, tmp_pa
     whole = damage(Path(shutil.copytree(NVFP4, tmp_path / "whole")))
     one, five = (verifier.check(p, base=BASE, depth="payload") for p in (whole, damaged))
     assert one.verdict == five.verdict
-    tell = Counter((f.rule, f.severity, f.message, f.count, f.of) for f in one.findings if f.rule > "QC5")
-    assert tell == Counter((f.rule, f.severity, f.message, f.count, f.of) for f in five.findings if f.rule > "QC5")
+    tell = Counter(
+        (f.rule, f.severity, f.message, f.count, f.of) for f in one.findings if f.rule > "QC5"
+    )
+    assert tell == Counter(
+        (f.rule, f.severity, f.message, f.count, f.of) for f in five.findings if f.rule > "QC5"
+    )
     counts = {c.rule: (c.checked, c.of) for c in five.coverage if c.rule > "QC5"}
     assert counts == {c.rule: (c.checked, c.of) for c in one.coverage if c.rule > "QC5"}
 
@@ -138,7 +155,9 @@ def test_more_files_than_are_kept_open(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("base", [None, BASE], ids=["alone", "base"])
-def test_tensors_are_read_as_often_as_there_is_reason(base: Path | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensors_are_read_as_often_as_there_is_reason(
+    base: Path | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     reads: Counter[tuple[str, int, int]] = Counter()
     read_into = LocalSource.read_into
 
@@ -187,15 +206,26 @@ def test_defects_beyond_the_first_piece_are_placed(tmp_path: Path) -> None:
     codes[2000, 8 * 8] = codes[2000, 10 * 8] = 0x11  # the neighbours' codes
     scale[3000, 5], scale[3000, 6], scale[1, 1] = 0x7F, 0xFF, 0x90
     norm[[1_500_001, 1_999_999]] = np.nan, -np.inf
-    report = verifier.check(_big(tmp_path / "bad", scale, norm, codes), merged_from=clean, depth="payload")
+    report = verifier.check(
+        _big(tmp_path / "bad", scale, norm, codes), merged_from=clean, depth="payload"
+    )
     start = {t.name: t.offset for t in verifier.open_checkpoint(tmp_path / "bad").tensors.values()}
     at = start["a.mlp.experts.0.up_proj.weight_scale"]
 
     def told(rule: str) -> list[tuple[str, int, int | None, int | None, int | None]]:
-        return [(f.severity, f.count, f.where.row, f.where.block, f.where.byte) for f in report.by_rule(rule)]
+        return [
+            (f.severity, f.count, f.where.row, f.where.block, f.where.byte)
+            for f in report.by_rule(rule)
+        ]
 
-    assert told("QC501") == [("error", 1, 2000, 9, at + 2000 * 1024 + 9), ("warning", 2, 2000, 7, at + 2000 * 1024 + 7)]
-    assert told("QC502") == [("error", 2, 3000, 5, at + 3000 * 1024 + 5), ("error", 1, 1, 1, at + 1024 + 1)]
+    assert told("QC501") == [
+        ("error", 1, 2000, 9, at + 2000 * 1024 + 9),
+        ("warning", 2, 2000, 7, at + 2000 * 1024 + 7),
+    ]
+    assert told("QC502") == [
+        ("error", 2, 3000, 5, at + 3000 * 1024 + 5),
+        ("error", 1, 1, 1, at + 1024 + 1),
+    ]
     assert told("QC508") == [("error", 2, 1_500_001, None, start["a.norm.weight"] + 3_000_002)]
     found = {f.where.tensor: f for f in report.by_rule("QC605")}
     assert found["a.norm.weight"].where.byte == start["a.norm.weight"] + 3_000_002
@@ -221,11 +251,19 @@ def test_memory_does_not_grow_with_a_tensor(tmp_path: Path) -> None:
     assert peak < 30_000_000
 
 
-@pytest.mark.parametrize("error", [MachineError("disk"), ContainerError("cut off")], ids=["machine", "cut"])
+@pytest.mark.parametrize(
+    "error", [MachineError("disk"), ContainerError("cut off")], ids=["machine", "cut"]
+)
 @pytest.mark.parametrize("workers", [1, 3])
-def test_a_failing_read_is_no_pass(tmp_path: Path, error: Exception, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_read_is_no_pass(
+    tmp_path: Path, error: Exception, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = reshard(NVFP4, tmp_path / "ckpt", 4)
-    victim = next(t for t in verifier.open_checkpoint(path).tensors.values() if t.name.endswith("weight_scale"))
+    victim = next(
+        t
+        for t in verifier.open_checkpoint(path).tensors.values()
+        if t.name.endswith("weight_scale")
+    )
     read_into = LocalSource.read_into
 
     def failing(self: LocalSource, name: str, offset: int, out: Bytes) -> None:
@@ -261,11 +299,17 @@ def test_the_collector_is_left_as_it_was() -> None:
 def _encoded(fmt: str, out: int, in_: int, size: float) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Return BF16 values and stored parts that are near them, some codes wrong."""
     rng = np.random.default_rng(out + in_)
-    values = (rng.standard_normal((out, in_)) * size * 2.0 ** rng.integers(-9, 9, (out, 1))).astype(ml_dtypes.bfloat16)
+    values = (rng.standard_normal((out, in_)) * size * 2.0 ** rng.integers(-9, 9, (out, 1))).astype(
+        ml_dtypes.bfloat16
+    )
     parts = dict(max_scales(values.astype(np.float32), fmt) or {})
     width = in_ // 2 if FORMATS[fmt].packed else in_
     codes = rng.integers(0, 256, (out, width)).astype(np.uint8)
-    parts["weight"] = codes if FORMATS[fmt].packed else np.where((codes & 0x7F) == 0x7F, 1, codes).astype(np.uint8)
+    parts["weight"] = (
+        codes
+        if FORMATS[fmt].packed
+        else np.where((codes & 0x7F) == 0x7F, 1, codes).astype(np.uint8)
+    )
     return values, {k: np.asarray(v) for k, v in parts.items()}
 
 
@@ -273,7 +317,9 @@ def _encoded(fmt: str, out: int, in_: int, size: float) -> tuple[np.ndarray, dic
 @pytest.mark.parametrize("shape", [(3, 64), (130, 192), (37, 96), (1, 32)])
 @pytest.mark.parametrize("size", [1.0, 1e-3, 1e-18], ids=str)
 @pytest.mark.parametrize("wide", [False, True], ids=["bf16", "f32"])
-def test_the_fast_pass_agrees_with_the_decoder(fmt: str, shape: tuple[int, int], size: float, wide: bool) -> None:
+def test_the_fast_pass_agrees_with_the_decoder(
+    fmt: str, shape: tuple[int, int], size: float, wide: bool
+) -> None:
     values, parts = _encoded(fmt, *shape, size)
     want = values.astype(np.float32)
     amax = float(np.abs(want).max())
@@ -291,7 +337,9 @@ def test_the_fast_pass_agrees_with_the_decoder(fmt: str, shape: tuple[int, int],
 def test_a_piece_that_is_not_finite_is_told() -> None:
     values, parts = _encoded("mxfp8", 4, 64, 1.0)
     parts["weight"][1, 3] = 0x7F
-    found, _ = distance([Piece(parts, values.view(np.uint16))], "mxfp8", peak_of(values.view(np.uint16)))
+    found, _ = distance(
+        [Piece(parts, values.view(np.uint16))], "mxfp8", peak_of(values.view(np.uint16))
+    )
     assert np.isnan(found.error)
     values[2, 2] = np.nan
     assert peak_of(values.view(np.uint16)) == np.inf

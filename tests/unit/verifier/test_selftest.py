@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``ckptgate selftest``: the tiny checkpoints are sound, defects are told, and what is not proved is said."""
+"""``ckptgate selftest``: the tiny checkpoints are sound, defects are told, and what is not proved
+is said.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,8 @@ from verifier.rules import all_rules
 
 def _some_rules() -> list[str]:
     """Return ten rules, the same on every run of one set of rules."""
-    return random.Random(5).sample(sorted({c.rule for c in CORRUPTORS if c.depth in ("header", "payload")}), 10)  # noqa: S311
+    rules = sorted({c.rule for c in CORRUPTORS if c.depth in ("header", "payload")})
+    return random.Random(5).sample(rules, 10)  # noqa: S311
 
 
 @pytest.mark.parametrize("spec", TINY, ids=lambda t: t.name)
@@ -39,7 +42,9 @@ def test_tiny_checkpoints_are_sound(spec: tiny.Tiny, tmp_path: Path) -> None:
     ):
         assert [f for f in report.findings if f.severity != "info"] == []
         assert report.verdict == "passed"
-    with safe_open(made.path / Folder(made.path).shards[0], framework="numpy") as file:  # another reader
+    with safe_open(
+        made.path / Folder(made.path).shards[0], framework="numpy"
+    ) as file:  # another reader
         assert file.metadata() == {"format": "pt"}
 
 
@@ -48,7 +53,9 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
     other = make(tmp_path / "c", TINY[5], seed=1)
     for file in one.path.iterdir():
         assert file.read_bytes() == (two.path / file.name).read_bytes()
-    assert any(f.read_bytes() != (other.path / f.name).read_bytes() for f in one.path.glob("*.safetensors"))
+    assert any(
+        f.read_bytes() != (other.path / f.name).read_bytes() for f in one.path.glob("*.safetensors")
+    )
 
 
 def test_nvfp4_of_the_builder_is_the_oracles() -> None:
@@ -91,8 +98,18 @@ def _nothing(path: Path) -> Place:
     [
         ((), "no corruptor"),
         ((Corruptor("QC501", "does-nothing", _nothing, "payload"),), "silent"),
-        ((Corruptor("QC501", "unfit", _nothing, "payload", traits=frozenset({"no such trait"})),), "no built-in checkpoint"),
-        ((Corruptor("QC501", "needs-stats", _nothing, "payload", needs=("stats",)),), "needs stats"),
+        (
+            (
+                Corruptor(
+                    "QC501", "unfit", _nothing, "payload", traits=frozenset({"no such trait"})
+                ),
+            ),
+            "no built-in checkpoint",
+        ),
+        (
+            (Corruptor("QC501", "needs-stats", _nothing, "payload", needs=("stats",)),),
+            "needs stats",
+        ),
     ],
     ids=["none", "silent", "unfit", "needs"],
 )
@@ -125,7 +142,9 @@ def test_without_torch_in_an_empty_folder(tmp_path: Path) -> None:
         "import sys; sys.modules['torch'] = None; sys.modules['transformers'] = None\n"
         "from verifier.cli import run; sys.exit(run(['selftest', '--rule', 'QC104', '--rule', 'QC515']))"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "selftest: passed" in done.stdout
     assert list(tmp_path.iterdir()) == []

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `show` says of one place, against the bytes of the file and against the whole tensor decoded."""
+"""What `show` says of one place, against the bytes of the file and against the whole tensor
+decoded.
+"""
 
 from __future__ import annotations
 
@@ -49,8 +51,12 @@ def held_to_the_whole(folder: Path, base: Path) -> int:
             start = found.first
             stop = start + len(found.elements)
             assert stop <= in_
-            assert np.array_equal(np.float32([e.value for e in found.elements]), whole[row, start:stop])
-            assert np.array_equal(np.float32([e.base for e in found.elements]), source[row, start:stop])
+            assert np.array_equal(
+                np.float32([e.value for e in found.elements]), whole[row, start:stop]
+            )
+            assert np.array_equal(
+                np.float32([e.base for e in found.elements]), source[row, start:stop]
+            )
             count += 1
     return count
 
@@ -102,7 +108,9 @@ def test_compressed_tensors_divide(tmp_path: Path) -> None:
     folder.add("m.weight_global_scale", np.float32([1024]))
     found = show(folder.path, "m", row=3, block=1)
     nibbles = np.stack([codes & 15, codes >> 4], axis=2).reshape(4, 32)[3, 16:]
-    expected = nibbles.view(ml_dtypes.float4_e2m1fn).astype(np.float32) * (np.float32(scale[3, 1]) / np.float32(1024))
+    expected = nibbles.view(ml_dtypes.float4_e2m1fn).astype(np.float32) * (
+        np.float32(scale[3, 1]) / np.float32(1024)
+    )
     assert np.array_equal(np.float32([e.value for e in found.elements]), expected)
     assert [e.raw for e in found.elements] == [f"0x{n:X}" for n in nibbles]
 
@@ -115,7 +123,10 @@ def test_bytes_are_where_it_says(copy: Folder) -> None:
         width = (len(scale.raw) - 2) // 2
         assert int.from_bytes(raw[scale.byte : scale.byte + width], "little") == int(scale.raw, 16)
     codes = [int(e.raw, 16) for e in found.elements]
-    assert bytes(a | b << 4 for a, b in zip(codes[::2], codes[1::2], strict=True)) == raw[found.byte : found.byte + 8]
+    assert (
+        bytes(a | b << 4 for a, b in zip(codes[::2], codes[1::2], strict=True))
+        == raw[found.byte : found.byte + 8]
+    )
     place = copy.place(f"{EXPERT}.weight_scale", 12 * 4 + 3)
     assert (place.row, place.block, place.byte) == (12, 3, found.scales[-1].byte)
 
@@ -145,7 +156,9 @@ def test_a_place_in_a_weight_is_the_element_that_differs(tmp_path: Path) -> None
     for place in (line, re.sub(r", byte.*", "]", line)):
         found = show(folder.path, place, base=LLAMA)
         assert (found.row, found.first, found.asked) == (3, 96, (100,))
-        assert [x.split()[1] for x in show_text(found).splitlines() if x.startswith("> ")] == ["100"]
+        assert [x.split()[1] for x in show_text(found).splitlines() if x.startswith("> ")] == [
+            "100"
+        ]
         assert found.elements[4].raw == "0x7F80"
         assert found.elements[4].value == np.inf
         assert found.elements[4].base != np.inf
@@ -155,7 +168,10 @@ def test_a_byte_in_packed_codes(copy: Folder) -> None:
     tensor = copy.tensors()[f"{EXPERT}.weight"]
     found = show(copy.path, f"{EXPERT}.weight", byte=tensor.offset + 5 * tensor.shape[1] + 9)
     assert (found.row, found.block, found.first, found.asked) == (5, 1, 16, (18, 19))
-    assert [x.split()[1] for x in show_text(found).splitlines() if x.startswith("> ")] == ["18", "19"]
+    assert [x.split()[1] for x in show_text(found).splitlines() if x.startswith("> ")] == [
+        "18",
+        "19",
+    ]
     assert show(copy.path, f"{EXPERT}.weight", row=5, block=1).asked == ()
 
 
@@ -191,7 +207,9 @@ def test_what_no_format_fits_is_shown_as_stored(copy: Folder) -> None:
     copy.drop([f"{EXPERT}.weight_scale"])
     found = show(copy.path, f"{EXPERT}.weight", row=2)
     assert found.scales == ()
-    assert [e.raw for e in found.elements] == [f"0x{b:02X}" for b in copy.array(f"{EXPERT}.weight")[2, :16]]
+    assert [e.raw for e in found.elements] == [
+        f"0x{b:02X}" for b in copy.array(f"{EXPERT}.weight")[2, :16]
+    ]
     assert "ckptgate check" in show_text(found)
 
 
@@ -211,7 +229,9 @@ def test_a_global_scale_shows_what_it_scales() -> None:
     found = show(QWEN_NVFP4, f"{EXPERT}.weight_scale_2")
     assert (found.row, found.block) == (0, 0)
     byte = next(s.byte for s in found.scales if s.leaf == "weight_scale_2")
-    assert show(QWEN_NVFP4, f"{EXPERT}.weight_scale_2 [byte {byte:,}, of model.safetensors]") == found
+    assert (
+        show(QWEN_NVFP4, f"{EXPERT}.weight_scale_2 [byte {byte:,}, of model.safetensors]") == found
+    )
 
 
 def test_three_dimensions_need_a_byte(copy: Folder) -> None:
@@ -221,7 +241,12 @@ def test_three_dimensions_need_a_byte(copy: Folder) -> None:
     assert show(copy.path, "stack").elements[0].value == 0
     with pytest.raises(ContentError, match="give --byte"):
         show(copy.path, "stack", row=1)
-    assert [e.value for e in show(copy.path, "stack", byte=offset + 4 * 17).elements] == [16, 17, 18, 19]
+    assert [e.value for e in show(copy.path, "stack", byte=offset + 4 * 17).elements] == [
+        16,
+        17,
+        18,
+        19,
+    ]
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (0,), (0, 4), (4, 0)])
@@ -253,7 +278,11 @@ def test_places(text: str, place: Place) -> None:
 @pytest.mark.parametrize(
     ("argv", "code", "words"),
     [
-        (["model.layer.0.mlp.gate"], 1, "no tensor 'model.layer.0.mlp.gate'; near it: model.layers.0.mlp.gate.weight"),
+        (
+            ["model.layer.0.mlp.gate"],
+            1,
+            "no tensor 'model.layer.0.mlp.gate'; near it: model.layers.0.mlp.gate.weight",
+        ),
         ([EXPERT, "--row", "128"], 1, "has no row 128; 0 to 127"),
         ([EXPERT, "--block", "4"], 1, "has no block 4; 0 to 3"),
         ([f"{EXPERT}.weight", "--byte", "3"], 1, "byte 3 is outside"),

@@ -31,18 +31,27 @@ def test_a_base_has_sixteen_bits() -> None:
     found = stats(QWEN)
     assert {r.format for r in found.rows} == {"BF16"}
     assert {r.bits for r in found.rows} == {16.0}
-    assert found.total.parameters == sum(int(np.prod(t.shape)) for t in Folder(QWEN).tensors().values())
+    assert found.total.parameters == sum(
+        int(np.prod(t.shape)) for t in Folder(QWEN).tensors().values()
+    )
     assert found.total.weight_bytes == found.nbytes
 
 
-@pytest.mark.parametrize(("base", "candidate"), [(QWEN, QWEN_NVFP4), (LLAMA, LLAMA_MXFP8)], ids=["nvfp4", "mxfp8"])
-def test_the_parameters_of_a_quantized_copy_are_those_of_its_base(base: Path, candidate: Path) -> None:
+@pytest.mark.parametrize(
+    ("base", "candidate"), [(QWEN, QWEN_NVFP4), (LLAMA, LLAMA_MXFP8)], ids=["nvfp4", "mxfp8"]
+)
+def test_the_parameters_of_a_quantized_copy_are_those_of_its_base(
+    base: Path, candidate: Path
+) -> None:
     """ModelOpt's bytes against ModelOpt's source: packing and scales change no count."""
     plain, packed = stats(base), stats(candidate)
     for row in packed.rows:
         assert row.parameters == sum(r.parameters or 0 for r in plain.rows if r.role == row.role)
     assert packed.total.parameters == plain.total.parameters
-    assert packed.total.weight_bytes + packed.total.scale_bytes + packed.total.other_bytes == packed.nbytes
+    assert (
+        packed.total.weight_bytes + packed.total.scale_bytes + packed.total.other_bytes
+        == packed.nbytes
+    )
 
 
 def test_bits_are_real_ones() -> None:
@@ -57,14 +66,21 @@ def test_codes_are_counted_as_they_stand(copy: Folder) -> None:
     raw = b"".join(copy.read(n) for n in copy.tensors() if n.endswith(".weight_scale"))
     found = stats(copy.path, depth="payload")
     assert [(c.format, c.leaf, c.kind) for c in found.codes] == [("NVFP4", "weight_scale", "E4M3")]
-    assert found.codes[0].counts.tolist() == np.bincount(np.frombuffer(raw, np.uint8), minlength=256).tolist()
+    assert (
+        found.codes[0].counts.tolist()
+        == np.bincount(np.frombuffer(raw, np.uint8), minlength=256).tolist()
+    )
     name = "model.layers.0.mlp.experts.3.up_proj.weight_scale"
     copy.overwrite(name, 7, bytes([0x00, 0x01, 0x01, 0x7E, 0x7F, 0x81]))
     after = shares(stats(copy.path, depth="payload").codes[0].counts, "E4M3")
     before = shares(found.codes[0].counts, "E4M3")
     assert {k: after[k] - before[k] for k in after if k != "max"} == {
-        "total": 0, "invalid": 1, "zero": 1, "negative": 1, "floor": 2,
-    }  # fmt: skip
+        "total": 0,
+        "invalid": 1,
+        "zero": 1,
+        "negative": 1,
+        "floor": 2,
+    }
     text = stats_text(stats(copy.path, depth="payload"))
     assert "at the floor 2^-9" in text
     assert "NaN" in text
@@ -75,7 +91,10 @@ def test_power_of_two_codes() -> None:
     folder = Folder(LLAMA_MXFP8)
     raw = b"".join(folder.read(n) for n in folder.tensors() if n.endswith(".weight_scale"))
     assert found.codes[0].kind == "E8M0"
-    assert found.codes[0].counts.tolist() == np.bincount(np.frombuffer(raw, np.uint8), minlength=256).tolist()
+    assert (
+        found.codes[0].counts.tolist()
+        == np.bincount(np.frombuffer(raw, np.uint8), minlength=256).tolist()
+    )
     assert sum(n for _, n in bins(found.codes[0].counts, "E8M0")) == len(raw)
 
 
@@ -86,7 +105,13 @@ def test_every_code_falls_into_the_bin_of_its_value(kind: str) -> None:
         counts = np.zeros(256, np.int64)
         counts[code] = 1
         value = abs(float(np.uint8(code).view(dtype)))
-        label = "NaN" if np.isnan(value) else "0" if value == 0 else f"2^{int(np.floor(np.log2(value)))}"
+        label = (
+            "NaN"
+            if np.isnan(value)
+            else "0"
+            if value == 0
+            else f"2^{int(np.floor(np.log2(value)))}"
+        )
         assert bins(counts, kind) == [(label, 1)]  # type: ignore[arg-type]
 
 
@@ -105,7 +130,9 @@ def test_floats_name_their_extremes(copy: Folder) -> None:
     assert values[found.high_at] == found.high
     assert (found.count, found.distinct) == (48, len(set(values.values())))
     for i, value in enumerate((0.0, np.nan, np.inf, -1.0)):
-        copy.overwrite(f"model.layers.0.mlp.experts.{i}.up_proj.{leaf}", 0, np.float32(value).tobytes())
+        copy.overwrite(
+            f"model.layers.0.mlp.experts.{i}.up_proj.{leaf}", 0, np.float32(value).tobytes()
+        )
     found = next(f for f in stats(copy.path, depth="payload").floats if f.leaf == leaf)
     assert (found.zero, found.invalid, found.negative, found.low) == (1, 2, 1, -1.0)
 
@@ -120,7 +147,9 @@ def test_an_undetermined_format_has_no_bits(copy: Folder) -> None:
     copy.drop(["model.layers.0.mlp.experts.0.up_proj.weight_scale"])
     copy.add("blob", np.zeros((2, 3, 4), np.uint8))
     found = stats(copy.path, depth="payload")
-    assert ("other", "undetermined") in {(r.role, r.format) for r in found.rows if r.parameters is None}
+    assert ("other", "undetermined") in {
+        (r.role, r.format) for r in found.rows if r.parameters is None
+    }
     assert found.total.bits is None
     assert "unknown" in stats_text(found)
 
@@ -129,11 +158,16 @@ def test_the_command(copy: Folder, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["stats", str(copy.path), "--depth", "payload", "--format", "json"]) == 0
     value = json.loads(capsys.readouterr().out)
     assert value["total"]["bits_per_parameter"] == stats(copy.path).total.bits
-    assert sum(sum(r["counts"]) for c in value["codes"] for r in c["roles"].values()) == value["codes"][0]["total"]
+    assert (
+        sum(sum(r["counts"]) for c in value["codes"] for r in c["roles"].values())
+        == value["codes"][0]["total"]
+    )
     shard = copy.path / "model.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1000])
     assert run(["stats", str(copy.path)]) == 1
-    assert "cannot be read whole: model.safetensors: ends 1,000 bytes early" in capsys.readouterr().out
+    assert (
+        "cannot be read whole: model.safetensors: ends 1,000 bytes early" in capsys.readouterr().out
+    )
 
 
 def test_hostile_names_are_escaped(copy: Folder) -> None:
@@ -152,4 +186,10 @@ def test_errors() -> None:
 
 
 def test_a_share_is_nought_for_none_and_whole_for_all_only() -> None:
-    assert [share(n, 10**6) for n in (0, 1, 5_000, 999_999, 10**6)] == ["0%", "<0.01%", "0.50%", ">99.99%", "100%"]
+    assert [share(n, 10**6) for n in (0, 1, 5_000, 999_999, 10**6)] == [
+        "0%",
+        "<0.01%",
+        "0.50%",
+        ">99.99%",
+        "100%",
+    ]

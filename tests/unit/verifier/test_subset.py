@@ -45,8 +45,6 @@ def _many_kinds(path: Path) -> Path:
     return path
 
 
-
-
 MAKE: dict[str, Callable[[Path], Path]] = {
     "clean": lambda p: reshard(NVFP4, p, 6),
     "damaged": lambda p: damage(reshard(NVFP4, p, 6)),
@@ -74,7 +72,10 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 def _parts(path: Path, count: int, **options: object) -> list[Report]:
     """Return one report for each subset, through JSON and in a random order."""
-    found = [verifier.check(path, depth="payload", subset=f"{k}/{count}", **options) for k in range(1, count + 1)]
+    found = [
+        verifier.check(path, depth="payload", subset=f"{k}/{count}", **options)
+        for k in range(1, count + 1)
+    ]
     random.Random(count).shuffle(found)  # noqa: S311  (an order, no secret)
     return [report_of(json.loads(render_json(r))) for r in found]
 
@@ -98,7 +99,9 @@ REQUIRED = [{"require": ("QC504", "QC501")}, {"require": ("QC605",)}, {"fail_on"
 
 
 @pytest.mark.parametrize("options", REQUIRED, ids=str)
-def test_what_is_required_is_required_of_all_together(tmp_path: Path, options: dict[str, object]) -> None:
+def test_what_is_required_is_required_of_all_together(
+    tmp_path: Path, options: dict[str, object]
+) -> None:
     path = reshard(NVFP4, tmp_path / "ckpt", 4)
     whole = verifier.check(path, depth="payload", **options)
     parts = _parts(path, 4, **options)
@@ -110,7 +113,11 @@ def test_what_is_required_is_required_of_all_together(tmp_path: Path, options: d
 def test_a_defect_is_told_by_the_subset_that_holds_it(tmp_path: Path) -> None:
     path = reshard(NVFP4, tmp_path / "ckpt", 4)
     folder = Folder(path)
-    name = next(n for n, t in folder.tensors().items() if t.file.endswith("00003-of-00004.safetensors") and "layernorm" in n)
+    name = next(
+        n
+        for n, t in folder.tensors().items()
+        if t.file.endswith("00003-of-00004.safetensors") and "layernorm" in n
+    )
     folder.overwrite(name, 0, b"\x80\x7f")
     reports = [verifier.check(path, depth="payload", subset=f"{k}/4") for k in range(1, 5)]
     assert sorted(r.verdict for r in reports) == ["failed", "passed", "passed", "passed"]
@@ -118,7 +125,11 @@ def test_a_defect_is_told_by_the_subset_that_holds_it(tmp_path: Path) -> None:
     assert "subset 3/4 of" in render_text(told)
     for report in reports:
         whole = {c.rule: c for c in verifier.check(path, depth="payload").coverage}
-        assert all(c.of < whole[c.rule].of for c in report.coverage if c.rule in ("QC501", "QC502", "QC508"))
+        assert all(
+            c.of < whole[c.rule].of
+            for c in report.coverage
+            if c.rule in ("QC501", "QC502", "QC508")
+        )
 
 
 def test_every_module_is_in_one_share_and_shares_are_in_order(checkpoint: Path) -> None:
@@ -147,18 +158,22 @@ def test_reports_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     strange = verifier.check(other, depth="payload", subset="2/3")
     against = verifier.check(path, base=BASE, depth="payload", subset="2/3")
     for parts, words in [
-        ([], "no report"), ([one, three], "1 of 3 subsets have no report, 2/3 first"),
+        ([], "no report"),
+        ([one, three], "1 of 3 subsets have no report, 2/3 first"),
         ([one, one, two], "two reports are of"),
         ([one, verifier.check(path, depth="payload", subset="1/2")], "among those of n = 3"),
-        ([verifier.check(path, depth="payload")], "of no subset"), ([one, strange, three], "different checkpoints"),
+        ([verifier.check(path, depth="payload")], "of no subset"),
+        ([one, strange, three], "different checkpoints"),
         ([one, against, three], "different checkpoints"),
-    ]:  # fmt: skip
+    ]:
         with pytest.raises(ContentError, match=words):
             merge_reports(parts)
     assert merge_reports([three, one, two]).verdict == "passed"
 
 
-@pytest.mark.parametrize("text", ["", "2", "0/3", "4/3", "1/0", "-1/3", "1/10001", "1.0/2", "\u0661/\u0662", "1/2/3"])
+@pytest.mark.parametrize(
+    "text", ["", "2", "0/3", "4/3", "1/0", "-1/3", "1/10001", "1.0/2", "\u0661/\u0662", "1/2/3"]
+)
 def test_a_share_is_written_k_of_n(text: str) -> None:
     with pytest.raises(UsageError, match="--subset"):
         verifier.check(NVFP4, depth="payload", subset=text)
@@ -169,7 +184,20 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     path = damage(reshard(NVFP4, tmp_path / "ckpt", 4))
     files = []
     for k in (2, 1):
-        code = run(["check", str(path), "--depth", "payload", "--subset", f"{k}/2", "--workers", "2", "--format", "json"])
+        code = run(
+            [
+                "check",
+                str(path),
+                "--depth",
+                "payload",
+                "--subset",
+                f"{k}/2",
+                "--workers",
+                "2",
+                "--format",
+                "json",
+            ]
+        )
         assert code == 1
         files.append(tmp_path / f"{k}.json")
         files[-1].write_text(capsys.readouterr().out)
@@ -183,9 +211,14 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert run(["merge-reports", str(tmp_path / "absent.json")]) == 2
     capsys.readouterr()
     odd = (
-        "", "[]", "{}", '{"a": 1, "a": 2}', '{"schema_version": "9.9"}',
-        '{"schema_version": "1.0", "findings": [1]}', "\xff",
-    )  # fmt: skip
+        "",
+        "[]",
+        "{}",
+        '{"a": 1, "a": 2}',
+        '{"schema_version": "9.9"}',
+        '{"schema_version": "1.0", "findings": [1]}',
+        "\xff",
+    )
     for text in odd:
         (tmp_path / "odd.json").write_bytes(text.encode("latin-1"))
         assert run(["merge-reports", str(tmp_path / "odd.json")]) == 1
@@ -229,7 +262,10 @@ def test_a_sample_finds_no_more_than_the_whole(tmp_path: Path) -> None:
     count = {f.message: f.count for f in verifier.check(path, depth="payload").by_rule("QC501")}
     for seed in range(6):
         report = verifier.check(path, depth="payload", sample=30, seed=seed)
-        assert report == replace(verifier.check(path, depth="payload", sample=30, seed=seed, workers=3), stats=report.stats)
+        assert report == replace(
+            verifier.check(path, depth="payload", sample=30, seed=seed, workers=3),
+            stats=report.stats,
+        )
         assert all(f.count <= count[f.message] for f in report.by_rule("QC501"))
 
 

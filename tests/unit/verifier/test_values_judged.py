@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the value rules leave alone, however odd it looks, and what they tell in formats that no exporter here writes."""
+"""What the value rules leave alone, however odd it looks, and what they tell in formats that no
+exporter here writes.
+"""
 
 from __future__ import annotations
 
@@ -77,7 +79,9 @@ ODD_WEIGHTS: dict[str, Callable[[np.random.Generator, Array], Array]] = {
     "one number up to its sign": lambda rng, v: rng.choice([-0.03125, 0.03125], v.shape),
     "one number": lambda rng, v: np.full(v.shape, 0.03125),
     "zero": lambda rng, v: np.zeros(v.shape),
-    "columns below the floor": lambda rng, v: v * np.where(np.arange(v.shape[1]) % 64 < 32, 1.0, 1e-7),
+    "columns below the floor": lambda rng, v: (
+        v * np.where(np.arange(v.shape[1]) % 64 < 32, 1.0, 1e-7)
+    ),
     "one huge value": lambda rng, v: np.where(np.arange(v.size).reshape(v.shape) == 77, 40.0, v),
     "uniform": lambda rng, v: rng.uniform(-0.05, 0.05, v.shape),
     "heavy tails": lambda rng, v: rng.standard_t(2, v.shape) * 0.02,
@@ -87,10 +91,17 @@ ODD_WEIGHTS: dict[str, Callable[[np.random.Generator, Array], Array]] = {
 
 
 @pytest.mark.parametrize("weights", ODD_WEIGHTS)
-@pytest.mark.parametrize("recipe", ["nvfp4_experts_only", "nvfp4_experts_only_mse", "mxfp8_default"])
+@pytest.mark.parametrize(
+    "recipe", ["nvfp4_experts_only", "nvfp4_experts_only_mse", "mxfp8_default"]
+)
 def test_odd_weights_are_clean(tmp_path: Path, weights: str, recipe: str) -> None:
     base = with_experts(ODD_WEIGHTS[weights], tmp_path / "base")
-    export(base, tmp_path / "out", recipe=recipe, input_scale=None if recipe == "mxfp8_default" else "one")
+    export(
+        base,
+        tmp_path / "out",
+        recipe=recipe,
+        input_scale=None if recipe == "mxfp8_default" else "one",
+    )
     assert_clean(tmp_path / "out", base)
 
 
@@ -99,35 +110,69 @@ def test_negative_zeros_are_clean(tmp_path: Path) -> None:
     for module in experts(folder):
         codes = folder.array(f"{module}.weight")
         low, high = codes & 15, codes >> 4
-        folder.store(f"{module}.weight", np.where(low == 0, 8, low) | (np.where(high == 0, 8, high) << 4))
+        folder.store(
+            f"{module}.weight", np.where(low == 0, 8, low) | (np.where(high == 0, 8, high) << 4)
+        )
     assert_clean(folder.path, SOURCE)
 
 
 def nvfp4(values: Array, scale_2: float, sizes: tuple[float, ...]) -> dict[str, Array]:
-    """Encode under a given global scale; each block's largest code is one of ``sizes``, by squared error."""
+    """Encode under a given global scale; each block's largest code is one of ``sizes``, by squared
+    error.
+    """
     wide = values.astype(np.float32).reshape(len(values), -1, 16)
     tries = []
     for size in sizes:
         scale = np.clip(np.abs(wide).max(2) / (size * np.float32(scale_2)), 2**-9, 448).astype(E4M3)
         step = scale.astype(np.float32)[..., None] * np.float32(scale_2)
         codes = np.clip(wide / step, -6, 6).astype(E2M1)
-        tries.append((np.square(codes.astype(np.float32) * step - wide).sum(2), scale.view(np.uint8), codes.view(np.uint8)))
+        tries.append(
+            (
+                np.square(codes.astype(np.float32) * step - wide).sum(2),
+                scale.view(np.uint8),
+                codes.view(np.uint8),
+            )
+        )
     best = np.argmin(np.stack([t[0] for t in tries]), axis=0)
     scale = np.take_along_axis(np.stack([t[1] for t in tries]), best[None], 0)[0].view(E4M3)
-    codes = np.take_along_axis(np.stack([t[2] for t in tries]), best[None, ..., None], 0)[0].reshape(values.shape)
-    return {"weight": packed(codes.view(E2M1)), "weight_scale": scale, "weight_scale_2": np.asarray(scale_2, np.float32)}
+    codes = np.take_along_axis(np.stack([t[2] for t in tries]), best[None, ..., None], 0)[
+        0
+    ].reshape(values.shape)
+    return {
+        "weight": packed(codes.view(E2M1)),
+        "weight_scale": scale,
+        "weight_scale_2": np.asarray(scale_2, np.float32),
+    }
 
 
 @pytest.mark.parametrize(
     ("range_", "sizes", "wider"),
-    [(1536.0, (6.0, 4.0), 1.0), (2688.0, (6.0,), 3.0), (2688.0, (6.0, 5.5, 5.0, 4.5), 1.5), (2688.0, (6.0, 4.0), 20.0)],
-    ids=["four over six", "unified far above its own maximum", "a search", "four over six and unified"],
+    [
+        (1536.0, (6.0, 4.0), 1.0),
+        (2688.0, (6.0,), 3.0),
+        (2688.0, (6.0, 5.5, 5.0, 4.5), 1.5),
+        (2688.0, (6.0, 4.0), 20.0),
+    ],
+    ids=[
+        "four over six",
+        "unified far above its own maximum",
+        "a search",
+        "four over six and unified",
+    ],
 )
-def test_other_calibrations_are_clean(tmp_path: Path, range_: float, sizes: tuple[float, ...], wider: float) -> None:
+def test_other_calibrations_are_clean(
+    tmp_path: Path, range_: float, sizes: tuple[float, ...], wider: float
+) -> None:
     folder, source = copy(QWEN, tmp_path / "ckpt"), Folder(SOURCE)
     for module in experts(folder):
-        pair = [module, module.replace("gate_proj", "up_proj"), module.replace("up_proj", "gate_proj")]
-        amax = max(float(np.abs(source.array(f"{m}.weight").astype(np.float32)).max()) for m in pair)
+        pair = [
+            module,
+            module.replace("gate_proj", "up_proj"),
+            module.replace("up_proj", "gate_proj"),
+        ]
+        amax = max(
+            float(np.abs(source.array(f"{m}.weight").astype(np.float32)).max()) for m in pair
+        )
         values = source.array(f"{module}.weight").astype(np.float32)
         for leaf, tensor in nvfp4(values, amax * wider / range_, sizes).items():
             folder.store(f"{module}.{leaf}", tensor)
@@ -148,7 +193,9 @@ def inputs(rng: np.random.Generator, kind: str, width: int) -> Array:
 
 
 def gptq(values: Array, step: Array, top: float, dtype: type, acts: Array) -> Array:
-    """Return the codes of optimal brain quantization, column by column, with the error carried to the columns behind."""
+    """Return the codes of optimal brain quantization, column by column, with the error carried to
+    the columns behind.
+    """
     left, width = values.astype(np.float64), values.shape[1]
     hessian = acts.T @ acts
     hessian += np.eye(width) * 0.01 * np.mean(np.diag(hessian))
@@ -165,21 +212,35 @@ def gptq(values: Array, step: Array, top: float, dtype: type, acts: Array) -> Ar
 @pytest.mark.parametrize("fmt", ["nvfp4", "mxfp8"])
 def test_weights_that_gptq_moved_are_clean(tmp_path: Path, kind: str, fmt: str) -> None:
     candidate, base = (QWEN, SOURCE) if fmt == "nvfp4" else (LLAMA, LLAMA_SOURCE)
-    folder, source, rng = copy(candidate, tmp_path / "ckpt"), Folder(base), np.random.default_rng(11)
+    folder, source, rng = (
+        copy(candidate, tmp_path / "ckpt"),
+        Folder(base),
+        np.random.default_rng(11),
+    )
     changed = 0
     for module, parts in folder.modules().items():
-        if "weight_scale" not in parts or ".layers.0." not in module or re.search(r"\.experts\.[3-9]\.", module):
+        if (
+            "weight_scale" not in parts
+            or ".layers.0." not in module
+            or re.search(r"\.experts\.[3-9]\.", module)
+        ):
             continue
         scale = folder.array(f"{module}.weight_scale")
         values = source.array(f"{module}.weight").astype(np.float32)
         acts = inputs(rng, kind, values.shape[1])
         if fmt == "nvfp4":
-            step = np.repeat(scale.astype(np.float64) * float(folder.array(f"{module}.weight_scale_2")), 16, axis=1)
+            step = np.repeat(
+                scale.astype(np.float64) * float(folder.array(f"{module}.weight_scale_2")),
+                16,
+                axis=1,
+            )
             codes = packed(gptq(values, step, 6.0, E2M1, acts))
         else:
             step = np.repeat(np.exp2(scale.astype(np.float64) - 127), 32, axis=1)
             codes = gptq(values, step, 448.0, E4M3, acts).astype(E4M3)
-        changed += int((codes.view(np.uint8) != folder.array(f"{module}.weight").view(np.uint8)).sum())
+        changed += int(
+            (codes.view(np.uint8) != folder.array(f"{module}.weight").view(np.uint8)).sum()
+        )
         folder.store(f"{module}.weight", codes)
     assert changed > 1000
     assert_clean(folder.path, base)
@@ -214,8 +275,9 @@ def test_equal_experts_are_a_warning_without_a_base(tmp_path: Path) -> None:
     one_expert_over_another(folder)
     found = assert_told(folder.path, "QC507", None, "warning")
     assert (found.where.tensor, found.observed) == (
-        "model.layers.0.mlp.experts.6.down_proj.weight", "equal to model.layers.0.mlp.experts.2.down_proj"
-    )  # fmt: skip
+        "model.layers.0.mlp.experts.6.down_proj.weight",
+        "equal to model.layers.0.mlp.experts.2.down_proj",
+    )
     assert assert_told(folder.path, "QC507", SOURCE, "error").where == found.where
 
 
@@ -241,11 +303,17 @@ def ct(tmp_path: Path) -> Folder:
     names = {}
     for name in folder.tensors():
         if ".experts." in name:
-            new = name.replace("weight_scale_2", "weight_global_scale").replace("input_scale", "input_global_scale")
+            new = name.replace("weight_scale_2", "weight_global_scale").replace(
+                "input_scale", "input_global_scale"
+            )
             names[name] = f"{new}_packed" if new.endswith(".weight") else new
     folder.rename(names)
     folder.remove("hf_quant_config.json")
-    declared = {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized", "ignore": ["lm_head"]}
+    declared = {
+        "quant_method": "compressed-tensors",
+        "format": "nvfp4-pack-quantized",
+        "ignore": ["lm_head"],
+    }
     folder.edit_json("config.json", lambda value: value.update({"quantization_config": declared}))
     return folder
 
@@ -306,9 +374,13 @@ def test_defect_of_compressed_tensors_is_told(ct: Folder, defect: str) -> None:
 
 
 def test_a_moved_weight_with_another_expert_in_part_is_not_called_foreign(tmp_path: Path) -> None:
-    """Where codes lie beside the nearest throughout, a local defect cannot be told from the method: information at most."""
+    """Where codes lie beside the nearest throughout, a local defect cannot be told from the method:
+    information at most.
+    """
     folder, source, rng = copy(QWEN, tmp_path / "ckpt"), Folder(SOURCE), np.random.default_rng(3)
-    scale = folder.array(f"{GATE}.weight_scale").astype(np.float64) * float(folder.array(f"{GATE}.weight_scale_2"))
+    scale = folder.array(f"{GATE}.weight_scale").astype(np.float64) * float(
+        folder.array(f"{GATE}.weight_scale_2")
+    )
     values = source.array(f"{GATE}.weight").astype(np.float32)
     acts = inputs(rng, "outliers", values.shape[1])
     codes = packed(gptq(values, np.repeat(scale, 16, axis=1), 6.0, E2M1, acts))
@@ -352,7 +424,12 @@ def test_one_foreign_block_is_placed(tmp_path: Path) -> None:
     codes[5, 16:24] = codes[5, 24:32][::-1] ^ 0x88
     folder.store(f"{GATE}.weight", codes)
     found = assert_told(folder.path, "QC517", SOURCE)
-    assert (found.where.tensor, found.where.row, found.where.block, found.count) == (f"{GATE}.weight", 5, 2, 1)
+    assert (found.where.tensor, found.where.row, found.where.block, found.count) == (
+        f"{GATE}.weight",
+        5,
+        2,
+        1,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -360,7 +437,11 @@ def wide_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a source whose gate_proj of layer 0 has two tiles of 128 rows."""
     folder = copy(LLAMA_SOURCE, tmp_path_factory.mktemp("wide") / "src")
     for i in range(2):
-        for leaf, shape in (("gate_proj", (256, 64)), ("up_proj", (256, 64)), ("down_proj", (64, 256))):
+        for leaf, shape in (
+            ("gate_proj", (256, 64)),
+            ("up_proj", (256, 64)),
+            ("down_proj", (64, 256)),
+        ):
             values = np.random.default_rng(i).normal(scale=0.02, size=shape)
             folder.store(f"model.layers.{i}.mlp.{leaf}.weight", values.astype(ml_dtypes.bfloat16))
     folder.edit_json("config.json", lambda c: c.update(intermediate_size=256))
@@ -384,7 +465,9 @@ def test_scales_a_little_beside_those_of_the_codes(
     before = verifier.check(folder.path, base=wide_llama, depth="payload")
     assert not before.by_rule("QC515") and not before.by_rule("QC517")
     scale = folder.array(f"{name}.{leaf}")
-    folder.store(f"{name}.{leaf}", (scale * np.asarray(factors)).astype(np.float32).reshape(scale.shape))
+    folder.store(
+        f"{name}.{leaf}", (scale * np.asarray(factors)).astype(np.float32).reshape(scale.shape)
+    )
     (found,) = verifier.check(folder.path, base=wide_llama, depth="payload").by_rule("QC517")
     assert "other scales" in found.message
     assert (found.where.tensor, found.where.row, found.count) == (f"{name}.weight", row, count)
@@ -453,9 +536,12 @@ def test_clean_dense_nvfp4(dense: Path) -> None:
 
 @pytest.mark.parametrize("module", ["self_attn.k_proj", "self_attn.v_proj", "mlp.up_proj"])
 @pytest.mark.parametrize(
-    ("leaf", "rule", "severity"), [("weight_scale_2", "QC505", "error"), ("input_scale", "QC506", "warning")]
+    ("leaf", "rule", "severity"),
+    [("weight_scale_2", "QC505", "error"), ("input_scale", "QC506", "warning")],
 )
-def test_fused_scales_of_dense_layers(dense: Path, tmp_path: Path, module: str, leaf: str, rule: str, severity: str) -> None:
+def test_fused_scales_of_dense_layers(
+    dense: Path, tmp_path: Path, module: str, leaf: str, rule: str, severity: str
+) -> None:
     folder = copy(dense, tmp_path / "ckpt")
     name = f"model.layers.1.{module}.{leaf}"
     folder.store(name, np.nextafter(folder.array(name), np.float32(np.inf)))

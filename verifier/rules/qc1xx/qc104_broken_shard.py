@@ -11,18 +11,24 @@ from verifier.rules.registry import rule
 
 
 @rule(
-    "QC104", "shard is truncated or malformed", severity="error", depth="header", unit="shards",
+    "QC104",
+    "shard is truncated or malformed",
+    severity="error",
+    depth="header",
+    unit="shards",
     consumers=("vLLM", "SGLang", "TensorRT-LLM", "transformers"),
     sources=("osaurus-ai/vmlx-swift#217", "PersuGPT/PersuGPT.github.io#2"),
     engines={
         "vllm": ("error", "stops with SafetensorError"),
     },
-)  # fmt: skip
+)
 def check(ctx: Context) -> Iterator[Finding]:
-    """Each shard is whole: a header that parses, byte ranges without gap or overlap, and all of them within the file.
+    """Each shard is whole: a header that parses, byte ranges without gap or overlap, and all of
+    them within the file.
 
     **Why.** An interrupted write or upload; a file of zeros; a header that lies about sizes.
-    **Hurts.** safetensors refuses it; readers that map the file themselves read zeros and answer token soup at times.
+    **Hurts.** safetensors refuses it; readers that map the file themselves read zeros and answer
+    token soup at times.
     **Mend.** Copy the shard again and compare digests with the exporter's.
     """
     for shard in ctx.checkpoint.shards:
@@ -31,9 +37,11 @@ def check(ctx: Context) -> Iterator[Finding]:
             if problem.kind == "trailing":
                 continue
             yield ctx.finding(
-                f"{shard.file}: {problem.message}", where=Where(problem.tensor, shard.file),
-                observed=problem.observed, expected=problem.expected,
-            )  # fmt: skip
+                f"{shard.file}: {problem.message}",
+                where=Where(problem.tensor, shard.file),
+                observed=problem.observed,
+                expected=problem.expected,
+            )
     for problem in ctx.checkpoint.problems:
         if problem.kind == "link":
             ctx.tally.see()

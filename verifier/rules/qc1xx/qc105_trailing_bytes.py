@@ -11,9 +11,14 @@ from verifier.rules.registry import rule
 
 
 @rule(
-    "QC105", "bytes after the last tensor", severity="warning", depth="header", unit="shards",
-    consumers=("transformers",), sources=("Comfy-Org/ComfyUI#15602",),
-)  # fmt: skip
+    "QC105",
+    "bytes after the last tensor",
+    severity="warning",
+    depth="header",
+    unit="shards",
+    consumers=("transformers",),
+    sources=("Comfy-Org/ComfyUI#15602",),
+)
 def check(ctx: Context) -> Iterator[Finding]:
     """A shard ends where its last tensor ends.
 
@@ -26,6 +31,8 @@ def check(ctx: Context) -> Iterator[Finding]:
         for problem in shard.problems:
             if problem.kind == "trailing":
                 yield ctx.finding(
-                    f"{shard.file}: {problem.message}", where=Where(None, shard.file),
-                    observed=problem.observed, expected=problem.expected,
-                )  # fmt: skip
+                    f"{shard.file}: {problem.message}",
+                    where=Where(None, shard.file),
+                    observed=problem.observed,
+                    expected=problem.expected,
+                )

@@ -12,14 +12,20 @@ from verifier.rules.registry import rule
 
 
 @rule(
-    "QC106", "index total_size is wrong", severity="warning", depth="header", unit="indexes",
-    consumers=("transformers",), sources=("ml-explore/mlx-examples#413",),
+    "QC106",
+    "index total_size is wrong",
+    severity="warning",
+    depth="header",
+    unit="indexes",
+    consumers=("transformers",),
+    sources=("ml-explore/mlx-examples#413",),
     engines={
         "vllm": ("info", "does not read it"),
     },
-)  # fmt: skip
+)
 def check(ctx: Context) -> Iterator[Finding]:
-    """``metadata.total_size`` of the index is the sum of all tensor bytes; a missing one is not judged wrong.
+    """``metadata.total_size`` of the index is the sum of all tensor bytes; a missing one is not
+    judged wrong.
 
     **Why.** File sizes were summed (headers included), or the number is the source model's.
     **Hurts.** No loader refuses it; download sizing and memory planners believe it.
@@ -32,5 +38,7 @@ def check(ctx: Context) -> Iterator[Finding]:
     if ckpt.index.total_size != ckpt.nbytes:
         yield ctx.finding(
             f"total_size differs from the tensors' bytes by {ckpt.index.total_size - ckpt.nbytes:+,}",
-            where=Where(None, INDEX), observed=f"{ckpt.index.total_size:,}", expected=f"{ckpt.nbytes:,}",
-        )  # fmt: skip
+            where=Where(None, INDEX),
+            observed=f"{ckpt.index.total_size:,}",
+            expected=f"{ckpt.nbytes:,}",
+        )

@@ -11,20 +11,26 @@ from verifier.rules.registry import rule
 
 
 @rule(
-    "QC109", "shard metadata names no format", severity="warning", depth="header", unit="shards",
-    consumers=("transformers",), sources=("NVIDIA/Model-Optimizer#1422",),
+    "QC109",
+    "shard metadata names no format",
+    severity="warning",
+    depth="header",
+    unit="shards",
+    consumers=("transformers",),
+    sources=("NVIDIA/Model-Optimizer#1422",),
     engines={
         "vllm": ("info", "reads tensors through safe_open and never asks for the metadata"),
         "sglang": ("info", "reads tensors through safe_open and never asks for the metadata"),
     },
-)  # fmt: skip
+)
 def check(ctx: Context) -> Iterator[Finding]:
     """``__metadata__`` of each shard states ``format: pt``.
 
-    **Why.** A custom writer: ``save_file`` without metadata, another framework's, or metadata of its own in its place.
-    **Hurts.** transformers 4 refuses a file whose metadata names another format or none ("make sure to save your model
-    with the save_pretrained method"). Where there is no metadata at all only its older releases stumble, and this is a
-    note. (A broken header is QC104.)
+    **Why.** A custom writer: ``save_file`` without metadata, another framework's, or metadata of
+    its own in its place.
+    **Hurts.** transformers 4 refuses a file whose metadata names another format or none ("make sure
+    to save your model with the save_pretrained method"). Where there is no metadata at all only its
+    older releases stumble, and this is a note. (A broken header is QC104.)
     **Mend.** Write the header again with ``{"format": "pt"}``; the tensors' bytes stay as they are.
     """
     said: dict[tuple[str, str, Severity], list[str]] = {}
@@ -44,6 +50,10 @@ def check(ctx: Context) -> Iterator[Finding]:
         said.setdefault(key, []).append(shard.file)
     for (message, observed, severity), files in said.items():
         yield ctx.finding(
-            message, where=Where(None, files[0]), observed=observed, expected="format: pt", severity=severity,
+            message,
+            where=Where(None, files[0]),
+            observed=observed,
+            expected="format: pt",
+            severity=severity,
             count=len(files),
-        )  # fmt: skip
+        )

@@ -12,20 +12,27 @@ from verifier.rules.registry import rule
 
 
 @rule(
-    "QC111", "quantizer buffer is in the checkpoint", severity="error", depth="header", unit="tensors",
-    consumers=("vLLM", "SGLang"), sources=("NVIDIA/Model-Optimizer#2038",),
+    "QC111",
+    "quantizer buffer is in the checkpoint",
+    severity="error",
+    depth="header",
+    unit="tensors",
+    consumers=("vLLM", "SGLang"),
+    sources=("NVIDIA/Model-Optimizer#2038",),
     engines={
         "vllm": ("error", 'raises "no module or parameter named" (NVIDIA/Model-Optimizer#2038)'),
         "transformers": ("warning", "lists it as an unexpected key and goes on"),
     },
-)  # fmt: skip
+)
 def check(ctx: Context) -> Iterator[Finding]:
-    """No tensor is a buffer of the calibration: ``…_quantizer._amax``, ``._scale``, ``._double_scale`` and the like.
+    """No tensor is a buffer of the calibration: ``…_quantizer._amax``, ``._scale``,
+    ``._double_scale`` and the like.
 
-    **Why.** The exporter's list of what to strip is incomplete, or the state of the simulated model was saved.
+    **Why.** The exporter's list of what to strip is incomplete, or the state of the simulated model
+    was saved.
     **Hurts.** vLLM finds no parameter of that name and stops.
-    **Mend.** Drop the tensors; what an engine needs of them stands in the scales. (In a file that the index does not list,
-    QC103 speaks of it.)
+    **Mend.** Drop the tensors; what an engine needs of them stands in the scales. (In a file that
+    the index does not list, QC103 speaks of it.)
     """
     ckpt = ctx.checkpoint
     listed = ckpt.index.weight_map if ckpt.index else {}
@@ -34,6 +41,8 @@ def check(ctx: Context) -> Iterator[Finding]:
     for name, tensor in ckpt.tensors.items():
         if leaked(name) and name not in known and (not listed or name in listed):
             yield ctx.finding(
-                "a quantizer's buffer is saved with the weights", tensor=name,
-                observed=f"{tensor.dtype} {list(tensor.shape)}", expected="absent",
-            )  # fmt: skip
+                "a quantizer's buffer is saved with the weights",
+                tensor=name,
+                observed=f"{tensor.dtype} {list(tensor.shape)}",
+                expected="absent",
+            )

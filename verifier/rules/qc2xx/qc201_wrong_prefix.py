@@ -11,21 +11,29 @@ from verifier.rules.registry import rule
 
 
 @rule(
-    "QC201", "name is not the hub's", severity="error", depth="header", unit="tensors",
+    "QC201",
+    "name is not the hub's",
+    severity="error",
+    depth="header",
+    unit="tensors",
     consumers=("vLLM", "SGLang", "TensorRT-LLM", "transformers"),
     sources=("NVIDIA/Model-Optimizer#1833",),
     engines={
         "vllm": ("error", "stops: no module or parameter of that name"),
     },
-)  # fmt: skip
+)
 def check(ctx: Context) -> Iterator[Finding]:
-    """Every tensor has the name that the hub layout gives it: no in-memory name, no other prefix, no invention.
+    """Every tensor has the name that the hub layout gives it: no in-memory name, no other prefix,
+    no invention.
 
-    **Why.** transformers renames modules when it loads; an exporter that writes what is in memory writes names that no
-    engine knows (``model.language_model.layers`` for ``language_model.model.layers``).
-    **Hurts.** vLLM raises "no module or parameter named", or skips the tensor and leaves the parameter unwritten.
-    **Mend.** Apply the family's conversion mapping in reverse to every key, scale siblings included. (A prefix of another
-    part of the model is QC202, a calibration buffer QC111, a wrapper's name QC209, a redundant tied head QC313.)
+    **Why.** transformers renames modules when it loads; an exporter that writes what is in memory
+    writes names that no engine knows (``model.language_model.layers`` for
+    ``language_model.model.layers``).
+    **Hurts.** vLLM raises "no module or parameter named", or skips the tensor and leaves the
+    parameter unwritten.
+    **Mend.** Apply the family's conversion mapping in reverse to every key, scale siblings
+    included. (A prefix of another part of the model is QC202, a calibration buffer QC111, a
+    wrapper's name QC209, a redundant tied head QC313.)
     """
     if ctx.why_not_expected:
         ctx.tally.miss(len(ctx.names), ctx.why_not_expected)
@@ -33,12 +41,18 @@ def check(ctx: Context) -> Iterator[Finding]:
     ctx.tally.see(len(ctx.names))
     if ctx.unrelated_base:
         yield ctx.finding(
-            "the base is another model", observed=ctx.unrelated_base, expected="the same architecture and sizes"
+            "the base is another model",
+            observed=ctx.unrelated_base,
+            expected="the same architecture and sizes",
         )
         return
     for name, wanted in ctx.naming.prefix:
         memory = ctx.family is not None and ctx.family.in_memory(name)
-        what = "a name of transformers' memory where the hub's belongs" if memory else "the name has another prefix"
+        what = (
+            "a name of transformers' memory where the hub's belongs"
+            if memory
+            else "the name has another prefix"
+        )
         yield ctx.finding(what, tensor=name, observed=name, expected=wanted)
     for name in ctx.naming.unknown:
         if name not in ctx.tied_heads:

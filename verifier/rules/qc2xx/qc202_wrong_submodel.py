@@ -11,18 +11,30 @@ from verifier.rules.registry import rule
 
 
 @rule(
-    "QC202", "prefix of another part of the model", severity="error", depth="header", unit="tensors",
+    "QC202",
+    "prefix of another part of the model",
+    severity="error",
+    depth="header",
+    unit="tensors",
     consumers=("vLLM", "SGLang", "TensorRT-LLM", "transformers"),
     sources=("NVIDIA/Model-Optimizer#2076", "NVIDIA/Model-Optimizer#2032"),
-    engines={"vllm": ("error", 'raises "There is no module or parameter named" (NVIDIA/Model-Optimizer#2076)')},
-)  # fmt: skip
+    engines={
+        "vllm": (
+            "error",
+            'raises "There is no module or parameter named" (NVIDIA/Model-Optimizer#2076)',
+        )
+    },
+)
 def check(ctx: Context) -> Iterator[Finding]:
-    """Each part of a composite model keeps its own prefix: no text layer under ``visual``, no tower under the text's.
+    """Each part of a composite model keeps its own prefix: no text layer under ``visual``, no tower
+    under the text's.
 
-    **Why.** A renaming rule meant for one part (its ``scope_prefix``) was applied to all keys, or to another part's.
-    **Hurts.** vLLM raises ValueError; loaders that skip what they don't know leave that part unwritten.
-    **Mend.** Apply each renaming within its own part only. (In-memory names, and a wrong prefix within the right part, are
-    QC201.)
+    **Why.** A renaming rule meant for one part (its ``scope_prefix``) was applied to all keys, or
+    to another part's.
+    **Hurts.** vLLM raises ValueError; loaders that skip what they don't know leave that part
+    unwritten.
+    **Mend.** Apply each renaming within its own part only. (In-memory names, and a wrong prefix
+    within the right part, are QC201.)
     """
     if ctx.why_not_expected:
         ctx.tally.miss(len(ctx.names), ctx.why_not_expected)
@@ -32,5 +44,8 @@ def check(ctx: Context) -> Iterator[Finding]:
         return
     for name, wanted in ctx.naming.submodel:
         yield ctx.finding(
-            "the name has the prefix of another part of the model", tensor=name, observed=name, expected=wanted
+            "the name has the prefix of another part of the model",
+            tensor=name,
+            observed=name,
+            expected=wanted,
         )

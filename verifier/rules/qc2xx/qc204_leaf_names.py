@@ -11,15 +11,21 @@ from verifier.rules.registry import rule
 
 
 @rule(
-    "QC204", "leaf name of another family", severity="error", depth="header", unit="tensors",
+    "QC204",
+    "leaf name of another family",
+    severity="error",
+    depth="header",
+    unit="tensors",
     consumers=("vLLM", "SGLang", "TensorRT-LLM"),
     sources=("NVIDIA/Model-Optimizer#1833", "allenai/open-instruct#1820"),
-)  # fmt: skip
+)
 def check(ctx: Context) -> Iterator[Finding]:
-    """Projections and containers are spelled as the family spells them: ``w1/w3/w2`` or ``gate/up/down_proj``.
+    """Projections and containers are spelled as the family spells them: ``w1/w3/w2`` or
+    ``gate/up/down_proj``.
 
     **Why.** An exporter used one table of names for all families.
-    **Hurts.** The engine does not find the tensor; where it does not check, the parameter stays unwritten.
+    **Hurts.** The engine does not find the tensor; where it does not check, the parameter stays
+    unwritten.
     **Mend.** Rename by the family's own mapping.
     """
     if ctx.why_not_expected:
@@ -27,4 +33,6 @@ def check(ctx: Context) -> Iterator[Finding]:
         return
     ctx.tally.see(len(ctx.names))
     for name, wanted in ctx.naming.leaf:
-        yield ctx.finding("the name is spelled as another family's", tensor=name, observed=name, expected=wanted)
+        yield ctx.finding(
+            "the name is spelled as another family's", tensor=name, observed=name, expected=wanted
+        )

@@ -11,14 +11,20 @@ from verifier.rules.registry import rule
 
 
 @rule(
-    "QC205", "tensor of the layout is missing", severity="error", depth="header", unit="tensors",
-    consumers=("vLLM", "SGLang", "TensorRT-LLM", "transformers"), sources=("NVIDIA/Model-Optimizer#876",),
+    "QC205",
+    "tensor of the layout is missing",
+    severity="error",
+    depth="header",
+    unit="tensors",
+    consumers=("vLLM", "SGLang", "TensorRT-LLM", "transformers"),
+    sources=("NVIDIA/Model-Optimizer#876",),
     engines={
         "vllm": ("error", "starts without a word, and the parameter keeps what memory held"),
     },
-)  # fmt: skip
+)
 def check(ctx: Context) -> Iterator[Finding]:
-    """Every tensor of the layout (with a base: of the base) is there, as a weight or as its quantized parts.
+    """Every tensor of the layout (with a base: of the base) is there, as a weight or as its
+    quantized parts.
 
     An MTP module's tensor is QC206, a bias whose weight is here QC314.
 
@@ -34,7 +40,9 @@ def check(ctx: Context) -> Iterator[Finding]:
     if ctx.unrelated_base:
         return
     for name in lost:
-        yield ctx.finding("missing", where=Where(name), observed="absent", expected=_shape(ctx, name))
+        yield ctx.finding(
+            "missing", where=Where(name), observed="absent", expected=_shape(ctx, name)
+        )
 
 
 def _shape(ctx: Context, name: str) -> str:

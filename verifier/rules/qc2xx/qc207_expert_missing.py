@@ -11,20 +11,26 @@ from verifier.rules.registry import rule
 
 
 @rule(
-    "QC207", "routed expert is missing", severity="error", depth="header", unit="expert projections",
-    consumers=("vLLM", "SGLang"), sources=("NVIDIA/Model-Optimizer#1806",),
+    "QC207",
+    "routed expert is missing",
+    severity="error",
+    depth="header",
+    unit="expert projections",
+    consumers=("vLLM", "SGLang"),
+    sources=("NVIDIA/Model-Optimizer#1806",),
     engines={
         "vllm": ("error", "starts without a word, and the expert's rows keep what memory held"),
     },
-)  # fmt: skip
+)
 def check(ctx: Context) -> Iterator[Finding]:
-    """Each sparse layer has all experts that the config (with a base: the base) declares, each with all projections.
+    """Each sparse layer has all experts that the config (with a base: the base) declares, each with
+    all projections.
 
     A lost bias of a projection that is here is QC314.
 
     **Why.** A layer filter that matched nothing, a partial merge, a partial download of one source.
-    **Hurts.** vLLM has no completeness check for experts: the rows keep whatever memory held, and only prompts that are
-    routed there answer nonsense.
+    **Hurts.** vLLM has no completeness check for experts: the rows keep whatever memory held, and
+    only prompts that are routed there answer nonsense.
     **Mend.** Export or merge the layer again; compare the expert sets of both sources first.
     """
     if ctx.why_not_expected:
@@ -36,6 +42,8 @@ def check(ctx: Context) -> Iterator[Finding]:
         return
     for key, name in ctx.naming.experts:
         yield ctx.finding(
-            f"a routed expert has no {key.leaf}", where=Where(name),
-            observed=f"expert {key.expert} absent", expected="present",
-        )  # fmt: skip
+            f"a routed expert has no {key.leaf}",
+            where=Where(name),
+            observed=f"expert {key.expert} absent",
+            expected="present",
+        )

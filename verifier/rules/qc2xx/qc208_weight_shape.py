@@ -11,18 +11,26 @@ from verifier.rules.registry import rule
 
 
 @rule(
-    "QC208", "weight has another shape", severity="error", depth="header", unit="tensors",
+    "QC208",
+    "weight has another shape",
+    severity="error",
+    depth="header",
+    unit="tensors",
     consumers=("vLLM", "SGLang", "TensorRT-LLM", "transformers"),
     sources=("vllm-project/vllm#50610", "NVIDIA/Model-Optimizer#858"),
     engines={
-        "vllm": ("error", "stops at the shape, or narrows and leaves part of the parameter unwritten"),
+        "vllm": (
+            "error",
+            "stops at the shape, or narrows and leaves part of the parameter unwritten",
+        ),
     },
-)  # fmt: skip
+)
 def check(ctx: Context) -> Iterator[Finding]:
-    """Each weight has the shape that config (with a base: the base) gives it; packed NVFP4 counts two codes a byte.
+    """Each weight has the shape that config (with a base: the base) gives it; packed NVFP4 counts
+    two codes a byte.
 
-    **Why.** A batched-matmul expert was written transposed; a width was halved twice; config and weights are of
-    different models.
+    **Why.** A batched-matmul expert was written transposed; a width was halved twice; config and
+    weights are of different models.
     **Hurts.** A size error at best; where a loader narrows, part of the parameter stays unwritten.
     **Mend.** Write the tensor as [out, in], packed along ``in``.
     """
@@ -31,11 +39,17 @@ def check(ctx: Context) -> Iterator[Finding]:
         return
     if ctx.unrelated_base:
         return
-    known = [(n, s, w) for n, s in ctx.shapes.items() if s is not None and (w := ctx.expected.get(n)) is not None]
+    known = [
+        (n, s, w)
+        for n, s in ctx.shapes.items()
+        if s is not None and (w := ctx.expected.get(n)) is not None
+    ]
     ctx.tally.see(len(known))
     for name, found, wanted in sorted(k for k in known if k[1] != k[2]):
         turned = " (transposed)" if len(found) == 2 and found == wanted[::-1] else ""
         yield ctx.finding(
-            f"has another logical shape{turned}", tensor=name if name in ctx.checkpoint.tensors else None,
-            observed=list(found), expected=list(wanted),
-        )  # fmt: skip
+            f"has another logical shape{turned}",
+            tensor=name if name in ctx.checkpoint.tensors else None,
+            observed=list(found),
+            expected=list(wanted),
+        )

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""QC209: a vision or audio tower is quantized, or a wrapper's name is left in names and exclusions."""
+"""QC209: a vision or audio tower is quantized, or a wrapper's name is left in names and
+exclusions.
+"""
 
 from __future__ import annotations
 
@@ -12,39 +14,61 @@ from verifier.schemes import Module, role
 
 
 @rule(
-    "QC209", "tower quantized, or a wrapper's name", severity="error", depth="header", unit="tower modules and exclusions",
+    "QC209",
+    "tower quantized, or a wrapper's name",
+    severity="error",
+    depth="header",
+    unit="tower modules and exclusions",
     consumers=("SGLang", "vLLM"),
     sources=("sgl-project/sglang#24927", "sgl-project/sglang#35792", "NVIDIA/Model-Optimizer#1687"),
-)  # fmt: skip
+)
 def check(ctx: Context) -> Iterator[Finding]:
-    """Towers keep their hub names and stay unquantized; no name or exclusion holds the part of a wrapper (``.linear``).
+    """Towers keep their hub names and stay unquantized; no name or exclusion holds the part of a
+    wrapper (``.linear``).
 
-    A quantized tower is a warning, and silent where the base or ``--merged-from`` has that module quantized already.
-    Excluded and quantized is QC401; names under another prefix are QC201 and QC202.
+    A quantized tower is a warning, and silent where the base or ``--merged-from`` has that module
+    quantized already. Excluded and quantized is QC401; names under another prefix are QC201 and
+    QC202.
 
-    **Why.** Calibration wraps the tower's linears, and the wrapper's names go into the ignore list or the keys.
-    **Hurts.** The exclusion matches nothing, the engine builds the tower quantized and finds no scales: a crash, or images
-    that the model does not see.
-    **Mend.** Strip the wrapper's part from names and exclusions; export the tower in the source's dtype.
+    **Why.** Calibration wraps the tower's linears, and the wrapper's names go into the ignore list
+    or the keys.
+    **Hurts.** The exclusion matches nothing, the engine builds the tower quantized and finds no
+    scales: a crash, or images that the model does not see.
+    **Mend.** Strip the wrapper's part from names and exclusions; export the tower in the source's
+    dtype.
     """
     for name, wanted in ctx.naming.wrapped:
         ctx.tally.see()
-        yield ctx.finding("the name holds the part of a wrapper module", tensor=name, observed=name, expected=wanted)
+        yield ctx.finding(
+            "the name holds the part of a wrapper module",
+            tensor=name,
+            observed=name,
+            expected=wanted,
+        )
     ctx.tally.see(len(ctx.declaration.exclude) if ctx.declaration else 0)
     for pattern, plain in ctx.wrapped_exclusions.items():
         yield ctx.finding(
             "the exclusion names a wrapper, and matches a module only without it",
-            where=Where(None, ctx.declaration.file if ctx.declaration else None), observed=pattern, expected=plain,
-        )  # fmt: skip
+            where=Where(None, ctx.declaration.file if ctx.declaration else None),
+            observed=pattern,
+            expected=plain,
+        )
     for module in ctx.modules.values():
         if role(module.name) == "vision":
             ctx.tally.see()
-            if module.quantized and module.weight is not None and not _excluded(ctx, module) and not _kept(ctx, module):
+            if (
+                module.quantized
+                and module.weight is not None
+                and not _excluded(ctx, module)
+                and not _kept(ctx, module)
+            ):
                 yield ctx.finding(
-                    "a module of the vision or audio tower is quantized", tensor=module.weight.name,
-                    observed=module.shown.algo if module.shown else module.weight.dtype, expected="the source's dtype",
+                    "a module of the vision or audio tower is quantized",
+                    tensor=module.weight.name,
+                    observed=module.shown.algo if module.shown else module.weight.dtype,
+                    expected="the source's dtype",
                     severity="warning",
-                )  # fmt: skip
+                )
 
 
 def _excluded(ctx: Context, module: Module) -> bool:

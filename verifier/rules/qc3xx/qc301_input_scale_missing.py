@@ -11,7 +11,11 @@ from verifier.rules.registry import rule
 
 
 @rule(
-    "QC301", "input_scale is missing", severity="error", depth="header", unit="modules",
+    "QC301",
+    "input_scale is missing",
+    severity="error",
+    depth="header",
+    unit="modules",
     consumers=("vLLM", "SGLang", "TensorRT-LLM"),
     sources=("vllm-project/vllm#45212", "vllm-project/vllm#45320", "vllm-project/vllm#54189"),
     engines={
@@ -19,13 +23,15 @@ from verifier.rules.registry import rule
         "sglang": ("warning", "takes 1.0 as the scale"),
         "trtllm": ("error", "stops in its linear layers, which need the scale"),
     },
-)  # fmt: skip
+)
 def check(ctx: Context) -> Iterator[Finding]:
-    """Where a checkpoint declares NVFP4 with quantized activations, every NVFP4 module carries ``input_scale``.
+    """Where a checkpoint declares NVFP4 with quantized activations, every NVFP4 module carries
+    ``input_scale``.
 
-    **Why.** An expert that calibration never routed a token to has no amax, and the exporter left the key out.
-    **Hurts.** vLLM reads uninitialised memory: 1/0, NaN or pad tokens for the prompts that reach the expert. SGLang
-    takes 1.0. TensorRT-LLM stops.
+    **Why.** An expert that calibration never routed a token to has no amax, and the exporter left
+    the key out.
+    **Hurts.** vLLM reads uninitialised memory: 1/0, NaN or pad tokens for the prompts that reach
+    the expert. SGLang takes 1.0. TensorRT-LLM stops.
     **Mend.** Write the largest input_scale of the layer's other experts, or 1.0 for all by policy.
     """
     modules = [m for m, f in ctx.formatted if f.name == "nvfp4"]
@@ -35,6 +41,8 @@ def check(ctx: Context) -> Iterator[Finding]:
         return  # QC303: not a hole but another format
     for module in without:
         yield ctx.finding(
-            "the module has no input_scale", where=Where(f"{module.name}.input_scale"), observed="absent",
+            "the module has no input_scale",
+            where=Where(f"{module.name}.input_scale"),
+            observed="absent",
             expected="F32 scalar",
-        )  # fmt: skip
+        )

@@ -11,15 +11,20 @@ from verifier.rules.registry import rule
 
 
 @rule(
-    "QC302", "weight scale is missing", severity="error", depth="header", unit="modules",
+    "QC302",
+    "weight scale is missing",
+    severity="error",
+    depth="header",
+    unit="modules",
     consumers=("vLLM", "SGLang", "TensorRT-LLM", "transformers"),
     sources=("vllm-project/vllm#54444", "charlie12345/ROCmFPX#85"),
     engines={
         "vllm": ("error", "folds uninitialised memory into the product"),
     },
-)  # fmt: skip
+)
 def check(ctx: Context) -> Iterator[Finding]:
-    """Each quantized weight has all weight scales of its format (NVFP4: ``weight_scale`` and ``weight_scale_2``).
+    """Each quantized weight has all weight scales of its format (NVFP4: ``weight_scale`` and
+    ``weight_scale_2``).
 
     **Why.** An exporter or merger dropped scalars, or a filter on "weight" did.
     **Hurts.** vLLM folds arbitrary memory into the product, without a word.
@@ -28,19 +33,33 @@ def check(ctx: Context) -> Iterator[Finding]:
     for alike in ctx.alike:
         module, found = alike.first, alike.format
         if found is None:
-            if module.weight is not None and module.weight.dtype == "F8_E4M3" and not module.scale and module.dims:
+            if (
+                module.weight is not None
+                and module.weight.dtype == "F8_E4M3"
+                and not module.scale
+                and module.dims
+            ):
                 ctx.tally.see(len(alike.modules))
                 yield from _missing(ctx, alike, "weight_scale", "a scale")
             continue
         ctx.tally.see(len(alike.modules))
         for sibling in found.siblings:
             leaf = sibling.leaves[0]
-            if leaf != "input_scale" and sibling.required and not any(n in module.parts for n in sibling.leaves):
-                yield from _missing(ctx, alike, leaf, f"{' or '.join(sibling.dtypes)} for {found.algo}")
+            if (
+                leaf != "input_scale"
+                and sibling.required
+                and not any(n in module.parts for n in sibling.leaves)
+            ):
+                yield from _missing(
+                    ctx, alike, leaf, f"{' or '.join(sibling.dtypes)} for {found.algo}"
+                )
 
 
 def _missing(ctx: Context, alike: Alike, leaf: str, expected: str) -> Iterator[Finding]:
     for module in alike.modules:
         yield ctx.finding(
-            f"a quantized weight has no {leaf}", where=Where(f"{module.name}.{leaf}"), observed="absent", expected=expected
+            f"a quantized weight has no {leaf}",
+            where=Where(f"{module.name}.{leaf}"),
+            observed="absent",
+            expected=expected,
         )

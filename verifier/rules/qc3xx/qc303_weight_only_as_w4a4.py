@@ -11,14 +11,20 @@ from verifier.rules.registry import rule
 
 
 @rule(
-    "QC303", "weight-only NVFP4 declared with activations", severity="error", depth="header", unit="modules",
-    consumers=("vLLM", "TensorRT-LLM"), sources=("vllm-project/vllm#54189",),
+    "QC303",
+    "weight-only NVFP4 declared with activations",
+    severity="error",
+    depth="header",
+    unit="modules",
+    consumers=("vLLM", "TensorRT-LLM"),
+    sources=("vllm-project/vllm#54189",),
     engines={
         "vllm": ("error", "multiplies every expert by a scale that was never set"),
     },
-)  # fmt: skip
+)
 def check(ctx: Context) -> Iterator[Finding]:
-    """A checkpoint without any ``input_scale`` declares W4A16_NVFP4, not NVFP4, and one with them the reverse.
+    """A checkpoint without any ``input_scale`` declares W4A16_NVFP4, not NVFP4, and one with them
+    the reverse.
 
     **Why.** The export ran without calibration and kept the W4A4 tag.
     **Hurts.** vLLM multiplies every expert by an unset scale: the same token again and again.
@@ -29,14 +35,20 @@ def check(ctx: Context) -> Iterator[Finding]:
     if modules and not any("input_scale" in m.parts for m in modules):
         yield ctx.finding(
             "NVFP4 with quantized activations is declared and no module has an input_scale",
-            where=Where(f"{modules[0].name}.input_scale"), observed="0 input scales", expected="W4A16_NVFP4",
+            where=Where(f"{modules[0].name}.input_scale"),
+            observed="0 input scales",
+            expected="W4A16_NVFP4",
             count=len(modules),
-        )  # fmt: skip
+        )
     only = [m for m, f in ctx.formatted if f.name == "w4a16_nvfp4" and ctx.cover(m) is not None]
     ctx.tally.see(len(only))
     scaled = [m.parts["input_scale"].name for m in only if "input_scale" in m.parts]
     if scaled:
         yield ctx.finding(
-            "weight-only NVFP4 is declared and input scales are stored, which no engine then reads", tensor=scaled[0],
-            severity="warning", observed="W4A16_NVFP4", expected="NVFP4", count=len(scaled),
-        )  # fmt: skip
+            "weight-only NVFP4 is declared and input scales are stored, which no engine then reads",
+            tensor=scaled[0],
+            severity="warning",
+            observed="W4A16_NVFP4",
+            expected="NVFP4",
+            count=len(scaled),
+        )

@@ -12,13 +12,20 @@ from verifier.schemes import FLOATS
 
 
 @rule(
-    "QC305", "weight is not packed", severity="error", depth="header", unit="modules",
-    consumers=("vLLM", "SGLang", "TensorRT-LLM"), sources=("NVIDIA/Model-Optimizer#868",),
-)  # fmt: skip
+    "QC305",
+    "weight is not packed",
+    severity="error",
+    depth="header",
+    unit="modules",
+    consumers=("vLLM", "SGLang", "TensorRT-LLM"),
+    sources=("NVIDIA/Model-Optimizer#868",),
+)
 def check(ctx: Context) -> Iterator[Finding]:
-    """A module declared NVFP4 stores two codes a byte: U8 [out, in/2]. Scales beside plain values are QC313.
+    """A module declared NVFP4 stores two codes a byte: U8 [out, in/2]. Scales beside plain values
+    are QC313.
 
-    **Why.** The packing got lost when the state dict was written; the file is larger than its label says.
+    **Why.** The packing got lost when the state dict was written; the file is larger than its label
+    says.
     **Hurts.** A size error, or codes read as something else.
     **Mend.** Export again; check that the weight leaves the exporter as uint8.
     """
@@ -30,6 +37,8 @@ def check(ctx: Context) -> Iterator[Finding]:
         ctx.tally.see()
         if module.weight.dtype != declared.weight_dtype and module.weight.dtype not in FLOATS:
             yield ctx.finding(
-                f"declared {declared.algo}, and the weight is {module.weight.dtype}", tensor=module.weight.name,
-                observed=f"{module.weight.dtype} {list(module.weight.shape)}", expected="U8 [out, in/2]",
-            )  # fmt: skip
+                f"declared {declared.algo}, and the weight is {module.weight.dtype}",
+                tensor=module.weight.name,
+                observed=f"{module.weight.dtype} {list(module.weight.shape)}",
+                expected="U8 [out, in/2]",
+            )

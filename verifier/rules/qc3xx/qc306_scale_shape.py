@@ -12,13 +12,17 @@ from verifier.schemes import runtime_layout
 
 
 @rule(
-    "QC306", "scale has another shape", severity="error", depth="header", unit="scale tensors",
+    "QC306",
+    "scale has another shape",
+    severity="error",
+    depth="header",
+    unit="scale tensors",
     consumers=("vLLM", "SGLang", "TensorRT-LLM"),
     sources=("NVIDIA/Model-Optimizer#2038",),
     engines={
         "vllm": ("error", "narrows in experts and leaves the rest unwritten; stops elsewhere"),
     },
-)  # fmt: skip
+)
 def check(ctx: Context) -> Iterator[Finding]:
     """A block scale is [out, in/block] of its weight's logical width; the others are scalars.
 
@@ -40,6 +44,8 @@ def check(ctx: Context) -> Iterator[Finding]:
         if tensor is module.scale and found.rowwise and runtime_layout(tensor.shape, *wanted[0]):
             continue  # QC307
         yield ctx.finding(
-            f"{found.algo}: {tensor.name.rpartition('.')[2]} does not fit its weight of [{out}, {in_}]", tensor=tensor.name,
-            observed=list(tensor.shape), expected=list(wanted[0]),
-        )  # fmt: skip
+            f"{found.algo}: {tensor.name.rpartition('.')[2]} does not fit its weight of [{out}, {in_}]",
+            tensor=tensor.name,
+            observed=list(tensor.shape),
+            expected=list(wanted[0]),
+        )

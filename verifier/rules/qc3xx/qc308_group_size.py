@@ -11,19 +11,27 @@ from verifier.rules.registry import rule
 
 
 @rule(
-    "QC308", "declared group size is wrong", severity="error", depth="header", unit="modules",
-    consumers=("vLLM", "SGLang", "TensorRT-LLM"), sources=("NVIDIA/Model-Optimizer#1552",),
+    "QC308",
+    "declared group size is wrong",
+    severity="error",
+    depth="header",
+    unit="modules",
+    consumers=("vLLM", "SGLang", "TensorRT-LLM"),
+    sources=("NVIDIA/Model-Optimizer#1552",),
     engines={
         "vllm": ("error", "sizes the scales by it and stops"),
         "trtllm": ("error", "stops: it asserts 16 for NVFP4 and 32 for MXFP8"),
     },
-)  # fmt: skip
+)
 def check(ctx: Context) -> Iterator[Finding]:
-    """The declared ``group_size`` is the format's block width, 16 for NVFP4 and 32 for MXFP8, as on disk.
+    """The declared ``group_size`` is the format's block width, 16 for NVFP4 and 32 for MXFP8, as on
+    disk.
 
     **Why.** The recipe's block size and the config's are set in two places.
-    **Hurts.** Engines size the scale parameter from the config: a size error, or for experts a silent partial load.
-    **Mend.** State the size that was used; no engine serves NVFP4 with another than 16, or MXFP8 with another than 32.
+    **Hurts.** Engines size the scale parameter from the config: a size error, or for experts a
+    silent partial load.
+    **Mend.** State the size that was used; no engine serves NVFP4 with another than 16, or MXFP8
+    with another than 32.
     """
     for alike in ctx.alike:
         first, found = alike.first, alike.format
@@ -38,5 +46,7 @@ def check(ctx: Context) -> Iterator[Finding]:
         for scale in (m.scale for m in alike.modules if m.scale is not None):
             yield ctx.finding(
                 f"{found.algo} is declared with group_size {declared}; the scales on disk are for {shown}",
-                where=Where(scale.name, scale.file), observed=declared, expected=found.group_size,
-            )  # fmt: skip
+                where=Where(scale.name, scale.file),
+                observed=declared,
+                expected=found.group_size,
+            )

@@ -14,19 +14,32 @@ ZERO, ONE = (), (1,)
 
 
 @rule(
-    "QC311", "scalars are 0-d and [1] by turns", severity="warning", depth="header", unit="scalars",
-    consumers=("vLLM", "transformers"), sources=("vllm-project/vllm#37462", "NVIDIA/Model-Optimizer#1833"),
+    "QC311",
+    "scalars are 0-d and [1] by turns",
+    severity="warning",
+    depth="header",
+    unit="scalars",
+    consumers=("vLLM", "transformers"),
+    sources=("vllm-project/vllm#37462", "NVIDIA/Model-Optimizer#1833"),
     engines={
-        "vllm": ("warning", "code that reads shape[0] == 1 breaks on 0-d (vllm-project/vllm#37462)"),
-        "transformers": ("warning", "Chunk.convert raises IndexError on 0-d scalars (NVIDIA/Model-Optimizer#1833)"),
+        "vllm": (
+            "warning",
+            "code that reads shape[0] == 1 breaks on 0-d (vllm-project/vllm#37462)",
+        ),
+        "transformers": (
+            "warning",
+            "Chunk.convert raises IndexError on 0-d scalars (NVIDIA/Model-Optimizer#1833)",
+        ),
     },
-)  # fmt: skip
+)
 def check(ctx: Context) -> Iterator[Finding]:
-    """Scalars of one name (``weight_scale_2``, ``input_scale`` …) are all 0-d, as ModelOpt writes them, or all of shape [1].
+    """Scalars of one name (``weight_scale_2``, ``input_scale`` …) are all 0-d, as ModelOpt writes
+    them, or all of shape [1].
 
     Either is sound alone. Formats are compared apart; any other shape is QC306.
 
-    **Why.** Modules of two exporters were merged, or some scalars went through code that unsqueezes.
+    **Why.** Modules of two exporters were merged, or some scalars went through code that
+    unsqueezes.
     **Hurts.** A loader written for one of the shapes fails on the other, half way through the load.
     **Mend.** Write the shape of the majority; the four bytes stay as they are.
     """
@@ -48,8 +61,10 @@ def check(ctx: Context) -> Iterator[Finding]:
             for tensor in odd:
                 yield ctx.finding(
                     f"{leaf} is {_said(tensor.shape)} here and {_said(ZERO if odd is one else ONE)} elsewhere",
-                    tensor=tensor.name, observed=list(tensor.shape), expected=[] if odd is one else [1],
-                )  # fmt: skip
+                    tensor=tensor.name,
+                    observed=list(tensor.shape),
+                    expected=[] if odd is one else [1],
+                )
 
 
 def _said(shape: tuple[int, ...]) -> str:

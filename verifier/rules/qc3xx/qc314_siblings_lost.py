@@ -12,18 +12,31 @@ from verifier.schemes import Module, expert_key, role
 
 
 @rule(
-    "QC314", "bias or pre_quant_scale is lost", severity="error", depth="header", unit="linears",
-    consumers=("vLLM", "SGLang", "TensorRT-LLM"), sources=("NVIDIA/Model-Optimizer#1678",),
-    engines={"vllm": ("error", "leaves an expert's bias as memory held it: no completeness check (vLLM 0.32)")},
-)  # fmt: skip
+    "QC314",
+    "bias or pre_quant_scale is lost",
+    severity="error",
+    depth="header",
+    unit="linears",
+    consumers=("vLLM", "SGLang", "TensorRT-LLM"),
+    sources=("NVIDIA/Model-Optimizer#1678",),
+    engines={
+        "vllm": (
+            "error",
+            "leaves an expert's bias as memory held it: no completeness check (vLLM 0.32)",
+        )
+    },
+)
 def check(ctx: Context) -> Iterator[Finding]:
-    """A linear has its bias where the base has it (without one: the layout, or its equals); so with ``pre_quant_scale``.
+    """A linear has its bias where the base has it (without one: the layout, or its equals); so with
+    ``pre_quant_scale``.
 
-    Among the experts of one layer a difference is an error. Among layers it is a warning: an exporter may fold
-    ``pre_quant_scale`` into a norm in one layer and not in another.
+    Among the experts of one layer a difference is an error. Among layers it is a warning: an
+    exporter may fold ``pre_quant_scale`` into a norm in one layer and not in another.
 
-    **Why.** Un-fusing experts took the weights and not their biases; AWQ scales were written for calibrated experts only.
-    **Hurts.** The sibling is unwritten memory or zero for some experts, and prompts that are routed there answer nonsense.
+    **Why.** Un-fusing experts took the weights and not their biases; AWQ scales were written for
+    calibrated experts only.
+    **Hurts.** The sibling is unwritten memory or zero for some experts, and prompts that are routed
+    there answer nonsense.
     **Mend.** Copy biases from the source; take ``pre_quant_scale`` from the exporter's state.
     """
     if ctx.unrelated_base:
@@ -31,17 +44,25 @@ def check(ctx: Context) -> Iterator[Finding]:
     for name in ctx.naming.biases:
         ctx.tally.see()
         yield ctx.finding(
-            "the linear is here, and its bias is not", where=Where(name), observed="absent", expected="present"
+            "the linear is here, and its bias is not",
+            where=Where(name),
+            observed="absent",
+            expected="present",
         )
     leaves = ("pre_quant_scale",) if not ctx.why_not_expected else ("bias", "pre_quant_scale")
-    having = {leaf: [m for m in ctx.modules.values() if leaf in m.parts and m.dims is not None] for leaf in leaves}
+    having = {
+        leaf: [m for m in ctx.modules.values() if leaf in m.parts and m.dims is not None]
+        for leaf in leaves
+    }
     for leaf, found in having.items():
         if found:
             yield from _compare(ctx, leaf, {m.name for m in found})
 
 
 def _compare(ctx: Context, leaf: str, having: set[str]) -> Iterator[Finding]:
-    """Yield the linears without ``leaf`` whose equals have it: experts of a layer first, then layers of a kind."""
+    """Yield the linears without ``leaf`` whose equals have it: experts of a layer first, then
+    layers of a kind.
+    """
     for modules in ctx.kinds.values():
         linears = [m for m in modules if m.dims is not None]
         if leaf == "bias" and linears and role(linears[0].name) == "router":
@@ -59,6 +80,8 @@ def _compare(ctx: Context, leaf: str, having: set[str]) -> Iterator[Finding]:
             for module in without:
                 yield ctx.finding(
                     f"no {leaf}, and {'other experts of the layer have' if among_experts else 'other layers have'} one",
-                    where=Where(f"{module.name}.{leaf}"), observed="absent", expected="present",
+                    where=Where(f"{module.name}.{leaf}"),
+                    observed="absent",
+                    expected="present",
                     severity="error" if among_experts else "warning",
-                )  # fmt: skip
+                )

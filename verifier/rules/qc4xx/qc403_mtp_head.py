@@ -13,23 +13,38 @@ from verifier.schemes import Module, collapse, fused_groups
 
 
 @rule(
-    "QC403", "MTP head is not excluded or partly quantized", severity="error", depth="header", unit="MTP linears",
+    "QC403",
+    "MTP head is not excluded or partly quantized",
+    severity="error",
+    depth="header",
+    unit="MTP linears",
     consumers=("vLLM", "SGLang", "TensorRT-LLM"),
-    sources=("vllm-project/vllm#44087", "vllm-project/vllm#49187", "vllm-project/vllm#41994", "sgl-project/sglang#38870"),
+    sources=(
+        "vllm-project/vllm#44087",
+        "vllm-project/vllm#49187",
+        "vllm-project/vllm#41994",
+        "sgl-project/sglang#38870",
+    ),
     engines={
-        "vllm": ("error", "builds the head in the declared format; the load asserts (vllm#44087, #49187)"),
+        "vllm": (
+            "error",
+            "builds the head in the declared format; the load asserts (vllm#44087, #49187)",
+        ),
         "sglang": ("error", "builds the head in the declared format (sglang#38870)"),
     },
-)  # fmt: skip
+)
 def check(ctx: Context) -> Iterator[Finding]:
-    """An MTP head (``mtp.…``, or the layers behind the last) is quantized throughout, or excluded where it is not.
+    """An MTP head (``mtp.…``, or the layers behind the last) is quantized throughout, or excluded
+    where it is not.
 
-    **Why.** The exclusion list was written for the target model; the head was copied from the source afterwards.
-    **Hurts.** The draft head is built in the declared format and the load fails, or it is built from parameters never
-    written and nearly every draft is refused.
-    **Mend.** List every unquantized linear of the head. Experts of one MTP layer that are quantized in part are an error
-    even where the rest is listed; a kind of linear that is quantized in the model and not in its half-quantized head is a
-    warning. (Fused projections of unequal formats are QC409.)
+    **Why.** The exclusion list was written for the target model; the head was copied from the
+    source afterwards.
+    **Hurts.** The draft head is built in the declared format and the load fails, or it is built
+    from parameters never written and nearly every draft is refused.
+    **Mend.** List every unquantized linear of the head. Experts of one MTP layer that are quantized
+    in part are an error even where the rest is listed; a kind of linear that is quantized in the
+    model and not in its half-quantized head is a warning. (Fused projections of unequal formats are
+    QC409.)
     """
     names = mtp_modules(ctx)
     if not names:
@@ -42,17 +57,21 @@ def check(ctx: Context) -> Iterator[Finding]:
             if not module.quantized and not declaration.exclusions.loose(module.name):
                 yield ctx.finding(
                     f"a linear of the MTP head is not quantized, and no exclusion covers it: engines expect"
-                    f" {declaration.algo} here", where=_where(module), observed=_dtype(module),
+                    f" {declaration.algo} here",
+                    where=_where(module),
+                    observed=_dtype(module),
                     expected="an exclusion, or scales",
-                )  # fmt: skip
+                )
     yield from _in_part(ctx, modules)
 
 
 def _in_part(ctx: Context, modules: list[Module]) -> Iterator[Finding]:
     split = {
-        m for _, members in fused_groups(m.name for m in modules) for m in members
+        m
+        for _, members in fused_groups(m.name for m in modules)
+        for m in members
         if len({ctx.modules[x].quantized for x in members}) > 1
-    }  # fmt: skip
+    }
     heads: dict[str, dict[str, list[Module]]] = {}
     for module in modules:
         head, tail = head_and_tail(module.name)
@@ -60,8 +79,9 @@ def _in_part(ctx: Context, modules: list[Module]) -> Iterator[Finding]:
             heads.setdefault(head, {}).setdefault(collapse(f".{tail}"), []).append(module)
     in_model = {
         collapse(f".{head_and_tail(m.name)[1]}")
-        for m in ctx.quantized_modules if m.name not in {x.name for x in modules}
-    }  # fmt: skip
+        for m in ctx.quantized_modules
+        if m.name not in {x.name for x in modules}
+    }
     for kinds in heads.values():
         if not any(m.quantized for members in kinds.values() for m in members):
             continue
@@ -69,15 +89,20 @@ def _in_part(ctx: Context, modules: list[Module]) -> Iterator[Finding]:
             plain = [m for m in members if not m.quantized]
             if plain and len(plain) < len(members):
                 yield ctx.finding(
-                    "only part of one MTP layer's experts is quantized", where=_where(plain[0]),
-                    observed=f"{_dtype(plain[0])}, {len(plain)} of {len(members)}", expected="one format for all",
+                    "only part of one MTP layer's experts is quantized",
+                    where=_where(plain[0]),
+                    observed=f"{_dtype(plain[0])}, {len(plain)} of {len(members)}",
+                    expected="one format for all",
                     count=len(plain),
-                )  # fmt: skip
+                )
             elif plain and kind in in_model:
                 yield ctx.finding(
                     "not quantized in the MTP head, which is quantized elsewhere and whose model quantizes this linear",
-                    where=_where(plain[0]), observed=_dtype(plain[0]), severity="warning", count=len(plain),
-                )  # fmt: skip
+                    where=_where(plain[0]),
+                    observed=_dtype(plain[0]),
+                    severity="warning",
+                    count=len(plain),
+                )
 
 
 def _where(module: Module) -> Where:

@@ -11,12 +11,17 @@ from verifier.rules.registry import rule
 
 
 @rule(
-    "QC404", "exclusion matches no module", severity="error", depth="header", unit="patterns",
+    "QC404",
+    "exclusion matches no module",
+    severity="error",
+    depth="header",
+    unit="patterns",
     consumers=("vLLM", "SGLang", "TensorRT-LLM"),
     sources=("NVIDIA/Model-Optimizer#479", "NVIDIA/Model-Optimizer#470", "vllm-project/vllm#54547"),
-)  # fmt: skip
+)
 def check(ctx: Context) -> Iterator[Finding]:
-    """Each exclusion matches at least one module on disk, under at least one engine's reading of it.
+    """Each exclusion matches at least one module on disk, under at least one engine's reading of
+    it.
 
     **Why.** The list is in the exporter's in-memory namespace, or has a hard-coded prefix.
     **Hurts.** What it meant to exclude is not: see QC402.
@@ -31,11 +36,16 @@ def check(ctx: Context) -> Iterator[Finding]:
     for pattern in declaration.exclusions.dead(modules | parents):
         if pattern in ctx.wrapped_exclusions:
             continue  # QC209: alive but for a wrapper's part
-        # Excluding what is not there harms nobody: every exporter lists the head, tied or not, and MTP heads by habit.
-        if pattern.endswith("lm_head") and bool((ctx.checkpoint.config or {}).get("tie_word_embeddings")):
+        # Excluding what is not there harms nobody: every exporter lists the head, tied or not, and
+        # MTP heads by habit.
+        if pattern.endswith("lm_head") and bool(
+            (ctx.checkpoint.config or {}).get("tie_word_embeddings")
+        ):
             continue
         absent = ctx.family is not None and ctx.family.optional(pattern.lstrip("*."))
         yield ctx.finding(
             f"the exclusion {pattern!r} matches no module under any engine's reading",
-            where=Where(None, declaration.file), observed=pattern, severity="warning" if absent else None,
-        )  # fmt: skip
+            where=Where(None, declaration.file),
+            observed=pattern,
+            severity="warning" if absent else None,
+        )

@@ -11,7 +11,11 @@ from verifier.rules.registry import rule
 
 
 @rule(
-    "QC406", "the two declarations disagree", severity="error", depth="header", unit="fields",
+    "QC406",
+    "the two declarations disagree",
+    severity="error",
+    depth="header",
+    unit="fields",
     consumers=("vLLM", "SGLang", "TensorRT-LLM"),
     sources=("https://huggingface.co/nvidia/Qwen3.6-35B-A3B-NVFP4",),
     engines={
@@ -19,12 +23,14 @@ from verifier.rules.registry import rule
         "sglang": ("error", "reads config.json first"),
         "trtllm": ("error", "reads hf_quant_config.json, and warns that config.json differs"),
     },
-)  # fmt: skip
+)
 def check(ctx: Context) -> Iterator[Finding]:
-    """``quantization_config`` and hf_quant_config.json state the same algorithm, KV cache, group size, lists and layers.
+    """``quantization_config`` and hf_quant_config.json state the same algorithm, KV cache, group
+    size, lists and layers.
 
     **Why.** One was written again and the other was not.
-    **Hurts.** TensorRT-LLM reads hf_quant_config.json, vLLM and SGLang config.json: the same files, two models.
+    **Hurts.** TensorRT-LLM reads hf_quant_config.json, vLLM and SGLang config.json: the same files,
+    two models.
     **Mend.** Write both from one source, from the tensors on disk.
     """
     inline, file = ctx.declarations.inline, ctx.declarations.file
@@ -43,8 +49,10 @@ def check(ctx: Context) -> Iterator[Finding]:
         if ours != theirs:
             yield ctx.finding(
                 f"{name} differs between config.json and hf_quant_config.json: {_difference(ours, theirs)}",
-                where=Where(None, file.file), observed=_short(theirs), expected=_short(ours),
-            )  # fmt: skip
+                where=Where(None, file.file),
+                observed=_short(theirs),
+                expected=_short(ours),
+            )
 
 
 def _short(value: object) -> str:

@@ -11,17 +11,25 @@ from verifier.rules.registry import rule
 
 
 @rule(
-    "QC407", "quantization is not declared", severity="error", depth="header", unit="quantized modules",
-    consumers=("vLLM", "SGLang", "TensorRT-LLM", "transformers"), sources=("sgl-project/sglang#13919",),
+    "QC407",
+    "quantization is not declared",
+    severity="error",
+    depth="header",
+    unit="quantized modules",
+    consumers=("vLLM", "SGLang", "TensorRT-LLM", "transformers"),
+    sources=("sgl-project/sglang#13919",),
     engines={
         "vllm": ("error", "builds an unquantized model and stops at the first scale"),
     },
-)  # fmt: skip
+)
 def check(ctx: Context) -> Iterator[Finding]:
-    """A checkpoint with quantized tensors says so, in config.json, in hf_quant_config.json or in both.
+    """A checkpoint with quantized tensors says so, in config.json, in hf_quant_config.json or in
+    both.
 
-    **Why.** config.json was copied from the source. A config that is no JSON object counts as absent.
-    **Hurts.** The engine builds a BF16 model and dies at the first scale ("no parameter w2_input_scale").
+    **Why.** config.json was copied from the source. A config that is no JSON object counts as
+    absent.
+    **Hurts.** The engine builds a BF16 model and dies at the first scale ("no parameter
+    w2_input_scale").
     **Mend.** Write ``quantization_config`` and hf_quant_config.json.
     """
     for problem in ctx.checkpoint.problems:
@@ -30,15 +38,21 @@ def check(ctx: Context) -> Iterator[Finding]:
             yield ctx.finding(f"{problem.file}: {problem.message}", where=Where(None, problem.file))
     if ctx.checkpoint.config is None and "config.json" not in ctx.checkpoint.files:
         ctx.tally.see()
-        yield ctx.finding("config.json is absent", where=Where(None, "config.json"), observed="absent")
+        yield ctx.finding(
+            "config.json is absent", where=Where(None, "config.json"), observed="absent"
+        )
     for found in (ctx.declarations.inline, ctx.declarations.file):
         for text in found.problems if found else ():
-            yield ctx.finding(f"{found.file}: {text}" if found else text, where=Where(None, found.file if found else None))
+            yield ctx.finding(
+                f"{found.file}: {text}" if found else text,
+                where=Where(None, found.file if found else None),
+            )
     quantized = ctx.quantized_modules
     ctx.tally.see(len(quantized))
     if quantized and ctx.declarations.effective is None:
         part = quantized[0].weight
         yield ctx.finding(
             f"{len(quantized)} modules are quantized and neither config.json nor hf_quant_config.json says so",
-            where=Where(part.name if part else quantized[0].name, part.file if part else None), observed="no declaration",
-        )  # fmt: skip
+            where=Where(part.name if part else quantized[0].name, part.file if part else None),
+            observed="no declaration",
+        )

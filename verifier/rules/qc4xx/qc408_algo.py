@@ -10,18 +10,28 @@ from verifier.rules.context import Context
 from verifier.rules.registry import rule
 from verifier.schemes import FLOATS, KNOWN_ALGOS, same_layout
 
-_INTEGER_ALGOS = frozenset({"INT8_SQ", "INT4_AWQ", "W4A16_AWQ", "W4A8_AWQ", "W8A16", "W8A8_SQ_PER_CHANNEL"})
-_INTEGER = frozenset({"awq", "gptq", "bitsandbytes", "aqlm", "eetq", "hqq", "vptq", "spqr", "higgs", "auto-round"})
+_INTEGER_ALGOS = frozenset(
+    {"INT8_SQ", "INT4_AWQ", "W4A16_AWQ", "W4A8_AWQ", "W8A16", "W8A8_SQ_PER_CHANNEL"}
+)
+_INTEGER = frozenset(
+    {"awq", "gptq", "bitsandbytes", "aqlm", "eetq", "hqq", "vptq", "spqr", "higgs", "auto-round"}
+)
 
 
 @rule(
-    "QC408", "quant_algo does not fit the tensors", severity="error", depth="header", unit="modules",
-    consumers=("vLLM", "SGLang", "TensorRT-LLM"), sources=("NVIDIA/Model-Optimizer changelog (nvfp4_mlp_only)",),
-)  # fmt: skip
+    "QC408",
+    "quant_algo does not fit the tensors",
+    severity="error",
+    depth="header",
+    unit="modules",
+    consumers=("vLLM", "SGLang", "TensorRT-LLM"),
+    sources=("NVIDIA/Model-Optimizer changelog (nvfp4_mlp_only)",),
+)
 def check(ctx: Context) -> Iterator[Finding]:
     """``quant_algo`` is one that engines know, and the one that dtypes and shapes on disk show.
 
-    **Why.** The selector missed the modules and the tag is null; a config was kept from another export.
+    **Why.** The selector missed the modules and the tag is null; a config was kept from another
+    export.
     **Hurts.** Engines refuse the checkpoint, or read one format as another.
     **Mend.** State the format that is on disk. (NVFP4 declared over unpacked weights is QC305.)
     """
@@ -33,12 +43,18 @@ def check(ctx: Context) -> Iterator[Finding]:
     where = Where(None, declaration.file)
     if declaration.algo is None:
         ctx.tally.see()
-        yield ctx.finding(f"quant_algo is null and {len(quantized)} modules are quantized", where=where, observed="null")
+        yield ctx.finding(
+            f"quant_algo is null and {len(quantized)} modules are quantized",
+            where=where,
+            observed="null",
+        )
         return
     if declaration.algo not in KNOWN_ALGOS:
         ctx.tally.see()
         algo = declaration.algo
-        yield ctx.finding(f"quant_algo {algo!r} is none that engines know", where=where, observed=algo)
+        yield ctx.finding(
+            f"quant_algo {algo!r} is none that engines know", where=where, observed=algo
+        )
         return
     for module in quantized:
         cover, shown = declaration.cover(module.name), module.shown
@@ -47,8 +63,10 @@ def check(ctx: Context) -> Iterator[Finding]:
             ctx.tally.see()
             yield ctx.finding(
                 f"{cover.algo} is declared, a format of integers, and the tensors are {shown.algo}",
-                tensor=module.weight.name if module.weight else module.name, observed=shown.algo, expected=cover.algo,
-            )  # fmt: skip
+                tensor=module.weight.name if module.weight else module.name,
+                observed=shown.algo,
+                expected=cover.algo,
+            )
             continue
         if declared is None or module.weight is None:
             continue
@@ -57,28 +75,41 @@ def check(ctx: Context) -> Iterator[Finding]:
             # Packed ones are QC305's, plain weights beside scales QC313's.
             if module.weight.dtype not in (*FLOATS, declared.weight_dtype) and not declared.packed:
                 yield ctx.finding(
-                    f"{cover.algo} is declared, and a weight is {module.weight.dtype}", tensor=module.weight.name,
-                    observed=module.weight.dtype, expected=declared.weight_dtype,
-                )  # fmt: skip
+                    f"{cover.algo} is declared, and a weight is {module.weight.dtype}",
+                    tensor=module.weight.name,
+                    observed=module.weight.dtype,
+                    expected=declared.weight_dtype,
+                )
             continue
         if declaration.mixed:
             continue  # QC410 compares what is shown, module by module
         if not same_layout(declared, shown) and not declared.packed:
             yield ctx.finding(
-                f"{declaration.algo} is declared, the tensors are {shown.algo}", tensor=module.weight.name,
-                observed=shown.algo, expected=declaration.algo,
-            )  # fmt: skip
+                f"{declaration.algo} is declared, the tensors are {shown.algo}",
+                tensor=module.weight.name,
+                observed=shown.algo,
+                expected=declaration.algo,
+            )
 
 
 def _foreign(ctx: Context) -> Iterator[Finding]:
-    """Yield a finding where a method of integer formats is declared over tensors that are plainly FP8."""
+    """Yield a finding where a method of integer formats is declared over tensors that are plainly
+    FP8.
+    """
     found = ctx.declarations.effective
     if found is None or found.known or found.method not in _INTEGER:
         return
-    algos = [m.shown.algo for m in ctx.quantized_modules if m.weight and m.weight.dtype == "F8_E4M3" and m.shown]
+    algos = [
+        m.shown.algo
+        for m in ctx.quantized_modules
+        if m.weight and m.weight.dtype == "F8_E4M3" and m.shown
+    ]
     ctx.tally.see(len(algos))
     if algos:
         yield ctx.finding(
-            f"quant_method {found.method!r} is declared, the tensors are {algos[0]}", where=Where(None, found.file),
-            observed=found.method, expected=algos[0], count=len(algos),
-        )  # fmt: skip
+            f"quant_method {found.method!r} is declared, the tensors are {algos[0]}",
+            where=Where(None, found.file),
+            observed=found.method,
+            expected=algos[0],
+            count=len(algos),
+        )

@@ -12,21 +12,28 @@ from verifier.schemes import Cover, Module, packed_name, same_layout
 
 
 @rule(
-    "QC410", "quantized_layers does not match", severity="error", depth="header", unit="modules",
-    consumers=("TensorRT-LLM", "vLLM", "SGLang"), sources=("kekzl/imp#1385",),
+    "QC410",
+    "quantized_layers does not match",
+    severity="error",
+    depth="header",
+    unit="modules",
+    consumers=("TensorRT-LLM", "vLLM", "SGLang"),
+    sources=("kekzl/imp#1385",),
     engines={
         "vllm": ("error", "builds a module without an entry unquantized"),
         "trtllm": ("error", "drops the scales of what it misses, and activations explode"),
     },
-)  # fmt: skip
+)
 def check(ctx: Context) -> Iterator[Finding]:
-    """Under MIXED_PRECISION each quantized module has an entry of its own, with the format that its tensors show.
+    """Under MIXED_PRECISION each quantized module has an entry of its own, with the format that its
+    tensors show.
 
     **Why.** The list names containers (``…experts``) or fused projections of the exporter's memory.
-    **Hurts.** TensorRT-LLM matches names exactly, drops the scales of what it misses, and activations explode; vLLM
-    builds a module without any entry unquantized.
-    **Mend.** Write one entry for each module on disk. A parent container or an engine's packed name that agrees is a
-    warning; no cover at all, another format, or an entry for a plain weight is an error.
+    **Hurts.** TensorRT-LLM matches names exactly, drops the scales of what it misses, and
+    activations explode; vLLM builds a module without any entry unquantized.
+    **Mend.** Write one entry for each module on disk. A parent container or an engine's packed name
+    that agrees is a warning; no cover at all, another format, or an entry for a plain weight is an
+    error.
     """
     declaration = ctx.declaration
     if declaration is None or not declaration.mixed:
@@ -36,21 +43,38 @@ def check(ctx: Context) -> Iterator[Finding]:
         if any(True for _ in _judge(ctx, alike.first, declaration.cover(alike.first.name))):
             for module in alike.modules:
                 yield from _judge(ctx, module, declaration.cover(module.name))
-    odd = {n: ctx.modules.get(n) for n in declaration.layers if n not in ctx.modules or not ctx.modules[n].quantized}
-    parents = {m.rpartition(".")[0] for m in ctx.modules} | {p for m in ctx.modules if (p := packed_name(m))} if odd else ()
+    odd = {
+        n: ctx.modules.get(n)
+        for n in declaration.layers
+        if n not in ctx.modules or not ctx.modules[n].quantized
+    }
+    parents = (
+        {m.rpartition(".")[0] for m in ctx.modules}
+        | {p for m in ctx.modules if (p := packed_name(m))}
+        if odd
+        else ()
+    )
     for name, found in odd.items():
         if found is not None and not found.quantized and found.weight is not None:
             ctx.tally.see()
             yield ctx.finding(
                 f"quantized_layers says {declaration.layers[name].algo}, the weight is {found.weight.dtype}",
-                tensor=found.weight.name, observed=found.weight.dtype, expected=declaration.layers[name].algo,
-            )  # fmt: skip
-        elif found is None and name not in parents and not any(p.startswith(f"{name}.") for p in parents):
+                tensor=found.weight.name,
+                observed=found.weight.dtype,
+                expected=declaration.layers[name].algo,
+            )
+        elif (
+            found is None
+            and name not in parents
+            and not any(p.startswith(f"{name}.") for p in parents)
+        ):
             ctx.tally.see()
             yield ctx.finding(
-                f"quantized_layers names {name!r}, which is not on disk", where=Where(None, declaration.file),
-                observed=name, severity="warning",
-            )  # fmt: skip
+                f"quantized_layers names {name!r}, which is not on disk",
+                where=Where(None, declaration.file),
+                observed=name,
+                severity="warning",
+            )
 
 
 def _judge(ctx: Context, module: Module, cover: Cover) -> Iterator[Finding]:
@@ -58,16 +82,27 @@ def _judge(ctx: Context, module: Module, cover: Cover) -> Iterator[Finding]:
     where = Where(part.name, part.file)
     shown = module.shown
     if cover.algo is None:
-        yield ctx.finding("no entry of quantized_layers covers this quantized module", where=where, observed="no entry")
+        yield ctx.finding(
+            "no entry of quantized_layers covers this quantized module",
+            where=where,
+            observed="no entry",
+        )
     elif cover.format is not None and shown is not None and not same_layout(cover.format, shown):
         yield ctx.finding(
-            f"quantized_layers says {cover.algo}, the tensors are {shown.algo}", where=where,
-            observed=shown.algo, expected=cover.algo,
-        )  # fmt: skip
+            f"quantized_layers says {cover.algo}, the tensors are {shown.algo}",
+            where=where,
+            observed=shown.algo,
+            expected=cover.algo,
+        )
     elif cover.via in ("container", "packed"):
         kind = "its container" if cover.via == "container" else "the engine's fused name"
         yield ctx.finding(
-            f"listed only through {kind}: TensorRT-LLM matches exactly and drops its scales", where=where,
-            observed=cover.entry, expected=module.name, severity="warning",
-            engines={"trtllm": ("error", "matches names exactly and drops the scales of what it misses")},
-        )  # fmt: skip
+            f"listed only through {kind}: TensorRT-LLM matches exactly and drops its scales",
+            where=where,
+            observed=cover.entry,
+            expected=module.name,
+            severity="warning",
+            engines={
+                "trtllm": ("error", "matches names exactly and drops the scales of what it misses")
+            },
+        )

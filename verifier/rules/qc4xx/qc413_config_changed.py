@@ -10,32 +10,53 @@ from verifier.findings import Finding, Where
 from verifier.rules.context import Context
 from verifier.rules.registry import rule
 
-# Neither says anything of the model: how it was saved, by what, and in which dtype a framework shall hold it.
+# Neither says anything of the model: how it was saved, by what, and in which dtype a framework
+# shall hold it.
 _FREE = frozenset(
-    {"quantization_config", "compression_config", "dtype", "torch_dtype", "transformers_version", "use_cache",
-     "max_memory"}
-)  # fmt: skip
+    {
+        "quantization_config",
+        "compression_config",
+        "dtype",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+        "max_memory",
+    }
+)
 _ROPE = ("rope_theta", "rope_scaling", "rope_parameters")
 _MISSING = object()
 
 
 @rule(
-    "QC413", "config.json differs from the base's", severity="warning", depth="header", unit="fields", needs=("base",),
-    consumers=("vLLM", "SGLang", "TensorRT-LLM", "transformers"), sources=("NVIDIA/Model-Optimizer#1693",),
-)  # fmt: skip
+    "QC413",
+    "config.json differs from the base's",
+    severity="warning",
+    depth="header",
+    unit="fields",
+    needs=("base",),
+    consumers=("vLLM", "SGLang", "TensorRT-LLM", "transformers"),
+    sources=("NVIDIA/Model-Optimizer#1693",),
+)
 def check(ctx: Context) -> Iterator[Finding]:
     """Every field of the base's config.json is here with its value, at every level.
 
-    ``quantization_config``, ``dtype``, ``torch_dtype``, ``transformers_version``, ``use_cache``, names with a leading
-    underscore and fields added here are free; ``rope_theta`` may stand inside ``rope_parameters`` and the other way.
-    **Why.** The config went through ``save_pretrained`` of a class that drops what it does not know.
-    **Hurts.** Layer types, rope or scaling fall back to defaults: long contexts or whole layers are wrong, and nothing
-    fails.
+    ``quantization_config``, ``dtype``, ``torch_dtype``, ``transformers_version``, ``use_cache``,
+    names with a leading underscore and fields added here are free; ``rope_theta`` may stand inside
+    ``rope_parameters`` and the other way.
+    **Why.** The config went through ``save_pretrained`` of a class that drops what it does not
+    know.
+    **Hurts.** Layer types, rope or scaling fall back to defaults: long contexts or whole layers are
+    wrong, and nothing fails.
     **Mend.** Copy the base's config.json and add ``quantization_config`` to it.
     """
     theirs, ours = (ctx.base.checkpoint.config if ctx.base else None), ctx.checkpoint.config
     if theirs is None or ours is None or ctx.unrelated_base:
-        ctx.tally.miss(1, "the base is another model" if ctx.unrelated_base else "there is no config.json to compare with")
+        ctx.tally.miss(
+            1,
+            "the base is another model"
+            if ctx.unrelated_base
+            else "there is no config.json to compare with",
+        )
         return
     types = theirs.get("model_type"), ours.get("model_type")
     if types[0] != types[1]:
@@ -46,7 +67,9 @@ def check(ctx: Context) -> Iterator[Finding]:
     yield from _compare(ctx, theirs, ours, "")
 
 
-def _compare(ctx: Context, theirs: Mapping[str, Any], ours: Mapping[str, Any], path: str) -> Iterator[Finding]:
+def _compare(
+    ctx: Context, theirs: Mapping[str, Any], ours: Mapping[str, Any], path: str
+) -> Iterator[Finding]:
     rope = _rope(theirs) == _rope(ours)
     for key, wanted in theirs.items():
         if key in _FREE or key.startswith("_"):
@@ -68,10 +91,13 @@ def _compare(ctx: Context, theirs: Mapping[str, Any], ours: Mapping[str, Any], p
 
 def _told(ctx: Context, name: str, what: str, got: object, wanted: object) -> Finding:
     return ctx.finding(
-        f"{name} {what} than in the base's config.json" if what.startswith("has") else
-        f"{name} of the base's config.json {what}",
-        where=Where(None, "config.json"), observed=str(got)[:80], expected=str(wanted)[:80],
-    )  # fmt: skip
+        f"{name} {what} than in the base's config.json"
+        if what.startswith("has")
+        else f"{name} of the base's config.json {what}",
+        where=Where(None, "config.json"),
+        observed=str(got)[:80],
+        expected=str(wanted)[:80],
+    )
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -16,19 +16,27 @@ from verifier.schemes import Format, Module
 
 
 @rule(
-    "QC501", "zero weight scale", severity="error", depth="payload", unit="weight scales", split=True,
-    consumers=("vLLM", "SGLang", "TensorRT-LLM", "transformers"), sources=("NVIDIA/Model-Optimizer#1382",),
+    "QC501",
+    "zero weight scale",
+    severity="error",
+    depth="payload",
+    unit="weight scales",
+    split=True,
+    consumers=("vLLM", "SGLang", "TensorRT-LLM", "transformers"),
+    sources=("NVIDIA/Model-Optimizer#1382",),
     engines={
         "vllm": ("error", "loads it without a word"),
     },
-)  # fmt: skip
+)
 def check(ctx: Context) -> Iterator[Finding]:
     """No block scale, global scale or tensor scale is zero.
 
-    **Why.** A block's scale falls below 2^-9 and rounds to zero in E4M3 where the exporter does not clamp.
-    **Hurts.** Every value of the block reads as zero; a zero ``weight_scale_2`` erases the whole tensor.
-    **Mend.** Clamp the scale at 2^-9 before the cast and encode again. Where all codes of the block are zero nothing
-    is lost, and it is a warning.
+    **Why.** A block's scale falls below 2^-9 and rounds to zero in E4M3 where the exporter does not
+    clamp.
+    **Hurts.** Every value of the block reads as zero; a zero ``weight_scale_2`` erases the whole
+    tensor.
+    **Mend.** Clamp the scale at 2^-9 before the cast and encode again. Where all codes of the block
+    are zero nothing is lost, and it is a warning.
     """
     for module, found, tensor in ctx.scale_tensors(("weight_scale", "weight_scale_inv")):
         ctx.tally.see(tensor.elements)
@@ -54,7 +62,9 @@ def _blocks(ctx: Context, module: Module, found: Format, tensor: Tensor) -> Iter
         gone = zero
         if weight is not None and fits:
             first, last = int(zero[0]), int(zero[-1]) + 1
-            codes = ctx.checkpoint.read_range(weight, (start + first) * size, (last - first) * size).reshape(-1, size)
+            codes = ctx.checkpoint.read_range(
+                weight, (start + first) * size, (last - first) * size
+            ).reshape(-1, size)
             gone = zero[((codes[zero - first] & 0x77) != 0).any(axis=1)]
         lost.add(start, gone, flat)
         harmless.add(start, np.setdiff1d(zero, gone), flat)
@@ -65,9 +75,13 @@ def _blocks(ctx: Context, module: Module, found: Format, tensor: Tensor) -> Iter
     for spots, severity, message in levels:
         if spots.count:
             yield ctx.finding(
-                message, where=ctx.at_byte(tensor, spots.first), observed=f"0x{spots.value:02X}",
-                expected="0x01..0x7E", count=spots.count, severity=severity,
-            )  # fmt: skip
+                message,
+                where=ctx.at_byte(tensor, spots.first),
+                observed=f"0x{spots.value:02X}",
+                expected="0x01..0x7E",
+                count=spots.count,
+                severity=severity,
+            )
 
 
 def _floats(ctx: Context, tensor: Tensor) -> Iterator[Finding]:
@@ -76,6 +90,9 @@ def _floats(ctx: Context, tensor: Tensor) -> Iterator[Finding]:
     if zero.size:
         leaf = tensor.name.rpartition(".")[2]
         yield ctx.finding(
-            f"zero {leaf}: everything it scales reads as zero", where=ctx.at_byte(tensor, 4 * int(zero[0])),
-            observed=0.0, expected="> 0", count=int(zero.size),
-        )  # fmt: skip
+            f"zero {leaf}: everything it scales reads as zero",
+            where=ctx.at_byte(tensor, 4 * int(zero[0])),
+            observed=0.0,
+            expected="> 0",
+            count=int(zero.size),
+        )

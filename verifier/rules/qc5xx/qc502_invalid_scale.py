@@ -15,18 +15,25 @@ from verifier.rules.registry import rule
 
 
 @rule(
-    "QC502", "NaN, infinite or negative weight scale", severity="error", depth="payload", unit="weight scales", split=True,
+    "QC502",
+    "NaN, infinite or negative weight scale",
+    severity="error",
+    depth="payload",
+    unit="weight scales",
+    split=True,
     consumers=("vLLM", "SGLang", "TensorRT-LLM", "transformers"),
     sources=("vllm-project/compressed-tensors#595", "NVIDIA/Model-Optimizer#1633"),
     engines={
         "vllm": ("error", "loads it in experts without a word"),
     },
-)  # fmt: skip
+)
 def check(ctx: Context) -> Iterator[Finding]:
-    """Weight scales are finite and not negative: E4M3 bytes below 0x7F, E8M0 bytes below 0xFF, finite float32.
+    """Weight scales are finite and not negative: E4M3 bytes below 0x7F, E8M0 bytes below 0xFF,
+    finite float32.
 
     **Why.** An all-zero expert (0/0), an uncalibrated or infinite amax.
-    **Hurts.** NaN spreads to the whole output for the prompts that reach the block; vLLM loads it without a word.
+    **Hurts.** NaN spreads to the whole output for the prompts that reach the block; vLLM loads it
+    without a word.
     **Mend.** Define the scale of a zero block (1.0) and encode again.
     """
     for _, _, tensor in ctx.scale_tensors(("weight_scale", "weight_scale_inv")):
@@ -40,13 +47,18 @@ def check(ctx: Context) -> Iterator[Finding]:
             for start, flat in ctx.pieces(tensor):
                 groups["NaN"].add(start, np.flatnonzero((flat & limit) == limit), flat)
                 if limit == 0x7F:  # 0x80 is a negative zero, QC501's
-                    groups["negative"].add(start, np.flatnonzero((flat > 0x80) & (flat < 0xFF)), flat)
+                    groups["negative"].add(
+                        start, np.flatnonzero((flat > 0x80) & (flat < 0xFF)), flat
+                    )
             for what, spots in groups.items():
                 if spots.count:
                     yield ctx.finding(
-                        f"{what} block scales", where=ctx.at_byte(tensor, spots.first), observed=f"0x{spots.value:02X}",
-                        expected="0x01..0x7E" if limit == 0x7F else "0x00..0xFE", count=spots.count,
-                    )  # fmt: skip
+                        f"{what} block scales",
+                        where=ctx.at_byte(tensor, spots.first),
+                        observed=f"0x{spots.value:02X}",
+                        expected="0x01..0x7E" if limit == 0x7F else "0x00..0xFE",
+                        count=spots.count,
+                    )
     for _, _, tensor in ctx.scale_tensors(("weight_scale_2",)):
         ctx.tally.see(tensor.elements)
         yield from _floats(ctx, tensor)
@@ -60,5 +72,7 @@ def _floats(ctx: Context, tensor: Tensor) -> Iterator[Finding]:
         yield ctx.finding(
             f"{leaf} is not a finite positive number",
             where=Where(tensor.name, tensor.file, byte=tensor.offset + 4 * int(bad[0])),
-            observed=float(values[bad[0]]), expected="finite and > 0", count=int(bad.size),
-        )  # fmt: skip
+            observed=float(values[bad[0]]),
+            expected="finite and > 0",
+            count=int(bad.size),
+        )

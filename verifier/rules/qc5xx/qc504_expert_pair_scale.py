@@ -12,21 +12,29 @@ from verifier.schemes import expert_key, fused_groups
 
 
 @rule(
-    "QC504", "weight_scale_2 differs within an expert", severity="error", depth="payload", unit="expert pairs",
+    "QC504",
+    "weight_scale_2 differs within an expert",
+    severity="error",
+    depth="payload",
+    unit="expert pairs",
     consumers=("vLLM", "SGLang", "TensorRT-LLM"),
     sources=("vllm-project/vllm#54974", "NVIDIA/TensorRT-LLM#14199", "NVIDIA/Model-Optimizer#1411"),
     engines={
         "vllm": ("error", "keeps the scale of gate (w1) for both and warns"),
-        "sglang": ("warning", "keeps both under its trtllm and cutedsl backends; Marlin keeps gate's and warns"),
+        "sglang": (
+            "warning",
+            "keeps both under its trtllm and cutedsl backends; Marlin keeps gate's and warns",
+        ),
         "trtllm": ("error", "asserts that they are equal, or takes the larger, by version"),
     },
-)  # fmt: skip
+)
 def check(ctx: Context) -> Iterator[Finding]:
-    """``w1`` and ``w3`` (gate and up) of a routed expert have the same ``weight_scale_2``, bit for bit.
+    """``w1`` and ``w3`` (gate and up) of a routed expert have the same ``weight_scale_2``, bit for
+    bit.
 
     **Why.** Each projection was calibrated on its own maximum.
-    **Hurts.** Engines fuse both and keep one scale, the gate's: up is then wrong by the ratio (up to 10 in a public
-    checkpoint). vLLM warns only; TensorRT-LLM asserts or takes the maximum.
+    **Hurts.** Engines fuse both and keep one scale, the gate's: up is then wrong by the ratio (up
+    to 10 in a public checkpoint). vLLM warns only; TensorRT-LLM asserts or takes the maximum.
     **Mend.** Calibrate both with the larger amax and encode the block scales again under it.
     """
     experts = [
@@ -44,5 +52,6 @@ def check(ctx: Context) -> Iterator[Finding]:
             yield ctx.finding(
                 "the pair's weight_scale_2 differ",
                 where=Where(tensors[1].name, tensors[1].file, byte=tensors[1].offset),
-                observed=f"{float(values[1][0]):.6e} (ratio {ratio})", expected=f"{float(values[0][0]):.6e}",
-            )  # fmt: skip
+                observed=f"{float(values[1][0]):.6e} (ratio {ratio})",
+                expected=f"{float(values[0][0]):.6e}",
+            )

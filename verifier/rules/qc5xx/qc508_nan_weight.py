@@ -12,13 +12,20 @@ from verifier.schemes import FLOATS, SCALE_LEAVES, split
 
 
 @rule(
-    "QC508", "NaN or infinity in a weight", severity="error", depth="payload", unit="unquantized tensors", split=True,
-    consumers=("vLLM", "SGLang", "TensorRT-LLM", "transformers"), sources=("vllm-project/llm-compressor#2101",),
-)  # fmt: skip
+    "QC508",
+    "NaN or infinity in a weight",
+    severity="error",
+    depth="payload",
+    unit="unquantized tensors",
+    split=True,
+    consumers=("vLLM", "SGLang", "TensorRT-LLM", "transformers"),
+    sources=("vllm-project/llm-compressor#2101",),
+)
 def check(ctx: Context) -> Iterator[Finding]:
     """No unquantized floating tensor holds NaN or infinity.
 
-    **Why.** NaN activations in calibration that folds into weights; an uninitialised norm that was saved.
+    **Why.** NaN activations in calibration that folds into weights; an uninitialised norm that was
+    saved.
     **Hurts.** Every output that passes the value.
     **Mend.** Copy the tensor from the source.
     """
@@ -30,6 +37,9 @@ def check(ctx: Context) -> Iterator[Finding]:
         if bad.count:
             size = tensor.nbytes // tensor.elements
             yield ctx.finding(
-                "NaN or infinite values", where=ctx.at_byte(tensor, bad.first * size),
-                observed=f"0x{bad.value:0{size * 2}X}", expected="finite", count=bad.count,
-            )  # fmt: skip
+                "NaN or infinite values",
+                where=ctx.at_byte(tensor, bad.first * size),
+                observed=f"0x{bad.value:0{size * 2}X}",
+                expected="finite",
+                count=bad.count,
+            )

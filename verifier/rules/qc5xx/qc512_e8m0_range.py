@@ -12,21 +12,37 @@ from verifier.rules.registry import rule
 
 
 @rule(
-    "QC512", "E8M0 scale out of range", severity="error", depth="payload", split=True, unit="E8M0 scales",
-    consumers=("vLLM", "SGLang", "TensorRT-LLM"), sources=("vLLM 0.32 loads MXFP8 scales stored as float32, reproduced",),
-    engines={"vllm": ("error", "casts float scales to uint8 on load: 2^-10 becomes 0, which is 2^-127, without a word")},
-)  # fmt: skip
+    "QC512",
+    "E8M0 scale out of range",
+    severity="error",
+    depth="payload",
+    split=True,
+    unit="E8M0 scales",
+    consumers=("vLLM", "SGLang", "TensorRT-LLM"),
+    sources=("vLLM 0.32 loads MXFP8 scales stored as float32, reproduced",),
+    engines={
+        "vllm": (
+            "error",
+            "casts float scales to uint8 on load: 2^-10 becomes 0, which is 2^-127, without a word",
+        )
+    },
+)
 def check(ctx: Context) -> Iterator[Finding]:
     """An E8M0 exponent byte is 0 (2^-127) only where all codes of its block are zero.
 
     **Why.** Scales were cast to uint8 by value: every 2^e below one becomes 0.
     **Hurts.** The blocks read as zero: the layer is gone, and nothing fails.
-    **Mend.** Store the exponent plus 127. In more than a tenth of a tensor's blocks it is an error, in fewer a warning.
-    (255 is NaN and QC502's, whatever its share.)
+    **Mend.** Store the exponent plus 127. In more than a tenth of a tensor's blocks it is an error,
+    in fewer a warning. (255 is NaN and QC502's, whatever its share.)
     """
     for module in ctx.quantized_modules:
         scale, weight = module.scale, module.weight
-        if scale is None or weight is None or scale.dtype not in ("U8", "F8_E8M0") or weight.dtype != "F8_E4M3":
+        if (
+            scale is None
+            or weight is None
+            or scale.dtype not in ("U8", "F8_E8M0")
+            or weight.dtype != "F8_E4M3"
+        ):
             continue
         ctx.tally.see(scale.elements)
         zeros = e8m0_zeros(ctx, module)
@@ -35,6 +51,9 @@ def check(ctx: Context) -> Iterator[Finding]:
             widespread = count > E8M0_WIDESPREAD * used
             yield ctx.finding(
                 "E8M0 scales of 2^-127 over codes that are not zero: these blocks read as zero",
-                where=ctx.at_byte(scale, first), observed="0x00", expected="0x01..0xFE", count=count,
+                where=ctx.at_byte(scale, first),
+                observed="0x00",
+                expected="0x01..0xFE",
+                count=count,
                 severity=None if widespread else "warning",
-            )  # fmt: skip
+            )

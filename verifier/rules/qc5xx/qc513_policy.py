@@ -14,18 +14,22 @@ WHAT = {"router": "a router", "embedding": "the token embedding", "lm_head": "th
 
 
 @rule(
-    "QC513", "router, embedding or head is quantized", severity="warning", depth="header",
-    unit="routers, embeddings, heads", consumers=("vLLM", "SGLang", "TensorRT-LLM"),
+    "QC513",
+    "router, embedding or head is quantized",
+    severity="warning",
+    depth="header",
+    unit="routers, embeddings, heads",
+    consumers=("vLLM", "SGLang", "TensorRT-LLM"),
     sources=("intel/auto-round#1776", "warpfront/hipfire#180", "vllm-project/vllm#25923"),
     engines={"vllm": ("warning", "loads a quantized router without a word")},
-)  # fmt: skip
+)
 def check(ctx: Context) -> Iterator[Finding]:
     """Routers, the token embedding and the output head are not quantized.
 
     **Why.** A pattern was too wide, or the router is an nn.Linear like any other to the exporter.
-    **Hurts.** A quantized router chooses other experts: loops, 152 of 256 rows below a cosine of 0.99 in one report; most
-    engines have no kernel for a quantized embedding. A head in eight bits is a choice that some releases make: information
-    only.
+    **Hurts.** A quantized router chooses other experts: loops, 152 of 256 rows below a cosine of
+    0.99 in one report; most engines have no kernel for a quantized embedding. A head in eight bits
+    is a choice that some releases make: information only.
     **Mend.** Exclude the module and copy its weight from the base.
     """
     for module in ctx.modules.values():
@@ -37,7 +41,9 @@ def check(ctx: Context) -> Iterator[Finding]:
             mild = kind == "lm_head" and module.weight.dtype == "F8_E4M3"
             shown = ctx.format_of(module) or module.shown
             yield ctx.finding(
-                f"{WHAT[kind]} is quantized", where=Where(module.weight.name, module.weight.file),
-                observed=shown.algo if shown else module.weight.dtype, expected="unquantized",
+                f"{WHAT[kind]} is quantized",
+                where=Where(module.weight.name, module.weight.file),
+                observed=shown.algo if shown else module.weight.dtype,
+                expected="unquantized",
                 severity="info" if mild else None,
-            )  # fmt: skip
+            )

@@ -26,29 +26,45 @@ _SEAM: Mapping[str, tuple[Severity, str]] = {
 
 
 @rule(
-    "QC604", "fused parts do not come back", severity="error", depth="payload", unit="fused parameters",
+    "QC604",
+    "fused parts do not come back",
+    severity="error",
+    depth="payload",
+    unit="fused parameters",
     consumers=("vLLM", "SGLang", "TensorRT-LLM", "transformers"),
-    sources=("NVIDIA/Model-Optimizer#1833", "vLLM validate_fp8_block_shape", "vLLM 0.32 loaders, run on the CPU"),
+    sources=(
+        "NVIDIA/Model-Optimizer#1833",
+        "vLLM validate_fp8_block_shape",
+        "vLLM 0.32 loaders, run on the CPU",
+    ),
     engines={
-        "vllm": ("error", "copies each part into its range with a cast: what has no range of its own is overwritten"),
+        "vllm": (
+            "error",
+            "copies each part into its range with a cast: what has no range of its own is overwritten",
+        ),
     },
-)  # fmt: skip
+)
 def check(ctx: Context) -> Iterator[Finding]:
-    """What loaders make one parameter of (q/k/v, gate/up, the experts of a layer) splits into the same bytes again.
+    """What loaders make one parameter of (q/k/v, gate/up, the experts of a layer) splits into the
+    same bytes again.
 
-    The parts of a fused parameter have one width and one dtype, scales included; their scales stand in one spelling of the
-    shape; rows that share a scale (128x128 blocks) lie in one part; a ``pre_quant_scale``, which belongs to the common
-    input, is the same in all. The experts of a layer are numbered from 0 without a gap and have one format and shape.
+    The parts of a fused parameter have one width and one dtype, scales included; their scales stand
+    in one spelling of the shape; rows that share a scale (128x128 blocks) lie in one part; a
+    ``pre_quant_scale``, which belongs to the common input, is the same in all. The experts of a
+    layer are numbered from 0 without a gap and have one format and shape.
 
-    **Why.** Parts were written by different passes; an un-fused tensor was split where the format has no seam; scales of
-    the common input were smoothed for each projection alone.
-    **Hurts.** vLLM and transformers cast without a word (E8M0 into U8 becomes 0, which is 2^-127), stop at a seam inside a
-    block, or keep one of the scales, and every other part is wrong by the ratio.
-    **Mend.** Write all parts of a group in one pass; leave a projection unquantized whose rows its blocks do not divide.
+    **Why.** Parts were written by different passes; an un-fused tensor was split where the format
+    has no seam; scales of the common input were smoothed for each projection alone.
+    **Hurts.** vLLM and transformers cast without a word (E8M0 into U8 becomes 0, which is 2^-127),
+    stop at a seam inside a block, or keep one of the scales, and every other part is wrong by the
+    ratio.
+    **Mend.** Write all parts of a group in one pass; leave a projection unquantized whose rows its
+    blocks do not divide.
 
-    Formats that differ within q/k/v or gate/up are QC409, global and input scales that differ QC504 to QC506, scales that do
-    not fit their own weight QC304 and QC306, what a known layout or a base tells QC205 to QC208 and QC516. Bytes are read
-    where names, dtypes and shapes leave room for a difference; elsewhere the round trip is exact whatever they are.
+    Formats that differ within q/k/v or gate/up are QC409, global and input scales that differ QC504
+    to QC506, scales that do not fit their own weight QC304 and QC306, what a known layout or a base
+    tells QC205 to QC208 and QC516. Bytes are read where names, dtypes and shapes leave room for a
+    difference; elsewhere the round trip is exact whatever they are.
     """
     told: set[str] = set()  # parts of pairs that are QC409's
     groups = list(fused(ctx))
@@ -88,18 +104,25 @@ def _experts(ctx: Context, group: Fused, told: set[str]) -> Iterator[Finding]:
                 continue
             if _by_intent(ctx, module) and _by_intent(ctx, first):
                 yield _finding(
-                    ctx, "experts of one layer have different formats", module.weight,
-                    _format(ctx, module), f"{_format(ctx, first)}, as {first.name}",
-                )  # fmt: skip
+                    ctx,
+                    "experts of one layer have different formats",
+                    module.weight,
+                    _format(ctx, module),
+                    f"{_format(ctx, first)}, as {first.name}",
+                )
             continue
         yield from _geometry(ctx, (first, module), rows=True)
 
 
 def _by_intent(ctx: Context, module: Module) -> bool:
-    """Whether a module is stored as the declaration has it: what is not is QC402's, QC408's or QC410's."""
+    """Whether a module is stored as the declaration has it: what is not is QC402's, QC408's or
+    QC410's.
+    """
     cover = ctx.cover(module)
     declared = cover.algo is not None if cover is not None else module.quantized
-    return declared == module.quantized and (not module.quantized or ctx.format_of(module) is not None)
+    return declared == module.quantized and (
+        not module.quantized or ctx.format_of(module) is not None
+    )
 
 
 def _alike(modules: Sequence[Module], formats: Sequence[Format | None]) -> bool:
@@ -111,7 +134,9 @@ def _alike(modules: Sequence[Module], formats: Sequence[Format | None]) -> bool:
 
 
 def _geometry(ctx: Context, modules: Sequence[Module], *, rows: bool = False) -> Iterator[Finding]:
-    """Yield what keeps tensors of one leaf from being put together; ``rows``: they are stacked and have equal heights."""
+    """Yield what keeps tensors of one leaf from being put together; ``rows``: they are stacked and
+    have equal heights.
+    """
     first = modules[0]
     for module in modules[1:]:
         if module.look is first.look or first.dims is None or module.dims is None:
@@ -120,9 +145,12 @@ def _geometry(ctx: Context, modules: Sequence[Module], *, rows: bool = False) ->
         if module.dims[side:] != first.dims[side:]:
             if not _known(ctx, first, module):  # QC208
                 yield _finding(
-                    ctx, "parts of one parameter have different shapes", module.weight, list(module.dims),
+                    ctx,
+                    "parts of one parameter have different shapes",
+                    module.weight,
+                    list(module.dims),
                     f"{list(first.dims)}, as {first.name}",
-                )  # fmt: skip
+                )
             return
     for leaf in dict.fromkeys(leaf for m in modules for leaf in m.parts):
         having = [m for m in modules if leaf in m.parts]
@@ -130,9 +158,11 @@ def _geometry(ctx: Context, modules: Sequence[Module], *, rows: bool = False) ->
             if not rows and leaf == "pre_quant_scale":
                 module = next(m for m in modules if leaf not in m.parts)
                 yield ctx.finding(
-                    "pre_quant_scale beside some parts of one parameter only", where=Where(f"{module.name}.{leaf}"),
-                    observed="absent", expected=f"that of {having[0].name}",
-                )  # fmt: skip
+                    "pre_quant_scale beside some parts of one parameter only",
+                    where=Where(f"{module.name}.{leaf}"),
+                    observed="absent",
+                    expected=f"that of {having[0].name}",
+                )
             continue  # what a part has to have of itself is QC301's, QC302's and QC314's
         yield from _leaf(ctx, leaf, having)
 
@@ -146,21 +176,30 @@ def _leaf(ctx: Context, leaf: str, modules: Sequence[Module]) -> Iterator[Findin
         scale = leaf in SCALE_LEAVES
         observed = f"{odd.dtype}{_cast(ctx, first, odd) if scale else ''}"
         yield _finding(
-            ctx, f"parts of one parameter have {'scales' if scale else 'weights'} of different dtypes", odd, observed,
-            f"{first.dtype}, as {first.name}", "error" if scale else "warning",
-        )  # fmt: skip
+            ctx,
+            f"parts of one parameter have {'scales' if scale else 'weights'} of different dtypes",
+            odd,
+            observed,
+            f"{first.dtype}, as {first.name}",
+            "error" if scale else "warning",
+        )
     elif leaf in SCALE_LEAVES:
         ranks = {len(t.shape) for t in tensors if t.elements > 1}
         if len(ranks) > 1 and all(_fits(ctx, m, leaf) for m in modules):  # of scalars QC311 says it
             odd = next(t for t in tensors if len(t.shape) != len(first.shape))
             yield _finding(
-                ctx, "parts of one parameter spell the shape of their scales differently", odd, list(odd.shape),
+                ctx,
+                "parts of one parameter spell the shape of their scales differently",
+                odd,
+                list(odd.shape),
                 f"{list(first.shape)}, as {first.name}",
-            )  # fmt: skip
+            )
 
 
 def _sound_dtypes(ctx: Context, leaf: str, modules: Sequence[Module]) -> bool:
-    """Whether each tensor's dtype is one that its own format allows (QC304, QC315), and no source has it so (QC516)."""
+    """Whether each tensor's dtype is one that its own format allows (QC304, QC315), and no source
+    has it so (QC516).
+    """
     for module in modules:
         tensor = module.parts[leaf]
         if leaf in SCALE_LEAVES and leaf != "pre_quant_scale":
@@ -177,11 +216,17 @@ def _fits(ctx: Context, module: Module, leaf: str) -> bool:
     """Whether a scale has a shape that its own weight gives it: else it is QC306's."""
     found = ctx.format_of(module)
     sibling = found.sibling(leaf) if found is not None else None
-    return sibling is not None and module.dims is not None and module.parts[leaf].shape in sibling.shapes(*module.dims)
+    return (
+        sibling is not None
+        and module.dims is not None
+        and module.parts[leaf].shape in sibling.shapes(*module.dims)
+    )
 
 
 def _cast(ctx: Context, first: Tensor, odd: Tensor) -> str:
-    """Return how many values of a scale a loader's copy into a parameter of the first one's dtype changes."""
+    """Return how many values of a scale a loader's copy into a parameter of the first one's dtype
+    changes.
+    """
     if {first.dtype, odd.dtype} != {"U8", "F8_E8M0"}:
         return ""
     values = ctx.array(odd)
@@ -191,10 +236,18 @@ def _cast(ctx: Context, first: Tensor, odd: Tensor) -> str:
 
 def _seams(ctx: Context, modules: Sequence[Module], found: Format | None) -> Iterator[Finding]:
     """Yield a part whose last block of rows reaches into the next part."""
-    if found is None or found.block is None or found.block[0] == 1 or ctx.tp is not None or ctx.ep is not None:
+    if (
+        found is None
+        or found.block is None
+        or found.block[0] == 1
+        or ctx.tp is not None
+        or ctx.ep is not None
+    ):
         return  # with --tp and --ep QC309 divides further
     tile = found.block[0]
-    leaf = next((leaf for leaf in found.siblings[0].leaves if all(leaf in m.parts for m in modules)), None)
+    leaf = next(
+        (leaf for leaf in found.siblings[0].leaves if all(leaf in m.parts for m in modules)), None
+    )
     if leaf is None or not all(_fits(ctx, m, leaf) for m in modules):
         return
     heights = [m.dims[0] for m in modules if m.dims]
@@ -202,17 +255,25 @@ def _seams(ctx: Context, modules: Sequence[Module], found: Format | None) -> Ite
     if short is None:
         return
     arrays = [ctx.array(m.parts[leaf]) for m in modules]
-    starts = [sum(heights[:i]) // tile for i in range(len(heights))]  # as vLLM's BlockQuantScaleParameter narrows
+    starts = [
+        sum(heights[:i]) // tile for i in range(len(heights))
+    ]  # as vLLM's BlockQuantScaleParameter narrows
     count = lost(arrays, -(-sum(heights) // tile), arrays[0].dtype, starts)
     yield _finding(
-        ctx, f"{found.algo}: a block of {tile} rows reaches over the seam to the next part", modules[short].parts[leaf],
-        f"{heights[short]} rows; {count:,} of {sum(a.size for a in arrays):,} scales are lost", f"a multiple of {tile} rows",
-        "warning", engines=_SEAM,
-    )  # fmt: skip
+        ctx,
+        f"{found.algo}: a block of {tile} rows reaches over the seam to the next part",
+        modules[short].parts[leaf],
+        f"{heights[short]} rows; {count:,} of {sum(a.size for a in arrays):,} scales are lost",
+        f"a multiple of {tile} rows",
+        "warning",
+        engines=_SEAM,
+    )
 
 
 def _inputs(ctx: Context, modules: Sequence[Module]) -> Iterator[Finding]:
-    """Yield a ``pre_quant_scale`` that is not that of the other parts, which read the same input."""
+    """Yield a ``pre_quant_scale`` that is not that of the other parts, which read the same
+    input.
+    """
     leaf = "pre_quant_scale"
     if not all(leaf in m.parts for m in modules):
         return
@@ -227,9 +288,12 @@ def _inputs(ctx: Context, modules: Sequence[Module]) -> Iterator[Finding]:
         far = int(np.flatnonzero(ctx.bytes_of(odd) != ctx.bytes_of(first))[0]) // size
         observed = f"another value from channel {far:,} on"
     yield _finding(
-        ctx, "pre_quant_scale of the common input differs between parts of one parameter", odd, observed,
+        ctx,
+        "pre_quant_scale of the common input differs between parts of one parameter",
+        odd,
+        observed,
         f"that of {modules[0].name}",
-    )  # fmt: skip
+    )
 
 
 def _numbers(ctx: Context, stacks: Sequence[Fused]) -> Iterator[Finding]:
@@ -237,16 +301,19 @@ def _numbers(ctx: Context, stacks: Sequence[Fused]) -> Iterator[Finding]:
     heights = [max(group.numbers) + 1 for group in stacks]
     stated = config_value(ctx.checkpoint.config, *COUNTS) or 0
     for group, height in zip(stacks, heights, strict=True):
-        # The config counts what layers have, half of them at least; a tower may have experts of its own.
+        # The config counts what layers have, half of them at least; a tower may have experts of its
+        # own.
         size = stated if stated > height and 2 * heights.count(stated) >= len(heights) else height
         numbers = set(group.numbers)
         missing = size - len(numbers)
         if missing:
             gap = next(n for n in range(size) if n not in numbers)
             yield ctx.finding(
-                "experts of one layer are not numbered through", where=Where(group.modules[0].name),
-                observed=f"{missing:,} of {size:,} absent, {gap} first", expected=f"0 to {size - 1}",
-            )  # fmt: skip
+                "experts of one layer are not numbered through",
+                where=Where(group.modules[0].name),
+                observed=f"{missing:,} of {size:,} absent, {gap} first",
+                expected=f"0 to {size - 1}",
+            )
 
 
 def _known(ctx: Context, *modules: Module) -> bool:
@@ -255,14 +322,28 @@ def _known(ctx: Context, *modules: Module) -> bool:
 
 def _format(ctx: Context, module: Module) -> str:
     found = ctx.format_of(module)
-    return found.algo if found else f"unquantized {module.weight.dtype if module.weight else ''}".strip()
+    return (
+        found.algo
+        if found
+        else f"unquantized {module.weight.dtype if module.weight else ''}".strip()
+    )
 
 
 def _finding(
-    ctx: Context, message: str, tensor: Tensor | None, observed: object, expected: object, severity: Severity | None = None,
+    ctx: Context,
+    message: str,
+    tensor: Tensor | None,
+    observed: object,
+    expected: object,
+    severity: Severity | None = None,
     engines: Mapping[str, tuple[Severity, str]] | None = None,
-) -> Finding:  # fmt: skip
+) -> Finding:
     where = Where(tensor.name, tensor.file) if tensor is not None else None
     return ctx.finding(
-        message, where=where, observed=observed, expected=expected, severity=severity, engines=engines
+        message,
+        where=where,
+        observed=observed,
+        expected=expected,
+        severity=severity,
+        engines=engines,
     )

@@ -11,14 +11,22 @@ from verifier.rules.registry import rule
 
 
 @rule(
-    "QC605", "untouched tensor has other bytes", severity="error", depth="payload", unit="untouched tensors", split=True,
-    needs=("base|merged_from",), consumers=("vLLM", "SGLang", "TensorRT-LLM", "transformers"),
+    "QC605",
+    "untouched tensor has other bytes",
+    severity="error",
+    depth="payload",
+    unit="untouched tensors",
+    split=True,
+    needs=("base|merged_from",),
+    consumers=("vLLM", "SGLang", "TensorRT-LLM", "transformers"),
     sources=("NVIDIA/Model-Optimizer#1806",),
-)  # fmt: skip
+)
 def check(ctx: Context) -> Iterator[Finding]:
-    """A tensor that is not re-quantized has the bytes of its source (``--merged-from`` where given, else the base).
+    """A tensor that is not re-quantized has the bytes of its source (``--merged-from`` where given,
+    else the base).
 
-    With ``--merged-from`` that includes the quantized tensors that the merge keeps, codes and scales.
+    With ``--merged-from`` that includes the quantized tensors that the merge keeps, codes and
+    scales.
     **Why.** A cast there and back on copy; a tensor of another revision.
     **Hurts.** The release is not the base it claims to be; the harm depends on the tensor.
     **Mend.** Copy byte ranges, do not load and save. (Another dtype is QC516.)
@@ -30,7 +38,8 @@ def check(ctx: Context) -> Iterator[Finding]:
         facts = ctx.facts(ours)
         if facts.differing.count:
             yield ctx.finding(
-                "bytes differ from the source", where=ctx.at_byte(ours, facts.differing.first),
+                "bytes differ from the source",
+                where=ctx.at_byte(ours, facts.differing.first),
                 observed=f"0x{facts.seen:02X}, {facts.differing.count:,} bytes differ",
                 expected=f"0x{facts.differing.value:02X}",
-            )  # fmt: skip
+            )

@@ -11,29 +11,44 @@ from verifier.rules.registry import rule
 from verifier.schemes import role
 
 _SILENT: Mapping[str, tuple[Severity, str]] = {
-    "transformers": ("error", "dequantizes experts without their global scale, silently (transformers#48371)")
+    "transformers": (
+        "error",
+        "dequantizes experts without their global scale, silently (transformers#48371)",
+    )
 }
 _STOPS: Mapping[str, tuple[Severity, str]] = {
-    "transformers": ("error", "has no quantizer for it: it stops at packed shapes, or reads codes as values")
+    "transformers": (
+        "error",
+        "has no quantizer for it: it stops at packed shapes, or reads codes as values",
+    )
 }
 
 
 @rule(
-    "QC606", "transformers is no oracle", severity="info", depth="load", unit="formats and loads",
-    consumers=("transformers",), sources=("huggingface/transformers#48371", "huggingface/transformers#48372"),
-)  # fmt: skip
+    "QC606",
+    "transformers is no oracle",
+    severity="info",
+    depth="load",
+    unit="formats and loads",
+    consumers=("transformers",),
+    sources=("huggingface/transformers#48371", "huggingface/transformers#48372"),
+)
 def check(ctx: Context) -> Iterator[Finding]:
     """The format is one that transformers reads by itself, and its load leaves no tensor out.
 
-    Where it does not, QC608 is still judged: the verifier decodes each weight and hands the loader plain BF16 values under
-    hub names. This rule says so, and what that load leaves out: names that the model's class drops on purpose (MTP), what
-    does not fit in the base's own load either, and a family that transformers does not have, of which names and shapes are
-    judged by the layout files and the base alone.
+    Where it does not, QC608 is still judged: the verifier decodes each weight and hands the loader
+    plain BF16 values under hub names. This rule says so, and what that load leaves out: names that
+    the model's class drops on purpose (MTP), what does not fit in the base's own load either, and a
+    family that transformers does not have, of which names and shapes are judged by the layout files
+    and the base alone.
 
-    **Why.** transformers 5 has no quantizer for ModelOpt's NVFP4, MXFP8 and FP8. Of experts in compressed-tensors' NVFP4 it
-    loses the global scale when it fuses them: weights are wrong by a factor of thousands, and nothing is said.
-    **Hurts.** A perplexity or a reload that was measured through transformers' own quantizers says nothing of the file.
-    **Mend.** Nothing in the checkpoint. Measure with an engine, or with `ckptgate gate`, which decodes as this does.
+    **Why.** transformers 5 has no quantizer for ModelOpt's NVFP4, MXFP8 and FP8. Of experts in
+    compressed-tensors' NVFP4 it loses the global scale when it fuses them: weights are wrong by a
+    factor of thousands, and nothing is said.
+    **Hurts.** A perplexity or a reload that was measured through transformers' own quantizers says
+    nothing of the file.
+    **Mend.** Nothing in the checkpoint. Measure with an engine, or with `ckptgate gate`, which
+    decodes as this does.
     """
     loaded = ctx.loaded
     method = ctx.declarations.effective.method if ctx.declarations.effective else ""
@@ -45,29 +60,34 @@ def check(ctx: Context) -> Iterator[Finding]:
         if name == "nvfp4_ct" and experts:
             yield ctx.finding(
                 f"{algo}: transformers' own path loses the global scale of experts; decoded here instead",
-                tensor=f"{experts[0].name}.weight_packed", observed=f"{len(experts):,} experts' projections",
+                tensor=f"{experts[0].name}.weight_packed",
+                observed=f"{len(experts):,} experts' projections",
                 engines=_SILENT,
-            )  # fmt: skip
+            )
         elif not loaded.native:
             yield ctx.finding(
                 f"{algo}: transformers has no quantizer for it; decoded here instead",
                 tensor=modules[0].weight.name if modules[0].weight else None,
-                observed=f"{loaded.loader}, quant_method {method!r}", engines=_STOPS,
-            )  # fmt: skip
+                observed=f"{loaded.loader}, quant_method {method!r}",
+                engines=_STOPS,
+            )
     ctx.tally.see()
     if loaded.reason:
         yield ctx.finding(
             "transformers does not build this model; names and shapes are judged by layout files and base alone",
-            where=Where(None, "config.json"), observed=loaded.reason,
-        )  # fmt: skip
+            where=Where(None, "config.json"),
+            observed=loaded.reason,
+        )
     if loaded.dropped:
         yield ctx.finding(
-            "transformers drops these tensors on purpose; its load says nothing of them", tensor=loaded.dropped[0],
+            "transformers drops these tensors on purpose; its load says nothing of them",
+            tensor=loaded.dropped[0],
             observed=f"{len(loaded.dropped):,} tensors",
-        )  # fmt: skip
+        )
     if loaded.shared:
         first = loaded.shared[0]
         yield ctx.finding(
-            "does not fit in the base's own load either; not held against the export", where=Where(first.name),
+            "does not fit in the base's own load either; not held against the export",
+            where=Where(first.name),
             observed=f"{len(loaded.shared):,} names, {first.kind}",
-        )  # fmt: skip
+        )

@@ -12,18 +12,26 @@ from verifier.rules.registry import rule
 
 
 @rule(
-    "QC704", "the base cannot serve as the reference", severity="warning", depth="eval", unit="references", needs=("base",),
-    consumers=("vLLM", "SGLang", "TensorRT-LLM", "transformers"), sources=("kekzl/imp#1273",),
-)  # fmt: skip
+    "QC704",
+    "the base cannot serve as the reference",
+    severity="warning",
+    depth="eval",
+    unit="references",
+    needs=("base",),
+    consumers=("vLLM", "SGLang", "TensorRT-LLM", "transformers"),
+    sources=("kekzl/imp#1273",),
+)
 def check(ctx: Context) -> Iterator[Finding]:
-    """The base is finite, and predicts the corpus better than a uniform guess over its vocabulary does.
+    """The base is finite, and predicts the corpus better than a uniform guess over its vocabulary
+    does.
 
-    Base and candidate are decoded and run on one path, so that what they differ in is the checkpoint. A base that is
-    broken itself makes every candidate look sound.
-    **Why.** A base of the wrong revision, or one whose norms a loader reads in another convention: NVFP4 was blamed for a
-    perplexity of 65 that was 7.5 after such a mend.
+    Base and candidate are decoded and run on one path, so that what they differ in is the
+    checkpoint. A base that is broken itself makes every candidate look sound.
+    **Why.** A base of the wrong revision, or one whose norms a loader reads in another convention:
+    NVFP4 was blamed for a perplexity of 65 that was 7.5 after such a mend.
     **Hurts.** A pass proves nothing.
-    **Mend.** Judge against the release that the candidate was made of; text that the model was made for.
+    **Mend.** Judge against the release that the candidate was made of; text that the model was made
+    for.
     """
     found = ctx.evaluation
     if found is None or found.unscored:
@@ -32,13 +40,22 @@ def check(ctx: Context) -> Iterator[Finding]:
     ctx.tally.see()
     if found.nonfinite_base:
         yield ctx.finding(
-            "the reference's own logits are not finite", severity="error", count=len(found.nonfinite_base),
-            observed=f"{len(found.nonfinite_base)} documents", expected="finite logits",
-        )  # fmt: skip
+            "the reference's own logits are not finite",
+            severity="error",
+            count=len(found.nonfinite_base),
+            observed=f"{len(found.nonfinite_base)} documents",
+            expected="finite logits",
+        )
     config = ctx.base.checkpoint.config if ctx.base else None
     words = config_value(config, "vocab_size")
-    if found.base_nats is not None and words is not None and words > 1 and found.base_nats >= math.log(words):
+    if (
+        found.base_nats is not None
+        and words is not None
+        and words > 1
+        and found.base_nats >= math.log(words)
+    ):
         yield ctx.finding(
-            "the base predicts this text no better than a uniform guess", observed=f"{found.base_nats:.4f} nats a token",
+            "the base predicts this text no better than a uniform guess",
+            observed=f"{found.base_nats:.4f} nats a token",
             expected=f"below {math.log(words):.4f}, the logarithm of its {words:,} tokens",
-        )  # fmt: skip
+        )
