@@ -32,9 +32,9 @@ import numpy as np
 import exporter
 import verifier
 from verifier.checkpoint import open_checkpoint
-from verifier.corrupt.edit import Folder
 from verifier.gate import Run, compare_runs, drift_margin_of, load_corpus, margin_of, score_run
 from verifier.gate.corpora import WIKITEXT, Corpus
+from verifier.selftest.edit import Folder
 
 ROOT = Path(__file__).parents[1]
 LAYER = 2

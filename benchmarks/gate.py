@@ -38,12 +38,12 @@ import torch
 import exporter
 from verifier.checkpoint import open_checkpoint
 from verifier.gate.corpora import load_corpus
-from verifier.gate.experts import counting
 from verifier.gate.jobs import Job, Unit, Window
-from verifier.gate.planning import units_of
-from verifier.gate.scorer import _score_windows, windows_of
-from verifier.load import load_model
+from verifier.gate.scorers.expert_counts import counting
+from verifier.gate.scorers.transformers import _score_windows, windows_of
+from verifier.gate.windows import units_of
 from verifier.load.activations import declared_activations
+from verifier.load.model import load_model
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "goldens" / "minimax-m3-tiny"

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from exporter import adapters, codecs
-    from exporter.api import export, export_model, merge, plan_export, plan_repair, repair
     from exporter.calibration import calibrate
+    from exporter.exporting import export, export_model, merge, plan_export, plan_repair, repair
 
 __all__ = [
     "adapters",
@@ -23,12 +23,12 @@ __all__ = [
 ]
 _HOME = {
     "calibrate": "exporter.calibration",
-    "export": "exporter.api",
-    "merge": "exporter.api",
-    "plan_export": "exporter.api",
-    "export_model": "exporter.api",
-    "plan_repair": "exporter.api",
-    "repair": "exporter.api",
+    "export": "exporter.exporting",
+    "merge": "exporter.exporting",
+    "plan_export": "exporter.exporting",
+    "export_model": "exporter.exporting",
+    "plan_repair": "exporter.exporting",
+    "repair": "exporter.exporting",
 }
 
 

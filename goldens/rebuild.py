@@ -34,7 +34,6 @@ from typing import Any
 import exporter
 import verifier
 from verifier.checkpoint import Checkpoint, open_checkpoint
-from verifier.compare.stats import bins, shares, stats
 from verifier.errors import PlanError
 from verifier.gate import (
     GateResult,
@@ -45,10 +44,11 @@ from verifier.gate import (
     render_json,
     score_run,
 )
-from verifier.gate.run import weights_digest
+from verifier.gate.gate import weights_digest
 from verifier.gate.statistics import paired
-from verifier.goldens import Golden, Judged, Pending, judge, proposed, store
+from verifier.goldens import Golden, GoldenComparison, Pending, judge, proposed, store
 from verifier.history.record import now, parse_run
+from verifier.inspect.stats import bins, shares, stats
 
 HERE = Path(__file__).resolve().parent
 RECORDS, RESULTS = HERE / "records", HERE / "results.json"
@@ -167,7 +167,7 @@ def golden_of(result: GateResult, candidate: Checkpoint, base: Checkpoint) -> Go
     return new.model_copy(update={"facts": facts, "versions": {**new.versions, **made_with}})
 
 
-def compare(old: Golden | None, new: Golden) -> Judged:
+def compare(old: Golden | None, new: Golden) -> GoldenComparison:
     """Hold a rebuilt export against its record: bytes, headers, scales, then the drift; say which
     was equal.
     """
@@ -178,15 +178,19 @@ def compare(old: Golden | None, new: Golden) -> Judged:
     other = [f"{p} {a.get(p)} -> {b.get(p)}" for p in MADE_WITH if a.get(p) != b.get(p)]
     where = f"other versions ({', '.join(other)})" if other else "the same versions"
     if old.facts.get("base_weights_sha256") != new.facts["base_weights_sha256"]:
-        return Judged("changed", f"the record is of another base; {judged.sentence}")
+        return GoldenComparison("changed", f"the record is of another base; {judged.sentence}")
     if old.checkpoint.get("header_sha256") != new.checkpoint.get("header_sha256"):
-        return Judged("changed", f"names, dtypes or shapes of tensors changed; {judged.sentence}")
+        return GoldenComparison(
+            "changed", f"names, dtypes or shapes of tensors changed; {judged.sentence}"
+        )
     if old.facts.get("weights_sha256") == new.facts["weights_sha256"]:
         if judged.outcome == "stale" and other and (i := judged.interval) is not None:
             # What scores is another: the export is no better, and its record holds.
             drift = f"drift {i.delta:+.6f} nats a token [{i.low:+.6f}, {i.high:+.6f}] is the versions', not the export's"
-            return Judged("within", f"bytes equal on {where}; {drift}", i)
-        return Judged(judged.outcome, f"bytes equal on {where}; {judged.sentence}", judged.interval)
+            return GoldenComparison("within", f"bytes equal on {where}; {drift}", i)
+        return GoldenComparison(
+            judged.outcome, f"bytes equal on {where}; {judged.sentence}", judged.interval
+        )
     differ = (k for k in {*old.facts, *new.facts} if old.facts.get(k) != new.facts.get(k))
     scales = sorted(k for k in differ if k.startswith("scales."))
     told = (
@@ -196,7 +200,7 @@ def compare(old: Golden | None, new: Golden) -> Judged:
     )
     sentence = f"bytes differ on {where}; {told}; {judged.sentence}"
     fine = judged.exit_code == 0 and not other
-    return Judged("changed" if fine else judged.outcome, sentence, judged.interval)
+    return GoldenComparison("changed" if fine else judged.outcome, sentence, judged.interval)
 
 
 def row_of(build: Build, golden: str, base: Checkpoint) -> dict[str, Any]:

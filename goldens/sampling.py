@@ -25,9 +25,9 @@ from tokenizers import Tokenizer
 from goldens.common import routers_of
 from verifier.checkpoint import open_checkpoint
 from verifier.gate.corpora import WIKITEXT, Corpus, load_corpus
-from verifier.gate.run import plan_jobs, score_all, weights_digest
-from verifier.gate.scorer import perplexity, windows_of
-from verifier.load import load_model
+from verifier.gate.gate import plan_jobs, score_all, weights_digest
+from verifier.gate.scorers.transformers import perplexity, windows_of
+from verifier.load.model import load_model
 from verifier.manifest import Manifest, Score, Source, digest
 
 SCRIPTS = ("common.py", "sampling.py", "train.py", "make_vendor.py")

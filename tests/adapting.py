@@ -19,9 +19,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests import oracle
+from tests.paths import ROOT, TESTS
 
-GOLDEN = Path(__file__).parents[1] / "goldens" / "minimax-m3-tiny"
-QWEN = Path(__file__).parent / "data" / "modelopt" / "src_qwen3moe"
+GOLDEN = ROOT / "goldens" / "minimax-m3-tiny"
+QWEN = TESTS / "data" / "modelopt" / "src_qwen3moe"
 State = dict[str, torch.Tensor]
 
 

@@ -10,7 +10,9 @@ import json
 import re
 from pathlib import Path
 
-TABLE = Path(__file__).parent / "data" / "minimax-m3-tensors.json"
+from tests.paths import TESTS
+
+TABLE = TESTS / "data" / "minimax-m3-tensors.json"
 DTYPES = {
     "bfloat16": ("BF16", 2),
     "float32": ("F32", 4),

@@ -23,7 +23,7 @@ from goldens_page import damage_lines
 from goldens_page import page as goldens_page
 
 from verifier.errors import EXIT_CODES
-from verifier.families import known
+from verifier.layouts.family import known
 from verifier.rules import all_rules
 
 DOCS = Path(__file__).parent.parent / "docs"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write ``verifier/families/*.json``: the hub layout of each family, from what transformers itself
+"""Write ``verifier/layouts/families/*.json``: the hub layout of each family, from what transformers itself
 saves.
 
     python tools/make_families.py [--check]
@@ -26,7 +26,7 @@ import transformers
 from safetensors import safe_open
 from transformers.core_model_loading import revert_weight_conversion
 
-from verifier.families import Family
+from verifier.layouts.family import Family
 
 OUT = Path(__file__).parent.parent / "verifier" / "families"
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from verifier import gate
     from verifier.checkpoint import Checkpoint, open_checkpoint
-    from verifier.compare.diff import diff
     from verifier.decoding import decode
     from verifier.errors import CkptgateError
     from verifier.findings import Coverage, Finding, Report, Where
+    from verifier.inspect.diff import diff
     from verifier.run import check
 
 __version__ = "0.1.0"
@@ -24,7 +24,7 @@ _HOME = {
     "Where": "verifier.findings",
     "check": "verifier.run",
     "decode": "verifier.decoding",
-    "diff": "verifier.compare.diff",
+    "diff": "verifier.inspect.diff",
     "open_checkpoint": "verifier.checkpoint",
 }
 __all__ = [

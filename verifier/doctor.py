@@ -287,8 +287,10 @@ def _plugins() -> Iterator[Item]:
             else entry.value
         )
         yield _tried(
-            "entry points", f"command {entry.name}", lambda e=entry, o=owner: (e.load(), o)[1]
-        )  # type: ignore[misc]
+            "entry points",
+            f"command {entry.name}",
+            lambda e=entry, o=owner: (e.load(), o)[1],  # type: ignore[misc]
+        )
     if metadata.entry_points(group="ckptgate.rules"):
         yield _tried("entry points", "further rules", _further_rules)
 

@@ -290,8 +290,8 @@ def assert_same_layout() -> Callable[[Layout, Layout], None]:
     def hold(a: Layout, b: Layout) -> None:
         __tracebackhide__ = True
         from verifier.checkpoint import open_checkpoint  # noqa: PLC0415
-        from verifier.compare.diff import Diff, layout, problems_of, side_of  # noqa: PLC0415  (numpy)
-        from verifier.compare.render import diff_text  # noqa: PLC0415
+        from verifier.inspect.diff import Diff, layout, problems_of, side_of  # noqa: PLC0415  (numpy)
+        from verifier.inspect.render import diff_text  # noqa: PLC0415
 
         left, right = open_checkpoint(a), open_checkpoint(b)
         changes = layout(left, right)

@@ -35,7 +35,7 @@ class StateDictAdapter:
     """Converts one checkpoint's state dicts; every method works on whole tensors and on DTensors.
 
     ``from_hf`` and ``to_hf`` follow the interface of NeMo AutoModel's adapters. What a family's
-    tensors are called comes from its `Table`, what it has from `verifier.families`, what is
+    tensors are called comes from its `Table`, what it has from `verifier.layouts.family`, what is
     quantized from the config's declaration: a further family is a further table. Keywords that
     frameworks pass beside the named ones are taken and not used.
     """

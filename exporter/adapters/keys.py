@@ -15,9 +15,9 @@ from functools import lru_cache
 from typing import Any
 
 from exporter.adapters.tables import TABLES, Place, Stack, Table
-from verifier import families
 from verifier.errors import PlanError
-from verifier.families import Family
+from verifier.layouts import family as families
+from verifier.layouts.family import Family
 from verifier.schemes import FORMATS, Declaration, parse, role
 
 SCALES = FORMATS["mxfp8"].siblings[0].leaves
@@ -274,7 +274,7 @@ class _Builder:
         declared = self.declaration
         if declared is None or not declared.known:
             return None
-        covers = [declared.cover(m) for m in modules]
+        covers = [declared.declared_for(m) for m in modules]
         if declared.mixed:
             return next((c.algo for c in covers if c.algo is not None), None)
         # An MTP module's own names say nothing but "mtp": what it is shows from its place in a

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hub names and a training framework's native names, as data: one table for each family, no code.
 
-Which tensors a family has comes from `verifier.families`; a table says only what the framework
+Which tensors a family has comes from `verifier.layouts.family`; a table says only what the framework
 calls them, which of them it stacks, and what releases may carry beside (MTP heads, which
 transformers does not save and whose names are therefore not in the family data). ``{n}`` stands for
 a layer number, ``{expert}`` for an expert's.
@@ -62,7 +62,7 @@ class Mtp:
 class Table:
     """One family's names in one framework.
 
-    ``family`` names the layout of `verifier.families`. ``nest`` and ``strip`` fit it to a text-only
+    ``family`` names the layout of `verifier.layouts.family`. ``nest`` and ``strip`` fit it to a text-only
     model: the config stands for the family's at ``nest``, and hub names lose the prefix ``strip``;
     names without it are not part. ``scale`` is the leaf of MXFP8 scales, None for the declaration's
     own custom.

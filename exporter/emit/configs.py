@@ -48,15 +48,15 @@ def declare(
         member = each[stack.members[0]]
         if not member.quantized:
             excluded.append(stack.name)
-        elif member.shown is None:
+        elif member.inferred_format is None:
             raise PlanError(
                 f"{stack.name}: quantized, and its format cannot be told from its tensors"
             )
         else:
-            formats[stack.name] = member.shown
+            formats[stack.name] = member.inferred_format
     for module in gather(t for t in ckpt.tensors.values() if t.name not in within).values():
         if module.quantized:
-            shown = module.shown
+            shown = module.inferred_format
             if shown is None:
                 raise PlanError(
                     f"{module.name}: quantized, and its format cannot be told from its tensors"

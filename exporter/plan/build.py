@@ -238,7 +238,7 @@ def _without_done(
 def _mxfp8_leaf(targets: Mapping[str, Module]) -> str:
     """Return how ``onto`` names MXFP8 scales, else ``weight_scale``."""
     for module in targets.values():
-        if module.shown is FORMATS["mxfp8"]:
+        if module.inferred_format is FORMATS["mxfp8"]:
             return "weight_scale_inv" if "weight_scale_inv" in module.parts else "weight_scale"
     return "weight_scale"
 

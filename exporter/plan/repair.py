@@ -258,7 +258,7 @@ def _require_known(
             )
         if target.dims is not None and target.dims != module.dims:
             _refuse_shape(module, target.dims)
-        shown = module.shown
+        shown = module.inferred_format
         if shown is None or shown.name in NEVER_WRITTEN:
             what = (
                 shown.algo

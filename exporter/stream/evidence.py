@@ -188,7 +188,7 @@ def _decoded(
     """Return the values of some rows of a module; what has a scale for each 128 rows is read from a
     multiple of 128 on.
     """
-    shown, (first, count) = module.shown, rows
+    shown, (first, count) = module.inferred_format, rows
     if shown is None:
         raise PlanError(f"{module.name}: its format cannot be told")
     parts = {}

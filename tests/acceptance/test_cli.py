@@ -24,12 +24,13 @@ import numpy as np
 import pytest
 
 import verifier
+from tests.paths import TESTS
 from verifier.cli import run
 from verifier.manifest import Manifest
 from verifier.report import FORMATS, schema
 from verifier.rules import all_rules
 
-DATA = Path(__file__).parents[1] / "data" / "modelopt"
+DATA = TESTS / "data" / "modelopt"
 QWEN, QWEN_NVFP4 = DATA / "src_qwen3moe", DATA / "qwen3moe_nvfp4_experts_max"
 LLAMA, LLAMA_MXFP8 = DATA / "src_llama", DATA / "llama_mxfp8"
 COMMANDS = ("baseline", "check", "config", "explain", "export", "gate", "merge", "rules")

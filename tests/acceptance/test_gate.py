@@ -18,20 +18,21 @@ import pytest
 
 import exporter
 import verifier
+from tests.paths import ROOT
 from verifier.checkpoint import open_checkpoint
 from verifier.cli import run
-from verifier.corrupt.edit import Folder
 from verifier.errors import ContentError, MachineError, UsageError
+from verifier.gate.as_depth import evaluation_of
 from verifier.gate.comparison import compare_runs
 from verifier.gate.corpora import load_corpus
 from verifier.gate.decision import Margin
-from verifier.gate.evaluating import evaluation_of
-from verifier.gate.run import plan_jobs, score_all, weights_digest
-from verifier.gate.runs import read_run
-from verifier.gate.scoring import score_run
+from verifier.gate.gate import plan_jobs, score_all, weights_digest
+from verifier.gate.run_file import read_run
+from verifier.gate.score import score_run
 from verifier.manifest import Manifest, digest
+from verifier.selftest.edit import Folder
 
-GOLDEN = Path(__file__).parents[2] / "goldens" / "minimax-m3-tiny"
+GOLDEN = ROOT / "goldens" / "minimax-m3-tiny"
 BF16, VENDOR, CORPUS = GOLDEN / "bf16", GOLDEN / "mxfp8", GOLDEN / "corpus.jsonl"
 ONE = ["--workers", "1"]  # a worker more costs seconds of importing torch, and changes no bit
 pytestmark = pytest.mark.xdist_group("gate")
@@ -145,11 +146,11 @@ def test_gate_and_up_swapped_throughout_a_layer_fail(
 
 
 def test_few_documents_and_a_margin_near_the_effect_are_inconclusive(mixed: Path) -> None:
-    first = verifier.gate.run(
+    first = verifier.gate.gate(
         mixed, base=BF16, corpus=str(CORPUS), documents=4, max_increase="8%", workers=1
     )
     assert first.interval is not None
-    near = verifier.gate.run(
+    near = verifier.gate.gate(
         mixed,
         base=BF16,
         corpus=str(CORPUS),
@@ -170,7 +171,7 @@ def test_logits_that_are_not_finite_fail_without_statistics(mixed: Path, tmp_pat
     with (broken / t.file).open("r+b") as handle:
         handle.seek(t.offset)
         handle.write(b"\xc0\x7f")  # a BF16 NaN
-    result = verifier.gate.run(broken, base=BF16, corpus=str(CORPUS), documents=2, workers=1)
+    result = verifier.gate.gate(broken, base=BF16, corpus=str(CORPUS), documents=2, workers=1)
     assert (result.outcome, result.interval, result.nonfinite) == ("failed", None, [0, 1])
     assert "not finite in 2 documents" in verifier.gate.render_text(result)
     assert json.loads(verifier.gate.render_json(result))["perplexity_candidate"] is None
@@ -179,39 +180,39 @@ def test_logits_that_are_not_finite_fail_without_statistics(mixed: Path, tmp_pat
 def test_the_candidate_is_not_the_base(tmp_path: Path) -> None:
     for same in (BF16, shutil.copytree(BF16, tmp_path / "copy")):
         with pytest.raises(UsageError, match="the base itself"):
-            verifier.gate.run(same, base=BF16, corpus=str(CORPUS), max_increase="8%")
+            verifier.gate.gate(same, base=BF16, corpus=str(CORPUS), max_increase="8%")
 
 
 def test_what_is_refused_before_a_model_is_loaded(mixed: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="token ids"):
-        verifier.gate.run(mixed, base=BF16, corpus=str(CORPUS), protocol="lm-eval")
+        verifier.gate.gate(mixed, base=BF16, corpus=str(CORPUS), protocol="lm-eval")
     with pytest.raises(UsageError, match="at least"):
-        verifier.gate.run(mixed, base=BF16, corpus=str(CORPUS), window=1)
+        verifier.gate.gate(mixed, base=BF16, corpus=str(CORPUS), window=1)
     with pytest.raises(UsageError, match="no protocol"):
-        verifier.gate.run(mixed, base=BF16, corpus=str(CORPUS), protocol="words")  # type: ignore[arg-type]
+        verifier.gate.gate(mixed, base=BF16, corpus=str(CORPUS), protocol="words")  # type: ignore[arg-type]
     other = shutil.copytree(mixed, tmp_path / "other")
     (other / "tokenizer.json").write_text((other / "tokenizer.json").read_text() + " ")
     text = tmp_path / "t.txt"
     text.write_text("one document")
     with pytest.raises(ContentError, match="different tokenizers"):
-        verifier.gate.run(other, base=BF16, corpus=str(text))
+        verifier.gate.gate(other, base=BF16, corpus=str(text))
     (other / "tokenizer.json").unlink()
     with pytest.raises(ContentError, match=r"no tokenizer\.json"):
-        verifier.gate.run(other, base=BF16, corpus=str(text))
+        verifier.gate.gate(other, base=BF16, corpus=str(text))
 
 
 def test_what_a_worker_meets_reaches_the_caller(mixed: Path, tmp_path: Path) -> None:
     ids = tmp_path / "far.jsonl"
     ids.write_text('{"ids": [1, 999999]}\n')
     with pytest.raises(ContentError, match="999999"):
-        verifier.gate.run(mixed, base=BF16, corpus=str(ids), workers=1)
+        verifier.gate.gate(mixed, base=BF16, corpus=str(ids), workers=1)
     strange = shutil.copytree(mixed, tmp_path / "strange")
     config = json.loads((strange / "config.json").read_text())
     (strange / "config.json").write_text(json.dumps(config | {"architectures": ["NoSuchModel"]}))
     with pytest.raises(ContentError, match="NoSuchModel"):
-        verifier.gate.run(strange, base=BF16, corpus=str(CORPUS), documents=1, workers=1)
+        verifier.gate.gate(strange, base=BF16, corpus=str(CORPUS), documents=1, workers=1)
     with pytest.raises((MachineError, ContentError)):
-        verifier.gate.run(
+        verifier.gate.gate(
             mixed, base=BF16, corpus=str(CORPUS), documents=1, device="nosuchdevice", workers=1
         )
 
@@ -220,7 +221,7 @@ def test_a_module_without_its_scale_cannot_be_scored(mixed: Path, tmp_path: Path
     broken = shutil.copytree(mixed, tmp_path / "noscale")
     Folder(broken).drop(["language_model.model.layers.1.self_attn.q_proj.weight_scale_inv"])
     with pytest.raises(ContentError):
-        verifier.gate.run(broken, base=BF16, corpus=str(CORPUS), documents=1, workers=1)
+        verifier.gate.gate(broken, base=BF16, corpus=str(CORPUS), documents=1, workers=1)
 
 
 @pytest.mark.slow
@@ -240,7 +241,7 @@ def test_wikitext_by_tokens_and_by_lm_eval(
         for i in range(2):
             assert sums.tokens[i] == want.documents[i][1]
             assert abs(sums.nats[i] - want.documents[i][0]) / sums.tokens[i] < 1e-3
-    result = verifier.gate.run(mixed, base=BF16, corpus="wikitext2-test", documents=4)
+    result = verifier.gate.gate(mixed, base=BF16, corpus="wikitext2-test", documents=4)
     assert result.outcome == "passed"
     assert not result.measures_kl
 
@@ -300,7 +301,7 @@ def runs(mixed: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
 def test_scored_once_and_compared_later_is_the_gate(mixed: Path, runs: dict[str, Path]) -> None:
     base, ours = (read_run(runs[n]) for n in ("base", "mixed"))
     apart = compare_runs(base, ours, Margin(0.077, ""))
-    together = verifier.gate.run(
+    together = verifier.gate.gate(
         mixed, base=BF16, corpus=str(CORPUS), max_increase="0.077", workers=1
     )
     # Lockstep or apart, one worker or two: the same bits.
@@ -492,7 +493,7 @@ def test_attempts_are_remembered_and_not_drawn_again(mixed: Path, tmp_path: Path
     said: list[str] = []
 
     def gate(corpus: Path, **options: str) -> verifier.gate.GateResult:
-        return verifier.gate.run(
+        return verifier.gate.gate(
             mixed,
             base=BF16,
             corpus=str(corpus),
@@ -512,7 +513,7 @@ def test_attempts_are_remembered_and_not_drawn_again(mixed: Path, tmp_path: Path
         UsageError, match=r"inconclusive on 'few\.jsonl' before, and 4 of those 4 documents"
     ):
         gate(others)
-    found = verifier.gate.plan(mixed, base=BF16, corpus=str(CORPUS), cache=cache)
+    found = verifier.gate.forecast(mixed, base=BF16, corpus=str(CORPUS), cache=cache)
     assert found.source == "the last attempt on this base (4 documents of 'few.jsonl')"
     assert found.documents == 72
 

@@ -14,13 +14,14 @@ import pytest
 
 import exporter
 from goldens import rebuild
+from tests.paths import ROOT
 from verifier.checkpoint import open_checkpoint
 from verifier.cli import run
-from verifier.gate.scoring import weights_digest
+from verifier.gate.score import weights_digest
 from verifier.goldens import store
 from verifier.manifest import Manifest, digest
 
-GOLDENS = Path(__file__).parents[2] / "goldens"
+GOLDENS = ROOT / "goldens"
 QWEN = GOLDENS / "qwen3-moe-tiny"
 NAME = "qwen3-moe-tiny.nvfp4_experts"
 pytestmark = pytest.mark.xdist_group("goldens")

@@ -17,10 +17,11 @@ from pathlib import Path
 import fsspec
 import pytest
 
+from tests.paths import TESTS
 from verifier.cli import run
 from verifier.cli.main import BUILT_IN
 
-DATA = Path(__file__).parents[1] / "data" / "modelopt"
+DATA = TESTS / "data" / "modelopt"
 QWEN, QWEN_NVFP4 = DATA / "src_qwen3moe", DATA / "qwen3moe_nvfp4_experts_max"
 LLAMA, LLAMA_MXFP8 = DATA / "src_llama", DATA / "llama_mxfp8"
 COMMANDS = ("diff", "doctor", "show", "stats")

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import verifier
+from tests.paths import TESTS
 from verifier.findings import rules_of
 
 # checkpoint: (base, exit code, error rules without a base, further error rules with one, warning
@@ -86,7 +87,7 @@ def test_the_nan_witness_is_exact(shared_data: Path) -> None:
 
 @pytest.mark.parametrize("depth", ["header", "payload"])
 def test_no_torch_is_needed_or_imported(depth: str) -> None:
-    data = Path(__file__).parent.parent / "data" / "modelopt"
+    data = TESTS / "data" / "modelopt"
     code = (
         "import sys; sys.modules['torch'] = sys.modules['transformers'] = None\n"
         "from verifier.cli import run\n"

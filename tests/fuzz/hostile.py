@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from verifier.corrupt.tiny import TINY, make
+from verifier.selftest.tiny import TINY, make
 
 INDEX, CONFIG, NESTED = "model.safetensors.index.json", "config.json", "hf_quant_config.json"
 DEEP = 3000

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import verifier
 from tests.fuzz.hostile import build, write
-from verifier.corrupt.tiny import TINY
 from verifier.errors import CkptgateError
 from verifier.report import render_json, render_text
+from verifier.selftest.tiny import TINY
 
 SECONDS = 5.0
 CODES = frozenset({0, 1, 2, 3, 4})

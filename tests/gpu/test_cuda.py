@@ -14,16 +14,18 @@ import torch
 import exporter
 import verifier
 from exporter import codecs, weights
+from tests.paths import ROOT
 from verifier.checkpoint import open_checkpoint
 from verifier.gate.jobs import Scorer
-from verifier.load import fake, load_model
+from verifier.load import rounding as fake
 from verifier.load.activations import declared_activations
+from verifier.load.model import load_model
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
-GOLDEN = Path(__file__).parents[2] / "goldens" / "minimax-m3-tiny"
+GOLDEN = ROOT / "goldens" / "minimax-m3-tiny"
 
 
 @pytest.mark.parametrize("fmt", ["nvfp4", "mxfp8", "fp8", "fp8_per_channel", "fp8_block"])
@@ -55,7 +57,7 @@ def test_the_gate_passes_there_too(tmp_path: Path) -> None:
         GOLDEN / "bf16", tmp_path / "mixed", recipe="nvfp4_experts_only", onto=GOLDEN / "mxfp8"
     )
     corpus = str(GOLDEN / "corpus.jsonl")
-    result = verifier.gate.run(
+    result = verifier.gate.gate(
         tmp_path / "mixed", base=GOLDEN / "bf16", corpus=corpus, device="cuda"
     )
     assert result.outcome == "passed"
@@ -99,7 +101,7 @@ def test_declared_activations_reach_the_experts_there(mixed: Path) -> None:
 def test_the_gate_with_declared_activations(mixed: Path) -> None:
     corpus, scorer = str(GOLDEN / "corpus.jsonl"), Scorer(activations="declared")
     here, there = (
-        verifier.gate.run(
+        verifier.gate.gate(
             mixed, base=GOLDEN / "bf16", corpus=corpus, device=d, scorer=scorer, documents=20
         )
         for d in ("cpu", "cuda")

@@ -20,15 +20,16 @@ import verifier
 from tests.mutation import harmless, image
 from tests.mutation.harm import View, harm, view
 from tests.mutation.kinds import APART, KINDS, TOTAL, Kind
-from verifier.corrupt.tiny import TINY, make
+from tests.paths import TESTS
 from verifier.findings import Report
+from verifier.selftest.tiny import TINY, make
 
 FIRST_HARMLESS = 10_000
 FIRST_MODELOPT = 20_000
 HARMLESS = 500
 MODELOPT = 400
 DRAWS = 60
-DATA = Path(__file__).parents[1] / "data" / "modelopt"
+DATA = TESTS / "data" / "modelopt"
 COMMITTED = (("qwen3moe_nvfp4_experts_max", "src_qwen3moe"), ("llama_mxfp8", "src_llama"))
 SHARED = (
     ("qwen3moe_nvfp4_experts_max", "src_qwen3moe"),

@@ -16,7 +16,7 @@ from tests.mutation.__main__ import RESULTS, kinds_table
 from tests.mutation.harm import harm, view
 from tests.mutation.kinds import APART, KINDS, TOTAL
 from tests.mutation.run import FIRST_HARMLESS, run, schedule
-from verifier.corrupt.tiny import TINY, make
+from verifier.selftest.tiny import TINY, make
 
 HERE = Path(__file__).parent
 PARTS = 4

@@ -5,8 +5,6 @@ agree on them.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -15,11 +13,12 @@ from safetensors.torch import load_file
 from exporter.codecs import decode, encode
 from tests import oracle
 from tests.conftest import to_numpy, to_torch
+from tests.paths import TESTS
 from verifier import decoding
 from verifier.errors import EncodeError
 
 pytestmark = pytest.mark.usefixtures("back_end")
-HERE = Path(__file__).parents[1] / "data" / "vectors"
+HERE = TESTS / "data" / "vectors"
 FINITE = [
     "denormal_bf16",
     "denormal_f32",

@@ -19,7 +19,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.paths import ROOT
+
 PROPERTIES = "tests/properties/test_codec_properties.py"
 COPIED = ["pyproject.toml", "tests/__init__.py", "tests/conftest.py", "tests/oracle.py", PROPERTIES]
 EXAMPLES = "6"

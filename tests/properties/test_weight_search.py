@@ -17,11 +17,12 @@ import verifier
 from exporter import codecs, weights
 from exporter.recipes import load, names
 from tests.conftest import to_numpy
+from tests.paths import TESTS
 from verifier.errors import ContentError, EncodeError
 from verifier.schemes import gather
 
 pytestmark = pytest.mark.usefixtures("back_end")
-DATA = Path(__file__).parents[1] / "data" / "modelopt"
+DATA = TESTS / "data" / "modelopt"
 
 
 def blocks(kind: int, seed: int) -> np.ndarray:
@@ -165,8 +166,8 @@ def test_compressed_tensors_modules_show_their_format(tmp_path: Path) -> None:
     }
     save_file(tensors, tmp_path / "model.safetensors")
     (module,) = gather(open_checkpoint(tmp_path).tensors.values()).values()
-    assert module.shown is not None
-    assert module.shown.name == "nvfp4_ct"
+    assert module.inferred_format is not None
+    assert module.inferred_format.name == "nvfp4_ct"
 
 
 def test_mxfp4_blocks_as_gpt_oss_ships_them() -> None:

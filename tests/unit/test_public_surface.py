@@ -15,10 +15,9 @@ import pytest
 
 import exporter
 import verifier
+from tests.paths import ROOT
 from verifier.errors import EXIT_CODES, CkptgateError
 from verifier.findings import EXIT_OF_VERDICT
-
-ROOT = Path(__file__).parents[2]
 
 
 def test_the_public_names_are_these() -> None:

@@ -33,8 +33,9 @@ from exporter.layout import stacks as stacked
 from tests.zoo.families import Family, model
 from verifier import check, open_checkpoint
 from verifier.errors import CkptgateError, UnsupportedConversion
+from verifier.layouts.expert_stacks import unstacked
 from verifier.load.model import load_model
-from verifier.schemes import gather, role, unstacked
+from verifier.schemes import gather, role
 
 RECIPES = ("nvfp4_experts_only", "mxfp8_default", "mxfp8_nvfp4_experts")
 STEPS = ("disk", "memory", "check", "check with base", "quantized", "round trip", "reload")

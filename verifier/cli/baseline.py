@@ -13,8 +13,8 @@ from verifier.cli.settings import judging, judging_options, settings
 from verifier.errors import ContentError, UsageError
 
 if TYPE_CHECKING:
-    from verifier.compare.baseline import Baseline
     from verifier.findings import Report
+    from verifier.run.baseline import Baseline
 
 
 @click.group()
@@ -60,7 +60,7 @@ def write(
     Entries that are there already stay; one that grew is raised to what is found now and gets the
     new reason.
     """
-    from verifier.compare.baseline import Baseline, accept, load, save  # noqa: PLC0415
+    from verifier.run.baseline import Baseline, accept, load, save  # noqa: PLC0415
 
     if not reason.strip():
         raise UsageError("--reason is empty; say why the findings are accepted")
@@ -78,7 +78,7 @@ def prune(uri: str, base: str | None, merged_from: str | None, depth: str, **giv
     """Check URI and drop the entries of --baseline that are no longer found; lower the counts that
     fell.
     """
-    from verifier.compare.baseline import load, prune, save  # noqa: PLC0415
+    from verifier.run.baseline import load, prune, save  # noqa: PLC0415
 
     report, file = _judge(uri, base, merged_from, depth, given)
     found, dropped, lowered = prune(load(file), report.findings, report.coverage)
@@ -96,8 +96,8 @@ def _judge(
     uri: str, base: str | None, merged_from: str | None, depth: str, given: dict[str, Any]
 ) -> tuple[Report, str]:
     """Check without the baseline's entries; return the report and the baseline's path."""
+    from verifier.files import require_writable  # noqa: PLC0415
     from verifier.run import check  # noqa: PLC0415  (numpy, see check)
-    from verifier.writing import require_writable  # noqa: PLC0415
 
     found, _ = settings(given)
     arguments = judging(found)

@@ -115,10 +115,10 @@ def check(
             uri,
             base=base,
             merged_from=merged_from,
-            depth=depth,
+            depth=depth,  # type: ignore[arg-type]
             tp=tp,
             ep=ep,
-            plugins=plugins,  # type: ignore[arg-type]
+            plugins=plugins,
             workers=workers,
             subset=subset,
             sample=sample,

@@ -34,7 +34,7 @@ def show(as_json: bool, files: tuple[str, ...], **given: Any) -> None:
         value = {k: {"value": s.value, "origin": s.origin} for k, s in found.items()}
         click.echo(json.dumps({"file": str(file) if file else None, "settings": value}, indent=2))
         return
-    from verifier.report import printable  # noqa: PLC0415
+    from verifier.text import printable  # noqa: PLC0415
 
     for key, setting in found.items():
         shown = (

@@ -23,8 +23,8 @@ def diff(ctx: click.Context, a: str, b: str, payload: bool, format_: str) -> Non
     How tensors are spread over shards, and other files, are no difference. Exit 0 equal, 1
     different.
     """
-    from verifier.compare.diff import diff as compare  # noqa: PLC0415  (numpy, see check)
-    from verifier.compare.render import diff_json, diff_text  # noqa: PLC0415
+    from verifier.inspect.diff import diff as compare  # noqa: PLC0415  (numpy, see check)
+    from verifier.inspect.render import diff_json, diff_text  # noqa: PLC0415
 
     with errors_as(format_), progress_bar("comparing", in_bytes=True) as progress:
         found = compare(a, b, payload=payload, progress=progress)

@@ -23,7 +23,7 @@ def doctor(ctx: click.Context, format_: str) -> None:
     """
     # The part that must run where numpy does not.
     from verifier.doctor import core_broken, examine  # noqa: PLC0415
-    from verifier.report import printable  # noqa: PLC0415
+    from verifier.text import printable  # noqa: PLC0415
 
     items = examine()
     broken = core_broken(items)

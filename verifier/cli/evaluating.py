@@ -98,7 +98,7 @@ def evaluate_of(depth: str, base: str | None, given: dict[str, Any]) -> Evaluate
     require_installed("torch", "transformers", "scipy")
     from verifier.gate import evaluator  # noqa: PLC0415
     from verifier.gate.jobs import Scorer  # noqa: PLC0415
-    from verifier.gate.tasks import is_task  # noqa: PLC0415
+    from verifier.gate.scorers.lm_eval_task import is_task  # noqa: PLC0415
 
     scorer = Scorer(activations=told.pop("activations", "bf16"))
     corpus = told.pop("corpus", None if is_task(told.get("protocol", "tokens")) else CORPUS)

@@ -285,9 +285,9 @@ def score(
     require_installed("torch", "transformers", "scipy")
     from verifier import gate as room  # noqa: PLC0415
     from verifier.checkpoint import open_checkpoint  # noqa: PLC0415
-    from verifier.gate.run import corpus_of  # noqa: PLC0415
-    from verifier.gate.tasks import kind_of  # noqa: PLC0415
-    from verifier.writing import require_writable  # noqa: PLC0415
+    from verifier.files import require_writable  # noqa: PLC0415
+    from verifier.gate.gate import corpus_of  # noqa: PLC0415
+    from verifier.gate.scorers.lm_eval_task import kind_of  # noqa: PLC0415
 
     if Path(output).exists() and not force:
         raise UsageError(f"{output}: exists; --force replaces it")
@@ -399,6 +399,6 @@ def require_installed(*modules: str) -> None:
 
 def say(message: str) -> None:
     """Tell a person something on stderr."""
-    from verifier.report import printable  # noqa: PLC0415
+    from verifier.text import printable  # noqa: PLC0415
 
     click.echo(f"ckptgate: {printable(message, 2000)}", err=True)

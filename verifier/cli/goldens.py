@@ -44,7 +44,7 @@ def goldens() -> None:
 def list_(patterns: tuple[str, ...], folder: str) -> None:
     """List accepted and pending records."""
     from verifier.goldens import store  # noqa: PLC0415
-    from verifier.report import printable  # noqa: PLC0415
+    from verifier.text import printable  # noqa: PLC0415
 
     accepted, pending = store.names(folder, store.ACCEPTED), store.names(folder, store.PENDING)
     for name in _any_of(sorted({*accepted, *pending}), patterns, folder):
@@ -71,7 +71,7 @@ def show(name: str, folder: str) -> None:
     why.
     """
     from verifier.goldens import store  # noqa: PLC0415
-    from verifier.report import printable  # noqa: PLC0415
+    from verifier.text import printable  # noqa: PLC0415
 
     _known_name(name)
     g = store.load(folder, name)
@@ -107,7 +107,7 @@ def review(patterns: tuple[str, ...], folder: str) -> None:
     """Show what is pending: old, new, interval, verdict. It changes nothing."""
     from verifier.goldens import store  # noqa: PLC0415
     from verifier.goldens.judge import judge  # noqa: PLC0415
-    from verifier.report import printable  # noqa: PLC0415
+    from verifier.text import printable  # noqa: PLC0415
 
     found = store.matching(folder, store.PENDING, patterns)
     for name in found:
@@ -182,7 +182,7 @@ def test(ctx: click.Context, runs: tuple[str, ...], patterns: tuple[str, ...], f
     from verifier.cli.recording import worst_code  # noqa: PLC0415
     from verifier.goldens import store  # noqa: PLC0415
     from verifier.goldens.judge import hold  # noqa: PLC0415
-    from verifier.report import printable  # noqa: PLC0415
+    from verifier.text import printable  # noqa: PLC0415
 
     Path(folder).mkdir(parents=True, exist_ok=True)
     wanted = store.matching(folder, store.ACCEPTED, patterns)
@@ -267,7 +267,7 @@ def _known_name(name: str) -> None:
 
 
 def _what(g: Golden) -> str:
-    from verifier.report import printable  # noqa: PLC0415
+    from verifier.text import printable  # noqa: PLC0415
 
     if g.kind == "check":
         errors = sum(

@@ -151,8 +151,8 @@ def plot(measure: str, name: str | None, output: str, file: str) -> None:
     """Draw a measure over the runs as SVG: a line for each series, its interval, golden steps,
     change points.
     """
+    from verifier.files import require_writable, write_atomic  # noqa: PLC0415
     from verifier.history.picture import draw  # noqa: PLC0415
-    from verifier.writing import require_writable, write_atomic  # noqa: PLC0415
 
     require_writable(output)
     write_atomic(output, draw(_records(file, name), measure, standalone=True))
@@ -168,8 +168,8 @@ def export(to: str, name: str | None, output: str | None, file: str) -> None:
     """Export the history: bmf (Bencher, the newest run of each series), csv (a row a measure),
     json.
     """
+    from verifier.files import require_writable, write_atomic  # noqa: PLC0415
     from verifier.history.export import export as convert  # noqa: PLC0415
-    from verifier.writing import require_writable, write_atomic  # noqa: PLC0415
 
     text = convert(_records(file, name), to)
     if output is None:
@@ -208,7 +208,7 @@ def _records(file: str, name: str | None = None, kind: str | None = None) -> lis
 
 
 def _say_notes(notes: Sequence[str]) -> None:
-    from verifier.report import printable  # noqa: PLC0415
+    from verifier.text import printable  # noqa: PLC0415
 
     for note in notes:
         click.echo(f"note     {printable(note)}", err=True)

@@ -144,7 +144,7 @@ def explain_failure(error: Exception) -> str:
 
 
 def _say(message: str, code: int) -> int:
-    from verifier.report import printable  # noqa: PLC0415  (only where there is something to say)
+    from verifier.text import printable  # noqa: PLC0415  (only where there is something to say)
 
     click.echo(f"ckptgate: {printable(message, 2000)}", err=True)
     return code

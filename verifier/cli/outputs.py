@@ -116,7 +116,7 @@ def require(wanted: Sequence[Output]) -> None:
     folder.
     """
     from verifier import report  # noqa: PLC0415  (only where a command runs)
-    from verifier.writing import require_writable  # noqa: PLC0415
+    from verifier.files import require_writable  # noqa: PLC0415
 
     for output in wanted:
         report.require(output.format)
@@ -131,8 +131,8 @@ def write_files(report: Report, wanted: Sequence[Output]) -> None:
     Raises:
         MachineError: a file could not be written.
     """
+    from verifier.files import write_atomic  # noqa: PLC0415
     from verifier.report import render  # noqa: PLC0415  (numpy, see check)
-    from verifier.writing import write_atomic  # noqa: PLC0415
 
     for output in wanted:
         if output.file != STDOUT:

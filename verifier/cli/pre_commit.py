@@ -42,7 +42,7 @@ def pointer(folder: Path) -> Path | None:
 @click.option("--fail-on", default="error", show_default=True)
 def main(files: tuple[str, ...], depth: str, require: tuple[str, ...], fail_on: str) -> None:
     """Check every checkpoint among the folders of FILES; end with the worst exit code."""
-    from verifier.report import printable  # noqa: PLC0415  (as in main)
+    from verifier.text import printable  # noqa: PLC0415  (as in main)
 
     options = [
         "--depth",

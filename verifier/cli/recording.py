@@ -35,7 +35,7 @@ def recording_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def recordable(history: str | None, golden: str | None = None, label: str = "") -> None:
     """Refuse, before the work is done, a history or a golden that cannot be written."""
-    from verifier.writing import require_writable  # noqa: PLC0415  (only where a command runs)
+    from verifier.files import require_writable  # noqa: PLC0415  (only where a command runs)
 
     if label and history is None:
         raise UsageError("--label is a note in a history; give --history FILE too")
@@ -79,7 +79,7 @@ def record(
         warn(history)
     if golden is not None:
         from verifier.goldens.judge import hold  # noqa: PLC0415
-        from verifier.report import printable  # noqa: PLC0415
+        from verifier.text import printable  # noqa: PLC0415
 
         judged = hold(run, golden)
         click.echo(

@@ -46,9 +46,9 @@ def report(
     """
     if find_spec("jinja2") is None:
         raise MissingExtra("report", "report")
+    from verifier.files import require_writable, write_atomic  # noqa: PLC0415
     from verifier.history.record import read_run  # noqa: PLC0415  (pydantic and jinja2, which --help does not need)
     from verifier.report.runs import render_runs  # noqa: PLC0415
-    from verifier.writing import require_writable, write_atomic  # noqa: PLC0415
 
     require_writable(output)
     read = [read_run(r) for r in runs]
@@ -99,7 +99,7 @@ def _drift(run: dict[str, Any], file: str) -> None:
 
 def _weights(run: dict[str, Any]) -> list[Figure]:
     from verifier.cli.common import progress_bar  # noqa: PLC0415
-    from verifier.compare.noise import noise  # noqa: PLC0415
+    from verifier.inspect.noise import noise  # noqa: PLC0415
     from verifier.report.figures import heat  # noqa: PLC0415
     from verifier.report.runs import Figure  # noqa: PLC0415
 

@@ -25,8 +25,8 @@ def selftest(ctx: click.Context, rules: tuple[str, ...], as_json_: bool) -> None
     Nothing is downloaded and nothing is left behind. Exit 0 all proved, 1 otherwise, 2 usage.
     """
     # numpy and the rules cost 150 ms, and --help needs neither.
-    from verifier.corrupt.selftest import as_json, lines  # noqa: PLC0415
-    from verifier.corrupt.selftest import selftest as run  # noqa: PLC0415
+    from verifier.selftest.runner import as_json, lines  # noqa: PLC0415
+    from verifier.selftest.runner import selftest as run  # noqa: PLC0415
 
     result = run([r.upper() for r in rules])
     if as_json_:

@@ -37,8 +37,8 @@ def show(
     TENSOR is a tensor, a module, or a place as a report prints it, in quotes: 'NAME [row 12, block
     3]'.
     """
-    from verifier.compare.render import show_json, show_text  # noqa: PLC0415  (numpy, see check)
-    from verifier.compare.show import show as look  # noqa: PLC0415
+    from verifier.inspect.render import show_json, show_text  # noqa: PLC0415  (numpy, see check)
+    from verifier.inspect.show import show as look  # noqa: PLC0415
 
     if byte is not None and (row is not None or block is not None):
         raise UsageError("--byte says where; --row and --block do not go with it")

@@ -26,8 +26,8 @@ def stats(ctx: click.Context, uri: str, depth: str, format_: str) -> None:
 
     It judges nothing. Exit 0, or 1 where the checkpoint cannot be read whole.
     """
-    from verifier.compare.render import stats_json, stats_text  # noqa: PLC0415  (numpy, see check)
-    from verifier.compare.stats import stats as count  # noqa: PLC0415
+    from verifier.inspect.render import stats_json, stats_text  # noqa: PLC0415  (numpy, see check)
+    from verifier.inspect.stats import stats as count  # noqa: PLC0415
 
     with errors_as(format_), progress_bar("reading scales", in_bytes=True) as progress:
         found = count(uri, depth=depth, progress=progress)

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Perplexity gates: protocols, scorers, statistics, decision. Needs the extra ``gate`` to score."""
 
+from verifier.gate.as_depth import evaluator
 from verifier.gate.comparison import compare_runs
 from verifier.gate.corpora import Corpus, load_corpus
 from verifier.gate.decision import BUDGETS, Margin, decide, drift_margin_of, margin_of
-from verifier.gate.evaluating import evaluator
-from verifier.gate.plan import Plan, plan, render_plan_json, render_plan_text
+from verifier.gate.forecast import Plan, plan, render_plan_json, render_plan_text
+from verifier.gate.gate import run
 from verifier.gate.render import render_json, render_run, render_text
 from verifier.gate.result import GateResult
-from verifier.gate.run import run
-from verifier.gate.runs import Run, RunHeader, read_run, write_run
-from verifier.gate.scoring import score_run
+from verifier.gate.run_file import Run, RunHeader, read_run, write_run
+from verifier.gate.score import score_run
 from verifier.gate.statistics import Interval, paired
 
 __all__ = [

@@ -20,7 +20,7 @@ from verifier.checkpoint import Checkpoint
 from verifier.errors import MachineError, UsageError
 from verifier.gate.corpora import Corpus, documents_digest
 from verifier.gate.result import GateResult
-from verifier.gate.scoring import weights_digest
+from verifier.gate.score import weights_digest
 
 FILE = "attempts.jsonl"
 

@@ -13,9 +13,9 @@ from verifier.checkpoint import Checkpoint
 from verifier.errors import ContentError, MachineError
 from verifier.gate.corpora import Corpus
 from verifier.gate.jobs import HF, Scorer
-from verifier.gate.planning import Protocol, plan_units
-from verifier.gate.runs import Run, read_run, write_run
-from verifier.gate.scoring import Progress, identity_of, score_run, weights_digest
+from verifier.gate.run_file import Run, read_run, write_run
+from verifier.gate.score import Progress, identity_of, score_run, weights_digest
+from verifier.gate.windows import Protocol, plan_units
 
 
 def cached_run(

@@ -15,8 +15,8 @@ from verifier.gate.decision import Margin, Outcome, documents_for, judge
 from verifier.gate.jobs import Array
 from verifier.gate.measures import Measures, measure
 from verifier.gate.result import Accuracy, Drift, Experts, GateResult
-from verifier.gate.runs import Run, refuse_unlike, refuse_unlike_keys, unlike_environment
-from verifier.gate.scorer import perplexity
+from verifier.gate.run_file import Run, refuse_unlike, refuse_unlike_keys, unlike_environment
+from verifier.gate.scorers.transformers import perplexity
 from verifier.gate.statistics import Interval, accuracy_loss, p_of_loss, paired
 
 UNLIKE_FLOOR = 0.0005

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from verifier.gate.jobs import Array
-from verifier.gate.runs import Run
+from verifier.gate.run_file import Run
 from verifier.gate.statistics import (
     FEW,
     Interval,

@@ -10,10 +10,10 @@ from dataclasses import asdict
 from typing import Any
 
 from verifier.gate.result import GateResult
-from verifier.gate.runs import Run
-from verifier.gate.scorer import perplexity
+from verifier.gate.run_file import Run
+from verifier.gate.scorers.transformers import perplexity
 from verifier.gate.statistics import Interval
-from verifier.report import printable
+from verifier.text import printable
 
 _ACTIVATIONS = {
     "bf16": "bf16: the weights alone are judged",

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Accepted records that runs are held against, and how a person reviews and accepts another one."""
 
-from verifier.goldens.judge import Judged, hold, judge
+from verifier.goldens.judge import GoldenComparison, hold, judge
 from verifier.goldens.store import Golden, Pending, accept, proposed, reject
 
-__all__ = ["Golden", "Judged", "Pending", "accept", "hold", "judge", "proposed", "reject"]
+__all__ = ["Golden", "GoldenComparison", "Pending", "accept", "hold", "judge", "proposed", "reject"]

@@ -53,7 +53,7 @@ MAX_SHOWN = 8
 
 
 @dataclass(frozen=True)
-class Judged:
+class GoldenComparison:
     """What a run came to against a record, in one sentence; ``interval`` is the paired drift of a
     gate.
     """
@@ -70,26 +70,30 @@ class Judged:
         return EXIT_OF_OUTCOME[self.outcome]
 
 
-def judge(old: Golden | None, new: Golden) -> Judged:
+def judge(old: Golden | None, new: Golden) -> GoldenComparison:
     """Hold a run against an accepted record; None is no record yet."""
     if new.verdict == "broken":
-        return Judged("broken", "the run broke; there is nothing to compare")
+        return GoldenComparison("broken", "the run broke; there is nothing to compare")
     if new.nonfinite:
-        return Judged("nonfinite", f"logits that are not finite in {new.nonfinite} documents")
+        return GoldenComparison(
+            "nonfinite", f"logits that are not finite in {new.nonfinite} documents"
+        )
     if old is None:
-        return Judged("new", "no record is accepted yet; `ckptgate goldens review`, then accept")
+        return GoldenComparison(
+            "new", "no record is accepted yet; `ckptgate goldens review`, then accept"
+        )
     if old.kind != new.kind:
-        return Judged("unlike", f"the record is of a {old.kind}, the run of a {new.kind}")
+        return GoldenComparison("unlike", f"the record is of a {old.kind}, the run of a {new.kind}")
     unlike = sorted(k for k in {*old.key, *new.key} if old.key.get(k) != new.key.get(k))
     if unlike:
         told = ", ".join(
             f"{k} {_short(old.key.get(k))} -> {_short(new.key.get(k))}" for k in unlike[:MAX_SHOWN]
         )
-        return Judged("unlike", f"the record was made under another protocol: {told}")
+        return GoldenComparison("unlike", f"the record was made under another protocol: {told}")
     return _drift(old, new) if old.kind == "gate" else _facts(old, new)
 
 
-def hold(run: dict[str, Any], file: str | os.PathLike[str]) -> Judged:
+def hold(run: dict[str, Any], file: str | os.PathLike[str]) -> GoldenComparison:
     """Hold a run against the accepted record in a file; where it does not agree, write the pending
     record beside it.
 
@@ -111,20 +115,20 @@ def hold(run: dict[str, Any], file: str | os.PathLike[str]) -> Judged:
         time=now(),
     )
     store.write_pending(folder, name, pending)
-    return Judged(
+    return GoldenComparison(
         judged.outcome, f"{judged.sentence}; pending in {name}{store.PENDING}", judged.interval
     )
 
 
-def _drift(old: Golden, new: Golden) -> Judged:
+def _drift(old: Golden, new: Golden) -> GoldenComparison:
     if [t for _, _, t in old.documents] != [t for _, _, t in new.documents] or not old.documents:
-        return Judged(
+        return GoldenComparison(
             "unlike",
             "the documents have other numbers of tokens than the record's, under the same protocol key",
         )
     if old.documents == new.documents:
         count = f"{len(new.documents):,}"
-        return Judged(
+        return GoldenComparison(
             "agrees", f"the sums of all {count} documents equal the record's to the last bit"
         )
     if find_spec("scipy") is None:
@@ -142,22 +146,24 @@ def _drift(old: Golden, new: Golden) -> Judged:
     told = f"drift {found.delta:+.6f} {unit} [{found.low:+.6f}, {found.high:+.6f}], margin {old.drift:g}"
     noise = max(NOISE_OF_DRIFT * old.drift, old.floor or 0.0, new.floor or 0.0)
     if found.high < -noise:
-        return Judged(
+        return GoldenComparison(
             "stale",
             f"{told}: better than noise ({noise:g}); the golden is stale, review and accept",
             found,
         )
     if found.high <= old.drift:
-        return Judged("within", f"{told}: within the margin", found)
+        return GoldenComparison("within", f"{told}: within the margin", found)
     if found.low > old.drift:
-        return Judged("worse", f"{told}: a proved regression", found)
-    return Judged("unproven", f"{told}: the interval holds the margin, neither is shown", found)
+        return GoldenComparison("worse", f"{told}: a proved regression", found)
+    return GoldenComparison(
+        "unproven", f"{told}: the interval holds the margin, neither is shown", found
+    )
 
 
-def _facts(old: Golden, new: Golden) -> Judged:
+def _facts(old: Golden, new: Golden) -> GoldenComparison:
     other = sorted(k for k in {*old.facts, *new.facts} if old.facts.get(k) != new.facts.get(k))
     if not other and old.verdict == new.verdict:
-        return Judged("agrees", f"all {len(new.facts):,} counts equal the record's")
+        return GoldenComparison("agrees", f"all {len(new.facts):,} counts equal the record's")
     told = [
         f"{k} {_short(old.facts.get(k))} -> {_short(new.facts.get(k))}" for k in other[:MAX_SHOWN]
     ]
@@ -170,10 +176,10 @@ def _facts(old: Golden, new: Golden) -> Judged:
         for k in other
     )
     if fewer and (new.verdict in (old.verdict, "passed")):
-        return Judged(
+        return GoldenComparison(
             "stale", f"fewer findings ({', '.join(told)}); the golden is stale, review and accept"
         )
-    return Judged("changed", ", ".join(told))
+    return GoldenComparison("changed", ", ".join(told))
 
 
 def _count(value: object) -> float:

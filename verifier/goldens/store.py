@@ -19,8 +19,8 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from verifier.errors import ContentError, MachineError, UsageError
+from verifier.files import write_atomic
 from verifier.history.record import Number, Record, Scalar, Text, now, recorded
-from verifier.writing import write_atomic
 
 ACCEPTED, PENDING = ".golden.json", ".pending.json"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from verifier.history.record import Measure, Record
 from verifier.history.trend import LAST, Change, Warned, changes, differences, warnings
-from verifier.report import printable
+from verifier.text import printable
 
 MAX_CHANGES = 50
 

@@ -21,23 +21,21 @@ import torch
 
 from verifier.checkpoint import Checkpoint
 from verifier.errors import ContentError
+from verifier.layouts.expert_stacks import expanded, restacked, unstacked
 from verifier.load.experts import implementations, run_experts
-from verifier.load.fake import Rounding
+from verifier.load.rounding import Rounding
 from verifier.schemes import (
     FORMATS,
     Declaration,
     Format,
     Module,
     canonical,
-    expanded,
     expert_key,
     format_of,
     gather,
     layer_of,
     read_declarations,
-    restacked,
     role,
-    unstacked,
 )
 
 EXPERTS = "ckptgate"

@@ -22,19 +22,16 @@ from huggingface_hub.errors import StrictDataclassError
 from verifier.checkpoint import Checkpoint, Tensor, open_checkpoint, special_floats
 from verifier.decoding import decode
 from verifier.errors import ContentError, MissingExtra
+from verifier.layouts.expert_stacks import expanded, restacked, stacking_of, unstacked
 from verifier.schemes import (
     FLOATS,
     FORMATS,
     Format,
     Module,
     canonical,
-    expanded,
     format_of,
     gather,
     read_declarations,
-    restacked,
-    stacking_of,
-    unstacked,
 )
 
 try:

@@ -16,11 +16,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
-import transformers
-
 from verifier.checkpoint import Checkpoint
-from verifier.errors import ContentError
+from verifier.errors import ContentError, MissingExtra
 from verifier.load.model import (
     BUILD_ERRORS,
     decoded_tensors,
@@ -32,6 +29,12 @@ from verifier.load.model import (
 )
 from verifier.memory import free_memory
 from verifier.rules.loading import Forward, Loaded, Misfit
+
+try:
+    import torch
+    import transformers
+except ImportError as error:
+    raise MissingExtra("loading a model", "load") from error
 
 PROMPT = 48
 """Tokens of the fixed prompt."""

@@ -9,7 +9,8 @@ holds more.
 from __future__ import annotations
 
 from verifier.findings import Finding, Report
-from verifier.report.parts import printable, sentence, verdict, why_not, worst_first
+from verifier.report.parts import sentence, verdict, why_not, worst_first
+from verifier.text import printable
 
 MAX_ANNOTATIONS = 10
 _COMMAND = {"error": "error", "warning": "warning", "info": "notice"}

@@ -13,7 +13,8 @@ from collections.abc import Iterable
 from junitparser import Error, Failure, JUnitXml, Skipped, TestCase, TestSuite
 
 from verifier.findings import Coverage, Finding, Report
-from verifier.report.parts import SHOWN_OF_A_RULE, printable, sentence, verdict, why_not
+from verifier.report.parts import SHOWN_OF_A_RULE, sentence, verdict, why_not
+from verifier.text import printable
 
 
 def render_junit(report: Report) -> str:

@@ -8,21 +8,8 @@ from __future__ import annotations
 import re
 
 from verifier.findings import Finding, Report
-from verifier.report.parts import (
-    PARENTHESES,
-    about_baseline,
-    amount,
-    by_engine,
-    cell,
-    counted,
-    not_run,
-    place,
-    printable,
-    remarks,
-    seen,
-    verdict,
-    worst_first,
-)
+from verifier.report.parts import PARENTHESES, about_baseline, amount, by_engine, cell, not_run, place, remarks, seen, verdict, worst_first
+from verifier.text import counted, printable
 from verifier.report.text import footer
 
 MAX_BYTES = 900_000

@@ -8,17 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from verifier.findings import SEVERITIES, Effect, Finding, Report, Severity
+from verifier.text import counted, printable
 
 SHOWN_OF_A_RULE = 10
 PARENTHESES = "(in parentheses: the rule's own severity; what the engine does is not known)"
-
-
-def printable(text: str, limit: int = 400) -> str:
-    """Return text with control characters escaped and a bounded length; names come from files and
-    may be hostile.
-    """
-    safe = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text[: limit + 1])
-    return safe if len(safe) <= limit else f"{safe[: limit - 1]}…"
 
 
 def amount(finding: Finding) -> str:
@@ -73,11 +66,6 @@ def sentence(finding: Finding) -> str:
 def worst_first(findings: Iterable[Finding]) -> list[Finding]:
     """Return new and grown findings before known ones, each by severity; the order within stays."""
     return sorted(findings, key=lambda f: (f.standing == "known", SEVERITIES.index(f.severity)))
-
-
-def counted(count: int, what: str) -> str:
-    """Return ``1 error`` or ``2 errors``."""
-    return f"{count:,} {what}{'s' * (count != 1)}"
 
 
 def verdict(report: Report) -> str:

@@ -17,7 +17,7 @@ from markupsafe import Markup
 from verifier import __version__
 from verifier.report import figures, svg
 from verifier.report.figures import Row
-from verifier.report.parts import printable
+from verifier.text import printable
 
 MAX_BYTES = 2_000_000
 MAX_FINDINGS = 200

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from html import escape
 
-from verifier.report.parts import printable
+from verifier.text import printable
 
 WIDTH = 960
 STYLE = (

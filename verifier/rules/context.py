@@ -19,35 +19,37 @@ from verifier.checkpoint import NUMPY_DTYPES, Bytes, Checkpoint, Tensor
 from verifier.decoding import Float32, decode, widen
 from verifier.errors import ContentError
 from verifier.evaluation import Evaluation
-from verifier.families import Family, family_of
 from verifier.findings import Effect, Finding, Severity, Where
-from verifier.rules.facts import Facts, survey
+from verifier.layouts.expert_stacks import (
+    Unstacked,
+    expanded,
+    place_in_file,
+    split_shapes,
+    unstacked,
+)
+from verifier.layouts.family import Family, family_of
+from verifier.layouts.name_differences import Naming, classify, unwrapped
 from verifier.rules.loading import Loaded, Loader
-from verifier.rules.naming import Naming, classify, unwrapped
+from verifier.rules.scan import TensorScan, survey
 from verifier.schemes import (
     FLOATS,
     FORMATS,
     KV_LEAVES,
     SCALE_LEAVES,
-    Cover,
     Declaration,
     Declarations,
+    DeclaredFormat,
     Exclusions,
     Format,
     Module,
     Sibling,
-    Unstacked,
     collapse,
-    expanded,
     fitting,
     gather,
     layer_of,
-    place_in_file,
     read_declarations,
     role,
     split,
-    split_shapes,
-    unstacked,
 )
 
 Shape = tuple[int, ...]
@@ -104,17 +106,17 @@ class Tally:
 
 
 @dataclass(frozen=True, slots=True)
-class Alike:
+class ModuleGroup:
     """Quantized modules that differ in name and place only: leaves, dtypes, shapes and declarations
     are the same.
 
-    ``format`` is `Judged.format_of` each; ``cover`` that of the first (``entry`` aside, that of
+    ``format`` is `QuantizedCheckpoint.format_of` each; ``cover`` that of the first (``entry`` aside, that of
     each).
     """
 
     modules: tuple[Module, ...]
     format: Format | None
-    cover: Cover | None
+    cover: DeclaredFormat | None
 
     @property
     def first(self) -> Module:
@@ -122,7 +124,7 @@ class Alike:
         return self.modules[0]
 
 
-class Judged:
+class QuantizedCheckpoint:
     """A checkpoint with its modules, family and declarations worked out."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -191,9 +193,9 @@ class Judged:
             f"{m}.weight" for m in self.modules if m == "lm_head" or m.endswith(".lm_head")
         )
 
-    def cover(self, module: Module) -> Cover | None:
+    def declared_for(self, module: Module) -> DeclaredFormat | None:
         """Return what the declaration says about a module, or None without a declaration."""
-        return self.declaration.cover(module.name) if self.declaration else None
+        return self.declaration.declared_for(module.name) if self.declaration else None
 
     def format_of(self, module: Module) -> Format | None:
         """Return the format that a quantized module must satisfy (`verifier.schemes.format_of`)."""
@@ -205,11 +207,11 @@ class Judged:
         return tuple(m for m in self.modules.values() if m.quantized)
 
     @cached_property
-    def alike(self) -> tuple[Alike, ...]:
+    def alike(self) -> tuple[ModuleGroup, ...]:
         """The quantized modules, gathered by what headers and declarations say; each is in one of
         them.
 
-        A rule whose judgement needs neither names nor bytes judges `Alike.first` and counts the
+        A rule whose judgement needs neither names nor bytes judges `ModuleGroup.first` and counts the
         others.
         """
         declarations = [
@@ -221,9 +223,9 @@ class Judged:
         groups: dict[tuple[object, ...], list[Module]] = {}
         for module in self.quantized_modules:
             name = module.name
-            key: tuple[object, ...] = (module.look,)
+            key: tuple[object, ...] = (module.signature,)
             for declaration in declarations:
-                algo, via, _, size = declaration.cover(name)
+                algo, via, _, size = declaration.declared_for(name)
                 key += (algo, via, size)
             found = groups.get(key)
             if found is None:
@@ -232,8 +234,8 @@ class Judged:
                 found.append(module)
         result = []
         for modules in groups.values():
-            cover = effective.cover(modules[0].name) if effective else None
-            result.append(Alike(tuple(modules), fitting(modules[0], cover), cover))
+            cover = effective.declared_for(modules[0].name) if effective else None
+            result.append(ModuleGroup(tuple(modules), fitting(modules[0], cover), cover))
         return tuple(result)
 
     @cached_property
@@ -249,7 +251,7 @@ class Judged:
             return None
         if not module.quantized:
             return widen(self.checkpoint.array(weight)) if weight.dtype in FLOATS else None
-        found = self.format_of(module) or module.shown
+        found = self.format_of(module) or module.inferred_format
         if found is None:
             return None
         try:
@@ -271,7 +273,7 @@ class Judged:
         out = module.dims[0] if module.dims else 0
         found = {}
         for leaf, tensor in module.parts.items():
-            if leaf not in _DECODED and leaf != module.look.weight:
+            if leaf not in _DECODED and leaf != module.signature.weight:
                 continue
             if tensor.elements == 1 and leaf in SCALE_LEAVES:
                 found[leaf] = self.checkpoint.array(tensor)
@@ -295,7 +297,7 @@ class Judged:
         """
         if module.weight is None or (not module.quantized and module.weight.dtype not in FLOATS):
             return None
-        found = (self.format_of(module) or module.shown) if module.quantized else None
+        found = (self.format_of(module) or module.inferred_format) if module.quantized else None
         if module.quantized and found is None:
             return None
         try:
@@ -304,15 +306,15 @@ class Judged:
                 return decode(parts, found.name)
         except ContentError:
             return None  # its parts do not fit one another: the shape rules name that
-        stored = parts[module.look.weight or ""]
+        stored = parts[module.signature.weight or ""]
         return stored.view(np.uint16) if module.weight.dtype == "BF16" else widen(stored)
 
 
-class Context(Judged):
+class Context(QuantizedCheckpoint):
     """The candidate, with its base and the checkpoint whose bytes it keeps.
 
     Experts that are stored in stacks are judged one by one, whatever is judged against what
-    (`verifier.schemes.stacks`). ``tp`` and ``ep`` are the tensor and expert parallel sizes that it
+    (`verifier.layouts.expert_stacks`). ``tp`` and ``ep`` are the tensor and expert parallel sizes that it
     is to be served with, None where nobody says. ``loader`` puts a checkpoint into a model, at
     depth load.
     """
@@ -329,8 +331,8 @@ class Context(Judged):
         evaluation: Evaluation | None = None,
     ) -> None:
         super().__init__(unstacked(checkpoint))
-        self.base = Judged(unstacked(base)) if base else None
-        self.merged_from = Judged(unstacked(merged_from)) if merged_from else None
+        self.base = QuantizedCheckpoint(unstacked(base)) if base else None
+        self.merged_from = QuantizedCheckpoint(unstacked(merged_from)) if merged_from else None
         self.tp, self.ep, self.loader = tp, ep, loader
         self.evaluation = evaluation
         self.tally = Tally()
@@ -338,7 +340,7 @@ class Context(Judged):
         self.rule_severity: Severity = "error"
         self._once: dict[Hashable, Any] = {}
 
-        self._facts: dict[str, Facts] = {}
+        self._facts: dict[str, TensorScan] = {}
         self._small: dict[str, Bytes] = {}
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
@@ -572,7 +574,7 @@ class Context(Judged):
         """
         for declaration in (self.declarations.inline, self.declarations.file):
             cover = (
-                declaration.cover(module.name)
+                declaration.declared_for(module.name)
                 if declaration is not None and declaration.known
                 else None
             )
@@ -581,7 +583,7 @@ class Context(Judged):
         return found.group_size
 
     @property
-    def untouched_source(self) -> Judged:
+    def untouched_source(self) -> QuantizedCheckpoint:
         """The checkpoint whose bytes are kept: ``--merged-from``, else the base (only where one of
         both is given).
         """
@@ -598,8 +600,8 @@ class Context(Judged):
             if theirs is None:
                 continue
             mine, kept = (
-                (self.format_of(module) or module.shown),
-                (source.format_of(theirs) or theirs.shown),
+                (self.format_of(module) or module.inferred_format),
+                (source.format_of(theirs) or theirs.inferred_format),
             )
             if (module.quantized or theirs.quantized) and (
                 mine is not kept or self.merged_from is None
@@ -642,7 +644,7 @@ class Context(Judged):
         """
         return self.checkpoint.pieces(tensor)
 
-    def facts(self, tensor: Tensor) -> Facts:
+    def facts(self, tensor: Tensor) -> TensorScan:
         """Return what one pass over a tensor's bytes tells; read once, whichever rules ask."""
         found = self._facts.get(tensor.name)
         if found is None:
@@ -736,7 +738,7 @@ def config_value(config: Mapping[str, Any] | None, *keys: str) -> int | None:
     return None
 
 
-def logical_shape(judged: Judged, name: str) -> Shape | None:
+def logical_shape(judged: QuantizedCheckpoint, name: str) -> Shape | None:
     """Return the unquantized shape of a canonical name in a checkpoint, packed widths doubled."""
     return judged.shapes.get(name)
 

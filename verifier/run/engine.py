@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from verifier.checkpoint import Checkpoint, open_checkpoint
-from verifier.compare.fingerprints import fingerprinted
 from verifier.errors import ContainerError, UsageError
 from verifier.evaluation import Evaluate
 from verifier.findings import (
@@ -27,6 +26,7 @@ from verifier.findings import (
     failing,
 )
 from verifier.rules import DEPTHS, Context, Depth, Rule, all_rules
+from verifier.run.fingerprints import fingerprinted
 from verifier.run.group import MAX_GROUPS, group
 from verifier.run.loading import loading, scoring
 from verifier.run.sample import Sample, sample_of
@@ -36,7 +36,7 @@ from verifier.run.severity import Levels, Severities
 from verifier.run.share import Share, share_of
 
 if TYPE_CHECKING:
-    from verifier.compare.baseline import Baseline
+    from verifier.run.baseline import Baseline
 
 Path = str | os.PathLike[str]
 
@@ -264,7 +264,7 @@ def _why_not(rule: Rule, depth: Depth, inputs: set[str]) -> str:
 def _baseline(file: Path | None) -> Baseline | None:
     if file is None:
         return None
-    from verifier.compare.baseline import load  # noqa: PLC0415  (pydantic, which a check without a baseline does not need)
+    from verifier.run.baseline import load  # noqa: PLC0415  (pydantic, which a check without a baseline does not need)
 
     return load(file)
 
@@ -315,7 +315,10 @@ def judge(
 
 
 def _stats(ctx: Context, candidate: Checkpoint) -> dict[str, object]:
-    formats = Counter((m.shown.algo if m.shown else "undetermined") for m in ctx.quantized_modules)
+    formats = Counter(
+        (m.inferred_format.algo if m.inferred_format else "undetermined")
+        for m in ctx.quantized_modules
+    )
     plain = Counter(m.weight.dtype for m in ctx.modules.values() if not m.quantized and m.weight)
     scales = sum(
         t.nbytes for m in ctx.quantized_modules for leaf, t in m.parts.items() if leaf in m.scales

@@ -9,7 +9,7 @@ from verifier.evaluation import Evaluate
 from verifier.rules.loading import Loader
 
 HOME = "verifier.load.reload"
-SCORING = "verifier.gate.evaluating"
+SCORING = "verifier.gate.as_depth"
 
 
 def loading() -> Loader:

@@ -9,11 +9,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from verifier.compare.fingerprints import fingerprinted
 from verifier.errors import ContentError
 from verifier.findings import SCHEMA_VERSION, Coverage, Effect, Finding, Report, Where
 from verifier.rules import Rule, all_rules
 from verifier.run.engine import judge, level
+from verifier.run.fingerprints import fingerprinted
 from verifier.run.group import group
 from verifier.run.share import share_of
 

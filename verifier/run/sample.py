@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from verifier.errors import UsageError
-from verifier.schemes import Look, Module
+from verifier.schemes import Module, Signature
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +28,9 @@ class Sample:
 
         The choice depends on names and seed, not on the order or number of shards.
         """
-        groups: dict[Look, list[Module]] = {}
+        groups: dict[Signature, list[Module]] = {}
         for module in modules:
-            groups.setdefault(module.look, []).append(module)
+            groups.setdefault(module.signature, []).append(module)
         chosen = []
         for group in groups.values():
             count = math.ceil(len(group) * self.percent / 100)

@@ -35,7 +35,7 @@ class Entry:
     group_size: int | None = None
 
 
-class Cover(NamedTuple):
+class DeclaredFormat(NamedTuple):
     """What the declaration says about one module: its algorithm (None: unquantized) and how it says
     so.
 
@@ -84,7 +84,7 @@ class Declaration:
         """The exclusion patterns, compiled."""
         return Exclusions(self.exclude)
 
-    def cover(self, module: str) -> Cover:
+    def declared_for(self, module: str) -> DeclaredFormat:
         """Return what the declaration says about a module on disk, strictly read."""
         found = self._covers.get(module)
         if found is None:
@@ -92,31 +92,33 @@ class Declaration:
         return found
 
     @cached_property
-    def _covers(self) -> dict[str, Cover]:
+    def _covers(self) -> dict[str, DeclaredFormat]:
         """Answers already given: every rule asks about every module."""
         return {}
 
-    def _cover(self, module: str) -> Cover:
+    def _cover(self, module: str) -> DeclaredFormat:
         if not self.mixed:
             if self.exclusions.strict(module):
-                return Cover(None, "excluded")
-            return Cover(self.algo, "uniform", group_size=self.group_size)
+                return DeclaredFormat(None, "excluded")
+            return DeclaredFormat(self.algo, "uniform", group_size=self.group_size)
         found = self.layers.get(module)
         if found:
-            return Cover(found.algo, "exact", module, found.group_size)
+            return DeclaredFormat(found.algo, "exact", module, found.group_size)
         packed = packed_name(module)
         if packed and packed in self.layers:
-            return Cover(self.layers[packed].algo, "packed", packed, self.layers[packed].group_size)
+            return DeclaredFormat(
+                self.layers[packed].algo, "packed", packed, self.layers[packed].group_size
+            )
         head = module
         for _ in range(MAX_PARTS):
             head = head.rpartition(".")[0]
             if not head:
                 break
             if head in self.layers:
-                return Cover(
+                return DeclaredFormat(
                     self.layers[head].algo, "container", head, self.layers[head].group_size
                 )
-        return Cover(None, "unlisted")
+        return DeclaredFormat(None, "unlisted")
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,15 +158,17 @@ def format_of(module: Module, declaration: Declaration | None) -> Format | None:
     """
     return fitting(
         module,
-        declaration.cover(module.name) if declaration is not None and declaration.known else None,
+        declaration.declared_for(module.name)
+        if declaration is not None and declaration.known
+        else None,
     )
 
 
-def fitting(module: Module, cover: Cover | None) -> Format | None:
+def fitting(module: Module, cover: DeclaredFormat | None) -> Format | None:
     """Return `format_of` a module where what the declaration says about it is known already."""
     if not module.quantized or module.weight is None or module.dims is None:
         return None
-    shown = module.shown
+    shown = module.inferred_format
     found = cover.format if cover is not None and cover.algo is not None else shown
     if found is None or found.weight_dtype != module.weight.dtype:
         return None

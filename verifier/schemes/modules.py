@@ -56,7 +56,7 @@ def canonical(name: str) -> str | None:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Look:
+class Signature:
     """What leaves, dtypes and shapes of a module's tensors show; one object for all modules that
     look alike.
 
@@ -68,7 +68,7 @@ class Look:
     scales: tuple[str, ...]
     quantized: bool
     dims: tuple[int, int] | None
-    shown: Format | None
+    inferred_format: Format | None
 
 
 class Module:
@@ -83,31 +83,43 @@ class Module:
         scales: the leaves of its weight and activation scales.
         quantized: whether the weight is stored as codes, or has a scale.
         dims: the logical (out, in) of a two-dimensional weight, in elements.
-        shown: the format that dtypes and shapes show, or None where they show none or contradict
+        inferred_format: the format that dtypes and shapes show, or None where they show none or contradict
             one another.
-        look: the object that modules with equal leaves, dtypes and shapes share where one call
+        signature: the object that modules with equal leaves, dtypes and shapes share where one call
             gathered them.
     """
 
-    __slots__ = ("dims", "look", "name", "parts", "quantized", "scale", "scales", "shown", "weight")
+    __slots__ = (
+        "dims",
+        "inferred_format",
+        "name",
+        "parts",
+        "quantized",
+        "scale",
+        "scales",
+        "signature",
+        "weight",
+    )
 
-    def __init__(self, name: str, parts: Mapping[str, Tensor], look: Look | None = None) -> None:
+    def __init__(
+        self, name: str, parts: Mapping[str, Tensor], look: Signature | None = None
+    ) -> None:
         look = look or look_at(parts)
-        self.name, self.parts, self.look = name, parts, look
+        self.name, self.parts, self.signature = name, parts, look
         self.weight = parts[look.weight] if look.weight is not None else None
         self.scale = parts[look.scale] if look.scale is not None else None
-        self.scales, self.quantized, self.dims, self.shown = (
+        self.scales, self.quantized, self.dims, self.inferred_format = (
             look.scales,
             look.quantized,
             look.dims,
-            look.shown,
+            look.inferred_format,
         )
 
     def __repr__(self) -> str:
         return f"Module({self.name!r}, {dict(self.parts)!r})"
 
 
-def look_at(parts: Mapping[str, Tensor]) -> Look:
+def look_at(parts: Mapping[str, Tensor]) -> Signature:
     """Return what the tensors of one module show."""
     leaf = next((n for n in ("weight", "weight_packed", "", "blocks") if n in parts), None)
     scale = next((n for n in ("weight_scale", "weight_scale_inv", "scales") if n in parts), None)
@@ -122,7 +134,7 @@ def look_at(parts: Mapping[str, Tensor]) -> Look:
     shown = None
     if weight is not None and quantized and dims is not None:
         shown = _shown(parts, weight, parts[scale] if scale is not None else None, dims)
-    return Look(leaf, scale, scales, quantized, dims, shown)
+    return Signature(leaf, scale, scales, quantized, dims, shown)
 
 
 def _shown(
@@ -161,7 +173,7 @@ def gather(tensors: Iterable[Tensor]) -> dict[str, Module]:
             parts[module] = {leaf: tensor}
         else:
             found[leaf] = tensor
-    looks: dict[tuple[object, ...], Look] = {}
+    looks: dict[tuple[object, ...], Signature] = {}
     modules = {}
     for name, p in parts.items():
         key = tuple([(leaf, t[1], t[2]) for leaf, t in p.items()])

@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 
 import exporter
+from tests.paths import TESTS
 from verifier.manifest import Manifest
 
-MODELOPT = Path(__file__).parents[2] / "data" / "modelopt"
+MODELOPT = TESTS / "data" / "modelopt"
 NUMPY = {
     "F32": np.float32,
     "BF16": ml_dtypes.bfloat16,

@@ -17,8 +17,8 @@ import transformers
 
 import exporter
 import verifier
-from verifier.corrupt import Folder
 from verifier.errors import PlanError, UnsupportedConversion
+from verifier.selftest import Folder
 
 
 def load(folder: Path) -> Any:

@@ -20,13 +20,13 @@ from click.testing import CliRunner
 
 import exporter
 import verifier
-from exporter.cli_repair import repair as command
+from exporter.cli.repair import repair as command
 from exporter.detect import meta_model
 from exporter.layout import of_model
 from exporter.plan.repair import logical
 from verifier.checkpoint import open_checkpoint
-from verifier.corrupt import CORRUPTORS, Folder
 from verifier.errors import CkptgateError, PlanError, UnsupportedConversion, UsageError
+from verifier.selftest import CORRUPTORS, Folder
 
 BY_NAME = {c.name: c for c in CORRUPTORS}
 INDEX = "model.safetensors.index.json"
@@ -102,7 +102,7 @@ def test_a_broken_twin_is_mended_byte_for_byte(kit, kind: str, defect: str, tmp_
 def test_spellings_are_enough_without_transformers(
     kit, defect: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("exporter.api.find_spec", lambda _name: None)
+    monkeypatch.setattr("exporter.exporting.find_spec", lambda _name: None)
     broken = copy(kit.qwen_nvfp4, tmp_path / "broken")
     BY_NAME[defect].apply(broken)
     exporter.repair(broken, tmp_path / "out", base=kit.qwen)
@@ -475,7 +475,7 @@ def test_what_values_and_names_do_not_tell(
 def test_a_stack_that_does_not_fit_is_refused_without_transformers_too(
     kit, change: Callable[[Folder], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("exporter.api.find_spec", lambda _name: None)
+    monkeypatch.setattr("exporter.exporting.find_spec", lambda _name: None)
     broken = copy(kit.qwen_nvfp4, tmp_path / "broken")
     change(Folder(broken))
     with pytest.raises((PlanError, UnsupportedConversion), match="down_proj"):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import verifier
+from tests.paths import ROOT, TESTS
 from verifier.cli import run
 from verifier.config import Config, effective, find, load
 from verifier.errors import UsageError
@@ -19,7 +20,7 @@ from verifier.rules import all_rules
 from verifier.run.select import Selection, prefixes
 from verifier.run.severity import PROFILES
 
-DATA = Path(__file__).parents[2] / "data" / "modelopt"
+DATA = TESTS / "data" / "modelopt"
 QWEN_NVFP4 = DATA / "qwen3moe_nvfp4_experts_max"
 Call = Callable[..., tuple[int, str, str]]
 
@@ -310,7 +311,7 @@ def test_effective_values_keep_their_defaults(project: Path) -> None:
 
 
 def test_the_example_of_the_docs_is_a_configuration(project: Path) -> None:
-    page = (Path(__file__).parents[3] / "docs" / "configuration.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
     (example,) = re.findall(r"```toml\n(.*?)```", page, re.S)
     file = project / "ckptgate.toml"
     file.write_text(example)

@@ -9,14 +9,12 @@ import re
 import subprocess
 import sys
 import tomllib
-from pathlib import Path
 
 import pytest
 
+from tests.paths import ROOT
 from verifier.cli import run
 from verifier.doctor import CORE, EXTRAS, Item, _numbers, core_broken
-
-ROOT = Path(__file__).parents[3]
 
 
 def stated(requirements: list[str]) -> set[str]:

@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 
 import verifier
-from verifier.corrupt.edit import Folder
+from tests.paths import ROOT
 from verifier.rules import all_rules
+from verifier.selftest.edit import Folder
 
-ROOT = Path(__file__).parents[3]
 DATA = ROOT / "tests" / "data" / "modelopt"
 QWEN, QWEN_NVFP4 = DATA / "src_qwen3moe", DATA / "qwen3moe_nvfp4_experts_max"
 EXAMPLE = ROOT / "examples" / "ckptgate-example-rules" / "ckptgate_example_rules.py"

@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from verifier.findings import Finding
+from verifier.layouts.name_differences import leaked
 from verifier.rules.context import Context
-from verifier.rules.naming import leaked
 from verifier.rules.registry import rule
 
 

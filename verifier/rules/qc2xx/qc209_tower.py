@@ -65,7 +65,9 @@ def check(ctx: Context) -> Iterator[Finding]:
                 yield ctx.finding(
                     "a module of the vision or audio tower is quantized",
                     tensor=module.weight.name,
-                    observed=module.shown.algo if module.shown else module.weight.dtype,
+                    observed=module.inferred_format.algo
+                    if module.inferred_format
+                    else module.weight.dtype,
                     expected="the source's dtype",
                     severity="warning",
                 )

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from verifier.findings import Finding, Where
-from verifier.rules.context import Alike, Context
+from verifier.rules.context import Context, ModuleGroup
 from verifier.rules.registry import rule
 
 
@@ -55,7 +55,7 @@ def check(ctx: Context) -> Iterator[Finding]:
                 )
 
 
-def _missing(ctx: Context, alike: Alike, leaf: str, expected: str) -> Iterator[Finding]:
+def _missing(ctx: Context, alike: ModuleGroup, leaf: str, expected: str) -> Iterator[Finding]:
     for module in alike.modules:
         yield ctx.finding(
             f"a quantized weight has no {leaf}",

@@ -30,7 +30,7 @@ def check(ctx: Context) -> Iterator[Finding]:
     **Mend.** Export again; check that the weight leaves the exporter as uint8.
     """
     for module in ctx.quantized_modules:
-        cover = ctx.cover(module)
+        cover = ctx.declared_for(module)
         declared = cover.format if cover else None
         if declared is None or not declared.packed or module.weight is None:
             continue

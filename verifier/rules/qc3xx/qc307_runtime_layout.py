@@ -62,6 +62,10 @@ def _undeclared(ctx: Context) -> Iterator[tuple[Module, Format]]:
     if ctx.declaration is not None:
         return
     for module in ctx.quantized_modules:
-        if module.shown is None and module.weight is not None and module.scale is not None:
+        if (
+            module.inferred_format is None
+            and module.weight is not None
+            and module.scale is not None
+        ):
             if module.weight.dtype == "F8_E4M3" and module.scale.dtype in ("U8", "F8_E8M0"):
                 yield module, FORMATS["mxfp8"]

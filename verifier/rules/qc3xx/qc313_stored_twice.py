@@ -55,7 +55,7 @@ def check(ctx: Context) -> Iterator[Finding]:
                 expected="one of both",
             )
             continue
-        cover = ctx.cover(module)
+        cover = ctx.declared_for(module)
         scales = [leaf for leaf in module.scales if leaf != "pre_quant_scale"]
         if weight.dtype in FLOATS and scales and (cover is None or cover.algo is not None):
             yield ctx.finding(

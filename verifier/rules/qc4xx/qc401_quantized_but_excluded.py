@@ -40,7 +40,7 @@ def check(ctx: Context) -> Iterator[Finding]:
         if not declaration.exclusions.loose(module.name):
             continue
         pattern = declaration.exclusions.pattern_for(module.name) or ""
-        listed = declaration.mixed and declaration.cover(module.name).via == "exact"
+        listed = declaration.mixed and declaration.declared_for(module.name).via == "exact"
         part = module.parts.get(module.scales[0]) if module.scales else module.weight
         where = Where(part.name, part.file) if part else Where(module.name)
         if declaration.exclusions.strict(module.name):

@@ -51,7 +51,7 @@ def check(ctx: Context) -> Iterator[Finding]:
     a name, a piece of one.
     **Hurts.** An engine that does not read it builds a quantized layer for a BF16 weight, and fails
     or serves garbage.
-    **Mend.** List the full hub name of every unquantized linear, without wildcards. Judged for
+    **Mend.** List the full hub name of every unquantized linear, without wildcards. QuantizedCheckpoint for
     ModelOpt's declarations of one format; what no engine excludes is QC402, a quantized module that
     some exclude QC401.
     """

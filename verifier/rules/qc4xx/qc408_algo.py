@@ -57,7 +57,7 @@ def check(ctx: Context) -> Iterator[Finding]:
         )
         return
     for module in quantized:
-        cover, shown = declaration.cover(module.name), module.shown
+        cover, shown = declaration.declared_for(module.name), module.inferred_format
         declared = cover.format
         if cover.algo in _INTEGER_ALGOS and shown is not None and not declaration.mixed:
             ctx.tally.see()
@@ -100,9 +100,9 @@ def _foreign(ctx: Context) -> Iterator[Finding]:
     if found is None or found.known or found.method not in _INTEGER:
         return
     algos = [
-        m.shown.algo
+        m.inferred_format.algo
         for m in ctx.quantized_modules
-        if m.weight and m.weight.dtype == "F8_E4M3" and m.shown
+        if m.weight and m.weight.dtype == "F8_E4M3" and m.inferred_format
     ]
     ctx.tally.see(len(algos))
     if algos:

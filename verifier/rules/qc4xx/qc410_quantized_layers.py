@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from verifier.findings import Finding, Where
 from verifier.rules.context import Context
 from verifier.rules.registry import rule
-from verifier.schemes import Cover, Module, packed_name, same_layout
+from verifier.schemes import DeclaredFormat, Module, packed_name, same_layout
 
 
 @rule(
@@ -40,9 +40,9 @@ def check(ctx: Context) -> Iterator[Finding]:
         return
     for alike in ctx.alike:
         ctx.tally.see(len(alike.modules))
-        if any(True for _ in _judge(ctx, alike.first, declaration.cover(alike.first.name))):
+        if any(True for _ in _judge(ctx, alike.first, declaration.declared_for(alike.first.name))):
             for module in alike.modules:
-                yield from _judge(ctx, module, declaration.cover(module.name))
+                yield from _judge(ctx, module, declaration.declared_for(module.name))
     odd = {
         n: ctx.modules.get(n)
         for n in declaration.layers
@@ -77,10 +77,10 @@ def check(ctx: Context) -> Iterator[Finding]:
             )
 
 
-def _judge(ctx: Context, module: Module, cover: Cover) -> Iterator[Finding]:
+def _judge(ctx: Context, module: Module, cover: DeclaredFormat) -> Iterator[Finding]:
     part = module.weight or next(iter(module.parts.values()))
     where = Where(part.name, part.file)
-    shown = module.shown
+    shown = module.inferred_format
     if cover.algo is None:
         yield ctx.finding(
             "no entry of quantized_layers covers this quantized module",

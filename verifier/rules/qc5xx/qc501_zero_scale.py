@@ -10,8 +10,8 @@ import numpy as np
 from verifier.checkpoint import Tensor
 from verifier.findings import Finding, Severity
 from verifier.rules.context import Context
-from verifier.rules.facts import Spots
 from verifier.rules.registry import rule
+from verifier.rules.scan import Hits
 from verifier.schemes import Format, Module
 
 
@@ -54,7 +54,7 @@ def check(ctx: Context) -> Iterator[Finding]:
 def _blocks(ctx: Context, module: Module, found: Format, tensor: Tensor) -> Iterator[Finding]:
     weight, size = module.weight, (found.group_size or 0) // 2
     fits = weight is not None and size and weight.nbytes == tensor.nbytes * size
-    lost, harmless = Spots(), Spots()
+    lost, harmless = Hits(), Hits()
     for start, flat in ctx.pieces(tensor):
         zero = np.flatnonzero((flat & 0x7F) == 0)
         if not zero.size:
@@ -68,7 +68,7 @@ def _blocks(ctx: Context, module: Module, found: Format, tensor: Tensor) -> Iter
             gone = zero[((codes[zero - first] & 0x77) != 0).any(axis=1)]
         lost.add(start, gone, flat)
         harmless.add(start, np.setdiff1d(zero, gone), flat)
-    levels: tuple[tuple[Spots, Severity, str], ...] = (
+    levels: tuple[tuple[Hits, Severity, str], ...] = (
         (lost, "error", "zero block scales: these blocks read as zero"),
         (harmless, "warning", "zero block scales of blocks whose codes are zero anyway"),
     )

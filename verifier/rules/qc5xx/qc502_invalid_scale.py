@@ -10,8 +10,8 @@ import numpy as np
 from verifier.checkpoint import Tensor
 from verifier.findings import Finding, Where
 from verifier.rules.context import Context
-from verifier.rules.facts import Spots
 from verifier.rules.registry import rule
+from verifier.rules.scan import Hits
 
 
 @rule(
@@ -43,7 +43,7 @@ def check(ctx: Context) -> Iterator[Finding]:
             continue
         limit = 0x7F if tensor.dtype == "F8_E4M3" else 0xFF
         if ctx.extremes(tensor)[1] >= limit:
-            groups = {"NaN": Spots(), "negative": Spots()}
+            groups = {"NaN": Hits(), "negative": Hits()}
             for start, flat in ctx.pieces(tensor):
                 groups["NaN"].add(start, np.flatnonzero((flat & limit) == limit), flat)
                 if limit == 0x7F:  # 0x80 is a negative zero, QC501's

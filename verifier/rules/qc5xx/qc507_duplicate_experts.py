@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from verifier.findings import Finding, Where
+from verifier.reconstruction.cause import reconstruction
 from verifier.rules.context import Context
 from verifier.rules.experts import duplicated, expert_weights
-from verifier.rules.reconstruction import reconstruction
 from verifier.rules.registry import rule
 
 

@@ -11,8 +11,8 @@ import numpy.typing as npt
 from verifier.checkpoint import Tensor
 from verifier.decoding import E2M1_MAX, E4M3_MAX, Float32, e8m0_table
 from verifier.findings import Finding, Where
+from verifier.reconstruction.cause import inverse, reconstruction
 from verifier.rules.context import Context
-from verifier.rules.reconstruction import inverse, reconstruction
 from verifier.rules.registry import rule
 from verifier.schemes import Format, Module
 

@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from verifier.findings import Finding
+from verifier.reconstruction.cause import compared
 from verifier.rules.context import Context
-from verifier.rules.reconstruction import compared
 from verifier.rules.registry import rule
 
 

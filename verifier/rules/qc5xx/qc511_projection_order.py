@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from verifier.findings import Finding
+from verifier.reconstruction.cause import compared
 from verifier.rules.context import Context
-from verifier.rules.reconstruction import compared
 from verifier.rules.registry import rule
 
 SPLIT = frozenset({"gate_proj", "up_proj", "w1", "w3", "k_proj", "v_proj"})

@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from verifier.findings import Finding
+from verifier.reconstruction.cause import E8M0_WIDESPREAD, e8m0_zeros
 from verifier.rules.context import Context
-from verifier.rules.reconstruction import E8M0_WIDESPREAD, e8m0_zeros
 from verifier.rules.registry import rule
 
 

@@ -39,7 +39,7 @@ def check(ctx: Context) -> Iterator[Finding]:
         ctx.tally.see()
         if module.quantized and module.weight.dtype not in FLOATS:
             mild = kind == "lm_head" and module.weight.dtype == "F8_E4M3"
-            shown = ctx.format_of(module) or module.shown
+            shown = ctx.format_of(module) or module.inferred_format
             yield ctx.finding(
                 f"{WHAT[kind]} is quantized",
                 where=Where(module.weight.name, module.weight.file),

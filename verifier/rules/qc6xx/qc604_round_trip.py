@@ -92,12 +92,12 @@ def _projections(ctx: Context, group: Fused, told: set[str]) -> Iterator[Finding
 def _experts(ctx: Context, group: Fused, told: set[str]) -> Iterator[Finding]:
     """Judge one projection of all experts of a layer."""
     modules = group.modules
-    usual = Counter(m.look for m in modules).most_common(1)[0][0]
-    first = next(m for m in modules if m.look is usual)
+    usual = Counter(m.signature for m in modules).most_common(1)[0][0]
+    first = next(m for m in modules if m.signature is usual)
     wanted = ctx.format_of(first)
     for module in modules:
         have = ctx.format_of(module)
-        if module.look is usual and have is wanted:
+        if module.signature is usual and have is wanted:
             continue
         if not _alike((first, module), [wanted, have]):
             if module.name in told or ctx.is_mtp(module.name):  # MTP is QC403's
@@ -118,7 +118,7 @@ def _by_intent(ctx: Context, module: Module) -> bool:
     """Whether a module is stored as the declaration has it: what is not is QC402's, QC408's or
     QC410's.
     """
-    cover = ctx.cover(module)
+    cover = ctx.declared_for(module)
     declared = cover.algo is not None if cover is not None else module.quantized
     return declared == module.quantized and (
         not module.quantized or ctx.format_of(module) is not None
@@ -139,7 +139,7 @@ def _geometry(ctx: Context, modules: Sequence[Module], *, rows: bool = False) ->
     """
     first = modules[0]
     for module in modules[1:]:
-        if module.look is first.look or first.dims is None or module.dims is None:
+        if module.signature is first.signature or first.dims is None or module.dims is None:
             continue
         side = 0 if rows else 1
         if module.dims[side:] != first.dims[side:]:

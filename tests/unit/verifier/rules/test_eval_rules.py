@@ -1,0 +1,313 @@
+# SPDX-License-Identifier: Apache-2.0
+"""QC701 to QC705 on what was measured: what each says, the verdict and exit code, in every
+report.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import verifier
+from tests.paths import ROOT, TESTS
+from verifier import gate
+from verifier.checkpoint import Checkpoint, open_checkpoint
+from verifier.cli import run
+from verifier.errors import UsageError
+from verifier.evaluation import Evaluation, Loss, Reach, Standing
+from verifier.findings import Report
+from verifier.gate import Margin, Run, RunHeader, compare_runs, evaluator, render_json, render_text
+from verifier.gate.as_depth import evaluation_of
+from verifier.history import recorded
+from verifier.report import render
+from verifier.run import check
+from verifier.run.merge import merge_reports
+
+DATA = TESTS / "data" / "modelopt"
+QWEN, BASE = DATA / "qwen3moe_nvfp4_experts_max", DATA / "src_qwen3moe"
+
+
+def loss(
+    value: float,
+    half: float = 0.002,
+    margin: float = 0.077,
+    standing: Standing = "within",
+    to: str = "the base",
+) -> Loss:
+    return Loss(to, value, value - half, value + half, margin, "given", standing)
+
+
+GOOD = Evaluation(
+    documents=72,
+    losses=(loss(0.01),),
+    collapse=math.log(2),
+    reach=(Reach("layers.1.experts", 8, ()),),
+    base_nats=2.0,
+    keys=14,
+    notes=("simulated at 62 documents, intervals hold the truth in 95 %",),
+    summary={"verdict": "passed"},
+)
+
+
+def judged(evaluation: Evaluation, **options: Any) -> Report:
+    return check(
+        QWEN,
+        base=BASE,
+        depth="eval",
+        evaluate=lambda _c, _b: evaluation,
+        **({"select": "QC7"} | options),
+    )
+
+
+def said(report: Report) -> set[tuple[str, str]]:
+    return {
+        (f.rule, f.severity)
+        for f in report.findings
+        if f.rule.startswith("QC7") and f.severity != "info"
+    }
+
+
+def test_a_loss_within_its_margin_passes_and_is_told() -> None:
+    report = judged(GOOD)
+    assert (report.verdict, said(report)) == ("passed", set())
+    assert {c.rule for c in report.coverage if c.ran} == {f"QC70{i}" for i in range(1, 6)}
+    measured = [f for f in report.by_rule("QC702") if f.severity == "info"]
+    assert measured[0].observed == "+0.01000 nats a token [+0.00800, +0.01200]"
+    assert "simulated at 62 documents" in measured[1].message
+    assert {c.rule: (c.checked, c.of) for c in report.coverage if c.rule.startswith("QC7")} == {
+        "QC701": (1, 1),
+        "QC702": (1, 1),
+        "QC703": (80, 80),
+        "QC704": (1, 1),
+        "QC705": (14, 14),
+    }
+    assert report.stats["eval"] == {"verdict": "passed"}
+
+
+CASES = {
+    "beyond": (
+        replace(GOOD, losses=(loss(0.1, standing="beyond"),)),
+        "failed",
+        {("QC702", "error")},
+    ),
+    "collapsed": (
+        replace(GOOD, losses=(loss(2.0, standing="beyond"),)),
+        "failed",
+        {("QC701", "error")},
+    ),
+    "drift": (
+        replace(
+            GOOD,
+            losses=(loss(0.01), loss(0.02, margin=0.003, standing="beyond", to="the accepted run")),
+        ),
+        "failed",
+        {("QC702", "error")},
+    ),
+    "not finite": (replace(GOOD, losses=(), nonfinite=(3, 5)), "failed", {("QC703", "error")}),
+    "base not finite": (
+        replace(GOOD, losses=(), nonfinite_base=(3,)),
+        "failed",
+        {("QC704", "error")},
+    ),
+    "some hit": (replace(GOOD, hit=(7,), worst=(7, 0.3, 0.1)), "passed", {("QC703", "warning")}),
+    "a base that guesses": (
+        replace(GOOD, base_nats=math.log(512)),
+        "passed",
+        {("QC704", "warning")},
+    ),
+    "unlike environments": (
+        replace(GOOD, unlike=("torch 2.6 and 2.13",)),
+        "passed",
+        {("QC705", "warning")},
+    ),
+    "unlike protocols": (
+        Evaluation(incomparable="window is 512 and 1024"),
+        "failed",
+        {("QC705", "error")},
+    ),
+    "inconclusive": (
+        replace(GOOD, losses=(loss(0.076, standing="open"),), needed=90),
+        "unproven",
+        set(),
+    ),
+    "drift inconclusive": (
+        replace(
+            GOOD,
+            losses=(loss(0.01), loss(0.002, margin=0.003, standing="open", to="the accepted run")),
+        ),
+        "unproven",
+        set(),
+    ),
+    "collapse inconclusive": (replace(GOOD, losses=(loss(0.7, 0.2, 0.95),)), "unproven", set()),
+    "not scored": (Evaluation(failure="8 keys of the model are missing"), "unproven", set()),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_each_result_comes_to(name: str) -> None:
+    evaluation, verdict, findings = CASES[name]
+    report = judged(evaluation)
+    assert (report.verdict, said(report)) == (verdict, findings)
+    assert report.exit_code == {"passed": 0, "failed": 1, "unproven": 3}[verdict]
+    strict = judged(evaluation, fail_on="warning")
+    assert strict.verdict == ("failed" if findings else verdict)
+
+
+def test_the_reason_of_an_open_verdict_names_numbers_and_documents() -> None:
+    why = judged(CASES["inconclusive"][0]).stats["unproven"]
+    assert (
+        "QC702 examined none of 1 margins: inconclusive: the loss over the base, +0.07600 nats a token"
+        in why
+    )
+    assert "about 90 documents" in why
+    assert "8 keys of the model are missing" in judged(CASES["not scored"][0]).stats["unproven"]
+
+
+def test_experts_that_no_token_reaches_are_not_judged_by_name() -> None:
+    report = judged(
+        replace(
+            GOOD, reach=(Reach("layers.1.experts", 8, (2, 6)), Reach("layers.2.experts", 8, ()))
+        )
+    )
+    (covered,) = [c for c in report.coverage if c.rule == "QC703"]
+    assert (covered.checked, covered.of) == (72 + 14, 72 + 16)
+    assert covered.reason == "no token of the corpus reaches experts layers.1.experts 2, 6"
+    assert report.verdict == "passed"
+    assert "QC703 (on 2 of 88 documents and experts: no token of the corpus" in render(
+        report, "text"
+    )
+
+
+@pytest.mark.parametrize(
+    "format_", ["text", "json", "junit", "sarif", "github", "markdown", "html"]
+)
+def test_every_report_has_it(format_: str) -> None:
+    failed = render(judged(CASES["drift"][0]), format_)
+    assert "QC702" in failed
+    assert "accepted run is shown to be beyond its margin" in failed
+    assert "+0.02000 nats a token" in failed
+    unproven = render(judged(CASES["inconclusive"][0]), format_)
+    assert "about 90 documents" in unproven
+    if format_ == "json":
+        value = json.loads(unproven)
+        assert (value["verdict"], value["stats"]["eval"]["verdict"]) == ("unproven", "passed")
+
+
+@pytest.mark.parametrize("documents", [8, 20])
+def test_the_measured_coverage_is_published_and_printed_with_the_verdict(documents: int) -> None:
+    rng = np.random.default_rng(documents)
+    base = np.full(documents, 800.0)
+    runs = []
+    for name, sums in (("a", base), ("b", base + rng.normal(4, 1, documents))):
+        header = RunHeader(
+            model=f"/{name}",
+            weights_sha256=name * 64,
+            formats=["NVFP4"],
+            environment={},
+            key={"protocol": "lm-eval", "corpus": "c", "documents": documents, "window": 512},
+            documents=[f"{i:016x}" for i in range(documents)],
+        )
+        runs.append(Run(header, {"sums": sums, "tokens": np.full(documents, 400)}))
+    result = compare_runs(runs[0], runs[1], Margin(0.05, "given"))
+    measured = json.loads((Path(gate.__file__).parent / "coverage.json").read_text())[
+        str(documents)
+    ]
+    page = (ROOT / "docs" / "gate.md").read_text()
+    for effect in ("skewed", "rare"):
+        low, high = (100 * x for x in measured[effect])
+        wanted = f"{math.floor(low)} to {round(high)} %"
+        for text in (
+            render_text(result),
+            json.dumps(json.loads(render_json(result))["notes"]),
+            " ".join(result.notes),
+        ):
+            assert f"simulated at {documents} documents, " in text
+            assert wanted in text
+        assert f"| {documents} | " in page
+        assert f"| {low:.1f} |" in page
+    told = judged(evaluation_of(result))
+    assert any(f"simulated at {documents} documents" in f.message for f in told.by_rule("QC702"))
+    record = recorded(json.loads(render(told, "json")))
+    assert result.interval is not None
+    assert record.measures["loss"].value == pytest.approx(result.interval.delta)
+    assert record.measures["errors"].value == 0
+    assert json.loads(str(record.key["eval"]))["window"] == 512
+
+
+def test_a_subset_scores_once(tmp_path: Path) -> None:
+    calls = []
+
+    def evaluate(candidate: Checkpoint, base: Checkpoint) -> Evaluation:
+        calls.append((candidate.uri, base.uri))
+        return GOOD
+
+    parts = [
+        check(QWEN, base=BASE, depth="eval", evaluate=evaluate, subset=f"{i}/2", ignore="QC6")
+        for i in (1, 2)
+    ]
+    assert calls == [(str(QWEN), str(BASE))]
+    whole = merge_reports(parts)
+    assert whole.verdict == "passed"
+    assert {c.rule for c in whole.coverage if c.ran} >= {f"QC70{i}" for i in range(1, 6)}
+    assert not check(QWEN, base=BASE, depth="eval", evaluate=evaluate, select="QC5").stats.get(
+        "eval"
+    )
+    assert len(calls) == 1
+
+
+def test_what_depth_eval_refuses(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UsageError, match="needs a base"):
+        check(QWEN, depth="eval", evaluate=lambda _c, _b: GOOD)
+    with pytest.raises(
+        UsageError, match="wikitext2-test is not here"
+    ):  # what is scored where nothing is named
+        monkeypatch.delenv("CKPTGATE_TEST_DATA", raising=False)
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        check(QWEN, base=BASE, depth="eval", select="QC7")
+    for args, message in (
+        (["--depth", "eval"], "needs --base"),
+        (["--corpus", "x.txt"], "--corpus needs --depth eval"),
+        (["--depth", "payload", "--max-increase", "8%"], "--max-increase needs --depth eval"),
+        (
+            ["--depth", "eval", "--base", str(BASE), "--corpus", "absent.txt"],
+            "no corpus 'absent.txt'",
+        ),
+    ):
+        assert run(["check", str(QWEN), *args]) == 2
+        assert message in capsys.readouterr().err
+    # Lower depths list the rules, and their verdict is as it was.
+    report = verifier.check(QWEN, base=BASE, depth="payload")
+    assert report.verdict == "passed"
+    assert {c.reason for c in report.coverage if c.rule.startswith("QC7")} == {"depth eval"}
+
+
+def test_what_cannot_be_scored_is_told_apart(tmp_path: Path) -> None:
+    text = tmp_path / "t.txt"
+    text.write_text("some words")
+    folders = []
+    for name, source in (("candidate", QWEN), ("base", BASE)):
+        folders.append(tmp_path / name)
+        folders[-1].mkdir()
+        for file in source.iterdir():
+            (folders[-1] / file.name).write_bytes(file.read_bytes())
+    candidate, base = folders
+    measure = evaluator(str(text))
+    assert "no tokenizer.json" in measure(open_checkpoint(candidate), open_checkpoint(base)).failure
+    for i, folder in enumerate(folders):
+        (folder / "tokenizer.json").write_text("{}" + " " * i)
+    found = measure(open_checkpoint(candidate), open_checkpoint(base))
+    assert "different tokenizers" in found.incomparable
+    assert check(candidate, base=base, depth="eval", evaluate=measure, select="QC7").exit_code == 1
+    whole = check(QWEN, base=BASE, depth="eval", evaluate=lambda _c, _b: GOOD)
+    assert {
+        c.rule: c.reason for c in whole.coverage if not c.ran and c.rule != "QC605"
+    } == {}  # depth load is below it
+    assert "give a margin" in measure(open_checkpoint(base), open_checkpoint(candidate)).failure

@@ -1,0 +1,314 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A checkpoint in numbers: formats by role, real bits per parameter, and at depth payload the
+scales themselves.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from verifier.checkpoint import Checkpoint, Tensor, open_checkpoint
+from verifier.errors import UsageError
+from verifier.inspect.diff import precision_of, problems_of
+from verifier.layouts.expert_stacks import unstacked
+from verifier.rules.context import QuantizedCheckpoint
+from verifier.schemes import SCALE_LEAVES, Module, role
+
+Kind = Literal["E4M3", "E8M0", "F32"]
+Progress = Callable[[int, int], None]
+CODES = 256
+E4M3_FLOOR = 0x01  # 2^-9, the least that is not zero
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """The modules of one role and format. ``parameters`` is None where the format is not
+    determined.
+
+    ``weight_bytes`` are codes or values, ``scale_bytes`` all scales of weights and activations,
+    ``other_bytes`` biases and KV scales.
+    """
+
+    role: str
+    format: str
+    modules: int
+    parameters: int | None
+    weight_bytes: int
+    scale_bytes: int
+    other_bytes: int
+
+    @property
+    def bits(self) -> float | None:
+        """Bits per parameter, codes and scales together; None where the parameters are not
+        known.
+        """
+        return (
+            8 * (self.weight_bytes + self.scale_bytes) / self.parameters
+            if self.parameters
+            else None
+        )
+
+
+@dataclass(slots=True)
+class Codes:
+    """How often each one-byte code of a scale occurs, by role."""
+
+    format: str
+    leaf: str
+    kind: Kind
+    roles: dict[str, npt.NDArray[np.int64]] = field(default_factory=dict)
+
+    @property
+    def counts(self) -> npt.NDArray[np.int64]:
+        """The counts of all roles together, int64 [256]."""
+        total = np.zeros(CODES, np.int64)
+        for counts in self.roles.values():
+            total += counts
+        return total
+
+
+@dataclass(slots=True)
+class Floats:
+    """The values of a float32 scale in one role: the smallest and largest finite one with their
+    places.
+    """
+
+    format: str
+    leaf: str
+    role: str
+    count: int = 0
+    zero: int = 0
+    negative: int = 0
+    invalid: int = 0
+    distinct: int = 0
+    low: float | None = None
+    high: float | None = None
+    low_at: str = ""
+    high_at: str = ""
+    seen: set[float] = field(default_factory=set, repr=False)
+
+
+@dataclass(frozen=True)
+class Stats:
+    """A checkpoint in numbers; ``codes`` and ``floats`` are empty at depth header."""
+
+    uri: str
+    model_type: str | None
+    tensors: int
+    shards: int
+    nbytes: int
+    rows: tuple[Row, ...]
+    problems: tuple[str, ...]
+    depth: str
+    codes: tuple[Codes, ...] = ()
+    floats: tuple[Floats, ...] = ()
+    skipped: tuple[str, ...] = ()
+
+    @property
+    def total(self) -> Row:
+        """All rows together; its parameters are those that are known."""
+        known = [r for r in self.rows if r.parameters is not None]
+        parameters = sum(r.parameters or 0 for r in known)
+        modules = sum(r.modules for r in self.rows)
+        weight, scale, other = (
+            sum(getattr(r, k) for r in self.rows)
+            for k in ("weight_bytes", "scale_bytes", "other_bytes")
+        )
+        return Row(
+            "all",
+            "",
+            modules,
+            parameters if len(known) == len(self.rows) else None,
+            weight,
+            scale,
+            other,
+        )
+
+
+def stats(
+    uri: str | os.PathLike[str], *, depth: str = "header", progress: Progress | None = None
+) -> Stats:
+    """Return a checkpoint in numbers.
+
+    Args:
+        uri: a path or an fsspec URL.
+        depth: ``header``, or ``payload`` to read every scale.
+        progress: called with (bytes done, bytes in all) while scales are read.
+
+    Raises:
+        UsageError: no such folder or depth.
+        ContentError: no checkpoint.
+        MachineError: reading failed.
+    """
+    if depth not in ("header", "payload"):
+        raise UsageError(f"no depth {depth!r}; one of header, payload")
+    checkpoint = open_checkpoint(uri)
+    judged = QuantizedCheckpoint(unstacked(checkpoint))
+    groups: dict[tuple[str, str], list[Module]] = {}
+    for module in judged.modules.values():
+        groups.setdefault((role(module.name), precision_of(judged, module)), []).append(module)
+    rows = tuple(_row(r, f, modules) for (r, f), modules in sorted(groups.items()))
+    head = (
+        checkpoint.uri,
+        checkpoint.model_type,
+        len(checkpoint.tensors),
+        len(checkpoint.shards),
+        checkpoint.nbytes,
+        rows,
+        problems_of(checkpoint),
+    )
+    if depth == "header":
+        return Stats(*head, depth)
+    return Stats(*head, depth, *_scales(judged.checkpoint, groups, progress))
+
+
+def parameters(module: Module) -> int | None:
+    """Return the number of values that a module's weight stands for, or None where its format does
+    not tell.
+    """
+    weight = module.weight
+    if weight is None:
+        return 0
+    if weight.dtype != "U8":
+        return weight.elements
+    scale = module.parts.get("weight_scale")
+    return 2 * weight.elements if scale is not None and scale.dtype == "F8_E4M3" else None
+
+
+def _row(role_: str, format_: str, modules: list[Module]) -> Row:
+    weight = scale = other = 0
+    counts = [parameters(m) for m in modules]
+    for module in modules:
+        for leaf, tensor in module.parts.items():
+            if tensor is module.weight:
+                weight += tensor.nbytes
+            elif leaf in SCALE_LEAVES:
+                scale += tensor.nbytes
+            else:
+                other += tensor.nbytes
+    known = [c for c in counts if c is not None]
+    total = sum(known) if len(known) == len(counts) else None
+    return Row(role_, format_, len(modules), total, weight, scale, other)
+
+
+def _scales(
+    checkpoint: Checkpoint, groups: dict[tuple[str, str], list[Module]], progress: Progress | None
+) -> tuple[tuple[Codes, ...], tuple[Floats, ...], tuple[str, ...]]:
+    work = [
+        (role_, format_, leaf, tensor)
+        for (role_, format_), modules in sorted(groups.items())
+        for module in modules
+        for leaf, tensor in module.parts.items()
+        if leaf in SCALE_LEAVES and tensor is not module.weight
+    ]
+    total, done = sum(t.nbytes for *_, t in work), 0
+    codes: dict[tuple[str, str, Kind], Codes] = {}
+    floats: dict[tuple[str, str, str], Floats] = {}
+    skipped: Counter[str] = Counter()
+    for role_, format_, leaf, tensor in work:
+        kind = _kind(tensor, format_)
+        if kind is None:
+            skipped[f"{leaf} of dtype {tensor.dtype}"] += 1
+        elif kind == "F32":
+            found = floats.setdefault((format_, leaf, role_), Floats(format_, leaf, role_))
+            _add(found, tensor, checkpoint.array(tensor).reshape(-1))
+        else:
+            entry = codes.setdefault((format_, leaf, kind), Codes(format_, leaf, kind))
+            counted = np.bincount(checkpoint.read(tensor), minlength=CODES).astype(np.int64)
+            entry.roles[role_] = entry.roles.get(role_, np.zeros(CODES, np.int64)) + counted
+        done += tensor.nbytes
+        if progress:
+            progress(done, total)
+    for found in floats.values():
+        found.distinct = len(found.seen)
+    lost = tuple(f"{n:,} tensors {what}" for what, n in skipped.items())
+    return (
+        tuple(codes.values()),
+        tuple(sorted(floats.values(), key=lambda f: (f.format, f.leaf, f.role))),
+        lost,
+    )
+
+
+def _kind(tensor: Tensor, format_: str) -> Kind | None:
+    if tensor.dtype == "F8_E4M3":
+        return "E4M3"
+    if tensor.dtype == "F8_E8M0" or (tensor.dtype == "U8" and format_ == "MXFP8"):
+        return "E8M0"
+    return "F32" if tensor.dtype == "F32" else None
+
+
+def _add(found: Floats, tensor: Tensor, values: npt.NDArray[np.float32]) -> None:
+    finite = np.isfinite(values)
+    found.count += int(values.size)
+    found.invalid += int(values.size - finite.sum())
+    found.zero += int((values == 0).sum())
+    found.negative += int((values < 0).sum())
+    if len(found.seen) < 100_000:
+        found.seen.update(np.unique(values[finite])[:100_000].tolist())
+    if not finite.any():
+        return
+    low, high = float(values[finite].min()), float(values[finite].max())
+    if found.low is None or low < found.low:
+        found.low, found.low_at = low, tensor.name
+    if found.high is None or high > found.high:
+        found.high, found.high_at = high, tensor.name
+
+
+def shares(counts: npt.NDArray[np.int64], kind: Kind) -> dict[str, int]:
+    """Return how many scales are of a kind that matters.
+
+    Keys: ``total``, ``invalid``; of E4M3 also ``zero``, ``negative``, ``floor`` (2^-9, where
+    clamping ends) and ``max`` (448); of E8M0 ``least`` (2^-127).
+    """
+    total = int(counts.sum())
+    if kind == "E8M0":
+        return {"total": total, "invalid": int(counts[0xFF]), "least": int(counts[0x00])}
+    return {
+        "total": total,
+        "invalid": int(counts[0x7F] + counts[0xFF]),
+        "zero": int(counts[0x00] + counts[0x80]),
+        "negative": int(counts[0x81:0xFF].sum()),
+        "floor": int(counts[E4M3_FLOOR]),
+        "max": int(counts[0x7E]),
+    }
+
+
+def bins(counts: npt.NDArray[np.int64], kind: Kind) -> list[tuple[str, int]]:
+    """Return (label, count) by power of two, from the least to the largest that occurs.
+
+    E4M3 has 2^-9 alone, its other subnormals by their power of two, then a bin a binade; negative
+    codes count as their magnitude. NaN has a bin of its own where it occurs.
+    """
+    found: dict[int, int] = {}
+    if kind == "E8M0":
+        nan, zero = int(counts[0xFF]), 0
+        for code in range(0xFF):
+            found[code - 127] = int(counts[code])
+    else:
+        both = counts[:0x80] + counts[0x80:]
+        nan, zero = int(both[0x7F]), int(both[0])
+        for code in range(1, 0x7F):
+            exponent = (code >> 3) - 7 if code >> 3 else code.bit_length() - 10
+            found[exponent] = found.get(exponent, 0) + int(both[code])
+    seen = [e for e, n in found.items() if n]
+    rows = [("0", zero)] if zero else []
+    if seen:
+        rows += _folded([(e, found[e]) for e in range(min(seen), max(seen) + 1)])
+    return rows + ([("NaN", nan)] if nan else [])
+
+
+def _folded(rows: list[tuple[int, int]], limit: int = 32) -> list[tuple[str, int]]:
+    """Return at most ``limit`` rows, neighbours put together."""
+    step = -(-len(rows) // limit)
+    parts: Iterable[list[tuple[int, int]]] = (rows[i : i + step] for i in range(0, len(rows), step))
+    return [
+        (f"2^{p[0][0]}" + (f"..2^{p[-1][0]}" if len(p) > 1 else ""), sum(n for _, n in p))
+        for p in parts
+    ]
