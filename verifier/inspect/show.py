@@ -20,9 +20,9 @@ from verifier.decoding import Float32, decode, max_scales, nearest
 from verifier.errors import ContentError
 from verifier.inspect.diff import precision_of
 from verifier.layouts.expert_stacks import Unstacked, place_in_file, unstacked
-from verifier.text import printable
 from verifier.rules.context import QuantizedCheckpoint
 from verifier.schemes import FLOATS, SCALE_LEAVES, Format, Module, collapse, role, split
+from verifier.text import printable
 
 WINDOW = 16  # elements shown of what has no blocks
 MOST = 32  # elements shown of a block

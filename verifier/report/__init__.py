@@ -9,8 +9,8 @@ from importlib.util import find_spec
 from verifier.errors import MissingExtra
 from verifier.findings import Report
 from verifier.report.json_ import render_json, schema
-from verifier.text import printable
 from verifier.report.text import render_text
+from verifier.text import printable
 
 __all__ = ["FORMATS", "printable", "render", "render_json", "render_text", "require", "schema"]
 

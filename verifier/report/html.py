@@ -12,9 +12,21 @@ from jinja2 import DictLoader, Environment, StrictUndefined
 
 from verifier import __version__
 from verifier.findings import Report
-from verifier.report.parts import PARENTHESES, about_baseline, amount, by_engine, cell, not_run, place, remarks, seen, verdict, worst_first
-from verifier.text import printable
+from verifier.report.parts import (
+    PARENTHESES,
+    about_baseline,
+    amount,
+    by_engine,
+    cell,
+    not_run,
+    place,
+    remarks,
+    seen,
+    verdict,
+    worst_first,
+)
 from verifier.report.text import footer
+from verifier.text import printable
 
 MAX_BYTES = 2_000_000
 MAX_FINDINGS = 2_000

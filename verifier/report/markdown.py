@@ -8,9 +8,21 @@ from __future__ import annotations
 import re
 
 from verifier.findings import Finding, Report
-from verifier.report.parts import PARENTHESES, about_baseline, amount, by_engine, cell, not_run, place, remarks, seen, verdict, worst_first
-from verifier.text import counted, printable
+from verifier.report.parts import (
+    PARENTHESES,
+    about_baseline,
+    amount,
+    by_engine,
+    cell,
+    not_run,
+    place,
+    remarks,
+    seen,
+    verdict,
+    worst_first,
+)
 from verifier.report.text import footer
+from verifier.text import counted, printable
 
 MAX_BYTES = 900_000
 MAX_ROWS = 500

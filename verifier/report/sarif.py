@@ -18,8 +18,8 @@ from urllib.parse import quote
 from verifier import __version__
 from verifier.findings import Finding, Report
 from verifier.report.parts import amount, place, remarks, seen, verdict, why_not, worst_first
-from verifier.text import printable
 from verifier.run.fingerprints import VERSION
+from verifier.text import printable
 
 SCHEMA = (
     "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"

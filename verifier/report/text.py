@@ -8,7 +8,20 @@ from __future__ import annotations
 from itertools import groupby
 
 from verifier.findings import Finding, Report
-from verifier.report.parts import PARENTHESES, SHOWN_OF_A_RULE, about_baseline, amount, by_engine, cell, not_run, place, remarks, seen, verdict, worst_first
+from verifier.report.parts import (
+    PARENTHESES,
+    SHOWN_OF_A_RULE,
+    about_baseline,
+    amount,
+    by_engine,
+    cell,
+    not_run,
+    place,
+    remarks,
+    seen,
+    verdict,
+    worst_first,
+)
 from verifier.text import printable
 
 MAX_KNOWN = 20
