@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""QC101: the index names a shard that is not there."""
+"""QC101: index names a missing shard."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from verifier.findings import Finding, Where
 from verifier.rules.context import Context
 from verifier.rules.registry import rule
+from verifier.text import counted
 
 
 @rule(
@@ -23,13 +24,19 @@ from verifier.rules.registry import rule
     },
 )
 def check(ctx: Context) -> Iterator[Finding]:
-    """Every shard that model.safetensors.index.json names must be a file of the folder.
+    """Every shard that model.safetensors.index.json names exists in the checkpoint directory.
 
-    **Why.** A merge or upload lost shards, or the index is that of another export. An index that is
-    no JSON object, or that names a path instead of a file (absolute, with ``..``), counts here too:
-    it is never followed.
-    **Hurts.** vLLM stops with FileNotFoundError; readers that tolerate it load part of the model.
-    **Mend.** Upload the missing files, or write the index again from the shards' headers.
+    **What it does.** Looks up every file that the index names. It also reports an index that is not
+    a JSON object, an index entry that is a path instead of a file name (absolute, or with ``..``;
+    such a path is never followed) or not a safetensors file, and, as a warning, several shards
+    without an index.
+
+    **Why it happens.** A merge or upload lost shards, or the index belongs to a different export.
+
+    **Impact.** vLLM stops with FileNotFoundError; readers that tolerate the gap load only part of
+    the model.
+
+    **Fix.** Upload the missing files, or rebuild the index from the shard headers.
     """
     ckpt = ctx.checkpoint
     index = ckpt.index
@@ -37,9 +44,9 @@ def check(ctx: Context) -> Iterator[Finding]:
         if len(ckpt.shards) > 1:
             ctx.tally.see(len(ckpt.shards))
             yield ctx.finding(
-                f"{len(ckpt.shards)} shards and no model.safetensors.index.json: transformers does not find them",
+                f"{len(ckpt.shards)} shards but no model.safetensors.index.json",
                 severity="warning",
-                engines={"transformers": ("error", "does not find the shards")},
+                engines={"transformers": ("error", "does not find the shards without an index")},
             )
         return
     for problem in index.problems:
@@ -47,21 +54,22 @@ def check(ctx: Context) -> Iterator[Finding]:
         yield ctx.finding(
             f"{problem.file}: {problem.message}", where=Where(problem.tensor, problem.file)
         )
-    wanted: dict[str, list[str]] = {}
+    names_by_file: dict[str, list[str]] = {}
     for name, file in index.weight_map.items():
-        wanted.setdefault(file, []).append(name)
-    for file, names in sorted(wanted.items()):
+        names_by_file.setdefault(file, []).append(name)
+    for file, names in sorted(names_by_file.items()):
         ctx.tally.see()
         if file not in ckpt.files:
             yield ctx.finding(
-                f"the index names {file}, which is not in the folder; {len(names)} tensors are lost",
+                f"the index names {file}, which does not exist:"
+                f" {counted(len(names), 'tensor')} cannot be loaded",
                 where=Where(names[0], file),
                 observed="absent",
                 expected="present",
             )
         elif not file.endswith(".safetensors"):
             yield ctx.finding(
-                f"the index names {file} as a shard, which is no safetensors file",
+                f"the index names {file}, which is not a safetensors file",
                 where=Where(names[0], file),
                 observed=file,
                 expected="*.safetensors",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""QC102: the index lists a tensor that the named shard does not hold."""
+"""QC102: indexed tensor is not in its shard."""
 
 from __future__ import annotations
 
@@ -19,33 +19,37 @@ from verifier.rules.registry import rule
     consumers=("transformers", "SGLang"),
     sources=("ByteDance-Seed/VeOmni#799",),
     engines={
-        "vllm": ("warning", "reads the headers only and does not notice the entry"),
+        "vllm": ("warning", "reads only headers and does not notice the entry"),
     },
 )
 def check(ctx: Context) -> Iterator[Finding]:
-    """Every name in the index must stand in the header of the shard that the index names.
+    """Every tensor name in the index is in the header of the shard that the index maps it to.
 
-    **Why.** The index was copied from the source model, or an exporter renamed tensors and not the
-    index.
-    **Hurts.** transformers raises or leaves the parameter random; vLLM reads headers only and does
-    not notice.
-    **Mend.** Write the index again from the shards' headers.
+    **What it does.** Compares the index with the shard headers. Missing shards are reported by
+    QC101, unreadable ones by QC104.
+
+    **Why it happens.** The index was copied from the source model, or an exporter renamed tensors
+    without updating the index.
+
+    **Impact.** transformers raises, or leaves the parameter randomly initialized; vLLM reads only
+    headers and does not notice.
+
+    **Fix.** Rebuild the index from the shard headers.
     """
     ckpt = ctx.checkpoint
     if ckpt.index is None:
         return
-    whole = {
-        s.file: s.tensors for s in ckpt.shards if not s.problems
-    }  # QC101 and QC104 speak of the others
-    known = [(name, file) for name, file in ckpt.index.weight_map.items() if file in whole]
-    ctx.tally.see(len(known))
-    for name, file in known:
-        if name not in whole[file]:
-            elsewhere = ckpt.tensors.get(name)
-            where = f"it is in {elsewhere.file}" if elsewhere else "no shard holds it"
+    # QC101 and QC104 report the other shards.
+    headers = {s.file: s.tensors for s in ckpt.shards if not s.problems}
+    entries = [(name, file) for name, file in ckpt.index.weight_map.items() if file in headers]
+    ctx.tally.see(len(entries))
+    for name, file in entries:
+        if name not in headers[file]:
+            tensor = ckpt.tensors.get(name)
+            actual = f"it is in {tensor.file}" if tensor else "no shard contains it"
             yield ctx.finding(
-                f"the index says the tensor is in {file}, and its header does not list it: {where}",
+                f"the index maps this tensor to {file}, but {actual}",
                 where=Where(name, file),
-                observed=elsewhere.file if elsewhere else "absent",
+                observed=tensor.file if tensor else "absent",
                 expected=file,
             )

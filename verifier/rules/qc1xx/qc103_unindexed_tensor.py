@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""QC103: tensors outside the index, or the same name twice."""
+"""QC103: tensor is duplicated or not in the index."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from verifier.findings import Finding, Where
 from verifier.rules.context import Context
 from verifier.rules.registry import rule
+from verifier.text import counted
 
 
 @rule(
     "QC103",
-    "tensor outside the index, or twice",
+    "tensor is duplicated or not in the index",
     severity="error",
     depth="header",
     unit="tensors",
@@ -23,19 +24,24 @@ from verifier.rules.registry import rule
     },
 )
 def check(ctx: Context) -> Iterator[Finding]:
-    """Each tensor name occurs once over all safetensors files of the folder, and the index lists
-    it.
+    """Each tensor name occurs once across all safetensors files, and the index lists it.
 
-    **Why.** Shards of an older export were left in the folder, or overlay files repeat names.
-    **Hurts.** vLLM reads every tensor of the files it selects and the last one wins: wrong weights,
-    silently; readers that follow the index never see what it does not list.
-    **Mend.** Remove the stray files, then write the index again from the headers.
+    **What it does.** Compares the tensor names of all safetensors files in the directory with each
+    other and with the index, where there is one.
+
+    **Why it happens.** Shards of an older export were left in the directory, or overlay files
+    repeat names.
+
+    **Impact.** vLLM reads every tensor of the files it selects, and the last one wins: wrong
+    weights, silently. Readers that follow the index never see a tensor that it does not list.
+
+    **Fix.** Remove the stray files, then rebuild the index from the shard headers.
     """
     ckpt = ctx.checkpoint
     ctx.tally.see(len(ckpt.tensors))
     for name, files in ckpt.duplicates.items():
         yield ctx.finding(
-            f"the same name stands in {len(files)} files: {', '.join(files[:3])}",
+            f"{len(files)} files contain this tensor name: {', '.join(files[:3])}",
             where=Where(name, files[-1]),
             observed=f"{len(files)} copies",
             expected="1",
@@ -43,17 +49,14 @@ def check(ctx: Context) -> Iterator[Finding]:
     index = ckpt.index
     if index is None or not index.weight_map:
         return
-    named = set(index.weight_map.values())
+    indexed_files = set(index.weight_map.values())
     for shard in ckpt.shards:
-        loose = [n for n in shard.tensors if n not in index.weight_map]
-        if loose:
-            kind = (
-                "lists some of its tensors only"
-                if shard.file in named
-                else "does not name the file at all"
-            )
+        unindexed = [n for n in shard.tensors if n not in index.weight_map]
+        if unindexed:
+            scope = "lists only some of its tensors" if shard.file in indexed_files else "omits it"
             yield ctx.finding(
-                f"{shard.file} holds {len(loose)} tensors that the index does not list (it {kind})",
-                where=Where(loose[0], shard.file),
-                count=len(loose),
+                f"{counted(len(unindexed), 'tensor')} in {shard.file}"
+                f" {'is' if len(unindexed) == 1 else 'are'} not in the index, which {scope}",
+                where=Where(unindexed[0], shard.file),
+                count=len(unindexed),
             )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""QC104: a shard is cut off or no safetensors."""
+"""QC104: shard is truncated or malformed."""
 
 from __future__ import annotations
 
@@ -23,13 +23,19 @@ from verifier.rules.registry import rule
     },
 )
 def check(ctx: Context) -> Iterator[Finding]:
-    """Each shard is whole: a header that parses, byte ranges without gap or overlap, and all of
-    them within the file.
+    """Each shard is intact: its header parses, and its byte ranges fill the file without overlap.
 
-    **Why.** An interrupted write or upload; a file of zeros; a header that lies about sizes.
-    **Hurts.** safetensors refuses it; readers that map the file themselves read zeros and answer
-    token soup at times.
-    **Mend.** Copy the shard again and compare digests with the exporter's.
+    **What it does.** Parses every shard header and checks that the tensors' byte ranges have no
+    gaps, do not overlap and end within the file. Links that lead out of the directory are reported
+    here and never followed. Bytes after the last tensor are reported by QC105.
+
+    **Why it happens.** An interrupted write or upload, a file of zeros, or a header that states
+    wrong sizes.
+
+    **Impact.** safetensors refuses the file; readers that map it themselves read zeros and
+    sometimes produce garbage tokens.
+
+    **Fix.** Copy the shard again and compare its digest with the exporter's.
     """
     for shard in ctx.checkpoint.shards:
         ctx.tally.see()

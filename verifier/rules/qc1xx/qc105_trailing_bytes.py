@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""QC105: bytes after the last tensor."""
+"""QC105: trailing bytes after the last tensor."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from verifier.rules.registry import rule
 
 @rule(
     "QC105",
-    "bytes after the last tensor",
+    "trailing bytes after the last tensor",
     severity="warning",
     depth="header",
     unit="shards",
@@ -22,9 +22,13 @@ from verifier.rules.registry import rule
 def check(ctx: Context) -> Iterator[Finding]:
     """A shard ends where its last tensor ends.
 
-    **Why.** A writer padded the file, or a longer file was overwritten in place.
-    **Hurts.** Newer safetensors refuses such a file; older ones read it.
-    **Mend.** Write the shard again.
+    **What it does.** Compares the file size of each shard with the end of its last tensor.
+
+    **Why it happens.** A writer padded the file, or a longer file was overwritten in place.
+
+    **Impact.** Newer releases of safetensors refuse such a file; older ones read it.
+
+    **Fix.** Write the shard again.
     """
     for shard in ctx.checkpoint.shards:
         ctx.tally.see()

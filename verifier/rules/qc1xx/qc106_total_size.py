@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""QC106: the index states a wrong total_size."""
+"""QC106: index total_size is wrong."""
 
 from __future__ import annotations
 
@@ -24,20 +24,26 @@ from verifier.rules.registry import rule
     },
 )
 def check(ctx: Context) -> Iterator[Finding]:
-    """``metadata.total_size`` of the index is the sum of all tensor bytes; a missing one is not
-    judged wrong.
+    """``metadata.total_size`` of the index is the sum of all tensor bytes.
 
-    **Why.** File sizes were summed (headers included), or the number is the source model's.
-    **Hurts.** No loader refuses it; download sizing and memory planners believe it.
-    **Mend.** Write the sum of the tensors' bytes.
+    **What it does.** Compares ``total_size`` with the sizes in the shard headers. A missing field
+    is not an error.
+
+    **Why it happens.** File sizes were summed, headers included, or the number was copied from the
+    source model.
+
+    **Impact.** No loader refuses it; download estimates and memory planners rely on it.
+
+    **Fix.** Set it to the sum of the tensors' bytes.
     """
     ckpt = ctx.checkpoint
     if ckpt.index is None or ckpt.index.total_size is None or any(s.problems for s in ckpt.shards):
         return
     ctx.tally.see()
-    if ckpt.index.total_size != ckpt.nbytes:
+    excess = ckpt.index.total_size - ckpt.nbytes
+    if excess:
         yield ctx.finding(
-            f"total_size differs from the tensors' bytes by {ckpt.index.total_size - ckpt.nbytes:+,}",
+            f"total_size differs from the size of all tensors by {excess:+,} bytes",
             where=Where(None, INDEX),
             observed=f"{ckpt.index.total_size:,}",
             expected=f"{ckpt.nbytes:,}",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""QC107: a header that some readers cannot take."""
+"""QC107: header size is near a reader's limit."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from verifier.rules.registry import rule
 
 NEAR = 90_000_000
 HUB_CLIENT = 25_000_000  # huggingface_hub 2.4: constants.SAFETENSORS_MAX_HEADER_LENGTH
-# Older hub clients ask for bytes 0 to 100,000 and take a header of up to 100,000 bytes from the
-# answer, which holds 8 bytes of length and 99,993 of header.
-CUT = range(99_994, 100_001)
+# Older Hub clients request bytes 0 to 100,000 and accept a header of up to 100,000 bytes, although
+# the response contains only 8 bytes of length and 99,993 of header.
+TRUNCATED = range(99_994, 100_001)
 
 
 @rule(
     "QC107",
-    "header is near a reader's limit",
+    "header size is near a reader's limit",
     severity="warning",
     depth="header",
     unit="shards",
@@ -28,51 +28,53 @@ CUT = range(99_994, 100_001)
     engines={
         "vllm": (
             "info",
-            "reads local files through safetensors, whose cap is 100,000,000 bytes (safetensors#668)",
+            "reads local files through safetensors, whose limit is 100,000,000 bytes",
         ),
         "transformers": (
             "info",
-            "reads local files through safetensors, whose cap is 100,000,000 bytes (safetensors#668)",
+            "reads local files through safetensors, whose limit is 100,000,000 bytes",
         ),
     },
 )
 def check(ctx: Context) -> Iterator[Finding]:
-    """A shard's header is well below 100,000,000 bytes, and of a length that the hub's own client
-    reads.
+    """A shard header is well below 100,000,000 bytes and has a length that the Hub client can read.
 
-    **Why.** Many small expert tensors in one shard; or the bad luck of a length from 99,994 to
-    100,000.
-    **Hurts.** safetensors refuses a header of more than 100,000,000 bytes (then QC104 speaks), the
-    hub client one of more than 25,000,000; older hub clients cut one of 99,994 to 100,000 bytes
-    short and fail, as with nvidia/GLM-5-NVFP4.
-    **Mend.** Write smaller shards. For the third case pad the header with spaces, or move one
-    tensor to another shard.
+    **What it does.** Compares each header length with the limits of safetensors (100,000,000 bytes)
+    and of the Hub client (25,000,000). It also reports a length of 99,994 to 100,000 bytes, which
+    older Hub clients truncate. A header beyond the limit of safetensors cannot be read (reported as
+    QC104).
+
+    **Why it happens.** Many small expert tensors in one shard, or a header length that happens to
+    fall between 99,994 and 100,000.
+
+    **Impact.** safetensors refuses a header of more than 100,000,000 bytes, the Hub client one of
+    more than 25,000,000. Older Hub clients fail on a header that they truncate, as with
+    nvidia/GLM-5-NVFP4.
+
+    **Fix.** Write smaller shards. For a length of 99,994 to 100,000 bytes, pad the header with
+    spaces or move one tensor to a different shard.
     """
     for shard in ctx.checkpoint.shards:
         if not shard.header:
             continue  # QC104: the header could not be read
         ctx.tally.see()
-        said = _said(shard.header)
-        if said:
+        message, allowed = _reader_limit(shard.header)
+        if message:
             yield ctx.finding(
-                said[0],
+                message,
                 where=Where(None, shard.file),
                 observed=f"{shard.header:,} bytes",
-                expected=said[1],
+                expected=allowed,
             )
 
 
-def _said(length: int) -> tuple[str, str] | None:
+def _reader_limit(length: int) -> tuple[str, str]:
+    """Return what is wrong with a header of this length and which lengths are allowed, or ''s."""
     if length > NEAR:
-        return (
-            "the header is close to the cap of safetensors",
-            f"at most {MAX_HEADER:,}, with room to grow",
-        )
+        return "the header is close to the limit of safetensors", f"well below {MAX_HEADER:,} bytes"
     if length > HUB_CLIENT:
-        return "the hub client refuses a header of this length", f"at most {HUB_CLIENT:,}"
-    if length in CUT:
-        return (
-            "older hub clients cut a header of this length short",
-            f"below {CUT.start:,} or above {CUT.stop - 1:,}",
-        )
-    return None
+        return "the Hub client refuses a header of this length", f"at most {HUB_CLIENT:,} bytes"
+    if length in TRUNCATED:
+        allowed = f"below {TRUNCATED.start:,} or above {TRUNCATED.stop - 1:,} bytes"
+        return "older Hub clients truncate a header of this length", allowed
+    return "", ""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""QC111: a calibration buffer stands among the weights."""
+"""QC111: quantizer buffer is in the checkpoint."""
 
 from __future__ import annotations
 
@@ -21,18 +21,21 @@ from verifier.rules.registry import rule
     sources=("NVIDIA/Model-Optimizer#2038",),
     engines={
         "vllm": ("error", 'raises "no module or parameter named" (NVIDIA/Model-Optimizer#2038)'),
-        "transformers": ("warning", "lists it as an unexpected key and goes on"),
+        "transformers": ("warning", "lists it as an unexpected key and continues"),
     },
 )
 def check(ctx: Context) -> Iterator[Finding]:
-    """No tensor is a buffer of the calibration: ``…_quantizer._amax``, ``._scale``,
-    ``._double_scale`` and the like.
+    """No tensor is a calibration buffer: ``…_quantizer._amax``, ``._scale``, ``._double_scale``.
 
-    **Why.** The exporter's list of what to strip is incomplete, or the state of the simulated model
-    was saved.
-    **Hurts.** vLLM finds no parameter of that name and stops.
-    **Mend.** Drop the tensors; what an engine needs of them stands in the scales. (In a file that
-    the index does not list, QC103 speaks of it.)
+    **What it does.** Looks for the buffer names of quantizer modules among the tensors of the
+    index. A tensor that the index does not list is reported by QC103.
+
+    **Why it happens.** The exporter's list of buffers to strip is incomplete, or the state of the
+    simulated model was saved.
+
+    **Impact.** vLLM finds no parameter of that name and stops.
+
+    **Fix.** Drop the tensors; everything an engine needs from them is in the scales.
     """
     ckpt = ctx.checkpoint
     listed = ckpt.index.weight_map if ckpt.index else {}
@@ -41,7 +44,7 @@ def check(ctx: Context) -> Iterator[Finding]:
     for name, tensor in ckpt.tensors.items():
         if leaked(name) and name not in known and (not listed or name in listed):
             yield ctx.finding(
-                "a quantizer's buffer is saved with the weights",
+                "a calibration buffer is saved with the weights",
                 tensor=name,
                 observed=f"{tensor.dtype} {list(tensor.shape)}",
                 expected="absent",
