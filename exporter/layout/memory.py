@@ -10,7 +10,7 @@ import threading
 import uuid
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from exporter.layout.layout import Layout, of_model
 from exporter.layout.pieces import Shape
 from verifier.checkpoint import Checkpoint, Tensor
 from verifier.checkpoint.header import Shard
-from verifier.checkpoint.source import Bytes
+from verifier.checkpoint.source import Bytes, Source
 from verifier.errors import MachineError, PlanError
 
 DTYPES: Mapping[torch.dtype, str] = {
@@ -37,12 +37,10 @@ DTYPES: Mapping[torch.dtype, str] = {
 }
 
 
-class MemorySource:
+class MemorySource(Source):
     """Hub tensors of a model, each a file of its own; what the model has no place for is read from
     its source.
     """
-
-    remote = False
 
     def __init__(
         self,
@@ -54,7 +52,6 @@ class MemorySource:
     ) -> None:
         self.uri = uri
         self._beside = beside
-        self.escaping: tuple[str, ...] = ()
         self._layout, self._state, self._kept = layout, state, kept
         self._last = threading.local()  # a large tensor is read in pieces
 
@@ -81,10 +78,6 @@ class MemorySource:
         if found.size != length:
             raise MachineError(f"{name}: {found.size} bytes where {length} were asked for")
         return found
-
-    def read_into(self, name: str, offset: int, out: Bytes) -> None:
-        """Fill ``out`` with bytes of a hub tensor."""
-        out[:] = self.read(name, offset, out.size)
 
 
 def as_checkpoint(
@@ -140,7 +133,7 @@ def as_checkpoint(
     held = MemorySource(uri, layout, state, kept, {} if source is not None else _generation(model))
     return Checkpoint(
         uri=uri,
-        source=cast(Any, held),
+        source=held,
         files=MappingProxyType(held.files()),
         shards=(shard,),
         index=None,

@@ -26,7 +26,7 @@ from exporter.layout.pieces import Axis, Grid, Piece, Shape
 from exporter.layout.regions import Run, cut, read_region
 from exporter.layout.siblings import SIBLINGS, Cut
 from verifier.checkpoint import DTYPE_BITS, Checkpoint, Tensor
-from verifier.checkpoint.source import Bytes
+from verifier.checkpoint.source import Bytes, DerivedSource
 from verifier.errors import PlanError
 
 ExpertLayout = Literal["per-expert", "hub"]
@@ -374,22 +374,13 @@ def _run(cut: Cut) -> Run:
     return cut.start, cut.step, cut.length, cut.drop
 
 
-class StackSource:
+class StackSource(DerivedSource):
     """A checkpoint's source with each expert's tensors in it as files of their own."""
 
     def __init__(self, raw: Checkpoint, regions: Mapping[str, Region]) -> None:
-        self.inner = raw.source
-        self.uri, self.remote, self.escaping = (
-            self.inner.uri,
-            self.inner.remote,
-            self.inner.escaping,
-        )
+        super().__init__(raw.source)
         self._raw, self._regions = raw, regions
         self._last = threading.local()  # a large tensor is read in pieces
-
-    def files(self) -> dict[str, int]:
-        """Return the files beside the weights, and the weights."""
-        return self.inner.files()
 
     def read(self, name: str, offset: int, length: int) -> Bytes:
         """Return bytes of a file, or of one expert's tensor."""
@@ -424,10 +415,6 @@ class StackSource:
             out[:] = self.read(name, offset, out.size)
         else:
             self.inner.read_into(name, offset, out)
-
-    def close(self) -> None:
-        """Close the files of the checkpoint."""
-        self.inner.close()
 
 
 @dataclass(frozen=True)

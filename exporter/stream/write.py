@@ -20,11 +20,9 @@ from typing import Any
 
 import torch
 
-from exporter.layout import Unstacked
 from exporter.plan import Plan
 from exporter.stream.shards import Made, Task, combine, write_shard
 from verifier.checkpoint import Checkpoint
-from verifier.checkpoint.source import LocalSource
 from verifier.errors import UsageError
 
 STATE = "ckptgate-work.json"
@@ -80,18 +78,8 @@ def fingerprint(plan: Plan, todo: list[Task]) -> str:
 
 
 def _identity(ckpt: Checkpoint) -> list[tuple[str | int, ...]]:
-    """Return what changes when a shard is written anew under the same header; of a remote one only
-    its size is known.
-    """
-    found: list[tuple[str | int, ...]] = []
-    source = ckpt.raw.source if isinstance(ckpt, Unstacked) else ckpt.source
-    for shard in ckpt.shards:
-        if isinstance(source, LocalSource):
-            info = os.stat(source.path / shard.file)
-            found.append((shard.file, info.st_size, info.st_mtime_ns, info.st_ino))
-        else:
-            found.append((shard.file, shard.size))
-    return found
+    """Return what changes when a shard is written anew under the same header."""
+    return [(s.file, s.size, *ckpt.source.version(s.file)) for s in ckpt.shards]
 
 
 @contextmanager

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from verifier.checkpoint.header import Problem, Shard, Tensor, read_json, read_shard
-from verifier.checkpoint.source import Bytes, FsspecSource, LocalSource, open_source
+from verifier.checkpoint.source import Bytes, Source, open_source
 from verifier.errors import ContainerError
 
 INDEX = "model.safetensors.index.json"
@@ -58,7 +58,7 @@ class Checkpoint:
     """
 
     uri: str
-    source: LocalSource | FsspecSource
+    source: Source
     files: Mapping[str, int]
     shards: tuple[Shard, ...]
     index: Index | None
@@ -171,7 +171,7 @@ def open_checkpoint(uri: str | os.PathLike[str]) -> Checkpoint:
     )
 
 
-def _read_index(source: LocalSource | FsspecSource, files: Mapping[str, int]) -> Index:
+def _read_index(source: Source, files: Mapping[str, int]) -> Index:
     value, problem = read_json(source, INDEX, files[INDEX])
     if problem:
         return Index({}, None, (problem,))

@@ -6,8 +6,9 @@ from __future__ import annotations
 import os
 import stat
 import threading
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -17,11 +18,31 @@ from verifier.errors import ContainerError, MachineError, UsageError
 Bytes = npt.NDArray[np.uint8]
 
 
+class Traffic(NamedTuple):
+    """What a source fetched over the network so far: requests (redirects included) and bytes of
+    their bodies.
+    """
+
+    requests: int = 0
+    nbytes: int = 0
+
+
 class Source(Protocol):
-    """A flat folder of files, read by range."""
+    """A flat folder of files, read by range.
+
+    Subclass it: the methods with a body are what a source without a network does.
+
+    Attributes:
+        uri: the address, without credentials.
+        remote: whether a read crosses the network.
+        escaping: names of links that lead out of the folder; they are not followed.
+        revision: the commit that every read comes from, '' where the address has none.
+    """
 
     uri: str
-    remote: bool
+    remote: bool = False
+    escaping: tuple[str, ...] = ()
+    revision: str = ""
 
     def files(self) -> dict[str, int]:
         """Return the size in bytes of every readable file, by name."""
@@ -33,11 +54,34 @@ class Source(Protocol):
             ContainerError: the file ends before.
             MachineError: the read failed.
         """
+        out = np.empty(length, np.uint8)
+        self.read_into(name, offset, out)
+        return out
 
     def read_into(self, name: str, offset: int, out: Bytes) -> None:
         """Fill ``out`` (uint8, contiguous) with the bytes of file ``name`` from ``offset``; raises
         as `read` does.
         """
+        out[:] = self.read(name, offset, out.size)
+
+    def expect(self, ranges: Iterable[tuple[str, int, int]]) -> None:
+        """Announce reads, as (file, offset, length) in the order in which they come.
+
+        A remote source fetches neighbours together, several at a time, ahead of the reads.
+        """
+        return
+
+    def version(self, name: str) -> tuple[str | int, ...]:
+        """Return what changes when file ``name`` is rewritten, as far as the source knows."""
+        return ()
+
+    def traffic(self) -> Traffic:
+        """Return what was fetched over the network so far."""
+        return Traffic()
+
+    def close(self) -> None:
+        """Close files and connections; a later read opens them again."""
+        return
 
 
 class _Open:
@@ -53,21 +97,18 @@ class _Open:
             os.close(self.fd)
 
 
-class LocalSource:
+class LocalSource(Source):
     """A folder on this machine.
 
     A link that leads out of the folder is not followed, except the hub cache's own:
     ``snapshots/REV/FILE`` points into ``blobs/`` beside ``snapshots/``.
     """
 
-    remote = False
-
     def __init__(self, path: Path) -> None:
         self.path = path
         self.uri = str(path)
         self._files: dict[str, _Open] = {}
         self._lock = threading.Lock()
-        self.escaping: tuple[str, ...] = ()
 
     def files(self) -> dict[str, int]:
         """Return the size of every regular file in the folder; links that lead outside go to
@@ -98,12 +139,6 @@ class LocalSource:
         self.escaping = tuple(escaping)
         return sizes
 
-    def read(self, name: str, offset: int, length: int) -> Bytes:
-        """Return ``length`` bytes of ``name`` from ``offset``."""
-        out = np.empty(length, np.uint8)
-        self.read_into(name, offset, out)
-        return out
-
     def read_into(self, name: str, offset: int, out: Bytes) -> None:
         """Fill ``out`` with the bytes of ``name`` from ``offset``."""
         view, length, done = out.data, out.size, 0
@@ -130,13 +165,47 @@ class LocalSource:
                 file = self._files[name] = _Open(self.path / name)
             return file
 
+    def version(self, name: str) -> tuple[str | int, ...]:
+        """Return the time of the last change in nanoseconds, and the inode."""
+        info = os.stat(self.path / name)
+        return info.st_mtime_ns, info.st_ino
+
     def close(self) -> None:
         """Close every file that reads opened."""
         with self._lock:
             self._files.clear()
 
 
-class FsspecSource:
+class DerivedSource(Source):
+    """Another source's files under a different reading of them; subclasses override `read`."""
+
+    def __init__(self, inner: Source) -> None:
+        self.inner = inner
+        self.uri, self.remote, self.escaping = inner.uri, inner.remote, inner.escaping
+        self.revision = inner.revision
+
+    def files(self) -> dict[str, int]:
+        """Return the files of the inner source."""
+        return self.inner.files()
+
+    def expect(self, ranges: Iterable[tuple[str, int, int]]) -> None:
+        """Announce reads to the inner source."""
+        self.inner.expect(ranges)
+
+    def version(self, name: str) -> tuple[str | int, ...]:
+        """Return the inner source's version of a file."""
+        return self.inner.version(name)
+
+    def traffic(self) -> Traffic:
+        """Return what the inner source fetched."""
+        return self.inner.traffic()
+
+    def close(self) -> None:
+        """Close the inner source."""
+        self.inner.close()
+
+
+class FsspecSource(Source):
     """A folder behind an fsspec URL (``hf://``, ``s3://``, ``memory://`` …), read by range
     requests.
     """
@@ -148,7 +217,6 @@ class FsspecSource:
         import fsspec  # type: ignore[import-untyped]  # noqa: PLC0415
 
         self.uri = uri
-        self.escaping: tuple[str, ...] = ()
         try:
             self._fs, self._root = fsspec.core.url_to_fs(uri)
         except (ImportError, ValueError) as error:
@@ -184,15 +252,8 @@ class FsspecSource:
             )
         return np.frombuffer(data, np.uint8)
 
-    def read_into(self, name: str, offset: int, out: Bytes) -> None:
-        """Fill ``out`` with the bytes of ``name`` from ``offset``."""
-        out[:] = self.read(name, offset, out.size)
 
-    def close(self) -> None:
-        """Do nothing: fsspec keeps its own connections."""
-
-
-def open_source(uri: str | os.PathLike[str]) -> LocalSource | FsspecSource:
+def open_source(uri: str | os.PathLike[str]) -> Source:
     """Return the source at a path or URL.
 
     Raises:

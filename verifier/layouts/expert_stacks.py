@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from verifier.checkpoint import NUMPY_DTYPES, Bytes, Checkpoint, Tensor
+from verifier.checkpoint import NUMPY_DTYPES, Bytes, Checkpoint, Source, Tensor
+from verifier.checkpoint.source import DerivedSource
 from verifier.schemes.declarations import Declaration
 from verifier.schemes.modules import LEAVES
 
@@ -170,25 +171,18 @@ def _place(name: str, stacking: Stacking) -> tuple[str, str, str] | None:
     return None
 
 
-class PartSource:
+class PartSource(DerivedSource):
     """A source in which an offset beyond `_FAR` means a part of a stack."""
 
-    def __init__(self, inner: Any, parts: Mapping[int, Part]) -> None:
-        self.inner = inner
-        self.uri, self.remote, self.escaping = inner.uri, inner.remote, inner.escaping
+    def __init__(self, inner: Source, parts: Mapping[int, Part]) -> None:
+        super().__init__(inner)
         self._parts = parts
         self._last = threading.local()
-
-    def files(self) -> dict[str, int]:
-        """Return the size of every file."""
-        found: dict[str, int] = self.inner.files()
-        return found
 
     def read(self, name: str, offset: int, length: int) -> Bytes:
         """Return ``length`` bytes of ``name`` from ``offset``, or of a part."""
         if offset < _FAR:
-            found: Bytes = self.inner.read(name, offset, length)
-            return found
+            return self.inner.read(name, offset, length)
         number, start = divmod(offset - _FAR, 1 << 40)
         if getattr(self._last, "number", None) != number:
             self._last.data, self._last.number = read_part(self.inner, self._parts[number]), number
@@ -202,24 +196,29 @@ class PartSource:
         else:
             out[:] = self.read(name, offset, out.size)
 
-    def close(self) -> None:
-        """Close the files of the source."""
-        self.inner.close()
-
-    @property
-    def path(self) -> Any:
-        """The local folder."""
-        return self.inner.path
+    def expect(self, ranges: Iterable[tuple[str, int, int]]) -> None:
+        """Announce reads; of a part, the expert's slab that it is cut from."""
+        self.inner.expect(
+            (name, offset, length) if offset < _FAR else slab_of(self._parts[(offset - _FAR) >> 40])
+            for name, offset, length in ranges
+        )
 
 
-def read_part(source: Any, part: Part) -> Bytes:
-    """Return the bytes of a part, contiguous."""
+def slab_of(part: Part) -> tuple[str, int, int]:
+    """Return file, offset and length of what is read for a part."""
     t = part.tensor
     if part.expert is None:
-        data: Bytes = source.read(t.file, t.offset, t.nbytes)
-        return data
+        return t.file, t.offset, t.nbytes
     size = t.nbytes // max(1, t.shape[0])
-    slab = source.read(t.file, t.offset + part.expert * size, size)
+    return t.file, t.offset + part.expert * size, size
+
+
+def read_part(source: Source, part: Part) -> Bytes:
+    """Return the bytes of a part, contiguous."""
+    slab = source.read(*slab_of(part))
+    if part.expert is None:
+        return slab
+    t = part.tensor
     width = t.nbytes // max(1, t.elements)
     values = slab.view(f"u{width}").reshape(t.shape[1:])
     if part.axis is not None:
