@@ -32,8 +32,8 @@ case $code in
   0) verdict=passed ;;
   1) verdict=failed ;;
   2) verdict=usage ;;
-  3) verdict=unproven ;;
-  *) verdict=broken ;;
+  3) verdict=inconclusive ;;
+  *) verdict=error ;;
 esac
 if [ -n "${GITHUB_STEP_SUMMARY:-}" ]; then
   if [ -s "$work/summary.md" ]; then

@@ -515,7 +515,7 @@ def working(row: dict[str, Any]) -> list[str]:
     """Return the recipes with which every step of the zoo went well."""
     if (row["built"], row.get("detected"), row.get("layout")) != ("ok", "ok", "ok"):
         return []
-    fine = ("ok", "unproven")
+    fine = ("ok", "inconclusive")
     return [
         n
         for n, s in row["recipes"].items()
@@ -528,7 +528,7 @@ def reasons(row: dict[str, Any]) -> list[str]:
     steps = [row["built"], row.get("detected", "ok"), row.get("layout", "ok")]
     steps += [v for s in row.get("recipes", {}).values() for v in s.values()]
     found = dict.fromkeys(
-        s.removeprefix("refused: ") for s in steps if not s.startswith(("ok", "unproven"))
+        s.removeprefix("refused: ") for s in steps if not s.startswith(("ok", "inconclusive"))
     )
     stacked = [f for f in found if "stacks of this family" in f]
     return stacked[:1] or list(found)

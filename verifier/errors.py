@@ -10,7 +10,6 @@
     │   ├── UnsupportedConversion 1  a layout that cannot be turned into the hub's, or back
     │   ├── EncodeError      1  NaN or Inf in a weight, a width that the block does not divide
     │   └── IncomparableError 1 scores of unlike protocols
-    ├── UnprovenError        3  it could not be shown either way
     └── MachineError         4  disk, I/O, memory
 
 The exit codes 0, 1, 2, 3 and 4 mean the same in every command; 130 and 143 are signals.
@@ -22,8 +21,8 @@ EXIT_CODES = {
     0: "passed, or done",
     1: "failed: a finding at error level, a proved regression, or what else depends on a checkpoint's contents",
     2: "usage: wrong before a header is read (missing path, unknown recipe, output exists, extra missing)",
-    3: "unproven: nothing quantized, a required rule examined nothing, an inconclusive gate",
-    4: "broken: the machine or the tool is at fault (disk, I/O, a defect)",
+    3: "inconclusive: nothing quantized, a required rule examined nothing, an inconclusive gate",
+    4: "error: I/O or internal error (nothing is known about the checkpoint)",
     130: "interrupted (SIGINT)",
     143: "terminated (SIGTERM)",
 }
@@ -87,12 +86,6 @@ class EncodeError(ContentError):
 
 class IncomparableError(ContentError):
     """Two scores were not made under one protocol; the key and both values are named."""
-
-
-class UnprovenError(CkptgateError):
-    """The question could not be answered."""
-
-    exit_code = 3
 
 
 class MachineError(CkptgateError):

@@ -10,11 +10,14 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 Severity = Literal["error", "warning", "info"]
-Verdict = Literal["passed", "failed", "unproven", "broken"]
+Verdict = Literal["passed", "failed", "inconclusive", "error"]
 Standing = Literal["", "known", "grown"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "info")
-SCHEMA_VERSION = "1.1"
-EXIT_OF_VERDICT: dict[str, int] = {"passed": 0, "failed": 1, "unproven": 3, "broken": 4}
+SCHEMA_VERSION = "2.0"
+READABLE_VERSIONS = ("1.1", SCHEMA_VERSION)
+EXIT_OF_VERDICT: dict[str, int] = {"passed": 0, "failed": 1, "inconclusive": 3, "error": 4}
+OLD_VERDICTS = {"unproven": "inconclusive", "broken": "error"}
+"""What files of version 0.1 call a verdict, and its name now."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +117,11 @@ class Report:
     def by_rule(self, rule: str) -> tuple[Finding, ...]:
         """Return the findings of one rule."""
         return tuple(f for f in self.findings if f.rule == rule)
+
+
+def current_verdict(verdict: Any) -> Any:
+    """Return a verdict that was read from a file by its current name."""
+    return OLD_VERDICTS.get(verdict, verdict) if isinstance(verdict, str) else verdict
 
 
 def failing(findings: Iterable[Finding], fail_on: Severity) -> tuple[Finding, ...]:

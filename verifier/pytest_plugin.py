@@ -204,7 +204,10 @@ class VerdictTest(_Test):
         report = _report(self.config)
         if report.verdict != "passed":
             errors, warnings = report.count("error"), report.count("warning")
-            why = report.stats.get("unproven") or f"{errors} errors, {warnings} warnings in groups"
+            why = (
+                report.stats.get("inconclusive")
+                or f"{errors} errors, {warnings} warnings in groups"
+            )
             raise Unsound(
                 f"{report.uri}: {report.verdict.upper()} ({why}); exit code {report.exit_code}"
             )

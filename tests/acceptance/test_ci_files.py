@@ -387,7 +387,7 @@ def test_the_action_ends_with_the_code_after_the_summary(project: Path) -> None:
 @pytest.mark.parametrize(
     ("inputs", "code", "verdict"),
     [
-        ({"uri": "out/m3-bf16"}, 3, "unproven"),
+        ({"uri": "out/m3-bf16"}, 3, "inconclusive"),
         ({"uri": "nothing"}, 2, "usage"),
         ({"uri": "models/m3-nvfp4", "require": "QC999"}, 2, "usage"),
         ({"uri": "--help"}, 2, "usage"),

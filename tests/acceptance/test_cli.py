@@ -297,7 +297,7 @@ def test_an_unquantized_checkpoint_is_unproven(call) -> None:
     for depth in ("header", "payload"):
         code, out, err = call("check", LLAMA, "--depth", depth)
         assert (code, err) == (3, "")
-        assert "verdict: UNPROVEN (0 errors, 0 warnings; no quantized tensor)" in out
+        assert "verdict: INCONCLUSIVE (0 errors, 0 warnings; no quantized tensor)" in out
 
 
 def test_a_required_rule_that_did_not_run_is_unproven(call) -> None:
@@ -347,7 +347,7 @@ def test_json_of_a_clean_an_unproven_and_a_failed_check(call, candidate: Path) -
     assert clean["findings"] == []
     assert {c["rule"] for c in clean["coverage"]} == set(all_rules())
     assert clean["stats"]["tensors"] == 213
-    report_of(call("check", LLAMA, "--format", "json"), 3, "unproven")
+    report_of(call("check", LLAMA, "--format", "json"), 3, "inconclusive")
     report_of(call("check", LLAMA_MXFP8, "--base", QWEN, "--format", "json"), 1, "failed")
     shard = candidate / "model.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1000])
@@ -417,14 +417,14 @@ def failing() -> None:
 
 @pytest.mark.parametrize("how", ["list", "read", "timeout", "client"])
 def test_a_read_that_fails_is_exit_4(call, failing: None, how: str) -> None:
-    report = report_of(call("check", f"failing://{how}", "--format", "json"), 4, "broken")
+    report = report_of(call("check", f"failing://{how}", "--format", "json"), 4, "error")
     assert report["uri"] == f"failing://{how}"
     code, out, err = call("check", f"failing://{how}")
     assert code == 4
     assert "Traceback" not in out + err
     assert len(err.splitlines()) == 1
     report_of(
-        call("check", QWEN_NVFP4, "--base", f"failing://{how}", "--format", "json"), 4, "broken"
+        call("check", QWEN_NVFP4, "--base", f"failing://{how}", "--format", "json"), 4, "error"
     )
 
 
@@ -606,8 +606,8 @@ def test_github_appends_to_the_step_summary(
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
     code, out, _ = call("check", LLAMA, "--format", "github")
     assert code == 3
-    assert out.startswith("::error title=ckptgate%3A unproven::no quantized tensor\n")
-    assert summary.read_text().startswith("# before\n## ckptgate: unproven\n")
+    assert out.startswith("::error title=ckptgate%3A inconclusive::no quantized tensor\n")
+    assert summary.read_text().startswith("# before\n## ckptgate: inconclusive\n")
     before = summary.read_text()
     call("check", LLAMA, "--format", "text")
     assert summary.read_text() == before

@@ -52,7 +52,7 @@ def test_verdict(shared_data: Path, name: str, with_base: bool) -> None:
     root = shared_data / "modelopt"
     base, code, errors, more, warnings = EXPECTED[name]
     if with_base and base is None:
-        base = name  # an unquantized checkpoint against itself is still unproven
+        base = name  # an unquantized checkpoint against itself is still inconclusive
     merged = MERGED.get(name) if with_base else None
     report = verifier.check(
         root / name,

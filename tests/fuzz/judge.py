@@ -51,7 +51,7 @@ def judge(path: Path, *, base: Path | None = None) -> Verdict:
         code = report.exit_code
         reached = any(c.ran and c.checked and c.rule[2] in "35" for c in report.coverage)
         wrong = _printable(text, as_json)
-        if report.verdict not in ("passed", "failed", "unproven", "broken"):
+        if report.verdict not in ("passed", "failed", "inconclusive", "error"):
             wrong = f"verdict {report.verdict}"
     except CkptgateError as error:
         code = error.exit_code

@@ -42,7 +42,7 @@ STEPS = ("disk", "memory", "check", "check with base", "quantized", "round trip"
 """Of each recipe; ``detected`` and ``layout`` are the family's."""
 OK = "ok"
 REFUSED = "refused: "
-UNPROVEN = "unproven: "
+INCONCLUSIVE = "inconclusive: "
 """A check that could not judge, for want of the family's layout and of a base: neither right nor
 wrong."""
 NOISE = 0.2
@@ -87,12 +87,12 @@ def standing(found: Outcome) -> str:
 
 
 def working(found: Outcome) -> list[str]:
-    """Return the recipes of which every step is ok; a check without a base may be unproven."""
+    """Return the recipes of which every step is ok; a check without a base may be inconclusive."""
     if found["built"] != OK or (found["detected"], found["layout"]) != (OK, OK):
         return []
 
     def fine(step: str) -> bool:
-        return step == OK or step.startswith(UNPROVEN)
+        return step == OK or step.startswith(INCONCLUSIVE)
 
     return [r for r, s in found["recipes"].items() if all(fine(s.get(k, "")) for k in STEPS)]
 
@@ -113,7 +113,7 @@ def defects(found: Outcome) -> list[str]:
     return [
         f"{found['family']}, {k}: {v}"
         for k, v in steps.items()
-        if v != OK and not v.startswith((REFUSED, UNPROVEN))
+        if v != OK and not v.startswith((REFUSED, INCONCLUSIVE))
     ]
 
 
@@ -279,8 +279,8 @@ def _checked(path: Path, base: Path | None) -> None:
         for f in report.findings
         if f.severity != "info"
     ]
-    if report.verdict == "unproven" and not lines:
-        raise Wrong(UNPROVEN + str(report.stats["unproven"]))
+    if report.verdict == "inconclusive" and not lines:
+        raise Wrong(INCONCLUSIVE + str(report.stats["inconclusive"]))
     if lines or report.verdict != "passed":
         raise Wrong(
             f"{report.verdict}; " + " | ".join(" ".join(line.split())[:160] for line in lines[:4])

@@ -97,8 +97,8 @@ def check(
 ) -> None:
     """Judge the checkpoint in the folder URI (a path or an fsspec URL).
 
-    Exit 0 passed, 1 failed, 2 usage, 3 unproven (nothing quantized, a required rule examined
-    nothing), 4 broken.
+    Exit 0 passed, 1 failed, 2 usage, 3 inconclusive (nothing quantized, a required rule examined
+    nothing), 4 error (nothing is known about the checkpoint).
     """
     # numpy and the rules cost 150 ms, and --help needs neither.
     from verifier.report import render_json  # noqa: PLC0415
@@ -138,14 +138,14 @@ def check(
     except Exception as error:
         if shows_defects(error):
             raise
-        report = Report("broken", uri, base, (), (), {"error": explain_failure(error)})
+        report = Report("error", uri, base, (), (), {"error": explain_failure(error)})
         failure = error
     if file is not None:
         report.stats.setdefault("options", {})["config"] = str(file)
     try:
         write_files(report, wanted)
     except MachineError as error:
-        report, failure = Report("broken", uri, base, (), (), {"error": str(error)}), error
+        report, failure = Report("error", uri, base, (), (), {"error": str(error)}), error
     # A person reads the message on stderr; what parses stdout gets one document whatever went
     # wrong.
     if failure is not None and not any(o.file == STDOUT and o.format != "text" for o in wanted):

@@ -200,7 +200,7 @@ def test(ctx: click.Context, runs: tuple[str, ...], patterns: tuple[str, ...], f
     if not seen:
         raise ContentError(f"no run was held against a golden ({', '.join(patterns)})")
     code = worst_code(*codes, *([1] if unreferenced else []))
-    verdict = {0: "PASSED", 1: "FAILED", 3: "UNPROVEN", 4: "BROKEN"}[code]
+    verdict = {0: "PASSED", 1: "FAILED", 3: "INCONCLUSIVE", 4: "ERROR"}[code]
     click.echo(f"verdict: {verdict} ({len(seen)} held, {len(unreferenced)} unreferenced)")
     ctx.exit(code)
 

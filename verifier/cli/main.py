@@ -100,7 +100,7 @@ def cli() -> None:
     """Judge quantized LLM checkpoints before they ship: the gate between an exporter and a serving
     engine.
 
-    Exit codes: 0 passed, 1 failed, 2 usage, 3 unproven, 4 broken; docs/exit-codes.md.
+    Exit codes: 0 passed, 1 failed, 2 usage, 3 inconclusive, 4 error; docs/exit-codes.md.
     """
 
 

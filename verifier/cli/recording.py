@@ -90,7 +90,7 @@ def record(
 
 
 def worst_code(*codes: int) -> int:
-    """Return the code that says most: broken, failed, unproven, passed."""
+    """Return the code that says most: error, failed, inconclusive, passed."""
     return next((c for c in (4, 2, 1, 3) if c in codes), 0)
 
 

@@ -33,7 +33,7 @@ _OPTIONS = (
         "--require",
         metavar="RULES",
         multiple=True,
-        help="Rules that must run, else the verdict is unproven.",
+        help="Rules that must run, else the verdict is inconclusive.",
     ),
     click.option(
         "--fail-on",

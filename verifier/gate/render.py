@@ -20,7 +20,6 @@ _ACTIVATIONS = {
     "declared": "declared: rounded as each checkpoint declares",
     "engine": "as the engine has them",
 }
-_VERDICT = {"passed": "passed", "failed": "failed", "inconclusive": "unproven"}
 
 
 def render_text(result: GateResult) -> str:
@@ -172,7 +171,7 @@ def render_run(run: Run, file: str) -> str:
 
 def render_json(result: GateResult) -> str:
     """Return the result as one JSON object; numbers that do not exist are null."""
-    value = {"schema_version": "1.0", "verdict": _VERDICT[result.outcome], **asdict(result)}
+    value = {"schema_version": "1.1", "verdict": result.outcome, **asdict(result)}
     return json.dumps(_finite(value), indent=2) + "\n"
 
 

@@ -27,24 +27,24 @@ Outcome = Literal[
     "within",
     "stale",
     "worse",
-    "unproven",
+    "inconclusive",
     "unlike",
     "changed",
     "new",
     "nonfinite",
-    "broken",
+    "error",
 ]
 EXIT_OF_OUTCOME: dict[str, int] = {
     "agrees": 0,
     "within": 0,
     "stale": 0,
     "worse": 1,
-    "unproven": 3,
+    "inconclusive": 3,
     "unlike": 1,
     "changed": 1,
     "new": 1,
     "nonfinite": 1,
-    "broken": 4,
+    "error": 4,
 }
 NOISE_OF_DRIFT = 0.1
 """An improvement below this part of the drift margin is taken for noise, where the noise floor was
@@ -72,8 +72,8 @@ class GoldenComparison:
 
 def judge(old: Golden | None, new: Golden) -> GoldenComparison:
     """Hold a run against an accepted record; None is no record yet."""
-    if new.verdict == "broken":
-        return GoldenComparison("broken", "the run broke; there is nothing to compare")
+    if new.verdict == "error":
+        return GoldenComparison("error", "the run ended in an error; there is nothing to compare")
     if new.nonfinite:
         return GoldenComparison(
             "nonfinite", f"logits that are not finite in {new.nonfinite} documents"
@@ -105,7 +105,7 @@ def hold(run: dict[str, Any], file: str | os.PathLike[str]) -> GoldenComparison:
     before = store.digest_of(folder, name)
     new = store.proposed(run)
     judged = judge(store.load(folder, name) if before is not None else None, new)
-    if judged.outcome in ("agrees", "within", "broken"):
+    if judged.outcome in ("agrees", "within", "error"):
         return judged
     pending = Pending(
         proposed=new,
@@ -156,7 +156,7 @@ def _drift(old: Golden, new: Golden) -> GoldenComparison:
     if found.low > old.drift:
         return GoldenComparison("worse", f"{told}: a proved regression", found)
     return GoldenComparison(
-        "unproven", f"{told}: the interval holds the margin, neither is shown", found
+        "inconclusive", f"{told}: the interval holds the margin, neither is shown", found
     )
 
 

@@ -16,11 +16,12 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from verifier.errors import ContentError, MachineError, UsageError
 from verifier.files import write_atomic
-from verifier.history.record import Number, Record, Scalar, Text, now, recorded
+from verifier.findings import Verdict, current_verdict
+from verifier.history.record import Number, Record, Scalar, SchemaVersion, Text, now, recorded
 
 ACCEPTED, PENDING = ".golden.json", ".pending.json"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -48,10 +49,10 @@ class Golden(BaseModel):
     """
 
     model_config = _CONFIG
-    schema_version: Literal["1.0"] = "1.0"
+    schema_version: SchemaVersion = "1.1"
     kind: Literal["gate", "check"]
     of: Annotated[str, Field(min_length=1, max_length=400)]
-    verdict: Literal["passed", "failed", "unproven", "broken"]
+    verdict: Annotated[Verdict, BeforeValidator(current_verdict)]
     key: dict[Text, Scalar] = Field(default={}, max_length=100)
     environment: dict[Text, Scalar] = Field(default={}, max_length=100)
     versions: dict[Text, Text] = Field(default={}, max_length=20)
@@ -239,7 +240,7 @@ def accept(folder: PathLike, name: str, reason: str) -> Golden:
             f"{name}: the accepted record changed since; run again, then review what is pending"
         )
     new = pending.proposed
-    if new.nonfinite or new.verdict == "broken":
+    if new.nonfinite or new.verdict == "error":
         why = (
             f"{new.nonfinite} documents had logits that are not finite"
             if new.nonfinite

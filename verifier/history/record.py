@@ -15,14 +15,19 @@ import subprocess
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from verifier import __version__
 from verifier.errors import CkptgateError, ContentError, UsageError
+from verifier.findings import Verdict, current_verdict
 
 MAX_RUN_BYTES = 256 << 20
 Text = Annotated[str, Field(max_length=2000)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
+SchemaVersion = Annotated[
+    Literal["1.1"], BeforeValidator(lambda version: "1.1" if version == "1.0" else version)
+]
+"""Version 1.0 differs in the names of verdicts alone, and is read as 1.1."""
 Scalar = Text | bool | int | Number | None
 _CONFIG = ConfigDict(extra="ignore", frozen=True, strict=True)
 
@@ -44,13 +49,13 @@ class Record(BaseModel):
     """One line of a history file; fields of later versions are ignored."""
 
     model_config = _CONFIG
-    schema_version: Literal["1.0"] = "1.0"
+    schema_version: SchemaVersion = "1.1"
     id: Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
     time: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?Z$")]
     kind: Literal["gate", "check", "golden"]
     name: Annotated[str, Field(min_length=1, max_length=400)]
     label: Text = ""
-    verdict: Literal["passed", "failed", "unproven", "broken", "accepted"]
+    verdict: Annotated[Verdict | Literal["accepted"], BeforeValidator(current_verdict)]
     measures: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_.]{0,63}$")], Measure] = Field(
         default={}, max_length=200
     )
@@ -99,6 +104,7 @@ def parse_run(text: str, where: str) -> dict[str, Any]:
     if not isinstance(value, dict) or run_kind(value) is None:
         wanted = "neither what `ckptgate gate --format json` prints nor what `ckptgate check --format json` prints"
         raise ContentError(f"{where}: {wanted}")
+    value["verdict"] = current_verdict(value.get("verdict"))
     return value
 
 

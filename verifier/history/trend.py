@@ -69,10 +69,10 @@ class Change:
 
 
 def series_of(records: Sequence[Record]) -> dict[str, list[Record]]:
-    """Return the runs of each series, in order; broken runs and accepted goldens are in none."""
+    """Return the runs of each series, in order; runs that ended in an error and accepted goldens are in none."""
     found: dict[str, list[Record]] = {}
     for r in records:
-        if r.kind != "golden" and r.verdict != "broken":
+        if r.kind != "golden" and r.verdict != "error":
             found.setdefault(r.series, []).append(r)
     return found
 

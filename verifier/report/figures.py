@@ -60,7 +60,7 @@ class Series:
 
 def forest(rows: Sequence[Row], unit: str) -> str:
     """Return intervals under each other with their margins; green passed, red failed, amber
-    unproven.
+    inconclusive.
     """
     shown = list(rows[:MAX_ROWS])
     ends = [v for r in shown for v in (r.low, r.high, r.value, r.margin or 0.0, 0.0)]
@@ -395,9 +395,9 @@ def _one(
     for p in s.points:
         kind = (
             "failed"
-            if p.verdict in ("failed", "broken")
-            else "unproven"
-            if p.verdict == "unproven"
+            if p.verdict in ("failed", "error")
+            else "inconclusive"
+            if p.verdict == "inconclusive"
             else f"dot s{i}"
         )
         parts.append(svg.dot(x(p.at), y(p.value), kind, p.title, 3.2))

@@ -22,7 +22,7 @@ def render_github(report: Report) -> str:
     """
     titles = {c.rule: c.title for c in report.coverage}
     lines = []
-    if report.verdict in ("unproven", "broken"):
+    if report.verdict in ("inconclusive", "error"):
         lines.append(
             _command("error", f"ckptgate: {report.verdict}", why_not(report) or report.verdict)
         )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The report as JSON, by the schema in ``schemas/report-1.1.json``."""
+"""The report as JSON; its schema is ``schemas/report-2.0.json``."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def render_json(report: Report) -> str:
 
 def schema() -> dict[str, Any]:
     """Return the JSON schema of the report."""
-    text = (resources.files(__name__.rpartition(".")[0]) / "schemas" / "report-1.1.json").read_text(
-        encoding="utf-8"
-    )
+    text = (
+        resources.files(__name__.rpartition(".")[0]) / "schemas" / f"report-{SCHEMA_VERSION}.json"
+    ).read_text(encoding="utf-8")
     value: dict[str, Any] = json.loads(text)
     return value

@@ -2,7 +2,7 @@
 """The report as JUnit XML: one test case for each rule, and one for the verdict.
 
 A rule that did not run is skipped with its reason, findings that fail the check are a failure,
-others are output. An unproven or broken check is an error of the case ``verdict``, so that a reader
+others are output. A check that is inconclusive or ended in an error is an error of the case ``verdict``, so that a reader
 of nothing but JUnit does not see green.
 """
 
@@ -27,7 +27,7 @@ def render_junit(report: Report) -> str:
     for rule in sorted({*covered, *(f.rule for f in report.findings)}):
         suite.add_testcase(_case(rule, covered.get(rule), report.by_rule(rule), bad))
     overall = TestCase("verdict", "ckptgate")
-    if report.verdict in ("unproven", "broken"):
+    if report.verdict in ("inconclusive", "error"):
         error = Error(why_not(report) or report.verdict, report.verdict)
         error.text = verdict(report)
         overall.result = [error]

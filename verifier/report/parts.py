@@ -79,8 +79,8 @@ def verdict(report: Report) -> str:
 
 
 def why_not(report: Report) -> str:
-    """Return why a verdict is unproven or broken, or ''."""
-    return printable(str(report.stats.get("unproven") or report.stats.get("error") or ""))
+    """Return why a verdict is inconclusive or an error, or ''."""
+    return printable(str(report.stats.get("inconclusive") or report.stats.get("error") or ""))
 
 
 def not_run(report: Report) -> list[tuple[str, list[str]]]:

@@ -15,6 +15,7 @@ from jinja2 import DictLoader, Environment, StrictUndefined
 from markupsafe import Markup
 
 from verifier import __version__
+from verifier.findings import EXIT_OF_VERDICT, current_verdict
 from verifier.report import figures, svg
 from verifier.report.figures import Row
 from verifier.text import printable
@@ -276,13 +277,13 @@ def _name(g: Mapping[str, Any]) -> str:
 
 
 def _verdict(run: Mapping[str, Any]) -> str:
-    found = run.get("verdict")
-    return str(found) if found in ("passed", "failed", "unproven", "broken") else "unproven"
+    verdict = current_verdict(run.get("verdict"))
+    return str(verdict) if verdict in EXIT_OF_VERDICT else "inconclusive"
 
 
 def _held(low: float, high: float, margin: float | None) -> str:
     if margin is None or low <= margin < high:
-        return "unproven"
+        return "inconclusive"
     return "passed" if high <= margin else "failed"
 
 

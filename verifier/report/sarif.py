@@ -75,10 +75,10 @@ def _rules(report: Report) -> list[dict[str, Any]]:
 
 def _invocation(report: Report) -> dict[str, Any]:
     found: dict[str, Any] = {
-        "executionSuccessful": report.verdict != "broken",
+        "executionSuccessful": report.verdict != "error",
         "exitCode": report.exit_code,
     }
-    if report.verdict in ("unproven", "broken"):
+    if report.verdict in ("inconclusive", "error"):
         why = _message(why_not(report) or report.verdict)
         found["toolExecutionNotifications"] = [{"level": "error", "message": {"text": why}}]
     skipped = [

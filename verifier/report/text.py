@@ -31,8 +31,7 @@ _STYLE = {
     "info": "\x1b[36m",
     "passed": "\x1b[1;32m",
     "failed": "\x1b[1;31m",
-    "unproven": "\x1b[1;33m",
-    "broken": "\x1b[1;35m",
+    "inconclusive": "\x1b[1;33m",
 }
 _PLAIN = "\x1b[0m"
 

@@ -89,7 +89,7 @@ def check(
             as well, and with a base or ``merged_from`` every weight; ``load`` also builds the model
             with transformers (docs/reload.md); ``eval`` scores text with candidate and base too
             (docs/gate.md).
-        require: rules, by id or prefix, that must run; one that did not makes the verdict unproven.
+        require: rules, by id or prefix, that must run; one that did not makes the verdict inconclusive.
         fail_on: ``warning`` lets warnings fail too.
         select: prefixes of rule ids (``QC5``, ``QC501,QC3``, ``ALL``): the rules that run; without
             any, all.
@@ -214,7 +214,7 @@ def check(
         stats["stopped"] = stopped
     stats["seconds"] = round(time.perf_counter() - started, 3)
     if why:
-        stats["unproven"] = why
+        stats["inconclusive"] = why
     if evaluation is not None:
         stats["eval"] = dict(evaluation.summary)
     return Report(verdict, os.fspath(uri), options["base"], tuple(findings), tuple(coverage), stats)
@@ -292,21 +292,21 @@ def judge(
     require: Collection[str],
     fail_on: Severity,
 ) -> tuple[Verdict, str]:
-    """Return the verdict, and why where it is unproven."""
+    """Return the verdict, and why where it is inconclusive."""
     if failing(findings, fail_on):
         return "failed", ""
     if not quantized:
-        return "unproven", "no quantized tensor"
+        return "inconclusive", "no quantized tensor"
     for c in coverage:
         if c.ran and c.of and not c.checked:
-            return "unproven", f"{c.rule} examined none of {c.of:,} {c.unit}: {c.reason}"
+            return "inconclusive", f"{c.rule} examined none of {c.of:,} {c.unit}: {c.reason}"
         if c.rule in require and (not c.ran or not c.checked):
             why = f"did not run: {c.reason}" if not c.ran else "found nothing to examine"
-            return "unproven", f"{c.rule} is required and {why}"
+            return "inconclusive", f"{c.rule} is required and {why}"
     if not any(c.checked for c in coverage):
         ran = any(c.ran for c in coverage)
         return (
-            "unproven",
+            "inconclusive",
             "the selected rules found nothing to examine"
             if ran
             else "none of the selected rules ran",

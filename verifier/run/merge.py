@@ -10,7 +10,16 @@ from dataclasses import replace
 from typing import Any
 
 from verifier.errors import ContentError
-from verifier.findings import SCHEMA_VERSION, Coverage, Effect, Finding, Report, Where
+from verifier.findings import (
+    OLD_VERDICTS,
+    READABLE_VERSIONS,
+    Coverage,
+    Effect,
+    Finding,
+    Report,
+    Where,
+    current_verdict,
+)
 from verifier.rules import Rule, all_rules
 from verifier.run.engine import judge, level
 from verifier.run.fingerprints import fingerprinted
@@ -26,12 +35,16 @@ def report_of(value: Any) -> Report:
     """
     try:
         version = value["schema_version"]
-        if version != SCHEMA_VERSION:
-            raise ContentError(f"a report of version {version!r}; {SCHEMA_VERSION} is read here")
+        if version not in READABLE_VERSIONS:
+            raise ContentError(
+                f"a report with schema_version {version!r}; "
+                f"{' and '.join(READABLE_VERSIONS)} can be read"
+            )
         findings = tuple(map(_finding, value["findings"]))
         coverage = tuple(Coverage(**c) for c in value["coverage"])
-        stats = dict(value["stats"])
-        return Report(value["verdict"], value["uri"], value["base"], findings, coverage, stats)
+        stats = {OLD_VERDICTS.get(key, key): v for key, v in value["stats"].items()}
+        verdict = current_verdict(value["verdict"])
+        return Report(verdict, value["uri"], value["base"], findings, coverage, stats)
     except (AttributeError, KeyError, TypeError) as error:
         raise ContentError(
             f"not a report of `ckptgate check --format json`: {type(error).__name__}: {error}"
@@ -81,7 +94,7 @@ def merge_reports(reports: Iterable[Report]) -> Report:
     findings = fingerprinted(sorted(findings, key=level))
     options = {k: v for k, v in first.stats["options"].items() if k != "subset"}
     stats: dict[str, Any] = {
-        k: v for k, v in first.stats.items() if k not in ("stopped", "unproven")
+        k: v for k, v in first.stats.items() if k not in ("stopped", "inconclusive")
     }
     stats |= {"options": options, "seconds": round(sum(p.stats["seconds"] for p in parts), 3)}
     if stopped:
@@ -90,7 +103,7 @@ def merge_reports(reports: Iterable[Report]) -> Report:
         bool(stats["formats"]), findings, coverage, options["require"], options["fail_on"]
     )
     if why:
-        stats["unproven"] = why
+        stats["inconclusive"] = why
     return Report(verdict, first.uri, first.base, tuple(findings), tuple(coverage), stats)
 
 
@@ -136,7 +149,7 @@ def _identity(report: Report, rules: Mapping[str, Rule]) -> object:
         for k, v in report.stats["options"].items()
         if k not in ("subset", "base", "merged_from")
     }
-    changing = ("seconds", "options", "stopped", "unproven", "eval")
+    changing = ("seconds", "options", "stopped", "inconclusive", "eval")
     return (
         [(c.rule, c.unit) for c in report.coverage],
         headers,

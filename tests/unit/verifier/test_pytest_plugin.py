@@ -130,7 +130,10 @@ def test_a_required_rule_that_did_not_run_fails(session: Run) -> None:
     assert done.returncode == 1
     assert counts(done)["failed"] == 2  # the rule and the verdict
     assert "QC605 is required and did not run: depth payload" in done.stdout
-    assert "UNPROVEN (QC605 is required and did not run: depth payload); exit code 3" in done.stdout
+    assert (
+        "INCONCLUSIVE (QC605 is required and did not run: depth payload); exit code 3"
+        in done.stdout
+    )
     payload = session(
         f"--ckptgate={QWEN_NVFP4}",
         "--ckptgate-require=QC605",
@@ -153,7 +156,7 @@ def test_a_checkpoint_without_quantization_is_not_passed(session: Run) -> None:
     done = session(f"--ckptgate={QWEN}")
     assert done.returncode == 1
     assert counts(done)["failed"] == 1
-    assert "UNPROVEN (no quantized tensor)" in done.stdout
+    assert "INCONCLUSIVE (no quantized tensor)" in done.stdout
 
 
 def test_a_folder_that_cannot_be_read(session: Run, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ def check(ctx: Context) -> Iterator[Finding]:
     its margin.
 
     One-sided 95 % bounds clustered by document decide. Where a bound holds the margin nothing is
-    shown: the rule has then examined none of its margins, and the verdict is unproven.
+    shown: the rule has then examined none of its margins, and the verdict is inconclusive.
     **Why.** Some loss is expected: 6.6 % of perplexity for MiniMax-M3 with its experts in NVFP4.
     More is a defect, or a recipe that does not suit the model. A dead expert hides in the absolute
     margin and not in the drift against an accepted run.

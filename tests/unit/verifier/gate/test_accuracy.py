@@ -136,7 +136,7 @@ def test_three_outcomes(lost: int, won: int, outcome: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("lost", "outcome"), [(10, "within"), (11, "unproven"), (90, "worse"), (0, "agrees")]
+    ("lost", "outcome"), [(10, "within"), (11, "inconclusive"), (90, "worse"), (0, "agrees")]
 )
 def test_an_accepted_task_is_held_by_its_answers(lost: int, outcome: str) -> None:
     records = []
@@ -145,7 +145,9 @@ def test_an_accepted_task_is_held_by_its_answers(lost: int, outcome: str) -> Non
         records.append(
             proposed(json.loads(render_json(compare_runs(base, candidate, Margin(0.5, "")))))
         )
-    records[0] = records[0].model_copy(update={"drift": 0.02 if outcome != "unproven" else 0.006})
+    records[0] = records[0].model_copy(
+        update={"drift": 0.02 if outcome != "inconclusive" else 0.006}
+    )
     judged = judge(*records)
     assert judged.outcome == outcome, judged.sentence
     assert outcome == "agrees" or "of accuracy" in judged.sentence

@@ -94,7 +94,7 @@ def test_the_first_run_is_pending_and_fails_until_it_is_accepted(
     [
         (0.001, 0.0005, "within", 0),
         (0.010, 0.0005, "worse", 1),
-        (0.0045, 0.006, "unproven", 3),
+        (0.0045, 0.006, "inconclusive", 3),
         (-0.004, 0.0005, "stale", 0),
         (-0.0001, 0.00001, "within", 0),
     ],
@@ -302,6 +302,18 @@ def test_a_golden_that_is_none_is_an_error_of_contents(
     (accepted / "M3-NVFP4.gate.golden.json").write_text(text)
     assert goldens("test", str(tmp_path / "run.json"), folder=accepted) == 1
     assert goldens("show", "M3-NVFP4.gate", folder=accepted) == 1
+
+
+@pytest.mark.parametrize(("old", "new"), [("unproven", "inconclusive"), ("failed", "failed")])
+def test_a_record_of_version_1_0_is_read_with_the_verdicts_named_as_now(
+    accepted: Path, old: str, new: str
+) -> None:
+    file = accepted / "M3-NVFP4.gate.golden.json"
+    value = json.loads(file.read_text()) | {"schema_version": "1.0", "verdict": old}
+    file.write_text(json.dumps(value))
+    read = load(accepted, "M3-NVFP4.gate")
+    assert (read.schema_version, read.verdict) == ("1.1", new)
+    assert hold(gate_run(), file).outcome == "agrees"
 
 
 def test_sums_come_back_to_the_last_bit(tmp_path: Path, accepted: Path) -> None:

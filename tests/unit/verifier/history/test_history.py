@@ -216,6 +216,19 @@ def test_the_recipe_of_an_export_is_told_by_its_manifest(tmp_path: Path) -> None
     }
 
 
+@pytest.mark.parametrize(("old", "new"), [("unproven", "inconclusive"), ("broken", "error")])
+def test_a_line_of_version_1_0_is_read_with_the_verdicts_named_as_now(
+    tmp_path: Path, old: str, new: str
+) -> None:
+    line = json.loads(record().model_dump_json()) | {"schema_version": "1.0", "verdict": old}
+    file = tmp_path / "history.jsonl"
+    file.write_text(json.dumps(line) + "\n")
+    found = load(file)
+    assert not found.notes
+    assert [(r.schema_version, r.verdict) for r in found.records] == [("1.1", new)]
+    assert record(verdict=old).verdict == new
+
+
 def test_writers_at_once_lose_nothing(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text(json.dumps(gate_run()))
     args = [sys.executable, "-c", WRITER, str(tmp_path / "h"), str(tmp_path / "run.json")]

@@ -230,7 +230,7 @@ def test_what_transformers_does_not_know_is_not_judged(
     (qwen.path / "evil.py").write_text("raise SystemExit('run')\n")
     qwen.edit_json("config.json", lambda c: c.update(change))
     report = check(qwen.path)
-    assert report.verdict == "unproven"
+    assert report.verdict == "inconclusive"
     checked, of, reason = coverage(report)
     assert checked == 0 < of
     assert why in reason and str(qwen.path) not in reason

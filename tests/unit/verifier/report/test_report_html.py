@@ -36,7 +36,7 @@ def gate_run(count: int = 30, **changed: Any) -> dict[str, Any]:
     documents_ = [[1000.0, 1000.0 + 400 * rng.gauss(0.01, 0.01), 400] for _ in range(count)]
     documents_[min(7, count - 1)] = [1000.0, 1040.0, 400]
     return {
-        "verdict": "unproven",
+        "verdict": "inconclusive",
         "candidate": "/x/M3-NVFP4",
         "base": "/x/M3",
         "margin": {"nats": 0.012, "source": "given"},
@@ -84,12 +84,19 @@ def test_the_page_has_a_forest_and_the_worst_ten_documents() -> None:
     harmless(page)
     first, second = pictures(page)
     assert "margin 0.012" in words(first)
-    assert "unproven" in words(first)
+    assert "inconclusive" in words(first)
     assert len([e for e in second.iter("rect") if e.get("class") == "failed"]) == 10
     table = re.search(r"The worst 10.*?</details>", page, re.S)
     assert table is not None
     assert table[0].index("document 7<") < table[0].index("+0.10000")
     assert table[0].count("<tr>") == 11
+
+
+@pytest.mark.parametrize(("old", "new"), [("unproven", "inconclusive"), ("broken", "error")])
+def test_a_run_of_version_0_1_is_shown_with_the_verdicts_named_as_now(old: str, new: str) -> None:
+    page = render_runs([gate_run(verdict=old)])
+    assert f'<p class="verdict {new}">' in page
+    assert old not in page
 
 
 def test_every_picture_has_a_text_for_who_cannot_see_it() -> None:
@@ -101,9 +108,9 @@ def test_every_picture_has_a_text_for_who_cannot_see_it() -> None:
 
 
 def test_marks_stand_where_the_numbers_say() -> None:
-    (picture,) = pictures(forest([Row("a", 0.0, -1.0, 1.0, 0.5, "unproven")], "nats"))
+    (picture,) = pictures(forest([Row("a", 0.0, -1.0, 1.0, 0.5, "inconclusive")], "nats"))
     (margin,) = [e for e in picture.iter("line") if e.get("class") == "margin"]
-    (whisker,) = [e for e in picture.iter("line") if e.get("class") == "unproven line-w"]
+    (whisker,) = [e for e in picture.iter("line") if e.get("class") == "inconclusive line-w"]
     (middle,) = picture.iter("circle")
     low, high = float(whisker.get("x1") or 0), float(whisker.get("x2") or 0)
     assert float(middle.get("cx") or 0) == pytest.approx((low + high) / 2, abs=0.1)

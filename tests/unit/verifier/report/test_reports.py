@@ -72,14 +72,20 @@ def report(*findings: Finding, verdict: str = "failed", **stats: Any) -> Report:
 
 CLEAN = report(verdict="passed")
 FAILED = report(ERROR, WARNING, NOTE)
-UNPROVEN = report(WARNING, verdict="unproven", unproven="no quantized tensor")
-BROKEN = Report("broken", "s3://bucket/x", None, (), (), {"error": "Input/output error"})
+INCONCLUSIVE = report(WARNING, verdict="inconclusive", inconclusive="no quantized tensor")
+BROKEN = Report("error", "s3://bucket/x", None, (), (), {"error": "Input/output error"})
 KNOWN = report(
     replace(ERROR, standing="known", note="agreed"),
     replace(WARNING, standing="grown", note="2 now"),
     verdict="passed",
 )
-EVERY = {"clean": CLEAN, "failed": FAILED, "unproven": UNPROVEN, "broken": BROKEN, "known": KNOWN}
+EVERY = {
+    "clean": CLEAN,
+    "failed": FAILED,
+    "inconclusive": INCONCLUSIVE,
+    "error": BROKEN,
+    "known": KNOWN,
+}
 HOSTILES = report(
     Finding(
         "QC201",
@@ -97,8 +103,8 @@ HOSTILES = report(
         because=f"configuration: QC1 {HOSTILE} is error",
     ),
     replace(Finding("QC101", "error", "x", Where(HOSTILE)), standing="known", note=HOSTILE),
-    verdict="unproven",
-    unproven=HOSTILE,
+    verdict="inconclusive",
+    inconclusive=HOSTILE,
     baseline={
         "file": HOSTILE,
         "known": 1,
@@ -135,8 +141,8 @@ def test_every_verdict_in_every_format(format_: str, name: str) -> None:
     assert text.endswith("\n")
     assert EVERY[name].verdict in text.lower()
     assert clean(text)
-    if name in ("unproven", "broken"):
-        assert ("no quantized tensor" if name == "unproven" else "Input/output error") in text
+    if name in ("inconclusive", "error"):
+        assert ("no quantized tensor" if name == "inconclusive" else "Input/output error") in text
 
 
 @pytest.mark.parametrize("format_", FORMATS)
@@ -306,14 +312,17 @@ def test_sarif_says_how_the_run_went() -> None:
         return dict(found)
 
     assert (invocation(CLEAN)["executionSuccessful"], invocation(CLEAN)["exitCode"]) == (True, 0)
-    assert (invocation(UNPROVEN)["executionSuccessful"], invocation(UNPROVEN)["exitCode"]) == (
+    assert (
+        invocation(INCONCLUSIVE)["executionSuccessful"],
+        invocation(INCONCLUSIVE)["exitCode"],
+    ) == (
         True,
         3,
     )
     assert (invocation(BROKEN)["executionSuccessful"], invocation(BROKEN)["exitCode"]) == (False, 4)
     assert (
         "no quantized tensor"
-        in invocation(UNPROVEN)["toolExecutionNotifications"][0]["message"]["text"]
+        in invocation(INCONCLUSIVE)["toolExecutionNotifications"][0]["message"]["text"]
     )
     assert (
         "QC501 did not run: depth payload"
@@ -350,8 +359,8 @@ def test_github_annotates_the_worst_ten() -> None:
     assert commands(render(KNOWN, "github"))[0].startswith("::warning title=QC101")
     assert len(commands(render(KNOWN, "github"))) == 1
     assert (
-        commands(render(UNPROVEN, "github"))[0]
-        == "::error title=ckptgate%3A unproven::no quantized tensor"
+        commands(render(INCONCLUSIVE, "github"))[0]
+        == "::error title=ckptgate%3A inconclusive::no quantized tensor"
     )
 
 

@@ -133,7 +133,7 @@ CASES = {
     ),
     "inconclusive": (
         replace(GOOD, losses=(loss(0.076, standing="open"),), needed=90),
-        "unproven",
+        "inconclusive",
         set(),
     ),
     "drift inconclusive": (
@@ -141,11 +141,11 @@ CASES = {
             GOOD,
             losses=(loss(0.01), loss(0.002, margin=0.003, standing="open", to="the accepted run")),
         ),
-        "unproven",
+        "inconclusive",
         set(),
     ),
-    "collapse inconclusive": (replace(GOOD, losses=(loss(0.7, 0.2, 0.95),)), "unproven", set()),
-    "not scored": (Evaluation(failure="8 keys of the model are missing"), "unproven", set()),
+    "collapse inconclusive": (replace(GOOD, losses=(loss(0.7, 0.2, 0.95),)), "inconclusive", set()),
+    "not scored": (Evaluation(failure="8 keys of the model are missing"), "inconclusive", set()),
 }
 
 
@@ -154,19 +154,19 @@ def test_what_each_result_comes_to(name: str) -> None:
     evaluation, verdict, findings = CASES[name]
     report = judged(evaluation)
     assert (report.verdict, said(report)) == (verdict, findings)
-    assert report.exit_code == {"passed": 0, "failed": 1, "unproven": 3}[verdict]
+    assert report.exit_code == {"passed": 0, "failed": 1, "inconclusive": 3}[verdict]
     strict = judged(evaluation, fail_on="warning")
     assert strict.verdict == ("failed" if findings else verdict)
 
 
 def test_the_reason_of_an_open_verdict_names_numbers_and_documents() -> None:
-    why = judged(CASES["inconclusive"][0]).stats["unproven"]
+    why = judged(CASES["inconclusive"][0]).stats["inconclusive"]
     assert (
         "QC702 examined none of 1 margins: inconclusive: the loss over the base, +0.07600 nats a token"
         in why
     )
     assert "about 90 documents" in why
-    assert "8 keys of the model are missing" in judged(CASES["not scored"][0]).stats["unproven"]
+    assert "8 keys of the model are missing" in judged(CASES["not scored"][0]).stats["inconclusive"]
 
 
 def test_experts_that_no_token_reaches_are_not_judged_by_name() -> None:
@@ -192,11 +192,11 @@ def test_every_report_has_it(format_: str) -> None:
     assert "QC702" in failed
     assert "accepted run is shown to be beyond its margin" in failed
     assert "+0.02000 nats a token" in failed
-    unproven = render(judged(CASES["inconclusive"][0]), format_)
-    assert "about 90 documents" in unproven
+    inconclusive = render(judged(CASES["inconclusive"][0]), format_)
+    assert "about 90 documents" in inconclusive
     if format_ == "json":
-        value = json.loads(unproven)
-        assert (value["verdict"], value["stats"]["eval"]["verdict"]) == ("unproven", "passed")
+        value = json.loads(inconclusive)
+        assert (value["verdict"], value["stats"]["eval"]["verdict"]) == ("inconclusive", "passed")
 
 
 @pytest.mark.parametrize("documents", [8, 20])

@@ -107,7 +107,7 @@ def test_what_is_required_is_required_of_all_together(
     parts = _parts(path, 4, **options)
     assert [p.verdict for p in parts] == ["passed"] * 4
     assert _untimed(merge_reports(parts)) == _untimed(whole)
-    assert (whole.verdict == "unproven") == (options.get("require") == ("QC605",))
+    assert (whole.verdict == "inconclusive") == (options.get("require") == ("QC605",))
 
 
 def test_a_defect_is_told_by_the_subset_that_holds_it(tmp_path: Path) -> None:
@@ -225,6 +225,18 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         err = capsys.readouterr().err
         assert "odd.json: " in err
         assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("unproven", "inconclusive"), ("broken", "error"), ("failed", "failed")]
+)
+def test_a_report_of_version_1_is_read_with_the_verdicts_named_as_now(old: str, new: str) -> None:
+    value = json.loads(render_json(verifier.check(NVFP4)))
+    value |= {"schema_version": "1.1", "verdict": old}
+    value["stats"]["unproven"] = "nothing was examined"
+    read = report_of(value)
+    assert (read.verdict, read.stats["inconclusive"]) == (new, "nothing was examined")
+    assert "unproven" not in read.stats
 
 
 def test_a_sample_says_so_and_counts_what_it_left_out() -> None:
