@@ -60,7 +60,7 @@ def project(tmp_path: Path) -> Path:
     tools = tmp_path / "bin"
     tools.mkdir()
     for name, body in {
-        "ckptgate": f'exec {shlex.quote(sys.executable)} -m verifier "$@"',
+        "ckptgate": f'exec {shlex.quote(sys.executable)} -m ckptgate "$@"',
         "pytest": f'exec {shlex.quote(sys.executable)} -m pytest "$@"',
         "pip": "exit 0",
     }.items():
@@ -77,7 +77,7 @@ def shell(project: Path, command: str, **environment: object) -> Done:
         "PATH": path,
         "PYTHONPATH": str(ROOT),
         "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
-        "PYTEST_PLUGINS": "verifier.pytest_plugin",
+        "PYTEST_PLUGINS": "ckptgate.pytest_plugin",
         **{k: str(v) for k, v in environment.items()},
     }
     return subprocess.run(

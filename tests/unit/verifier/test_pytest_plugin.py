@@ -46,7 +46,7 @@ def session(tmp_path: Path) -> Run:
             "PYTHONPATH": str(ROOT),
             "COLUMNS": "200",
         }
-        names = [x for p in ("verifier.pytest_plugin", *plugins) for x in ("-p", p)]
+        names = [x for p in ("ckptgate.pytest_plugin", *plugins) for x in ("-p", p)]
         return subprocess.run(
             [sys.executable, "-m", "pytest", *names, "-p", "no:cacheprovider", *map(str, argv)],
             cwd=folder,
@@ -79,7 +79,7 @@ def test_the_entry_point_is_this_module() -> None:
     points = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"][
         "pytest11"
     ]
-    assert points == {"ckptgate": "verifier.pytest_plugin"}
+    assert points == {"ckptgate": "ckptgate.pytest_plugin"}
 
 
 def test_installing_it_loads_nothing_heavy(session: Run) -> None:
