@@ -239,9 +239,9 @@ def pack(code: torch.Tensor, scratch: Scratch) -> torch.Tensor:
         scratch: where to work.
     """
     pairs = code.view(torch.int32)
-    return pairs.bitwise_or_(
-        torch.bitwise_right_shift(pairs, 12, out=scratch.take("pairs", torch.int32, *pairs.shape))
-    )
+    odd = scratch.take("pairs", torch.int32, *pairs.shape)
+    torch.bitwise_right_shift(pairs, 12, out=odd)
+    return pairs.bitwise_or_(odd)
 
 
 @lru_cache(maxsize=8)

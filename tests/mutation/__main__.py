@@ -34,7 +34,8 @@ def kinds_table() -> str:
     """Return the table of KINDS.md."""
     rows = ["| kind | number | a judge needs | what is edited |", "| --- | ---: | --- | --- |"]
     rows += [
-        f"| `{k.name}` | {k.count} | {k.knows} | {(k.edit.__doc__ or '').strip()} |" for k in KINDS
+        f"| `{k.name}` | {k.count} | {k.knows} | {' '.join((k.edit.__doc__ or '').split())} |"
+        for k in KINDS
     ]
     return "\n".join(rows) + "\n"
 

@@ -47,8 +47,8 @@ SABOTEURS = {
     ),
     "nibbles swapped": Saboteur(
         "nvfp4.py",
-        "return pairs.bitwise_or_(",
-        "return pairs.bitwise_left_shift_(4).bitwise_or_(pairs >> 20)  # ",
+        "return pairs.bitwise_or_(odd)",
+        "return pairs.bitwise_left_shift_(4).bitwise_or_(pairs >> 20)",
     ),
     "no clamp at 2^-9": Saboteur(
         "nvfp4.py", "clamp_(SCALE_FLOOR, E4M3_MAX)", "clamp_(0.0, E4M3_MAX)"
