@@ -47,8 +47,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import verifier
 from tests import sparse
-from verifier.decoding import max_scales
 from verifier.findings import Report
+from verifier.reconstruction.yardstick import max_scales
 from verifier.schemes import SCALE_LEAVES
 
 LAYERS = (15, 30, 60, 120, 234)

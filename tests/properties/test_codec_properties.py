@@ -25,6 +25,7 @@ from tests import oracle
 from tests.conftest import to_numpy, to_torch
 from verifier import decoding
 from verifier.errors import EncodeError
+from verifier.reconstruction import yardstick
 
 pytestmark = pytest.mark.usefixtures("back_end")
 Array = np.ndarray
@@ -774,17 +775,17 @@ def test_nearest_is_never_worse_than_what_is_stored(fmt: str, seed: int) -> None
         0.5, 1.5, values.shape
     )
     x = x.astype(np.float32)
-    best = np.abs(decoding.nearest(x, parts, fmt).astype(np.float64) - x)
+    best = np.abs(yardstick.nearest(x, parts, fmt).astype(np.float64) - x)
     have = np.abs(values.astype(np.float64) - x)
     assert (best <= have * (1 + 2.0**-16) + np.abs(x) * 2.0**-22).all()
-    assert (decoding.nearest(values, parts, fmt) == values).all()
+    assert (yardstick.nearest(values, parts, fmt) == values).all()
 
 
 @pytest.mark.parametrize("fmt", EVERY)
 @given(x=weights(kinds=("normal", "one_hot", "zero_blocks", "ties"), dtype=np.float32))
 def test_nearest_of_the_exporter_s_scales_is_the_exporter_s_codes(fmt: str, x: Array) -> None:
     parts = to_numpy(encode(to_torch(x), fmt))
-    assert (decoding.nearest(x, parts, fmt) == decoding.decode(parts, fmt)).all()
+    assert (yardstick.nearest(x, parts, fmt) == decoding.decode(parts, fmt)).all()
 
 
 @pytest.mark.parametrize("fmt", EVERY)
@@ -799,7 +800,7 @@ def test_max_scales_are_the_exporter_s(
     """On ordinary data, with an amax of its own and with a shared one."""
     x = finite(np.random.default_rng(seed).standard_normal(shape) * sigma)
     for top in (None, float(np.abs(x).max()) * 1.7):
-        found = decoding.max_scales(x, fmt, top)
+        found = yardstick.max_scales(x, fmt, top)
         assert found is not None
         wanted = to_numpy(
             encode(to_torch(x), fmt, amax=top if fmt in ("nvfp4", "w4a16_nvfp4", "fp8") else None)
@@ -816,7 +817,7 @@ def test_max_scales_of_nothing() -> None:
     """No scale for a zero tensor, nor for one that is not finite."""
     for fmt in EVERY:
         for value in (0.0, np.nan, np.inf):
-            assert decoding.max_scales(np.full((2, 32), value, np.float32), fmt) is None
+            assert yardstick.max_scales(np.full((2, 32), value, np.float32), fmt) is None
 
 
 @pytest.mark.parametrize("fmt", EVERY)
@@ -825,8 +826,8 @@ def test_the_yardsticks_bear_the_ends_of_float32(fmt: str, value: float) -> None
     """No warning, and scales that decode to no NaN."""
     x = np.zeros((1, 32), np.float32)
     x[0, :3] = value, -value / 2, value / 4
-    scales = decoding.max_scales(x, fmt)
-    assert scales is None or not np.isnan(decoding.nearest(x, scales, fmt)).any()
+    scales = yardstick.max_scales(x, fmt)
+    assert scales is None or not np.isnan(yardstick.nearest(x, scales, fmt)).any()
 
 
 # --- what is refused, and what is empty

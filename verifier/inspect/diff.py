@@ -21,7 +21,7 @@ import numpy.typing as npt
 from verifier.checkpoint import NUMPY_DTYPES, Checkpoint, Tensor, open_checkpoint
 from verifier.errors import ContentError
 from verifier.inspect.names import Names, gathered
-from verifier.rules.context import QuantizedCheckpoint
+from verifier.quantized import QuantizedCheckpoint
 from verifier.schemes import FLOATS, Module, collapse, role
 
 CHUNK = 1 << 26

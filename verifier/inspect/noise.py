@@ -49,18 +49,18 @@ def noise(
     Raises:
         ContentError: the base is of another model, or no weight could be compared.
     """
-    ctx = Context(open_checkpoint(candidate), open_checkpoint(base), None)
-    if ctx.base is None or ctx.unrelated_base:
-        raise ContentError(f"{os.fspath(base)}: {ctx.unrelated_base or 'no base'}")
+    ctx = Context.of(open_checkpoint(candidate), open_checkpoint(base))
+    if ctx.base is None or ctx.expectations.unrelated_base:
+        raise ContentError(f"{os.fspath(base)}: {ctx.expectations.unrelated_base or 'no base'}")
     found = Noise()
     sums: dict[str, dict[tuple[str, str], list[float]]] = {"roles": {}, "experts": {}, "floor": {}}
-    modules = ctx.quantized_modules
+    modules = ctx.candidate.quantized_modules
     for done, module in enumerate(modules):
         if progress is not None:
             progress(done, len(modules))
         source = ctx.base.modules.get(module.name)
         wanted = ctx.base.values(source) if source is not None else None
-        got = ctx.values(module)
+        got = ctx.candidate.values(module)
         if wanted is None or got is None or wanted.shape != got.shape:
             found.left_out += 1
             continue

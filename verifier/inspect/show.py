@@ -16,11 +16,12 @@ import numpy as np
 import numpy.typing as npt
 
 from verifier.checkpoint import NUMPY_DTYPES, Checkpoint, Tensor, open_checkpoint
-from verifier.decoding import Float32, decode, max_scales, nearest
+from verifier.decoding import Float32, decode
 from verifier.errors import ContentError
 from verifier.inspect.diff import precision_of
 from verifier.layouts.expert_stacks import Unstacked, place_in_file, unstacked
-from verifier.rules.context import QuantizedCheckpoint
+from verifier.quantized import QuantizedCheckpoint
+from verifier.reconstruction.yardstick import max_scales, nearest
 from verifier.schemes import FLOATS, SCALE_LEAVES, Format, Module, collapse, role, split
 from verifier.text import printable
 

@@ -18,7 +18,7 @@ from verifier.checkpoint import Checkpoint, Tensor, open_checkpoint
 from verifier.errors import UsageError
 from verifier.inspect.diff import precision_of, problems_of
 from verifier.layouts.expert_stacks import unstacked
-from verifier.rules.context import QuantizedCheckpoint
+from verifier.quantized import QuantizedCheckpoint
 from verifier.schemes import SCALE_LEAVES, Module, role
 
 Kind = Literal["E4M3", "E8M0", "F32"]

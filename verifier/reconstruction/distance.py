@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far a decoded weight is from its base, and how far plain ``max`` calibration in its format
-would be.
+"""The distance of a decoded weight from its base, next to the distance that plain ``max``
+calibration would have.
 
-A weight is walked in pieces of rows, so that memory does not grow with it. For formats of 16 or 32
-values a block, in one pass: blocks lie side by side in the last axis, where numpy's loops are long,
-and a code is decoded with its neighbour, by one look-up for two. Other formats, and values whose
-squares float32 does not hold, take `verifier.decoding` piece by piece and float64 sums.
+A weight is read in chunks of rows, so that memory does not grow with it. Formats with blocks of 16
+or 32 values take one fast pass: blocks lie side by side along the last axis, where numpy's loops
+are long, and two neighbouring codes are decoded by one look-up. Other formats, and values whose
+squares float32 cannot hold, take `verifier.decoding` and float64 sums.
 """
 
 from __future__ import annotations
@@ -25,65 +25,67 @@ from verifier.decoding import (
     e2m1_table,
     e4m3_table,
     e8m0_table,
-    max_scales,
-    nearest,
 )
+from verifier.reconstruction.yardstick import max_scales, nearest
 from verifier.schemes import FORMATS
 
 Parts = dict[str, npt.NDArray[Any]]
-PIECE = 1 << 20
-"""Values of a piece of rows."""
-CHUNK = 32
-"""Values that stand for a block where a format has none."""
+CHUNK_VALUES = 1 << 20
+"""Values per chunk of rows."""
+DEFAULT_BLOCK = 32
+"""Values per block where a format has no blocks."""
 LANE = 1 << 18
-"""Values that the fast pass holds at a time: fewer, and starting numpy's loops is what takes the
-time; more, and two processes wait for memory."""
+"""Values that the fast pass holds at a time. With fewer, starting numpy's loops takes most of the
+time; with more, two processes wait for memory."""
 TINY, HUGE = 1e-20, 1e30
 
 
 @dataclass(slots=True)
 class Distance:
-    """Sums of squares over a weight: of the base's values, of decoded - base, and of ``max``
-    calibrated - base.
+    """Sums over the values of a weight.
 
-    ``along``: the sum of (decoded - base) x base; over ``size``, by how much the values are too
-    large as a whole. ``suspect``: a block is off by half as much again as ``max`` leaves there, and
-    by more than rounding.
+    Attributes:
+        size: base squared.
+        error: (decoded - base) squared.
+        by_max: (encoded by ``max`` calibration - base) squared.
+        along: (decoded - base) x base; divided by ``size``, the common factor of all values minus
+            one.
+        suspect: whether the error of a block is `beyond` that of ``max``.
     """
 
     size: float = 0.0
     error: float = 0.0
-    plain: float = 0.0
+    by_max: float = 0.0
     along: float = 0.0
     suspect: bool = False
 
     def add(self, other: Distance) -> None:
-        """Take in another piece."""
+        """Add the sums of further rows."""
         self.size += other.size
         self.error += other.error
-        self.plain += other.plain
+        self.by_max += other.by_max
         self.along += other.along
         self.suspect = self.suspect or other.suspect
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """Some rows of a weight: the stored parts, and the base's values as float32 or as the bits of
-    BF16 (uint16).
+class RowChunk:
+    """Some rows of a weight: the stored tensors by leaf, and the base's values as float32 or as the
+    bits of BF16 (uint16).
     """
 
     parts: Parts
-    wanted: npt.NDArray[Any]
+    reference: npt.NDArray[Any]
 
 
-def peak_of(wanted: npt.NDArray[Any]) -> float:
-    """Return the largest magnitude among a piece's base values; infinite where one is infinite or
+def peak_of(reference: npt.NDArray[Any]) -> float:
+    """Return the largest magnitude among a chunk's base values, infinity where one is infinite or
     NaN.
     """
-    if wanted.dtype != np.uint16:
-        top = float(np.abs(wanted).max(initial=0.0))
+    if reference.dtype != np.uint16:
+        top = float(np.abs(reference).max(initial=0.0))
         return top if np.isfinite(top) else np.inf
-    positive, negative = int(wanted.view(np.int16).max(initial=0)), int(wanted.max(initial=0))
+    positive, negative = int(reference.view(np.int16).max(initial=0)), int(reference.max(initial=0))
     bits = max(positive, negative & 0x7FFF if negative >= 0x8000 else 0)
     return float(floats(np.array([bits], np.uint16))[0]) if bits < 0x7F80 else np.inf
 
@@ -94,9 +96,9 @@ def norm2(values: Float32) -> float:
     return float(np.square(values, dtype=np.float64).sum())
 
 
-def along(values: Float32, wanted: Float32) -> float:
-    """Return the sum of (values - wanted) x wanted in float64."""
-    return float(((values - wanted) * wanted).sum(dtype=np.float64))
+def along(values: Float32, reference: Float32) -> float:
+    """Return the sum of (values - reference) x reference in float64."""
+    return float(((values - reference) * reference).sum(dtype=np.float64))
 
 
 def block_norms2(values: Float32, width: int) -> npt.NDArray[np.float32]:
@@ -113,13 +115,12 @@ def block_norms2(values: Float32, width: int) -> npt.NDArray[np.float32]:
 
 
 def beyond(far: Float32, near: Float32, size: Float32) -> npt.NDArray[np.bool_]:
-    """Return which blocks are off by half as much again as a yardstick leaves, and by more than
-    rounding.
+    """Return which blocks have an error more than 1.5 times a yardstick's and larger than rounding.
 
     Args:
         far: squared error of each block.
-        near: the yardstick's squared error of each.
-        size: sum of squares of each.
+        near: the yardstick's squared error of each block.
+        size: sum of squares of each block.
     """
     if not size.size:
         return np.zeros(size.shape, np.bool_)
@@ -129,44 +130,50 @@ def beyond(far: Float32, near: Float32, size: Float32) -> npt.NDArray[np.bool_]:
     return result
 
 
-def floats(wanted: npt.NDArray[Any]) -> Float32:
-    """Return a piece's base values as float32."""
-    if wanted.dtype != np.uint16:
-        return np.asarray(wanted, np.float32)
-    values: Float32 = np.left_shift(wanted, 16, dtype=np.uint32).view(np.float32)
+def floats(reference: npt.NDArray[Any]) -> Float32:
+    """Return a chunk's base values as float32."""
+    if reference.dtype != np.uint16:
+        return np.asarray(reference, np.float32)
+    values: Float32 = np.left_shift(reference, 16, dtype=np.uint32).view(np.float32)
     return values
 
 
-def distance(pieces: Iterable[Piece], fmt: str, amax: float) -> tuple[Distance, bool]:
-    """Return how far a weight is from its base, and whether ``plain`` is defined.
+def distance(chunks: Iterable[RowChunk], fmt: str, amax: float) -> tuple[Distance, bool]:
+    """Return the distance of a weight from its base, and whether ``by_max`` is defined.
 
     Args:
-        pieces: its rows, in pieces.
+        chunks: its rows.
         fmt: a name of `verifier.schemes.FORMATS`.
-        amax: the largest magnitude of the base, over all pieces.
+        amax: the largest magnitude of the base, over all chunks.
 
     Raises:
         ContentError: the parts do not fit one another.
     """
-    total, plain = Distance(), amax > 0 and np.isfinite(amax)
-    width = min(FORMATS[fmt].group_size or CHUNK, CHUNK)
-    for piece in pieces:
-        found = _fast(piece, fmt, amax) if plain else None
-        if found is None:
-            wanted = floats(piece.wanted)
-            got = decode(piece.parts, fmt)
-            with np.errstate(over="ignore", invalid="ignore"):
-                found = Distance(norm2(wanted), norm2(got - wanted), along=along(got, wanted))
-            scales = max_scales(wanted, fmt, amax) if plain else None
-            if scales is None:
-                plain = False
-            else:
-                usual = nearest(wanted, scales, fmt)
-                found.plain = norm2(usual - wanted)
-                blocks = (block_norms2(x, width) for x in (got - wanted, usual - wanted, wanted))
-                found.suspect = bool(beyond(*blocks).any())
-        total.add(found)
-    return total, bool(plain)
+    total, defined = Distance(), bool(amax > 0 and np.isfinite(amax))
+    for chunk in chunks:
+        part = _fast(chunk, fmt, amax) if defined else None
+        if part is None:
+            part, defined = _slow(chunk, fmt, amax if defined else 0.0)
+        total.add(part)
+    return total, defined
+
+
+def _slow(chunk: RowChunk, fmt: str, amax: float) -> tuple[Distance, bool]:
+    """Return the distance of a chunk in any format; ``amax`` is 0 where ``by_max`` is not asked
+    for.
+    """
+    reference, decoded = floats(chunk.reference), decode(chunk.parts, fmt)
+    with np.errstate(over="ignore", invalid="ignore"):
+        error = decoded - reference
+        part = Distance(norm2(reference), norm2(error), along=along(decoded, reference))
+    scales = max_scales(reference, fmt, amax) if amax else None
+    if scales is None:
+        return part, False
+    by_max = nearest(reference, scales, fmt) - reference
+    width = min(FORMATS[fmt].group_size or DEFAULT_BLOCK, DEFAULT_BLOCK)
+    part.by_max = norm2(by_max)
+    part.suspect = bool(beyond(*(block_norms2(x, width) for x in (error, by_max, reference))).any())
+    return part, True
 
 
 @cache
@@ -183,55 +190,51 @@ def _code_pairs(packed: bool) -> npt.NDArray[np.uint64]:
     return np.ascontiguousarray(both, np.float32).view(np.uint64).reshape(-1)
 
 
-def _fast(piece: Piece, fmt: str, amax: float) -> Distance | None:
-    """Return the distance of a piece, or None where it is not one for the fast pass."""
-    found = FORMATS[fmt]
-    block = found.group_size if found.block is not None and found.block[0] == 1 else None
-    weight, wanted = piece.parts.get("weight", piece.parts.get("weight_packed")), piece.wanted
-    scale = piece.parts.get("weight_scale", piece.parts.get("weight_scale_inv"))
-    if (
-        block not in (16, 32)
-        or weight is None
-        or scale is None
-        or wanted.shape[1] % block
-        or not wanted.size
-    ):
+def _fast(chunk: RowChunk, fmt: str, amax: float) -> Distance | None:
+    """Return the distance of a chunk, or None where the fast pass cannot take it."""
+    layout, reference = FORMATS[fmt], chunk.reference
+    block = layout.group_size if layout.block is not None and layout.block[0] == 1 else None
+    if block not in (16, 32) or not reference.size or reference.shape[1] % block:
         return None
-    packed = found.packed
-    if (
-        weight.shape != (wanted.shape[0], wanted.shape[1] // (2 if packed else 1))
-        or not weight.flags.c_contiguous
-    ):
+    weight, packed = chunk.parts.get("weight", chunk.parts.get("weight_packed")), layout.packed
+    shape = (reference.shape[0], reference.shape[1] // (2 if packed else 1))
+    if weight is None or weight.shape != shape or not weight.flags.c_contiguous:
         return None
-    if scale.shape != (wanted.shape[0], wanted.shape[1] // block) or scale.dtype.itemsize != 1:
-        return None
-    step: Float32 = (e4m3_table() if packed else e8m0_table())[scale.view(np.uint8).reshape(-1)]
-    if packed:
-        scale_2 = piece.parts.get("weight_scale_2", piece.parts.get("weight_global_scale"))
-        if scale_2 is None or scale_2.size != 1 or scale_2.dtype != np.float32:
-            return None
-        with np.errstate(all="ignore"):
-            divisor = "weight_scale_2" not in piece.parts
-            step = np.asarray(
-                step / scale_2.reshape(()) if divisor else step * scale_2.reshape(()), np.float32
-            )
+    step = _block_steps(chunk, block, packed)
     top = np.float32(amax) / np.float32(6 * 448) if packed else np.float32(0)
-    if packed and not TINY < top < HUGE:
+    if step is None or (packed and not TINY < top < HUGE):
         return None
     codes = weight.view(np.uint8 if packed else np.uint16).reshape(-1, block // 2)
-    pair = np.uint64 if wanted.dtype == np.float32 else np.uint32
-    values = np.ascontiguousarray(wanted).view(pair).reshape(-1, block // 2)
+    pair = np.uint64 if reference.dtype == np.float32 else np.uint32
+    values = np.ascontiguousarray(reference).view(pair).reshape(-1, block // 2)
     lanes, total = _Lanes(block, packed, values.dtype), Distance()
-    per = LANE // block
+    count = LANE // block
     with np.errstate(all="ignore"):
-        for i in range(0, len(values), per):
-            total.add(lanes.run(codes[i : i + per], values[i : i + per], step[i : i + per], top))
-    mean = total.size / wanted.size
-    return (
-        total
-        if TINY < mean < HUGE and np.isfinite(total.error) and np.isfinite(total.plain)
-        else None
-    )
+        for i in range(0, len(values), count):
+            rows = slice(i, i + count)
+            total.add(lanes.run(codes[rows], values[rows], step[rows], top))
+    finite = np.isfinite(total.error) and np.isfinite(total.by_max)
+    return total if TINY < total.size / reference.size < HUGE and finite else None
+
+
+def _block_steps(chunk: RowChunk, block: int, packed: bool) -> Float32 | None:
+    """Return the whole scale of each block, one dimension; None where the stored scales are not one
+    byte per block.
+    """
+    rows, columns = chunk.reference.shape
+    scale = chunk.parts.get("weight_scale", chunk.parts.get("weight_scale_inv"))
+    if scale is None or scale.shape != (rows, columns // block) or scale.dtype.itemsize != 1:
+        return None
+    step: Float32 = (e4m3_table() if packed else e8m0_table())[scale.view(np.uint8).reshape(-1)]
+    if not packed:
+        return step
+    scale_2 = chunk.parts.get("weight_scale_2", chunk.parts.get("weight_global_scale"))
+    if scale_2 is None or scale_2.size != 1 or scale_2.dtype != np.float32:
+        return None
+    factor = scale_2.reshape(())
+    with np.errstate(all="ignore"):
+        divided = "weight_scale_2" not in chunk.parts
+        return np.asarray(step / factor if divided else step * factor, np.float32)
 
 
 class _Lanes:
@@ -244,7 +247,7 @@ class _Lanes:
         count = self.half * (LANE // block)
         self.index = np.empty(count, np.intp)
         self.pairs = np.empty(count, pair)
-        self.got, self.base, self.grid = (np.empty(2 * count, np.float32) for _ in range(3))
+        self.decoded, self.base, self.grid = (np.empty(2 * count, np.float32) for _ in range(3))
 
     def run(
         self, codes: npt.NDArray[Any], values: npt.NDArray[Any], step: Float32, top: np.float32
@@ -255,36 +258,36 @@ class _Lanes:
         n, half = len(values), self.half
         index = self.index[: half * n].reshape(half, n)
         pairs = self.pairs[: half * n].reshape(half, n)
-        got, base, grid = (
-            b[: 2 * half * n].reshape(half, 2 * n) for b in (self.got, self.base, self.grid)
+        decoded, base, grid = (
+            b[: 2 * half * n].reshape(half, 2 * n) for b in (self.decoded, self.base, self.grid)
         )
         index[...] = codes.T
-        np.take(_code_pairs(self.packed), index, out=got.view(np.uint64), mode="clip")
+        np.take(_code_pairs(self.packed), index, out=decoded.view(np.uint64), mode="clip")
         pairs[...] = values.T
         if pairs.dtype == np.uint32:
             np.left_shift(pairs.view(np.uint16), 16, out=base.view(np.uint32), dtype=np.uint32)
         else:
             base[...] = pairs.view(np.float32)
-        got *= np.repeat(step, 2)
-        got -= base
-        sizes, errors = _by_block(base), _by_block(got)
-        found = Distance(float(sizes.sum(dtype=np.float64)), float(errors.sum(dtype=np.float64)))
-        found.along = float(np.einsum("ij,ij->j", got, base, optimize=False).sum(dtype=np.float64))
+        decoded *= np.repeat(step, 2)
+        decoded -= base
+        sizes, errors = _by_block(base), _by_block(decoded)
+        result = Distance(float(sizes.sum(dtype=np.float64)), float(errors.sum(dtype=np.float64)))
+        dots = np.einsum("ij,ij->j", decoded, base, optimize=False)
+        result.along = float(dots.sum(dtype=np.float64))
         peak = self._peak(pairs, base)
-        plain = self._plain(peak, top)
-        wide = np.repeat(plain, 2)
+        max_step = self._max_step(peak, top)
+        wide = np.repeat(max_step, 2)
         base *= 1 / wide
-        _round(base, got, grid, *((1, 1.0) if self.packed else (3, 2.0**-6)))
-        if (
-            self.packed and float((peak / plain).max()) > 6.9
-        ):  # a block scale that was rounded down below 2^-6
-            np.clip(got, -6, 6, out=got)
-        base -= got
+        _round(base, decoded, grid, *((1, 1.0) if self.packed else (3, 2.0**-6)))
+        if self.packed and float((peak / max_step).max()) > 6.9:
+            # A block scale that was rounded down below 2^-6.
+            np.clip(decoded, -6, 6, out=decoded)
+        base -= decoded
         base *= wide
         best = _by_block(base)
-        found.plain = float(best.sum(dtype=np.float64))
-        found.suspect = bool(beyond(errors, best, sizes).any())
-        return found
+        result.by_max = float(best.sum(dtype=np.float64))
+        result.suspect = bool(beyond(errors, best, sizes).any())
+        return result
 
     def _peak(self, pairs: npt.NDArray[Any], base: Float32) -> Float32:
         """Return the largest magnitude of each block; overwrites the pairs."""
@@ -296,7 +299,7 @@ class _Lanes:
             top = np.maximum(base.max(axis=0), -base.min(axis=0))
         return np.maximum(top[0::2], top[1::2])
 
-    def _plain(self, peak: Float32, top: np.float32) -> Float32:
+    def _max_step(self, peak: Float32, top: np.float32) -> Float32:
         """Return the step of each block under ``max`` calibration."""
         if self.packed:
             scale = np.clip(peak / (np.float32(6) * top), np.float32(2**-9), E4M3_MAX)
@@ -311,7 +314,7 @@ class _Lanes:
 def _round(values: Float32, out: Float32, grid: Float32, bits: int, least: float) -> None:
     """Round values to ``bits`` bits after the leading one, and below ``least`` to its grid.
 
-    Adding and taking away 1.5 x 2^23 units rounds to whole units, ties to even.
+    Adding and subtracting 1.5 x 2^23 units rounds to whole units, ties to even.
     """
     power = grid.view(np.uint32)
     np.bitwise_and(values.view(np.uint32), np.uint32(0x7F800000), out=power)

@@ -1,65 +1,152 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A weight and its base, some rows at a time: memory does not grow with the weight."""
+"""A weight and its base, some rows at a time, so that memory does not grow with the weight."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
+from verifier.checkpoint import NUMPY_DTYPES, Checkpoint
+from verifier.decoding import decode, widen
 from verifier.errors import ContentError
-from verifier.reconstruction.distance import PIECE, Distance, Piece, distance, peak_of
-from verifier.rules.context import Context, QuantizedCheckpoint
-from verifier.schemes import Format, Module
+from verifier.quantized import QuantizedCheckpoint
+from verifier.reconstruction.distance import (
+    CHUNK_VALUES,
+    Distance,
+    Parts,
+    RowChunk,
+    distance,
+    peak_of,
+)
+from verifier.schemes import FLOATS, SCALE_LEAVES, Format, Module
 
+TILE = 128
+"""Rows per tile of `FP8`'s block scales; chunks of rows begin at a multiple of it."""
 HELD = 64 << 20
-"""Bytes of a remote base's weight that are kept for its second reading."""
+"""A remote base weight of at most this many bytes is kept in memory for its second reading."""
+_DECODED = frozenset(
+    {
+        "weight",
+        "weight_packed",
+        "weight_scale",
+        "weight_scale_inv",
+        "weight_scale_2",
+        "weight_global_scale",
+        "scales",
+    }
+)
 
 
-class WeightPieces:
-    """A weight and its base, some rows at a time; a remote base of moderate size is fetched
-    once.
-    """
+class WeightRows:
+    """The rows of a quantized weight next to those of its base."""
 
     def __init__(
-        self, ctx: Context, module: Module, base: QuantizedCheckpoint, source: Module
+        self,
+        candidate: QuantizedCheckpoint,
+        module: Module,
+        base: QuantizedCheckpoint,
+        base_module: Module,
     ) -> None:
-        self.ctx, self.module, self.base, self.source = ctx, module, base, source
-        self.fit = source.dims == module.dims and module.dims is not None
-        # The base is walked twice. What the system's cache holds is cheaper to read again than
-        # fresh memory is.
-        self.held: list[npt.NDArray[Any]] = []
-        self.holds = (
-            base.checkpoint.source.remote
-            and source.weight is not None
-            and source.weight.nbytes <= HELD
-        )
+        self.candidate, self.module = candidate, module
+        self.base, self.base_module = base, base_module
+        self._held: list[npt.NDArray[Any]] = []
+        # The base is read twice. A local file is cheaper to read again than fresh memory is.
+        weight = base_module.weight
+        small = weight is not None and weight.nbytes <= HELD
+        self._holds = base.checkpoint.source.remote and small
 
-    def __iter__(self) -> Iterator[Piece]:
-        for start, stop, wanted in self._base():
-            yield Piece(self.ctx.stored_rows(self.module, start, stop), wanted)
+    @property
+    def same_shape(self) -> bool:
+        """Whether the two weights have the same two dimensions."""
+        return self.module.dims is not None and self.module.dims == self.base_module.dims
 
-    def _base(self) -> Iterator[tuple[int, int, npt.NDArray[Any]]]:
+    def __iter__(self) -> Iterator[RowChunk]:
+        for start, stop, reference in self._base_rows():
+            parts = stored_rows(self.candidate.checkpoint, self.module, start, stop)
+            yield RowChunk(parts, reference)
+
+    def distance(self, fmt: Format) -> tuple[Distance, bool]:
+        """Return the distance of the decoded weight from the base, and whether ``max`` calibration
+        is defined on it.
+
+        Raises:
+            ContentError: a chunk cannot be decoded.
+        """
+        amax = max((peak_of(rows) for _, _, rows in self._base_rows()), default=0.0)
+        return distance(self, fmt.name, amax)
+
+    def _base_rows(self) -> Iterator[tuple[int, int, npt.NDArray[Any]]]:
         out, in_ = self.module.dims or (0, 0)
-        count = max(1, PIECE // max(1, in_))
-        count = max(128, count // 128 * 128)  # FP8's tiles have 128 rows
+        count = max(1, CHUNK_VALUES // max(1, in_))
+        count = max(TILE, count // TILE * TILE)
         for i, start in enumerate(range(0, out, count)):
             stop = min(out, start + count)
-            if i < len(self.held):
-                yield start, stop, self.held[i]
+            if i < len(self._held):
+                yield start, stop, self._held[i]
                 continue
-            rows = self.base.rows(self.source, start, stop)
+            rows = value_rows(self.base, self.base_module, start, stop)
             if rows is None:
-                raise ContentError(f"{self.source.name}: its values cannot be decoded")
-            if self.holds:
-                self.held.append(rows)
+                raise ContentError(f"{self.base_module.name}: its values cannot be decoded")
+            if self._holds:
+                self._held.append(rows)
             yield start, stop, rows
 
-    def distance(self, found: Format) -> tuple[Distance, bool]:
-        """Return how far the decoded weight is from the base, and whether ``max`` calibration is
-        defined on it.
-        """
-        return distance(
-            self, found.name, max((peak_of(w) for _, _, w in self._base()), default=0.0)
-        )
+
+def stored_rows(checkpoint: Checkpoint, module: Module, start: int, stop: int) -> Parts:
+    """Return what decoding some rows of a two-dimensional weight takes, in dtypes and shapes on
+    disk.
+
+    Args:
+        checkpoint: holds the module.
+        module: with a weight of two dimensions.
+        start: the first row, a multiple of `TILE`.
+        stop: the row after the last.
+
+    Raises:
+        ContentError: a scale has neither one value nor one row per row or tile of rows.
+    """
+    out = module.dims[0] if module.dims else 0
+    parts = {}
+    for leaf, tensor in module.parts.items():
+        if leaf not in _DECODED and leaf != module.signature.weight:
+            continue
+        if tensor.elements == 1 and leaf in SCALE_LEAVES:
+            parts[leaf] = checkpoint.array(tensor)
+            continue
+        rows = tensor.shape[0] if tensor.shape else 0
+        if rows not in (out, -(-out // TILE)) or tensor.dtype not in NUMPY_DTYPES:
+            raise ContentError(f"{tensor.name}: {list(tensor.shape)} does not fit {out} rows")
+        tile = 1 if rows == out else TILE
+        first, last = start // tile, -(-stop // tile)
+        size = tensor.nbytes // max(1, rows)
+        data = checkpoint.read_range(tensor, first * size, (last - first) * size)
+        values = data.view(NUMPY_DTYPES[tensor.dtype])
+        parts[leaf] = values.reshape(last - first, *tensor.shape[1:])
+    return parts
+
+
+def value_rows(
+    checkpoint: QuantizedCheckpoint, module: Module, start: int, stop: int
+) -> npt.NDArray[Any] | None:
+    """Return rows of a two-dimensional weight: the bits of BF16 as uint16, anything else decoded or
+    widened to float32.
+
+    None where its values cannot be decoded; ``start`` and ``stop`` as in `stored_rows`.
+    """
+    weight = module.weight
+    if weight is None or (not module.quantized and weight.dtype not in FLOATS):
+        return None
+    fmt = checkpoint.stored_format(module) if module.quantized else None
+    if module.quantized and fmt is None:
+        return None
+    try:
+        parts = stored_rows(checkpoint.checkpoint, module, start, stop)
+        if fmt is not None:
+            return decode(parts, fmt.name)
+    except ContentError:
+        return None  # the module's tensors do not fit one another: the shape rules report that
+    stored = parts[module.signature.weight or ""]
+    return stored.view(np.uint16) if weight.dtype == "BF16" else widen(stored)

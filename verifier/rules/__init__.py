@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rules. `all_rules` is the table; README.md beside this file tells how to add one."""
+"""The rules. `all_rules` is the table; README.md in this directory explains how to add one."""
 
 from verifier.rules.context import Context, Tally
-from verifier.rules.registry import DEPTHS, Depth, Rule, all_rules, rule
+from verifier.rules.plugins import all_rules
+from verifier.rules.registry import DEPTHS, Depth, Rule, rule
 
 __all__ = ["DEPTHS", "Context", "Depth", "Rule", "Tally", "all_rules", "rule"]

@@ -19,14 +19,14 @@ def duplicated(ctx: Context) -> Mapping[str, tuple[str, bool]]:
     """Return the routed experts' projections whose weight and scales equal an earlier one's: that
     one's name, and whether both say little (all zero, or one number up to its sign).
     """
-    return ctx.once("duplicated experts", lambda: _duplicated(ctx))
+    return ctx.cached("duplicated experts", lambda: _duplicated(ctx))
 
 
 def expert_weights(ctx: Context) -> list[Module]:
     """Return the routed experts' projections."""
     return [
         m
-        for m in ctx.modules.values()
+        for m in ctx.candidate.modules.values()
         if m.weight is not None and expert_key(m.name) and len(m.weight.shape) == 2
     ]
 
@@ -42,11 +42,15 @@ def _duplicated(ctx: Context) -> dict[str, tuple[str, bool]]:
     ]
     alike = _alike(modules, lambda m, w: (w.dtype, w.shape, _beginning(ctx, m.scale or w)))
     alike = [
-        same for group in alike for same in _alike(group, lambda m, w: ctx.digest(m.scale or w))
+        same
+        for group in alike
+        for same in _alike(group, lambda m, w: ctx.payload.digest(m.scale or w))
     ]
-    alike = [same for group in alike for same in _alike(group, lambda _, w: ctx.digest(w))]
+    alike = [same for group in alike for same in _alike(group, lambda _, w: ctx.payload.digest(w))]
     result = {m.name: first.name for first, *others in alike for m in others}
-    poor = {first: _says_little(ctx, ctx.modules[first]) for first in set(result.values())}
+    poor = {
+        first: _says_little(ctx, ctx.candidate.modules[first]) for first in set(result.values())
+    }
     return {name: (first, poor[first]) for name, first in result.items()}
 
 
@@ -63,7 +67,7 @@ def _alike(
 
 def _beginning(ctx: Context, tensor: Tensor) -> bytes:
     if tensor.nbytes <= _BEGINNING:
-        return ctx.bytes_of(tensor).tobytes()  # read once for all rules
+        return ctx.payload.bytes_of(tensor).tobytes()  # read once for all rules
     return next(piece.tobytes() for _, piece in ctx.checkpoint.pieces(tensor, _BEGINNING))
 
 
@@ -74,7 +78,7 @@ def _says_little(ctx: Context, module: Module) -> bool:
     weight = module.weight
     if weight is None:
         return True
-    flat = ctx.bytes_of(weight)
+    flat = ctx.payload.bytes_of(weight)
     if weight.dtype in _MAGNITUDE:
         seen = np.unique(flat & _MAGNITUDE[weight.dtype])
         return (

@@ -40,7 +40,7 @@ def fused(ctx: Context) -> Iterator[Fused]:
     """
     linears = {
         m.name: m
-        for m in ctx.modules.values()
+        for m in ctx.candidate.modules.values()
         if m.dims is not None and m.weight is not None and role(m.name) not in ("embedding", "norm")
     }
     for name, members in fused_groups(linears):
@@ -92,13 +92,16 @@ def scalars(ctx: Context, leaf: str, names: Iterable[str]) -> Iterator[Scalars]:
     F32 scalars are missed.
     """
     for _, members in fused_groups(names):
-        tensors = tuple(ctx.modules[m].parts[leaf] for m in members)
+        tensors = tuple(ctx.candidate.modules[m].parts[leaf] for m in members)
         if any(t.dtype != "F32" or t.elements != 1 for t in tensors):
             ctx.tally.miss(1, f"{leaf} that is no F32 scalar")
             continue
         ctx.tally.see()
         yield Scalars(
-            leaf, members, tensors, tuple(float(ctx.array(t).reshape(-1)[0]) for t in tensors)
+            leaf,
+            members,
+            tensors,
+            tuple(float(ctx.payload.array(t).reshape(-1)[0]) for t in tensors),
         )
 
 

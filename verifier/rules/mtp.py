@@ -15,7 +15,7 @@ def mtp_modules(ctx: Context) -> frozenset[str]:
     """Return the linears of the MTP head: ``mtp.…``, or layers numbered from ``num_hidden_layers``
     on (DeepSeek, GLM).
     """
-    return frozenset(m.name for m in ctx.linears if ctx.is_mtp(m.name))
+    return frozenset(m.name for m in ctx.candidate.linears if ctx.expectations.is_mtp(m.name))
 
 
 def head_and_tail(module: str) -> tuple[str, str]:

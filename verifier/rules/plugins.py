@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules of others: from installed packages (entry-point group ``ckptgate.rules``) and from files
-(``--plugin``).
+"""All rules: the built-in ones, those of installed packages (entry-point group ``ckptgate.rules``)
+and those of files (``--plugin``).
 """
 
 from __future__ import annotations
@@ -11,14 +11,13 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import get_args
 
 from verifier.errors import CkptgateError, MachineError, UsageError
-from verifier.findings import Finding, Severity
+from verifier.findings import SEVERITIES, Finding
 from verifier.rules.context import Context
 from verifier.rules.registry import DEPTHS, Check, Rule, built_in_rules, collecting, registered
 
@@ -28,15 +27,15 @@ _ID = re.compile(r"[A-Z]{2,12}[0-9]{3,4}")
 _NUMBER = itertools.count()
 
 
-def with_plugins(files: Sequence[str | os.PathLike[str]] = ()) -> dict[str, Rule]:
-    """Return every rule by id: the built-in ones, those of installed packages, and those of some
-    Python files.
+def all_rules(plugins: Sequence[str | os.PathLike[str]] = ()) -> dict[str, Rule]:
+    """Return every rule by id: the built-in ones in order, those of installed packages, and those
+    of some Python files.
 
-    Files are run anew at each call and leave nothing behind; installed packages are imported once.
+    Files are run again at each call and leave nothing behind; installed packages are imported once.
 
     Raises:
-        UsageError: a plugin cannot be loaded, registers no rule, or one whose id is not its own to
-            give.
+        UsageError: a plugin cannot be loaded, registers no rule, or registers an id that belongs to
+            ckptgate or to a different plugin.
     """
     rules = dict(built_in_rules())
     imported: set[str] = set()
@@ -46,12 +45,11 @@ def with_plugins(files: Sequence[str | os.PathLike[str]] = ()) -> dict[str, Rule
             _join(rules, [rule], f"the module {rule.check.__module__}")
     for entry in sorted(entry_points(group=GROUP), key=lambda e: (e.name, e.value)):
         owner = f"the package {entry.dist.name} ({entry.value})" if entry.dist else entry.value
-        found = _of_entry(entry, owner)
-        if (
-            found or entry.module.partition(".")[0] not in imported
-        ):  # one that was imported before has registered
-            _join(rules, found, owner)
-    for file in files:
+        registered_now = _of_entry(entry, owner)
+        # A package that was imported before has registered its rules already.
+        if registered_now or entry.module.partition(".")[0] not in imported:
+            _join(rules, registered_now, owner)
+    for file in plugins:
         _join(rules, _of_file(Path(file)), os.fspath(file))
     return rules
 
@@ -60,18 +58,17 @@ _LOADED: dict[str, tuple[Rule, ...]] = {}
 
 
 def _of_entry(entry: EntryPoint, owner: str) -> tuple[Rule, ...]:
-    found = _LOADED.get(entry.value)
-    if found is None:
+    if entry.value not in _LOADED:
         table: dict[str, Rule] = {}
         with collecting(table):
             try:
                 entry.load()
             except Exception as error:
                 raise UsageError(
-                    f"the rules of {owner} cannot be loaded: {_told(error)}"
+                    f"the rules of {owner} cannot be loaded: {_described(error)}"
                 ) from error
-        found = _LOADED[entry.value] = tuple(table.values())
-    return found
+        _LOADED[entry.value] = tuple(table.values())
+    return _LOADED[entry.value]
 
 
 def _of_file(path: Path) -> tuple[Rule, ...]:
@@ -88,65 +85,60 @@ def _of_file(path: Path) -> tuple[Rule, ...]:
         try:
             spec.loader.exec_module(module)
         except (Exception, SystemExit) as error:
-            raise UsageError(f"{path} cannot be loaded: {_told(error)}") from error
+            raise UsageError(f"{path} cannot be loaded: {_described(error)}") from error
         finally:
             del sys.modules[name]
     return tuple(table.values())
 
 
-def _told(error: BaseException) -> str:
-    """Return kind, message and place of an error in a plugin."""
+def _described(error: BaseException) -> str:
+    """Return type, message and location of an error in a plugin."""
     frames = traceback.extract_tb(error.__traceback__)
-    place = (
-        f" ({frames[-1].filename}:{frames[-1].lineno})"
-        if frames and not isinstance(error, SyntaxError)
-        else ""
-    )
-    return f"{type(error).__name__}: {error}{place}"
+    text = f"{type(error).__name__}: {error}"
+    if not frames or isinstance(error, SyntaxError):
+        return text
+    return f"{text} ({frames[-1].filename}:{frames[-1].lineno})"
 
 
-def _join(rules: dict[str, Rule], found: Iterable[Rule], owner: str) -> None:
+def _join(rules: dict[str, Rule], new: Sequence[Rule], owner: str) -> None:
     """Add a plugin's rules.
 
     Raises:
         UsageError: it has none, or one of them is not well-formed.
     """
-    count = 0
-    for rule in found:
-        count += 1
+    if not new:
+        raise UsageError(f"{owner} registers no rule; decorate a function with verifier.rules.rule")
+    for rule in new:
         known = rules.get(rule.id)
         if rule.id.startswith("QC"):
             raise UsageError(
-                f"{owner}: {rule.id}: ids that begin with QC are ckptgate's own; take letters of your own"
+                f"{owner}: {rule.id}: ids that begin with QC are ckptgate's own; choose other"
+                " letters"
             )
         if known is not None:
             raise UsageError(
-                f"{owner}: {rule.id} is a rule of {known.origin or 'ckptgate'} already"
+                f"{owner}: {rule.id} is already a rule of {known.origin or 'ckptgate'}"
             )
-        wrong = _wrong(rule)
-        if wrong:
-            raise UsageError(f"{owner}: {rule.id}: {wrong}")
+        problem = _problem(rule)
+        if problem:
+            raise UsageError(f"{owner}: {rule.id}: {problem}")
         rules[rule.id] = replace(rule, check=_guarded(rule, owner), origin=owner)
-    if not count:
-        raise UsageError(f"{owner} registers no rule; decorate a function with verifier.rules.rule")
 
 
-def _wrong(rule: Rule) -> str:
+def _problem(rule: Rule) -> str:
     """Return what is not well-formed, or ''."""
     if not _ID.fullmatch(rule.id):
         return "an id is 2 to 12 capital letters and 3 or 4 digits, as in ACME101"
     if rule.depth not in DEPTHS:
         return f"no depth {rule.depth!r}; one of {', '.join(DEPTHS)}"
-    if rule.severity not in get_args(Severity):
-        return f"no severity {rule.severity!r}; one of {', '.join(get_args(Severity))}"
+    if rule.severity not in SEVERITIES:
+        return f"no severity {rule.severity!r}; one of {', '.join(SEVERITIES)}"
     unknown = [n for need in rule.needs for n in need.split("|") if n not in NEEDS]
     if unknown:
         return f"cannot need {unknown[0]!r}; one of {', '.join(NEEDS)}"
-    return (
-        ""
-        if rule.doc and rule.unit and rule.title
-        else "it has no title, no unit or no docstring to explain it"
-    )
+    if not (rule.doc and rule.unit and rule.title):
+        return "it has no title, no unit or no docstring to explain it"
+    return ""
 
 
 def _guarded(rule: Rule, owner: str) -> Check:
@@ -158,6 +150,7 @@ def _guarded(rule: Rule, owner: str) -> Check:
         except CkptgateError:
             raise
         except Exception as error:
-            raise MachineError(f"the rule {rule.id} of {owner} failed: {_told(error)}") from error
+            message = f"the rule {rule.id} of {owner} failed: {_described(error)}"
+            raise MachineError(message) from error
 
     return check

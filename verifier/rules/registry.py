@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table of rules: one file each below ``qc1xx`` … ``qc7xx``, registered by importing it."""
+"""The table of rules: one file per rule in ``qc1xx`` … ``qc7xx``, registered when it is
+imported.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ import importlib
 import inspect
 import os
 import pkgutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -25,13 +27,25 @@ Check = Callable[[Context], Iterator[Finding]]
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One rule. ``unit`` is what it counts; ``needs`` names the inputs without which it is listed
-    as not run.
+    """One rule.
 
-    ``engines`` gives an engine's own severity of the defect, and what that engine does with it,
-    where it differs from ``severity`` or is known from its code. ``split``: each module is judged
-    by itself, so that the check may be run on parts of the modules (`Context.part`), in copies of
-    the process and on several machines.
+    Attributes:
+        id: two letters and three digits, as in ``QC501``.
+        title: what it finds, for lists.
+        severity: of its findings, unless one states its own.
+        depth: at which it runs.
+        unit: what its tally counts.
+        needs: inputs without which it is listed as not run: ``base``, ``merged_from``, or
+            ``base|merged_from`` for one of the two.
+        consumers: the engines that the defect affects.
+        sources: issues and reports of the defect.
+        doc: what ``explain`` prints.
+        check: yields the findings.
+        engines: per engine, its own severity of the defect and what it does with it, where that
+            differs from ``severity`` or is known from the engine's code.
+        origin: the plugin it comes from, '' for a built-in rule.
+        split: whether each module is checked by itself, so that the check may be run on parts of
+            the modules (`Context.part`), in several processes and on several machines.
     """
 
     id: str
@@ -45,7 +59,7 @@ class Rule:
     doc: str
     check: Check
     engines: Mapping[Engine, tuple[Severity, str]] = field(default_factory=dict)
-    origin: str = ""  # whose plugin it is of; '' for the built-in ones
+    origin: str = ""
     split: bool = False
 
 
@@ -55,7 +69,7 @@ _TABLE: ContextVar[dict[str, Rule]] = ContextVar("_TABLE", default=_RULES)
 
 @contextmanager
 def collecting(table: dict[str, Rule]) -> Iterator[None]:
-    """Put the rules that are registered meanwhile into this table."""
+    """Register rules in this table within the ``with`` block."""
     token = _TABLE.set(table)
     try:
         yield
@@ -76,8 +90,8 @@ def rule(
     engines: Mapping[Engine, tuple[Severity, str]] | None = None,
     split: bool = False,
 ) -> Callable[[Check], Check]:
-    """Register the decorated function as the check of a rule; its docstring is what ``explain``
-    prints.
+    """Register the decorated function as the check of a rule (arguments as in `Rule`); its docstring
+    is what ``explain`` prints.
     """
 
     def register(check: Check) -> Check:
@@ -106,27 +120,13 @@ def rule(
 @lru_cache(maxsize=1)
 def built_in_rules() -> dict[str, Rule]:
     """Return ckptgate's own rules by id, in order."""
-    import verifier.rules as package  # noqa: PLC0415  (the package imports this module)
-
     with collecting(_RULES):  # a plugin may be the first to ask
-        for info in pkgutil.walk_packages(package.__path__, "verifier.rules."):
+        for info in pkgutil.walk_packages([os.path.dirname(__file__)], "verifier.rules."):
             if ".qc" in info.name:
                 importlib.import_module(info.name)
     return dict(sorted((k, r) for k, r in _RULES.items() if k.startswith("QC")))
 
 
 def registered() -> tuple[Rule, ...]:
-    """Return the rules that were registered by an import, built-in or not."""
+    """Return the rules that an import registered, built-in or not."""
     return tuple(_RULES.values())
-
-
-def all_rules(plugins: Sequence[str | os.PathLike[str]] = ()) -> dict[str, Rule]:
-    """Return every rule by id: ckptgate's own in order, those of installed packages, and those of
-    some Python files.
-
-    Raises:
-        UsageError: a plugin cannot be loaded.
-    """
-    from verifier.rules.plugins import with_plugins  # noqa: PLC0415  (it imports this module)
-
-    return with_plugins(plugins)

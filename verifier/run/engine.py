@@ -26,6 +26,7 @@ from verifier.findings import (
     failing,
 )
 from verifier.rules import DEPTHS, Context, Depth, Rule, all_rules
+from verifier.rules.context import Inputs
 from verifier.run.fingerprints import fingerprinted
 from verifier.run.group import MAX_GROUPS, group
 from verifier.run.loading import loading, scoring
@@ -177,15 +178,8 @@ def check(
     first = reading.share is None or reading.share.number == 1
     if reference is not None and first and any(r.depth == "eval" for r in running):
         evaluation = (evaluate or scoring())(candidate, reference)
-    ctx = Context(
-        candidate,
-        opened["base"],
-        opened["merged_from"],
-        tp=tp,
-        ep=ep,
-        loader=loader,
-        evaluation=evaluation,
-    )
+    inputs_ = Inputs(tp, ep, loader, evaluation)
+    ctx = Context.of(candidate, opened["base"], opened["merged_from"], inputs_)
     outcomes = run_rules(
         ctx,
         running,
@@ -208,7 +202,9 @@ def check(
         findings, stats["baseline"] = judged.findings, judged.stats(os.fspath(baseline))
     # What a subset need not have examined is required of all subsets together.
     required = () if reading.share else chosen.required
-    verdict, why = judge(bool(ctx.quantized_modules), findings, coverage, required, fail_on)
+    verdict, why = judge(
+        bool(ctx.candidate.quantized_modules), findings, coverage, required, fail_on
+    )
     stopped = {rule: o.stopped for rule, o in outcomes.items() if o.stopped}
     if stopped:
         stats["stopped"] = stopped
@@ -317,11 +313,16 @@ def judge(
 def _stats(ctx: Context, candidate: Checkpoint) -> dict[str, object]:
     formats = Counter(
         (m.inferred_format.algo if m.inferred_format else "undetermined")
-        for m in ctx.quantized_modules
+        for m in ctx.candidate.quantized_modules
     )
-    plain = Counter(m.weight.dtype for m in ctx.modules.values() if not m.quantized and m.weight)
+    plain = Counter(
+        m.weight.dtype for m in ctx.candidate.modules.values() if not m.quantized and m.weight
+    )
     scales = sum(
-        t.nbytes for m in ctx.quantized_modules for leaf, t in m.parts.items() if leaf in m.scales
+        t.nbytes
+        for m in ctx.candidate.quantized_modules
+        for leaf, t in m.parts.items()
+        if leaf in m.scales
     )
     return {
         "tensors": len(candidate.tensors),

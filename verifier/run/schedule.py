@@ -11,7 +11,7 @@ all of them. Rules that load the model come last, one by one.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import chain
@@ -21,6 +21,7 @@ import numpy as np
 
 from verifier.errors import ContentError, UsageError
 from verifier.findings import Finding
+from verifier.payload.cache import ResultKey
 from verifier.rules import Context, Rule, Tally
 from verifier.run.group import group
 from verifier.run.processes import by_copies, can_be_copied
@@ -127,9 +128,13 @@ def _read(
         for rule in whole:
             found[rule.id].deferred = f"compares modules of all shards: runs in subset 1/{share.of}"
         whole = []
-    parts = sample.choose(ctx.modules.values()) if sample is not None else _by_shard(ctx, share)
+    parts = (
+        sample.choose(ctx.candidate.modules.values())
+        if sample is not None
+        else _by_shard(ctx, share)
+    )
     tasks = [_Task(split, modules, of) for modules, of in parts if split and modules]
-    everything = list(ctx.modules.values())
+    everything = list(ctx.candidate.modules.values())
     comparing = [_Task([rule], everything, len(everything)) for rule in whole]
 
     def read(task: _Task) -> list[Outcome]:
@@ -137,8 +142,8 @@ def _read(
         return [_run(rule, part, judge) for rule in task.rules]
 
     _keep_freed_memory()
-    ctx.part(())  # works out what all parts share, before threads would each do so
-    # Shards first: what rules that compare modules ask for is known then. Beside the shards it
+    ctx.prepare()
+    # Shards first: what rules that compare modules ask for is known then. Alongside the shards it
     # would be worked out twice.
     copied = workers > 1 and _worth_copies(ctx, tasks) and can_be_copied()
     shards = _by_copies(ctx, read, tasks, workers) if copied else _each(read, tasks, workers)
@@ -171,7 +176,7 @@ class _Task:
 def _by_shard(ctx: Context, share: Share | None) -> list[tuple[list[Module], int]]:
     """Return the modules of each shard, in the shards' order, and their number."""
     taken: dict[str, list[Module]] = {s.file: [] for s in ctx.checkpoint.shards}
-    for module in ctx.modules.values():
+    for module in ctx.candidate.modules.values():
         taken[file_of(module)].append(module)
     if share is not None:
         mine = shares(ctx.checkpoint, share.of)
@@ -180,16 +185,16 @@ def _by_shard(ctx: Context, share: Share | None) -> list[tuple[list[Module], int
 
 
 def _run(rule: Rule, ctx: Context, judge: Judge) -> Outcome:
-    ctx.tally, ctx.rule_id, ctx.rule_severity = Tally(), rule.id, rule.severity
-    found: list[Finding] = []
+    own = ctx.for_rule(rule.id, rule.severity)
+    findings: list[Finding] = []
     stopped = ""
     try:
-        found.extend(rule.check(ctx) if judge is None else map(judge, rule.check(ctx)))
+        findings.extend(rule.check(own) if judge is None else map(judge, rule.check(own)))
     except ContentError as error:
-        # A file that is shorter than its checked header: it changed under the run.
+        # A file that is shorter than its checked header: it changed during the run.
         stopped = str(error)
-        ctx.tally.miss(1, stopped)
-    return Outcome(group(found, 0, MAX_KINDS), ctx.tally, stopped)
+        own.tally.miss(1, stopped)
+    return Outcome(group(findings, 0, MAX_KINDS), own.tally, stopped)
 
 
 def _keep_freed_memory() -> None:
@@ -227,7 +232,9 @@ def _each(
 
 def _worth_copies(ctx: Context, tasks: Sequence[_Task]) -> bool:
     """Whether bytes enough are read, all of them here, for copies of this process to read them."""
-    sources = [j.checkpoint.source for j in (ctx, ctx.base, ctx.merged_from) if j is not None]
+    sources = [
+        c.checkpoint.source for c in (ctx.candidate, ctx.base, ctx.merged_from) if c is not None
+    ]
     if len(tasks) < 2 or any(s.remote for s in sources):
         return False
     modules = [m for t in tasks for m in t.modules]
@@ -244,16 +251,18 @@ def _by_copies(
     process.
     """
 
-    def read_apart(number: int) -> tuple[list[Outcome], dict[Hashable, Any]]:
-        before = ctx.learnt().keys()
-        said = read(tasks[number])
-        return said, {key: value for key, value in ctx.learnt().items() if key not in before}
+    results = ctx.payload.results
+
+    def read_apart(number: int) -> tuple[list[Outcome], dict[ResultKey, Any]]:
+        known = results.keys()
+        outcomes = read(tasks[number])
+        return outcomes, results.exported(known)
 
     waiting: dict[int, list[Outcome]] = {}
     done = 0
-    for number, (said, learnt) in by_copies(read_apart, _largest_first(tasks), workers):
-        ctx.learn(learnt)
-        waiting[number] = said
+    for number, (outcomes, exported) in by_copies(read_apart, _largest_first(tasks), workers):
+        results.imported(exported)
+        waiting[number] = outcomes
         while done in waiting:
             yield waiting.pop(done)
             done += 1

@@ -18,8 +18,9 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from verifier.decoding import Float32, decode, max_scales
+from verifier.decoding import Float32, decode
 from verifier.layouts.family import load
+from verifier.reconstruction.yardstick import max_scales
 from verifier.schemes import FORMATS, packed_name, role, split
 from verifier.selftest.edit import CONFIG, INDEX, QUANT_CONFIG, Shard, write_shard
 

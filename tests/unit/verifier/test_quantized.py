@@ -36,7 +36,7 @@ PATTERNS = st.one_of(
 
 @pytest.mark.parametrize("name", FOLDERS)
 def test_modules_that_look_alike_are_alike(name: str) -> None:
-    ctx = Context(open_checkpoint(MODELOPT / name))
+    ctx = Context.of(open_checkpoint(MODELOPT / name))
     inside = [m for a in ctx.alike for m in a.modules]
     assert sorted(m.name for m in inside) == sorted(m.name for m in ctx.quantized_modules)
     for alike in ctx.alike:

@@ -39,7 +39,7 @@ def check(ctx: Context) -> Iterator[Finding]:
     """
     ckpt = ctx.checkpoint
     listed = ckpt.index.weight_map if ckpt.index else {}
-    known = ctx.base.names if ctx.base else ctx.expected
+    known = ctx.base.names if ctx.base else ctx.expectations.shapes
     ctx.tally.see(len(ckpt.tensors))
     for name, tensor in ckpt.tensors.items():
         if leaked(name) and name not in known and (not listed or name in listed):

@@ -35,25 +35,25 @@ def check(ctx: Context) -> Iterator[Finding]:
     included. (A prefix of another part of the model is QC202, a calibration buffer QC111, a
     wrapper's name QC209, a redundant tied head QC313.)
     """
-    if ctx.why_not_expected:
-        ctx.tally.miss(len(ctx.names), ctx.why_not_expected)
+    if ctx.expectations.why_unknown:
+        ctx.tally.miss(len(ctx.candidate.names), ctx.expectations.why_unknown)
         return
-    ctx.tally.see(len(ctx.names))
-    if ctx.unrelated_base:
+    ctx.tally.see(len(ctx.candidate.names))
+    if ctx.expectations.unrelated_base:
         yield ctx.finding(
             "the base is another model",
-            observed=ctx.unrelated_base,
+            observed=ctx.expectations.unrelated_base,
             expected="the same architecture and sizes",
         )
         return
-    for name, wanted in ctx.naming.prefix:
-        memory = ctx.family is not None and ctx.family.in_memory(name)
+    for name, wanted in ctx.expectations.naming.prefix:
+        memory = ctx.expectations.family is not None and ctx.expectations.family.in_memory(name)
         what = (
             "a name of transformers' memory where the hub's belongs"
             if memory
             else "the name has another prefix"
         )
         yield ctx.finding(what, tensor=name, observed=name, expected=wanted)
-    for name in ctx.naming.unknown:
-        if name not in ctx.tied_heads:
+    for name in ctx.expectations.naming.unknown:
+        if name not in ctx.candidate.tied_heads:
             yield ctx.finding("no tensor of this layout has this name", tensor=name, observed=name)

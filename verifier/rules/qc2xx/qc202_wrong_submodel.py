@@ -36,13 +36,13 @@ def check(ctx: Context) -> Iterator[Finding]:
     **Mend.** Apply each renaming within its own part only. (In-memory names, and a wrong prefix
     within the right part, are QC201.)
     """
-    if ctx.why_not_expected:
-        ctx.tally.miss(len(ctx.names), ctx.why_not_expected)
+    if ctx.expectations.why_unknown:
+        ctx.tally.miss(len(ctx.candidate.names), ctx.expectations.why_unknown)
         return
-    ctx.tally.see(len(ctx.names))
-    if ctx.unrelated_base:
+    ctx.tally.see(len(ctx.candidate.names))
+    if ctx.expectations.unrelated_base:
         return
-    for name, wanted in ctx.naming.submodel:
+    for name, wanted in ctx.expectations.naming.submodel:
         yield ctx.finding(
             "the name has the prefix of another part of the model",
             tensor=name,

@@ -39,11 +39,11 @@ def check(ctx: Context) -> Iterator[Finding]:
     uninitialised; Qwen3-MoE's raises AttributeError.
     **Mend.** Un-stack and un-fuse before saving, scales with their weights.
     """
-    if ctx.why_not_expected:
-        ctx.tally.miss(len(ctx.names), ctx.why_not_expected)
+    if ctx.expectations.why_unknown:
+        ctx.tally.miss(len(ctx.candidate.names), ctx.expectations.why_unknown)
         return
-    ctx.tally.see(len(ctx.names))
-    for name, count in ctx.naming.fused:
+    ctx.tally.see(len(ctx.candidate.names))
+    for name, count in ctx.expectations.naming.fused:
         tensor = ctx.checkpoint.tensors.get(name)
         yield ctx.finding(
             "a fused tensor where the hub layout has one for each part",

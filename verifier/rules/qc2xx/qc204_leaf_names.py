@@ -28,11 +28,11 @@ def check(ctx: Context) -> Iterator[Finding]:
     unwritten.
     **Mend.** Rename by the family's own mapping.
     """
-    if ctx.why_not_expected:
-        ctx.tally.miss(len(ctx.names), ctx.why_not_expected)
+    if ctx.expectations.why_unknown:
+        ctx.tally.miss(len(ctx.candidate.names), ctx.expectations.why_unknown)
         return
-    ctx.tally.see(len(ctx.names))
-    for name, wanted in ctx.naming.leaf:
+    ctx.tally.see(len(ctx.candidate.names))
+    for name, wanted in ctx.expectations.naming.leaf:
         yield ctx.finding(
             "the name is spelled as another family's", tensor=name, observed=name, expected=wanted
         )

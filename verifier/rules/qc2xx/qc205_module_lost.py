@@ -32,12 +32,12 @@ def check(ctx: Context) -> Iterator[Finding]:
     **Hurts.** vLLM starts with the parameter uninitialised and says nothing.
     **Mend.** Copy the tensor from the source checkpoint.
     """
-    if ctx.why_not_expected:
-        ctx.tally.miss(len(ctx.names), ctx.why_not_expected)
+    if ctx.expectations.why_unknown:
+        ctx.tally.miss(len(ctx.candidate.names), ctx.expectations.why_unknown)
         return
-    lost = ctx.naming.lost
-    ctx.tally.see(len(ctx.expected))
-    if ctx.unrelated_base:
+    lost = ctx.expectations.naming.lost
+    ctx.tally.see(len(ctx.expectations.shapes))
+    if ctx.expectations.unrelated_base:
         return
     for name in lost:
         yield ctx.finding(
@@ -46,5 +46,5 @@ def check(ctx: Context) -> Iterator[Finding]:
 
 
 def _shape(ctx: Context, name: str) -> str:
-    shape = ctx.expected.get(name)
+    shape = ctx.expectations.shapes.get(name)
     return str(list(shape)) if shape else "present"

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 from verifier.checkpoint import Tensor
 from verifier.findings import Finding, Where
-from verifier.rules.context import Context, config_value
+from verifier.quantized import config_value
+from verifier.rules.context import Context
 from verifier.rules.registry import rule
 from verifier.schemes import layer_of
 
@@ -47,10 +48,14 @@ def check(ctx: Context) -> Iterator[Finding]:
     """
     declared = max(0, min(config_value(ctx.checkpoint.config, *COUNTS) or 0, 1000))
     if ctx.base is not None:
-        ctx.tally.see(sum(map(ctx.is_mtp, ctx.base.names)) if declared or ctx.naming.mtp else 0)
-        if ctx.unrelated_base:
+        ctx.tally.see(
+            sum(map(ctx.expectations.is_mtp, ctx.base.names))
+            if declared or ctx.expectations.naming.mtp
+            else 0
+        )
+        if ctx.expectations.unrelated_base:
             return
-        for name in ctx.naming.mtp:
+        for name in ctx.expectations.naming.mtp:
             yield ctx.finding(
                 "an MTP tensor of the base is missing", where=Where(name), observed="absent"
             )
@@ -59,8 +64,8 @@ def check(ctx: Context) -> Iterator[Finding]:
         return
     ctx.tally.see()
     found: dict[int, Tensor] = {}
-    for name, module in ctx.modules.items():
-        if ctx.is_mtp(name):
+    for name, module in ctx.candidate.modules.items():
+        if ctx.expectations.is_mtp(name):
             found.setdefault(layer_of(name) or 0, next(iter(module.parts.values())))
     if not found:
         ctx.tally.miss(

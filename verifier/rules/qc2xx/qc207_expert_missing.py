@@ -33,14 +33,14 @@ def check(ctx: Context) -> Iterator[Finding]:
     only prompts that are routed there answer nonsense.
     **Mend.** Export or merge the layer again; compare the expert sets of both sources first.
     """
-    if ctx.why_not_expected:
-        ctx.tally.miss(len(ctx.names), ctx.why_not_expected)
+    if ctx.expectations.why_unknown:
+        ctx.tally.miss(len(ctx.candidate.names), ctx.expectations.why_unknown)
         return
-    owed = sum(1 for n in ctx.expected if ".experts." in n)
+    owed = sum(1 for n in ctx.expectations.shapes if ".experts." in n)
     ctx.tally.see(owed)
-    if ctx.unrelated_base:
+    if ctx.expectations.unrelated_base:
         return
-    for key, name in ctx.naming.experts:
+    for key, name in ctx.expectations.naming.experts:
         yield ctx.finding(
             f"a routed expert has no {key.leaf}",
             where=Where(name),

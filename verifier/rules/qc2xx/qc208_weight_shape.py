@@ -34,15 +34,15 @@ def check(ctx: Context) -> Iterator[Finding]:
     **Hurts.** A size error at best; where a loader narrows, part of the parameter stays unwritten.
     **Mend.** Write the tensor as [out, in], packed along ``in``.
     """
-    if ctx.why_not_expected:
-        ctx.tally.miss(len(ctx.names), ctx.why_not_expected)
+    if ctx.expectations.why_unknown:
+        ctx.tally.miss(len(ctx.candidate.names), ctx.expectations.why_unknown)
         return
-    if ctx.unrelated_base:
+    if ctx.expectations.unrelated_base:
         return
     known = [
         (n, s, w)
-        for n, s in ctx.shapes.items()
-        if s is not None and (w := ctx.expected.get(n)) is not None
+        for n, s in ctx.candidate.shapes.items()
+        if s is not None and (w := ctx.expectations.shapes.get(n)) is not None
     ]
     ctx.tally.see(len(known))
     for name, found, wanted in sorted(k for k in known if k[1] != k[2]):

@@ -37,7 +37,7 @@ def check(ctx: Context) -> Iterator[Finding]:
     **Mend.** Strip the wrapper's part from names and exclusions; export the tower in the source's
     dtype.
     """
-    for name, wanted in ctx.naming.wrapped:
+    for name, wanted in ctx.expectations.naming.wrapped:
         ctx.tally.see()
         yield ctx.finding(
             "the name holds the part of a wrapper module",
@@ -45,15 +45,17 @@ def check(ctx: Context) -> Iterator[Finding]:
             observed=name,
             expected=wanted,
         )
-    ctx.tally.see(len(ctx.declaration.exclude) if ctx.declaration else 0)
-    for pattern, plain in ctx.wrapped_exclusions.items():
+    ctx.tally.see(len(ctx.candidate.declaration.exclude) if ctx.candidate.declaration else 0)
+    for pattern, plain in ctx.expectations.wrapped_exclusions.items():
         yield ctx.finding(
             "the exclusion names a wrapper, and matches a module only without it",
-            where=Where(None, ctx.declaration.file if ctx.declaration else None),
+            where=Where(
+                None, ctx.candidate.declaration.file if ctx.candidate.declaration else None
+            ),
             observed=pattern,
             expected=plain,
         )
-    for module in ctx.modules.values():
+    for module in ctx.candidate.modules.values():
         if role(module.name) == "vision":
             ctx.tally.see()
             if (
@@ -74,7 +76,9 @@ def check(ctx: Context) -> Iterator[Finding]:
 
 
 def _excluded(ctx: Context, module: Module) -> bool:
-    return ctx.declaration is not None and ctx.declaration.exclusions.loose(module.name)
+    return ctx.candidate.declaration is not None and ctx.candidate.declaration.exclusions.loose(
+        module.name
+    )
 
 
 def _kept(ctx: Context, module: Module) -> bool:

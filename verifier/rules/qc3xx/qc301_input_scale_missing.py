@@ -34,7 +34,7 @@ def check(ctx: Context) -> Iterator[Finding]:
     the expert. SGLang takes 1.0. TensorRT-LLM stops.
     **Mend.** Write the largest input_scale of the layer's other experts, or 1.0 for all by policy.
     """
-    modules = [m for m, f in ctx.formatted if f.name == "nvfp4"]
+    modules = [m for m, f in ctx.candidate.formatted if f.name == "nvfp4"]
     without = [m for m in modules if "input_scale" not in m.parts]
     ctx.tally.see(len(modules))
     if len(without) == len(modules):

@@ -6,7 +6,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from verifier.findings import Finding, Where
-from verifier.rules.context import Context, ModuleGroup
+from verifier.quantized import ModuleGroup
+from verifier.rules.context import Context
 from verifier.rules.registry import rule
 
 
@@ -30,7 +31,7 @@ def check(ctx: Context) -> Iterator[Finding]:
     **Hurts.** vLLM folds arbitrary memory into the product, without a word.
     **Mend.** Take the scale from the exporter's state; it cannot be recovered from the codes.
     """
-    for alike in ctx.alike:
+    for alike in ctx.candidate.module_groups:
         module, found = alike.first, alike.format
         if found is None:
             if (

@@ -30,7 +30,11 @@ def check(ctx: Context) -> Iterator[Finding]:
     **Hurts.** vLLM multiplies every expert by an unset scale: the same token again and again.
     **Mend.** Set ``quant_algo`` to W4A16_NVFP4 in both configs, or write input scales.
     """
-    modules = [m for m, f in ctx.formatted if f.name == "nvfp4" and ctx.declared_for(m) is not None]
+    modules = [
+        m
+        for m, f in ctx.candidate.formatted
+        if f.name == "nvfp4" and ctx.candidate.declared_for(m) is not None
+    ]
     ctx.tally.see(len(modules))
     if modules and not any("input_scale" in m.parts for m in modules):
         yield ctx.finding(
@@ -41,7 +45,9 @@ def check(ctx: Context) -> Iterator[Finding]:
             count=len(modules),
         )
     only = [
-        m for m, f in ctx.formatted if f.name == "w4a16_nvfp4" and ctx.declared_for(m) is not None
+        m
+        for m, f in ctx.candidate.formatted
+        if f.name == "w4a16_nvfp4" and ctx.candidate.declared_for(m) is not None
     ]
     ctx.tally.see(len(only))
     scaled = [m.parts["input_scale"].name for m in only if "input_scale" in m.parts]

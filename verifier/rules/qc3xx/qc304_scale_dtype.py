@@ -35,8 +35,11 @@ def check(ctx: Context) -> Iterator[Finding]:
     2^-127, everywhere, and the model is garbage without a message. TensorRT-LLM asserts.
     **Mend.** Save the bytes of the format's own dtype.
     """
-    lenient = ctx.declarations.effective is not None and not ctx.declarations.effective.known
-    for module, found, sibling, tensor in ctx.scales:
+    lenient = (
+        ctx.candidate.declarations.effective is not None
+        and not ctx.candidate.declarations.effective.known
+    )
+    for module, found, sibling, tensor in ctx.candidate.scales:
         if sibling.scalar and tensor is not module.scale:
             continue
         ctx.tally.see()

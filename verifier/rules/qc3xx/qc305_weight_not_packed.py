@@ -29,8 +29,8 @@ def check(ctx: Context) -> Iterator[Finding]:
     **Hurts.** A size error, or codes read as something else.
     **Mend.** Export again; check that the weight leaves the exporter as uint8.
     """
-    for module in ctx.quantized_modules:
-        cover = ctx.declared_for(module)
+    for module in ctx.candidate.quantized_modules:
+        cover = ctx.candidate.declared_for(module)
         declared = cover.format if cover else None
         if declared is None or not declared.packed or module.weight is None:
             continue

@@ -32,13 +32,13 @@ def check(ctx: Context) -> Iterator[Finding]:
     **Hurts.** For experts vLLM narrows and leaves the rest unwritten, silently.
     **Mend.** Write the scale in the linear layout, computed from the unpacked weight.
     """
-    for module, found, sibling, tensor in ctx.scales:
+    for module, found, sibling, tensor in ctx.candidate.scales:
         ctx.tally.see()
         out, in_ = module.dims or (0, 0)
         wanted = sibling.shapes(out, in_)
         if tensor.shape in wanted:
             continue
-        declared = ctx.declared_group(module, found)
+        declared = ctx.candidate.declared_group_size(module, found)
         if declared and declared != found.group_size and tensor.shape == (out, in_ // declared):
             continue  # QC308: scales that follow a wrong declaration
         if tensor is module.scale and found.rowwise and runtime_layout(tensor.shape, *wanted[0]):

@@ -39,7 +39,7 @@ def check(ctx: Context) -> Iterator[Finding]:
     **Mend.** Write the scale before the exporter's padding and swizzle, or undo them; no value is
     lost.
     """
-    for module, found in (*ctx.formatted, *_undeclared(ctx)):
+    for module, found in (*ctx.candidate.formatted, *_undeclared(ctx)):
         scale = module.scale
         if scale is None or module.dims is None or not found.rowwise or not found.group_size:
             continue
@@ -59,9 +59,9 @@ def _undeclared(ctx: Context) -> Iterator[tuple[Module, Format]]:
     """Yield modules that dtypes alone show to be MXFP8; without a declaration a wrong shape hides
     their format.
     """
-    if ctx.declaration is not None:
+    if ctx.candidate.declaration is not None:
         return
-    for module in ctx.quantized_modules:
+    for module in ctx.candidate.quantized_modules:
         if (
             module.inferred_format is None
             and module.weight is not None

@@ -33,12 +33,12 @@ def check(ctx: Context) -> Iterator[Finding]:
     **Mend.** State the size that was used; no engine serves NVFP4 with another than 16, or MXFP8
     with another than 32.
     """
-    for alike in ctx.alike:
+    for alike in ctx.candidate.module_groups:
         first, found = alike.first, alike.format
         if found is None or found.group_size is None or first.scale is None or first.dims is None:
             continue
         ctx.tally.see(len(alike.modules))
-        declared = ctx.declared_group(first, found)
+        declared = ctx.candidate.declared_group_size(first, found)
         if declared == found.group_size:
             continue
         width = first.scale.shape[-1] if first.scale.shape else 0

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from verifier.findings import Finding, Severity, Where
-from verifier.rules.context import Context, config_value
+from verifier.quantized import config_value
+from verifier.rules.context import Context
 from verifier.rules.registry import rule
 from verifier.schemes import FORMATS, Format, Module, expert_key, role
 
@@ -88,7 +89,7 @@ def check(ctx: Context) -> Iterator[Finding]:
     **Hurts.** vLLM and SGLang raise ValueError when they build the layer.
     **Mend.** Leave such a layer unquantized; serve with fewer ranks, or with expert parallelism.
     """
-    for module, found in ctx.formatted:
+    for module, found in ctx.candidate.formatted:
         if module.dims is None or not found.rowwise or not found.group_size:
             continue
         ctx.tally.see()
@@ -99,13 +100,13 @@ def check(ctx: Context) -> Iterator[Finding]:
                 observed=module.dims[1],
                 expected=f"a multiple of {found.group_size}",
             )
-    if ctx.tp is not None or ctx.ep is not None:
+    if ctx.inputs.tp is not None or ctx.inputs.ep is not None:
         yield from _served(ctx)
 
 
 def _served(ctx: Context) -> Iterator[Finding]:
     """Yield what does not divide over the ranks."""
-    config, tp = ctx.checkpoint.config, ctx.tp or 1
+    config, tp = ctx.checkpoint.config, ctx.inputs.tp or 1
     heads, kv = (
         config_value(config, "num_attention_heads"),
         config_value(config, "num_key_value_heads"),
@@ -127,12 +128,12 @@ def _served(ctx: Context) -> Iterator[Finding]:
             observed=kv,
             expected=f"k x {tp}",
         )
-    if ctx.ep is not None:
-        yield from _spread(ctx, ctx.ep)
-    spread = ctx.ep or 1
+    if ctx.inputs.ep is not None:
+        yield from _spread(ctx, ctx.inputs.ep)
+    spread = ctx.inputs.ep or 1
     ranks = Ranks(tp, min(tp, kv) if kv else None, tp // spread if tp % spread == 0 else 1)
     unknown = 0
-    for module in ctx.modules.values():
+    for module in ctx.candidate.modules.values():
         weight = module.weight
         if weight is None or module.dims is None or "" in module.parts:
             continue
@@ -156,7 +157,7 @@ def _served(ctx: Context) -> Iterator[Finding]:
 
 def _spread(ctx: Context, ep: int) -> Iterator[Finding]:
     """Yield what keeps the experts from being spread evenly."""
-    if not any(map(expert_key, ctx.modules)):
+    if not any(map(expert_key, ctx.candidate.modules)):
         return
     count = config_value(ctx.checkpoint.config, *EXPERTS)
     if count is None:
@@ -179,7 +180,7 @@ def _spread(ctx: Context, ep: int) -> Iterator[Finding]:
 
 
 def _name(ctx: Context, module: Module) -> str:
-    found = ctx.format_of(module) if module.quantized else None
+    found = ctx.candidate.format_of(module) if module.quantized else None
     return found.name if found else ""
 
 

@@ -48,7 +48,7 @@ def check(ctx: Context) -> Iterator[Finding]:
     one never written.
     **Mend.** Rename the tensors in headers and index; no byte of data changes.
     """
-    found = [m for m, f in ctx.formatted if f.name == "mxfp8" and m.scale is not None]
+    found = [m for m, f in ctx.candidate.formatted if f.name == "mxfp8" and m.scale is not None]
     ctx.tally.see(len(found))
     plain = [m for m in found if PLAIN in m.parts]
     inverse = [m for m in found if INVERSE in m.parts]
@@ -88,7 +88,7 @@ def _wanted(ctx: Context) -> tuple[str, Severity]:
     """Return the name that scales should have, or '' where nothing says so, and how bad another
     is.
     """
-    declaration = ctx.declaration
+    declaration = ctx.candidate.declaration
     if declaration is None:
         return "", "warning"
     if declaration.form == "vendor":
@@ -96,6 +96,6 @@ def _wanted(ctx: Context) -> tuple[str, Severity]:
     if ctx.checkpoint.model_type in INVERSE_FAMILIES:
         return INVERSE, "info"
     return (
-        PLAIN if ctx.family is not None else "",
+        PLAIN if ctx.expectations.family is not None else "",
         "warning",
     )  # of other families nobody knows what a loader renames

@@ -49,10 +49,10 @@ def check(ctx: Context) -> Iterator[Finding]:
         if tensor.shape in (ZERO, ONE):
             kinds.setdefault((kind, leaf), ([], []))[len(tensor.shape)].append(tensor)
 
-    for _, found, sibling, tensor in ctx.scales:
+    for _, found, sibling, tensor in ctx.candidate.scales:
         if sibling.scalar:
             add(found.weight_dtype, tensor.name.rpartition(".")[2], tensor)
-    for _, leaf, tensor in ctx.kv_scales:
+    for _, leaf, tensor in ctx.candidate.kv_scales:
         add("", leaf, tensor)
     for (_, leaf), (zero, one) in sorted(kinds.items()):
         ctx.tally.see(len(zero) + len(one))

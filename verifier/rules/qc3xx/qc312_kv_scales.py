@@ -7,7 +7,8 @@ import re
 from collections.abc import Iterator
 
 from verifier.findings import Finding, Where
-from verifier.rules.context import Context, config_value
+from verifier.quantized import config_value
+from verifier.rules.context import Context
 from verifier.rules.registry import rule
 from verifier.schemes import KV_LEAVES, role
 
@@ -58,7 +59,7 @@ def check(ctx: Context) -> Iterator[Finding]:
     """
     layers: dict[str, set[str]] = {}
     example = ""
-    for module, leaf, tensor in ctx.kv_scales:
+    for module, leaf, tensor in ctx.candidate.kv_scales:
         ctx.tally.see()
         last = module.name.rpartition(".")[2]
         if last not in PLACES[leaf]:
@@ -84,7 +85,9 @@ def check(ctx: Context) -> Iterator[Finding]:
                 expected="F32 scalar",
             )
     known = [
-        d for d in (ctx.declarations.inline, ctx.declarations.file) if d is not None and d.known
+        d
+        for d in (ctx.candidate.declarations.inline, ctx.candidate.declarations.file)
+        if d is not None and d.known
     ]
     if example and known and not any(d.kv for d in known):
         yield ctx.finding(
@@ -106,15 +109,15 @@ def _attention(ctx: Context) -> Iterator[str]:
     them as not judged.
     """
     shared = config_value(ctx.checkpoint.config, "num_kv_shared_layers")
-    for name in ctx.modules:
+    for name in ctx.candidate.modules:
         head, _, leaf = name.rpartition(".")
         if leaf not in ("k_proj", "qkv_proj") or role(name) != "attention":
             continue
-        if any(f"{head}.{sign}" in ctx.modules for sign in RECURRENT) or "encoder" in name.split(
-            "."
-        ):
+        if any(
+            f"{head}.{sign}" in ctx.candidate.modules for sign in RECURRENT
+        ) or "encoder" in name.split("."):
             continue
-        if ctx.is_mtp(name):
+        if ctx.expectations.is_mtp(name):
             ctx.tally.miss(1, "whether an MTP module has a quantized cache is not known")
         elif shared:
             ctx.tally.miss(1, "some layers share the cache of others (num_kv_shared_layers)")

@@ -42,7 +42,7 @@ def check(ctx: Context) -> Iterator[Finding]:
     **Mend.** Drop the copy that should not be there, or clear the flag where head and embedding
     differ.
     """
-    for module in ctx.quantized_modules:
+    for module in ctx.candidate.quantized_modules:
         weight, parts = module.weight, module.parts
         if weight is None:
             continue
@@ -55,7 +55,7 @@ def check(ctx: Context) -> Iterator[Finding]:
                 expected="one of both",
             )
             continue
-        cover = ctx.declared_for(module)
+        cover = ctx.candidate.declared_for(module)
         scales = [leaf for leaf in module.scales if leaf != "pre_quant_scale"]
         if weight.dtype in FLOATS and scales and (cover is None or cover.algo is not None):
             yield ctx.finding(
@@ -64,9 +64,9 @@ def check(ctx: Context) -> Iterator[Finding]:
                 observed=f"{weight.dtype} {list(weight.shape)} with {', '.join(scales)}",
                 expected="codes, or no scales",
             )
-    for name in sorted(ctx.tied_heads):
+    for name in sorted(ctx.candidate.tied_heads):
         ctx.tally.see()
-        head = ctx.modules[name.rpartition(".")[0]]
+        head = ctx.candidate.modules[name.rpartition(".")[0]]
         if head.quantized and head.weight is not None:
             yield ctx.finding(
                 "the head is tied to the embedding, and a quantized one is stored",

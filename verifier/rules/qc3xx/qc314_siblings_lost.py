@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from verifier.findings import Finding, Where
 from verifier.rules.context import Context
 from verifier.rules.registry import rule
-from verifier.schemes import Module, expert_key, role
+from verifier.schemes import Module, collapse, expert_key, role
 
 
 @rule(
@@ -39,9 +39,9 @@ def check(ctx: Context) -> Iterator[Finding]:
     there answer nonsense.
     **Mend.** Copy biases from the source; take ``pre_quant_scale`` from the exporter's state.
     """
-    if ctx.unrelated_base:
+    if ctx.expectations.unrelated_base:
         return
-    for name in ctx.naming.biases:
+    for name in ctx.expectations.naming.biases:
         ctx.tally.see()
         yield ctx.finding(
             "the linear is here, and its bias is not",
@@ -49,9 +49,11 @@ def check(ctx: Context) -> Iterator[Finding]:
             observed="absent",
             expected="present",
         )
-    leaves = ("pre_quant_scale",) if not ctx.why_not_expected else ("bias", "pre_quant_scale")
+    leaves = (
+        ("pre_quant_scale",) if not ctx.expectations.why_unknown else ("bias", "pre_quant_scale")
+    )
     having = {
-        leaf: [m for m in ctx.modules.values() if leaf in m.parts and m.dims is not None]
+        leaf: [m for m in ctx.candidate.modules.values() if leaf in m.parts and m.dims is not None]
         for leaf in leaves
     }
     for leaf, found in having.items():
@@ -59,11 +61,20 @@ def check(ctx: Context) -> Iterator[Finding]:
             yield from _compare(ctx, leaf, {m.name for m in found})
 
 
+def _by_kind(ctx: Context) -> dict[str, list[Module]]:
+    """Return the modules by name with layer and expert numbers replaced, MTP modules apart."""
+    kinds: dict[str, list[Module]] = {}
+    for name, module in ctx.candidate.modules.items():
+        prefix = "mtp " if ctx.expectations.is_mtp(name) else ""
+        kinds.setdefault(f"{prefix}{collapse(name)}", []).append(module)
+    return kinds
+
+
 def _compare(ctx: Context, leaf: str, having: set[str]) -> Iterator[Finding]:
     """Yield the linears without ``leaf`` whose equals have it: experts of a layer first, then
     layers of a kind.
     """
-    for modules in ctx.kinds.values():
+    for modules in _by_kind(ctx).values():
         linears = [m for m in modules if m.dims is not None]
         if leaf == "bias" and linears and role(linears[0].name) == "router":
             continue  # DeepSeek-V4's layers that route by a hash have no score correction, the others do

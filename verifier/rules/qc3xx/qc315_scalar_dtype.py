@@ -43,8 +43,11 @@ def check(ctx: Context) -> Iterator[Finding]:
     **Mend.** Save them as float32 from the exporter's state; a cast back does not bring the bits
     back.
     """
-    lenient = ctx.declarations.effective is not None and not ctx.declarations.effective.known
-    for module, found, sibling, tensor in ctx.scales:
+    lenient = (
+        ctx.candidate.declarations.effective is not None
+        and not ctx.candidate.declarations.effective.known
+    )
+    for module, found, sibling, tensor in ctx.candidate.scales:
         if not sibling.scalar or tensor is module.scale:
             continue
         ctx.tally.see()
@@ -56,7 +59,7 @@ def check(ctx: Context) -> Iterator[Finding]:
                 observed=tensor.dtype,
                 expected="F32",
             )
-    for _, leaf, tensor in ctx.kv_scales:
+    for _, leaf, tensor in ctx.candidate.kv_scales:
         ctx.tally.see()
         if tensor.dtype != "F32" and not (lenient and tensor.dtype in FLOATS):
             yield ctx.finding(

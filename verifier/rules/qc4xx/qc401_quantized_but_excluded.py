@@ -32,10 +32,10 @@ def check(ctx: Context) -> Iterator[Finding]:
     names the module exactly, by glob or by ``re:``; a warning where only engines that match
     substrings or parts exclude it.
     """
-    declaration = ctx.declaration
+    declaration = ctx.candidate.declaration
     if declaration is None:
         return
-    for module in ctx.quantized_modules:
+    for module in ctx.candidate.quantized_modules:
         ctx.tally.see()
         if not declaration.exclusions.loose(module.name):
             continue

@@ -34,11 +34,11 @@ def check(ctx: Context) -> Iterator[Finding]:
     without an entry is unquantized by definition, and the rule does not apply. (MTP heads are
     QC403; what only some engines read as excluded, QC405.)
     """
-    declaration = ctx.declaration
+    declaration = ctx.candidate.declaration
     if declaration is None or declaration.mixed or declaration.algo is None:
         return
     mtp = mtp_modules(ctx)
-    for module in ctx.linears:
+    for module in ctx.candidate.linears:
         if module.quantized or module.name in mtp:  # the MTP head is QC403's
             continue
         ctx.tally.see()

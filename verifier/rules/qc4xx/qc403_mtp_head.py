@@ -49,8 +49,8 @@ def check(ctx: Context) -> Iterator[Finding]:
     names = mtp_modules(ctx)
     if not names:
         return
-    declaration = ctx.declaration
-    modules = [m for m in ctx.linears if m.name in names]
+    declaration = ctx.candidate.declaration
+    modules = [m for m in ctx.candidate.linears if m.name in names]
     ctx.tally.see(len(modules))
     if declaration is not None and not declaration.mixed and declaration.algo is not None:
         for module in modules:
@@ -70,7 +70,7 @@ def _in_part(ctx: Context, modules: list[Module]) -> Iterator[Finding]:
         m
         for _, members in fused_groups(m.name for m in modules)
         for m in members
-        if len({ctx.modules[x].quantized for x in members}) > 1
+        if len({ctx.candidate.modules[x].quantized for x in members}) > 1
     }
     heads: dict[str, dict[str, list[Module]]] = {}
     for module in modules:
@@ -79,7 +79,7 @@ def _in_part(ctx: Context, modules: list[Module]) -> Iterator[Finding]:
             heads.setdefault(head, {}).setdefault(collapse(f".{tail}"), []).append(module)
     in_model = {
         collapse(f".{head_and_tail(m.name)[1]}")
-        for m in ctx.quantized_modules
+        for m in ctx.candidate.quantized_modules
         if m.name not in {x.name for x in modules}
     }
     for kinds in heads.values():

@@ -27,14 +27,14 @@ def check(ctx: Context) -> Iterator[Finding]:
     **Hurts.** What it meant to exclude is not: see QC402.
     **Mend.** Write the list from the tensors on disk, one full name for each unquantized module.
     """
-    declaration = ctx.declaration
+    declaration = ctx.candidate.declaration
     if declaration is None:
         return
     ctx.tally.see(len(declaration.exclude))
-    modules = set(ctx.modules)
+    modules = set(ctx.candidate.modules)
     parents = {m.rpartition(".")[0] for m in modules}
     for pattern in declaration.exclusions.dead(modules | parents):
-        if pattern in ctx.wrapped_exclusions:
+        if pattern in ctx.expectations.wrapped_exclusions:
             continue  # QC209: alive but for a wrapper's part
         # Excluding what is not there harms nobody: every exporter lists the head, tied or not, and
         # MTP heads by habit.
@@ -42,7 +42,9 @@ def check(ctx: Context) -> Iterator[Finding]:
             (ctx.checkpoint.config or {}).get("tie_word_embeddings")
         ):
             continue
-        absent = ctx.family is not None and ctx.family.optional(pattern.lstrip("*."))
+        absent = ctx.expectations.family is not None and ctx.expectations.family.optional(
+            pattern.lstrip("*.")
+        )
         yield ctx.finding(
             f"the exclusion {pattern!r} matches no module under any engine's reading",
             where=Where(None, declaration.file),

@@ -55,7 +55,7 @@ def check(ctx: Context) -> Iterator[Finding]:
     ModelOpt's declarations of one format; what no engine excludes is QC402, a quantized module that
     some exclude QC401.
     """
-    declaration = ctx.declaration
+    declaration = ctx.candidate.declaration
     if (
         declaration is None
         or declaration.mixed
@@ -64,7 +64,7 @@ def check(ctx: Context) -> Iterator[Finding]:
     ):
         return
     exclusions = declaration.exclusions
-    for module in ctx.linears:
+    for module in ctx.candidate.linears:
         if module.quantized or module.weight is None:
             continue
         ctx.tally.see()

@@ -33,7 +33,7 @@ def check(ctx: Context) -> Iterator[Finding]:
     two models.
     **Mend.** Write both from one source, from the tensors on disk.
     """
-    inline, file = ctx.declarations.inline, ctx.declarations.file
+    inline, file = ctx.candidate.declarations.inline, ctx.candidate.declarations.file
     if inline is None or file is None or not inline.known or not file.known:
         return
     pairs: list[tuple[str, object, object]] = [

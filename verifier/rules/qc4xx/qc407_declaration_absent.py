@@ -41,15 +41,15 @@ def check(ctx: Context) -> Iterator[Finding]:
         yield ctx.finding(
             "config.json is absent", where=Where(None, "config.json"), observed="absent"
         )
-    for found in (ctx.declarations.inline, ctx.declarations.file):
+    for found in (ctx.candidate.declarations.inline, ctx.candidate.declarations.file):
         for text in found.problems if found else ():
             yield ctx.finding(
                 f"{found.file}: {text}" if found else text,
                 where=Where(None, found.file if found else None),
             )
-    quantized = ctx.quantized_modules
+    quantized = ctx.candidate.quantized_modules
     ctx.tally.see(len(quantized))
-    if quantized and ctx.declarations.effective is None:
+    if quantized and ctx.candidate.declarations.effective is None:
         part = quantized[0].weight
         yield ctx.finding(
             f"{len(quantized)} modules are quantized and neither config.json nor hf_quant_config.json says so",

@@ -35,8 +35,8 @@ def check(ctx: Context) -> Iterator[Finding]:
     **Hurts.** Engines refuse the checkpoint, or read one format as another.
     **Mend.** State the format that is on disk. (NVFP4 declared over unpacked weights is QC305.)
     """
-    declaration = ctx.declaration
-    quantized = ctx.quantized_modules
+    declaration = ctx.candidate.declaration
+    quantized = ctx.candidate.quantized_modules
     yield from _foreign(ctx)
     if declaration is None or not quantized:
         return
@@ -96,12 +96,12 @@ def _foreign(ctx: Context) -> Iterator[Finding]:
     """Yield a finding where a method of integer formats is declared over tensors that are plainly
     FP8.
     """
-    found = ctx.declarations.effective
+    found = ctx.candidate.declarations.effective
     if found is None or found.known or found.method not in _INTEGER:
         return
     algos = [
         m.inferred_format.algo
-        for m in ctx.quantized_modules
+        for m in ctx.candidate.quantized_modules
         if m.weight and m.weight.dtype == "F8_E4M3" and m.inferred_format
     ]
     ctx.tally.see(len(algos))

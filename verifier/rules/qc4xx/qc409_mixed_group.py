@@ -32,11 +32,11 @@ def check(ctx: Context) -> Iterator[Finding]:
     one member's format and reads the others as that.
     **Mend.** Give all members the same format.
     """
-    for _, members in fused_groups(m.name for m in ctx.linears):
-        modules = [ctx.modules[m] for m in members]
+    for _, members in fused_groups(m.name for m in ctx.candidate.linears):
+        modules = [ctx.candidate.modules[m] for m in members]
         if not any(m.quantized for m in modules):
             continue
-        if any(m.quantized and ctx.format_of(m) is None for m in modules):
+        if any(m.quantized and ctx.candidate.format_of(m) is None for m in modules):
             continue  # a member that contradicts its declaration is QC305's, QC408's or QC410's
         ctx.tally.see()
         odd = next((m for m in modules[1:] if not _same(ctx, modules[0], m)), None)
@@ -50,14 +50,14 @@ def check(ctx: Context) -> Iterator[Finding]:
 
 
 def _same(ctx: Context, a: Module, b: Module) -> bool:
-    ours, theirs = ctx.format_of(a), ctx.format_of(b)
+    ours, theirs = ctx.candidate.format_of(a), ctx.candidate.format_of(b)
     if ours is None or theirs is None:
         return ours is theirs
     return same_layout(ours, theirs)
 
 
 def _name(ctx: Context, module: Module) -> str:
-    found = ctx.format_of(module)
+    found = ctx.candidate.format_of(module)
     return (
         found.algo
         if found

@@ -35,22 +35,22 @@ def check(ctx: Context) -> Iterator[Finding]:
     that agrees is a warning; no cover at all, another format, or an entry for a plain weight is an
     error.
     """
-    declaration = ctx.declaration
+    declaration = ctx.candidate.declaration
     if declaration is None or not declaration.mixed:
         return
-    for alike in ctx.alike:
+    for alike in ctx.candidate.module_groups:
         ctx.tally.see(len(alike.modules))
         if any(True for _ in _judge(ctx, alike.first, declaration.declared_for(alike.first.name))):
             for module in alike.modules:
                 yield from _judge(ctx, module, declaration.declared_for(module.name))
     odd = {
-        n: ctx.modules.get(n)
+        n: ctx.candidate.modules.get(n)
         for n in declaration.layers
-        if n not in ctx.modules or not ctx.modules[n].quantized
+        if n not in ctx.candidate.modules or not ctx.candidate.modules[n].quantized
     }
     parents = (
-        {m.rpartition(".")[0] for m in ctx.modules}
-        | {p for m in ctx.modules if (p := packed_name(m))}
+        {m.rpartition(".")[0] for m in ctx.candidate.modules}
+        | {p for m in ctx.candidate.modules if (p := packed_name(m))}
         if odd
         else ()
     )

@@ -46,14 +46,14 @@ def check(ctx: Context) -> Iterator[Finding]:
     **Mend.** Write the field. (Lists and entries of another type are QC407's, a null algorithm
     QC408's.)
     """
-    for found in (ctx.declarations.inline, ctx.declarations.file):
+    for found in (ctx.candidate.declarations.inline, ctx.candidate.declarations.file):
         if found is None or not found.known:
             continue
         raw = _raw(ctx, found.file)
         nested = raw.get("quantization")
         body = nested if isinstance(nested, Mapping) else raw
         where = Where(None, found.file)
-        severity: Severity = "error" if found is ctx.declarations.effective else "warning"
+        severity: Severity = "error" if found is ctx.candidate.declarations.effective else "warning"
         if isinstance(nested, Mapping):
             for key in REQUIRED.get(found.algo or "", ()):
                 ctx.tally.see()

@@ -50,7 +50,7 @@ def check(ctx: Context) -> Iterator[Finding]:
     text = config.get("text_config")
     top = config.get(FLAG)
     inner = text.get(FLAG) if isinstance(text, Mapping) else None
-    head = next((m for m in ctx.modules if role(m) == "lm_head"), None)
+    head = next((m for m in ctx.candidate.modules if role(m) == "lm_head"), None)
     has = f"{head} is on disk" if head else "no lm_head is on disk"
     where = Where(None, "config.json")
     for value in (top, inner):
@@ -68,7 +68,11 @@ def check(ctx: Context) -> Iterator[Finding]:
             observed=f"{_json(top)} above, {_json(inner)} in text_config; {has}",
             expected=_json(head is None),
         )
-    elif head is None and (top if top is not None else inner) is False and not ctx.expected:
+    elif (
+        head is None
+        and (top if top is not None else inner) is False
+        and not ctx.expectations.shapes
+    ):
         yield ctx.finding(
             f"{FLAG} is false and there is no lm_head",
             where=where,

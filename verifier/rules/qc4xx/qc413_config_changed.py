@@ -50,11 +50,11 @@ def check(ctx: Context) -> Iterator[Finding]:
     **Mend.** Copy the base's config.json and add ``quantization_config`` to it.
     """
     theirs, ours = (ctx.base.checkpoint.config if ctx.base else None), ctx.checkpoint.config
-    if theirs is None or ours is None or ctx.unrelated_base:
+    if theirs is None or ours is None or ctx.expectations.unrelated_base:
         ctx.tally.miss(
             1,
             "the base is another model"
-            if ctx.unrelated_base
+            if ctx.expectations.unrelated_base
             else "there is no config.json to compare with",
         )
         return

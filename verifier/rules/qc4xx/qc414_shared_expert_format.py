@@ -39,7 +39,7 @@ def check(ctx: Context) -> Iterator[Finding]:
     """
     routed: dict[str, Module] = {}
     shared: dict[str, Module] = {}
-    for module in ctx.linears:
+    for module in ctx.candidate.linears:
         if ".shared_expert" in module.name and role(module.name) == "shared_expert":
             shared.setdefault(module.name[: module.name.index(".shared_expert")], module)
         elif key := expert_key(module.name):
@@ -48,7 +48,7 @@ def check(ctx: Context) -> Iterator[Finding]:
         other = routed.get(layer)
         if other is None or module.weight is None:
             continue
-        ours, theirs = ctx.format_of(module), ctx.format_of(other)
+        ours, theirs = ctx.candidate.format_of(module), ctx.candidate.format_of(other)
         if (module.quantized and ours is None) or (other.quantized and theirs is None):
             ctx.tally.miss(1, "a format is not known")
             continue

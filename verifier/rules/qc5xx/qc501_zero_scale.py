@@ -9,9 +9,9 @@ import numpy as np
 
 from verifier.checkpoint import Tensor
 from verifier.findings import Finding, Severity
+from verifier.payload.scan import Hits
 from verifier.rules.context import Context
 from verifier.rules.registry import rule
-from verifier.rules.scan import Hits
 from verifier.schemes import Format, Module
 
 
@@ -38,15 +38,15 @@ def check(ctx: Context) -> Iterator[Finding]:
     **Mend.** Clamp the scale at 2^-9 before the cast and encode again. Where all codes of the block
     are zero nothing is lost, and it is a warning.
     """
-    for module, found, tensor in ctx.scale_tensors(("weight_scale", "weight_scale_inv")):
+    for module, found, tensor in ctx.candidate.scale_tensors(("weight_scale", "weight_scale_inv")):
         ctx.tally.see(tensor.elements)
         if tensor.dtype == "F8_E4M3":
-            low, high = ctx.extremes(tensor)
+            low, high = ctx.payload.extremes(tensor)
             if low == 0 or high >= 0x80:
                 yield from _blocks(ctx, module, found, tensor)
         elif tensor.dtype == "F32":
             yield from _floats(ctx, tensor)
-    for _, _, tensor in ctx.scale_tensors(("weight_scale_2",)):
+    for _, _, tensor in ctx.candidate.scale_tensors(("weight_scale_2",)):
         ctx.tally.see(tensor.elements)
         yield from _floats(ctx, tensor)
 
@@ -55,7 +55,7 @@ def _blocks(ctx: Context, module: Module, found: Format, tensor: Tensor) -> Iter
     weight, size = module.weight, (found.group_size or 0) // 2
     fits = weight is not None and size and weight.nbytes == tensor.nbytes * size
     lost, harmless = Hits(), Hits()
-    for start, flat in ctx.pieces(tensor):
+    for start, flat in ctx.payload.pieces(tensor):
         zero = np.flatnonzero((flat & 0x7F) == 0)
         if not zero.size:
             continue
@@ -85,7 +85,7 @@ def _blocks(ctx: Context, module: Module, found: Format, tensor: Tensor) -> Iter
 
 
 def _floats(ctx: Context, tensor: Tensor) -> Iterator[Finding]:
-    values = ctx.array(tensor).reshape(-1)
+    values = ctx.payload.array(tensor).reshape(-1)
     zero = np.flatnonzero(values == 0)
     if zero.size:
         leaf = tensor.name.rpartition(".")[2]

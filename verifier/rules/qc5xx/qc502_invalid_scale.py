@@ -9,9 +9,9 @@ import numpy as np
 
 from verifier.checkpoint import Tensor
 from verifier.findings import Finding, Where
+from verifier.payload.scan import Hits
 from verifier.rules.context import Context
 from verifier.rules.registry import rule
-from verifier.rules.scan import Hits
 
 
 @rule(
@@ -36,15 +36,15 @@ def check(ctx: Context) -> Iterator[Finding]:
     without a word.
     **Mend.** Define the scale of a zero block (1.0) and encode again.
     """
-    for _, _, tensor in ctx.scale_tensors(("weight_scale", "weight_scale_inv")):
+    for _, _, tensor in ctx.candidate.scale_tensors(("weight_scale", "weight_scale_inv")):
         ctx.tally.see(tensor.elements)
         if tensor.dtype == "F32":
             yield from _floats(ctx, tensor)
             continue
         limit = 0x7F if tensor.dtype == "F8_E4M3" else 0xFF
-        if ctx.extremes(tensor)[1] >= limit:
+        if ctx.payload.extremes(tensor)[1] >= limit:
             groups = {"NaN": Hits(), "negative": Hits()}
-            for start, flat in ctx.pieces(tensor):
+            for start, flat in ctx.payload.pieces(tensor):
                 groups["NaN"].add(start, np.flatnonzero((flat & limit) == limit), flat)
                 if limit == 0x7F:  # 0x80 is a negative zero, QC501's
                     groups["negative"].add(
@@ -59,13 +59,13 @@ def check(ctx: Context) -> Iterator[Finding]:
                         expected="0x01..0x7E" if limit == 0x7F else "0x00..0xFE",
                         count=spots.count,
                     )
-    for _, _, tensor in ctx.scale_tensors(("weight_scale_2",)):
+    for _, _, tensor in ctx.candidate.scale_tensors(("weight_scale_2",)):
         ctx.tally.see(tensor.elements)
         yield from _floats(ctx, tensor)
 
 
 def _floats(ctx: Context, tensor: Tensor) -> Iterator[Finding]:
-    values = ctx.array(tensor).reshape(-1)
+    values = ctx.payload.array(tensor).reshape(-1)
     bad = np.flatnonzero(~np.isfinite(values) | (values < 0))
     if bad.size:
         leaf = tensor.name.rpartition(".")[2]

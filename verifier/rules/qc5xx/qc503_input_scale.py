@@ -40,8 +40,8 @@ def check(ctx: Context) -> Iterator[Finding]:
     siblings is a warning.
     """
     groups: dict[str, list[tuple[Tensor, float]]] = {}
-    for module, _, tensor in ctx.scale_tensors(("input_scale",)):
-        values = ctx.array(tensor).reshape(-1).astype(np.float64)
+    for module, _, tensor in ctx.candidate.scale_tensors(("input_scale",)):
+        values = ctx.payload.array(tensor).reshape(-1).astype(np.float64)
         ctx.tally.see(values.size)
         bad = ~np.isfinite(values) | (values < SMALLEST)
         if bad.any():

@@ -38,14 +38,16 @@ def check(ctx: Context) -> Iterator[Finding]:
     **Mend.** Calibrate both with the larger amax and encode the block scales again under it.
     """
     experts = [
-        m.name for m in ctx.quantized_modules if expert_key(m.name) and "weight_scale_2" in m.parts
+        m.name
+        for m in ctx.candidate.quantized_modules
+        if expert_key(m.name) and "weight_scale_2" in m.parts
     ]
     for _, members in fused_groups(experts):
-        tensors = [ctx.modules[m].parts["weight_scale_2"] for m in members]
+        tensors = [ctx.candidate.modules[m].parts["weight_scale_2"] for m in members]
         if any(t.dtype != "F32" or not t.elements for t in tensors):  # QC315, QC306
             continue
         ctx.tally.see()
-        values = [ctx.array(t).reshape(-1) for t in tensors]
+        values = [ctx.payload.array(t).reshape(-1) for t in tensors]
         if any(v.tobytes() != values[0].tobytes() for v in values[1:]):
             low, high = min(float(v[0]) for v in values), max(float(v[0]) for v in values)
             ratio = f"{high / low:.3g}" if low > 0 else "inf"

@@ -46,7 +46,7 @@ def check(ctx: Context) -> Iterator[Finding]:
     for leaf in LEAVES:
         names = [
             m.name
-            for m in ctx.quantized_modules
+            for m in ctx.candidate.quantized_modules
             if leaf in m.parts and not (leaf == "weight_scale_2" and expert_key(m.name))
         ]
         for group in scalars(ctx, leaf, names):

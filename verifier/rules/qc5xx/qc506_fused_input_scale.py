@@ -36,6 +36,8 @@ def check(ctx: Context) -> Iterator[Finding]:
     **Mend.** Write the largest activation amax of the group to all its members.
     """
     for leaf in ("input_scale", "input_global_scale"):
-        for group in scalars(ctx, leaf, (m.name for m in ctx.quantized_modules if leaf in m.parts)):
+        for group in scalars(
+            ctx, leaf, (m.name for m in ctx.candidate.quantized_modules if leaf in m.parts)
+        ):
             if min(group.values) > 0:  # QC503
                 yield from group.differing(ctx)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from verifier.findings import Finding, Where
-from verifier.reconstruction.cause import reconstruction
+from verifier.rules.comparing import reconstruction
 from verifier.rules.context import Context
 from verifier.rules.experts import duplicated, expert_weights
 from verifier.rules.registry import rule
@@ -36,11 +36,11 @@ def check(ctx: Context) -> Iterator[Finding]:
     """
     ctx.tally.see(len(expert_weights(ctx)))
     for name, (first, poor) in duplicated(ctx).items():
-        weight, same = ctx.modules[name].weight, _same_in_base(ctx, name, first)
+        weight, same = ctx.candidate.modules[name].weight, _same_in_base(ctx, name, first)
         if weight is None or same:
             continue
         if poor and "duplicate" not in {
-            reconstruction(ctx, ctx.modules[m]).cause for m in (name, first)
+            reconstruction(ctx, ctx.candidate.modules[m]).cause for m in (name, first)
         }:
             continue  # zeros of an expert that was lost are QC501's and QC502's
         yield ctx.finding(
@@ -55,7 +55,7 @@ def check(ctx: Context) -> Iterator[Finding]:
 def _same_in_base(ctx: Context, one: str, other: str) -> bool | None:
     """Return whether the base's two weights are equal; None where it has not both."""
     base = ctx.base
-    if base is None or ctx.unrelated_base:
+    if base is None or ctx.expectations.unrelated_base:
         return None
     ours, theirs = (m.weight if (m := base.modules.get(n)) else None for n in (one, other))
     if ours is None or theirs is None:

@@ -29,11 +29,11 @@ def check(ctx: Context) -> Iterator[Finding]:
     **Hurts.** Every output that passes the value.
     **Mend.** Copy the tensor from the source.
     """
-    for tensor in ctx.tensors:
+    for tensor in ctx.candidate.tensors:
         if tensor.dtype not in FLOATS or split(tensor.name)[1] in SCALE_LEAVES:
             continue
         ctx.tally.see()
-        bad = ctx.facts(tensor).nonfinite
+        bad = ctx.payload.scan(tensor).nonfinite
         if bad.count:
             size = tensor.nbytes // tensor.elements
             yield ctx.finding(

@@ -11,7 +11,8 @@ import numpy.typing as npt
 from verifier.checkpoint import Tensor
 from verifier.decoding import E2M1_MAX, E4M3_MAX, Float32, e8m0_table
 from verifier.findings import Finding, Where
-from verifier.reconstruction.cause import inverse, reconstruction
+from verifier.reconstruction.cause import inverse
+from verifier.rules.comparing import reconstruction
 from verifier.rules.context import Context
 from verifier.rules.registry import rule
 from verifier.schemes import Format, Module
@@ -51,7 +52,7 @@ def check(ctx: Context) -> Iterator[Finding]:
     ordinary one under 1/x. For activation scales only that plausibility exists, over all of them: a
     warning.
     """
-    for module, found in ctx.formatted:
+    for module, found in ctx.candidate.formatted:
         tensor = _scale(module, found)
         if tensor is None:
             continue
@@ -106,10 +107,10 @@ def _tops(
     reach = float(E4M3_MAX) * (float(E2M1_MAX) if found.packed else 1.0)
     if (
         found.name == "mxfp8"
-        and reach * float(e8m0_table()[min(ctx.extremes(tensor)[1], 254)]) <= HUGE
+        and reach * float(e8m0_table()[min(ctx.payload.extremes(tensor)[1], 254)]) <= HUGE
     ):
         return 0.0, 0.0  # every block is ordinary: the bytes need not be read again
-    parts = {tensor.name.rpartition(".")[2]: ctx.array(tensor)}
+    parts = {tensor.name.rpartition(".")[2]: ctx.payload.array(tensor)}
     values = [_middle(_factors(p, found)) for p in (parts, inverse(parts, found))]
     tops = [reach * v if np.isfinite(v) and v > 0 else None for v in values]
     return tops[0], tops[1]
@@ -136,10 +137,10 @@ def _middle(values: Float32) -> float:
 
 def _activations(ctx: Context) -> Iterator[Finding]:
     for leaf in ("input_scale", "input_global_scale"):
-        tensors = [t for _, _, t in ctx.scale_tensors((leaf,)) if t.elements == 1]
+        tensors = [t for _, _, t in ctx.candidate.scale_tensors((leaf,)) if t.elements == 1]
         if len(tensors) < FEWEST:
             continue
-        values = np.asarray([float(ctx.array(t).reshape(-1)[0]) for t in tensors])
+        values = np.asarray([float(ctx.payload.array(t).reshape(-1)[0]) for t in tensors])
         good = values[np.isfinite(values) & (values > 0)]
         if not good.size:
             continue  # QC503

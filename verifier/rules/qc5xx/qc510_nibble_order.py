@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from verifier.findings import Finding
-from verifier.reconstruction.cause import compared
+from verifier.rules.comparing import compared
 from verifier.rules.context import Context
 from verifier.rules.registry import rule
 
@@ -32,7 +32,7 @@ def check(ctx: Context) -> Iterator[Finding]:
     alike.
     """
     for weight, _, r in compared(
-        ctx, (m for m, found in ctx.formatted if m.weight is not None and found.packed)
+        ctx, (m for m, found in ctx.candidate.formatted if m.weight is not None and found.packed)
     ):
         if r.cause == "nibbles":
             yield ctx.finding(

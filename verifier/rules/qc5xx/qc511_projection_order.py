@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from verifier.findings import Finding
-from verifier.reconstruction.cause import compared
+from verifier.rules.comparing import compared
 from verifier.rules.context import Context
 from verifier.rules.registry import rule
 
@@ -35,7 +35,7 @@ def check(ctx: Context) -> Iterator[Finding]:
     """
     split = [
         m
-        for m in ctx.quantized_modules
+        for m in ctx.candidate.quantized_modules
         if m.weight is not None and m.name.rpartition(".")[2] in SPLIT
     ]
     for weight, _, r in compared(ctx, split):

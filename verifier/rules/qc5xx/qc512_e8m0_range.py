@@ -35,7 +35,7 @@ def check(ctx: Context) -> Iterator[Finding]:
     **Mend.** Store the exponent plus 127. In more than a tenth of a tensor's blocks it is an error,
     in fewer a warning. (255 is NaN and QC502's, whatever its share.)
     """
-    for module in ctx.quantized_modules:
+    for module in ctx.candidate.quantized_modules:
         scale, weight = module.scale, module.weight
         if (
             scale is None
@@ -45,7 +45,7 @@ def check(ctx: Context) -> Iterator[Finding]:
         ):
             continue
         ctx.tally.see(scale.elements)
-        zeros = e8m0_zeros(ctx, module)
+        zeros = e8m0_zeros(ctx.payload, module)
         if zeros is not None:
             count, first, used = zeros
             widespread = count > E8M0_WIDESPREAD * used

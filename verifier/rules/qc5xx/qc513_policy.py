@@ -32,14 +32,14 @@ def check(ctx: Context) -> Iterator[Finding]:
     is a choice that some releases make: information only.
     **Mend.** Exclude the module and copy its weight from the base.
     """
-    for module in ctx.modules.values():
+    for module in ctx.candidate.modules.values():
         kind = role(module.name)
         if kind not in WHAT or module.weight is None or module.dims is None:
             continue
         ctx.tally.see()
         if module.quantized and module.weight.dtype not in FLOATS:
             mild = kind == "lm_head" and module.weight.dtype == "F8_E4M3"
-            shown = ctx.format_of(module) or module.inferred_format
+            shown = ctx.candidate.format_of(module) or module.inferred_format
             yield ctx.finding(
                 f"{WHAT[kind]} is quantized",
                 where=Where(module.weight.name, module.weight.file),

@@ -41,7 +41,7 @@ def check(ctx: Context) -> Iterator[Finding]:
     records it nowhere.
     """
     kinds: dict[tuple[str, str], list[tuple[str, Tensor, float]]] = {}
-    for module, _, tensor in ctx.scale_tensors(("input_scale", "input_global_scale")):
+    for module, _, tensor in ctx.candidate.scale_tensors(("input_scale", "input_global_scale")):
         if tensor.elements == 1:
             ctx.tally.see()
             kind = (
@@ -49,7 +49,7 @@ def check(ctx: Context) -> Iterator[Finding]:
                 tensor.name.rpartition(".")[2],
             )
             kinds.setdefault(kind, []).append(
-                (_site(module.name), tensor, float(ctx.array(tensor).reshape(-1)[0]))
+                (_site(module.name), tensor, float(ctx.payload.array(tensor).reshape(-1)[0]))
             )
     for scales in kinds.values():
         value, count = Counter(v for _, _, v in scales).most_common(1)[0]

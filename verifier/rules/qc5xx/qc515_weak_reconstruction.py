@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from verifier.findings import Finding
-from verifier.reconstruction.cause import compared
+from verifier.rules.comparing import compared
 from verifier.rules.context import Context
 from verifier.rules.registry import rule
 
@@ -38,12 +38,12 @@ def check(ctx: Context) -> Iterator[Finding]:
     nearest all over a tensor, as often above as below, are what GPTQ and its like do on purpose (or
     a base of another revision): information only.
     """
-    if ctx.base is None or ctx.unrelated_base:
-        ctx.tally.miss(len(ctx.quantized_modules), "the base is another model")
+    if ctx.base is None or ctx.expectations.unrelated_base:
+        ctx.tally.miss(len(ctx.candidate.quantized_modules), "the base is another model")
         return
-    for weight, found, r in compared(ctx, ctx.quantized_modules):
+    for weight, found, r in compared(ctx, ctx.candidate.quantized_modules):
         if r.cause == "nan codes" and r.place is not None:
-            first = int(ctx.bytes_of(weight)[r.place[0]])
+            first = int(ctx.payload.bytes_of(weight)[r.place[0]])
             yield ctx.finding(
                 "NaN codes",
                 where=ctx.at_byte(weight, r.place[0]),

@@ -29,7 +29,7 @@ def check(ctx: Context) -> Iterator[Finding]:
     show it.
     **Mend.** Copy the bytes from the source file.
     """
-    for ours, theirs in ctx.untouched():
+    for ours, theirs in ctx.pass_through():
         ctx.tally.see()
         if ours.dtype != theirs.dtype:
             yield ctx.finding(

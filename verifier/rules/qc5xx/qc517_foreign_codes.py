@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from verifier.findings import Finding, Where
-from verifier.reconstruction.cause import compared
+from verifier.rules.comparing import compared
 from verifier.rules.context import Context
 from verifier.rules.registry import rule
 
@@ -36,7 +36,7 @@ def check(ctx: Context) -> Iterator[Finding]:
     more than 10% of the other blocks hold codes beside the nearest, only the factor is judged. A
     tensor that is lost as a whole is QC515's.
     """
-    for weight, found, r in compared(ctx, ctx.quantized_modules):
+    for weight, found, r in compared(ctx, ctx.candidate.quantized_modules):
         if r.cause == "part" and r.place is not None:
             row, block = r.place
             width = found.group_size or 0

@@ -10,7 +10,8 @@ import numpy as np
 
 from verifier.checkpoint import Tensor
 from verifier.findings import Finding, Severity, Where
-from verifier.rules.context import Context, config_value
+from verifier.quantized import config_value
+from verifier.rules.context import Context
 from verifier.rules.fusing import Fused, fused, lost
 from verifier.rules.registry import rule
 from verifier.schemes import FLOATS, SCALE_LEAVES, Format, Module, same_layout
@@ -71,14 +72,14 @@ def check(ctx: Context) -> Iterator[Finding]:
     for group in groups:
         ctx.tally.see()
         yield from _experts(ctx, group, told) if group.stack else _projections(ctx, group, told)
-    if ctx.why_not_expected:  # else QC207
+    if ctx.expectations.why_unknown:  # else QC207
         yield from _numbers(ctx, [g for g in groups if g.stack])
 
 
 def _projections(ctx: Context, group: Fused, told: set[str]) -> Iterator[Finding]:
     """Judge parts that are put behind one another."""
     modules = group.modules
-    formats = [ctx.format_of(m) for m in modules]
+    formats = [ctx.candidate.format_of(m) for m in modules]
     if not _alike(modules, formats):
         told.update(m.name for m in modules)
         return  # QC409, or what a member of no known format is called for
@@ -94,13 +95,13 @@ def _experts(ctx: Context, group: Fused, told: set[str]) -> Iterator[Finding]:
     modules = group.modules
     usual = Counter(m.signature for m in modules).most_common(1)[0][0]
     first = next(m for m in modules if m.signature is usual)
-    wanted = ctx.format_of(first)
+    wanted = ctx.candidate.format_of(first)
     for module in modules:
-        have = ctx.format_of(module)
+        have = ctx.candidate.format_of(module)
         if module.signature is usual and have is wanted:
             continue
         if not _alike((first, module), [wanted, have]):
-            if module.name in told or ctx.is_mtp(module.name):  # MTP is QC403's
+            if module.name in told or ctx.expectations.is_mtp(module.name):  # MTP is QC403's
                 continue
             if _by_intent(ctx, module) and _by_intent(ctx, first):
                 yield _finding(
@@ -118,10 +119,10 @@ def _by_intent(ctx: Context, module: Module) -> bool:
     """Whether a module is stored as the declaration has it: what is not is QC402's, QC408's or
     QC410's.
     """
-    cover = ctx.declared_for(module)
+    cover = ctx.candidate.declared_for(module)
     declared = cover.algo is not None if cover is not None else module.quantized
     return declared == module.quantized and (
-        not module.quantized or ctx.format_of(module) is not None
+        not module.quantized or ctx.candidate.format_of(module) is not None
     )
 
 
@@ -203,7 +204,7 @@ def _sound_dtypes(ctx: Context, leaf: str, modules: Sequence[Module]) -> bool:
     for module in modules:
         tensor = module.parts[leaf]
         if leaf in SCALE_LEAVES and leaf != "pre_quant_scale":
-            found = ctx.format_of(module)
+            found = ctx.candidate.format_of(module)
             sibling = found.sibling(leaf) if found is not None else None
             if sibling is None or tensor.dtype not in sibling.dtypes:
                 return False
@@ -214,7 +215,7 @@ def _sound_dtypes(ctx: Context, leaf: str, modules: Sequence[Module]) -> bool:
 
 def _fits(ctx: Context, module: Module, leaf: str) -> bool:
     """Whether a scale has a shape that its own weight gives it: else it is QC306's."""
-    found = ctx.format_of(module)
+    found = ctx.candidate.format_of(module)
     sibling = found.sibling(leaf) if found is not None else None
     return (
         sibling is not None
@@ -229,8 +230,8 @@ def _cast(ctx: Context, first: Tensor, odd: Tensor) -> str:
     """
     if {first.dtype, odd.dtype} != {"U8", "F8_E8M0"}:
         return ""
-    values = ctx.array(odd)
-    count = lost([values], len(values), ctx.array(first).dtype)
+    values = ctx.payload.array(odd)
+    count = lost([values], len(values), ctx.payload.array(first).dtype)
     return f": {count:,} of {values.size:,} change in the copy"
 
 
@@ -240,8 +241,8 @@ def _seams(ctx: Context, modules: Sequence[Module], found: Format | None) -> Ite
         found is None
         or found.block is None
         or found.block[0] == 1
-        or ctx.tp is not None
-        or ctx.ep is not None
+        or ctx.inputs.tp is not None
+        or ctx.inputs.ep is not None
     ):
         return  # with --tp and --ep QC309 divides further
     tile = found.block[0]
@@ -254,7 +255,7 @@ def _seams(ctx: Context, modules: Sequence[Module], found: Format | None) -> Ite
     short = next((i for i, height in enumerate(heights[:-1]) if height % tile), None)
     if short is None:
         return
-    arrays = [ctx.array(m.parts[leaf]) for m in modules]
+    arrays = [ctx.payload.array(m.parts[leaf]) for m in modules]
     starts = [
         sum(heights[:i]) // tile for i in range(len(heights))
     ]  # as vLLM's BlockQuantScaleParameter narrows
@@ -279,13 +280,15 @@ def _inputs(ctx: Context, modules: Sequence[Module]) -> Iterator[Finding]:
         return
     tensors = [m.parts[leaf] for m in modules]
     first = tensors[0]
-    odd = next((t for t in tensors[1:] if ctx.digest(t) != ctx.digest(first)), None)
+    odd = next((t for t in tensors[1:] if ctx.payload.digest(t) != ctx.payload.digest(first)), None)
     if odd is None:
         return
     observed = "other values"
     if (odd.dtype, odd.shape) == (first.dtype, first.shape):
         size = max(1, first.nbytes // max(1, first.elements))
-        far = int(np.flatnonzero(ctx.bytes_of(odd) != ctx.bytes_of(first))[0]) // size
+        far = (
+            int(np.flatnonzero(ctx.payload.bytes_of(odd) != ctx.payload.bytes_of(first))[0]) // size
+        )
         observed = f"another value from channel {far:,} on"
     yield _finding(
         ctx,
@@ -317,11 +320,11 @@ def _numbers(ctx: Context, stacks: Sequence[Fused]) -> Iterator[Finding]:
 
 
 def _known(ctx: Context, *modules: Module) -> bool:
-    return all(ctx.expected.get(f"{m.name}.weight") is not None for m in modules)
+    return all(ctx.expectations.shapes.get(f"{m.name}.weight") is not None for m in modules)
 
 
 def _format(ctx: Context, module: Module) -> str:
-    found = ctx.format_of(module)
+    found = ctx.candidate.format_of(module)
     return (
         found.algo
         if found

@@ -31,15 +31,15 @@ def check(ctx: Context) -> Iterator[Finding]:
     **Hurts.** The release is not the base it claims to be; the harm depends on the tensor.
     **Mend.** Copy byte ranges, do not load and save. (Another dtype is QC516.)
     """
-    for ours, theirs in ctx.untouched():
+    for ours, theirs in ctx.pass_through():
         if ours.dtype != theirs.dtype or ours.shape != theirs.shape:
             continue
         ctx.tally.see()
-        facts = ctx.facts(ours)
+        facts = ctx.payload.scan(ours)
         if facts.differing.count:
             yield ctx.finding(
                 "bytes differ from the source",
                 where=ctx.at_byte(ours, facts.differing.first),
-                observed=f"0x{facts.seen:02X}, {facts.differing.count:,} bytes differ",
+                observed=f"0x{facts.observed:02X}, {facts.differing.count:,} bytes differ",
                 expected=f"0x{facts.differing.value:02X}",
             )

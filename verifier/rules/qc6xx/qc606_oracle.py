@@ -51,11 +51,13 @@ def check(ctx: Context) -> Iterator[Finding]:
     decodes as this does.
     """
     loaded = ctx.loaded
-    method = ctx.declarations.effective.method if ctx.declarations.effective else ""
-    for name in dict.fromkeys(f.name for _, f in ctx.formatted):
+    method = (
+        ctx.candidate.declarations.effective.method if ctx.candidate.declarations.effective else ""
+    )
+    for name in dict.fromkeys(f.name for _, f in ctx.candidate.formatted):
         ctx.tally.see()
-        modules = [m for m, f in ctx.formatted if f.name == name]
-        algo = next(f.algo for _, f in ctx.formatted if f.name == name)
+        modules = [m for m, f in ctx.candidate.formatted if f.name == name]
+        algo = next(f.algo for _, f in ctx.candidate.formatted if f.name == name)
         experts = [m for m in modules if role(m.name) == "routed_expert"]
         if name == "nvfp4_ct" and experts:
             yield ctx.finding(

@@ -55,7 +55,7 @@ def check(ctx: Context) -> Iterator[Finding]:
     """
     loaded = ctx.loaded
     if loaded.reason:
-        ctx.tally.miss(max(1, len(ctx.names)), loaded.reason)
+        ctx.tally.miss(max(1, len(ctx.candidate.names)), loaded.reason)
         return
     ctx.tally.see(loaded.keys)
     for misfit in loaded.misfits:
@@ -72,8 +72,10 @@ def _known(ctx: Context, misfit: Misfit) -> bool:
     """Whether a surplus name is one that releases carry beside what transformers builds."""
     if misfit.kind != "unexpected":
         return False
-    optional = ctx.family is not None and ctx.family.optional(misfit.name)
-    return optional or ctx.is_mtp(misfit.name) or misfit.name in ctx.tied_heads
+    optional = ctx.expectations.family is not None and ctx.expectations.family.optional(misfit.name)
+    return (
+        optional or ctx.expectations.is_mtp(misfit.name) or misfit.name in ctx.candidate.tied_heads
+    )
 
 
 def _finding(ctx: Context, misfit: Misfit) -> Finding:
@@ -103,4 +105,4 @@ def _judge(ctx: Context, forward: Forward) -> Iterator[Finding]:
             severity="error" if far else "warning",
         )
     if ctx.base is not None and forward.distance is None and not forward.broken:
-        ctx.tally.miss(1, forward.why_not or ctx.unrelated_base)
+        ctx.tally.miss(1, forward.why_not or ctx.expectations.unrelated_base)

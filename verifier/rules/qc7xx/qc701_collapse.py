@@ -29,7 +29,7 @@ def check(ctx: Context) -> Iterator[Finding]:
     **Hurts.** The model answers nonsense; accuracies of 0.90 became 0.11.
     **Mend.** Find the tensor with ``check --depth payload --base``; QC5xx name it.
     """
-    found = ctx.evaluation
+    found = ctx.inputs.evaluation
     if found is None or found.unscored or not found.losses:
         ctx.tally.miss(
             1, "nothing was scored" if found is None else found.unscored or "logits are not finite"

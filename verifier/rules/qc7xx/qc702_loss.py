@@ -34,7 +34,7 @@ def check(ctx: Context) -> Iterator[Finding]:
     **Mend.** More documents where it is open; ``--drift-against`` and ``ckptgate diff`` with an
     accepted export where not.
     """
-    found = ctx.evaluation
+    found = ctx.inputs.evaluation
     if found is None or found.unscored or not found.losses:
         ctx.tally.miss(
             1, "nothing was scored" if found is None else found.unscored or "logits are not finite"

@@ -35,7 +35,7 @@ def check(ctx: Context) -> Iterator[Finding]:
     **Mend.** QC301, QC501 and QC511 find the expert; a corpus of mixed domains reaches more of
     them.
     """
-    found = ctx.evaluation
+    found = ctx.inputs.evaluation
     if found is None or found.unscored:
         ctx.tally.miss(1, found.unscored if found else "nothing was scored")
         return

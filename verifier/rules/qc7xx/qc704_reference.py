@@ -7,7 +7,8 @@ import math
 from collections.abc import Iterator
 
 from verifier.findings import Finding
-from verifier.rules.context import Context, config_value
+from verifier.quantized import config_value
+from verifier.rules.context import Context
 from verifier.rules.registry import rule
 
 
@@ -33,7 +34,7 @@ def check(ctx: Context) -> Iterator[Finding]:
     **Mend.** Judge against the release that the candidate was made of; text that the model was made
     for.
     """
-    found = ctx.evaluation
+    found = ctx.inputs.evaluation
     if found is None or found.unscored:
         ctx.tally.miss(1, found.unscored if found else "nothing was scored")
         return

@@ -31,7 +31,7 @@ def check(ctx: Context) -> Iterator[Finding]:
     **Hurts.** A loss, or a gain, that is the harness's.
     **Mend.** Score the other one again, as the message names it.
     """
-    found = ctx.evaluation
+    found = ctx.inputs.evaluation
     if found is None or (found.failure and not found.incomparable):
         ctx.tally.miss(1, found.failure if found else "nothing was scored")
         return

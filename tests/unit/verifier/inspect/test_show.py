@@ -20,8 +20,8 @@ from verifier.cli import run
 from verifier.errors import ContentError
 from verifier.inspect.render import show_json, show_text
 from verifier.inspect.show import Place, parse_place, show
+from verifier.quantized import QuantizedCheckpoint
 from verifier.report import render_text
-from verifier.rules.context import QuantizedCheckpoint
 from verifier.selftest.edit import Folder
 
 DATA = TESTS / "data" / "modelopt"

@@ -141,7 +141,7 @@ def test_two_plugins_with_one_id_are_both_named(tmp_path: Path) -> None:
     first, second = plugin(tmp_path), plugin(tmp_path)
     with pytest.raises(UsageError) as caught:
         all_rules([first, second])
-    assert str(caught.value) == f"{second}: ACME101 is a rule of {first} already"
+    assert str(caught.value) == f"{second}: ACME101 is already a rule of {first}"
 
 
 @pytest.mark.parametrize(
@@ -261,7 +261,9 @@ def test_a_package_that_was_imported_before_joins_once(installed: Path) -> None:
 def test_a_package_and_a_file_of_one_id_collide(installed: Path) -> None:
     done = call(installed, "check", str(QWEN_NVFP4), "--plugin", str(MODULE))
     assert done.returncode == 2
-    assert f"{MODULE}: ACME101 is a rule of the package ckptgate-example-rules" in done.stderr
+    assert (
+        f"{MODULE}: ACME101 is already a rule of the package ckptgate-example-rules" in done.stderr
+    )
 
 
 def test_an_installed_package_that_cannot_be_loaded_is_named(

@@ -59,7 +59,7 @@ def test_what_the_rule_passes_comes_back_byte_for_byte(path: Path) -> None:
     """The claim behind its silence, made by hand: every leaf of every group fused, stacked, and
     taken apart again.
     """
-    ctx = Context(open_checkpoint(path))
+    ctx = Context.of(open_checkpoint(path))
     groups = list(fused(ctx))
     assert found(path) == []
     assert len(groups) > 3
@@ -81,7 +81,7 @@ def test_what_the_rule_passes_comes_back_byte_for_byte(path: Path) -> None:
 
 def test_groups_of_a_moe_checkpoint() -> None:
     groups = {
-        g.name: g for g in fused(Context(open_checkpoint(DATA / "qwen3moe_nvfp4_experts_max")))
+        g.name: g for g in fused(Context.of(open_checkpoint(DATA / "qwen3moe_nvfp4_experts_max")))
     }
     layer = "model.layers.0"
     assert [m.name for m in groups[f"{layer}.self_attn.qkv_proj"].modules] == [

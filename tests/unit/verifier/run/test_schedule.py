@@ -23,10 +23,11 @@ import verifier
 from tests.paths import TESTS
 from verifier.checkpoint import Bytes
 from verifier.checkpoint.source import LocalSource
-from verifier.decoding import decode, max_scales, nearest
+from verifier.decoding import decode
 from verifier.errors import ContainerError, MachineError, UsageError
 from verifier.findings import Report, rules_of
-from verifier.reconstruction.distance import Piece, distance, norm2, peak_of
+from verifier.reconstruction.distance import RowChunk, distance, norm2, peak_of
+from verifier.reconstruction.yardstick import max_scales, nearest
 from verifier.run import processes, schedule
 from verifier.schemes import FORMATS
 from verifier.selftest.edit import Folder, Shard, read_shard, write_shard
@@ -324,7 +325,7 @@ def test_the_fast_pass_agrees_with_the_decoder(
     values, parts = _encoded(fmt, *shape, size)
     want = values.astype(np.float32)
     amax = float(np.abs(want).max())
-    piece = Piece(parts, want if wide else values.view(np.uint16))
+    piece = RowChunk(parts, want if wide else values.view(np.uint16))
     assert peak_of(piece.wanted) == amax
     found, plain = distance([piece], fmt, amax)
     scales = max_scales(want, fmt, amax)
@@ -339,7 +340,7 @@ def test_a_piece_that_is_not_finite_is_told() -> None:
     values, parts = _encoded("mxfp8", 4, 64, 1.0)
     parts["weight"][1, 3] = 0x7F
     found, _ = distance(
-        [Piece(parts, values.view(np.uint16))], "mxfp8", peak_of(values.view(np.uint16))
+        [RowChunk(parts, values.view(np.uint16))], "mxfp8", peak_of(values.view(np.uint16))
     )
     assert np.isnan(found.error)
     values[2, 2] = np.nan

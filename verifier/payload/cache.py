@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Results that several rules ask for, each worked out once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class ResultKey:
+    """What a result is, and of which module or tensor."""
+
+    kind: str
+    name: str
+
+
+class ResultCache:
+    """Small results, in two scopes.
+
+    A result of one module or tensor is `exported` by a process that reads some shards and
+    `imported` by the one that started it. A result of the whole checkpoint stays in the process
+    that worked it out.
+    """
+
+    def __init__(self) -> None:
+        self._by_name: dict[ResultKey, Any] = {}
+        self._whole: dict[str, Any] = {}
+
+    def of_name(self, kind: str, name: str, make: Callable[[], T]) -> T:
+        """Return the result of one module or tensor; ``make`` is called on first use and its
+        result must be picklable.
+        """
+        return _get(self._by_name, ResultKey(kind, name), make)
+
+    def of_checkpoint(self, kind: str, make: Callable[[], T]) -> T:
+        """Return a result of the whole checkpoint; ``make`` is called on first use."""
+        return _get(self._whole, kind, make)
+
+    def keys(self) -> frozenset[ResultKey]:
+        """Return the keys of the results of single modules and tensors."""
+        return frozenset(self._by_name)
+
+    def exported(self, known: Collection[ResultKey]) -> dict[ResultKey, Any]:
+        """Return the results of single modules and tensors whose keys are not ``known``."""
+        return {key: value for key, value in self._by_name.items() if key not in known}
+
+    def imported(self, results: Mapping[ResultKey, Any]) -> None:
+        """Add what another process exported."""
+        self._by_name.update(results)
+
+
+def _get(cache: dict[Any, Any], key: object, make: Callable[[], T]) -> T:
+    if key not in cache:
+        cache[key] = make()
+    result: T = cache[key]
+    return result
