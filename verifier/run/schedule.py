@@ -250,7 +250,6 @@ def _by_copies(
     """Yield what each task comes to, in the order of the tasks, worked out by copies of this
     process.
     """
-
     results = ctx.payload.results
 
     def read_apart(number: int) -> tuple[list[Outcome], dict[ResultKey, Any]]:

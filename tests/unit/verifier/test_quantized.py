@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tests.paths import TESTS
 from verifier.checkpoint import open_checkpoint, strict_json
 from verifier.checkpoint.header import _from_entries, _sound
-from verifier.rules import Context
+from verifier.quantized import QuantizedCheckpoint
 from verifier.schemes import Exclusions, Module, canonical, format_of, gather, role
 from verifier.schemes.roles import _PATTERNS
 
@@ -35,19 +35,40 @@ PATTERNS = st.one_of(
 
 
 @pytest.mark.parametrize("name", FOLDERS)
-def test_modules_that_look_alike_are_alike(name: str) -> None:
-    ctx = Context.of(open_checkpoint(MODELOPT / name))
-    inside = [m for a in ctx.alike for m in a.modules]
-    assert sorted(m.name for m in inside) == sorted(m.name for m in ctx.quantized_modules)
-    for alike in ctx.alike:
-        for module in alike.modules:
-            assert alike.format is format_of(module, ctx.declaration) is ctx.format_of(module)
-            assert ctx.declared_for(module) is None or ctx.declared_for(module)._replace(
+def test_the_modules_of_a_group_are_equal(name: str) -> None:
+    checkpoint = QuantizedCheckpoint(open_checkpoint(MODELOPT / name))
+    grouped = [m for g in checkpoint.module_groups for m in g.modules]
+    assert sorted(m.name for m in grouped) == sorted(m.name for m in checkpoint.quantized_modules)
+    for group in checkpoint.module_groups:
+        shapes = {n: (t.dtype, t.shape) for n, t in group.first.parts.items()}
+        for module in group.modules:
+            assert group.format is format_of(module, checkpoint.declaration)
+            assert group.format is checkpoint.format_of(module)
+            declared = checkpoint.declared_for(module)
+            assert declared is None or declared._replace(entry="") == group.declared._replace(
                 entry=""
-            ) == alike.cover._replace(entry="")
-            shapes = {n: (t.dtype, t.shape) for n, t in module.parts.items()}
-            assert shapes == {n: (t.dtype, t.shape) for n, t in alike.first.parts.items()}
-    assert ctx.names == {c for c in map(canonical, ctx.checkpoint.tensors) if c is not None}
+            )
+            assert shapes == {n: (t.dtype, t.shape) for n, t in module.parts.items()}
+    names = map(canonical, checkpoint.checkpoint.tensors)
+    assert checkpoint.names == {n for n in names if n is not None}
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_a_part_has_its_own_modules_and_what_the_whole_says(name: str) -> None:
+    whole = QuantizedCheckpoint(open_checkpoint(MODELOPT / name))
+    modules = list(whole.modules.values())
+    first, second = whole.part(modules[::2]), whole.part(modules[1::2])
+    assert [*first.modules, *second.modules] == [m.name for m in modules[::2] + modules[1::2]]
+    for part in (first, second, first.part(modules[:1])):
+        assert part.names is whole.names
+        assert part.shapes is whole.shapes
+        assert part.declarations is whole.declarations
+        assert part.declaration is whole.declaration
+        assert all(part.format_of(m) is whole.format_of(m) for m in modules)
+    assert {*first.formatted, *second.formatted} == set(whole.formatted)
+    assert {*first.linears, *second.linears} == set(whole.linears)
+    assert len(first.scales) + len(second.scales) == len(whole.scales)
+    assert len([*first.tensors, *second.tensors]) == len([*whole.tensors])
 
 
 @pytest.mark.parametrize("name", FOLDERS)

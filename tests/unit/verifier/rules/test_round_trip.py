@@ -65,7 +65,7 @@ def test_what_the_rule_passes_comes_back_byte_for_byte(path: Path) -> None:
     assert len(groups) > 3
     for group in groups:
         for leaf in group.modules[0].parts:
-            arrays = [ctx.array(m.parts[leaf]) for m in group.modules]
+            arrays = [ctx.payload.array(m.parts[leaf]) for m in group.modules]
             if arrays[0].ndim < 2 and not group.stack:
                 continue  # global scales: QC504 to QC506
             whole = np.stack(arrays) if group.stack else np.concatenate(arrays)

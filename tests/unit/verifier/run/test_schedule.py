@@ -23,13 +23,9 @@ import verifier
 from tests.paths import TESTS
 from verifier.checkpoint import Bytes
 from verifier.checkpoint.source import LocalSource
-from verifier.decoding import decode
 from verifier.errors import ContainerError, MachineError, UsageError
 from verifier.findings import Report, rules_of
-from verifier.reconstruction.distance import RowChunk, distance, norm2, peak_of
-from verifier.reconstruction.yardstick import max_scales, nearest
 from verifier.run import processes, schedule
-from verifier.schemes import FORMATS
 from verifier.selftest.edit import Folder, Shard, read_shard, write_shard
 
 DATA = TESTS / "data" / "modelopt"
@@ -296,54 +292,3 @@ def test_the_collector_is_left_as_it_was() -> None:
     with pytest.raises(UsageError):
         verifier.check(NVFP4 / "absent")
     assert gc.get_threshold() == before
-
-
-def _encoded(fmt: str, out: int, in_: int, size: float) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Return BF16 values and stored parts that are near them, some codes wrong."""
-    rng = np.random.default_rng(out + in_)
-    values = (rng.standard_normal((out, in_)) * size * 2.0 ** rng.integers(-9, 9, (out, 1))).astype(
-        ml_dtypes.bfloat16
-    )
-    parts = dict(max_scales(values.astype(np.float32), fmt) or {})
-    width = in_ // 2 if FORMATS[fmt].packed else in_
-    codes = rng.integers(0, 256, (out, width)).astype(np.uint8)
-    parts["weight"] = (
-        codes
-        if FORMATS[fmt].packed
-        else np.where((codes & 0x7F) == 0x7F, 1, codes).astype(np.uint8)
-    )
-    return values, {k: np.asarray(v) for k, v in parts.items()}
-
-
-@pytest.mark.parametrize("fmt", sorted(FORMATS))
-@pytest.mark.parametrize("shape", [(3, 64), (130, 192), (37, 96), (1, 32)])
-@pytest.mark.parametrize("size", [1.0, 1e-3, 1e-18], ids=str)
-@pytest.mark.parametrize("wide", [False, True], ids=["bf16", "f32"])
-def test_the_fast_pass_agrees_with_the_decoder(
-    fmt: str, shape: tuple[int, int], size: float, wide: bool
-) -> None:
-    values, parts = _encoded(fmt, *shape, size)
-    want = values.astype(np.float32)
-    amax = float(np.abs(want).max())
-    piece = RowChunk(parts, want if wide else values.view(np.uint16))
-    assert peak_of(piece.wanted) == amax
-    found, plain = distance([piece], fmt, amax)
-    scales = max_scales(want, fmt, amax)
-    assert plain == (scales is not None)
-    assert found.size == pytest.approx(norm2(want), rel=1e-4)
-    assert found.error == pytest.approx(norm2(decode(parts, fmt) - want), rel=1e-4)
-    if scales is not None:
-        assert found.plain == pytest.approx(norm2(nearest(want, scales, fmt) - want), rel=1e-3)
-
-
-def test_a_piece_that_is_not_finite_is_told() -> None:
-    values, parts = _encoded("mxfp8", 4, 64, 1.0)
-    parts["weight"][1, 3] = 0x7F
-    found, _ = distance(
-        [RowChunk(parts, values.view(np.uint16))], "mxfp8", peak_of(values.view(np.uint16))
-    )
-    assert np.isnan(found.error)
-    values[2, 2] = np.nan
-    assert peak_of(values.view(np.uint16)) == np.inf
-    values[2, 2] = -np.inf
-    assert peak_of(values.view(np.uint16)) == np.inf
