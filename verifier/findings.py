@@ -14,6 +14,8 @@ Verdict = Literal["passed", "failed", "inconclusive", "error"]
 Standing = Literal["", "known", "grown"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "info")
 SCHEMA_VERSION = "2.0"
+FINGERPRINT_VERSION = "ckptgate/v1"
+"""How `Finding.fingerprint` is made (`verifier.run.fingerprints`)."""
 READABLE_VERSIONS = ("1.1", SCHEMA_VERSION)
 EXIT_OF_VERDICT: dict[str, int] = {"passed": 0, "failed": 1, "inconclusive": 3, "error": 4}
 OLD_VERDICTS = {"unproven": "inconclusive", "broken": "error"}

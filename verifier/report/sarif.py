@@ -16,9 +16,8 @@ from typing import Any
 from urllib.parse import quote
 
 from verifier import __version__
-from verifier.findings import Finding, Report
+from verifier.findings import FINGERPRINT_VERSION, Finding, Report
 from verifier.report.parts import amount, place, remarks, seen, verdict, why_not, worst_first
-from verifier.run.fingerprints import VERSION
 from verifier.text import printable
 
 SCHEMA = (
@@ -103,7 +102,7 @@ def _result(f: Finding, index: int) -> dict[str, Any]:
         "kind": "fail",
         "message": {"text": _message("; ".join(p for p in parts if p))},
         "locations": [_location(f)],
-        "partialFingerprints": {VERSION: f.fingerprint} if f.fingerprint else {},
+        "partialFingerprints": {FINGERPRINT_VERSION: f.fingerprint} if f.fingerprint else {},
         "occurrenceCount": f.count,
         "properties": _properties(f),
     }

@@ -14,10 +14,9 @@ import re
 from collections.abc import Iterable
 from dataclasses import replace
 
-from verifier.findings import Finding
+from verifier.findings import FINGERPRINT_VERSION, Finding
 from verifier.schemes import collapse
 
-VERSION = "ckptgate/v1"
 MAX_MESSAGE = 2_000
 _SHARD = re.compile(r"[^\s'\"]*\.safetensors\b")
 _SHARDS = re.compile(r"<shard>(, <shard>)+")
@@ -49,7 +48,7 @@ def place(finding: Finding) -> str:
 
 def fingerprint(finding: Finding) -> str:
     """Return 32 hexadecimal digits: of the SHA-256 of version, rule, kind and place."""
-    text = "\0".join((VERSION, finding.rule, kind(finding), place(finding)))
+    text = "\0".join((FINGERPRINT_VERSION, finding.rule, kind(finding), place(finding)))
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
