@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""QC201: names under another prefix, or unknown to the layout."""
+"""QC201: unknown tensor name."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from verifier.rules.registry import rule
 
 @rule(
     "QC201",
-    "name is not the hub's",
+    "unknown tensor name",
     severity="error",
     depth="header",
     unit="tensors",
@@ -23,17 +23,21 @@ from verifier.rules.registry import rule
     },
 )
 def check(ctx: Context) -> Iterator[Finding]:
-    """Every tensor has the name that the hub layout gives it: no in-memory name, no other prefix,
-    no invention.
+    """Every tensor has the name that the Hub layout gives it, prefix included.
 
-    **Why.** transformers renames modules when it loads; an exporter that writes what is in memory
-    writes names that no engine knows (``model.language_model.layers`` for
-    ``language_model.model.layers``).
-    **Hurts.** vLLM raises "no module or parameter named", or skips the tensor and leaves the
-    parameter unwritten.
-    **Mend.** Apply the family's conversion mapping in reverse to every key, scale siblings
-    included. (A prefix of another part of the model is QC202, a calibration buffer QC111, a
-    wrapper's name QC209, a redundant tied head QC313.)
+    **What it does.** Compares all names with the layout of the family (with a base: also of the
+    base). It reports names under a wrong prefix, transformers' module names and names that the
+    layout does not have. A prefix of a different submodel is QC202, a calibration buffer QC111, a
+    name with a wrapper's part QC209, a redundant tied head QC313.
+
+    **Why it happens.** transformers renames modules when it loads a checkpoint. An exporter that
+    saves the names in memory writes names that no engine knows: ``model.language_model.layers``
+    instead of ``language_model.model.layers``.
+
+    **Impact.** vLLM raises "no module or parameter named", or skips the tensor and leaves the
+    parameter uninitialized.
+
+    **Fix.** Apply the family's conversion mapping in reverse to every key, scales included.
     """
     if ctx.expectations.why_unknown:
         ctx.tally.miss(len(ctx.candidate.names), ctx.expectations.why_unknown)
@@ -41,19 +45,20 @@ def check(ctx: Context) -> Iterator[Finding]:
     ctx.tally.see(len(ctx.candidate.names))
     if ctx.expectations.unrelated_base:
         yield ctx.finding(
-            "the base is another model",
+            "the base is a different model",
             observed=ctx.expectations.unrelated_base,
             expected="the same architecture and sizes",
         )
         return
-    for name, wanted in ctx.expectations.naming.prefix:
-        memory = ctx.expectations.family is not None and ctx.expectations.family.in_memory(name)
-        what = (
-            "a name of transformers' memory where the hub's belongs"
-            if memory
-            else "the name has another prefix"
+    for name, expected_name in ctx.expectations.naming.prefix:
+        in_memory = ctx.expectations.family is not None and ctx.expectations.family.in_memory(name)
+        message = "transformers module name instead of the checkpoint key"
+        yield ctx.finding(
+            message if in_memory else "wrong prefix",
+            tensor=name,
+            observed=name,
+            expected=expected_name,
         )
-        yield ctx.finding(what, tensor=name, observed=name, expected=wanted)
     for name in ctx.expectations.naming.unknown:
         if name not in ctx.candidate.tied_heads:
-            yield ctx.finding("no tensor of this layout has this name", tensor=name, observed=name)
+            yield ctx.finding("the layout has no such tensor", tensor=name, observed=name)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""QC202: names under the prefix of another part of the model."""
+"""QC202: prefix of a different submodel."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from verifier.rules.registry import rule
 
 @rule(
     "QC202",
-    "prefix of another part of the model",
+    "prefix of a different submodel",
     severity="error",
     depth="header",
     unit="tensors",
@@ -26,15 +26,19 @@ from verifier.rules.registry import rule
     },
 )
 def check(ctx: Context) -> Iterator[Finding]:
-    """Each part of a composite model keeps its own prefix: no text layer under ``visual``, no tower
-    under the text's.
+    """Each submodel of a composite model keeps its own prefix.
 
-    **Why.** A renaming rule meant for one part (its ``scope_prefix``) was applied to all keys, or
-    to another part's.
-    **Hurts.** vLLM raises ValueError; loaders that skip what they don't know leave that part
-    unwritten.
-    **Mend.** Apply each renaming within its own part only. (In-memory names, and a wrong prefix
-    within the right part, are QC201.)
+    **What it does.** Reports a text layer under ``visual``, a tower under the prefix of the text
+    model, and the like. transformers' module names, and a wrong prefix within the right submodel,
+    are QC201.
+
+    **Why it happens.** A renaming rule for one submodel (its ``scope_prefix``) was applied to all
+    keys, or to those of a different submodel.
+
+    **Impact.** vLLM raises ValueError; loaders that skip unknown names leave that submodel
+    uninitialized.
+
+    **Fix.** Apply each renaming only within its own submodel.
     """
     if ctx.expectations.why_unknown:
         ctx.tally.miss(len(ctx.candidate.names), ctx.expectations.why_unknown)
@@ -42,10 +46,10 @@ def check(ctx: Context) -> Iterator[Finding]:
     ctx.tally.see(len(ctx.candidate.names))
     if ctx.expectations.unrelated_base:
         return
-    for name, wanted in ctx.expectations.naming.submodel:
+    for name, expected_name in ctx.expectations.naming.submodel:
         yield ctx.finding(
-            "the name has the prefix of another part of the model",
+            "the name has the prefix of a different submodel",
             tensor=name,
             observed=name,
-            expected=wanted,
+            expected=expected_name,
         )

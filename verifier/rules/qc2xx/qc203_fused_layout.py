@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""QC203: one tensor where the hub layout has several."""
+"""QC203: fused tensor where the layout has separate ones."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from verifier.findings import Finding
 from verifier.rules.context import Context
 from verifier.rules.registry import rule
+from verifier.text import counted
 
 
 @rule(
     "QC203",
-    "fused where the layout is split",
+    "fused tensor where the layout has separate ones",
     severity="error",
     depth="header",
     unit="tensors",
@@ -25,19 +26,23 @@ from verifier.rules.registry import rule
     engines={
         "vllm": (
             "error",
-            "skips the stack in MiniMax-M3 and every expert stays uninitialised; stops in Qwen3-MoE",
+            "skips the stack in MiniMax-M3, so every expert is uninitialized; stops in Qwen3-MoE",
         ),
     },
 )
 def check(ctx: Context) -> Iterator[Finding]:
-    """Experts and projections that the hub keeps apart are apart: no 3-D expert stack, no
-    ``gate_up_proj``.
+    """Experts and projections that the Hub layout stores separately are stored separately.
 
-    **Why.** transformers 5 holds experts as [experts, out, in] stacks and some linears fused; the
-    exporter saved those.
-    **Hurts.** vLLM's MiniMax-M3 loader skips the stack without a word and every expert stays
-    uninitialised; Qwen3-MoE's raises AttributeError.
-    **Mend.** Un-stack and un-fuse before saving, scales with their weights.
+    **What it does.** Reports 3-D expert stacks and fused projections such as ``gate_up_proj`` where
+    the layout has one tensor per part.
+
+    **Why it happens.** transformers 5 holds experts as [experts, out, in] stacks and fuses some
+    linear layers; the exporter saved those tensors.
+
+    **Impact.** vLLM's MiniMax-M3 loader silently skips the stack and every expert stays
+    uninitialized; its Qwen3-MoE loader raises AttributeError.
+
+    **Fix.** Unstack and unfuse before saving, scales together with their weights.
     """
     if ctx.expectations.why_unknown:
         ctx.tally.miss(len(ctx.candidate.names), ctx.expectations.why_unknown)
@@ -46,8 +51,8 @@ def check(ctx: Context) -> Iterator[Finding]:
     for name, count in ctx.expectations.naming.fused:
         tensor = ctx.checkpoint.tensors.get(name)
         yield ctx.finding(
-            "a fused tensor where the hub layout has one for each part",
+            "fused tensor where the layout has one per part",
             tensor=name,
             observed=f"{tensor.dtype} {list(tensor.shape)}" if tensor else name,
-            expected=f"{count} tensors",
+            expected=counted(count, "tensor"),
         )

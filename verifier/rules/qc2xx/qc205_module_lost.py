@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""QC205: a tensor of the layout is missing."""
+"""QC205: missing tensor."""
 
 from __future__ import annotations
 
@@ -12,36 +12,38 @@ from verifier.rules.registry import rule
 
 @rule(
     "QC205",
-    "tensor of the layout is missing",
+    "missing tensor",
     severity="error",
     depth="header",
     unit="tensors",
     consumers=("vLLM", "SGLang", "TensorRT-LLM", "transformers"),
     sources=("NVIDIA/Model-Optimizer#876",),
     engines={
-        "vllm": ("error", "starts without a word, and the parameter keeps what memory held"),
+        "vllm": ("error", "starts silently with the parameter uninitialized"),
     },
 )
 def check(ctx: Context) -> Iterator[Finding]:
-    """Every tensor of the layout (with a base: of the base) is there, as a weight or as its
-    quantized parts.
+    """Every tensor of the layout is stored, as a weight or as its quantized parts.
 
-    An MTP module's tensor is QC206, a bias whose weight is here QC314.
+    **What it does.** Compares the stored names with the layout of the family; with a base, with the
+    names of the base. Missing tensors of an MTP module are QC206, of a routed expert QC207; a
+    missing bias of a stored weight is QC314.
 
-    **Why.** The export dropped modules that it had replaced or did not recognise.
-    **Hurts.** vLLM starts with the parameter uninitialised and says nothing.
-    **Mend.** Copy the tensor from the source checkpoint.
+    **Why it happens.** The export dropped modules that it had replaced or did not recognize.
+
+    **Impact.** vLLM starts silently with the parameter uninitialized.
+
+    **Fix.** Copy the tensor from the source checkpoint.
     """
     if ctx.expectations.why_unknown:
         ctx.tally.miss(len(ctx.candidate.names), ctx.expectations.why_unknown)
         return
-    lost = ctx.expectations.naming.lost
     ctx.tally.see(len(ctx.expectations.shapes))
     if ctx.expectations.unrelated_base:
         return
-    for name in lost:
+    for name in ctx.expectations.naming.lost:
         yield ctx.finding(
-            "missing", where=Where(name), observed="absent", expected=_shape(ctx, name)
+            "missing tensor", where=Where(name), observed="absent", expected=_shape(ctx, name)
         )
 
 

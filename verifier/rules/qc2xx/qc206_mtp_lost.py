@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""QC206: MTP modules are missing."""
+"""QC206: MTP module is missing."""
 
 from __future__ import annotations
 
@@ -33,54 +33,53 @@ others."""
     ),
 )
 def check(ctx: Context) -> Iterator[Finding]:
-    """Every MTP (next-token prediction) tensor that the base has is here, as a weight or as its
-    quantized parts.
+    """Every MTP (multi-token prediction) tensor of the base is stored here, too.
 
-    Whether a release ships the modules that its config declares only the base says: MiniMax-M3
-    declares one and ships none. Without a base, fewer modules than declared are a warning, and none
-    at all is not judged.
+    **What it does.** With a base: compares the MTP tensors, quantized or not. Without one: fewer
+    modules than config.json declares are a warning. No module at all is not an error then, since
+    only the base shows whether a release ships them: MiniMax-M3 declares one and ships none.
 
-    **Why.** transformers drops ``mtp.*`` when it loads; the exporter looks for it only beside a
-    local path.
-    **Hurts.** Speculative decoding fails, or runs with an unwritten draft head.
-    **Mend.** Copy the tensors from the source checkpoint, and exclude them from quantization
-    (QC402, QC403).
+    **Why it happens.** transformers drops ``mtp.*`` when it loads a model, and the exporter looks
+    for those tensors only next to a local path.
+
+    **Impact.** Speculative decoding fails, or runs with an uninitialized draft head.
+
+    **Fix.** Copy the tensors from the source checkpoint, and exclude them from quantization (QC402,
+    QC403).
     """
+    expectations = ctx.expectations
     declared = max(0, min(config_value(ctx.checkpoint.config, *COUNTS) or 0, 1000))
     if ctx.base is not None:
-        ctx.tally.see(
-            sum(map(ctx.expectations.is_mtp, ctx.base.names))
-            if declared or ctx.expectations.naming.mtp
-            else 0
-        )
-        if ctx.expectations.unrelated_base:
+        missing = expectations.naming.mtp
+        if declared or missing:
+            ctx.tally.see(sum(map(expectations.is_mtp, ctx.base.names)))
+        if expectations.unrelated_base:
             return
-        for name in ctx.expectations.naming.mtp:
-            yield ctx.finding(
-                "an MTP tensor of the base is missing", where=Where(name), observed="absent"
-            )
+        for name in missing:
+            yield ctx.finding("missing MTP tensor", where=Where(name), observed="absent")
         return
     if not declared:
         return
     ctx.tally.see()
-    found: dict[int, Tensor] = {}
+    first_tensors: dict[int, Tensor] = {}
     for name, module in ctx.candidate.modules.items():
-        if ctx.expectations.is_mtp(name):
-            found.setdefault(layer_of(name) or 0, next(iter(module.parts.values())))
-    if not found:
+        if expectations.is_mtp(name):
+            first_tensors.setdefault(layer_of(name) or 0, next(iter(module.parts.values())))
+    if not first_tensors:
         ctx.tally.miss(
             declared,
-            "config.json declares MTP and no tensor is here: only a base says whether any belongs",
+            "config.json declares MTP modules, but none is stored:"
+            " pass --base to know whether to expect any",
         )
-    elif len(found) < declared:
-        ctx.tally.see(len(found))
-        first = found[min(found)]
+    elif len(first_tensors) < declared:
+        ctx.tally.see(len(first_tensors))
+        first = first_tensors[min(first_tensors)]
         yield ctx.finding(
             "fewer MTP modules than config.json declares",
             where=Where(first.name, first.file),
             severity="warning",
-            observed=len(found),
+            observed=len(first_tensors),
             expected=declared,
         )
     else:
-        ctx.tally.see(len(found))
+        ctx.tally.see(len(first_tensors))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""QC207: a routed expert, or a projection of one, is missing."""
+"""QC207: routed expert is missing."""
 
 from __future__ import annotations
 
@@ -19,25 +19,27 @@ from verifier.rules.registry import rule
     consumers=("vLLM", "SGLang"),
     sources=("NVIDIA/Model-Optimizer#1806",),
     engines={
-        "vllm": ("error", "starts without a word, and the expert's rows keep what memory held"),
+        "vllm": ("error", "starts silently with the expert uninitialized"),
     },
 )
 def check(ctx: Context) -> Iterator[Finding]:
-    """Each sparse layer has all experts that the config (with a base: the base) declares, each with
-    all projections.
+    """Each sparse layer has all routed experts, and each expert has all its projections.
 
-    A lost bias of a projection that is here is QC314.
+    **What it does.** Compares the stored experts with the config; with a base, with the base. A
+    missing bias of a stored projection is QC314.
 
-    **Why.** A layer filter that matched nothing, a partial merge, a partial download of one source.
-    **Hurts.** vLLM has no completeness check for experts: the rows keep whatever memory held, and
-    only prompts that are routed there answer nonsense.
-    **Mend.** Export or merge the layer again; compare the expert sets of both sources first.
+    **Why it happens.** A layer filter that matched nothing, a partial merge, or a partial download
+    of a source.
+
+    **Impact.** vLLM does not check experts for completeness: the missing ones stay uninitialized,
+    and only prompts that are routed to them produce garbage.
+
+    **Fix.** Export or merge the layer again; compare the expert sets of the sources first.
     """
     if ctx.expectations.why_unknown:
         ctx.tally.miss(len(ctx.candidate.names), ctx.expectations.why_unknown)
         return
-    owed = sum(1 for n in ctx.expectations.shapes if ".experts." in n)
-    ctx.tally.see(owed)
+    ctx.tally.see(sum(".experts." in name for name in ctx.expectations.shapes))
     if ctx.expectations.unrelated_base:
         return
     for key, name in ctx.expectations.naming.experts:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""QC208: a weight has another shape than the layout gives it."""
+"""QC208: weight has the wrong shape."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from verifier.rules.registry import rule
 
 @rule(
     "QC208",
-    "weight has another shape",
+    "weight has the wrong shape",
     severity="error",
     depth="header",
     unit="tensors",
@@ -21,35 +21,38 @@ from verifier.rules.registry import rule
     engines={
         "vllm": (
             "error",
-            "stops at the shape, or narrows and leaves part of the parameter unwritten",
+            "stops at the shape, or narrows and leaves part of the parameter uninitialized",
         ),
     },
 )
 def check(ctx: Context) -> Iterator[Finding]:
-    """Each weight has the shape that config (with a base: the base) gives it; packed NVFP4 counts
-    two codes a byte.
+    """Each weight has the shape that the config (with a base: the base) gives it.
 
-    **Why.** A batched-matmul expert was written transposed; a width was halved twice; config and
-    weights are of different models.
-    **Hurts.** A size error at best; where a loader narrows, part of the parameter stays unwritten.
-    **Mend.** Write the tensor as [out, in], packed along ``in``.
+    **What it does.** Compares logical shapes: a packed NVFP4 weight counts two values per byte.
+
+    **Why it happens.** A batched-matmul expert was written transposed, a width was halved twice, or
+    config and weights belong to different models.
+
+    **Impact.** At best a size error; where a loader narrows, part of the parameter stays
+    uninitialized.
+
+    **Fix.** Write the tensor as [out, in], packed along ``in``.
     """
     if ctx.expectations.why_unknown:
         ctx.tally.miss(len(ctx.candidate.names), ctx.expectations.why_unknown)
         return
     if ctx.expectations.unrelated_base:
         return
-    known = [
-        (n, s, w)
-        for n, s in ctx.candidate.shapes.items()
-        if s is not None and (w := ctx.expectations.shapes.get(n)) is not None
-    ]
-    ctx.tally.see(len(known))
-    for name, found, wanted in sorted(k for k in known if k[1] != k[2]):
-        turned = " (transposed)" if len(found) == 2 and found == wanted[::-1] else ""
-        yield ctx.finding(
-            f"has another logical shape{turned}",
-            tensor=name if name in ctx.checkpoint.tensors else None,
-            observed=list(found),
-            expected=list(wanted),
-        )
+    for name, shape in sorted(ctx.candidate.shapes.items()):
+        expected = ctx.expectations.shapes.get(name)
+        if shape is None or expected is None:
+            continue
+        ctx.tally.see()
+        if shape != expected:
+            transposed = len(shape) == 2 and shape == expected[::-1]
+            yield ctx.finding(
+                "wrong shape (transposed)" if transposed else "wrong shape",
+                tensor=name if name in ctx.checkpoint.tensors else None,
+                observed=list(shape),
+                expected=list(expected),
+            )

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""QC209: a vision or audio tower is quantized, or a wrapper's name is left in names and
-exclusions.
-"""
+"""QC209: vision/audio tower is quantized or carries wrapper names."""
 
 from __future__ import annotations
 
@@ -15,7 +13,7 @@ from verifier.schemes import Module, role
 
 @rule(
     "QC209",
-    "tower quantized, or a wrapper's name",
+    "vision/audio tower is quantized or carries wrapper names",
     severity="error",
     depth="header",
     unit="tower modules and exclusions",
@@ -23,68 +21,65 @@ from verifier.schemes import Module, role
     sources=("sgl-project/sglang#24927", "sgl-project/sglang#35792", "NVIDIA/Model-Optimizer#1687"),
 )
 def check(ctx: Context) -> Iterator[Finding]:
-    """Towers keep their hub names and stay unquantized; no name or exclusion holds the part of a
-    wrapper (``.linear``).
+    """Towers are unquantized, and no name or exclusion contains a wrapper's part (``.linear``).
 
-    A quantized tower is a warning, and silent where the base or ``--merged-from`` has that module
-    quantized already. Excluded and quantized is QC401; names under another prefix are QC201 and
-    QC202.
+    **What it does.** Reports wrapper parts in tensor names and in exclusions. A quantized module of
+    a vision or audio tower is a warning; it is not reported if the base or ``--merged-from`` has
+    that module quantized, too. A module that is both excluded and quantized is QC401; a wrong
+    prefix is QC201 or QC202.
 
-    **Why.** Calibration wraps the tower's linears, and the wrapper's names go into the ignore list
-    or the keys.
-    **Hurts.** The exclusion matches nothing, the engine builds the tower quantized and finds no
+    **Why it happens.** Calibration wraps the tower's linear layers, and the wrappers' names end up
+    in the ignore list or in the keys.
+
+    **Impact.** The exclusion matches nothing, the engine builds the tower quantized and finds no
     scales: a crash, or images that the model does not see.
-    **Mend.** Strip the wrapper's part from names and exclusions; export the tower in the source's
+
+    **Fix.** Strip the wrapper's part from names and exclusions; export the tower in the source's
     dtype.
     """
-    for name, wanted in ctx.expectations.naming.wrapped:
+    for name, expected_name in ctx.expectations.naming.wrapped:
         ctx.tally.see()
         yield ctx.finding(
-            "the name holds the part of a wrapper module",
+            "the name contains the part of a wrapper module",
             tensor=name,
             observed=name,
-            expected=wanted,
+            expected=expected_name,
         )
-    ctx.tally.see(len(ctx.candidate.declaration.exclude) if ctx.candidate.declaration else 0)
+    declaration = ctx.candidate.declaration
+    ctx.tally.see(len(declaration.exclude) if declaration else 0)
     for pattern, plain in ctx.expectations.wrapped_exclusions.items():
         yield ctx.finding(
-            "the exclusion names a wrapper, and matches a module only without it",
-            where=Where(
-                None, ctx.candidate.declaration.file if ctx.candidate.declaration else None
-            ),
+            "the exclusion matches a module only without the part of a wrapper module",
+            where=Where(None, declaration.file if declaration else None),
             observed=pattern,
             expected=plain,
         )
     for module in ctx.candidate.modules.values():
-        if role(module.name) == "vision":
-            ctx.tally.see()
-            if (
-                module.quantized
-                and module.weight is not None
-                and not _excluded(ctx, module)
-                and not _kept(ctx, module)
-            ):
-                yield ctx.finding(
-                    "a module of the vision or audio tower is quantized",
-                    tensor=module.weight.name,
-                    observed=module.inferred_format.algo
-                    if module.inferred_format
-                    else module.weight.dtype,
-                    expected="the source's dtype",
-                    severity="warning",
-                )
+        if role(module.name) != "vision":
+            continue
+        ctx.tally.see()
+        weight, fmt = module.weight, module.inferred_format
+        if not module.quantized or weight is None:
+            continue
+        if not _excluded(ctx, module) and not _quantized_in_source(ctx, module):
+            yield ctx.finding(
+                "a module of the vision or audio tower is quantized",
+                tensor=weight.name,
+                observed=fmt.algo if fmt else weight.dtype,
+                expected="the source's dtype",
+                severity="warning",
+            )
 
 
 def _excluded(ctx: Context, module: Module) -> bool:
-    return ctx.candidate.declaration is not None and ctx.candidate.declaration.exclusions.loose(
-        module.name
-    )
+    declaration = ctx.candidate.declaration
+    return declaration is not None and declaration.exclusions.loose(module.name)
 
 
-def _kept(ctx: Context, module: Module) -> bool:
+def _quantized_in_source(ctx: Context, module: Module) -> bool:
     """Whether the checkpoint that this one was made from has the module quantized."""
     for source in (ctx.merged_from, ctx.base):
-        theirs = source.modules.get(module.name) if source else None
-        if theirs is not None and theirs.quantized:
+        original = source.modules.get(module.name) if source else None
+        if original is not None and original.quantized:
             return True
     return False

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""QC302: a weight scale is missing."""
+"""QC302: weight scale is missing."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from verifier.findings import Finding, Where
 from verifier.quantized import ModuleGroup
 from verifier.rules.context import Context
 from verifier.rules.registry import rule
+from verifier.schemes import Module
 
 
 @rule(
@@ -20,46 +21,49 @@ from verifier.rules.registry import rule
     consumers=("vLLM", "SGLang", "TensorRT-LLM", "transformers"),
     sources=("vllm-project/vllm#54444", "charlie12345/ROCmFPX#85"),
     engines={
-        "vllm": ("error", "folds uninitialised memory into the product"),
+        "vllm": ("error", "multiplies by uninitialized memory"),
     },
 )
 def check(ctx: Context) -> Iterator[Finding]:
-    """Each quantized weight has all weight scales of its format (NVFP4: ``weight_scale`` and
-    ``weight_scale_2``).
+    """Each quantized weight has all weight scales of its format.
 
-    **Why.** An exporter or merger dropped scalars, or a filter on "weight" did.
-    **Hurts.** vLLM folds arbitrary memory into the product, without a word.
-    **Mend.** Take the scale from the exporter's state; it cannot be recovered from the codes.
+    **What it does.** Looks up the scale tensors that the format requires; NVFP4 requires
+    ``weight_scale`` and ``weight_scale_2``. An FP8 weight without any scale is reported, too.
+
+    **Why it happens.** An exporter or a merge dropped scalars, or a filter on "weight" did.
+
+    **Impact.** vLLM silently multiplies by uninitialized memory.
+
+    **Fix.** Take the scale from the exporter's state; it cannot be recovered from the quantized
+    values.
     """
-    for alike in ctx.candidate.module_groups:
-        module, found = alike.first, alike.format
-        if found is None:
-            if (
-                module.weight is not None
-                and module.weight.dtype == "F8_E4M3"
-                and not module.scale
-                and module.dims
-            ):
-                ctx.tally.see(len(alike.modules))
-                yield from _missing(ctx, alike, "weight_scale", "a scale")
+    for group in ctx.candidate.module_groups:
+        module, fmt = group.first, group.format
+        if fmt is None:
+            if _is_fp8_without_scale(module):
+                ctx.tally.see(len(group.modules))
+                yield from _missing(ctx, group, "weight_scale", "a scale")
             continue
-        ctx.tally.see(len(alike.modules))
-        for sibling in found.siblings:
+        ctx.tally.see(len(group.modules))
+        for sibling in fmt.siblings:
             leaf = sibling.leaves[0]
-            if (
-                leaf != "input_scale"
-                and sibling.required
-                and not any(n in module.parts for n in sibling.leaves)
-            ):
-                yield from _missing(
-                    ctx, alike, leaf, f"{' or '.join(sibling.dtypes)} for {found.algo}"
-                )
+            if leaf == "input_scale" or not sibling.required:
+                continue
+            if not any(n in module.parts for n in sibling.leaves):
+                dtypes = " or ".join(sibling.dtypes)
+                yield from _missing(ctx, group, leaf, f"{dtypes} for {fmt.algo}")
 
 
-def _missing(ctx: Context, alike: ModuleGroup, leaf: str, expected: str) -> Iterator[Finding]:
-    for module in alike.modules:
+def _is_fp8_without_scale(module: Module) -> bool:
+    weight = module.weight
+    is_fp8 = weight is not None and weight.dtype == "F8_E4M3"
+    return is_fp8 and module.scale is None and module.dims is not None
+
+
+def _missing(ctx: Context, group: ModuleGroup, leaf: str, expected: str) -> Iterator[Finding]:
+    for module in group.modules:
         yield ctx.finding(
-            f"a quantized weight has no {leaf}",
+            f"quantized weight without {leaf}",
             where=Where(f"{module.name}.{leaf}"),
             observed="absent",
             expected=expected,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""QC304: a scale has another dtype than its format gives it."""
+"""QC304: weight scale has the wrong dtype."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from verifier.schemes import FLOATS
 
 @rule(
     "QC304",
-    "weight scale has another dtype",
+    "weight scale has the wrong dtype",
     severity="error",
     depth="header",
     unit="weight scales",
@@ -25,28 +25,29 @@ from verifier.schemes import FLOATS
     },
 )
 def check(ctx: Context) -> Iterator[Finding]:
-    """Block scales are F8_E4M3 (NVFP4) or U8/F8_E8M0 (MXFP8), the scales of FP8 weights F32.
+    """Block scales are F8_E4M3 (NVFP4) or U8/F8_E8M0 (MXFP8); the scales of FP8 weights are F32.
 
-    Global, activation and KV scales are QC315's. compressed-tensors stores FP8 scales in the
-    model's dtype, which is sound.
+    **What it does.** Compares the dtype of each weight scale with its format. Global, activation
+    and KV scales are QC315. compressed-tensors stores FP8 scales in the model's dtype, which is
+    allowed.
 
-    **Why.** A framework saved its own dtype.
-    **Hurts.** Loaders copy with a cast: MXFP8 scales stored as F32 values become the byte 0,
-    2^-127, everywhere, and the model is garbage without a message. TensorRT-LLM asserts.
-    **Mend.** Save the bytes of the format's own dtype.
+    **Why it happens.** A framework saved the scales in its own dtype.
+
+    **Impact.** Loaders copy with a cast: MXFP8 scales stored as F32 values all become the byte 0,
+    which is 2^-127, and the model silently produces garbage. TensorRT-LLM stops.
+
+    **Fix.** Save the bytes in the format's own dtype.
     """
-    lenient = (
-        ctx.candidate.declarations.effective is not None
-        and not ctx.candidate.declarations.effective.known
-    )
-    for module, found, sibling, tensor in ctx.candidate.scales:
+    declaration = ctx.candidate.declarations.effective
+    third_party = declaration is not None and not declaration.known
+    for module, fmt, sibling, tensor in ctx.candidate.scales:
         if sibling.scalar and tensor is not module.scale:
             continue
         ctx.tally.see()
-        own = lenient and sibling.dtypes == ("F32",) and tensor.dtype in FLOATS
-        if tensor.dtype not in sibling.dtypes and not own:
+        allowed = third_party and sibling.dtypes == ("F32",) and tensor.dtype in FLOATS
+        if tensor.dtype not in sibling.dtypes and not allowed:
             yield ctx.finding(
-                f"{found.algo}: {tensor.name.rpartition('.')[2]} is stored as {tensor.dtype}",
+                f"{fmt.algo}: {tensor.name.rpartition('.')[2]} is stored as {tensor.dtype}",
                 tensor=tensor.name,
                 observed=tensor.dtype,
                 expected=" or ".join(sibling.dtypes),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""QC305: NVFP4 is declared and the weight is not packed."""
+"""QC305: weight is not packed."""
 
 from __future__ import annotations
 
@@ -21,23 +21,27 @@ from verifier.schemes import FLOATS
     sources=("NVIDIA/Model-Optimizer#868",),
 )
 def check(ctx: Context) -> Iterator[Finding]:
-    """A module declared NVFP4 stores two codes a byte: U8 [out, in/2]. Scales beside plain values
-    are QC313.
+    """A module declared NVFP4 stores two values per byte: U8 [out, in/2].
 
-    **Why.** The packing got lost when the state dict was written; the file is larger than its label
-    says.
-    **Hurts.** A size error, or codes read as something else.
-    **Mend.** Export again; check that the weight leaves the exporter as uint8.
+    **What it does.** Compares the weight's dtype with the declared format. Scales next to an
+    unquantized weight are QC313.
+
+    **Why it happens.** The packing was lost when the state dict was written; the file is larger
+    than its label says.
+
+    **Impact.** A size error, or packed values that are read as something else.
+
+    **Fix.** Export again, and check that the weight leaves the exporter as uint8.
     """
     for module in ctx.candidate.quantized_modules:
-        cover = ctx.candidate.declared_for(module)
-        declared = cover.format if cover else None
+        declaration = ctx.candidate.declared_for(module)
+        declared = declaration.format if declaration else None
         if declared is None or not declared.packed or module.weight is None:
             continue
         ctx.tally.see()
         if module.weight.dtype != declared.weight_dtype and module.weight.dtype not in FLOATS:
             yield ctx.finding(
-                f"declared {declared.algo}, and the weight is {module.weight.dtype}",
+                f"declared {declared.algo}, but the weight is {module.weight.dtype}",
                 tensor=module.weight.name,
                 observed=f"{module.weight.dtype} {list(module.weight.shape)}",
                 expected="U8 [out, in/2]",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""QC306: a scale has another shape than its weight needs."""
+"""QC306: scale has the wrong shape."""
 
 from __future__ import annotations
 
@@ -13,39 +13,44 @@ from verifier.schemes import runtime_layout
 
 @rule(
     "QC306",
-    "scale has another shape",
+    "scale has the wrong shape",
     severity="error",
     depth="header",
     unit="scale tensors",
     consumers=("vLLM", "SGLang", "TensorRT-LLM"),
     sources=("NVIDIA/Model-Optimizer#2038",),
     engines={
-        "vllm": ("error", "narrows in experts and leaves the rest unwritten; stops elsewhere"),
+        "vllm": ("error", "narrows in experts and leaves the rest uninitialized; stops elsewhere"),
     },
 )
 def check(ctx: Context) -> Iterator[Finding]:
-    """A block scale is [out, in/block] of its weight's logical width; the others are scalars.
+    """A block scale has the shape [out, in/block] of its weight; the other scales are scalars.
 
-    The padded and swizzled layouts of kernels are QC307's.
+    **What it does.** Compares the shape of each scale tensor with the logical shape of its weight.
+    The padded and swizzled layouts of kernels are QC307.
 
-    **Why.** Scales computed from the packed bytes have half the columns; a column went missing.
-    **Hurts.** For experts vLLM narrows and leaves the rest unwritten, silently.
-    **Mend.** Write the scale in the linear layout, computed from the unpacked weight.
+    **Why it happens.** Scales that were computed from the packed bytes have half the columns, or a
+    column is missing.
+
+    **Impact.** For experts, vLLM silently narrows and leaves the rest uninitialized.
+
+    **Fix.** Write the scale in the linear layout, computed from the unpacked weight.
     """
-    for module, found, sibling, tensor in ctx.candidate.scales:
+    for module, fmt, sibling, tensor in ctx.candidate.scales:
         ctx.tally.see()
         out, in_ = module.dims or (0, 0)
-        wanted = sibling.shapes(out, in_)
-        if tensor.shape in wanted:
+        shapes = sibling.shapes(out, in_)
+        if tensor.shape in shapes:
             continue
-        declared = ctx.candidate.declared_group_size(module, found)
-        if declared and declared != found.group_size and tensor.shape == (out, in_ // declared):
+        declared = ctx.candidate.declared_group_size(module, fmt)
+        if declared and declared != fmt.group_size and tensor.shape == (out, in_ // declared):
             continue  # QC308: scales that follow a wrong declaration
-        if tensor is module.scale and found.rowwise and runtime_layout(tensor.shape, *wanted[0]):
+        if tensor is module.scale and fmt.rowwise and runtime_layout(tensor.shape, *shapes[0]):
             continue  # QC307
+        leaf = tensor.name.rpartition(".")[2]
         yield ctx.finding(
-            f"{found.algo}: {tensor.name.rpartition('.')[2]} does not fit its weight of [{out}, {in_}]",
+            f"{fmt.algo}: {leaf} does not fit its weight of shape [{out}, {in_}]",
             tensor=tensor.name,
             observed=list(tensor.shape),
-            expected=list(wanted[0]),
+            expected=list(shapes[0]),
         )

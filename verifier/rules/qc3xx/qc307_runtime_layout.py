@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""QC307: a block scale in the layout of a kernel instead of the file's."""
+"""QC307: scale is padded or swizzled."""
 
 from __future__ import annotations
 
@@ -27,28 +27,29 @@ from verifier.schemes import FORMATS, Format, Module, runtime_layout
     },
 )
 def check(ctx: Context) -> Iterator[Finding]:
-    """A block scale is stored [out, in/block], row by row: not padded to 128 rows or 4 columns, not
-    in 128x4 tiles.
+    """A block scale is stored as [out, in/block], row by row, without padding or swizzling.
 
-    Any other wrong shape is QC306. Where out divides by 128 and in/block by 4, a swizzled scale has
-    the right shape and a header cannot tell it.
+    **What it does.** Recognizes shapes that are padded to 128 rows or 4 columns, or arranged in
+    128x4 tiles. Any other wrong shape is QC306. Where out is divisible by 128 and in/block by 4, a
+    swizzled scale has the right shape and cannot be recognized from the header.
 
-    **Why.** The exporter saved what a kernel wants at run time (cuBLAS and CUTLASS read 128x4
-    tiles), as ModelOpt's diffusion exporter may do on purpose.
-    **Hurts.** Engines swizzle the scale themselves when they load it: a size error at best.
-    **Mend.** Write the scale before the exporter's padding and swizzle, or undo them; no value is
-    lost.
+    **Why it happens.** The exporter saved the layout that a kernel needs at run time (cuBLAS and
+    CUTLASS read 128x4 tiles), as ModelOpt's diffusion exporter may do intentionally.
+
+    **Impact.** Engines swizzle the scale themselves when they load it: at best a size error.
+
+    **Fix.** Write the scale before padding and swizzling, or undo them; no value is lost.
     """
-    for module, found in (*ctx.candidate.formatted, *_undeclared(ctx)):
+    for module, fmt in (*ctx.candidate.formatted, *_undeclared(ctx)):
         scale = module.scale
-        if scale is None or module.dims is None or not found.rowwise or not found.group_size:
+        if scale is None or module.dims is None or not fmt.rowwise or not fmt.group_size:
             continue
         ctx.tally.see()
-        rows, columns = module.dims[0], -(-module.dims[1] // found.group_size)
-        how = runtime_layout(scale.shape, rows, columns)
-        if how:
+        rows, columns = module.dims[0], -(-module.dims[1] // fmt.group_size)
+        layout = runtime_layout(scale.shape, rows, columns)
+        if layout:
             yield ctx.finding(
-                f"{found.algo}: the block scale is {how}, a layout of kernels",
+                f"{fmt.algo}: the block scale is {layout}, as kernels expect it at run time",
                 tensor=scale.name,
                 observed=list(scale.shape),
                 expected=[rows, columns],
@@ -56,16 +57,14 @@ def check(ctx: Context) -> Iterator[Finding]:
 
 
 def _undeclared(ctx: Context) -> Iterator[tuple[Module, Format]]:
-    """Yield modules that dtypes alone show to be MXFP8; without a declaration a wrong shape hides
-    their format.
+    """Yield the modules that are MXFP8 by their dtypes.
+
+    Without a declaration, a wrong shape hides their format.
     """
     if ctx.candidate.declaration is not None:
         return
     for module in ctx.candidate.quantized_modules:
-        if (
-            module.inferred_format is None
-            and module.weight is not None
-            and module.scale is not None
-        ):
-            if module.weight.dtype == "F8_E4M3" and module.scale.dtype in ("U8", "F8_E8M0"):
+        weight, scale = module.weight, module.scale
+        if module.inferred_format is None and weight is not None and scale is not None:
+            if weight.dtype == "F8_E4M3" and scale.dtype in ("U8", "F8_E8M0"):
                 yield module, FORMATS["mxfp8"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""QC308: the declared group size is not the format's."""
+"""QC308: declared group size is wrong."""
 
 from __future__ import annotations
 
@@ -19,34 +19,38 @@ from verifier.rules.registry import rule
     consumers=("vLLM", "SGLang", "TensorRT-LLM"),
     sources=("NVIDIA/Model-Optimizer#1552",),
     engines={
-        "vllm": ("error", "sizes the scales by it and stops"),
+        "vllm": ("error", "sizes the scales from it and stops"),
         "trtllm": ("error", "stops: it asserts 16 for NVFP4 and 32 for MXFP8"),
     },
 )
 def check(ctx: Context) -> Iterator[Finding]:
-    """The declared ``group_size`` is the format's block width, 16 for NVFP4 and 32 for MXFP8, as on
-    disk.
+    """The declared ``group_size`` is the block size of the format: 16 for NVFP4, 32 for MXFP8.
 
-    **Why.** The recipe's block size and the config's are set in two places.
-    **Hurts.** Engines size the scale parameter from the config: a size error, or for experts a
+    **What it does.** Compares the declared ``group_size`` of each quantized module with its format
+    and with the scales on disk.
+
+    **Why it happens.** The recipe's block size and the config's are set in two places.
+
+    **Impact.** Engines size the scale parameter from the config: a size error, or for experts a
     silent partial load.
-    **Mend.** State the size that was used; no engine serves NVFP4 with another than 16, or MXFP8
-    with another than 32.
+
+    **Fix.** Declare the size that was used. No engine serves NVFP4 with a size other than 16, or
+    MXFP8 with one other than 32.
     """
-    for alike in ctx.candidate.module_groups:
-        first, found = alike.first, alike.format
-        if found is None or found.group_size is None or first.scale is None or first.dims is None:
+    for group in ctx.candidate.module_groups:
+        first, fmt = group.first, group.format
+        if fmt is None or fmt.group_size is None or first.scale is None or first.dims is None:
             continue
-        ctx.tally.see(len(alike.modules))
-        declared = ctx.candidate.declared_group_size(first, found)
-        if declared == found.group_size:
+        ctx.tally.see(len(group.modules))
+        declared = ctx.candidate.declared_group_size(first, fmt)
+        if declared == fmt.group_size:
             continue
-        width = first.scale.shape[-1] if first.scale.shape else 0
-        shown = f"{first.dims[1] // width}" if width else "none"
-        for scale in (m.scale for m in alike.modules if m.scale is not None):
+        columns = first.scale.shape[-1] if first.scale.shape else 0
+        stored = f"; the stored scales are for {first.dims[1] // columns}" if columns else ""
+        for scale in (m.scale for m in group.modules if m.scale is not None):
             yield ctx.finding(
-                f"{found.algo} is declared with group_size {declared}; the scales on disk are for {shown}",
+                f"{fmt.algo} is declared with group_size {declared}{stored}",
                 where=Where(scale.name, scale.file),
                 observed=declared,
-                expected=found.group_size,
+                expected=fmt.group_size,
             )

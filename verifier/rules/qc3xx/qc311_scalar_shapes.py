@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""QC311: scalars of one kind, some of them 0-d and some of shape [1]."""
+"""QC311: scalar shapes are inconsistent (0-d vs [1])."""
 
 from __future__ import annotations
 
@@ -10,12 +10,10 @@ from verifier.findings import Finding
 from verifier.rules.context import Context
 from verifier.rules.registry import rule
 
-ZERO, ONE = (), (1,)
-
 
 @rule(
     "QC311",
-    "scalars are 0-d and [1] by turns",
+    "scalar shapes are inconsistent (0-d vs [1])",
     severity="warning",
     depth="header",
     unit="scalars",
@@ -33,39 +31,41 @@ ZERO, ONE = (), (1,)
     },
 )
 def check(ctx: Context) -> Iterator[Finding]:
-    """Scalars of one name (``weight_scale_2``, ``input_scale`` …) are all 0-d, as ModelOpt writes
-    them, or all of shape [1].
+    """Scalars of one name (such as ``weight_scale_2``) are all 0-d, or all of shape [1].
 
-    Either is sound alone. Formats are compared apart; any other shape is QC306.
+    **What it does.** Compares the shapes of global, activation and KV scales, per name and format.
+    ModelOpt writes 0-d scalars; either shape is valid by itself. Any other shape is QC306.
 
-    **Why.** Modules of two exporters were merged, or some scalars went through code that
+    **Why it happens.** Modules of two exporters were merged, or some scalars went through code that
     unsqueezes.
-    **Hurts.** A loader written for one of the shapes fails on the other, half way through the load.
-    **Mend.** Write the shape of the majority; the four bytes stay as they are.
+
+    **Impact.** A loader written for one of the shapes fails on the other, halfway through loading.
+
+    **Fix.** Write the shape of the majority; the four bytes do not change.
     """
     kinds: dict[tuple[str, str], tuple[list[Tensor], list[Tensor]]] = {}
 
     def add(kind: str, leaf: str, tensor: Tensor) -> None:
-        if tensor.shape in (ZERO, ONE):
+        if tensor.shape in ((), (1,)):
             kinds.setdefault((kind, leaf), ([], []))[len(tensor.shape)].append(tensor)
 
-    for _, found, sibling, tensor in ctx.candidate.scales:
+    for _, fmt, sibling, tensor in ctx.candidate.scales:
         if sibling.scalar:
-            add(found.weight_dtype, tensor.name.rpartition(".")[2], tensor)
+            add(fmt.weight_dtype, tensor.name.rpartition(".")[2], tensor)
     for _, leaf, tensor in ctx.candidate.kv_scales:
         add("", leaf, tensor)
-    for (_, leaf), (zero, one) in sorted(kinds.items()):
-        ctx.tally.see(len(zero) + len(one))
-        odd = one if len(one) <= len(zero) else zero
-        if zero and one:
-            for tensor in odd:
-                yield ctx.finding(
-                    f"{leaf} is {_said(tensor.shape)} here and {_said(ZERO if odd is one else ONE)} elsewhere",
-                    tensor=tensor.name,
-                    observed=list(tensor.shape),
-                    expected=[] if odd is one else [1],
-                )
-
-
-def _said(shape: tuple[int, ...]) -> str:
-    return "[1]" if shape else "0-d"
+    for (_, leaf), (zero_d, one_d) in sorted(kinds.items()):
+        ctx.tally.see(len(zero_d) + len(one_d))
+        if not zero_d or not one_d:
+            continue
+        if len(one_d) <= len(zero_d):
+            minority, here, elsewhere = one_d, "[1]", "0-d"
+        else:
+            minority, here, elsewhere = zero_d, "0-d", "[1]"
+        for tensor in minority:
+            yield ctx.finding(
+                f"{leaf} is {here} here and {elsewhere} elsewhere",
+                tensor=tensor.name,
+                observed=here,
+                expected=elsewhere,
+            )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""QC313: a weight is both quantized and not, or stored though it is tied."""
+"""QC313: weight is stored two ways."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ from verifier.schemes import FLOATS
     engines={
         "vllm": (
             "error",
-            "takes one of both for a parameter of its size; a tied lm_head is skipped when it loads",
+            "loads whichever fits the parameter; skips a tied lm_head",
         )
     },
 )
 def check(ctx: Context) -> Iterator[Finding]:
-    """A module holds one weight: codes with scales, or plain values without; a tied head holds
-    none.
+    """A module stores one weight, quantized with scales or plain without; a tied head stores none.
 
-    Scales beside a plain weight are told here (codes that are not packed are QC305; a module that
-    the config excludes or does not list is QC401 and QC410). A plain ``lm_head.weight`` under
-    ``tie_word_embeddings: true`` is a warning, and silent where the base does the same. A fused
-    stack beside its parts is QC203.
+    **What it does.** Reports scales next to an unquantized weight, and a weight that is stored
+    packed and unpacked. A plain ``lm_head.weight`` together with ``tie_word_embeddings: true`` is a
+    warning; it is not reported if the base does the same. Quantized values that are not packed are
+    QC305, an excluded or unlisted module QC401 or QC410, a fused stack next to its parts QC203.
 
-    **Why.** Offloading unties the head and saves it again; scales are of one pass and the weight of
-    another.
-    **Hurts.** The engine refuses the size, reads values as codes, or ignores the head that was
-    meant.
-    **Mend.** Drop the copy that should not be there, or clear the flag where head and embedding
-    differ.
+    **Why it happens.** Offloading unties the head and saves it again, or scales and weight come
+    from different passes.
+
+    **Impact.** The engine refuses the size, reads plain values as quantized ones, or ignores the
+    head that was trained.
+
+    **Fix.** Drop the redundant copy, or clear the flag if head and embedding differ.
     """
     for module in ctx.candidate.quantized_modules:
         weight, parts = module.weight, module.parts
@@ -49,34 +49,34 @@ def check(ctx: Context) -> Iterator[Finding]:
         ctx.tally.see()
         if "weight" in parts and "weight_packed" in parts:
             yield ctx.finding(
-                "the weight stands twice, packed and not",
+                "the weight is stored twice, packed and unpacked",
                 tensor=parts["weight"].name,
                 observed="weight and weight_packed",
-                expected="one of both",
+                expected="one of them",
             )
             continue
-        cover = ctx.candidate.declared_for(module)
+        declared = ctx.candidate.declared_for(module)
         scales = [leaf for leaf in module.scales if leaf != "pre_quant_scale"]
-        if weight.dtype in FLOATS and scales and (cover is None or cover.algo is not None):
+        if weight.dtype in FLOATS and scales and (declared is None or declared.algo is not None):
             yield ctx.finding(
-                "scales stand beside a weight that is not quantized",
+                "scales next to an unquantized weight",
                 tensor=weight.name,
                 observed=f"{weight.dtype} {list(weight.shape)} with {', '.join(scales)}",
-                expected="codes, or no scales",
+                expected="quantized values, or no scales",
             )
     for name in sorted(ctx.candidate.tied_heads):
         ctx.tally.see()
         head = ctx.candidate.modules[name.rpartition(".")[0]]
         if head.quantized and head.weight is not None:
             yield ctx.finding(
-                "the head is tied to the embedding, and a quantized one is stored",
+                "the head is tied to the embedding, but a quantized head is stored",
                 tensor=head.weight.name,
                 observed=head.weight.dtype,
                 expected="absent, or tie_word_embeddings: false",
             )
         elif head.weight is not None and (ctx.base is None or name not in ctx.base.tied_heads):
             yield ctx.finding(
-                "the head is tied to the embedding, and one of its own is stored",
+                "the head is tied to the embedding, but a separate head is stored",
                 tensor=head.weight.name,
                 observed="tie_word_embeddings: true",
                 expected="absent, or tie_word_embeddings: false",

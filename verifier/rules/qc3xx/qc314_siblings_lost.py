@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""QC314: a bias or a pre_quant_scale is missing where its equals have one."""
+"""QC314: bias or pre_quant_scale is lost."""
 
 from __future__ import annotations
 
@@ -16,49 +16,50 @@ from verifier.schemes import Module, collapse, expert_key, role
     "bias or pre_quant_scale is lost",
     severity="error",
     depth="header",
-    unit="linears",
+    unit="linear layers",
     consumers=("vLLM", "SGLang", "TensorRT-LLM"),
     sources=("NVIDIA/Model-Optimizer#1678",),
     engines={
         "vllm": (
             "error",
-            "leaves an expert's bias as memory held it: no completeness check (vLLM 0.32)",
+            "leaves an expert's bias uninitialized: no completeness check (vLLM 0.32)",
         )
     },
 )
 def check(ctx: Context) -> Iterator[Finding]:
-    """A linear has its bias where the base has it (without one: the layout, or its equals); so with
-    ``pre_quant_scale``.
+    """A linear layer has a bias and a ``pre_quant_scale`` where its counterparts have them.
 
-    Among the experts of one layer a difference is an error. Among layers it is a warning: an
-    exporter may fold ``pre_quant_scale`` into a norm in one layer and not in another.
+    **What it does.** Compares biases with the base, or without one with the layout or with equal
+    modules; ``pre_quant_scale`` with equal modules. A difference between the experts of one layer
+    is an error. A difference between layers is a warning: an exporter may fold ``pre_quant_scale``
+    into a norm in one layer and not in others.
 
-    **Why.** Un-fusing experts took the weights and not their biases; AWQ scales were written for
-    calibrated experts only.
-    **Hurts.** The sibling is unwritten memory or zero for some experts, and prompts that are routed
-    there answer nonsense.
-    **Mend.** Copy biases from the source; take ``pre_quant_scale`` from the exporter's state.
+    **Why it happens.** Unfusing experts took the weights without their biases, or AWQ scales were
+    written for calibrated experts only.
+
+    **Impact.** The tensor is uninitialized or zero for some experts, and prompts that are routed to
+    them produce garbage.
+
+    **Fix.** Copy biases from the source; take ``pre_quant_scale`` from the exporter's state.
     """
     if ctx.expectations.unrelated_base:
         return
     for name in ctx.expectations.naming.biases:
         ctx.tally.see()
         yield ctx.finding(
-            "the linear is here, and its bias is not",
+            "linear layer without its bias",
             where=Where(name),
             observed="absent",
             expected="present",
         )
-    leaves = (
-        ("pre_quant_scale",) if not ctx.expectations.why_unknown else ("bias", "pre_quant_scale")
-    )
-    having = {
-        leaf: [m for m in ctx.candidate.modules.values() if leaf in m.parts and m.dims is not None]
-        for leaf in leaves
-    }
-    for leaf, found in having.items():
-        if found:
-            yield from _compare(ctx, leaf, {m.name for m in found})
+    leaves = ["pre_quant_scale"]
+    if ctx.expectations.why_unknown:
+        leaves.insert(0, "bias")
+    linears = [m for m in ctx.candidate.modules.values() if m.dims is not None]
+    for leaf in leaves:
+        having = {m.name for m in linears if leaf in m.parts}
+        if having:
+            yield from _compare_counterparts(ctx, leaf, having)
 
 
 def _by_kind(ctx: Context) -> dict[str, list[Module]]:
@@ -70,14 +71,15 @@ def _by_kind(ctx: Context) -> dict[str, list[Module]]:
     return kinds
 
 
-def _compare(ctx: Context, leaf: str, having: set[str]) -> Iterator[Finding]:
-    """Yield the linears without ``leaf`` whose equals have it: experts of a layer first, then
-    layers of a kind.
+def _compare_counterparts(ctx: Context, leaf: str, having: set[str]) -> Iterator[Finding]:
+    """Yield the linear layers without ``leaf`` if other experts of their layer, or other layers,
+    have it.
     """
     for modules in _by_kind(ctx).values():
         linears = [m for m in modules if m.dims is not None]
+        # DeepSeek-V4's hash-routed layers have no score correction, its other layers do.
         if leaf == "bias" and linears and role(linears[0].name) == "router":
-            continue  # DeepSeek-V4's layers that route by a hash have no score correction, the others do
+            continue
         if not any(m.name in having for m in linears):
             continue
         ctx.tally.see(len(linears))
@@ -88,9 +90,10 @@ def _compare(ctx: Context, leaf: str, having: set[str]) -> Iterator[Finding]:
         for members in groups.values():
             without = [m for m in members if m.name not in having]
             among_experts = len(without) < len(members)
+            others = "other experts of the layer" if among_experts else "other layers"
             for module in without:
                 yield ctx.finding(
-                    f"no {leaf}, and {'other experts of the layer have' if among_experts else 'other layers have'} one",
+                    f"no {leaf}, but {others} have one",
                     where=Where(f"{module.name}.{leaf}"),
                     observed="absent",
                     expected="present",

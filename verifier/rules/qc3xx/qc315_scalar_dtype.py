@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""QC315: a global, activation or KV scale is no float32."""
+"""QC315: scalar scale has the wrong dtype."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from verifier.schemes import FLOATS
 
 @rule(
     "QC315",
-    "scalar has another dtype",
+    "scalar scale has the wrong dtype",
     severity="error",
     depth="header",
     unit="scalars",
@@ -22,46 +22,46 @@ from verifier.schemes import FLOATS
     engines={
         "vllm": (
             "error",
-            "copies with a cast, so what the narrower dtype lost stays lost (vLLM 0.32's loader)",
+            "copies with a cast, so the lost precision stays lost (vLLM 0.32's loader)",
         ),
         "trtllm": (
             "error",
-            "its loader notes that ModelOpt once stored o_proj.weight_scale_2 as BF16",
+            "its loader mentions that ModelOpt once stored o_proj.weight_scale_2 as BF16",
         ),
     },
 )
 def check(ctx: Context) -> Iterator[Finding]:
-    """Global, activation and KV scales (``weight_scale_2``, ``input_scale``, ``k_scale`` …) are
-    F32.
+    """Global, activation and KV scales (``weight_scale_2``, ``input_scale``, ``k_scale``) are F32.
 
-    The scale of the weight itself, block, row or tensor, is QC304's.
+    **What it does.** Compares the dtype of each scalar with its format. The block, row or tensor
+    scale of the weight itself is QC304.
 
-    **Why.** Scalars were cast to the model's dtype on save.
-    **Hurts.** BF16 keeps 8 bits: every value of the tensor is off by up to 0.4 %, and scales that
-    must be equal in q, k and v, or in w1 and w3, are no longer what the block scales were made for.
-    Loaders cast without a word.
-    **Mend.** Save them as float32 from the exporter's state; a cast back does not bring the bits
-    back.
+    **Why it happens.** Scalars were cast to the model's dtype on save.
+
+    **Impact.** BF16 keeps 8 bits: every value of the tensor is off by up to 0.4%, and scales that
+    must be equal in q, k and v, or in w1 and w3, no longer match their block scales. Loaders cast
+    silently.
+
+    **Fix.** Save them as float32 from the exporter's state; casting back does not recover the lost
+    bits.
     """
-    lenient = (
-        ctx.candidate.declarations.effective is not None
-        and not ctx.candidate.declarations.effective.known
-    )
-    for module, found, sibling, tensor in ctx.candidate.scales:
+    declaration = ctx.candidate.declarations.effective
+    third_party = declaration is not None and not declaration.known
+    for module, fmt, sibling, tensor in ctx.candidate.scales:
         if not sibling.scalar or tensor is module.scale:
             continue
         ctx.tally.see()
-        own = lenient and not found.packed and tensor.dtype in FLOATS
-        if tensor.dtype not in sibling.dtypes and not own:
+        allowed = third_party and not fmt.packed and tensor.dtype in FLOATS
+        if tensor.dtype not in sibling.dtypes and not allowed:
             yield ctx.finding(
-                f"{found.algo}: {tensor.name.rpartition('.')[2]} is stored as {tensor.dtype}",
+                f"{fmt.algo}: {tensor.name.rpartition('.')[2]} is stored as {tensor.dtype}",
                 tensor=tensor.name,
                 observed=tensor.dtype,
                 expected="F32",
             )
     for _, leaf, tensor in ctx.candidate.kv_scales:
         ctx.tally.see()
-        if tensor.dtype != "F32" and not (lenient and tensor.dtype in FLOATS):
+        if tensor.dtype != "F32" and not (third_party and tensor.dtype in FLOATS):
             yield ctx.finding(
                 f"{leaf} of the KV cache is stored as {tensor.dtype}",
                 tensor=tensor.name,

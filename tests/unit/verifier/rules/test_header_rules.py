@@ -411,7 +411,7 @@ def test_a_shard_cuts_a_byte(copy: Copy) -> None:
         lambda value: value.update({"num_attention_heads": 64, "num_key_value_heads": 64}),
     )
     messages = [f.message for f in said(folder, "QC309", tp=64) if f.severity == "error"]
-    assert messages == ["NVFP4: a shard cuts a block, and a packed byte"]
+    assert messages == ["NVFP4: TP shard boundary splits a quantization block and a packed byte"]
 
 
 def test_one_value_head_stands_on_many_ranks() -> None:
