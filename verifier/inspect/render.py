@@ -11,7 +11,7 @@ from typing import Any
 from verifier.inspect.diff import Change, Diff, Side
 from verifier.inspect.show import Element, Shown
 from verifier.inspect.stats import Codes, Floats, Row, Stats, bins, shares
-from verifier.text import printable
+from verifier.text import counted, percentage, printable, size
 
 FLOAT_FIELDS = (
     "format",
@@ -105,7 +105,7 @@ def diff_json(found: Diff) -> str:
 
 def _side(letter: str, side: Side) -> str:
     return (
-        f"{letter}  {printable(side.uri)}: {side.tensors:,} tensors in {side.shards:,} shard{'s' * (side.shards != 1)}, "
+        f"{letter}  {printable(side.uri)}: {side.tensors:,} tensors in {counted(side.shards, 'shard')}, "
         f"{size(side.nbytes)}"
     )
 
@@ -166,7 +166,7 @@ def _verdict(found: Diff) -> str:
     if found.a.problems or found.b.problems:
         return "different: not both could be read whole; `ckptgate check` says what is wrong"
     if not found.equal:
-        return f"different: {len(found.changes):,} kind{'s' * (len(found.changes) != 1)} of differences"
+        return f"different: {counted(len(found.changes), 'group')} of differences"
     payload = (
         f", and the bytes of {found.compared:,}"
         if found.compared is not None
@@ -182,7 +182,7 @@ def stats_text(found: Stats) -> str:
     """Return a checkpoint's numbers as plain text."""
     lines = [
         f"{printable(found.uri)}: {printable(found.model_type or 'no model_type', 60)}, {found.tensors:,} tensors in "
-        f"{found.shards:,} shard{'s' * (found.shards != 1)}, {size(found.nbytes)}"
+        f"{counted(found.shards, 'shard')}, {size(found.nbytes)}"
     ]
     lines += [f"cannot be read whole: {printable(p)}" for p in found.problems[:LINES]]
     header = ("role", "format", "modules", "parameters", "weights", "scales", "bits/parameter")
@@ -268,7 +268,7 @@ def _codes(codes: Codes) -> list[str]:
             lines += [] if i and not rows[i - 1][1] else [f"  {'…':>{width}}"]
             continue
         bar = "█" * max(1, round(BAR * n / top))
-        lines.append(f"  {label:>{width}}  {bar:{BAR}}  {n:,} ({share(n, found['total'])})")
+        lines.append(f"  {label:>{width}}  {bar:{BAR}}  {n:,} ({percentage(n, found['total'])})")
     for role, mine in (
         *sorted(codes.roles.items()),
         *([("all", counts)] if len(codes.roles) > 1 else []),
@@ -282,7 +282,7 @@ def _codes(codes: Codes) -> list[str]:
             "invalid": "NaN",
         }
         texts = [
-            f"{share(n, of)} {names.get(k, k)}"
+            f"{percentage(n, of)} {names.get(k, k)}"
             for k, n in parts.items()
             if n or k in ("floor", "zero", "least")
         ]
@@ -303,24 +303,6 @@ def _floats(found: Floats) -> list[str]:
         f"    min {found.low:.6g}  {printable(found.low_at)}",
         f"    max {found.high:.6g}  {printable(found.high_at)}",
     ]
-
-
-def share(count: int, of: int) -> str:
-    """Return a share in percent that shows 0 for none and 100 for all only."""
-    if not of or count in (0, of):
-        return "0%" if not count else "100%"
-    value = 100 * count / of
-    return "<0.01%" if value < 0.01 else (">99.99%" if value > 99.99 else f"{value:.2f}%")
-
-
-def size(count: int) -> str:
-    """Return a number of bytes in decimal units."""
-    value, unit = float(count), "B"
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if value < 1000 or unit == "TB":
-            break
-        value /= 1000
-    return f"{count} B" if unit == "B" else f"{value:.1f} {unit}"
 
 
 # show

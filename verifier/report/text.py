@@ -22,7 +22,7 @@ from verifier.report.parts import (
     verdict,
     worst_first,
 )
-from verifier.text import printable
+from verifier.text import counted, printable, size
 
 MAX_KNOWN = 20
 _STYLE = {
@@ -104,23 +104,14 @@ def footer(report: Report) -> str:
         return f"checked {printable(report.uri)}: nothing could be read"
     formats = ", ".join(f"{n:,} {a}" for a, n in sorted(s["formats"].items())) or "none"
     payload = any(c.ran and "scales" in c.unit for c in report.coverage)
-    scales = f", {_size(s['scale_bytes'])} of scales read" if payload else ""
-    size = f"{s['tensors']:,} tensors in {s['shards']} shard{'s' * (s['shards'] != 1)}, {_size(s['bytes'])}"
+    scales = f", {size(s['scale_bytes'])} of scales read" if payload else ""
+    amounts = f"{counted(s['tensors'], 'tensor')} in {counted(s['shards'], 'shard')}, {size(s['bytes'])}"
     options = s.get("options", {})
     of = f"subset {options['subset']} of " if options.get("subset") else ""
     if options.get("sample"):
         of = f"by a sample of {options['sample']:g}% (seed {options['seed']}), "
-    return f"checked {of}{size}{scales}; quantized modules: {formats}"
+    return f"checked {of}{amounts}{scales}; quantized modules: {formats}"
 
 
 def _styled(text: str, kind: str, color: bool) -> str:
     return f"{_STYLE[kind]}{text}{_PLAIN}" if color else text
-
-
-def _size(count: int) -> str:
-    value, unit = float(count), "B"
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if value < 1000 or unit == "TB":
-            break
-        value /= 1000
-    return f"{count} B" if unit == "B" else f"{value:.1f} {unit}"

@@ -14,7 +14,7 @@ import pytest
 from tests.paths import TESTS
 from verifier.cli import run
 from verifier.errors import ContentError, UsageError
-from verifier.inspect.render import share, stats_text
+from verifier.inspect.render import stats_text
 from verifier.inspect.stats import bins, shares, stats
 from verifier.selftest.edit import Folder
 
@@ -184,13 +184,3 @@ def test_errors() -> None:
         stats(QWEN, depth="load")
     with pytest.raises(ContentError, match="not a checkpoint"):
         stats(DATA)
-
-
-def test_a_share_is_nought_for_none_and_whole_for_all_only() -> None:
-    assert [share(n, 10**6) for n in (0, 1, 5_000, 999_999, 10**6)] == [
-        "0%",
-        "<0.01%",
-        "0.50%",
-        ">99.99%",
-        "100%",
-    ]
