@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text for people: escaped names, counts with their noun, sizes, percentages, short lists."""
+"""Text for people: escaped names, counts with their noun, sizes, percentages, short lists, and JSON
+values in JSON's words.
+"""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable
 
@@ -55,3 +58,17 @@ def listed(names: Iterable[str], limit: int = 8) -> str:
     texts = list(names)
     rest = len(texts) - limit
     return ", ".join(texts[:limit]) + (f" and {rest:,} more" if rest > 0 else "")
+
+
+def json_type(value: object) -> str:
+    """Return what a parsed JSON value is: ``an object``, ``an array``, ``null`` …"""
+    if value is None:
+        return "null"
+    names = {dict: "an object", list: "an array", str: "a string", bool: "a boolean"}
+    return names.get(type(value), "a number")
+
+
+def json_text(value: object, limit: int = 80) -> str:
+    """Return a parsed JSON value as JSON, of at most ``limit`` characters."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"

@@ -2,15 +2,15 @@
 """The report as workflow commands of GitHub Actions: annotations of the worst findings, and the
 verdict as a line.
 
-GitHub shows some ten annotations of a step and drops the rest without a word; the step summary
-holds more.
+GitHub shows about ten annotations of each level per step and silently drops the rest; the step
+summary holds more.
 """
 
 from __future__ import annotations
 
 from verifier.findings import Finding, Report
-from verifier.report.parts import sentence, verdict, why_not, worst_first
-from verifier.text import printable
+from verifier.report.wording import reason, sentence, verdict_line, worst_first
+from verifier.text import counted, printable
 
 MAX_ANNOTATIONS = 10
 _COMMAND = {"error": "error", "warning": "warning", "info": "notice"}
@@ -23,15 +23,14 @@ def render_github(report: Report) -> str:
     titles = {c.rule: c.title for c in report.coverage}
     lines = []
     if report.verdict in ("inconclusive", "error"):
-        lines.append(
-            _command("error", f"ckptgate: {report.verdict}", why_not(report) or report.verdict)
-        )
+        message = reason(report) or report.verdict
+        lines.append(_command("error", f"ckptgate: {report.verdict}", message))
     new = [f for f in worst_first(report.findings) if f.standing != "known"]
     shown = new[: MAX_ANNOTATIONS - len(lines)]
     lines += [_annotation(f, titles.get(f.rule, "")) for f in shown]
     if len(new) > len(shown):
-        lines.append(f"{len(new) - len(shown):,} more findings without an annotation")
-    lines.append(f"verdict: {verdict(report)}")
+        lines.append(f"{counted(len(new) - len(shown), 'more finding')} without an annotation")
+    lines.append(f"verdict: {verdict_line(report)}")
     return "\n".join(lines) + "\n"
 
 

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The report as one HTML file: no script, nothing fetched, at most 2 MB whatever there is to
-tell.
-"""
+"""The report as one HTML file: no script, nothing fetched, at most 2 MB."""
 
 from __future__ import annotations
 
@@ -12,21 +10,20 @@ from jinja2 import DictLoader, Environment, StrictUndefined
 
 from verifier import __version__
 from verifier.findings import Report
-from verifier.report.parts import (
+from verifier.report.text import footer
+from verifier.report.wording import (
     PARENTHESES,
-    about_baseline,
     amount,
+    baseline_line,
     by_engine,
     cell,
-    not_run,
-    place,
+    location,
+    observation,
     remarks,
-    seen,
-    verdict,
+    verdict_line,
     worst_first,
 )
-from verifier.report.text import footer
-from verifier.text import printable
+from verifier.text import counted, printable
 
 MAX_BYTES = 2_000_000
 MAX_FINDINGS = 2_000
@@ -45,7 +42,7 @@ def render_html(report: Report) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"printable": printable, "cell": cell}
+    environment.filters |= {"printable": printable, "cell": cell, "counted": counted}
     template = environment.get_template("report")
     rows = MAX_FINDINGS
     while True:
@@ -61,13 +58,12 @@ def _values(report: Report, rows: int) -> dict[str, Any]:
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for f in ordered[:rows]:
         key = ("known" if f.standing == "known" else f.severity, f.rule)
-        told = [t for t in (seen(f), *remarks(f)) if t]
         groups.setdefault(key, []).append(
             {
                 "message": f.message,
                 "amount": amount(f),
-                "place": place(f),
-                "told": told,
+                "location": location(f),
+                "details": [t for t in (observation(f), *remarks(f)) if t],
                 "fingerprint": f.fingerprint,
             }
         )
@@ -75,15 +71,14 @@ def _values(report: Report, rows: int) -> dict[str, Any]:
     return {
         "report": report,
         "version": __version__,
-        "verdict": verdict(report),
+        "verdict": verdict_line(report),
         "groups": groups,
         "titles": titles,
-        "unshown": max(0, len(ordered) - rows),
+        "hidden": max(0, len(ordered) - rows),
         "footer": footer(report),
-        "not_run": not_run(report),
-        "about_baseline": about_baseline(report),
+        "baseline": baseline_line(report),
         "coverage": report.coverage[:MAX_RULES],
-        "unshown_rules": max(0, len(report.coverage) - MAX_RULES),
+        "hidden_rules": max(0, len(report.coverage) - MAX_RULES),
         "table": table,
         "parentheses": PARENTHESES,
         "engines": list(next(iter(table.values()))) if table else [],

@@ -2,8 +2,8 @@
 """The report as JUnit XML: one test case for each rule, and one for the verdict.
 
 A rule that did not run is skipped with its reason, findings that fail the check are a failure,
-others are output. A check that is inconclusive or ended in an error is an error of the case ``verdict``, so that a reader
-of nothing but JUnit does not see green.
+other findings are output. An inconclusive check, or one that ended in an error, is an error of the case
+``verdict``: readers of JUnit alone must not see green.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from junitparser import Error, Failure, JUnitXml, Skipped, TestCase, TestSuite
 
 from verifier.findings import Coverage, Finding, Report
-from verifier.report.parts import SHOWN_OF_A_RULE, sentence, verdict, why_not
+from verifier.report.wording import MAX_PER_RULE, reason, sentence, verdict_line
 from verifier.text import printable
 
 
@@ -28,8 +28,8 @@ def render_junit(report: Report) -> str:
         suite.add_testcase(_case(rule, covered.get(rule), report.by_rule(rule), bad))
     overall = TestCase("verdict", "ckptgate")
     if report.verdict in ("inconclusive", "error"):
-        error = Error(why_not(report) or report.verdict, report.verdict)
-        error.text = verdict(report)
+        error = Error(reason(report) or report.verdict, report.verdict)
+        error.text = verdict_line(report)
         overall.result = [error]
     suite.add_testcase(overall)
     document = JUnitXml("ckptgate")
@@ -54,7 +54,7 @@ def _case(
         case.result = [Skipped(printable(covered.reason))]
     output = _lines([f for f in findings if id(f) not in bad])
     if covered is not None and covered.ran:
-        output += f"examined {covered.checked:,} of {covered.of:,} {printable(covered.unit)}\n"
+        output += f"checked {covered.checked:,} of {covered.of:,} {printable(covered.unit)}\n"
         if covered.checked < covered.of:
             output += f"{printable(covered.reason)}\n"
     if output:
@@ -64,5 +64,5 @@ def _case(
 
 def _lines(findings: Iterable[Finding]) -> str:
     lines = [f"{f.severity} {sentence(f)}\n" for f in findings]
-    rest = len(lines) - SHOWN_OF_A_RULE
-    return "".join(lines[:SHOWN_OF_A_RULE]) + (f"and {rest} more\n" if rest > 0 else "")
+    rest = len(lines) - MAX_PER_RULE
+    return "".join(lines[:MAX_PER_RULE]) + (f"and {rest} more\n" if rest > 0 else "")

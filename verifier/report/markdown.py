@@ -1,27 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The report as GitHub-flavoured Markdown, for a step summary or a comment; bounded to fit the 1
-MiB of a summary.
-"""
+"""The report as GitHub-flavored Markdown, for a step summary or a comment. GitHub takes 1 MiB."""
 
 from __future__ import annotations
 
 import re
 
 from verifier.findings import Finding, Report
-from verifier.report.parts import (
+from verifier.report.text import footer
+from verifier.report.wording import (
     PARENTHESES,
-    about_baseline,
     amount,
+    baseline_line,
     by_engine,
     cell,
-    not_run,
-    place,
+    location,
+    observation,
+    partial,
     remarks,
-    seen,
-    verdict,
+    skipped,
+    verdict_line,
     worst_first,
 )
-from verifier.report.text import footer
 from verifier.text import counted, printable
 
 MAX_BYTES = 900_000
@@ -44,7 +43,7 @@ def _render(report: Report, rows: int) -> str:
     lines = [
         f"## ckptgate: {report.verdict}",
         "",
-        f"{code(report.uri, 2000)}: {_words(verdict(report))}",
+        f"{code(report.uri, 2000)}: {_words(verdict_line(report))}",
         "",
     ]
     ordered = worst_first(report.findings)
@@ -59,16 +58,11 @@ def _render(report: Report, rows: int) -> str:
         lines += [f"{counted(len(ordered) - rows, 'more finding')} not shown.", ""]
     lines += _engines(report)
     lines += [_words(footer(report)), ""]
-    skipped = not_run(report)
-    if skipped:
-        lines += [
-            "Not run:",
-            "",
-            *(f"* {_words(why)}: {_words(' '.join(rules))}" for why, rules in skipped),
-            "",
-        ]
-    if about := about_baseline(report):
-        lines += [f"Baseline {_words(about)}", ""]
+    lines += _rules("Partly checked", partial(report))
+    lines += _rules("Skipped", skipped(report))
+    baseline = baseline_line(report)
+    if baseline:
+        lines += [f"Baseline {_words(baseline)}", ""]
     return "\n".join(lines)
 
 
@@ -86,10 +80,18 @@ def _words(text: str) -> str:
 
 
 def _row(f: Finding) -> str:
-    told = [_words(printable(f.message)), *(_words(t) for t in (seen(f), *remarks(f)) if t)]
+    texts = [printable(f.message), *(t for t in (observation(f), *remarks(f)) if t)]
     severity = f"{f.severity} (known)" if f.standing == "known" else f.severity
-    where = place(f)
-    return f"| {severity} | {_words(f.rule)} | {'<br>'.join(told)} | {amount(f)} | {code(where, 900) if where else ''} |"
+    where = code(location(f), 900) if location(f) else ""
+    cells = (severity, _words(f.rule), "<br>".join(map(_words, texts)), amount(f), where)
+    return f"| {' | '.join(cells)} |"
+
+
+def _rules(title: str, groups: list[tuple[str, list[str]]]) -> list[str]:
+    if not groups:
+        return []
+    rows = [f"* {_words(why)}: {_words(' '.join(rules))}" for why, rules in groups]
+    return [f"{title}:", "", *rows, ""]
 
 
 def _engines(report: Report) -> list[str]:
@@ -99,6 +101,6 @@ def _engines(report: Report) -> list[str]:
     engines = list(next(iter(table.values())))
     lines = [f"| rule | {' | '.join(engines)} |", f"| --- |{' --- |' * len(engines)}"]
     for rule, cells in table.items():
-        shown = ["<br>".join([cell(cells[e]), *map(_words, cells[e][1][:3])]) for e in engines]
-        lines.append(f"| {_words(rule)} | {' | '.join(shown)} |")
+        texts = ["<br>".join([cell(cells[e]), *map(_words, cells[e][1][:3])]) for e in engines]
+        lines.append(f"| {_words(rule)} | {' | '.join(texts)} |")
     return [*lines, "", PARENTHESES, ""]

@@ -17,7 +17,15 @@ from urllib.parse import quote
 
 from verifier import __version__
 from verifier.findings import FINGERPRINT_VERSION, Finding, Report
-from verifier.report.parts import amount, place, remarks, seen, verdict, why_not, worst_first
+from verifier.report.wording import (
+    amount,
+    location,
+    observation,
+    reason,
+    remarks,
+    verdict_line,
+    worst_first,
+)
 from verifier.text import printable
 
 SCHEMA = (
@@ -37,7 +45,7 @@ def render_sarif(report: Report) -> str:
         "version": __version__,
         "semanticVersion": __version__,
         "rules": rules,
-        "shortDescription": {"text": "Judges quantized LLM checkpoints before they ship."},
+        "shortDescription": {"text": "Validate quantized LLM checkpoints before you ship them."},
     }
     run = {
         "tool": {"driver": driver},
@@ -47,7 +55,7 @@ def render_sarif(report: Report) -> str:
         "results": [_result(f, index[f.rule]) for f in worst_first(report.findings)],
         "properties": {
             "verdict": report.verdict,
-            "summary": verdict(report),
+            "summary": verdict_line(report),
             "options": _options(report),
         },
     }
@@ -78,7 +86,7 @@ def _invocation(report: Report) -> dict[str, Any]:
         "exitCode": report.exit_code,
     }
     if report.verdict in ("inconclusive", "error"):
-        why = _message(why_not(report) or report.verdict)
+        why = _message(reason(report) or report.verdict)
         found["toolExecutionNotifications"] = [{"level": "error", "message": {"text": why}}]
     skipped = [
         {
@@ -94,7 +102,7 @@ def _invocation(report: Report) -> dict[str, Any]:
 
 
 def _result(f: Finding, index: int) -> dict[str, Any]:
-    parts = [printable(f.message), amount(f), place(f), seen(f)]
+    parts = [printable(f.message), amount(f), location(f), observation(f)]
     found: dict[str, Any] = {
         "ruleId": printable(f.rule),
         "ruleIndex": index,

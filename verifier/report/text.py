@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The report for a person: findings by rule, then what was and was not examined, then the
+"""The report for a person: findings by rule, then what was checked and what was not, then the
 verdict.
 """
 
@@ -8,18 +8,20 @@ from __future__ import annotations
 from itertools import groupby
 
 from verifier.findings import Finding, Report
-from verifier.report.parts import (
+from verifier.report.wording import (
+    MAX_PER_RULE,
     PARENTHESES,
-    SHOWN_OF_A_RULE,
-    about_baseline,
     amount,
+    baseline_line,
     by_engine,
+    by_rules,
     cell,
-    not_run,
-    place,
+    location,
+    observation,
+    partial,
     remarks,
-    seen,
-    verdict,
+    skipped,
+    verdict_line,
     worst_first,
 )
 from verifier.text import counted, printable, size
@@ -37,8 +39,8 @@ _PLAIN = "\x1b[0m"
 
 
 def render_text(report: Report, *, color: bool = False) -> str:
-    """Return the report as lines of text; with ``color``, severities and verdict in ANSI
-    colours.
+    """Return the report as lines of text; with ``color``, severities and the verdict are
+    colored.
     """
     lines: list[str] = []
     ordered = worst_first(report.findings)
@@ -48,41 +50,41 @@ def render_text(report: Report, *, color: bool = False) -> str:
     lines += _known([f for f in ordered if f.standing == "known"])
     lines += _engines(report)
     lines.append(footer(report))
-    skipped = not_run(report)
-    if skipped:
-        lines.append(
-            "not run: " + "; ".join(f"{' '.join(rules)} ({why})" for why, rules in skipped)
-        )
-    if about := about_baseline(report):
-        lines.append(f"baseline: {about}")
-    if config := report.stats.get("options", {}).get("config"):
-        lines.append(f"configuration: {printable(str(config))}")
-    lines.append(f"verdict: {_styled(verdict(report), report.verdict, color)}")
+    optional = {
+        "partial": by_rules(partial(report)),
+        "skipped": by_rules(skipped(report)),
+        "baseline": baseline_line(report),
+        "configuration": printable(str(report.stats.get("options", {}).get("config") or "")),
+    }
+    lines += [f"{label}: {text}" for label, text in optional.items() if text]
+    lines.append(f"verdict: {_styled(verdict_line(report), report.verdict, color)}")
     return "\n".join(lines) + "\n"
 
 
 def _of_a_rule(rule: str, findings: list[Finding], color: bool) -> list[str]:
-    lines = [line for f in findings[:SHOWN_OF_A_RULE] for line in _finding(f, color)]
-    rest = len(findings) - SHOWN_OF_A_RULE
+    lines = [line for f in findings[:MAX_PER_RULE] for line in _finding(f, color)]
+    rest = len(findings) - MAX_PER_RULE
     if rest > 0:
-        lines.append(f"        and {rest} more findings of {rule}; --format json lists them")
+        more = counted(rest, "more finding")
+        lines.append(f"        and {more} of {rule}; --format json lists them")
     return lines
 
 
 def _finding(f: Finding, color: bool) -> list[str]:
-    much = amount(f)
-    head = f"{_styled(f'{f.severity:7}', f.severity, color)} {f.rule}  {printable(f.message)}{'   ' + much if much else ''}"
-    return [head, *(f"        {line}" for line in (place(f), seen(f), *remarks(f)) if line)]
+    severity = _styled(f"{f.severity:7}", f.severity, color)
+    details = (location(f), observation(f), *remarks(f))
+    return [f"{severity} {_headline(f)}", *(f"        {line}" for line in details if line)]
+
+
+def _headline(f: Finding) -> str:
+    count = amount(f)
+    return f"{f.rule}  {printable(f.message)}{f'   {count}' if count else ''}"
 
 
 def _known(findings: list[Finding]) -> list[str]:
-    lines = [
-        f"known   {f.rule}  {printable(f.message)}{'   ' + amount(f) if amount(f) else ''} ({printable(f.note)})"
-        for f in findings[:MAX_KNOWN]
-    ]
-    if len(findings) > MAX_KNOWN:
-        lines.append(f"        and {len(findings) - MAX_KNOWN} more known findings")
-    return lines
+    lines = [f"known   {_headline(f)} ({printable(f.note)})" for f in findings[:MAX_KNOWN]]
+    rest = len(findings) - MAX_KNOWN
+    return lines + ([f"        and {counted(rest, 'more known finding')}"] if rest > 0 else [])
 
 
 def _engines(report: Report) -> list[str]:
@@ -93,24 +95,29 @@ def _engines(report: Report) -> list[str]:
     lines = [f"engines  {'  '.join(f'{e:12}' for e in engines).rstrip()}"]
     for rule, cells in table.items():
         lines.append(f"{rule:8} " + "  ".join(f"{cell(cells[e]):12}" for e in engines).rstrip())
-        lines += [f"         {e}: {what}" for e in engines for what in cells[e][1][:3]]
+        lines += [f"         {e}: {text}" for e in engines for text in cells[e][1][:3]]
     return [*lines, f"         {PARENTHESES}"]
 
 
 def footer(report: Report) -> str:
-    """Return what was examined, in one line."""
-    s = report.stats
-    if "tensors" not in s:
+    """Return what was checked, in one line."""
+    stats = report.stats
+    if "tensors" not in stats:
         return f"checked {printable(report.uri)}: nothing could be read"
-    formats = ", ".join(f"{n:,} {a}" for a, n in sorted(s["formats"].items())) or "none"
-    payload = any(c.ran and "scales" in c.unit for c in report.coverage)
-    scales = f", {size(s['scale_bytes'])} of scales read" if payload else ""
-    amounts = f"{counted(s['tensors'], 'tensor')} in {counted(s['shards'], 'shard')}, {size(s['bytes'])}"
-    options = s.get("options", {})
-    of = f"subset {options['subset']} of " if options.get("subset") else ""
+    formats = ", ".join(f"{n:,} {name}" for name, n in sorted(stats["formats"].items())) or "none"
+    tensors, shards = counted(stats["tensors"], "tensor"), counted(stats["shards"], "shard")
+    amounts = f"{tensors} in {shards}, {size(stats['bytes'])}"
+    if any(c.ran and "scales" in c.unit for c in report.coverage):
+        amounts += f", {size(stats['scale_bytes'])} of scales read"
+    return f"checked {_extent(report)}{amounts}; quantized modules: {formats}"
+
+
+def _extent(report: Report) -> str:
+    """Return which part of the checkpoint was checked, or '' for all of it."""
+    options = report.stats.get("options", {})
     if options.get("sample"):
-        of = f"by a sample of {options['sample']:g}% (seed {options['seed']}), "
-    return f"checked {of}{amounts}{scales}; quantized modules: {formats}"
+        return f"a sample of {options['sample']:g}% (seed {options['seed']}) of "
+    return f"subset {options['subset']} of " if options.get("subset") else ""
 
 
 def _styled(text: str, kind: str, color: bool) -> str:

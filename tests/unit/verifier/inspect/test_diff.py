@@ -89,7 +89,7 @@ def test_a_name_a_dtype_and_a_shape(copy: Folder) -> None:
     ]
     text = diff_text(found)
     assert "BF16 [128] → F32 [128]" in text
-    assert text.splitlines()[-1] == "different: 4 kinds of differences"
+    assert text.splitlines()[-1] == "different: 4 groups of differences"
 
 
 def test_one_missing_expert_shows_that_the_ranges_span_more(copy: Folder) -> None:

@@ -162,7 +162,8 @@ def test_text_says_what_where_how_many_and_why() -> None:
     assert "        model.x.weight [row 3, block 2, byte 77, of model.safetensors]\n" in text
     assert "        observed A, expected B\n        vllm: stops\n" in text
     assert (
-        "not run: QC201 (on 1 of 10 tensors: one cannot be read); QC501 (depth payload)\n" in text
+        "partial: QC201 (1 of 10 tensors not checked: one cannot be read)\n"
+        "skipped: QC501 (depth payload)\n" in text
     )
     assert text.endswith("verdict: FAILED (1 error, 1 warning)\n")
     assert text.index("error ") < text.index("warning ") < text.index("info ")

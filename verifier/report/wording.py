@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Phrases that several renderers share. Every returned text is printable and bounded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from verifier.findings import SEVERITIES, Effect, Finding, Report, Severity
+from verifier.text import counted, printable
+
+MAX_PER_RULE = 10
+"""How many findings of one rule a text report shows."""
+PARENTHESES = "(in parentheses: the rule's default severity; the engine's behavior is not known)"
+
+
+def amount(finding: Finding) -> str:
+    """Return ``3 of 98,304``, ``3``, or '' for one of one."""
+    if finding.of and finding.of > 1:
+        return f"{finding.count:,} of {finding.of:,}"
+    return f"{finding.count:,}" if finding.count > 1 else ""
+
+
+def location(finding: Finding) -> str:
+    """Return the tensor or file with row, block and byte, or ''."""
+    where = finding.where
+    name = where.tensor or where.file
+    if not name:
+        return ""
+    indices = (("row", where.row), ("block", where.block), ("byte", where.byte))
+    details = [f"{label} {value:,}" for label, value in indices if value is not None]
+    if where.file and where.tensor:
+        details.append(f"{'of' if where.byte is not None else 'in'} {printable(where.file)}")
+    return f"{printable(name)}{' [' + ', '.join(details) + ']' if details else ''}"
+
+
+def observation(finding: Finding) -> str:
+    """Return ``observed A, expected B``, or ''."""
+    pairs = (("observed", finding.observed), ("expected", finding.expected))
+    return ", ".join(f"{label} {printable(value, 160)}" for label, value in pairs if value)
+
+
+def remarks(finding: Finding) -> list[str]:
+    """Return why the severity differs from the rule's default, and what the baseline says."""
+    lines = [printable(finding.because)] if finding.because else []
+    if finding.standing:
+        lines.append(f"{finding.standing}: {printable(finding.note)}")
+    return lines
+
+
+def sentence(finding: Finding) -> str:
+    """Return a finding in one line: message, amount, location, observation, remarks."""
+    parts = [
+        printable(finding.message),
+        amount(finding),
+        location(finding),
+        observation(finding),
+        *remarks(finding),
+    ]
+    return "; ".join(p for p in parts if p)
+
+
+def worst_first(findings: Iterable[Finding]) -> list[Finding]:
+    """Return new and grown findings before known ones, each by severity; the order within stays."""
+    return sorted(findings, key=lambda f: (f.standing == "known", SEVERITIES.index(f.severity)))
+
+
+def verdict_line(report: Report) -> str:
+    """Return ``FAILED (1 error, 0 warnings, 3 known; reason)``."""
+    parts = [counted(report.count("error"), "error"), counted(report.count("warning"), "warning")]
+    known = sum(f.standing == "known" for f in report.findings)
+    if known:
+        parts.append(f"{known:,} known")
+    why = reason(report)
+    return f"{report.verdict.upper()} ({', '.join(parts)}{f'; {why}' if why else ''})"
+
+
+def reason(report: Report) -> str:
+    """Return why the verdict is inconclusive or an error, or ''."""
+    return printable(str(report.stats.get("inconclusive") or report.stats.get("error") or ""))
+
+
+def skipped(report: Report) -> list[tuple[str, list[str]]]:
+    """Return (reason, rules) of the rules that did not run."""
+    groups: dict[str, list[str]] = {}
+    for c in report.coverage:
+        if not c.ran:
+            groups.setdefault(printable(c.reason), []).append(c.rule)
+    return list(groups.items())
+
+
+def partial(report: Report) -> list[tuple[str, list[str]]]:
+    """Return (what was not checked and why, rules) of the rules that ran on a part only."""
+    groups: dict[str, list[str]] = {}
+    for c in report.coverage:
+        if c.ran and c.checked < c.of:
+            rest = f"{c.of - c.checked:,} of {c.of:,} {c.unit} not checked: {c.reason}"
+            groups.setdefault(printable(rest), []).append(c.rule)
+    return list(groups.items())
+
+
+def by_rules(groups: list[tuple[str, list[str]]]) -> str:
+    """Return ``QC501 QC502 (reason); QC608 (other reason)``."""
+    return "; ".join(f"{' '.join(rules)} ({why})" for why, rules in groups)
+
+
+def baseline_line(report: Report) -> str:
+    """Return the baseline file with the number of known, grown and stale entries, or ''."""
+    result = report.stats.get("baseline")
+    if not result:
+        return ""
+    stale = result["stale"]
+    text = (
+        f"{printable(result['file'])}: {result['known']:,} known, {result['grown']:,} grown, "
+        f"{len(stale):,} stale"
+    )
+    if stale:
+        names = ", ".join(printable(f"{e['rule']} {e['what']}", 80) for e in stale[:3])
+        more = ", …" if len(stale) > 3 else ""
+        text += f" (`ckptgate baseline prune` removes {names}{more})"
+    unknown = result["not_judged"]
+    return text + (f"; {unknown:,} not checked because their rules did not run" if unknown else "")
+
+
+def by_engine(report: Report) -> dict[str, dict[str, tuple[Severity, list[str]]]]:
+    """Return rule -> engine -> (worst severity, what the engine does); empty unless the profile is
+    ``all``.
+    """
+    if report.stats.get("options", {}).get("profile") != "all":
+        return {}
+    table: dict[str, dict[str, tuple[Severity, list[str]]]] = {}
+    for finding in report.findings:
+        for effect in finding.effects:
+            cells = table.setdefault(finding.rule, {})
+            severity, texts = cells.get(effect.engine, (effect.severity, []))
+            worst = min(severity, effect.severity, key=SEVERITIES.index)
+            cells[effect.engine] = (worst, _with(texts, effect))
+    return table
+
+
+def cell(entry: tuple[Severity, list[str]]) -> str:
+    """Return a severity of `by_engine`, in parentheses if it is only the rule's default."""
+    severity, texts = entry
+    return severity if texts else f"({severity})"
+
+
+def _with(texts: list[str], effect: Effect) -> list[str]:
+    text = printable(effect.what)
+    return texts if not text or text in texts else [*texts, text]
