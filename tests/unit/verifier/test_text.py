@@ -14,7 +14,7 @@ from verifier.text import counted, listed, percentage, plural, printable, size
         ("model.layers.0", "model.layers.0"),
         ("a\x1b[31m", "a\\x1b[31m"),
         ("a\nb\tc", "a\\x0ab\\x09c"),
-        ("é–", "é–"),
+        ("é", "é"),
         ("x" * 20, "x" * 20),
         ("x" * 21, "x" * 19 + "…"),
         ("\n" * 9, "\\x0a" * 4 + "\\x0…"),
