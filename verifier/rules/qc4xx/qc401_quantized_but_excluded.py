@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""QC401: an excluded module carries scales."""
+"""QC401: excluded module is quantized."""
 
 from __future__ import annotations
 
@@ -19,18 +19,23 @@ from verifier.rules.registry import rule
     consumers=("vLLM", "SGLang", "TensorRT-LLM"),
     sources=("vllm-project/vllm#45102", "vllm-project/vllm#45132", "vllm-project/vllm#35660"),
     engines={
-        "vllm": ("error", "builds a plain layer and stops at the first scale"),
+        "vllm": ("error", "builds an unquantized layer and stops at the first scale"),
     },
 )
 def check(ctx: Context) -> Iterator[Finding]:
-    """A module that the config excludes from quantization has no scales on disk.
+    """A module that the config excludes from quantization has no scales.
 
-    **Why.** Config and weights are from different passes.
-    **Hurts.** The engine builds a plain layer and meets scales it has no parameter for: vLLM raises
-    ValueError (``lm_head.input_scale``), others read codes as weights.
-    **Mend.** Drop the pattern, or export the module unquantized. It is an error where the pattern
-    names the module exactly, by glob or by ``re:``; a warning where only engines that match
-    substrings or parts exclude it.
+    **What it does.** Matches each quantized module against the exclusions. It is an error if a
+    pattern names the module exactly, by glob or by ``re:``, and a warning if only engines that
+    match substrings or parts of names exclude it.
+
+    **Why it happens.** Config and weights come from different passes.
+
+    **Impact.** The engine builds an unquantized layer and finds scales that it has no parameter
+    for: vLLM raises ValueError (``lm_head.input_scale``), others read quantized values as plain
+    weights.
+
+    **Fix.** Drop the pattern, or export the module unquantized.
     """
     declaration = ctx.candidate.declaration
     if declaration is None:
@@ -45,25 +50,23 @@ def check(ctx: Context) -> Iterator[Finding]:
         where = Where(part.name, part.file) if part else Where(module.name)
         if declaration.exclusions.strict(module.name):
             yield ctx.finding(
-                f"excluded by {pattern!r}, and carries scales", where=where, observed=pattern
+                f"excluded by {pattern!r}, but has scales", where=where, observed=pattern
             )
         else:
-            also = ", though quantized_layers lists it" if listed else ""
+            also = ", although quantized_layers lists it" if listed else ""
             yield ctx.finding(
-                f"carries scales, and engines that match parts of names exclude it by {pattern!r}{also}",
+                f"has scales, but engines that match parts of names exclude it by"
+                f" {pattern!r}{also}",
                 where=where,
                 observed=pattern,
                 severity="warning",
-                engines=None if listed else _substring(pattern, module.name),
+                engines=None if listed else _substring_effect(pattern, module.name),
             )
 
 
-def _substring(pattern: str, module: str) -> dict[str, tuple[Severity, str]] | None:
+def _substring_effect(pattern: str, module: str) -> dict[str, tuple[Severity, str]] | None:
+    """Return what vLLM does if it excludes the module, as it matches substrings."""
     if pattern not in module:
         return None
-    return {
-        "vllm": (
-            "error",
-            "excludes every name that the pattern stands in, and stops at the first scale",
-        )
-    }
+    effect = "excludes every name that contains the pattern, and stops at the first scale"
+    return {"vllm": ("error", effect)}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""QC403: an MTP head that is unquantized and not excluded, or quantized in part."""
+"""QC403: MTP head is not excluded or only partly quantized."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from verifier.schemes import Module, collapse, fused_groups
 
 @rule(
     "QC403",
-    "MTP head is not excluded or partly quantized",
+    "MTP head is not excluded or only partly quantized",
     severity="error",
     depth="header",
-    unit="MTP linears",
+    unit="MTP linear layers",
     consumers=("vLLM", "SGLang", "TensorRT-LLM"),
     sources=(
         "vllm-project/vllm#44087",
@@ -28,23 +28,26 @@ from verifier.schemes import Module, collapse, fused_groups
     engines={
         "vllm": (
             "error",
-            "builds the head in the declared format; the load asserts (vllm#44087, #49187)",
+            "builds the head in the declared format and fails to load it (vllm#44087, #49187)",
         ),
         "sglang": ("error", "builds the head in the declared format (sglang#38870)"),
     },
 )
 def check(ctx: Context) -> Iterator[Finding]:
-    """An MTP head (``mtp.…``, or the layers behind the last) is quantized throughout, or excluded
-    where it is not.
+    """Every linear layer of an MTP head is either quantized or excluded.
 
-    **Why.** The exclusion list was written for the target model; the head was copied from the
-    source afterwards.
-    **Hurts.** The draft head is built in the declared format and the load fails, or it is built
-    from parameters never written and nearly every draft is refused.
-    **Mend.** List every unquantized linear of the head. Experts of one MTP layer that are quantized
-    in part are an error even where the rest is listed; a kind of linear that is quantized in the
-    model and not in its half-quantized head is a warning. (Fused projections of unequal formats are
-    QC409.)
+    **What it does.** Checks the modules under ``mtp`` and the layers behind the last one. Experts
+    of one MTP layer that are only partly quantized are an error even if the others are listed. A
+    linear layer that is quantized in the model but not in its partly quantized head is a warning.
+    Fused projections of unequal formats are QC409.
+
+    **Why it happens.** The exclusion list was written for the target model, and the head was copied
+    from the source afterwards.
+
+    **Impact.** The draft head is built in the declared format and fails to load, or it runs with
+    uninitialized parameters and nearly every draft is rejected.
+
+    **Fix.** List every unquantized linear layer of the head.
     """
     names = mtp_modules(ctx)
     if not names:
@@ -56,48 +59,45 @@ def check(ctx: Context) -> Iterator[Finding]:
         for module in modules:
             if not module.quantized and not declaration.exclusions.loose(module.name):
                 yield ctx.finding(
-                    f"a linear of the MTP head is not quantized, and no exclusion covers it: engines expect"
-                    f" {declaration.algo} here",
+                    "unquantized linear layer of the MTP head without an exclusion:"
+                    f" engines expect {declaration.algo}",
                     where=_where(module),
                     observed=_dtype(module),
                     expected="an exclusion, or scales",
                 )
-    yield from _in_part(ctx, modules)
+    yield from _partly_quantized(ctx, modules)
 
 
-def _in_part(ctx: Context, modules: list[Module]) -> Iterator[Finding]:
-    split = {
-        m
-        for _, members in fused_groups(m.name for m in modules)
-        for m in members
-        if len({ctx.candidate.modules[x].quantized for x in members}) > 1
-    }
+def _partly_quantized(ctx: Context, modules: list[Module]) -> Iterator[Finding]:
+    """Yield experts and linear layers of a head that are unquantized, although others are not."""
+    mixed_groups: set[str] = set()  # QC409
+    for _, group in fused_groups(m.name for m in modules):
+        if len({ctx.candidate.modules[name].quantized for name in group}) > 1:
+            mixed_groups.update(group)
     heads: dict[str, dict[str, list[Module]]] = {}
     for module in modules:
         head, tail = head_and_tail(module.name)
-        if module.name not in split:
+        if module.name not in mixed_groups:
             heads.setdefault(head, {}).setdefault(collapse(f".{tail}"), []).append(module)
-    in_model = {
-        collapse(f".{head_and_tail(m.name)[1]}")
-        for m in ctx.candidate.quantized_modules
-        if m.name not in {x.name for x in modules}
-    }
+    names = {m.name for m in modules}
+    elsewhere = [m for m in ctx.candidate.quantized_modules if m.name not in names]
+    quantized_kinds = {collapse(f".{head_and_tail(m.name)[1]}") for m in elsewhere}
     for kinds in heads.values():
-        if not any(m.quantized for members in kinds.values() for m in members):
+        if not any(any(m.quantized for m in members) for members in kinds.values()):
             continue
         for kind, members in kinds.items():
             plain = [m for m in members if not m.quantized]
             if plain and len(plain) < len(members):
                 yield ctx.finding(
-                    "only part of one MTP layer's experts is quantized",
+                    "only some experts of an MTP layer are quantized",
                     where=_where(plain[0]),
                     observed=f"{_dtype(plain[0])}, {len(plain)} of {len(members)}",
                     expected="one format for all",
                     count=len(plain),
                 )
-            elif plain and kind in in_model:
+            elif plain and kind in quantized_kinds:
                 yield ctx.finding(
-                    "not quantized in the MTP head, which is quantized elsewhere and whose model quantizes this linear",
+                    "unquantized in a partly quantized MTP head, but quantized in the model",
                     where=_where(plain[0]),
                     observed=_dtype(plain[0]),
                     severity="warning",

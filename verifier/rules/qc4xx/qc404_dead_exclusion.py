@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""QC404: an exclusion that matches nothing."""
+"""QC404: exclusion matches no module."""
 
 from __future__ import annotations
 
@@ -20,12 +20,17 @@ from verifier.rules.registry import rule
     sources=("NVIDIA/Model-Optimizer#479", "NVIDIA/Model-Optimizer#470", "vllm-project/vllm#54547"),
 )
 def check(ctx: Context) -> Iterator[Finding]:
-    """Each exclusion matches at least one module on disk, under at least one engine's reading of
-    it.
+    """Each exclusion matches at least one module, as at least one engine reads it.
 
-    **Why.** The list is in the exporter's in-memory namespace, or has a hard-coded prefix.
-    **Hurts.** What it meant to exclude is not: see QC402.
-    **Mend.** Write the list from the tensors on disk, one full name for each unquantized module.
+    **What it does.** Matches the exclusions against the stored modules. An exclusion of a part that
+    the family leaves out by design is a warning, one of a tied ``lm_head`` is not reported. An
+    exclusion that fails only because of a wrapper's part is QC209.
+
+    **Why it happens.** The list uses the exporter's in-memory names, or has a hard-coded prefix.
+
+    **Impact.** The layers that it was meant to exclude are not excluded (QC402).
+
+    **Fix.** Write the list from the stored tensors, with one full name per unquantized module.
     """
     declaration = ctx.candidate.declaration
     if declaration is None:
@@ -35,18 +40,17 @@ def check(ctx: Context) -> Iterator[Finding]:
     parents = {m.rpartition(".")[0] for m in modules}
     for pattern in declaration.exclusions.dead(modules | parents):
         if pattern in ctx.expectations.wrapped_exclusions:
-            continue  # QC209: alive but for a wrapper's part
-        # Excluding what is not there harms nobody: every exporter lists the head, tied or not, and
-        # MTP heads by habit.
-        if pattern.endswith("lm_head") and bool(
-            (ctx.checkpoint.config or {}).get("tie_word_embeddings")
-        ):
+            continue  # QC209
+        # Exporters list the head by habit, tied or not, and an exclusion of a missing module does
+        # no harm.
+        tied = bool((ctx.checkpoint.config or {}).get("tie_word_embeddings"))
+        if pattern.endswith("lm_head") and tied:
             continue
         absent = ctx.expectations.family is not None and ctx.expectations.family.optional(
             pattern.lstrip("*.")
         )
         yield ctx.finding(
-            f"the exclusion {pattern!r} matches no module under any engine's reading",
+            f"the exclusion {pattern!r} matches no module in any engine's dialect",
             where=Where(None, declaration.file),
             observed=pattern,
             severity="warning" if absent else None,

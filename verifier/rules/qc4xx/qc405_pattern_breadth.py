@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""QC405: engines disagree on what the exclusions exclude."""
+"""QC405: engines read an exclusion differently."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from verifier.rules.registry import rule
 from verifier.schemes import READERS, Reader, role
 
 NAMES: dict[Reader, str] = {"vllm": "vLLM", "sglang": "SGLang", "trtllm": "TensorRT-LLM"}
-# TensorRT-LLM builds the text model alone, and strips its prefix.
+# TensorRT-LLM builds only the text model, and strips its prefix.
 _NOT_TEXT = frozenset({"vision", "projector"})
-_BUILT: tuple[Severity, str] = (
+_MISSES: tuple[Severity, str] = (
     "error",
-    "reads it otherwise, and builds a quantized layer for an unquantized weight",
+    "does not exclude the layer, and builds it quantized for an unquantized weight",
 )
-_READ: tuple[Severity, str] = ("info", "reads the pattern so")
+_EXCLUDES: tuple[Severity, str] = ("info", "excludes the layer")
 
 
 @rule(
@@ -25,35 +25,38 @@ _READ: tuple[Severity, str] = ("info", "reads the pattern so")
     "engines read an exclusion differently",
     severity="warning",
     depth="header",
-    unit="unquantized linears",
+    unit="unquantized linear layers",
     consumers=("vLLM", "SGLang", "TensorRT-LLM"),
     sources=("vllm-project/vllm#48508", "NVIDIA/Model-Optimizer#1313"),
     engines={
         "vllm": (
             "warning",
-            "reads a pattern as a substring and as a glob, ``x*`` as ``x`` and ``x.*``; ``re:`` literally",
+            "reads a pattern as a substring and as a glob, ``x*`` also as ``x``; ``re:`` literally",
         ),
         "sglang": (
             "warning",
-            "reads a glob on the whole name or on one part of it; ``re:`` literally",
+            "matches a glob against the whole name or one part of it; ``re:`` literally",
         ),
         "trtllm": (
             "warning",
-            "reads a glob on the whole name without ``language_model.``; ``re:`` literally",
+            "matches a glob against the name without ``language_model.``; ``re:`` literally",
         ),
     },
 )
 def check(ctx: Context) -> Iterator[Finding]:
-    """vLLM, SGLang and TensorRT-LLM exclude the same unquantized linears, each by its own reading
-    of the patterns.
+    """vLLM, SGLang and TensorRT-LLM exclude the same unquantized linear layers.
 
-    **Why.** A pattern in the dialect of one consumer: ``re:`` (compressed-tensors), a lone part of
-    a name, a piece of one.
-    **Hurts.** An engine that does not read it builds a quantized layer for a BF16 weight, and fails
-    or serves garbage.
-    **Mend.** List the full hub name of every unquantized linear, without wildcards. QuantizedCheckpoint for
-    ModelOpt's declarations of one format; what no engine excludes is QC402, a quantized module that
-    some exclude QC401.
+    **What it does.** Reads the exclusions as each engine does and compares the results, for
+    ModelOpt's declarations of one format. A layer that no engine excludes is QC402, a quantized
+    module that some exclude QC401.
+
+    **Why it happens.** A pattern in the dialect of one engine: ``re:`` (compressed-tensors), a
+    single part of a name, or a substring.
+
+    **Impact.** An engine that does not understand the pattern builds a quantized layer for a BF16
+    weight, and fails or produces garbage.
+
+    **Fix.** List the full Hub name of every unquantized linear layer, without wildcards.
     """
     declaration = ctx.candidate.declaration
     if (
@@ -68,20 +71,20 @@ def check(ctx: Context) -> Iterator[Finding]:
         if module.quantized or module.weight is None:
             continue
         ctx.tally.see()
-        # `loose` also knows consumers that are none of these: where nobody at all reads it so,
-        # QC402 and QC403 speak.
+        # `loose` includes the dialects of further consumers; a layer excluded in none of them is
+        # reported by QC402 or QC403.
         if not exclusions.loose(module.name):
             continue
         kind = role(module.name)
         readers = [r for r in READERS if r != "trtllm" or kind not in _NOT_TEXT]
-        blind = [r for r in readers if not exclusions.excludes(r, module.name)]
-        if blind:
+        missing = [r for r in readers if not exclusions.excludes(r, module.name)]
+        if missing:
             pattern = exclusions.pattern_for(module.name) or ""
+            engines = " and ".join(NAMES[r] for r in missing)
             yield ctx.finding(
-                f"excluded by {pattern!r} as some consumers read it, and not as"
-                f" {' and '.join(NAMES[r] for r in blind)} read it",
+                f"{pattern!r} excludes this layer for some engines, but not for {engines}",
                 where=Where(module.weight.name, module.weight.file),
                 observed=pattern,
                 expected=module.name,
-                engines={r: _BUILT if r in blind else _READ for r in READERS},
+                engines={r: _MISSES if r in missing else _EXCLUDES for r in READERS},
             )

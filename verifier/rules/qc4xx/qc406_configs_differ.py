@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""QC406: config.json and hf_quant_config.json disagree."""
+"""QC406: the two declarations disagree."""
 
 from __future__ import annotations
 
@@ -21,17 +21,21 @@ from verifier.rules.registry import rule
     engines={
         "vllm": ("error", "reads config.json first"),
         "sglang": ("error", "reads config.json first"),
-        "trtllm": ("error", "reads hf_quant_config.json, and warns that config.json differs"),
+        "trtllm": ("error", "reads hf_quant_config.json and warns that config.json differs"),
     },
 )
 def check(ctx: Context) -> Iterator[Finding]:
-    """``quantization_config`` and hf_quant_config.json state the same algorithm, KV cache, group
-    size, lists and layers.
+    """``quantization_config`` and hf_quant_config.json declare the same quantization.
 
-    **Why.** One was written again and the other was not.
-    **Hurts.** TensorRT-LLM reads hf_quant_config.json, vLLM and SGLang config.json: the same files,
-    two models.
-    **Mend.** Write both from one source, from the tensors on disk.
+    **What it does.** Compares algorithm, KV cache, group size, exclusions and quantized layers of
+    both files.
+
+    **Why it happens.** One of the files was rewritten and the other was not.
+
+    **Impact.** TensorRT-LLM reads hf_quant_config.json, vLLM and SGLang config.json: the same files
+    give two models.
+
+    **Fix.** Write both from one source, from the stored tensors.
     """
     inline, file = ctx.candidate.declarations.inline, ctx.candidate.declarations.file
     if inline is None or file is None or not inline.known or not file.known:
@@ -44,26 +48,34 @@ def check(ctx: Context) -> Iterator[Finding]:
     ]
     if inline.group_size is not None and file.group_size is not None:
         pairs.append(("group_size", inline.group_size, file.group_size))
-    for name, ours, theirs in pairs:
+    for name, in_config, in_file in pairs:
         ctx.tally.see()
-        if ours != theirs:
+        if in_config != in_file:
             yield ctx.finding(
-                f"{name} differs between config.json and hf_quant_config.json: {_difference(ours, theirs)}",
+                f"{name} of config.json and hf_quant_config.json differ:"
+                f" {_difference(in_config, in_file)}",
                 where=Where(None, file.file),
-                observed=_short(theirs),
-                expected=_short(ours),
+                observed=_summary(in_file),
+                expected=_summary(in_config),
             )
 
 
-def _short(value: object) -> str:
-    return f"{len(value)} entries" if isinstance(value, frozenset | dict) else str(value)
+def _summary(value: object) -> str:
+    if isinstance(value, frozenset | dict):
+        return _entries(len(value))
+    return "null" if value is None else str(value)
 
 
-def _difference(ours: object, theirs: object) -> str:
-    if isinstance(ours, frozenset) and isinstance(theirs, frozenset):
-        odd = sorted(ours ^ theirs)
-        return f"{len(odd)} entries stand in one only, {odd[0]!r} first"
-    if isinstance(ours, dict) and isinstance(theirs, dict):
-        odd = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k))
-        return f"{len(odd)} modules, {odd[0]!r} first"
-    return f"{ours} and {theirs}"
+def _entries(count: int) -> str:
+    return "1 entry" if count == 1 else f"{count:,} entries"
+
+
+def _difference(in_config: object, in_file: object) -> str:
+    if isinstance(in_config, frozenset) and isinstance(in_file, frozenset):
+        unmatched = sorted(in_config ^ in_file)
+        return f"{_entries(len(unmatched))} in only one of them, {unmatched[0]!r} first"
+    if isinstance(in_config, dict) and isinstance(in_file, dict):
+        names = in_config.keys() | in_file.keys()
+        unequal = sorted(n for n in names if in_config.get(n) != in_file.get(n))
+        return f"{_entries(len(unequal))}, {unequal[0]!r} first"
+    return f"{_summary(in_config)} and {_summary(in_file)}"

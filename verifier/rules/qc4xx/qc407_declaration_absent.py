@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""QC407: quantized tensors and no declaration."""
+"""QC407: quantization is not declared."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from verifier.findings import Finding, Where
 from verifier.rules.context import Context
 from verifier.rules.registry import rule
+from verifier.text import counted
 
 
 @rule(
@@ -23,14 +24,17 @@ from verifier.rules.registry import rule
     },
 )
 def check(ctx: Context) -> Iterator[Finding]:
-    """A checkpoint with quantized tensors says so, in config.json, in hf_quant_config.json or in
-    both.
+    """A checkpoint with quantized tensors declares them in config.json or hf_quant_config.json.
 
-    **Why.** config.json was copied from the source. A config that is no JSON object counts as
-    absent.
-    **Hurts.** The engine builds a BF16 model and dies at the first scale ("no parameter
+    **What it does.** Reports quantized tensors without a declaration, a missing config.json, and
+    what cannot be read of either file. A config that is not a JSON object counts as missing.
+
+    **Why it happens.** config.json was copied from the source.
+
+    **Impact.** The engine builds a BF16 model and stops at the first scale ("no parameter
     w2_input_scale").
-    **Mend.** Write ``quantization_config`` and hf_quant_config.json.
+
+    **Fix.** Write ``quantization_config`` and hf_quant_config.json.
     """
     for problem in ctx.checkpoint.problems:
         if problem.kind == "json":
@@ -39,20 +43,22 @@ def check(ctx: Context) -> Iterator[Finding]:
     if ctx.checkpoint.config is None and "config.json" not in ctx.checkpoint.files:
         ctx.tally.see()
         yield ctx.finding(
-            "config.json is absent", where=Where(None, "config.json"), observed="absent"
+            "config.json is missing", where=Where(None, "config.json"), observed="absent"
         )
-    for found in (ctx.candidate.declarations.inline, ctx.candidate.declarations.file):
-        for text in found.problems if found else ():
-            yield ctx.finding(
-                f"{found.file}: {text}" if found else text,
-                where=Where(None, found.file if found else None),
-            )
+    declarations = ctx.candidate.declarations
+    for declaration in (declarations.inline, declarations.file):
+        if declaration is not None:
+            for text in declaration.problems:
+                yield ctx.finding(
+                    f"{declaration.file}: {text}", where=Where(None, declaration.file)
+                )
     quantized = ctx.candidate.quantized_modules
     ctx.tally.see(len(quantized))
-    if quantized and ctx.candidate.declarations.effective is None:
-        part = quantized[0].weight
+    if quantized and declarations.effective is None:
+        weight = quantized[0].weight
         yield ctx.finding(
-            f"{len(quantized)} modules are quantized and neither config.json nor hf_quant_config.json says so",
-            where=Where(part.name if part else quantized[0].name, part.file if part else None),
+            f"{counted(len(quantized), 'quantized module')}, but no declaration in config.json"
+            " or hf_quant_config.json",
+            where=Where(weight.name, weight.file) if weight else Where(quantized[0].name),
             observed="no declaration",
         )

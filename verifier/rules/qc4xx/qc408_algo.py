@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""QC408: the algorithm is null, unknown, or not the one on disk."""
+"""QC408: quant_algo does not match the tensors."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from verifier.findings import Finding, Where
 from verifier.rules.context import Context
 from verifier.rules.registry import rule
 from verifier.schemes import FLOATS, KNOWN_ALGOS, same_layout
+from verifier.text import counted
 
 _INTEGER_ALGOS = frozenset(
     {"INT8_SQ", "INT4_AWQ", "W4A16_AWQ", "W4A8_AWQ", "W8A16", "W8A8_SQ_PER_CHANNEL"}
 )
-_INTEGER = frozenset(
+_INTEGER_METHODS = frozenset(
     {"awq", "gptq", "bitsandbytes", "aqlm", "eetq", "hqq", "vptq", "spqr", "higgs", "auto-round"}
 )
 
 
 @rule(
     "QC408",
-    "quant_algo does not fit the tensors",
+    "quant_algo does not match the tensors",
     severity="error",
     depth="header",
     unit="modules",
@@ -28,76 +29,80 @@ _INTEGER = frozenset(
     sources=("NVIDIA/Model-Optimizer changelog (nvfp4_mlp_only)",),
 )
 def check(ctx: Context) -> Iterator[Finding]:
-    """``quant_algo`` is one that engines know, and the one that dtypes and shapes on disk show.
+    """``quant_algo`` is an algorithm that engines know, and the one that the stored tensors use.
 
-    **Why.** The selector missed the modules and the tag is null; a config was kept from another
-    export.
-    **Hurts.** Engines refuse the checkpoint, or read one format as another.
-    **Mend.** State the format that is on disk. (NVFP4 declared over unpacked weights is QC305.)
+    **What it does.** Compares the declared algorithm with the format that dtypes and shapes show.
+    NVFP4 declared for unpacked weights is QC305; a mismatch with MIXED_PRECISION is QC410.
+
+    **Why it happens.** A selector missed the modules and the tag is null, or the config was kept
+    from a different export.
+
+    **Impact.** Engines refuse the checkpoint, or read the weights in the wrong format.
+
+    **Fix.** Declare the format of the stored tensors.
     """
     declaration = ctx.candidate.declaration
     quantized = ctx.candidate.quantized_modules
-    yield from _foreign(ctx)
+    yield from _integer_method_over_fp8(ctx)
     if declaration is None or not quantized:
         return
     where = Where(None, declaration.file)
     if declaration.algo is None:
         ctx.tally.see()
         yield ctx.finding(
-            f"quant_algo is null and {len(quantized)} modules are quantized",
+            "quant_algo is null, but the checkpoint is quantized",
             where=where,
-            observed="null",
+            observed=f"null, with {counted(len(quantized), 'quantized module')}",
         )
         return
     if declaration.algo not in KNOWN_ALGOS:
         ctx.tally.see()
-        algo = declaration.algo
         yield ctx.finding(
-            f"quant_algo {algo!r} is none that engines know", where=where, observed=algo
+            f"engines do not know the quant_algo {declaration.algo!r}",
+            where=where,
+            observed=declaration.algo,
         )
         return
     for module in quantized:
-        cover, shown = declaration.declared_for(module.name), module.inferred_format
-        declared = cover.format
-        if cover.algo in _INTEGER_ALGOS and shown is not None and not declaration.mixed:
+        entry, inferred = declaration.declared_for(module.name), module.inferred_format
+        algo, declared = entry.algo, entry.format
+        if algo in _INTEGER_ALGOS and inferred is not None and not declaration.mixed:
             ctx.tally.see()
             yield ctx.finding(
-                f"{cover.algo} is declared, a format of integers, and the tensors are {shown.algo}",
+                f"the integer format {algo} is declared, but the tensors are {inferred.algo}",
                 tensor=module.weight.name if module.weight else module.name,
-                observed=shown.algo,
-                expected=cover.algo,
+                observed=inferred.algo,
+                expected=algo,
             )
             continue
         if declared is None or module.weight is None:
             continue
         ctx.tally.see()
-        if shown is None:
-            # Packed ones are QC305's, plain weights beside scales QC313's.
+        if inferred is None:
+            # QC305 reports packed formats, QC313 plain weights next to scales.
             if module.weight.dtype not in (*FLOATS, declared.weight_dtype) and not declared.packed:
                 yield ctx.finding(
-                    f"{cover.algo} is declared, and a weight is {module.weight.dtype}",
+                    f"{algo} is declared, but the weight is {module.weight.dtype}",
                     tensor=module.weight.name,
                     observed=module.weight.dtype,
                     expected=declared.weight_dtype,
                 )
             continue
         if declaration.mixed:
-            continue  # QC410 compares what is shown, module by module
-        if not same_layout(declared, shown) and not declared.packed:
+            continue  # QC410
+        if not same_layout(declared, inferred) and not declared.packed:
             yield ctx.finding(
-                f"{declaration.algo} is declared, the tensors are {shown.algo}",
+                f"{declaration.algo} is declared, but the tensors are {inferred.algo}",
                 tensor=module.weight.name,
-                observed=shown.algo,
+                observed=inferred.algo,
                 expected=declaration.algo,
             )
 
 
-def _foreign(ctx: Context) -> Iterator[Finding]:
-    """Yield a finding where a method of integer formats is declared over tensors that are plainly
-    FP8.
-    """
-    found = ctx.candidate.declarations.effective
-    if found is None or found.known or found.method not in _INTEGER:
+def _integer_method_over_fp8(ctx: Context) -> Iterator[Finding]:
+    """Yield a finding if a method of integer formats is declared, but the tensors are FP8."""
+    declaration = ctx.candidate.declarations.effective
+    if declaration is None or declaration.known or declaration.method not in _INTEGER_METHODS:
         return
     algos = [
         m.inferred_format.algo
@@ -107,9 +112,9 @@ def _foreign(ctx: Context) -> Iterator[Finding]:
     ctx.tally.see(len(algos))
     if algos:
         yield ctx.finding(
-            f"quant_method {found.method!r} is declared, the tensors are {algos[0]}",
-            where=Where(None, found.file),
-            observed=found.method,
+            f"quant_method {declaration.method!r} is declared, but the tensors are {algos[0]}",
+            where=Where(None, declaration.file),
+            observed=declaration.method,
             expected=algos[0],
             count=len(algos),
         )

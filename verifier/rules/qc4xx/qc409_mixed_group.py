@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""QC409: projections that engines fuse have different formats."""
+"""QC409: mixed formats in a fused group."""
 
 from __future__ import annotations
 
@@ -24,42 +24,41 @@ from verifier.schemes import Module, fused_groups, same_layout
     },
 )
 def check(ctx: Context) -> Iterator[Finding]:
-    """Projections that engines fuse into one parameter (q/k/v, gate/up, w1/w3) have one format, or
-    none.
+    """Projections that engines fuse into one parameter (q/k/v, gate/up, w1/w3) have one format.
 
-    **Why.** A search or a pattern chose the format of each projection by itself.
-    **Hurts.** vLLM stops with "Mixed quant_algo within fused layer", or builds the fused layer in
-    one member's format and reads the others as that.
-    **Mend.** Give all members the same format.
+    **What it does.** Compares the formats of each fused group; a group without any quantized member
+    is not checked. A member that contradicts its declaration is QC305, QC408 or QC410.
+
+    **Why it happens.** A search or a pattern chose the format of each projection separately.
+
+    **Impact.** vLLM stops with "Mixed quant_algo within fused layer", or builds the fused layer in
+    one member's format and misreads the others.
+
+    **Fix.** Give all members the same format.
     """
     for _, members in fused_groups(m.name for m in ctx.candidate.linears):
         modules = [ctx.candidate.modules[m] for m in members]
         if not any(m.quantized for m in modules):
             continue
         if any(m.quantized and ctx.candidate.format_of(m) is None for m in modules):
-            continue  # a member that contradicts its declaration is QC305's, QC408's or QC410's
+            continue  # QC305, QC408 or QC410
         ctx.tally.see()
-        odd = next((m for m in modules[1:] if not _same(ctx, modules[0], m)), None)
+        odd = next((m for m in modules[1:] if not _same_format(ctx, modules[0], m)), None)
         if odd is not None and odd.weight is not None:
             yield ctx.finding(
-                "fused with projections of another format",
+                "format differs from the other projections of a fused group",
                 where=Where(odd.weight.name, odd.weight.file),
                 observed=_name(ctx, odd),
-                expected=f"{_name(ctx, modules[0])}, as {modules[0].name}",
+                expected=f"{_name(ctx, modules[0])} like {modules[0].name}",
             )
 
 
-def _same(ctx: Context, a: Module, b: Module) -> bool:
-    ours, theirs = ctx.candidate.format_of(a), ctx.candidate.format_of(b)
-    if ours is None or theirs is None:
-        return ours is theirs
-    return same_layout(ours, theirs)
+def _same_format(ctx: Context, first: Module, second: Module) -> bool:
+    a, b = ctx.candidate.format_of(first), ctx.candidate.format_of(second)
+    return a is b if a is None or b is None else same_layout(a, b)
 
 
 def _name(ctx: Context, module: Module) -> str:
-    found = ctx.candidate.format_of(module)
-    return (
-        found.algo
-        if found
-        else f"unquantized {module.weight.dtype if module.weight else ''}".strip()
-    )
+    fmt = ctx.candidate.format_of(module)
+    dtype = module.weight.dtype if module.weight else ""
+    return fmt.algo if fmt else f"unquantized {dtype}".strip()

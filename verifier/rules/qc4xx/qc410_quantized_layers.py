@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""QC410: quantized_layers does not match the modules on disk."""
+"""QC410: quantized_layers does not match the modules."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from verifier.findings import Finding, Where
 from verifier.rules.context import Context
 from verifier.rules.registry import rule
-from verifier.schemes import DeclaredFormat, Module, packed_name, same_layout
+from verifier.schemes import Declaration, Module, packed_name, same_layout
 
 
 @rule(
     "QC410",
-    "quantized_layers does not match",
+    "quantized_layers does not match the modules",
     severity="error",
     depth="header",
     unit="modules",
@@ -21,88 +21,94 @@ from verifier.schemes import DeclaredFormat, Module, packed_name, same_layout
     sources=("kekzl/imp#1385",),
     engines={
         "vllm": ("error", "builds a module without an entry unquantized"),
-        "trtllm": ("error", "drops the scales of what it misses, and activations explode"),
+        "trtllm": ("error", "drops the scales of unlisted modules, and activations explode"),
     },
 )
 def check(ctx: Context) -> Iterator[Finding]:
-    """Under MIXED_PRECISION each quantized module has an entry of its own, with the format that its
-    tensors show.
+    """With MIXED_PRECISION, each quantized module has its own entry with the format of its tensors.
 
-    **Why.** The list names containers (``…experts``) or fused projections of the exporter's memory.
-    **Hurts.** TensorRT-LLM matches names exactly, drops the scales of what it misses, and
+    **What it does.** Compares ``quantized_layers`` with the stored modules. A module without an
+    entry, an entry with the wrong format and an entry for an unquantized weight are errors. A
+    module that is listed only through its parent container or through an engine's fused name, and
+    an entry without a module, are warnings.
+
+    **Why it happens.** The list names containers (``…experts``) or fused projections of the
+    exporter's in-memory model.
+
+    **Impact.** TensorRT-LLM matches names exactly and drops the scales of unlisted modules, so that
     activations explode; vLLM builds a module without any entry unquantized.
-    **Mend.** Write one entry for each module on disk. A parent container or an engine's packed name
-    that agrees is a warning; no cover at all, another format, or an entry for a plain weight is an
-    error.
+
+    **Fix.** Write one entry per stored module.
     """
     declaration = ctx.candidate.declaration
     if declaration is None or not declaration.mixed:
         return
-    for alike in ctx.candidate.module_groups:
-        ctx.tally.see(len(alike.modules))
-        if any(True for _ in _judge(ctx, alike.first, declaration.declared_for(alike.first.name))):
-            for module in alike.modules:
-                yield from _judge(ctx, module, declaration.declared_for(module.name))
-    odd = {
-        n: ctx.candidate.modules.get(n)
-        for n in declaration.layers
-        if n not in ctx.candidate.modules or not ctx.candidate.modules[n].quantized
-    }
-    parents = (
-        {m.rpartition(".")[0] for m in ctx.candidate.modules}
-        | {p for m in ctx.candidate.modules if (p := packed_name(m))}
-        if odd
-        else ()
-    )
-    for name, found in odd.items():
-        if found is not None and not found.quantized and found.weight is not None:
+    for group in ctx.candidate.module_groups:
+        ctx.tally.see(len(group.modules))
+        if any(_check_module(ctx, group.first, declaration)):
+            for module in group.modules:
+                yield from _check_module(ctx, module, declaration)
+    yield from _check_entries(ctx, declaration)
+
+
+def _check_module(ctx: Context, module: Module, declaration: Declaration) -> Iterator[Finding]:
+    """Yield a quantized module without an entry of its own, or with an entry of another format."""
+    tensor = module.weight or next(iter(module.parts.values()))
+    where = Where(tensor.name, tensor.file)
+    declared, fmt = declaration.declared_for(module.name), module.inferred_format
+    if declared.algo is None:
+        yield ctx.finding(
+            "quantized module without an entry in quantized_layers",
+            where=where,
+            observed="no entry",
+        )
+    elif declared.format is not None and fmt is not None and not same_layout(declared.format, fmt):
+        yield ctx.finding(
+            f"quantized_layers declares {declared.algo}, but the tensors are {fmt.algo}",
+            where=where,
+            observed=fmt.algo,
+            expected=declared.algo,
+        )
+    elif declared.via in ("container", "packed"):
+        entry = "its container" if declared.via == "container" else "the engine's fused name"
+        effect = "matches names exactly and drops the scales of unlisted modules"
+        yield ctx.finding(
+            f"listed only through {entry}: TensorRT-LLM matches exactly and drops its scales",
+            where=where,
+            observed=declared.entry,
+            expected=module.name,
+            severity="warning",
+            engines={"trtllm": ("error", effect)},
+        )
+
+
+def _check_entries(ctx: Context, declaration: Declaration) -> Iterator[Finding]:
+    """Yield the entries of unquantized weights, and those that match no module."""
+    modules = ctx.candidate.modules
+    unmatched = []
+    for name, entry in declaration.layers.items():
+        module = modules.get(name)
+        if module is None:
+            unmatched.append(name)
+        elif not module.quantized and module.weight is not None:
             ctx.tally.see()
+            dtype = module.weight.dtype
             yield ctx.finding(
-                f"quantized_layers says {declaration.layers[name].algo}, the weight is {found.weight.dtype}",
-                tensor=found.weight.name,
-                observed=found.weight.dtype,
-                expected=declaration.layers[name].algo,
+                f"quantized_layers declares {entry.algo}, but the weight is {dtype}",
+                tensor=module.weight.name,
+                observed=dtype,
+                expected=entry.algo,
             )
-        elif (
-            found is None
-            and name not in parents
-            and not any(p.startswith(f"{name}.") for p in parents)
-        ):
+    if not unmatched:
+        return
+    parents = {m.rpartition(".")[0] for m in modules}
+    parents.update(filter(None, map(packed_name, modules)))
+    for name in unmatched:
+        if name not in parents and not any(p.startswith(f"{name}.") for p in parents):
             ctx.tally.see()
             yield ctx.finding(
-                f"quantized_layers names {name!r}, which is not on disk",
+                f"quantized_layers names {name!r}, which does not exist",
                 where=Where(None, declaration.file),
                 observed=name,
                 severity="warning",
             )
-
-
-def _judge(ctx: Context, module: Module, cover: DeclaredFormat) -> Iterator[Finding]:
-    part = module.weight or next(iter(module.parts.values()))
-    where = Where(part.name, part.file)
-    shown = module.inferred_format
-    if cover.algo is None:
-        yield ctx.finding(
-            "no entry of quantized_layers covers this quantized module",
-            where=where,
-            observed="no entry",
-        )
-    elif cover.format is not None and shown is not None and not same_layout(cover.format, shown):
-        yield ctx.finding(
-            f"quantized_layers says {cover.algo}, the tensors are {shown.algo}",
-            where=where,
-            observed=shown.algo,
-            expected=cover.algo,
-        )
-    elif cover.via in ("container", "packed"):
-        kind = "its container" if cover.via == "container" else "the engine's fused name"
-        yield ctx.finding(
-            f"listed only through {kind}: TensorRT-LLM matches exactly and drops its scales",
-            where=where,
-            observed=cover.entry,
-            expected=module.name,
-            severity="warning",
-            engines={
-                "trtllm": ("error", "matches names exactly and drops the scales of what it misses")
-            },
-        )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""QC411: a field that the algorithm requires is absent, or has another type."""
+"""QC411: required field is missing or has the wrong type."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from verifier.findings import Finding, Severity, Where
 from verifier.rules.context import Context
 from verifier.rules.registry import rule
+from verifier.text import json_text
 
 REQUIRED: Mapping[str, tuple[str, ...]] = {
     "NVFP4": ("group_size", "kv_cache_quant_algo", "exclude_modules"),
@@ -20,7 +21,7 @@ _STRING_OR_NULL, _LIST, _OBJECT = "a string or null", "a list of strings", "an o
 
 @rule(
     "QC411",
-    "required field of the declaration",
+    "required field is missing or has the wrong type",
     severity="error",
     depth="header",
     unit="fields",
@@ -29,50 +30,53 @@ _STRING_OR_NULL, _LIST, _OBJECT = "a string or null", "a list of strings", "an o
     engines={
         "vllm": (
             "error",
-            "raises ValueError where hf_quant_config.json is read and a required field is absent",
+            "raises ValueError if it reads hf_quant_config.json and a required field is missing",
         ),
         "trtllm": ("error", "reads hf_quant_config.json first and asserts group_size 16 for NVFP4"),
     },
 )
 def check(ctx: Context) -> Iterator[Finding]:
-    """The nested form has the fields that its algorithm requires, and every field in both files has
-    its type.
+    """A declaration has the fields that its algorithm requires, each with the expected type.
 
-    NVFP4: ``group_size``, ``kv_cache_quant_algo``, ``exclude_modules``; MXFP8: the last two;
-    MIXED_PRECISION: ``quantized_layers``. ``kv_cache_quant_algo`` may be null, but must be there.
-    **Why.** The file was written by hand, or by an exporter of another version.
-    **Hurts.** vLLM raises ValueError before it loads. Where config.json carries a declaration too,
-    vLLM never reads the file, and what is absent there is a warning.
-    **Mend.** Write the field. (Lists and entries of another type are QC407's, a null algorithm
-    QC408's.)
+    **What it does.** Checks the nested form for the required fields: for NVFP4 ``group_size``,
+    ``kv_cache_quant_algo`` and ``exclude_modules``, for MXFP8 the last two, for MIXED_PRECISION
+    ``quantized_layers``. ``kv_cache_quant_algo`` may be null, but must be present. Types are
+    checked in both files; malformed lists and entries are QC407, a null algorithm is QC408.
+
+    **Why it happens.** The file was written by hand, or by a different version of an exporter.
+
+    **Impact.** vLLM raises ValueError before it loads anything. If config.json has a declaration,
+    too, vLLM never reads the other file, and a missing field there is a warning.
+
+    **Fix.** Write the field with its expected type.
     """
-    for found in (ctx.candidate.declarations.inline, ctx.candidate.declarations.file):
-        if found is None or not found.known:
+    declarations = ctx.candidate.declarations
+    for declaration in (declarations.inline, declarations.file):
+        if declaration is None or not declaration.known:
             continue
-        raw = _raw(ctx, found.file)
+        raw = _raw(ctx, declaration.file)
         nested = raw.get("quantization")
         body = nested if isinstance(nested, Mapping) else raw
-        where = Where(None, found.file)
-        severity: Severity = "error" if found is ctx.candidate.declarations.effective else "warning"
+        where = Where(None, declaration.file)
+        severity: Severity = "error" if declaration is declarations.effective else "warning"
         if isinstance(nested, Mapping):
-            for key in REQUIRED.get(found.algo or "", ()):
+            for key in REQUIRED.get(declaration.algo or "", ()):
                 ctx.tally.see()
                 if key not in body:
                     yield ctx.finding(
-                        f"{found.algo} requires {key!r}",
+                        f"{declaration.algo} requires {key}",
                         where=where,
                         observed="absent",
                         expected=key,
                         severity=severity,
                     )
-        for key, expected, fits in _types(body):
+        for key, expected, fits in _field_types(body):
             ctx.tally.see()
             if not fits:
-                text = f"{key!r} has another type than engines read"
                 yield ctx.finding(
-                    text,
+                    f"{key} has the wrong type",
                     where=where,
-                    observed=f"{key} = {str(body[key])[:60]!r}",
+                    observed=json_text(body[key], 60),
                     expected=expected,
                 )
 
@@ -87,36 +91,32 @@ def _raw(ctx: Context, file: str) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
-def _types(body: Mapping[str, Any]) -> Iterator[tuple[str, str, bool]]:
-    """Yield (field, expected type, whether it fits) for each field present whose type no other rule
-    judges.
-    """
+def _field_types(body: Mapping[str, Any]) -> Iterator[tuple[str, str, bool]]:
+    """Yield (field, expected type, whether it fits) for each field that no other rule checks."""
     for key in ("exclude_modules", "ignore", "quantized_layers"):
-        if key in body and body[key] is None:  # of other wrong types `parse` tells, for QC407
+        if key in body and body[key] is None:  # `parse` records other wrong types, for QC407
             yield key, _OBJECT if key == "quantized_layers" else _LIST, False
     if "group_size" in body:
         value = body["group_size"]
         yield "group_size", "a whole number", value is None or (type(value) is int and value > 0)
-    if "kv_cache_quant_algo" in body:
-        yield (
-            "kv_cache_quant_algo",
-            _STRING_OR_NULL,
-            isinstance(body["kv_cache_quant_algo"], str | None),
-        )
-    if "kv_cache_scheme" in body:
-        yield (
-            "kv_cache_scheme",
-            f"{_OBJECT} or null",
-            isinstance(body["kv_cache_scheme"], Mapping | str | None),
-        )
-    if "config_groups" in body:
-        groups = body["config_groups"]
-        fits = isinstance(groups, Mapping) and all(
-            isinstance(g, Mapping)
-            and isinstance(g.get("weights"), Mapping | None)
-            and isinstance(g.get("targets", []), list)
-            for g in groups.values()
-        )
-        yield "config_groups", "an object of groups with weights and targets", fits
-    if "producer" in body:
-        yield "producer", _OBJECT, isinstance(body["producer"], Mapping | None)
+    key = "kv_cache_quant_algo"
+    if key in body:
+        yield key, _STRING_OR_NULL, isinstance(body[key], str | None)
+    key = "kv_cache_scheme"
+    if key in body:
+        yield key, f"{_OBJECT} or null", isinstance(body[key], Mapping | str | None)
+    key = "config_groups"
+    if key in body:
+        groups = body[key]
+        fits = isinstance(groups, Mapping) and all(map(_is_group, groups.values()))
+        yield key, "an object of groups with weights and targets", fits
+    key = "producer"
+    if key in body:
+        yield key, _OBJECT, isinstance(body[key], Mapping | None)
+
+
+def _is_group(value: object) -> bool:
+    """Whether a value has the types of a group in ``config_groups``."""
+    if not isinstance(value, Mapping) or not isinstance(value.get("targets", []), list):
+        return False
+    return isinstance(value.get("weights"), Mapping | None)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""QC413: config.json states another model than the base's."""
+"""QC413: config.json differs from the base's."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 from verifier.findings import Finding, Where
 from verifier.rules.context import Context
 from verifier.rules.registry import rule
+from verifier.text import json_text
 
-# Neither says anything of the model: how it was saved, by what, and in which dtype a framework
-# shall hold it.
+# These do not describe the model, but how it was saved, by what, and in which dtype to load it.
 _FREE = frozenset(
     {
         "quantization_config",
@@ -38,65 +38,66 @@ _MISSING = object()
     sources=("NVIDIA/Model-Optimizer#1693",),
 )
 def check(ctx: Context) -> Iterator[Finding]:
-    """Every field of the base's config.json is here with its value, at every level.
+    """Every field of the base's config.json is here, with the same value, at every level.
 
-    ``quantization_config``, ``dtype``, ``torch_dtype``, ``transformers_version``, ``use_cache``,
-    names with a leading underscore and fields added here are free; ``rope_theta`` may stand inside
-    ``rope_parameters`` and the other way.
-    **Why.** The config went through ``save_pretrained`` of a class that drops what it does not
-    know.
-    **Hurts.** Layer types, rope or scaling fall back to defaults: long contexts or whole layers are
-    wrong, and nothing fails.
-    **Mend.** Copy the base's config.json and add ``quantization_config`` to it.
+    **What it does.** Compares both config.json files. ``quantization_config``, ``dtype``,
+    ``torch_dtype``, ``transformers_version``, ``use_cache``, names with a leading underscore and
+    added fields may differ; ``rope_theta`` may be inside ``rope_parameters`` and vice versa.
+
+    **Why it happens.** The config went through ``save_pretrained`` of a class that drops fields it
+    does not know.
+
+    **Impact.** Layer types, rope or scaling fall back to defaults: long contexts or whole layers
+    are silently wrong.
+
+    **Fix.** Copy the base's config.json and add ``quantization_config`` to it.
     """
-    theirs, ours = (ctx.base.checkpoint.config if ctx.base else None), ctx.checkpoint.config
-    if theirs is None or ours is None or ctx.expectations.unrelated_base:
-        ctx.tally.miss(
-            1,
-            "the base is another model"
-            if ctx.expectations.unrelated_base
-            else "there is no config.json to compare with",
-        )
+    config, base = ctx.checkpoint.config, ctx.base.checkpoint.config if ctx.base else None
+    if ctx.expectations.unrelated_base:
+        ctx.tally.miss(1, "the base is a different model")
         return
-    types = theirs.get("model_type"), ours.get("model_type")
-    if types[0] != types[1]:
+    if base is None or config is None:
+        ctx.tally.miss(1, "there is no config.json to compare with")
+        return
+    model_type, base_type = config.get("model_type"), base.get("model_type")
+    if model_type != base_type:
         ctx.tally.see()
-        ctx.tally.miss(len(theirs) - 1, "the base's config.json is of another model_type")
-        yield _told(ctx, "model_type", "has another value", types[1], types[0])
+        ctx.tally.miss(len(base) - 1, "the base's config.json has a different model_type")
+        yield _difference(ctx, "model_type", model_type, base_type)
         return
-    yield from _compare(ctx, theirs, ours, "")
+    yield from _compare(ctx, base, config, "")
 
 
 def _compare(
-    ctx: Context, theirs: Mapping[str, Any], ours: Mapping[str, Any], path: str
+    ctx: Context, base: Mapping[str, Any], config: Mapping[str, Any], path: str
 ) -> Iterator[Finding]:
-    rope = _rope(theirs) == _rope(ours)
-    for key, wanted in theirs.items():
+    """Yield the fields of one level of the base's config that are missing here or different."""
+    for key, base_value in base.items():
         if key in _FREE or key.startswith("_"):
             continue
         ctx.tally.see()
-        got = ours.get(key, _MISSING)
+        value = config.get(key, _MISSING)
         if key in _ROPE:
-            # Spelled alike it is compared alone, spelled otherwise with all that is said of rope.
-            alike = got is not _MISSING and got is not None and wanted is not None
-            if _rope({key: wanted}) == _rope({key: got}) if alike else rope:
+            if _same_rope(base, config, key):
                 continue
-        if isinstance(wanted, Mapping) and isinstance(got, Mapping) and key not in _ROPE:
-            yield from _compare(ctx, wanted, got, f"{path}{key}.")
-        elif got is _MISSING and wanted is not None:
-            yield _told(ctx, f"{path}{key}", "is lost", "absent", wanted)
-        elif got is not _MISSING and not _same(wanted, got):
-            yield _told(ctx, f"{path}{key}", "has another value", got, wanted)
+        elif isinstance(base_value, Mapping) and isinstance(value, Mapping):
+            yield from _compare(ctx, base_value, value, f"{path}{key}.")
+            continue
+        if value is _MISSING:
+            if base_value is not None:
+                yield _difference(ctx, f"{path}{key}", value, base_value)
+        elif not _same(base_value, value):
+            yield _difference(ctx, f"{path}{key}", value, base_value)
 
 
-def _told(ctx: Context, name: str, what: str, got: object, wanted: object) -> Finding:
+def _difference(ctx: Context, name: str, value: object, base_value: object) -> Finding:
+    missing = value is _MISSING
+    problem = "is missing; the base's config.json has it" if missing else "differs from the base's"
     return ctx.finding(
-        f"{name} {what} than in the base's config.json"
-        if what.startswith("has")
-        else f"{name} of the base's config.json {what}",
+        f"{name} {problem}",
         where=Where(None, "config.json"),
-        observed=str(got)[:80],
-        expected=str(wanted)[:80],
+        observed="absent" if missing else json_text(value),
+        expected=json_text(base_value),
     )
 
 
@@ -106,17 +107,24 @@ def _same(a: Any, b: Any) -> bool:
     return bool(a == b)  # 1 and 1.0 are one number
 
 
+def _same_rope(base: Mapping[str, Any], config: Mapping[str, Any], key: str) -> bool:
+    """Whether a rope field agrees: by itself if both configs use its name, else with all others."""
+    if base.get(key) is not None and config.get(key) is not None:
+        return _rope({key: base[key]}) == _rope({key: config[key]})
+    return _rope(base) == _rope(config)
+
+
 def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a config says of rope, in transformers 5's spelling; defaults are left out."""
-    found: dict[str, Any] = {}
+    """Return the rope fields of a config as transformers 5 names them, without defaults."""
+    rope: dict[str, Any] = {}
     if config.get("rope_theta") is not None:
-        found["rope_theta"] = config["rope_theta"]
+        rope["rope_theta"] = config["rope_theta"]
     for key in ("rope_scaling", "rope_parameters"):
         value = config.get(key)
         if isinstance(value, Mapping):
-            found |= value
+            rope |= value
         elif value is not None:
-            found[key] = value
-    if "type" in found:
-        found.setdefault("rope_type", found.pop("type"))
-    return {k: v for k, v in found.items() if v is not None and (k, v) != ("rope_type", "default")}
+            rope[key] = value
+    if "type" in rope:
+        rope.setdefault("rope_type", rope.pop("type"))
+    return {k: v for k, v in rope.items() if v is not None and (k, v) != ("rope_type", "default")}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""QC414: shared experts have another format than the routed ones beside them."""
+"""QC414: shared experts use a different format than routed experts."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from verifier.findings import Finding, Where
 from verifier.rules.context import Context
 from verifier.rules.registry import rule
-from verifier.schemes import Module, expert_key, role, same_layout
+from verifier.schemes import Format, Module, expert_key, role, same_layout
 
 
 @rule(
     "QC414",
-    "shared experts in another format",
+    "shared experts use a different format than routed experts",
     severity="info",
     depth="header",
     unit="layers with shared experts",
@@ -22,20 +22,24 @@ from verifier.schemes import Module, expert_key, role, same_layout
     engines={
         "sglang": (
             "warning",
-            "fuses shared experts into the routed ones by default for some families, in one format",
+            "for some families, fuses shared experts into the routed ones, in one format",
         ),
     },
 )
 def check(ctx: Context) -> Iterator[Finding]:
-    """Shared and routed experts of a layer are in one format; a mixed release may say otherwise on
-    purpose.
+    """The shared and routed experts of a layer use one format, unless a mixed release differs.
 
-    **Why.** A recipe that quantizes routed experts to four bits and keeps the shared one at eight:
-    MiniMax-M3's.
-    **Hurts.** An engine that fuses the shared expert into the routed ones crashes on its shape
+    **What it does.** Compares the format of each layer's shared expert with that of its routed
+    experts.
+
+    **Why it happens.** A recipe quantizes routed experts to four bits and keeps the shared one at
+    eight, as MiniMax-M3's does.
+
+    **Impact.** An engine that fuses the shared expert into the routed ones crashes on its shape
     (6144 against 3072), or reads one format as the other.
-    **Mend.** Nothing, if it is meant; serve with ``--disable-shared-experts-fusion`` where SGLang
-    fuses.
+
+    **Fix.** None, if it is intended; serve with ``--disable-shared-experts-fusion`` where SGLang
+    fuses them.
     """
     routed: dict[str, Module] = {}
     shared: dict[str, Module] = {}
@@ -45,20 +49,23 @@ def check(ctx: Context) -> Iterator[Finding]:
         elif key := expert_key(module.name):
             routed.setdefault(key.container.removesuffix(".experts"), module)
     for layer, module in shared.items():
-        other = routed.get(layer)
-        if other is None or module.weight is None:
+        expert = routed.get(layer)
+        if expert is None or module.weight is None:
             continue
-        ours, theirs = ctx.candidate.format_of(module), ctx.candidate.format_of(other)
-        if (module.quantized and ours is None) or (other.quantized and theirs is None):
+        fmt, routed_fmt = ctx.candidate.format_of(module), ctx.candidate.format_of(expert)
+        if (module.quantized and fmt is None) or (expert.quantized and routed_fmt is None):
             ctx.tally.miss(1, "a format is not known")
             continue
         ctx.tally.see()
-        if (ours is None) != (theirs is None) or (
-            ours and theirs and not same_layout(ours, theirs)
-        ):
+        if not _same_format(fmt, routed_fmt):
             yield ctx.finding(
-                "shared experts are in another format than the routed experts of their layer",
+                "shared experts use a different format than the routed experts",
                 where=Where(module.weight.name, module.weight.file),
-                observed=ours.algo if ours else f"unquantized {module.weight.dtype}",
-                expected=f"{theirs.algo if theirs else 'unquantized'}, as the routed",
+                observed=fmt.algo if fmt else f"unquantized {module.weight.dtype}",
+                expected=f"{routed_fmt.algo if routed_fmt else 'unquantized'}"
+                " like the routed experts",
             )
+
+
+def _same_format(a: Format | None, b: Format | None) -> bool:
+    return a is b if a is None or b is None else same_layout(a, b)

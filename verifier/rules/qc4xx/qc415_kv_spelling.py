@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""QC415: the KV cache's format is spelled as another form of the declaration spells it."""
+"""QC415: KV-cache field uses the wrong spelling for this config."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from collections.abc import Iterator, Mapping
 from verifier.findings import Finding, Where
 from verifier.rules.context import Context
 from verifier.rules.registry import rule
+from verifier.text import json_text
 
 
 @rule(
     "QC415",
-    "KV cache field of another form",
+    "KV-cache field uses the wrong spelling for this config",
     severity="warning",
     depth="header",
     unit="declarations",
@@ -21,22 +22,26 @@ from verifier.rules.registry import rule
     engines={
         "vllm": (
             "warning",
-            "reads only kv_cache_scheme {type: float, num_bits: 8} in the flat form: KV stays BF16",
+            "in the flat form reads only kv_cache_scheme as an object; the KV cache stays BF16",
         ),
         "sglang": (
             "info",
-            "reads kv_cache_scheme, as an object or a string, and kv_cache_quant_algo in the flat form",
+            "in the flat form reads kv_cache_scheme (object or string) and kv_cache_quant_algo",
         ),
     },
 )
 def check(ctx: Context) -> Iterator[Finding]:
-    """The flat form (config.json) declares the KV cache as ``kv_cache_scheme``, the nested form as
-    ``kv_cache_quant_algo``.
+    """The KV cache is declared by ``kv_cache_scheme`` (flat) or ``kv_cache_quant_algo`` (nested).
 
-    **Why.** hf_quant_config.json was copied into ``quantization_config``, or the other way.
-    **Hurts.** vLLM reads each form's own field and ignores the other: the KV cache stays in BF16,
-    at twice the memory and without the scales that the checkpoint carries; SGLang reads both.
-    **Mend.** Flat: ``"kv_cache_scheme": {"type": "float", "num_bits": 8, "dynamic": false}``.
+    **What it does.** Compares the KV-cache field with the form of its declaration. The flat form
+    (config.json) declares ``kv_cache_scheme``, the nested form ``kv_cache_quant_algo``.
+
+    **Why it happens.** hf_quant_config.json was copied into ``quantization_config``, or vice versa.
+
+    **Impact.** vLLM reads only the field that belongs to the form: the KV cache stays in BF16, at
+    twice the memory and without the stored scales. SGLang reads both.
+
+    **Fix.** Flat: ``"kv_cache_scheme": {"type": "float", "num_bits": 8, "dynamic": false}``.
     Nested: ``"kv_cache_quant_algo": "FP8"``.
     """
     config = ctx.checkpoint.config or {}
@@ -54,23 +59,18 @@ def check(ctx: Context) -> Iterator[Finding]:
             continue
         ctx.tally.see()
         if isinstance(nested, Mapping):
-            told = (
-                "kv_cache_scheme stands in the nested form, where engines read kv_cache_quant_algo"
-                if not algo
-                else ""
-            )
+            message = "kv_cache_scheme in the nested form, where engines read kv_cache_quant_algo"
+            fits, expected = bool(algo), "kv_cache_quant_algo"
         elif not scheme:
-            told = "kv_cache_quant_algo stands in the flat form, where vLLM reads kv_cache_scheme alone"
-        elif not isinstance(scheme, Mapping):
-            told = "kv_cache_scheme is a string in the flat form, where vLLM reads an object"
+            message = "kv_cache_quant_algo in the flat form, where vLLM reads only kv_cache_scheme"
+            fits, expected = False, "kv_cache_scheme, an object"
         else:
-            told = ""
-        if told:
+            message = "kv_cache_scheme is a string in the flat form, where vLLM reads an object"
+            fits, expected = isinstance(scheme, Mapping), "kv_cache_scheme, an object"
+        if not fits:
             yield ctx.finding(
-                told,
+                message,
                 where=Where(None, file),
-                observed=str(algo or scheme)[:80],
-                expected="kv_cache_quant_algo"
-                if isinstance(nested, Mapping)
-                else "kv_cache_scheme, an object",
+                observed=json_text(algo or scheme),
+                expected=expected,
             )

@@ -186,7 +186,7 @@ def test_a_parent_container_is_a_warning_and_an_error_under_trtllm(containers: P
     assert trtllm.verdict == "failed"
     found = of(trtllm, "QC410")
     assert found.severity == "error"
-    assert found.because == "trtllm: matches names exactly and drops the scales of what it misses"
+    assert found.because == "trtllm: matches names exactly and drops the scales of unlisted modules"
     assert found.fingerprint == of(plain, "QC410").fingerprint
     assert verifier.check(containers, profile="vllm").verdict == "passed"
     assert verifier.check(containers, profile="strict").verdict == "failed"
