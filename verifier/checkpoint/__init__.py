@@ -2,14 +2,8 @@
 """Source, header, index and configs of a checkpoint. Hostile input ends here."""
 
 from verifier.checkpoint.header import DTYPE_BITS, MAX_HEADER, Problem, Shard, Tensor, strict_json
-from verifier.checkpoint.model import (
-    INDEX,
-    NUMPY_DTYPES,
-    Checkpoint,
-    Index,
-    open_checkpoint,
-    special_floats,
-)
+from verifier.checkpoint.index import INDEX, Index
+from verifier.checkpoint.model import NUMPY_DTYPES, Checkpoint, open_checkpoint, special_floats
 from verifier.checkpoint.source import Bytes, Source, open_source
 
 __all__ = [

@@ -146,6 +146,14 @@ def _pairs(value: Any, colons: int) -> bool:
     return count == colons
 
 
+def header_length(source: Source, file: str, size: int) -> int:
+    """Return the length of a header in bytes where the file can hold it, else 0."""
+    if size < 8:
+        return 0
+    length = int.from_bytes(source.read(file, 0, 8).tobytes(), "little")
+    return length if length <= MAX_HEADER and 8 + length <= size else 0
+
+
 def read_shard(source: Source, file: str, size: int) -> Shard:
     """Return what ``file`` declares; never raises for what the file holds."""
     if size < 8:
@@ -325,16 +333,17 @@ def _tensor(
         note("offsets", f"has the impossible data_offsets {str(offsets)[:60]}", name)
         return None
     bits = math.prod(shape) * DTYPE_BITS[dtype]
-    if bits % 8 or bits // 8 != offsets[1] - offsets[0]:
+    length, needed = offsets[1] - offsets[0], -(-bits // 8)
+    if bits % 8 or length != needed:
         note(
             "offsets",
-            f"takes {offsets[1] - offsets[0]:,} bytes where {dtype} {list(shape)} takes {-(-bits // 8):,}",
+            f"takes {length:,} bytes where {dtype} {list(shape)} takes {needed:,}",
             name,
-            f"{offsets[1] - offsets[0]:,} bytes",
-            f"{-(-bits // 8):,} bytes",
+            f"{length:,} bytes",
+            f"{needed:,} bytes",
         )
         return None
-    return Tensor(name, dtype, tuple(shape), file, start + offsets[0], offsets[1] - offsets[0])
+    return Tensor(name, dtype, tuple(shape), file, start + offsets[0], length)
 
 
 def _naturals(value: Any) -> bool:

@@ -4,10 +4,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from pathlib import PurePosixPath
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
@@ -15,11 +14,19 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from verifier.checkpoint.header import Problem, Shard, Tensor, read_json, read_shard
+from verifier.checkpoint.header import (
+    Problem,
+    Shard,
+    Tensor,
+    header_length,
+    read_json,
+    read_shard,
+)
+from verifier.checkpoint.index import FIRST_GUESS, INDEX, Index, header_guesses, read_index
 from verifier.checkpoint.source import Bytes, Source, open_source
 from verifier.errors import ContainerError
 
-INDEX = "model.safetensors.index.json"
+CONFIGS = ("config.json", "hf_quant_config.json")
 NUMPY_DTYPES: dict[str, npt.DTypeLike] = {
     "BOOL": np.bool_,
     "U8": np.uint8,
@@ -38,15 +45,6 @@ NUMPY_DTYPES: dict[str, npt.DTypeLike] = {
     "F8_E5M2": ml_dtypes.float8_e5m2,
     "F8_E8M0": ml_dtypes.float8_e8m0fnu,
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Index:
-    """``model.safetensors.index.json``: which shard should hold which tensor."""
-
-    weight_map: Mapping[str, str]
-    total_size: int | None
-    problems: tuple[Problem, ...]
 
 
 @dataclass(frozen=True)
@@ -150,15 +148,17 @@ def open_checkpoint(uri: str | os.PathLike[str]) -> Checkpoint:
         Problem("link", n, "a link that leads out of the folder; it is not followed")
         for n in source.escaping
     ]
+    index = read_index(source, files) if INDEX in files else None
+    if source.remote:
+        _expect_headers(source, names, files, index)
     shards = tuple(read_shard(source, n, files[n]) for n in names)
     configs: dict[str, Mapping[str, Any] | None] = {}
-    for name in ("config.json", "hf_quant_config.json"):
+    for name in CONFIGS:
         configs[name] = None
         if name in files:
             configs[name], problem = read_json(source, name, files[name])
             if problem:
                 problems.append(problem)
-    index = _read_index(source, files) if INDEX in files else None
     return Checkpoint(
         uri=source.uri,
         source=source,
@@ -171,43 +171,16 @@ def open_checkpoint(uri: str | os.PathLike[str]) -> Checkpoint:
     )
 
 
-def _read_index(source: Source, files: Mapping[str, int]) -> Index:
-    value, problem = read_json(source, INDEX, files[INDEX])
-    if problem:
-        return Index({}, None, (problem,))
-    problems: list[Problem] = []
-    raw = value.get("weight_map")
-    if not isinstance(raw, dict):
-        problems.append(Problem("json", INDEX, "has no weight_map object"))
-        raw = {}
-    weight_map: dict[str, str] = {}
-    for name, file in raw.items():
-        if not isinstance(file, str) or not _plain(file):
-            problems.append(
-                Problem(
-                    "path",
-                    INDEX,
-                    f"names the shard {str(file)[:80]!r}, which is no plain file name",
-                    name,
-                )
-            )
-        else:
-            weight_map[name] = file
-    metadata = value.get("metadata")
-    total = metadata.get("total_size") if isinstance(metadata, dict) else None
-    if isinstance(total, float) and total.is_integer():
-        total = int(total)
-    return Index(weight_map, total if type(total) is int else None, tuple(problems))
-
-
-@lru_cache(maxsize=4096)
-def _plain(file: str) -> bool:
-    return (
-        file == PurePosixPath(file).name
-        and "\\" not in file
-        and "\0" not in file
-        and file not in ("", ".", "..")
+def _expect_headers(
+    source: Source, names: Sequence[str], files: Mapping[str, int], index: Index | None
+) -> None:
+    """Announce the headers: first the length and a guess, then what the guess left out."""
+    guesses = header_guesses(index.weight_map if index else {})
+    source.expect(
+        [(n, 0, min(files[n], 8 + guesses.get(n, FIRST_GUESS))) for n in names]
+        + [(n, 0, files[n]) for n in CONFIGS if n in files]
     )
+    source.expect([(n, 8, length) for n in names if (length := header_length(source, n, files[n]))])
 
 
 _FLOATS = {"Infinity": float("inf"), "-Infinity": float("-inf"), "NaN": float("nan")}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the bytes of a checkpoint come from: a local folder, or any fsspec URL."""
+"""Where the bytes of a checkpoint come from."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from verifier.checkpoint.address import Address, parse_address
 from verifier.errors import ContainerError, MachineError, UsageError
 
 Bytes = npt.NDArray[np.uint8]
@@ -148,7 +149,8 @@ class LocalSource(Source):
                 got = os.preadv(file.fd, [view[done:] if done else view], offset + done)
                 if got == 0:
                     raise ContainerError(
-                        f"{name}: ends at byte {offset + done:,}, {length - done:,} bytes are missing"
+                        f"{name}: ends at byte {offset + done:,}; "
+                        f"{length - done:,} bytes are missing"
                     )
                 done += got
         except OSError as error:
@@ -205,66 +207,35 @@ class DerivedSource(Source):
         self.inner.close()
 
 
-class FsspecSource(Source):
-    """A folder behind an fsspec URL (``hf://``, ``s3://``, ``memory://`` …), read by range
-    requests.
-    """
-
-    remote = True
-
-    def __init__(self, uri: str) -> None:
-        # fsspec costs 70 ms and is of no use to a local check.
-        import fsspec  # type: ignore[import-untyped]  # noqa: PLC0415
-
-        self.uri = uri
-        try:
-            self._fs, self._root = fsspec.core.url_to_fs(uri)
-        except (ImportError, ValueError) as error:
-            raise UsageError(f"{uri}: no such kind of address here: {error}") from error
-
-    def files(self) -> dict[str, int]:
-        """Return the size of every file in the folder."""
-        try:
-            entries = self._fs.ls(self._root, detail=True)
-        except FileNotFoundError as error:
-            raise UsageError(f"{self.uri}: no such folder") from error
-        except Exception as error:
-            raise MachineError(
-                f"cannot list {self.uri}: {type(error).__name__}: {error}"
-            ) from error
-        return {
-            e["name"].rsplit("/", 1)[-1]: int(e["size"]) for e in entries if e["type"] == "file"
-        }
-
-    def read(self, name: str, offset: int, length: int) -> Bytes:
-        """Return ``length`` bytes of ``name`` from ``offset``."""
-        if length == 0:
-            return np.empty(0, np.uint8)
-        try:
-            data = self._fs.cat_file(f"{self._root}/{name}", start=offset, end=offset + length)
-        except Exception as error:
-            raise MachineError(
-                f"cannot read {self.uri}/{name}: {type(error).__name__}: {error}"
-            ) from error
-        if len(data) != length:
-            raise ContainerError(
-                f"{name}: {length - len(data):,} bytes are missing at byte {offset + len(data):,}"
-            )
-        return np.frombuffer(data, np.uint8)
-
-
 def open_source(uri: str | os.PathLike[str]) -> Source:
-    """Return the source at a path or URL.
+    """Return the source at an address (`verifier.checkpoint.address`).
 
     Raises:
-        UsageError: there is no such folder.
+        UsageError: no such directory, repository or kind of address.
+        MissingExtra: the address needs an extra that is not installed.
+        MachineError: the hub cannot be reached.
     """
-    text = os.fspath(uri)
-    if "://" in text:
-        return FsspecSource(text)
-    path = Path(text)
+    address = parse_address(uri)
+    if address.kind != "local":
+        return _open_remote(address)
+    path = Path(address.text)
     if not path.exists():
-        raise UsageError(f"{text}: no such folder")
+        raise UsageError(f"{address.text}: no such folder")
     if not path.is_dir():
-        raise UsageError(f"{text}: a file; give the folder that holds the checkpoint")
+        raise UsageError(f"{address.text}: a file; give the folder that holds the checkpoint")
     return LocalSource(path)
+
+
+def _open_remote(address: Address) -> Source:
+    # Network libraries cost 100 ms and more, and are of no use to a local check.
+    if address.kind == "hub":
+        from verifier.checkpoint.hub import open_hub  # noqa: PLC0415
+
+        return open_hub(address)
+    if address.kind == "web":
+        from verifier.checkpoint.web import WebSource  # noqa: PLC0415
+
+        return WebSource(address)
+    from verifier.checkpoint.store import StoreSource  # noqa: PLC0415
+
+    return StoreSource(address)

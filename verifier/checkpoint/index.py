@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The index: which shard should hold which tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import PurePosixPath
+
+from verifier.checkpoint.header import Problem, read_json
+from verifier.checkpoint.source import Source
+
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Index:
+    """``model.safetensors.index.json``: which shard should hold which tensor."""
+
+    weight_map: Mapping[str, str]
+    total_size: int | None
+    problems: tuple[Problem, ...]
+
+
+def read_index(source: Source, files: Mapping[str, int]) -> Index:
+    """Return the parsed index; never raises for what the file holds."""
+    value, problem = read_json(source, INDEX, files[INDEX])
+    if problem:
+        return Index({}, None, (problem,))
+    problems: list[Problem] = []
+    raw = value.get("weight_map")
+    if not isinstance(raw, dict):
+        problems.append(Problem("json", INDEX, "has no weight_map object"))
+        raw = {}
+    weight_map: dict[str, str] = {}
+    for name, file in raw.items():
+        if isinstance(file, str) and plain_name(file):
+            weight_map[name] = file
+            continue
+        message = f"names the shard {str(file)[:80]!r}, which is no plain file name"
+        problems.append(Problem("path", INDEX, message, name))
+    metadata = value.get("metadata")
+    total = metadata.get("total_size") if isinstance(metadata, dict) else None
+    if isinstance(total, float) and total.is_integer():
+        total = int(total)
+    return Index(weight_map, total if type(total) is int else None, tuple(problems))
+
+
+@lru_cache(maxsize=4096)
+def plain_name(file: str) -> bool:
+    """Whether a file name is one of this directory: no path, no URL."""
+    return (
+        file == PurePosixPath(file).name
+        and "\\" not in file
+        and "\0" not in file
+        and file not in ("", ".", "..")
+    )
+
+
+FIRST_GUESS = 1024
+"""Bytes that are asked for of a header whose shard no index describes."""
+
+
+def header_guesses(weight_map: Mapping[str, str]) -> dict[str, int]:
+    """Return how long the header of each shard may be, in bytes, by the names that it holds.
+
+    An entry of a header is the name, dtype, shape and two offsets: about 80 characters besides the
+    name. A guess that is too short costs a second request.
+    """
+    found: dict[str, int] = {}
+    for name, file in weight_map.items():
+        found[file] = found.get(file, 64) + len(name.encode("utf-8", "replace")) + 84
+    return found
