@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy.typing as npt
@@ -13,6 +13,7 @@ from verifier.checkpoint import NUMPY_DTYPES, Bytes, Checkpoint, Tensor
 from verifier.payload.cache import ResultCache
 from verifier.payload.pass_through import PassThrough
 from verifier.payload.scan import TensorScan, scan
+from verifier.schemes import Module
 
 SMALL = 4096
 """Tensors of at most this many bytes are kept in memory once read."""
@@ -43,6 +44,19 @@ class PayloadReader:
         is shared.
         """
         return PayloadReader(self.checkpoint, self.pass_through, self)
+
+    def announce(self, modules: Iterable[Module]) -> None:
+        """Announce to remote sources what every payload check reads of some modules: scales,
+        unquantized tensors, and the tensors that those pass through from.
+        """
+        tensors = [
+            t for m in modules for t in m.parts.values() if not m.quantized or t is not m.weight
+        ]
+        _expect(self.checkpoint, tensors)
+        if self.pass_through is not None:
+            sources = self.pass_through.sources
+            origins = [sources[t.name] for t in tensors if t.name in sources]
+            _expect(self.pass_through.source.checkpoint, origins)
 
     def bytes_of(self, tensor: Tensor) -> Bytes:
         """Return all bytes of a tensor, uint8, one dimension; use `pieces` for one that may be
@@ -103,3 +117,8 @@ class PayloadReader:
 
     def _digest(self, tensor: Tensor) -> bytes:
         return hashlib.blake2b(self.bytes_of(tensor).data, digest_size=16).digest()
+
+
+def _expect(checkpoint: Checkpoint, tensors: Iterable[Tensor]) -> None:
+    if checkpoint.source.remote:
+        checkpoint.source.expect((t.file, t.offset, t.nbytes) for t in tensors)

@@ -139,6 +139,7 @@ def _read(
 
     def read(task: _Task) -> list[Outcome]:
         part = ctx.part(task.modules)
+        part.payload.announce(task.modules)
         return [_run(rule, part, judge) for rule in task.rules]
 
     _keep_freed_memory()
