@@ -26,8 +26,6 @@ CORE = (
     "rich",
     "pydantic",
     "PyYAML",
-    "fsspec",
-    "huggingface_hub",
     "safetensors",
 )
 EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
@@ -38,6 +36,9 @@ EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
         ("torch", "transformers", "scipy", "tokenizers", "lm-eval", "accelerate", "datasets"),
         "gate",
     ),
+    "hub": (("huggingface_hub", "httpx2"), "hf:// and https:// addresses"),
+    "s3": (("s3fs",), "s3:// addresses"),
+    "gs": (("gcsfs",), "gs:// addresses"),
     "report": (("jinja2", "matplotlib", "junitparser"), "HTML reports and plots"),
     "ray": (("ray",), "work spread over machines"),
 }
