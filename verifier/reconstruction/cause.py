@@ -123,23 +123,23 @@ def reconstruct(pair: CheckpointPair, module: Module) -> Reconstruction:
         return Reconstruction("unjudged", "the base has no such weight, or the format is not known")
     if "pre_quant_scale" in module.parts:
         return Reconstruction("unjudged", "the weight is scaled by its pre_quant_scale (AWQ)")
-    rows = WeightRows(pair.candidate, module, pair.base, base_module)
     try:
-        near = _near(rows, fmt)
+        near = near_base(pair, module, fmt)
     except ContentError:  # the shape rules report why
         return Reconstruction("unjudged", "the values cannot be decoded")
     return near if near is not None else _compare(pair, module, base_module, fmt)
 
 
-def _near(rows: WeightRows, fmt: Format) -> Reconstruction | None:
+def near_base(pair: CheckpointPair, module: Module, fmt: Format) -> Reconstruction | None:
     """Return the comparison of a weight whose every block is as near as its format allows, None for
     any other.
 
     Raises:
         ContentError: the two do not fit one another, or cannot be decoded.
     """
+    rows = WeightRows(pair.candidate, module, pair.base, pair.base.modules[module.name])
     if not rows.same_shape:
-        raise ContentError(f"{rows.module.name}: the base's weight has a different shape")
+        raise ContentError(f"{module.name}: the base's weight has a different shape")
     d, defined = rows.distance(fmt)
     if not defined or d.size == 0 or not (np.isfinite(d.error) and np.isfinite(d.size)):
         return None

@@ -25,6 +25,10 @@ from verifier.schemes import FLOATS, SCALE_LEAVES, Format, Module
 
 TILE = 128
 """Rows per tile of `FP8`'s block scales; chunks of rows begin at a multiple of it."""
+SHARED = 64.0
+"""A tensor scale shared with other weights may be this many times what the weight's own amax asks
+for. Block scales then stay normal numbers of E4M3, and the yardstick stays as fine, for all blocks
+above 1/448 of the weight's amax."""
 HELD = 64 << 20
 """A remote base weight of at most this many bytes is kept in memory for its second reading."""
 _DECODED = frozenset(
@@ -78,7 +82,23 @@ class WeightRows:
         _announce(self.base, self.base_module)
         _announce(self.candidate, self.module)
         amax = max((peak_of(rows) for _, _, rows in self._base_rows()), default=0.0)
-        return distance(self, fmt.name, amax)
+        return distance(self, fmt.name, max(amax, self._stored_amax(fmt, amax)))
+
+    def _stored_amax(self, fmt: Format, amax: float) -> float:
+        """Return the amax that the stored tensor scale stands for: that of all weights that share
+        the scale. 0 where it is not plausible next to this weight's own.
+        """
+        factors = {"weight_scale_2": 6 * 448.0, "weight_global_scale": 6 * 448.0}
+        factors |= {"weight_scale": 448.0} if fmt.name == "fp8" else {}
+        for leaf, factor in factors.items():
+            tensor = self.module.parts.get(leaf)
+            if tensor is None or tensor.dtype != "F32" or tensor.elements != 1:
+                continue
+            scale = float(self.candidate.checkpoint.array(tensor).reshape(()))
+            if leaf == "weight_global_scale":
+                scale = 1 / scale if scale else 0.0
+            return scale * factor if scale * factor <= SHARED * amax else 0.0
+        return 0.0
 
     def _base_rows(self) -> Iterator[tuple[int, int, npt.NDArray[Any]]]:
         out, in_ = self.module.dims or (0, 0)
