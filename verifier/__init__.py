@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The verifier: judge quantized checkpoints. It never imports the exporter."""
+"""The verifier: check quantized checkpoints. It never imports the exporter."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # Names are imported on first use: `ckptgate --help` must not pay for numpy.
+    # Names are imported on first use: `ckptgate --help` must not import numpy.
     import importlib  # noqa: PLC0415
 
     if name == "gate":

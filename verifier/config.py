@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``[tool.ckptgate]`` in pyproject.toml, or ckptgate.toml: how a project judges its checkpoints.
+"""``[tool.ckptgate]`` in pyproject.toml, or ckptgate.toml: how a project checks its checkpoints.
 
-The file is the nearest one from the working directory upwards; in one folder ckptgate.toml is taken
-before pyproject.toml. An option of the command line replaces the file's value of the same key.
-Paths in the file (``baseline``, and files in ``formats``) are relative to its folder.
+The nearest file from the working directory upwards is read; ckptgate.toml wins over pyproject.toml
+in the same directory. A command-line option replaces the file's value of the same key. Paths in the
+file (``baseline``, and files in ``formats``) are relative to its directory.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ class Setting:
 
 
 def find(start: Path) -> Path | None:
-    """Return the configuration file that holds in a folder: the nearest upwards, or None.
+    """Return the nearest configuration file from a directory upwards, or None.
 
     Raises:
-        UsageError: a pyproject.toml on the way is no TOML.
+        UsageError: a pyproject.toml on the way is not valid TOML.
     """
     for folder in (start, *start.parents):
         if (folder / NAME).is_file():
@@ -66,7 +66,7 @@ def find(start: Path) -> Path | None:
 
 
 def load(file: Path) -> Config:
-    """Read and check a configuration file.
+    """Read and validate a configuration file.
 
     Raises:
         UsageError: it cannot be read; an unknown key, rule, profile, severity or format. The
@@ -74,26 +74,27 @@ def load(file: Path) -> Config:
     """
     table = _table(file)
     if table is None:
-        raise UsageError(f"{file}: has no [tool.ckptgate]")
+        raise UsageError(f"{file} has no table [tool.ckptgate]")
     known = list(Config.model_fields)
     for key in table:
         if key not in known:
             at = "tool.ckptgate." if file.name == PYPROJECT else ""
-            top = "; its keys stand at the top, without [tool.ckptgate]" if key == "tool" else ""
-            near = nearest(key, known) if not top else ""
+            hint = nearest(key, known)
+            if key == "tool":
+                hint = "keys are at the top level of ckptgate.toml, without [tool.ckptgate]; "
             raise UsageError(
-                f"{file}: unknown key {at + key!r}{top}; {near}the keys are {', '.join(known)}"
+                f"{file}: unknown key {at + key!r}; {hint}the keys are {', '.join(known)}"
             )
     try:
         config = Config.model_validate(table)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        place = [
-            p
-            for p in map(str, first["loc"])
-            if p in table or not p.startswith(("literal[", "dict["))
+        keys = [
+            key
+            for key in map(str, first["loc"])
+            if key in table or not key.startswith(("literal[", "dict["))
         ]
-        raise UsageError(f"{file}: {'.'.join(place)}: {first['msg']}") from error
+        raise UsageError(f"{file}: {'.'.join(keys)}: {first['msg']}") from error
     try:
         _check_values(config)
     except UsageError as error:
@@ -101,18 +102,18 @@ def load(file: Path) -> Config:
     return config
 
 
-def effective(given: Mapping[str, Any], file: Path | None) -> dict[str, Setting]:
-    """Return every setting with its origin: what was given, else the file's, else the default.
+def effective(options: Mapping[str, Any], file: Path | None) -> dict[str, Setting]:
+    """Return every setting with its origin: the command line, else the file, else the default.
 
     Args:
-        given: values of the command line by key; None and () stand for "not given".
+        options: values of the command line by key; None and () mean that the option is not used.
         file: the configuration file, or None.
     """
     config = load(file) if file is not None else Config()
     settings = {}
     for key in Config.model_fields:
-        if given.get(key) not in (None, ()):
-            settings[key] = Setting(given[key], "command line")
+        if options.get(key) not in (None, ()):
+            settings[key] = Setting(options[key], "command line")
         elif file is not None and key in config.model_fields_set:
             settings[key] = Setting(_resolved(key, getattr(config, key), file.parent), str(file))
         else:
@@ -126,14 +127,15 @@ def _check_values(config: Config) -> None:
         prefixes(getattr(config, key), rules, key)
     if config.profile is not None and config.profile not in PROFILES:
         near = nearest(config.profile, PROFILES)
-        raise UsageError(f"profile: no profile {config.profile!r}; {near}one of {_list(PROFILES)}")
+        raise UsageError(
+            f"profile: unknown profile {config.profile!r}; {near}one of {_list(PROFILES)}"
+        )
     Severities(rules, None, config.severity)
     for text in config.formats:
         name = text.partition("=")[0]
         if name not in FORMATS:
-            raise UsageError(
-                f"formats: no format {name!r}; {nearest(name, FORMATS)}one of {_list(FORMATS)}"
-            )
+            near = nearest(name, FORMATS)
+            raise UsageError(f"formats: unknown format {name!r}; {near}one of {_list(FORMATS)}")
 
 
 def _resolved(key: str, value: Any, folder: Path) -> Any:
@@ -152,7 +154,7 @@ def _list(names: tuple[str, ...]) -> str:
 
 
 def _table(file: Path) -> dict[str, Any] | None:
-    """Return the keys that a file states for ckptgate; None for a pyproject.toml without any."""
+    """Return ckptgate's table of a file; None for a pyproject.toml without one."""
     try:
         with file.open("rb") as handle:
             raw = handle.read(MAX_BYTES + 1)
@@ -162,11 +164,11 @@ def _table(file: Path) -> dict[str, Any] | None:
     except OSError as error:
         raise UsageError(f"{file}: {error.strerror or error}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise UsageError(f"{file}: no TOML: {error} (--no-config judges without it)") from error
+        raise UsageError(f"{file}: invalid TOML: {error} (--no-config ignores it)") from error
     if file.name != PYPROJECT:
         return value
     tool = value.get("tool")
-    found = tool.get("ckptgate") if isinstance(tool, dict) else None
-    if found is not None and not isinstance(found, dict):
-        raise UsageError(f"{file}: tool.ckptgate is no table")
-    return found
+    table = tool.get("ckptgate") if isinstance(tool, dict) else None
+    if table is not None and not isinstance(table, dict):
+        raise UsageError(f"{file}: tool.ckptgate is not a table")
+    return table

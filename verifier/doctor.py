@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What this environment has, what that enables, and whether the core works."""
+"""The environment: what is installed, what it enables, and whether the core works."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from importlib.util import find_spec
 from typing import Any, Literal
 
 from verifier import __version__
+from verifier.text import counted, size
 
 State = Literal["ok", "missing", "broken", "info"]
 CORE = (
@@ -29,7 +30,7 @@ CORE = (
     "safetensors",
 )
 EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
-    "load": (("torch", "transformers"), "calibrate"),
+    "load": (("torch", "transformers"), "check --depth load, calibrate"),
     "export": (("torch",), "export, merge"),
     "fast": (("torch", "numba"), "compiled CPU codecs"),
     "gate": (
@@ -39,18 +40,17 @@ EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
     "hub": (("huggingface_hub", "httpx2"), "hf:// and https:// addresses"),
     "s3": (("s3fs",), "s3:// addresses"),
     "gs": (("gcsfs",), "gs:// addresses"),
-    "report": (("jinja2", "matplotlib", "junitparser"), "HTML reports and plots"),
-    "ray": (("ray",), "work spread over machines"),
+    "report": (("jinja2", "junitparser"), "HTML and JUnit reports"),
 }
-"""Every extra of pyproject.toml: its distributions, and what they enable."""
+"""Every extra of pyproject.toml: its packages and what they enable."""
 MODULES = {"PyYAML": "yaml", "lm-eval": "lm_eval"}
 FP8, FP4 = (8, 9), (10, 0)
-"""The least CUDA compute capabilities with FP8 and FP4 matrix units."""
+"""The lowest CUDA compute capabilities with FP8 and FP4 matrix units."""
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One line: ``section``, ``name``, what was found, and whether it is as it should be."""
+    """One line: section, name, value, and whether it works."""
 
     section: str
     name: str
@@ -59,11 +59,10 @@ class Item:
 
 
 def examine() -> list[Item]:
-    """Return what is here, section by section; nothing is written but an empty temporary file,
-    which goes at once.
+    """Return the environment, section by section. Only an empty temporary file is written, and
+    deleted at once.
 
-    An item of the section ``core`` that is missing or broken means that `ckptgate` cannot be relied
-    on.
+    A missing or broken item in the section ``core`` means that `ckptgate` does not work here.
     """
     items: list[Item] = []
     for part in (_machine, _core, _extras, _cuda, _space, _plugins):
@@ -72,34 +71,41 @@ def examine() -> list[Item]:
 
 
 def core_broken(items: list[Item]) -> bool:
-    """Whether the core is missing something or does not compute."""
+    """Whether a part of the core is missing or computes wrong values."""
     return any(i.section == "core" and i.state in ("missing", "broken") for i in items)
 
 
 def _machine() -> Iterator[Item]:
     yield Item("machine", "ckptgate", f"{__version__} in {os.path.dirname(__file__)}")
     yield Item("machine", "python", f"{platform.python_version()} ({sys.executable})")
-    yield Item("machine", "platform", f"{platform.platform()}, {_processors()} processors")
+    yield Item("machine", "platform", f"{platform.platform()}, {counted(_cpus(), 'CPU')}")
     if sys.byteorder != "little":
         yield Item(
-            "core", "byte order", "big-endian: checkpoints are read as little-endian", "broken"
+            "core",
+            "byte order",
+            "big-endian; checkpoints are read on little-endian machines only",
+            "broken",
         )
 
 
-def _processors() -> int:
+def _cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _core() -> Iterator[Item]:
-    wanted = _requirements()
+    minimum = _minimum_versions()
     for name in CORE:
-        yield _package("core", name, wanted.get(name.lower().replace("_", "-"), ""), imported=True)
+        yield _package("core", name, minimum.get(_normalized(name), ""), imported=True)
     yield _tried("core", "decoding", _decodes)
     yield _tried("core", "rules", _rules)
 
 
-def _package(section: str, name: str, least: str, *, imported: bool) -> Item:
-    """Return a distribution's version; where ``imported``, import it as well."""
+def _normalized(name: str) -> str:
+    return name.lower().replace("_", "-")
+
+
+def _package(section: str, name: str, minimum: str, *, imported: bool) -> Item:
+    """Return a package's version; with ``imported``, import it as well."""
     module = MODULES.get(name, name)
     try:
         version = metadata.version(name)
@@ -110,23 +116,23 @@ def _package(section: str, name: str, least: str, *, imported: bool) -> Item:
     if imported:
         try:
             importlib.import_module(module)
-        except Exception as error:  # noqa: BLE001  (whatever an import does, it is the answer)
-            return Item(section, name, f"{version}: cannot be imported: {_told(error)}", "broken")
-    if least and version and _numbers(version) < _numbers(least):
-        return Item(section, name, f"{version}, and {least} is the least", "broken")
-    return Item(section, name, version or "no version", "ok")
+        except Exception as error:  # noqa: BLE001  (an import may raise anything)
+            return Item(section, name, f"{version}: import failed: {_message(error)}", "broken")
+    if minimum and version and _numbers(version) < _numbers(minimum):
+        return Item(section, name, f"{version}; {minimum} or later is required", "broken")
+    return Item(section, name, version or "unknown version", "ok")
 
 
-def _tried(section: str, name: str, what: Callable[[], str]) -> Item:
+def _tried(section: str, name: str, test: Callable[[], str]) -> Item:
     try:
-        return Item(section, name, what(), "ok")
-    except Exception as error:  # noqa: BLE001  (a defect here is what is asked for)
-        return Item(section, name, _told(error), "broken")
+        return Item(section, name, test(), "ok")
+    except Exception as error:  # noqa: BLE001  (any failure is the result)
+        return Item(section, name, _message(error), "broken")
 
 
 def _decodes() -> str:
-    """Decode one code of each table against the value that its standard gives it (OCP MX v1.0,
-    section 5.3).
+    """Decode one code of each table and compare with the value in the OCP MX specification v1.0,
+    section 5.3.
     """
     from verifier import decoding  # noqa: PLC0415  (numpy may be what is broken)
 
@@ -140,7 +146,7 @@ def _decodes() -> str:
             raise ArithmeticError(
                 f"{name} 0x{code:02X} decodes to {float(table[code])}, not {value}"
             )
-    return "E4M3, E8M0 and E2M1 decode as their standards say"
+    return "E4M3, E8M0 and E2M1 decode as specified"
 
 
 def _rules() -> str:
@@ -149,38 +155,34 @@ def _rules() -> str:
     return f"{len(built_in_rules())} rules"
 
 
-def _further_rules() -> str:
+def _custom_rules() -> str:
     from verifier.rules import all_rules  # noqa: PLC0415  (as above)
 
-    return ", ".join(f"{r.id} of {r.origin}" for r in all_rules().values() if r.origin)
+    return ", ".join(f"{r.id} from {r.origin}" for r in all_rules().values() if r.origin)
 
 
 def _extras() -> Iterator[Item]:
-    wanted = _requirements()
+    minimum = _minimum_versions()
     for extra, (names, enables) in EXTRAS.items():
-        found = [
-            _package("extras", n, wanted.get(n.lower().replace("_", "-"), ""), imported=False)
-            for n in names
+        items = [
+            _package("extras", name, minimum.get(_normalized(name), ""), imported=False)
+            for name in names
         ]
-        lacking = [
+        missing = [
             f"{i.name} {i.value}" if i.state == "broken" else i.name
-            for i in found
+            for i in items
             if i.state != "ok"
         ]
-        if lacking:
-            how = f"lacks {', '.join(lacking)}: pip install 'ckptgate[{extra}]' for {enables}"
-            yield Item("extras", extra, how, "missing")
+        if missing:
+            install = f"pip install 'ckptgate[{extra}]' enables {enables}"
+            yield Item("extras", extra, f"missing: {', '.join(missing)}; {install}", "missing")
         else:
-            yield Item(
-                "extras",
-                extra,
-                f"{enables}: {', '.join(f'{i.name} {i.value}' for i in found)}",
-                "ok",
-            )
+            versions = ", ".join(f"{i.name} {i.value}" for i in items)
+            yield Item("extras", extra, f"{enables}: {versions}", "ok")
 
 
-def _requirements() -> dict[str, str]:
-    """Return the least version of each requirement that ckptgate's own metadata states; empty where
+def _minimum_versions() -> dict[str, str]:
+    """Return the lowest version of each requirement in ckptgate's metadata; empty if ckptgate is
     not installed.
     """
     try:
@@ -209,37 +211,31 @@ def _cuda() -> Iterator[Item]:
         yield Item(
             "cuda",
             "torch",
-            "not installed: nothing is known of CUDA, and a check needs none",
+            "not installed, so CUDA is unknown; checks do not need it",
             "missing",
         )
         return
     try:
         torch: Any = importlib.import_module("torch")
         available = torch.cuda.is_available()
-    except Exception as error:  # noqa: BLE001  (whatever an import does, it is the answer)
-        yield Item("cuda", "torch", f"cannot be imported: {_told(error)}", "broken")
+    except Exception as error:  # noqa: BLE001  (an import may raise anything)
+        yield Item("cuda", "torch", f"import failed: {_message(error)}", "broken")
         return
     built = torch.version.cuda
     if not available:
-        why = "no device is visible" if built else "a build without CUDA"
-        yield Item(
-            "cuda",
-            "devices",
-            f"none: torch {torch.__version__}, {why}; a check needs none",
-            "missing",
-        )
+        why = "no device is visible" if built else "built without CUDA"
+        value = f"none (torch {torch.__version__}, {why}); checks do not need one"
+        yield Item("cuda", "devices", value, "missing")
         return
     for number in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(number)
         capability = (device.major, device.minor)
         native = [n for n, least in (("FP8", FP8), ("FP4", FP4)) if capability >= least]
-        value = f"{device.name}, {device.total_memory / 1e9:.0f} GB, compute {device.major}.{device.minor}, CUDA {built}"
-        yield Item(
-            "cuda",
-            f"cuda:{number}",
-            f"{value}, native {' and '.join(native) or 'neither FP8 nor FP4'}",
-            "ok",
+        value = (
+            f"{device.name}, {size(device.total_memory)}, compute {device.major}.{device.minor}, "
+            f"CUDA {built}, native {' and '.join(native) or 'neither FP8 nor FP4'}"
         )
+        yield Item("cuda", f"cuda:{number}", value, "ok")
 
 
 def _space() -> Iterator[Item]:
@@ -247,7 +243,7 @@ def _space() -> Iterator[Item]:
     try:
         with tempfile.TemporaryFile(dir=folder):
             free = shutil.disk_usage(folder).free
-        yield Item("space", "temp", f"{folder}, {free / 1e9:.1f} GB free", "ok")
+        yield Item("space", "temp", f"{folder}, {size(free)} free", "ok")
     except OSError as error:
         yield Item("space", "temp", f"{folder}: {error.strerror or error}", "broken")
     cache = os.environ.get("HF_HUB_CACHE") or os.path.join(
@@ -259,7 +255,9 @@ def _space() -> Iterator[Item]:
         else ""
     )
     yield Item(
-        "space", "hub cache", f"{cache}{'' if os.path.isdir(cache) else ' (not made yet)'}{offline}"
+        "space",
+        "hub cache",
+        f"{cache}{'' if os.path.isdir(cache) else ' (does not exist yet)'}{offline}",
     )
 
 
@@ -270,7 +268,7 @@ def _plugins() -> Iterator[Item]:
         yield Item(
             "entry points",
             "ckptgate",
-            "not installed as a package: no export, no pytest plugin",
+            "not installed as a package: no export commands, no pytest plugin",
             "missing",
         )
         return
@@ -278,12 +276,12 @@ def _plugins() -> Iterator[Item]:
         yield Item(
             "entry points",
             "ckptgate",
-            f"the installed package is {version}, this code {__version__}",
+            f"the installed package is {version}, this code is {__version__}",
             "broken",
         )
     for entry in sorted(metadata.entry_points(group="ckptgate.commands"), key=lambda e: e.name):
         owner = (
-            f"{entry.value}, of {entry.dist.name} {entry.dist.version}"
+            f"{entry.value}, from {entry.dist.name} {entry.dist.version}"
             if entry.dist
             else entry.value
         )
@@ -293,8 +291,8 @@ def _plugins() -> Iterator[Item]:
             lambda e=entry, o=owner: (e.load(), o)[1],  # type: ignore[misc]
         )
     if metadata.entry_points(group="ckptgate.rules"):
-        yield _tried("entry points", "further rules", _further_rules)
+        yield _tried("entry points", "custom rules", _custom_rules)
 
 
-def _told(error: BaseException) -> str:
+def _message(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that are whole or not there."""
+"""Files that are written completely or not at all."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ from verifier.errors import MachineError, UsageError
 
 
 def require_writable(file: str | os.PathLike[str]) -> None:
-    """Make a file's folder, and refuse a path that cannot be written before the work is done.
+    """Create a file's directory and check that the file can be written, before any work is done.
 
     Raises:
-        UsageError: it is a folder, or lies where nothing can be written.
+        UsageError: it is a directory or is not writable.
     """
     path = Path(file)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        folder = path.is_dir()
+        is_directory = path.is_dir()
     except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: its folder cannot be made") from error
-    if folder:
-        raise UsageError(f"{path}: a folder; give a file")
+        raise UsageError(f"{path}: cannot create its directory") from error
+    if is_directory:
+        raise UsageError(f"{path} is a directory; give a file")
     if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise UsageError(f"{path}: cannot be written")
+        raise UsageError(f"{path} is not writable")
 
 
 def write_atomic(file: str | os.PathLike[str], text: str | bytes) -> None:
-    """Write bytes, or text as UTF-8, under a temporary name beside a file, sync, and rename; a
-    symlink's target is replaced.
+    """Write bytes, or text as UTF-8, to a temporary file in the same directory, sync, and rename.
 
-    What is no regular file (a pipe, /dev/null) is written to as it is.
+    The target of a symlink is replaced. A path that is not a regular file (a pipe, /dev/null) is
+    written to directly.
 
     Raises:
-        MachineError: it could not be written; what was there before is untouched.
+        MachineError: it could not be written; the previous file is unchanged.
     """
     path = Path(os.path.realpath(file))
     data = text.encode("utf-8", "backslashreplace") if isinstance(text, str) else text

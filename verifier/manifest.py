@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one schema for goldens and exports: what a folder is, made how and from what, with the digest
-of every file.
+"""The schema of manifests, for goldens and exports: what a directory contains, how and from what it
+was made, and the digest of every file.
 """
 
 from __future__ import annotations
@@ -24,9 +24,7 @@ class File(BaseModel):
 
 
 class Source(BaseModel):
-    """A checkpoint that this one was made from; ``config_sha256`` and ``tensors`` tell which it
-    was.
-    """
+    """A checkpoint that this one was made from; ``header_sha256`` and ``tensors`` identify it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     role: Literal["source", "onto", "experts", "text", "base"]
@@ -36,7 +34,7 @@ class Source(BaseModel):
 
 
 class Score(BaseModel):
-    """What a base scored: protocol key, sums in nats, tokens, per document."""
+    """A score of the base: protocol key, and per document the sum in nats and the tokens."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     corpus: str
@@ -47,7 +45,7 @@ class Score(BaseModel):
 
 
 class Manifest(BaseModel):
-    """What a folder is."""
+    """The contents and origin of a directory."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     schema_version: Literal["1.0"] = "1.0"
@@ -67,5 +65,5 @@ class Manifest(BaseModel):
 def digest(path: Path) -> File:
     """Return size and SHA-256 of a file."""
     with path.open("rb") as handle:
-        found = hashlib.file_digest(handle, "sha256").hexdigest()
-    return File(bytes=path.stat().st_size, sha256=found)
+        sha256 = hashlib.file_digest(handle, "sha256").hexdigest()
+    return File(bytes=path.stat().st_size, sha256=sha256)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much memory is left."""
+"""Free memory of a device."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 
 
 def free_memory(device: str = "cpu") -> int:
-    """Return the bytes that a process may still take on a device; on the CPU, within its control
-    group.
+    """Return the bytes that this process can still allocate on a device; on the CPU, within its
+    control group.
     """
     if device.startswith("cuda"):
         import torch  # noqa: PLC0415
@@ -20,17 +20,17 @@ def free_memory(device: str = "cpu") -> int:
             return 0
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        found = next(
-            int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")
-        )
+        kilobytes = next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))
+        available = int(kilobytes) * 1024
     except (OSError, StopIteration, ValueError):
-        found = int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    return max(0, min(found, _left_in_group(found)))
+        available = int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return max(0, min(available, _free_in_group(available)))
 
 
-def _left_in_group(without: int) -> int:
-    """Return what the control group (version 2) leaves, file cache that can be dropped counted as
-    free.
+def _free_in_group(default: int) -> int:
+    """Return the free bytes of the control group (version 2), or ``default`` without a limit.
+
+    File cache that can be dropped counts as free.
     """
     root = Path("/sys/fs/cgroup")
     try:
@@ -38,4 +38,4 @@ def _left_in_group(without: int) -> int:
         stat = dict(line.split() for line in (root / "memory.stat").read_text().splitlines())
         return limit - used + int(stat["inactive_file"])
     except (OSError, ValueError, KeyError):  # "max", or no such file
-        return without
+        return default

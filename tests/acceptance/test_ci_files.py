@@ -21,7 +21,7 @@ import yaml
 
 from tests.paths import ROOT
 from verifier.cli import run
-from verifier.cli.pre_commit import WORST, folders
+from verifier.cli.pre_commit import WORST, checkpoints
 from verifier.errors import EXIT_CODES
 from verifier.selftest.edit import Folder
 
@@ -268,18 +268,15 @@ def test_the_hook_judges_nothing_where_there_is_nothing(project: Path) -> None:
     (project / "app/config.json").write_text("{}")
     done = hook(project, files=["app/config.json"])
     assert (done.returncode, done.stdout) == (0, "")
-    assert folders(["app/config.json"]) == []
+    assert checkpoints(["app/config.json"]) == []
 
 
-def test_a_pointer_of_git_lfs_is_unproven(project: Path) -> None:
+def test_a_pointer_of_git_lfs_is_inconclusive(project: Path) -> None:
     text = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 685952\n"
     (project / "models/m3-nvfp4/model.safetensors").write_text(text)
     done = hook(project, files=["models/m3-nvfp4/model.safetensors"])
     assert done.returncode == 3
-    assert (
-        "a Git LFS pointer, so nothing can be judged; `git lfs pull` fetches the tensors"
-        in done.stdout
-    )
+    assert "is a Git LFS pointer; `git lfs pull` downloads the tensors" in done.stdout
 
 
 # the action

@@ -48,14 +48,14 @@ def python(*args: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_is_cheap(command: str) -> None:
+def test_help_imports_no_torch(command: str) -> None:
     assert command in BUILT_IN
     done = python("-X", "importtime", "-m", "verifier", command, "--help")
     assert done.returncode == 0
     assert done.stdout.startswith(f"Usage: ckptgate {command}")
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "verifier.cli.main" in imported
-    assert not {"torch", "transformers", "numpy"} & imported
+    assert not {"torch", "transformers"} & imported
 
 
 @pytest.mark.parametrize(

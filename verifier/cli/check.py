@@ -3,12 +3,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import click
 
 from verifier.cli.evaluating import eval_options, evaluate_of
-from verifier.cli.main import explain_failure, shows_defects
+from verifier.cli.main import explain_failure, wants_traceback
+from verifier.cli.options import (
+    BASE,
+    DEPTHS,
+    MERGED_FROM,
+    PLUGIN,
+    SETTINGS,
+    depth,
+)
 from verifier.cli.outputs import (
     STDOUT,
     Paired,
@@ -19,140 +28,125 @@ from verifier.cli.outputs import (
     write_stdout,
 )
 from verifier.cli.recording import record, recordable, recording_options
-from verifier.cli.settings import judging, judging_options, settings
+from verifier.cli.settings import check_arguments, effective_settings
 from verifier.errors import ContentError, MachineError, UsageError
 from verifier.findings import Finding, Report
 
+DIRECT = (
+    "base",
+    "merged_from",
+    "plugins",
+    "depth",
+    "tp",
+    "ep",
+    "workers",
+    "subset",
+    "sample",
+    "seed",
+)
+"""Options that `verifier.check` takes as they are; others may come from a configuration file."""
+
 
 @click.command(cls=Paired)
-@click.argument("uri", metavar="URI")
-@click.option("--base", metavar="REF", help="The unquantized checkpoint to judge against.")
-@click.option(
-    "--merged-from", metavar="VENDOR", help="The checkpoint whose bytes a mixed export keeps."
+@click.argument("path")
+@BASE
+@MERGED_FROM
+@PLUGIN
+@depth(
+    *DEPTHS,
+    explanation="header: names, shapes, dtypes, configs. payload: also every scale and "
+    "pass-through tensor, and with --base every quantized weight. load: also load the model with "
+    "transformers. eval: also score text with candidate and base, as `ckptgate gate` does.",
 )
 @click.option(
-    "--plugin", "plugins", metavar="FILE.py", multiple=True, help="A Python file of further rules."
+    "--tp", metavar="N", type=click.IntRange(1, 65536), help="Tensor-parallel size you serve with."
 )
 @click.option(
-    "--depth",
-    type=click.Choice(["header", "payload", "load", "eval"]),
-    default="header",
-    show_default=True,
-    help="header: names, shapes, configs. payload: every scale and unquantized tensor too; with --base every weight. "
-    "load: the model through transformers as well. eval: text through base and candidate too, as `ckptgate gate`.",
-)
-@click.option(
-    "--tp",
-    metavar="N",
-    type=click.IntRange(1, 65536),
-    help="The tensor parallel size to serve with.",
-)
-@click.option(
-    "--ep",
-    metavar="N",
-    type=click.IntRange(1, 65536),
-    help="The expert parallel size to serve with.",
+    "--ep", metavar="N", type=click.IntRange(1, 65536), help="Expert-parallel size you serve with."
 )
 @click.option(
     "--workers",
     metavar="N",
     type=int,
-    help="Processes that read bytes.  [default: the processors, at most 4]",
+    help="Processes that read shards.  [default: number of CPUs, max 4]",
 )
 @click.option(
     "--subset",
     metavar="K/N",
-    help="Read the K-th of N shares of the shards; `merge-reports` puts them together.",
+    help="Read part K of N of the shards; merge-reports combines the N reports.",
 )
 @click.option(
-    "--sample", metavar="P%", help="Read this part of the modules only, at least one of each look."
+    "--sample", metavar="P%", help="Check a random P% of modules, at least one of each kind."
 )
-@click.option(
-    "--seed", type=int, default=0, show_default=True, help="Which modules --sample takes."
-)
+@click.option("--seed", type=int, default=0, show_default=True, help="Random seed of --sample.")
 @eval_options
-@judging_options
+@SETTINGS
 @output_options
 @recording_options
 @click.pass_context
 def check(
     ctx: click.Context,
     /,
-    uri: str,
-    base: str | None,
-    merged_from: str | None,
-    plugins: tuple[str, ...],
-    depth: str,
-    tp: int | None,
-    ep: int | None,
-    workers: int | None,
-    subset: str | None,
-    sample: str | None,
-    seed: int,
+    path: str,
     files: tuple[str, ...],
     history: str | None,
     label: str,
     golden: str | None,
-    **given: Any,
+    **options: Any,
 ) -> None:
-    """Judge the checkpoint in the folder URI (a path or an fsspec URL).
+    """Check the checkpoint at PATH, a directory or an fsspec URL.
 
-    Exit 0 passed, 1 failed, 2 usage, 3 inconclusive (nothing quantized, a required rule examined
-    nothing), 4 error (nothing is known about the checkpoint).
+    Exit codes: 0 passed, 1 failed, 2 usage error, 3 inconclusive (nothing quantized, or a required
+    rule checked nothing), 4 I/O or internal error.
     """
-    # numpy and the rules cost 150 ms, and --help needs neither.
-    from verifier.report import render_json  # noqa: PLC0415
-    from verifier.run import check as judge  # noqa: PLC0415
+    from verifier.report import render_json  # noqa: PLC0415  (numpy; --help needs it not)
 
-    evaluate = evaluate_of(depth, base, given)
-    found, file = settings(given)
-    wanted = outputs(found["formats"].value, files)
-    require(wanted)
+    evaluate = evaluate_of(options["depth"], options["base"], options)
+    settings, file = effective_settings(options)
+    targets = outputs(settings["formats"].value, files)
+    require(targets)
     recordable(history, golden, label)
-    failure: Exception | None = None
-    try:
-        report = judge(
-            uri,
-            base=base,
-            merged_from=merged_from,
-            depth=depth,  # type: ignore[arg-type]
-            tp=tp,
-            ep=ep,
-            plugins=plugins,
-            workers=workers,
-            subset=subset,
-            sample=sample,
-            seed=seed,
-            evaluate=evaluate,
-            **judging(found),
-        )
-    except UsageError:
-        raise
-    except (
-        ContentError
-    ) as error:  # BASE or VENDOR is no checkpoint; what is wrong with URI is a finding of the check
-        report = Report(
-            "failed", uri, base, (Finding("QC104", "error", str(error)),), (), {"error": str(error)}
-        )
-        failure = error
-    except Exception as error:
-        if shows_defects(error):
-            raise
-        report = Report("error", uri, base, (), (), {"error": explain_failure(error)})
-        failure = error
+    arguments = {name: options[name] for name in DIRECT} | check_arguments(settings)
+    report, failure = _report(path, arguments | {"evaluate": evaluate})
     if file is not None:
         report.stats.setdefault("options", {})["config"] = str(file)
     try:
-        write_files(report, wanted)
+        write_files(report, targets)
     except MachineError as error:
-        report, failure = Report("error", uri, base, (), (), {"error": str(error)}), error
-    # A person reads the message on stderr; what parses stdout gets one document whatever went
-    # wrong.
-    if failure is not None and not any(o.file == STDOUT and o.format != "text" for o in wanted):
+        report, failure = _without_findings(path, options["base"], str(error)), error
+    if failure is not None and not any(t.file == STDOUT and t.format != "text" for t in targets):
+        # The message goes to stderr; a program that parses stdout gets a report in any case.
         record(render_json(report), report.exit_code, history=history, label=label, golden=None)
         raise failure
-    write_stdout(report, wanted)
+    write_stdout(report, targets)
     code = report.exit_code
     if history is not None or golden is not None:
         code = record(render_json(report), code, history=history, label=label, golden=golden)
     ctx.exit(code)
+
+
+def _report(path: str, arguments: Mapping[str, Any]) -> tuple[Report, Exception | None]:
+    """Return the report, and the error if no check could be made of it.
+
+    Raises:
+        UsageError: the call is wrong.
+        Exception: an internal error, if the user asks for its traceback.
+    """
+    from verifier.run import check as check_checkpoint  # noqa: PLC0415  (numpy; --help needs it not)
+
+    base = arguments["base"]
+    try:
+        return check_checkpoint(path, **arguments), None
+    except UsageError:
+        raise
+    except ContentError as error:  # of the base; a problem of the checkpoint itself is a finding
+        finding = Finding("QC104", "error", str(error))
+        return Report("failed", path, base, (finding,), (), {"error": str(error)}), error
+    except Exception as error:
+        if wants_traceback(error):
+            raise
+        return _without_findings(path, base, explain_failure(error)), error
+
+
+def _without_findings(path: str, base: str | None, error: str) -> Report:
+    return Report("error", path, base, (), (), {"error": error})

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the commands that look at checkpoints share: a bar of bytes, and errors where stdout must be
-JSON.
-"""
+"""A progress bar, and errors as JSON, for the commands that read checkpoints."""
 
 from __future__ import annotations
 
@@ -17,10 +15,9 @@ from verifier.errors import CkptgateError, UsageError
 
 @contextmanager
 def errors_as(format_: str) -> Iterator[None]:
-    """Where the format is json, print an error as ``{"error": …}`` on stdout and end with its exit
-    code.
+    """With the format ``json``, print an error as ``{"error": …}`` on stdout; exit with its code.
 
-    A wrong call stays a message on stderr.
+    A usage error stays a message on stderr.
     """
     try:
         yield
@@ -37,16 +34,19 @@ def errors_as(format_: str) -> Iterator[None]:
 def progress_bar(
     label: str, *, in_bytes: bool = False
 ) -> Iterator[Callable[[int, int], None] | None]:
-    """Yield a callback (done, in all) that draws a bar on a terminal, and None elsewhere."""
+    """Yield a callback (done, total) that draws a bar on a terminal; None elsewhere."""
     if not sys.stderr.isatty():
         yield None
         return
-    from rich.console import Console  # noqa: PLC0415  (of use on a terminal only)
-    from rich.progress import BarColumn, DownloadColumn, Progress, TaskProgressColumn, TextColumn  # noqa: PLC0415
-    from rich.progress import TimeRemainingColumn as Remaining  # noqa: PLC0415
+    from rich import progress as bars  # noqa: PLC0415  (needed on a terminal only)
+    from rich.console import Console  # noqa: PLC0415
 
-    amount = DownloadColumn() if in_bytes else TaskProgressColumn()
-    columns = (TextColumn("{task.description}"), BarColumn(), amount, Remaining())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    columns = (
+        bars.TextColumn("{task.description}"),
+        bars.BarColumn(),
+        bars.DownloadColumn() if in_bytes else bars.TaskProgressColumn(),
+        bars.TimeRemainingColumn(),
+    )
+    with bars.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(label, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -8,39 +8,40 @@ from typing import Any
 
 import click
 
+from verifier.cli.options import SETTINGS
 from verifier.cli.outputs import output_options
-from verifier.cli.settings import judging_options, settings
+from verifier.cli.settings import effective_settings
+from verifier.rules import all_rules
+from verifier.run.select import Selection
+from verifier.run.severity import Severities
+from verifier.text import printable
 
 
 @click.group()
 def config() -> None:
-    """Show how checks are configured here."""
+    """Show the effective configuration."""
 
 
 @config.command()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@judging_options
+@SETTINGS
 @output_options
-def show(as_json: bool, files: tuple[str, ...], **given: Any) -> None:
-    """Print the value of every key and where it comes from; takes the options of check."""
-    from verifier.rules import all_rules  # noqa: PLC0415  (numpy, see check)
-    from verifier.run.select import Selection  # noqa: PLC0415
-    from verifier.run.severity import Severities  # noqa: PLC0415
-
-    found, file = settings(given)
-    Selection(all_rules(), *(found[k].value for k in ("select", "ignore", "require")))
-    Severities(all_rules(), found["profile"].value, found["severity"].value)
+def show(as_json: bool, files: tuple[str, ...], **options: Any) -> None:
+    """Print every setting with its origin; takes the options of check."""
+    settings, file = effective_settings(options)
+    _validate({name: setting.value for name, setting in settings.items()})
     if as_json:
-        value = {k: {"value": s.value, "origin": s.origin} for k, s in found.items()}
+        value = {k: {"value": s.value, "origin": s.origin} for k, s in settings.items()}
         click.echo(json.dumps({"file": str(file) if file else None, "settings": value}, indent=2))
         return
-    from verifier.text import printable  # noqa: PLC0415
-
-    for key, setting in found.items():
-        shown = (
-            json.dumps(setting.value, ensure_ascii=False)
-            if setting.value not in ([], {}, None)
-            else "-"
-        )
-        click.echo(f"{key:10}{printable(shown):30}  {printable(setting.origin, 2000)}")
+    for key, setting in settings.items():
+        unset = setting.value in ([], {}, None)
+        value_text = "-" if unset else json.dumps(setting.value, ensure_ascii=False)
+        click.echo(f"{key:10}{printable(value_text):30}  {printable(setting.origin, 2000)}")
     click.echo(f"configuration: {printable(str(file), 2000) if file else 'no file'}")
+
+
+def _validate(values: dict[str, Any]) -> None:
+    """Raise `UsageError` if a rule, prefix, profile or severity is not known."""
+    Selection(all_rules(), values["select"], values["ignore"], values["require"])
+    Severities(all_rules(), values["profile"], values["severity"])

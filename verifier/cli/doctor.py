@@ -8,42 +8,34 @@ from dataclasses import asdict
 
 import click
 
+from verifier.cli.options import FORMAT
+from verifier.doctor import core_broken, examine
+from verifier.text import printable
+
 MARKS = {"ok": "+", "missing": "-", "broken": "!", "info": " "}
 
 
 @click.command()
-@click.option(
-    "--format", "format_", type=click.Choice(["text", "json"]), default="text", show_default=True
-)
+@FORMAT
 @click.pass_context
 def doctor(ctx: click.Context, format_: str) -> None:
-    """Tell what is installed here, what it enables, and whether the core works.
+    """Show the environment: versions, extras, what each enables, and whether the core works.
 
-    Exit 0 whatever is missing, 4 where the core itself is broken.
+    Exit codes: 0 whatever is missing, 4 if the core does not work.
     """
-    # The part that must run where numpy does not.
-    from verifier.doctor import core_broken, examine  # noqa: PLC0415
-    from verifier.text import printable  # noqa: PLC0415
-
     items = examine()
     broken = core_broken(items)
     if format_ == "json":
-        click.echo(
-            json.dumps(
-                {"core": "broken" if broken else "ok", "items": [asdict(i) for i in items]},
-                indent=2,
-            )
-        )
-    else:
-        section = ""
-        for i in items:
-            if i.section != section:
-                section = i.section
-                click.echo(section)
-            click.echo(f"  {MARKS[i.state]} {printable(i.name, 60):16}  {printable(i.value)}")
-        click.echo(
-            "the core is broken"
-            if broken
-            else "the core works   (+ there, - not installed, ! broken)"
-        )
+        value = {"core": "broken" if broken else "ok", "items": [asdict(i) for i in items]}
+        click.echo(json.dumps(value, indent=2))
+        ctx.exit(4 if broken else 0)
+    section = ""
+    for item in items:
+        if item.section != section:
+            section = item.section
+            click.echo(section)
+        mark = MARKS[item.state]
+        click.echo(f"  {mark} {printable(item.name, 60):16}  {printable(item.value)}")
+    works = "the core does not work" if broken else "the core works"
+    click.echo(f"{works}   (+ installed, - not installed, ! broken)")
     ctx.exit(4 if broken else 0)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The click root: lazy commands, and the one place where errors become a message and an exit
-code.
+"""The root command: lazily imported commands, and the one place that turns errors into a message
+and an exit code.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import click
 
 from verifier import __version__
 from verifier.errors import CkptgateError
+from verifier.text import printable
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -27,39 +28,47 @@ if TYPE_CHECKING:
 BUILT_IN = {
     "baseline": (
         "verifier.cli.baseline",
-        "Accept findings with a reason; a check then fails on new ones.",
+        "Accept known findings, so that a check fails on new ones only.",
     ),
-    "check": ("verifier.cli.check", "Judge a checkpoint."),
-    "compare": ("verifier.cli.gate", "Judge a candidate's run against its base's."),
-    "config": ("verifier.cli.config", "Show how checks are configured here."),
-    "diff": ("verifier.cli.diff", "Tell in what two checkpoints differ."),
-    "doctor": ("verifier.cli.doctor", "Tell what is installed here and what it enables."),
-    "explain": ("verifier.cli.rules", "Print what a rule means, whom it hurts and how to mend it."),
-    "gate": ("verifier.cli.gate", "Measure a candidate's loss against its base."),
-    "goldens": (
-        "verifier.cli.goldens",
-        "Review what runs are held against, and accept it with a reason.",
+    "check": ("verifier.cli.check", "Check a checkpoint."),
+    "compare": ("verifier.cli.gate", "Compare a candidate's run with its base's run."),
+    "config": ("verifier.cli.config", "Show the effective configuration."),
+    "diff": (
+        "verifier.cli.diff",
+        "Compare two checkpoints: names, dtypes, shapes, configs.",
     ),
-    "history": ("verifier.cli.history", "Remember runs; trends, change points, exports."),
+    "doctor": (
+        "verifier.cli.doctor",
+        "Show the environment: versions, extras, what each enables.",
+    ),
+    "explain": ("verifier.cli.rules", "Explain a rule: cause, impact, fix."),
+    "gate": ("verifier.cli.gate", "Test a candidate's loss over its base against a margin."),
+    "goldens": ("verifier.cli.goldens", "Review and accept golden records."),
+    "history": ("verifier.cli.history", "Record runs; show trends and change points."),
     "merge-reports": (
         "verifier.cli.merge_reports",
-        "Make one report of the reports on all subsets of a checkpoint.",
+        "Merge the JSON reports of a check that ran in subsets.",
     ),
-    "report": ("verifier.cli.report", "Draw runs and their history as one HTML page."),
+    "report": ("verifier.cli.report", "Render runs and history as one HTML page."),
     "rules": ("verifier.cli.rules", "List the rules."),
     "score": ("verifier.cli.gate", "Score a checkpoint once, to compare later."),
-    "selftest": ("verifier.cli.selftest", "Prove the rules where they are installed."),
+    "selftest": (
+        "verifier.cli.selftest",
+        "Verify every rule: inject known defects and expect findings.",
+    ),
     "show": (
         "verifier.cli.show",
-        "Show one block of a tensor: bytes, scale, values, what belongs there.",
+        "Inspect one block: raw bytes, scale, decoded values, expected values.",
     ),
-    "stats": ("verifier.cli.stats", "Count formats, bits per parameter and scales."),
+    "stats": ("verifier.cli.stats", "Count formats, bits per parameter and scale values."),
 }
+"""Command -> (module, help). ``--help`` imports none of these modules."""
+HIDDEN = {"pre-commit": "verifier.cli.pre_commit"}
 
 
 class LazyGroup(click.Group):
-    """A group that imports a command only when it runs; the help texts of the built-in ones stand
-    in the table.
+    """A group that imports a command when it runs; the help of built-in commands is in the
+    table.
     """
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -68,9 +77,10 @@ class LazyGroup(click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Import and return a command."""
-        if cmd_name in BUILT_IN:
+        module = HIDDEN.get(cmd_name) or BUILT_IN.get(cmd_name, ("", ""))[0]
+        if module:
             command: click.Command = getattr(
-                importlib.import_module(BUILT_IN[cmd_name][0]), cmd_name.replace("-", "_")
+                importlib.import_module(module), cmd_name.replace("-", "_")
             )
             return command
         for entry in entry_points(group="ckptgate.commands", name=cmd_name):
@@ -97,10 +107,10 @@ class LazyGroup(click.Group):
 )
 @click.version_option(__version__, prog_name="ckptgate")
 def cli() -> None:
-    """Judge quantized LLM checkpoints before they ship: the gate between an exporter and a serving
-    engine.
+    """Validate quantized LLM checkpoints before you ship them.
 
-    Exit codes: 0 passed, 1 failed, 2 usage, 3 inconclusive, 4 error; docs/exit-codes.md.
+    Exit codes: 0 passed, 1 failed, 2 usage error, 3 inconclusive, 4 I/O or internal error; see
+    docs/exit-codes.md.
     """
 
 
@@ -115,37 +125,39 @@ def run(argv: Sequence[str]) -> int:
         error.show()
         return 2
     except (click.Abort, KeyboardInterrupt):
-        return _say("interrupted; nothing was left under a final name", 130)
+        return _fail("interrupted", 130)
     except CkptgateError as error:
-        return _say(str(error), error.exit_code)
+        return _fail(str(error), error.exit_code)
     except Exception as error:
-        if shows_defects(error):
+        if wants_traceback(error):
             raise
-        return _say(explain_failure(error), 4)
+        return _fail(explain_failure(error), 4)
 
 
-def shows_defects(error: Exception) -> bool:
-    """Whether an error is a defect of ckptgate and $CKPTGATE_DEBUG asks to see where it is."""
+def wants_traceback(error: Exception) -> bool:
+    """Whether an error is an internal one and $CKPTGATE_DEBUG asks for its traceback."""
     return not isinstance(error, CkptgateError | OSError | MemoryError) and bool(
         os.environ.get("CKPTGATE_DEBUG")
     )
 
 
 def explain_failure(error: Exception) -> str:
-    """Return what the machine or the tool is at fault with, in one line."""
+    """Return an I/O error or an internal error in one line."""
     if isinstance(error, CkptgateError):
         return str(error)
     if isinstance(error, OSError):
-        what = "the disk is full" if error.errno == errno.ENOSPC else (error.strerror or str(error))
-        return f"{what}{f': {error.filename}' if error.filename else ''}"
+        if error.errno == errno.ENOSPC:
+            message = "no space left on the disk"
+        else:
+            message = error.strerror or str(error)
+        return f"{message}: {error.filename}" if error.filename else message
     if isinstance(error, MemoryError):
         return "out of memory"
-    return f"a defect of ckptgate: {type(error).__name__}: {error} (CKPTGATE_DEBUG=1 shows where; please report it)"
+    hint = "please report it with the traceback that CKPTGATE_DEBUG=1 shows"
+    return f"internal error: {type(error).__name__}: {error} ({hint})"
 
 
-def _say(message: str, code: int) -> int:
-    from verifier.text import printable  # noqa: PLC0415  (only where there is something to say)
-
+def _fail(message: str, code: int) -> int:
     click.echo(f"ckptgate: {printable(message, 2000)}", err=True)
     return code
 
@@ -155,13 +167,13 @@ def _terminated(_number: int, _frame: FrameType | None) -> NoReturn:
 
 
 class _Output(io.FileIO):
-    """A standard stream that swallows what is written after its reader went away.
+    """A standard stream that ignores a closed pipe.
 
-    click ends a command with 1 where a pipe is closed, which is the code of a failed check.
+    click exits with code 1 if a pipe is closed, the code of a failed check.
     """
 
     def write(self, data: ReadableBuffer, /) -> int:
-        """Write, or drop what nobody reads."""
+        """Write, or drop the bytes if the reader is gone."""
         try:
             return super().write(data)
         except BrokenPipeError:
@@ -169,7 +181,7 @@ class _Output(io.FileIO):
 
 
 def _unbreakable(stream: TextIO) -> TextIO:
-    """Return a standard stream as `_Output`; one that is closed, or no file, stays as it is."""
+    """Return a standard stream as `_Output`; one that is closed or not a file stays as it is."""
     if not isinstance(stream, io.TextIOWrapper):
         return stream
     raw = _Output(stream.fileno(), "w", closefd=False)
@@ -179,7 +191,7 @@ def _unbreakable(stream: TextIO) -> TextIO:
 
 
 def main() -> NoReturn:
-    """Run the process's own command line and exit."""
+    """Run the command line of this process and exit."""
     signal.signal(signal.SIGTERM, _terminated)
     sys.stdout, sys.stderr = _unbreakable(sys.stdout), _unbreakable(sys.stderr)
     sys.exit(run(sys.argv[1:]))

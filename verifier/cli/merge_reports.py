@@ -7,40 +7,39 @@ from pathlib import Path
 
 import click
 
+from verifier.checkpoint import strict_json
+from verifier.cli.options import FORMAT
 from verifier.errors import ContentError, UsageError
+from verifier.findings import Report
+from verifier.report import render_json, render_text
+from verifier.run import merge_reports as merge
+from verifier.run import report_of
 
 MAX_REPORT = 1_000_000_000
 
 
 @click.command("merge-reports")
 @click.argument("reports", metavar="REPORT…", nargs=-1, required=True)
-@click.option(
-    "--format", "format_", type=click.Choice(["text", "json"]), default="text", show_default=True
-)
+@FORMAT
 @click.pass_context
 def merge_reports(ctx: click.Context, reports: tuple[str, ...], format_: str) -> None:
-    """Make one report of the JSON reports that `check --subset K/N --format json` wrote, one for
-    each K.
+    """Merge the JSON reports of a check that ran in subsets.
 
-    The result and the exit code are those of one check of all shards.
+    Each REPORT is the output of `check --subset K/N --format json`, one for each K. Result and exit
+    code are those of one check of all shards.
     """
-    # The rules cost 150 ms, and --help does not need them.
-    from verifier.checkpoint import strict_json  # noqa: PLC0415
-    from verifier.report import render_json, render_text  # noqa: PLC0415
-    from verifier.run import merge_reports as merge  # noqa: PLC0415
-    from verifier.run import report_of  # noqa: PLC0415
-
-    parts = []
-    for name in reports:
-        path = Path(name)
-        if not path.is_file():
-            raise UsageError(f"{name}: no such file")
-        if path.stat().st_size > MAX_REPORT:
-            raise ContentError(f"{name}: more than {MAX_REPORT:,} bytes, which no report has")
-        try:
-            parts.append(report_of(strict_json(path.read_bytes())))
-        except (ValueError, ContentError) as error:
-            raise ContentError(f"{name}: {error}") from None
-    report = merge(parts)
+    report = merge([_read(name) for name in reports])
     click.echo(render_json(report) if format_ == "json" else render_text(report), nl=False)
     ctx.exit(report.exit_code)
+
+
+def _read(name: str) -> Report:
+    path = Path(name)
+    if not path.is_file():
+        raise UsageError(f"{name}: no such file")
+    if path.stat().st_size > MAX_REPORT:
+        raise ContentError(f"{name}: larger than {MAX_REPORT:,} bytes, not a report")
+    try:
+        return report_of(strict_json(path.read_bytes()))
+    except (ValueError, ContentError) as error:
+        raise ContentError(f"{name}: {error}") from None

@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import click
 
+from verifier.cli.options import FORMAT, PLUGIN
 from verifier.errors import UsageError
+from verifier.rules import Rule, all_rules
 
-PLUGIN = click.option(
-    "--plugin", "plugins", metavar="FILE.py", multiple=True, help="A Python file of further rules."
-)
 FIELDS = (
     "id",
     "title",
@@ -28,59 +28,44 @@ FIELDS = (
 
 
 @click.command()
-@click.option(
-    "--format", "format_", type=click.Choice(["text", "json"]), default="text", show_default=True
-)
-@click.option(
-    "--json",
-    "format_",
-    flag_value="json",
-    help="The same as --format json: every field of every rule.",
-)
+@FORMAT
+@click.option("--json", "format_", flag_value="json", help="Same as --format json.")
 @PLUGIN
 def rules(format_: str, plugins: tuple[str, ...]) -> None:
-    """List every rule: id, severity, depth, title; those of plugins too."""
-    from verifier.rules import all_rules  # noqa: PLC0415  (numpy, see check)
-
+    """List every rule with its severity, depth and title, including those of plugins."""
     table = all_rules(plugins).values()
     if format_ == "json":
-        rows = [
-            {k: getattr(r, k) for k in FIELDS}
-            | {
-                "engines": {
-                    e: {"severity": level, "what": what} for e, (level, what) in r.engines.items()
-                }
-            }
-            for r in table
-        ]
-        click.echo(json.dumps(rows, indent=2))
+        click.echo(json.dumps([_as_json(rule) for rule in table], indent=2))
         return
-    for r in table:
-        needs = (
-            f"  (needs {' or '.join('--' + n.replace('_', '-') for n in r.needs[0].split('|'))})"
-            if r.needs
-            else ""
-        )
-        click.echo(f"{r.id}  {r.severity:7}  {r.depth:7}  {r.title}{needs}")
+    for rule in table:
+        needs = f"  (needs {_inputs(rule.needs[0])})" if rule.needs else ""
+        click.echo(f"{rule.id}  {rule.severity:7}  {rule.depth:7}  {rule.title}{needs}")
+
+
+def _as_json(rule: Rule) -> dict[str, Any]:
+    engines = {e: {"severity": level, "what": what} for e, (level, what) in rule.engines.items()}
+    return {name: getattr(rule, name) for name in FIELDS} | {"engines": engines}
+
+
+def _inputs(need: str) -> str:
+    """Return ``--base or --merged-from`` for ``base|merged_from``."""
+    return " or ".join(f"--{name.replace('_', '-')}" for name in need.split("|"))
 
 
 @click.command()
 @click.argument("rule_id", metavar="RULE")
 @PLUGIN
 def explain(rule_id: str, plugins: tuple[str, ...]) -> None:
-    """Print what RULE means, why it matters, which engines it hurts and how to mend it."""
-    from verifier.rules import all_rules  # noqa: PLC0415  (numpy, see check)
-
-    found = all_rules(plugins).get(rule_id.upper())
-    if found is None:
-        raise UsageError(f"no rule {rule_id!r}; `ckptgate rules` lists them")
-    click.echo(
-        f"{found.id}  {found.title}  [{found.severity}, depth {found.depth}, counts {found.unit}]\n"
-    )
-    if found.origin:
-        click.echo(f"A rule of {found.origin}\n")
-    click.echo(found.doc)
-    click.echo(f"\nEngines: {', '.join(found.consumers)}")
-    for engine, (severity, what) in found.engines.items():
-        click.echo(f"  {engine:12}  {severity:7}  {what}")
-    click.echo(f"Seen in: {', '.join(found.sources)}")
+    """Explain RULE: what it does, why the defect happens, its impact on engines, and the fix."""
+    rule = all_rules(plugins).get(rule_id.upper())
+    if rule is None:
+        raise UsageError(f"unknown rule {rule_id!r}; `ckptgate rules` lists all rules")
+    facts = f"{rule.severity}, depth {rule.depth}, counts {rule.unit}"
+    click.echo(f"{rule.id}  {rule.title}  [{facts}]\n")
+    if rule.origin:
+        click.echo(f"Defined by {rule.origin}\n")
+    click.echo(rule.doc)
+    click.echo(f"\nEngines: {', '.join(rule.consumers)}")
+    for engine, (severity, effect) in rule.engines.items():
+        click.echo(f"  {engine:12}  {severity:7}  {effect}")
+    click.echo(f"Seen in: {', '.join(rule.sources)}")

@@ -6,25 +6,26 @@ from __future__ import annotations
 import click
 
 from verifier.cli.common import errors_as
+from verifier.cli.options import FORMAT
 from verifier.errors import UsageError
+from verifier.inspect.render import show_json, show_text
+from verifier.inspect.show import show as inspect_block
 
-PLACE = click.IntRange(0, 2**62)
+INDEX = click.IntRange(0, 2**62)
 
 
 @click.command()
-@click.argument("uri", metavar="URI")
-@click.argument("tensor", metavar="TENSOR")
-@click.option("--row", type=PLACE, help="The row, of the weight or of the scale that TENSOR names.")
-@click.option("--block", type=PLACE, help="The block in the row.")
-@click.option("--byte", type=PLACE, help="The offset in the tensor's file, instead of both.")
+@click.argument("path")
+@click.argument("tensor")
+@click.option("--row", type=INDEX, help="Row of the weight, or of the scale that TENSOR names.")
+@click.option("--block", type=INDEX, help="Block in the row.")
+@click.option("--byte", type=INDEX, help="Offset in the tensor's file, instead of row and block.")
 @click.option(
-    "--base", metavar="REF", help="Show what this checkpoint has there, and the nearest codes."
+    "--base", metavar="PATH", help="Also show this checkpoint's values and the nearest codes."
 )
-@click.option(
-    "--format", "format_", type=click.Choice(["text", "json"]), default="text", show_default=True
-)
+@FORMAT
 def show(
-    uri: str,
+    path: str,
     tensor: str,
     row: int | None,
     block: int | None,
@@ -32,16 +33,13 @@ def show(
     base: str | None,
     format_: str,
 ) -> None:
-    """Show one block of TENSOR in URI: its bytes, codes, scale and values, and what belongs there.
+    """Inspect one block of TENSOR in PATH: raw bytes, scale, decoded values, expected values.
 
-    TENSOR is a tensor, a module, or a place as a report prints it, in quotes: 'NAME [row 12, block
+    TENSOR is a tensor, a module, or a location as a report prints it, quoted: 'NAME [row 12, block
     3]'.
     """
-    from verifier.inspect.render import show_json, show_text  # noqa: PLC0415  (numpy, see check)
-    from verifier.inspect.show import show as look  # noqa: PLC0415
-
     if byte is not None and (row is not None or block is not None):
-        raise UsageError("--byte says where; --row and --block do not go with it")
+        raise UsageError("use --byte, or --row and --block, not both")
     with errors_as(format_):
-        found = look(uri, tensor, row=row, block=block, byte=byte, base=base)
-    click.echo(show_json(found) if format_ == "json" else show_text(found), nl=False)
+        result = inspect_block(path, tensor, row=row, block=block, byte=byte, base=base)
+    click.echo(show_json(result) if format_ == "json" else show_text(result), nl=False)

@@ -5,6 +5,7 @@ verdict.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import groupby
 
 from verifier.findings import Finding, Report
@@ -42,14 +43,7 @@ def render_text(report: Report, *, color: bool = False) -> str:
     """Return the report as lines of text; with ``color``, severities and the verdict are
     colored.
     """
-    lines: list[str] = []
-    ordered = worst_first(report.findings)
-    new = [f for f in ordered if f.standing != "known"]
-    for rule, findings in groupby(new, key=lambda f: (f.severity, f.rule)):
-        lines += _of_a_rule(rule[1], list(findings), color)
-    lines += _known([f for f in ordered if f.standing == "known"])
-    lines += _engines(report)
-    lines.append(footer(report))
+    lines = [*_engines(report), footer(report)]
     optional = {
         "partial": by_rules(partial(report)),
         "skipped": by_rules(skipped(report)),
@@ -58,7 +52,18 @@ def render_text(report: Report, *, color: bool = False) -> str:
     }
     lines += [f"{label}: {text}" for label, text in optional.items() if text]
     lines.append(f"verdict: {_styled(verdict_line(report), report.verdict, color)}")
-    return "\n".join(lines) + "\n"
+    return findings_text(report.findings, color=color) + "\n".join(lines) + "\n"
+
+
+def findings_text(findings: Iterable[Finding], *, color: bool = False) -> str:
+    """Return the findings as lines of text, the worst first, known ones last."""
+    ordered = worst_first(findings)
+    lines: list[str] = []
+    new = [f for f in ordered if f.standing != "known"]
+    for (_, rule), group in groupby(new, key=lambda f: (f.severity, f.rule)):
+        lines += _of_a_rule(rule, list(group), color)
+    lines += _known([f for f in ordered if f.standing == "known"])
+    return "".join(f"{line}\n" for line in lines)
 
 
 def _of_a_rule(rule: str, findings: list[Finding], color: bool) -> list[str]:

@@ -186,13 +186,13 @@ def test_a_base_that_is_none_fails_with_its_message(session: Run, tmp_path: Path
             [f"--ckptgate={QWEN_NVFP4}", "--ckptgate-base=/nonexistent/folder"],
             "/nonexistent/folder: no such folder",
         ),
-        ([f"--ckptgate={QWEN_NVFP4}", "--ckptgate-require=QC999"], "no rule 'QC999'"),
+        ([f"--ckptgate={QWEN_NVFP4}", "--ckptgate-require=QC999"], "unknown rule 'QC999'"),
         (
             [f"--ckptgate={QWEN_NVFP4}", "--ckptgate-plugin=/nonexistent.py"],
             "/nonexistent.py: no such file",
         ),
-        (["--ckptgate-depth=payload"], "--ckptgate-depth needs --ckptgate URI"),
-        (["--ckptgate-merged-from=x"], "--ckptgate-merged-from needs --ckptgate URI"),
+        (["--ckptgate-depth=payload"], "--ckptgate-depth needs --ckptgate PATH"),
+        (["--ckptgate-merged-from=x"], "--ckptgate-merged-from needs --ckptgate PATH"),
     ],
 )
 def test_a_wrong_call_ends_before_anything_runs(session: Run, argv: list[str], words: str) -> None:
@@ -245,7 +245,7 @@ def test_fails(assert_same_layout):
     assert "only in A: 1 tensor" in done.stdout
     alone = session("-rs", test=test)
     assert counts(alone) == {"passed": 2, "failed": 1, "skipped": 1}
-    assert "needs --ckptgate URI" in alone.stdout
+    assert "needs --ckptgate PATH" in alone.stdout
 
 
 def test_junit_has_the_findings_and_what_was_examined(

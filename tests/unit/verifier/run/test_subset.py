@@ -249,7 +249,7 @@ def test_a_sample_says_so_and_counts_what_it_left_out() -> None:
         assert seen[rule].reason == "a sample of 5% (seed 0)"
     assert seen["QC515"].checked == 3  # of 48 alike
     assert (sampled.stats["options"]["sample"], sampled.stats["options"]["seed"]) == (5.0, 0)
-    assert "by a sample of 5% (seed 0)" in render_text(sampled)
+    assert "checked a sample of 5% (seed 0) of " in render_text(sampled)
     assert [seen[r] for r in seen if r < "QC5"] == [full[r] for r in full if r < "QC5"]
 
 

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The options that several commands take, each declared once.
+
+Importing this module costs nothing but click: `ckptgate check --help` imports it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+DEPTHS = ("header", "payload", "load", "eval")
+
+
+def together(*decorators: Decorator) -> Decorator:
+    """Return one decorator that adds options in the order given."""
+
+    def add(command: Callable[..., Any]) -> Callable[..., Any]:
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return add
+
+
+def depth(*names: str, explanation: str) -> Decorator:
+    """Return ``--depth`` with some of `DEPTHS`, the first one by default."""
+    return click.option(
+        "--depth",
+        type=click.Choice(names),
+        default=names[0],
+        show_default=True,
+        help=explanation,
+    )
+
+
+FORMAT = click.option(
+    "--format",
+    "format_",
+    type=click.Choice(["text", "json"]),
+    default="text",
+    show_default=True,
+    help="Output format.",
+)
+BASE = click.option(
+    "--base", metavar="PATH", help="Unquantized or less quantized checkpoint to compare with."
+)
+MERGED_FROM = click.option(
+    "--merged-from",
+    metavar="PATH",
+    help="Checkpoint whose bytes a mixed export keeps (export --onto).",
+)
+PLUGIN = click.option(
+    "--plugin",
+    "plugins",
+    metavar="FILE.py",
+    multiple=True,
+    help="Python file with custom rules; repeatable.",
+)
+SELECTION = together(
+    click.option(
+        "--select",
+        metavar="RULES",
+        multiple=True,
+        help="Run only these rules or prefixes: QC5, QC501,QC3, ALL.",
+    ),
+    click.option(
+        "--ignore",
+        metavar="RULES",
+        multiple=True,
+        help="Skip these rules or prefixes; the longer prefix wins.",
+    ),
+    click.option(
+        "--require",
+        metavar="RULES",
+        multiple=True,
+        help="Rules that must run; otherwise the verdict is inconclusive.",
+    ),
+)
+SEVERITY = together(
+    click.option(
+        "--fail-on",
+        type=click.Choice(["error", "warning"]),
+        help="Lowest severity that fails the check.  [default: error]",
+    ),
+    click.option(
+        "--profile",
+        metavar="NAME",
+        help="Use one engine's severities (vllm, sglang, trtllm, transformers), the worst of "
+        "all (all), or treat warnings as errors (strict).",
+    ),
+    click.option(
+        "--baseline",
+        metavar="FILE",
+        help="Baseline of accepted findings; only new or worse findings fail.",
+    ),
+)
+CONFIGURATION = together(
+    click.option(
+        "--config",
+        metavar="FILE",
+        help="Configuration file.  [default: the nearest ckptgate.toml or pyproject.toml upwards]",
+    ),
+    click.option("--no-config", is_flag=True, help="Ignore configuration files."),
+)
+SETTINGS = together(SELECTION, SEVERITY, CONFIGURATION)
+"""The options with a key in the configuration file, and which file; see `verifier.cli.settings`."""
