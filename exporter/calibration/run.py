@@ -37,7 +37,7 @@ from exporter.plan import build, header_digest
 from exporter.recipes import Recipe
 from exporter.recipes import load as load_recipe
 from verifier import __version__
-from verifier.checkpoint import Checkpoint, open_checkpoint
+from verifier.checkpoint import Checkpoint, local_directory, open_checkpoint
 from verifier.errors import MachineError, PlanError, UsageError
 
 PathLike = str | os.PathLike[str]
@@ -150,6 +150,7 @@ def calibrate(
         min_tokens,
     )
     options.check(len(texts))
+    source = local_directory(source)
     target = _check_paths(source, out, overwrite)
     files = [read_texts(p) for p in texts]
     found = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
@@ -197,10 +198,6 @@ def static_modules(checkpoint: Checkpoint, recipe: Recipe, *, kv: bool = False) 
 
 
 def _check_paths(source: PathLike, out: PathLike, overwrite: bool) -> Path:
-    if "://" in os.fspath(source):
-        raise UsageError(
-            f"{os.fspath(source)}: transformers loads the model from a local folder; give one"
-        )
     target = Path(out)
     if not target.parent.is_dir():
         raise UsageError(f"{target}: its folder does not exist")

@@ -81,14 +81,16 @@ def _recipes(path: str) -> list[str]:
     from exporter.plan.select import select  # noqa: PLC0415
     from exporter.recipes import load, names  # noqa: PLC0415
     from verifier.checkpoint import Tensor, open_checkpoint  # noqa: PLC0415
+    from verifier.checkpoint.address import is_local  # noqa: PLC0415
     from verifier.errors import PlanError  # noqa: PLC0415
     from verifier.layouts.expert_stacks import split_shapes  # noqa: PLC0415
     from verifier.layouts.family import family_of  # noqa: PLC0415
     from verifier.schemes import gather  # noqa: PLC0415
 
     folder = Path(path) if Path(path).is_dir() else None
-    if folder is not None and any(folder.glob("*.safetensors")):
-        tensors = list(unstacked(open_checkpoint(folder)).tensors.values())
+    stored = not is_local(path) or (folder is not None and any(folder.glob("*.safetensors")))
+    if stored:
+        tensors = list(unstacked(open_checkpoint(path)).tensors.values())
     else:
         config = _config(Path(path) / "config.json" if folder is not None else Path(path))
         family = family_of(config)

@@ -27,7 +27,8 @@ from exporter.detect.layouts import (
     parameters,
 )
 from exporter.detect.registry import READERS, load_plugins
-from verifier.checkpoint import special_floats
+from verifier.checkpoint import open_checkpoint, special_floats
+from verifier.checkpoint.address import is_local
 from verifier.errors import ContentError, UsageError
 
 
@@ -106,13 +107,18 @@ def _suspect(path: str, module: Any) -> Refused | None:
 
 
 def detect_config(path: Path | str) -> Detection:
-    """Return what the model of a config.json (or of a folder with one) holds; it is built on the
-    meta device.
+    """Return what the model of a config.json (or of a directory or remote checkpoint with one)
+    holds; it is built on the meta device.
 
     Raises:
         UsageError: no such file.
         ContentError: no JSON, or a config or architecture that transformers does not have.
     """
+    if not is_local(path):
+        checkpoint = open_checkpoint(path)
+        if checkpoint.config is None:
+            raise ContentError(f"{checkpoint.uri}: no config.json")
+        return detect(meta_model(checkpoint.uri, checkpoint.config))
     file = Path(path)
     file = file / "config.json" if file.is_dir() else file
     if not file.is_file():

@@ -148,8 +148,10 @@ class Handler(BaseHTTPRequestHandler):
             code = 404 if self.headers.get("authorization") else 401
             self.reply(code, b"{}", {"X-Error-Code": "RepoNotFound"})
         elif parts[0] == "api" and rest[:1] == ["revision"]:
-            if rest[1:] and rest[1] in ("main", "v1.0", COMMIT, "refs/pr/1"):
-                self.json({"id": repo, "sha": COMMIT, "siblings": []})
+            if "/".join(rest[1:]) in ("main", "v1.0", COMMIT, "refs/pr/1"):
+                names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*.*"))
+                files = [{"rfilename": name} for name in names]
+                self.json({"id": repo, "sha": COMMIT, "siblings": files})
             else:
                 self.reply(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
         elif parts[0] == "api" and rest[:2] == ["tree", COMMIT]:
@@ -188,7 +190,6 @@ class Handler(BaseHTTPRequestHandler):
             if path.suffix in LFS_SUFFIXES:
                 digest = self.state.digest(path)
                 entry["lfs"] = {"oid": digest, "size": size, "pointerSize": 134}
-                entry["xetHash"] = "f" * 64
             entries.append(entry)
         start = int(parse_qs(urlsplit(self.path).query).get("cursor", ["0"])[0])
         page = entries[start : start + self.state.options.page]
@@ -208,7 +209,13 @@ class Handler(BaseHTTPRequestHandler):
                 return
             where = path.relative_to(self.state.root)
             location = f"http://127.0.0.1:{self.state.cdn}/{where}?X-Signature={SIGNATURE}"
-            self.reply(302, b"", {"Location": location, "X-Repo-Commit": COMMIT})
+            linked = {
+                "Location": location,
+                "X-Repo-Commit": COMMIT,
+                "X-Linked-Size": str(path.stat().st_size),
+                "X-Linked-Etag": f'"{self.state.digest(path)}"',
+            }
+            self.reply(302, b"", linked)
         else:
             fault = self.state.fault(path.name)
             if not self.faulty(fault):
@@ -270,6 +277,8 @@ class Handler(BaseHTTPRequestHandler):
         tag = str(time.monotonic_ns()) if "etag" in fault else self.state.digest(path)
         self.send_header("ETag", f'"{tag}"')
         self.send_header("Content-Type", "application/octet-stream")
+        if self.state.options.hub:
+            self.send_header("X-Repo-Commit", COMMIT)
         if status == 206:
             known = fault.get("content_range", f"bytes {start}-{stop - 1}/{size}")
             self.send_header("Content-Range", known)

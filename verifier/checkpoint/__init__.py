@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Source, header, index and configs of a checkpoint. Hostile input ends here."""
 
+from verifier.checkpoint.download import local_directory
 from verifier.checkpoint.header import DTYPE_BITS, MAX_HEADER, Problem, Shard, Tensor, strict_json
 from verifier.checkpoint.index import INDEX, Index
 from verifier.checkpoint.model import NUMPY_DTYPES, Checkpoint, open_checkpoint, special_floats
@@ -18,6 +19,7 @@ __all__ = [
     "Shard",
     "Source",
     "Tensor",
+    "local_directory",
     "open_checkpoint",
     "open_source",
     "special_floats",

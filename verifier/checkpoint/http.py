@@ -14,6 +14,7 @@ import json
 import os
 import re
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -216,6 +217,7 @@ class HttpSource(RemoteSource):
                 timeout=httpx2.Timeout(self._timeout, pool=None),
                 limits=httpx2.Limits(max_connections=IN_FLIGHT),
             )
+            weakref.finalize(self, self._client.close)
         self._count(requests=1)
         try:
             request = self._client.build_request(method, url, headers=headers)

@@ -7,6 +7,7 @@ once; every file is read at that commit, from the hub cache where its blob is th
 
 from __future__ import annotations
 
+import glob
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,13 +16,15 @@ from typing import Any
 from urllib.parse import quote
 
 from verifier import __version__
-from verifier.checkpoint.address import Address
+from verifier.checkpoint.address import Address, endpoint
+from verifier.checkpoint.download import require_space
 from verifier.checkpoint.http import HttpSource, Refused, refusal
 from verifier.checkpoint.source import Bytes, LocalSource, Source
 from verifier.errors import CkptgateError, MachineError, MissingExtra, UsageError
 
 try:
-    from huggingface_hub import constants, get_token, hf_hub_url
+    from huggingface_hub import constants, get_token, hf_hub_url, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.file_download import repo_folder_name
 except ImportError as error:
     raise MissingExtra("a hub address", "hub") from error
@@ -98,7 +101,7 @@ class HubSource(HttpSource):
 
     @property
     def _api(self) -> str:
-        return f"{constants.ENDPOINT}/api/models/{self.address.repo}"
+        return f"{endpoint()}/api/models/{self.address.repo}"
 
     def files(self) -> dict[str, int]:
         """Return the size of every file in the directory."""
@@ -132,6 +135,10 @@ class HubSource(HttpSource):
                 if entry is not None:
                     yield entry
 
+    def digests(self) -> dict[str, str]:
+        """Return the SHA-256 of every LFS and Xet file, as the hub has it."""
+        return {n: e.sha256 for n, e in self.entries().items() if e.sha256}
+
     def read_into(self, name: str, offset: int, out: Bytes) -> None:
         """Fill ``out`` from the hub cache where the file is there, else over the network."""
         if name in self._cached:
@@ -150,7 +157,7 @@ class HubSource(HttpSource):
 
     def _url(self, name: str) -> str:
         path = f"{self.address.directory}/{name}" if self.address.directory else name
-        return hf_hub_url(self.address.repo, path, revision=self.revision)
+        return hf_hub_url(self.address.repo, path, revision=self.revision, endpoint=endpoint())
 
     def _refusal(self, status: int, headers: Mapping[str, str], label: str) -> CkptgateError:
         code = headers.get("x-error-code", "")
@@ -171,7 +178,7 @@ class HubSource(HttpSource):
                 "not exist; log in with `hf auth login`, or set HF_TOKEN"
             )
         if status == 403 and code == "GatedRepo":
-            return f"the repository is gated (403); accept its terms at {constants.ENDPOINT}/{repo}"
+            return f"the repository is gated (403); accept its terms at {endpoint()}/{repo}"
         if status == 403:
             return "the token may not read this repository (403); use one with read access"
         if status == 404 and code == "RevisionNotFound":
@@ -181,6 +188,36 @@ class HubSource(HttpSource):
         if status == 404 and label.endswith("/"):
             return f"the repository has no directory {self.address.directory} (404)"
         return ""
+
+
+def download(source: HubSource) -> str:
+    """Download a repository's directory into the hub cache and return its local path.
+
+    Raises:
+        MachineError: it does not fit on the disk, or the download fails.
+    """
+    address, cache = source.address, Path(constants.HF_HUB_CACHE)
+    sizes = source.files()
+    cache.mkdir(parents=True, exist_ok=True)
+    missing = sum(size for name, size in sizes.items() if name not in source._cached)
+    require_space(cache, missing, source.uri, "HF_HOME")
+    prefix = f"{address.directory}/" if address.directory else ""
+    try:
+        # By name, not by commit: so the cache knows the name in offline mode.
+        snapshot = snapshot_download(
+            address.repo,
+            revision=address.revision or None,
+            endpoint=endpoint(),
+            allow_patterns=[f"{prefix}{glob.escape(name)}" for name in sizes],
+        )
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        # The error's text may hold signed URLs.
+        status = getattr(getattr(error, "response", None), "status_code", "")
+        reason = f"{type(error).__name__}{f' {status}' if status else ''}"
+        raise MachineError(f"{source.uri}: the download failed ({reason})") from None
+    if Path(snapshot).name != source.revision:
+        raise MachineError(f"{source.uri}: the revision moved during the download; run again")
+    return str(Path(snapshot) / address.directory)
 
 
 def _entry(item: Any, directory: str) -> Entry | None:

@@ -130,11 +130,16 @@ class Checkpoint:
 
 
 def open_checkpoint(uri: str | os.PathLike[str]) -> Checkpoint:
-    """Read headers, index and configs of a folder; a 250 GB checkpoint costs some megabytes.
+    """Read headers, index and configs of a checkpoint; one of 250 GB costs some megabytes.
+
+    Args:
+        uri: a directory, or an address of a hub repository, web directory or object store
+            (`verifier.checkpoint.address`).
 
     Raises:
-        UsageError: no such folder.
-        ContainerError: the folder holds no ``*.safetensors``.
+        UsageError: no such directory or repository, or no access to it.
+        MissingExtra: the address needs an extra that is not installed.
+        ContainerError: the directory holds no ``*.safetensors``.
         MachineError: reading failed.
     """
     source = open_source(uri)
@@ -148,6 +153,7 @@ def open_checkpoint(uri: str | os.PathLike[str]) -> Checkpoint:
         Problem("link", n, "a link that leads out of the folder; it is not followed")
         for n in source.escaping
     ]
+    source.expect((n, 0, files[n]) for n in (INDEX, *CONFIGS) if n in files)
     index = read_index(source, files) if INDEX in files else None
     if source.remote:
         _expect_headers(source, names, files, index)
@@ -176,10 +182,7 @@ def _expect_headers(
 ) -> None:
     """Announce the headers: first the length and a guess, then what the guess left out."""
     guesses = header_guesses(index.weight_map if index else {})
-    source.expect(
-        [(n, 0, min(files[n], 8 + guesses.get(n, FIRST_GUESS))) for n in names]
-        + [(n, 0, files[n]) for n in CONFIGS if n in files]
-    )
+    source.expect((n, 0, min(files[n], 8 + guesses.get(n, FIRST_GUESS))) for n in names)
     source.expect([(n, 8, length) for n in names if (length := header_length(source, n, files[n]))])
 
 

@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -17,6 +19,7 @@ from verifier.checkpoint.address import Address, parse_address
 from verifier.errors import ContainerError, MachineError, UsageError
 
 Bytes = npt.NDArray[np.uint8]
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 class Traffic(NamedTuple):
@@ -76,6 +79,10 @@ class Source(Protocol):
         """Return what changes when file ``name`` is rewritten, as far as the source knows."""
         return ()
 
+    def digests(self) -> dict[str, str]:
+        """Return the SHA-256 of files whose digest is known without reading them, by name."""
+        return {}
+
     def traffic(self) -> Traffic:
         """Return what was fetched over the network so far."""
         return Traffic()
@@ -108,6 +115,8 @@ class LocalSource(Source):
     def __init__(self, path: Path) -> None:
         self.path = path
         self.uri = str(path)
+        in_hub_cache = path.parent.name == "snapshots" and _COMMIT.fullmatch(path.name)
+        self.revision = path.name if in_hub_cache else ""
         self._files: dict[str, _Open] = {}
         self._lock = threading.Lock()
 
@@ -198,6 +207,10 @@ class DerivedSource(Source):
         """Return the inner source's version of a file."""
         return self.inner.version(name)
 
+    def digests(self) -> dict[str, str]:
+        """Return the digests that the inner source knows."""
+        return self.inner.digests()
+
     def traffic(self) -> Traffic:
         """Return what the inner source fetched."""
         return self.inner.traffic()
@@ -205,6 +218,25 @@ class DerivedSource(Source):
     def close(self) -> None:
         """Close the inner source."""
         self.inner.close()
+
+
+_opened: dict[Address, Source] | None = None
+
+
+@contextmanager
+def sources_kept() -> Iterator[dict[Address, Source]]:
+    """Open each remote address once inside the block, and yield the sources by address.
+
+    So every part of a command sees one commit, and headers are fetched once.
+    """
+    global _opened
+    before, _opened = _opened, {}
+    try:
+        yield _opened
+    finally:
+        for source in _opened.values():
+            source.close()
+        _opened = before
 
 
 def open_source(uri: str | os.PathLike[str]) -> Source:
@@ -217,7 +249,11 @@ def open_source(uri: str | os.PathLike[str]) -> Source:
     """
     address = parse_address(uri)
     if address.kind != "local":
-        return _open_remote(address)
+        if _opened is None:
+            return _open_remote(address)
+        if address not in _opened:
+            _opened[address] = _open_remote(address)
+        return _opened[address]
     path = Path(address.text)
     if not path.exists():
         raise UsageError(f"{address.text}: no such folder")

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from verifier.cli.common import fetch_bar
 from verifier.cli.evaluating import eval_options, evaluate_of
 from verifier.cli.main import explain_failure, wants_traceback
 from verifier.cli.options import (
@@ -94,11 +95,13 @@ def check(
     golden: str | None,
     **options: Any,
 ) -> None:
-    """Check the checkpoint at PATH, a directory or an fsspec URL.
+    """Check the checkpoint at PATH: a directory, hf://ORG/MODEL[@REVISION][/DIRECTORY], ORG/MODEL,
+    https://..., s3://... or gs://... (docs/remote.md).
 
     Exit codes: 0 passed, 1 failed, 2 usage error, 3 inconclusive (nothing quantized, or a required
     rule checked nothing), 4 I/O or internal error.
     """
+    from verifier.checkpoint.source import sources_kept  # noqa: PLC0415  (numpy, as below)
     from verifier.report import render_json  # noqa: PLC0415  (numpy; --help needs it not)
 
     evaluate = evaluate_of(options["depth"], options["base"], options)
@@ -107,7 +110,9 @@ def check(
     require(targets)
     recordable(history, golden, label)
     arguments = {name: options[name] for name in DIRECT} | check_arguments(settings)
-    report, failure = _report(path, arguments | {"evaluate": evaluate})
+    sources = ctx.with_resource(sources_kept())
+    with fetch_bar("fetched", sources):
+        report, failure = _report(path, arguments | {"evaluate": evaluate})
     if file is not None:
         report.stats.setdefault("options", {})["config"] = str(file)
     try:

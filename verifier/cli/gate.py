@@ -284,7 +284,7 @@ def score(
     """
     require_installed("torch", "transformers", "scipy")
     from verifier import gate as room  # noqa: PLC0415
-    from verifier.checkpoint import open_checkpoint  # noqa: PLC0415
+    from verifier.checkpoint import local_directory, open_checkpoint  # noqa: PLC0415
     from verifier.files import require_writable  # noqa: PLC0415
     from verifier.gate.gate import corpus_of  # noqa: PLC0415
     from verifier.gate.scorers.lm_eval_task import kind_of  # noqa: PLC0415
@@ -302,7 +302,7 @@ def score(
         options["device"] = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     with progress_bar("scoring") as progress:
         found = room.score_run(
-            open_checkpoint(checkpoint),
+            open_checkpoint(local_directory(checkpoint)),
             corpus_of(protocol, corpus, metric).head(documents),
             top_k=top_k,
             journal=part,

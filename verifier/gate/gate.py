@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from verifier.checkpoint import Checkpoint, open_checkpoint
+from verifier.checkpoint import Checkpoint, local_directory, open_checkpoint
 from verifier.errors import UsageError
 from verifier.gate.attempts import Attempts
 from verifier.gate.cache import cached_run
@@ -132,6 +132,7 @@ def run(
     refuse_corpus(protocol, corpus, metric)
     if max_drift is not None and drift_against is None:
         raise UsageError("--max-drift needs --drift-against RUN")
+    candidate, base = local_directory(candidate), local_directory(base)
     ckpt, reference = open_checkpoint(candidate), open_checkpoint(base)
     refuse_same(ckpt, reference)
     task = kind == "task"

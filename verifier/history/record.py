@@ -211,10 +211,10 @@ def commit_here() -> str:
 
 
 def identity(uri: str) -> dict[str, Scalar]:
-    """Return the path of a checkpoint, the digest of its headers, and that of its files where its
-    manifest tells them.
+    """Return the address of a checkpoint, its commit on the hub, the digest of its headers, and
+    that of its files where its manifest or the hub knows it.
 
-    A checkpoint that is gone, or none, is a path alone.
+    A checkpoint that is gone, or none, is an address alone.
     """
     from verifier.checkpoint import open_checkpoint  # noqa: PLC0415  (numpy, which reading a history does not need)
 
@@ -236,7 +236,10 @@ def identity(uri: str) -> dict[str, Scalar]:
         "bytes": ckpt.nbytes,
     }
     files = _dict(manifest_of(uri).get("files"))
-    digests = {n: _dict(f).get("sha256") for n, f in files.items() if n.endswith(".safetensors")}
+    known = {n: _dict(f).get("sha256") for n, f in files.items()} or ckpt.source.digests()
+    digests = {n: known[n] for n in sorted(known) if n.endswith(".safetensors")}
+    if ckpt.source.revision:
+        found["commit"] = ckpt.source.revision
     if digests:
         found["files_sha256"] = hashlib.sha256(
             json.dumps(digests, sort_keys=True).encode()

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import transformers
 
-from verifier.checkpoint import Checkpoint, open_checkpoint
+from verifier.checkpoint import Checkpoint, local_directory, open_checkpoint
 from verifier.errors import ContentError
 from verifier.load.model import load_model
 
@@ -49,14 +49,14 @@ def preview(
     """Return each prompt's greedy continuation; special tokens are not shown.
 
     Args:
-        uri: a local checkpoint; its tokenizer is used, and without one ids are shown as they are.
+        uri: a checkpoint; a remote one is downloaded. Its tokenizer is used, and without one ids are shown as they are.
         prompts: texts or token ids.
         new_tokens: at most so many more.
 
     Raises:
         ContentError: the model cannot be loaded, or a text is given and there is no tokenizer.
     """
-    checkpoint = open_checkpoint(uri)
+    checkpoint = open_checkpoint(local_directory(uri))
     tokenizer = _tokenizer(checkpoint)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_model(checkpoint, device=device).model

@@ -21,6 +21,7 @@ from verifier.report.wording import (
     observation,
     partial,
     remarks,
+    remote_line,
     skipped,
     verdict_line,
     worst_first,
@@ -48,6 +49,7 @@ def render_text(report: Report, *, color: bool = False) -> str:
         "partial": by_rules(partial(report)),
         "skipped": by_rules(skipped(report)),
         "baseline": baseline_line(report),
+        "remote": remote_line(report),
         "configuration": printable(str(report.stats.get("options", {}).get("config") or "")),
     }
     lines += [f"{label}: {text}" for label, text in optional.items() if text]

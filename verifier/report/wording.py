@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from verifier.findings import SEVERITIES, Effect, Finding, Report, Severity
-from verifier.text import counted, printable
+from verifier.text import counted, printable, size
 
 MAX_PER_RULE = 10
 """How many findings of one rule a text report shows."""
@@ -101,6 +101,15 @@ def partial(report: Report) -> list[tuple[str, list[str]]]:
 def by_rules(groups: list[tuple[str, list[str]]]) -> str:
     """Return ``QC501 QC502 (reason); QC608 (other reason)``."""
     return "; ".join(f"{' '.join(rules)} ({why})" for why, rules in groups)
+
+
+def remote_line(report: Report) -> str:
+    """Return the commits that were read and what was fetched, '' for local directories."""
+    commits, traffic = report.stats.get("commits", {}), report.stats.get("traffic")
+    parts = [f"{role.replace('_', ' ')} at commit {commit}" for role, commit in commits.items()]
+    if traffic:
+        parts.append(f"{size(traffic['bytes'])} in {counted(traffic['requests'], 'request')}")
+    return "; ".join(parts)
 
 
 def baseline_line(report: Report) -> str:

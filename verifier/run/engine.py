@@ -30,6 +30,7 @@ from verifier.rules.context import Inputs
 from verifier.run.fingerprints import fingerprinted
 from verifier.run.group import MAX_GROUPS, group
 from verifier.run.loading import loading, scoring
+from verifier.run.provenance import provenance
 from verifier.run.sample import Sample, sample_of
 from verifier.run.schedule import MAX_KINDS, Outcome, run_rules, workers_of
 from verifier.run.select import Prefixes, Selection
@@ -196,7 +197,11 @@ def check(
         coverage.append(covered)
     findings = fingerprinted(sorted(findings, key=level))
     coverage = [replace(c, title=rules[c.rule].title) for c in coverage]
-    stats = _stats(ctx, candidate) | {"options": options}
+    stats = (
+        _stats(ctx, candidate)
+        | {"options": options}
+        | provenance(opened | {"checkpoint": candidate})
+    )
     if known is not None and baseline is not None:
         judged = known.judge(findings, coverage)
         findings, stats["baseline"] = judged.findings, judged.stats(os.fspath(baseline))

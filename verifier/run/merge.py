@@ -97,6 +97,9 @@ def merge_reports(reports: Iterable[Report]) -> Report:
         k: v for k, v in first.stats.items() if k not in ("stopped", "inconclusive")
     }
     stats |= {"options": options, "seconds": round(sum(p.stats["seconds"] for p in parts), 3)}
+    if "traffic" in stats:
+        traffic = [p.stats["traffic"] for p in parts]
+        stats["traffic"] = {k: sum(t[k] for t in traffic) for k in ("requests", "bytes")}
     if stopped:
         stats["stopped"] = stopped
     verdict, why = judge(
@@ -149,7 +152,7 @@ def _identity(report: Report, rules: Mapping[str, Rule]) -> object:
         for k, v in report.stats["options"].items()
         if k not in ("subset", "base", "merged_from")
     }
-    changing = ("seconds", "options", "stopped", "inconclusive", "eval")
+    changing = ("seconds", "traffic", "options", "stopped", "inconclusive", "eval")
     return (
         [(c.rule, c.unit) for c in report.coverage],
         headers,
