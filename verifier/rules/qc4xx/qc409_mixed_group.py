@@ -43,12 +43,12 @@ def check(ctx: Context) -> Iterator[Finding]:
         if any(m.quantized and ctx.candidate.format_of(m) is None for m in modules):
             continue  # QC305, QC408 or QC410
         ctx.tally.see()
-        odd = next((m for m in modules[1:] if not _same_format(ctx, modules[0], m)), None)
-        if odd is not None and odd.weight is not None:
+        mismatch = next((m for m in modules[1:] if not _same_format(ctx, modules[0], m)), None)
+        if mismatch is not None and mismatch.weight is not None:
             yield ctx.finding(
                 "format differs from the other projections of a fused group",
-                where=Where(odd.weight.name, odd.weight.file),
-                observed=_name(ctx, odd),
+                where=Where(mismatch.weight.name, mismatch.weight.file),
+                observed=_name(ctx, mismatch),
                 expected=f"{_name(ctx, modules[0])} like {modules[0].name}",
             )
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""QC503: an input_scale is zero, not finite, denormal, or far from its siblings."""
+"""QC503: input_scale is zero, not finite or implausible."""
 
 from __future__ import annotations
 
@@ -19,25 +19,28 @@ FAR = 1e4
 
 @rule(
     "QC503",
-    "unusable input_scale",
+    "input_scale is zero, not finite or implausible",
     severity="error",
     depth="payload",
     unit="input scales",
     consumers=("vLLM", "SGLang", "TensorRT-LLM"),
     sources=("vllm-project/vllm#42601", "vllm-project/vllm#45320"),
     engines={
-        "vllm": ("error", "loads it without a word and divides by it"),
+        "vllm": ("error", "loads it silently and divides by it"),
     },
 )
 def check(ctx: Context) -> Iterator[Finding]:
-    """Each ``input_scale`` is a finite number of at least 1e-30, and within 10,000 times the median
-    of its siblings.
+    """Each ``input_scale`` is finite, at least 1e-30, and within 10,000 times its siblings' median.
 
-    **Why.** An expert that saw no token in calibration has amax 0.
-    **Hurts.** Engines divide by it: 1/0 is infinity and the whole batch turns NaN; a scale far too
-    small clips.
-    **Mend.** Write the largest of the layer's other experts, or 1.0 for all. The distance to
-    siblings is a warning.
+    **What it does.** Reads every ``input_scale``. A large distance to the median of its siblings
+    (the same projection in other layers or experts) is a warning.
+
+    **Why it happens.** An expert that received no token during calibration has amax 0.
+
+    **Impact.** Engines divide by it: 1/0 is infinity and the whole batch becomes NaN. A scale that
+    is far too small clips.
+
+    **Fix.** Write the largest input_scale of the layer's other experts, or 1.0 for all.
     """
     groups: dict[str, list[tuple[Tensor, float]]] = {}
     for module, _, tensor in ctx.candidate.scale_tensors(("input_scale",)):
@@ -47,7 +50,7 @@ def check(ctx: Context) -> Iterator[Finding]:
         if bad.any():
             value = float(values[bad][0])
             yield ctx.finding(
-                "input_scale is not a usable number",
+                "input_scale is zero, too small or not finite",
                 where=Where(tensor.name, tensor.file, byte=tensor.offset),
                 observed=value,
                 expected=f"finite and >= {SMALLEST:g}",
@@ -58,13 +61,13 @@ def check(ctx: Context) -> Iterator[Finding]:
             group = f"{key.container}.*.{key.leaf}" if key else collapse(module.name)
             groups.setdefault(group, []).append((tensor, float(values[0])))
     for siblings in groups.values():
-        middle = float(np.median([v for _, v in siblings]))
+        median = float(np.median([v for _, v in siblings]))
         for tensor, value in siblings:
-            if not middle / FAR <= value <= middle * FAR:
+            if not median / FAR <= value <= median * FAR:
                 yield ctx.finding(
-                    "input_scale is far from its siblings",
+                    "input_scale is far from the median of its siblings",
                     where=Where(tensor.name, tensor.file, byte=tensor.offset),
                     observed=f"{value:.3e}",
-                    expected=f"near the median {middle:.3e}",
+                    expected=f"about {median:.3e}",
                     severity="warning",
                 )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""QC504: gate and up of an expert have different global scales."""
+"""QC504: weight_scale_2 differs within an expert."""
 
 from __future__ import annotations
 
@@ -20,22 +20,30 @@ from verifier.schemes import expert_key, fused_groups
     consumers=("vLLM", "SGLang", "TensorRT-LLM"),
     sources=("vllm-project/vllm#54974", "NVIDIA/TensorRT-LLM#14199", "NVIDIA/Model-Optimizer#1411"),
     engines={
-        "vllm": ("error", "keeps the scale of gate (w1) for both and warns"),
+        "vllm": ("error", "warns and keeps the scale of gate (w1) for both"),
         "sglang": (
             "warning",
-            "keeps both under its trtllm and cutedsl backends; Marlin keeps gate's and warns",
+            "keeps both with its trtllm and cutedsl backends; Marlin warns and keeps gate's",
         ),
-        "trtllm": ("error", "asserts that they are equal, or takes the larger, by version"),
+        "trtllm": (
+            "error",
+            "asserts that they are equal, or takes the larger, depending on the version",
+        ),
     },
 )
 def check(ctx: Context) -> Iterator[Finding]:
-    """``w1`` and ``w3`` (gate and up) of a routed expert have the same ``weight_scale_2``, bit for
-    bit.
+    """``w1`` and ``w3`` (gate and up) of a routed expert have bit-identical ``weight_scale_2``.
 
-    **Why.** Each projection was calibrated on its own maximum.
-    **Hurts.** Engines fuse both and keep one scale, the gate's: up is then wrong by the ratio (up
-    to 10 in a public checkpoint). vLLM warns only; TensorRT-LLM asserts or takes the maximum.
-    **Mend.** Calibrate both with the larger amax and encode the block scales again under it.
+    **What it does.** Compares ``weight_scale_2`` within each pair. Other dtypes or shapes are QC315
+    and QC306.
+
+    **Why it happens.** Each projection was calibrated on its own maximum.
+
+    **Impact.** Engines fuse both projections and keep one scale, that of gate, so up is wrong by
+    the ratio (up to 10 in a public checkpoint). vLLM only warns; TensorRT-LLM stops or takes the
+    maximum.
+
+    **Fix.** Calibrate both with the larger amax and recompute the block scales.
     """
     experts = [
         m.name
@@ -52,7 +60,7 @@ def check(ctx: Context) -> Iterator[Finding]:
             low, high = min(float(v[0]) for v in values), max(float(v[0]) for v in values)
             ratio = f"{high / low:.3g}" if low > 0 else "inf"
             yield ctx.finding(
-                "the pair's weight_scale_2 differ",
+                "weight_scale_2 differs between gate and up of an expert",
                 where=Where(tensors[1].name, tensors[1].file, byte=tensors[1].offset),
                 observed=f"{float(values[1][0]):.6e} (ratio {ratio})",
                 expected=f"{float(values[0][0]):.6e}",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""QC505: projections that engines fuse have different global weight scales."""
+"""QC505: global scale differs in a fused group."""
 
 from __future__ import annotations
 
@@ -25,23 +25,26 @@ LEAVES = ("weight_scale_2", "weight_global_scale")
     engines={
         "vllm": (
             "error",
-            "keeps the largest weight_scale_2 (of divisors too: the smallest scale) and warns",
+            "warns and keeps the largest weight_scale_2 (for divisors the smallest scale)",
         ),
-        "sglang": ("error", "keeps the largest without a word"),
+        "sglang": ("error", "silently keeps the largest"),
         "trtllm": ("error", "asserts that all are equal"),
     },
 )
 def check(ctx: Context) -> Iterator[Finding]:
-    """q/k/v, and gate/up of a dense layer or a shared expert, have the same ``weight_scale_2``, bit
-    for bit.
+    """Projections that engines fuse (q/k/v, gate/up) have bit-identical global weight scales.
 
-    In compressed-tensors' form the same holds for ``weight_global_scale``, of routed experts too.
-    **Why.** Each projection was calibrated on its own maximum.
-    **Hurts.** Engines fuse the group and keep one scale; block scales are not computed again, so
+    **What it does.** Compares ``weight_scale_2`` of q/k/v and of gate/up in dense layers and shared
+    experts; for compressed-tensors also ``weight_global_scale``, of routed experts, too. Gate and
+    up of a routed expert in ModelOpt's form are QC504. FP8 per-tensor scales may differ: there are
+    no block scales, and engines requantize.
+
+    **Why it happens.** Each projection was calibrated on its own maximum.
+
+    **Impact.** Engines fuse the group and keep one scale without recomputing the block scales, so
     every other member is wrong by the ratio.
-    **Mend.** Calibrate the group with its largest amax and encode the block scales under that.
-    (Gate and up of a routed expert in ModelOpt's form are QC504. FP8 has one scale a tensor and no
-    block scales: engines encode it again.)
+
+    **Fix.** Calibrate the group with its largest amax and recompute the block scales.
     """
     for leaf in LEAVES:
         names = [

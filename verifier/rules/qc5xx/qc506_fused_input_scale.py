@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""QC506: projections that engines fuse have different activation scales."""
+"""QC506: input_scale differs in a fused group."""
 
 from __future__ import annotations
 
@@ -20,24 +20,26 @@ from verifier.rules.registry import rule
     consumers=("vLLM", "SGLang", "TensorRT-LLM"),
     sources=("TensorRT-LLM load_expert_fc31_input_scale_nvfp4",),
     engines={
-        "vllm": ("warning", "keeps the largest and warns"),
+        "vllm": ("warning", "warns and keeps the largest"),
         "sglang": ("info", "keeps the largest, of the pair or of all experts"),
         "trtllm": ("error", "asserts that w1 and w3, and q, k and v, have the same input_scale"),
     },
 )
 def check(ctx: Context) -> Iterator[Finding]:
-    """Projections that engines fuse (q/k/v, gate/up, w1/w3) and that read one input have the same
-    ``input_scale``.
+    """Projections that engines fuse and that read the same input have the same ``input_scale``.
 
-    In compressed-tensors' form: ``input_global_scale``, a divisor.
-    **Why.** Each projection has a quantizer of its own, and one of them saw other tokens.
-    **Hurts.** TensorRT-LLM asserts; others keep the largest, which costs a little precision. Of
+    **What it does.** Compares ``input_scale`` within q/k/v, gate/up and w1/w3; in
+    compressed-tensors' form ``input_global_scale``, a divisor.
+
+    **Why it happens.** Each projection has its own quantizer, and one of them saw different tokens.
+
+    **Impact.** TensorRT-LLM stops; others keep the largest, which costs some precision. For
     divisors the largest is the smallest range: it clips.
-    **Mend.** Write the largest activation amax of the group to all its members.
+
+    **Fix.** Write the group's largest activation amax to all its members.
     """
     for leaf in ("input_scale", "input_global_scale"):
-        for group in scalars(
-            ctx, leaf, (m.name for m in ctx.candidate.quantized_modules if leaf in m.parts)
-        ):
+        names = [m.name for m in ctx.candidate.quantized_modules if leaf in m.parts]
+        for group in scalars(ctx, leaf, names):
             if min(group.values) > 0:  # QC503
                 yield from group.differing(ctx)

@@ -24,42 +24,47 @@ from verifier.rules.registry import rule
     sources=("ByteDance-Seed/VeOmni#799", "NVIDIA/Model-Optimizer#1631"),
 )
 def check(ctx: Context) -> Iterator[Finding]:
-    """No two weights of routed experts have the same codes and the same scales, in one layer or
-    across layers.
+    """No two routed-expert weights have the same quantized values and the same scales.
 
-    **Why.** A wrong index in un-stacking, or an expert that was never filled in.
-    **Hurts.** The router sends tokens to an expert that is another one; quality falls and nothing
+    **What it does.** Compares the experts' weights within and across layers. Without a base, equal
+    experts are a warning (a freshly upcycled model has them), and weights that are all zero or have
+    a single magnitude are not reported. With a base in which the two experts differ, equal ones are
+    an error.
+
+    **Why it happens.** A wrong index during unstacking, or an expert that was never filled in.
+
+    **Impact.** The router sends tokens to a copy of a different expert: quality drops and nothing
     fails.
-    **Mend.** Un-stack again. Without a base it is a warning (a model that was just upcycled has
-    equal experts); with one in which the two differ, an error. Without one, weights that are all
-    zero, or one number up to its sign, say nothing.
+
+    **Fix.** Unstack the experts again.
     """
     ctx.tally.see(len(expert_weights(ctx)))
-    for name, (first, poor) in duplicated(ctx).items():
-        weight, same = ctx.candidate.modules[name].weight, _same_in_base(ctx, name, first)
+    modules = ctx.candidate.modules
+    for name, (first, trivial) in duplicated(ctx).items():
+        weight, same = modules[name].weight, _same_in_base(ctx, name, first)
         if weight is None or same:
             continue
-        if poor and "duplicate" not in {
-            reconstruction(ctx, ctx.candidate.modules[m]).cause for m in (name, first)
-        }:
-            continue  # zeros of an expert that was lost are QC501's and QC502's
+        if trivial:  # the zeros of a lost expert are QC501's and QC502's
+            causes = {reconstruction(ctx, modules[m]).cause for m in (name, first)}
+            if "duplicate" not in causes:
+                continue
         yield ctx.finding(
-            "the same bytes as another expert's",
+            "the same bytes as a different expert",
             where=Where(weight.name, weight.file),
             observed=f"equal to {first}",
-            expected="bytes of its own",
+            expected="different values",
             severity="error" if same is False else None,
         )
 
 
-def _same_in_base(ctx: Context, one: str, other: str) -> bool | None:
-    """Return whether the base's two weights are equal; None where it has not both."""
+def _same_in_base(ctx: Context, name: str, other: str) -> bool | None:
+    """Return whether the base's two weights are equal, None if it does not have both."""
     base = ctx.base
     if base is None or ctx.expectations.unrelated_base:
         return None
-    ours, theirs = (m.weight if (m := base.modules.get(n)) else None for n in (one, other))
-    if ours is None or theirs is None:
+    modules = base.modules.get(name), base.modules.get(other)
+    a, b = (m.weight if m else None for m in modules)
+    if a is None or b is None:
         return None
-    return ours.shape == theirs.shape and np.array_equal(
-        base.checkpoint.read(ours), base.checkpoint.read(theirs)
-    )
+    read = base.checkpoint.read
+    return a.shape == b.shape and np.array_equal(read(a), read(b))

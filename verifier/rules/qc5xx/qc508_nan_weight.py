@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""QC508: an unquantized tensor holds NaN or infinity."""
+"""QC508: NaN or infinity in a weight."""
 
 from __future__ import annotations
 
@@ -22,12 +22,16 @@ from verifier.schemes import FLOATS, SCALE_LEAVES, split
     sources=("vllm-project/llm-compressor#2101",),
 )
 def check(ctx: Context) -> Iterator[Finding]:
-    """No unquantized floating tensor holds NaN or infinity.
+    """No unquantized floating-point tensor contains NaN or infinity.
 
-    **Why.** NaN activations in calibration that folds into weights; an uninitialised norm that was
-    saved.
-    **Hurts.** Every output that passes the value.
-    **Mend.** Copy the tensor from the source.
+    **What it does.** Scans all unquantized BF16, F16 and F32 tensors. Scales are QC502 and QC503.
+
+    **Why it happens.** NaN activations during a calibration that folds into weights, or a norm that
+    was saved uninitialized.
+
+    **Impact.** Every output that depends on the value becomes NaN.
+
+    **Fix.** Copy the tensor from the source.
     """
     for tensor in ctx.candidate.tensors:
         if tensor.dtype not in FLOATS or split(tensor.name)[1] in SCALE_LEAVES:

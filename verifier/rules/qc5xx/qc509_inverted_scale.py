@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""QC509: a divisor is stored where a factor belongs, or the other way."""
+"""QC509: scale convention is inverted."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from verifier.rules.registry import rule
 from verifier.schemes import Format, Module
 
 HUGE = 1e4
-"""No weight of a language model is as large as this."""
+"""Weights of language models are smaller than this."""
 PLAUSIBLE = (1e-6, 1e2)
 ACTIVATION = (1e-2, 1e3)
 HUGE_ACTIVATION = 1e6
@@ -41,84 +41,78 @@ FEWEST = 4
     },
 )
 def check(ctx: Context) -> Iterator[Finding]:
-    """ModelOpt's ``weight_scale_2`` and FP8's and MXFP8's scales are factors, compressed-tensors'
-    global scales divisors.
+    """Scales are factors; only compressed-tensors stores its global scales as divisors.
 
-    **Why.** A conversion renamed the tensor and did not take 1/x; ``weight_scale_inv`` was believed
-    to be an inverse.
-    **Hurts.** Weights of 10^7: one token repeated, or NaN.
-    **Mend.** Store 1/x (for E8M0: 254 minus the byte). With a base it is judged by value. Without,
-    a weight is called inverted where its largest value would be above 10,000 as stored and an
-    ordinary one under 1/x. For activation scales only that plausibility exists, over all of them: a
+    **What it does.** With a base: compares the decoded values under the scale and under 1/x.
+    Without one: a weight counts as inverted if its largest value is above 10,000 as stored and
+    ordinary under 1/x. Activation scales can only be checked for plausibility, over all of them: a
     warning.
+
+    **Why it happens.** A conversion renamed the tensor without taking 1/x, or ``weight_scale_inv``
+    was taken for an inverse.
+
+    **Impact.** Weights of 10^7: one token repeated, or NaN.
+
+    **Fix.** Store 1/x (for E8M0: 254 minus the byte).
     """
-    for module, found in ctx.candidate.formatted:
-        tensor = _scale(module, found)
+    for module, fmt in ctx.candidate.formatted:
+        tensor = _checked_scale(module, fmt)
         if tensor is None:
             continue
-        r = reconstruction(ctx, module) if ctx.base is not None else None
-        if r is not None and r.cause != "unjudged":
+        result = reconstruction(ctx, module) if ctx.base is not None else None
+        if result is not None and result.cause != "unjudged":
             ctx.tally.see()
-            if r.cause == "inverted":
-                yield _told(
-                    ctx,
-                    tensor,
-                    "under 1/x the decoded weight is the base's",
-                    f"relative error {r.relative:.3g}",
-                )
+            if result.cause == "inverted":
+                reason = "the dequantized weight matches the base under 1/x"
+                yield _inverted(ctx, tensor, reason, f"relative error {result.relative:.3g}")
             continue
-        stored, turned = _tops(ctx, module, found, tensor)
-        if stored is None or turned is None:
+        largest, largest_inverted = _largest_weight(ctx, fmt, tensor)
+        if largest is None or largest_inverted is None:
             ctx.tally.miss(1, "the scales are not finite")
             continue
         ctx.tally.see()
-        if stored > HUGE and PLAUSIBLE[0] <= turned <= PLAUSIBLE[1]:
-            yield _told(
-                ctx,
-                tensor,
-                "weights are as large as no model's, and ordinary under 1/x",
-                f"largest weight about {stored:.3g}, {turned:.3g} under 1/x",
-            )
-    yield from _activations(ctx)
+        if largest > HUGE and PLAUSIBLE[0] <= largest_inverted <= PLAUSIBLE[1]:
+            reason = "weights are implausibly large as stored and ordinary under 1/x"
+            observed = f"largest weight about {largest:.3g}, {largest_inverted:.3g} under 1/x"
+            yield _inverted(ctx, tensor, reason, observed)
+    yield from _check_activations(ctx)
 
 
-def _told(ctx: Context, tensor: Tensor, why: str, observed: str) -> Finding:
+def _inverted(ctx: Context, tensor: Tensor, reason: str, observed: str) -> Finding:
     leaf = tensor.name.rpartition(".")[2]
     divisor = leaf == "weight_global_scale"
+    problem = "a factor instead of a divisor" if divisor else "a divisor instead of a factor"
     return ctx.finding(
-        f"{leaf} holds a {'factor where a divisor' if divisor else 'divisor where a factor'} belongs: {why}",
+        f"{leaf} is {problem}: {reason}",
         where=Where(tensor.name, tensor.file, byte=tensor.offset),
         observed=observed,
         expected="2688 / amax" if divisor else "a factor: amax over the format's range",
     )
 
 
-def _scale(module: Module, found: Format) -> Tensor | None:
-    """Return the tensor whose convention is in question."""
-    if found.packed:
+def _checked_scale(module: Module, fmt: Format) -> Tensor | None:
+    """Return the scale of a weight that may be a factor or a divisor."""
+    if fmt.packed:
         return module.parts.get("weight_scale_2") or module.parts.get("weight_global_scale")
     return module.scale
 
 
-def _tops(
-    ctx: Context, module: Module, found: Format, tensor: Tensor
-) -> tuple[float | None, float | None]:
-    """Return about the largest weight, by the scales alone, as stored and under 1/x."""
-    reach = float(E4M3_MAX) * (float(E2M1_MAX) if found.packed else 1.0)
-    if (
-        found.name == "mxfp8"
-        and reach * float(e8m0_table()[min(ctx.payload.extremes(tensor)[1], 254)]) <= HUGE
-    ):
-        return 0.0, 0.0  # every block is ordinary: the bytes need not be read again
+def _largest_weight(ctx: Context, fmt: Format, tensor: Tensor) -> tuple[float | None, float | None]:
+    """Estimate the largest weight from the scales alone, as stored and under 1/x."""
+    code_max = float(E4M3_MAX) * (float(E2M1_MAX) if fmt.packed else 1.0)
+    if fmt.name == "mxfp8":
+        exponent = min(ctx.payload.extremes(tensor)[1], 254)
+        if code_max * float(e8m0_table()[exponent]) <= HUGE:
+            return 0.0, 0.0  # every block is ordinary: the bytes need not be read again
     parts = {tensor.name.rpartition(".")[2]: ctx.payload.array(tensor)}
-    values = [_middle(_factors(p, found)) for p in (parts, inverse(parts, found))]
-    tops = [reach * v if np.isfinite(v) and v > 0 else None for v in values]
-    return tops[0], tops[1]
+    medians = [_median(_factors(p, fmt)) for p in (parts, inverse(parts, fmt))]
+    stored, inverted = (code_max * m if np.isfinite(m) and m > 0 else None for m in medians)
+    return stored, inverted
 
 
-def _factors(parts: dict[str, npt.NDArray[np.generic]], found: Format) -> Float32:
+def _factors(parts: dict[str, npt.NDArray[np.generic]], fmt: Format) -> Float32:
     ((leaf, values),) = parts.items()
-    if found.name == "mxfp8":
+    if fmt.name == "mxfp8":
         return e8m0_table()[values.view(np.uint8)]
     floats: Float32 = values.astype(np.float32)
     if leaf == "weight_global_scale":
@@ -127,15 +121,14 @@ def _factors(parts: dict[str, npt.NDArray[np.generic]], found: Format) -> Float3
     return floats
 
 
-def _middle(values: Float32) -> float:
-    return (
-        float(np.median(values.astype(np.float64)))
-        if values.size and not np.isnan(values).any()
-        else float("nan")
-    )
+def _median(values: Float32) -> float:
+    if not values.size or np.isnan(values).any():
+        return float("nan")
+    return float(np.median(values.astype(np.float64)))
 
 
-def _activations(ctx: Context) -> Iterator[Finding]:
+def _check_activations(ctx: Context) -> Iterator[Finding]:
+    """Yield activation scales that are implausible as stored and plausible under 1/x."""
     for leaf in ("input_scale", "input_global_scale"):
         tensors = [t for _, _, t in ctx.candidate.scale_tensors((leaf,)) if t.elements == 1]
         if len(tensors) < FEWEST:
@@ -144,12 +137,13 @@ def _activations(ctx: Context) -> Iterator[Finding]:
         good = values[np.isfinite(values) & (values > 0)]
         if not good.size:
             continue  # QC503
-        middle = float(np.median(good if leaf == "input_scale" else 1 / good))
-        reach = float(E4M3_MAX * E2M1_MAX)
-        if middle * reach > HUGE_ACTIVATION and ACTIVATION[0] <= reach / middle <= ACTIVATION[1]:
+        median = float(np.median(good if leaf == "input_scale" else 1 / good))
+        code_max = float(E4M3_MAX * E2M1_MAX)
+        largest, largest_inverted = median * code_max, code_max / median
+        if largest > HUGE_ACTIVATION and ACTIVATION[0] <= largest_inverted <= ACTIVATION[1]:
             yield ctx.finding(
-                f"{leaf} says that activations reach beyond 10^6, and ordinary values under 1/x: the convention may be"
-                " inverted",
+                f"{leaf} may be inverted: it implies activations above 10^6 as stored, and ordinary"
+                " ones under 1/x",
                 where=Where(tensors[0].name, tensors[0].file, byte=tensors[0].offset),
                 observed=f"median {float(np.median(good)):.3e}",
                 expected="amax / 2688" if leaf == "input_scale" else "2688 / amax",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""QC510: the two codes of each byte are in the wrong order."""
+"""QC510: nibbles are swapped."""
 
 from __future__ import annotations
 
@@ -25,19 +25,23 @@ from verifier.rules.registry import rule
 def check(ctx: Context) -> Iterator[Finding]:
     """A packed byte holds the even column in its low four bits and the odd one in its high four.
 
-    **Why.** A packer of another convention.
-    **Hurts.** Every pair of columns is exchanged: correlation with the right weight is about zero,
-    output is noise.
-    **Mend.** Swap the nibbles of the whole tensor. Only a base tells: the codes of both orders look
-    alike.
+    **What it does.** Compares the dequantized weight with the base, as stored and with swapped
+    nibbles. Without a base the two orders cannot be told apart.
+
+    **Why it happens.** The packer uses a different convention.
+
+    **Impact.** Every pair of columns is swapped: the correlation with the right weight is about
+    zero, and the output is noise.
+
+    **Fix.** Swap the nibbles of the whole tensor.
     """
-    for weight, _, r in compared(
-        ctx, (m for m, found in ctx.candidate.formatted if m.weight is not None and found.packed)
-    ):
-        if r.cause == "nibbles":
+    formatted = ctx.candidate.formatted
+    packed = (m for m, fmt in formatted if m.weight is not None and fmt.packed)
+    for weight, _, result in compared(ctx, packed):
+        if result.cause == "nibbles":
             yield ctx.finding(
-                "the base's values with the two codes of each byte exchanged",
+                "the weight matches the base once the nibbles of each byte are swapped",
                 tensor=weight.name,
-                observed=f"relative error {r.relative:.3f}",
-                expected=f"about {r.by_max:.3f}, as with the nibbles swapped",
+                observed=f"relative error {result.relative:.3f}",
+                expected=f"about {result.by_max:.3f}, as with swapped nibbles",
             )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""QC511: gate and up are exchanged, or split along the wrong rows."""
+"""QC511: projections are swapped or interleaved."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SPLIT = frozenset({"gate_proj", "up_proj", "w1", "w3", "k_proj", "v_proj"})
 
 @rule(
     "QC511",
-    "projections exchanged or interleaved",
+    "projections are swapped or interleaved",
     severity="error",
     depth="payload",
     split=True,
@@ -25,24 +25,30 @@ SPLIT = frozenset({"gate_proj", "up_proj", "w1", "w3", "k_proj", "v_proj"})
     sources=("vllm-project/vllm#46641", "NVIDIA/Model-Optimizer#1678", "NVIDIA/TensorRT-LLM#8956"),
 )
 def check(ctx: Context) -> Iterator[Finding]:
-    """``gate`` holds the base's gate and ``up`` its up (``w1``/``w3``, ``k``/``v``), row for row.
+    """``gate`` holds the base's gate and ``up`` its up, row for row; so do ``k`` and ``v``.
 
-    **Why.** A fused tensor was split in the wrong order, or in halves where its rows are
-    interleaved (gpt-oss).
-    **Hurts.** The activation is applied to the wrong half: fluent at best, wrong throughout.
-    **Mend.** Split again as the family stores it. Only a base tells: both halves have the same
-    shape and the same statistics, so without one the rule is not run.
+    **What it does.** Compares the dequantized weight with both projections of the base, in both
+    orders and interleavings. The projections have the same shape and similar statistics, so the
+    rule needs a base.
+
+    **Why it happens.** A fused tensor was split in the wrong order, or in halves although its rows
+    are interleaved (gpt-oss).
+
+    **Impact.** The activation is applied to the wrong half: the output is fluent at best, and wrong
+    throughout.
+
+    **Fix.** Split the tensor again in the family's order.
     """
     split = [
         m
         for m in ctx.candidate.quantized_modules
         if m.weight is not None and m.name.rpartition(".")[2] in SPLIT
     ]
-    for weight, _, r in compared(ctx, split):
-        if r.cause == "order":
+    for weight, _, result in compared(ctx, split):
+        if result.cause == "order":
             yield ctx.finding(
-                r.detail,
+                result.detail,
                 tensor=weight.name,
-                observed=f"relative error {r.relative:.3f} to its own base weight",
-                expected=f"about {r.by_max:.3f}",
+                observed=f"relative error {result.relative:.3f} to its own base weight",
+                expected=f"about {result.by_max:.3f}",
             )

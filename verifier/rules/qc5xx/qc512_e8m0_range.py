@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""QC512: E8M0 scales are 2^-127 where codes are not zero."""
+"""QC512: E8M0 scale is zero."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from verifier.rules.registry import rule
 
 @rule(
     "QC512",
-    "E8M0 scale out of range",
+    "E8M0 scale is zero",
     severity="error",
     depth="payload",
     split=True,
@@ -23,26 +23,28 @@ from verifier.rules.registry import rule
     engines={
         "vllm": (
             "error",
-            "casts float scales to uint8 on load: 2^-10 becomes 0, which is 2^-127, without a word",
+            "casts float scales to uint8 on load, silently: 2^-10 becomes 0, which is 2^-127",
         )
     },
 )
 def check(ctx: Context) -> Iterator[Finding]:
-    """An E8M0 exponent byte is 0 (2^-127) only where all codes of its block are zero.
+    """An E8M0 exponent byte is 0 (2^-127) only if all quantized values of its block are zero.
 
-    **Why.** Scales were cast to uint8 by value: every 2^e below one becomes 0.
-    **Hurts.** The blocks read as zero: the layer is gone, and nothing fails.
-    **Mend.** Store the exponent plus 127. In more than a tenth of a tensor's blocks it is an error,
-    in fewer a warning. (255 is NaN and QC502's, whatever its share.)
+    **What it does.** Compares the zero bytes among the scales with the values of their blocks. It
+    is an error in more than a tenth of a tensor's blocks, else a warning. The byte 255 is NaN
+    (QC502).
+
+    **Why it happens.** Scales were cast to uint8 by value, so every 2^e below one became 0.
+
+    **Impact.** The blocks read as zero: the layer is lost, silently.
+
+    **Fix.** Store the exponent plus 127.
     """
     for module in ctx.candidate.quantized_modules:
         scale, weight = module.scale, module.weight
-        if (
-            scale is None
-            or weight is None
-            or scale.dtype not in ("U8", "F8_E8M0")
-            or weight.dtype != "F8_E4M3"
-        ):
+        if scale is None or weight is None:
+            continue
+        if scale.dtype not in ("U8", "F8_E8M0") or weight.dtype != "F8_E4M3":
             continue
         ctx.tally.see(scale.elements)
         zeros = e8m0_zeros(ctx.payload, module)
@@ -50,7 +52,7 @@ def check(ctx: Context) -> Iterator[Finding]:
             count, first, used = zeros
             widespread = count > E8M0_WIDESPREAD * used
             yield ctx.finding(
-                "E8M0 scales of 2^-127 over codes that are not zero: these blocks read as zero",
+                "E8M0 scales of 2^-127 for nonzero values: these blocks read as zero",
                 where=ctx.at_byte(scale, first),
                 observed="0x00",
                 expected="0x01..0xFE",

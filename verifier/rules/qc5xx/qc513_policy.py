@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""QC513: a router, the embedding or the head is quantized."""
+"""QC513: router, embedding or head is quantized."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from verifier.rules.context import Context
 from verifier.rules.registry import rule
 from verifier.schemes import FLOATS, role
 
-WHAT = {"router": "a router", "embedding": "the token embedding", "lm_head": "the output head"}
+ROLES = {"router": "the router", "embedding": "the token embedding", "lm_head": "the output head"}
 
 
 @rule(
@@ -21,29 +21,34 @@ WHAT = {"router": "a router", "embedding": "the token embedding", "lm_head": "th
     unit="routers, embeddings, heads",
     consumers=("vLLM", "SGLang", "TensorRT-LLM"),
     sources=("intel/auto-round#1776", "warpfront/hipfire#180", "vllm-project/vllm#25923"),
-    engines={"vllm": ("warning", "loads a quantized router without a word")},
+    engines={"vllm": ("warning", "silently loads a quantized router")},
 )
 def check(ctx: Context) -> Iterator[Finding]:
     """Routers, the token embedding and the output head are not quantized.
 
-    **Why.** A pattern was too wide, or the router is an nn.Linear like any other to the exporter.
-    **Hurts.** A quantized router chooses other experts: loops, 152 of 256 rows below a cosine of
-    0.99 in one report; most engines have no kernel for a quantized embedding. A head in eight bits
-    is a choice that some releases make: information only.
-    **Mend.** Exclude the module and copy its weight from the base.
+    **What it does.** Looks at the stored dtype of these weights. A head in eight bits is a choice
+    of some releases, and only a note.
+
+    **Why it happens.** A pattern was too broad, or the exporter treats the router as any other
+    nn.Linear.
+
+    **Impact.** A quantized router selects different experts: loops, and 152 of 256 rows below a
+    cosine of 0.99 in one report. Most engines have no kernel for a quantized embedding.
+
+    **Fix.** Exclude the module and copy its weight from the base.
     """
     for module in ctx.candidate.modules.values():
         kind = role(module.name)
-        if kind not in WHAT or module.weight is None or module.dims is None:
+        if kind not in ROLES or module.weight is None or module.dims is None:
             continue
         ctx.tally.see()
         if module.quantized and module.weight.dtype not in FLOATS:
-            mild = kind == "lm_head" and module.weight.dtype == "F8_E4M3"
-            shown = ctx.candidate.format_of(module) or module.inferred_format
+            eight_bit_head = kind == "lm_head" and module.weight.dtype == "F8_E4M3"
+            fmt = ctx.candidate.format_of(module) or module.inferred_format
             yield ctx.finding(
-                f"{WHAT[kind]} is quantized",
+                f"{ROLES[kind]} is quantized",
                 where=Where(module.weight.name, module.weight.file),
-                observed=shown.algo if shown else module.weight.dtype,
+                observed=fmt.algo if fmt else module.weight.dtype,
                 expected="unquantized",
-                severity="info" if mild else None,
+                severity="info" if eight_bit_head else None,
             )

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""QC514: one activation scale in most places: calibration never ran."""
+"""QC514: activation scales look uncalibrated."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from verifier.checkpoint import Tensor
 from verifier.checkpoint.header import read_json
@@ -13,14 +14,14 @@ from verifier.rules.context import Context
 from verifier.rules.registry import rule
 from verifier.schemes import expert_key, layer_of, packed_name, role
 
-FEWEST_SITES = 3
+FEWEST_INPUTS = 3
 SHARE = 0.5
 MANIFEST = "ckptgate_manifest.json"
 
 
 @rule(
     "QC514",
-    "activations were never calibrated",
+    "activation scales look uncalibrated",
     severity="warning",
     depth="payload",
     unit="input scales",
@@ -28,58 +29,72 @@ MANIFEST = "ckptgate_manifest.json"
     sources=("NVIDIA/Model-Optimizer#1382", "NVIDIA/Model-Optimizer#1877"),
 )
 def check(ctx: Context) -> Iterator[Finding]:
-    """Activation scales of different layers and inputs differ, or are 1.0 throughout.
+    """Activation scales differ between layers and inputs, or are all 1.0 by policy.
 
-    Experts of one layer share an input and often a scale: only different inputs (layer, and what is
-    read there) count, and fewer than three of them say nothing. A fallback in a few dead experts is
-    no sign of anything.
-    **Why.** No text was run, or its tokens reached no quantizer: every scale is the fallback.
-    **Hurts.** Activations clip, or lose their small values, in all layers alike.
-    **Mend.** Calibrate, or state the policy: ``--input-scale one``. Scales of 1.0 throughout are
-    that policy where the manifest (ckptgate_manifest.json, options.input_scale) says so; without
-    one it is information only, as in the published MiniMax-M3 mix, whose script writes 1.0 and
+    **What it does.** Looks for one value in at least half of the activation scales. Only different
+    inputs (of a layer and a fused projection) count, since the experts of a layer share an input
+    and often a scale; a value at fewer than three inputs, such as a fallback in a few dead experts,
+    is not reported. Scales that are all 1.0 are a policy if the manifest (ckptgate_manifest.json,
+    options.input_scale) says so, else only a note: the published MiniMax-M3 mix writes 1.0 and
     records it nowhere.
+
+    **Why it happens.** No text was run, or its tokens reached no quantizer: every scale is the
+    fallback.
+
+    **Impact.** Activations clip, or lose their small values, in all layers alike.
+
+    **Fix.** Calibrate, or declare the policy: ``--input-scale one``.
     """
-    kinds: dict[tuple[str, str], list[tuple[str, Tensor, float]]] = {}
-    for module, _, tensor in ctx.candidate.scale_tensors(("input_scale", "input_global_scale")):
-        if tensor.elements == 1:
-            ctx.tally.see()
-            kind = (
-                "expert" if expert_key(module.name) else role(module.name),
-                tensor.name.rpartition(".")[2],
-            )
-            kinds.setdefault(kind, []).append(
-                (_site(module.name), tensor, float(ctx.payload.array(tensor).reshape(-1)[0]))
-            )
-    for scales in kinds.values():
-        value, count = Counter(v for _, _, v in scales).most_common(1)[0]
-        sites = {site for site, _, v in scales if v == value}
-        if (
-            count < SHARE * len(scales)
-            or len(sites) < FEWEST_SITES
-            or len({layer_of(s) for s in sites}) < 2
-        ):
+    for scales in _scales_by_kind(ctx):
+        value, count = Counter(s.value for s in scales).most_common(1)[0]
+        equal = [s for s in scales if s.value == value]
+        inputs = {s.input for s in equal}
+        if count < SHARE * len(scales) or len(inputs) < FEWEST_INPUTS:
             continue
-        policy = value == 1.0 and count == len(scales)
-        if value == 1.0 and _declared(ctx):
+        if len({layer_of(name) for name in inputs}) < 2 or (value == 1.0 and _declared(ctx)):
             continue
-        tensor = next(t for _, t, v in scales if v == value)
+        all_one = value == 1.0 and count == len(scales)
+        tensor = equal[0].tensor
         leaf = tensor.name.rpartition(".")[2]
+        if all_one:
+            message = f"every {leaf} is 1.0, and the manifest does not declare that as a policy"
+        else:
+            message = f"most layers and inputs have the same {leaf}: a fallback, not calibration"
         yield ctx.finding(
-            f"{leaf} is 1.0 throughout, and nothing says that this is meant"
-            if policy
-            else f"one {leaf} in most layers and inputs: it looks like a fallback, not like calibration",
+            message,
             where=Where(tensor.name, tensor.file, byte=tensor.offset),
-            observed=f"{value:.6g} in {count:,} of {len(scales):,}, {len(sites)} inputs",
-            expected="one a layer and input",
+            observed=f"{value:.6g} in {count:,} of {len(scales):,}, {len(inputs)} inputs",
+            expected="one per layer and input",
             count=count,
-            severity="info" if policy else None,
+            severity="info" if all_one else None,
         )
 
 
-def _site(module: str) -> str:
-    """Return what a projection reads, named by its layer and its fused parameter: one for all
-    experts of a layer.
+class ActivationScale(NamedTuple):
+    """A scalar activation scale, and the name of the input that it scales."""
+
+    input: str
+    tensor: Tensor
+    value: float
+
+
+def _scales_by_kind(ctx: Context) -> list[list[ActivationScale]]:
+    """Return the scalar activation scales: those of experts, and those of each other role."""
+    kinds: dict[tuple[str, str], list[ActivationScale]] = {}
+    for module, _, tensor in ctx.candidate.scale_tensors(("input_scale", "input_global_scale")):
+        if tensor.elements != 1:
+            continue
+        ctx.tally.see()
+        kind = "expert" if expert_key(module.name) else role(module.name)
+        value = float(ctx.payload.array(tensor).reshape(-1)[0])
+        scale = ActivationScale(_input_name(module.name), tensor, value)
+        kinds.setdefault((kind, tensor.name.rpartition(".")[2]), []).append(scale)
+    return list(kinds.values())
+
+
+def _input_name(module: str) -> str:
+    """Return a name for what a projection reads: equal within a fused group, and for all experts of
+    a layer.
     """
     key = expert_key(module)
     name = packed_name(module) or module
@@ -87,7 +102,7 @@ def _site(module: str) -> str:
 
 
 def _declared(ctx: Context) -> bool:
-    """Whether the exporter recorded that 1.0 is meant."""
+    """Whether the exporter recorded 1.0 as its policy."""
     size = ctx.checkpoint.files.get(MANIFEST)
     if size is None:
         return False

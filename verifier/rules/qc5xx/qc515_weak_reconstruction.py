@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""QC515: decoded values are further from the base than the format need be."""
+"""QC515: weak reconstruction."""
 
 from __future__ import annotations
 
@@ -23,63 +23,68 @@ from verifier.rules.registry import rule
     sources=("NVIDIA/Model-Optimizer#2243",),
 )
 def check(ctx: Context) -> Iterator[Finding]:
-    """Decoded, each quantized weight is as near to the base as its format can be on that very
-    tensor.
+    """Dequantized, each weight is as close to the base as its format allows for that tensor.
 
-    Relative error is ||decoded - base|| / ||base||. It is compared with the best codes under the
-    stored scales and with plain ``max`` calibration, whichever is worse; no fixed band exists (0
-    for +-c weights, 0.36 on blocks at the floor).
-    **Why.** Scales rounded after the codes were chosen; a swapped, foreign or permuted tensor.
-    **Hurts.** Quality; with a foreign tensor, everything.
-    **Mend.** Encode the tensor again from the base. Beyond 1.25 times what is possible, or where
-    the values are more than 3% too large or too small as a whole, it is a warning; where more than
-    half of the tensor is lost and the format is not to blame, an error. Where the cause can be
-    told, the rule that tells it speaks instead: QC507, QC509 to QC512, QC517. Codes beside the
-    nearest all over a tensor, as often above as below, are what GPTQ and its like do on purpose (or
-    a base of another revision): information only.
+    **What it does.** Compares the relative error ||dequantized - base|| / ||base|| with the best
+    quantized values under the stored scales and with plain ``max`` calibration, whichever is worse.
+    There is no fixed threshold: the error is 0 for weights of one magnitude and 0.36 for blocks at
+    the floor of the scale.
+
+    More than 1.25 times that error, or values that are more than 3% too large or too small as a
+    whole, are a warning. If more than half of the tensor is lost and the format does not explain
+    it, it is an error. If the cause is known, its own rule reports it instead: QC507, QC509 to
+    QC512, QC517. Values off the nearest ones all over a tensor, in both directions, are only a
+    note: GPTQ-style methods do that intentionally, and so does a base of a different revision.
+
+    **Why it happens.** Scales were rounded after the values were chosen, or the tensor was swapped,
+    permuted or taken from a different model.
+
+    **Impact.** Lower quality; with a wrong tensor, garbage.
+
+    **Fix.** Quantize the tensor again from the base.
     """
     if ctx.base is None or ctx.expectations.unrelated_base:
-        ctx.tally.miss(len(ctx.candidate.quantized_modules), "the base is another model")
+        ctx.tally.miss(len(ctx.candidate.quantized_modules), "the base is a different model")
         return
-    for weight, found, r in compared(ctx, ctx.candidate.quantized_modules):
-        if r.cause == "nan codes" and r.place is not None:
-            first = int(ctx.payload.bytes_of(weight)[r.place[0]])
+    for weight, fmt, result in compared(ctx, ctx.candidate.quantized_modules):
+        if result.cause == "nan codes" and result.place is not None:
+            first = int(ctx.payload.bytes_of(weight)[result.place[0]])
             yield ctx.finding(
-                "NaN codes",
-                where=ctx.at_byte(weight, r.place[0]),
+                "NaN among the quantized values",
+                where=ctx.at_byte(weight, result.place[0]),
                 severity="error",
-                count=r.count,
+                count=result.count,
                 observed=f"0x{first:02X}",
                 expected="0x00..0x7E or 0x80..0xFE",
             )
-        elif r.cause == "zero base":
+        elif result.cause == "zero base":
             yield ctx.finding(
-                "the base is all zero and the decoded weight is not",
+                "the base is all zero, but the dequantized weight is not",
                 tensor=weight.name,
                 severity="error",
             )
-        elif r.cause == "lost":
-            other = f"; it begins as {r.detail} of the base" if r.detail else ""
+        elif result.cause == "lost":
+            similar = f"; it begins like {result.detail} of the base" if result.detail else ""
             yield ctx.finding(
-                "the decoded weight is not the base's",
+                "the dequantized weight does not match the base",
                 tensor=weight.name,
                 severity="error",
-                observed=f"relative error {r.relative:.3f}{other}",
-                expected=f"about {r.by_max:.3f} ({found.algo} on this tensor)",
+                observed=f"relative error {result.relative:.3f}{similar}",
+                expected=f"about {result.by_max:.3f} ({fmt.algo} on this tensor)",
             )
-        elif r.cause == "moved":
+        elif result.cause == "moved":
             yield ctx.finding(
-                "codes beside the nearest throughout, in both directions: weights that GPTQ or its like moved, or another"
-                " revision of the base",
+                "quantized values are not the nearest ones throughout, in both directions:"
+                " a GPTQ-style method, or a different revision of the base",
                 tensor=weight.name,
                 severity="info",
-                observed=f"relative error {r.relative:.4f}",
-                expected=f"{r.best:.4f} with the nearest codes",
+                observed=f"relative error {result.relative:.4f}",
+                expected=f"{result.best:.4f} with the nearest values",
             )
-        elif r.cause == "weak":
+        elif result.cause == "weak":
             yield ctx.finding(
-                "further from the base than the format need be",
+                "less accurate than the format allows",
                 tensor=weight.name,
-                observed=f"relative error {r.relative:.4f}{r.as_a_whole}",
-                expected=f"at most {r.best:.4f} ({found.algo} on this tensor)",
+                observed=f"relative error {result.relative:.4f}{result.as_a_whole}",
+                expected=f"at most {result.best:.4f} ({fmt.algo} on this tensor)",
             )

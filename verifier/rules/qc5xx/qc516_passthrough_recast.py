@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""QC516: a tensor that is not quantized has another dtype than its source."""
+"""QC516: pass-through tensor changed dtype."""
 
 from __future__ import annotations
 
@@ -12,29 +12,33 @@ from verifier.rules.registry import rule
 
 @rule(
     "QC516",
-    "untouched tensor was recast",
+    "pass-through tensor changed dtype",
     severity="error",
     depth="header",
-    unit="untouched tensors",
+    unit="pass-through tensors",
     needs=("base|merged_from",),
     consumers=("vLLM", "SGLang", "TensorRT-LLM", "transformers"),
     sources=("NVIDIA/Model-Optimizer export of a float32 router, reproduced",),
 )
 def check(ctx: Context) -> Iterator[Finding]:
-    """A tensor that is not quantized keeps the dtype of its source (``--merged-from`` where given,
-    else the base).
+    """A tensor that is not quantized keeps the dtype of its source.
 
-    **Why.** The exporter saved from memory, where everything is BF16.
-    **Hurts.** A float32 router written as BF16 picks other experts; logits of a BF16 run do not
-    show it.
-    **Mend.** Copy the bytes from the source file.
+    **What it does.** Compares the dtype of each pass-through tensor with ``--merged-from`` if
+    given, else with the base.
+
+    **Why it happens.** The exporter saved the tensors from memory, where everything is BF16.
+
+    **Impact.** A float32 router written as BF16 selects different experts; the logits of a BF16 run
+    do not show it.
+
+    **Fix.** Copy the bytes from the source file.
     """
-    for ours, theirs in ctx.pass_through():
+    for tensor, source in ctx.pass_through():
         ctx.tally.see()
-        if ours.dtype != theirs.dtype:
+        if tensor.dtype != source.dtype:
             yield ctx.finding(
-                f"stored as {ours.dtype} where the source has {theirs.dtype}",
-                where=Where(ours.name, ours.file),
-                observed=ours.dtype,
-                expected=theirs.dtype,
+                f"stored as {tensor.dtype}, but {source.dtype} in the source",
+                where=Where(tensor.name, tensor.file),
+                observed=tensor.dtype,
+                expected=source.dtype,
             )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""QC517: part of a weight holds codes that are not the base's."""
+"""QC517: quantized values do not match the base."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from verifier.rules.registry import rule
 
 @rule(
     "QC517",
-    "codes are not the base's nearest",
+    "quantized values do not match the base",
     severity="error",
     depth="payload",
     split=True,
@@ -23,31 +23,37 @@ from verifier.rules.registry import rule
     sources=("re-encoding of the base under the stored scales, own",),
 )
 def check(ctx: Context) -> Iterator[Finding]:
-    """Encoded again under the stored scales, the base gives the stored codes, up to rounding.
+    """Quantized again under the stored scales, the base gives the stored values, up to rounding.
 
-    That holds for ``max``, MSE, a scale sweep and four-over-six alike, whose scales differ and
-    whose codes do not.
-    **Why.** Rows were swapped, rolled or overwritten after encoding; a shard was written in part.
-    **Hurts.** Those rows compute something else, and the whole tensor's error stays below what
-    alarms.
-    **Mend.** Encode the tensor again. A block counts where it is off by half as much again as its
-    scale allows, or where one factor would make it right: its codes were chosen under another scale
-    (a block's, a row's, a tile's, the tensor's). GPTQ and its like move weights on purpose: where
-    more than 10% of the other blocks hold codes beside the nearest, only the factor is judged. A
-    tensor that is lost as a whole is QC515's.
+    **What it does.** Quantizes the base under the stored scales and compares block by block. That
+    works for ``max``, MSE, a scale sweep and four-over-six: their scales differ, but not the
+    nearest values. A block is reported if its error is half as large again as its scale allows, or
+    if a single factor (of a block, a row, a tile or the tensor) would correct it: then its values
+    were chosen under a different scale.
+
+    GPTQ-style methods move values intentionally: if more than 10% of the other blocks do not hold
+    the nearest values, only the factor is checked. A tensor that is lost as a whole is QC515.
+
+    **Why it happens.** Rows were swapped, rolled or overwritten after quantization, or a shard was
+    written only partly.
+
+    **Impact.** Those rows compute something else, while the error of the whole tensor stays
+    unremarkable.
+
+    **Fix.** Quantize the tensor again.
     """
-    for weight, found, r in compared(ctx, ctx.candidate.quantized_modules):
-        if r.cause == "part" and r.place is not None:
-            row, block = r.place
-            width = found.group_size or 0
+    for weight, fmt, result in compared(ctx, ctx.candidate.quantized_modules):
+        if result.cause == "part" and result.place is not None:
+            row, block = result.place
+            has_blocks = 0 < (fmt.group_size or 0) <= 32
+            if result.detail == "other scales":
+                message = "quantized values were chosen under other scales than those stored"
+            else:
+                message = "blocks of quantized values do not match the base, the others do"
             yield ctx.finding(
-                "codes chosen under other scales than those stored"
-                if r.detail == "other scales"
-                else "blocks of codes that are not the base's, in a weight that otherwise is",
-                where=Where(
-                    weight.name, weight.file, row=row, block=block if 0 < width <= 32 else None
-                ),
-                observed=f"relative error {r.relative:.3f} of the tensor{r.as_a_whole}",
-                expected=f"about {r.by_max:.3f}",
-                count=r.count,
+                message,
+                where=Where(weight.name, weight.file, row, block if has_blocks else None),
+                observed=f"relative error {result.relative:.3f} of the tensor{result.as_a_whole}",
+                expected=f"about {result.by_max:.3f}",
+                count=result.count,
             )

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""QC604: parts that loaders fuse or stack do not come back as they were."""
+"""QC604: fused parameters do not round-trip."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain, islice
 
 import numpy as np
 
@@ -17,10 +18,10 @@ from verifier.rules.registry import rule
 from verifier.schemes import FLOATS, SCALE_LEAVES, Format, Module, same_layout
 
 COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-"""What configs call the number of routed experts of a layer."""
+"""Config keys for the number of routed experts of a layer."""
 
 
-_SEAM: Mapping[str, tuple[Severity, str]] = {
+_SPLIT_BLOCK: Mapping[str, tuple[Severity, str]] = {
     "vllm": ("error", "raises ValueError when it builds the layer (validate_fp8_block_shape)"),
     "sglang": ("error", "raises ValueError when it builds the layer (validate_fp8_block_shape)"),
 }
@@ -28,7 +29,7 @@ _SEAM: Mapping[str, tuple[Severity, str]] = {
 
 @rule(
     "QC604",
-    "fused parts do not come back",
+    "fused parameters do not round-trip",
     severity="error",
     depth="payload",
     unit="fused parameters",
@@ -41,102 +42,107 @@ _SEAM: Mapping[str, tuple[Severity, str]] = {
     engines={
         "vllm": (
             "error",
-            "copies each part into its range with a cast: what has no range of its own is overwritten",
+            "copies each part into its range with a cast; overlapping ranges are overwritten",
         ),
     },
 )
 def check(ctx: Context) -> Iterator[Finding]:
-    """What loaders make one parameter of (q/k/v, gate/up, the experts of a layer) splits into the
-    same bytes again.
+    """What loaders combine into one parameter (q/k/v, gate/up, experts) splits into the same bytes.
 
-    The parts of a fused parameter have one width and one dtype, scales included; their scales stand
-    in one spelling of the shape; rows that share a scale (128x128 blocks) lie in one part; a
-    ``pre_quant_scale``, which belongs to the common input, is the same in all. The experts of a
-    layer are numbered from 0 without a gap and have one format and shape.
+    **What it does.** Checks that the parts of a fused parameter have one width and one dtype,
+    scales included, and that their scales use one spelling of the shape; that rows which share a
+    scale (128x128 blocks) are in one part; and that a ``pre_quant_scale``, which belongs to the
+    common input, is the same in all parts. The experts of a layer must be numbered from 0 without a
+    gap, and have one format and shape. Bytes are read only where names, dtypes and shapes leave
+    room for a difference.
 
-    **Why.** Parts were written by different passes; an un-fused tensor was split where the format
-    has no seam; scales of the common input were smoothed for each projection alone.
-    **Hurts.** vLLM and transformers cast without a word (E8M0 into U8 becomes 0, which is 2^-127),
-    stop at a seam inside a block, or keep one of the scales, and every other part is wrong by the
+    Different formats within q/k/v or gate/up are QC409, different global and input scales QC504 to
+    QC506, scales that do not fit their own weight QC304 and QC306; differences from a known layout
+    or a base are QC205 to QC208 and QC516.
+
+    **Why it happens.** Parts were written by different passes, an unfused tensor was split where
+    its format cannot be split, or the scales of a common input were smoothed for each projection
+    separately.
+
+    **Impact.** vLLM and transformers cast silently (E8M0 into U8 becomes 0, which is 2^-127), stop
+    at a boundary inside a block, or keep one of the scales, so every other part is wrong by the
     ratio.
-    **Mend.** Write all parts of a group in one pass; leave a projection unquantized whose rows its
-    blocks do not divide.
 
-    Formats that differ within q/k/v or gate/up are QC409, global and input scales that differ QC504
-    to QC506, scales that do not fit their own weight QC304 and QC306, what a known layout or a base
-    tells QC205 to QC208 and QC516. Bytes are read where names, dtypes and shapes leave room for a
-    difference; elsewhere the round trip is exact whatever they are.
+    **Fix.** Write all parts of a group in one pass; leave a projection unquantized if its rows are
+    not divisible by the block size.
     """
-    told: set[str] = set()  # parts of pairs that are QC409's
+    mixed: set[str] = set()  # members of fused groups of several formats: QC409
     groups = list(fused(ctx))
     for group in groups:
         ctx.tally.see()
-        yield from _experts(ctx, group, told) if group.stack else _projections(ctx, group, told)
+        check_group = _check_experts if group.stack else _check_projections
+        yield from check_group(ctx, group, mixed)
     if ctx.expectations.why_unknown:  # else QC207
-        yield from _numbers(ctx, [g for g in groups if g.stack])
+        yield from _check_numbers(ctx, [g for g in groups if g.stack])
 
 
-def _projections(ctx: Context, group: Fused, told: set[str]) -> Iterator[Finding]:
-    """Judge parts that are put behind one another."""
+def _check_projections(ctx: Context, group: Fused, mixed: set[str]) -> Iterator[Finding]:
+    """Yield the first problem of parts that loaders concatenate."""
     modules = group.modules
     formats = [ctx.candidate.format_of(m) for m in modules]
-    if not _alike(modules, formats):
-        told.update(m.name for m in modules)
-        return  # QC409, or what a member of no known format is called for
-    found = next(_geometry(ctx, modules), None) or next(_seams(ctx, modules, formats[0]), None)
-    if found is None:
-        found = next(_inputs(ctx, modules), None)
-    if found is not None:
-        yield found
+    if not _same_format(modules, formats):
+        mixed.update(m.name for m in modules)
+        return
+    problems = chain(
+        _check_geometry(ctx, modules),
+        _check_boundaries(ctx, modules, formats[0]),
+        _check_pre_quant_scales(ctx, modules),
+    )
+    yield from islice(problems, 1)
 
 
-def _experts(ctx: Context, group: Fused, told: set[str]) -> Iterator[Finding]:
-    """Judge one projection of all experts of a layer."""
+def _check_experts(ctx: Context, group: Fused, mixed: set[str]) -> Iterator[Finding]:
+    """Yield the experts of a layer that differ from the others in one projection."""
     modules = group.modules
     usual = Counter(m.signature for m in modules).most_common(1)[0][0]
     first = next(m for m in modules if m.signature is usual)
-    wanted = ctx.candidate.format_of(first)
+    usual_format = ctx.candidate.format_of(first)
     for module in modules:
-        have = ctx.candidate.format_of(module)
-        if module.signature is usual and have is wanted:
+        fmt = ctx.candidate.format_of(module)
+        if module.signature is usual and fmt is usual_format:
             continue
-        if not _alike((first, module), [wanted, have]):
-            if module.name in told or ctx.expectations.is_mtp(module.name):  # MTP is QC403's
-                continue
-            if _by_intent(ctx, module) and _by_intent(ctx, first):
-                yield _finding(
-                    ctx,
-                    "experts of one layer have different formats",
-                    module.weight,
-                    _format(ctx, module),
-                    f"{_format(ctx, first)}, as {first.name}",
-                )
-            continue
-        yield from _geometry(ctx, (first, module), rows=True)
+        if _same_format((first, module), [usual_format, fmt]):
+            yield from _check_geometry(ctx, (first, module), rows=True)
+        elif module.name in mixed or ctx.expectations.is_mtp(module.name):
+            continue  # QC409, QC403
+        elif _as_declared(ctx, module) and _as_declared(ctx, first):
+            yield _finding(
+                ctx,
+                "experts of one layer have different formats",
+                module.weight,
+                _format_name(ctx, module),
+                f"{_format_name(ctx, first)} like {first.name}",
+            )
 
 
-def _by_intent(ctx: Context, module: Module) -> bool:
-    """Whether a module is stored as the declaration has it: what is not is QC402's, QC408's or
-    QC410's.
-    """
-    cover = ctx.candidate.declared_for(module)
-    declared = cover.algo is not None if cover is not None else module.quantized
-    return declared == module.quantized and (
-        not module.quantized or ctx.candidate.format_of(module) is not None
-    )
+def _as_declared(ctx: Context, module: Module) -> bool:
+    """Whether a module is quantized as declared; else it is QC402, QC408 or QC410."""
+    entry = ctx.candidate.declared_for(module)
+    declared = entry.algo is not None if entry is not None else module.quantized
+    if declared != module.quantized:
+        return False
+    return not module.quantized or ctx.candidate.format_of(module) is not None
 
 
-def _alike(modules: Sequence[Module], formats: Sequence[Format | None]) -> bool:
-    """Whether all are unquantized, or all of one known layout."""
+def _same_format(modules: Sequence[Module], formats: Sequence[Format | None]) -> bool:
+    """Whether all modules are unquantized, or all have the same known layout."""
     first = formats[0]
     if not any(m.quantized for m in modules):
         return True
     return first is not None and all(f is not None and same_layout(first, f) for f in formats)
 
 
-def _geometry(ctx: Context, modules: Sequence[Module], *, rows: bool = False) -> Iterator[Finding]:
-    """Yield what keeps tensors of one leaf from being put together; ``rows``: they are stacked and
-    have equal heights.
+def _check_geometry(
+    ctx: Context, modules: Sequence[Module], *, rows: bool = False
+) -> Iterator[Finding]:
+    """Yield shapes and dtypes that cannot be combined into one parameter.
+
+    ``rows``: the parts are stacked, so their numbers of rows must be equal, too.
     """
     first = modules[0]
     for module in modules[1:]:
@@ -144,13 +150,13 @@ def _geometry(ctx: Context, modules: Sequence[Module], *, rows: bool = False) ->
             continue
         side = 0 if rows else 1
         if module.dims[side:] != first.dims[side:]:
-            if not _known(ctx, first, module):  # QC208
+            if not _have_expected_shapes(ctx, first, module):  # QC208
                 yield _finding(
                     ctx,
                     "parts of one parameter have different shapes",
                     module.weight,
                     list(module.dims),
-                    f"{list(first.dims)}, as {first.name}",
+                    f"{list(first.dims)} like {first.name}",
                 )
             return
     for leaf in dict.fromkeys(leaf for m in modules for leaf in m.parts):
@@ -159,53 +165,51 @@ def _geometry(ctx: Context, modules: Sequence[Module], *, rows: bool = False) ->
             if not rows and leaf == "pre_quant_scale":
                 module = next(m for m in modules if leaf not in m.parts)
                 yield ctx.finding(
-                    "pre_quant_scale beside some parts of one parameter only",
+                    "only some parts of one parameter have a pre_quant_scale",
                     where=Where(f"{module.name}.{leaf}"),
                     observed="absent",
                     expected=f"that of {having[0].name}",
                 )
-            continue  # what a part has to have of itself is QC301's, QC302's and QC314's
-        yield from _leaf(ctx, leaf, having)
+            continue  # tensors that each part must have are QC301, QC302 and QC314
+        yield from _check_leaf(ctx, leaf, having)
 
 
-def _leaf(ctx: Context, leaf: str, modules: Sequence[Module]) -> Iterator[Finding]:
-    """Yield what keeps the tensors of one leaf from being put together without a cast."""
+def _check_leaf(ctx: Context, leaf: str, modules: Sequence[Module]) -> Iterator[Finding]:
+    """Yield tensors of one leaf that cannot be combined without a cast."""
     tensors = [m.parts[leaf] for m in modules]
     first = tensors[0]
-    odd = next((t for t in tensors[1:] if t.dtype != first.dtype), None)
-    if odd is not None and _sound_dtypes(ctx, leaf, modules):
-        scale = leaf in SCALE_LEAVES
-        observed = f"{odd.dtype}{_cast(ctx, first, odd) if scale else ''}"
+    mismatch = next((t for t in tensors[1:] if t.dtype != first.dtype), None)
+    if mismatch is not None and _have_valid_dtypes(ctx, leaf, modules):
+        is_scale = leaf in SCALE_LEAVES
+        loss = _cast_loss(ctx, first, mismatch) if is_scale else ""
         yield _finding(
             ctx,
-            f"parts of one parameter have {'scales' if scale else 'weights'} of different dtypes",
-            odd,
-            observed,
-            f"{first.dtype}, as {first.name}",
-            "error" if scale else "warning",
+            f"{'scales' if is_scale else 'weights'} of one parameter have different dtypes",
+            mismatch,
+            f"{mismatch.dtype}{loss}",
+            f"{first.dtype} like {first.name}",
+            "error" if is_scale else "warning",
         )
     elif leaf in SCALE_LEAVES:
         ranks = {len(t.shape) for t in tensors if t.elements > 1}
-        if len(ranks) > 1 and all(_fits(ctx, m, leaf) for m in modules):  # of scalars QC311 says it
-            odd = next(t for t in tensors if len(t.shape) != len(first.shape))
+        if len(ranks) > 1 and all(_fits(ctx, m, leaf) for m in modules):  # scalars: QC311
+            mismatch = next(t for t in tensors if len(t.shape) != len(first.shape))
             yield _finding(
                 ctx,
-                "parts of one parameter spell the shape of their scales differently",
-                odd,
-                list(odd.shape),
-                f"{list(first.shape)}, as {first.name}",
+                "parts of one parameter have scales of different ranks",
+                mismatch,
+                list(mismatch.shape),
+                f"{list(first.shape)} like {first.name}",
             )
 
 
-def _sound_dtypes(ctx: Context, leaf: str, modules: Sequence[Module]) -> bool:
-    """Whether each tensor's dtype is one that its own format allows (QC304, QC315), and no source
-    has it so (QC516).
-    """
+def _have_valid_dtypes(ctx: Context, leaf: str, modules: Sequence[Module]) -> bool:
+    """Whether each tensor has a dtype of its own format; else it is QC304, QC315 or QC516."""
     for module in modules:
         tensor = module.parts[leaf]
         if leaf in SCALE_LEAVES and leaf != "pre_quant_scale":
-            found = ctx.candidate.format_of(module)
-            sibling = found.sibling(leaf) if found is not None else None
+            fmt = ctx.candidate.format_of(module)
+            sibling = fmt.sibling(leaf) if fmt is not None else None
             if sibling is None or tensor.dtype not in sibling.dtypes:
                 return False
         elif tensor.dtype not in FLOATS or ctx.base is not None or ctx.merged_from is not None:
@@ -214,122 +218,109 @@ def _sound_dtypes(ctx: Context, leaf: str, modules: Sequence[Module]) -> bool:
 
 
 def _fits(ctx: Context, module: Module, leaf: str) -> bool:
-    """Whether a scale has a shape that its own weight gives it: else it is QC306's."""
-    found = ctx.candidate.format_of(module)
-    sibling = found.sibling(leaf) if found is not None else None
-    return (
-        sibling is not None
-        and module.dims is not None
-        and module.parts[leaf].shape in sibling.shapes(*module.dims)
-    )
+    """Whether a scale has the shape that its own weight requires; else it is QC306."""
+    fmt = ctx.candidate.format_of(module)
+    sibling = fmt.sibling(leaf) if fmt is not None else None
+    if sibling is None or module.dims is None:
+        return False
+    return module.parts[leaf].shape in sibling.shapes(*module.dims)
 
 
-def _cast(ctx: Context, first: Tensor, odd: Tensor) -> str:
-    """Return how many values of a scale a loader's copy into a parameter of the first one's dtype
-    changes.
-    """
-    if {first.dtype, odd.dtype} != {"U8", "F8_E8M0"}:
+def _cast_loss(ctx: Context, first: Tensor, mismatch: Tensor) -> str:
+    """Return how many values of a scale change when a loader casts it to the first one's dtype."""
+    if {first.dtype, mismatch.dtype} != {"U8", "F8_E8M0"}:
         return ""
-    values = ctx.payload.array(odd)
+    values = ctx.payload.array(mismatch)
     count = lost([values], len(values), ctx.payload.array(first).dtype)
-    return f": {count:,} of {values.size:,} change in the copy"
+    return f": {count:,} of {values.size:,} values change in the cast"
 
 
-def _seams(ctx: Context, modules: Sequence[Module], found: Format | None) -> Iterator[Finding]:
-    """Yield a part whose last block of rows reaches into the next part."""
-    if (
-        found is None
-        or found.block is None
-        or found.block[0] == 1
-        or ctx.inputs.tp is not None
-        or ctx.inputs.ep is not None
-    ):
-        return  # with --tp and --ep QC309 divides further
-    tile = found.block[0]
-    leaf = next(
-        (leaf for leaf in found.siblings[0].leaves if all(leaf in m.parts for m in modules)), None
-    )
-    if leaf is None or not all(_fits(ctx, m, leaf) for m in modules):
+def _check_boundaries(
+    ctx: Context, modules: Sequence[Module], fmt: Format | None
+) -> Iterator[Finding]:
+    """Yield a part whose last block of rows extends into the next part."""
+    if fmt is None or fmt.block is None or fmt.block[0] == 1:
         return
+    if ctx.inputs.tp is not None or ctx.inputs.ep is not None:
+        return  # QC309 checks the boundaries of the shards
+    tile = fmt.block[0]
+    leaves = [leaf for leaf in fmt.siblings[0].leaves if all(leaf in m.parts for m in modules)]
+    if not leaves or not all(_fits(ctx, m, leaves[0]) for m in modules):
+        return
+    leaf = leaves[0]
     heights = [m.dims[0] for m in modules if m.dims]
     short = next((i for i, height in enumerate(heights[:-1]) if height % tile), None)
     if short is None:
         return
     arrays = [ctx.payload.array(m.parts[leaf]) for m in modules]
-    starts = [
-        sum(heights[:i]) // tile for i in range(len(heights))
-    ]  # as vLLM's BlockQuantScaleParameter narrows
+    # As vLLM's BlockQuantScaleParameter narrows.
+    starts = [sum(heights[:i]) // tile for i in range(len(heights))]
     count = lost(arrays, -(-sum(heights) // tile), arrays[0].dtype, starts)
+    total = sum(a.size for a in arrays)
     yield _finding(
         ctx,
-        f"{found.algo}: a block of {tile} rows reaches over the seam to the next part",
+        f"{fmt.algo}: a block of {tile} rows extends into the next part of a fused parameter",
         modules[short].parts[leaf],
-        f"{heights[short]} rows; {count:,} of {sum(a.size for a in arrays):,} scales are lost",
+        f"{heights[short]} rows; {count:,} of {total:,} scales are lost",
         f"a multiple of {tile} rows",
         "warning",
-        engines=_SEAM,
+        engines=_SPLIT_BLOCK,
     )
 
 
-def _inputs(ctx: Context, modules: Sequence[Module]) -> Iterator[Finding]:
-    """Yield a ``pre_quant_scale`` that is not that of the other parts, which read the same
-    input.
-    """
+def _check_pre_quant_scales(ctx: Context, modules: Sequence[Module]) -> Iterator[Finding]:
+    """Yield a ``pre_quant_scale`` that differs from those of other parts with the same input."""
     leaf = "pre_quant_scale"
     if not all(leaf in m.parts for m in modules):
         return
     tensors = [m.parts[leaf] for m in modules]
     first = tensors[0]
-    odd = next((t for t in tensors[1:] if ctx.payload.digest(t) != ctx.payload.digest(first)), None)
-    if odd is None:
+    payload = ctx.payload
+    mismatch = next((t for t in tensors[1:] if payload.digest(t) != payload.digest(first)), None)
+    if mismatch is None:
         return
-    observed = "other values"
-    if (odd.dtype, odd.shape) == (first.dtype, first.shape):
+    observed = "different values"
+    if (mismatch.dtype, mismatch.shape) == (first.dtype, first.shape):
         size = max(1, first.nbytes // max(1, first.elements))
-        far = (
-            int(np.flatnonzero(ctx.payload.bytes_of(odd) != ctx.payload.bytes_of(first))[0]) // size
-        )
-        observed = f"another value from channel {far:,} on"
+        unequal = np.flatnonzero(payload.bytes_of(mismatch) != payload.bytes_of(first))
+        observed = f"different values from channel {int(unequal[0]) // size:,} on"
     yield _finding(
         ctx,
-        "pre_quant_scale of the common input differs between parts of one parameter",
-        odd,
+        "pre_quant_scale differs between parts of one parameter that read the same input",
+        mismatch,
         observed,
         f"that of {modules[0].name}",
     )
 
 
-def _numbers(ctx: Context, stacks: Sequence[Fused]) -> Iterator[Finding]:
-    """Yield a gap in the numbers of a layer's experts, where neither layout nor base knows them."""
+def _check_numbers(ctx: Context, stacks: Sequence[Fused]) -> Iterator[Finding]:
+    """Yield gaps in the numbering of a layer's experts, if neither layout nor base states it."""
     heights = [max(group.numbers) + 1 for group in stacks]
     stated = config_value(ctx.checkpoint.config, *COUNTS) or 0
     for group, height in zip(stacks, heights, strict=True):
-        # The config counts what layers have, half of them at least; a tower may have experts of its
-        # own.
+        # The config's number applies if at least half of the layers have it: a tower may have
+        # experts of its own.
         size = stated if stated > height and 2 * heights.count(stated) >= len(heights) else height
         numbers = set(group.numbers)
         missing = size - len(numbers)
         if missing:
             gap = next(n for n in range(size) if n not in numbers)
             yield ctx.finding(
-                "experts of one layer are not numbered through",
+                "experts of one layer are not numbered consecutively",
                 where=Where(group.modules[0].name),
-                observed=f"{missing:,} of {size:,} absent, {gap} first",
+                observed=f"{missing:,} of {size:,} missing, {gap} first",
                 expected=f"0 to {size - 1}",
             )
 
 
-def _known(ctx: Context, *modules: Module) -> bool:
+def _have_expected_shapes(ctx: Context, *modules: Module) -> bool:
     return all(ctx.expectations.shapes.get(f"{m.name}.weight") is not None for m in modules)
 
 
-def _format(ctx: Context, module: Module) -> str:
-    found = ctx.candidate.format_of(module)
-    return (
-        found.algo
-        if found
-        else f"unquantized {module.weight.dtype if module.weight else ''}".strip()
-    )
+def _format_name(ctx: Context, module: Module) -> str:
+    fmt = ctx.candidate.format_of(module)
+    dtype = module.weight.dtype if module.weight else ""
+    return fmt.algo if fmt else f"unquantized {dtype}".strip()
 
 
 def _finding(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""QC605: a tensor that must be untouched has other bytes."""
+"""QC605: pass-through tensor differs from its source."""
 
 from __future__ import annotations
 
@@ -12,34 +12,37 @@ from verifier.rules.registry import rule
 
 @rule(
     "QC605",
-    "untouched tensor has other bytes",
+    "pass-through tensor differs from its source",
     severity="error",
     depth="payload",
-    unit="untouched tensors",
+    unit="pass-through tensors",
     split=True,
     needs=("base|merged_from",),
     consumers=("vLLM", "SGLang", "TensorRT-LLM", "transformers"),
     sources=("NVIDIA/Model-Optimizer#1806",),
 )
 def check(ctx: Context) -> Iterator[Finding]:
-    """A tensor that is not re-quantized has the bytes of its source (``--merged-from`` where given,
-    else the base).
+    """A tensor that is not re-quantized has the bytes of its source.
 
-    With ``--merged-from`` that includes the quantized tensors that the merge keeps, codes and
-    scales.
-    **Why.** A cast there and back on copy; a tensor of another revision.
-    **Hurts.** The release is not the base it claims to be; the harm depends on the tensor.
-    **Mend.** Copy byte ranges, do not load and save. (Another dtype is QC516.)
+    **What it does.** Compares all pass-through tensors byte by byte with ``--merged-from`` if
+    given, else with the base. With ``--merged-from`` that includes the quantized tensors that the
+    merge keeps, values and scales. A different dtype is QC516.
+
+    **Why it happens.** A cast back and forth during a copy, or a tensor of a different revision.
+
+    **Impact.** The release is not based on what it claims to be; the effect depends on the tensor.
+
+    **Fix.** Copy byte ranges instead of loading and saving.
     """
-    for ours, theirs in ctx.pass_through():
-        if ours.dtype != theirs.dtype or ours.shape != theirs.shape:
+    for tensor, source in ctx.pass_through():
+        if tensor.dtype != source.dtype or tensor.shape != source.shape:
             continue
         ctx.tally.see()
-        facts = ctx.payload.scan(ours)
+        facts = ctx.payload.scan(tensor)
         if facts.differing.count:
             yield ctx.finding(
                 "bytes differ from the source",
-                where=ctx.at_byte(ours, facts.differing.first),
+                where=ctx.at_byte(tensor, facts.differing.first),
                 observed=f"0x{facts.observed:02X}, {facts.differing.count:,} bytes differ",
                 expected=f"0x{facts.differing.value:02X}",
             )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""QC606: what transformers cannot vouch for, and what was done instead."""
+"""QC606: transformers cannot validate this format."""
 
 from __future__ import annotations
 
@@ -8,25 +8,26 @@ from collections.abc import Iterator, Mapping
 from verifier.findings import Finding, Severity, Where
 from verifier.rules.context import Context
 from verifier.rules.registry import rule
-from verifier.schemes import role
+from verifier.schemes import Format, Module, role
+from verifier.text import counted
 
-_SILENT: Mapping[str, tuple[Severity, str]] = {
+_LOSES_GLOBAL_SCALE: Mapping[str, tuple[Severity, str]] = {
     "transformers": (
         "error",
         "dequantizes experts without their global scale, silently (transformers#48371)",
     )
 }
-_STOPS: Mapping[str, tuple[Severity, str]] = {
+_NO_QUANTIZER: Mapping[str, tuple[Severity, str]] = {
     "transformers": (
         "error",
-        "has no quantizer for it: it stops at packed shapes, or reads codes as values",
+        "has no quantizer for it: stops at packed shapes, or reads packed values as weights",
     )
 }
 
 
 @rule(
     "QC606",
-    "transformers is no oracle",
+    "transformers cannot validate this format",
     severity="info",
     depth="load",
     unit="formats and loads",
@@ -34,62 +35,67 @@ _STOPS: Mapping[str, tuple[Severity, str]] = {
     sources=("huggingface/transformers#48371", "huggingface/transformers#48372"),
 )
 def check(ctx: Context) -> Iterator[Finding]:
-    """The format is one that transformers reads by itself, and its load leaves no tensor out.
+    """The format is one that transformers reads by itself, and its load covers every tensor.
 
-    Where it does not, QC608 is still judged: the verifier decodes each weight and hands the loader
-    plain BF16 values under hub names. This rule says so, and what that load leaves out: names that
-    the model's class drops on purpose (MTP), what does not fit in the base's own load either, and a
-    family that transformers does not have, of which names and shapes are judged by the layout files
-    and the base alone.
+    **What it does.** Reports what a load with transformers cannot vouch for. QC608 still loads the
+    checkpoint: the verifier dequantizes each weight and passes plain BF16 values under Hub names to
+    the loader. Not covered by that load are tensors that the model class drops on purpose (MTP),
+    those that do not fit in the base's own load either, and families that transformers does not
+    have, whose names and shapes are checked only against the layout files and the base.
 
-    **Why.** transformers 5 has no quantizer for ModelOpt's NVFP4, MXFP8 and FP8. Of experts in
-    compressed-tensors' NVFP4 it loses the global scale when it fuses them: weights are wrong by a
-    factor of thousands, and nothing is said.
-    **Hurts.** A perplexity or a reload that was measured through transformers' own quantizers says
-    nothing of the file.
-    **Mend.** Nothing in the checkpoint. Measure with an engine, or with `ckptgate gate`, which
-    decodes as this does.
+    **Why it happens.** transformers 5 has no quantizer for ModelOpt's NVFP4, MXFP8 and FP8. For
+    experts in compressed-tensors' NVFP4 it silently loses the global scale when it fuses them:
+    weights are wrong by a factor of thousands.
+
+    **Impact.** A perplexity or a reload measured through transformers' own quantizers says nothing
+    about the file.
+
+    **Fix.** Nothing in the checkpoint. Measure with an engine, or with ``ckptgate gate``, which
+    dequantizes as the verifier does.
     """
     loaded = ctx.loaded
     method = (
         ctx.candidate.declarations.effective.method if ctx.candidate.declarations.effective else ""
     )
-    for name in dict.fromkeys(f.name for _, f in ctx.candidate.formatted):
+    by_format: dict[Format, list[Module]] = {}
+    for module, fmt in ctx.candidate.formatted:
+        by_format.setdefault(fmt, []).append(module)
+    for fmt, modules in by_format.items():
         ctx.tally.see()
-        modules = [m for m, f in ctx.candidate.formatted if f.name == name]
-        algo = next(f.algo for _, f in ctx.candidate.formatted if f.name == name)
         experts = [m for m in modules if role(m.name) == "routed_expert"]
-        if name == "nvfp4_ct" and experts:
+        if fmt.name == "nvfp4_ct" and experts:
             yield ctx.finding(
-                f"{algo}: transformers' own path loses the global scale of experts; decoded here instead",
+                f"{fmt.algo}: transformers loses the global scale of experts;"
+                " dequantized here instead",
                 tensor=f"{experts[0].name}.weight_packed",
-                observed=f"{len(experts):,} experts' projections",
-                engines=_SILENT,
+                observed=counted(len(experts), "expert projection"),
+                engines=_LOSES_GLOBAL_SCALE,
             )
         elif not loaded.native:
             yield ctx.finding(
-                f"{algo}: transformers has no quantizer for it; decoded here instead",
+                f"{fmt.algo}: transformers has no quantizer for it; dequantized here instead",
                 tensor=modules[0].weight.name if modules[0].weight else None,
                 observed=f"{loaded.loader}, quant_method {method!r}",
-                engines=_STOPS,
+                engines=_NO_QUANTIZER,
             )
     ctx.tally.see()
     if loaded.reason:
         yield ctx.finding(
-            "transformers does not build this model; names and shapes are judged by layout files and base alone",
+            "transformers cannot build this model; names and shapes are checked only against"
+            " the layout files and the base",
             where=Where(None, "config.json"),
             observed=loaded.reason,
         )
     if loaded.dropped:
         yield ctx.finding(
-            "transformers drops these tensors on purpose; its load says nothing of them",
+            "transformers drops these tensors on purpose; its load does not check them",
             tensor=loaded.dropped[0],
-            observed=f"{len(loaded.dropped):,} tensors",
+            observed=counted(len(loaded.dropped), "tensor"),
         )
     if loaded.shared:
         first = loaded.shared[0]
         yield ctx.finding(
-            "does not fit in the base's own load either; not held against the export",
+            "does not fit in the base's own load either; not reported as an error",
             where=Where(first.name),
-            observed=f"{len(loaded.shared):,} names, {first.kind}",
+            observed=f"{counted(len(loaded.shared), 'name')}, {first.kind}",
         )

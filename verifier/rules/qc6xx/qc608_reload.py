@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""QC608: transformers does not load it, or what it computes is no model's output."""
+"""QC608: transformers cannot load it."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from verifier.rules.loading import Forward, Kind, Misfit
 from verifier.rules.registry import rule
 
 FAR, LOST = 0.35, 1.0
-"""Relative distance to the base's logits from which it is a warning, and an error."""
+"""Relative distance to the base's logits above which it is a warning, and an error."""
 _MESSAGES: Mapping[Kind, tuple[str, str]] = {
     "missing": ("transformers finds no tensor for a parameter", "a tensor"),
     "unexpected": ("transformers finds no parameter for a tensor", "a name of the family's layout"),
-    "mismatched": ("transformers finds another shape than the parameter's", ""),
+    "mismatched": ("the tensor has a different shape than transformers' parameter", ""),
     "unconverted": (
-        "transformers cannot put the parts of a parameter together",
-        "parts that stack and concatenate",
+        "transformers cannot combine the parts of a parameter",
+        "parts that can be stacked and concatenated",
     ),
 }
 
@@ -33,25 +33,26 @@ _MESSAGES: Mapping[Kind, tuple[str, str]] = {
     sources=("transformers core_model_loading", "NVIDIA/Model-Optimizer#1833"),
 )
 def check(ctx: Context) -> Iterator[Finding]:
-    """Decoded by the verifier, the checkpoint is loaded by transformers' own loader: nothing
-    missing, unexpected, misshapen.
+    """The dequantized checkpoint loads with transformers' own loader, and its logits are sane.
 
-    Names and shapes go through the loader on the meta device, which takes seconds at any size.
-    Where the model fits into memory its values follow, and a forward pass on a fixed prompt: the
-    logits are finite and, with ``--base``, not far from the base's. Their distance, relative to the
-    base's logits, is a warning above 0.35 and an error above 1, where no logits at all would be
-    nearer; `docs/reload.md` says what sound exports measure. It is no substitute for `ckptgate
-    gate`.
+    **What it does.** The verifier dequantizes the checkpoint and passes it to transformers' loader.
+    Names and shapes are checked on the meta device, which takes seconds at any size. If the model
+    fits into memory, its values are loaded, too, followed by a forward pass on a fixed prompt: the
+    logits must be finite and, with ``--base``, close to the base's. Their relative distance is a
+    warning above 0.35 and an error above 1, where zero logits would be closer; `docs/reload.md`
+    lists what valid exports measure. This does not replace ``ckptgate gate``.
 
-    **Why.** Names of memory, a lost or misplaced tensor, values that overflow only in a forward
-    pass.
-    **Hurts.** transformers initialises what it misses with noise, and goes on with a warning.
-    **Mend.** What QC2xx, QC3xx and QC5xx say of the same tensors says more; this rule repeats in
-    the loader's words what they find, and is a second opinion where they know no layout.
+    Names that the model class drops on purpose, MTP layers and names left over in the base's own
+    load are not reported (QC606). A family that transformers does not know is not checked; code
+    that comes with a checkpoint is never run.
 
-    Names that the model's class drops on purpose, MTP layers and what the base's own load leaves
-    over are no finding (QC606). A family that transformers does not know is not judged; code that a
-    checkpoint brings along is never run.
+    **Why it happens.** In-memory names, a missing or misplaced tensor, or values that overflow only
+    in a forward pass.
+
+    **Impact.** transformers initializes missing parameters randomly and continues with a warning.
+
+    **Fix.** See the findings of QC2xx, QC3xx and QC5xx for the same tensors first, which are more
+    specific. This rule is a second opinion if they do not know the layout.
     """
     loaded = ctx.loaded
     if loaded.reason:
@@ -65,11 +66,11 @@ def check(ctx: Context) -> Iterator[Finding]:
         ctx.tally.miss(1, loaded.why_no_values)
         return
     ctx.tally.see()
-    yield from _judge(ctx, loaded.forward)
+    yield from _check_logits(ctx, loaded.forward)
 
 
 def _known(ctx: Context, misfit: Misfit) -> bool:
-    """Whether a surplus name is one that releases carry beside what transformers builds."""
+    """Whether releases have such a tensor although transformers has no parameter for it."""
     if misfit.kind != "unexpected":
         return False
     optional = ctx.expectations.family is not None and ctx.expectations.family.optional(misfit.name)
@@ -89,7 +90,7 @@ def _finding(ctx: Context, misfit: Misfit) -> Finding:
     )
 
 
-def _judge(ctx: Context, forward: Forward) -> Iterator[Finding]:
+def _check_logits(ctx: Context, forward: Forward) -> Iterator[Finding]:
     if forward.broken:
         yield ctx.finding(
             "the logits of the fixed prompt are not finite",
@@ -100,7 +101,8 @@ def _judge(ctx: Context, forward: Forward) -> Iterator[Finding]:
         far = not forward.distance <= LOST
         yield ctx.finding(
             "the logits of the fixed prompt are far from the base's",
-            observed=f"relative distance {forward.distance:.3f}, same token at {forward.agree} of {forward.positions}",
+            observed=f"relative distance {forward.distance:.3f},"
+            f" top-1 agreement at {forward.agree} of {forward.positions} positions",
             expected=f"at most {LOST if far else FAR}",
             severity="error" if far else "warning",
         )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""QC701: the model is destroyed."""
+"""QC701: model output collapsed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from verifier.rules.registry import rule
 
 @rule(
     "QC701",
-    "the model collapsed",
+    "model output collapsed",
     severity="error",
     depth="eval",
     unit="losses",
@@ -21,32 +21,37 @@ from verifier.rules.registry import rule
     sources=("vllm-project/vllm#36094", "kekzl/imp#2044"),
 )
 def check(ctx: Context) -> Iterator[Finding]:
-    """On the same text the perplexity is not shown to be more than twice the base's (a task: half
-    its correct answers lost).
+    """The perplexity is not significantly more than twice the base's on the same text.
 
-    **Why.** A wrong scale, a swapped projection, a layer that was loaded into another: a loss of
-    this size is no rounding.
-    **Hurts.** The model answers nonsense; accuracies of 0.90 became 0.11.
-    **Mend.** Find the tensor with ``check --depth payload --base``; QC5xx name it.
+    **What it does.** Compares the confidence interval of the loss increase with that of a collapse.
+    For a task: half of the correct answers lost.
+
+    **Why it happens.** A wrong scale, a swapped projection, or a layer loaded into a different one:
+    a loss of this size is not rounding.
+
+    **Impact.** The model produces garbage; accuracies of 0.90 became 0.11.
+
+    **Fix.** Find the tensor with ``check --depth payload --base``; QC5xx names it.
     """
-    found = ctx.inputs.evaluation
-    if found is None or found.unscored or not found.losses:
-        ctx.tally.miss(
-            1, "nothing was scored" if found is None else found.unscored or "logits are not finite"
-        )
+    evaluation = ctx.inputs.evaluation
+    if evaluation is None:
+        ctx.tally.miss(1, "nothing was scored")
         return
-    loss = found.losses[0]
-    if loss.low > found.collapse:
+    if evaluation.unscored or not evaluation.losses:
+        ctx.tally.miss(1, evaluation.unscored or "logits are not finite")
+        return
+    loss = evaluation.losses[0]
+    interval = f"[{loss.low:+.5f}, {loss.high:+.5f}]"
+    if loss.low > evaluation.collapse:
         ctx.tally.see()
         yield ctx.finding(
-            "the loss over the base is that of a destroyed model",
-            observed=f"{loss.value:+.5f} {found.unit} [{loss.low:+.5f}, {loss.high:+.5f}]",
-            expected=f"at most {found.collapse:.5f}",
+            "the loss increase over the base is that of a collapsed model",
+            observed=f"{loss.value:+.5f} {evaluation.unit} {interval}",
+            expected=f"at most {evaluation.collapse:.5f}",
         )
-    elif loss.high <= found.collapse:
+    elif loss.high <= evaluation.collapse:
         ctx.tally.see()
     else:
         ctx.tally.miss(
-            1,
-            f"inconclusive: [{loss.low:+.5f}, {loss.high:+.5f}] holds a collapse's {found.collapse:.5f}",
+            1, f"inconclusive: {interval} contains the collapse threshold {evaluation.collapse:.5f}"
         )

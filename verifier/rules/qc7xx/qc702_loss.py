@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""QC702: the loss is beyond its margin."""
+"""QC702: loss increase exceeds its margin."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from verifier.rules.registry import rule
 
 @rule(
     "QC702",
-    "the loss is beyond its margin",
+    "loss increase exceeds its margin",
     severity="error",
     depth="eval",
     unit="margins",
@@ -22,58 +22,67 @@ from verifier.rules.registry import rule
     sources=("NVIDIA/Model-Optimizer#1719",),
 )
 def check(ctx: Context) -> Iterator[Finding]:
-    """The loss over the base, and over an accepted run where one is given, is shown to be within
-    its margin.
+    """The loss increase over the base, and over an accepted run if given, is within its margin.
 
-    One-sided 95 % bounds clustered by document decide. Where a bound holds the margin nothing is
-    shown: the rule has then examined none of its margins, and the verdict is inconclusive.
-    **Why.** Some loss is expected: 6.6 % of perplexity for MiniMax-M3 with its experts in NVFP4.
-    More is a defect, or a recipe that does not suit the model. A dead expert hides in the absolute
-    margin and not in the drift against an accepted run.
-    **Hurts.** Answers get worse by less than a handful of prompts would show.
-    **Mend.** More documents where it is open; ``--drift-against`` and ``ckptgate diff`` with an
-    accepted export where not.
+    **What it does.** Compares one-sided 95% bounds, clustered by document, with the margin. If the
+    interval contains the margin, nothing is decided: the rule has then examined none of its
+    margins, and the verdict is inconclusive.
+
+    **Why it happens.** Some loss is expected: 6.6% of perplexity for MiniMax-M3 with its experts in
+    NVFP4. More is a defect, or a recipe that does not suit the model. A dead expert is invisible in
+    the absolute margin, but not in the drift against an accepted run.
+
+    **Impact.** Answers get worse by less than a handful of prompts would show.
+
+    **Fix.** If it is inconclusive, add documents. If it fails, use ``--drift-against`` and
+    ``ckptgate diff`` with an accepted export.
     """
-    found = ctx.inputs.evaluation
-    if found is None or found.unscored or not found.losses:
-        ctx.tally.miss(
-            1, "nothing was scored" if found is None else found.unscored or "logits are not finite"
-        )
+    evaluation = ctx.inputs.evaluation
+    if evaluation is None:
+        ctx.tally.miss(1, "nothing was scored")
         return
-    yield from _measured(ctx, found)
-    count = len(found.losses)
-    beyond = [x for x in found.losses if x.standing == "beyond"]
-    if beyond or all(x.standing == "within" for x in found.losses):
-        ctx.tally.see(count)
+    losses = evaluation.losses
+    if evaluation.unscored or not losses:
+        ctx.tally.miss(1, evaluation.unscored or "logits are not finite")
+        return
+    yield from _measurements(ctx, evaluation)
+    beyond = [x for x in losses if x.standing == "beyond"]
+    if beyond or all(x.standing == "within" for x in losses):
+        ctx.tally.see(len(losses))
     else:
-        about = f"about {found.needed:,}" if found.needed else "more"
-        ctx.tally.miss(count, f"{_open(found)}; {about} documents like these would decide")
+        ctx.tally.miss(len(losses), _why_inconclusive(evaluation))
     for loss in beyond:
-        if loss is found.losses[0] and loss.low > found.collapse:
+        if loss is losses[0] and loss.low > evaluation.collapse:
             continue  # QC701
         yield ctx.finding(
-            f"the loss over {loss.against} is shown to be beyond its margin",
-            observed=_shown(loss, found.unit),
+            f"loss increase over {loss.against} exceeds its margin",
+            observed=_estimate(loss, evaluation.unit),
             expected=f"at most {loss.margin:.5f} ({loss.source})",
         )
 
 
-def _measured(ctx: Context, found: Evaluation) -> Iterator[Finding]:
-    for loss in found.losses:
+def _measurements(ctx: Context, evaluation: Evaluation) -> Iterator[Finding]:
+    """Yield what was measured, for information."""
+    for loss in evaluation.losses:
         yield ctx.finding(
-            f"measured: the loss over {loss.against}, in {found.unit}",
+            f"measured loss increase over {loss.against} ({evaluation.unit})",
             severity="info",
-            observed=_shown(loss, found.unit),
+            observed=_estimate(loss, evaluation.unit),
             expected=f"at most {loss.margin:.5f} ({loss.source})",
         )
-    for note in found.notes:
-        yield ctx.finding(f"measured: {note}", severity="info")
+    for note in evaluation.notes:
+        yield ctx.finding(f"note: {note}", severity="info")
 
 
-def _open(found: Evaluation) -> str:
-    first = next(x for x in found.losses if x.standing == "open")
-    return f"inconclusive: the loss over {first.against}, {_shown(first, found.unit)}, margin {first.margin:.5f}"
+def _why_inconclusive(evaluation: Evaluation) -> str:
+    """Return the first loss that is neither within nor beyond its margin, and what would decide."""
+    loss = next(x for x in evaluation.losses if x.standing == "open")
+    about = f"about {evaluation.needed:,}" if evaluation.needed else "more"
+    return (
+        f"inconclusive: loss increase over {loss.against} {_estimate(loss, evaluation.unit)},"
+        f" margin {loss.margin:.5f}; {about} documents like these would decide"
+    )
 
 
-def _shown(loss: Loss, unit: str) -> str:
+def _estimate(loss: Loss, unit: str) -> str:
     return f"{loss.value:+.5f} {unit} [{loss.low:+.5f}, {loss.high:+.5f}]"

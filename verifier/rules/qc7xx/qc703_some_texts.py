@@ -1,21 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""QC703: some texts fail."""
+"""QC703: non-finite logits, outlier documents or unreached experts."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+from verifier.evaluation import Evaluation
 from verifier.findings import Finding
-from verifier.rules.context import Context
+from verifier.rules.context import Context, Tally
 from verifier.rules.registry import rule
 
-SHOWN = 16
-LAYERS = 64
+MAX_NUMBERS = 16
+MAX_LAYERS = 64
 
 
 @rule(
     "QC703",
-    "some texts fail",
+    "non-finite logits, outlier documents or unreached experts",
     severity="error",
     depth="eval",
     unit="documents and experts",
@@ -24,43 +25,55 @@ LAYERS = 64
     sources=("vllm-project/vllm#45212", "tonyd2wild/GLM-5.3-Flash-NVFP4-DFlash2-2x-DGX-Spark#10"),
 )
 def check(ctx: Context) -> Iterator[Finding]:
-    """No document gives logits that are not finite, and none loses far more than the others do.
+    """All logits are finite, and no document loses far more than the others.
 
-    A document beyond the bound is a warning: where documents differ in size or kind some are, by
-    nature (docs/gate.md has the measured rate). Routed experts that no token reached are named as
-    not examined: they are *not judged*.
-    **Why.** A dead expert or a scale that overflows is met by some texts only: code and formulas, a
-    language, a long prompt.
-    **Hurts.** A short greeting works; other prompts give pad tokens or U+FFFD.
-    **Mend.** QC301, QC501 and QC511 find the expert; a corpus of mixed domains reaches more of
-    them.
+    **What it does.** Looks at every document by itself. A document beyond the bound is a warning:
+    documents that differ in size or kind exceed it naturally (docs/gate.md gives the measured
+    rate). Routed experts that no token reached are counted as not examined.
+
+    **Why it happens.** Only some texts reach a dead expert or an overflowing scale: code and
+    formulas, one language, a long prompt.
+
+    **Impact.** A short greeting works; other prompts produce pad tokens or U+FFFD.
+
+    **Fix.** QC301, QC501 and QC511 find the expert; a corpus of mixed domains reaches more of them.
     """
-    found = ctx.inputs.evaluation
-    if found is None or found.unscored:
-        ctx.tally.miss(1, found.unscored if found else "nothing was scored")
+    evaluation = ctx.inputs.evaluation
+    if evaluation is None or evaluation.unscored:
+        ctx.tally.miss(1, evaluation.unscored if evaluation else "nothing was scored")
         return
-    unreached = [x for x in found.reach if x.unreached]
-    ctx.tally.see(found.documents + sum(x.experts - len(x.unreached) for x in found.reach))
-    names = "; ".join(f"{x.layer} {_first(x.unreached)}" for x in unreached[:LAYERS])
-    ctx.tally.miss(
-        sum(len(x.unreached) for x in unreached), f"no token of the corpus reaches experts {names}"
-    )
-    if found.nonfinite:
+    _count(ctx.tally, evaluation)
+    nonfinite, outliers = evaluation.nonfinite, evaluation.hit
+    if nonfinite:
         yield ctx.finding(
             "logits are not finite",
-            observed=f"documents {_first(found.nonfinite)} of {found.documents}",
+            observed=f"documents {_numbers(nonfinite)} of {evaluation.documents}",
             expected="finite logits",
-            count=len(found.nonfinite),
+            count=len(nonfinite),
         )
-    if found.hit and found.worst is not None:
+    if outliers and evaluation.worst is not None:
+        document, loss, bound = evaluation.worst
         yield ctx.finding(
-            "documents lose more than the others allow: damage that some text meets and the mean hides",
+            "outlier documents: possible localized damage that the mean hides",
             severity="warning",
-            observed=f"documents {_first(found.hit)}; the worst, {found.worst[0]}, {found.worst[1]:+.5f} {found.unit}",
-            expected=f"at most {found.worst[2]:+.5f} there",
-            count=len(found.hit),
+            observed=f"documents {_numbers(outliers)};"
+            f" the worst, {document}, loses {loss:+.5f} {evaluation.unit}",
+            expected=f"at most {bound:+.5f} for that document",
+            count=len(outliers),
         )
 
 
-def _first(numbers: tuple[int, ...]) -> str:
-    return f"{', '.join(map(str, numbers[:SHOWN]))}{', …' if len(numbers) > SHOWN else ''}"
+def _count(tally: Tally, evaluation: Evaluation) -> None:
+    """Count documents and experts; experts that no token reached are missed."""
+    reach = evaluation.reach
+    tally.see(evaluation.documents + sum(x.experts - len(x.unreached) for x in reach))
+    partly = [x for x in reach if x.unreached]
+    names = "; ".join(f"{x.layer} {_numbers(x.unreached)}" for x in partly[:MAX_LAYERS])
+    missed = sum(len(x.unreached) for x in partly)
+    tally.miss(missed, f"no token of the corpus reaches experts {names}")
+
+
+def _numbers(numbers: tuple[int, ...]) -> str:
+    return (
+        f"{', '.join(map(str, numbers[:MAX_NUMBERS]))}{', …' if len(numbers) > MAX_NUMBERS else ''}"
+    )

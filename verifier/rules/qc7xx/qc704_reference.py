@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""QC704: the reference is no reference."""
+"""QC704: base is broken (non-finite logits or uniform predictions)."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from verifier.findings import Finding
 from verifier.quantized import config_value
 from verifier.rules.context import Context
 from verifier.rules.registry import rule
+from verifier.text import counted
 
 
 @rule(
     "QC704",
-    "the base cannot serve as the reference",
+    "base is broken (non-finite logits or uniform predictions)",
     severity="warning",
     depth="eval",
     unit="references",
@@ -23,40 +24,43 @@ from verifier.rules.registry import rule
     sources=("kekzl/imp#1273",),
 )
 def check(ctx: Context) -> Iterator[Finding]:
-    """The base is finite, and predicts the corpus better than a uniform guess over its vocabulary
-    does.
+    """The base's logits are finite, and it predicts the corpus better than a uniform guess does.
 
-    Base and candidate are decoded and run on one path, so that what they differ in is the
-    checkpoint. A base that is broken itself makes every candidate look sound.
-    **Why.** A base of the wrong revision, or one whose norms a loader reads in another convention:
-    NVFP4 was blamed for a perplexity of 65 that was 7.5 after such a mend.
-    **Hurts.** A pass proves nothing.
-    **Mend.** Judge against the release that the candidate was made of; text that the model was made
-    for.
+    **What it does.** Compares the base's own loss with the logarithm of its vocabulary size. Base
+    and candidate are dequantized and run through the same code, so they differ only in the
+    checkpoint, and a broken base makes every candidate look good.
+
+    **Why it happens.** The base is of the wrong revision, or a loader reads its norms in a
+    different convention: NVFP4 was once blamed for a perplexity of 65 that became 7.5 after such a
+    fix.
+
+    **Impact.** A passing gate proves nothing.
+
+    **Fix.** Compare with the release that the candidate was made from, on text that the model was
+    made for.
     """
-    found = ctx.inputs.evaluation
-    if found is None or found.unscored:
-        ctx.tally.miss(1, found.unscored if found else "nothing was scored")
+    evaluation = ctx.inputs.evaluation
+    if evaluation is None or evaluation.unscored:
+        ctx.tally.miss(1, evaluation.unscored if evaluation else "nothing was scored")
         return
     ctx.tally.see()
-    if found.nonfinite_base:
+    if evaluation.nonfinite_base:
+        count = len(evaluation.nonfinite_base)
         yield ctx.finding(
-            "the reference's own logits are not finite",
+            "the base's logits are not finite",
             severity="error",
-            count=len(found.nonfinite_base),
-            observed=f"{len(found.nonfinite_base)} documents",
+            count=count,
+            observed=counted(count, "document"),
             expected="finite logits",
         )
-    config = ctx.base.checkpoint.config if ctx.base else None
-    words = config_value(config, "vocab_size")
-    if (
-        found.base_nats is not None
-        and words is not None
-        and words > 1
-        and found.base_nats >= math.log(words)
-    ):
+    vocabulary = config_value(ctx.base.checkpoint.config if ctx.base else None, "vocab_size")
+    loss = evaluation.base_nats
+    if loss is None or vocabulary is None or vocabulary < 2:
+        return
+    uniform = math.log(vocabulary)
+    if loss >= uniform:
         yield ctx.finding(
             "the base predicts this text no better than a uniform guess",
-            observed=f"{found.base_nats:.4f} nats a token",
-            expected=f"below {math.log(words):.4f}, the logarithm of its {words:,} tokens",
+            observed=f"{loss:.4f} nats/token",
+            expected=f"below {uniform:.4f}, the logarithm of its {vocabulary:,} tokens",
         )

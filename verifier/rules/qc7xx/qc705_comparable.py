@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""QC705: the numbers are not comparable."""
+"""QC705: scores are not comparable."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from verifier.rules.registry import rule
 
 @rule(
     "QC705",
-    "the scores are not comparable",
+    "scores are not comparable",
     severity="error",
     depth="eval",
     unit="settings",
@@ -21,30 +21,35 @@ from verifier.rules.registry import rule
     sources=("EleutherAI/lm-evaluation-harness#2467", "EleutherAI/lm-evaluation-harness#1586"),
 )
 def check(ctx: Context) -> Iterator[Finding]:
-    """Candidate, base and accepted run are scored under one protocol: corpus, window, BOS,
-    tokenizer, dtype, activations.
+    """Candidate, base and accepted run are scored under the same protocol.
 
-    Another protocol is refused, an error. Another environment (versions, device, attention, batch)
-    is a warning: the intervals are widened by the noise floor.
-    **Why.** One model's perplexity is 10.2 with one window and another with the next; with a BOS it
-    went from 1.8e7 to 39.
-    **Hurts.** A loss, or a gain, that is the harness's.
-    **Mend.** Score the other one again, as the message names it.
+    **What it does.** Compares the settings of all runs. A different protocol (corpus, context
+    length, BOS, tokenizer, dtype, activations) is an error. A different environment (versions,
+    device, attention, batch) is a warning, and the intervals are widened by the noise floor.
+
+    **Why it happens.** The perplexity of a model depends on these settings: 10.2 with one context
+    length and something else with the next; with a BOS token it went from 1.8e7 to 39.
+
+    **Impact.** A loss, or a gain, that comes from the harness.
+
+    **Fix.** Score the run that the message names again.
     """
-    found = ctx.inputs.evaluation
-    if found is None or (found.failure and not found.incomparable):
-        ctx.tally.miss(1, found.failure if found else "nothing was scored")
+    evaluation = ctx.inputs.evaluation
+    if evaluation is None or (evaluation.failure and not evaluation.incomparable):
+        ctx.tally.miss(1, evaluation.failure if evaluation else "nothing was scored")
         return
-    ctx.tally.see(max(1, found.keys))
-    if found.incomparable:
+    ctx.tally.see(max(1, evaluation.keys))
+    if evaluation.incomparable:
         yield ctx.finding(
-            "scored under unlike protocols", observed=found.incomparable, expected="one protocol"
+            "scored with different protocols",
+            observed=evaluation.incomparable,
+            expected="one protocol",
         )
-    elif found.unlike:
+    elif evaluation.unlike:
         yield ctx.finding(
-            "scored in unlike environments; intervals are widened by the noise floor",
+            "scored in different environments; intervals are widened by the noise floor",
             severity="warning",
-            observed="; ".join(found.unlike),
+            observed="; ".join(evaluation.unlike),
             expected="one environment",
-            count=len(found.unlike),
+            count=len(evaluation.unlike),
         )

@@ -101,7 +101,7 @@ def test_a_gate_without_its_expert_does_not_convert(qwen: Folder) -> None:
     report = check(qwen.path)
     (finding,) = report.by_rule("QC608")
     assert finding.where.tensor == "model.layers.1.mlp.experts.gate_up_proj"
-    assert finding.message.startswith("transformers cannot put the parts")
+    assert finding.message.startswith("transformers cannot combine the parts")
     assert finding.observed.startswith("7 gate_proj.weight, 8 up_proj.weight; Concatenate: ")
     assert "Traceback" not in finding.observed
     assert coverage(report)[2] == "names and shapes do not fit the model"

@@ -162,7 +162,7 @@ def test_what_each_result_comes_to(name: str) -> None:
 def test_the_reason_of_an_open_verdict_names_numbers_and_documents() -> None:
     why = judged(CASES["inconclusive"][0]).stats["inconclusive"]
     assert (
-        "QC702 examined none of 1 margins: inconclusive: the loss over the base, +0.07600 nats a token"
+        "QC702 examined none of 1 margins: inconclusive: loss increase over the base +0.07600 nats a token"
         in why
     )
     assert "about 90 documents" in why
@@ -179,7 +179,7 @@ def test_experts_that_no_token_reaches_are_not_judged_by_name() -> None:
     assert (covered.checked, covered.of) == (72 + 14, 72 + 16)
     assert covered.reason == "no token of the corpus reaches experts layers.1.experts 2, 6"
     assert report.verdict == "passed"
-    assert "QC703 (on 2 of 88 documents and experts: no token of the corpus" in render(
+    assert "QC703 (2 of 88 documents and experts not checked: no token of the corpus" in render(
         report, "text"
     )
 
@@ -190,7 +190,7 @@ def test_experts_that_no_token_reaches_are_not_judged_by_name() -> None:
 def test_every_report_has_it(format_: str) -> None:
     failed = render(judged(CASES["drift"][0]), format_)
     assert "QC702" in failed
-    assert "accepted run is shown to be beyond its margin" in failed
+    assert "accepted run exceeds its margin" in failed
     assert "+0.02000 nats a token" in failed
     inconclusive = render(judged(CASES["inconclusive"][0]), format_)
     assert "about 90 documents" in inconclusive

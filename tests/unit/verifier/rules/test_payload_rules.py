@@ -518,7 +518,7 @@ def test_an_exchanged_expert_is_named(tmp_path: Path) -> None:
         folder.store(f"{one}.{leaf}", theirs)
         folder.store(f"{other}.{leaf}", mine)
     found = assert_told(folder.path, "QC515", SOURCE)
-    assert found.observed.endswith(f"; it begins as {other} of the base")
+    assert found.observed.endswith(f"; it begins like {other} of the base")
     assert found.count == 2
 
 

@@ -205,14 +205,14 @@ def test_experts_without_a_number(tiny: Callable[[str], Folder]) -> None:
     folder.drop(lost_)
     assert found(folder.path) == []  # QC207
     said = found(unknown(folder).path)
-    assert {f.observed for f in said} == {"1 of 4 absent, 2 first"}
+    assert {f.observed for f in said} == {"1 of 4 missing, 2 first"}
     assert sum(f.count for f in said) == 3
 
 
 def test_the_last_expert_is_counted_by_the_config(tiny: Callable[[str], Folder]) -> None:
     folder = unknown(tiny("mixtral-nvfp4"))
     folder.drop([n for n in folder.tensors() if ".layers.1.block_sparse_moe.experts.3." in n])
-    assert {f.observed for f in found(folder.path)} == {"1 of 4 absent, 3 first"}
+    assert {f.observed for f in found(folder.path)} == {"1 of 4 missing, 3 first"}
 
 
 @pytest.mark.parametrize("spec", TINY, ids=lambda t: t.name)
