@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What differs between two checkpoints: names, dtypes, shapes, configs, sizes, precision, and on
-request bytes.
+"""Differences between two checkpoints: names, dtypes, shapes, configs, sizes, precision; optionally
+bytes.
 
-Differences are grouped by name (layer and expert numbers as ranges) and by what differs. How
-tensors are spread over shards and which other files lie beside them is told, and is no difference.
+Differences are grouped by kind and by name (layer and expert numbers as ranges). The distribution
+over shards and the auxiliary files are reported, and do not count as differences.
 """
 
 from __future__ import annotations
@@ -32,9 +32,7 @@ Kind = Literal["only A", "only B", "dtype", "shape", "dtype and shape", "config"
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One kind of difference over the names that share it; ``a`` and ``b`` say what stands on each
-    side.
-    """
+    """One difference and the names that share it; ``a`` and ``b`` describe each side."""
 
     kind: Kind
     names: Names
@@ -57,8 +55,8 @@ class Side:
 
 @dataclass(frozen=True)
 class Diff:
-    """The differences of two checkpoints. ``compared`` counts common tensors whose bytes were read,
-    None without.
+    """The differences of two checkpoints. ``compared`` counts common tensors whose bytes were read;
+    None if no bytes were read.
     """
 
     a: Side
@@ -70,11 +68,11 @@ class Diff:
 
     @property
     def equal(self) -> bool:
-        """Whether nothing differs and both could be read whole."""
+        """Whether nothing differs and both could be read completely."""
         return not self.changes and not self.a.problems and not self.b.problems
 
     def of(self, *kinds: Kind) -> tuple[Change, ...]:
-        """Return the changes of some kinds."""
+        """Return the changes of these kinds."""
         return tuple(c for c in self.changes if c.kind in kinds)
 
 
@@ -85,17 +83,17 @@ def diff(
     payload: bool = False,
     progress: Progress | None = None,
 ) -> Diff:
-    """Compare two checkpoints and return what differs.
+    """Compare two checkpoints and return the differences.
 
     Args:
         a: the first checkpoint, a path or an fsspec URL.
         b: the second.
-        payload: read the tensors of equal name, dtype and shape, and compare their bytes.
-        progress: called with (bytes done, bytes in all) while they are read.
+        payload: also compare the bytes of tensors with equal name, dtype and shape.
+        progress: called with (bytes read, total bytes).
 
     Raises:
-        UsageError: no such folder.
-        ContentError: one of both is no checkpoint, or a config is nested too deeply.
+        UsageError: no such directory.
+        ContentError: A or B is not a checkpoint, or a config is nested too deeply.
         MachineError: reading failed.
     """
     left, right = open_checkpoint(a), open_checkpoint(b)
@@ -103,14 +101,13 @@ def diff(
     try:
         changes += [c for name in CONFIGS for c in _config(name, left, right)]
     except RecursionError:
-        raise ContentError(
-            f"a config of {left.uri} or {right.uri} is nested too deeply to compare"
-        ) from None
+        message = f"a config of {left.uri} or {right.uri} is nested too deeply to compare"
+        raise ContentError(message) from None
     common = left.tensors.keys() & right.tensors.keys()
     compared = None
     if payload:
-        found, compared = _bytes(left, right, progress)
-        changes += found
+        different, compared = _bytes(left, right, progress)
+        changes += different
     return Diff(
         side_of(left),
         side_of(right),
@@ -124,12 +121,12 @@ def diff(
 def layout(left: Checkpoint, right: Checkpoint) -> list[Change]:
     """Return the differences in names, dtypes and shapes."""
     changes: list[Change] = []
-    for kind, mine, theirs in (("only A", left, right), ("only B", right, left)):
-        lone: dict[str, list[str]] = {}
-        for name, t in mine.tensors.items():
-            if name not in theirs.tensors:
-                lone.setdefault(_shown(t), []).append(name)
-        for text, names in lone.items():
+    for kind, one, other_one in (("only A", left, right), ("only B", right, left)):
+        only: dict[str, list[str]] = {}
+        for name, t in one.tensors.items():
+            if name not in other_one.tensors:
+                only.setdefault(_described(t), []).append(name)
+        for text, names in only.items():
             sides = {"a": text} if kind == "only A" else {"b": text}
             changes += [Change(kind, n, **sides) for n in gathered(names)]  # type: ignore[arg-type]
     pairs: dict[tuple[Kind, str, str], list[str]] = {}
@@ -138,23 +135,25 @@ def layout(left: Checkpoint, right: Checkpoint) -> list[Change]:
         if other is None or (t.dtype == other.dtype and t.shape == other.shape):
             continue
         both = t.dtype != other.dtype and t.shape != other.shape
-        what: Kind = "dtype and shape" if both else ("shape" if t.dtype == other.dtype else "dtype")
-        pairs.setdefault((what, _shown(t), _shown(other)), []).append(name)
-    for (what, mine_text, other_text), names in pairs.items():
-        changes += [Change(what, n, mine_text, other_text) for n in gathered(names)]
+        kind_: Kind = (
+            "dtype and shape" if both else ("shape" if t.dtype == other.dtype else "dtype")
+        )
+        pairs.setdefault((kind_, _described(t), _described(other)), []).append(name)
+    for (kind_, left_text, right_text), names in pairs.items():
+        changes += [Change(kind_, n, left_text, right_text) for n in gathered(names)]
     return changes
 
 
-def _shown(tensor: Tensor) -> str:
+def _described(tensor: Tensor) -> str:
     return f"{tensor.dtype} {list(tensor.shape)}"
 
 
 def side_of(checkpoint: Checkpoint) -> Side:
     """Return one checkpoint in numbers."""
-    judged = QuantizedCheckpoint(checkpoint)
+    quantized = QuantizedCheckpoint(checkpoint)
     precision = Counter(
-        (role(m.name), precision_of(judged, m))
-        for m in judged.modules.values()
+        (role(m.name), precision_of(quantized, m))
+        for m in quantized.modules.values()
         if m.weight is not None
     )
     return Side(
@@ -168,63 +167,63 @@ def side_of(checkpoint: Checkpoint) -> Side:
 
 
 def problems_of(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Return why a checkpoint cannot be read whole, a sentence each."""
-    found = [*checkpoint.problems, *(p for s in checkpoint.shards for p in s.problems)]
+    """Return why a checkpoint cannot be read completely, one sentence per problem."""
+    problems = [*checkpoint.problems, *(p for s in checkpoint.shards for p in s.problems)]
     index = checkpoint.index
     missing: list[str] = []
     if index is not None:
-        found += index.problems
+        problems += index.problems
         missing = sorted(set(index.weight_map.values()) - checkpoint.files.keys())
-    texts = [f"{p.file}: {p.message}{f' ({p.tensor})' if p.tensor else ''}" for p in found]
-    return (*texts, *(f"{f}: the index names it and it is not there" for f in missing))
+    texts = [f"{p.file}: {p.message}{f' ({p.tensor})' if p.tensor else ''}" for p in problems]
+    return (*texts, *(f"{f}: named by the index, but missing" for f in missing))
 
 
-def precision_of(judged: QuantizedCheckpoint, module: Module) -> str:
-    """Return a module's format as its algorithm's name, ``undetermined``, or the dtype of an
-    unquantized weight.
+def precision_of(quantized: QuantizedCheckpoint, module: Module) -> str:
+    """Return the algorithm of a quantized module, ``undetermined``, or the dtype of an unquantized
+    weight.
     """
     if not module.quantized:
         return module.weight.dtype if module.weight is not None else "none"
-    found = judged.format_of(module) or module.inferred_format
-    return found.algo if found is not None else "undetermined"
+    format_ = quantized.format_of(module) or module.inferred_format
+    return format_.algo if format_ is not None else "undetermined"
 
 
 def _files(left: Checkpoint, right: Checkpoint) -> Iterator[str]:
-    """Yield the files beside the shards that only one folder has, or that differ in size."""
-
-    def beside(c: Checkpoint) -> dict[str, int]:
-        return {
-            n: s
-            for n, s in c.files.items()
-            if not n.endswith((".safetensors", ".index.json")) and n not in CONFIGS
-        }
-
-    mine, theirs = beside(left), beside(right)
-    for name in sorted(mine.keys() | theirs.keys()):
-        if name not in theirs:
+    """Yield the auxiliary files that only one checkpoint has, or that differ in size."""
+    a, b = _auxiliary(left), _auxiliary(right)
+    for name in sorted(a.keys() | b.keys()):
+        if name not in b:
             yield f"{name} only in A"
-        elif name not in mine:
+        elif name not in a:
             yield f"{name} only in B"
-        elif mine[name] != theirs[name]:
-            yield f"{name} {mine[name]:,} → {theirs[name]:,} bytes"
+        elif a[name] != b[name]:
+            yield f"{name} {a[name]:,} → {b[name]:,} bytes"
+
+
+def _auxiliary(checkpoint: Checkpoint) -> dict[str, int]:
+    """Return the size of every file that is not a shard, an index or a config."""
+    return {
+        name: size
+        for name, size in checkpoint.files.items()
+        if not name.endswith((".safetensors", ".index.json")) and name not in CONFIGS
+    }
 
 
 # configs
 
 
 def _config(file: str, left: Checkpoint, right: Checkpoint) -> Iterator[Change]:
-    mine, theirs = (
-        (c.config if file == "config.json" else c.hf_quant_config) for c in (left, right)
-    )
-    if mine is None or theirs is None:
+    configs = [c.config if file == "config.json" else c.hf_quant_config for c in (left, right)]
+    left_config, right_config = configs
+    if left_config is None or right_config is None:
         if (file in left.files) != (file in right.files):
             kind: Kind = "only A" if file in left.files else "only B"
             yield Change(kind, gathered([file])[0], file=file)
         return
-    found: dict[tuple[str, str], list[str]] = {}
-    for path, a, b in _fields(mine, theirs):
-        found.setdefault((a, b), []).append(path)
-    for (a, b), paths in found.items():
+    groups: dict[tuple[str, str], list[str]] = {}
+    for path, a, b in _fields(left_config, right_config):
+        groups.setdefault((a, b), []).append(path)
+    for (a, b), paths in groups.items():
         for names in gathered(paths):
             yield Change("config", names, a, b, file)
 
@@ -235,35 +234,35 @@ def _fields(
     """Yield (dotted path, value in A, value in B) of fields that differ; a missing value is ''."""
     for key in [*a, *(k for k in b if k not in a)]:
         path = f"{prefix}.{key}" if prefix else str(key)
-        mine, theirs = a.get(key, _MISSING), b.get(key, _MISSING)
-        if isinstance(mine, Mapping) and isinstance(theirs, Mapping):
-            yield from _fields(mine, theirs, path)
-        elif _texts(mine) and _texts(theirs):
-            yield from _lists(path, mine, theirs)
-        elif isinstance(mine, Mapping) and theirs is _MISSING and mine:
-            yield from _fields(mine, {}, path)
-        elif isinstance(theirs, Mapping) and mine is _MISSING and theirs:
-            yield from _fields({}, theirs, path)
-        elif _canonical(mine) != _canonical(theirs):
-            yield path, _value(mine), _value(theirs)
+        left, right = a.get(key, _MISSING), b.get(key, _MISSING)
+        if isinstance(left, Mapping) and isinstance(right, Mapping):
+            yield from _fields(left, right, path)
+        elif _are_texts(left) and _are_texts(right):
+            yield from _lists(path, left, right)
+        elif isinstance(left, Mapping) and right is _MISSING and left:
+            yield from _fields(left, {}, path)
+        elif isinstance(right, Mapping) and left is _MISSING and right:
+            yield from _fields({}, right, path)
+        elif _canonical(left) != _canonical(right):
+            yield path, _value(left), _value(right)
 
 
 _MISSING = object()
 
 
-def _texts(value: Any) -> bool:
+def _are_texts(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(v, str) for v in value)
 
 
 def _lists(path: str, a: Sequence[str], b: Sequence[str]) -> Iterator[tuple[str, str, str]]:
-    """Yield what differs between two lists of strings: entries of one only, else their order."""
-    mine, theirs = Counter(a), Counter(b)
-    for entry in mine - theirs:
+    """Yield the entries that only one of two lists of strings has, else a different order."""
+    left, right = Counter(a), Counter(b)
+    for entry in left - right:
         yield f"{path}: {entry}", "listed", ""
-    for entry in theirs - mine:
+    for entry in right - left:
         yield f"{path}: {entry}", "", "listed"
-    if mine == theirs and list(a) != list(b):
-        yield path, "the same entries", "in another order"
+    if left == right and list(a) != list(b):
+        yield path, "the same entries", "in a different order"
 
 
 def _canonical(value: Any) -> str:
@@ -271,9 +270,7 @@ def _canonical(value: Any) -> str:
 
 
 def _value(value: Any) -> str:
-    """Return a value as JSON, a long list by its length and its beginning; '' where it is
-    missing.
-    """
+    """Return a value as JSON, a long list by its length and its beginning; '' if it is missing."""
     if value is _MISSING:
         return ""
     text = json.dumps(value, ensure_ascii=False)
@@ -292,39 +289,44 @@ def _value(value: Any) -> str:
 def _bytes(
     left: Checkpoint, right: Checkpoint, progress: Progress | None
 ) -> tuple[list[Change], int]:
-    pairs = [
-        (t, o)
-        for n, t in left.tensors.items()
-        if (o := right.tensors.get(n)) is not None and o.dtype == t.dtype and o.shape == t.shape
-    ]
+    """Return the differences in bytes, and how many tensors were compared."""
+    pairs = list(_comparable(left, right))
     total, done = sum(t.nbytes for t, _ in pairs), 0
     groups: dict[str, tuple[Names, list[_Differing], list[Tensor]]] = {}
-    for mine, theirs in pairs:
-        found = _Differing()
-        for start in range(0, mine.nbytes, CHUNK):
-            length = min(CHUNK, mine.nbytes - start)
-            a = left.source.read(mine.file, mine.offset + start, length)
-            b = right.source.read(theirs.file, theirs.offset + start, length)
-            found.add(mine, start, a, b)
+    for tensor, other in pairs:
+        differing = _Differing()
+        for start in range(0, tensor.nbytes, CHUNK):
+            length = min(CHUNK, tensor.nbytes - start)
+            a = left.source.read(tensor.file, tensor.offset + start, length)
+            b = right.source.read(other.file, other.offset + start, length)
+            differing.add(tensor, start, a, b)
             done += length
             if progress:
                 progress(done, total)
-        if found.elements:
-            names, entries, tensors = groups.setdefault(
-                collapse(mine.name), (Names(collapse(mine.name), mine.name), [], [])
-            )
-            names.add(mine.name)
-            entries.append(found)
-            tensors.append(mine)
-    return [
+        if differing.elements:
+            pattern = collapse(tensor.name)
+            group = groups.setdefault(pattern, (Names(pattern, tensor.name), [], []))
+            group[0].add(tensor.name)
+            group[1].append(differing)
+            group[2].append(tensor)
+    changes = [
         Change("bytes", names, *_summary(entries, tensors))
         for names, entries, tensors in groups.values()
-    ], len(pairs)
+    ]
+    return changes, len(pairs)
+
+
+def _comparable(left: Checkpoint, right: Checkpoint) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the pairs of tensors with equal name, dtype and shape."""
+    for name, tensor in left.tensors.items():
+        other = right.tensors.get(name)
+        if other is not None and (other.dtype, other.shape) == (tensor.dtype, tensor.shape):
+            yield tensor, other
 
 
 class _Differing:
-    """How much two tensors differ: elements, the first one, and the largest difference where values
-    are floats.
+    """How much two tensors differ: the number of elements, the first one, and for floats the
+    largest difference.
     """
 
     def __init__(self) -> None:
@@ -339,9 +341,9 @@ class _Differing:
         if np.array_equal(a, b):
             return
         size = max(1, tensor.nbytes // max(1, tensor.elements))
-        places = np.flatnonzero((a.reshape(-1, size) != b.reshape(-1, size)).any(axis=1))
-        self.elements += int(places.size)
-        at = int(places[0]) * size
+        indices = np.flatnonzero((a.reshape(-1, size) != b.reshape(-1, size)).any(axis=1))
+        self.elements += int(indices.size)
+        at = int(indices[0]) * size
         if self.first is None:
             self.first = (
                 start + at,
@@ -351,15 +353,14 @@ class _Differing:
         if tensor.dtype in FLOATS:
             dtype = NUMPY_DTYPES[tensor.dtype]
             with np.errstate(over="ignore", invalid="ignore"):
-                gap = np.abs(
-                    a.view(dtype)[places].astype(np.float64)
-                    - b.view(dtype)[places].astype(np.float64)
-                )
+                difference = a.view(dtype)[indices].astype(np.float64)
+                difference -= b.view(dtype)[indices].astype(np.float64)
+                gap = np.abs(difference)
             self.largest = max(self.largest or 0.0, float(np.nanmax(gap, initial=0.0)))
 
 
 def _summary(entries: Sequence[_Differing], tensors: Sequence[Tensor]) -> tuple[str, str]:
-    """Return the count of differing elements, and the first one of the first tensor."""
+    """Return the number of different elements, and the first one of the first tensor."""
     count, of = sum(d.elements for d in entries), sum(t.elements for t in tensors)
     largest = [d.largest for d in entries if d.largest is not None]
     gap = f", by at most {max(largest):.3g}" if largest else ""

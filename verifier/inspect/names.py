@@ -15,9 +15,7 @@ MAX_RANGES = 6
 
 @dataclass
 class Names:
-    """Names of one pattern: ``example`` is the first, ``slots`` the numbers that stood at each
-    ``*``.
-    """
+    """Names of one pattern: ``example`` is the first, ``slots`` are the numbers at each ``*``."""
 
     pattern: str
     example: str
@@ -29,10 +27,9 @@ class Names:
         numbers = _NUMBER.findall(name)
         if not self.count:
             self.slots = [set() for _ in numbers]
-        for slot, number in zip(
-            self.slots, numbers, strict=False
-        ):  # a name may hold a star where others hold a number
-            slot.add(int(number[:18]))  # a name is hostile: int() refuses thousands of digits
+        # A name may have a star where others have a number, hence strict=False.
+        for slot, number in zip(self.slots, numbers, strict=False):
+            slot.add(int(number[:18]))  # int() refuses thousands of digits of a hostile name
         self.count += 1
 
     @property
@@ -41,7 +38,7 @@ class Names:
         if self.count == 1:
             return self.example
         parts = self.pattern.split("*")
-        if len(parts) != len(self.slots) + 1:  # the name itself holds a star
+        if len(parts) != len(self.slots) + 1:  # the name itself has a star
             return self.pattern
         texts = [_ranges(s) for s in self.slots]
         texts = [f"{{{t}}}" if "-" in t or "," in t else t for t in texts]
@@ -49,7 +46,7 @@ class Names:
 
     @property
     def spanned(self) -> int:
-        """How many names the ranges could stand for; more than ``count`` where some are missing."""
+        """The number of names that the ranges cover; more than ``count`` if some are missing."""
         total = 1
         for slot in self.slots:
             total *= len(slot)
@@ -58,18 +55,15 @@ class Names:
 
 def gathered(names: Iterable[str]) -> list[Names]:
     """Return names by pattern, in order of first appearance."""
-    found: dict[str, Names] = {}
+    groups: dict[str, Names] = {}
     for name in names:
         pattern = collapse(name)
-        entry = found.get(pattern)
-        if entry is None:
-            entry = found[pattern] = Names(pattern, name)
-        entry.add(name)
-    return list(found.values())
+        groups.setdefault(pattern, Names(pattern, name)).add(name)
+    return list(groups.values())
 
 
 def _ranges(numbers: set[int]) -> str:
-    """Return numbers as ``0-2,5``; of more than `MAX_RANGES` runs only the first ones."""
+    """Return numbers as ``0-2,5``; at most `MAX_RANGES` ranges."""
     runs: list[list[int]] = []
     for n in sorted(numbers):
         if runs and n == runs[-1][1] + 1:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Signal to quantization noise of every quantized weight, summed by layer and role and by layer and
-expert.
+"""Signal-to-quantization-noise ratio (SQNR) of the quantized weights, by layer and role and by
+layer and expert.
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ Cells = dict[tuple[str, str], float]
 
 @dataclass
 class Noise:
-    """dB by (role, layer) and by (layer, expert), and the share of NVFP4 block scales at the floor
-    by (layer, expert).
+    """SQNR in dB by (role, layer) and by (layer, expert).
+
+    ``floor`` is the percentage of NVFP4 block scales at the floor, by (layer, expert); ``left_out``
+    counts weights that could not be compared.
     """
 
     roles: Cells = field(default_factory=dict)
@@ -41,33 +43,33 @@ def noise(
     base: str | os.PathLike[str],
     progress: Callable[[int, int], None] | None = None,
 ) -> Noise:
-    """Decode every quantized weight and compare it with the base's: 10 log10(sum w^2 / sum (w' -
-    w)^2), capped at 200 dB.
+    """Decode every quantized weight and compare it with the base's.
 
-    One weight of each is in memory at a time.
+    SQNR is 10 log10(sum w^2 / sum (w' - w)^2), capped at 200 dB. One weight of each checkpoint
+    is in memory at a time.
 
     Raises:
-        ContentError: the base is of another model, or no weight could be compared.
+        ContentError: the base is a different model, or no weight could be compared.
     """
     ctx = Context.of(open_checkpoint(candidate), open_checkpoint(base))
     if ctx.base is None or ctx.expectations.unrelated_base:
         raise ContentError(f"{os.fspath(base)}: {ctx.expectations.unrelated_base or 'no base'}")
-    found = Noise()
+    result = Noise()
     sums: dict[str, dict[tuple[str, str], list[float]]] = {"roles": {}, "experts": {}, "floor": {}}
     modules = ctx.candidate.quantized_modules
     for done, module in enumerate(modules):
         if progress is not None:
             progress(done, len(modules))
         source = ctx.base.modules.get(module.name)
-        wanted = ctx.base.values(source) if source is not None else None
-        got = ctx.candidate.values(module)
-        if wanted is None or got is None or wanted.shape != got.shape:
-            found.left_out += 1
+        original = ctx.base.values(source) if source is not None else None
+        decoded = ctx.candidate.values(module)
+        if original is None or decoded is None or original.shape != decoded.shape:
+            result.left_out += 1
             continue
-        found.weights += 1
+        result.weights += 1
         pair = [
-            float(np.square(wanted, dtype=np.float64).sum()),
-            float(np.square(got - wanted, dtype=np.float64).sum()),
+            float(np.square(original, dtype=np.float64).sum()),
+            float(np.square(decoded - original, dtype=np.float64).sum()),
         ]
         layer = layer_of(module.name)
         where = f"layer {layer}" if layer is not None else "no layer"
@@ -81,13 +83,13 @@ def noise(
         if scale is not None and scale.dtype == "F8_E4M3" and scale.shape:
             codes = ctx.checkpoint.read(scale)
             _add(sums["floor"], cell, [float((codes <= E4M3_FLOOR).sum()), float(codes.size)])
-    if not found.weights:
+    if not result.weights:
         raise ContentError(
             f"{os.fspath(candidate)}: no quantized weight could be compared with {os.fspath(base)}"
         )
-    found.roles, found.experts = _decibels(sums["roles"]), _decibels(sums["experts"])
-    found.floor = {k: 100 * low / of for k, (low, of) in sums["floor"].items() if of}
-    return found
+    result.roles, result.experts = _decibels(sums["roles"]), _decibels(sums["experts"])
+    result.floor = {k: 100 * low / of for k, (low, of) in sums["floor"].items() if of}
+    return result
 
 
 def _add(
@@ -98,8 +100,8 @@ def _add(
 
 
 def _decibels(sums: dict[tuple[str, str], list[float]]) -> Cells:
-    found = {}
+    cells = {}
     for cell, (signal, error) in sums.items():
         if math.isfinite(signal) and math.isfinite(error) and signal > 0:
-            found[cell] = min(200.0, 10 * math.log10(signal / error)) if error > 0 else 200.0
-    return found
+            cells[cell] = min(200.0, 10 * math.log10(signal / error)) if error > 0 else 200.0
+    return cells

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Diffs, stats and places as text and as JSON."""
+"""Diffs, statistics and blocks as text and as JSON."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from dataclasses import asdict
 from typing import Any
 
 from verifier.inspect.diff import Change, Diff, Side
-from verifier.inspect.show import Element, Shown
-from verifier.inspect.stats import Codes, Floats, Row, Stats, bins, shares
+from verifier.inspect.show import BlockView, Element
+from verifier.inspect.stats import CheckpointStats, FloatScales, RoleStats, ScaleCodes, bins, shares
 from verifier.text import counted, percentage, printable, size
 
 FLOAT_FIELDS = (
@@ -32,36 +32,38 @@ BAR = 40
 SECTIONS = (
     ("only A", "only in A"),
     ("only B", "only in B"),
-    ("dtype", "another dtype"),
-    ("shape", "another shape"),
-    ("dtype and shape", "another dtype and shape"),
-    ("bytes", "other bytes"),
+    ("dtype", "different dtype"),
+    ("shape", "different shape"),
+    ("dtype and shape", "different dtype and shape"),
+    ("bytes", "different bytes"),
 )
 
 
 def diff_text(found: Diff) -> str:
-    """Return a diff as plain text, at most `LINES` lines a section."""
+    """Return a diff as plain text, at most `LINES` lines per section."""
     lines = [_side("A", found.a), _side("B", found.b)]
     if found.a.nbytes:
         lines[1] += f", {found.b.nbytes / found.a.nbytes:.3f} of A"
     for letter, side in (("A", found.a), ("B", found.b)):
-        lines += [f"{letter} cannot be read whole: {printable(p)}" for p in side.problems[:LINES]]
+        lines += [
+            f"{letter} cannot be read completely: {printable(p)}" for p in side.problems[:LINES]
+        ]
     lines += _precision(found)
     tensors = [c for c in found.changes if not c.file]
     for kind, title in SECTIONS:
-        lines += _section(title, [c for c in tensors if c.kind == kind], "tensors")
+        lines += _section(title, [c for c in tensors if c.kind == kind], "tensor")
     for file in dict.fromkeys(c.file for c in found.changes if c.file):
         changes = [c for c in found.changes if c.file == file]
         whole = changes[0].kind in ("only A", "only B")
         lines += (
             [f"{file}: {changes[0].kind.replace('only', 'only in')}"]
             if whole
-            else _section(file, changes, "fields")
+            else _section(file, changes, "field")
         )
     if found.files:
-        lines.append("other files (told, not judged)")
+        lines.append("auxiliary files (not counted as differences)")
         lines += [f"  {printable(f)}" for f in found.files[:LINES]] + _rest(
-            len(found.files), "files"
+            len(found.files), "file"
         )
     lines.append(_verdict(found))
     return "\n".join(lines) + "\n"
@@ -105,8 +107,8 @@ def diff_json(found: Diff) -> str:
 
 def _side(letter: str, side: Side) -> str:
     return (
-        f"{letter}  {printable(side.uri)}: {side.tensors:,} tensors in {counted(side.shards, 'shard')}, "
-        f"{size(side.nbytes)}"
+        f"{letter}  {printable(side.uri)}: {counted(side.tensors, 'tensor')} in "
+        f"{counted(side.shards, 'shard')}, {size(side.nbytes)}"
     )
 
 
@@ -127,12 +129,13 @@ def _precision(found: Diff) -> list[str]:
             counts.setdefault(role, []).append(f"{n:,} {printable(name, 40)}")
         return {role: ", ".join(c) for role, c in counts.items()}
 
-    mine, theirs = texts(found.a), texts(found.b)
-    rows = [
-        (r, mine.get(r, "none"), theirs.get(r, "none")) for r in sorted(mine.keys() | theirs.keys())
-    ]
+    a, b = texts(found.a), texts(found.b)
+    rows = [(r, a.get(r, "none"), b.get(r, "none")) for r in sorted(a.keys() | b.keys())]
     width = max((len(r) for r, _, _ in rows), default=0)
-    lines = [f"  {r:{width}}  {m if m == t else f'{m} → {t}'}" for r, m, t in rows]
+    lines = [
+        f"  {role:{width}}  {left if left == right else f'{left} → {right}'}"
+        for role, left, right in rows
+    ]
     return ["modules by role", *lines] if rows else []
 
 
@@ -140,7 +143,7 @@ def _section(title: str, changes: list[Change], unit: str) -> list[str]:
     if not changes:
         return []
     total = sum(c.names.count for c in changes)
-    lines = [f"{title}: {total:,} {unit[:-1] if total == 1 else unit}"]
+    lines = [f"{title}: {counted(total, unit)}"]
     for c in changes[:LINES]:
         left, right = printable(c.a, 160), printable(c.b, 160)
         if c.kind in ("only A", "only B"):
@@ -153,38 +156,36 @@ def _section(title: str, changes: list[Change], unit: str) -> list[str]:
             f"  (of {c.names.spanned:,} in these ranges)" if c.names.spanned > c.names.count else ""
         )
         lines.append(f"  {c.names.count:>6,}  {printable(c.names.label)}  {what}{partly}".rstrip())
-    return lines + _rest(len(changes), "kinds")
+    return lines + _rest(len(changes), "group")
 
 
-def _rest(count: int, what: str) -> list[str]:
-    return (
-        [f"  … and {count - LINES:,} more {what}; --format json has all"] if count > LINES else []
-    )
+def _rest(count: int, noun: str) -> list[str]:
+    rest = count - LINES
+    return [f"  … and {counted(rest, f'more {noun}')}; --format json has all"] if rest > 0 else []
 
 
 def _verdict(found: Diff) -> str:
     if found.a.problems or found.b.problems:
-        return "different: not both could be read whole; `ckptgate check` says what is wrong"
+        return "different: cannot read both completely; `ckptgate check` reports why"
     if not found.equal:
         return f"different: {counted(len(found.changes), 'group')} of differences"
-    payload = (
-        f", and the bytes of {found.compared:,}"
-        if found.compared is not None
-        else " (bytes: --payload)"
-    )
-    return f"equal: names, dtypes and shapes of {found.common:,} tensors, both configs{payload}"
+    tensors = f"names, dtypes and shapes of {counted(found.common, 'tensor')}, both configs"
+    if found.compared is None:
+        return f"equal: {tensors} (--payload also compares bytes)"
+    return f"equal: {tensors}, and the bytes of {found.compared:,}"
 
 
 # stats
 
 
-def stats_text(found: Stats) -> str:
-    """Return a checkpoint's numbers as plain text."""
+def stats_text(found: CheckpointStats) -> str:
+    """Return statistics as plain text."""
     lines = [
-        f"{printable(found.uri)}: {printable(found.model_type or 'no model_type', 60)}, {found.tensors:,} tensors in "
-        f"{counted(found.shards, 'shard')}, {size(found.nbytes)}"
+        f"{printable(found.uri)}: {printable(found.model_type or 'no model_type', 60)}, "
+        f"{counted(found.tensors, 'tensor')} in {counted(found.shards, 'shard')}, "
+        f"{size(found.nbytes)}"
     ]
-    lines += [f"cannot be read whole: {printable(p)}" for p in found.problems[:LINES]]
+    lines += [f"cannot be read completely: {printable(p)}" for p in found.problems[:LINES]]
     header = ("role", "format", "modules", "parameters", "weights", "scales", "bits/parameter")
     rows = [header, *(_cells(r) for r in (*found.rows, found.total))]
     widths = [max(len(r[i]) for r in rows) for i in range(len(header))]
@@ -199,12 +200,12 @@ def stats_text(found: Stats) -> str:
         lines += [line for f in found.floats for line in _floats(f)]
     lines += [f"not counted: {printable(s)}" for s in found.skipped]
     if found.depth == "header" and any(r.scale_bytes for r in found.rows):
-        lines.append("scale values: --depth payload")
+        lines.append("--depth payload also shows the values of scales")
     return "\n".join(lines) + "\n"
 
 
-def stats_json(found: Stats) -> str:
-    """Return a checkpoint's numbers as one JSON object; histograms as 256 counts by code."""
+def stats_json(found: CheckpointStats) -> str:
+    """Return statistics as one JSON object; histograms are 256 counts by code."""
     value: dict[str, Any] = {
         "uri": found.uri,
         "model_type": found.model_type,
@@ -234,14 +235,14 @@ def stats_json(found: Stats) -> str:
     return json.dumps(value, indent=2, allow_nan=False) + "\n"
 
 
-def _cells(row: Row) -> tuple[str, ...]:
+def _cells(row: RoleStats) -> tuple[str, ...]:
     bits = "-" if row.bits is None else f"{row.bits:.3f}"
     count = "unknown" if row.parameters is None else f"{row.parameters:,}"
     sizes = (size(row.weight_bytes), size(row.scale_bytes))
     return (row.role, printable(row.format, 40), f"{row.modules:,}", count, *sizes, bits)
 
 
-def _row_value(row: Row) -> dict[str, Any]:
+def _row_value(row: RoleStats) -> dict[str, Any]:
     return {
         "role": row.role,
         "format": row.format,
@@ -254,11 +255,12 @@ def _row_value(row: Row) -> dict[str, Any]:
     }
 
 
-def _codes(codes: Codes) -> list[str]:
+def _codes(codes: ScaleCodes) -> list[str]:
     counts = codes.counts
     found = shares(counts, codes.kind)
     lines = [
-        f"\n{printable(codes.format, 40)} {codes.leaf}: {found['total']:,} {codes.kind} scales, by power of two"
+        f"\n{printable(codes.format, 40)} {codes.leaf}: {found['total']:,} {codes.kind} scales "
+        f"by power of two"
     ]
     rows = bins(counts, codes.kind)
     top = max((n for _, n in rows), default=1)
@@ -290,7 +292,7 @@ def _codes(codes: Codes) -> list[str]:
     return lines
 
 
-def _floats(found: Floats) -> list[str]:
+def _floats(found: FloatScales) -> list[str]:
     head = f"  {found.role} {printable(found.format, 40)} {found.leaf}: {found.count:,}"
     odd = ((found.zero, "zero"), (found.negative, "negative"), (found.invalid, "NaN or Inf"))
     parts = [f"{n:,} {what}" for n, what in odd if n]
@@ -308,11 +310,13 @@ def _floats(found: Floats) -> list[str]:
 # show
 
 
-def show_text(found: Shown) -> str:
-    """Return a place as plain text: tensor, module, scales, then a line for each element."""
-    t, shown = found.tensor, found.elements
+def show_text(found: BlockView) -> str:
+    """Return a block as plain text: tensor, module, scales, then one line per element."""
+    t, elements = found.tensor, found.elements
     block = f", block {found.block:,}" if found.block is not None else ""
-    columns = f"{shown[0].column:,} to {shown[-1].column:,} of {found.width:,}" if shown else "none"
+    columns = "none"
+    if elements:
+        columns = f"{elements[0].column:,} to {elements[-1].column:,} of {found.width:,}"
     where = (
         f"row {found.row:,}{block}: columns {columns}"
         if len(t.shape) > 1 or found.scales
@@ -320,27 +324,28 @@ def show_text(found: Shown) -> str:
     )
     lines = [
         f"tensor   {printable(t.name)}",
-        f"         {t.dtype} {list(t.shape)}, bytes {t.offset:,} to {t.offset + t.nbytes - 1:,} of {printable(t.file)}",
+        f"         {t.dtype} {list(t.shape)}, bytes {t.offset:,} to {t.offset + t.nbytes - 1:,} "
+        f"of {printable(t.file)}",
         f"module   {printable(found.module)}: {found.role}, {found.format}",
         f"         {printable(', '.join(found.siblings))}",
-        f"place    {where}, from byte {found.byte:,}",
+        f"location {where}, from byte {found.byte:,}",
     ]
     for s in found.scales:
         lines.append(
-            f"  {s.leaf:20} {s.raw:10} {_number(s.value):>14}  at byte {s.byte:,}; {s.valid} belongs here"
+            f"  {s.leaf:20} {s.raw:10} {_number(s.value):>14}  at byte {s.byte:,}; valid: {s.valid}"
         )
     if found.scale is not None:
-        lines.append(f"  {'whole scale':20} {'':10} {_number(found.scale):>14}")
+        lines.append(f"  {'total scale':20} {'':10} {_number(found.scale):>14}")
     rows = [_element_cells(e) for e in found.elements]
     quantized = found.scale is not None
     head = [
         "column",
         "code" if quantized else "bytes",
-        "stands for",
+        "decoded",
         "value",
         "base",
         "nearest",
-        "gives",
+        "its value",
     ]
     keep = [i for i in range(7) if (i != 2 or quantized) and any(r[i] for r in rows)]
     table = [[r[i] for i in keep] for r in [head, *rows]]
@@ -348,21 +353,22 @@ def show_text(found: Shown) -> str:
     marks = ["  ", *("> " if e.column in found.asked else "  " for e in found.elements)]
     for mark, row in zip(marks, table, strict=True):
         lines.append(mark + "  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)))
-    if found.wanted is not None:
-        w = found.wanted
+    if found.expected is not None:
+        w = found.expected
         lines.append(
-            f"expected the base's block asks for {w.leaf} {w.raw} = {_number(w.value)}; root mean squared error "
+            f"expected {w.leaf} {w.raw} = {_number(w.value)} from the base's block; RMS error "
             f"{_number(w.error)} with it, {_number(w.stored_error)} as stored"
         )
     lines += [f"note     {printable(n)}" for n in found.notes]
     return "\n".join(lines) + "\n"
 
 
-def show_json(found: Shown) -> str:
-    """Return a place as one JSON object; a value that JSON lacks is the string NaN, Infinity or
+def show_json(found: BlockView) -> str:
+    """Return a block as one JSON object; values that JSON lacks are the strings NaN, Infinity and
     -Infinity.
     """
-    return json.dumps(_plain_value(asdict(found)), indent=2, allow_nan=False) + "\n"
+    value = {"wanted" if k == "expected" else k: v for k, v in asdict(found).items()}
+    return json.dumps(_plain_value(value), indent=2, allow_nan=False) + "\n"
 
 
 def _plain_value(value: Any) -> Any:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One block of one tensor: the bytes, what they stand for, the scale, the values, and what belongs
-there.
+"""One block of one tensor: raw bytes, decoded values, the scale, and the values expected from the
+base.
 """
 
 from __future__ import annotations
@@ -25,17 +25,19 @@ from verifier.reconstruction.yardstick import max_scales, nearest
 from verifier.schemes import FLOATS, SCALE_LEAVES, Format, Module, collapse, role, split
 from verifier.text import printable
 
-WINDOW = 16  # elements shown of what has no blocks
-MOST = 32  # elements shown of a block
+WINDOW = 16  # elements shown of a tensor without blocks
+MAX_ELEMENTS = 32  # elements shown of a block
 Parts = dict[str, npt.NDArray[Any]]
-_PLACE = re.compile(r"^(?P<name>.*\S)\s+\[(?P<spots>(?:row|block|byte|of|in) .*)\]$", re.DOTALL)
-_SPOT = re.compile(r"\b(row|block|byte) (\d{1,3}(?:,\d{3})+|\d{1,18})(?=,|$)")
+_LOCATION = re.compile(
+    r"^(?P<name>.*\S)\s+\[(?P<details>(?:row|block|byte|of|in) .*)\]$", re.DOTALL
+)
+_INDEX = re.compile(r"\b(row|block|byte) (\d{1,3}(?:,\d{3})+|\d{1,18})(?=,|$)")
 _E4M3, _E8M0, _POSITIVE = "0x01 to 0x7E", "0x00 to 0xFE", "finite and above 0"
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """A place as a report prints it; ``byte`` is the offset in the tensor's file."""
+class Location:
+    """A location as a report prints it; ``byte`` is the offset in the tensor's file."""
 
     name: str
     row: int | None = None
@@ -53,8 +55,8 @@ class Scale:
 
 
 @dataclass(frozen=True, slots=True)
-class Stored(Scale):
-    """A scale as it is stored: also its offset in the file, and what is valid there."""
+class StoredScale(Scale):
+    """A scale as stored: also its offset in the file, and the valid range."""
 
     byte: int
     valid: str
@@ -62,11 +64,10 @@ class Stored(Scale):
 
 @dataclass(frozen=True, slots=True)
 class Element:
-    """One element: its column, its code or bytes, the number that the code stands for, and its
-    value.
+    """One element: its column, its code or bytes, the number that the code encodes, and its value.
 
-    ``base`` is the base's value; ``code`` and ``gives`` are the nearest that can be stored under
-    the stored scale.
+    ``base`` is the base's value; ``code`` and ``gives`` are the nearest code under the stored scale
+    and its value.
     """
 
     column: int
@@ -79,9 +80,9 @@ class Element:
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted(Scale):
-    """The scale that the base's block asks for under ``max`` calibration, and both root mean
-    squared errors.
+class ExpectedScale(Scale):
+    """The scale of the base's block under a ``max`` scale search; the RMS error with it and as
+    stored.
     """
 
     error: float
@@ -89,10 +90,10 @@ class Wanted(Scale):
 
 
 @dataclass(frozen=True)
-class Shown:
-    """What one place holds. ``format`` is the algorithm, or the dtype where nothing is quantized.
+class BlockView:
+    """The contents of one block. ``format`` is the algorithm, or the dtype of a plain weight.
 
-    ``asked`` are the columns that a place named exactly: one, or the two of a packed byte.
+    ``asked`` are the columns that the location names exactly: one, or the two of a packed byte.
     """
 
     uri: str
@@ -106,120 +107,111 @@ class Shown:
     byte: int
     first: int
     width: int
-    scales: tuple[Stored, ...]
+    scales: tuple[StoredScale, ...]
     scale: float | None
     elements: tuple[Element, ...]
     notes: tuple[str, ...] = ()
     base: str | None = None
-    wanted: Wanted | None = None
+    expected: ExpectedScale | None = None
     asked: tuple[int, ...] = ()
 
 
-def parse_place(text: str) -> Place:
-    """Return a place from ``NAME`` or ``NAME [row 12, block 3, byte 2,078,571, of FILE]``, as a
-    report prints it.
+def parse_location(text: str) -> Location:
+    """Return the location that ``NAME`` or ``NAME [row 12, block 3, byte 2,078,571, of FILE]``
+    names, as a report prints it.
     """
-    match = _PLACE.match(text.strip())
+    match = _LOCATION.match(text.strip())
     if match is None:
-        return Place(text.strip())
-    where = re.split(r"(?:^|, )(?:of|in) ", match["spots"], maxsplit=1)[
-        0
-    ]  # what follows is a file's name
-    spots = {k: int(n.replace(",", "")) for k, n in _SPOT.findall(where)}
-    return Place(match["name"], spots.get("row"), spots.get("block"), spots.get("byte"))
+        return Location(text.strip())
+    before_file = re.split(r"(?:^|, )(?:of|in) ", match["details"], maxsplit=1)[0]
+    indices = {k: int(n.replace(",", "")) for k, n in _INDEX.findall(before_file)}
+    return Location(match["name"], indices.get("row"), indices.get("block"), indices.get("byte"))
 
 
 def show(
     uri: str | os.PathLike[str],
-    place: str,
+    text: str,
     *,
     row: int | None = None,
     block: int | None = None,
     byte: int | None = None,
     base: str | os.PathLike[str] | None = None,
-) -> Shown:
-    """Return what stands at one place of a checkpoint.
+) -> BlockView:
+    """Return one block of a checkpoint.
 
     Args:
         uri: a path or an fsspec URL.
-        place: a tensor, a module, or a place as the report prints it.
-        row: the row of the weight, or of the scale where ``place`` names one.
+        text: a tensor, a module, or a location as a report prints it.
+        row: the row of the weight, or of the scale that ``text`` names.
         block: the block in the row.
         byte: the offset in the tensor's file, instead of both.
-        base: the checkpoint whose values belong there.
+        base: the checkpoint with the expected values.
 
     Raises:
-        UsageError: no such folder.
-        ContentError: no such tensor or place in it, or no checkpoint.
+        UsageError: no such directory.
+        ContentError: no such tensor or location, or not a checkpoint.
         MachineError: reading failed.
     """
-    checkpoint, reference = (
-        open_checkpoint(uri),
-        open_checkpoint(base) if base is not None else None,
-    )
-    if (
-        place.split(" ")[0] not in checkpoint.tensors
-    ):  # a report speaks of the linears in a stack, not of the stack
-        checkpoint, reference = (
-            unstacked(checkpoint),
-            unstacked(reference) if reference is not None else None,
-        )
-    judged = QuantizedCheckpoint(checkpoint)
+    checkpoint = open_checkpoint(uri)
+    reference = open_checkpoint(base) if base is not None else None
+    if text.split(" ")[0] not in checkpoint.tensors:
+        # A report names the linear layers in a stack of experts, not the stack.
+        checkpoint = unstacked(checkpoint)
+        reference = unstacked(reference) if reference is not None else None
+    quantized = QuantizedCheckpoint(checkpoint)
     other = QuantizedCheckpoint(reference) if reference is not None else None
-    tensor, found = _find(judged.checkpoint, place)
+    tensor, parsed = _find(quantized.checkpoint, text)
     if isinstance(checkpoint, Unstacked) and place_in_file(tensor.offset) is None:
         stack = checkpoint.stacked[tensor.name]
         raise ContentError(
-            f"{tensor.name} is a part of {stack} that is no single stretch of its file; show that"
+            f"{tensor.name} is a part of {stack} and not contiguous in its file; show {stack}"
         )
-    given = replace(
-        found,
-        row=found.row if row is None else row,
-        block=found.block if block is None else block,
-        byte=byte if byte is not None else (found.byte if row is None and block is None else None),
+    if byte is None and row is None and block is None:
+        byte = parsed.byte
+    location = replace(
+        parsed,
+        row=parsed.row if row is None else row,
+        block=parsed.block if block is None else block,
+        byte=byte,
     )
     # A report counts stored elements in a row of a weight; --block counts blocks.
-    elementwise = found.block is not None and block is None
+    elementwise = parsed.block is not None and block is None
     name, leaf = split(tensor.name)
-    module = judged.modules[name]
-    fmt = judged.format_of(module) or module.inferred_format
+    module = quantized.modules[name]
+    fmt = quantized.format_of(module) or module.inferred_format
     of_block = (
         tensor is module.weight
         or leaf in _OF_BLOCKS
         or (leaf in SCALE_LEAVES and tensor.elements == 1)
     )
     if fmt is None or module.dims is None or not of_block or not _whole(module, fmt):
-        return _plain(judged, other, module, tensor, given)
-    return _block(judged, other, module, fmt, tensor, given, elementwise)
+        return _plain(quantized, other, module, tensor, location)
+    return _block(quantized, other, module, fmt, tensor, location, elementwise)
 
 
-def _find(checkpoint: Checkpoint, text: str) -> tuple[Tensor, Place]:
-    """Return the tensor that a text names: as it stands, as a report prints it, or as its
-    module.
-    """
+def _find(checkpoint: Checkpoint, text: str) -> tuple[Tensor, Location]:
+    """Return the tensor that a text names literally, as a report prints it, or by its module."""
     tensors = checkpoint.tensors
-    for place in (Place(text), parse_place(text)):
-        for name in (place.name, f"{place.name}.weight", f"{place.name}.weight_packed"):
+    location = parse_location(text)
+    for candidate in (Location(text), location):
+        for suffix in ("", ".weight", ".weight_packed"):
+            name = candidate.name + suffix
             if name in tensors:
-                return tensors[name], replace(place, name=name)
-    place = parse_place(text)
+                return tensors[name], replace(candidate, name=name)
     for name, tensor in tensors.items():
-        if not name.isprintable() and printable(name) == place.name:
-            return tensor, replace(place, name=name)
+        if not name.isprintable() and printable(name) == location.name:
+            return tensor, replace(location, name=name)
     patterns: dict[str, str] = {}
     for name in tensors:
         patterns.setdefault(collapse(name), name)
-    near = difflib.get_close_matches(collapse(place.name), list(patterns), n=3, cutoff=0.5)
-    hint = f"; near it: {', '.join(patterns[n] for n in near)}" if near else ""
-    raise ContentError(
-        f"{checkpoint.uri}: no tensor {printable(place.name, 200)!r}{printable(hint, 600)}"
-    )
+    near = difflib.get_close_matches(collapse(location.name), list(patterns), n=3, cutoff=0.5)
+    hint = f". Did you mean {', '.join(patterns[n] for n in near)}?" if near else ""
+    missing = printable(location.name, 200)
+    raise ContentError(f"{checkpoint.uri}: no tensor {missing!r}{printable(hint, 600)}")
 
 
 def _whole(module: Module, fmt: Format) -> bool:
-    """Whether every scale that decoding needs is there, in the dtype and shape that the format
-    gives it.
-    """
+    """Whether every scale that decoding needs is present with the right dtype and shape."""
     if module.dims is None:
         return False
     for sibling in fmt.siblings:
@@ -239,7 +231,7 @@ def _index(tensor: Tensor, byte: int) -> int:
     if not tensor.offset <= byte < tensor.offset + tensor.nbytes:
         last = tensor.offset + tensor.nbytes - 1
         raise ContentError(
-            f"byte {byte:,} is outside {tensor.name}, which has bytes {tensor.offset:,} to {last:,}"
+            f"byte {byte:,} is outside {tensor.name} (bytes {tensor.offset:,} to {last:,})"
         )
     return (byte - tensor.offset) // _itemsize(tensor)
 
@@ -248,17 +240,17 @@ def _itemsize(tensor: Tensor) -> int:
     return max(1, tensor.nbytes // max(1, tensor.elements))
 
 
-def _require(what: str, value: int, count: int, tensor: Tensor) -> int:
+def _require(unit: str, value: int, count: int, tensor: Tensor) -> int:
     if not 0 <= value < count:
         raise ContentError(
-            f"{tensor.name} {list(tensor.shape)} has no {what} {value:,}; 0 to {count - 1:,}"
+            f"{tensor.name} {list(tensor.shape)} has no {unit} {value:,}, only 0 to {count - 1:,}"
         )
     return value
 
 
 def _read(checkpoint: Checkpoint, tensor: Tensor, first: int, count: int) -> npt.NDArray[Any]:
-    """Return ``count`` elements from the flat index ``first`` on, as raw bytes where numpy has no
-    such dtype.
+    """Return ``count`` elements from the flat index ``first`` on; raw bytes if numpy lacks the
+    dtype.
     """
     size = _itemsize(tensor)
     data = checkpoint.source.read(tensor.file, tensor.offset + first * size, count * size)
@@ -271,48 +263,43 @@ def _hex(value: npt.NDArray[Any]) -> str:
     return f"0x{value.reshape(1).view(np.uint8)[::-1].tobytes().hex().upper()}"
 
 
-# what is not quantized, or cannot be decoded
+# weights that are not quantized, or cannot be decoded
 
 
 def _plain(
-    judged: QuantizedCheckpoint,
+    quantized: QuantizedCheckpoint,
     other: QuantizedCheckpoint | None,
     module: Module,
     tensor: Tensor,
-    given: Place,
-) -> Shown:
-    flat = _flat(tensor, given)
+    location: Location,
+) -> BlockView:
+    flat = _flat(tensor, location)
     row_length = tensor.shape[-1] if tensor.shape else 1
     start = flat - flat % row_length
     first = start + (flat - start) // WINDOW * WINDOW
     count = max(0, min(WINDOW, start + row_length - first, tensor.elements - first))
-    values = _read(judged.checkpoint, tensor, first, count)
-    numbers = (
-        values.astype(np.float64)
-        if values.dtype != np.complex64
-        else values.real.astype(np.float64)
-    )
+    values = _read(quantized.checkpoint, tensor, first, count)
+    numbers = values.real.astype(np.float64)
     notes = []
     if tensor.dtype not in NUMPY_DTYPES:
         notes.append(f"{tensor.dtype} is shown as bytes")
     if module.quantized and tensor is module.weight:
-        notes.append(
-            "the parts of this module make no format that can be decoded; `ckptgate check` says what is wrong"
-        )
-    theirs = _same_elements(other, tensor, first, count, notes) if other is not None else None
+        notes.append("this module cannot be decoded in any known format; run `ckptgate check`")
+    base_part = _same_elements(other, tensor, first, count, notes) if other is not None else None
     elements = tuple(
         Element(
             first - start + i,
             _hex(values[i : i + 1]),
             float(numbers[i]),
             float(numbers[i]),
-            None if theirs is None else float(theirs[i]),
+            None if base_part is None else float(base_part[i]),
         )
         for i in range(len(numbers))
     )
-    kind = precision_of(judged, module)
-    return Shown(
-        judged.checkpoint.uri,
+    kind = precision_of(quantized, module)
+    exact = (location.row, location.block, location.byte) != (None, None, None)
+    return BlockView(
+        quantized.checkpoint.uri,
         tensor,
         module.name,
         role(module.name),
@@ -328,40 +315,40 @@ def _plain(
         elements,
         tuple(notes),
         other.checkpoint.uri if other else None,
-        asked=(flat - start,) if (given.row, given.block, given.byte) != (None, None, None) else (),
+        asked=(flat - start,) if exact else (),
     )
 
 
-def _flat(tensor: Tensor, given: Place) -> int:
-    """Return the flat index of the element that is meant; row and block count as a report counts
-    them.
-    """
-    if given.byte is not None:
-        return _index(tensor, given.byte)
+def _flat(tensor: Tensor, location: Location) -> int:
+    """Return the flat index of an element; row and block count as in a report."""
+    if location.byte is not None:
+        return _index(tensor, location.byte)
     rank = len(tensor.shape)
-    if rank > 2 and (given.row or given.block):
-        raise ContentError(f"{tensor.name} has {rank} dimensions: a row is not enough; give --byte")
-    row, column = given.row or 0, given.block or 0
+    if rank > 2 and (location.row or location.block):
+        raise ContentError(
+            f"{tensor.name} has {rank} dimensions; use --byte instead of --row and --block"
+        )
+    row, column = location.row or 0, location.block or 0
     if rank == 2:
         row = _require("row", row, tensor.shape[0], tensor)
         return row * tensor.shape[1] + _require("column", column, tensor.shape[1], tensor)
     if not tensor.elements:
-        raise ContentError(f"{tensor.name} {list(tensor.shape)} holds no value")
+        raise ContentError(f"{tensor.name} {list(tensor.shape)} has no elements")
     return _require("element", row or column, tensor.elements, tensor)
 
 
 def _same_elements(
     other: QuantizedCheckpoint, tensor: Tensor, first: int, count: int, notes: list[str]
 ) -> npt.NDArray[np.float64] | None:
-    theirs = other.checkpoint.tensors.get(tensor.name)
-    if theirs is None:
-        notes.append("the base has no such tensor")
-    elif theirs.shape != tensor.shape:
-        notes.append(f"the base has it as {theirs.dtype} {list(theirs.shape)}")
-    elif theirs.dtype in NUMPY_DTYPES:
-        found: npt.NDArray[np.float64] = _read(other.checkpoint, theirs, first, count).real.astype(
-            np.float64
-        )
+    base_part = other.checkpoint.tensors.get(tensor.name)
+    if base_part is None:
+        notes.append("the base has no tensor of this name")
+    elif base_part.shape != tensor.shape:
+        notes.append(f"the base has {base_part.dtype} {list(base_part.shape)}")
+    elif base_part.dtype in NUMPY_DTYPES:
+        found: npt.NDArray[np.float64] = _read(
+            other.checkpoint, base_part, first, count
+        ).real.astype(np.float64)
         return found
     return None
 
@@ -376,23 +363,23 @@ def _siblings(module: Module) -> tuple[str, ...]:
 
 
 def _block(
-    judged: QuantizedCheckpoint,
+    quantized: QuantizedCheckpoint,
     other: QuantizedCheckpoint | None,
     module: Module,
     fmt: Format,
     tensor: Tensor,
-    given: Place,
+    location: Location,
     elementwise: bool,
-) -> Shown:
+) -> BlockView:
     weight, dims = module.weight, module.dims
     if weight is None or dims is None:
-        raise ContentError(f"{module.name}: no weight of two dimensions")
+        raise ContentError(f"{module.name} has no 2-D weight")
     in_ = dims[1]
-    row, column = _spot(module, fmt, tensor, given, elementwise)
+    row, column = _row_and_column(module, fmt, tensor, location, elementwise)
     size = fmt.group_size or WINDOW
     block = column // size
     first, last = block * size, min(in_, block * size + size)
-    parts = _sliced(judged.checkpoint, module, fmt, row, first, last)
+    parts = _sliced(quantized.checkpoint, module, fmt, row, first, last)
     values = decode(parts, fmt.name)[0]
     units = decode(_ones(parts, fmt), fmt.name)[0] if values.size else values
     codes = _codes(parts, fmt)
@@ -408,9 +395,9 @@ def _block(
     finite = base_values is not None and np.isfinite(base_values).all()
     if base_values is not None and not finite:
         notes.append("the base is not finite here")
-    best, best_codes, wanted = None, None, None
+    best, best_codes, expected = None, None, None
     if base_values is not None and finite:
-        wanted = _wanted(base_values, values, parts, fmt)
+        expected = _expected_scale(base_values, values, parts, fmt)
         if np.isfinite(units).all():
             best, best_codes = _nearest(base_values, parts, units, fmt)
     elements = tuple(
@@ -423,20 +410,20 @@ def _block(
             None if best_codes is None else stands[1].format(int(best_codes[i])),
             None if best is None else float(best[i]),
         )
-        for i in range(min(MOST, last - first))
+        for i in range(min(MAX_ELEMENTS, last - first))
     )
-    if last - first > MOST:
-        notes.append(f"the first {MOST} of {last - first} columns of the block are shown")
+    if last - first > MAX_ELEMENTS:
+        notes.append(f"showing the first {MAX_ELEMENTS} of {last - first} columns of the block")
     if fmt.block is None:
-        notes.append(f"{fmt.algo} has no blocks along a row: a window of {WINDOW} columns is shown")
-    exact = tensor is weight and (given.byte is not None or elementwise)
+        notes.append(f"{fmt.algo} has no blocks along a row; showing {WINDOW} columns")
+    exact = tensor is weight and (location.byte is not None or elementwise)
     byte = (
         weight.offset
         + row * weight.shape[1] * _itemsize(weight)
         + first // (2 if fmt.packed else 1)
     )
-    return Shown(
-        judged.checkpoint.uri,
+    return BlockView(
+        quantized.checkpoint.uri,
         tensor,
         module.name,
         role(module.name),
@@ -447,43 +434,43 @@ def _block(
         byte,
         first,
         in_,
-        _stored(judged.checkpoint, module, fmt, row, block),
+        _stored(quantized.checkpoint, module, fmt, row, block),
         float(units[0]),
         elements,
         tuple(notes),
         other.checkpoint.uri if other else None,
-        wanted,
+        expected,
         tuple(range(column, column + (2 if fmt.packed else 1))) if exact else (),
     )
 
 
-def _spot(
-    module: Module, fmt: Format, tensor: Tensor, given: Place, elementwise: bool
+def _row_and_column(
+    module: Module, fmt: Format, tensor: Tensor, location: Location, elementwise: bool
 ) -> tuple[int, int]:
-    """Return row and column of the weight, in elements, that a place of the weight or of one of its
-    scales means.
+    """Return row and column of the weight, in elements, of a location in the weight or in one of
+    its scales.
     """
     out, in_ = module.dims or (0, 0)
     height, width = fmt.block or (1, WINDOW)
     if tensor is module.weight:
-        if given.byte is not None:
-            flat = _index(tensor, given.byte)
+        if location.byte is not None:
+            flat = _index(tensor, location.byte)
             row, column = flat // tensor.shape[1], flat % tensor.shape[1] * (2 if fmt.packed else 1)
         else:
             step = (2 if fmt.packed else 1) if elementwise else width
-            row, column = given.row or 0, (given.block or 0) * step
+            row, column = location.row or 0, (location.block or 0) * step
     else:
         grid = (-(-out // height), -(-in_ // width) if fmt.block else 1)
-        if given.byte is not None:
-            flat = _index(tensor, given.byte)
+        if location.byte is not None:
+            flat = _index(tensor, location.byte)
             row, block = divmod(flat, grid[1]) if tensor.elements == grid[0] * grid[1] else (0, 0)
         else:
-            row, block = given.row or 0, given.block or 0
+            row, block = location.row or 0, location.block or 0
         row, column = row * height, block * width
     _require("row", row, out, module.weight or tensor)
     if not 0 <= column < in_:
         raise ContentError(
-            f"{module.name} has no block {column // width:,}; 0 to {-(-in_ // width) - 1:,}"
+            f"{module.name} has no block {column // width:,}, only 0 to {-(-in_ // width) - 1:,}"
         )
     return row, column
 
@@ -491,12 +478,10 @@ def _spot(
 def _sliced(
     checkpoint: Checkpoint, module: Module, fmt: Format, row: int, first: int, last: int
 ) -> Parts:
-    """Return the parts of one block as `decode` takes them: one row, and the scales that reach
-    it.
-    """
+    """Return the parts of one block as `decode` takes them: one row and the block's scales."""
     weight, pack = module.weight, 2 if fmt.packed else 1
     if weight is None:
-        raise ContentError(f"{module.name}: no weight")
+        raise ContentError(f"{module.name} has no weight")
     parts = {
         "weight": _read(
             checkpoint, weight, row * weight.shape[1] + first // pack, (last - first) // pack
@@ -523,13 +508,13 @@ _OF_BLOCKS = frozenset({"weight_scale", "weight_scale_inv"})
 
 
 def _codes(parts: Parts, fmt: Format) -> npt.NDArray[np.uint8]:
-    """Return the code of each element of a block, one a byte."""
+    """Return the code of each element of a block, one per byte."""
     raw = parts["weight"][0].view(np.uint8)
     return np.stack([raw & 15, raw >> 4], axis=1).reshape(-1) if fmt.packed else raw
 
 
 def _ones(parts: Parts, fmt: Format) -> Parts:
-    """Return the parts with the code of 1.0 everywhere: they decode to the whole scale."""
+    """Return the parts with the code of 1.0 everywhere; they decode to the total scale."""
     return {
         **parts,
         "weight": np.full(parts["weight"].shape, 0x22 if fmt.packed else 0x38, np.uint8),
@@ -557,35 +542,35 @@ def _base_values(
     last: int,
     notes: list[str],
 ) -> Float32 | None:
-    """Return the base's values at the same row and columns, decoded where it is itself
-    quantized.
-    """
-    theirs = other.modules.get(module.name)
-    if theirs is None or theirs.weight is None:
-        notes.append("the base has no such module")
+    """Return the base's values at the same row and columns, decoded if the base is quantized."""
+    base_part = other.modules.get(module.name)
+    if base_part is None or base_part.weight is None:
+        notes.append("the base has no module of this name")
         return None
-    if theirs.dims != dims:
-        notes.append(f"the base has it as {theirs.weight.dtype} {list(theirs.weight.shape)}")
+    if base_part.dims != dims:
+        notes.append(f"the base has {base_part.weight.dtype} {list(base_part.weight.shape)}")
         return None
-    if not theirs.quantized and theirs.weight.dtype in FLOATS:
-        return _read(other.checkpoint, theirs.weight, row * dims[1] + first, last - first).astype(
-            np.float32
-        )
-    values = other.values(theirs)
+    if not base_part.quantized and base_part.weight.dtype in FLOATS:
+        return _read(
+            other.checkpoint, base_part.weight, row * dims[1] + first, last - first
+        ).astype(np.float32)
+    values = other.values(base_part)
     if values is None:
         notes.append("the base's values cannot be decoded")
         return None
     return values[row, first:last]
 
 
-def _wanted(base: Float32, values: Float32, parts: Parts, fmt: Format) -> Wanted | None:
-    """Return the block scale that the base asks for, where the format has one a block of a row."""
+def _expected_scale(
+    base: Float32, values: Float32, parts: Parts, fmt: Format
+) -> ExpectedScale | None:
+    """Return the scale that a ``max`` search gives the base's block; None without block scales."""
     leaf = "weight_scale" if "weight_scale" in parts else "weight_scale_inv"
     if fmt.name == "mxfp8":
-        found = max_scales(base[None], "mxfp8")
-        if found is None:
+        scales = max_scales(base[None], "mxfp8")
+        if scales is None:
             return None
-        code = found["weight_scale"].view(np.uint8)
+        code = scales["weight_scale"].view(np.uint8)
         value = float(code.view(ml_dtypes.float8_e8m0fnu).astype(np.float32)[0, 0])
     elif fmt.packed:
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
@@ -602,7 +587,7 @@ def _wanted(base: Float32, values: Float32, parts: Parts, fmt: Format) -> Wanted
     else:
         return None
     best = nearest(base[None], {**parts, leaf: code}, fmt.name)[0]
-    return Wanted(leaf, _hex(code), value, _rms(best, base), _rms(values, base))
+    return ExpectedScale(leaf, _hex(code), value, _rms(best, base), _rms(values, base))
 
 
 def _rms(a: Float32, b: Float32) -> float:
@@ -612,9 +597,9 @@ def _rms(a: Float32, b: Float32) -> float:
 
 def _stored(
     checkpoint: Checkpoint, module: Module, fmt: Format, row: int, block: int
-) -> tuple[Stored, ...]:
-    """Return the scales that reach a block."""
-    found = []
+) -> tuple[StoredScale, ...]:
+    """Return the stored scales of a block."""
+    scales = []
     height, width = fmt.block or (1, 0)
     for leaf, tensor in module.parts.items():
         if leaf not in SCALE_LEAVES or tensor.dtype not in NUMPY_DTYPES:
@@ -628,7 +613,6 @@ def _stored(
         value = raw.view(ml_dtypes.float8_e8m0fnu) if power else raw
         valid = _E8M0 if power else (_E4M3 if tensor.dtype == "F8_E4M3" else _POSITIVE)
         number = float(value.astype(np.float64)[0])
-        found.append(
-            Stored(leaf, _hex(raw), number, tensor.offset + flat * _itemsize(tensor), valid)
-        )
-    return tuple(found)
+        byte = tensor.offset + flat * _itemsize(tensor)
+        scales.append(StoredScale(leaf, _hex(raw), number, byte, valid))
+    return tuple(scales)

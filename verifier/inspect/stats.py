@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A checkpoint in numbers: formats by role, real bits per parameter, and at depth payload the
-scales themselves.
+"""A checkpoint in numbers: formats by role, bits per parameter, and at depth payload the values of
+the scales.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from verifier.inspect.diff import precision_of, problems_of
 from verifier.layouts.expert_stacks import unstacked
 from verifier.quantized import QuantizedCheckpoint
 from verifier.schemes import SCALE_LEAVES, Module, role
+from verifier.text import counted
 
 Kind = Literal["E4M3", "E8M0", "F32"]
 Progress = Callable[[int, int], None]
 CODES = 256
-E4M3_FLOOR = 0x01  # 2^-9, the least that is not zero
+E4M3_FLOOR = 0x01  # 2^-9, the smallest value above zero
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """The modules of one role and format. ``parameters`` is None where the format is not
-    determined.
+class RoleStats:
+    """The modules of one role and format. ``parameters`` is None if the format is not known.
 
-    ``weight_bytes`` are codes or values, ``scale_bytes`` all scales of weights and activations,
+    ``weight_bytes`` are weights, ``scale_bytes`` all scales of weights and activations,
     ``other_bytes`` biases and KV scales.
     """
 
@@ -46,18 +46,16 @@ class Row:
 
     @property
     def bits(self) -> float | None:
-        """Bits per parameter, codes and scales together; None where the parameters are not
+        """Bits per parameter, weights and scales together; None if the parameters are not
         known.
         """
-        return (
-            8 * (self.weight_bytes + self.scale_bytes) / self.parameters
-            if self.parameters
-            else None
-        )
+        if not self.parameters:
+            return None
+        return 8 * (self.weight_bytes + self.scale_bytes) / self.parameters
 
 
 @dataclass(slots=True)
-class Codes:
+class ScaleCodes:
     """How often each one-byte code of a scale occurs, by role."""
 
     format: str
@@ -75,9 +73,10 @@ class Codes:
 
 
 @dataclass(slots=True)
-class Floats:
-    """The values of a float32 scale in one role: the smallest and largest finite one with their
-    places.
+class FloatScales:
+    """The values of a float32 scale in one role.
+
+    ``low_at`` and ``high_at`` name the tensors with the smallest and largest finite value.
     """
 
     format: str
@@ -96,7 +95,7 @@ class Floats:
 
 
 @dataclass(frozen=True)
-class Stats:
+class CheckpointStats:
     """A checkpoint in numbers; ``codes`` and ``floats`` are empty at depth header."""
 
     uri: str
@@ -104,16 +103,16 @@ class Stats:
     tensors: int
     shards: int
     nbytes: int
-    rows: tuple[Row, ...]
+    rows: tuple[RoleStats, ...]
     problems: tuple[str, ...]
     depth: str
-    codes: tuple[Codes, ...] = ()
-    floats: tuple[Floats, ...] = ()
+    codes: tuple[ScaleCodes, ...] = ()
+    floats: tuple[FloatScales, ...] = ()
     skipped: tuple[str, ...] = ()
 
     @property
-    def total(self) -> Row:
-        """All rows together; its parameters are those that are known."""
+    def total(self) -> RoleStats:
+        """The sum of all rows; its parameters are None if those of any row are not known."""
         known = [r for r in self.rows if r.parameters is not None]
         parameters = sum(r.parameters or 0 for r in known)
         modules = sum(r.modules for r in self.rows)
@@ -121,7 +120,7 @@ class Stats:
             sum(getattr(r, k) for r in self.rows)
             for k in ("weight_bytes", "scale_bytes", "other_bytes")
         )
-        return Row(
+        return RoleStats(
             "all",
             "",
             modules,
@@ -134,26 +133,27 @@ class Stats:
 
 def stats(
     uri: str | os.PathLike[str], *, depth: str = "header", progress: Progress | None = None
-) -> Stats:
+) -> CheckpointStats:
     """Return a checkpoint in numbers.
 
     Args:
         uri: a path or an fsspec URL.
         depth: ``header``, or ``payload`` to read every scale.
-        progress: called with (bytes done, bytes in all) while scales are read.
+        progress: called with (bytes read, total bytes) while scales are read.
 
     Raises:
-        UsageError: no such folder or depth.
-        ContentError: no checkpoint.
+        UsageError: no such directory or depth.
+        ContentError: not a checkpoint.
         MachineError: reading failed.
     """
     if depth not in ("header", "payload"):
-        raise UsageError(f"no depth {depth!r}; one of header, payload")
+        raise UsageError(f"unknown depth {depth!r}; one of header, payload")
     checkpoint = open_checkpoint(uri)
-    judged = QuantizedCheckpoint(unstacked(checkpoint))
+    quantized = QuantizedCheckpoint(unstacked(checkpoint))
     groups: dict[tuple[str, str], list[Module]] = {}
-    for module in judged.modules.values():
-        groups.setdefault((role(module.name), precision_of(judged, module)), []).append(module)
+    for module in quantized.modules.values():
+        key = (role(module.name), precision_of(quantized, module))
+        groups.setdefault(key, []).append(module)
     rows = tuple(_row(r, f, modules) for (r, f), modules in sorted(groups.items()))
     head = (
         checkpoint.uri,
@@ -165,14 +165,12 @@ def stats(
         problems_of(checkpoint),
     )
     if depth == "header":
-        return Stats(*head, depth)
-    return Stats(*head, depth, *_scales(judged.checkpoint, groups, progress))
+        return CheckpointStats(*head, depth)
+    return CheckpointStats(*head, depth, *_scales(quantized.checkpoint, groups, progress))
 
 
 def parameters(module: Module) -> int | None:
-    """Return the number of values that a module's weight stands for, or None where its format does
-    not tell.
-    """
+    """Return the number of parameters of a module, or None if its format is not known."""
     weight = module.weight
     if weight is None:
         return 0
@@ -182,7 +180,7 @@ def parameters(module: Module) -> int | None:
     return 2 * weight.elements if scale is not None and scale.dtype == "F8_E4M3" else None
 
 
-def _row(role_: str, format_: str, modules: list[Module]) -> Row:
+def _row(role_: str, format_: str, modules: list[Module]) -> RoleStats:
     weight = scale = other = 0
     counts = [parameters(m) for m in modules]
     for module in modules:
@@ -195,12 +193,12 @@ def _row(role_: str, format_: str, modules: list[Module]) -> Row:
                 other += tensor.nbytes
     known = [c for c in counts if c is not None]
     total = sum(known) if len(known) == len(counts) else None
-    return Row(role_, format_, len(modules), total, weight, scale, other)
+    return RoleStats(role_, format_, len(modules), total, weight, scale, other)
 
 
 def _scales(
     checkpoint: Checkpoint, groups: dict[tuple[str, str], list[Module]], progress: Progress | None
-) -> tuple[tuple[Codes, ...], tuple[Floats, ...], tuple[str, ...]]:
+) -> tuple[tuple[ScaleCodes, ...], tuple[FloatScales, ...], tuple[str, ...]]:
     work = [
         (role_, format_, leaf, tensor)
         for (role_, format_), modules in sorted(groups.items())
@@ -209,30 +207,30 @@ def _scales(
         if leaf in SCALE_LEAVES and tensor is not module.weight
     ]
     total, done = sum(t.nbytes for *_, t in work), 0
-    codes: dict[tuple[str, str, Kind], Codes] = {}
-    floats: dict[tuple[str, str, str], Floats] = {}
+    codes: dict[tuple[str, str, Kind], ScaleCodes] = {}
+    floats: dict[tuple[str, str, str], FloatScales] = {}
     skipped: Counter[str] = Counter()
     for role_, format_, leaf, tensor in work:
         kind = _kind(tensor, format_)
         if kind is None:
             skipped[f"{leaf} of dtype {tensor.dtype}"] += 1
         elif kind == "F32":
-            found = floats.setdefault((format_, leaf, role_), Floats(format_, leaf, role_))
-            _add(found, tensor, checkpoint.array(tensor).reshape(-1))
+            scales = floats.setdefault((format_, leaf, role_), FloatScales(format_, leaf, role_))
+            _add(scales, tensor, checkpoint.array(tensor).reshape(-1))
         else:
-            entry = codes.setdefault((format_, leaf, kind), Codes(format_, leaf, kind))
-            counted = np.bincount(checkpoint.read(tensor), minlength=CODES).astype(np.int64)
-            entry.roles[role_] = entry.roles.get(role_, np.zeros(CODES, np.int64)) + counted
+            entry = codes.setdefault((format_, leaf, kind), ScaleCodes(format_, leaf, kind))
+            counts = np.bincount(checkpoint.read(tensor), minlength=CODES).astype(np.int64)
+            entry.roles[role_] = entry.roles.get(role_, np.zeros(CODES, np.int64)) + counts
         done += tensor.nbytes
         if progress:
             progress(done, total)
-    for found in floats.values():
-        found.distinct = len(found.seen)
-    lost = tuple(f"{n:,} tensors {what}" for what, n in skipped.items())
+    for scales in floats.values():
+        scales.distinct = len(scales.seen)
+    uncounted = tuple(f"{counted(n, 'tensor')} {kind}" for kind, n in skipped.items())
     return (
         tuple(codes.values()),
         tuple(sorted(floats.values(), key=lambda f: (f.format, f.leaf, f.role))),
-        lost,
+        uncounted,
     )
 
 
@@ -244,28 +242,28 @@ def _kind(tensor: Tensor, format_: str) -> Kind | None:
     return "F32" if tensor.dtype == "F32" else None
 
 
-def _add(found: Floats, tensor: Tensor, values: npt.NDArray[np.float32]) -> None:
+def _add(scales: FloatScales, tensor: Tensor, values: npt.NDArray[np.float32]) -> None:
     finite = np.isfinite(values)
-    found.count += int(values.size)
-    found.invalid += int(values.size - finite.sum())
-    found.zero += int((values == 0).sum())
-    found.negative += int((values < 0).sum())
-    if len(found.seen) < 100_000:
-        found.seen.update(np.unique(values[finite])[:100_000].tolist())
+    scales.count += int(values.size)
+    scales.invalid += int(values.size - finite.sum())
+    scales.zero += int((values == 0).sum())
+    scales.negative += int((values < 0).sum())
+    if len(scales.seen) < 100_000:
+        scales.seen.update(np.unique(values[finite])[:100_000].tolist())
     if not finite.any():
         return
     low, high = float(values[finite].min()), float(values[finite].max())
-    if found.low is None or low < found.low:
-        found.low, found.low_at = low, tensor.name
-    if found.high is None or high > found.high:
-        found.high, found.high_at = high, tensor.name
+    if scales.low is None or low < scales.low:
+        scales.low, scales.low_at = low, tensor.name
+    if scales.high is None or high > scales.high:
+        scales.high, scales.high_at = high, tensor.name
 
 
 def shares(counts: npt.NDArray[np.int64], kind: Kind) -> dict[str, int]:
-    """Return how many scales are of a kind that matters.
+    """Return the number of scales with a notable value.
 
-    Keys: ``total``, ``invalid``; of E4M3 also ``zero``, ``negative``, ``floor`` (2^-9, where
-    clamping ends) and ``max`` (448); of E8M0 ``least`` (2^-127).
+    Keys: ``total``, ``invalid``; for E4M3 also ``zero``, ``negative``, ``floor`` (2^-9, the lower
+    clamp) and ``max`` (448); for E8M0 ``least`` (2^-127).
     """
     total = int(counts.sum())
     if kind == "E8M0":
@@ -281,31 +279,31 @@ def shares(counts: npt.NDArray[np.int64], kind: Kind) -> dict[str, int]:
 
 
 def bins(counts: npt.NDArray[np.int64], kind: Kind) -> list[tuple[str, int]]:
-    """Return (label, count) by power of two, from the least to the largest that occurs.
+    """Return (label, count) by power of two, from the smallest to the largest that occurs.
 
-    E4M3 has 2^-9 alone, its other subnormals by their power of two, then a bin a binade; negative
-    codes count as their magnitude. NaN has a bin of its own where it occurs.
+    E4M3 has one bin for 2^-9, the other subnormals by their power of two, then one bin per binade;
+    negative codes count by magnitude. NaN has its own bin if it occurs.
     """
-    found: dict[int, int] = {}
+    exponents: dict[int, int] = {}
     if kind == "E8M0":
         nan, zero = int(counts[0xFF]), 0
         for code in range(0xFF):
-            found[code - 127] = int(counts[code])
+            exponents[code - 127] = int(counts[code])
     else:
         both = counts[:0x80] + counts[0x80:]
         nan, zero = int(both[0x7F]), int(both[0])
         for code in range(1, 0x7F):
             exponent = (code >> 3) - 7 if code >> 3 else code.bit_length() - 10
-            found[exponent] = found.get(exponent, 0) + int(both[code])
-    seen = [e for e, n in found.items() if n]
+            exponents[exponent] = exponents.get(exponent, 0) + int(both[code])
+    seen = [e for e, n in exponents.items() if n]
     rows = [("0", zero)] if zero else []
     if seen:
-        rows += _folded([(e, found[e]) for e in range(min(seen), max(seen) + 1)])
+        rows += _folded([(e, exponents[e]) for e in range(min(seen), max(seen) + 1)])
     return rows + ([("NaN", nan)] if nan else [])
 
 
 def _folded(rows: list[tuple[int, int]], limit: int = 32) -> list[tuple[str, int]]:
-    """Return at most ``limit`` rows, neighbours put together."""
+    """Return at most ``limit`` rows; neighbors are combined."""
     step = -(-len(rows) // limit)
     parts: Iterable[list[tuple[int, int]]] = (rows[i : i + step] for i in range(0, len(rows), step))
     return [

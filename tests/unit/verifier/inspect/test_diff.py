@@ -152,7 +152,7 @@ Edit = Callable[[dict[str, object]], None]
         (lambda c: c[QC]["ignore"].append("x"), (f"{QC}.ignore: x", "", "listed")),
         (
             lambda c: c[QC]["ignore"].reverse(),
-            (f"{QC}.ignore", "the same entries", "in another order"),
+            (f"{QC}.ignore", "the same entries", "in a different order"),
         ),
     ],
 )
@@ -184,7 +184,7 @@ def test_what_cannot_be_read_whole_is_never_equal(copy: Folder) -> None:
     found = diff(copy.path, copy.path)
     assert found.changes == ()
     assert not found.equal
-    assert "cannot be read whole: model.safetensors: ends 8 bytes early" in diff_text(found)
+    assert "cannot be read completely: model.safetensors: ends 8 bytes early" in diff_text(found)
 
 
 def test_an_index_that_names_a_missing_shard_is_never_equal(copy: Folder) -> None:
@@ -218,7 +218,7 @@ def test_many_kinds_are_bounded_in_text_and_whole_in_json(
     copy.rename({n: f"{n}.x{i}" for i, n in enumerate(copy.tensors())})
     assert run(["diff", str(QWEN_NVFP4), str(copy.path)]) == 1
     text = capsys.readouterr().out
-    assert f"and {213 - LINES} more kinds; --format json has all" in text
+    assert f"and {213 - LINES} more groups; --format json has all" in text
     assert run(["diff", str(QWEN_NVFP4), str(copy.path), "--format", "json"]) == 1
     value = json.loads(capsys.readouterr().out)
     assert not value["equal"]

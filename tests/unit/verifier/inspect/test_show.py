@@ -19,7 +19,7 @@ from tests.paths import TESTS
 from verifier.cli import run
 from verifier.errors import ContentError
 from verifier.inspect.render import show_json, show_text
-from verifier.inspect.show import Place, parse_place, show
+from verifier.inspect.show import Location, parse_location, show
 from verifier.quantized import QuantizedCheckpoint
 from verifier.report import render_text
 from verifier.selftest.edit import Folder
@@ -145,8 +145,8 @@ def test_a_place_of_a_report_leads_to_its_bytes(copy: Folder, code: int) -> None
     found = show(copy.path, line, base=QWEN)
     assert (found.tensor.name, found.row, found.block) == (name, 12, 3)
     assert f"0x{code:02X}" in {s.raw for s in found.scales if s.leaf == "weight_scale"}
-    assert found.wanted is not None
-    assert found.wanted.raw == f"0x{Folder(QWEN_NVFP4).array(name)[12, 3].view(np.uint8):02X}"
+    assert found.expected is not None
+    assert found.expected.raw == f"0x{Folder(QWEN_NVFP4).array(name)[12, 3].view(np.uint8):02X}"
     json.loads(show_json(found))
     assert show_text(found)
 
@@ -183,8 +183,8 @@ def test_the_nearest_codes_of_a_sound_export_are_those_stored() -> None:
     """ModelOpt's codes are the nearest ones under its own scale, ties aside."""
     found = show(QWEN_NVFP4, EXPERT, row=7, block=2, base=QWEN)
     assert [e.code for e in found.elements] == [e.raw for e in found.elements]
-    assert found.wanted is not None
-    assert found.wanted.error <= found.wanted.stored_error * (1 + 1e-6)
+    assert found.expected is not None
+    assert found.expected.error <= found.expected.stored_error * (1 + 1e-6)
 
 
 def test_another_code_shows_beside_the_nearest(copy: Folder) -> None:
@@ -194,9 +194,9 @@ def test_another_code_shows_beside_the_nearest(copy: Folder) -> None:
     after = show(copy.path, EXPERT, row=7, block=2, base=QWEN)
     assert [i for i, e in enumerate(after.elements) if e.raw != e.code] == [0]
     assert after.elements[0].value == -before.elements[0].value
-    assert after.wanted is not None
-    assert before.wanted is not None
-    assert after.wanted.stored_error > before.wanted.stored_error
+    assert after.expected is not None
+    assert before.expected is not None
+    assert after.expected.stored_error > before.expected.stored_error
 
 
 def test_an_infinite_base_is_told(tmp_path: Path) -> None:
@@ -243,7 +243,7 @@ def test_three_dimensions_need_a_byte(copy: Folder) -> None:
     offset = copy.tensors()["stack"].offset
     assert place.tensor == "stack"
     assert show(copy.path, "stack").elements[0].value == 0
-    with pytest.raises(ContentError, match="give --byte"):
+    with pytest.raises(ContentError, match="use --byte"):
         show(copy.path, "stack", row=1)
     assert [e.value for e in show(copy.path, "stack", byte=offset + 4 * 17).elements] == [
         16,
@@ -266,17 +266,20 @@ def test_small_and_empty_tensors(copy: Folder, shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(
     ("text", "place"),
     [
-        ("a.b.weight_scale", Place("a.b.weight_scale")),
-        ("  a.b [row 12, block 3]", Place("a.b", 12, 3)),
-        ("a [row 1,234, block 3, byte 2,078,571, of m.safetensors]", Place("a", 1234, 3, 2078571)),
-        ("a [row 5, byte 77, of row 9, block 2.safetensors]", Place("a", 5, None, 77)),
-        ("a [in model.safetensors]", Place("a")),
-        ("a [0]", Place("a [0]")),
-        ("a [byte 12345678901234567890123]", Place("a")),
+        ("a.b.weight_scale", Location("a.b.weight_scale")),
+        ("  a.b [row 12, block 3]", Location("a.b", 12, 3)),
+        (
+            "a [row 1,234, block 3, byte 2,078,571, of m.safetensors]",
+            Location("a", 1234, 3, 2078571),
+        ),
+        ("a [row 5, byte 77, of row 9, block 2.safetensors]", Location("a", 5, None, 77)),
+        ("a [in model.safetensors]", Location("a")),
+        ("a [0]", Location("a [0]")),
+        ("a [byte 12345678901234567890123]", Location("a")),
     ],
 )
 def test_places(text: str, place: Place) -> None:
-    assert parse_place(text) == place
+    assert parse_location(text) == place
 
 
 @pytest.mark.parametrize(
@@ -285,13 +288,13 @@ def test_places(text: str, place: Place) -> None:
         (
             ["model.layer.0.mlp.gate"],
             1,
-            "no tensor 'model.layer.0.mlp.gate'; near it: model.layers.0.mlp.gate.weight",
+            "no tensor 'model.layer.0.mlp.gate'. Did you mean model.layers.0.mlp.gate.weight",
         ),
-        ([EXPERT, "--row", "128"], 1, "has no row 128; 0 to 127"),
-        ([EXPERT, "--block", "4"], 1, "has no block 4; 0 to 3"),
+        ([EXPERT, "--row", "128"], 1, "has no row 128, only 0 to 127"),
+        ([EXPERT, "--block", "4"], 1, "has no block 4, only 0 to 3"),
         ([f"{EXPERT}.weight", "--byte", "3"], 1, "byte 3 is outside"),
-        ([EXPERT, "--byte", "3", "--row", "1"], 2, "--byte says where"),
-        (["model.norm.weight", "--row", "128"], 1, "has no element 128; 0 to 127"),
+        ([EXPERT, "--byte", "3", "--row", "1"], 2, "use --byte, or --row and --block, not both"),
+        (["model.norm.weight", "--row", "128"], 1, "has no element 128, only 0 to 127"),
     ],
 )
 def test_a_place_that_is_not_there(capsys: Capture, argv: list[str], code: int, words: str) -> None:

@@ -141,7 +141,7 @@ def test_floats_name_their_extremes(copy: Folder) -> None:
 def test_the_header_alone_reads_no_scale() -> None:
     found = stats(QWEN_NVFP4)
     assert found.codes == found.floats == ()
-    assert "scale values: --depth payload" in stats_text(found)
+    assert "--depth payload also shows the values of scales" in stats_text(found)
 
 
 def test_an_undetermined_format_has_no_bits(copy: Folder) -> None:
@@ -167,7 +167,7 @@ def test_the_command(copy: Folder, capsys: pytest.CaptureFixture[str]) -> None:
     shard.write_bytes(shard.read_bytes()[:-1000])
     assert run(["stats", str(copy.path)]) == 1
     assert (
-        "cannot be read whole: model.safetensors: ends 1,000 bytes early" in capsys.readouterr().out
+        "cannot be read completely: model.safetensors: ends 1,000 bytes early" in capsys.readouterr().out
     )
 
 
@@ -180,7 +180,7 @@ def test_hostile_names_are_escaped(copy: Folder) -> None:
 
 
 def test_errors() -> None:
-    with pytest.raises(UsageError, match="no depth"):
+    with pytest.raises(UsageError, match="unknown depth"):
         stats(QWEN, depth="load")
     with pytest.raises(ContentError, match="not a checkpoint"):
         stats(DATA)
