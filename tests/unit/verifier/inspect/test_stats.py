@@ -167,7 +167,8 @@ def test_the_command(copy: Folder, capsys: pytest.CaptureFixture[str]) -> None:
     shard.write_bytes(shard.read_bytes()[:-1000])
     assert run(["stats", str(copy.path)]) == 1
     assert (
-        "cannot be read completely: model.safetensors: ends 1,000 bytes early" in capsys.readouterr().out
+        "cannot be read completely: model.safetensors: ends 1,000 bytes early"
+        in capsys.readouterr().out
     )
 
 
