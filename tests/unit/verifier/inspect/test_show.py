@@ -278,7 +278,7 @@ def test_small_and_empty_tensors(copy: Folder, shape: tuple[int, ...]) -> None:
         ("a [byte 12345678901234567890123]", Location("a")),
     ],
 )
-def test_places(text: str, place: Place) -> None:
+def test_locations(text: str, place: Location) -> None:
     assert parse_location(text) == place
 
 
