@@ -5,9 +5,12 @@ knows the other.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
+
+from verifier.summary import FailOn, Summary
 
 Severity = Literal["error", "warning", "info"]
 Verdict = Literal["passed", "failed", "inconclusive", "error"]
@@ -96,7 +99,7 @@ class Report:
     base: str | None
     findings: tuple[Finding, ...]
     coverage: tuple[Coverage, ...]
-    stats: dict[str, Any] = field(default_factory=dict)
+    summary: Summary = Summary()
 
     @property
     def exit_code(self) -> int:
@@ -114,7 +117,14 @@ class Report:
         """The findings that make the check fail: of a failing severity, and not known from the
         baseline.
         """
-        return failing(self.findings, self.stats.get("options", {}).get("fail_on", "error"))
+        options = self.summary.options
+        return failing(self.findings, options.fail_on if options else "error")
+
+    @property
+    def stats(self) -> dict[str, Any]:
+        """The summary as JSON values; deprecated."""
+        warnings.warn("Report.stats is now Report.summary", DeprecationWarning, stacklevel=2)
+        return self.summary.as_json()
 
     def by_rule(self, rule: str) -> tuple[Finding, ...]:
         """Return the findings of one rule."""
@@ -126,7 +136,7 @@ def current_verdict(verdict: Any) -> Any:
     return OLD_VERDICTS.get(verdict, verdict) if isinstance(verdict, str) else verdict
 
 
-def failing(findings: Iterable[Finding], fail_on: Severity) -> tuple[Finding, ...]:
+def failing(findings: Iterable[Finding], fail_on: FailOn) -> tuple[Finding, ...]:
     """Return the findings that fail a check: errors, with ``fail_on="warning"`` warnings too; none
     that is known.
     """

@@ -168,9 +168,8 @@ class RuleTest(_Test):
             self.user_properties.append(
                 ("ckptgate", f"{covered.checked} of {covered.of} {covered.unit}")
             )
-        failing = ("error",) if arguments["fail_on"] == "error" else ("error", "warning")
         text = findings_text(findings)
-        if any(f.severity in failing for f in findings):
+        if any(f.rule == self.rule.id for f in report.failing):
             raise CheckFailure(
                 f"{text}`ckptgate explain {self.rule.id}` explains the rule and the fix"
             )
@@ -208,7 +207,7 @@ class VerdictTest(_Test):
         if report.verdict != "passed":
             errors = counted(report.count("error"), "error")
             warnings = counted(report.count("warning"), "warning")
-            why = report.stats.get("inconclusive") or f"{errors}, {warnings}"
+            why = report.summary.inconclusive or f"{errors}, {warnings}"
             raise CheckFailure(
                 f"{report.uri}: {report.verdict.upper()} ({why}); exit code {report.exit_code}"
             )

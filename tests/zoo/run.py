@@ -280,7 +280,7 @@ def _checked(path: Path, base: Path | None) -> None:
         if f.severity != "info"
     ]
     if report.verdict == "inconclusive" and not lines:
-        raise Wrong(INCONCLUSIVE + str(report.stats["inconclusive"]))
+        raise Wrong(INCONCLUSIVE + report.summary.inconclusive)
     if lines or report.verdict != "passed":
         raise Wrong(
             f"{report.verdict}; " + " | ".join(" ".join(line.split())[:160] for line in lines[:4])

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import click
@@ -32,6 +33,7 @@ from verifier.cli.recording import record, recordable, recording_options
 from verifier.cli.settings import check_arguments, effective_settings
 from verifier.errors import ContentError, MachineError, UsageError
 from verifier.findings import Finding, Report
+from verifier.summary import Summary
 
 DIRECT = (
     "base",
@@ -114,7 +116,7 @@ def check(
     with fetch_bar("fetched", sources):
         report, failure = _report(path, arguments | {"evaluate": evaluate})
     if file is not None:
-        report.stats.setdefault("options", {})["config"] = str(file)
+        report = replace(report, summary=replace(report.summary, config=str(file)))
     try:
         write_files(report, targets)
     except MachineError as error:
@@ -146,7 +148,7 @@ def _report(path: str, arguments: Mapping[str, Any]) -> tuple[Report, Exception 
         raise
     except ContentError as error:  # of the base; a problem of the checkpoint itself is a finding
         finding = Finding("QC104", "error", str(error))
-        return Report("failed", path, base, (finding,), (), {"error": str(error)}), error
+        return Report("failed", path, base, (finding,), (), Summary(error=str(error))), error
     except Exception as error:
         if wants_traceback(error):
             raise
@@ -154,4 +156,4 @@ def _report(path: str, arguments: Mapping[str, Any]) -> tuple[Report, Exception 
 
 
 def _without_findings(path: str, base: str | None, error: str) -> Report:
-    return Report("error", path, base, (), (), {"error": error})
+    return Report("error", path, base, (), (), Summary(error=error))

@@ -82,5 +82,5 @@ def _values(report: Report, rows: int) -> dict[str, Any]:
         "table": table,
         "parentheses": PARENTHESES,
         "engines": list(next(iter(table.values()))) if table else [],
-        "options": report.stats.get("options", {}),
+        "options": report.summary.options_json(),
     }

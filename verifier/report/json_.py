@@ -8,17 +8,30 @@ from dataclasses import asdict
 from importlib import resources
 from typing import Any
 
-from verifier.findings import SCHEMA_VERSION, Report
+from verifier.findings import SCHEMA_VERSION, Finding, Report
 
 
 def render_json(report: Report) -> str:
     """Return the report as one JSON object, two-space indented, with a final newline."""
-    value = {"schema_version": SCHEMA_VERSION, **asdict(report)}
-    for shown, finding in zip(value["findings"], report.findings, strict=True):
-        shown["effects"] = {
-            e.engine: {"severity": e.severity, "what": e.what} for e in finding.effects
-        }
-    return json.dumps(value, indent=2, ensure_ascii=True, allow_nan=False) + "\n"
+    return json.dumps(report_value(report), indent=2, ensure_ascii=True, allow_nan=False) + "\n"
+
+
+def report_value(report: Report) -> dict[str, Any]:
+    """Return the report as JSON values."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "verdict": report.verdict,
+        "uri": report.uri,
+        "base": report.base,
+        "findings": [_finding(f) for f in report.findings],
+        "coverage": [asdict(c) for c in report.coverage],
+        "stats": report.summary.as_json(),
+    }
+
+
+def _finding(finding: Finding) -> dict[str, Any]:
+    effects = {e.engine: {"severity": e.severity, "what": e.what} for e in finding.effects}
+    return {**asdict(finding), "effects": effects}
 
 
 def schema() -> dict[str, Any]:

@@ -153,7 +153,7 @@ def _properties(f: Finding) -> dict[str, Any]:
 
 
 def _options(report: Report) -> dict[str, Any]:
-    options = report.stats.get("options", {})
+    options = report.summary.options_json()
     return {k: printable(v, 2000) if isinstance(v, str) else v for k, v in options.items()}
 
 

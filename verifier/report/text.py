@@ -50,7 +50,7 @@ def render_text(report: Report, *, color: bool = False) -> str:
         "skipped": by_rules(skipped(report)),
         "baseline": baseline_line(report),
         "remote": remote_line(report),
-        "configuration": printable(str(report.stats.get("options", {}).get("config") or "")),
+        "configuration": printable(report.summary.config or ""),
     }
     lines += [f"{label}: {text}" for label, text in optional.items() if text]
     lines.append(f"verdict: {_styled(verdict_line(report), report.verdict, color)}")
@@ -108,23 +108,23 @@ def _engines(report: Report) -> list[str]:
 
 def footer(report: Report) -> str:
     """Return what was checked, in one line."""
-    stats = report.stats
-    if "tensors" not in stats:
+    contents = report.summary.contents
+    if contents is None:
         return f"checked {printable(report.uri)}: nothing could be read"
-    formats = ", ".join(f"{n:,} {name}" for name, n in sorted(stats["formats"].items())) or "none"
-    tensors, shards = counted(stats["tensors"], "tensor"), counted(stats["shards"], "shard")
-    amounts = f"{tensors} in {shards}, {size(stats['bytes'])}"
+    formats = ", ".join(f"{n:,} {name}" for name, n in sorted(contents.formats.items())) or "none"
+    tensors, shards = counted(contents.tensors, "tensor"), counted(contents.shards, "shard")
+    amounts = f"{tensors} in {shards}, {size(contents.bytes)}"
     if any(c.ran and "scales" in c.unit for c in report.coverage):
-        amounts += f", {size(stats['scale_bytes'])} of scales read"
+        amounts += f", {size(contents.scale_bytes)} of scales read"
     return f"checked {_extent(report)}{amounts}; quantized modules: {formats}"
 
 
 def _extent(report: Report) -> str:
     """Return which part of the checkpoint was checked, or '' for all of it."""
-    options = report.stats.get("options", {})
-    if options.get("sample"):
-        return f"a sample of {options['sample']:g}% (seed {options['seed']}) of "
-    return f"subset {options['subset']} of " if options.get("subset") else ""
+    options = report.summary.options
+    if options is not None and options.sample:
+        return f"a sample of {options.sample:g}% (seed {options.seed}) of "
+    return f"subset {options.subset} of " if options is not None and options.subset else ""
 
 
 def _styled(text: str, kind: str, color: bool) -> str:

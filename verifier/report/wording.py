@@ -76,7 +76,7 @@ def verdict_line(report: Report) -> str:
 
 def reason(report: Report) -> str:
     """Return why the verdict is inconclusive or an error, or ''."""
-    return printable(str(report.stats.get("inconclusive") or report.stats.get("error") or ""))
+    return printable(report.summary.reason)
 
 
 def skipped(report: Report) -> list[tuple[str, list[str]]]:
@@ -105,28 +105,28 @@ def by_rules(groups: list[tuple[str, list[str]]]) -> str:
 
 def remote_line(report: Report) -> str:
     """Return the commits that were read and what was fetched, '' for local directories."""
-    commits, traffic = report.stats.get("commits", {}), report.stats.get("traffic")
+    commits, fetched = report.summary.commits, report.summary.fetched
     parts = [f"{role.replace('_', ' ')} at commit {commit}" for role, commit in commits.items()]
-    if traffic:
-        parts.append(f"{size(traffic['bytes'])} in {counted(traffic['requests'], 'request')}")
+    if fetched is not None:
+        parts.append(f"{size(fetched.bytes)} in {counted(fetched.requests, 'request')}")
     return "; ".join(parts)
 
 
 def baseline_line(report: Report) -> str:
     """Return the baseline file with the number of known, grown and stale entries, or ''."""
-    result = report.stats.get("baseline")
-    if not result:
+    baseline = report.summary.baseline
+    if baseline is None:
         return ""
-    stale = result["stale"]
+    stale = baseline.stale
     text = (
-        f"{printable(result['file'])}: {result['known']:,} known, {result['grown']:,} grown, "
+        f"{printable(baseline.file)}: {baseline.known:,} known, {baseline.grown:,} grown, "
         f"{len(stale):,} stale"
     )
     if stale:
-        names = ", ".join(printable(f"{e['rule']} {e['what']}", 80) for e in stale[:3])
+        names = ", ".join(printable(f"{e.rule} {e.what}", 80) for e in stale[:3])
         more = ", …" if len(stale) > 3 else ""
         text += f" (`ckptgate baseline prune` removes {names}{more})"
-    unknown = result["not_judged"]
+    unknown = baseline.not_judged
     return text + (f"; {unknown:,} not checked because their rules did not run" if unknown else "")
 
 
@@ -134,7 +134,8 @@ def by_engine(report: Report) -> dict[str, dict[str, tuple[Severity, list[str]]]
     """Return rule -> engine -> (worst severity, what the engine does); empty unless the profile is
     ``all``.
     """
-    if report.stats.get("options", {}).get("profile") != "all":
+    options = report.summary.options
+    if options is None or options.profile != "all":
         return {}
     table: dict[str, dict[str, tuple[Severity, list[str]]]] = {}
     for finding in report.findings:

@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Findings that were accepted, with a reason: a check fails on what is new or got worse, and says
-what it let pass.
+"""Accepted findings, each with a reason: a check fails only on findings that are new or got worse.
 
-An entry is held against the sum over the findings of its fingerprint. A greater count or severity
-than the entry's is no longer what was accepted: those findings are *grown* and fail like new ones.
-An entry whose rule ran over everything and did not find it again is *stale*; nothing is said of
-entries whose rule did not run.
+An entry is compared with the sum over the findings of its fingerprint. Findings with a greater
+count or severity than the entry's are *grown* and fail like new ones. An entry whose rule examined
+everything and did not find it again is *stale*; nothing is known of entries whose rule did not run.
 """
 
 from __future__ import annotations
@@ -13,8 +11,8 @@ from __future__ import annotations
 import datetime
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -22,14 +20,15 @@ from verifier.errors import UsageError
 from verifier.files import write_atomic
 from verifier.findings import SEVERITIES, Coverage, Finding, Severity
 from verifier.run.fingerprints import kind, place
+from verifier.summary import BaselineSummary, StaleEntry
 
 MAX_BYTES = 64 << 20
 Path = str | os.PathLike[str]
 
 
 class Entry(BaseModel):
-    """One accepted defect: ``count`` and ``severity`` are the most that is accepted, ``witness`` is
-    the first one's name.
+    """One accepted defect: at most ``count`` findings of at most this severity; ``witness`` is the
+    first tensor's name.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -53,53 +52,44 @@ class Baseline(BaseModel):
     version: Literal[1] = 1
     entries: tuple[Entry, ...] = Field(default=(), strict=False)
 
-    def judge(self, findings: Iterable[Finding], coverage: Sequence[Coverage]) -> BaselineResult:
-        """Give every finding its standing, and name the entries that are stale."""
-        found = list(findings)
-        now = _totals(found)
+    def compare(self, findings: Iterable[Finding], coverage: Sequence[Coverage]) -> BaselineResult:
+        """Return every finding with its standing, and the entries that were not found again."""
+        listed = list(findings)
+        totals = _totals(listed)
         entries = {e.fingerprint: e for e in self.entries}
-        judged = BaselineResult(
-            [_stand(f, entries.get(f.fingerprint), now[f.fingerprint]) for f in found]
+        absent = [e for e in self.entries if e.fingerprint not in totals]
+        stale = [e for e in absent if _examined_all(e.rule, coverage)]
+        return BaselineResult(
+            [_compared(f, entries.get(f.fingerprint), totals[f.fingerprint]) for f in listed],
+            stale,
+            len(absent) - len(stale),
         )
-        for entry in self.entries:
-            if entry.fingerprint in now:
-                continue
-            if _looked(entry.rule, coverage):
-                judged.stale.append(entry)
-            else:
-                judged.not_judged += 1
-        return judged
 
 
-@dataclass
+@dataclass(frozen=True, slots=True)
 class BaselineResult:
-    """The findings with their standing, and what the baseline came to."""
+    """The findings with their standing, the entries that are stale, and the number of entries whose
+    rule did not examine everything.
+    """
 
     findings: list[Finding]
-    stale: list[Entry] = field(default_factory=list)
-    not_judged: int = 0
+    stale: list[Entry]
+    not_judged: int
 
-    def stats(self, file: str) -> dict[str, Any]:
+    def summary(self, file: str) -> BaselineSummary:
         """Return what the report says of the baseline."""
         standing = [f.standing for f in self.findings]
-        return {
-            "file": file,
-            "known": standing.count("known"),
-            "grown": standing.count("grown"),
-            "stale": [
-                {"fingerprint": e.fingerprint, "rule": e.rule, "what": e.what, "place": e.place}
-                for e in self.stale
-            ],
-            "not_judged": self.not_judged,
-        }
+        stale = tuple(StaleEntry(e.fingerprint, e.rule, e.what, e.place) for e in self.stale)
+        known, grown = standing.count("known"), standing.count("grown")
+        return BaselineSummary(file, known, grown, stale, self.not_judged)
 
 
 def load(file: Path) -> Baseline:
     """Read a baseline file.
 
     Raises:
-        UsageError: it is absent, too large, or no baseline; the message names the first field that
-            is wrong.
+        UsageError: it does not exist, is too large, or is not a baseline; the message names the
+            first field that is wrong.
     """
     try:
         with open(file, "rb") as handle:
@@ -110,17 +100,16 @@ def load(file: Path) -> Baseline:
     if len(raw) > MAX_BYTES:
         raise UsageError(f"baseline {os.fspath(file)}: larger than {MAX_BYTES:,} bytes")
     try:
-        found = Baseline.model_validate_json(raw)
+        baseline = Baseline.model_validate_json(raw)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         at = ".".join(str(p) for p in first["loc"])
         raise UsageError(
             f"baseline {os.fspath(file)}: {at + ': ' if at else ''}{first['msg']}"
         ) from error
-    seen = {e.fingerprint for e in found.entries}
-    if len(seen) != len(found.entries):
-        raise UsageError(f"baseline {os.fspath(file)}: two entries have one fingerprint")
-    return found
+    if len({e.fingerprint for e in baseline.entries}) != len(baseline.entries):
+        raise UsageError(f"baseline {os.fspath(file)}: two entries have the same fingerprint")
+    return baseline
 
 
 def save(baseline: Baseline, file: Path) -> None:
@@ -135,21 +124,21 @@ def save(baseline: Baseline, file: Path) -> None:
 def accept(
     baseline: Baseline, findings: Iterable[Finding], reason: str
 ) -> tuple[Baseline, int, int]:
-    """Return the baseline with every finding in it, the number of entries that are new, and of
-    those that were raised.
+    """Return the baseline with every finding in it, the number of new entries, and the number of
+    raised entries.
 
-    An entry that holds already keeps its reason; one that is raised to what is there now gets the
-    new one.
+    An entry that accepts the findings already keeps its reason; one that is raised gets the new
+    reason.
     """
-    found = [f for f in findings if f.severity != "info"]
+    listed = [f for f in findings if f.severity != "info"]
     entries = {e.fingerprint: e for e in baseline.entries}
     new = raised = 0
     today = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
-    for key, (count, severity) in _totals(found).items():
+    for key, (count, severity) in _totals(listed).items():
         old = entries.get(key)
-        if old is not None and _holds(old, count, severity):
+        if old is not None and _accepts(old, count, severity):
             continue
-        first = next(f for f in found if f.fingerprint == key)
+        first = next(f for f in listed if f.fingerprint == key)
         new, raised = new + (old is None), raised + (old is not None)
         entries[key] = Entry(
             fingerprint=key,
@@ -168,21 +157,21 @@ def accept(
 def prune(
     baseline: Baseline, findings: Iterable[Finding], coverage: Sequence[Coverage]
 ) -> tuple[Baseline, int, int]:
-    """Return the baseline without stale entries and with counts no higher than now, and how many of
-    both there were.
+    """Return the baseline without stale entries and with counts no higher than now, the number of
+    entries that were dropped, and of those that were lowered.
     """
-    now = _totals(findings)
-    kept, dropped, lowered = [], 0, 0
+    totals = _totals(findings)
+    entries, dropped, lowered = [], 0, 0
     for entry in baseline.entries:
-        looked = _looked(entry.rule, coverage)
-        if entry.fingerprint in now and looked and now[entry.fingerprint][0] < entry.count:
-            kept.append(entry.model_copy(update={"count": now[entry.fingerprint][0]}))
+        count = totals[entry.fingerprint][0] if entry.fingerprint in totals else 0
+        if not _examined_all(entry.rule, coverage) or count >= entry.count:
+            entries.append(entry)
+        elif count:
+            entries.append(entry.model_copy(update={"count": count}))
             lowered += 1
-        elif entry.fingerprint in now or not looked:
-            kept.append(entry)
         else:
             dropped += 1
-    return Baseline(entries=tuple(kept)), dropped, lowered
+    return Baseline(entries=tuple(entries)), dropped, lowered
 
 
 def _totals(findings: Iterable[Finding]) -> dict[str, tuple[int, Severity]]:
@@ -198,29 +187,27 @@ def _whole(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def _holds(entry: Entry, count: int, severity: Severity) -> bool:
+def _accepts(entry: Entry, count: int, severity: Severity) -> bool:
     return count <= entry.count and SEVERITIES.index(severity) >= SEVERITIES.index(entry.severity)
 
 
-def _stand(finding: Finding, entry: Entry | None, now: tuple[int, Severity]) -> Finding:
+def _compared(finding: Finding, entry: Entry | None, total: tuple[int, Severity]) -> Finding:
+    """Return a finding with its standing; ``total`` is that of its fingerprint."""
     if entry is None:
         return finding
-    if _holds(entry, *now):
-        here = _whole(finding.where.tensor or "")
-        # As many as were accepted, but not the same ones: that does not fail, and is said.
-        moved = (
-            f"; first {here}, when accepted {entry.witness}"
-            if entry.witness and here != entry.witness
-            else ""
-        )
-        return replace(finding, standing="known", note=entry.reason + moved)
-    note = f"{now[0]:,} {now[1]} now, {entry.count:,} {entry.severity} accepted ({entry.reason})"
-    return replace(finding, standing="grown", note=note)
+    if not _accepts(entry, *total):
+        accepted = f"{entry.count:,} {entry.severity} accepted ({entry.reason})"
+        note = f"{total[0]:,} {total[1]} now, {accepted}"
+        return replace(finding, standing="grown", note=note)
+    first = _whole(finding.where.tensor or "")
+    # As many as were accepted, but not the same ones: the note says so.
+    moved = entry.witness and first != entry.witness
+    note = f"; first {first}, when accepted {entry.witness}" if moved else ""
+    return replace(finding, standing="known", note=entry.reason + note)
 
 
-def _looked(rule: str, coverage: Sequence[Coverage]) -> bool:
-    """Whether a rule ran over all that there was; a rule that no longer exists will not find
-    anything again.
+def _examined_all(rule: str, coverage: Sequence[Coverage]) -> bool:
+    """Whether a rule ran on everything there was; also for a rule that no longer exists, which
+    cannot find anything again.
     """
-    found = [c for c in coverage if c.rule == rule]
-    return all(c.ran and c.checked == c.of for c in found)
+    return all(c.ran and c.checked == c.of for c in coverage if c.rule == rule)

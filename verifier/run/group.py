@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Equal findings over layers and experts become one, counted, with the first as its witness."""
+"""Groups equal findings over layers and experts into one, with a count and the first as witness."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ def group(findings: Iterable[Finding], of: int, limit: int = MAX_GROUPS) -> list
     """Return one finding for each kind and place (numbers in names collapsed), in order of first
     appearance.
 
-    At most ``limit`` of them; one more says how many findings the rest held.
+    Args:
+        findings: of one rule.
+        of: the units that the rule examined.
+        limit: the most findings to return; one more counts those of the other groups.
     """
     first: dict[tuple[str, ...], Finding] = {}
     counts: dict[tuple[str, ...], int] = {}
@@ -32,15 +35,8 @@ def group(findings: Iterable[Finding], of: int, limit: int = MAX_GROUPS) -> list
         else:
             dropped += f.count
             severity = min(severity, f.severity, key=SEVERITIES.index)
-    grouped = [replace(f, count=counts[k], of=max(of, counts[k])) for k, f in first.items()]
+    groups = [replace(f, count=counts[k], of=max(of, counts[k])) for k, f in first.items()]
     if dropped:
-        grouped.append(
-            Finding(
-                grouped[-1].rule,
-                severity,
-                "and more of other names",
-                count=dropped,
-                of=max(of, dropped),
-            )
-        )
-    return grouped
+        rule, total = groups[-1].rule, max(of, dropped)
+        groups.append(Finding(rule, severity, "and more of other names", count=dropped, of=total))
+    return groups

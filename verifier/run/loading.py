@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the loader of depth load and the scorer of depth eval come from."""
+"""The loader of depth load and the scorer of depth eval, found by name: importing them takes torch,
+transformers and seconds, which no other depth may cost.
+"""
 
 from __future__ import annotations
 
@@ -8,28 +10,23 @@ from importlib import import_module
 from verifier.evaluation import Evaluate
 from verifier.rules.loading import Loader
 
-HOME = "verifier.load.reload"
-SCORING = "verifier.gate.as_depth"
+LOADER = "verifier.load.reload"
+SCORER = "verifier.gate.as_depth"
 
 
-def loading() -> Loader:
-    """Return transformers' loader; the one place below depth load that knows where it is.
-
-    It is found by name: importing it takes torch, transformers and seconds, which no other depth
-    may cost.
+def default_loader() -> Loader:
+    """Return transformers' loader.
 
     Raises:
         MissingExtra: torch or transformers is not installed.
     """
-    found: Loader = import_module(HOME).reload
-    return found
+    loader: Loader = import_module(LOADER).reload
+    return loader
 
 
-def scoring() -> Evaluate:
-    """Return what scores text at depth eval with its defaults, found by name as the loader is.
-
-    Raises:
-        MissingExtra: what the gate needs is not installed, which it says when it is called.
+def default_evaluate() -> Evaluate:
+    """Return the gate's scorer with its defaults; where its extra is missing, it raises
+    `MissingExtra` when it is called.
     """
-    found: Evaluate = import_module(SCORING).evaluator()
-    return found
+    evaluate: Evaluate = import_module(SCORER).evaluator()
+    return evaluate

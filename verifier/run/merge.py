@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One report of the reports on all subsets of a checkpoint, equal to that of one run over all
+"""Merges the reports on all subsets of a checkpoint into one, equal to that of one run over all
 shards.
 """
 
@@ -11,7 +11,6 @@ from typing import Any
 
 from verifier.errors import ContentError
 from verifier.findings import (
-    OLD_VERDICTS,
     READABLE_VERSIONS,
     Coverage,
     Effect,
@@ -21,17 +20,18 @@ from verifier.findings import (
     current_verdict,
 )
 from verifier.rules import Rule, all_rules
-from verifier.run.engine import judge, level
 from verifier.run.fingerprints import fingerprinted
 from verifier.run.group import group
-from verifier.run.share import share_of
+from verifier.run.subset import subset_of
+from verifier.run.verdict import severity_rank, verdict_of
+from verifier.summary import Fetched, Options, Summary, summary_of
 
 
 def report_of(value: Any) -> Report:
     """Return the report that its JSON form holds.
 
     Raises:
-        ContentError: it is no report, or one of another version.
+        ContentError: it is not a report, or one of a version that cannot be read.
     """
     try:
         version = value["schema_version"]
@@ -40,11 +40,14 @@ def report_of(value: Any) -> Report:
                 f"a report with schema_version {version!r}; "
                 f"{' and '.join(READABLE_VERSIONS)} can be read"
             )
-        findings = tuple(map(_finding, value["findings"]))
-        coverage = tuple(Coverage(**c) for c in value["coverage"])
-        stats = {OLD_VERDICTS.get(key, key): v for key, v in value["stats"].items()}
-        verdict = current_verdict(value["verdict"])
-        return Report(verdict, value["uri"], value["base"], findings, coverage, stats)
+        return Report(
+            current_verdict(value["verdict"]),
+            value["uri"],
+            value["base"],
+            tuple(map(_finding, value["findings"])),
+            tuple(Coverage(**c) for c in value["coverage"]),
+            summary_of(value["stats"]),
+        )
     except (AttributeError, KeyError, TypeError) as error:
         raise ContentError(
             f"not a report of `ckptgate check --format json`: {type(error).__name__}: {error}"
@@ -68,75 +71,96 @@ def merge_reports(reports: Iterable[Report]) -> Report:
         reports: of `verifier.check` with ``subset``, in any order.
 
     Raises:
-        ContentError: a subset is missing or stands twice, a report is of no subset or of none that
-            could be read, or two are not of the same checkpoint judged in the same way.
+        ContentError: a subset is missing or is there twice, a report is not of a subset or the
+            checkpoint could not be read, or two are of different checkpoints or options.
     """
     parts = _in_order(list(reports))
-    rules = all_rules()
-    first = parts[0]
-    for part in parts[1:]:
-        if _identity(part, rules) != _identity(first, rules):
-            number, other = first.stats["options"]["subset"], part.stats["options"]["subset"]
-            raise ContentError(
-                f"the reports on {number} and {other} are of different checkpoints, options or versions"
-            )
+    rules, first = all_rules(), parts[0]
+    _require_equal(parts, rules)
+    findings, coverage, stopped = _results(parts, rules)
+    options = replace(_options(first), subset=None)
+    contents = first.summary.contents
+    quantized = contents is not None and bool(contents.formats)
+    verdict, reason = verdict_of(quantized, findings, coverage, options.require, options.fail_on)
+    summary = replace(
+        first.summary,
+        options=options,
+        stopped=stopped,
+        seconds=round(sum(p.summary.seconds or 0.0 for p in parts), 3),
+        fetched=_fetched(parts),
+        inconclusive=reason,
+    )
+    return Report(verdict, first.uri, first.base, tuple(findings), tuple(coverage), summary)
+
+
+def _results(
+    parts: Sequence[Report], rules: Mapping[str, Rule]
+) -> tuple[list[Finding], list[Coverage], dict[str, str]]:
+    """Return findings and coverage over all subsets, and the rules that could not finish."""
     findings: list[Finding] = []
     coverage: list[Coverage] = []
-    stopped = {k: v for p in reversed(parts) for k, v in p.stats.get("stopped", {}).items()}
-    for i, covered in enumerate(first.coverage):
+    stopped: dict[str, str] = {}
+    for part in reversed(parts):
+        stopped |= part.summary.stopped
+    for i, covered in enumerate(parts[0].coverage):
         split = rules[covered.rule].split and covered.ran
-        whole = _sum([p.coverage[i] for p in parts], covered.rule in stopped) if split else covered
-        found = sorted(
-            (f for p in (parts if split else [first]) for f in p.by_rule(covered.rule)), key=level
-        )
-        findings += group(found, whole.of)
-        coverage.append(whole)
-    findings = fingerprinted(sorted(findings, key=level))
-    options = {k: v for k, v in first.stats["options"].items() if k != "subset"}
-    stats: dict[str, Any] = {
-        k: v for k, v in first.stats.items() if k not in ("stopped", "inconclusive")
-    }
-    stats |= {"options": options, "seconds": round(sum(p.stats["seconds"] for p in parts), 3)}
-    if "traffic" in stats:
-        traffic = [p.stats["traffic"] for p in parts]
-        stats["traffic"] = {k: sum(t[k] for t in traffic) for k in ("requests", "bytes")}
-    if stopped:
-        stats["stopped"] = stopped
-    verdict, why = judge(
-        bool(stats["formats"]), findings, coverage, options["require"], options["fail_on"]
-    )
-    if why:
-        stats["inconclusive"] = why
-    return Report(verdict, first.uri, first.base, tuple(findings), tuple(coverage), stats)
+        if split:
+            covered = _sum([p.coverage[i] for p in parts], covered.rule in stopped)
+        of_rule = [f for p in (parts if split else parts[:1]) for f in p.by_rule(covered.rule)]
+        findings += group(sorted(of_rule, key=severity_rank), covered.of)
+        coverage.append(covered)
+    return fingerprinted(sorted(findings, key=severity_rank)), coverage, stopped
+
+
+def _fetched(parts: Sequence[Report]) -> Fetched | None:
+    """Return what all subsets fetched, None where they read local directories."""
+    amounts = [p.summary.fetched for p in parts if p.summary.fetched is not None]
+    requests, nbytes = sum(a.requests for a in amounts), sum(a.bytes for a in amounts)
+    return Fetched(requests, nbytes) if amounts else None
 
 
 def _in_order(reports: list[Report]) -> list[Report]:
-    """Return the reports by the number of their subset, which are all there and of as many."""
+    """Return the reports in the order of their subsets, all of which are there once."""
     if not reports:
         raise ContentError("no report to merge")
-    found: dict[int, Report] = {}
+    by_number: dict[int, Report] = {}
     of = 0
     for report in reports:
-        options = report.stats.get("options")
-        text = options.get("subset") if isinstance(options, dict) else None
-        if not isinstance(text, str):
-            raise ContentError(
-                f"a report on {report.uri} that is of no subset (`check --subset k/n`): {report.verdict}"
-            )
-        share = share_of(text)
-        if of not in (0, share.of):
-            raise ContentError(f"a report of the subset {share} among those of n = {of}")
-        if share.number in found:
-            raise ContentError(f"two reports are of the subset {share}")
-        found[share.number], of = report, share.of
-    missing = [n for n in range(1, of + 1) if n not in found]
+        subset = subset_of(_options(report).subset or "")
+        if of not in (0, subset.of):
+            raise ContentError(f"a report of the subset {subset} among those of n = {of}")
+        if subset.number in by_number:
+            raise ContentError(f"two reports are of the subset {subset}")
+        by_number[subset.number], of = report, subset.of
+    missing = [n for n in range(1, of + 1) if n not in by_number]
     if missing:
         raise ContentError(
             f"{len(missing)} of {of} subsets have no report, {missing[0]}/{of} first"
         )
-    if any("tensors" not in r.stats for r in reports):
+    if any(r.summary.contents is None for r in reports):
         raise ContentError("a report of a checkpoint that could not be read")
-    return [found[n] for n in sorted(found)]
+    return [by_number[n] for n in sorted(by_number)]
+
+
+def _options(report: Report) -> Options:
+    """Return the options of a report on a subset."""
+    options = report.summary.options
+    if options is None or not isinstance(options.subset, str):
+        raise ContentError(
+            f"the report on {report.uri} ({report.verdict}) is not of a subset"
+            " (`check --subset k/n`)"
+        )
+    return options
+
+
+def _require_equal(parts: Sequence[Report], rules: Mapping[str, Rule]) -> None:
+    first = _identity(parts[0], rules)
+    for part in parts[1:]:
+        if _identity(part, rules) != first:
+            raise ContentError(
+                f"the reports on {_options(parts[0]).subset} and {_options(part).subset} are of"
+                " different checkpoints, options or versions"
+            )
 
 
 def _identity(report: Report, rules: Mapping[str, Rule]) -> object:
@@ -146,24 +170,30 @@ def _identity(report: Report, rules: Mapping[str, Rule]) -> object:
         raise ContentError(
             f"a report that knows the rule {unknown[0]}, which this version does not"
         )
-    headers = [c for c in report.coverage if rules[c.rule].depth == "header"]
-    options = {
-        k: v
-        for k, v in report.stats["options"].items()
-        if k not in ("subset", "base", "merged_from")
-    }
-    changing = ("seconds", "traffic", "options", "stopped", "inconclusive", "eval")
     return (
         [(c.rule, c.unit) for c in report.coverage],
-        headers,
-        options,
-        {k: v for k, v in report.stats.items() if k not in changing},
+        [c for c in report.coverage if rules[c.rule].depth == "header"],
+        replace(_options(report), subset=None, base=None, merged_from=None),
+        _common(report.summary),
         [f for f in report.findings if rules[f.rule].depth == "header"],
     )
 
 
+def _common(summary: Summary) -> Summary:
+    """Return a summary without what differs from subset to subset."""
+    return replace(
+        summary,
+        options=None,
+        fetched=None,
+        stopped={},
+        seconds=None,
+        inconclusive="",
+        evaluation=None,
+    )
+
+
 def _sum(parts: Sequence[Coverage], stopped: bool) -> Coverage:
-    """Return a rule's coverage of all subsets together; the reason is the first that one states."""
+    """Return a rule's coverage over all subsets; the reason is the first that one of them has."""
     reason = next((c.reason for c in parts if c.reason), "")
     checked = 0 if stopped else sum(c.checked for c in parts)
     return replace(parts[0], checked=checked, of=sum(c.of for c in parts), reason=reason)

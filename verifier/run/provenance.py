@@ -3,22 +3,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
-from verifier.checkpoint import Checkpoint
+from verifier.checkpoint import Source
+from verifier.summary import Fetched
 
 
-def provenance(checkpoints: Mapping[str, Checkpoint | None]) -> dict[str, object]:
-    """Return the commits that were read, and what was fetched over the network; {} of local
-    directories.
-    """
-    sources = {role: c.source for role, c in checkpoints.items() if c is not None}
-    found: dict[str, object] = {}
-    commits = {role: s.revision for role, s in sorted(sources.items()) if s.revision}
-    if commits:
-        found["commits"] = commits
-    if any(s.remote for s in sources.values()):
-        amounts = [s.traffic() for s in {id(s): s for s in sources.values()}.values()]
-        requests, nbytes = (sum(column) for column in zip(*amounts, strict=True))
-        found["traffic"] = {"requests": requests, "bytes": nbytes}
-    return found
+def commits_of(sources: Mapping[str, Source]) -> dict[str, str]:
+    """Return the commit of each source that has one, by its role."""
+    return {role: s.revision for role, s in sources.items() if s.revision}
+
+
+def fetched_from(sources: Collection[Source]) -> Fetched | None:
+    """Return what was fetched over the network, None where all sources are local."""
+    if not any(s.remote for s in sources):
+        return None
+    amounts = [s.traffic() for s in {id(s): s for s in sources}.values()]
+    return Fetched(sum(a.requests for a in amounts), sum(a.nbytes for a in amounts))

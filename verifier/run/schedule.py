@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run rules: those that read headers one after another, those that read bytes by shard, over
-processes or threads.
+"""Runs rules: first those that read headers, then those that read bytes, shard by shard, in
+several processes or threads.
 
-A rule that judges each module by itself (`Rule.split`) is run on the modules of one shard at a
-time, and what it says is put together in the order of the shards, whatever the number of workers
-and machines: so the report does not depend on them. A rule that compares modules is run once, on
-all of them. Rules that load the model come last, one by one.
+A rule that checks each module by itself (`Rule.split`) is run on the modules of one shard at a
+time. Its findings are put together in the order of the shards, so the report does not depend on the
+number of workers and machines. A rule that compares modules is run once, on all of them. Rules that
+load the model come last, one by one.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -19,32 +18,33 @@ from typing import Any
 
 import numpy as np
 
-from verifier.errors import ContentError, UsageError
+from verifier.errors import ContentError
 from verifier.findings import Finding
 from verifier.payload.cache import ResultKey
 from verifier.rules import Context, Rule, Tally
 from verifier.run.group import group
+from verifier.run.options import Reading
 from verifier.run.processes import by_copies, can_be_copied
-from verifier.run.sample import Sample
-from verifier.run.share import Share, file_of, shares
+from verifier.run.subset import Subset, file_of, subset_numbers
 from verifier.schemes import Module
 
-Judge = Callable[[Finding], Finding] | None
-MAX_WORKERS = 64
+Rate = Callable[[Finding], Finding]
+"""Sets the severity of a finding in this run."""
 WORTH_COPIES = 64 << 20
 """Bytes of weights to compare from which on copies of this process are worth the tens of
 milliseconds that they cost."""
-SCANNED = 16
-"""What is only looked at goes as many times as fast."""
-# More kinds of findings than these, and a merged report may name others of them first than a whole
-# one does.
+SCAN_SPEED = 16
+"""Bytes that are only scanned take this many times less than bytes that are compared."""
 MAX_KINDS = 5_000
+"""Kinds of findings per rule; beyond it a merged report may name other ones first than a report on
+all shards does."""
 
 
 @dataclass(slots=True)
 class Outcome:
-    """What a rule said and examined; ``stopped`` is why it could not go on, ``deferred`` why it did
-    not run here.
+    """The findings and tally of a rule.
+
+    ``stopped`` is why it could not finish, ``deferred`` why it did not run here.
     """
 
     findings: list[Finding] = field(default_factory=list)
@@ -53,7 +53,7 @@ class Outcome:
     deferred: str = ""
 
     def add(self, other: Outcome) -> None:
-        """Put what the rule said of other modules after what it said so far."""
+        """Add the outcome of the same rule on further modules."""
         self.findings = group([*self.findings, *other.findings], 0, MAX_KINDS)
         self.tally.checked += other.tally.checked
         self.tally.of += other.tally.of
@@ -61,108 +61,85 @@ class Outcome:
         self.stopped = self.stopped or other.stopped
 
 
-def workers_of(given: int | None) -> int:
-    """Return the number of workers: as given, else the processors that this process may use, at
-    most four.
-
-    Raises:
-        UsageError: none, or more than `MAX_WORKERS`.
-    """
-    if given is None:
-        usable = (
-            len(os.sched_getaffinity(0))
-            if hasattr(os, "sched_getaffinity")
-            else os.cpu_count() or 1
-        )
-        return min(4, usable)
-    if not 1 <= given <= MAX_WORKERS:
-        raise UsageError(f"{given} workers; 1 to {MAX_WORKERS}")
-    return given
-
-
 def run_rules(
-    ctx: Context,
-    rules: Sequence[Rule],
-    *,
-    workers: int = 1,
-    share: Share | None = None,
-    sample: Sample | None = None,
-    judge: Judge = None,
+    ctx: Context, rules: Sequence[Rule], reading: Reading, rate: Rate
 ) -> dict[str, Outcome]:
-    """Return what each rule said, by id.
+    """Return the outcome of each rule, by id.
 
     Args:
-        ctx: the checkpoint and what it is judged against.
+        ctx: of the whole checkpoint.
         rules: those to run.
-        workers: processes, or where this one cannot be copied threads, that read and judge bytes.
-        share: the shards that are read here, where it is not all of them. Rules of depth header run
-            whatever the share, those that compare bytes of modules in the first share only.
-        sample: the modules that are read, where it is not all of them.
-        judge: what is done to each finding before equal ones are counted as one.
+        reading: how bytes are read. Rules of depth header run in every subset; those that compare
+            modules, and those that load the model, in the first one only.
+        rate: sets the severity of each finding, before equal findings are grouped.
     """
-    found = {r.id: _run(r, ctx, judge) for r in rules if r.depth == "header"}
-    reading = [r for r in rules if r.depth == "payload"]
-    found |= {r.id: Outcome() for r in reading}
-    if reading:
-        _read(ctx, reading, found, workers, share, sample, judge)
+    outcomes = {r.id: _run(r, ctx, rate) for r in rules if r.depth == "header"}
+    payload = [r for r in rules if r.depth == "payload"]
+    if payload:
+        outcomes |= _run_payload(ctx, payload, reading, rate)
     for rule in (r for r in rules if r.depth not in ("header", "payload")):
-        if share is not None and share.number > 1:
-            found[rule.id] = Outcome(deferred=f"loads the whole model: runs in subset 1/{share.of}")
-        else:
-            found[rule.id] = _run(rule, ctx, judge)
-    return found
+        outcomes[rule.id] = (
+            _run(rule, ctx, rate)
+            if reading.in_first_subset
+            else _deferred(reading, "loads the whole model")
+        )
+    return outcomes
 
 
-def _read(
-    ctx: Context,
-    reading: Sequence[Rule],
-    found: dict[str, Outcome],
-    workers: int,
-    share: Share | None,
-    sample: Sample | None,
-    judge: Judge,
-) -> None:
-    """Add what the rules of depth payload say to ``found``."""
-    split, whole = [r for r in reading if r.split], [r for r in reading if not r.split]
-    if share is not None and share.number > 1:
-        for rule in whole:
-            found[rule.id].deferred = f"compares modules of all shards: runs in subset 1/{share.of}"
+def _deferred(reading: Reading, reason: str) -> Outcome:
+    of = reading.subset.of if reading.subset else 1
+    return Outcome(deferred=f"{reason}: runs in subset 1/{of}")
+
+
+def _run_payload(
+    ctx: Context, rules: Sequence[Rule], reading: Reading, rate: Rate
+) -> dict[str, Outcome]:
+    """Return the outcome of each rule of depth payload."""
+    outcomes = {rule.id: Outcome() for rule in rules}
+    split, whole = [r for r in rules if r.split], [r for r in rules if not r.split]
+    if not reading.in_first_subset:
+        deferred = _deferred(reading, "compares modules of all shards")
+        outcomes |= {rule.id: deferred for rule in whole}
         whole = []
-    parts = (
-        sample.choose(ctx.candidate.modules.values())
-        if sample is not None
-        else _by_shard(ctx, share)
-    )
-    tasks = [_Task(split, modules, of) for modules, of in parts if split and modules]
-    everything = list(ctx.candidate.modules.values())
-    comparing = [_Task([rule], everything, len(everything)) for rule in whole]
+    modules = list(ctx.candidate.modules.values())
+    parts = reading.sample.choose(modules) if reading.sample else _by_shard(ctx, reading.subset)
+    tasks = [_Task(split, part, of) for part, of in parts if split and part]
+    comparing = [_Task([rule], modules, len(modules)) for rule in whole]
+    results = _results(ctx, tasks, comparing, reading.workers, rate)
+    for task, of_task in zip([*tasks, *comparing], results, strict=True):
+        for rule, outcome in zip(task.rules, of_task, strict=True):
+            outcome.tally.of = task.scaled(outcome.tally.of)
+            outcomes[rule.id].add(outcome)
+    if reading.sample is not None:
+        for rule in split:
+            tally = outcomes[rule.id].tally
+            reasons = filter(None, (str(reading.sample), tally.reason))
+            tally.reason = "; ".join(reasons)
+    return outcomes
 
-    def read(task: _Task) -> list[Outcome]:
+
+def _results(
+    ctx: Context, tasks: Sequence[_Task], comparing: Sequence[_Task], workers: int, rate: Rate
+) -> Iterator[list[Outcome]]:
+    """Yield the outcomes of each task, in order."""
+
+    def run(task: _Task) -> list[Outcome]:
         part = ctx.part(task.modules)
         part.payload.announce(task.modules)
-        return [_run(rule, part, judge) for rule in task.rules]
+        return [_run(rule, part, rate) for rule in task.rules]
 
     _keep_freed_memory()
     ctx.prepare()
-    # Shards first: what rules that compare modules ask for is known then. Alongside the shards it
-    # would be worked out twice.
+    # Shards first: rules that compare modules then find cached what they ask for. At the same time
+    # it would be worked out twice.
     copied = workers > 1 and _worth_copies(ctx, tasks) and can_be_copied()
-    shards = _by_copies(ctx, read, tasks, workers) if copied else _each(read, tasks, workers)
-    said = chain(shards, _each(read, comparing, workers))
-    for task, outcomes in zip([*tasks, *comparing], said, strict=True):
-        for rule, outcome in zip(task.rules, outcomes, strict=True):
-            if task.of != len(task.modules):
-                outcome.tally.of = outcome.tally.of * task.of // len(task.modules)
-            found[rule.id].add(outcome)
-    if sample is not None:
-        for rule in split:
-            known = found[rule.id].tally
-            known.reason = f"{sample}; {known.reason}" if known.reason else str(sample)
+    shards = _by_copies(ctx, run, tasks, workers) if copied else _each(run, tasks, workers)
+    return chain(shards, _each(run, comparing, workers))
 
 
 @dataclass(frozen=True, slots=True)
 class _Task:
-    """Rules to run on some modules, which stand for ``of``."""
+    """Rules to run on some modules; ``of`` is how many modules they represent."""
 
     rules: Sequence[Rule]
     modules: Sequence[Module]
@@ -173,24 +150,28 @@ class _Task:
         """The bytes of the modules' tensors."""
         return sum(t.nbytes for m in self.modules for t in m.parts.values())
 
+    def scaled(self, count: int) -> int:
+        """Return a count over the modules as one over those that they represent."""
+        return count if self.of == len(self.modules) else count * self.of // len(self.modules)
 
-def _by_shard(ctx: Context, share: Share | None) -> list[tuple[list[Module], int]]:
+
+def _by_shard(ctx: Context, subset: Subset | None) -> list[tuple[list[Module], int]]:
     """Return the modules of each shard, in the shards' order, and their number."""
-    taken: dict[str, list[Module]] = {s.file: [] for s in ctx.checkpoint.shards}
+    modules: dict[str, list[Module]] = {s.file: [] for s in ctx.checkpoint.shards}
     for module in ctx.candidate.modules.values():
-        taken[file_of(module)].append(module)
-    if share is not None:
-        mine = shares(ctx.checkpoint, share.of)
-        taken = {file: modules for file, modules in taken.items() if mine[file] == share.number}
-    return [(modules, len(modules)) for modules in taken.values()]
+        modules[file_of(module)].append(module)
+    if subset is not None:
+        numbers = subset_numbers(ctx.checkpoint, subset.of)
+        modules = {f: m for f, m in modules.items() if numbers[f] == subset.number}
+    return [(part, len(part)) for part in modules.values()]
 
 
-def _run(rule: Rule, ctx: Context, judge: Judge) -> Outcome:
+def _run(rule: Rule, ctx: Context, rate: Rate) -> Outcome:
     own = ctx.for_rule(rule.id, rule.severity)
     findings: list[Finding] = []
     stopped = ""
     try:
-        findings.extend(rule.check(own) if judge is None else map(judge, rule.check(own)))
+        findings.extend(map(rate, rule.check(own)))
     except ContentError as error:
         # A file that is shorter than its checked header: it changed during the run.
         stopped = str(error)
@@ -199,30 +180,30 @@ def _run(rule: Rule, ctx: Context, judge: Judge) -> Outcome:
 
 
 def _keep_freed_memory() -> None:
-    """Let the C library hand out again what arrays of some megabytes give back.
+    """Let the C library reuse the memory of arrays of some megabytes.
 
     glibc asks the kernel for every array beyond 128 kB and returns it at once; a payload check then
     spends more time on fresh pages than on values. Its limit follows the largest such array that
     was ever freed, up to 32 MB (mallopt(3), M_MMAP_THRESHOLD): free one of which no byte was
-    touched. Other C libraries do nothing by it.
+    touched. Other C libraries ignore it.
     """
     np.empty(16 << 20, np.uint8)
 
 
 def _largest_first(tasks: Sequence[_Task]) -> list[int]:
-    """Return the tasks' numbers in an order that leaves nobody with a large one at the end."""
+    """Return the tasks' numbers in an order that leaves no worker with a large one at the end."""
     return sorted(range(len(tasks)), key=lambda i: -tasks[i].nbytes)
 
 
 def _each(
-    read: Callable[[_Task], list[Outcome]], tasks: Sequence[_Task], workers: int
+    run: Callable[[_Task], list[Outcome]], tasks: Sequence[_Task], workers: int
 ) -> Iterator[list[Outcome]]:
-    """Yield what each task comes to, in the order of the tasks."""
+    """Yield the outcomes of each task, in order."""
     if workers == 1 or len(tasks) < 2:
-        yield from map(read, tasks)
+        yield from map(run, tasks)
         return
     with ThreadPoolExecutor(workers, "ckptgate") as pool:
-        futures = {i: pool.submit(read, tasks[i]) for i in _largest_first(tasks)}
+        futures = {i: pool.submit(run, tasks[i]) for i in _largest_first(tasks)}
         try:
             for i in range(len(tasks)):
                 yield futures[i].result()
@@ -232,35 +213,32 @@ def _each(
 
 
 def _worth_copies(ctx: Context, tasks: Sequence[_Task]) -> bool:
-    """Whether bytes enough are read, all of them here, for copies of this process to read them."""
-    sources = [
-        c.checkpoint.source for c in (ctx.candidate, ctx.base, ctx.merged_from) if c is not None
-    ]
+    """Whether enough bytes are read, all from local files, for copies of this process to pay."""
+    checkpoints = (ctx.candidate, ctx.base, ctx.merged_from)
+    sources = [c.checkpoint.source for c in checkpoints if c is not None]
     if len(tasks) < 2 or any(s.remote for s in sources):
         return False
     modules = [m for t in tasks for m in t.modules]
     if len(sources) > 1:
         return sum(t.nbytes for m in modules for t in m.parts.values()) >= WORTH_COPIES
     scanned = (t for m in modules for t in m.parts.values() if not m.quantized or t is not m.weight)
-    return sum(t.nbytes for t in scanned) >= SCANNED * WORTH_COPIES
+    return sum(t.nbytes for t in scanned) >= SCAN_SPEED * WORTH_COPIES
 
 
 def _by_copies(
-    ctx: Context, read: Callable[[_Task], list[Outcome]], tasks: Sequence[_Task], workers: int
+    ctx: Context, run: Callable[[_Task], list[Outcome]], tasks: Sequence[_Task], workers: int
 ) -> Iterator[list[Outcome]]:
-    """Yield what each task comes to, in the order of the tasks, worked out by copies of this
-    process.
-    """
+    """Yield the outcomes of each task, in order, worked out by copies of this process."""
     results = ctx.payload.results
 
-    def read_apart(number: int) -> tuple[list[Outcome], dict[ResultKey, Any]]:
+    def run_in_copy(number: int) -> tuple[list[Outcome], dict[ResultKey, Any]]:
         known = results.keys()
-        outcomes = read(tasks[number])
+        outcomes = run(tasks[number])
         return outcomes, results.exported(known)
 
     waiting: dict[int, list[Outcome]] = {}
     done = 0
-    for number, (outcomes, exported) in by_copies(read_apart, _largest_first(tasks), workers):
+    for number, (outcomes, exported) in by_copies(run_in_copy, _largest_first(tasks), workers):
         results.imported(exported)
         waiting[number] = outcomes
         while done in waiting:

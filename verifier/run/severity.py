@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What severity a finding has in this run. Rules know nothing of it; verifier/rules/README.md
-states the precedence.
+"""The severity of a finding in this run. Rules know nothing of it; verifier/rules/README.md states
+the precedence.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ Levels = Mapping[str, str | Mapping[str, str]]
 
 
 class _Setting(NamedTuple):
-    """One level that the user set: for the rules that a prefix begins, for all names or those that
-    a glob matches.
+    """A severity that the user set for the rules with some prefix: for all tensors, or for those
+    whose name a glob matches.
     """
 
     prefix: str
@@ -40,7 +40,7 @@ class _Setting(NamedTuple):
 
 class Severities:
     """Maps the severity that a rule gave a finding to the one it has under a profile and the user's
-    own levels.
+    own severities.
 
     Args:
         rules: the table of rules.
@@ -63,9 +63,9 @@ class Severities:
         self._mapped: dict[tuple[object, ...], tuple[tuple[Effect, ...], Severity, str]] = {}
         self._set = sorted(_settings(levels or {}, rules), key=_order)
 
-    def judge(self, finding: Finding) -> Finding:
-        """Return the finding with its severity in this run, where that comes from, and what every
-        engine makes of it.
+    def apply(self, finding: Finding) -> Finding:
+        """Return the finding with its severity in this run, the origin of that severity, and what
+        every engine does with the defect.
         """
         f = finding
         key = (f.rule, f.severity, f.effects)
@@ -97,8 +97,8 @@ class Severities:
         )
 
     def _effects(self, finding: Finding) -> tuple[Effect, ...]:
-        """Every engine in order: what the finding says of it, else the rule where the severity is
-        the rule's own.
+        """Return the effect on every engine, in order: the finding's, else the rule's where the
+        severity is the rule's own.
         """
         own = {e.engine: e for e in finding.effects}
         rule = self._rules.get(finding.rule)
@@ -144,11 +144,11 @@ def _settings(levels: Levels, rules: Iterable[str]) -> Iterable[_Setting]:
                 )
 
 
-def _level(what: str, value: str) -> Severity:
+def _level(subject: str, value: str) -> Severity:
     for level in SEVERITIES:
         if value == level:
             return level
     near = nearest(str(value), SEVERITIES)
     raise UsageError(
-        f"severity of {what}: no level {value!r}; {near}one of {', '.join(SEVERITIES)}"
+        f"severity of {subject}: no level {value!r}; {near}one of {', '.join(SEVERITIES)}"
     )

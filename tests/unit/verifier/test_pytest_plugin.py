@@ -231,7 +231,7 @@ def test_fixtures(session: Run, copy: Folder) -> None:
 import pytest
 def test_report(ckptgate_report):
     assert ckptgate_report.verdict == "passed"
-    assert ckptgate_report.stats["tensors"] == 213
+    assert ckptgate_report.summary.contents.tensors == 213
 def test_same(assert_same_layout):
     assert_same_layout({str(QWEN_NVFP4)!r}, {str(QWEN_NVFP4)!r})
 def test_other(assert_same_layout):

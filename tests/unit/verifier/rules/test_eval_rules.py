@@ -87,7 +87,7 @@ def test_a_loss_within_its_margin_passes_and_is_told() -> None:
         "QC704": (1, 1),
         "QC705": (14, 14),
     }
-    assert report.stats["eval"] == {"verdict": "passed"}
+    assert report.summary.evaluation == {"verdict": "passed"}
 
 
 CASES = {
@@ -160,13 +160,13 @@ def test_what_each_result_comes_to(name: str) -> None:
 
 
 def test_the_reason_of_an_open_verdict_names_numbers_and_documents() -> None:
-    why = judged(CASES["inconclusive"][0]).stats["inconclusive"]
+    why = judged(CASES["inconclusive"][0]).summary.inconclusive
     assert (
         "QC702 examined none of 1 margins: inconclusive: loss increase over the base +0.07600 nats a token"
         in why
     )
     assert "about 90 documents" in why
-    assert "8 keys of the model are missing" in judged(CASES["not scored"][0]).stats["inconclusive"]
+    assert "8 keys of the model are missing" in judged(CASES["not scored"][0]).summary.inconclusive
 
 
 def test_experts_that_no_token_reaches_are_not_judged_by_name() -> None:
@@ -255,9 +255,8 @@ def test_a_subset_scores_once(tmp_path: Path) -> None:
     whole = merge_reports(parts)
     assert whole.verdict == "passed"
     assert {c.rule for c in whole.coverage if c.ran} >= {f"QC70{i}" for i in range(1, 6)}
-    assert not check(QWEN, base=BASE, depth="eval", evaluate=evaluate, select="QC5").stats.get(
-        "eval"
-    )
+    report = check(QWEN, base=BASE, depth="eval", evaluate=evaluate, select="QC5")
+    assert report.summary.evaluation is None
     assert len(calls) == 1
 
 

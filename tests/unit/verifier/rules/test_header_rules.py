@@ -91,7 +91,7 @@ def test_compressed_tensors_is_clean(packed: Folder) -> None:
         report = verifier.check(packed.path, base=base, depth="payload")
         assert report.findings == ()
         assert report.verdict == "passed"
-        assert report.stats["formats"] == {"NVFP4_PACK_QUANTIZED": 48}
+        assert report.summary.contents.formats == {"NVFP4_PACK_QUANTIZED": 48}
 
 
 EXPERT = "model.layers.1.mlp.experts.3.down_proj"
@@ -401,7 +401,7 @@ def test_nvfp4_over_ranks(options: dict[str, int], told: set[tuple[str, str]]) -
     }
     assert found == told
     assert {f.rule for f in report.findings} <= {"QC309"}
-    assert report.stats["options"]["tp"] == options.get("tp")
+    assert report.summary.options.tp == options.get("tp")
 
 
 def test_a_shard_cuts_a_byte(copy: Copy) -> None:

@@ -474,7 +474,7 @@ def test_clean_fp8_has_no_finding(fp8: dict[str, Path], how: str) -> None:
         report = verifier.check(fp8[how], base=base, depth="payload")
         assert report.findings == ()
         assert report.verdict == "passed"
-        assert report.stats["formats"] == {FP8_ALGO[how]: 6 if how == "block" else 14}
+        assert report.summary.contents.formats == {FP8_ALGO[how]: 6 if how == "block" else 14}
 
 
 @pytest.mark.parametrize("defect", FP8_DEFECTS)

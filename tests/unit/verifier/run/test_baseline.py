@@ -159,7 +159,7 @@ def test_a_hostile_name_has_a_fingerprint_and_an_entry(tmp_path: Path) -> None:
     baseline, new, raised = accept(Baseline(), found, "because \ud800")
     assert (new, raised) == (1, 0)
     save(baseline, tmp_path / "b.json")
-    assert load(tmp_path / "b.json").judge(found, ()).findings[0].standing == "known"
+    assert load(tmp_path / "b.json").compare(found, ()).findings[0].standing == "known"
 
 
 # judging
@@ -196,7 +196,7 @@ def test_an_entry_holds_as_long_as_nothing_got_worse(
     count: int, severity: str, standing: str
 ) -> None:
     baseline = Baseline(entries=(entry(ONE, count, severity),))
-    judged = baseline.judge(fingerprinted([ONE, TWO]), RAN)
+    judged = baseline.compare(fingerprinted([ONE, TWO]), RAN)
     assert [f.standing for f in judged.findings] == [standing, ""]
     assert "as agreed" in judged.findings[0].note
     if standing == "grown":
@@ -210,8 +210,8 @@ def test_findings_of_one_fingerprint_are_held_against_their_sum() -> None:
         for n in "ab"
     ]
     baseline = Baseline(entries=(entry(cut[0], 1),))
-    assert [f.standing for f in baseline.judge(fingerprinted(cut[:1]), ()).findings] == ["known"]
-    assert [f.standing for f in baseline.judge(fingerprinted(cut), ()).findings] == [
+    assert [f.standing for f in baseline.compare(fingerprinted(cut[:1]), ()).findings] == ["known"]
+    assert [f.standing for f in baseline.compare(fingerprinted(cut), ()).findings] == [
         "grown",
         "grown",
     ]
@@ -219,17 +219,17 @@ def test_findings_of_one_fingerprint_are_held_against_their_sum() -> None:
 
 def test_an_entry_is_stale_only_where_its_rule_looked_at_everything() -> None:
     baseline = Baseline(entries=(entry(ONE), entry(TWO)))
-    judged = baseline.judge([], RAN)
+    judged = baseline.compare([], RAN)
     assert ([e.rule for e in judged.stale], judged.not_judged) == (["QC301", "QC302"], 0)
     part = (
         Coverage("QC301", True, 4, 5, "x", "unreadable"),
         Coverage("QC302", False, 0, 0, "x", "depth payload"),
     )
-    judged = baseline.judge([], part)
+    judged = baseline.compare([], part)
     assert (judged.stale, judged.not_judged) == ([], 2)
     assert prune(baseline, [], part)[1:] == (0, 0)
     gone = Baseline(entries=(entry(Finding("QC999", "error", "of a rule that is no more")),))
-    assert len(gone.judge([], RAN).stale) == 1
+    assert len(gone.compare([], RAN).stale) == 1
 
 
 def test_accept_keeps_reasons_and_prune_lowers() -> None:

@@ -80,7 +80,7 @@ def of(report: Report, rule: str) -> Finding:
 
 def judged(rule: str, profile: str | None = None, levels: Any = None, **fields: Any) -> Finding:
     finding = Finding(rule, fields.pop("severity", all_rules()[rule].severity), "x", **fields)
-    return Severities(all_rules(), profile, levels).judge(finding)
+    return Severities(all_rules(), profile, levels).apply(finding)
 
 
 def test_without_a_profile_the_severity_is_the_rules_or_the_findings() -> None:
@@ -199,7 +199,7 @@ def test_a_missing_input_scale_is_a_warning_under_sglang(holed: Path) -> None:
     assert {f.severity for f in found.by_rule("QC301")} == {"warning"}
     assert found.verdict == "passed"
     assert verifier.check(holed, profile="sglang", fail_on="warning").verdict == "failed"
-    assert found.stats["options"]["profile"] == "sglang"
+    assert found.summary.options.profile == "sglang"
 
 
 def test_a_module_whose_exclusion_is_a_substring_is_an_error_under_vllm(candidate: Path) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from test_schedule import BASE, NVFP4, damage, reshard
+from verifier.run.subset import Subset, file_of, subset_numbers, subset_of
 
 import verifier
 from verifier.cli import run
@@ -22,7 +23,6 @@ from verifier.findings import Report
 from verifier.report import render_json, render_text
 from verifier.run import merge_reports, report_of
 from verifier.run.sample import sample_of
-from verifier.run.share import Share, file_of, share_of, shares
 from verifier.schemes import gather
 from verifier.selftest.edit import Folder, Shard, write_shard
 
@@ -81,7 +81,7 @@ def _parts(path: Path, count: int, **options: object) -> list[Report]:
 
 
 def _untimed(report: Report) -> Report:
-    return replace(report, stats={k: v for k, v in report.stats.items() if k != "seconds"})
+    return replace(report, summary=replace(report.summary, seconds=None))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 9])
@@ -135,7 +135,7 @@ def test_a_defect_is_told_by_the_subset_that_holds_it(tmp_path: Path) -> None:
 def test_every_module_is_in_one_share_and_shares_are_in_order(checkpoint: Path) -> None:
     ckpt = verifier.open_checkpoint(checkpoint)
     for of in (1, 2, 5, 40):
-        found = shares(ckpt, of)
+        found = subset_numbers(ckpt, of)
         assert list(found) == [s.file for s in ckpt.shards]
         assert list(found.values()) == sorted(found.values())
         assert set(found.values()) <= set(range(1, of + 1))
@@ -146,7 +146,7 @@ def test_shares_are_about_equal(tmp_path: Path) -> None:
     ckpt = verifier.open_checkpoint(reshard(NVFP4, tmp_path / "ckpt", 40))
     size = {s.file: sum(t.nbytes for t in s.tensors.values()) for s in ckpt.shards}
     found: Counter[int] = Counter()
-    for file, number in shares(ckpt, 8).items():
+    for file, number in subset_numbers(ckpt, 8).items():
         found[number] += size[file]
     assert set(found) == set(range(1, 9))
     assert max(found.values()) <= sum(size.values()) / 8 + max(size.values())
@@ -162,7 +162,7 @@ def test_reports_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         ([one, three], "1 of 3 subsets have no report, 2/3 first"),
         ([one, one, two], "two reports are of"),
         ([one, verifier.check(path, depth="payload", subset="1/2")], "among those of n = 3"),
-        ([verifier.check(path, depth="payload")], "of no subset"),
+        ([verifier.check(path, depth="payload")], "is not of a subset"),
         ([one, strange, three], "different checkpoints"),
         ([one, against, three], "different checkpoints"),
     ]:
@@ -177,7 +177,7 @@ def test_reports_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 def test_a_share_is_written_k_of_n(text: str) -> None:
     with pytest.raises(UsageError, match="--subset"):
         verifier.check(NVFP4, depth="payload", subset=text)
-    assert share_of(" 2/8 ") == Share(2, 8)
+    assert subset_of(" 2/8 ") == Subset(2, 8)
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -235,8 +235,8 @@ def test_a_report_of_version_1_is_read_with_the_verdicts_named_as_now(old: str, 
     value |= {"schema_version": "1.1", "verdict": old}
     value["stats"]["unproven"] = "nothing was examined"
     read = report_of(value)
-    assert (read.verdict, read.stats["inconclusive"]) == (new, "nothing was examined")
-    assert "unproven" not in read.stats
+    assert (read.verdict, read.summary.inconclusive) == (new, "nothing was examined")
+    assert "unproven" not in read.summary.as_json()
 
 
 def test_a_sample_says_so_and_counts_what_it_left_out() -> None:
@@ -248,7 +248,7 @@ def test_a_sample_says_so_and_counts_what_it_left_out() -> None:
         assert 0 < seen[rule].checked < seen[rule].of == full[rule].of
         assert seen[rule].reason == "a sample of 5% (seed 0)"
     assert seen["QC515"].checked == 3  # of 48 alike
-    assert (sampled.stats["options"]["sample"], sampled.stats["options"]["seed"]) == (5.0, 0)
+    assert (sampled.summary.options.sample, sampled.summary.options.seed) == (5.0, 0)
     assert "checked a sample of 5% (seed 0) of " in render_text(sampled)
     assert [seen[r] for r in seen if r < "QC5"] == [full[r] for r in full if r < "QC5"]
 
@@ -276,7 +276,7 @@ def test_a_sample_finds_no_more_than_the_whole(tmp_path: Path) -> None:
         report = verifier.check(path, depth="payload", sample=30, seed=seed)
         assert report == replace(
             verifier.check(path, depth="payload", sample=30, seed=seed, workers=3),
-            stats=report.stats,
+            summary=report.summary,
         )
         assert all(f.count <= count[f.message] for f in report.by_rule("QC501"))
 

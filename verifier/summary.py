@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a report says apart from findings and coverage; in its JSON form the object ``stats``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
+
+FailOn = Literal["error", "warning"]
+FAIL_ON: tuple[FailOn, ...] = ("error", "warning")
+"""What ``fail_on`` may be: the lowest severity that fails a check."""
+_IF_SET = ("subset", "sample", "seed")
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The options of a check, as `verifier.check` takes them."""
+
+    depth: str = "header"
+    require: tuple[str, ...] = ()
+    fail_on: FailOn = "error"
+    tp: int | None = None
+    ep: int | None = None
+    base: str | None = None
+    merged_from: str | None = None
+    baseline: str | None = None
+    select: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = ()
+    profile: str | None = None
+    plugins: tuple[str, ...] = ()
+    subset: str | None = None
+    sample: float | None = None
+    seed: int | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the options as JSON values; `_IF_SET` only where they are set."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in values.items()
+            if value is not None or name not in _IF_SET
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """What a checkpoint holds, by its headers.
+
+    Attributes:
+        tensors: how many.
+        shards: how many files.
+        bytes: of all tensors.
+        scale_bytes: of the scales among them.
+        formats: quantized modules by algorithm.
+        unquantized: other modules by the dtype of their weight.
+        model_type: from config.json.
+    """
+
+    tensors: int
+    shards: int
+    bytes: int
+    scale_bytes: int
+    formats: Mapping[str, int]
+    unquantized: Mapping[str, int]
+    model_type: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """What was fetched over the network; in JSON ``traffic``."""
+
+    requests: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class StaleEntry:
+    """An entry of a baseline whose defect was not found again."""
+
+    fingerprint: str
+    rule: str
+    what: str
+    place: str
+
+
+@dataclass(frozen=True, slots=True)
+class BaselineSummary:
+    """How the findings compare with a baseline.
+
+    Attributes:
+        file: the baseline.
+        known: findings that it accepts.
+        grown: findings that are worse than its entries.
+        stale: entries that were not found again.
+        not_judged: entries whose rule did not examine everything.
+    """
+
+    file: str
+    known: int
+    grown: int
+    stale: tuple[StaleEntry, ...]
+    not_judged: int
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What a report says apart from findings and coverage.
+
+    Attributes:
+        contents: of the checkpoint, None where it could not be read.
+        options: of the check, None where it did not begin.
+        config: the configuration file that some options came from.
+        commits: that were read, by role (``checkpoint``, ``base``, ``merged_from``).
+        fetched: over the network, None for local directories.
+        baseline: None without one.
+        stopped: rules that could not finish, with the reason.
+        seconds: wall time.
+        inconclusive: why the verdict is inconclusive, or ''.
+        evaluation: the result of the gate, as its JSON form.
+        error: why there is no report of the checkpoint, or ''.
+    """
+
+    contents: Contents | None = None
+    options: Options | None = None
+    config: str | None = None
+    commits: Mapping[str, str] = field(default_factory=dict)
+    fetched: Fetched | None = None
+    baseline: BaselineSummary | None = None
+    stopped: Mapping[str, str] = field(default_factory=dict)
+    seconds: float | None = None
+    inconclusive: str = ""
+    evaluation: Mapping[str, Any] | None = None
+    error: str = ""
+
+    @property
+    def reason(self) -> str:
+        """Why the verdict is inconclusive or error, or ''."""
+        return self.inconclusive or self.error
+
+    def options_json(self) -> dict[str, Any]:
+        """Return the options and the configuration file as JSON values."""
+        options = self.options.as_json() if self.options else {}
+        return options | ({"config": self.config} if self.config else {})
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the object ``stats`` of the JSON report, without what does not apply."""
+        contents = asdict(self.contents) if self.contents else {}
+        others = {
+            "options": self.options_json() or None,
+            "commits": dict(self.commits) or None,
+            "traffic": asdict(self.fetched) if self.fetched else None,
+            "baseline": asdict(self.baseline) if self.baseline else None,
+            "stopped": dict(self.stopped) or None,
+            "seconds": self.seconds,
+            "inconclusive": self.inconclusive or None,
+            "eval": dict(self.evaluation) if self.evaluation is not None else None,
+            "error": self.error or None,
+        }
+        return contents | {name: value for name, value in others.items() if value is not None}
+
+
+def summary_of(stats: Mapping[str, Any]) -> Summary:
+    """Return the summary that the object ``stats`` of a JSON report holds.
+
+    Raises:
+        KeyError: a field is missing.
+        TypeError: a field is of a different type, or is not known.
+    """
+    contents = {f.name: stats[f.name] for f in fields(Contents)} if "tensors" in stats else None
+    options, baseline = dict(stats.get("options", {})), stats.get("baseline")
+    traffic = stats.get("traffic")
+    config = options.pop("config", None)
+    return Summary(
+        contents=Contents(**contents) if contents is not None else None,
+        options=_options_of(options) if options else None,
+        config=config,
+        commits=stats.get("commits", {}),
+        fetched=Fetched(**traffic) if traffic is not None else None,
+        baseline=_baseline_of(baseline) if baseline is not None else None,
+        stopped=stats.get("stopped", {}),
+        seconds=stats.get("seconds"),
+        inconclusive=stats.get("inconclusive", stats.get("unproven", "")),
+        evaluation=stats.get("eval"),
+        error=stats.get("error", ""),
+    )
+
+
+def _options_of(value: Mapping[str, Any]) -> Options:
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in value.items()}
+    return Options(**values)
+
+
+def _baseline_of(value: Mapping[str, Any]) -> BaselineSummary:
+    return BaselineSummary(**{**value, "stale": tuple(StaleEntry(**e) for e in value["stale"])})
