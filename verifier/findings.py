@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from verifier.summary import FailOn, Summary
@@ -99,7 +99,7 @@ class Report:
     base: str | None
     findings: tuple[Finding, ...]
     coverage: tuple[Coverage, ...]
-    summary: Summary = Summary()
+    summary: Summary = field(default_factory=Summary)
 
     @property
     def exit_code(self) -> int:

@@ -19,7 +19,7 @@ import pytest
 
 from verifier.cli.outputs import NAMES
 from verifier.errors import MissingExtra
-from verifier.findings import Coverage, Effect, Finding, Report, Where
+from verifier.findings import Coverage, Effect, Finding, Report, Verdict, Where
 from verifier.report import FORMATS, render, render_json, schema
 from verifier.report.github import MAX_ANNOTATIONS
 from verifier.report.html import MAX_BYTES
@@ -27,6 +27,7 @@ from verifier.report.markdown import MAX_BYTES as MAX_MARKDOWN
 from verifier.report.markdown import code
 from verifier.report.text import render_text
 from verifier.run.fingerprints import fingerprinted
+from verifier.summary import BaselineSummary, Contents, Options, StaleEntry, Summary
 
 HOSTILE = (
     "a.\x1b[31mred\x1b]0;t\x07\r\n::error title=x::owned\r::stop-commands::y\n\x9b2J\u202egpj\ud800"
@@ -37,17 +38,9 @@ COVERAGE = (
     Coverage("QC201", True, 9, 10, "tensors", "one cannot be read", "name is not the hub's"),
     Coverage("QC501", False, 0, 0, "weight scales", "depth payload", "zero weight scale"),
 )
-STATS = {
-    "tensors": 10,
-    "shards": 1,
-    "bytes": 1000,
-    "scale_bytes": 10,
-    "formats": {"NVFP4": 4},
-    "unquantized": {},
-    "model_type": "x",
-    "options": {"depth": "header", "fail_on": "error", "profile": None},
-    "seconds": 0.1,
-}
+SUMMARY = Summary(
+    contents=Contents(10, 1, 1000, 10, {"NVFP4": 4}, {}, "x"), options=Options(), seconds=0.1
+)
 ERROR = Finding(
     "QC201",
     "error",
@@ -64,16 +57,21 @@ WARNING = Finding("QC101", "warning", "no index")
 NOTE = Finding("QC101", "info", "a remark", Where(None, "config.json"))
 
 
-def report(*findings: Finding, verdict: str = "failed", **stats: Any) -> Report:
+def report(*findings: Finding, verdict: Verdict = "failed", **summary: Any) -> Report:
     return Report(
-        verdict, "/data/ckpt", None, tuple(fingerprinted(findings)), COVERAGE, STATS | stats
-    )  # type: ignore[arg-type]
+        verdict,
+        "/data/ckpt",
+        None,
+        tuple(fingerprinted(findings)),
+        COVERAGE,
+        replace(SUMMARY, **summary),
+    )
 
 
 CLEAN = report(verdict="passed")
 FAILED = report(ERROR, WARNING, NOTE)
 INCONCLUSIVE = report(WARNING, verdict="inconclusive", inconclusive="no quantized tensor")
-BROKEN = Report("error", "s3://bucket/x", None, (), (), {"error": "Input/output error"})
+BROKEN = Report("error", "s3://bucket/x", None, (), (), Summary(error="Input/output error"))
 KNOWN = report(
     replace(ERROR, standing="known", note="agreed"),
     replace(WARNING, standing="grown", note="2 now"),
@@ -105,14 +103,9 @@ HOSTILES = report(
     replace(Finding("QC101", "error", "x", Where(HOSTILE)), standing="known", note=HOSTILE),
     verdict="inconclusive",
     inconclusive=HOSTILE,
-    baseline={
-        "file": HOSTILE,
-        "known": 1,
-        "grown": 0,
-        "not_judged": 0,
-        "stale": [{"fingerprint": "0", "rule": "QC1", "what": HOSTILE, "place": HOSTILE}],
-    },
-    options={"profile": "all", "base": HOSTILE, "config": HOSTILE, "fail_on": "error"},
+    baseline=BaselineSummary(HOSTILE, 1, 0, (StaleEntry("0", "QC1", HOSTILE, HOSTILE),), 0),
+    options=Options(profile="all", base=HOSTILE),
+    config=HOSTILE,
 )
 HOSTILES = replace(
     HOSTILES,
@@ -233,7 +226,7 @@ def test_junit_has_a_case_for_each_rule_and_the_verdict() -> None:
     warned = found["QC101 index names a missing shard"]
     assert warned.find("failure") is None
     assert "warning no index" in (warned.findtext("system-out") or "")
-    strict = report(WARNING, options={"fail_on": "warning"})
+    strict = report(WARNING, options=Options(fail_on="warning"))
     assert cases(strict)["QC101 index names a missing shard"].find("failure") is not None
 
 
@@ -495,7 +488,7 @@ def test_html_shows_findings_known_ones_and_what_was_examined() -> None:
 
 
 def test_the_engine_table_is_there_under_all_only() -> None:
-    everything = report(ERROR, options={"profile": "all", "fail_on": "error"})
+    everything = report(ERROR, options=Options(profile="all"))
     for format_ in ("text", "markdown", "html"):
         assert "(warning)" in render(everything, format_)
         assert "(warning)" not in render(FAILED, format_)
