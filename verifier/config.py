@@ -12,7 +12,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -22,6 +22,7 @@ from verifier.report import FORMATS
 from verifier.rules import all_rules
 from verifier.run.select import nearest, prefixes
 from verifier.run.severity import PROFILES, Severities
+from verifier.summary import FailOn
 
 NAME, PYPROJECT = "ckptgate.toml", "pyproject.toml"
 MAX_BYTES = 1 << 20
@@ -35,7 +36,7 @@ class Config(BaseModel):
     select: list[str] = []
     ignore: list[str] = []
     require: list[str] = []
-    fail_on: Literal["error", "warning"] = "error"
+    fail_on: FailOn = "error"
     profile: str | None = None
     severity: dict[str, Severity | dict[str, Severity]] = {}
     baseline: str | None = None

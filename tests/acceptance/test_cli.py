@@ -275,7 +275,7 @@ def test_a_declaration_of_the_wrong_type(call, candidate: Path, value: object) -
 def test_a_base_of_another_model(call) -> None:
     for depth in ("header", "payload"):
         result = call("check", LLAMA_MXFP8, "--base", QWEN, "--depth", depth)
-        finding(result, "error", "the base is another model", "15 of 69 names")
+        finding(result, "error", "the base is a different model", "15 of 69 names")
         finding(call("check", QWEN_NVFP4, "--base", LLAMA, "--depth", depth), "error")
 
 

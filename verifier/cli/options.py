@@ -11,6 +11,8 @@ from typing import Any
 
 import click
 
+from verifier.summary import FAIL_ON
+
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 DEPTHS = ("header", "payload", "load", "eval")
 
@@ -83,7 +85,7 @@ SELECTION = together(
 SEVERITY = together(
     click.option(
         "--fail-on",
-        type=click.Choice(["error", "warning"]),
+        type=click.Choice(FAIL_ON),
         help="Lowest severity that fails the check.  [default: error]",
     ),
     click.option(

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from test_schedule import BASE, NVFP4, damage, reshard
-from verifier.run.subset import Subset, file_of, subset_numbers, subset_of
 
 import verifier
 from verifier.cli import run
@@ -23,6 +22,7 @@ from verifier.findings import Report
 from verifier.report import render_json, render_text
 from verifier.run import merge_reports, report_of
 from verifier.run.sample import sample_of
+from verifier.run.subset import Subset, file_of, subset_numbers, subset_of
 from verifier.schemes import gather
 from verifier.selftest.edit import Folder, Shard, write_shard
 
