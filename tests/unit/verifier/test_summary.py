@@ -11,6 +11,7 @@ from verifier.findings import Report
 from verifier.summary import (
     BaselineSummary,
     Contents,
+    Fetched,
     Options,
     StaleEntry,
     Summary,
@@ -26,6 +27,8 @@ SUMMARIES = {
         CONTENTS,
         Options("payload", ("QC501",), "warning", 8, None, "base", select=("QC5",), subset="1/2"),
         "ckptgate.toml",
+        {"checkpoint": "a" * 40},
+        Fetched(7, 4096),
         BaselineSummary("b.json", 1, 0, (StaleEntry("0" * 32, "QC501", "what", "place"),), 2),
         {"QC502": "cut off"},
         1.5,
