@@ -23,6 +23,7 @@ _HUB = re.compile(
     r"(?:@(?P<revision>refs/[a-z]+/[\w.-]+|[^/@\s]+))?"
     r"(?:/(?P<directory>.*))?"
 )
+_CREDENTIALS = re.compile(r"[^/]*:[^/]*@")
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]*(?:::[a-z][a-z0-9+.-]*)*://", re.IGNORECASE)
 
 
@@ -73,7 +74,7 @@ def parse_address(uri: str | os.PathLike[str]) -> Address:
         return _hub(text, rest)
     if scheme in ("http", "https"):
         return _web(text)
-    if not rest.strip("/") or re.match(r"[^/]*:[^/]*@", rest):
+    if not rest.strip("/") or _CREDENTIALS.match(rest):
         raise UsageError(f"{scheme}:// needs a bucket and a directory, and no credentials")
     return Address("store", text.rstrip("/"))
 
@@ -104,13 +105,16 @@ def _hub(text: str, rest: str) -> Address:
 
 
 def _web(text: str) -> Address:
-    parts = urlsplit(text)
+    try:
+        parts = urlsplit(text)
+        host = parts.hostname
+    except ValueError as error:
+        raise UsageError(f"{text[:200]}: not a URL") from error
     if parts.username or parts.password or "@" in parts.netloc:
-        host = parts.hostname or "HOST"
         raise UsageError(
-            f"the address of {host} holds a user name or password; put them in ~/.netrc instead"
+            f"the address of {host or 'HOST'} holds a user name or password; put them in ~/.netrc instead"
         )
-    if not parts.hostname:
+    if not host:
         raise UsageError(f"{text}: the host is missing")
     if parts.query or parts.fragment:
         shown = f"{parts.scheme}://{parts.netloc}{parts.path}"

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import email.utils
 import json
+import logging
 import os
 import re
 import time
@@ -21,7 +22,7 @@ from typing import Any, TypeVar
 from urllib.parse import SplitResult, urljoin, urlsplit
 
 from verifier.checkpoint.remote import IN_FLIGHT, Interrupted, RemoteSource
-from verifier.errors import CkptgateError, ContainerError, MachineError, MissingExtra, UsageError
+from verifier.errors import CkptgateError, MachineError, MissingExtra, UsageError
 
 try:
     import httpx2
@@ -37,6 +38,18 @@ MAX_SKIP = 100_000_008
 of the largest size."""
 SLOWEST = 4096
 """Bytes per second below which a transfer is given up, once ``CKPTGATE_TIMEOUT`` has passed."""
+
+
+def _without_query(record: logging.LogRecord) -> bool:
+    """Cut the query, which may be a signature, off the URLs that httpx2 logs."""
+    if isinstance(record.args, tuple):
+        record.args = tuple(
+            a.copy_with(query=None) if isinstance(a, httpx2.URL) else a for a in record.args
+        )
+    return True
+
+
+logging.getLogger("httpx2").addFilter(_without_query)
 _RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 _LIMIT = re.compile(r";\s*t\s*=\s*(\d+)")
 
@@ -75,6 +88,7 @@ class HttpSource(RemoteSource):
         super().__init__(uri)
         self._timeout = timeout()
         self._headers = {"accept-encoding": "identity", **(headers or {})}
+        self._auth: httpx2.Auth | None = None
         self._client: httpx2.Client | None = None
         self._redirects: dict[str, str] = {}
         self._versions: dict[str, str] = {}
@@ -110,6 +124,11 @@ class HttpSource(RemoteSource):
         except Refused as error:
             if name in self._sizes and error.status in (404, 410):
                 raise MachineError(f"{label}: was listed and is gone now; run again") from None
+            if name in self._sizes and error.status == 416:
+                raise MachineError(
+                    f"{label}: the server has fewer bytes than it listed (416): the file changed "
+                    "while it was read; run again"
+                ) from None
             raise
 
     def _check(self, name: str, response: httpx2.Response, start: int, length: int) -> None:
@@ -168,12 +187,13 @@ class HttpSource(RemoteSource):
                 part = chunk[max(0, skip - before) : max(0, skip + length - before)]
                 if part:
                     yield part
-                if received >= skip + length:
+                if response.status_code == 206 and received > length:
+                    raise MachineError(f"{label}: the server sent more bytes than asked for")
+                # A connection is used again only if its answer was read to the end.
+                if response.status_code == 200 and received >= skip + length:
                     break
         except httpx2.TransportError as error:
             raise Interrupted(_reason(error, self._timeout)) from None
-        if response.status_code == 206 and received > length:
-            raise MachineError(f"{label}: the server sent more than the {length:,} bytes asked for")
 
     @contextmanager
     def _request(
@@ -197,11 +217,12 @@ class HttpSource(RemoteSource):
                 if response.has_redirect_location:
                     here = _redirected(here, response.headers["location"], label)
                     continue
-                if here != url and response.status_code in (401, 403, 404, 410):
+                if here != url and response.status_code in (401, 403, 410):
                     # A signed URL expires; the server that issued it issues another one.
                     if self._redirects.pop(url, None) is not None:
                         here = url
                         continue
+                    raise Interrupted(f"the storage server refuses access ({response.status_code})")
                 self._require_success(response, label)
                 if here != url:
                     self._redirects[url] = here
@@ -213,6 +234,7 @@ class HttpSource(RemoteSource):
     def _send(self, method: str, url: str, headers: Mapping[str, str]) -> Iterator[httpx2.Response]:
         if self._client is None:
             self._client = httpx2.Client(
+                auth=self._auth,
                 follow_redirects=False,
                 timeout=httpx2.Timeout(self._timeout, pool=None),
                 limits=httpx2.Limits(max_connections=IN_FLIGHT),
@@ -291,10 +313,7 @@ def refusal(status: int, label: str) -> CkptgateError:
     if status in (404, 410):
         return Refused(f"{label}: not found ({status})", status)
     if status == 416:
-        return ContainerError(
-            f"{label}: ends before the bytes that were asked for (416); it is shorter than its "
-            "header or its listing says"
-        )
+        return Refused(f"{label}: ends before the bytes that were asked for (416)", status)
     return MachineError(f"{label}: the server answered {status}")
 
 

@@ -8,12 +8,15 @@ for the size.
 
 from __future__ import annotations
 
+import netrc
+import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
 from typing import TypeVar
 from urllib.parse import quote, unquote, urlsplit
 
+import httpx2
 import numpy as np
 
 from verifier.checkpoint.address import Address
@@ -59,6 +62,7 @@ class WebSource(HttpSource):
 
     def __init__(self, address: Address) -> None:
         super().__init__(address.text)
+        self._auth = _netrc()
         self._heads: dict[str, Bytes] = {}
 
     def _url(self, name: str) -> str:
@@ -202,6 +206,21 @@ class WebSource(HttpSource):
             if error.status in ABSENT:
                 return None
             raise
+
+
+def _netrc() -> httpx2.Auth | None:
+    """Return the logins of ``~/.netrc`` or ``NETRC``; None without such a file.
+
+    Raises:
+        UsageError: the file cannot be read.
+    """
+    file = os.environ.get("NETRC") or os.path.expanduser("~/.netrc")
+    if not os.path.isfile(file):
+        return None
+    try:
+        return httpx2.NetRCAuth(file)
+    except (netrc.NetrcParseError, OSError):
+        raise UsageError(f"{file}: cannot be read as a netrc file") from None
 
 
 class _Links(HTMLParser):
