@@ -88,7 +88,7 @@ def exit_codes_page() -> str:
     lines = [
         "# Exit codes",
         "",
-        "The same in every command. With `--format json`, stdout is one valid report for 0, 1, 3 and 4.",
+        "All commands use the same codes. With `--format json`, stdout is one valid report for 0, 1, 3 and 4.",
         "",
         "| code | meaning |",
         "| --- | --- |",
@@ -119,19 +119,19 @@ def verify_section(r: dict[str, Any]) -> list[str]:
         return f"| {what} | {middle} ({min(raw):.{digits}f} to {max(raw):.{digits}f}) | {must} | {aim} |"
 
     counts = r["header"]["tensors"]
-    head = ["", "| what | median (range) | must | aim |", "| --- | --- | --- | --- |"]
+    head = ["", "| measurement | median (range) | limit | target |", "| --- | --- | --- | --- |"]
     lines = [
-        f"`{r['command']}`, medians of {len(r['header']['rounds'])} rounds (range) after one that fills caches; what a row",
-        f"is compared with runs in the same rounds. {versions}; {r['machine']}; load {r['load'][0]:.1f} at the end.",
+        f"`{r['command']}`, medians (range) of {len(r['header']['rounds'])} rounds after a warm-up round. Reference measurements",
+        f"run in the same rounds. {versions}; {r['machine']}; load {r['load'][0]:.1f} at the end.",
         "",
         "## Header check",
         "",
-        f"The real MiniMax-M3 mixed release, {counts['60']:,} tensors in 60 sparse files, all header rules; each a process",
-        f"of its own, as a user starts it. {min(counts.values()):,} to {max(counts.values()):,} tensors: the same release",
-        "with fewer or more layers.",
+        f"The real MiniMax-M3 mixed release, {counts['60']:,} tensors in 60 sparse files, all header rules; each run in its",
+        f"own process, as a user starts it. {min(counts.values()):,} to {max(counts.values()):,} tensors: the same release with",
+        "fewer or more layers.",
         *head,
         row(f"{counts['60']:,} tensors", "header", "check_60_s", "2 s", "1 s"),
-        row("processor seconds of it", "header", "check_60_cpu_s", "", ""),
+        row("CPU time of the same", "header", "check_60_cpu_s", "", ""),
         row("memory", "header", "check_60_mb", "300 MB", "200 MB", 0),
         row("parsing the same headers with `json` alone", "header", "parse_60_s", "", ""),
         *(
@@ -145,20 +145,20 @@ def verify_section(r: dict[str, Any]) -> list[str]:
         "## Depth payload",
         "",
         f"Scan: one layer as released, 128 experts, {r['scan']['tensors']:,} tensors, {r['scan']['bytes'] / 1e6:,.0f} MB of",
-        f"scales and unquantized tensors. With a base: one layer with six experts and its BF16 base, "
+        f"scales and pass-through tensors. With a base: one layer with six experts and its BF16 base, "
         f"{r['payload']['bytes'] / 1e6:,.0f} MB;",
-        "every quantized weight is decoded, its error measured and compared with `max` calibration. The files are in the",
-        "page cache. A ratio is the seconds of `readinto` of the same bytes over those of the check, by one process; below",
-        "it that of processor seconds, which other work on the machine changes less.",
+        "every quantized weight is decoded, and its error is compared with that of a `max` scale search. The files are in",
+        "the page cache. The ratio is the time of `readinto` of the same bytes divided by the time of the check, in one",
+        "process; the ratio of CPU time depends less on other work on the machine.",
         *head,
         row("scan, ratio", "scan", "ratio", "0.25", "0.4"),
-        row("scan, ratio of processor seconds", "scan", "cpu_ratio", "", ""),
+        row("scan, ratio of CPU time", "scan", "cpu_ratio", "", ""),
         row("with a base, ratio", "payload", "ratio", "0.04", "0.1", 3),
-        row("with a base, ratio of processor seconds", "payload", "cpu_ratio", "", "", 3),
-        row("with a base, two processes against one", "payload", "speedup", "1.7", ""),
+        row("with a base, ratio of CPU time", "payload", "cpu_ratio", "", "", 3),
+        row("with a base, speedup of two processes", "payload", "speedup", "1.7", ""),
         "",
-        "Private pages beyond those of the idle process, with an embedding of "
-        f"{r['memory']['largest_tensor_mb']:,.0f} MB and an expert of 16,384 x 16,384",
+        "Private memory beyond the idle process, with an embedding of "
+        f"{r['memory']['largest_tensor_mb']:,.0f} MB and an expert of 16,384 x 16,384:",
         "",
         *head[1:],
         row("scan", "memory", "scan_mb", "500 MB", "150 MB", 0),
@@ -173,7 +173,7 @@ def verify_section(r: dict[str, Any]) -> list[str]:
 
 PEERS = ("modelopt", "torchao", "compressed-tensors")
 MOVED = {"nvfp4": 0.5 + 1 / 16, "mxfp8": 1 + 1 / 32}
-"""Bytes a weight on the encoded side."""
+"""Bytes per weight on the encoded side."""
 
 
 def codecs_section(r: dict[str, Any]) -> list[str]:
@@ -211,10 +211,10 @@ def codecs_section(r: dict[str, Any]) -> list[str]:
     lines = [
         "## Encoding and decoding on a CPU",
         "",
-        f"`{r['command']}`, {r['seconds']} s; {r['machine']}. Milliseconds, median (range), of rounds in which every",
-        "library makes one call, each from an environment of its own; standard normal weights. *out*: into tensors that",
-        "exist; *new*: into new ones, as the peers; *torch*: *out* without the compiled back end. *share*: bytes in and out",
-        f"a second, over those of a float32 copy in the same rounds. Rounds: {r['rounds']}.",
+        f"`{r['command']}`, {r['seconds']} s; {r['machine']}. Milliseconds, median (range); in each round every library",
+        "makes one call in its own environment, on standard normal weights. *out*: into existing tensors; *new*: into new",
+        "tensors, as the other libraries do; *torch*: *out* without the compiled back end. *share*: bytes in and out per",
+        f"second, relative to a float32 copy in the same rounds. Rounds: {r['rounds']}.",
         "",
         ", ".join(f"{k} {v}" for k, v in r["versions"].items() if k != "copy") + ".",
         "",
@@ -267,7 +267,7 @@ def sweep_lines(
         ("ckptgate", ("sweep", *case, 1), "ckptgate"),
         ("ckptgate, torch", ("sweep", *case, 1), "ckptgate torch"),
         ("ckptgate, 2 threads", ("sweep", *case, 2), "ckptgate"),
-        ("brute force of ours (`sweep_all`, torch)", ("sweep_all", *case, 1), "ckptgate torch"),
+        ("our brute force (`sweep_all`, torch)", ("sweep_all", *case, 1), "ckptgate torch"),
         ("ModelOpt's loop, `NVFP4MSECalibrator`", ("sweep", *case, 1), "modelopt"),
     ]
     count = math.prod(case[1])
@@ -275,7 +275,7 @@ def sweep_lines(
     lines = [
         f"### FP8 scale sweep, {case[0]} {case[1][0]}x{case[1][1]}",
         "",
-        "| search | ms | Mweights/s | times ours |",
+        "| search | ms | Mweights/s | relative to ckptgate |",
     ]
     lines.append("| --- | --- | --- | --- |")
     for name, key, library in rows:
@@ -288,12 +288,13 @@ def sweep_lines(
 
 
 def agreement_lines(r: dict[str, Any]) -> list[str]:
-    """Return which share of the results equals ours."""
+    """Return the share of results that equal ours."""
     count = sum(len(libraries) for libraries in r["agreement"].values())
     lines = [
-        "### The same results?",
+        "### Agreement",
         "",
-        f"Share of bytes (decoding: of values) that equal ours, by leaf, where not all do, of {count} comparisons.",
+        "Share of bytes (decoding: of values) that equal ours, by leaf, for those of "
+        f"{count} comparisons that are not fully equal.",
         "",
         "| case | library | equal |",
         "| --- | --- | --- |",
@@ -310,7 +311,7 @@ def agreement_lines(r: dict[str, Any]) -> list[str]:
 
 
 def scoring_section() -> list[str]:
-    """Return what scoring costs over a plain forward."""
+    """Return the cost of scoring relative to a plain forward pass."""
     folder = DOCS.parent / "benchmarks" / "results"
     found = {
         n: json.loads((folder / f"{n}.json").read_text(encoding="utf-8"))
@@ -318,9 +319,9 @@ def scoring_section() -> list[str]:
     }
     small, wide = found.values()
     ways = {
-        "forward": "forward of base and candidate alone",
+        "forward": "forward pass of base and candidate",
         "lockstep": "scored in lockstep, exact KL",
-        "top_k": "scored with the 64 likeliest tokens",
+        "top_k": "scored with the top 64 tokens",
         "declared": "scored in lockstep, activations rounded as declared",
         "lm_eval": "lm-eval on the same windows, loss only",
     }
@@ -329,14 +330,14 @@ def scoring_section() -> list[str]:
         "",
         f"Golden: MiniMax-M3 with 2.4 million parameters and an export of it, {small['tokens']:,} tokens,",
         f"`{small['command']}`. Wide: a Qwen3-MoE of {wide['parameters']:,} parameters with random weights (24 layers,",
-        f"hidden size 1,024, 32,768 words, 4 of 16 experts) and an export of it, {wide['tokens']:,} tokens,",
-        f"`{wide['command']}`. Processor time of one thread, medians of {len(small['rounds'])} and {len(wide['rounds'])}",
-        "interleaved rounds, ratios to the forward of the same round with their range. What scoring adds goes with the",
-        "words of the vocabulary, what the forward costs with the parameters.",
+        f"hidden size 1,024, vocabulary of 32,768, 4 of 16 experts) and an export of it, {wide['tokens']:,} tokens,",
+        f"`{wide['command']}`. CPU time of one thread, medians of {len(small['rounds'])} and {len(wide['rounds'])}",
+        "interleaved rounds; ratios to the forward pass of the same round, with their range. The cost of scoring grows with",
+        "the vocabulary, the cost of the forward pass with the parameters.",
         "",
         f"{', '.join(f'{k} {v}' for k, v in wide['versions'].items())}; {wide['machine']}.",
         "",
-        "| what | golden, tokens a second | ratio | wide, tokens a second | ratio |",
+        "| operation | golden, tokens/s | ratio | wide, tokens/s | ratio |",
         "| --- | --- | --- | --- | --- |",
     ]
 

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run the commands that README.md shows and put their real output below them.
+"""Run the example of README.md and write its real output below the command.
 
     python tools/make_readme.py [--check]
 
-A block of README.md whose first line is ``    $ ckptgate …`` is run in a folder with the golden's
-``bf16``, ``mxfp8`` and ``corpus.jsonl``; ``broken`` is made as the demo makes it. ``--check``
-writes nothing and fails where the output differs.
+Indented commands (``    $ ckptgate …``) run in a directory with the checkpoint ``broken`` of the
+demo. ``--check`` writes nothing and fails if the output differs.
 """
 
 from __future__ import annotations
@@ -18,19 +17,24 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from goldens.demo import break_copy  # noqa: E402
+
 README = ROOT / "README.md"
 GOLDEN = ROOT / "goldens" / "minimax-m3-tiny"
 PROMPT = "    $ ckptgate "
 
 
-def run(arguments: list[str], folder: Path) -> list[str]:
-    """Return what a command prints, and its exit code."""
+def run(arguments: list[str], directory: Path) -> list[str]:
+    """Return the output of a command, and its exit code."""
     environment = os.environ | {"NO_COLOR": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
     environment.pop("GITHUB_STEP_SUMMARY", None)
+    environment["PYTHONPATH"] = str(ROOT)
     done = subprocess.run(
-        [sys.executable, "-c", "from verifier.cli import main; main()", *arguments],
-        cwd=folder,
+        [sys.executable, "-m", "ckptgate", *arguments],
+        cwd=directory,
         capture_output=True,
         text=True,
         env=environment,
@@ -39,26 +43,31 @@ def run(arguments: list[str], folder: Path) -> list[str]:
     return [*(done.stdout + done.stderr).rstrip().splitlines(), f"exit {done.returncode}"]
 
 
-def rendered(text: str, folder: Path) -> str:
-    """Return the page with every shown command's output made anew."""
-    lines, made = text.split("\n"), []
-    i = 0
-    while i < len(lines):
-        made.append(lines[i])
-        if not lines[i].startswith(PROMPT):
-            i += 1
+def rendered(text: str, directory: Path) -> str:
+    """Return the page with the current output of every command."""
+    lines: list[str] = []
+    in_output = False
+    for line in text.split("\n"):
+        in_output = in_output and line.startswith("    ") and not line.startswith(PROMPT)
+        if in_output:
             continue
-        arguments = shlex.split(lines[i].removeprefix(PROMPT))
-        if "broken" in arguments and not (folder / "broken").exists():
-            sys.path.insert(0, str(ROOT / "goldens"))
-            import demo  # noqa: PLC0415
+        lines.append(line)
+        if line.startswith(PROMPT):
+            output = run(shlex.split(line.removeprefix(PROMPT)), directory)
+            lines += [f"    {text}".rstrip() for text in output]
+            in_output = True
+    return "\n".join(lines)
 
-            demo.break_copy(folder / "M3-NVFP4", folder / "broken")
-        made += [f"    {line}".rstrip() for line in run(arguments, folder)]
-        i += 1
-        while i < len(lines) and (lines[i].startswith("    ") and not lines[i].startswith(PROMPT)):
-            i += 1
-    return "\n".join(made)
+
+def prepare(directory: Path) -> None:
+    """Export the golden and break a copy of the result, as the demo does."""
+    for entry in ("bf16", "mxfp8"):
+        (directory / entry).symlink_to(GOLDEN / entry)
+    export = ["export", "bf16", "M3-NVFP4", "--recipe", "nvfp4_experts_only", "--onto", "mxfp8"]
+    output = run(export, directory)
+    if output[-1] != "exit 0":
+        raise SystemExit("\n".join(output))
+    break_copy(directory / "M3-NVFP4", directory / "broken")
 
 
 def main() -> int:
@@ -66,19 +75,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
+    text = README.read_text(encoding="utf-8")
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        for entry in ("bf16", "mxfp8", "corpus.jsonl"):
-            (folder / entry).symlink_to(GOLDEN / entry)
-        text = README.read_text()
-        found = rendered(text, folder)
-    if args.check:
-        if found != text:
-            print(
-                "README.md does not show what its commands print; run python tools/make_readme.py"
-            )
-        return found != text
-    README.write_text(found)
+        prepare(Path(name))
+        current = rendered(text, Path(name))
+    if not args.check:
+        README.write_text(current, encoding="utf-8")
+    elif current != text:
+        print("README.md does not show the current output; run python tools/make_readme.py")
+        return 1
     return 0
 
 

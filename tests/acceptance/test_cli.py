@@ -306,7 +306,7 @@ def test_a_required_rule_that_did_not_run_is_unproven(call) -> None:
     assert "QC605 is required and did not run: needs --base or --merged-from" in out
     code, out, _ = call("check", QWEN_NVFP4, "--require", "QC501")
     assert code == 3
-    assert "QC501 is required and did not run: depth payload" in out
+    assert "QC501 is required and did not run: needs --depth payload" in out
     assert (
         call("check", QWEN_NVFP4, "--require", "QC605", "--depth", "payload", "--base", QWEN)[0]
         == 0

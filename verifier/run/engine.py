@@ -245,7 +245,7 @@ def _reaches(depth: Depth, needed: Depth) -> bool:
 def _lacks(rule: Rule, depth: Depth, inputs: set[str]) -> str:
     """Return what a rule lacks to run, or ''."""
     if not _reaches(depth, rule.depth):
-        return f"depth {rule.depth}"
+        return f"needs --depth {rule.depth}"
     for need in rule.needs:
         names = need.split("|")
         if not inputs.intersection(names):

@@ -129,9 +129,9 @@ def test_a_required_rule_that_did_not_run_fails(session: Run) -> None:
     )
     assert done.returncode == 1
     assert counts(done)["failed"] == 2  # the rule and the verdict
-    assert "QC605 is required and did not run: depth payload" in done.stdout
+    assert "QC605 is required and did not run: needs --depth payload" in done.stdout
     assert (
-        "INCONCLUSIVE (QC605 is required and did not run: depth payload); exit code 3"
+        "INCONCLUSIVE (QC605 is required and did not run: needs --depth payload); exit code 3"
         in done.stdout
     )
     payload = session(

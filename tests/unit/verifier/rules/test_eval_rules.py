@@ -285,7 +285,7 @@ def test_what_depth_eval_refuses(
     # Lower depths list the rules, and their verdict is as it was.
     report = verifier.check(QWEN, base=BASE, depth="payload")
     assert report.verdict == "passed"
-    assert {c.reason for c in report.coverage if c.rule.startswith("QC7")} == {"depth eval"}
+    assert {c.reason for c in report.coverage if c.rule.startswith("QC7")} == {"needs --depth eval"}
 
 
 def test_what_cannot_be_scored_is_told_apart(tmp_path: Path) -> None:
