@@ -28,7 +28,7 @@ from verifier.checkpoint import INDEX, NUMPY_DTYPES, Checkpoint, Tensor, open_ch
 from verifier.checkpoint.header import read_shard
 from verifier.checkpoint.source import LocalSource
 from verifier.errors import ContentError, EncodeError, PlanError, UsageError
-from verifier.manifest import MANIFEST, File, Manifest, Source, digest
+from verifier.manifest import MANIFEST, File, Manifest, SourceRecord, digest
 from verifier.schemes import FLOATS, gather, read_declarations
 
 PathLike = str | os.PathLike[str]
@@ -488,7 +488,7 @@ def _manifest(
         name=out.name,
         made_by={"tool": "ckptgate", "version": __version__, "python": sys.version.split()[0]},
         sources=[
-            Source(
+            SourceRecord(
                 role=r,
                 uri=c.uri,
                 tensors=sum(len(s.tensors) for s in c.shards),

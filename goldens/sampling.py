@@ -28,7 +28,7 @@ from verifier.gate.corpora import WIKITEXT, Corpus, load_corpus
 from verifier.gate.gate import plan_jobs, score_all, weights_digest
 from verifier.gate.scorers.transformers import perplexity, windows_of
 from verifier.load.model import load_model
-from verifier.manifest import Manifest, Score, Source, digest
+from verifier.manifest import Manifest, Score, SourceRecord, digest
 
 SCRIPTS = ("common.py", "sampling.py", "train.py", "make_vendor.py")
 
@@ -167,7 +167,7 @@ def main() -> None:
             "machine": f"{platform.machine()}, {os.cpu_count()} processors",
         },
         sources=[
-            Source(
+            SourceRecord(
                 role="text",
                 uri="WikiText-2 v1 validation split (word level), CC BY-SA 3.0; not in this project",
             )

@@ -23,7 +23,7 @@ class File(BaseModel):
     sha256: Sha256
 
 
-class Source(BaseModel):
+class SourceRecord(BaseModel):
     """A checkpoint that this one was made from; ``header_sha256`` and ``tensors`` identify it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -52,7 +52,7 @@ class Manifest(BaseModel):
     kind: Literal["export", "merge", "golden", "repair"]
     name: str
     made_by: dict[str, Any]
-    sources: list[Source] = []
+    sources: list[SourceRecord] = []
     options: dict[str, Any] = {}
     formats: dict[str, int] = {}
     tensors: int = 0

@@ -64,7 +64,7 @@ class QuantizedCheckpoint:
         """Return a view of some modules: names, shapes, declarations and formats stay those of the
         whole checkpoint.
         """
-        return _Part(self, modules)
+        return _CheckpointPart(self, modules)
 
     @cached_property
     def modules(self) -> Mapping[str, Module]:
@@ -258,7 +258,7 @@ class QuantizedCheckpoint:
             return None
 
 
-class _Part(QuantizedCheckpoint):
+class _CheckpointPart(QuantizedCheckpoint):
     """Some modules of a checkpoint. What is overridden here is taken from the whole; everything
     else follows from the modules of the part.
     """

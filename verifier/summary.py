@@ -14,7 +14,7 @@ _IF_SET = ("subset", "sample", "seed")
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class ReportedOptions:
     """The options of a check, as `verifier.check` takes them."""
 
     depth: str = "header"
@@ -122,7 +122,7 @@ class Summary:
     """
 
     contents: Contents | None = None
-    options: Options | None = None
+    options: ReportedOptions | None = None
     config: str | None = None
     commits: Mapping[str, str] = field(default_factory=dict)
     fetched: Fetched | None = None
@@ -186,9 +186,9 @@ def summary_of(stats: Mapping[str, Any]) -> Summary:
     )
 
 
-def _options_of(value: Mapping[str, Any]) -> Options:
+def _options_of(value: Mapping[str, Any]) -> ReportedOptions:
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in value.items()}
-    return Options(**values)
+    return ReportedOptions(**values)
 
 
 def _baseline_of(value: Mapping[str, Any]) -> BaselineSummary:

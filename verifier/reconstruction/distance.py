@@ -92,7 +92,7 @@ def peak_of(reference: npt.NDArray[Any]) -> float:
 
 def norm2(values: Float32) -> float:
     """Return the sum of squares in float64."""
-    # Not a dot product: that would start BLAS threads beside the others.
+    # Not a dot product: that would start BLAS threads next to the others.
     return float(np.square(values, dtype=np.float64).sum())
 
 

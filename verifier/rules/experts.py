@@ -16,8 +16,8 @@ _MAGNITUDE = {"U8": 0x77, "F8_E4M3": 0x7F}
 
 
 def duplicated(ctx: Context) -> Mapping[str, tuple[str, bool]]:
-    """Return the routed experts' projections whose weight and scales equal an earlier one's: that
-    one's name, and whether both say little (all zero, or one number up to its sign).
+    """Return the routed experts' projections whose weight and scales equal an earlier one's: the
+    earlier one's name, and whether its weight is trivial (all zero, or one number up to its sign).
     """
     return ctx.cached("duplicated experts", lambda: _duplicated(ctx))
 
@@ -32,32 +32,29 @@ def expert_weights(ctx: Context) -> list[Module]:
 
 
 def _duplicated(ctx: Context) -> dict[str, tuple[str, bool]]:
-    # Equal weights have equal scales, which are a ninth of the bytes, and equal scales begin alike:
-    # nearly all experts are told apart by one small read, and no code is read unless all scales are
-    # equal.
-    modules = [
-        m
-        for m in expert_weights(ctx)
-        if m.weight is not None and (m.quantized or m.weight.dtype in FLOATS)
-    ]
-    alike = _alike(modules, lambda m, w: (w.dtype, w.shape, _beginning(ctx, m.scale or w)))
-    alike = [
-        same
-        for group in alike
-        for same in _alike(group, lambda m, w: ctx.payload.digest(m.scale or w))
-    ]
-    alike = [same for group in alike for same in _alike(group, lambda _, w: ctx.payload.digest(w))]
-    result = {m.name: first.name for first, *others in alike for m in others}
-    poor = {
-        first: _says_little(ctx, ctx.candidate.modules[first]) for first in set(result.values())
-    }
-    return {name: (first, poor[first]) for name, first in result.items()}
+    # Equal weights have equal scales, which are a ninth of the bytes, and equal scales begin with
+    # equal bytes: one small read tells nearly all experts apart, and no weight is read unless the
+    # scales are equal.
+    digest = ctx.payload.digest
+    modules = [m for m in expert_weights(ctx) if m.quantized or _is_float(m)]
+    groups = _equal(modules, lambda m, w: (w.dtype, w.shape, _beginning(ctx, m.scale or w)))
+    groups = [g for group in groups for g in _equal(group, lambda m, w: digest(m.scale or w))]
+    groups = [g for group in groups for g in _equal(group, lambda _, w: digest(w))]
+    duplicates: dict[str, tuple[str, bool]] = {}
+    for first, *others in groups:
+        trivial = _is_trivial(ctx, first)
+        duplicates |= {m.name: (first.name, trivial) for m in others}
+    return duplicates
 
 
-def _alike(
+def _is_float(module: Module) -> bool:
+    return module.weight is not None and module.weight.dtype in FLOATS
+
+
+def _equal(
     modules: Iterable[Module], key: Callable[[Module, Tensor], object]
 ) -> list[list[Module]]:
-    """Return the modules that share a key with another one, together and in order."""
+    """Return the modules that share a key with at least one other, grouped and in order."""
     groups: dict[object, list[Module]] = {}
     for module in modules:
         if module.weight is not None:
@@ -71,21 +68,20 @@ def _beginning(ctx: Context, tensor: Tensor) -> bytes:
     return next(piece.tobytes() for _, piece in ctx.checkpoint.pieces(tensor, _BEGINNING))
 
 
-def _says_little(ctx: Context, module: Module) -> bool:
+def _is_trivial(ctx: Context, module: Module) -> bool:
     """Whether a weight is one number up to its sign: all zero, or +-c, which two experts may share
-    without any bug.
+    without any defect.
     """
     weight = module.weight
     if weight is None:
         return True
-    flat = ctx.payload.bytes_of(weight)
+    data = ctx.payload.bytes_of(weight)
     if weight.dtype in _MAGNITUDE:
-        seen = np.unique(flat & _MAGNITUDE[weight.dtype])
-        return (
-            len(np.unique(np.concatenate([seen & 15, seen >> 4]) if weight.dtype == "U8" else seen))
-            < 2
-        )
+        codes = np.unique(data & _MAGNITUDE[weight.dtype])
+        if weight.dtype == "U8":
+            codes = np.unique(np.concatenate([codes & 15, codes >> 4]))
+        return len(codes) < 2
     size = weight.nbytes // max(1, weight.elements)
-    values = flat.view({2: np.uint16, 4: np.uint32}[size])
-    top = values.dtype.type(1 << (8 * size - 1))
-    return bool(((values | top) == (values[0] | top)).all())
+    values = data.view({2: np.uint16, 4: np.uint32}[size])
+    sign = values.dtype.type(1 << (8 * size - 1))
+    return bool(((values | sign) == (values[0] | sign)).all())

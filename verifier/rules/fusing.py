@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What loaders make one parameter of: projections behind one another, experts on top of one
-another.
+"""The parameters that loaders make of several modules: concatenated projections and stacked
+experts.
 
-Serving engines do it for q/k/v, gate/up and w1/w3 and stack a layer's experts (vLLM's
-``packed_modules_mapping`` and FusedMoE); transformers stacks experts and fuses their gate and up
-(``core_model_loading``: MergeModulelist, Concatenate).
+Serving engines concatenate q/k/v, gate/up and w1/w3 and stack a layer's experts (vLLM's
+``packed_modules_mapping`` and FusedMoE); transformers stacks experts and concatenates their gate
+and up (``core_model_loading``: MergeModulelist, Concatenate).
 """
 
 from __future__ import annotations
@@ -24,8 +24,13 @@ from verifier.schemes import Module, expert_key, fused_groups, role
 
 @dataclass(frozen=True, slots=True)
 class Fused:
-    """The parts of one parameter in the order in which a loader takes them; ``numbers`` are those
-    of stacked experts.
+    """One parameter of a loader.
+
+    Attributes:
+        name: of the module that holds it.
+        modules: its parts, in the order in which a loader takes them.
+        stack: whether the parts are experts.
+        numbers: of the experts in the stack.
     """
 
     name: str
@@ -35,14 +40,11 @@ class Fused:
 
 
 def fused(ctx: Context) -> Iterator[Fused]:
-    """Yield what loaders put together, two-dimensional weights only: projections first, then each
-    layer's experts.
+    """Yield the parameters that loaders make of several two-dimensional weights: projections first,
+    then each layer's experts.
     """
-    linears = {
-        m.name: m
-        for m in ctx.candidate.modules.values()
-        if m.dims is not None and m.weight is not None and role(m.name) not in ("embedding", "norm")
-    }
+    weights = (m for m in ctx.candidate.modules.values() if m.dims and m.weight is not None)
+    linears = {m.name: m for m in weights if role(m.name) not in ("embedding", "norm")}
     for name, members in fused_groups(linears):
         yield from _of_one_width(name, [linears[m] for m in members])
     stacks: dict[tuple[str, str], list[tuple[int, Module]]] = {}
@@ -50,34 +52,29 @@ def fused(ctx: Context) -> Iterator[Fused]:
         key = expert_key(module.name)
         if key is not None:
             stacks.setdefault((key.container, key.leaf), []).append((key.expert, module))
-    for (container, leaf), found in stacks.items():
-        found.sort(key=lambda pair: pair[0])
-        for part in _lists(found):
-            first = part[0][0] if part is not found else 0
-            yield Fused(
-                f"{container}.{leaf}",
-                tuple(m for _, m in part),
-                True,
-                tuple(n - first for n, _ in part),
-            )
+    for (container, leaf), experts in stacks.items():
+        experts.sort(key=lambda pair: pair[0])
+        for stack in _stacks(experts):
+            first = stack[0][0] if stack is not experts else 0
+            modules, numbers = tuple(m for _, m in stack), tuple(n - first for n, _ in stack)
+            yield Fused(f"{container}.{leaf}", modules, True, numbers)
 
 
-def _lists(found: list[tuple[int, Module]]) -> list[list[tuple[int, Module]]]:
-    """Return the experts, or both halves apart where each has a shape of its own: Ernie 4.5 VL's
-    text and vision experts.
+def _stacks(experts: list[tuple[int, Module]]) -> list[list[tuple[int, Module]]]:
+    """Return the experts in one list, or in two where each half has a shape of its own (Ernie 4.5
+    VL's text and vision experts).
     """
-    middle = len(found) // 2
-    halves = [found[:middle], found[middle:]]
-    heights = [{m.dims for _, m in half} for half in halves]
-    apart = (
-        len(found) == 2 * middle and all(len(h) == 1 for h in heights) and heights[0] != heights[1]
-    )
-    return halves if apart and middle > 1 else [found]
+    middle = len(experts) // 2
+    if middle < 2 or len(experts) != 2 * middle:
+        return [experts]
+    halves = [experts[:middle], experts[middle:]]
+    first, second = ({m.dims for _, m in half} for half in halves)
+    return halves if len(first) == len(second) == 1 and first != second else [experts]
 
 
 def _of_one_width(name: str, modules: list[Module]) -> Iterator[Fused]:
-    """Yield the group; without its query where that reads another input than key and value (cross
-    attention).
+    """Yield the group, without its query where that reads a different input than key and value
+    (cross attention).
     """
     first = modules[0]
     if len(modules) > 2 and first.dims is not None:
@@ -88,13 +85,13 @@ def _of_one_width(name: str, modules: list[Module]) -> Iterator[Fused]:
 
 
 def scalars(ctx: Context, leaf: str, names: Iterable[str]) -> Iterator[Scalars]:
-    """Yield the scalars of one leaf for each group of projections that engines fuse; others than
-    F32 scalars are missed.
+    """Yield the scalars of one leaf for each group of projections that engines fuse; groups with
+    anything but F32 scalars are counted as missed.
     """
     for _, members in fused_groups(names):
         tensors = tuple(ctx.candidate.modules[m].parts[leaf] for m in members)
         if any(t.dtype != "F32" or t.elements != 1 for t in tensors):
-            ctx.tally.miss(1, f"{leaf} that is no F32 scalar")
+            ctx.tally.miss(1, f"{leaf} that is not an F32 scalar")
             continue
         ctx.tally.see()
         yield Scalars(
@@ -115,8 +112,8 @@ class Scalars:
     values: tuple[float, ...]
 
     def differing(self, ctx: Context, note: str = "") -> Iterator[Finding]:
-        """Yield a finding on the first member whose finite value is not the first one's, bit for
-        bit.
+        """Yield a finding on the first member whose bits differ from those of the first, where all
+        values are finite.
         """
         bits = np.asarray(self.values, np.float32).view(np.uint32)
         odd = next((i for i in range(1, len(bits)) if bits[i] != bits[0]), None)
@@ -130,27 +127,27 @@ class Scalars:
             )
 
 
-def lost(
+def changed_values(
     parts: Sequence[npt.NDArray[Any]], rows: int, dtype: npt.DTypeLike, starts: Sequence[int] = (0,)
 ) -> int:
-    """Return how many values do not come back from a loader's parameter, written part by part and
-    read again.
+    """Return how many values change when a loader writes parts into one parameter and they are read
+    from it again.
 
     Args:
         parts: scales with equal trailing dimensions.
-        rows: rows of the parameter; what is written beyond them is lost.
-        dtype: the parameter's; parts are cast into it as ``Tensor.copy_`` casts.
+        rows: of the parameter; rows beyond them are not written.
+        dtype: of the parameter; parts are cast to it as ``Tensor.copy_`` casts.
         starts: the row at which each part is written.
     """
-    made = np.zeros((rows, *parts[0].shape[1:]), dtype)
-    places = [slice(start, start + len(part)) for part, start in zip(parts, starts, strict=True)]
+    parameter = np.zeros((rows, *parts[0].shape[1:]), dtype)
+    slices = [slice(start, start + len(part)) for part, start in zip(parts, starts, strict=True)]
+    count = 0
     with np.errstate(over="ignore", invalid="ignore"):
-        for part, place in zip(parts, places, strict=True):
-            made[place] = part[: len(made[place])].astype(made.dtype)
-        count = 0
-        for part, place in zip(parts, places, strict=True):
-            back = np.ascontiguousarray(made[place].astype(part.dtype)).view(np.uint8)
-            kept = np.ascontiguousarray(part[: len(made[place])]).view(np.uint8)
-            same = (back == kept).reshape(-1, part.dtype.itemsize).all(axis=1)
+        for part, rows_of in zip(parts, slices, strict=True):
+            parameter[rows_of] = part[: len(parameter[rows_of])].astype(parameter.dtype)
+        for part, rows_of in zip(parts, slices, strict=True):
+            read = np.ascontiguousarray(parameter[rows_of].astype(part.dtype)).view(np.uint8)
+            written = np.ascontiguousarray(part[: len(parameter[rows_of])]).view(np.uint8)
+            same = (read == written).reshape(-1, part.dtype.itemsize).all(axis=1)
             count += part.size - int(same.sum())
     return count

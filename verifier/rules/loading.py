@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a loader made of a checkpoint, in plain data: the rules of depth load judge it and import no
-torch.
+"""The result of loading a checkpoint into a model, as plain data: the rules of depth load read it
+and import no torch.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ class Misfit:
 
     Attributes:
         kind: ``missing``, a parameter without a tensor; ``unexpected``, a tensor without a
-            parameter; ``mismatched``, one of another shape; ``unconverted``, a parameter whose
-            tensors the loader could not put together.
-        name: the tensor's name where one is known, else the parameter's in memory.
-        have: the shape, or what the loader says.
-        want: the shape that belongs there.
+            parameter; ``mismatched``, a tensor of the wrong shape; ``unconverted``, a parameter
+            whose tensors the loader could not put together.
+        name: the tensor's name where it is known, else the parameter's.
+        have: the tensor's shape, or the loader's message.
+        want: the parameter's shape.
     """
 
     kind: Kind
@@ -34,14 +34,13 @@ class Misfit:
 
 @dataclass(frozen=True, slots=True)
 class Forward:
-    """What a forward pass on the fixed prompt gave: of the candidate, and against the base's.
+    """The result of a forward pass on the fixed prompt, compared with the base's.
 
     Attributes:
         positions: tokens of the prompt.
-        broken: positions whose logits are not all finite.
-        distance: the relative distance of the logits to the base's, None where there is none to
-            compare with.
-        agree: positions at which both have the same likeliest token.
+        broken: positions with a logit that is not finite.
+        distance: relative distance of the logits from the base's, None where they are not compared.
+        agree: positions with the same top-1 token.
         why_not: why there is no distance.
     """
 
@@ -54,16 +53,16 @@ class Forward:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """What the loader did.
+    """The result of loading a checkpoint.
 
     Attributes:
         loader: its name and version.
-        reason: why nothing could be loaded, '' where something was.
-        keys: parameters and persistent buffers of the model.
-        misfits: what does not fit, the base's own excepted.
-        shared: what does not fit in the base's own load either.
-        dropped: names that the model's class says it drops on purpose.
-        native: whether the loader reads the declared format by itself.
+        reason: why nothing could be loaded, or ''.
+        keys: number of parameters and persistent buffers of the model.
+        misfits: names that do not fit the model, except for those that do not fit in the base.
+        shared: names that do not fit in the base either.
+        dropped: names that the model's class drops on purpose.
+        native: whether the loader reads the declared format itself.
         forward: None where values were not loaded.
         why_no_values: why they were not.
     """
@@ -80,7 +79,7 @@ class Loaded:
 
 
 class Loader(Protocol):
-    """What puts a checkpoint, decoded, into a model."""
+    """Loads a decoded checkpoint into a model."""
 
     def __call__(self, checkpoint: Checkpoint, base: Checkpoint | None = None) -> Loaded:
-        """Return what became of a checkpoint; ``base`` is the unquantized one to compare with."""
+        """Return the result for a checkpoint; ``base`` is the unquantized one to compare with."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which linears belong to a multi-token prediction head."""
+"""The linear layers of a multi-token prediction head."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ _INNER = re.compile(r"^(transformer_layer|mtp_block)\.")
 
 
 def mtp_modules(ctx: Context) -> frozenset[str]:
-    """Return the linears of the MTP head: ``mtp.…``, or layers numbered from ``num_hidden_layers``
-    on (DeepSeek, GLM).
+    """Return the linear layers of the MTP head: ``mtp.…``, or layers numbered from
+    ``num_hidden_layers`` on (DeepSeek, GLM).
     """
     return frozenset(m.name for m in ctx.candidate.linears if ctx.expectations.is_mtp(m.name))
 
 
 def head_and_tail(module: str) -> tuple[str, str]:
-    """Split a name behind its layer: ``mtp.layers.0`` and ``self_attn.q_proj``; the head is ''
-    without a layer.
+    """Split a name after its layer, as in ``mtp.layers.0`` and ``self_attn.q_proj``; without a
+    layer the head is ''.
     """
     match = _HEAD.match(module)
     if match is None:

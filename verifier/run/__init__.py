@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Select rules, run them, count what they examined, reach a verdict."""
+"""Selects rules, runs them, counts what they examined, and reaches a verdict."""
 
 from verifier.run.engine import check
 from verifier.run.merge import merge_reports, report_of

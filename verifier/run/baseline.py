@@ -26,7 +26,7 @@ MAX_BYTES = 64 << 20
 Path = str | os.PathLike[str]
 
 
-class Entry(BaseModel):
+class BaselineEntry(BaseModel):
     """One accepted defect: at most ``count`` findings of at most this severity; ``witness`` is the
     first tensor's name.
     """
@@ -50,7 +50,7 @@ class Baseline(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     version: Literal[1] = 1
-    entries: tuple[Entry, ...] = Field(default=(), strict=False)
+    entries: tuple[BaselineEntry, ...] = Field(default=(), strict=False)
 
     def compare(self, findings: Iterable[Finding], coverage: Sequence[Coverage]) -> BaselineResult:
         """Return every finding with its standing, and the entries that were not found again."""
@@ -73,7 +73,7 @@ class BaselineResult:
     """
 
     findings: list[Finding]
-    stale: list[Entry]
+    stale: list[BaselineEntry]
     not_judged: int
 
     def summary(self, file: str) -> BaselineSummary:
@@ -140,7 +140,7 @@ def accept(
             continue
         first = next(f for f in listed if f.fingerprint == key)
         new, raised = new + (old is None), raised + (old is not None)
-        entries[key] = Entry(
+        entries[key] = BaselineEntry(
             fingerprint=key,
             rule=first.rule,
             severity=severity,
@@ -187,11 +187,13 @@ def _whole(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def _accepts(entry: Entry, count: int, severity: Severity) -> bool:
+def _accepts(entry: BaselineEntry, count: int, severity: Severity) -> bool:
     return count <= entry.count and SEVERITIES.index(severity) >= SEVERITIES.index(entry.severity)
 
 
-def _compared(finding: Finding, entry: Entry | None, total: tuple[int, Severity]) -> Finding:
+def _compared(
+    finding: Finding, entry: BaselineEntry | None, total: tuple[int, Severity]
+) -> Finding:
     """Return a finding with its standing; ``total`` is that of its fingerprint."""
     if entry is None:
         return finding

@@ -28,7 +28,7 @@ from verifier.run.schedule import Outcome, run_rules
 from verifier.run.select import Prefixes, Selection
 from verifier.run.severity import Levels, Severities
 from verifier.run.verdict import finish_rule, severity_rank, verdict_of
-from verifier.summary import BaselineSummary, Contents, FailOn, Options, Summary
+from verifier.summary import BaselineSummary, Contents, FailOn, ReportedOptions, Summary
 
 
 def check(
@@ -179,7 +179,7 @@ def run_check(uri: Path, options: CheckOptions) -> Report:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class CheckPlan:
     """What a check will do, worked out before a checkpoint is opened."""
 
     options: CheckOptions
@@ -198,10 +198,10 @@ class Plan:
             for rule in self.rules.values()
         }
 
-    def reported_options(self) -> Options:
+    def reported_options(self) -> ReportedOptions:
         """Return the options as the report states them."""
         options, reading = self.options, self.reading
-        return Options(
+        return ReportedOptions(
             depth=options.depth,
             require=tuple(sorted(self.selection.required)),
             fail_on=options.fail_on,
@@ -220,7 +220,7 @@ class Plan:
         )
 
 
-def plan_of(options: CheckOptions) -> Plan:
+def plan_of(options: CheckOptions) -> CheckPlan:
     """Return what a check with these options will do.
 
     Raises:
@@ -235,7 +235,7 @@ def plan_of(options: CheckOptions) -> Plan:
     selected = (rule for rule in rules.values() if not selection.why_not(rule.id))
     loads = _reaches(options.depth, "load") and any(r.depth == "load" for r in selected)
     loader = default_loader() if loads else None
-    return Plan(options, rules, selection, severities, reading, loader)
+    return CheckPlan(options, rules, selection, severities, reading, loader)
 
 
 def _reaches(depth: Depth, needed: Depth) -> bool:
@@ -261,7 +261,7 @@ def _text(path: Path | None) -> str | None:
     return os.fspath(path) if path is not None else None
 
 
-def _unreadable(uri: Path, options: Options, error: ContainerError) -> Report:
+def _unreadable(uri: Path, options: ReportedOptions, error: ContainerError) -> Report:
     """Return the report on a directory that holds no checkpoint: neither a profile nor a baseline
     makes that less than an error.
     """
@@ -271,7 +271,7 @@ def _unreadable(uri: Path, options: Options, error: ContainerError) -> Report:
 
 
 def _evaluation(
-    plan: Plan, running: Sequence[Rule], candidate: Checkpoint, base: Checkpoint | None
+    plan: CheckPlan, running: Sequence[Rule], candidate: Checkpoint, base: Checkpoint | None
 ) -> Evaluation | None:
     """Return the scores of candidate and base where a rule needs them."""
     scores = any(rule.depth == "eval" for rule in running)
@@ -282,7 +282,7 @@ def _evaluation(
 
 
 def _results(
-    plan: Plan, outcomes: Mapping[str, Outcome], not_run: Mapping[str, str]
+    plan: CheckPlan, outcomes: Mapping[str, Outcome], not_run: Mapping[str, str]
 ) -> tuple[list[Finding], list[Coverage]]:
     """Return the findings of all rules, the worst first, and the coverage of each."""
     findings: list[Finding] = []

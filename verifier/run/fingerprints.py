@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What stays the same about a finding from one run to the next.
+"""Fingerprints: what stays the same about a finding from one run to the next.
 
-A fingerprint stands for a rule, a kind of defect and a kind of place. Shard names, layer and expert
+A fingerprint identifies a rule, a kind of defect and a kind of place. Shard names, layer and expert
 numbers, counts and offsets are not part of it: they change with the sharding, with the order in a
-header, and with findings beside it. The severity is not either, so that a profile does not turn a
-known finding into a new one.
+header, and with other findings. Nor is the severity, so that a profile does not turn a known
+finding into a new one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from verifier.schemes import collapse
 MAX_MESSAGE = 2_000
 _SHARD = re.compile(r"[^\s'\"]*\.safetensors\b")
 _SHARDS = re.compile(r"<shard>(, <shard>)+")
-# A number by itself: those in NVFP4, F8_E4M3, w13 and weight_scale_2 tell kinds apart.
+# A number by itself: those in NVFP4, F8_E4M3, w13 and weight_scale_2 distinguish kinds.
 _NUMBER = re.compile(r"(?<![A-Za-z0-9_])[-+]?\d[\d,]*(\.\d+)?(e[-+]?\d+)?(?![A-Za-z0-9_])")
 
 
@@ -28,7 +28,7 @@ def kind(finding: Finding) -> str:
     """Return the message, its first `MAX_MESSAGE` characters, without file names of shards and
     without numbers.
     """
-    # Names stand in messages, and a hostile one can be as long as a header: the patterns below are
+    # Messages contain names, and a hostile one can be as long as a header: the patterns below are
     # not linear.
     text = finding.message[:MAX_MESSAGE]
     if finding.where.file and finding.where.file.endswith(".safetensors"):
@@ -37,8 +37,8 @@ def kind(finding: Finding) -> str:
 
 
 def place(finding: Finding) -> str:
-    """Return the tensor's name with layer and expert numbers as ``*``; without a tensor, a file
-    that is no shard.
+    """Return the tensor's name with layer and expert numbers as ``*``; without a tensor the file,
+    unless it is a shard.
     """
     if finding.where.tensor:
         return collapse(finding.where.tensor)

@@ -24,7 +24,7 @@ from verifier.run.fingerprints import fingerprinted
 from verifier.run.group import group
 from verifier.run.subset import subset_of
 from verifier.run.verdict import severity_rank, verdict_of
-from verifier.summary import Fetched, Options, Summary, summary_of
+from verifier.summary import Fetched, ReportedOptions, Summary, summary_of
 
 
 def report_of(value: Any) -> Report:
@@ -142,7 +142,7 @@ def _in_order(reports: list[Report]) -> list[Report]:
     return [by_number[n] for n in sorted(by_number)]
 
 
-def _options(report: Report) -> Options:
+def _options(report: Report) -> ReportedOptions:
     """Return the options of a report on a subset."""
     options = report.summary.options
     if options is None or not isinstance(options.subset, str):

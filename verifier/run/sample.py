@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading some of the modules only: which ones, and how much that leaves unread."""
+"""A random sample of the modules: which ones are read, and how many modules they represent."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from verifier.schemes import Module, Signature
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """``percent`` of the modules of each look, at least one; the seed chooses which."""
+    """``percent`` of the modules of each kind (equal leaves, dtypes and shapes), at least one; the
+    seed chooses which.
+    """
 
     percent: float
     seed: int = 0
@@ -23,8 +25,8 @@ class Sample:
         return f"a sample of {self.percent:g}% (seed {self.seed})"
 
     def choose(self, modules: Iterable[Module]) -> list[tuple[list[Module], int]]:
-        """Return, for each look, the modules that are read, in their order, and how many there are
-        of that look.
+        """Return for each kind the modules that are read, in their order, and the number of modules
+        of that kind.
 
         The choice depends on names and seed, not on the order or number of shards.
         """

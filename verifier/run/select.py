@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which rules run: prefixes of rule ids, the longer one of two that match deciding."""
+"""Which rules run, by prefixes of their ids; of two prefixes that match the longer one decides."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ ALL = "ALL"
 Prefixes = str | Iterable[str]
 
 
-def prefixes(given: Prefixes, known: Iterable[str], option: str) -> tuple[str, ...]:
-    """Return rule prefixes in upper case, each once; ``ALL`` stands for every rule.
+def prefixes(texts: Prefixes, known: Iterable[str], option: str) -> tuple[str, ...]:
+    """Return rule prefixes in upper case, each once; ``ALL`` means every rule.
 
     Args:
-        given: one text or several, each of one prefix or of several with commas between.
-        known: the ids that a prefix must begin.
-        option: where they come from, for the message.
+        texts: one text or several, each of one prefix or of several separated by commas.
+        known: the rule ids.
+        option: where the texts come from, for the message.
 
     Raises:
         UsageError: an empty prefix, or one that no rule begins with; it names the nearest.
     """
     ids = list(known)
-    found: dict[str, None] = {}
-    for text in (given,) if isinstance(given, str) else given:
+    unique: dict[str, None] = {}
+    for text in (texts,) if isinstance(texts, str) else texts:
         for part in text.split(","):
             prefix = part.strip().upper()
             if not prefix:
@@ -37,31 +37,29 @@ def prefixes(given: Prefixes, known: Iterable[str], option: str) -> tuple[str, .
                 raise UsageError(
                     f"{option}: no rule {part.strip()!r}; {near}`ckptgate rules` lists them"
                 )
-            found[prefix] = None
-    return tuple(found)
+            unique[prefix] = None
+    return tuple(unique)
 
 
 def nearest(name: str, among: Iterable[str]) -> str:
-    """Return the names like ``name`` as the beginning of a hint, or ''."""
+    """Return the names similar to ``name``, as the beginning of a hint, or ''."""
     near = get_close_matches(name, list(among), n=3, cutoff=0.6)
     return f"nearest: {', '.join(near)}; " if near else ""
 
 
 def match(rule: str, among: Iterable[str]) -> str | None:
-    """Return the longest prefix that a rule id begins with, or None; ``ALL`` is the shortest of
-    all.
-    """
+    """Return the longest prefix that a rule id begins with, or None; ``ALL`` is the shortest."""
     return max((p for p in among if p == ALL or rule.startswith(p)), key=_length, default=None)
 
 
 class Selection:
-    """What ``select``, ``ignore`` and ``require`` come to for each rule.
+    """The result of ``select``, ``ignore`` and ``require`` for each rule.
 
     Without ``select`` every rule is selected. Where a rule is both selected and ignored the longer
     prefix decides, and of two equal ones ``ignore``.
 
     Raises:
-        UsageError: an unknown prefix, or a required one none of whose rules is selected.
+        UsageError: an unknown prefix, or a required prefix that matches no selected rule.
     """
 
     def __init__(
@@ -79,19 +77,19 @@ class Selection:
         )
 
     def _require(self, prefix: str, ids: Iterable[str]) -> list[str]:
-        meant = [i for i in ids if match(i, [prefix]) is not None]
-        chosen = [i for i in meant if not self.why_not(i)]
-        if not chosen:
-            raise UsageError(f"{prefix} is required and {self.why_not(meant[0])}")
-        return chosen
+        matching = [i for i in ids if match(i, [prefix]) is not None]
+        selected = [i for i in matching if not self.why_not(i)]
+        if not selected:
+            raise UsageError(f"{prefix} is required and {self.why_not(matching[0])}")
+        return selected
 
     def why_not(self, rule: str) -> str:
         """Return why a rule is deselected, or '' where it is not."""
-        chosen = match(rule, self.select) if self.select else ALL
-        if chosen is None:
+        selected = match(rule, self.select) if self.select else ALL
+        if selected is None:
             return "not selected"
         ignored = match(rule, self.ignore)
-        if ignored is None or _length(chosen) > _length(ignored):
+        if ignored is None or _length(selected) > _length(ignored):
             return ""
         return f"ignored by {ignored}"
 

@@ -12,7 +12,7 @@ from verifier.summary import (
     BaselineSummary,
     Contents,
     Fetched,
-    Options,
+    ReportedOptions,
     StaleEntry,
     Summary,
     summary_of,
@@ -22,10 +22,12 @@ CONTENTS = Contents(3, 1, 100, 8, {"NVFP4": 2}, {}, None)
 SUMMARIES = {
     "nothing": Summary(),
     "error": Summary(config="ckptgate.toml", error="Input/output error"),
-    "unreadable": Summary(options=Options()),
+    "unreadable": Summary(options=ReportedOptions()),
     "all": Summary(
         CONTENTS,
-        Options("payload", ("QC501",), "warning", 8, None, "base", select=("QC5",), subset="1/2"),
+        ReportedOptions(
+            "payload", ("QC501",), "warning", 8, None, "base", select=("QC5",), subset="1/2"
+        ),
         "ckptgate.toml",
         {"checkpoint": "a" * 40},
         Fetched(7, 4096),
@@ -35,7 +37,7 @@ SUMMARIES = {
         "QC501 examined none of 3 scales",
         {"verdict": "passed"},
     ),
-    "sample": Summary(CONTENTS, Options(sample=5.0, seed=0)),
+    "sample": Summary(CONTENTS, ReportedOptions(sample=5.0, seed=0)),
 }
 
 

@@ -13,7 +13,7 @@ from verifier.checkpoint import Tensor
 from verifier.findings import Finding, Severity, Where
 from verifier.quantized import config_value
 from verifier.rules.context import Context
-from verifier.rules.fusing import Fused, fused, lost
+from verifier.rules.fusing import Fused, changed_values, fused
 from verifier.rules.registry import rule
 from verifier.schemes import FLOATS, SCALE_LEAVES, Format, Module, same_layout
 
@@ -231,7 +231,7 @@ def _cast_loss(ctx: Context, first: Tensor, mismatch: Tensor) -> str:
     if {first.dtype, mismatch.dtype} != {"U8", "F8_E8M0"}:
         return ""
     values = ctx.payload.array(mismatch)
-    count = lost([values], len(values), ctx.payload.array(first).dtype)
+    count = changed_values([values], len(values), ctx.payload.array(first).dtype)
     return f": {count:,} of {values.size:,} values change in the cast"
 
 
@@ -255,7 +255,7 @@ def _check_boundaries(
     arrays = [ctx.payload.array(m.parts[leaf]) for m in modules]
     # As vLLM's BlockQuantScaleParameter narrows.
     starts = [sum(heights[:i]) // tile for i in range(len(heights))]
-    count = lost(arrays, -(-sum(heights) // tile), arrays[0].dtype, starts)
+    count = changed_values(arrays, -(-sum(heights) // tile), arrays[0].dtype, starts)
     total = sum(a.size for a in arrays)
     yield _finding(
         ctx,

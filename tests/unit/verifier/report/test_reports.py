@@ -27,7 +27,7 @@ from verifier.report.markdown import MAX_BYTES as MAX_MARKDOWN
 from verifier.report.markdown import code
 from verifier.report.text import render_text
 from verifier.run.fingerprints import fingerprinted
-from verifier.summary import BaselineSummary, Contents, Options, StaleEntry, Summary
+from verifier.summary import BaselineSummary, Contents, ReportedOptions, StaleEntry, Summary
 
 HOSTILE = (
     "a.\x1b[31mred\x1b]0;t\x07\r\n::error title=x::owned\r::stop-commands::y\n\x9b2J\u202egpj\ud800"
@@ -39,7 +39,9 @@ COVERAGE = (
     Coverage("QC501", False, 0, 0, "weight scales", "depth payload", "zero weight scale"),
 )
 SUMMARY = Summary(
-    contents=Contents(10, 1, 1000, 10, {"NVFP4": 4}, {}, "x"), options=Options(), seconds=0.1
+    contents=Contents(10, 1, 1000, 10, {"NVFP4": 4}, {}, "x"),
+    options=ReportedOptions(),
+    seconds=0.1,
 )
 ERROR = Finding(
     "QC201",
@@ -104,7 +106,7 @@ HOSTILES = report(
     verdict="inconclusive",
     inconclusive=HOSTILE,
     baseline=BaselineSummary(HOSTILE, 1, 0, (StaleEntry("0", "QC1", HOSTILE, HOSTILE),), 0),
-    options=Options(profile="all", base=HOSTILE),
+    options=ReportedOptions(profile="all", base=HOSTILE),
     config=HOSTILE,
 )
 HOSTILES = replace(
@@ -226,7 +228,7 @@ def test_junit_has_a_case_for_each_rule_and_the_verdict() -> None:
     warned = found["QC101 index names a missing shard"]
     assert warned.find("failure") is None
     assert "warning no index" in (warned.findtext("system-out") or "")
-    strict = report(WARNING, options=Options(fail_on="warning"))
+    strict = report(WARNING, options=ReportedOptions(fail_on="warning"))
     assert cases(strict)["QC101 index names a missing shard"].find("failure") is not None
 
 
@@ -488,7 +490,7 @@ def test_html_shows_findings_known_ones_and_what_was_examined() -> None:
 
 
 def test_the_engine_table_is_there_under_all_only() -> None:
-    everything = report(ERROR, options=Options(profile="all"))
+    everything = report(ERROR, options=ReportedOptions(profile="all"))
     for format_ in ("text", "markdown", "html"):
         assert "(warning)" in render(everything, format_)
         assert "(warning)" not in render(FAILED, format_)

@@ -18,7 +18,7 @@ from tests.paths import ROOT, TESTS
 from verifier.checkpoint import open_checkpoint
 from verifier.findings import Finding
 from verifier.rules import Context, all_rules
-from verifier.rules.fusing import fused, lost
+from verifier.rules.fusing import changed_values, fused
 from verifier.selftest import Folder
 from verifier.selftest.tiny import TINY, Tiny, encode, make
 
@@ -131,12 +131,12 @@ def test_the_last_part_may_end_inside_a_block(tiny: Callable[[str], Folder]) -> 
 
 def test_lost_counts_what_a_copy_changes() -> None:
     e8m0 = np.array([[127, 128], [0, 130]], np.uint8).view(ml_dtypes.float8_e8m0fnu)
-    assert lost([e8m0], 2, ml_dtypes.float8_e8m0fnu) == 0
-    assert lost([e8m0], 2, np.uint8) == 1  # 1, 2 and 8 are whole numbers, 2^-127 is not
+    assert changed_values([e8m0], 2, ml_dtypes.float8_e8m0fnu) == 0
+    assert changed_values([e8m0], 2, np.uint8) == 1  # 1, 2 and 8 are whole numbers, 2^-127 is not
     one, two = np.float32([[1], [2]]), np.float32([[3], [4]])
-    assert lost([one, two], 4, np.float32, [0, 2]) == 0
-    assert lost([one, two], 3, np.float32, [0, 1]) == 1
-    assert lost([one, two], 3, np.float32, [0, 2]) == 1
+    assert changed_values([one, two], 4, np.float32, [0, 2]) == 0
+    assert changed_values([one, two], 3, np.float32, [0, 1]) == 1
+    assert changed_values([one, two], 3, np.float32, [0, 2]) == 1
 
 
 @given(st.lists(st.integers(1, 6).map(lambda n: 64 * n), min_size=2, max_size=5))
@@ -144,7 +144,7 @@ def test_scales_are_lost_just_where_a_block_reaches_over_a_seam(heights: list[in
     rows = [-(-h // 128) for h in heights]
     values = np.split(np.arange(1, sum(rows) + 1, dtype=np.float32)[:, None], np.cumsum(rows)[:-1])
     starts = [sum(heights[:i]) // 128 for i in range(len(heights))]
-    count = lost(values, -(-sum(heights) // 128), np.float32, starts)
+    count = changed_values(values, -(-sum(heights) // 128), np.float32, starts)
     assert (count > 0) == any(h % 128 for h in heights[:-1])
 
 

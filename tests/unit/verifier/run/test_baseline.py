@@ -16,7 +16,7 @@ from tests.paths import TESTS
 from verifier.cli import run
 from verifier.errors import UsageError
 from verifier.findings import Coverage, Finding, Where
-from verifier.run.baseline import Baseline, Entry, accept, load, prune, save
+from verifier.run.baseline import Baseline, BaselineEntry, accept, load, prune, save
 from verifier.run.fingerprints import fingerprint, fingerprinted, kind, place
 from verifier.selftest.edit import Shard, read_shard, write_shard
 
@@ -167,8 +167,8 @@ def test_a_hostile_name_has_a_fingerprint_and_an_entry(tmp_path: Path) -> None:
 
 def entry(
     finding: Finding, count: int = 1, severity: str = "error", reason: str = "as agreed"
-) -> Entry:
-    return Entry(
+) -> BaselineEntry:
+    return BaselineEntry(
         fingerprint=fingerprint(finding),
         rule=finding.rule,
         severity=severity,
