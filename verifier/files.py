@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that are written completely or not at all."""
+"""Writing files: completely or not at all, and only where they fit."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -27,6 +28,20 @@ def require_writable(file: str | os.PathLike[str]) -> None:
         raise UsageError(f"{path} is a directory; give a file")
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise UsageError(f"{path} is not writable")
+
+
+def require_space(folder: Path, needed: int, subject: str, variable: str) -> None:
+    """Refuse a download that the disk cannot hold.
+
+    Raises:
+        MachineError: with what is needed and what is free.
+    """
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise MachineError(
+            f"{subject}: {needed:,} bytes are to be downloaded, and {folder} has {free:,} free; "
+            f"set {variable} to a larger disk"
+        )
 
 
 def write_atomic(file: str | os.PathLike[str], text: str | bytes) -> None:

@@ -5,7 +5,8 @@ from verifier.checkpoint.download import local_directory
 from verifier.checkpoint.header import DTYPE_BITS, MAX_HEADER, Problem, Shard, Tensor, strict_json
 from verifier.checkpoint.index import INDEX, Index
 from verifier.checkpoint.model import NUMPY_DTYPES, Checkpoint, open_checkpoint, special_floats
-from verifier.checkpoint.source import Bytes, Source, open_source
+from verifier.checkpoint.opening import open_source
+from verifier.checkpoint.source import Bytes, Source
 
 __all__ = [
     "DTYPE_BITS",

@@ -10,14 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from pathlib import Path
 
 import numpy as np
 
 from verifier.checkpoint.address import is_local
-from verifier.checkpoint.source import LocalSource, Source, open_source
-from verifier.errors import MachineError
+from verifier.checkpoint.opening import open_source
+from verifier.checkpoint.source import LocalSource, Source
+from verifier.files import require_space
 
 BLOCK = 64 << 20
 """Bytes that are in memory at a time; a source fetches them in parallel requests."""
@@ -49,20 +49,6 @@ def cache_directory() -> Path:
     if known:
         return Path(known)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ckptgate"
-
-
-def require_space(folder: Path, needed: int, what: str, variable: str) -> None:
-    """Refuse a download that the disk cannot hold.
-
-    Raises:
-        MachineError: with what is needed and what is free.
-    """
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise MachineError(
-            f"{what}: {needed:,} bytes are to be downloaded, and {folder} has {free:,} free; "
-            f"set {variable} to a larger disk"
-        )
 
 
 def _copied(source: Source) -> Path:

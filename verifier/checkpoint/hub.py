@@ -17,10 +17,10 @@ from urllib.parse import quote
 
 from verifier import __version__
 from verifier.checkpoint.address import Address, endpoint
-from verifier.checkpoint.download import require_space
 from verifier.checkpoint.http import HttpSource, Refused, refusal
 from verifier.checkpoint.source import Bytes, LocalSource, Source
 from verifier.errors import CkptgateError, MachineError, MissingExtra, UsageError
+from verifier.files import require_space
 
 try:
     from huggingface_hub import constants, get_token, hf_hub_url, snapshot_download

@@ -23,7 +23,8 @@ from verifier.checkpoint.header import (
     read_shard,
 )
 from verifier.checkpoint.index import FIRST_GUESS, INDEX, Index, header_guesses, read_index
-from verifier.checkpoint.source import Bytes, Source, open_source
+from verifier.checkpoint.opening import open_source
+from verifier.checkpoint.source import Bytes, Source
 from verifier.errors import ContainerError
 
 CONFIGS = ("config.json", "hf_quant_config.json")

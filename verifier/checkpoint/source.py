@@ -7,16 +7,14 @@ import os
 import re
 import stat
 import threading
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from verifier.checkpoint.address import Address, parse_address
-from verifier.errors import ContainerError, MachineError, UsageError
+from verifier.errors import ContainerError, MachineError
 
 Bytes = npt.NDArray[np.uint8]
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -218,60 +216,3 @@ class DerivedSource(Source):
     def close(self) -> None:
         """Close the inner source."""
         self.inner.close()
-
-
-_opened: dict[Address, Source] | None = None
-
-
-@contextmanager
-def sources_kept() -> Iterator[dict[Address, Source]]:
-    """Open each remote address once inside the block, and yield the sources by address.
-
-    So every part of a command sees one commit, and headers are fetched once.
-    """
-    global _opened
-    before, _opened = _opened, {}
-    try:
-        yield _opened
-    finally:
-        for source in _opened.values():
-            source.close()
-        _opened = before
-
-
-def open_source(uri: str | os.PathLike[str]) -> Source:
-    """Return the source at an address (`verifier.checkpoint.address`).
-
-    Raises:
-        UsageError: no such directory, repository or kind of address.
-        MissingExtra: the address needs an extra that is not installed.
-        MachineError: the hub cannot be reached.
-    """
-    address = parse_address(uri)
-    if address.kind != "local":
-        if _opened is None:
-            return _open_remote(address)
-        if address not in _opened:
-            _opened[address] = _open_remote(address)
-        return _opened[address]
-    path = Path(address.text)
-    if not path.exists():
-        raise UsageError(f"{address.text}: no such folder")
-    if not path.is_dir():
-        raise UsageError(f"{address.text}: a file; give the folder that holds the checkpoint")
-    return LocalSource(path)
-
-
-def _open_remote(address: Address) -> Source:
-    # Network libraries cost 100 ms and more, and are of no use to a local check.
-    if address.kind == "hub":
-        from verifier.checkpoint.hub import open_hub  # noqa: PLC0415
-
-        return open_hub(address)
-    if address.kind == "web":
-        from verifier.checkpoint.web import WebSource  # noqa: PLC0415
-
-        return WebSource(address)
-    from verifier.checkpoint.store import StoreSource  # noqa: PLC0415
-
-    return StoreSource(address)

@@ -103,7 +103,7 @@ def check(
     Exit codes: 0 passed, 1 failed, 2 usage error, 3 inconclusive (nothing quantized, or a required
     rule checked nothing), 4 I/O or internal error.
     """
-    from verifier.checkpoint.source import sources_kept  # noqa: PLC0415  (numpy, as below)
+    from verifier.checkpoint.opening import sources_kept  # noqa: PLC0415  (numpy, as below)
     from verifier.report import render_json  # noqa: PLC0415  (numpy; --help needs it not)
 
     evaluate = evaluate_of(options["depth"], options["base"], options)
