@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy.typing as npt
@@ -45,18 +45,19 @@ class PayloadReader:
         """
         return PayloadReader(self.checkpoint, self.pass_through, self)
 
-    def announce(self, modules: Iterable[Module]) -> None:
+    def announce(self, modules: Sequence[Module]) -> None:
         """Announce to remote sources what every payload check reads of some modules: scales,
         unquantized tensors, and the tensors that those pass through from.
         """
-        tensors = [
-            t for m in modules for t in m.parts.values() if not m.quantized or t is not m.weight
-        ]
-        _expect(self.checkpoint, tensors)
-        if self.pass_through is not None:
-            sources = self.pass_through.sources
-            origins = [sources[t.name] for t in tensors if t.name in sources]
-            _expect(self.pass_through.source.checkpoint, origins)
+        # Rules read either scales or unquantized tensors: apart, no fetched range waits for both.
+        scales = [t for m in modules if m.quantized for t in m.parts.values() if t is not m.weight]
+        plain = [t for m in modules if not m.quantized for t in m.parts.values()]
+        for tensors in (scales, plain):
+            _expect(self.checkpoint, tensors)
+            if self.pass_through is not None:
+                sources = self.pass_through.sources
+                origins = [sources[t.name] for t in tensors if t.name in sources]
+                _expect(self.pass_through.source.checkpoint, origins)
 
     def bytes_of(self, tensor: Tensor) -> Bytes:
         """Return all bytes of a tensor, uint8, one dimension; use `pieces` for one that may be

@@ -125,7 +125,8 @@ def _results(
 
     def run(task: _Task) -> list[Outcome]:
         part = ctx.part(task.modules)
-        part.payload.announce(task.modules)
+        if all(rule.split for rule in task.rules):
+            part.payload.announce(task.modules)
         return [_run(rule, part, rate) for rule in task.rules]
 
     _keep_freed_memory()
