@@ -45,6 +45,7 @@ BUILT_IN = {
     "gate": ("verifier.cli.gate", "Test a candidate's loss over its base against a margin."),
     "goldens": ("verifier.cli.goldens", "Review and accept golden records."),
     "history": ("verifier.cli.history", "Record runs; show trends and change points."),
+    "manifest": ("verifier.cli.manifest", "Compare published files with an export's manifest."),
     "merge-reports": (
         "verifier.cli.merge_reports",
         "Merge the JSON reports of a check that ran in subsets.",

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Object stores: S3 as moto serves it, in a process of its own."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import exporter
+import verifier
+from tests.remote.conftest import BASE, CANDIDATE, Call
+from verifier.checkpoint import local_directory
+
+pytest.importorskip("s3fs")
+pytest.importorskip("moto")
+boto3 = pytest.importorskip("boto3")
+EndpointConnectionError = pytest.importorskip("botocore.exceptions").EndpointConnectionError
+
+KEY, SECRET = "TESTKEY0123456789", "TestSecret/0123456789"
+
+
+def client(url: str) -> Any:
+    session = boto3.Session(KEY, SECRET, region_name="us-east-1")
+    return session.client("s3", endpoint_url=url)
+
+
+@pytest.fixture(scope="module")
+def moto() -> Iterator[str]:
+    """Return the URL of a running S3 server."""
+    with closing(socket.socket()) as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    line = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    url = f"http://127.0.0.1:{port}"
+    store = client(url)
+    for _ in range(600):
+        try:
+            store.create_bucket(Bucket="bucket")
+            break
+        except EndpointConnectionError:
+            time.sleep(0.1)
+    yield url
+    process.terminate()
+    process.wait(30)
+
+
+@pytest.fixture
+def bucket(
+    moto: str, repositories: Path, environment: pytest.MonkeyPatch
+) -> Iterator[tuple[str, Path]]:
+    """Return the address of a bucket with the checkpoints, and the same files here."""
+    for name, value in (
+        ("AWS_ENDPOINT_URL", moto),
+        ("AWS_ACCESS_KEY_ID", KEY),
+        ("AWS_SECRET_ACCESS_KEY", SECRET),
+        ("AWS_DEFAULT_REGION", "us-east-1"),
+    ):
+        environment.setenv(name, value)
+    store = client(moto)
+    for path in (repositories / "org").rglob("*.*"):
+        key = str(path.relative_to(repositories / "org"))
+        store.put_object(Bucket="bucket", Key=key, Body=path.read_bytes())
+    import s3fs
+
+    s3fs.S3FileSystem.clear_instance_cache()
+    yield "s3://bucket", repositories / "org"
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.mark.parametrize("depth", ["header", "payload"])
+def test_a_check(bucket: tuple[str, Path], depth: str) -> None:
+    uri, folder = bucket
+    far = verifier.check(f"{uri}/{CANDIDATE}", base=f"{uri}/{BASE}", depth=depth)
+    near = verifier.check(folder / CANDIDATE, base=folder / BASE, depth=depth)
+    assert (far.verdict, far.findings, far.coverage) == (near.verdict, near.findings, near.coverage)
+    assert far.verdict == "passed"
+    fetched = far.summary.fetched
+    assert fetched is not None
+    everything = sum(p.stat().st_size for p in folder.rglob("*.*"))
+    assert 0 < fetched.bytes <= (everything if depth == "payload" else 200_000)
+
+
+def test_an_export_and_a_copy(bucket: tuple[str, Path], tmp_path: Path) -> None:
+    uri, folder = bucket
+    options = {"recipe": "nvfp4_experts_only", "input_scale": "one"}
+    exporter.export(f"{uri}/{BASE}", tmp_path / "far", **options)
+    exporter.export(folder / BASE, tmp_path / "near", **options)
+    for file in (tmp_path / "near").glob("*.safetensors"):
+        assert (tmp_path / "far" / file.name).read_bytes() == file.read_bytes()
+    copied = Path(local_directory(f"{uri}/{CANDIDATE}"))
+    for file in (folder / CANDIDATE).iterdir():
+        assert (copied / file.name).read_bytes() == file.read_bytes()
+
+
+def test_an_object_that_is_rewritten_stops_the_run(bucket: tuple[str, Path], moto: str) -> None:
+    uri, folder = bucket
+    checkpoint = verifier.open_checkpoint(f"{uri}/{CANDIDATE}")
+    raw = (folder / CANDIDATE / "model.safetensors").read_bytes()
+    changed = raw[:-1] + bytes([raw[-1] ^ 1])
+    client(moto).put_object(Bucket="bucket", Key=f"{CANDIDATE}/model.safetensors", Body=changed)
+    with pytest.raises(verifier.CkptgateError, match="changed while it was read; run again"):
+        checkpoint.read(next(iter(checkpoint.tensors.values())))
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("s3://bucket/nothing-here", "not found"),
+        ("s3://no-such-bucket/m", "not found"),
+    ],
+)
+def test_what_is_not_there(bucket: tuple[str, Path], call: Call, uri: str, message: str) -> None:
+    code, out, err = call("check", uri)
+    assert code == 2, out + err
+    assert f"{uri}: {message}" in err
+    assert len(err.splitlines()) == 1
+    assert SECRET not in out + err
