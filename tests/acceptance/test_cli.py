@@ -687,7 +687,7 @@ def test_explain_prints_the_docstring(call) -> None:
     code, out, err = call("explain", "QC501")
     assert (code, err) == (0, "")
     assert "No block scale, global scale or tensor scale is zero." in out
-    assert "Clamp the scale at 2^-9 before the cast" in out
+    assert "Clamp the scale to 2^-9 before the cast" in out
     assert call("explain", "qc501")[1] == out
     for rule in all_rules().values():
         assert rule.doc in call("explain", rule.id)[1]

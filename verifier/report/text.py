@@ -114,7 +114,9 @@ def footer(report: Report) -> str:
     formats = ", ".join(f"{n:,} {name}" for name, n in sorted(contents.formats.items())) or "none"
     tensors, shards = counted(contents.tensors, "tensor"), counted(contents.shards, "shard")
     amounts = f"{tensors} in {shards}, {size(contents.bytes)}"
-    if any(c.ran and "scales" in c.unit for c in report.coverage):
+    options = report.summary.options
+    reads_scales = any(c.ran and "scales" in c.unit for c in report.coverage)
+    if reads_scales and options is not None and options.depth != "header":
         amounts += f", {size(contents.scale_bytes)} of scales read"
     return f"checked {_extent(report)}{amounts}; quantized modules: {formats}"
 
