@@ -21,7 +21,7 @@ UNITS = "tokens?|bytes?|codes?|scales?|lines?|tests?|nats|bits|checks?|files?|wi
 PER = "token|tensor|weight|rule|document|second|byte|step|layer|block|row|expert|module|kind"
 HABITS = {
     "check, validate, evaluate, compare": r"\b(un)?judg(e|es|ed|ing|ment)\b",
-    "report, flag, catch, detect": r"\b(tells?|told|speaks?|spoken)\b",
+    "report, flag, catch, detect": r"\b(tells?|told|speaks?|spoken)\b(?! apart)",
     "fix": r"\bmend(s|ed|ing)?\b",
     "impact": r"\bhurts?\b",
     "wrong, different, unexpected": r"\banother (dtype|shape|format|layout|order|length|width)\b",
