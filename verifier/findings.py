@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a check says: findings, coverage, verdict. Rules make them, reporters render them; neither
-knows the other.
+"""The result of a check: findings, coverage, verdict. Rules make it and reporters render it;
+neither imports the other.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ FINGERPRINT_VERSION = "ckptgate/v1"
 READABLE_VERSIONS = ("1.1", SCHEMA_VERSION)
 EXIT_OF_VERDICT: dict[str, int] = {"passed": 0, "failed": 1, "inconclusive": 3, "error": 4}
 OLD_VERDICTS = {"unproven": "inconclusive", "broken": "error"}
-"""What files of version 0.1 call a verdict, and its name now."""
+"""Verdicts in files of version 0.1, with their names now."""
 
 
 @dataclass(frozen=True, slots=True)
 class Where:
-    """One exact place. ``row`` and ``block`` index the scale tensor; ``byte`` is the offset in
+    """One location. ``row`` and ``block`` index the scale tensor; ``byte`` is the offset in
     ``file``.
     """
 
@@ -39,8 +39,8 @@ class Where:
 
 
 class Effect(NamedTuple):
-    """What one engine makes of a defect: its severity there, and what that engine does with it (''
-    where not known).
+    """A defect's severity in one engine, and what that engine does with it ('' where it is not
+    known).
     """
 
     engine: str
@@ -50,14 +50,26 @@ class Effect(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One defect: what was seen, what belongs there, how many of how many, and one witness in
-    ``where``.
+    """One defect.
 
-    A rule fills the fields up to ``of``, and ``effects`` where engines treat this finding otherwise
-    than the rule's others. The run fills the rest: ``because`` says where a severity comes from
-    that is not the rule's or the finding's own; ``fingerprint`` is the same in every run over the
-    same defect; ``standing`` is ``known`` for one in the baseline, ``grown`` for one that got worse
-    than its entry; ``note`` says why it was accepted, or how it grew.
+    A rule sets the fields up to ``of``, and ``effects`` where engines treat this finding
+    differently from the rule's others. The run sets the rest.
+
+    Attributes:
+        rule: id of the rule.
+        severity: in this run.
+        message: without names and numbers, so that equal findings are grouped.
+        where: the location, or the first of several.
+        observed: what the checkpoint has.
+        expected: what it should have.
+        count: findings in the group.
+        of: units that the rule examined.
+        effects: what engines do with the defect.
+        because: the origin of a severity that is not the rule's or the finding's own.
+        fingerprint: the same in every run over the same defect.
+        standing: ``known`` for a finding that the baseline accepts, ``grown`` for one that got
+            worse than its entry.
+        note: why it was accepted, or how it grew.
     """
 
     rule: str
@@ -77,8 +89,8 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Coverage:
-    """What a rule examined: ``checked`` of ``of`` units; ``reason`` says why it did not run, or not
-    on all.
+    """What a rule examined: ``checked`` of ``of`` units. ``reason`` is why it did not run, or
+    did not examine all of them.
     """
 
     rule: str
@@ -103,18 +115,16 @@ class Report:
 
     @property
     def exit_code(self) -> int:
-        """The exit code that the verdict stands for."""
+        """The exit code of the verdict."""
         return EXIT_OF_VERDICT[self.verdict]
 
     def count(self, severity: Severity) -> int:
-        """Return the number of findings of one severity; those that the baseline holds are not
-        counted.
-        """
+        """Return the number of findings of one severity that the baseline does not accept."""
         return sum(f.severity == severity and f.standing != "known" for f in self.findings)
 
     @property
     def failing(self) -> tuple[Finding, ...]:
-        """The findings that make the check fail: of a failing severity, and not known from the
+        """The findings that fail the check: of a failing severity, and not accepted by the
         baseline.
         """
         options = self.summary.options
@@ -137,8 +147,8 @@ def current_verdict(verdict: Any) -> Any:
 
 
 def failing(findings: Iterable[Finding], fail_on: FailOn) -> tuple[Finding, ...]:
-    """Return the findings that fail a check: errors, with ``fail_on="warning"`` warnings too; none
-    that is known.
+    """Return the findings that fail a check: errors, with ``fail_on="warning"`` also warnings, but
+    none that the baseline accepts.
     """
     levels = SEVERITIES[: SEVERITIES.index(fail_on) + 1]
     return tuple(f for f in findings if f.severity in levels and f.standing != "known")

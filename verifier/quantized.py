@@ -201,12 +201,13 @@ class QuantizedCheckpoint:
         """Every scale tensor that a module's format has: module, format, what the format requires
         of the tensor, the tensor.
         """
-        return tuple(
-            (module, fmt, _SIBLINGS[fmt.name, leaf], module.parts[leaf])
-            for module, fmt in self.formatted
-            for leaf in module.scales
-            if (fmt.name, leaf) in _SIBLINGS
-        )
+        scales = []
+        for module, fmt in self.formatted:
+            for leaf in module.scales:
+                sibling = _SIBLINGS.get((fmt.name, leaf))
+                if sibling is not None:
+                    scales.append((module, fmt, sibling, module.parts[leaf]))
+        return tuple(scales)
 
     def scale_tensors(self, leaves: tuple[str, ...]) -> Iterator[tuple[Module, Format, Tensor]]:
         """Yield the scale tensors of some leaves whose dtype is one of the format's."""
@@ -219,12 +220,8 @@ class QuantizedCheckpoint:
     @cached_property
     def kv_scales(self) -> tuple[tuple[Module, str, Tensor], ...]:
         """Every scale of the KV cache: the module that holds it, its leaf, the tensor."""
-        return tuple(
-            (m, leaf, m.parts[leaf])
-            for m in self.modules.values()
-            for leaf in ("k_scale", "v_scale")
-            if leaf in m.parts
-        )
+        both = ((m, leaf) for m in self.modules.values() for leaf in ("k_scale", "v_scale"))
+        return tuple((m, leaf, m.parts[leaf]) for m, leaf in both if leaf in m.parts)
 
     @cached_property
     def linears(self) -> tuple[Module, ...]:
@@ -289,7 +286,11 @@ class _CheckpointPart(QuantizedCheckpoint):
         return self._whole._formats
 
 
-_SIBLINGS = {(f.name, leaf): s for f in FORMATS.values() for s in f.siblings for leaf in s.leaves}
+_SIBLINGS = {
+    (fmt.name, leaf): sibling
+    for fmt in FORMATS.values()
+    for sibling, leaf in ((s, leaf) for s in fmt.siblings for leaf in s.leaves)
+}
 
 
 def config_value(config: Mapping[str, Any] | None, *keys: str) -> int | None:

@@ -50,9 +50,8 @@ class PayloadReader:
         unquantized tensors, and the tensors that those pass through from.
         """
         # Rules read either scales or unquantized tensors: apart, no fetched range waits for both.
-        scales = [t for m in modules if m.quantized for t in m.parts.values() if t is not m.weight]
-        plain = [t for m in modules if not m.quantized for t in m.parts.values()]
-        for tensors in (scales, plain):
+        for part in ([m for m in modules if m.quantized], [m for m in modules if not m.quantized]):
+            tensors = [t for m in part for t in scanned_tensors(m)]
             _expect(self.checkpoint, tensors)
             if self.pass_through is not None:
                 sources = self.pass_through.sources
@@ -118,6 +117,14 @@ class PayloadReader:
 
     def _digest(self, tensor: Tensor) -> bytes:
         return hashlib.blake2b(self.bytes_of(tensor).data, digest_size=16).digest()
+
+
+def scanned_tensors(module: Module) -> Iterator[Tensor]:
+    """Return the tensors that every payload check reads: scales, and all of an unquantized
+    module.
+    """
+    tensors = module.parts.values()
+    return (t for t in tensors if not module.quantized or t is not module.weight)
 
 
 def _expect(checkpoint: Checkpoint, tensors: Iterable[Tensor]) -> None:

@@ -48,11 +48,8 @@ class Tally:
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """What a check is asked to compare a checkpoint with, next to its base.
-
-    ``tp`` and ``ep`` are the tensor and expert parallel sizes to serve with, None where not stated.
-    ``loader`` loads a checkpoint into a model (depth load); ``evaluation`` holds scores (depth
-    eval).
+    """What rules get next to the checkpoints: the tensor and expert parallel sizes to serve with, a
+    loader (depth load), and scores (depth eval).
     """
 
     tp: int | None = None
@@ -141,9 +138,7 @@ class Context:
         return self.cached("loaded", lambda: loader(self.checkpoint, base))
 
     def cached(self, key: str, make: Callable[[], T]) -> T:
-        """Return a small result of the whole checkpoint that several rules ask for; ``make`` is
-        called on first use.
-        """
+        """Return a small result of the whole checkpoint; ``make`` is called on first use."""
         return self.payload.results.of_checkpoint(key, make)
 
     def pass_through(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -198,7 +193,7 @@ class Context:
         byte = start + flat if start is not None else None
         return Where(tensor.name, tensor.file, row, block, byte)
 
-    if not TYPE_CHECKING:  # a type checker must not take every attribute for granted
+    if not TYPE_CHECKING:  # else a type checker would accept any attribute
 
         def __getattr__(self, name: str) -> object:
             return moved_attribute(self, name)

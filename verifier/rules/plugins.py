@@ -133,9 +133,9 @@ def _problem(rule: Rule) -> str:
         return f"no depth {rule.depth!r}; one of {', '.join(DEPTHS)}"
     if rule.severity not in SEVERITIES:
         return f"no severity {rule.severity!r}; one of {', '.join(SEVERITIES)}"
-    unknown = [n for need in rule.needs for n in need.split("|") if n not in NEEDS]
-    if unknown:
-        return f"cannot need {unknown[0]!r}; one of {', '.join(NEEDS)}"
+    for name in "|".join(rule.needs).split("|"):
+        if name and name not in NEEDS:
+            return f"cannot need {name!r}; one of {', '.join(NEEDS)}"
     if not (rule.doc and rule.unit and rule.title):
         return "it has no title, no unit or no docstring to explain it"
     return ""

@@ -90,8 +90,9 @@ def rule(
     engines: Mapping[Engine, tuple[Severity, str]] | None = None,
     split: bool = False,
 ) -> Callable[[Check], Check]:
-    """Register the decorated function as the check of a rule (arguments as in `Rule`); its docstring
-    is what ``explain`` prints.
+    """Register the decorated function as the check of a rule; ``explain`` prints its docstring.
+
+    Arguments are as in `Rule`.
     """
 
     def register(check: Check) -> Check:

@@ -21,6 +21,7 @@ import numpy as np
 from verifier.errors import ContentError
 from verifier.findings import Finding
 from verifier.payload.cache import ResultKey
+from verifier.payload.reader import scanned_tensors
 from verifier.rules import Context, Rule, Tally
 from verifier.run.group import group
 from verifier.run.options import Reading
@@ -219,11 +220,11 @@ def _worth_copies(ctx: Context, tasks: Sequence[_Task]) -> bool:
     sources = [c.checkpoint.source for c in checkpoints if c is not None]
     if len(tasks) < 2 or any(s.remote for s in sources):
         return False
-    modules = [m for t in tasks for m in t.modules]
     if len(sources) > 1:
-        return sum(t.nbytes for m in modules for t in m.parts.values()) >= WORTH_COPIES
-    scanned = (t for m in modules for t in m.parts.values() if not m.quantized or t is not m.weight)
-    return sum(t.nbytes for t in scanned) >= SCAN_SPEED * WORTH_COPIES
+        return sum(task.nbytes for task in tasks) >= WORTH_COPIES
+    modules = (m for task in tasks for m in task.modules)
+    scanned = sum(t.nbytes for m in modules for t in scanned_tensors(m))
+    return scanned >= SCAN_SPEED * WORTH_COPIES
 
 
 def _by_copies(
