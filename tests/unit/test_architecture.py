@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -99,4 +101,25 @@ def test_the_exporters_library_imports_shared_rooms_only() -> None:
     rooms = [p for p in (ROOT / "exporter").iterdir() if p.is_dir() and p.name != "cli"]
     for path in [p for room in rooms for p in room.rglob("*.py")]:
         for name in imports_of(path, modules) - {"verifier"}:
-            assert name in SHARED or name.startswith(tuple(f"{s}." for s in SHARED)), (path, name)
+            assert _is_shared(name), (path, name)
+
+
+def test_importing_the_exporters_library_loads_shared_rooms_only() -> None:
+    code = """
+import importlib, pkgutil, sys
+import exporter
+for module in pkgutil.walk_packages(exporter.__path__, "exporter."):
+    if not module.name.startswith("exporter.cli"):
+        importlib.import_module(module.name)
+print(*[name for name in sys.modules if name.startswith("verifier.")])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    loaded = set(done.stdout.split()) - {"verifier.load"}  # an empty package
+    assert "verifier.schemes" in loaded
+    assert not [name for name in loaded if not _is_shared(name)]
+
+
+def _is_shared(name: str) -> bool:
+    return name in SHARED or name.startswith(tuple(f"{room}." for room in SHARED))
