@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Render docs/rules.md and docs/exit-codes.md from the code, docs/performance.md, docs/families.md
+"""Render docs/rules.md and docs/exit-codes.md from the code, docs/performance.md and docs/families.md
 from results.
 
     python tools/make_docs.py [--check]
 
-``--check`` writes nothing and fails where a committed page differs.
+``--check`` writes nothing and fails if a committed page differs.
 """
 
 from __future__ import annotations
@@ -34,20 +34,25 @@ FAMILIES = {
     "4": "Configuration",
     "5": "Values",
     "6": "Reload and round trip",
-    "7": "What text shows",
+    "7": "Quality on text",
 }
 MARK = ("<!-- coverage: rendered by tools/make_docs.py -->", "<!-- end of coverage -->")
 DAMAGE = ("<!-- damage: rendered by tools/make_docs.py -->", "<!-- end of damage -->")
 NOT_YET = {
-    "QC108 shared storage at save": "it cannot occur in a file; the key that is lost by it is QC301's or QC302's",
-    "QC601 an engine's loader refuses": "takes the engine; in the file what it refuses for is QC2xx, QC3xx, QC4xx, QC604",
-    "QC602 a parameter is never written": "takes the engine's loader, twice over two fillings; in the file QC205, QC207, QC301, QC302, "
-    "and QC608 by transformers",
-    "QC603 a tensor is read and not used": "takes the engine's loader, watched; in the file QC201 to QC204, and QC608 by transformers",
-    "QC607 the export depends on the path's form": "takes a second export; MTP tensors that one lacks are QC206",
-    "QC706 draft acceptance": "takes an engine that drafts, and a GPU; the head's own defects are QC206 and QC403",
+    "QC108 shared storage at save": "cannot occur in a file; the key that it loses is reported by "
+    "QC301 or QC302",
+    "QC601 an engine's loader rejects the checkpoint": "needs the engine; the causes in the file "
+    "are QC2xx, QC3xx, QC4xx and QC604",
+    "QC602 a parameter is never written": "needs the engine's loader, run twice on different "
+    "initial values; in the file QC205, QC207, QC301 and QC302, with transformers QC608",
+    "QC603 a tensor is read and not used": "needs the engine's loader, observed; in the file "
+    "QC201 to QC204, with transformers QC608",
+    "QC607 the export depends on the form of the path": "needs a second export; missing MTP "
+    "tensors are QC206",
+    "QC706 draft acceptance": "needs an engine with speculative decoding and a GPU; defects of the "
+    "head are QC206 and QC403",
 }
-"""Rows of the catalogue of defects without a rule, and why."""
+"""Defects of the catalog without a rule, and why."""
 
 
 def rules_page() -> str:
@@ -55,12 +60,16 @@ def rules_page() -> str:
     lines = [
         "# Rules",
         "",
-        "Rendered from the rules' own docstrings by `tools/make_docs.py`; `ckptgate explain QC501` prints one.",
+        "Rendered from the docstrings of the rules by `tools/make_docs.py`; `ckptgate explain "
+        "QC501` "
+        "prints one.",
         "",
-        "An error fails the check. A warning does not, unless `--fail-on warning`. A rule that needs a base is listed as",
-        "*not run* without one and does not change the verdict, unless `--require` names it.",
+        "An error fails the check. A warning does not, unless `--fail-on warning`. Without a "
+        "base, a "
+        "rule that needs one is",
+        "*skipped*, which does not change the verdict unless `--require` names the rule.",
         "",
-        "| rule | severity | depth | what |",
+        "| rule | severity | depth | defect |",
         "| --- | --- | --- | --- |",
     ]
     for r in all_rules().values():
@@ -70,15 +79,13 @@ def rules_page() -> str:
         if r.id[2] != family:
             family = r.id[2]
             lines += ["", f"## QC{family}xx {FAMILIES[family]}"]
-        needs = (
-            f", needs {' or '.join('`--' + n.replace('_', '-') + '`' for n in r.needs[0].split('|'))}"
-            if r.needs
-            else ""
-        )
+        names = r.needs[0].split("|") if r.needs else []
+        options = " or ".join(f"`--{name.replace('_', '-')}`" for name in names)
+        needs = f", needs {options}" if options else ""
         lines += ["", f'<a id="{r.id.lower()}"></a>', f"### {r.id} {r.title}", ""]
         lines += [f"*{r.severity}, depth {r.depth}{needs}; counts {r.unit}*", "", r.doc, ""]
         lines.append(f"Engines: {', '.join(r.consumers)}. Seen in: {', '.join(r.sources)}.")
-    lines += ["", "## Rows of the catalogue without a rule", "", "| row | why |", "| --- | --- |"]
+    lines += ["", "## Defects without a rule", "", "| defect | why |", "| --- | --- |"]
     lines += [f"| {row} | {why} |" for row, why in NOT_YET.items()]
     return "\n".join(lines) + "\n"
 
@@ -88,7 +95,9 @@ def exit_codes_page() -> str:
     lines = [
         "# Exit codes",
         "",
-        "All commands use the same codes. With `--format json`, stdout is one valid report for 0, 1, 3 and 4.",
+        "All commands use the same codes. With `--format json`, stdout is one valid report for "
+        "0, 1, "
+        "3 and 4.",
         "",
         "| code | meaning |",
         "| --- | --- |",
@@ -116,18 +125,23 @@ def verify_section(r: dict[str, Any]) -> list[str]:
         raw = [x[key] for x in r[part]["rounds"]]
         unit = " MB" if key.endswith("_mb") else " s" if key.endswith("_s") else ""
         middle = f"{r[part]['median'][key]:.{digits}f}{unit}"
-        return f"| {what} | {middle} ({min(raw):.{digits}f} to {max(raw):.{digits}f}) | {must} | {aim} |"
+        span = f"({min(raw):.{digits}f} to {max(raw):.{digits}f})"
+        return f"| {what} | {middle} {span} | {must} | {aim} |"
 
     counts = r["header"]["tensors"]
     head = ["", "| measurement | median (range) | limit | target |", "| --- | --- | --- | --- |"]
     lines = [
-        f"`{r['command']}`, medians (range) of {len(r['header']['rounds'])} rounds after a warm-up round. Reference measurements",
+        f"`{r['command']}`, medians (range) of {len(r['header']['rounds'])} rounds after a warm-up "
+        f"round. Reference measurements",
         f"run in the same rounds. {versions}; {r['machine']}; load {r['load'][0]:.1f} at the end.",
         "",
         "## Header check",
         "",
-        f"The real MiniMax-M3 mixed release, {counts['60']:,} tensors in 60 sparse files, all header rules; each run in its",
-        f"own process, as a user starts it. {min(counts.values()):,} to {max(counts.values()):,} tensors: the same release with",
+        f"The real MiniMax-M3 mixed release, {counts['60']:,} tensors in 60 sparse files, all "
+        "header "
+        f"rules; each run in its",
+        f"own process, as a user starts it. {min(counts.values()):,} to {max(counts.values()):,} "
+        "tensors: the same release with",
         "fewer or more layers.",
         *head,
         row(f"{counts['60']:,} tensors", "header", "check_60_s", "2 s", "1 s"),
@@ -144,11 +158,16 @@ def verify_section(r: dict[str, Any]) -> list[str]:
         "",
         "## Depth payload",
         "",
-        f"Scan: one layer as released, 128 experts, {r['scan']['tensors']:,} tensors, {r['scan']['bytes'] / 1e6:,.0f} MB of",
-        f"scales and pass-through tensors. With a base: one layer with six experts and its BF16 base, "
+        f"Scan: one layer as released, 128 experts, {r['scan']['tensors']:,} tensors, "
+        f"{r['scan']['bytes'] / 1e6:,.0f} MB of",
+        "scales and pass-through tensors. With a base: one layer with six experts and its BF16 "
+        "base, "
         f"{r['payload']['bytes'] / 1e6:,.0f} MB;",
-        "every quantized weight is decoded, and its error is compared with that of a `max` scale search. The files are in",
-        "the page cache. The ratio is the time of `readinto` of the same bytes divided by the time of the check, in one",
+        "every quantized weight is decoded, and its error is compared with that of a `max` scale "
+        "search. The files are in",
+        "the page cache. The ratio is the time of `readinto` of the same bytes divided by the "
+        "time of "
+        "the check, in one",
         "process; the ratio of CPU time depends less on other work on the machine.",
         *head,
         row("scan, ratio", "scan", "ratio", "0.25", "0.4"),
@@ -205,15 +224,21 @@ def codecs_section(r: dict[str, Any]) -> list[str]:
         op, dtype = case[:2]
         moved = (4 if dtype == "f32" else 2) + MOVED[op.split("_")[0]]
         copies, mine = found[(*case, "copy")], found[(*case, "ckptgate")]
-        return f"{statistics.median(moved * c / (8 * m) for c, m in zip(copies, mine, strict=True)):.2f}"
+        shares = (moved * c / (8 * m) for c, m in zip(copies, mine, strict=True))
+        return f"{statistics.median(shares):.2f}"
 
     ours = ("ckptgate", "ckptgate fresh", "ckptgate torch")
     lines = [
         "## Encoding and decoding on a CPU",
         "",
-        f"`{r['command']}`, {r['seconds']} s; {r['machine']}. Milliseconds, median (range); in each round every library",
-        "makes one call in its own environment, on standard normal weights. *out*: into existing tensors; *new*: into new",
-        "tensors, as the other libraries do; *torch*: *out* without the compiled back end. *share*: bytes in and out per",
+        f"`{r['command']}`, {r['seconds']} s; {r['machine']}. Milliseconds, median (range); in "
+        "each "
+        "round every library",
+        "makes one call in its own environment, on standard normal weights. *out*: into existing "
+        "tensors; *new*: into new",
+        "tensors, as the other libraries do; *torch*: *out* without the compiled back end. "
+        "*share*: "
+        "bytes in and out per",
         f"second, relative to a float32 copy in the same rounds. Rounds: {r['rounds']}.",
         "",
         ", ".join(f"{k} {v}" for k, v in r["versions"].items() if k != "copy") + ".",
@@ -281,9 +306,8 @@ def sweep_lines(
     for name, key, library in rows:
         if (rounds := found.get((*key, library))) is not None:
             middle = statistics.median(rounds)
-            lines.append(
-                f"| {name} | {cell(key, library)} | {count / middle / 1e6:.1f} | {middle / base:.1f} |"
-            )
+            speed, relative = f"{count / middle / 1e6:.1f}", f"{middle / base:.1f}"
+            lines.append(f"| {name} | {cell(key, library)} | {speed} | {relative} |")
     return [*lines, ""]
 
 
@@ -328,11 +352,17 @@ def scoring_section() -> list[str]:
     lines = [
         "## Scoring",
         "",
-        f"Golden: MiniMax-M3 with 2.4 million parameters and an export of it, {small['tokens']:,} tokens,",
-        f"`{small['command']}`. Wide: a Qwen3-MoE of {wide['parameters']:,} parameters with random weights (24 layers,",
-        f"hidden size 1,024, vocabulary of 32,768, 4 of 16 experts) and an export of it, {wide['tokens']:,} tokens,",
-        f"`{wide['command']}`. CPU time of one thread, medians of {len(small['rounds'])} and {len(wide['rounds'])}",
-        "interleaved rounds; ratios to the forward pass of the same round, with their range. The cost of scoring grows with",
+        "Golden: MiniMax-M3 with 2.4 million parameters and an export of it, "
+        f"{small['tokens']:,} tokens,",
+        f"`{small['command']}`. Wide: a Qwen3-MoE of {wide['parameters']:,} parameters with random "
+        "weights (24 layers,",
+        "hidden size 1,024, vocabulary of 32,768, 4 of 16 experts) and an export of it, "
+        f"{wide['tokens']:,} tokens,",
+        f"`{wide['command']}`. CPU time of one thread, medians of {len(small['rounds'])} and "
+        f"{len(wide['rounds'])}",
+        "interleaved rounds; ratios to the forward pass of the same round, with their range. The "
+        "cost "
+        "of scoring grows with",
         "the vocabulary, the cost of the forward pass with the parameters.",
         "",
         f"{', '.join(f'{k} {v}' for k, v in wide['versions'].items())}; {wide['machine']}.",
@@ -355,8 +385,8 @@ def scoring_section() -> list[str]:
 
 
 def coverage_table() -> str:
-    """Return verifier/gate/coverage.json: what the gate prints of the simulated coverage, by number
-    of documents.
+    """Return verifier/gate/coverage.json: the simulated coverage that the gate prints, by number of
+    documents.
     """
     r = json.loads(
         (DOCS.parent / "benchmarks" / "results" / "intervals.json").read_text(encoding="utf-8")
@@ -390,21 +420,20 @@ def gate_page() -> str:
     lines = [
         MARK[0],
         "",
-        "| documents | effects | lengths | tokens alone | linearized | jackknife | **gate** | upper bound | lower bound "
-        "| false | found |",
+        "| documents | effects | lengths | tokens only | linearized | jackknife | **gate** "
+        "| upper bound | lower bound | false alarms | found |",
         "| --- " * 11 + "|",
     ]
     for x in r["rows"]:
         shown = ("token", "linear", "jackknife", "gate", "high_holds", "low_holds", "worst_false")
         numbers = [f"{100 * x[k]:.1f}" for k in shown]
         numbers.append("" if x["worst_found"] is None else f"{100 * x['worst_found']:.1f}")
-        lines.append(
-            f"| {x['documents']} | {r['effects'][x['effect']]} | {x['lengths']} | {' | '.join(numbers)} |"
-        )
+        cells = (str(x["documents"]), r["effects"][x["effect"]], x["lengths"], *numbers)
+        lines.append(f"| {' | '.join(cells)} |")
     versions = ", ".join(f"{k} {v}" for k, v in r["versions"].items())
     lines += [
         "",
-        f"`{r['command']}`, {r['rows'][0]['rounds']:,} rounds a row; {versions}.",
+        f"`{r['command']}`, {r['rows'][0]['rounds']:,} rounds per row; {versions}.",
         "",
         MARK[1],
     ]
@@ -420,8 +449,8 @@ def gate_page() -> str:
 
 
 def damage_table() -> str:
-    """Return what each measure of the gate says of damaged exports, from the results that the
-    benchmark wrote.
+    """Return the table of damaged exports and the measures that catch them, from the results of the
+    benchmark.
     """
     return "\n".join([DAMAGE[0], "", *damage_lines(), "", DAMAGE[1]])
 
@@ -431,44 +460,58 @@ ENGINES = {
     "minimax_m2": "vLLM 0.32: NVFP4",
     "minimax_m3_vl": "vLLM 0.32: MXFP8 with NVFP4 experts",
 }
-"""Whose own loader took a small checkpoint of that layout, with every parameter written; others
-were not tried."""
+"""Engines whose loader accepted a small checkpoint of that layout and wrote every parameter;
+others were not tested."""
 
 
 COLUMNS = (
-    "*detected*: linear layers of routed experts that `exporter.detect` finds in the model, and again from its config.",
-    "*exported*: from disk (`export`) and from memory (`export_model`), both the same bytes. The layout is in names, shapes "
-    "and bytes that of transformers' own `save_pretrained`. Every expert is quantized, and nothing that is no linear layer "
-    "of the text model, by the module tree.",
-    "*check*: `check --depth payload` has no error and no warning, with the source as base and without one; *base only*: "
-    "the family's layout is not known without a base.",
-    "*round trip*: the quantized tensors, scales included, brought to the shapes of memory and back, are the same bytes.",
-    "*reload*: decoded by the verifier, loaded by transformers with no missing, unexpected or mismatched key; what was not "
-    "quantized has its values, what was is within its format's error of them; logits are finite.",
-    "*engines*: whose own loader took such a checkpoint and wrote every parameter from it. Most were not tried: that a "
-    "family is exported is no promise that an engine serves it.",
+    "*detected*: linear layers of routed experts that `exporter.detect` finds in the model, and "
+    "again "
+    "from its config.",
+    "*exported*: from disk (`export`) and from memory (`export_model`), with identical bytes. "
+    "Names, "
+    "shapes and bytes of the layout equal those of transformers' `save_pretrained`. Every expert "
+    "is "
+    "quantized, and only linear layers of the text model are.",
+    "*check*: `check --depth payload` has no error and no warning, with the source as base and "
+    "without "
+    "a base; *base only*: the layout of the family is not known without a base.",
+    "*round trip*: the quantized tensors and their scales are converted to the shapes in memory "
+    "and "
+    "back, with identical bytes.",
+    "*reload*: decoded by the verifier, loaded by transformers without missing, unexpected or "
+    "mismatched keys; pass-through tensors keep their values, quantized ones are within the "
+    "error of "
+    "their format; logits are finite.",
+    "*engines*: engines whose loader accepted such a checkpoint and wrote every parameter. Most "
+    "were "
+    "not tested: an export is not a promise that an engine serves the family.",
 )
 
 
 def families_page() -> str:
-    """Return docs/families.md, from what the zoo wrote."""
+    """Return docs/families.md, from the results of the zoo."""
     r = json.loads((DOCS.parent / "tests" / "zoo" / "results.json").read_text(encoding="utf-8"))
     rows = r["families"]
     works, refused = [x for x in rows if working(x)], [x for x in rows if not working(x)]
     classes = {c for x in rows for c in x.get("classes", ())}
     versions = ", ".join(f"{k} {v}" for k, v in r["versions"].items())
-    told = (
-        f"`{r['command']}` (`tox -e zoo`), {versions}: small models of {len(rows)} architectures, random weights, with the "
-        f"{len(classes)} classes of transformers that hold fused experts. **{len(works)} are exported, round-tripped and "
-        f"reloaded; {len(refused)} are refused**, by name and with a reason. A class that another transformers adds fails "
-        "`tests/zoo/test_zoo.py` by its name until the zoo has a model of it."
+    introduction = (
+        f"`{r['command']}` (`tox -e zoo`), {versions}: small models of {len(rows)} architectures "
+        "with "
+        f"random weights, with the {len(classes)} classes of transformers that have fused experts. "
+        f"**{len(works)} are exported, round-tripped and reloaded; {len(refused)} are "
+        "rejected**, each "
+        "with a reason. If a new version of transformers adds a class, `tests/zoo/test_zoo.py` "
+        "fails "
+        "and names it until the zoo has a model of it."
     )
     lines = [
         "# Families with fused experts",
         "",
-        "Rendered by `tools/make_docs.py` from `tests/zoo/results.json`; nothing here is written by hand.",
+        "Rendered by `tools/make_docs.py` from `tests/zoo/results.json`.",
         "",
-        *textwrap.wrap(told, 120),
+        *textwrap.wrap(introduction, 120),
         "",
         *(
             line
@@ -476,8 +519,9 @@ def families_page() -> str:
             for line in textwrap.wrap(f"- {item}", 120, subsequent_indent="  ")
         ),
         "",
-        "| family | experts in memory | on the hub | detected | exported | check | round trip | reload | recipes "
-        "| engines |",
+        "| family | experts in memory | on the hub | detected | exported | check | round trip | "
+        "reload "
+        "| recipes | engines |",
         "| --- " * 10 + "|",
     ]
     for x in works:
@@ -492,28 +536,30 @@ def families_page() -> str:
             "yes" if alone else "base only",
             "yes",
             "yes",
-            "all three" if len(steps) == 3 else ", ".join(f"`{n}`" for n in working(x)),
-            ENGINES.get(x["family"], "not tried"),
+            "all" if len(steps) == 3 else ", ".join(f"`{n}`" for n in working(x)),
+            ENGINES.get(x["family"], "not tested"),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     names = ", ".join(f"`{n}`" for n in rows[0]["recipes"])
-    lines += ["", f"The three recipes: {names}.", "", f"## Refused ({len(refused)})", ""]
-    lines += ["| family | experts in memory | on the hub | why |", "| --- " * 4 + "|"]
+    lines += ["", f"Recipes: {names}.", "", f"## Rejected ({len(refused)})", ""]
+    lines += ["| family | experts in memory | on the hub | reason |", "| --- " * 4 + "|"]
     for x in refused:
-        held = "; ".join(dict.fromkeys(map(_layout, x.get("experts", {})))) or ", ".join(
-            x.get("classes", ())
-        )
-        why = next(iter(reasons(x)), "").replace("|", "/")
-        lines.append(f"| `{x['family']}` | {held} | {x.get('stored', '')} | {why} |")
-    lines += ["", "## Layouts that are known without a base", ""]
+        layouts = "; ".join(dict.fromkeys(map(_layout, x.get("experts", {}))))
+        experts = layouts or ", ".join(x.get("classes", ()))
+        reason = next(iter(reasons(x)), "").replace("|", "/")
+        lines.append(f"| `{x['family']}` | {experts} | {x.get('stored', '')} | {reason} |")
+    lines += ["", "## Layouts known without a base", ""]
     names = ", ".join(f"`{n}`" for n in known())
-    told = f"`verifier/families` has {len(known())}, by `tools/make_families.py` from what transformers saves: {names}."
-    lines += textwrap.wrap(told, 120)
+    sentence = (
+        f"`verifier/layouts/families` has {len(known())} families, generated by "
+        f"`tools/make_families.py` from checkpoints that transformers saves: {names}."
+    )
+    lines += textwrap.wrap(sentence, 120)
     return "\n".join(lines) + "\n"
 
 
 def working(row: dict[str, Any]) -> list[str]:
-    """Return the recipes with which every step of the zoo went well."""
+    """Return the recipes with which every step of the zoo succeeded."""
     if (row["built"], row.get("detected"), row.get("layout")) != ("ok", "ok", "ok"):
         return []
     fine = ("ok", "inconclusive")
@@ -525,7 +571,7 @@ def working(row: dict[str, Any]) -> list[str]:
 
 
 def reasons(row: dict[str, Any]) -> list[str]:
-    """Return why a family is refused, each reason once."""
+    """Return why a family is rejected, each reason once."""
     steps = [row["built"], row.get("detected", "ok"), row.get("layout", "ok")]
     steps += [v for s in row.get("recipes", {}).values() for v in s.values()]
     found = dict.fromkeys(
@@ -536,7 +582,7 @@ def reasons(row: dict[str, Any]) -> list[str]:
 
 
 def _layout(words: str) -> str:
-    """Return what `Detection.layouts` says, without the class and the sizes of the small model."""
+    """Return a layout of `Detection.layouts` without the class and the sizes of the model."""
     return re.sub(r"^\w+: \d+ experts, |, hidden .*$", "", words)
 
 
@@ -559,7 +605,7 @@ def main() -> int:
         else:
             file.write_text(text, encoding="utf-8")
     if stale:
-        print("differ from the code (python tools/make_docs.py writes them):", ", ".join(stale))
+        print("out of date (run python tools/make_docs.py):", ", ".join(stale))
     return bool(stale)
 
 

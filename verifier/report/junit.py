@@ -2,8 +2,8 @@
 """The report as JUnit XML: one test case for each rule, and one for the verdict.
 
 A rule that did not run is skipped with its reason, findings that fail the check are a failure,
-other findings are output. An inconclusive check, or one that ended in an error, is an error of the case
-``verdict``: readers of JUnit alone must not see green.
+other findings are output. An inconclusive check, or one that ended in an error, is an error of the
+case ``verdict``: readers of JUnit alone must not see green.
 """
 
 from __future__ import annotations

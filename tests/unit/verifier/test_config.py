@@ -203,7 +203,8 @@ def test_the_command_line_replaces_what_the_file_says(
 def test_config_show_prints_every_value_and_where_it_comes_from(call: Call, project: Path) -> None:
     file = project / "pyproject.toml"
     file.write_text(
-        '[tool.ckptgate]\nignore = ["QC106"]\nbaseline = "known.json"\nformats = ["text", "sarif=out/x.sarif"]\n'
+        '[tool.ckptgate]\nignore = ["QC106"]\nbaseline = "known.json"\n'
+        'formats = ["text", "sarif=out/x.sarif"]\n'
         '[tool.ckptgate.severity]\nQC515 = { "*.w2.*" = "info" }\n'
     )
     code, out, err = call("config", "show", "--select", "QC5", "--select", "QC1")

@@ -71,14 +71,20 @@ def test_a_core_without_a_package_is_broken(module: str) -> None:
 
 
 def test_a_table_that_decodes_wrongly_is_broken() -> None:
-    script = "import sys; sys.modules['torch'] = None; from verifier import decoding; decoding.e4m3_table()[0x7E] = 447"
+    script = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from verifier import decoding; decoding.e4m3_table()[0x7E] = 447"
+    )
     code, items = doctor(script)
     assert code == 4
     assert "decodes to 447.0, not 448.0" in items["decoding"]["value"]
 
 
 def test_a_temporary_folder_that_is_not_there() -> None:
-    script = "import sys, tempfile; sys.modules['torch'] = None; tempfile.tempdir = '/nonexistent/folder'"
+    script = (
+        "import sys, tempfile; sys.modules['torch'] = None; "
+        "tempfile.tempdir = '/nonexistent/folder'"
+    )
     code, items = doctor(script)
     assert code == 0
     assert items["temp"]["state"] == "broken"
