@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# What action.yml runs: one check, its findings as annotations, the step summary, the outputs, and only then its exit code.
+# Run by action.yml: one check, its findings as annotations, the step summary, the outputs, and last its exit code.
 set -uo pipefail
 
-summary_limit=900000 # GitHub takes 1 MiB a step
+summary_limit=900000 # GitHub takes 1 MiB per step
 report=${CKPTGATE_REPORT:-ckptgate-report.json}
 work=$(mktemp -d) || exit 4
 trap 'rm -rf "$work"' EXIT
@@ -20,7 +20,7 @@ read -r -d '' -a further <<< "${CKPTGATE_ARGS:-}"
   -- "${CKPTGATE_URI:?the input uri is empty}"
 code=$?
 
-# Names of tensors are the checkpoint's: what the log shows must not be read as commands of the runner.
+# Tensor names come from the checkpoint: the runner must not execute them as workflow commands.
 token=ckptgate-$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')
 if [ -s "$work/report.txt" ]; then
   printf '::stop-commands::%s\n' "$token"
@@ -40,7 +40,7 @@ if [ -n "${GITHUB_STEP_SUMMARY:-}" ]; then
     head -c "$summary_limit" "$work/summary.md" >> "$GITHUB_STEP_SUMMARY"
     printf '\n' >> "$GITHUB_STEP_SUMMARY"
   else
-    printf '## ckptgate: %s\n\nNo report was made; the log of the step says why (exit code %d).\n' "$verdict" "$code" \
+    printf '## ckptgate: %s\n\nThere is no report; the log of the step shows why (exit code %d).\n' "$verdict" "$code" \
       >> "$GITHUB_STEP_SUMMARY"
   fi
 fi

@@ -189,12 +189,12 @@ def _minimum_versions() -> dict[str, str]:
         stated = metadata.requires("ckptgate") or []
     except metadata.PackageNotFoundError:
         return {}
-    found: dict[str, str] = {}
+    minimum: dict[str, str] = {}
     for text in stated:
         match = re.match(r"([A-Za-z0-9._-]+)\s*(?:\[[^]]*\])?\s*>=\s*([0-9.]+)", text)
         if match:
-            found.setdefault(match[1].lower().replace("_", "-"), match[2])
-    return found
+            minimum.setdefault(match[1].lower().replace("_", "-"), match[2])
+    return minimum
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -39,51 +39,51 @@ SECTIONS = (
 )
 
 
-def diff_text(found: Diff) -> str:
+def diff_text(result: Diff) -> str:
     """Return a diff as plain text, at most `LINES` lines per section."""
-    lines = [_side("A", found.a), _side("B", found.b)]
-    if found.a.nbytes:
-        lines[1] += f", {found.b.nbytes / found.a.nbytes:.3f} of A"
-    for letter, side in (("A", found.a), ("B", found.b)):
+    lines = [_side("A", result.a), _side("B", result.b)]
+    if result.a.nbytes:
+        lines[1] += f", {result.b.nbytes / result.a.nbytes:.3f} of A"
+    for letter, side in (("A", result.a), ("B", result.b)):
         lines += [
             f"{letter} cannot be read completely: {printable(p)}" for p in side.problems[:LINES]
         ]
-    lines += _precision(found)
-    tensors = [c for c in found.changes if not c.file]
+    lines += _precision(result)
+    tensors = [c for c in result.changes if not c.file]
     for kind, title in SECTIONS:
         lines += _section(title, [c for c in tensors if c.kind == kind], "tensor")
-    for file in dict.fromkeys(c.file for c in found.changes if c.file):
-        changes = [c for c in found.changes if c.file == file]
+    for file in dict.fromkeys(c.file for c in result.changes if c.file):
+        changes = [c for c in result.changes if c.file == file]
         whole = changes[0].kind in ("only A", "only B")
         lines += (
             [f"{file}: {changes[0].kind.replace('only', 'only in')}"]
             if whole
             else _section(file, changes, "field")
         )
-    if found.files:
+    if result.files:
         lines.append("auxiliary files (not counted as differences)")
-        lines += [f"  {printable(f)}" for f in found.files[:LINES]] + _rest(
-            len(found.files), "file"
+        lines += [f"  {printable(f)}" for f in result.files[:LINES]] + _rest(
+            len(result.files), "file"
         )
-    lines.append(_verdict(found))
+    lines.append(_verdict(result))
     return "\n".join(lines) + "\n"
 
 
-def diff_json(found: Diff) -> str:
+def diff_json(result: Diff) -> str:
     """Return a diff as one JSON object with every group."""
-    roles = sorted(found.a.precision.keys() | found.b.precision.keys())
+    roles = sorted(result.a.precision.keys() | result.b.precision.keys())
     value: dict[str, Any] = {
-        "equal": found.equal,
-        "common": found.common,
-        "compared": found.compared,
-        "a": _side_value(found.a),
-        "b": _side_value(found.b),
+        "equal": result.equal,
+        "common": result.common,
+        "compared": result.compared,
+        "a": _side_value(result.a),
+        "b": _side_value(result.b),
         "precision": [
             {
                 "role": r,
                 "format": f,
-                "a": found.a.precision.get((r, f), 0),
-                "b": found.b.precision.get((r, f), 0),
+                "a": result.a.precision.get((r, f), 0),
+                "b": result.b.precision.get((r, f), 0),
             }
             for r, f in roles
         ],
@@ -98,9 +98,9 @@ def diff_json(found: Diff) -> str:
                 "a": c.a,
                 "b": c.b,
             }
-            for c in found.changes
+            for c in result.changes
         ],
-        "files": list(found.files),
+        "files": list(result.files),
     }
     return json.dumps(value, indent=2, allow_nan=False) + "\n"
 
@@ -122,14 +122,14 @@ def _side_value(side: Side) -> dict[str, Any]:
     }
 
 
-def _precision(found: Diff) -> list[str]:
+def _precision(result: Diff) -> list[str]:
     def texts(side: Side) -> dict[str, str]:
         counts: dict[str, list[str]] = {}
         for (role, name), n in sorted(side.precision.items()):
             counts.setdefault(role, []).append(f"{n:,} {printable(name, 40)}")
         return {role: ", ".join(c) for role, c in counts.items()}
 
-    a, b = texts(found.a), texts(found.b)
+    a, b = texts(result.a), texts(result.b)
     rows = [(r, a.get(r, "none"), b.get(r, "none")) for r in sorted(a.keys() | b.keys())]
     width = max((len(r) for r, _, _ in rows), default=0)
     lines = [
@@ -164,58 +164,58 @@ def _rest(count: int, noun: str) -> list[str]:
     return [f"  … and {counted(rest, f'more {noun}')}; --format json has all"] if rest > 0 else []
 
 
-def _verdict(found: Diff) -> str:
-    if found.a.problems or found.b.problems:
+def _verdict(result: Diff) -> str:
+    if result.a.problems or result.b.problems:
         return "different: cannot read both completely; `ckptgate check` reports why"
-    if not found.equal:
-        return f"different: {counted(len(found.changes), 'group')} of differences"
-    tensors = f"names, dtypes and shapes of {counted(found.common, 'tensor')}, both configs"
-    if found.compared is None:
+    if not result.equal:
+        return f"different: {counted(len(result.changes), 'group')} of differences"
+    tensors = f"names, dtypes and shapes of {counted(result.common, 'tensor')}, both configs"
+    if result.compared is None:
         return f"equal: {tensors} (--payload also compares bytes)"
-    return f"equal: {tensors}, and the bytes of {found.compared:,}"
+    return f"equal: {tensors}, and the bytes of {result.compared:,}"
 
 
 # stats
 
 
-def stats_text(found: CheckpointStats) -> str:
+def stats_text(result: CheckpointStats) -> str:
     """Return statistics as plain text."""
     lines = [
-        f"{printable(found.uri)}: {printable(found.model_type or 'no model_type', 60)}, "
-        f"{counted(found.tensors, 'tensor')} in {counted(found.shards, 'shard')}, "
-        f"{size(found.nbytes)}"
+        f"{printable(result.uri)}: {printable(result.model_type or 'no model_type', 60)}, "
+        f"{counted(result.tensors, 'tensor')} in {counted(result.shards, 'shard')}, "
+        f"{size(result.nbytes)}"
     ]
-    lines += [f"cannot be read completely: {printable(p)}" for p in found.problems[:LINES]]
+    lines += [f"cannot be read completely: {printable(p)}" for p in result.problems[:LINES]]
     header = ("role", "format", "modules", "parameters", "weights", "scales", "bits/parameter")
-    rows = [header, *(_cells(r) for r in (*found.rows, found.total))]
+    rows = [header, *(_cells(r) for r in (*result.rows, result.total))]
     widths = [max(len(r[i]) for r in rows) for i in range(len(header))]
     for row in rows:
         left = [c.ljust(w) for c, w in zip(row[:2], widths[:2], strict=True)]
         right = [c.rjust(w) for c, w in zip(row[2:], widths[2:], strict=True)]
         lines.append("  ".join([*left, *right]).rstrip())
-    for codes in found.codes:
+    for codes in result.codes:
         lines += _codes(codes)
-    if found.floats:
+    if result.floats:
         lines.append("\nfloat32 scales")
-        lines += [line for f in found.floats for line in _floats(f)]
-    lines += [f"not counted: {printable(s)}" for s in found.skipped]
-    if found.depth == "header" and any(r.scale_bytes for r in found.rows):
+        lines += [line for f in result.floats for line in _floats(f)]
+    lines += [f"not counted: {printable(s)}" for s in result.skipped]
+    if result.depth == "header" and any(r.scale_bytes for r in result.rows):
         lines.append("--depth payload also shows the values of scales")
     return "\n".join(lines) + "\n"
 
 
-def stats_json(found: CheckpointStats) -> str:
+def stats_json(result: CheckpointStats) -> str:
     """Return statistics as one JSON object; histograms are 256 counts by code."""
     value: dict[str, Any] = {
-        "uri": found.uri,
-        "model_type": found.model_type,
-        "tensors": found.tensors,
-        "shards": found.shards,
-        "bytes": found.nbytes,
-        "depth": found.depth,
-        "problems": list(found.problems),
-        "rows": [_row_value(r) for r in found.rows],
-        "total": _row_value(found.total),
+        "uri": result.uri,
+        "model_type": result.model_type,
+        "tensors": result.tensors,
+        "shards": result.shards,
+        "bytes": result.nbytes,
+        "depth": result.depth,
+        "problems": list(result.problems),
+        "rows": [_row_value(r) for r in result.rows],
+        "total": _row_value(result.total),
         "codes": [
             {
                 "format": c.format,
@@ -227,10 +227,10 @@ def stats_json(found: CheckpointStats) -> str:
                     for r, n in sorted(c.roles.items())
                 },
             }
-            for c in found.codes
+            for c in result.codes
         ],
-        "floats": [{k: getattr(f, k) for k in FLOAT_FIELDS} for f in found.floats],
-        "skipped": list(found.skipped),
+        "floats": [{k: getattr(f, k) for k in FLOAT_FIELDS} for f in result.floats],
+        "skipped": list(result.skipped),
     }
     return json.dumps(value, indent=2, allow_nan=False) + "\n"
 
@@ -257,9 +257,9 @@ def _row_value(row: RoleStats) -> dict[str, Any]:
 
 def _codes(codes: ScaleCodes) -> list[str]:
     counts = codes.counts
-    found = shares(counts, codes.kind)
+    totals = shares(counts, codes.kind)
     lines = [
-        f"\n{printable(codes.format, 40)} {codes.leaf}: {found['total']:,} {codes.kind} scales "
+        f"\n{printable(codes.format, 40)} {codes.leaf}: {totals['total']:,} {codes.kind} scales "
         f"by power of two"
     ]
     rows = bins(counts, codes.kind)
@@ -270,7 +270,7 @@ def _codes(codes: ScaleCodes) -> list[str]:
             lines += [] if i and not rows[i - 1][1] else [f"  {'…':>{width}}"]
             continue
         bar = "█" * max(1, round(BAR * n / top))
-        lines.append(f"  {label:>{width}}  {bar:{BAR}}  {n:,} ({percentage(n, found['total'])})")
+        lines.append(f"  {label:>{width}}  {bar:{BAR}}  {n:,} ({percentage(n, totals['total'])})")
     for role, mine in (
         *sorted(codes.roles.items()),
         *([("all", counts)] if len(codes.roles) > 1 else []),
@@ -292,82 +292,85 @@ def _codes(codes: ScaleCodes) -> list[str]:
     return lines
 
 
-def _floats(found: FloatScales) -> list[str]:
-    head = f"  {found.role} {printable(found.format, 40)} {found.leaf}: {found.count:,}"
-    odd = ((found.zero, "zero"), (found.negative, "negative"), (found.invalid, "NaN or Inf"))
+def _floats(scales: FloatScales) -> list[str]:
+    head = f"  {scales.role} {printable(scales.format, 40)} {scales.leaf}: {scales.count:,}"
+    odd = ((scales.zero, "zero"), (scales.negative, "negative"), (scales.invalid, "NaN or Inf"))
     parts = [f"{n:,} {what}" for n, what in odd if n]
-    if found.low is None or found.high is None:
+    if scales.low is None or scales.high is None:
         return [f"{head}, none finite"]
-    if found.distinct == 1:
-        return [", ".join([f"{head}, all {found.low:.6g}", *parts])]
+    if scales.distinct == 1:
+        return [", ".join([f"{head}, all {scales.low:.6g}", *parts])]
     return [
-        ", ".join([f"{head}, {found.distinct:,} distinct", *parts]),
-        f"    min {found.low:.6g}  {printable(found.low_at)}",
-        f"    max {found.high:.6g}  {printable(found.high_at)}",
+        ", ".join([f"{head}, {scales.distinct:,} distinct", *parts]),
+        f"    min {scales.low:.6g}  {printable(scales.low_at)}",
+        f"    max {scales.high:.6g}  {printable(scales.high_at)}",
     ]
 
 
 # show
 
 
-def show_text(found: BlockView) -> str:
+def show_text(view: BlockView) -> str:
     """Return a block as plain text: tensor, module, scales, then one line per element."""
-    t, elements = found.tensor, found.elements
-    block = f", block {found.block:,}" if found.block is not None else ""
-    columns = "none"
-    if elements:
-        columns = f"{elements[0].column:,} to {elements[-1].column:,} of {found.width:,}"
-    where = (
-        f"row {found.row:,}{block}: columns {columns}"
-        if len(t.shape) > 1 or found.scales
-        else f"elements {columns}"
-    )
+    t = view.tensor
     lines = [
         f"tensor   {printable(t.name)}",
         f"         {t.dtype} {list(t.shape)}, bytes {t.offset:,} to {t.offset + t.nbytes - 1:,} "
         f"of {printable(t.file)}",
-        f"module   {printable(found.module)}: {found.role}, {found.format}",
-        f"         {printable(', '.join(found.siblings))}",
-        f"location {where}, from byte {found.byte:,}",
+        f"module   {printable(view.module)}: {view.role}, {view.format}",
+        f"         {printable(', '.join(view.siblings))}",
+        f"location {_location(view)}, from byte {view.byte:,}",
     ]
-    for s in found.scales:
+    for s in view.scales:
         lines.append(
             f"  {s.leaf:20} {s.raw:10} {_number(s.value):>14}  at byte {s.byte:,}; valid: {s.valid}"
         )
-    if found.scale is not None:
-        lines.append(f"  {'total scale':20} {'':10} {_number(found.scale):>14}")
-    rows = [_element_cells(e) for e in found.elements]
-    quantized = found.scale is not None
-    head = [
-        "column",
-        "code" if quantized else "bytes",
-        "decoded",
-        "value",
-        "base",
-        "nearest",
-        "its value",
-    ]
-    keep = [i for i in range(7) if (i != 2 or quantized) and any(r[i] for r in rows)]
-    table = [[r[i] for i in keep] for r in [head, *rows]]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    marks = ["  ", *("> " if e.column in found.asked else "  " for e in found.elements)]
-    for mark, row in zip(marks, table, strict=True):
-        lines.append(mark + "  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)))
-    if found.expected is not None:
-        w = found.expected
+    if view.scale is not None:
+        lines.append(f"  {'total scale':20} {'':10} {_number(view.scale):>14}")
+    lines += _element_table(view)
+    if view.expected is not None:
+        e = view.expected
         lines.append(
-            f"expected {w.leaf} {w.raw} = {_number(w.value)} from the base's block; RMS error "
-            f"{_number(w.error)} with it, {_number(w.stored_error)} as stored"
+            f"expected {e.leaf} {e.raw} = {_number(e.value)} from the base's block; RMS error "
+            f"{_number(e.error)} with it, {_number(e.stored_error)} as stored"
         )
-    lines += [f"note     {printable(n)}" for n in found.notes]
+    lines += [f"note     {printable(n)}" for n in view.notes]
     return "\n".join(lines) + "\n"
 
 
-def show_json(found: BlockView) -> str:
+def _location(view: BlockView) -> str:
+    columns = "none"
+    if view.elements:
+        first, last = view.elements[0].column, view.elements[-1].column
+        columns = f"{first:,} to {last:,} of {view.width:,}"
+    if len(view.tensor.shape) < 2 and not view.scales:
+        return f"elements {columns}"
+    block = f", block {view.block:,}" if view.block is not None else ""
+    return f"row {view.row:,}{block}: columns {columns}"
+
+
+def _element_table(view: BlockView) -> list[str]:
+    """Return one line per element; columns without any entry are left out."""
+    quantized = view.scale is not None
+    raw = "code" if quantized else "bytes"
+    head = ["column", raw, "decoded", "value", "base", "nearest", "its value"]
+    rows = [_element_cells(e) for e in view.elements]
+    used = [i for i in range(len(head)) if any(row[i] for row in rows)]
+    used = [i for i in used if quantized or head[i] != "decoded"]
+    table = [[row[i] for i in used] for row in [head, *rows]]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    marks = ["  ", *("> " if e.column in view.asked else "  " for e in view.elements)]
+    return [
+        mark + "  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True))
+        for mark, row in zip(marks, table, strict=True)
+    ]
+
+
+def show_json(view: BlockView) -> str:
     """Return a block as one JSON object; values that JSON lacks are the strings NaN, Infinity and
     -Infinity.
     """
-    value = {"wanted" if k == "expected" else k: v for k, v in asdict(found).items()}
+    value = {"wanted" if k == "expected" else k: v for k, v in asdict(view).items()}
     return json.dumps(_plain_value(value), indent=2, allow_nan=False) + "\n"
 
 

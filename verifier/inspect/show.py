@@ -166,27 +166,37 @@ def show(
         raise ContentError(
             f"{tensor.name} is a part of {stack} and not contiguous in its file; show {stack}"
         )
+    location = _replaced(parsed, row, block, byte)
+    module = quantized.modules[split(tensor.name)[0]]
+    fmt = quantized.format_of(module) or module.inferred_format
+    if fmt is None or not _is_decodable(module, fmt, tensor):
+        return _plain(quantized, other, module, tensor, location)
+    # A report counts stored elements in a row of a weight; --block counts blocks.
+    elementwise = parsed.block is not None and block is None
+    return _block(quantized, other, module, fmt, tensor, location, elementwise)
+
+
+def _replaced(parsed: Location, row: int | None, block: int | None, byte: int | None) -> Location:
+    """Return a location with what the options say in place of what it names."""
     if byte is None and row is None and block is None:
-        byte = parsed.byte
-    location = replace(
+        return parsed
+    return replace(
         parsed,
         row=parsed.row if row is None else row,
         block=parsed.block if block is None else block,
         byte=byte,
     )
-    # A report counts stored elements in a row of a weight; --block counts blocks.
-    elementwise = parsed.block is not None and block is None
-    name, leaf = split(tensor.name)
-    module = quantized.modules[name]
-    fmt = quantized.format_of(module) or module.inferred_format
+
+
+def _is_decodable(module: Module, fmt: Format, tensor: Tensor) -> bool:
+    """Whether a tensor is the weight or a weight scale of a module that can be decoded."""
+    leaf = split(tensor.name)[1]
     of_block = (
         tensor is module.weight
         or leaf in _OF_BLOCKS
         or (leaf in SCALE_LEAVES and tensor.elements == 1)
     )
-    if fmt is None or module.dims is None or not of_block or not _whole(module, fmt):
-        return _plain(quantized, other, module, tensor, location)
-    return _block(quantized, other, module, fmt, tensor, location, elementwise)
+    return of_block and module.dims is not None and _whole(module, fmt)
 
 
 def _find(checkpoint: Checkpoint, text: str) -> tuple[Tensor, Location]:
@@ -374,54 +384,23 @@ def _block(
     weight, dims = module.weight, module.dims
     if weight is None or dims is None:
         raise ContentError(f"{module.name} has no 2-D weight")
-    in_ = dims[1]
     row, column = _row_and_column(module, fmt, tensor, location, elementwise)
     size = fmt.group_size or WINDOW
     block = column // size
-    first, last = block * size, min(in_, block * size + size)
-    parts = _sliced(quantized.checkpoint, module, fmt, row, first, last)
-    values = decode(parts, fmt.name)[0]
-    units = decode(_ones(parts, fmt), fmt.name)[0] if values.size else values
-    codes = _codes(parts, fmt)
-    stands = (
-        ml_dtypes.float4_e2m1fn if fmt.packed else ml_dtypes.float8_e4m3fn,
-        "0x{:X}" if fmt.packed else "0x{:02X}",
-    )
-    numbers = codes.view(stands[0]).astype(np.float64)
+    span = _Span(row, block * size, min(dims[1], block * size + size))
+    parts = _sliced(quantized.checkpoint, module, fmt, row, span.first, span.last)
     notes: list[str] = []
-    base_values = (
-        _base_values(other, module, dims, row, first, last, notes) if other is not None else None
-    )
-    finite = base_values is not None and np.isfinite(base_values).all()
-    if base_values is not None and not finite:
+    base_values = _base_values(other, module, dims, span, notes) if other is not None else None
+    if base_values is not None and not np.isfinite(base_values).all():
         notes.append("the base is not finite here")
-    best, best_codes, expected = None, None, None
-    if base_values is not None and finite:
-        expected = _expected_scale(base_values, values, parts, fmt)
-        if np.isfinite(units).all():
-            best, best_codes = _nearest(base_values, parts, units, fmt)
-    elements = tuple(
-        Element(
-            first + i,
-            stands[1].format(int(codes[i])),
-            float(numbers[i]),
-            float(values[i]),
-            None if base_values is None else float(base_values[i]),
-            None if best_codes is None else stands[1].format(int(best_codes[i])),
-            None if best is None else float(best[i]),
-        )
-        for i in range(min(MAX_ELEMENTS, last - first))
-    )
-    if last - first > MAX_ELEMENTS:
-        notes.append(f"showing the first {MAX_ELEMENTS} of {last - first} columns of the block")
+    if span.last - span.first > MAX_ELEMENTS:
+        notes.append(f"showing the first {MAX_ELEMENTS} of {span.last - span.first} columns")
     if fmt.block is None:
         notes.append(f"{fmt.algo} has no blocks along a row; showing {WINDOW} columns")
+    scale, elements, expected = _decoded(parts, fmt, span.first, base_values)
+    packing = 2 if fmt.packed else 1
     exact = tensor is weight and (location.byte is not None or elementwise)
-    byte = (
-        weight.offset
-        + row * weight.shape[1] * _itemsize(weight)
-        + first // (2 if fmt.packed else 1)
-    )
+    row_bytes = weight.shape[1] * _itemsize(weight)
     return BlockView(
         quantized.checkpoint.uri,
         tensor,
@@ -431,17 +410,59 @@ def _block(
         _siblings(module),
         row,
         None if fmt.block is None else block,
-        byte,
-        first,
-        in_,
+        weight.offset + row * row_bytes + span.first // packing,
+        span.first,
+        dims[1],
         _stored(quantized.checkpoint, module, fmt, row, block),
-        float(units[0]),
+        scale,
         elements,
         tuple(notes),
         other.checkpoint.uri if other else None,
         expected,
-        tuple(range(column, column + (2 if fmt.packed else 1))) if exact else (),
+        tuple(range(column, column + packing)) if exact else (),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Span:
+    """Columns ``first`` to ``last`` (exclusive) of one row."""
+
+    row: int
+    first: int
+    last: int
+
+
+def _decoded(
+    parts: Parts, fmt: Format, first: int, base: Float32 | None
+) -> tuple[float, tuple[Element, ...], ExpectedScale | None]:
+    """Return the total scale of a block, its elements, and the scale expected from the base."""
+    values = decode(parts, fmt.name)[0]
+    units = decode(_ones(parts, fmt), fmt.name)[0] if values.size else values
+    codes = _codes(parts, fmt)
+    numbers = codes.view(_code_dtype(fmt)).astype(np.float64)
+    expected, nearest_values, nearest_codes = None, None, None
+    if base is not None and np.isfinite(base).all():
+        expected = _expected_scale(base, values, parts, fmt)
+        if np.isfinite(units).all():
+            nearest_values, nearest_codes = _nearest(base, parts, units, fmt)
+    digits = 1 if fmt.packed else 2
+    elements = tuple(
+        Element(
+            first + i,
+            f"0x{int(codes[i]):0{digits}X}",
+            float(numbers[i]),
+            float(values[i]),
+            None if base is None else float(base[i]),
+            None if nearest_codes is None else f"0x{int(nearest_codes[i]):0{digits}X}",
+            None if nearest_values is None else float(nearest_values[i]),
+        )
+        for i in range(min(MAX_ELEMENTS, len(values)))
+    )
+    return float(units[0]), elements, expected
+
+
+def _code_dtype(fmt: Format) -> Any:
+    return ml_dtypes.float4_e2m1fn if fmt.packed else ml_dtypes.float8_e4m3fn
 
 
 def _row_and_column(
@@ -528,8 +549,7 @@ def _nearest(
     best = nearest(base[None], parts, fmt.name)[0]
     with np.errstate(divide="ignore", invalid="ignore"):
         numbers = np.where(units == 0, np.float32(0), best / units)
-    dtype = ml_dtypes.float4_e2m1fn if fmt.packed else ml_dtypes.float8_e4m3fn
-    codes: npt.NDArray[np.uint8] = numbers.astype(dtype).view(np.uint8)
+    codes: npt.NDArray[np.uint8] = numbers.astype(_code_dtype(fmt)).view(np.uint8)
     return best, codes & np.uint8(15 if fmt.packed else 255)
 
 
@@ -537,9 +557,7 @@ def _base_values(
     other: QuantizedCheckpoint,
     module: Module,
     dims: tuple[int, int],
-    row: int,
-    first: int,
-    last: int,
+    span: _Span,
     notes: list[str],
 ) -> Float32 | None:
     """Return the base's values at the same row and columns, decoded if the base is quantized."""
@@ -552,13 +570,16 @@ def _base_values(
         return None
     if not base_part.quantized and base_part.weight.dtype in FLOATS:
         return _read(
-            other.checkpoint, base_part.weight, row * dims[1] + first, last - first
+            other.checkpoint,
+            base_part.weight,
+            span.row * dims[1] + span.first,
+            span.last - span.first,
         ).astype(np.float32)
     values = other.values(base_part)
     if values is None:
         notes.append("the base's values cannot be decoded")
         return None
-    return values[row, first:last]
+    return values[span.row, span.first : span.last]
 
 
 def _expected_scale(
