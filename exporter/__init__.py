@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from exporter import adapters, codecs
     from exporter.calibration import calibrate
-    from exporter.exporting import export, export_model, merge, plan_export, plan_repair, repair
+    from exporter.exporting import export, export_model, merge, plan_export
+    from exporter.repairing import plan_repair, repair
 
 __all__ = [
     "adapters",
@@ -27,8 +28,8 @@ _HOME = {
     "merge": "exporter.exporting",
     "plan_export": "exporter.exporting",
     "export_model": "exporter.exporting",
-    "plan_repair": "exporter.exporting",
-    "repair": "exporter.exporting",
+    "plan_repair": "exporter.repairing",
+    "repair": "exporter.repairing",
 }
 
 

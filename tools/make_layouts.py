@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Render docs/expert-layouts.md from exporter/layout/experts.yaml.
+"""Render docs/expert-layouts.md from verifier/layouts/expert_stacks.toml.
 
     python tools/make_layouts.py [--check]
 
@@ -11,69 +11,84 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from exporter.layout import families
+from verifier.layouts.expert_stacks import StackLayout, stack_layouts
 
 PAGE = Path(__file__).parent.parent / "docs" / "expert-layouts.md"
 HEAD = """# Experts in stacks
 
-<!-- rendered by tools/make_layouts.py from exporter/layout/experts.yaml -->
+<!-- rendered by tools/make_layouts.py from verifier/layouts/expert_stacks.toml -->
 
-Some families' hub checkpoints hold all experts of a layer in one tensor. `ckptgate export --expert-layout` writes
-them
+The hub checkpoints of some families hold all experts of a layer in one tensor. `ckptgate export --expert-layout` writes
+them either way:
 
-* `per-expert`: one module for each projection of each expert, weights [out, in], and biases with them;
-* `hub`: as the hub has them: the same tensors under the same names, in the same axes and order of gate and up, with
-  siblings named `<parameter>_weight_scale` (or `<module>.weight_scale` where the hub's name ends in `.weight`).
+* `per-expert`: one module per projection of each expert, with weights [out, in] and biases;
+* `hub`: as the hub has them: the same tensors under the same names, with the same axes and the same order of gate and up.
+  Siblings are named `<parameter>_weight_scale`, or `<module>.weight_scale` where the hub's name ends in `.weight`.
 
-Either way blocks run along the input axis, whatever axes the stack has. Of *one* scale a stack has one `weight_scale_2`
-and one `input_scale` for all of its experts, as engines read it; of *each* a vector of one for each expert, and then the
-codes are byte for byte those of single experts. A stack is quantized whole or not at all. If a recipe takes no expert,
-the stacks keep their bytes; if it takes some one by one, all are written so. Stacks that are quantized already are read:
-MXFP4 (`_blocks`, `_scales`, [experts, out, in]), 128x128 FP8, and what is written here. 128x128 FP8 is written in stacks
-only where gate and up meet on a multiple of 128.
+Either way blocks run along the input axis, whatever axes the stack has. With *one* scale, a stack has a single
+`weight_scale_2` and a single `input_scale` for all of its experts, as engines read it. With *each*, it has a vector of one
+per expert, and the quantized values are byte for byte those of individual experts.
 
-`check` reads both layouts, and either against either as base: a stack of a family below is judged as the linears that
-engines build of it. What it says of `experts.3.gate_proj` may therefore stand in a stack; the finding names that. Of
-other families a stack is judged as it is stored.
+A stack is quantized as a whole or not at all. If the recipe quantizes no expert, stacks are copied unchanged; if it
+quantizes some experts individually, all are written individually. Quantized stacks can be read as well: MXFP4 (`_blocks`,
+`_scales`, [experts, out, in]), 128x128 FP8, and every format that ckptgate writes. 128x128 FP8 is written in stacks only
+where gate and up meet at a multiple of 128.
+
+`check` reads both layouts, and compares either with a base in either: it checks a stack of a family below as the linear
+layers that engines build of it. A finding for `experts.3.gate_proj` may therefore be about a part of a stack; the finding
+names the stack. Stacks of other families are checked as they are stored.
 """
 
 
 def page() -> str:
     """Return the page."""
-    rows = [f for f in families() if not f.refused]
-    axes = {
-        "out_in": "[E, out, in]",
-        "in_out": "[E, in, out]",
-        "either": "[E, in, out] or [E, out, in]",
-    }
+    rows = [row for row in stack_layouts() if not row.refused]
     lines = [
         HEAD,
-        "## Exported",
+        "## Supported",
         "",
-        "| family | hub | axes | gate and up | linear of one expert | default | scales of a stack |",
+        "| family | hub | axes | gate and up | linear layer of one expert | default | scales of a stack |",
         "|" + "---|" * 7,
+        *map(_row, rows),
     ]
-    for f in rows:
-        fused = [v for v in f.stacks.values() if len(v) > 1]
-        order = ("interleaved" if f.interleaved else "gate first") if fused else "apart"
-        stacks, leaves = (
-            "<br>".join(f"`{s}`" for s in f.stacks),
-            ", ".join(x for v in f.stacks.values() for x in v),
-        )
-        single = f"`{f.linear.format(expert='E', leaf='…')}`: {leaves}"
-        count = "one" if f.one_scale else "each"
-        lines.append(
-            f"| {', '.join(f.types)} | {stacks} | {axes[f.axes]} | {order} | {single} | {f.default} | {count} |"
-        )
-    lines += ["", "## Why that default", "", "| family | why | read from |", "|---|---|---|"]
-    lines += [f"| {f.name} | {f.why} | {f.cite} |" for f in rows]
-    lines += ["", "## Refused", "", "| family | why |", "|---|---|"]
-    lines += [f"| {', '.join(f.types)} | {f.refused.strip()} |" for f in families() if f.refused]
+    lines += [
+        "",
+        "## Reasons for the defaults",
+        "",
+        "| family | reason | source |",
+        "|---|---|---|",
+    ]
+    lines += [f"| {row.name} | {row.why} | {row.source} |" for row in rows]
+    lines += ["", "## Refused", "", "| family | reason |", "|---|---|"]
+    refused = (row for row in stack_layouts() if row.refused)
+    lines += [f"| {', '.join(row.model_types)} | {row.refused} |" for row in refused]
     return "\n".join(lines) + "\n"
 
 
+def _row(layout: StackLayout) -> str:
+    axes = {
+        False: "[E, out, in]",
+        True: "[E, in, out]",
+        None: "[E, in, out] or [E, out, in]",
+    }
+    fused = any(len(leaves) > 1 for leaves in layout.stacks.values())
+    order = ("interleaved" if layout.interleaved else "gate first") if fused else "separate stacks"
+    leaves = ", ".join(leaf for leaves in layout.stacks.values() for leaf in leaves)
+    linear = layout.linear.format(expert="E", leaf="…")
+    cells = (
+        ", ".join(layout.model_types),
+        "<br>".join(f"`{suffix}`" for suffix in layout.stacks),
+        axes[layout.transposed],
+        order,
+        f"`{linear}`: {leaves}",
+        layout.default,
+        "one" if layout.one_scale else "each",
+    )
+    return f"| {' | '.join(cells)} |"
+
+
 def main() -> int:
-    """Write or compare the page."""
+    """Write the page, or compare it with the committed one."""
     text = page()
     if "--check" not in sys.argv:
         PAGE.write_text(text, encoding="utf-8")

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Activation calibration: run texts through the unquantized model and keep each module's largest
+"""Activation calibration: run texts through the unquantized model and record each module's largest
 input, by hub name.
 """
 
-from exporter.calibration.extra import VERSIONS as VERSIONS  # before what imports torch
+from exporter.calibration.extra import VERSIONS as VERSIONS  # before modules that import torch
 from exporter.calibration.report import (
     CalibrationReport,
     Fallback,

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read what goes into the KV cache: keys after rotary embedding and normalization, values as they
-are attended to.
+"""Read what goes into the KV cache: keys after rotary embedding and normalization, and the values
+that attention reads.
 
-FP8 KV scales belong to what an engine stores. ModelOpt reads the same place (its
+FP8 KV scales apply to what an engine stores. ModelOpt reads the same tensors (its
 ``k_bmm_quantizer``).
 """
 
@@ -16,14 +16,14 @@ import transformers
 
 from exporter.calibration.sites import Site
 
-KvSpot = tuple[int, Literal["k", "v"]]
-"""A layer by the number that its attention gives the cache, and which of its two states."""
+KvState = tuple[int, Literal["k", "v"]]
+"""A layer, by the number under which its attention stores states in the cache; keys or values."""
 
 
 class ReadingCache(transformers.DynamicCache):
-    """A cache for one forward pass that updates a site for each layer's keys and values."""
+    """A cache for one forward pass that updates a site with each layer's keys and values."""
 
-    def __init__(self, config: Any, sites: Mapping[KvSpot, Site]) -> None:
+    def __init__(self, config: Any, sites: Mapping[KvState, Site]) -> None:
         super().__init__(config=config)
         self._sites = sites
 
@@ -35,7 +35,7 @@ class ReadingCache(transformers.DynamicCache):
         *args: Any,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Read the states of a layer, then store them as every cache does."""
+        """Read the states of a layer, then store them like every cache."""
         for kind, states in (("k", key_states), ("v", value_states)):
             site = self._sites.get((layer_idx, kind))  # type: ignore[arg-type]
             if site is not None:

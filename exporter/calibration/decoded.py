@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A quantized source as an unquantized state dict, decoded tensor by tensor when transformers'
-loader asks.
+loader reads it.
 """
 
 from __future__ import annotations
@@ -9,77 +9,77 @@ from typing import Any
 
 import torch
 
-from exporter.layout import Unstacked, unstacked
+from exporter.layout import unstacked
 from exporter.plan import Reader, Restack, Weight
 from exporter.stream import load, load_stack
 from verifier.checkpoint import NUMPY_DTYPES, Checkpoint, Tensor
+from verifier.layouts.expert_stacks import UnstackedCheckpoint
+from verifier.load import hf
 from verifier.schemes import FLOATS, canonical, gather
 
-_BITS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
-
-class _Lazy:
-    """Stands for a tensor that is read, and decoded to BF16 where it is quantized, when it is
+class _LazyTensor:
+    """Represents a tensor that is read, and decoded to BF16 where it is quantized, when it is
     sliced.
     """
 
-    def __init__(self, checkpoint: Checkpoint, what: Weight | Tensor) -> None:
-        self._checkpoint, self._what = checkpoint, what
+    def __init__(self, checkpoint: Checkpoint, tensor: Weight | Tensor) -> None:
+        self._checkpoint, self._tensor = checkpoint, tensor
 
     def __getitem__(self, _index: Any) -> torch.Tensor:
-        if isinstance(self._what, Weight):
-            return load(self._checkpoint, self._what).to(torch.bfloat16)
-        raw = self._checkpoint.read(self._what).copy()
-        if self._what.dtype in _BITS:
-            return torch.from_numpy(raw).view(_BITS[self._what.dtype]).reshape(self._what.shape)
-        return torch.from_numpy(raw.view(NUMPY_DTYPES[self._what.dtype]).reshape(self._what.shape))
+        tensor = self._tensor
+        if isinstance(tensor, Weight):
+            return load(self._checkpoint, tensor).to(torch.bfloat16)
+        if tensor.dtype in FLOATS:
+            return hf.plain_tensor(self._checkpoint, tensor)
+        return torch.from_numpy(self._checkpoint.array(tensor).copy())
 
 
 class _LazyStack:
-    """Stands for a quantized stack of experts, decoded to BF16 when it is sliced, in the axes of
+    """Represents a quantized stack of experts, decoded to BF16 when it is sliced, in the axes of
     the unquantized hub.
     """
 
-    def __init__(self, checkpoint: Checkpoint, what: Restack) -> None:
-        self._checkpoint, self._what = checkpoint, what
+    def __init__(self, checkpoint: Checkpoint, action: Restack) -> None:
+        self._checkpoint, self._action = checkpoint, action
 
     def __getitem__(self, _index: Any) -> torch.Tensor:
-        (stack,) = self._what.stacks
-        values = [
-            load_stack(self._checkpoint, self._what, stack, e, e + 1).to(torch.bfloat16)
+        (stack,) = self._action.stacks
+        experts = [
+            load_stack(self._checkpoint, self._action, stack, e, e + 1).to(torch.bfloat16)
             for e in range(stack.shape[0])
         ]
-        whole = torch.cat(values)
-        return whole.transpose(1, 2).contiguous() if stack.written_turned else whole
+        whole = torch.cat(experts)
+        return whole.transpose(1, 2).contiguous() if stack.hub_transposed else whole
 
 
 def decoded_state(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return every weight of a checkpoint by its unquantized hub name, read on access.
 
     Raises:
-        PlanError: a quantized weight whose format cannot be told, or that is not two-dimensional
-            and no stack that is known.
+        PlanError: a quantized weight whose format cannot be inferred, or that is neither 2-D nor a
+            known stack.
     """
-    found: dict[str, Any] = {}
-    within = set()
-    each = unstacked(checkpoint)
-    if isinstance(each, Unstacked):
-        single = Reader(each, gather(each.tensors.values()))
-        for stack in each.stacks.stacks:
-            read = single.format(stack.members[0])
-            if read is not None:
-                found[stack.key] = _LazyStack(checkpoint, Restack((stack,), read, None))
-                within |= {t.name for leaf, t in stack.parts.items() if leaf != "bias"}
-    modules = gather(t for t in checkpoint.tensors.values() if t.name not in within)
+    state: dict[str, Any] = {}
+    in_stacks = set()
+    view = unstacked(checkpoint)
+    if isinstance(view, UnstackedCheckpoint):
+        expert_reader = Reader(view, gather(view.tensors.values()))
+        for stack in view.stacks:
+            fmt = expert_reader.format(stack.linears[0])
+            if fmt is not None:
+                state[stack.key] = _LazyStack(checkpoint, Restack((stack,), fmt, None))
+                in_stacks |= {t.name for leaf, t in stack.tensors.items() if leaf != "bias"}
+    modules = gather(t for t in checkpoint.tensors.values() if t.name not in in_stacks)
     reader = Reader(checkpoint, modules)
     for name, module in modules.items():
         quantized = reader.format(name) is not None
         for tensor in module.parts.values():
-            plain = canonical(tensor.name)
-            if plain is None:
+            plain_name = canonical(tensor.name)
+            if plain_name is None:
                 continue
             if quantized and tensor is module.weight:
-                found[plain] = _Lazy(checkpoint, reader.weight(name))
+                state[plain_name] = _LazyTensor(checkpoint, reader.weight(name))
             elif tensor.dtype in FLOATS or tensor.dtype in NUMPY_DTYPES:
-                found[plain] = _Lazy(checkpoint, tensor)
-    return found
+                state[plain_name] = _LazyTensor(checkpoint, tensor)
+    return state

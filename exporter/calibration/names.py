@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the modules of a hub checkpoint are in transformers' model, and where their inputs can be
+"""Which modules of transformers' model are those of a hub checkpoint, and where their inputs can be
 read.
 """
 
@@ -11,26 +11,26 @@ from typing import Any, Literal
 
 import torch
 
-from exporter.calibration.attention import KvSpot
-from exporter.layout import read_stacks
-from exporter.layout.hf_mapping import Place
+from exporter.calibration.attention import KvState
+from exporter.layout import stacks_of
 from verifier.checkpoint import Checkpoint
 from verifier.errors import PlanError
+from verifier.load.experts import is_experts_module
+from verifier.load.hf import ParameterKey
 from verifier.schemes import expert_key, role
 
 Kind = Literal["linear", "gate_up", "down"]
 OUTSIDE = ("dbrx", "inkling", "jetmoe", "llama4", "llama4_text", "longcat_flash", "step3p7")
 """Model types with stacked experts whose class does not call transformers' experts interface
 (transformers 5.23)."""
-_FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "config")
 _NO_CACHE = ("vision", "projector", "indexer", "mtp")
 _STACKS: Mapping[str, Kind] = {"gate_up_proj": "gate_up", "up_proj": "gate_up", "down_proj": "down"}
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A module to read: its hub name, the module in memory, what that is, and which slot of it (the
-    expert).
+    """A module to read: its hub name, the path and kind of the module in memory, and its slot there
+    (the expert).
     """
 
     hub: str
@@ -47,93 +47,87 @@ def refuse_outside(checkpoint: Checkpoint) -> None:
     """
     if checkpoint.model_type in OUTSIDE:
         raise PlanError(
-            f"{checkpoint.uri}: {checkpoint.model_type} is outside transformers' experts interface, so the inputs of its "
-            f"experts cannot be read; not supported: {', '.join(OUTSIDE)}"
+            f"{checkpoint.uri}: {checkpoint.model_type} does not use transformers' experts "
+            "interface, so the inputs of its experts cannot be read; unsupported: "
+            f"{', '.join(OUTSIDE)}"
         )
 
 
-def targets(model: Any, where: Mapping[str, Place], wanted: Iterable[str]) -> list[Target]:
-    """Return where to read the input of each wanted hub module.
+def targets(model: Any, keys: Mapping[str, ParameterKey], modules: Iterable[str]) -> list[Target]:
+    """Return where to read the input of each hub module.
 
     Args:
         model: the model that transformers built.
-        where: the places of the source's tensors.
-        wanted: hub module names.
+        keys: which parameter each of the source's tensors is.
+        modules: hub module names.
 
     Raises:
-        PlanError: a module that the model does not have, or that is of a kind that cannot be read;
-            it is named.
+        PlanError: a module that the model does not have, or whose kind cannot be read; it is named.
     """
     state = model.state_dict()
     experts: dict[str, set[int]] = {}
-    for name in where:
-        key = expert_key(name.removesuffix(".weight"))
-        if key is not None:
-            experts.setdefault(key.container, set()).add(key.expert)
+    for name in keys:
+        expert = expert_key(name.removesuffix(".weight"))
+        if expert is not None:
+            experts.setdefault(expert.container, set()).add(expert.expert)
     found = []
-    for hub in wanted:
-        place = where[f"{hub}.weight"]
-        if place.key not in state:
+    for hub in modules:
+        key = keys[f"{hub}.weight"].name
+        if key not in state:
             raise PlanError(
-                f"{hub} is in the source and not in transformers' {type(model).__name__}, so it sees no input; a recipe "
-                "that leaves it out can be calibrated"
+                f"{hub} is in the source and not in transformers' {type(model).__name__}, so it has "
+                "no input; use a recipe that does not select it"
             )
-        path, _, leaf = place.key.rpartition(".")
-        module, key = model.get_submodule(path), expert_key(hub)
+        path, _, leaf = key.rpartition(".")
+        module, expert = model.get_submodule(path), expert_key(hub)
         if isinstance(module, torch.nn.Linear) and leaf == "weight":
             found.append(Target(hub, path, "linear", 0))
-        elif (
-            key is not None
-            and state[place.key].ndim == 3
-            and _interface(module)
-            and leaf in _STACKS
-        ):
-            count = state[place.key].shape[0]
-            if experts[key.container] != set(range(count)):
-                raise PlanError(
-                    f"{key.container}: its expert numbers are not 0 to {count - 1}, as transformers stacks them"
-                )
-            found.append(Target(hub, path, _STACKS[leaf], key.expert))
-        else:
+            continue
+        readable = is_experts_module(module) and leaf in _STACKS and state[key].ndim == 3
+        if expert is None or not readable:
             raise PlanError(
-                f"{hub} is {place.key} of a {type(module).__name__} in transformers: neither a linear layer nor experts "
-                "that call its experts interface, so its input cannot be read"
+                f"{hub} is {key} of a {type(module).__name__} in transformers: neither a linear "
+                "layer nor experts that call its experts interface, so its input cannot be read"
             )
+        count = state[key].shape[0]
+        if experts[expert.container] != set(range(count)):
+            raise PlanError(
+                f"{expert.container}: its expert numbers are not 0 to {count - 1}, as transformers "
+                "stacks them"
+            )
+        found.append(Target(hub, path, _STACKS[leaf], expert.expert))
     return found
 
 
-def with_experts(where: Mapping[str, Place], checkpoint: Checkpoint) -> dict[str, Place]:
-    """Return places with those of the linears that a checkpoint holds in stacks: an expert's is
-    that of its stack.
+def with_experts(
+    keys: Mapping[str, ParameterKey], checkpoint: Checkpoint
+) -> dict[str, ParameterKey]:
+    """Return parameter keys with those of the linear layers that a checkpoint holds in stacks: an
+    expert's is that of its stack.
     """
-    stacks = read_stacks(checkpoint)
-    found = dict(where)
-    for stack in stacks.stacks if stacks is not None else ():
-        if stack.key in where:
-            found |= {f"{m}.weight": Place(where[stack.key].key, True) for m in stack.members}
-    return found
+    result = dict(keys)
+    for stack in stacks_of(checkpoint):
+        if stack.key in keys:
+            result |= {f"{linear}.weight": keys[stack.key] for linear in stack.linears}
+    return result
 
 
-def _interface(module: Any) -> bool:
-    return all(hasattr(module, flag) for flag in _FLAGS)
-
-
-def kv_targets(model: Any, where: Mapping[str, Place]) -> dict[str, KvSpot]:
-    """Return what of the KV cache each ``<hub k_proj>.k_amax`` and ``<hub v_proj>.v_amax`` is, in
-    the language model.
+def kv_targets(model: Any, keys: Mapping[str, ParameterKey]) -> dict[str, KvState]:
+    """Return which cached states of the language model each ``<hub k_proj>.k_amax`` and ``<hub
+    v_proj>.v_amax`` is.
     """
-    found: dict[str, KvSpot] = {}
-    for name, place in where.items():
+    states: dict[str, KvState] = {}
+    for name, key in keys.items():
         hub, _, leaf = name.rpartition(".")
-        kind = hub.rpartition(".")[2]
-        path, _, inner = place.key.rpartition(".")
-        if leaf != "weight" or kind not in ("k_proj", "v_proj") or role(hub) in _NO_CACHE:
+        projection = hub.rpartition(".")[2]
+        if leaf != "weight" or projection not in ("k_proj", "v_proj") or role(hub) in _NO_CACHE:
             continue
+        path, _, memory_leaf = key.name.rpartition(".")
         number = _layer_index(model, path.rpartition(".")[0])
-        if place.converted or inner != "weight" or number is None:
+        if key.converter is not None or memory_leaf != "weight" or number is None:
             continue
-        found[f"{hub}.{kind[0]}_amax"] = (number, "k" if kind == "k_proj" else "v")
-    return found
+        states[f"{hub}.{projection[0]}_amax"] = (number, "k" if projection == "k_proj" else "v")
+    return states
 
 
 def _layer_index(model: Any, path: str) -> int | None:

@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a calibration saw, and the text that says so."""
+"""What a calibration measured, and its report as text."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-SHOWN = 20
+from verifier.text import counted
+
+LISTED = 20
 
 
 @dataclass(frozen=True, slots=True)
 class TextUse:
-    """A text file: sequences asked for and taken from it, and their tokens."""
+    """A text file: sequences requested and taken from it, and their tokens."""
 
     path: str
     sha256: str
@@ -32,14 +34,14 @@ class LayerExperts:
 
     @property
     def seen(self) -> int:
-        """How many saw a token."""
+        """How many experts have tokens."""
         return sum(1 for t in self.tokens if t)
 
 
 @dataclass(frozen=True, slots=True)
 class Fallback:
-    """A statistic that was replaced: ``condition`` says why, ``value`` by what, ``taken_from``
-    whose that is.
+    """A statistic that was replaced: why (``condition``), by which value, and of which statistic
+    that is.
     """
 
     name: str
@@ -50,7 +52,7 @@ class Fallback:
 
 @dataclass(frozen=True)
 class CalibrationReport:
-    """What a calibration saw and wrote.
+    """What a calibration measured and wrote.
 
     ``modules`` counts input maxima, ``kv`` maxima of cached keys and values; ``dead`` and ``few``
     name experts (``<container>.<number>``) without tokens, and with fewer than the minimum;
@@ -74,55 +76,55 @@ class CalibrationReport:
 
     @property
     def tokens(self) -> int:
-        """Tokens that the model was given."""
+        """Tokens that ran through the model."""
         return sum(t.tokens for t in self.texts)
 
 
-def named(names: Iterable[str], shown: int = SHOWN) -> str:
-    """Return some names as one text, the first ``shown`` in full."""
-    found = list(names)
-    more = f" and {len(found) - shown:,} more" if len(found) > shown else ""
-    return ", ".join(found[:shown]) + more
+def listed(names: Iterable[str], limit: int = LISTED) -> str:
+    """Return names as one text, the first ``limit`` in full."""
+    every = list(names)
+    more = f" and {len(every) - limit:,} more" if len(every) > limit else ""
+    return ", ".join(every[:limit]) + more
 
 
 def render_text(report: CalibrationReport) -> str:
-    """Return the report as text, one fact a line."""
+    """Return the report as text, one fact per line."""
     lines = [
-        f"calibrated {report.modules:,} modules of {report.source} by {report.recipe}, {report.method}"
+        f"calibrated {counted(report.modules, 'module')} of {report.source} "
+        f"(recipe {report.recipe}, method {report.method})"
     ]
-    for text in report.texts:
-        short = (
-            f" ({text.asked:,} asked for: the texts hold no more)"
-            if text.samples < text.asked
-            else ""
-        )
-        lines.append(
-            f"  texts     {text.path}: {text.samples:,} samples{short}, {text.tokens:,} tokens"
-        )
-    lines += [
-        f"  experts   {layer.container}: {layer.seen:,} of {len(layer.tokens):,} with tokens, {_spread(layer.tokens)}"
-        for layer in report.layers
-    ]
+    lines += [f"  texts     {_text_use(text)}" for text in report.texts]
+    lines += [f"  experts   {_layer(layer)}" for layer in report.layers]
     if report.dead:
-        lines.append(
-            f"  dead      {len(report.dead):,} experts without tokens: {named(report.dead)}"
-        )
+        dead = counted(len(report.dead), "expert")
+        lines.append(f"  dead      {dead} without tokens: {listed(report.dead)}")
     if report.few:
-        few = named(f"{name} ({tokens:,})" for name, tokens in report.few)
+        few = listed(f"{name} ({tokens:,})" for name, tokens in report.few)
         lines.append(
-            f"  warning   {len(report.few):,} experts with fewer than {report.min_tokens:,} tokens: {few}"
+            f"  warning   {counted(len(report.few), 'expert')} with fewer than "
+            f"{counted(report.min_tokens, 'token')}: {few}"
         )
-    conditions = sorted({f.condition for f in report.fallbacks})
-    for condition in conditions:
-        hit = [f for f in report.fallbacks if f.condition == condition]
-        values = named(f"{f.name} = {f.value:.4g} of {f.taken_from}" for f in hit)
-        lines.append(f"  fallback  {len(hit):,} statistics ({condition}): {values}")
+    for condition in sorted({f.condition for f in report.fallbacks}):
+        same = [f for f in report.fallbacks if f.condition == condition]
+        values = listed(f"{f.name} = {f.value:.4g} from {f.taken_from}" for f in same)
+        lines.append(f"  fallback  {counted(len(same), 'statistic')} ({condition}): {values}")
     low, high = report.smallest, report.largest
     lines.append(f"  amax      {low[1]:.4g} ({low[0]}) to {high[1]:.4g} ({high[0]})")
-    lines.append(f"  kv        {report.kv:,} maxima of cached keys and values")
+    lines.append(f"  kv        {report.kv:,} statistics of cached keys and values")
     lines.append(f"wrote {report.out}")
     return "\n".join(lines) + "\n"
 
 
-def _spread(tokens: Sequence[int]) -> str:
-    return f"{min(tokens):,} to {max(tokens):,} each"
+def _text_use(text: TextUse) -> str:
+    short = ""
+    if text.samples < text.asked:
+        short = f" ({text.asked:,} requested; the file holds no more)"
+    return f"{text.path}: {counted(text.samples, 'sample')}{short}, {text.tokens:,} tokens"
+
+
+def _layer(layer: LayerExperts) -> str:
+    tokens: Sequence[int] = layer.tokens
+    return (
+        f"{layer.container}: {layer.seen:,} of {len(tokens):,} with tokens, "
+        f"{min(tokens):,} to {max(tokens):,} each"
+    )

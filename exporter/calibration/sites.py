@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is kept of the activations that a module sees: maximum, token count and, for percentiles, a
-histogram.
+"""Statistics of a module's inputs: maximum, token count and, for percentiles, a histogram.
 
-Everything stays on the device where the activations are, maxima in float32 and counts in int64,
-until `collect`.
+Everything stays on the device of the activations, maxima in float32 and counts in int64, until
+`collect`.
 """
 
 from __future__ import annotations
@@ -15,24 +14,24 @@ from dataclasses import dataclass
 import torch
 
 LOWEST = (127 - 24) << 7
-"""Bit pattern, as BF16, of 2^-24; the histogram's bins are the BF16 values from here on."""
+"""Bit pattern, as BF16, of 2^-24; the bins of the histogram are the BF16 values from it on."""
 BINS = 48 * 128 + 1
-"""48 octaves of 128 BF16 values and one bin for 2^24 and above; the first bin holds all that is at
-most 2^-24."""
+"""48 octaves of 128 BF16 values, and one bin for 2^24 and above; the first bin holds everything up
+to 2^-24."""
 CHUNK = 1 << 22
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
-    """What a site saw, by slot: the statistic (0.0 where there was no token), and tokens."""
+class SiteStatistics:
+    """The statistic of each slot of a site (0.0 where there was no token), and its tokens."""
 
     amax: tuple[float, ...]
     tokens: tuple[int, ...]
 
 
 class Site:
-    """One place where activations are read. ``slots`` is 1, or the number of experts that share the
-    place.
+    """A place where activations are read; ``slots`` is 1, or the number of experts that share
+    it.
     """
 
     def __init__(self, slots: int, percentile: float | None = None) -> None:
@@ -43,8 +42,8 @@ class Site:
         self._counts: torch.Tensor | None = None
 
     def update(self, slot: int, rows: torch.Tensor) -> None:
-        """Take activations in, [..., features], any floating dtype; NaN and infinity are kept as
-        they are.
+        """Add activations, [..., features], any floating dtype; NaN and infinity go into the
+        maximum.
         """
         self.called = True
         if rows.numel() == 0:
@@ -66,7 +65,7 @@ class Site:
 
     def reduced(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Return the statistic (float32) and the tokens (int64) of each slot on the site's device;
-        None if unseen.
+        None before the first update.
         """
         if self._amax is None or self._tokens is None:
             return None
@@ -76,9 +75,7 @@ class Site:
 
 
 def _bins(values: torch.Tensor) -> torch.Tensor:
-    """Return the bin of each value: the BF16 value that is its magnitude, rounded up; exact for
-    BF16.
-    """
+    """Return the bin of each value: its magnitude rounded up to BF16; exact for BF16."""
     bits = values.float().abs().view(torch.int32)
     return (((bits + 0xFFFF) >> 16) - LOWEST).clamp_(0, BINS - 1)
 
@@ -101,27 +98,25 @@ def _quantile(counts: torch.Tensor, amax: torch.Tensor, percentile: float) -> to
     return torch.where(amax.isfinite(), torch.minimum(value, amax), amax)
 
 
-def collect(sites: Iterable[Site]) -> dict[Site, Seen]:
-    """Return what each site saw, copied to the host at once, one copy of each kind from each
-    device.
-    """
+def collect(sites: Iterable[Site]) -> dict[Site, SiteStatistics]:
+    """Return the statistics of each site, copied to the host with one copy per kind and device."""
     groups: dict[torch.device, list[tuple[Site, torch.Tensor, torch.Tensor]]] = {}
-    found: dict[Site, Seen] = {}
+    statistics: dict[Site, SiteStatistics] = {}
     for site in sites:
-        parts = site.reduced()
-        if parts is None:
-            found[site] = Seen((0.0,) * site.slots, (0,) * site.slots)
+        reduced = site.reduced()
+        if reduced is None:
+            statistics[site] = SiteStatistics((0.0,) * site.slots, (0,) * site.slots)
         else:
-            groups.setdefault(parts[0].device, []).append((site, *parts))
+            groups.setdefault(reduced[0].device, []).append((site, *reduced))
     for group in groups.values():
         amax = torch.cat([a for _, a, _ in group]).cpu().tolist()
         tokens = torch.cat([t for _, _, t in group]).cpu().tolist()
         start = 0
         for site, _, _ in group:
             stop = start + site.slots
-            found[site] = Seen(tuple(amax[start:stop]), tuple(tokens[start:stop]))
+            statistics[site] = SiteStatistics(tuple(amax[start:stop]), tuple(tokens[start:stop]))
             start = stop
-    return found
+    return statistics
 
 
 def problem(amax: float) -> str | None:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calibration texts: documents from files, and sequences of equal length from documents, chosen by
-a seed.
+"""Calibration texts: documents from files, and sequences of equal length from documents, selected
+by a seed.
 """
 
 from __future__ import annotations
@@ -12,12 +12,15 @@ import random
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from verifier.errors import PlanError, UsageError
 
 Ids = list[int]
+Document = str | tuple[int, ...]
+"""A text, or token ids."""
 MAX_BYTES = 2_000_000_000
 
 
@@ -27,7 +30,7 @@ class TextFile:
 
     path: str
     sha256: str
-    documents: tuple[str | tuple[int, ...], ...]
+    documents: tuple[Document, ...]
 
     @property
     def needs_tokenizer(self) -> bool:
@@ -38,8 +41,8 @@ class TextFile:
 def read_texts(path: str | os.PathLike[str]) -> TextFile:
     """Return the documents of a file.
 
-    ``.jsonl``: one document a line, ``{"text": …}`` or ``{"ids": […]}``. Anything else is UTF-8
-    text: paragraphs between blank lines are documents; a text without blank lines is one.
+    ``.jsonl``: one document per line, ``{"text": …}`` or ``{"ids": […]}``. Any other file is UTF-8
+    text: paragraphs between blank lines are documents; a text without blank lines is one document.
 
     Raises:
         UsageError: no such file, or larger than 2 GB.
@@ -47,7 +50,7 @@ def read_texts(path: str | os.PathLike[str]) -> TextFile:
     """
     name, file = os.fspath(path), Path(path)
     if not file.is_file():
-        raise UsageError(f"{name}: no such file of texts")
+        raise UsageError(f"{name}: no such text file")
     if file.stat().st_size > MAX_BYTES:
         raise UsageError(f"{name}: larger than {MAX_BYTES:,} bytes")
     raw = file.read_bytes()
@@ -55,74 +58,67 @@ def read_texts(path: str | os.PathLike[str]) -> TextFile:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise PlanError(f"{name}: not UTF-8 at byte {error.start}") from error
-    found: list[str | tuple[int, ...]] = []
+    documents: list[Document] = []
     if file.suffix == ".jsonl":
-        rows = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
-        found += [row for n, line in rows if (row := _row(name, n, line)) is not None]
+        for number, line in enumerate(text.split("\n"), 1):
+            document = _document(name, number, line) if line.strip() else None
+            documents += [document] if document is not None else []
     else:
-        found += [p.strip("\r\n") for p in re.split(r"\n(?:[ \t\r]*\n)+", text) if p.strip()]
-    if not found:
+        paragraphs = re.split(r"\n(?:[ \t\r]*\n)+", text)
+        documents += [p.strip("\r\n") for p in paragraphs if p.strip()]
+    if not documents:
         raise PlanError(f"{name}: holds no document")
-    return TextFile(name, hashlib.sha256(raw).hexdigest(), tuple(found))
+    return TextFile(name, hashlib.sha256(raw).hexdigest(), tuple(documents))
 
 
-def _row(name: str, number: int, line: str) -> str | tuple[int, ...] | None:
-    """Return a document, or None for the first line of a corpus that says which model wrote it
-    (`sampled_from`).
+def _document(name: str, number: int, line: str) -> Document | None:
+    """Return a document; None for the first line of a corpus that names the model that wrote it
+    (``sampled_from``).
     """
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise PlanError(f"{name} line {number}: not JSON") from error
-    if (
-        number == 1
-        and isinstance(row, dict)
-        and "sampled_from" in row
-        and not {"ids", "text"} & row.keys()
-    ):
+    entry: dict[str, Any] = row if isinstance(row, dict) else {}
+    if number == 1 and "sampled_from" in entry and entry.keys().isdisjoint(("ids", "text")):
         return None
-    ids: Any = row.get("ids") if isinstance(row, dict) else None
+    ids = entry.get("ids")
     if isinstance(ids, list) and ids and all(type(i) is int and i >= 0 for i in ids):
         return tuple(ids)
-    if ids is None and isinstance(row, dict) and isinstance(row.get("text"), str):
-        return str(row["text"])
-    raise PlanError(f"{name} line {number}: neither ids (whole numbers, at least one) nor text")
+    if ids is None and isinstance(entry.get("text"), str):
+        return str(entry["text"])
+    raise PlanError(f"{name} line {number}: neither ids (a list of at least one integer) nor text")
 
 
 def choose(
     file: TextFile, count: int, length: int, seed: str, encode: Callable[[str], Ids] | None
 ) -> list[Ids]:
-    """Return ``count`` sequences of ``length`` tokens from the documents in an order that the seed
+    """Return ``count`` sequences of ``length`` tokens from the documents, in an order that the seed
     decides.
 
-    A document of ``length`` tokens or more gives its first ``length``; shorter ones are joined
-    until they fill a sequence, and what is over is left. If that is too little, the further windows
-    of the long documents follow, and last what is left over, shorter than ``length``. There may be
+    A document of at least ``length`` tokens gives its first ``length``; shorter ones are joined
+    until they fill a sequence, and the excess is dropped. If that gives too few, further sequences
+    of the long documents follow, and last the remainders, shorter than ``length``. There may be
     fewer than ``count``.
 
     Args:
         file: the documents.
-        count: sequences wanted, at least 1.
-        length: tokens in a sequence, at least 2.
+        count: sequences to return, at least 1.
+        length: tokens per sequence, at least 2.
         seed: what decides the order.
         encode: text to token ids; may be None where all documents are ids.
     """
-    found: list[Ids] = []
-    for sequence in _sequences(file.documents, length, seed, encode):
-        found.append(sequence)
-        if len(found) == count:
-            break
-    return found
+    return list(islice(_sequences(file.documents, length, seed, encode), count))
 
 
 def _sequences(
-    documents: Sequence[str | tuple[int, ...]],
+    documents: Sequence[Document],
     length: int,
     seed: str,
     encode: Callable[[str], Ids] | None,
 ) -> Iterator[Ids]:
     order = list(range(len(documents)))
-    random.Random(seed).shuffle(order)  # noqa: S311  (no secret)
+    random.Random(seed).shuffle(order)  # noqa: S311  (not a secret)
     joined: Ids = []
     rest: list[Ids] = []
     for i in order:
@@ -149,8 +145,8 @@ def _sequences(
 
 
 def batches(sequences: Sequence[Ids], size: int) -> Iterator[list[Ids]]:
-    """Yield up to ``size`` sequences of one length at a time, in order of length, longest first:
-    nothing is padded.
+    """Yield up to ``size`` sequences of one length at a time, the longest first: nothing is
+    padded.
     """
     groups: dict[int, list[Ids]] = {}
     for sequence in sequences:

@@ -14,11 +14,13 @@ from verifier.cli.common import progress_bar
 from verifier.errors import MissingExtra, UsageError
 
 FALLBACK = click.Choice(["fallback", "error"])
+SET_BY_EXPORT = ("--recipe", "--texts", "-o", "--output", "--overwrite", "--kv")
+"""Options of calibrate that export sets."""
 
 
 @click.command()
 @click.argument("source")
-@click.option("--recipe", required=True, help="A recipe's name, or a YAML file.")
+@click.option("--recipe", required=True, help="Name of a recipe, or a YAML file.")
 @click.option(
     "--texts",
     metavar="FILE",
@@ -30,14 +32,14 @@ FALLBACK = click.Choice(["fallback", "error"])
     "--samples",
     metavar="512,256",
     required=True,
-    help="Sequences to take, one number for each --texts.",
+    help="Sequences to take, one number per --texts.",
 )
 @click.option(
     "--seq-len",
     type=click.IntRange(2, 10_000_000),
     default=2048,
     show_default=True,
-    help="Tokens in a sequence.",
+    help="Tokens per sequence.",
 )
 @click.option(
     "--batch-size",
@@ -62,62 +64,53 @@ FALLBACK = click.Choice(["fallback", "error"])
     help="The stats file to write (safetensors).",
 )
 @click.option(
-    "--device", type=click.Choice(["cpu", "cuda", "auto"]), default="cpu", show_default=True
+    "--device",
+    type=click.Choice(["cpu", "cuda", "auto"]),
+    default="cpu",
+    show_default=True,
+    help="Where the model runs; auto uses every GPU.",
 )
 @click.option(
-    "--method", type=click.Choice(["max", "percentile"]), default="max", show_default=True
+    "--method",
+    type=click.Choice(["max", "percentile"]),
+    default="max",
+    show_default=True,
+    help="Statistic of a module's inputs.",
 )
 @click.option(
-    "--percentile", type=float, default=99.9, show_default=True, help="With --method percentile."
+    "--percentile", type=float, default=99.9, show_default=True, help="For --method percentile."
 )
 @click.option(
     "--on-bad-stat",
     type=FALLBACK,
     default="error",
     show_default=True,
-    help="Zero, NaN, infinite, tiny, huge.",
+    help="What to do about zero, NaN, infinite, tiny or huge statistics.",
 )
 @click.option(
     "--on-dead-expert",
     type=FALLBACK,
     default="fallback",
     show_default=True,
-    help="Experts without tokens.",
+    help="What to do about experts without tokens.",
 )
 @click.option(
     "--min-tokens",
     type=click.IntRange(0),
     default=32,
     show_default=True,
-    help="Warn of experts with fewer.",
+    help="Warn about experts with fewer tokens.",
 )
 @click.option(
     "--kv",
     is_flag=True,
-    help="KV maxima are wanted, also by a recipe without static activation scales.",
+    help="Measure KV maxima also for a recipe without static activation scales.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace an existing stats file.")
-def calibrate(
-    source: str,
-    recipe: str,
-    texts: tuple[str, ...],
-    samples: str,
-    seq_len: int,
-    batch_size: int,
-    seed: int,
-    out: str,
-    device: str,
-    method: str,
-    percentile: float,
-    on_bad_stat: str,
-    on_dead_expert: str,
-    min_tokens: int,
-    kv: bool,
-    overwrite: bool,
-) -> None:
-    """Run texts through the model in SOURCE and write each module's largest input, by hub name.
+def calibrate(source: str, out: str, samples: str, **options: Any) -> None:
+    """Run texts through the model SOURCE and write each module's largest input, by hub name.
 
-    The file is what `export --stats` takes. Exit 0: written, warnings and fallbacks listed. 1:
+    Pass the file to `export --stats`. Exit 0: written, with warnings and fallbacks listed. 1:
     refused.
     """
     counts = _numbers(samples)
@@ -127,25 +120,7 @@ def calibrate(
     from exporter import calibration  # noqa: PLC0415  (torch and transformers cost seconds)
 
     with progress_bar("calibrating") as progress:
-        report = calibration.calibrate(
-            source,
-            out,
-            recipe=recipe,
-            texts=texts,
-            samples=counts,
-            seq_len=seq_len,
-            batch_size=batch_size,
-            seed=seed,
-            device=device,
-            method=method,  # type: ignore[arg-type]
-            percentile=percentile,
-            on_bad_stat=on_bad_stat,  # type: ignore[arg-type]
-            on_dead_expert=on_dead_expert,  # type: ignore[arg-type]
-            min_tokens=min_tokens,
-            kv=kv,
-            overwrite=overwrite,
-            progress=progress,
-        )
+        report = calibration.calibrate(source, out, samples=counts, progress=progress, **options)
     click.echo(calibration.render_text(report), nl=False)
 
 
@@ -153,56 +128,45 @@ def _numbers(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError as error:
-        raise UsageError(f"--samples {text}: whole numbers with commas between them") from error
+        raise UsageError(f"--samples {text}: use integers separated by commas") from error
 
 
-CONTROLLED = ("--recipe", "--texts", "-o", "--output", "--overwrite", "--kv")
-"""Options of calibrate that export decides."""
-
-
-def within_export(
+def calibrate_within_export(
     source: str,
     out: str,
-    recipe: str,
     texts: tuple[str, ...],
     more: tuple[str, ...],
-    given: Mapping[str, Any],
-    overwrite: bool,
-    dry_run: bool,
+    options: Mapping[str, Any],
 ) -> str:
-    """Run calibrate with what the user gave it, and return the stats file, which stays beside OUT.
+    """Run calibrate for an export, and return the stats file, which stays next to OUT.
+
+    Args:
+        source: of the export.
+        out: of the export.
+        texts: files of documents.
+        more: arguments for calibrate.
+        options: of the export, by parameter name.
 
     Raises:
-        UsageError: an option that export controls, or that contradicts.
+        UsageError: an option of calibrate that export sets, or one of export that contradicts.
     """
-    for other, option in (("stats", "--stats"), ("input_scale", "--input-scale")):
-        if given[other] is not None:
-            raise UsageError(f"--calibrate-texts and {option} contradict: give one of them")
-    if dry_run:
-        raise UsageError(
-            "--calibrate-texts runs the model; --dry-run goes with --stats or --input-scale one"
-        )
+    for name, option in (("stats", "--stats"), ("input_scale", "--input-scale")):
+        if options[name] is not None:
+            raise UsageError(f"--calibrate-texts and {option} contradict; pass one of them")
     for word in more:
-        if word.split("=")[0] in CONTROLLED or (
-            word.startswith("-o") and not word.startswith("--")
-        ):
+        short = word.startswith("-o") and not word.startswith("--")
+        if short or word.split("=")[0] in SET_BY_EXPORT:
             raise UsageError(f"{word}: export sets this option of calibrate")
-    if os.path.lexists(out) and not overwrite:
-        raise UsageError(f"{out}: exists; --overwrite swaps it whole")
+    if os.path.lexists(out) and not options["overwrite"]:
+        raise UsageError(f"{out}: already exists; use --overwrite to replace it")
     stats = os.path.normpath(out) + ".stats.safetensors"
-    arguments = [
-        source,
-        "--recipe",
-        recipe,
-        *(w for t in texts for w in ("--texts", t)),
-        "-o",
-        stats,
-        *more,
-    ]
-    if overwrite:
+    arguments = [source, "--recipe", options["recipe"], "-o", stats, *more]
+    for text in texts:
+        arguments += ["--texts", text]
+    if options["overwrite"]:
         arguments.append("--overwrite")
-    if given["kv_cache"] == "fp8":
+    if options["kv_cache"] == "fp8":
         arguments.append("--kv")
-    with calibrate.make_context("calibrate", arguments) as inner:
-        calibrate.invoke(inner)
+    with calibrate.make_context("calibrate", arguments) as context:
+        calibrate.invoke(context)
     return stats

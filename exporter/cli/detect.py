@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,10 +11,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from verifier.errors import CkptgateError, MissingExtra, UsageError
+from verifier.errors import CkptgateError, MissingExtra, PlanError, UsageError
+from verifier.text import counted
 
 if TYPE_CHECKING:
     from exporter.detect import Detection
+    from verifier.schemes import Module
+
+LISTED = 20
 
 
 @click.command()
@@ -22,14 +27,14 @@ if TYPE_CHECKING:
     "--plugin",
     metavar="FILE.py",
     multiple=True,
-    help="A Python file that registers readers of its own.",
+    help="Run a Python file that registers readers for further experts classes.",
 )
 @click.pass_context
 def detect(ctx: click.Context, path: str, plugin: tuple[str, ...]) -> None:
-    """Print which modules hold fused experts, in which layout, and what each recipe would quantize.
+    """Show which modules hold fused experts, in which layout, and what each recipe would quantize.
 
-    The model is built without memory, from the config alone. Exit 0: every module is understood. 1:
-    one is refused.
+    The model is built from the config alone, without memory for its weights. Exit 0: every module
+    is understood. 1: one is refused.
     """
     for module in ("torch", "transformers"):
         if find_spec(module) is None:
@@ -37,14 +42,14 @@ def detect(ctx: click.Context, path: str, plugin: tuple[str, ...]) -> None:
     from exporter.detect import detect_config  # noqa: PLC0415  (torch and transformers cost seconds)
 
     for file in plugin:
-        _run(file)
-    found = detect_config(path)
-    click.echo("\n".join([*_lines(found), *_recipes(path)]))
-    ctx.exit(1 if found.refused else 0)
+        _run_plugin(file)
+    detection = detect_config(path)
+    click.echo("\n".join([*_describe(detection), *_recipes(path)]))
+    ctx.exit(1 if detection.refused else 0)
 
 
-def _run(file: str) -> None:
-    """Run a plugin; it registers what it has.
+def _run_plugin(file: str) -> None:
+    """Run a plugin, which registers its readers.
 
     Raises:
         UsageError: no such file, or it fails.
@@ -55,21 +60,23 @@ def _run(file: str) -> None:
         runpy.run_path(file)
     except CkptgateError:
         raise
-    except Exception as error:  # a foreign file: its message is all that can be said
+    except Exception as error:  # the user's code may raise anything
         raise UsageError(f"--plugin {file}: {type(error).__name__}: {error}") from error
 
 
-def _lines(found: Detection) -> list[str]:
+def _describe(detection: Detection) -> list[str]:
     lines = [
-        f"{found.model_type}: {found.linears:,} linears of routed experts in {len(found.stacks):,} layers"
+        f"{detection.model_type}: {counted(detection.linears, 'linear layer')} of routed experts "
+        f"in {counted(len(detection.stacks), 'layer')}"
     ]
-    lines += [f"  stacked   {count:,} x {words}" for words, count in found.layouts().items()]
-    if found.fused:
-        paths = f"{found.fused[0].path} first"
-        lines.append(f"  fused     {len(found.fused):,} dense gate_up_proj ({paths})")
-    lines += [f"  refused   {r.path} ({r.cls}): {r.reason}" for r in found.refused[:20]]
-    if len(found.refused) > 20:
-        lines.append(f"  refused   and {len(found.refused) - 20:,} more")
+    lines += [f"  stacked   {n:,} x {text}" for text, n in detection.layouts().items()]
+    if detection.fused:
+        first = detection.fused[0].path
+        lines.append(f"  fused     {len(detection.fused):,} dense gate_up_proj ({first} first)")
+    refused = detection.refused
+    lines += [f"  refused   {r.path} ({r.cls}): {r.reason}" for r in refused[:LISTED]]
+    if len(refused) > LISTED:
+        lines.append(f"  refused   and {len(refused) - LISTED:,} more")
     return lines
 
 
@@ -77,42 +84,43 @@ def _recipes(path: str) -> list[str]:
     """Return what each recipe would quantize, by the hub names of the checkpoint, or of the
     family's layout.
     """
-    from exporter.layout import unstacked  # noqa: PLC0415
-    from exporter.plan.select import select  # noqa: PLC0415
+    from exporter.plan.select import select  # noqa: PLC0415  (numpy and torch)
     from exporter.recipes import load, names  # noqa: PLC0415
-    from verifier.checkpoint import Tensor, open_checkpoint  # noqa: PLC0415
+
+    modules = _modules(path)
+    if modules is None:
+        return [
+            "  recipes   unknown: no layout file for this model_type, and no weights next to the "
+            "config"
+        ]
+    lines = []
+    for name in names():
+        try:
+            text = counted(len(select(modules, load(name), None)), "linear layer")
+        except PlanError as error:
+            text = str(error).removeprefix(f"recipe {name}: ")
+        lines.append(f"  recipe    {name:25} {text}")
+    return lines
+
+
+def _modules(path: str) -> dict[str, Module] | None:
+    """Return the modules of a checkpoint, or of its family where there is only a config; None for
+    an unknown family.
+    """
+    from exporter.layout import unstacked  # noqa: PLC0415  (torch)
+    from verifier.checkpoint import Tensor, open_checkpoint  # noqa: PLC0415  (numpy)
     from verifier.checkpoint.address import is_local  # noqa: PLC0415
-    from verifier.errors import PlanError  # noqa: PLC0415
     from verifier.layouts.expert_stacks import split_shapes  # noqa: PLC0415
     from verifier.layouts.family import family_of  # noqa: PLC0415
     from verifier.schemes import gather  # noqa: PLC0415
 
     folder = Path(path) if Path(path).is_dir() else None
-    stored = not is_local(path) or (folder is not None and any(folder.glob("*.safetensors")))
-    if stored:
-        tensors = list(unstacked(open_checkpoint(path)).tensors.values())
-    else:
-        config = _config(Path(path) / "config.json" if folder is not None else Path(path))
-        family = family_of(config)
-        if family is None:
-            return [
-                f"  recipes   not known: no layout of {config.get('model_type')!r}, and no weights beside the config"
-            ]
-        shapes = split_shapes(family.expected(config), config)
-        tensors = [Tensor(n, "BF16", s, "", 0, 0) for n, s in shapes.items() if s is not None]
-    modules = gather(tensors)
-    lines = []
-    for name in names():
-        try:
-            count = f"{len(select(modules, load(name), None)):,} linears"
-        except PlanError as error:
-            count = str(error).removeprefix(f"recipe {name}: ")
-        lines.append(f"  recipe    {name:25} {count}")
-    return lines
-
-
-def _config(file: Path) -> dict[str, object]:
-    import json  # noqa: PLC0415
-
-    found: dict[str, object] = json.loads(file.read_text(encoding="utf-8"))
-    return found
+    if not is_local(path) or (folder is not None and any(folder.glob("*.safetensors"))):
+        return gather(unstacked(open_checkpoint(path)).tensors.values())
+    file = folder / "config.json" if folder is not None else Path(path)
+    config = json.loads(file.read_text(encoding="utf-8"))
+    family = family_of(config)
+    if family is None:
+        return None
+    shapes = split_shapes(family.expected(config), config)
+    return gather(Tensor(n, "BF16", s, "", 0, 0) for n, s in shapes.items() if s is not None)

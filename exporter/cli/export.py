@@ -1,55 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``ckptgate export`` and ``ckptgate merge``; the only place of the exporter that calls
-`verifier.check`.
-"""
+"""``ckptgate export`` and ``ckptgate merge``."""
 
 from __future__ import annotations
 
-import json
-import os
 import threading
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from exporter.cli.preview import read_prompts, show_preview
+from exporter.cli.calibrate import calibrate_within_export
+from exporter.cli.output import check_result, require_report_file, writing_options
+from exporter.cli.preview import print_preview, read_prompts
 from verifier.cli.common import progress_bar
 from verifier.errors import UsageError
+from verifier.text import counted
 
 if TYPE_CHECKING:
     from exporter.plan import Plan
     from verifier.manifest import Manifest
 
-OVERWRITE = click.option("--overwrite", is_flag=True, help="Swap an existing OUT whole.")
-WORKERS = click.option(
-    "--workers",
-    type=click.IntRange(1, 64),
-    help="Shards at a time; by default processors, at most 4.",
-)
-REPORT = click.option(
-    "--report",
-    "report_file",
-    type=click.Path(path_type=Path),
-    help="Write summary and check as JSON here.",
-)
-
 
 @click.command()
 @click.argument("source")
 @click.argument("out")
-@click.option("--recipe", required=True, help="A recipe's name, or a YAML file.")
+@click.option("--recipe", required=True, help="Name of a recipe, or a YAML file.")
 @click.option(
     "--onto",
-    metavar="VENDOR",
-    help="Keep everything that is not selected from this checkpoint (mixed export).",
+    metavar="BASE",
+    help="Keep every module that is not selected from this checkpoint (mixed export).",
 )
 @click.option("--layers", metavar="3-59", help="Quantize in these layers only.")
 @click.option(
     "--input-scale",
     type=click.Choice(["one", "stats"]),
-    help="Activation scales: 1.0 (default with --onto), or --stats.",
+    help="Activation scales: 1.0 (default with --onto), or from --stats.",
 )
 @click.option(
     "--stats", metavar="FILE", help="Input and KV maxima by hub module name (safetensors)."
@@ -57,98 +44,82 @@ REPORT = click.option(
 @click.option(
     "--rest",
     type=click.Choice(["keep", "bf16"]),
-    help="Quantized modules that the recipe leaves: keep their bytes or decode them; by default as engines read them.",
+    help="Quantized modules that the recipe does not select: keep their bytes, or decode them. "
+    "[default: keep formats that engines read together with the recipe's]",
 )
 @click.option(
     "--kv",
     "kv_cache",
     type=click.Choice(["fp8", "fp8_cast"]),
-    help="An FP8 KV cache: fp8 with scales from --stats, fp8_cast without.",
+    help="An FP8 KV cache: fp8 with scales from --stats, fp8_cast without scales.",
 )
 @click.option(
     "--expert-layout",
     type=click.Choice(["per-expert", "hub"]),
-    help="Of a source with stacked experts: how they are written; by default as engines read its family.",
+    help="How to write experts that SOURCE holds in stacks. [default: as engines read its family]",
 )
 @click.option(
     "--calibrate-texts",
     metavar="FILE",
     multiple=True,
-    help="Calibrate first, on these texts; what follows after -- goes to calibrate.",
+    help="Calibrate on these texts first; arguments after -- are passed to calibrate.",
 )
 @click.option(
     "--preview",
     "prompts",
     metavar="FILE",
-    help="Then let both models go on from these prompts, side by side.",
+    help="Print greedy completions of these prompts by SOURCE and OUT, side by side.",
 )
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
-@OVERWRITE
-@WORKERS
-@REPORT
+@writing_options
 @click.argument("more", nargs=-1, metavar="[-- CALIBRATE OPTIONS]", type=click.UNPROCESSED)
 @click.pass_context
 def export(
     ctx: click.Context,
+    /,
     source: str,
     out: str,
-    recipe: str,
-    onto: str | None,
-    layers: str | None,
-    input_scale: str | None,
-    stats: str | None,
-    rest: str | None,
-    kv_cache: str | None,
-    expert_layout: str | None,
     calibrate_texts: tuple[str, ...],
     prompts: str | None,
     dry_run: bool,
-    overwrite: bool,
-    workers: int | None,
-    report_file: Path | None,
     more: tuple[str, ...],
+    **options: Any,
 ) -> None:
-    """Quantize the checkpoint in SOURCE into the folder OUT, file to file, and check what was
-    written.
-    """
+    """Quantize the checkpoint SOURCE into the directory OUT, file to file, and check the result."""
     import exporter  # noqa: PLC0415  (torch costs a second, and --help does not need it)
 
-    given: dict[str, Any] = {
-        "recipe": recipe,
-        "onto": onto,
-        "layers": layers,
-        "input_scale": input_scale,
-        "stats": stats,
-        "rest": rest,
-        "kv_cache": kv_cache,
-        "expert_layout": expert_layout,
-    }
+    writing = {name: options.pop(name) for name in ("overwrite", "workers")}
+    report_file: Path | None = options.pop("report_file")
     if more and not calibrate_texts:
         raise UsageError(
-            f"{' '.join(more)}: what follows OUT goes to calibrate, and there is no --calibrate-texts"
+            f"{' '.join(more)}: arguments after OUT are passed to calibrate, which needs "
+            "--calibrate-texts"
         )
     if calibrate_texts:
-        from exporter.cli.calibrate import within_export  # noqa: PLC0415  (of use here only)
-
-        given["stats"] = within_export(
-            source, out, recipe, calibrate_texts, more, given, overwrite, dry_run
+        if dry_run:
+            raise UsageError(
+                "--calibrate-texts runs the model; use --dry-run with --stats or --input-scale one"
+            )
+        options["stats"] = calibrate_within_export(
+            source, out, calibrate_texts, more, {**options, **writing}
         )
     if dry_run:
-        click.echo(describe(exporter.plan_export(source, **given)), nl=False)
+        click.echo(describe_plan(exporter.plan_export(source, **options)), nl=False)
         return
-    _require_writable(report_file, out)
-    read = read_prompts(prompts) if prompts is not None else []
+    require_report_file(report_file, out)
+    prompt_list = read_prompts(prompts) if prompts is not None else []
     with progress_bar("writing", in_bytes=True) as draw:
-        progress = (
-            None if draw is None else _sums(draw, exporter.plan_export(source, **given).nbytes)
-        )
-        manifest = exporter.export(
-            source, out, overwrite=overwrite, workers=workers, progress=progress, **given
-        )
-    code = _finish(manifest, out, base=source, merged_from=onto, report_file=report_file)
-    if read:
-        show_preview(source, out, read, report_file)
-    ctx.exit(code)
+        progress = None
+        if draw is not None:
+            progress = _accumulating(draw, exporter.plan_export(source, **options).nbytes)
+        manifest = exporter.export(source, out, progress=progress, **writing, **options)
+    click.echo("\n".join(describe_result(manifest, out)))
+    result = check_result(
+        manifest, out, base=source, merged_from=options["onto"], report_file=report_file
+    )
+    if prompt_list:
+        result.write(preview=print_preview(source, out, prompt_list))
+    ctx.exit(result.report.exit_code)
 
 
 @click.command()
@@ -156,16 +127,18 @@ def export(
 @click.argument("out")
 @click.option(
     "--onto",
-    metavar="VENDOR",
+    metavar="BASE",
     required=True,
     help="The checkpoint that everything else is kept from.",
 )
 @click.option(
-    "--input-scale", type=click.Choice(["keep", "one"]), default="keep", show_default=True
+    "--input-scale",
+    type=click.Choice(["keep", "one"]),
+    default="keep",
+    show_default=True,
+    help="Activation scales of the experts: keep them, or write 1.0.",
 )
-@OVERWRITE
-@WORKERS
-@REPORT
+@writing_options
 @click.pass_context
 def merge(
     ctx: click.Context,
@@ -177,12 +150,12 @@ def merge(
     workers: int | None,
     report_file: Path | None,
 ) -> None:
-    """Move the quantized routed experts of EXPERTS onto VENDOR's checkpoint, byte for byte, into
+    """Copy the quantized routed experts of EXPERTS onto the checkpoint BASE, byte for byte, into
     OUT.
     """
     import exporter  # noqa: PLC0415  (as above)
 
-    _require_writable(report_file, out)
+    require_report_file(report_file, out)
     manifest = exporter.merge(
         experts,
         out,
@@ -191,126 +164,77 @@ def merge(
         overwrite=overwrite,
         workers=workers,
     )
-    ctx.exit(_finish(manifest, out, base=None, merged_from=onto, report_file=report_file))
+    click.echo("\n".join(describe_result(manifest, out)))
+    result = check_result(manifest, out, merged_from=onto, report_file=report_file)
+    ctx.exit(result.report.exit_code)
 
 
-def describe(plan: Plan) -> str:
-    """Return a plan as text: what is quantized, kept and left, and the exact size of the result."""
+def describe_plan(plan: Plan) -> str:
+    """Return a plan as text: what is quantized, kept and skipped, and the exact size of the
+    result.
+    """
     layers = {m.split(".layers.")[1].split(".")[0] for m in plan.modules if ".layers." in m}
-    lines = [
-        f"{plan.kind} {plan.name}: {plan.source.uri}"
-        + (f" onto {plan.onto.uri}" if plan.onto else "")
-    ]
-    stacked = plan.stacked()
+    onto = f" onto {plan.onto.uri}" if plan.onto else ""
+    lines = [f"{plan.kind} {plan.name}: {plan.source.uri}{onto}"]
+    fused = plan.fused()
     for algo, count in sorted(plan.formats().items()):
         lines.append(
-            f"  quantize  {count:,} linears ({stacked[algo]:,} stacked) to {algo} in {len(layers)} layers"
+            f"  quantize  {counted(count, 'linear layer')} ({fused[algo]:,} after fusing) to {algo} in "
+            f"{counted(len(layers), 'layer')}"
         )
     for (read, written), count in sorted(plan.requantized().items()):
-        kind = "decode" if written == "BF16" else "re-quantized"
-        lines.append(f"  {kind:9} {count:,} modules from {read} to {written}")
+        verb = "decode" if written == "BF16" else "re-quantize"
+        lines.append(f"  {verb:9} {counted(count, 'module')} from {read} to {written}")
     if "expert_layout" in plan.options:
-        how = (
-            "in stacks, as the hub has them"
-            if plan.options["expert_layout"] == "hub"
-            else "one by one"
-        )
-        lines.append(f"  experts   {how}")
-    copies = [a for a in plan.actions if hasattr(a, "origin")]
-    lines.append(f"  keep      {len(copies):,} tensors byte for byte from {plan.kept.uri}")
-    reasons: dict[str, int] = {}
-    for origin, _, reason in plan.left:
-        reasons[f"{origin}, {reason}"] = reasons.get(f"{origin}, {reason}", 0) + 1
-    lines += [f"  leave     {n:,} tensors ({why})" for why, n in reasons.items()]
-    lines.append(f"  result    {len(plan.specs):,} tensors, {plan.nbytes:,} bytes")
+        hub = plan.options["expert_layout"] == "hub"
+        lines.append(f"  experts   {'in stacks, as on the hub' if hub else 'individually'}")
+    copies = sum(1 for action in plan.actions if hasattr(action, "origin"))
+    lines.append(f"  copy      {counted(copies, 'tensor')} byte for byte from {plan.kept.uri}")
+    reasons = Counter((origin, reason) for origin, _, reason in plan.skipped)
+    for (origin, reason), count in reasons.items():
+        lines.append(f"  skip      {counted(count, f'{origin} tensor')} ({reason})")
+    lines.append(f"  result    {counted(len(plan.specs), 'tensor')}, {plan.nbytes:,} bytes")
     lines.append("nothing was written (dry run)")
     return "\n".join(lines) + "\n"
 
 
-def _sums(draw: Callable[[int, int], None], total: int) -> Callable[[int], None]:
+def describe_result(manifest: Manifest, out: str) -> list[str]:
+    """Return the lines of what an export or merge wrote."""
+    notes = manifest.notes
+    lines = [f"wrote {out}: {counted(manifest.tensors, 'tensor')}, {manifest.bytes:,} bytes"]
+    for algo, count in sorted(manifest.formats.items()):
+        here = notes["quantized_here"].get(algo, 0)
+        line = f"  {algo:12} {counted(count, 'module')} ({here:,} quantized now, {count - here:,} kept)"
+        if algo in notes["scale_range"]:
+            low, high = notes["scale_range"][algo]
+            line += f", scales {low} to {high}"
+        lines.append(line)
+        if algo in notes["linears"]:
+            done, planned, fused = notes["linears"][algo]
+            search = manifest.options.get("calibration") if "NVFP4" in algo else "max"
+            lines.append(
+                f"  {'':12} {done:,} of {counted(planned, 'linear layer')} ({fused:,} after fusing), scale "
+                f"search: {search}"
+            )
+    for pair, count in notes["requantized"].items():
+        verb = "decoded" if pair.endswith("BF16") else "re-quantized"
+        lines.append(f"  {verb:12} {counted(count, 'module')} from {pair}")
+    for equal, blocks in notes["mxfp4_blocks"].values():
+        lines.append(
+            f"  {'MXFP4':12} {equal:,} of {counted(blocks, 'block')} converted without loss, "
+            f"{blocks - equal:,} with"
+        )
+    return lines
+
+
+def _accumulating(draw: Callable[[int, int], None], total: int) -> Callable[[int], None]:
     """Return a callback that takes bytes as they are written, and draws their sum."""
     written, lock = 0, threading.Lock()
 
-    def add(more: int) -> None:
+    def add(nbytes: int) -> None:
         nonlocal written
         with lock:  # shards are written by threads
-            written += more
+            written += nbytes
             draw(written, total)
 
     return add
-
-
-def _require_writable(report_file: Path | None, out: str) -> None:
-    """Refuse a report path that cannot be written, before an export runs for hours; make its
-    folder.
-
-    Raises:
-        UsageError: the path is a folder, or its folder cannot be made or written to.
-    """
-    if report_file is None:
-        return
-    folder, target = report_file.parent, Path(out).resolve()
-    if report_file.resolve() == target:
-        raise UsageError(f"{report_file}: is OUT; --report takes a file")
-    if folder.resolve().is_relative_to(target):
-        return  # only the export makes OUT
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        is_folder = report_file.is_dir()
-    except OSError as error:
-        raise UsageError(f"{report_file}: its folder cannot be made") from error
-    if is_folder or not os.access(report_file if report_file.exists() else folder, os.W_OK):
-        raise UsageError(
-            f"{report_file}: {'a folder' if is_folder else 'cannot be written'}; --report takes a file"
-        )
-
-
-def _finish(
-    manifest: Manifest,
-    out: str,
-    *,
-    base: str | None,
-    merged_from: str | None,
-    report_file: Path | None,
-) -> int:
-    """Print the summary, check what was written, and return the check's exit code."""
-    import verifier  # noqa: PLC0415  (numpy)
-    from verifier.report import render_json, render_text  # noqa: PLC0415
-
-    lines = [f"wrote {out}: {manifest.tensors:,} tensors, {manifest.bytes:,} bytes"]
-    here, ranges, linears = (
-        manifest.notes.get(n, {}) for n in ("quantized_here", "scale_range", "linears")
-    )
-    for algo, count in sorted(manifest.formats.items()):
-        made = here.get(algo, 0)
-        scale = f", scales {ranges[algo][0]} to {ranges[algo][1]}" if algo in ranges else ""
-        lines.append(
-            f"  {algo:12} {count:,} modules ({made:,} quantized here, {count - made:,} kept){scale}"
-        )
-        if algo in linears:
-            done, of, stacked = linears[algo]
-            how = manifest.options.get("calibration") if "NVFP4" in algo else "max"
-            lines.append(
-                f"  {'':12} {done:,} of {of:,} linears ({stacked:,} stacked) calibrated by {how}"
-            )
-    for pair, count in manifest.notes.get("requantized", {}).items():
-        lines.append(
-            f"  {'decoded' if pair.endswith('BF16') else 're-quantized':12} {count:,} modules from {pair}"
-        )
-    for same, blocks in manifest.notes.get("mxfp4_blocks", {}).values():
-        lines.append(
-            f"  MXFP4        {same:,} of {blocks:,} blocks carried over without loss, {blocks - same:,} not"
-        )
-    click.echo("\n".join(lines))
-    report = verifier.check(out, base=base, merged_from=merged_from, depth="payload")
-    click.echo(render_text(report), nl=False)
-    if report_file is not None:
-        value = {
-            "manifest": manifest.model_dump(mode="json"),
-            "check": json.loads(render_json(report)),
-        }
-        report_file.parent.mkdir(
-            parents=True, exist_ok=True
-        )  # one inside OUT could not be made before
-        report_file.write_text(json.dumps(value, indent=2) + "\n")
-    return report.exit_code

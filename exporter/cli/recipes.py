@@ -13,12 +13,14 @@ import click
 from verifier.errors import PlanError
 
 if TYPE_CHECKING:
-    from exporter.recipes import Recipe
+    from exporter.recipes import Recipe, RecipeRule
+
+NOT_SELECTED = "not quantized"
 
 
 @click.group()
 def recipes() -> None:
-    """List the recipes, show one, or explain what they do to a module."""
+    """List recipes, show one, or explain their effect on a module."""
 
 
 @recipes.command("list")
@@ -26,16 +28,16 @@ def list_() -> None:
     """List the recipes of the package."""
     from exporter.recipes import load, names  # noqa: PLC0415  (numpy, and the root help lists this command)
 
-    found = [load(n) for n in names()]
-    width = max(len(r.name) for r in found)
-    for recipe in found:
+    loaded = [load(n) for n in names()]
+    width = max(len(r.name) for r in loaded)
+    for recipe in loaded:
         click.echo(f"{recipe.name:{width}}  {recipe.description}")
 
 
 @recipes.command()
 @click.argument("name")
 def show(name: str) -> None:
-    """Print a recipe, checked: a name, or a YAML file."""
+    """Print the recipe NAME (a name, or a YAML file) after checking it."""
     from exporter.recipes import load, names  # noqa: PLC0415  (as above)
 
     load(name)
@@ -50,49 +52,46 @@ def show(name: str) -> None:
 @click.argument("module")
 @click.option(
     "--recipe",
-    "chosen",
-    help="One recipe (a name or a YAML file) rule by rule, instead of all in a line each.",
+    "name",
+    help="Explain one recipe (a name or a YAML file) rule by rule, instead of all.",
 )
-@click.option(
-    "--source", metavar="DIR", help="The checkpoint that MODULE is in; its name is then checked."
-)
-def explain(module: str, chosen: str | None, source: str | None) -> None:
-    """Print what recipes do to MODULE, a full hub name, and which rule decides."""
+@click.option("--source", metavar="DIR", help="A checkpoint; MODULE must be one of its modules.")
+def explain(module: str, name: str | None, source: str | None) -> None:
+    """Show the effect of recipes on MODULE, a full hub name, and which rule decides."""
     from exporter.recipes import PROTECTED, load, names  # noqa: PLC0415  (as above)
     from verifier.schemes import role  # noqa: PLC0415
 
     if source is not None:
-        _require(module, source)
-    what = role(module)
-    guarded = "; no wildcard reaches it" if what in PROTECTED else ""
-    click.echo(f"{module}: role {what}{guarded}")
-    if chosen is not None:
-        click.echo("\n".join(_rules(load(chosen), module)))
+        _require_module(module, source)
+    module_role = role(module)
+    protected = "; wildcards never match it" if module_role in PROTECTED else ""
+    click.echo(f"{module}: role {module_role}{protected}")
+    if name is not None:
+        click.echo("\n".join(_rules(load(name), module)))
         return
-    found = [load(n) for n in names()]
-    width = max(len(r.name) for r in found)
-    for recipe in found:
-        click.echo(f"  {recipe.name:{width}}  {recipe.format_of(module) or 'left as it is'}")
+    loaded = [load(n) for n in names()]
+    width = max(len(r.name) for r in loaded)
+    for recipe in loaded:
+        click.echo(f"  {recipe.name:{width}}  {recipe.format_of(module) or NOT_SELECTED}")
 
 
 def _rules(recipe: Recipe, module: str) -> list[str]:
     deciding = recipe.deciding(module)
     lines = []
     for number, rule in enumerate(recipe.rules, 1):
-        said = rule.format or "left as it is"
-        verdict = (
-            "no match"
-            if not rule.matches(module)
-            else "decides"
-            if rule is deciding
-            else "overruled by a later rule"
-        )
-        lines.append(f"  rule {number} ({rule}: {said}): {verdict}")
-    lines.append(f"  {recipe.name}: {recipe.format_of(module) or 'left as it is'}")
+        effect = rule.format or NOT_SELECTED
+        lines.append(f"  rule {number} ({rule}: {effect}): {_verdict(rule, deciding, module)}")
+    lines.append(f"  {recipe.name}: {recipe.format_of(module) or NOT_SELECTED}")
     return lines
 
 
-def _require(module: str, source: str) -> None:
+def _verdict(rule: RecipeRule, deciding: RecipeRule | None, module: str) -> str:
+    if not rule.matches(module):
+        return "no match"
+    return "decides" if rule is deciding else "overridden by a later rule"
+
+
+def _require_module(module: str, source: str) -> None:
     """Refuse a module that the checkpoint does not have.
 
     Raises:
@@ -104,7 +103,8 @@ def _require(module: str, source: str) -> None:
 
     present = gather(unstacked(open_checkpoint(source)).tensors.values())
     if module not in present:
-        near = difflib.get_close_matches(
-            collapse(module), {collapse(n) for n in present}, n=3, cutoff=0.0
+        names = {collapse(n) for n in present}
+        nearest = difflib.get_close_matches(collapse(module), names, n=3, cutoff=0.0)
+        raise PlanError(
+            f"{source} has no module {module}; the nearest names are {', '.join(nearest)}"
         )
-        raise PlanError(f"{source} has no module {module}; the nearest names are {', '.join(near)}")

@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Configs, index, side files: emitted from the tensors on disk."""
+"""Index, configs, auxiliary files and manifest, made from the tensors on disk."""
 
 from exporter.emit.configs import PRODUCER, declare, with_quantization
-from exporter.emit.files import copy_side_files, write_configs, write_index, write_json
+from exporter.emit.files import copy_auxiliary_files, write_configs, write_index, write_json
+from exporter.emit.manifest import declares_kv_cache, manifest_of
 
 __all__ = [
     "PRODUCER",
-    "copy_side_files",
+    "copy_auxiliary_files",
     "declare",
+    "declares_kv_cache",
+    "manifest_of",
     "with_quantization",
     "write_configs",
     "write_index",

@@ -2,10 +2,10 @@
 """Both quantization declarations, made from the tensors on disk.
 
 A uniform checkpoint is declared as ModelOpt 0.47 declares it; a mixed one as the published
-nvidia/MiniMax-M3-NVFP4: one ``quantized_layers`` entry for each module, ``group_size`` on NVFP4
-entries only (SGLang refuses unequal ones). 128x128 block FP8 is declared in config.json only, as
-DeepSeek-V3 does, for that is what engines read of it. Exclusions are the full hub name of every
-unquantized module whose weight has two dimensions or more.
+nvidia/MiniMax-M3-NVFP4: one ``quantized_layers`` entry per module, ``group_size`` on NVFP4 entries
+only (SGLang refuses unequal ones). 128x128 block FP8 is declared in config.json only, as DeepSeek-V3
+does: engines read nothing else of it. Exclusions are the full hub name of every unquantized module
+whose weight has two dimensions or more.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
-from exporter.layout import read_stacks, unstacked
+from exporter.layout import unstacked
 from verifier import __version__
 from verifier.checkpoint import Checkpoint
 from verifier.errors import PlanError
+from verifier.layouts.expert_stacks import UnstackedCheckpoint
 from verifier.schemes import Format, Module, gather
 
 PRODUCER = {"name": "ckptgate", "version": __version__}
@@ -25,66 +26,68 @@ KV_SCHEME = {"dynamic": False, "num_bits": 8, "type": "float"}
 
 
 def declare(
-    ckpt: Checkpoint, *, kv_cache: bool = False, config: Mapping[str, Any] | None = None
+    ckpt: Checkpoint, *, kv_cache: bool = False
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Return (quantization_config, hf_quant_config) for what a checkpoint's headers show; no second
-    where none is read.
+    """Return (quantization_config, hf_quant_config) for what a checkpoint's headers hold; None for
+    the second where engines read none.
 
     Args:
-        ckpt: what was written.
+        ckpt: the checkpoint, with the config that it will have: its model type decides how its
+            experts are stacked.
         kv_cache: declare an FP8 KV cache also where no KV scale is on disk.
-        config: the config that will stand beside it, which tells how its experts are stacked.
 
     Raises:
-        PlanError: a quantized module whose format cannot be told, or nothing quantized at all; a KV
-            cache that the format has no declaration of.
+        PlanError: a quantized module whose format cannot be inferred, or nothing quantized at all;
+            a KV cache that the format cannot declare.
     """
-    formats: dict[str, Format] = {}
-    excluded: list[str] = []
-    stacked = read_stacks(ckpt, config)
-    within = stacked.names if stacked is not None else frozenset()
-    each = gather(unstacked(ckpt, config).tensors.values()) if stacked is not None else {}
-    for stack in stacked.stacks if stacked is not None else ():
-        member = each[stack.members[0]]
-        if not member.quantized:
-            excluded.append(stack.name)
-        elif member.inferred_format is None:
-            raise PlanError(
-                f"{stack.name}: quantized, and its format cannot be told from its tensors"
-            )
-        else:
-            formats[stack.name] = member.inferred_format
-    for module in gather(t for t in ckpt.tensors.values() if t.name not in within).values():
-        if module.quantized:
-            shown = module.inferred_format
-            if shown is None:
-                raise PlanError(
-                    f"{module.name}: quantized, and its format cannot be told from its tensors"
-                )
-            formats[module.name] = shown
-        elif _multidimensional(module):
-            excluded.append(module.name)
+    formats, excluded = _formats(ckpt)
     algos = {f.algo for f in formats.values()}
     if not algos:
         raise PlanError("nothing is quantized")
     excluded.sort()
-    kv_cache = kv_cache or any(
-        t.name.endswith((".k_scale", ".v_scale")) for t in ckpt.tensors.values()
-    )
+    kv_cache = kv_cache or any(n.endswith((".k_scale", ".v_scale")) for n in ckpt.tensors)
     if len(algos) > 1:
         return _mixed(formats, excluded, kv_cache=kv_cache)
     fmt = next(iter(formats.values()))
     if fmt.name == "fp8_block":
         if kv_cache:
             raise PlanError(
-                "128x128 block FP8 is declared as DeepSeek-V3 does, which says nothing of a KV cache"
+                "128x128 block FP8 is declared as DeepSeek-V3 declares it, which cannot declare a "
+                "KV cache"
             )
         return _block_fp8(excluded), None
     return _uniform(fmt, excluded, kv_cache=kv_cache)
 
 
-def _multidimensional(module: Module) -> bool:
-    return module.weight is not None and len(module.weight.shape) >= 2
+def _formats(ckpt: Checkpoint) -> tuple[dict[str, Format], list[str]]:
+    """Return the format of each quantized module, and the unquantized modules to exclude; a stack
+    of experts is one module.
+    """
+    formats: dict[str, Format] = {}
+    excluded: list[str] = []
+    view = unstacked(ckpt)
+    stacks = view.stacks if isinstance(view, UnstackedCheckpoint) else ()
+    experts = gather(view.tensors.values()) if stacks else {}
+    for stack in stacks:
+        expert = experts[stack.linears[0]]
+        if expert.quantized:
+            formats[stack.name] = _format(stack.name, expert)
+        else:
+            excluded.append(stack.name)
+    stacked = {tensor.name for stack in stacks for tensor in stack.tensors.values()}
+    for module in gather(t for t in ckpt.tensors.values() if t.name not in stacked).values():
+        if module.quantized:
+            formats[module.name] = _format(module.name, module)
+        elif module.weight is not None and len(module.weight.shape) >= 2:
+            excluded.append(module.name)
+    return formats, excluded
+
+
+def _format(name: str, module: Module) -> Format:
+    fmt = module.inferred_format
+    if fmt is None:
+        raise PlanError(f"{name}: its quantization format cannot be inferred from its tensors")
+    return fmt
 
 
 def _block_fp8(excluded: list[str]) -> dict[str, Any]:
@@ -103,9 +106,9 @@ def _mixed(
     layers: dict[str, dict[str, Any]] = {}
     for name in sorted(formats):
         fmt = formats[name]
-        layers[name] = {"quant_algo": fmt.algo} | (
-            {"group_size": fmt.group_size} if fmt.packed else {}
-        )
+        layers[name] = {"quant_algo": fmt.algo}
+        if fmt.packed:
+            layers[name]["group_size"] = fmt.group_size
     body: dict[str, Any] = {
         "quant_algo": "MIXED_PRECISION",
         "quant_method": "modelopt",
@@ -131,10 +134,9 @@ def _uniform(
         }
         if fmt.packed:
             bits["group_size"] = fmt.group_size
-        quantized_input = None if fmt.algo == "W4A16_NVFP4" else dict(bits)
         inline["config_groups"] = {
             "group_0": {
-                "input_activations": quantized_input,
+                "input_activations": None if fmt.algo == "W4A16_NVFP4" else dict(bits),
                 "weights": dict(bits),
                 "targets": ["Linear"],
             }

@@ -1,19 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Index, side files and manifest of an output folder."""
+"""Index, configs and auxiliary files of an output directory."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from exporter.emit.configs import declare, with_quantization
 from verifier.checkpoint import INDEX, Checkpoint, open_checkpoint
+from verifier.manifest import MANIFEST
 
-SIDE_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
-NOT_SIDE = {INDEX, "config.json", "hf_quant_config.json", "ckptgate_manifest.json"}
-MAX_SIDE_BYTES = 200_000_000
+AUXILIARY_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
+WRITTEN_HERE = {INDEX, "config.json", "hf_quant_config.json", MANIFEST}
+MAX_AUXILIARY_BYTES = 200_000_000
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -24,8 +26,8 @@ def write_json(path: Path, value: Any) -> None:
 def write_index(folder: Path, files: Iterable[str]) -> None:
     """Write ``model.safetensors.index.json`` from the shards on disk."""
     ckpt = open_checkpoint(folder)
-    wanted = set(files)
-    weight_map = {t.name: t.file for t in ckpt.tensors.values() if t.file in wanted}
+    shards = set(files)
+    weight_map = {t.name: t.file for t in ckpt.tensors.values() if t.file in shards}
     write_json(
         folder / INDEX,
         {"metadata": {"total_size": ckpt.nbytes}, "weight_map": dict(sorted(weight_map.items()))},
@@ -36,9 +38,10 @@ def write_configs(folder: Path, config: Mapping[str, Any], *, kv_cache: bool = F
     """Write config.json and hf_quant_config.json from the tensors on disk and the config that is
     kept; return their names.
 
-    An old hf_quant_config.json is removed where none belongs beside the format.
+    An old hf_quant_config.json is removed where the format has none.
     """
-    inline, nested = declare(open_checkpoint(folder), kv_cache=kv_cache, config=config)
+    ckpt = replace(open_checkpoint(folder), config=config)
+    inline, nested = declare(ckpt, kv_cache=kv_cache)
     write_json(folder / "config.json", with_quantization(config, inline))
     if nested is None:
         (folder / "hf_quant_config.json").unlink(missing_ok=True)
@@ -47,24 +50,22 @@ def write_configs(folder: Path, config: Mapping[str, Any], *, kv_cache: bool = F
     return ["config.json", "hf_quant_config.json"]
 
 
-def copy_side_files(folder: Path, origins: Iterable[Checkpoint]) -> list[str]:
-    """Copy tokenizer, generation config, templates, processor files and Python files; the first
-    origin wins.
+def copy_auxiliary_files(folder: Path, origins: Iterable[Checkpoint]) -> list[str]:
+    """Copy tokenizer, generation config, templates, processor files and Python files; return their
+    names. The first origin that has a file provides it.
     """
     copied: list[str] = []
     for ckpt in origins:
         for name, size in ckpt.files.items():
-            if not _is_side(name) or name in copied or size > MAX_SIDE_BYTES:
+            if not _is_auxiliary(name) or name in copied or size > MAX_AUXILIARY_BYTES:
                 continue
             (folder / name).write_bytes(ckpt.source.read(name, 0, size).tobytes())
             copied.append(name)
     return copied
 
 
-def _is_side(name: str) -> bool:
-    """Whether a file belongs beside any weights; an index names the shards of one layout, which are
-    not here.
-    """
-    if name in NOT_SIDE or name.startswith(".") or name.endswith(".index.json"):
+def _is_auxiliary(name: str) -> bool:
+    """Whether a file fits any weights; an index of another name lists shards that are not here."""
+    if name in WRITTEN_HERE or name.startswith(".") or name.endswith(".index.json"):
         return False
-    return name.endswith(SIDE_SUFFIXES) or name.upper().startswith("LICENSE")
+    return name.endswith(AUXILIARY_SUFFIXES) or name.upper().startswith("LICENSE")

@@ -1,37 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names and shapes in transformers' memory to those of the hub and back, with every quantized
-sibling.
-"""
+"""Names and shapes in memory and on the hub, with every quantized sibling; stacks of experts."""
 
-from exporter.layout.hf_mapping import Place, places
-from exporter.layout.layout import Layout, Part, of_model, take
-from exporter.layout.regions import read_region
-from exporter.layout.siblings import Cut, Transfer
-from exporter.layout.stacks import (
-    ExpertLayout,
-    Stack,
-    Stacks,
-    Unstacked,
-    families,
-    read_stacks,
-    unstacked,
-)
+from exporter.layout.layout import HubPart, Layout, take
+from exporter.layout.regions import Cut, read_region
+from exporter.layout.siblings import Transfer
+from exporter.layout.stacks import ExpertLayout, scale_groups, stacks_of, unstacked
 
 __all__ = [
     "Cut",
     "ExpertLayout",
+    "HubPart",
     "Layout",
-    "Part",
-    "Place",
-    "Stack",
-    "Stacks",
     "Transfer",
-    "Unstacked",
-    "families",
-    "of_model",
-    "places",
     "read_region",
-    "read_stacks",
+    "scale_groups",
+    "stacks_of",
     "take",
     "unstacked",
 ]

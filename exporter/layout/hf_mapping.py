@@ -1,67 +1,88 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Transformers' own conversion between hub checkpoints and its models: the one room that touches
-those internals.
+"""The layout of a transformers model: its own conversion between hub checkpoints and memory, as
+operations on names and shapes.
 
-Read from transformers 5.12 to 5.23: `get_model_conversion_mapping`, the patterns of its renamings
-and converters, and what each operation does. Operations become `Op` values here; everything behind
-is ours.
+Read from transformers 5.12 to 5.23: the patterns of its renamings and converters
+(`verifier.load.hf.KeyMapping`), and what each operation does. Operations become `Op` values here.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
-from exporter.layout.pieces import Grid, Op, Shape, run, whole
+from exporter.detect import detect
+from exporter.layout.grids import Grid, Op, Shape, apply_ops, whole
+from exporter.layout.layout import Layout
 from verifier.errors import UnsupportedConversion
+from verifier.load import hf
+from verifier.text import counted
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a hub tensor is in memory; ``converted`` where it is only a part or another shape of
-    that parameter.
+def of_model(model: Any, hub: Mapping[str, Shape] | None = None) -> Layout:
+    """Return the proved layout of a transformers model.
+
+    Args:
+        model: on any device, also the meta device; its class and config decide, its values do not.
+        hub: names and logical shapes of the weights of the hub checkpoint that it was loaded from.
+            They decide where transformers' mapping is not a bijection; without them, those that
+            `save_pretrained` would write.
+
+    Raises:
+        UnsupportedConversion: an unknown operation, names that collide, a tensor of the model that
+            no hub tensor fills; naming key, operation and family.
     """
-
-    key: str
-    converted: bool
-
-
-def places(model: Any, names: Iterable[str]) -> dict[str, Place]:
-    """Return the parameter or buffer that transformers' loader makes of each hub tensor."""
-    return {
-        n: Place(key, pattern is not None)
-        for n, (key, pattern) in _Mapping(model).keys(names).items()
-    }
+    family = family_of(model)
+    hub_shapes = dict(hub) if hub is not None else hub_names(model)
+    memory, outside = _grids(model, hub_shapes)
+    missing = [key for key in saved(model) if key not in memory]
+    if missing:
+        raise UnsupportedConversion(
+            missing[0],
+            "rename",
+            family,
+            f"no hub tensor becomes it ({counted(len(missing), 'such tensor')}); pass the source "
+            "checkpoint",
+        )
+    shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    for key, grid in memory.items():
+        if grid.shape != shapes[key]:
+            raise UnsupportedConversion(
+                key,
+                "shape",
+                family,
+                f"the conversion gives {list(grid.shape)}, the model has {list(shapes[key])}",
+            )
+    stacks = [s for s in detect(model).stacks if s.transposed]
+    transposed = frozenset(f"{s.path}.{leaf}" for s in stacks for leaf in (s.first, s.down))
+    inside = {name: shape for name, shape in hub_shapes.items() if name not in outside}
+    return Layout(family, memory, inside, transposed, tuple(outside)).prove()
 
 
 def hub_names(model: Any) -> dict[str, Shape]:
-    """Return names and shapes of what `save_pretrained` would write, without allocating anything.
+    """Return names and shapes that `save_pretrained` would write, without allocating anything.
 
     Raises:
         UnsupportedConversion: transformers cannot revert its own conversion.
     """
-    from transformers.core_model_loading import revert_weight_conversion  # noqa: PLC0415
-
-    state = {k: v.to("meta") for k, v in saved(model).items()}
+    state = {key: value.to("meta") for key, value in saved(model).items()}
     try:
-        found: Mapping[str, Any] = revert_weight_conversion(model, state)
-    except (ValueError, RuntimeError, IndexError, KeyError, AttributeError) as error:
-        said = " ".join(str(error).split())[:160]
-        raise UnsupportedConversion("save_pretrained", "revert", family_of(model), said) from error
-    return {n: tuple(t.shape) for n, t in found.items()}
+        tensors = hf.saved_tensors(model, state)
+    except hf.BUILD_ERRORS as error:
+        raise UnsupportedConversion(
+            "save_pretrained", "revert", family_of(model), hf.one_line(error)
+        ) from error
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def saved(model: Any) -> dict[str, Any]:
-    """Return the parameters and buffers in memory that belong to a checkpoint: not the tied ones,
-    not the ignored ones.
-    """
+    """Return the parameters and buffers that belong into a checkpoint: neither tied nor ignored."""
     state = model.state_dict()
     tied = getattr(model, "all_tied_weights_keys", None) or {}
-    ignored = getattr(model, "_keys_to_ignore_on_save", None) or ()
-    gone = set(tied) | {k for k in state if any(re.search(p, k) for p in ignored)}
-    return {k: v for k, v in state.items() if k not in gone}
+    patterns = getattr(model, "_keys_to_ignore_on_save", None) or ()
+    ignored = {key for key in state if any(re.search(p, key) for p in patterns)}
+    return {key: value for key, value in state.items() if key not in ignored | set(tied)}
 
 
 def family_of(model: Any) -> str:
@@ -69,9 +90,9 @@ def family_of(model: Any) -> str:
     return str(getattr(model.config, "model_type", type(model).__name__))
 
 
-def grids(model: Any, hub: Mapping[str, Shape]) -> tuple[dict[str, Grid], list[str]]:
-    """Return by name in memory what of the hub tensors each tensor there is made of; and hub names
-    without a place.
+def _grids(model: Any, hub: Mapping[str, Shape]) -> tuple[dict[str, Grid], list[str]]:
+    """Return by name in memory the regions of hub tensors that a tensor is made of, and the hub
+    tensors that have no place in memory.
 
     Args:
         model: a transformers model; its parameters may be on the meta device.
@@ -81,156 +102,126 @@ def grids(model: Any, hub: Mapping[str, Shape]) -> tuple[dict[str, Grid], list[s
     Raises:
         UnsupportedConversion: naming key, operation and family.
     """
-    mapping, family = _Mapping(model), family_of(model)
-    state = {k: tuple(v.shape) for k, v in model.state_dict().items()}
-    groups: dict[str, tuple[Any, dict[str, list[str]]]] = {}
-    found: dict[str, Grid] = {}
-    outside = []
-    for name, (key, pattern) in mapping.keys(hub).items():
-        if pattern is not None:
-            groups.setdefault(key, (mapping.converter(pattern), {}))[1].setdefault(
-                pattern, []
-            ).append(name)
-        elif key in state:
-            if key in found:
-                raise UnsupportedConversion(
-                    key, "rename", family, f"{found[key].pieces[0].hub} and {name} both become it"
-                )
-            found[key] = whole(name, hub[name])
+    mapping, conversion = hf.KeyMapping(model), _Conversion(model, hub)
+    state, family = conversion.state, conversion.family
+    converted: dict[str, tuple[Any, dict[str, list[str]]]] = {}
+    grids: dict[str, Grid] = {}
+    outside: set[str] = set()
+    for name, key in mapping.keys(hub).items():
+        if key.converter is not None:
+            converter = mapping.converter(key.converter)
+            sources = converted.setdefault(key.name, (converter, {}))[1]
+            sources.setdefault(key.converter, []).append(name)
+        elif key.name not in state:
+            outside.add(name)
+        elif key.name in grids:
+            other = grids[key.name].regions[0].hub
+            raise UnsupportedConversion(
+                key.name, "rename", family, f"{other} and {name} both become it"
+            )
         else:
-            outside.append(name)
-    for key, (converter, sources) in groups.items():
-        made = _convert(key, converter, sources, hub, state, family, model.config)
-        for target, grid in made.items():
-            if target in found:
+            grids[key.name] = whole(name, hub[name])
+    for key_name, (converter, sources) in converted.items():
+        for target, grid in conversion.run(key_name, converter, sources).items():
+            if target in grids:
                 raise UnsupportedConversion(target, "rename", family, "two conversions give it")
             if target in state:
-                found[target] = grid
+                grids[target] = grid
             else:
-                outside += [p.hub for p in grid.pieces]
-    return found, sorted(set(outside))
+                outside |= {region.hub for region in grid.regions}
+    return grids, sorted(outside)
 
 
-def _convert(
-    key: str,
-    converter: Any,
-    sources: Mapping[str, list[str]],
-    hub: Mapping[str, Shape],
-    state: Mapping[str, Shape],
-    family: str,
-    config: Any,
-) -> dict[str, Grid]:
-    targets = _targets(key, converter)
-    listed = [
-        [whole(n, hub[n]) for n in sources[p]] for p in converter.source_patterns if p in sources
-    ]
-    lost = [p for p in converter.source_patterns if p not in sources]
-    named = ", ".join(type(o).__name__ for o in converter.operations)
-    if lost:
-        raise UnsupportedConversion(key, named, family, f"the checkpoint has no {lost[0]} for it")
-    try:
-        ops = [_op(o, key, targets, state, family, config) for o in converter.operations]
-        many = sum(1 for o in ops if o.kind in ("chunk", "unstack"))
-        made = run(ops, listed, len(targets))
-        if many and ops[-1].kind == "unstack":
-            targets = [
-                t.replace("*", str(i)) for t in targets for i in range(len(made) // len(targets))
-            ]
-    except ValueError as error:
-        raise UnsupportedConversion(key, named, family, str(error)) from error
-    if len(made) != len(targets):
+class _Conversion:
+    """Runs transformers' converters of one model on the shapes of its hub tensors."""
+
+    def __init__(self, model: Any, hub: Mapping[str, Shape]) -> None:
+        self.family = family_of(model)
+        self.state = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+        self._config = model.config
+        self._hub = hub
+
+    def run(self, key: str, converter: Any, sources: Mapping[str, list[str]]) -> dict[str, Grid]:
+        """Return by name in memory what a converter makes.
+
+        Args:
+            key: the first name that it gives.
+            converter: transformers' converter.
+            sources: its hub tensors by source pattern.
+
+        Raises:
+            UnsupportedConversion: naming key, operations and family.
+        """
+        operations = ", ".join(type(op).__name__ for op in converter.operations)
+        missing = [p for p in converter.source_patterns if p not in sources]
+        if missing:
+            raise UnsupportedConversion(
+                key, operations, self.family, f"the checkpoint has no {missing[0]} for it"
+            )
+        groups = [
+            [whole(name, self._hub[name]) for name in sources[p]] for p in converter.source_patterns
+        ]
+        targets = _targets(key, converter)
+        try:
+            ops = [self._op(op, key, targets) for op in converter.operations]
+            grids = apply_ops(ops, groups, len(targets))
+        except ValueError as error:
+            raise UnsupportedConversion(key, operations, self.family, str(error)) from error
+        if ops[-1].kind == "unstack":
+            count = len(grids) // len(targets)
+            targets = [t.replace("*", str(i)) for t in targets for i in range(count)]
+        if len(grids) != len(targets):
+            raise UnsupportedConversion(
+                key,
+                operations,
+                self.family,
+                f"gives {counted(len(grids), 'tensor')} for {counted(len(targets), 'name')}",
+            )
+        return dict(zip(targets, grids, strict=True))
+
+    def _op(self, op: Any, key: str, targets: list[str]) -> Op:
+        kind = type(op).__name__
+        sharded = getattr(op, "num_shards_attribute", None) is not None
+        if kind == "MergeModulelist":
+            return Op("stack", op.dim)
+        if kind == "SplitModulelist":
+            return Op("unstack", op.dim)
+        if kind == "Split" and all(t in self.state for t in targets):
+            return Op("split", op.dim, sizes=tuple(self.state[t][op.dim] for t in targets))
+        if kind in ("Concatenate", "Chunk") and not sharded:
+            return Op(kind.lower(), op.dim)
+        if kind == "Transpose":
+            unless = self.state.get(key) if getattr(op, "check_dims", False) else None
+            return Op("transpose", op.dim0, op.dim1, unless)
+        if kind == "Interleave":
+            return Op("interleave" if op.inverse else "deinterleave", op.dim)
+        if kind == "PermuteForRope":
+            return self._rotary(op, targets)
+        if kind == "ErnieFuseAndSplitTextVisionExperts":
+            return Op("share", op.stack_dim, op.concat_dim)
         raise UnsupportedConversion(
-            key, named, family, f"gives {len(made)} tensors for {len(targets)} names"
+            key, kind, self.family, "this version of ckptgate does not know the operation"
         )
-    return dict(zip(targets, made, strict=True))
+
+    def _rotary(self, op: Any, targets: list[str]) -> Op:
+        config = getattr(self._config, op.subconfig_key or "", self._config)
+        heads = getattr(config, "num_attention_heads", 1)
+        only = None
+        if op.permute_layer_names is not None:
+            only = tuple(
+                i for i, t in enumerate(targets) if any(n in t for n in op.permute_layer_names)
+            )
+        return Op("unrotary" if op.inverse else "rotary", 0, sizes=(heads,), only=only)
 
 
 def _targets(key: str, converter: Any) -> list[str]:
-    """Return the full names of what a converter gives, as the loader expands them: prefix and
-    suffix of the first.
+    """Return the full names of a converter's results, as the loader expands them: prefix and suffix
+    of the first.
     """
     first, *others = converter.target_patterns
     if not others:
         return [key]
-    prefix, found, suffix = key.partition(first)
-    if (
-        not found
-    ):  # a capture group was filled in: the longest literal tail tells where the pattern stands
+    prefix, match, suffix = key.partition(first)
+    if not match:  # a capture group of the pattern was filled in
         return [key, *others]
-    return [f"{prefix}{t}{suffix}" for t in (first, *others)]
-
-
-def _op(
-    op: Any, key: str, targets: list[str], state: Mapping[str, Shape], family: str, config: Any
-) -> Op:
-    kind = type(op).__name__
-    if kind in ("MergeModulelist", "SplitModulelist"):
-        return Op("stack" if kind == "MergeModulelist" else "unstack", op.dim)
-    if kind == "Split" and all(t in state for t in targets):
-        return Op("split", op.dim, sizes=tuple(state[t][op.dim] for t in targets))
-    if kind == "Concatenate" and getattr(op, "num_shards_attribute", None) is None:
-        return Op("concatenate", op.dim)
-    if kind == "Chunk" and getattr(op, "num_shards_attribute", None) is None:
-        return Op("chunk", op.dim)
-    if kind == "Transpose":
-        return Op(
-            "transpose",
-            op.dim0,
-            op.dim1,
-            state.get(key) if getattr(op, "check_dims", False) else None,
-        )
-    if kind == "Interleave":
-        return Op("interleave" if op.inverse else "deinterleave", op.dim)
-    if kind == "PermuteForRope":
-        heads = getattr(getattr(config, op.subconfig_key or "", config), "num_attention_heads", 1)
-        named = op.permute_layer_names
-        only = (
-            None
-            if named is None
-            else tuple(i for i, t in enumerate(targets) if any(n in t for n in named))
-        )
-        return Op("unrotary" if op.inverse else "rotary", 0, sizes=(heads,), only=only)
-    if kind == "ErnieFuseAndSplitTextVisionExperts":
-        return Op("share", op.stack_dim, op.concat_dim)
-    raise UnsupportedConversion(
-        key, kind, family, "an operation that is not known here; no other name is made up"
-    )
-
-
-class _Mapping:
-    """The renamings and converters of a model, asked as the loader asks them."""
-
-    def __init__(self, model: Any) -> None:
-        from transformers.conversion_mapping import get_model_conversion_mapping  # noqa: PLC0415
-        from transformers.core_model_loading import WeightConverter, WeightRenaming  # noqa: PLC0415
-
-        mapping = get_model_conversion_mapping(model)
-        self._model, self._state = model, model.state_dict()
-        self._renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
-        self._converters = [m for m in mapping if isinstance(m, WeightConverter)]
-
-    def keys(self, names: Iterable[str]) -> dict[str, tuple[str, str | None]]:
-        """Return (name in memory, the converter's pattern or None) for hub names, in the loader's
-        natural order.
-        """
-        from transformers.core_model_loading import rename_source_key  # noqa: PLC0415
-
-        prefix, state = self._model.base_model_prefix, self._state
-        found = {}
-        for n in sorted(names, key=natural):
-            key, pattern = rename_source_key(n, self._renamings, self._converters, prefix, state)
-            if (
-                key not in state and n in state
-            ):  # the loader's own rule: a name of memory that a pattern hits by accident
-                key, pattern = rename_source_key(n, [], [], prefix, state)
-            found[n] = key, pattern
-        return found
-
-    def converter(self, pattern: str) -> Any:
-        """Return the converter that has a source pattern."""
-        return {p: c for c in self._converters for p in c.source_patterns}[pattern]
-
-
-def natural(name: str) -> list[tuple[int, int | str]]:
-    """Return a sort key in which ``experts.2`` comes before ``experts.10``."""
-    return [(0, int(p)) if p.isdigit() else (1, p) for p in name.split(".")]
+    return [f"{prefix}{target}{suffix}" for target in (first, *others)]

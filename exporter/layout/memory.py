@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """A transformers model in memory, read as a checkpoint in hub layout: each hub tensor is cut out
-when it is asked for.
+when it is read.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import threading
 import uuid
 from collections.abc import Mapping
@@ -15,8 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from exporter.layout.layout import Layout, of_model
-from exporter.layout.pieces import Shape
+from exporter.layout.grids import Shape
+from exporter.layout.hf_mapping import of_model
+from exporter.layout.layout import Layout
 from verifier.checkpoint import Checkpoint, Tensor
 from verifier.checkpoint.header import Shard
 from verifier.checkpoint.source import Bytes, Source
@@ -38,8 +40,8 @@ DTYPES: Mapping[torch.dtype, str] = {
 
 
 class MemorySource(Source):
-    """Hub tensors of a model, each a file of its own; what the model has no place for is read from
-    its source.
+    """Hub tensors of a model, each a file of its own; tensors that the model has no place for are
+    read from its source.
     """
 
     def __init__(
@@ -47,17 +49,17 @@ class MemorySource(Source):
         uri: str,
         layout: Layout,
         state: Mapping[str, torch.Tensor],
-        kept: Mapping[str, Checkpoint],
-        beside: Mapping[str, bytes],
+        from_source: Mapping[str, Checkpoint],
+        auxiliary: Mapping[str, bytes],
     ) -> None:
         self.uri = uri
-        self._beside = beside
-        self._layout, self._state, self._kept = layout, state, kept
-        self._last = threading.local()  # a large tensor is read in pieces
+        self._layout, self._state = layout, state
+        self._from_source, self._auxiliary = from_source, auxiliary
+        self._last = threading.local()  # a large tensor is read in chunks
 
     def files(self) -> dict[str, int]:
-        """Return the files beside the weights."""
-        return {n: len(raw) for n, raw in self._beside.items()}
+        """Return the auxiliary files."""
+        return {name: len(raw) for name, raw in self._auxiliary.items()}
 
     def read(self, name: str, offset: int, length: int) -> Bytes:
         """Return bytes of a hub tensor, from memory or from the source.
@@ -65,19 +67,19 @@ class MemorySource(Source):
         Raises:
             MachineError: the tensor is shorter.
         """
-        if name in self._beside:
-            return np.frombuffer(self._beside[name], np.uint8)[offset : offset + length]
-        if name in self._kept:
-            origin = self._kept[name]
+        if name in self._auxiliary:
+            return np.frombuffer(self._auxiliary[name], np.uint8)[offset : offset + length]
+        if name in self._from_source:
+            origin = self._from_source[name]
             tensor = origin.tensors[name]
             return origin.source.read(tensor.file, tensor.offset + offset, length)
         if getattr(self._last, "name", None) != name:
             value = self._layout.hub_tensor(name, self._state).contiguous().reshape(-1)
             self._last.raw, self._last.name = value.view(torch.uint8).cpu().numpy(), name
-        found: Bytes = self._last.raw[offset : offset + length]
-        if found.size != length:
-            raise MachineError(f"{name}: {found.size} bytes where {length} were asked for")
-        return found
+        raw: Bytes = self._last.raw[offset : offset + length]
+        if raw.size != length:
+            raise MachineError(f"{name}: {raw.size} bytes instead of {length}")
+        return raw
 
 
 def as_checkpoint(
@@ -87,9 +89,9 @@ def as_checkpoint(
 
     Args:
         model: a transformers model whose parameters are on one host; unquantized.
-        source: the checkpoint that it was loaded from: its index decides the layout, and what the
-            model has no place for (next-token-prediction heads), or holds narrower than the source
-            without having changed it, is read from there.
+        source: the checkpoint that it was loaded from: its index decides the layout. Tensors that
+            the model has no place for (next-token-prediction heads), or holds in a narrower dtype
+            but unchanged, are read from there.
         names: names and logical shapes of the source's weights.
 
     Raises:
@@ -101,40 +103,31 @@ def as_checkpoint(
     state = model.state_dict()
     for key, value in state.items():
         if value.is_meta:
-            raise PlanError(f"{key} is on the meta device: it has no values to write")
+            raise PlanError(f"{key} is on the meta device and has no values to write")
         if value.dtype not in DTYPES:
-            raise PlanError(f"{key} is {value.dtype}, which is not written")
-    kept: dict[str, Checkpoint] = {}
+            raise PlanError(f"{key} is {value.dtype}, which ckptgate does not write")
+    from_source: dict[str, Checkpoint] = {}
     tensors: dict[str, Tensor] = {}
-    for name, shape in layout.hub.items():
+    for name in (*layout.hub, *layout.outside):
         original = source.tensors.get(name) if source is not None else None
-        value = state[layout.keys(name)[0]]
-        if (
-            source is not None
-            and original is not None
-            and _narrowed(source, original, name, layout, state)
-        ):
-            kept[name] = source
-            tensors[name] = Tensor(name, original.dtype, original.shape, name, 0, original.nbytes)
-        else:
-            count = int(np.prod(shape, dtype=np.int64))
-            tensors[name] = Tensor(
-                name, DTYPES[value.dtype], shape, name, 0, count * value.element_size()
-            )
-    for name in layout.outside:
-        if source is not None and name in source.tensors:
-            original = source.tensors[name]
-            kept[name] = source
-            tensors[name] = Tensor(name, original.dtype, original.shape, name, 0, original.nbytes)
+        outside = name not in layout.hub
+        if source is not None and original is not None:
+            if outside or _is_narrowed(source, original, layout, state):
+                from_source[name] = source
+                tensors[name] = original._replace(file=name, offset=0)
+                continue
+        if not outside:
+            tensors[name] = _hub_tensor(name, layout, state)
     uri = f"memory:{type(model).__name__}"
-    # The name is new each time: an interrupted export of other values under the same header is not
+    # A new name each time: an interrupted export of other values under the same header must not be
     # resumed.
     shard = Shard(f"{uri}-{uuid.uuid4()}", sum(t.nbytes for t in tensors.values()), tensors)
-    held = MemorySource(uri, layout, state, kept, {} if source is not None else _generation(model))
+    auxiliary = {} if source is not None else _generation_config(model)
+    memory = MemorySource(uri, layout, state, from_source, auxiliary)
     return Checkpoint(
         uri=uri,
-        source=held,
-        files=MappingProxyType(held.files()),
+        source=memory,
+        files=MappingProxyType(memory.files()),
         shards=(shard,),
         index=None,
         config=_config(model, source),
@@ -143,38 +136,41 @@ def as_checkpoint(
     )
 
 
-def _narrowed(
-    source: Checkpoint,
-    original: Tensor,
-    name: str,
-    layout: Layout,
-    state: Mapping[str, torch.Tensor],
+def _hub_tensor(name: str, layout: Layout, state: Mapping[str, torch.Tensor]) -> Tensor:
+    value, shape = state[layout.keys(name)[0]], layout.hub[name]
+    nbytes = math.prod(shape) * value.element_size()
+    return Tensor(name, DTYPES[value.dtype], shape, name, 0, nbytes)
+
+
+def _is_narrowed(
+    source: Checkpoint, original: Tensor, layout: Layout, state: Mapping[str, torch.Tensor]
 ) -> bool:
-    """Whether the model holds a float32 tensor of its source narrower, and otherwise unchanged."""
-    value = state[layout.keys(name)[0]]
-    if (
-        original.dtype != "F32"
-        or value.dtype not in (torch.bfloat16, torch.float16)
-        or original.shape != layout.hub[name]
-    ):
+    """Whether the model holds a float32 tensor of its source in a narrower dtype, otherwise
+    unchanged.
+    """
+    name = original.name
+    dtype = state[layout.keys(name)[0]].dtype
+    if original.dtype != "F32" or original.shape != layout.hub[name]:
+        return False
+    if dtype not in (torch.bfloat16, torch.float16):
         return False
     wide = torch.from_numpy(source.array(original).copy())
-    return torch.equal(wide.to(value.dtype), layout.hub_tensor(name, state).cpu())
+    return torch.equal(wide.to(dtype), layout.hub_tensor(name, state).cpu())
 
 
-def _generation(model: Any) -> dict[str, bytes]:
+def _generation_config(model: Any) -> dict[str, bytes]:
     """Return generation_config.json as `save_pretrained` would write it, where the model
     generates.
     """
-    found = getattr(model, "generation_config", None) if model.can_generate() else None
-    return {} if found is None else {"generation_config.json": found.to_json_string().encode()}
+    config = getattr(model, "generation_config", None) if model.can_generate() else None
+    return {} if config is None else {"generation_config.json": config.to_json_string().encode()}
 
 
 def _config(model: Any, source: Checkpoint | None) -> dict[str, Any]:
     """Return the source's config, else what `save_pretrained` would write."""
     if source is not None and isinstance(source.config, Mapping):
         return {k: v for k, v in source.config.items() if k != "quantization_config"}
-    found: dict[str, Any] = json.loads(model.config.to_json_string(use_diff=True))
-    found["architectures"] = [type(model).__name__]
-    found["dtype"] = str(model.dtype).removeprefix("torch.")
-    return found
+    config: dict[str, Any] = json.loads(model.config.to_json_string(use_diff=True))
+    config["architectures"] = [type(model).__name__]
+    config["dtype"] = str(model.dtype).removeprefix("torch.")
+    return config

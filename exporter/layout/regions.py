@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -13,46 +13,56 @@ import numpy.typing as npt
 from verifier.checkpoint import DTYPE_BITS, Checkpoint, Tensor
 from verifier.errors import EncodeError
 
-Run = tuple[int, int, int, bool]
-"""Start, step and length along one axis, and whether the axis is dropped."""
+
+class Cut(NamedTuple):
+    """Entries of one axis: ``length`` of them, every ``step``-th from ``start``.
+
+    ``drop`` removes the axis (``length`` is then 1).
+    """
+
+    start: int
+    step: int
+    length: int
+    drop: bool = False
+
+    @property
+    def selector(self) -> slice | int:
+        """The cut as an index for numpy or torch."""
+        if self.drop:
+            return self.start
+        end = self.start + (self.length - 1) * self.step + 1 if self.length else self.start
+        return slice(self.start, end, self.step)
 
 
 def read_region(
-    ckpt: Checkpoint, tensor: Tensor, runs: Sequence[Run], order: Sequence[int]
+    ckpt: Checkpoint, tensor: Tensor, cuts: Sequence[Cut], order: Sequence[int]
 ) -> npt.NDArray[Any]:
     """Return a region of a tensor, contiguous, as unsigned integers of the dtype's width.
 
     Args:
-        ckpt: what the tensor is in.
+        ckpt: the checkpoint of the tensor.
         tensor: of any shape.
-        runs: one for each axis; none takes all.
-        order: how what is left is permuted; none leaves it.
+        cuts: one per axis; none takes the whole tensor.
+        order: how the remaining axes are permuted; none keeps their order.
 
     Raises:
-        EncodeError: a dtype whose values are no whole bytes.
+        EncodeError: a dtype with less than one byte per value.
     """
     bits = DTYPE_BITS[tensor.dtype]
     if bits % 8:
         raise EncodeError(
-            f"{tensor.name}: {tensor.dtype} holds less than a byte for a value; it cannot be cut"
+            f"{tensor.name}: {tensor.dtype} has less than one byte per value and cannot be cut"
         )
-    width, offset, shape, cuts = bits // 8, tensor.offset, list(tensor.shape), list(runs)
-    while cuts and cuts[0][3]:  # one entry of a leading axis is one stretch of the file
+    width, offset, shape, rest = bits // 8, tensor.offset, list(tensor.shape), list(cuts)
+    while rest and rest[0].drop:  # one entry of a leading axis is one stretch of the file
         inner = math.prod(shape[1:])
-        offset, shape = offset + cuts.pop(0)[0] * inner * width, shape[1:]
-    if cuts:
-        start, step, length, _ = cuts[0]
+        offset, shape = offset + rest.pop(0).start * inner * width, shape[1:]
+    if rest:
+        start, step, length, _ = rest[0]
         inner, rows = math.prod(shape[1:]), (length - 1) * step + 1 if length else 0
         offset, shape = offset + start * inner * width, [rows, *shape[1:]]
-        cuts[0] = (0, step, length, False)
+        rest[0] = Cut(0, step, length)
     raw = ckpt.source.read(tensor.file, offset, math.prod(shape) * width)
-    return cut(np.frombuffer(raw.tobytes(), f"u{width}").reshape(shape), cuts, order)
-
-
-def cut(values: npt.NDArray[Any], runs: Sequence[Run], order: Sequence[int]) -> npt.NDArray[Any]:
-    """Return a region of an array, contiguous."""
-    at = tuple(
-        s if drop else slice(s, s + (n - 1) * k + 1 if n else s, k) for s, k, n, drop in runs
-    )
-    left = values[at] if at else values
-    return np.ascontiguousarray(left.transpose(tuple(order)) if order else left)
+    values = np.frombuffer(raw.tobytes(), f"u{width}").reshape(shape)
+    region = values[tuple(c.selector for c in rest)] if rest else values
+    return np.ascontiguousarray(region.transpose(tuple(order)) if order else region)

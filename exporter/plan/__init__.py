@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plans: what happens to every tensor. Pure and printable."""
 
-from exporter.plan.build import build
+from exporter.plan.build import ExportChoices, build
 from exporter.plan.merge import merge
 from exporter.plan.model import (
     Action,
@@ -12,30 +12,32 @@ from exporter.plan.model import (
     Plan,
     Restack,
     Spec,
-    Stats,
     Take,
     Weight,
     header_digest,
 )
 from exporter.plan.select import parse_layers
 from exporter.plan.sources import Reader, Rest
+from exporter.plan.stats_file import ActivationStats, read_stats
 
 __all__ = [
     "Action",
+    "ActivationStats",
     "Constant",
     "Copy",
     "Decode",
     "Encode",
+    "ExportChoices",
     "Plan",
     "Reader",
     "Rest",
     "Restack",
     "Spec",
-    "Stats",
     "Take",
     "Weight",
     "build",
     "header_digest",
     "merge",
     "parse_layers",
+    "read_stats",
 ]

@@ -5,13 +5,19 @@ byte.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
-from exporter.plan.model import Action, Constant, Copy, Origin, Plan
-from exporter.plan.sound import one_fate, refuse_stacked, require_sound, same_experts
+from exporter.plan.model import Action, Constant, Copy, Plan, Skipped
+from exporter.plan.sound import (
+    refuse_stacked,
+    require_every_tensor_once,
+    require_same_experts,
+    require_sound,
+)
 from verifier.checkpoint import Checkpoint
 from verifier.errors import PlanError
-from verifier.schemes import expert_key, gather
+from verifier.schemes import Module, expert_key, gather
 
 
 def merge(
@@ -21,53 +27,63 @@ def merge(
 
     Args:
         experts: where the quantized routed experts come from.
-        onto: what everything else is kept from.
+        onto: the checkpoint that everything else is kept from.
         input_scale: ``keep`` copies the experts' activation scales; ``one`` writes 1.0.
 
     Raises:
         PlanError: no quantized experts, unequal expert sets or shapes, a W4A4 expert without an
             input scale to keep.
     """
-    for ckpt, what in ((experts, "experts"), (onto, "onto")):
-        require_sound(ckpt, what)
+    for ckpt, owner in ((experts, "experts"), (onto, "onto")):
+        require_sound(ckpt, owner)
         refuse_stacked(ckpt)
-    ours, theirs = gather(experts.tensors.values()), gather(onto.tensors.values())
-    same_experts(ours, theirs, onto)
-    moved = {n: m for n, m in ours.items() if expert_key(n) and m.quantized}
+    sources, targets = gather(experts.tensors.values()), gather(onto.tensors.values())
+    require_same_experts(sources, targets, onto)
+    moved = {n: m for n, m in sources.items() if expert_key(n) and m.quantized}
     if not moved:
         raise PlanError(f"{experts.uri} holds no quantized routed expert")
     actions: list[Action] = []
-    left: list[tuple[Origin, str, str]] = []
-    for name, module in theirs.items():
-        new = moved.get(name)
-        if new is None:
+    skipped: list[Skipped] = []
+    for name, module in targets.items():
+        expert = moved.get(name)
+        if expert is None:
             actions += [Copy(t, "onto") for t in module.parts.values()]
             continue
-        if new.dims != module.dims:
-            raise PlanError(f"{name}: {new.dims} in {experts.uri}, {module.dims} in {onto.uri}")
-        left += [("onto", t.name, "replaced") for t in module.parts.values()]
-        for leaf, tensor in new.parts.items():
+        if expert.dims != module.dims:
+            raise PlanError(f"{name}: {expert.dims} in {experts.uri}, {module.dims} in {onto.uri}")
+        skipped += [("onto", t.name, "replaced") for t in module.parts.values()]
+        for leaf, tensor in expert.parts.items():
             if leaf == "input_scale" and input_scale == "one":
-                left.append(("source", tensor.name, "replaced"))
+                skipped.append(("source", tensor.name, "replaced"))
             else:
                 actions.append(Copy(tensor, "source"))
-        if new.weight is not None and new.weight.dtype == "U8" and input_scale == "one":
+        if input_scale == "one" and _is_packed(expert):
             actions.append(Constant(f"{name}.input_scale", 1.0))
-    left += [
-        ("source", t.name, "kept from onto")
-        for n, m in ours.items()
-        if n not in moved
-        for t in m.parts.values()
-    ]
-    packed = [n for n, m in moved.items() if m.weight is not None and m.weight.dtype == "U8"]
-    without = [n for n in packed if "input_scale" not in moved[n].parts]
-    if input_scale == "keep" and without and len(without) != len(packed):
-        count = f"{len(without):,} of {len(packed):,}"
-        raise PlanError(
-            f"{without[0]} has no input_scale to keep ({count}); --input-scale one writes 1.0"
-        )
-    plan = Plan(
-        "merge", "merge", experts, onto, tuple(actions), tuple(left), {"input_scale": input_scale}
-    )
-    one_fate(plan)
+    for name, module in sources.items():
+        if name not in moved:
+            skipped += [("source", t.name, "kept from onto") for t in module.parts.values()]
+    if input_scale == "keep":
+        _require_input_scales(moved)
+    options: dict[str, object] = {"input_scale": input_scale}
+    plan = Plan("merge", "merge", experts, onto, tuple(actions), tuple(skipped), options)
+    require_every_tensor_once(plan)
     return plan
+
+
+def _is_packed(module: Module) -> bool:
+    return module.weight is not None and module.weight.dtype == "U8"
+
+
+def _require_input_scales(moved: Mapping[str, Module]) -> None:
+    """Check that all packed experts have an input scale, or none.
+
+    Raises:
+        PlanError: naming the first expert without one.
+    """
+    packed = [n for n, m in moved.items() if _is_packed(m)]
+    without = [n for n in packed if "input_scale" not in moved[n].parts]
+    if without and len(without) != len(packed):
+        raise PlanError(
+            f"{without[0]} has no input_scale to keep ({len(without):,} of {len(packed):,}); "
+            "--input-scale one writes 1.0"
+        )

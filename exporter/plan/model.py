@@ -1,21 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a plan is made of: for every tensor that will be written, where its bytes come from."""
+"""The parts of a plan: for every tensor to be written, where its bytes come from."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
-from exporter.layout import Stack
+from exporter.layout import Cut
 from verifier.checkpoint import DTYPE_BITS, Checkpoint, Tensor
+from verifier.layouts.expert_stacks import ExpertStack
 from verifier.schemes import Format, fused_groups
 
 Origin = Literal["source", "onto"]
+Skipped = tuple[Origin, str, str]
+"""A tensor that is not read: its checkpoint, its name, the reason."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,22 +33,19 @@ class Spec:
     @property
     def nbytes(self) -> int:
         """Its size in bytes."""
-        count = 1
-        for s in self.shape:
-            count *= s
-        return count * DTYPE_BITS[self.dtype] // 8
+        return math.prod(self.shape) * DTYPE_BITS[self.dtype] // 8
 
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """Pass a tensor through, byte for byte."""
+    """Copy a tensor byte for byte."""
 
     tensor: Tensor
     origin: Origin
 
     @property
     def specs(self) -> tuple[Spec, ...]:
-        """The one tensor that it writes."""
+        """The tensor that it writes."""
         return (Spec(self.tensor.name, self.tensor.dtype, self.tensor.shape),)
 
 
@@ -57,15 +58,13 @@ class Constant:
 
     @property
     def specs(self) -> tuple[Spec, ...]:
-        """The one tensor that it writes."""
+        """The tensor that it writes."""
         return (Spec(self.name, "F32", ()),)
 
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """A weight to be read, [out, in]: its tensors by leaf, and the format that they are in (None:
-    unquantized).
-    """
+    """A weight to read, [out, in]: its tensors by leaf, and their format (None: unquantized)."""
 
     tensor: Tensor
     parts: Mapping[str, Tensor]
@@ -88,7 +87,7 @@ class Decode:
 
     @property
     def specs(self) -> tuple[Spec, ...]:
-        """The one tensor that it writes."""
+        """The tensor that it writes."""
         return (Spec(self.name, "BF16", self.weight.shape),)
 
 
@@ -117,56 +116,48 @@ class Encode:
     def specs_of(self, index: int) -> tuple[Spec, ...]:
         """Return the tensors of one module."""
         module, (out, in_) = self.modules[index], self.weights[index].shape
-        found = [
-            Spec(
-                f"{module}.weight",
-                self.format.weight_dtype,
-                (out, in_ // 2 if self.format.packed else in_),
-            )
-        ]
+        width = in_ // 2 if self.format.packed else in_
+        specs = [Spec(f"{module}.weight", self.format.weight_dtype, (out, width))]
         for sibling in self.format.siblings:
             leaf = sibling.leaves[0]
             if leaf == "input_scale":
                 continue
             leaf = self.scale_leaf if self.scale_leaf in sibling.leaves else leaf
-            found.append(Spec(f"{module}.{leaf}", sibling.dtypes[0], sibling.shapes(out, in_)[0]))
+            specs.append(Spec(f"{module}.{leaf}", sibling.dtypes[0], sibling.shapes(out, in_)[0]))
         if self.input_scales is not None:
-            found.append(Spec(f"{module}.input_scale", "F32", ()))
-        return tuple(found)
+            specs.append(Spec(f"{module}.input_scale", "F32", ()))
+        return tuple(specs)
 
 
 @dataclass(frozen=True, slots=True)
 class Take:
-    """Write a tensor, or a region of one, under a name of its own; its bytes are moved, never
-    changed.
+    """Write a tensor, or a region of one, under a different name; its bytes move unchanged.
 
-    ``cuts`` gives start, step and length on each axis and whether the axis is dropped; empty takes
-    the whole tensor. ``order`` permutes what remains.
+    ``cuts`` has one cut per axis; empty takes the whole tensor. ``order`` permutes the remaining
+    axes.
     """
 
     name: str
     tensor: Tensor
     origin: Origin
-    cuts: tuple[tuple[int, int, int, bool], ...] = ()
+    cuts: tuple[Cut, ...] = ()
     order: tuple[int, ...] = ()
 
     @property
     def whole(self) -> bool:
         """Whether every byte of the tensor is taken, in the order of the file."""
-        full = all(
-            c == (0, 1, n, False) for c, n in zip(self.cuts, self.tensor.shape, strict=False)
+        pairs = zip(self.cuts, self.tensor.shape, strict=False)
+        return all(cut == Cut(0, 1, length) for cut, length in pairs) and self.order == tuple(
+            sorted(self.order)
         )
-        return full and self.order == tuple(sorted(self.order))
 
     @property
     def specs(self) -> tuple[Spec, ...]:
-        """The one tensor that it writes."""
-        left = (
-            [length for _, _, length, drop in self.cuts if not drop]
-            if self.cuts
-            else list(self.tensor.shape)
-        )
-        shape = tuple(left[i] for i in self.order) if self.order else tuple(left)
+        """The tensor that it writes."""
+        lengths = self.tensor.shape
+        if self.cuts:
+            lengths = tuple(cut.length for cut in self.cuts if not cut.drop)
+        shape = tuple(lengths[i] for i in self.order) if self.order else lengths
         return (Spec(self.name, self.tensor.dtype, shape),)
 
 
@@ -176,12 +167,11 @@ class Restack:
     (``format`` None).
 
     Blocks run along the input axis whatever the stack's own axes, and gate and up keep their order.
-    ``read`` is the format that they are in. ``input_scales`` gives one for each expert; where the
-    family has one scale for a whole stack, so have all of them, and ``weight_scale_2`` is shared
-    over the stack.
+    ``read`` is the format of the source. ``input_scales`` has one scale per expert, or a single one
+    where the family has one scale per stack; the stack then shares ``weight_scale_2`` as well.
     """
 
-    stacks: tuple[Stack, ...]
+    stacks: tuple[ExpertStack, ...]
     read: Format | None
     format: Format | None
     scale_leaf: str = ""
@@ -190,13 +180,13 @@ class Restack:
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """The linears that it holds, as they are called one by one."""
-        return tuple(m for s in self.stacks for m in s.members)
+        """The linear layers that it holds, by their names as single experts."""
+        return tuple(m for s in self.stacks for m in s.linears)
 
     @property
     def one_scale(self) -> bool:
-        """Whether a stack has one global scale, not one for each expert."""
-        return self.stacks[0].family.one_scale
+        """Whether a stack has one global scale, not one per expert."""
+        return self.stacks[0].layout.one_scale
 
     @property
     def specs(self) -> tuple[Spec, ...]:
@@ -208,65 +198,48 @@ class Restack:
         stack = self.stacks[index]
         experts, out, in_ = stack.shape
 
-        def sized(*inner: int) -> tuple[int, ...]:
-            turned = stack.written_turned and len(inner) == 2
-            return (experts, *(inner[::-1] if turned else inner))
+        def stacked(*inner: int) -> tuple[int, ...]:
+            transposed = stack.hub_transposed and len(inner) == 2
+            return (experts, *(inner[::-1] if transposed else inner))
 
         if self.format is None:
-            return {"weight": Spec(stack.key, "BF16", sized(out, in_))}
+            return {"weight": Spec(stack.key, "BF16", stacked(out, in_))}
         fmt = self.format
-        found = {
-            "weight": Spec(stack.key, fmt.weight_dtype, sized(out, in_ // 2 if fmt.packed else in_))
-        }
+        width = in_ // 2 if fmt.packed else in_
+        specs = {"weight": Spec(stack.key, fmt.weight_dtype, stacked(out, width))}
         for sibling in fmt.siblings:
             leaf = self.scale_leaf if self.scale_leaf in sibling.leaves else sibling.leaves[0]
             if leaf == "input_scale":
                 continue
             shape = sibling.shapes(out, in_)[0]
-            found[leaf] = Spec(
-                stack.sibling(leaf),
-                sibling.dtypes[0],
-                () if not shape and self.one_scale else sized(*shape),
-            )
+            full = () if not shape and self.one_scale else stacked(*shape)
+            specs[leaf] = Spec(stack.sibling(leaf), sibling.dtypes[0], full)
         if self.input_scales is not None:
-            found["input_scale"] = Spec(
-                stack.sibling("input_scale"), "F32", () if self.one_scale else (experts,)
-            )
-        return found
+            shape = () if self.one_scale else (experts,)
+            specs["input_scale"] = Spec(stack.sibling("input_scale"), "F32", shape)
+        return specs
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """The tensors of the source that it reads."""
-        leaves = (
-            ("weight",)
-            if self.read is None
-            else tuple(s for x in self.read.siblings for s in x.leaves)
-        )
+        leaves = {"weight", "blocks"}
+        if self.read is not None:
+            leaves |= {leaf for sibling in self.read.siblings for leaf in sibling.leaves}
         return tuple(
-            t
-            for s in self.stacks
-            for leaf, t in s.parts.items()
-            if leaf in ("weight", "blocks") or (leaf in leaves and not leaf.startswith("input"))
+            tensor
+            for stack in self.stacks
+            for leaf, tensor in stack.tensors.items()
+            if leaf in leaves and not leaf.startswith("input")
         )
 
 
 Action = Copy | Constant | Decode | Encode | Restack | Take
 
 
-@dataclass(frozen=True, slots=True)
-class Stats:
-    """What a stats file holds: input maxima by hub module, and KV maxima by ``<hub
-    k_proj>.k_amax``, ``….v_amax``.
-    """
-
-    inputs: Mapping[str, float]
-    kv: Mapping[str, float] = field(default_factory=dict)
-
-
 @dataclass(frozen=True)
 class Plan:
-    """Every tensor to be written has one action; every tensor that is not taken has its reason in
-    ``left``.
+    """One action per tensor to be written; ``skipped`` lists every tensor that is not read, as
+    (checkpoint, name, reason).
     """
 
     kind: Literal["export", "merge", "repair"]
@@ -274,7 +247,7 @@ class Plan:
     source: Checkpoint
     onto: Checkpoint | None
     actions: tuple[Action, ...]
-    left: tuple[tuple[Origin, str, str], ...]
+    skipped: tuple[Skipped, ...]
     options: dict[str, object] = field(default_factory=dict)
 
     @property
@@ -294,7 +267,7 @@ class Plan:
 
     @property
     def encodes(self) -> Iterator[Encode]:
-        """The quantizations of linears that are written one by one."""
+        """The quantizations of linear layers that are written individually."""
         return (a for a in self.actions if isinstance(a, Encode))
 
     @property
@@ -304,13 +277,14 @@ class Plan:
 
     @property
     def modules(self) -> Mapping[str, Format]:
-        """The linears that this plan quantizes, those in stacks as they are called one by one, with
-        their formats.
+        """The linear layers that this plan quantizes with their formats; those in stacks by their
+        names as single experts.
         """
-        found = {m: e.format for e in self.encodes for m in e.modules}
-        return found | {
-            m: r.format for r in self.restacks for m in r.modules if r.format is not None
-        }
+        formats = {m: e.format for e in self.encodes for m in e.modules}
+        for restack in self.restacks:
+            if restack.format is not None:
+                formats |= dict.fromkeys(restack.modules, restack.format)
+        return formats
 
     def origin(self, name: Origin) -> Checkpoint:
         """Return the checkpoint that an action copies from."""
@@ -320,66 +294,65 @@ class Plan:
         """Return how many modules are quantized to each algorithm by this plan."""
         return Counter(f.algo for f in self.modules.values())
 
-    def stacked(self) -> Counter[str]:
-        """Return by algorithm how many tensors the quantized modules are where fused groups are one
-        each.
+    def fused(self) -> Counter[str]:
+        """Return how many tensors an engine has of the quantized modules, by algorithm: a fused
+        group counts once.
         """
         algo = {m: f.algo for m, f in self.modules.items()}
-        found = Counter(algo.values())
+        counts = Counter(algo.values())
         for _, members in fused_groups(algo):
-            found[algo[members[0]]] -= len(members) - 1
-        return found
+            counts[algo[members[0]]] -= len(members) - 1
+        return counts
 
     def requantized(self) -> Counter[tuple[str, str]]:
-        """Return how many quantized modules are decoded and written anew, by (algorithm read,
+        """Return how many quantized modules are decoded and re-written, by (algorithm read,
         algorithm written).
         """
-        found: Counter[tuple[str, str]] = Counter()
+        counts: Counter[tuple[str, str]] = Counter()
         for a in self.actions:
             if isinstance(a, Encode):
-                found.update(
-                    (w.format.algo, a.format.algo) for w in a.weights if w.format is not None
-                )
+                read = (w.format for w in a.weights if w.format is not None)
+                counts.update((fmt.algo, a.format.algo) for fmt in read)
             elif isinstance(a, Decode) and a.weight.format is not None:
-                found[a.weight.format.algo, "BF16"] += 1
+                counts[a.weight.format.algo, "BF16"] += 1
             elif isinstance(a, Restack) and a.read is not None:
-                found[a.read.algo, a.format.algo if a.format is not None else "BF16"] += len(
-                    a.modules
-                )
-        return found
+                written = a.format.algo if a.format is not None else "BF16"
+                counts[a.read.algo, written] += len(a.modules)
+        return counts
 
     def fingerprint(self) -> str:
         """Return a digest of everything that decides the output's bytes."""
         parts: list[object] = [self.kind, self.options]
         for ckpt in (self.source, self.onto):
             parts.append(None if ckpt is None else header_digest(ckpt))
-        for a in self.actions:
-            parts.append([[s.name, s.dtype, s.shape] for s in a.specs])
-            if isinstance(a, Constant):
-                parts.append(a.value)
-            elif isinstance(a, Encode):
-                parts.append(
-                    [
-                        a.input_scales,
-                        a.method,
-                        [w.format.name if w.format else None for w in a.weights],
-                    ]
-                )
-            elif isinstance(a, Decode):
-                parts.append([a.origin, a.weight.format.name if a.weight.format else None])
-            elif isinstance(a, Take):
-                parts.append([a.origin, a.tensor.name, a.cuts, a.order])
-            elif isinstance(a, Restack):
-                formats = [f.name if f else None for f in (a.read, a.format)]
-                parts.append([a.input_scales, a.method, *formats])
-            else:
-                parts.append(a.origin)
+        for action in self.actions:
+            parts.append([[s.name, s.dtype, s.shape] for s in action.specs])
+            parts.append(_inputs(action))
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
+def _inputs(action: Action) -> object:
+    """Return what decides the bytes of an action besides its specs."""
+    if isinstance(action, Constant):
+        return action.value
+    if isinstance(action, Encode):
+        return [action.input_scales, action.method, [_name(w.format) for w in action.weights]]
+    if isinstance(action, Decode):
+        return [action.origin, _name(action.weight.format)]
+    if isinstance(action, Take):
+        return [action.origin, action.tensor.name, action.cuts, action.order]
+    if isinstance(action, Restack):
+        return [action.input_scales, action.method, _name(action.read), _name(action.format)]
+    return action.origin
+
+
+def _name(fmt: Format | None) -> str | None:
+    return fmt.name if fmt is not None else None
+
+
 def header_digest(ckpt: Checkpoint) -> str:
-    """Return a digest of the names, dtypes, shapes and places of a checkpoint's tensors, and of its
-    file sizes.
+    """Return a digest of the names, dtypes, shapes and offsets of a checkpoint's tensors, and of
+    its file sizes.
     """
     state = hashlib.sha256()
     for shard in ckpt.shards:

@@ -16,111 +16,125 @@ def parse_layers(text: str) -> frozenset[int]:
     """Return the layers that ``3-59`` or ``3,5,7-9`` names.
 
     Raises:
-        UsageError: not such a list, or a range that runs backwards or is absurdly long.
+        UsageError: not such a list, a range that runs backwards, or a number of more than 6 digits.
     """
-    found: set[int] = set()
+    layers: set[int] = set()
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d{1,6})(?:-(\d{1,6}))?\s*", part)
         if match is None or (match[2] and int(match[2]) < int(match[1])):
             raise UsageError(
-                f"--layers {text}: {part.strip()!r} is no layer and no range like 3-59"
+                f'--layers {text}: "{part.strip()}" is not a layer or a range like 3-59'
             )
-        found.update(range(int(match[1]), int(match[2] or match[1]) + 1))
-    return frozenset(found)
+        layers.update(range(int(match[1]), int(match[2] or match[1]) + 1))
+    return frozenset(layers)
 
 
 def select(
     modules: Mapping[str, Module], recipe: Recipe, layers: frozenset[int] | None
 ) -> dict[str, str]:
-    """Return format by module for the linears that the recipe selects.
+    """Return format by module for the linear layers that the recipe selects.
 
     Raises:
         PlanError: a rule that matches nothing, or only part of what it names; a layer without
             experts; nothing left.
     """
     linears = {n: m for n, m in modules.items() if m.dims is not None and _has_weight(m)}
-    chosen: dict[str, str] = {n: f for n in linears if (f := recipe.format_of(n)) is not None}
+    formats = {name: recipe.format_of(name) for name in linears}
+    selected: dict[str, str] = {name: fmt for name, fmt in formats.items() if fmt is not None}
     _require_matches(modules, linears, recipe)
-    if not chosen:
-        raise PlanError(f"recipe {recipe.name}: its rules leave every module as it is")
-    if layers is not None:
-        holding = {layer_of(n) for n in linears if expert_key(n)}
-        without = sorted(layers - {h for h in holding if h is not None})
-        if without:
-            have = ", ".join(map(str, sorted(h for h in holding if h is not None))) or "none"
-            raise PlanError(
-                f"--layers: {', '.join(map(str, without))} hold no routed experts (layers that do: {have})"
-            )
-        chosen = {n: f for n, f in chosen.items() if layer_of(n) in layers}
-        if not chosen:
-            text = ", ".join(map(str, sorted(layers)))
-            raise PlanError(
-                f"recipe {recipe.name} selects nothing in the layers that --layers names ({text})"
-            )
-    return chosen
+    if not selected:
+        raise PlanError(f"recipe {recipe.name}: its rules select no module")
+    if layers is None:
+        return selected
+    _require_experts(linears, layers)
+    selected = {n: f for n, f in selected.items() if layer_of(n) in layers}
+    if not selected:
+        text = ", ".join(map(str, sorted(layers)))
+        raise PlanError(f"recipe {recipe.name} selects nothing in the layers of --layers ({text})")
+    return selected
 
 
 def _has_weight(module: Module) -> bool:
     return any(leaf in module.parts for leaf in ("weight", "weight_packed", "blocks"))
 
 
+def _require_experts(linears: Iterable[str], layers: frozenset[int]) -> None:
+    """Check that each layer holds routed experts.
+
+    Raises:
+        PlanError: naming the layers without.
+    """
+    numbers = (layer_of(n) for n in linears if expert_key(n))
+    sparse = {n for n in numbers if n is not None}
+    without = sorted(layers - sparse)
+    if without:
+        raise PlanError(
+            f"--layers: {', '.join(map(str, without))} hold no routed experts (layers that do: "
+            f"{', '.join(map(str, sorted(sparse))) or 'none'})"
+        )
+
+
 def _require_matches(
     modules: Mapping[str, Module], linears: Mapping[str, Module], recipe: Recipe
 ) -> None:
-    """Hold each rule to what it names: every pattern finds a linear, every role is here (one of
-    them, `match: any`).
+    """Check each rule against the model: every pattern matches a linear layer, every role is
+    present (with `match: any`, one of them).
+
+    Raises:
+        PlanError: naming the pattern or role.
     """
     roles = {role(n) for n in linears}
     for rule in recipe.rules:
+        candidates = linears if rule.format else modules
         for pattern in rule.modules:
-            if not any(rule.reaches(n, pattern) for n in (linears if rule.format else modules)):
-                raise PlanError(f"recipe {recipe.name}: {_nothing(pattern, rule.roles, linears)}")
-        if rule.modules:
+            if not any(rule.reaches(n, pattern) for n in candidates):
+                text = _no_match(pattern, rule.roles, linears)
+                raise PlanError(f"recipe {recipe.name}: {text}")
+        absent = [] if rule.modules else [r for r in rule.roles if r not in roles]
+        if not absent:
             continue
-        absent = [r for r in rule.roles if r not in roles]
-        if len(absent) == len(rule.roles) or (absent and rule.match == "all"):
-            some = (
-                ""
-                if len(absent) == len(rule.roles)
-                else "; `match: any` in that rule makes do with the others"
+        all_absent = len(absent) == len(rule.roles)
+        if all_absent or rule.match == "all":
+            hint = (
+                "" if all_absent else "; `match: any` in that rule requires only one of its roles"
             )
-            raise PlanError(
-                f"recipe {recipe.name}: {_nothing(', '.join(absent), (), linears)}{some}"
-            )
+            text = _no_match(", ".join(absent), (), linears)
+            raise PlanError(f"recipe {recipe.name}: {text}{hint}")
     for name, module in modules.items():
         if name in linears or module.weight is None or len(module.weight.shape) < 2:
             continue
-        by = recipe.deciding(name)
-        if by is not None and by.modules and by.format is not None:
+        deciding = recipe.deciding(name)
+        if deciding is not None and deciding.modules and deciding.format is not None:
             raise PlanError(
-                f"recipe {recipe.name}: {by} names {name} too, which is no linear layer ({list(module.weight.shape)}); "
-                "name less, or leave it by a later rule with `format: null`"
+                f"recipe {recipe.name}: {deciding} also matches {name}, which is not a linear layer "
+                f"({list(module.weight.shape)}); narrow the pattern, or exclude it by a later rule "
+                "with `format: null`"
             )
 
 
-def _nothing(wanted: str, roles: Iterable[str], linears: Iterable[str]) -> str:
-    """Return the sentence for a rule that finds nothing, with what comes nearest."""
+def _no_match(wanted: str, roles: Iterable[str], linears: Iterable[str]) -> str:
+    """Return the sentence for a rule that matches nothing, with the nearest names."""
     kinds = sorted(
         {collapse(n) for n in linears if role(n) not in ("norm", "embedding", "lm_head")}
     )
-    near = difflib.get_close_matches(wanted, kinds, n=3, cutoff=0.0) or kinds[:3]
+    nearest = difflib.get_close_matches(wanted, kinds, n=3, cutoff=0.0) or kinds[:3]
     among = f" among {', '.join(roles)}" if roles else ""
-    return f"nothing matches {wanted}{among}; the nearest names here are {', '.join(near)}"
+    return f"nothing matches {wanted}{among}; the nearest names are {', '.join(nearest)}"
 
 
-def groups(wanted: Mapping[str, str], present: Iterable[str]) -> dict[str, tuple[str, ...]]:
+def groups(selected: Mapping[str, str], present: Iterable[str]) -> dict[str, tuple[str, ...]]:
     """Return the fused group of each selected module that has one; a group is selected whole, in
     one format.
 
     Raises:
         PlanError: a group with two formats, or of which a part is not selected.
     """
-    found: dict[str, tuple[str, ...]] = {}
+    by_module: dict[str, tuple[str, ...]] = {}
     for _, members in fused_groups(present):
-        formats = {wanted.get(m) for m in members}
+        formats = {selected.get(m) for m in members}
         if len(formats) > 1:
-            odd = ", ".join(f"{m} {wanted.get(m, 'not selected')}" for m in members)
-            raise PlanError(f"engines fuse these and need one format for all: {odd}")
+            text = ", ".join(f"{m} {selected.get(m, 'not selected')}" for m in members)
+            raise PlanError(f"engines fuse these modules and need one format for all: {text}")
         if None not in formats:
-            found |= dict.fromkeys(members, members)
-    return found
+            by_module |= dict.fromkeys(members, members)
+    return by_module

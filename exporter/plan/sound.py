@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a checkpoint must be before a plan is made of it, and what must hold of a plan that was
-made.
-"""
+"""Checks before a plan is made of a checkpoint, and of a plan that was made."""
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 
-from exporter.layout import read_stacks
+from exporter.layout import stacks_of
 from exporter.plan.model import Copy, Decode, Encode, Plan, Restack, Take
 from verifier.checkpoint import Checkpoint
 from verifier.errors import PlanError
@@ -16,17 +15,17 @@ from verifier.schemes import Module, expert_key
 
 _STACKED = re.compile(
     r"\.experts\.[^.]+(\.weight)?$"
-    r"|(^|\.)((\w+_)?moe|experts)\.([^.]+\.)*weight$"  # granitemoe: block_sparse_moe.input_linear.weight
+    r"|(^|\.)((\w+_)?moe|experts)\.([^.]+\.)*weight$"  # block_sparse_moe.input_linear.weight
 )
 
 
-def require_sound(ckpt: Checkpoint, what: str, *, described: bool = True) -> None:
+def require_sound(ckpt: Checkpoint, owner: str, *, described: bool = True) -> None:
     """Refuse a checkpoint whose container is broken: an export would copy the damage.
 
     Args:
         ckpt: the checkpoint.
-        what: what it is, for messages.
-        described: its index and config count too; a repair writes both anew.
+        owner: its role, for messages.
+        described: check its index and config too; a repair re-writes both.
 
     Raises:
         PlanError: naming the first problem.
@@ -36,32 +35,38 @@ def require_sound(ckpt: Checkpoint, what: str, *, described: bool = True) -> Non
     ]
     if described and ckpt.index is not None:
         problems += ckpt.index.problems
-        for name, file in ckpt.index.weight_map.items():
-            shard = next((s for s in ckpt.shards if s.file == file), None)
-            if shard is None:
-                raise PlanError(
-                    f"{what} {ckpt.uri}: the index names {file}, which is not in the folder"
-                )
-            if name not in shard.tensors and not shard.problems:
-                raise PlanError(
-                    f"{what} {ckpt.uri}: the index says {name} is in {file}, and it is not"
-                )
+        _require_indexed(ckpt, owner)
     if problems:
         first = problems[0]
-        place = f"{first.file}: {first.tensor}" if first.tensor else first.file
-        raise PlanError(f"{what} {ckpt.uri}: {place}: {first.message}")
+        where = f"{first.file}: {first.tensor}" if first.tensor else first.file
+        raise PlanError(f"{owner} {ckpt.uri}: {where}: {first.message}")
     if ckpt.duplicates:
         name, files = next(iter(ckpt.duplicates.items()))
         raise PlanError(
-            f"{what} {ckpt.uri}: {name} stands in {' and '.join(files)}; remove the stray files"
+            f"{owner} {ckpt.uri}: {name} is in {' and in '.join(files)}; remove the stray files"
         )
     for name in (*ckpt.tensors, *(s.file for s in ckpt.shards)):
         if any("\ud800" <= c <= "\udfff" for c in name):
             raise PlanError(
-                f"{what} {ckpt.uri}: the name {name} is no text: it holds a lone surrogate"
+                f"{owner} {ckpt.uri}: the name {name} is not valid text (a lone surrogate)"
             )
     if described and not isinstance(ckpt.config, Mapping):
-        raise PlanError(f"{what} {ckpt.uri}: config.json is missing or no JSON object")
+        raise PlanError(f"{owner} {ckpt.uri}: config.json is missing or not a JSON object")
+
+
+def _require_indexed(ckpt: Checkpoint, owner: str) -> None:
+    """Check that every tensor is in the shard that the index names."""
+    shards = {s.file: s for s in ckpt.shards}
+    for name, file in (ckpt.index.weight_map if ckpt.index else {}).items():
+        shard = shards.get(file)
+        if shard is None:
+            raise PlanError(
+                f"{owner} {ckpt.uri}: the index names {file}, which is not in the directory"
+            )
+        if name not in shard.tensors and not shard.problems:
+            raise PlanError(
+                f"{owner} {ckpt.uri}: the index lists {name} in {file}, which does not hold it"
+            )
 
 
 def refuse_stacked(ckpt: Checkpoint) -> None:
@@ -72,18 +77,19 @@ def refuse_stacked(ckpt: Checkpoint) -> None:
     """
     for tensor in ckpt.tensors.values():
         if len(tensor.shape) >= 3 and _STACKED.search(tensor.name):
-            why = "stacks of this family are not known (docs/expert-layouts.md)"
-            if read_stacks(ckpt) is not None:
-                why = (
-                    "only single experts are merged; export --expert-layout per-expert writes such"
+            reason = "ckptgate does not know stacks of this family (docs/expert-layouts.md)"
+            if stacks_of(ckpt):
+                reason = (
+                    "only individual experts are merged; export --expert-layout per-expert writes "
+                    "them"
                 )
             raise PlanError(
-                f"{tensor.name} holds all experts of its layer in one tensor of shape {list(tensor.shape)}; {why} "
-                f"(model_type {ckpt.model_type!r})"
+                f"{tensor.name} holds all experts of its layer in one tensor of shape "
+                f"{list(tensor.shape)}; {reason} (model_type {ckpt.model_type})"
             )
 
 
-def same_experts(
+def require_same_experts(
     modules: Mapping[str, Module], targets: Mapping[str, Module], onto: Checkpoint
 ) -> None:
     """Refuse two checkpoints whose expert sets differ.
@@ -91,41 +97,41 @@ def same_experts(
     Raises:
         PlanError: naming the first expert that only one of them has.
     """
-    ours = {n for n in modules if expert_key(n)}
-    theirs = {n for n in targets if expert_key(n)}
-    if ours != theirs:
-        odd = sorted(ours ^ theirs)
-        side = "the source" if odd[0] in ours else "onto"
+    source_experts = {n for n in modules if expert_key(n)}
+    target_experts = {n for n in targets if expert_key(n)}
+    different = sorted(source_experts ^ target_experts)
+    if different:
+        owner = "the source" if different[0] in source_experts else "onto"
         raise PlanError(
-            f"the expert sets differ: {len(ours):,} in the source, {len(theirs):,} in {onto.uri}; "
-            f"{odd[0]} is in {side} only ({len(odd):,} such)"
+            f"the expert sets differ: {len(source_experts):,} in the source, "
+            f"{len(target_experts):,} in {onto.uri}; {different[0]} is in {owner} only "
+            f"(1 of {len(different):,})"
         )
 
 
-def one_fate(plan: Plan) -> None:
-    """Hold the set equation: no name is written twice, and every tensor of both checkpoints is used
-    or left.
+def require_every_tensor_once(plan: Plan) -> None:
+    """Check that no name is written twice, and that every tensor of both checkpoints is read or
+    skipped.
 
     Raises:
-        PlanError: the equation does not hold, which is a defect of the plan.
+        PlanError: it is not so, which is a defect of the plan.
     """
-    names = [s.name for s in plan.specs]
-    if len(set(names)) != len(names):
-        twice = sorted({n for n in names if names.count(n) > 1})[0]
-        raise PlanError(f"{twice} would be written twice")
-    used: set[tuple[str, str]] = {(o, n) for o, n, _ in plan.left}
+    for name, count in Counter(s.name for s in plan.specs).most_common(1):
+        if count > 1:
+            raise PlanError(f"{name} would be written {count} times")
+    accounted: set[tuple[str, str]] = {(origin, name) for origin, name, _ in plan.skipped}
     for action in plan.actions:
         if isinstance(action, Copy | Take):
-            used.add((action.origin, action.tensor.name))
+            accounted.add((action.origin, action.tensor.name))
         elif isinstance(action, Decode):
-            used |= {(action.origin, t.name) for t in action.weight.parts.values()}
+            accounted |= {(action.origin, t.name) for t in action.weight.parts.values()}
         elif isinstance(action, Encode):
-            used |= {("source", t.name) for w in action.weights for t in w.parts.values()}
+            accounted |= {("source", t.name) for w in action.weights for t in w.parts.values()}
         elif isinstance(action, Restack):
-            used |= {("source", t.name) for t in action.tensors}
-    owed = {("source", n) for n in plan.source.tensors}
+            accounted |= {("source", t.name) for t in action.tensors}
+    present = {("source", n) for n in plan.source.tensors}
     if plan.onto is not None:
-        owed |= {("onto", n) for n in plan.onto.tensors}
-    if used != owed:
-        odd = sorted(used ^ owed)[0]
-        raise PlanError(f"{odd[1]} of {odd[0]} has no fate in the plan")
+        present |= {("onto", n) for n in plan.onto.tensors}
+    if accounted != present:
+        origin, name = sorted(accounted ^ present)[0]
+        raise PlanError(f"the plan accounts for {name} of {origin} wrongly")

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a weight of the source is read, quantized or not, and what becomes of quantized ones that a
-recipe leaves.
+"""How a weight of the source is read, quantized or not, and which quantized modules are decoded
+that a recipe does not select.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from verifier.schemes import FLOATS, Format, Module, canonical, format_of, read_
 
 Rest = Literal["keep", "bf16"]
 MIXABLE = frozenset({"nvfp4", "w4a16_nvfp4", "mxfp8", "fp8"})
-"""The formats that engines read side by side under MIXED_PRECISION (`quantized_layers`); others
-only alone."""
+"""The formats that engines read together under MIXED_PRECISION (`quantized_layers`); they read
+others alone only."""
 NEVER_WRITTEN = frozenset({"nvfp4_ct", "mxfp4"})
-"""The formats that no declaration of ours names: they are read only."""
+"""The formats that ckptgate reads and does not declare."""
 _CODES = frozenset(
     {
         "weight",
@@ -37,56 +37,58 @@ class Reader:
     """The modules of a checkpoint as weights that can be read."""
 
     def __init__(self, ckpt: Checkpoint, modules: Mapping[str, Module]) -> None:
-        found = read_declarations(ckpt).effective
-        self._declaration = found if found is not None and found.known else None
+        declaration = read_declarations(ckpt).effective
+        known = declaration is not None and declaration.known
+        self._declaration = declaration if known else None
         self._ckpt, self._modules = ckpt, modules
 
     def format(self, name: str) -> Format | None:
         """Return the format of a quantized module, None for an unquantized one.
 
         Raises:
-            PlanError: it is quantized, and its format cannot be told or not be read.
+            PlanError: it is quantized, and its format cannot be inferred or read.
         """
         module = self._modules[name]
         weight = module.weight
         if weight is None or not module.quantized:
             return None
-        found = format_of(module, self._declaration)
-        if found is None:
+        fmt = format_of(module, self._declaration)
+        if fmt is None:
             raise PlanError(
-                f"{self._ckpt.uri}: {weight.name} is {weight.dtype}, and its format cannot be told"
+                f"{self._ckpt.uri}: {weight.name} is {weight.dtype}, and its quantization format "
+                "cannot be inferred"
             )
-        for sibling in found.siblings:
-            if (
-                sibling.required
-                and _CODES & set(sibling.leaves)
-                and not set(sibling.leaves) & set(module.parts)
-            ):
+        for sibling in fmt.siblings:
+            needed = sibling.required and not _CODES.isdisjoint(sibling.leaves)
+            if needed and module.parts.keys().isdisjoint(sibling.leaves):
                 raise PlanError(
-                    f"{self._ckpt.uri}: {weight.name} is {weight.dtype} and has no {sibling.leaves[0]}"
+                    f"{self._ckpt.uri}: {weight.name} is {weight.dtype} and has no "
+                    f"{sibling.leaves[0]}"
                 )
         if "pre_quant_scale" in module.parts:
             raise PlanError(
-                f"{self._ckpt.uri}: {name} has a pre_quant_scale (AWQ); such weights are not read"
+                f"{self._ckpt.uri}: {name} has a pre_quant_scale (AWQ); ckptgate does not read such "
+                "weights"
             )
-        return found
+        return fmt
 
     def weight(self, name: str) -> Weight:
-        """Return a two-dimensional weight with the tensors that it is decoded from.
+        """Return a 2-D weight with the tensors that it is decoded from.
 
         Raises:
-            PlanError: there is none, or its format cannot be told.
+            PlanError: there is none, or its format cannot be inferred.
         """
-        module, found = self._modules[name], self.format(name)
+        module, fmt = self._modules[name], self.format(name)
         tensor, dims = module.weight, module.dims
         if tensor is None or dims is None:
-            raise PlanError(f"{self._ckpt.uri}: {name} has no two-dimensional weight")
-        if found is None and tensor.dtype not in FLOATS:
+            raise PlanError(f"{self._ckpt.uri}: {name} has no 2-D weight")
+        if fmt is None and tensor.dtype not in FLOATS:
             raise PlanError(
-                f"{self._ckpt.uri}: {tensor.name} is {tensor.dtype}; a floating weight is needed to quantize it"
+                f"{self._ckpt.uri}: {tensor.name} is {tensor.dtype}; only floating-point weights "
+                "can be quantized"
             )
-        leaves = _CODES if found is not None else {"weight"}
-        return Weight(tensor, {n: t for n, t in module.parts.items() if n in leaves}, found, dims)
+        leaves = _CODES if fmt is not None else {"weight"}
+        return Weight(tensor, {n: t for n, t in module.parts.items() if n in leaves}, fmt, dims)
 
     def plain_name(self, name: str) -> str:
         """Return the unquantized name of a module's weight."""
@@ -94,34 +96,35 @@ class Reader:
         return (canonical(tensor.name) if tensor is not None else None) or f"{name}.weight"
 
 
-def rest_of(
-    kept: Mapping[str, Format], written: frozenset[str], rest: Rest | None
+def decoded_rest(
+    unselected: Mapping[str, Format], written: frozenset[str], rest: Rest | None
 ) -> dict[str, Format]:
-    """Return which of the quantized modules that keep their bytes so far are decoded to BF16
-    instead.
+    """Return which quantized modules that the recipe does not select are decoded to BF16; the
+    others keep their bytes.
 
-    Formats that no engine reads beside others are decoded, unless ``rest`` says otherwise.
+    Formats that no engine reads together with others are decoded, unless ``rest`` says otherwise.
 
     Args:
-        kept: formats of the quantized modules that the recipe leaves, by name.
+        unselected: formats of the quantized modules that the recipe does not select, by name.
         written: names of the formats that the recipe writes.
         rest: ``bf16`` decodes all, ``keep`` none.
 
     Raises:
-        PlanError: ``keep``, and a format among them cannot be declared here.
+        PlanError: ``keep``, and a format among them cannot be declared.
     """
     if rest == "bf16":
-        return dict(kept)
-    alone = len({f.name for f in kept.values()} | written) == 1
-    lost = {
-        n: f
-        for n, f in kept.items()
-        if f.name in NEVER_WRITTEN or (not alone and f.name not in MIXABLE)
+        return dict(unselected)
+    alone = len({f.name for f in unselected.values()} | written) == 1
+    decoded = {
+        name: fmt
+        for name, fmt in unselected.items()
+        if fmt.name in NEVER_WRITTEN or (not alone and fmt.name not in MIXABLE)
     }
-    if lost and rest == "keep":
-        name, found = next(iter(lost.items()))
+    if decoded and rest == "keep":
+        name, fmt = next(iter(decoded.items()))
         raise PlanError(
-            f"{name} and {len(lost) - 1:,} more are {found.algo}, which cannot stand beside {', '.join(sorted(written))}; "
-            "--rest bf16 decodes what the recipe leaves, or a recipe that selects them too"
+            f"{name} and {len(decoded) - 1:,} more are {fmt.algo}, which engines do not read "
+            f"together with {', '.join(sorted(written))}; --rest bf16 decodes what the recipe does "
+            "not select; or use a recipe that selects these modules too"
         )
-    return lost
+    return decoded

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Recipes and their schema."""
 
-from exporter.recipes.schema import PROTECTED, KvName, Recipe, Rule, load, names
+from exporter.recipes.schema import PROTECTED, KvName, Recipe, RecipeRule, load, names
 
-__all__ = ["PROTECTED", "KvName", "Recipe", "Rule", "load", "names"]
+__all__ = ["PROTECTED", "KvName", "Recipe", "RecipeRule", "load", "names"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recipes: which modules get which format, as checked YAML. The last rule that matches a module
+"""Recipes: which modules get which format, as validated YAML. The last rule that matches a module
 decides.
 """
 
@@ -23,17 +23,16 @@ KvName = Literal["fp8", "fp8_cast"]
 PROTECTED = frozenset(
     {"router", "norm", "embedding", "lm_head", "vision", "projector", "indexer", "mtp"}
 )
-"""Roles that no wildcard reaches: a rule names them by role, or by a pattern that itself reads as
+"""Roles that wildcards never match: a rule selects them by role, or by a pattern that itself has
 that role."""
 MAX_RECIPE_BYTES = 1_000_000
 
 
-class Rule(BaseModel):
+class RecipeRule(BaseModel):
     """One rule: modules by role, by name pattern (fnmatch on the full hub name), or both;
-    ``format`` None leaves them.
+    ``format`` None does not quantize them.
 
-    Every role that it lists must be in the model, unless ``match`` is ``any``: then one of them is
-    enough.
+    The model must have every role that it lists, or, with ``match: any``, one of them.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -43,45 +42,42 @@ class Rule(BaseModel):
     format: FormatName | None
 
     @model_validator(mode="after")
-    def _selects(self) -> Rule:
+    def _selects(self) -> RecipeRule:
         if not self.roles and not self.modules:
-            raise ValueError("a rule names roles, modules or both")
+            raise ValueError("a rule needs roles, modules or both")
         unknown = [r for r in self.roles if r not in ROLES]
         if unknown:
             near = difflib.get_close_matches(unknown[0], ROLES, n=1)
-            hint = f"{near[0]!r} is one" if near else f"one of {', '.join(ROLES)}"
-            raise ValueError(f"no role {unknown[0]!r}; {hint}")
+            hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(ROLES)}"
+            raise ValueError(f'unknown role "{unknown[0]}": {hint}')
         return self
 
     def matches(self, module: str) -> bool:
-        """Whether the rule speaks of a module."""
+        """Whether the rule applies to a module."""
         if not self.modules:
             return role(module) in self.roles
         return any(self.reaches(module, p) for p in self.modules)
 
     def reaches(self, module: str, pattern: str) -> bool:
-        """Whether one of the rule's patterns finds a module."""
-        what = role(module)
-        if self.roles and what not in self.roles:
+        """Whether a pattern of the rule matches a module."""
+        module_role = role(module)
+        if self.roles and module_role not in self.roles:
             return False
         if not fnmatch.fnmatchcase(module, pattern):
             return False
-        return (
-            self.format is None
-            or what not in PROTECTED
-            or what in self.roles
-            or role(pattern) == what
-        )
+        if self.format is None or module_role not in PROTECTED:
+            return True
+        return module_role in self.roles or role(pattern) == module_role
 
     def __str__(self) -> str:
         return ", ".join([*self.roles, *self.modules])
 
 
 class Recipe(BaseModel):
-    """A named list of rules, and how weight scales are chosen (``calibration``; see
+    """A named list of rules, and the search for weight scales (``calibration``; see
     `exporter.weights`).
 
-    ``kv_cache``: ``fp8`` declares an FP8 KV cache with a scale for each layer, from calibration;
+    ``kv_cache``: ``fp8`` declares an FP8 KV cache with one scale per layer, from calibration;
     ``fp8_cast`` declares one without scales (engines use 1.0).
     """
 
@@ -90,14 +86,14 @@ class Recipe(BaseModel):
     description: str = ""
     calibration: CalibrationName = "max"
     kv_cache: KvName | None = None
-    rules: Annotated[tuple[Rule, ...], Field(min_length=1)]
+    rules: Annotated[tuple[RecipeRule, ...], Field(min_length=1)]
 
-    def deciding(self, module: str) -> Rule | None:
-        """Return the last rule that speaks of a module."""
+    def deciding(self, module: str) -> RecipeRule | None:
+        """Return the last rule that applies to a module."""
         return next((r for r in reversed(self.rules) if r.matches(module)), None)
 
     def format_of(self, module: str) -> FormatName | None:
-        """Return the format that the recipe gives a module, or None to leave it."""
+        """Return the format that the recipe gives a module, None where it does not quantize it."""
         rule = self.deciding(module)
         return rule.format if rule is not None else None
 
@@ -114,7 +110,7 @@ def load(name: str | Path) -> Recipe:
     """Return a recipe of the package by name, or one from a YAML file.
 
     Raises:
-        UsageError: no such recipe or file, no YAML, or a key or value that the schema does not
+        UsageError: no such recipe or file, invalid YAML, or a key or value that the schema does not
             have.
     """
     text = str(name)
@@ -126,21 +122,19 @@ def load(name: str | Path) -> Recipe:
         source = Path(text).read_text(encoding="utf-8", errors="replace")
     else:
         near = difflib.get_close_matches(text, names(), n=1)
-        nearest = f" (nearest: {near[0]})" if near else ""
+        hint = f" Did you mean {near[0]}?" if near else ""
         raise UsageError(
-            f"no recipe {text!r}; one of {', '.join(names())}, or a .yaml file{nearest}"
+            f'unknown recipe "{text}".{hint} Use a .yaml file, or one of {", ".join(names())}'
         )
     try:
         return Recipe.model_validate(yaml.safe_load(source))
-    except yaml.YAMLError as error:
-        raise UsageError(f"recipe {text}: not YAML: {' '.join(str(error).split())}") from error
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(str(p) for p in first["loc"])
-        raise UsageError(f"recipe {text}: {place or 'top level'}: {first['msg']}") from error
+        path = ".".join(str(p) for p in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        raise UsageError(f"recipe {text}: {path or 'top level'}: {message}") from error
     except RecursionError as error:
-        raise UsageError(f"recipe {text}: not YAML: nested too deeply") from error
-    except (
-        ValueError
-    ) as error:  # PyYAML lets the constructors' own errors through: an impossible date
-        raise UsageError(f"recipe {text}: not YAML: {' '.join(str(error).split())}") from error
+        raise UsageError(f"recipe {text}: invalid YAML: nested too deeply") from error
+    except (yaml.YAMLError, ValueError) as error:
+        # PyYAML does not wrap the errors of its constructors: an impossible date is a ValueError.
+        raise UsageError(f"recipe {text}: invalid YAML: {' '.join(str(error).split())}") from error

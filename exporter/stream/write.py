@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run a plan: a work folder beside OUT, shards under temporary names, and the final name as the
+"""Run a plan: a work directory next to OUT, shards under temporary names, and the final name as the
 last step.
 """
 
@@ -21,7 +21,8 @@ from typing import Any
 import torch
 
 from exporter.plan import Plan
-from exporter.stream.shards import Made, Task, combine, write_shard
+from exporter.stream.shards import Task, write_shard
+from exporter.stream.summary import EncodeSummary, combine
 from verifier.checkpoint import Checkpoint
 from verifier.errors import UsageError
 
@@ -31,46 +32,52 @@ LOCK = ".lock"
 
 @dataclass
 class Written:
-    """What was written: digest and size by file, and what was encoded by algorithm."""
+    """What was written: SHA-256 and size in bytes by file, what was encoded by algorithm, and how
+    many shards an earlier run had finished.
+    """
 
     digests: dict[str, tuple[str, int]] = field(default_factory=dict)
-    made: dict[str, Made] = field(default_factory=dict)
+    encoded: dict[str, EncodeSummary] = field(default_factory=dict)
     resumed: int = 0
 
 
 def check_out(out: Path, *, overwrite: bool, inputs: tuple[str, ...]) -> None:
-    """Refuse an OUT that exists (without ``overwrite``), that is or holds an input, or that is no
-    checkpoint folder.
+    """Refuse an OUT that exists (without ``overwrite``), that is or holds an input, or that is not
+    a checkpoint directory.
 
     Raises:
         UsageError: OUT cannot be used.
     """
     target = out.resolve()
-    for given in inputs:
-        if "://" not in given:
-            path = Path(given).resolve()
+    for uri in inputs:
+        if "://" not in uri:
+            path = Path(uri).resolve()
             if path == target or path.is_relative_to(target):
-                raise UsageError(f"{out}: is the folder of an input")
+                raise UsageError(f"{out}: is the directory of an input")
     if not out.parent.is_dir():
-        raise UsageError(f"{out}: its parent folder {out.parent} does not exist")
+        raise UsageError(f"{out}: its parent directory {out.parent} does not exist")
     if not os.path.lexists(out):
         return
     if not overwrite:
-        raise UsageError(f"{out}: exists; --overwrite swaps it whole")
+        raise _exists(out)
     if not out.is_dir() or out.is_symlink():
-        raise UsageError(f"{out}: exists and is no folder")
+        raise UsageError(f"{out}: exists and is not a directory")
     if any(out.iterdir()) and not any(out.glob("*.safetensors")):
-        raise UsageError(f"{out}: exists and is no checkpoint; it is not overwritten")
+        raise UsageError(f"{out}: exists and is not a checkpoint; it is not overwritten")
+
+
+def _exists(out: Path) -> UsageError:
+    return UsageError(f"{out}: already exists; use --overwrite to replace it")
 
 
 def work_folder(out: Path) -> Path:
-    """Return the work folder of an output, beside it."""
+    """Return the work directory of an output, next to it."""
     return out.with_name(f".{out.name}.ckptgate-work")
 
 
 def fingerprint(plan: Plan, todo: list[Task]) -> str:
-    """Return a digest of what decides the bytes of every shard file: the plan, its inputs' files,
-    who holds what.
+    """Return a digest of what decides the bytes of every shard file: the plan, the files of its
+    inputs, and the tensors of each shard.
     """
     parts: list[object] = [plan.fingerprint(), [[t.file, [s.name for s in t.specs]] for t in todo]]
     parts += [_identity(c) for c in (plan.source, plan.onto) if c is not None]
@@ -78,25 +85,26 @@ def fingerprint(plan: Plan, todo: list[Task]) -> str:
 
 
 def _identity(ckpt: Checkpoint) -> list[tuple[str | int, ...]]:
-    """Return what changes when a shard is written anew under the same header."""
+    """Return what changes when a shard is re-written with the same header."""
     return [(s.file, s.size, *ckpt.source.version(s.file)) for s in ckpt.shards]
 
 
 @contextmanager
 def working(out: Path, fingerprint: str, *, overwrite: bool) -> Iterator[Path]:
-    """Hold the work folder of ``out``: kept from an interrupted run of the same plan, else fresh.
+    """Lock the work directory of ``out``: that of an interrupted run of the same plan, else an
+    empty one.
 
     Raises:
-        UsageError: another export to the same OUT is running, or has just made it.
+        UsageError: another export to the same OUT is running, or has just finished.
     """
     folder = work_folder(out)
     lock = _lock(folder, out)
     try:
-        if not overwrite and os.path.lexists(out):  # another export ended since OUT was looked at
-            if not (folder / STATE).exists():  # made above; one with a state is worth resuming
+        if not overwrite and os.path.lexists(out):  # another export finished since `check_out`
+            if not (folder / STATE).exists():  # made above; one with a state can be resumed
                 _clear(folder)
                 folder.rmdir()
-            raise UsageError(f"{out}: exists; --overwrite swaps it whole")
+            raise _exists(out)
         if _state(folder).get("plan") != fingerprint:
             _clear(folder, keep={LOCK})
             _save_state(folder, {"plan": fingerprint, "shards": {}})
@@ -106,14 +114,14 @@ def working(out: Path, fingerprint: str, *, overwrite: bool) -> Iterator[Path]:
 
 
 def _lock(folder: Path, out: Path) -> int:
-    """Make the work folder and return its lock; it is released when the process ends, however it
+    """Make the work directory and return its lock; it is released when the process ends, however it
     ends.
     """
-    busy = UsageError(f"{out}: another export to it is running")
+    busy = UsageError(f"{out}: another export is writing it")
     folder.mkdir(exist_ok=True)
     try:
         lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    except FileNotFoundError as error:  # the folder has just become OUT
+    except FileNotFoundError as error:  # the directory has just become OUT
         raise busy from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -152,29 +160,29 @@ def _save_state(folder: Path, state: dict[str, object]) -> None:
 def write(
     plan: Plan, todo: list[Task], folder: Path, *, workers: int, progress: Callable[[int], None]
 ) -> Written:
-    """Write every shard of the plan into the work folder; finished ones of an earlier run are
+    """Write every shard of the plan into the work directory; finished shards of an earlier run are
     verified and kept.
 
-    Whatever else an earlier run left in the folder is removed. When an error or a signal ends the
-    run, shards stop between two actions, and those that were finished by then are noted.
+    Everything else that an earlier run left in the directory is removed. When an error or a signal
+    ends the run, shards stop between two actions, and those that were finished are recorded.
 
     Args:
         plan: what to write.
         todo: its shards.
-        folder: the work folder, held by `working` under their fingerprint.
+        folder: the work directory, locked by `working` under their fingerprint.
         workers: shards at a time; each works with one intra-op thread.
         progress: called with the bytes of each finished action.
     """
-    job = _Job(folder)
-    left = [t for t in todo if not job.resume(t, progress)]
-    _clear(folder, keep={LOCK, STATE, *job.finished})
+    run = _Run(folder)
+    remaining = [t for t in todo if not run.resume(t, progress)]
+    _clear(folder, keep={LOCK, STATE, *run.finished})
     stop = threading.Event()
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(max(1, workers)) as pool:
             try:
-                running = {pool.submit(job.run, t, plan, progress, stop) for t in left}
+                running = {pool.submit(run.write, t, plan, progress, stop) for t in remaining}
                 while running:
                     done, running = wait(running, timeout=0.2, return_when=FIRST_EXCEPTION)
                     for future in done:
@@ -184,11 +192,11 @@ def write(
                 raise
     finally:
         torch.set_num_threads(before)
-    return job.result
+    return run.result
 
 
-class _Job:
-    """What of an export is done, here and in the state of its folder."""
+class _Run:
+    """The finished shards of an export, in memory and in the state file of its directory."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -206,22 +214,28 @@ class _Job:
         entry = self._earlier.get(task.file)
         if not entry or not _intact(self.folder / task.file, entry):
             return False
+        digest, size, summaries = entry
+        try:
+            encoded = [EncodeSummary(**fields) for fields in summaries]
+        except TypeError:  # another version of ckptgate wrote it
+            return False
         self.finished[task.file] = entry
-        self.result.digests[task.file] = (entry[0], entry[1])
-        self.result.made = combine([*self.result.made.values(), *(Made(**m) for m in entry[2])])
+        self.result.digests[task.file] = (digest, size)
+        self.result.encoded = combine([*self.result.encoded.values(), *encoded])
         self.result.resumed += 1
         progress(sum(s.nbytes for s in task.specs))
         return True
 
-    def run(
+    def write(
         self, task: Task, plan: Plan, progress: Callable[[int], None], stop: threading.Event
     ) -> None:
-        """Write a shard and note it, in a worker: there no signal comes between the two."""
-        digest, size, made = write_shard(task, plan, self.folder, progress, stop)
+        """Write a shard and record it, in a worker: no signal comes between the two there."""
+        digest, size, encoded = write_shard(task, plan, self.folder, progress, stop)
+        summaries = [asdict(summary) for summary in combine(encoded).values()]
         with self._lock:
             self.result.digests[task.file] = (digest, size)
-            self.result.made = combine([*self.result.made.values(), *made])
-            self.finished[task.file] = [digest, size, [asdict(m) for m in combine(made).values()]]
+            self.result.encoded = combine([*self.result.encoded.values(), *encoded])
+            self.finished[task.file] = [digest, size, summaries]
             _save_state(self.folder, {**self._state, "shards": self.finished})
 
 
@@ -233,12 +247,12 @@ def _intact(path: Path, entry: list[Any]) -> bool:
 
 
 def finish(folder: Path, out: Path, *, overwrite: bool) -> None:
-    """Give the work folder its final name, in place of an old OUT where ``overwrite``.
+    """Rename the work directory to its final name; with ``overwrite``, in place of an old OUT.
 
-    The lock, held by `working`, guards the folder until it has its name; its file goes last.
+    The lock of `working` guards the directory until it has its name; its file is removed last.
 
     Raises:
-        UsageError: somebody else made OUT meanwhile; the work folder stays.
+        UsageError: OUT was made meanwhile; the work directory stays.
     """
     for entry in folder.iterdir():
         _sync(entry)
@@ -249,7 +263,7 @@ def finish(folder: Path, out: Path, *, overwrite: bool) -> None:
             shutil.rmtree(old)
         out.rename(old)
     if os.path.lexists(out):
-        raise UsageError(f"{out}: exists; --overwrite swaps it whole")
+        raise _exists(out)
     (folder / STATE).unlink()
     folder.rename(out)
     (out / LOCK).unlink(missing_ok=True)

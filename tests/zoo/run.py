@@ -28,14 +28,15 @@ from safetensors import safe_open
 
 from exporter import export, export_model
 from exporter.detect import Detection, detect, detect_config
-from exporter.layout import Layout, of_model
-from exporter.layout import stacks as stacked
+from exporter.layout import Layout
+from exporter.layout.hf_mapping import of_model
+from tests.layouts import to_hub, to_memory
 from tests.zoo.families import Family, model
 from verifier import check, open_checkpoint
-from verifier.errors import CkptgateError, UnsupportedConversion
-from verifier.layouts.expert_stacks import unstacked
+from verifier.errors import CkptgateError
+from verifier.layouts.expert_stacks import find_stacks, unstacked
 from verifier.load.model import load_model
-from verifier.schemes import gather, role
+from verifier.schemes import gather, role, split
 
 RECIPES = ("nvfp4_experts_only", "mxfp8_default", "mxfp8_nvfp4_experts")
 STEPS = ("disk", "memory", "check", "check with base", "quantized", "round trip", "reload")
@@ -235,7 +236,7 @@ def _stored(built: Any, saved: Path, detection: Detection) -> str:
     stack, grid = next(
         (s, g) for s in detection.stacks if (g := memory.get(f"{s.path}.{s.first}")) is not None
     )
-    return "one by one" if len({p.hub for p in grid.pieces}) >= stack.experts else "stacked"
+    return "one by one" if len({p.hub for p in grid.regions}) >= stack.experts else "stacked"
 
 
 def _detected(detection: Detection, saved: Path) -> None:
@@ -255,8 +256,8 @@ def _layout(built: Any, saved: Path) -> None:
     theirs = _files(saved)
     layout = of_model(built)
     state = {k: v for k, v in built.state_dict().items() if k in layout.memory}
-    _differences(layout.to_hub(state), theirs, "save_pretrained")
-    _differences(layout.to_memory(theirs), state, "the model")
+    _differences(to_hub(layout, state), theirs, "save_pretrained")
+    _differences(to_memory(layout, theirs), state, "the model")
 
 
 def _same_as(disk: Path, write: Any, memory: Path) -> None:
@@ -303,7 +304,7 @@ def _quantized(path: Path, recipe: str, built: Any, detection: Detection) -> Non
         keys = [f"{s.path}.{p}" for p in (s.first, s.down)]
         if not TOWER.search(s.path) and keys[0] in layout.memory:  # a tied stack is saved once
             stacks |= set(keys)
-            there += max(s.linears, len({p.hub for k in keys for p in layout.memory[k].pieces}))
+            there += max(s.linears, len({p.hub for k in keys for p in layout.memory[k].regions}))
     if experts != there:
         raise Wrong(f"{experts} experts' linears are quantized, and the model has {there}")
     for name in modules:
@@ -324,51 +325,18 @@ def _round_trip(built: Any, path: Path, saved: Path) -> None:
     """Bring the quantized tensors to the shapes that they would have in memory, scales included,
     and back.
 
-    Where the hub keeps stacks, the experts are stacked as there and taken apart again; stacks are
-    taken apart and stacked.
+    Experts of families whose hub layout has stacks are left out: `reload` compares their values.
     """
-    theirs = _files(path)
-    rest = theirs
-    stacks = stacked.read_stacks(open_checkpoint(saved))
-    if stacks is not None:
-        layout = stacked._layout(stacks.family, list(stacks.stacks))
-        heads = tuple(s.head for s in stacks.stacks)
-        own = {n: t for n, t in theirs.items() if n.startswith(heads) and _routed(n, layout)}
-        rest = {n: t for n, t in theirs.items() if n not in own}
-        whole = any(n in layout.memory or n.startswith(tuple(layout.memory)) for n in own)
-        there = (
-            layout.to_memory(layout.to_hub(own)) if whole else layout.to_hub(layout.to_memory(own))
-        )
-        own = {_joint(n): t for n, t in own.items()}
-        _differences(
-            {_joint(n): _one(t, own.get(_joint(n))) for n, t in there.items()}, own, "the export"
-        )
+    written = open_checkpoint(path)
+    in_stacks = {t.name for s in find_stacks(written).stacks for t in s.tensors.values()}
+    experts = {n for s in find_stacks(open_checkpoint(saved)).stacks for n in s.linears}
+    tensors = {
+        name: tensor
+        for name, tensor in _files(path).items()
+        if name not in in_stacks and split(name)[0] not in experts
+    }
     layout = of_model(built)
-    _differences(layout.to_hub(layout.to_memory(rest)), rest, "the export")
-
-
-def _one(value: torch.Tensor, like: torch.Tensor | None) -> torch.Tensor:
-    """Return the scalar that a stack has where its experts, taken apart, all got it."""
-    single = (
-        like is not None and like.ndim == 0 and value.ndim == 1 and bool((value == value[0]).all())
-    )
-    return value[0].clone() if single else value
-
-
-def _joint(name: str) -> str:
-    """Return a name with its leaf behind a dot: beside a bare parameter some families write
-    ``_``.
-    """
-    return re.sub(r"_(weight_scale\w*|input_scale|bias)$", r".\1", name)
-
-
-def _routed(name: str, layout: Layout) -> bool:
-    """Whether a layout of stacks has a place for a tensor, of an expert or of a stack."""
-    try:
-        layout.find(name)
-    except UnsupportedConversion:
-        return any(name.startswith(h.removesuffix("weight")) for h in layout.hub)
-    return True
+    _differences(to_hub(layout, to_memory(layout, tensors)), tensors, "the export")
 
 
 def reload(built: Any, path: Path) -> None:
@@ -385,11 +353,11 @@ def reload(built: Any, path: Path) -> None:
     quantized = {f"{n}.weight" for n, m in modules.items() if m.quantized}
     if any(role(n.removesuffix(".weight")) == "routed_expert" for n in quantized):
         keys = [f"{s.path}.{k}" for s in detect(built).stacks for k in (s.first, s.down)]
-        quantized |= {p.hub for k in keys for p in _pieces(layout, k)}
+        quantized |= {p.hub for k in keys for p in _regions(layout, k)}
     state = loaded.model.state_dict()
     for key, before in built.state_dict().items():
         after = state[key]
-        parts = {p.hub for p in layout.memory[key].pieces} if key in layout.memory else set()
+        parts = {p.hub for p in layout.memory[key].regions} if key in layout.memory else set()
         error = _distance(after, before)
         limit = NOISE if parts & quantized else 0.0
         if not error <= limit:
@@ -405,8 +373,8 @@ def reload(built: Any, path: Path) -> None:
         )
 
 
-def _pieces(layout: Layout, key: str) -> tuple[Any, ...]:
-    return layout.memory[key].pieces if key in layout.memory else ()
+def _regions(layout: Layout, key: str) -> tuple[Any, ...]:
+    return layout.memory[key].regions if key in layout.memory else ()
 
 
 def _distance(after: torch.Tensor, before: torch.Tensor) -> float:

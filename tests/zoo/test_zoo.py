@@ -82,10 +82,17 @@ def test_a_family(name: str) -> None:
     assert found["built"] == run.OK
     assert run.defects(found) == []
     if SAME:
-        changing = {"seconds"}
-        assert {k: v for k, v in found.items() if k not in changing} == {
-            k: v for k, v in ROWS[name].items() if k not in changing
-        }
+        assert _without_texts(found) == _without_texts(ROWS[name])
+
+
+def _without_texts(outcome: Any) -> Any:
+    """Return an outcome without times, and with each message cut to its kind."""
+    if isinstance(outcome, dict):
+        return {k: _without_texts(v) for k, v in outcome.items() if k != "seconds"}
+    for prefix in (run.REFUSED, run.INCONCLUSIVE):
+        if isinstance(outcome, str) and outcome.startswith(prefix):
+            return prefix
+    return outcome
 
 
 @pytest.fixture(scope="module")

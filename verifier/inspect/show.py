@@ -19,7 +19,7 @@ from verifier.checkpoint import NUMPY_DTYPES, Checkpoint, Tensor, open_checkpoin
 from verifier.decoding import Float32, decode
 from verifier.errors import ContentError
 from verifier.inspect.diff import precision_of
-from verifier.layouts.expert_stacks import Unstacked, place_in_file, unstacked
+from verifier.layouts.expert_stacks import UnstackedCheckpoint, file_offset, unstacked
 from verifier.quantized import QuantizedCheckpoint
 from verifier.reconstruction.yardstick import max_scales, nearest
 from verifier.schemes import FLOATS, SCALE_LEAVES, Format, Module, collapse, role, split
@@ -161,7 +161,7 @@ def show(
     quantized = QuantizedCheckpoint(checkpoint)
     other = QuantizedCheckpoint(reference) if reference is not None else None
     tensor, parsed = _find(quantized.checkpoint, text)
-    if isinstance(checkpoint, Unstacked) and place_in_file(tensor.offset) is None:
+    if isinstance(checkpoint, UnstackedCheckpoint) and file_offset(tensor.offset) is None:
         stack = checkpoint.stacked[tensor.name]
         raise ContentError(
             f"{tensor.name} is a part of {stack} and not contiguous in its file; show {stack}"

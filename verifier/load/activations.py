@@ -1,19 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Give a decoded model the activations that its checkpoint declares, so that W4A4 is judged as
+"""Give a decoded model the activations that its checkpoint declares, so that W4A4 is scored as
 W4A4.
 
 A model that `load_model` built has plain weights. While `declared_activations` is open, the input
-of each module that the checkpoint quantizes is rounded as its format says: NVFP4 in blocks of 16
-below the module's input_scale, MXFP8 in blocks of 32, FP8 by its input_scale or, without one, by
-position; weight-only formats not at all. Routed experts, which transformers stacks, are rounded
-expert by expert through its experts interface. The KV cache is left as it is.
+of each module that the checkpoint quantizes is rounded as its format requires: NVFP4 in blocks of
+16 under the module's input_scale, MXFP8 in blocks of 32, FP8 by its input_scale or, without one,
+per token; weight-only formats not at all. Routed experts, which transformers stacks, are rounded
+expert by expert through its experts interface. The KV cache is not rounded.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,8 @@ import torch
 from verifier.checkpoint import Checkpoint
 from verifier.errors import ContentError
 from verifier.layouts.expert_stacks import expanded, restacked, unstacked
-from verifier.load.experts import implementations, run_experts
+from verifier.load.experts import experts_implementation, is_experts_module, run_experts
+from verifier.load.hf import parameter_keys
 from verifier.load.rounding import Rounding
 from verifier.schemes import (
     FORMATS,
@@ -39,12 +41,19 @@ from verifier.schemes import (
 )
 
 EXPERTS = "ckptgate"
+"""The name of the experts implementation while activations are rounded; score runs record it."""
 _MARK = "_ckptgate_roundings"
-_FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
-_FIRST, _SECOND = ("gate_up_proj", "up_proj", "gate_proj"), ("down_proj",)
+_GATE_UP, _DOWN = ("gate_up_proj", "up_proj", "gate_proj"), ("down_proj",)
+_BY_SCALE = {"fp8": "input_scale", "nvfp4": "input_scale", "nvfp4_ct": "input_global_scale"}
+"""The tensor that scales the input, for formats that have one."""
 
-Roles = tuple[dict[int, Rounding], dict[int, Rounding]]
-"""What the first and the second projection of each expert of a stack is given."""
+
+@dataclass(slots=True)
+class _StackRoundings:
+    """How the inputs of each expert of a stack are rounded, by expert."""
+
+    gate_up: dict[int, Rounding] = field(default_factory=dict)
+    down: dict[int, Rounding] = field(default_factory=dict)
 
 
 def rounding_of(
@@ -53,32 +62,32 @@ def rounding_of(
     """Return how a quantized module's input is rounded, or None for a weight-only format.
 
     Raises:
-        ContentError: a W4A4 module without a scale, or with one that no activation can be divided
-            by.
+        ContentError: a W4A4 module without an input scale, or with one that is not a positive
+            number.
     """
-    if fmt.name in ("nvfp4", "fp8", "nvfp4_ct"):
-        leaf = "input_global_scale" if fmt.name == "nvfp4_ct" else "input_scale"
+    if fmt.name in _BY_SCALE:
+        leaf = _BY_SCALE[fmt.name]
         tensor = module.parts.get(leaf)
-        if tensor is None:
-            if fmt.name == "nvfp4":
-                raise ContentError(
-                    f"{module.name}: declares {fmt.algo} and has no {leaf}; its input cannot be rounded"
-                )
-            return Rounding("fp8_token") if fmt.name == "fp8" else None
-        values = np.asarray(checkpoint.array(tensor), np.float32).reshape(-1)
-        if values.size != 1 or not np.isfinite(values).all() or values[0] <= 0:
+        if tensor is not None:
+            return _scaled_rounding(checkpoint.array(tensor), tensor.name, fmt)
+        if fmt.name == "nvfp4":
             raise ContentError(
-                f"{tensor.name}: {str(values[:4].tolist())[:60]} is no scale for activations"
+                f"{module.name}: declares {fmt.algo} and has no {leaf}; its input cannot be rounded"
             )
-        scale = np.float32(1) / values[0] if fmt.name == "nvfp4_ct" else values[0]
-        return Rounding("fp8" if fmt.name == "fp8" else "nvfp4", float(scale))
+        return Rounding("fp8_token") if fmt.name == "fp8" else None
     if fmt.name == "fp8_block":
-        return (
-            Rounding("fp8_group")
-            if declaration is not None and declaration.method == "fp8"
-            else None
-        )
+        dynamic = declaration is not None and declaration.method == "fp8"
+        return Rounding("fp8_group") if dynamic else None
     return {"mxfp8": Rounding("mxfp8"), "fp8_per_channel": Rounding("fp8_token")}.get(fmt.name)
+
+
+def _scaled_rounding(scale: Any, name: str, fmt: Format) -> Rounding:
+    values = np.asarray(scale, np.float32).reshape(-1)
+    if values.size != 1 or not np.isfinite(values).all() or values[0] <= 0:
+        text = str(values[:4].tolist())[:60]
+        raise ContentError(f"{name}: {text} is not an activation scale (one positive number)")
+    value = np.float32(1) / values[0] if fmt.name == "nvfp4_ct" else values[0]
+    return Rounding("fp8" if fmt.name == "fp8" else "nvfp4", float(value))
 
 
 def roundings(checkpoint: Checkpoint) -> dict[str, Rounding]:
@@ -86,43 +95,29 @@ def roundings(checkpoint: Checkpoint) -> dict[str, Rounding]:
     are left out.
 
     Raises:
-        ContentError: a format that cannot be told, a scale that is missing or none.
+        ContentError: a format that cannot be inferred, an input scale that is missing or not a
+            positive number.
     """
     checkpoint = unstacked(checkpoint)
     declaration = expanded(read_declarations(checkpoint).effective, checkpoint)
-    found = {}
+    by_module = {}
     for module in gather(checkpoint.tensors.values()).values():
         if not module.quantized:
             continue
         fmt = FORMATS["mxfp4"] if "blocks" in module.parts else format_of(module, declaration)
         if fmt is None:
             raise ContentError(
-                f"{module.name}: quantized, and its format cannot be told; run check first"
+                f"{module.name}: its quantization format cannot be inferred; run ckptgate check"
             )
-        if (rounding := rounding_of(checkpoint, module, fmt, declaration)) is not None:
-            found[module.name] = rounding
-    return found
-
-
-def memory_names(model: Any, names: Iterable[str]) -> dict[str, str]:
-    """Return the parameter that transformers' loader makes of each hub tensor, or makes it a part
-    of.
-    """
-    from transformers.conversion_mapping import get_model_conversion_mapping  # noqa: PLC0415
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key  # noqa: PLC0415
-
-    mapping, state = get_model_conversion_mapping(model), model.state_dict()
-    renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
-    converters = [m for m in mapping if isinstance(m, WeightConverter)]
-    return {
-        n: rename_source_key(n, renamings, converters, model.base_model_prefix, state)[0]
-        for n in names
-    }
+        rounding = rounding_of(checkpoint, module, fmt, declaration)
+        if rounding is not None:
+            by_module[module.name] = rounding
+    return by_module
 
 
 @contextmanager
 def declared_activations(model: Any, checkpoint: Checkpoint) -> Iterator[dict[str, int]]:
-    """Round what quantized modules see while the context is open; yield how many modules are
+    """Round the inputs of quantized modules while the context is open; yield how many modules are
     rounded, by kind.
 
     Every experts module calls the implementation of this module meanwhile, also in a model without
@@ -136,82 +131,65 @@ def declared_activations(model: Any, checkpoint: Checkpoint) -> Iterator[dict[st
         ContentError: a scale that is missing, or a module whose input cannot be reached; it is
             named.
     """
-    wanted = roundings(checkpoint)
-    linears, stacks = _places(model, checkpoint, wanted)
-    handles = [m.register_forward_pre_hook(_hook(r), with_kwargs=True) for m, r in linears.values()]
-    before = implementations(model)
-    try:
-        for module, roles in stacks.values():
-            setattr(module, _MARK, roles)
-        if any(_interface(m) for m in model.modules()):
-            from transformers.integrations import moe  # noqa: PLC0415
-
-            functions: Any = moe.ALL_EXPERTS_FUNCTIONS
-            functions[EXPERTS] = _forward
-            model.set_experts_implementation(EXPERTS)
-            for path, (module, _) in stacks.items():
-                if module.config._experts_implementation != EXPERTS:
-                    raise ContentError(
-                        f"{path} ({type(module).__name__}) does not follow transformers' experts interface"
-                    )
-        yield dict(Counter(r.kind for r in wanted.values()))
-    finally:
-        for handle in handles:
-            handle.remove()
-        for config, implementation in before:
-            config._experts_implementation = implementation
-        for module, _ in stacks.values():
-            delattr(module, _MARK)
+    by_module = roundings(checkpoint)
+    linears, stacks = _by_path(model, checkpoint, by_module)
+    with ExitStack() as stack:
+        for path, rounding in linears.items():
+            module = model.get_submodule(path)
+            hook = module.register_forward_pre_hook(_hook(rounding), with_kwargs=True)
+            stack.callback(hook.remove)
+        for path, of_stack in stacks.items():
+            module = model.get_submodule(path)
+            setattr(module, _MARK, of_stack)
+            stack.callback(delattr, module, _MARK)
+        if any(is_experts_module(m) for m in model.modules()):
+            stack.enter_context(experts_implementation(model, EXPERTS, _forward, stacks))
+        yield dict(Counter(r.kind for r in by_module.values()))
 
 
-def _places(
-    model: Any, checkpoint: Checkpoint, wanted: Mapping[str, Rounding]
-) -> tuple[dict[str, tuple[Any, Rounding]], dict[str, tuple[Any, Roles]]]:
-    """Return the linear modules and the stacks of experts that roundings belong to, by their path
-    in memory.
+def _by_path(
+    model: Any, checkpoint: Checkpoint, by_module: Mapping[str, Rounding]
+) -> tuple[dict[str, Rounding], dict[str, _StackRoundings]]:
+    """Return the roundings of linear layers and of stacks of experts, by their path in the
+    model.
     """
-    linears: dict[str, tuple[Any, Rounding]] = {}
-    stacks: dict[str, tuple[Any, Roles]] = {}
+    linears: dict[str, Rounding] = {}
+    stacks: dict[str, _StackRoundings] = {}
     modules, state = dict(model.named_modules()), set(model.state_dict())
-    stacked = _stacked_names(checkpoint)
-    sources = {hub: stacked.get(f"{hub}.weight", f"{hub}.weight") for hub in wanted}
-    keys = memory_names(model, set(sources.values()))
+    stacked = _stack_names(checkpoint)
+    sources = {hub: stacked.get(f"{hub}.weight", f"{hub}.weight") for hub in by_module}
+    keys = parameter_keys(model, set(sources.values()))
     for hub, source in sources.items():
-        key = keys[source]
+        key = keys[source].name
         path, _, leaf = key.rpartition(".")
         module, expert = modules.get(path), expert_key(hub)
-        if key not in state and _unbuilt(hub, checkpoint):
+        if key not in state and _is_optional(hub, checkpoint):
             continue
-        if expert is not None and _interface(module) and leaf in (*_FIRST, *_SECOND):
-            _, roles = stacks.setdefault(path, (module, ({}, {})))
-            given = roles[leaf in _SECOND]
-            given[expert.expert] = _shared(hub, given.get(expert.expert), wanted[hub])
+        if expert is not None and is_experts_module(module) and leaf in (*_GATE_UP, *_DOWN):
+            of_stack = stacks.setdefault(path, _StackRoundings())
+            by_expert = of_stack.down if leaf in _DOWN else of_stack.gate_up
+            by_expert[expert.expert] = _larger(hub, by_expert.get(expert.expert), by_module[hub])
         elif leaf == "weight" and getattr(getattr(module, "weight", None), "ndim", 0) == 2:
             if not isinstance(module, torch.nn.Embedding):
-                linears[path] = (
-                    module,
-                    _shared(hub, linears[path][1] if path in linears else None, wanted[hub]),
-                )
+                linears[path] = _larger(hub, linears.get(path), by_module[hub])
         else:
             raise ContentError(
-                f"{hub} is {key} of a {type(module).__name__} in transformers: its input cannot be rounded"
+                f"{hub} is {key} of a {type(module).__name__} in transformers: its input cannot be "
+                "rounded"
             )
     return linears, stacks
 
 
-def _stacked_names(checkpoint: Checkpoint) -> dict[str, str]:
-    """Return the stack that transformers is given for each expert's weight, where the family's hub
-    layout has stacks.
+def _stack_names(checkpoint: Checkpoint) -> dict[str, str]:
+    """Return by name of an expert's weight the stack that transformers is given, where the family's
+    hub layout has stacks.
     """
     names = {n for n in map(canonical, unstacked(checkpoint).tensors) if n is not None}
-    return {
-        part: stack
-        for stack, (_, parts) in restacked(names, checkpoint.config).items()
-        for part in parts
-    }
+    stacks = restacked(names, checkpoint.config)
+    return {part: stack.name for stack in stacks for part in stack.parts}
 
 
-def _unbuilt(hub: str, checkpoint: Checkpoint) -> bool:
+def _is_optional(hub: str, checkpoint: Checkpoint) -> bool:
     """Whether transformers may leave a module out: an MTP head, a tower that text does not pass
     through.
     """
@@ -222,22 +200,21 @@ def _unbuilt(hub: str, checkpoint: Checkpoint) -> bool:
     return beyond or role(hub) in ("mtp", "vision", "projector")
 
 
-def _shared(hub: str, other: Rounding | None, mine: Rounding) -> Rounding:
+def _larger(hub: str, other: Rounding | None, rounding: Rounding) -> Rounding:
     """Return the rounding of projections that read one input in one product: the larger scale, as
     engines take it.
+
+    Raises:
+        ContentError: two kinds of rounding.
     """
-    if other is not None and other.kind != mine.kind:
+    if other is not None and other.kind != rounding.kind:
         raise ContentError(
-            f"{hub}: its input is {mine.kind}, that of a projection fused with it {other.kind}"
+            f"{hub}: its input is {rounding.kind}, that of a projection fused with it {other.kind}"
         )
-    return mine if other is None or mine.scale >= other.scale else other
+    return rounding if other is None or rounding.scale >= other.scale else other
 
 
-def _interface(module: Any) -> bool:
-    return all(hasattr(module, flag) for flag in _FLAGS)
-
-
-def _hook(rounding: Rounding) -> Any:
+def _hook(rounding: Rounding) -> Callable[..., Any]:
     def hook(
         _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -252,6 +229,21 @@ def _forward(
     module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
     """Compute routed experts one by one, their inputs rounded."""
-    roles: Roles = getattr(module, _MARK, ({}, {}))
-    first, second = (lambda e, x, of=role: of[e](x) if e in of else x for role in roles)
-    return run_experts(module, hidden_states, top_k_index, top_k_weights, first, second)
+    of_stack = getattr(module, _MARK, _StackRoundings())
+
+    def before_gate_up(expert: int, x: torch.Tensor) -> torch.Tensor:
+        rounding = of_stack.gate_up.get(expert)
+        return x if rounding is None else rounding(x)
+
+    def before_down(expert: int, x: torch.Tensor) -> torch.Tensor:
+        rounding = of_stack.down.get(expert)
+        return x if rounding is None else rounding(x)
+
+    return run_experts(
+        module,
+        hidden_states,
+        top_k_index,
+        top_k_weights,
+        before_gate_up=before_gate_up,
+        before_down=before_down,
+    )

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 import transformers
 
-from verifier.checkpoint import Checkpoint, local_directory, open_checkpoint
+from verifier.checkpoint import local_directory, open_checkpoint
 from verifier.errors import ContentError
+from verifier.load.hf import load_tokenizer
 from verifier.load.model import load_model
+from verifier.text import counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +51,8 @@ def preview(
     """Return each prompt's greedy continuation; special tokens are not shown.
 
     Args:
-        uri: a checkpoint; a remote one is downloaded. Its tokenizer is used, and without one ids are shown as they are.
+        uri: a checkpoint; a remote one is downloaded. Its tokenizer is used; without one, ids are
+            printed as numbers.
         prompts: texts or token ids.
         new_tokens: at most so many more.
 
@@ -57,7 +60,7 @@ def preview(
         ContentError: the model cannot be loaded, or a text is given and there is no tokenizer.
     """
     checkpoint = open_checkpoint(local_directory(uri))
-    tokenizer = _tokenizer(checkpoint)
+    tokenizer = load_tokenizer(checkpoint)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_model(checkpoint, device=device).model
     pad = getattr(tokenizer, "pad_token_id", None)
@@ -70,7 +73,8 @@ def preview(
         vocabulary = model.get_input_embeddings().num_embeddings
         if not ids or max(ids) >= vocabulary:
             raise ContentError(
-                f"{uri}: a prompt of {len(ids)} tokens up to {max(ids, default=0)}; {vocabulary} are known"
+                f"{uri}: a prompt of {counted(len(ids), 'token')} up to id {max(ids, default=0)}; the "
+                f"vocabulary has {vocabulary}"
             )
         given = torch.tensor([ids], device=model.device)
         with torch.inference_mode(), _greedy(model):
@@ -98,21 +102,6 @@ def _greedy(model: Any) -> Iterator[None]:
         yield
     finally:
         model.generation_config = before
-
-
-def _tokenizer(checkpoint: Checkpoint) -> Any:
-    if not any(
-        n in checkpoint.files
-        for n in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
-    ):
-        return None
-    try:
-        return transformers.AutoTokenizer.from_pretrained(
-            checkpoint.uri, trust_remote_code=False, local_files_only=True
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        said = " ".join(str(error).split())[:300]
-        raise ContentError(f"{checkpoint.uri}: its tokenizer cannot be read: {said}") from error
 
 
 def _text(tokenizer: Any, ids: Sequence[int]) -> str:

@@ -18,21 +18,15 @@ from typing import Any
 
 from verifier.checkpoint import Checkpoint
 from verifier.errors import ContentError, MissingExtra
-from verifier.load.model import (
-    BUILD_ERRORS,
-    decoded_tensors,
-    load_model,
-    model_class,
-    parameter_names,
-    quiet,
-    short,
-)
 from verifier.memory import free_memory
 from verifier.rules.loading import Forward, Loaded, Misfit
 
 try:
     import torch
     import transformers
+
+    from verifier.load import hf
+    from verifier.load.model import decoded_tensors, load_model, model_class
 except ImportError as error:
     raise MissingExtra("loading a model", "load") from error
 
@@ -105,73 +99,41 @@ def _names(cls: Any, config: Any, checkpoint: Checkpoint) -> tuple[Any, list[Mis
     it.
 
     Raises:
-        ContentError: the model cannot be built, or a tensor's format cannot be told.
+        ContentError: the model cannot be built, or a tensor's format cannot be inferred.
     """
-    # Steps of PreTrainedModel.from_pretrained, which raises where a conversion fails and does not
-    # say what else is wrong.
-    from transformers.conversion_mapping import get_model_conversion_mapping  # noqa: PLC0415
-    from transformers.modeling_utils import LoadStateDictConfig  # noqa: PLC0415
-
     state = {name: _Shape(lazy.shape) for name, lazy in decoded_tensors(checkpoint).items()}
-    with quiet():
-        try:
-            with torch.device("meta"):
-                model = cls(config)
-            dtype = torch.bfloat16
-            mapping: list[Any] = list(get_model_conversion_mapping(model))
-            settings = LoadStateDictConfig(
-                ignore_mismatched_sizes=True,
-                device_map={"": "meta"},
-                dtype=dtype,
-                dtype_plan=model._get_dtype_plan(dtype),
-                weight_mapping=mapping,
-            )
-            info, _ = cls._load_pretrained_model(model, state, None, settings)
-        except BUILD_ERRORS as error:
-            raise ContentError(
-                f"{checkpoint.uri}: transformers cannot build its model: {short(error)}"
-            ) from error
-        try:
-            cls._finalize_model_loading(model, settings, info)
-        except BUILD_ERRORS as error:
-            if not info.conversion_errors:  # with some it always raises
-                raise ContentError(
-                    f"{checkpoint.uri}: transformers cannot finish its load: {short(error)}"
-                ) from error
-    return model, _misfits(model, info, state)
+    model, report = hf.load_shapes(checkpoint.uri, cls, config, state)
+    return model, _misfits(model, report, state)
 
 
-def _misfits(model: Any, info: Any, names: Iterable[str]) -> list[Misfit]:
-    """Return what the loading report holds, under the names of tensors where they are known."""
-    if not (
-        info.missing_keys or info.unexpected_keys or info.mismatched_keys or info.conversion_errors
-    ):
+def _misfits(model: Any, report: Any, names: Iterable[str]) -> list[Misfit]:
+    """Return what the loading report lists, under the names of tensors where they are known."""
+    unconverted, mismatched = report.conversion_errors, report.mismatched_keys
+    if not (report.missing_keys or report.unexpected_keys or mismatched or unconverted):
         return []
-    given = list(names)
     tensors: dict[str, list[str]] = {}
-    for name, (key, _) in zip(given, parameter_names(model, given), strict=True):
-        tensors.setdefault(key, []).append(name)
+    for name, key in hf.parameter_keys(model, names).items():
+        tensors.setdefault(key.name, []).append(name)
 
-    def called(key: str) -> str:
-        found = tensors.get(key, [])
-        return found[0] if len(found) == 1 else key
+    def tensor_name(key: str) -> str:
+        names = tensors.get(key, [])
+        return names[0] if len(names) == 1 else key
 
-    unconverted = set(info.conversion_errors)
-    wrong = {key for key, _, _ in info.mismatched_keys}
-    found = [Misfit("missing", k) for k in info.missing_keys if k not in unconverted | wrong]
-    found += [Misfit("unexpected", called(k)) for k in info.unexpected_keys]
-    found += [
-        Misfit("mismatched", called(k), str(list(a)), str(list(b)))
-        for k, a, b in info.mismatched_keys
+    elsewhere = {*unconverted, *(key for key, _, _ in mismatched)}
+    misfits = [Misfit("missing", k) for k in report.missing_keys if k not in elsewhere]
+    misfits += [Misfit("unexpected", tensor_name(k)) for k in report.unexpected_keys]
+    misfits += [
+        Misfit("mismatched", tensor_name(k), str(list(have)), str(list(want)))
+        for k, have, want in mismatched
     ]
-    found += [
-        Misfit("unconverted", k, _said(text, tensors.get(k, [])))
-        for k, text in info.conversion_errors.items()
+    misfits += [
+        Misfit("unconverted", k, _conversion_error(text, tensors.get(k, [])))
+        for k, text in unconverted.items()
     ]
-    return sorted(found)
+    return sorted(misfits)
 
 
-def _said(text: str, tensors: Iterable[str]) -> str:
+def _conversion_error(text: str, tensors: Iterable[str]) -> str:
     """Return what was to be put together, and what a conversion error says of it without its
     traceback.
     """
@@ -196,19 +158,14 @@ def _shared(misfits: list[Misfit], base: Checkpoint | None) -> list[Misfit]:
 
 
 def _dropped(model: Any, checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Return the names that the model's class says it ignores (``mtp.…`` in several families) and
-    that it has not.
+    """Return the tensors that the model's class ignores by name (``mtp.…`` in several families) and
+    that it has no parameter for.
     """
-    patterns = [
-        re.compile(p) for p in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-    ]
-    found = [n for n in checkpoint.tensors if any(p.search(n) for p in patterns)]
-    keys = model.state_dict()
-    return tuple(
-        n
-        for n, (key, _) in zip(found, parameter_names(model, found), strict=True)
-        if key not in keys
-    )
+    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    patterns = [re.compile(p) for p in ignored]
+    names = [n for n in checkpoint.tensors if any(p.search(n) for p in patterns)]
+    keys, state = hf.parameter_keys(model, names), model.state_dict()
+    return tuple(n for n in names if keys[n].name not in state)
 
 
 def _native(checkpoint: Checkpoint) -> bool:
@@ -272,11 +229,13 @@ def _logits(checkpoint: Checkpoint, device: str) -> torch.Tensor:
             [prompt(model.get_input_embeddings().num_embeddings, checkpoint.config or {})],
             device=device,
         )
-        with torch.inference_mode(), quiet():
+        with torch.inference_mode(), hf.quiet():
             logits: torch.Tensor = model(input_ids=ids).logits[0].float().cpu()
         return logits
-    except BUILD_ERRORS as error:
-        raise ContentError(f"{checkpoint.uri}: the forward pass fails: {short(error)}") from error
+    except hf.BUILD_ERRORS as error:
+        raise ContentError(
+            f"{checkpoint.uri}: the forward pass fails: {hf.one_line(error)}"
+        ) from error
     finally:
         del model
         gc.collect()

@@ -12,7 +12,7 @@ import numpy as np
 from verifier.checkpoint import Checkpoint, Tensor
 from verifier.evaluation import Evaluation
 from verifier.findings import Effect, Finding, Severity, Where
-from verifier.layouts.expert_stacks import Unstacked, place_in_file, unstacked
+from verifier.layouts.expert_stacks import UnstackedCheckpoint, file_offset, unstacked
 from verifier.payload.pass_through import PassThrough
 from verifier.payload.reader import PayloadReader
 from verifier.quantized import QuantizedCheckpoint
@@ -168,7 +168,7 @@ class Context:
         if where is None:
             known = self.checkpoint.tensors.get(tensor) if tensor else None
             where = Where(tensor, known.file if known else None)
-        if isinstance(self.checkpoint, Unstacked):
+        if isinstance(self.checkpoint, UnstackedCheckpoint):
             stack = self.checkpoint.stacked.get(where.tensor or "")
             observed = f"{observed} (stored in {stack})".strip() if stack else observed
         effects = tuple(Effect(engine, *rest) for engine, rest in (engines or {}).items())
@@ -189,7 +189,7 @@ class Context:
         index = np.unravel_index(flat // itemsize, tensor.shape) if tensor.shape else ()
         row = int(index[-2]) if len(index) >= 2 else (int(index[0]) if index else None)
         block = int(index[-1]) if len(index) >= 2 else None
-        start = place_in_file(tensor.offset)
+        start = file_offset(tensor.offset)
         byte = start + flat if start is not None else None
         return Where(tensor.name, tensor.file, row, block, byte)
 

@@ -593,7 +593,7 @@ def test_an_out_whose_parent_is_missing(
 ) -> None:
     out = tmp_path / "missing" / "out"
     assert run(["export", str(kit.qwen), f"{out}{trailing}", *qwen_args]) == 2
-    assert "parent folder" in capsys.readouterr().err
+    assert "parent directory" in capsys.readouterr().err
     assert not (tmp_path / "missing").exists()
 
 
@@ -637,7 +637,11 @@ def test_overwrite_refuses_what_is_no_checkpoint(kit, tmp_path: Path) -> None:
     (tmp_path / "home" / "thesis.txt").write_text("ten years")
     (tmp_path / "file").write_text("x")
     (tmp_path / "link").symlink_to(kit.llama_mxfp8, target_is_directory=True)
-    for name, why in (("home", "no checkpoint"), ("file", "no folder"), ("link", "no folder")):
+    for name, why in (
+        ("home", "not a checkpoint"),
+        ("file", "not a directory"),
+        ("link", "not a directory"),
+    ):
         with pytest.raises(UsageError, match=why):
             exporter.export(
                 kit.qwen, tmp_path / name, recipe=NVFP4, input_scale="one", overwrite=True
@@ -661,9 +665,9 @@ def test_overwrite_refuses_an_input(kit, vendor, tmp_path: Path) -> None:
         source / "..",
         source / "." / ".." / "source",
     ):
-        with pytest.raises(UsageError, match=r"is the folder of an input|no folder"):
+        with pytest.raises(UsageError, match=r"is the directory of an input|not a directory"):
             exporter.export(source, out, recipe=NVFP4, onto=onto, overwrite=True)
-    with pytest.raises(UsageError, match="is the folder of an input"):
+    with pytest.raises(UsageError, match="is the directory of an input"):
         exporter.merge(onto, source, onto=source, overwrite=True)
     assert digests(source) | digests(onto) == before
 
@@ -783,5 +787,5 @@ def test_merge_through_the_command_line(
     )
     out, err = capsys.readouterr()
     assert "verdict: PASSED" in out
-    assert "48 modules (0 quantized here, 48 kept)" in out
+    assert "48 modules (0 quantized now, 48 kept)" in out
     assert err == ""

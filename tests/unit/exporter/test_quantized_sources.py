@@ -192,7 +192,7 @@ def test_mxfp4_becomes_nvfp4_without_loss(
     text = capsys.readouterr().out
     sizes = {n: np.prod(t.shape) * 2 // 16 for n, t in kit.read(out).items() if t.dtype == "U8"}
     blocks = int(sum(sizes.values()))
-    assert f"MXFP4        {blocks:,} of {blocks:,} blocks carried over without loss, 0 not" in text
+    assert f"MXFP4        {blocks:,} of {blocks:,} blocks converted without loss, 0 with" in text
     assert "re-quantized 56 modules from MXFP4 to NVFP4" in text
     read, written = kit.read(tmp_path / "quantized"), kit.read(out)
     for name in [n for n in read if n.endswith("weight_packed")]:
@@ -271,7 +271,7 @@ def test_block_fp8_that_is_left_is_decoded(
     assert run([*arguments, "--dry-run"]) == 0
     text = capsys.readouterr().out
     assert "decode    8 modules from FP8_PB_WO to BF16" in text
-    assert "re-quantized 48 modules from FP8_PB_WO to NVFP4" in text
+    assert "re-quantize 48 modules from FP8_PB_WO to NVFP4" in text
     assert run(arguments) == 0
     written, values = kit.read(tmp_path / "out"), kit.read(plain)
     for name in [n for n in written if ".self_attn." in n and n.endswith(LINEAR)]:
@@ -280,7 +280,10 @@ def test_block_fp8_that_is_left_is_decoded(
         )
     assert not any(n.endswith("weight_scale_inv") for n in written)
     assert run([*arguments, "--overwrite", "--rest", "keep"]) == 1
-    assert "are FP8_PB_WO, which cannot stand beside nvfp4; --rest bf16" in capsys.readouterr().err
+    assert (
+        "are FP8_PB_WO, which engines do not read together with nvfp4; --rest bf16"
+        in capsys.readouterr().err
+    )
 
 
 def test_mxfp8_that_is_left_keeps_its_bytes_or_is_decoded(kit, tmp_path: Path) -> None:
@@ -312,7 +315,8 @@ def test_a_source_whose_format_cannot_be_told(kit, tmp_path: Path) -> None:
         exporter.plan_export(edited, recipe="nvfp4_default", input_scale="one")
     (edited / "config.json").write_text(json.dumps(kit.config(kit.qwen)))
     with pytest.raises(
-        PlanError, match=r"0\.self_attn\.q_proj\.weight is F8_E4M3, and its format cannot be told"
+        PlanError,
+        match=r"0\.self_attn\.q_proj\.weight is F8_E4M3, and its quantization format cannot be inferred",
     ):
         exporter.plan_export(edited, recipe="nvfp4_default", input_scale="one")
 
@@ -399,7 +403,7 @@ def test_kv_scales_come_from_the_stats(kit, tmp_path: Path, recipe: str) -> None
 
 
 def test_kv_scales_need_stats_that_have_them(kit, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="FP8 KV scales come from calibration: give --stats"):
+    with pytest.raises(UsageError, match="FP8 KV scales come from calibration: pass --stats"):
         exporter.plan_export(kit.llama, recipe="mxfp8_default", kv_cache="fp8")
     name = "model.layers.1.self_attn.v_proj.v_amax"
     stats = kv_stats(kit, tmp_path / "stats", 2, without=name)
@@ -407,7 +411,7 @@ def test_kv_scales_need_stats_that_have_them(kit, tmp_path: Path) -> None:
         PlanError, match=r"the stats have no v_amax for model\.layers\.1\.self_attn\.v_proj"
     ):
         exporter.plan_export(kit.llama, recipe="mxfp8_default", stats=stats, kv_cache="fp8")
-    with pytest.raises(PlanError, match="says nothing of a KV cache"):
+    with pytest.raises(PlanError, match="cannot declare a KV cache"):
         exporter.export(
             kit.llama,
             tmp_path / "out",
@@ -435,7 +439,7 @@ def test_a_kv_cache_that_the_source_declares_stays_declared(kit, tmp_path: Path)
     config = kit.config(other)
     config["quantization_config"]["kv_cache_scheme"] = {"num_bits": 4, "type": "float"}
     (other / "config.json").write_text(json.dumps(config))
-    with pytest.raises(PlanError, match="declares a KV cache in 4; only FP8 is written"):
+    with pytest.raises(PlanError, match="declares a KV cache in 4, and ckptgate writes FP8 only"):
         exporter.export(other, tmp_path / "third", recipe=rules)
 
 
@@ -451,7 +455,7 @@ def recipe_of(*rules: dict[str, object]) -> Recipe:
     [
         (
             [{"modules": ["*.gate_prj"], "format": "mxfp8"}],
-            r"nothing matches \*\.gate_prj; the nearest names here are",
+            r"nothing matches \*\.gate_prj; the nearest names are",
         ),
         (
             [
@@ -510,7 +514,7 @@ def test_a_pattern_that_names_what_is_no_linear(kit, tmp_path: Path) -> None:
     edited = kit.edit(kit.qwen, tmp_path / "conv", lambda t: t.update({name: kit.bf16(8, 1, 32)}))
     with pytest.raises(
         PlanError,
-        match=r"\*self_attn\* names model\.layers\.0\.self_attn\.conv too, which is no linear",
+        match=r"\*self_attn\* also matches model\.layers\.0\.self_attn\.conv, which is not a linear",
     ):
         exporter.plan_export(
             edited, recipe=recipe_of({"modules": ["*self_attn*"], "format": "mxfp8"})
@@ -532,4 +536,6 @@ def test_every_expert_is_counted(kit, tmp_path: Path, capsys: pytest.CaptureFixt
         "nvfp4_experts_only_mse",
     ]
     assert run([*arguments, "--input-scale", "one"]) == 0
-    assert "48 of 48 linears (32 stacked) calibrated by sweep" in capsys.readouterr().out
+    assert (
+        "48 of 48 linear layers (32 after fusing), scale search: sweep" in capsys.readouterr().out
+    )

@@ -22,8 +22,9 @@ import exporter
 import verifier
 from exporter.cli.repair import repair as command
 from exporter.detect import meta_model
-from exporter.layout import of_model
+from exporter.layout.hf_mapping import of_model
 from exporter.plan.repair import logical
+from tests.layouts import to_memory
 from verifier.checkpoint import open_checkpoint
 from verifier.errors import CkptgateError, PlanError, UnsupportedConversion, UsageError
 from verifier.selftest import CORRUPTORS, Folder
@@ -102,7 +103,7 @@ def test_a_broken_twin_is_mended_byte_for_byte(kit, kind: str, defect: str, tmp_
 def test_spellings_are_enough_without_transformers(
     kit, defect: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("exporter.exporting.find_spec", lambda _name: None)
+    monkeypatch.setattr("exporter.repairing.find_spec", lambda _name: None)
     broken = copy(kit.qwen_nvfp4, tmp_path / "broken")
     BY_NAME[defect].apply(broken)
     exporter.repair(broken, tmp_path / "out", base=kit.qwen)
@@ -169,7 +170,7 @@ def in_memory(kit, twin: Path, base: Path, path: Path) -> Path:
             tuple(t.shape),
             bytes(t.contiguous().reshape(-1).view(torch.uint8).numpy()),
         )
-        for n, t in layout.to_memory(torches).items()
+        for n, t in to_memory(layout, torches).items()
     }
     return kit.folder(path, raws, json.loads((twin / "config.json").read_text()))
 
@@ -186,7 +187,7 @@ def test_a_mixed_minimax_m3_as_transformers_holds_it(
     assert not any(".block_sparse_moe." in n for n in names)
     found = CliRunner().invoke(command, [str(broken), str(tmp_path / "out"), "--base", str(base)])
     assert found.exit_code == 0, found.output
-    assert "stacks made again from their parts: equal" in found.output
+    assert "stacks re-assembled from their parts: equal" in found.output
     assert "verdict: PASSED" in found.output
     assert kit.read(tmp_path / "out") == kit.read(twin)
 
@@ -200,9 +201,9 @@ def test_what_modelopt_described_wrongly(kit, name: str, shared_data: Path, tmp_
     assert kit.read(tmp_path / "out") == kit.read(broken)
     clean(tmp_path / "out", base)
     dead = (
-        "5 quantized_layers that are no module"
+        "5 quantized_layers keys without a module"
         if "mixed" in name
-        else "2 exclusions that match no module"
+        else "2 exclusions without a module"
     )
     assert f"drop         {dead}" in found.output
 
@@ -322,7 +323,7 @@ def refused(
         (
             "aria_nvfp4_transposed",
             "src_aria",
-            r"down_proj is stored \[64, 128\].*blocks lie along the output axis",
+            r"down_proj is \[64, 128\].*blocks run along the output axis",
         ),
     ],
 )
@@ -340,19 +341,19 @@ def test_what_modelopt_lost(
 @pytest.mark.parametrize(
     ("defect", "said"),
     [
-        ("expert-lost", "its codes are lost and cannot be known"),
-        ("layer-without-experts", "its codes are lost and cannot be known"),
+        ("expert-lost", "its values are missing and cannot be recovered"),
+        ("layer-without-experts", "its values are missing and cannot be recovered"),
         ("quantized-transposed", "are stored transposed"),
         ("halved-twice", "is it the right base"),
-        ("weight-scale-2-lost", "weight_scale_2 is lost"),
-        ("block-scale-lost", "weight_scale is lost"),
+        ("weight-scale-2-lost", "weight_scale_2 is missing"),
+        ("block-scale-lost", "weight_scale is missing"),
         ("input-scale-of-one-expert", "has no input_scale, and 15 modules like it have one"),
         ("block-scale-as-f32", r"is F32 \[64, 8\], where NVFP4 has F8_E4M3"),
         ("one-column-short", r"is F8_E4M3 \[64, 7\]"),
-        ("nan-block-scale", "1 of 512 scales are no positive numbers .NaN first."),
-        ("zero-block-scale", "1 of 512 scales are no positive numbers .0 first."),
-        ("negative-weight-scale-2", "1 of 1 scales are no positive numbers .-1 first."),
-        ("stray-copy-of-a-tensor", "stands in"),
+        ("nan-block-scale", "1 of 512 scales is not a positive number .NaN first."),
+        ("zero-block-scale", "1 of 512 scales is not a positive number .0 first."),
+        ("negative-weight-scale-2", "1 of 1 scale is not a positive number .-1 first."),
+        ("stray-copy-of-a-tensor", "is in .* and in"),
         ("truncated", "ends 100 bytes early"),
     ],
 )
@@ -449,7 +450,7 @@ def two_of_one_name(folder: Folder) -> None:
         (
             call_a_norm_anything,
             PlanError,
-            "model.thing.weight: neither transformers' mapping nor any spelling",
+            "model.thing.weight: neither transformers' mapping nor a known spelling",
         ),
         (
             add_a_bias,
@@ -475,7 +476,7 @@ def test_what_values_and_names_do_not_tell(
 def test_a_stack_that_does_not_fit_is_refused_without_transformers_too(
     kit, change: Callable[[Folder], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("exporter.exporting.find_spec", lambda _name: None)
+    monkeypatch.setattr("exporter.repairing.find_spec", lambda _name: None)
     broken = copy(kit.qwen_nvfp4, tmp_path / "broken")
     change(Folder(broken))
     with pytest.raises((PlanError, UnsupportedConversion), match="down_proj"):
@@ -549,7 +550,7 @@ def test_another_base_is_refused(kit, tmp_path: Path) -> None:
     base = copy(kit.qwen, tmp_path / "base")
     folder = Folder(base)
     folder.store("model.embed_tokens.weight", folder.array("model.embed_tokens.weight")[::-1])
-    refused(kit.qwen_nvfp4, base, tmp_path, "is not what this was made from")
+    refused(kit.qwen_nvfp4, base, tmp_path, "it was not made from")
 
 
 def test_nothing_quantized(kit, tmp_path: Path) -> None:
@@ -568,12 +569,12 @@ def test_a_dry_run_says_what_a_run_would_do_and_writes_nothing(kit, tmp_path: Pa
     assert dry.exit_code == 0, dry.output
     for line in (
         "keep         192 quantized tensors, byte for byte, 24 compared with the base",
-        "take apart   8 stacked",
-        "replace      1 unquantized tensors",
+        "split        8 stacked",
+        "replace      1 unquantized tensor",
         "(recast)",
-        "add          1 tensors of the base that it lacks",
-        "drop         1 tensors that belong to no checkpoint",
-        "index and configs anew: NVFP4 (declared: NVFP4)",
+        "add          1 missing tensor of the base",
+        "drop         1 tensor without a place in a checkpoint",
+        "index and configs: NVFP4 (declared: NVFP4)",
         "nothing was written (dry run)",
     ):
         assert line in dry.output, dry.output
@@ -605,8 +606,8 @@ def test_an_export_without_input_scales_is_described_as_weight_only(kit, tmp_pat
 def test_out_is_not_an_input_and_not_swapped_unasked(kit, tmp_path: Path) -> None:
     broken = copy(kit.qwen_nvfp4, tmp_path / "broken")
     for out in (broken, kit.qwen):
-        with pytest.raises(UsageError, match="is the folder of an input"):
+        with pytest.raises(UsageError, match="is the directory of an input"):
             exporter.repair(broken, out, base=kit.qwen, overwrite=True)
     copy(kit.qwen_nvfp4, tmp_path / "out")
-    with pytest.raises(UsageError, match="--overwrite swaps it whole"):
+    with pytest.raises(UsageError, match="use --overwrite to replace it"):
         exporter.repair(broken, tmp_path / "out", base=kit.qwen)

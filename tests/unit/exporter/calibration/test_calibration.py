@@ -24,19 +24,20 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 import exporter
 import verifier
 from exporter.calibration import CalibrationReport, calibrate, render_text
-from exporter.calibration import stats as room
 from exporter.calibration.experts import reading
 from exporter.calibration.hooks import observing
 from exporter.calibration.model import load_source
 from exporter.calibration.names import OUTSIDE, Target, kv_targets, targets
 from exporter.calibration.report import Fallback
-from exporter.calibration.sites import Seen, Site, collect, problem
+from exporter.calibration.sites import Site, SiteStatistics, collect, problem
+from exporter.calibration.stats import DEAD as NO_TOKENS
+from exporter.calibration.stats import Statistics, apply_fallbacks, require_called
 from exporter.calibration.texts import TextFile, batches, choose, read_texts
 from exporter.cli.calibrate import calibrate as command
-from exporter.recipes import Recipe, Rule
+from exporter.recipes import Recipe, RecipeRule
 from tests.paths import ROOT
 from verifier.checkpoint import open_checkpoint
-from verifier.errors import ContainerError, PlanError, UsageError
+from verifier.errors import ContainerError, MachineError, PlanError, UsageError
 from verifier.load.model import load_model
 
 NVFP4 = "nvfp4_experts_only"
@@ -453,7 +454,7 @@ def test_a_dead_expert_is_listed_and_gets_the_largest_of_the_others(
         leaf = f.name.rpartition(".")[2]
         others = {e: values[f"model.layers.1.mlp.experts.{e}.{leaf}"] for e in range(8) if e != 5}
         assert values[f.name] == f.value == max(others.values())
-        assert values[f.taken_from] == f.value and tokens[f.name] == 0 and f.condition == room.DEAD
+        assert values[f.taken_from] == f.value and tokens[f.name] == 0 and f.condition == NO_TOKENS
     assert (
         dict(report.few)
         == {
@@ -466,7 +467,7 @@ def test_a_dead_expert_is_listed_and_gets_the_largest_of_the_others(
     )
     text = render_text(report)
     for said in (
-        "dead      1 experts without tokens: " + DEAD,
+        "dead      1 expert without tokens: " + DEAD,
         "fallback  3 statistics (expert without tokens",
         "warning",
     ):
@@ -482,7 +483,7 @@ def test_a_dead_expert_is_listed_and_gets_the_largest_of_the_others(
 def test_a_recipe_that_takes_some_experts_names_them_right(
     with_dead: Path, ids: Path, tmp_path: Path
 ) -> None:
-    rule = Rule(modules=("model.layers.1.mlp.experts.[4-6].*",), format="nvfp4")
+    rule = RecipeRule(modules=("model.layers.1.mlp.experts.[4-6].*",), format="nvfp4")
     report = run(with_dead, tmp_path / "stats", ids, recipe=Recipe(name="some", rules=(rule,)))
     (layer,) = report.layers
     assert (layer.experts, layer.seen, report.dead, report.modules) == ((4, 5, 6), 2, (DEAD,), 9)
@@ -497,7 +498,7 @@ def test_a_recipe_that_takes_some_experts_names_them_right(
 
 def test_a_dead_expert_can_be_refused(with_dead: Path, ids: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        PlanError, match=rf"1 experts saw no token: {DEAD}; .*--on-dead-expert fallback"
+        PlanError, match=rf"1 expert without tokens: {DEAD}; .*--on-dead-expert fallback"
     ):
         run(with_dead, tmp_path / "stats.safetensors", ids, on_dead_expert="error")
     assert list(tmp_path.iterdir()) == []
@@ -512,7 +513,7 @@ def test_a_layer_whose_input_is_zero(kit, ids: Path, tmp_path: Path) -> None:
     )
     out = tmp_path / "stats.safetensors"
     with pytest.raises(
-        PlanError, match=r"3 statistics give no scale: .*layers\.0\.mlp\.gate_proj \(zero\)"
+        PlanError, match=r"3 statistics without a valid scale: .*layers\.0\.mlp\.gate_proj \(zero\)"
     ):
         run(source, out, ids, recipe="nvfp4_mlp_only")
     report = run(source, out, ids, recipe="nvfp4_mlp_only", on_bad_stat="fallback")
@@ -546,10 +547,10 @@ def test_every_bad_value_has_its_name(value: float, said: str) -> None:
     name = "model.layers.0.mlp.experts.{}.down_proj".format
     amax, tokens = {name(0): 2.0, name(1): value, name(2): 3.0}, {name(e): 9 for e in range(3)}
     with pytest.raises(
-        PlanError, match=rf"1 statistics give no scale: .*experts\.1\.down_proj \({said}\)"
+        PlanError, match=rf"1 statistic without a valid scale: .*experts\.1\.down_proj \({said}\)"
     ):
-        room.settle(amax, tokens, {}, on_bad="error", on_dead="fallback")
-    settled = room.settle(amax, tokens, {}, on_bad="fallback", on_dead="error")
+        apply_fallbacks(Statistics(amax, tokens), on_bad="error", on_dead="fallback")
+    settled = apply_fallbacks(Statistics(amax, tokens), on_bad="fallback", on_dead="error")
     assert settled.amax == {name(0): 2.0, name(1): 3.0, name(2): 3.0}
     assert settled.fallbacks == [
         Fallback(name(1), f"{said}: the largest of the layer's other experts", 3.0, name(2))
@@ -568,17 +569,17 @@ def test_a_fallback_with_nothing_to_take_from_is_refused() -> None:
     tokens = {name(0, 0): 0, name(0, 1): 5, name(1, 0): 5}
     with pytest.raises(
         PlanError,
-        match=r"layers\.0.*: expert without tokens, and the layer's other experts have no good",
+        match=r"layers\.0.*: expert without tokens, and the layer's other experts have no valid",
     ):
-        room.settle(amax, tokens, {}, on_bad="fallback", on_dead="fallback")
+        apply_fallbacks(Statistics(amax, tokens), on_bad="fallback", on_dead="fallback")
 
 
 def test_kv_values_are_judged_too() -> None:
     name = "model.layers.{}.self_attn.k_proj.k_amax".format
     kv = {name(0): float("inf"), name(1): 2.0}
     with pytest.raises(PlanError, match=r"k_amax \(infinite\)"):
-        room.settle({}, {}, kv, on_bad="error", on_dead="fallback")
-    assert room.settle({}, {}, kv, on_bad="fallback", on_dead="fallback").kv == {
+        apply_fallbacks(Statistics(kv=kv), on_bad="error", on_dead="fallback")
+    assert apply_fallbacks(Statistics(kv=kv), on_bad="fallback", on_dead="fallback").kv == {
         name(0): 2.0,
         name(1): 2.0,
     }
@@ -586,18 +587,18 @@ def test_kv_values_are_judged_too() -> None:
 
 def test_a_module_without_any_call_is_an_error() -> None:
     alone, expert = "model.visual.fc1", "model.layers.0.mlp.experts.{}.down_proj".format
-    with pytest.raises(PlanError, match=r"1 modules saw no input at all: model\.visual\.fc1"):
-        room.require_seen([alone], {alone: 0})
-    with pytest.raises(PlanError, match="2 modules saw no input"):
-        room.require_seen([expert(0), expert(1)], {expert(0): 0, expert(1): 0})
-    room.require_seen([expert(0)], {expert(0): 0, expert(1): 4})
+    with pytest.raises(PlanError, match=r"1 module without any input: model\.visual\.fc1"):
+        require_called([alone], {alone: 0})
+    with pytest.raises(PlanError, match="2 modules without any input"):
+        require_called([expert(0), expert(1)], {expert(0): 0, expert(1): 0})
+    require_called([expert(0)], {expert(0): 0, expert(1): 4})
 
 
 @golden
 def test_a_module_that_text_never_reaches_is_named(tmp_path: Path) -> None:
-    rule = Rule(modules=("vision_tower.*.fc1", "*.experts.*"), format="nvfp4")
+    rule = RecipeRule(modules=("vision_tower.*.fc1", "*.experts.*"), format="nvfp4")
     file = ids_file(tmp_path / "t.jsonl", documents(2048, 2))
-    with pytest.raises(PlanError, match=r"modules saw no input at all: vision_tower.*\.fc1"):
+    with pytest.raises(PlanError, match=r"modules? without any input: vision_tower.*\.fc1"):
         run(
             GOLDEN,
             tmp_path / "stats.safetensors",
@@ -680,8 +681,8 @@ def test_a_full_disk_leaves_nothing(
     def full(_fd: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("exporter.calibration.stats.os.fsync", full)
-    with pytest.raises(OSError, match="No space"):
+    monkeypatch.setattr("verifier.files.os.fsync", full)
+    with pytest.raises(MachineError, match="No space"):
         run(kit.llama, tmp_path / "stats", ids, recipe="nvfp4_mlp_only")
     assert list(tmp_path.iterdir()) == []
 
@@ -752,8 +753,8 @@ def test_a_maximum_keeps_nan_and_infinity_and_takes_any_shape() -> None:
         sites[1].update(0, torch.tensor([[value]]))
     unseen = sites[2]
     found = collect(sites)
-    assert found[sites[0]] == Seen((3.0,), (2,)) and np.isnan(found[sites[1]].amax[0])
-    assert found[unseen] == Seen((0.0,), (0,)) and not unseen.called
+    assert found[sites[0]] == SiteStatistics((3.0,), (2,)) and np.isnan(found[sites[1]].amax[0])
+    assert found[unseen] == SiteStatistics((0.0,), (0,)) and not unseen.called
 
 
 def test_percentile_of_a_model(kit, qwen, ids: Path, tmp_path: Path) -> None:
@@ -929,7 +930,7 @@ def test_two_files_and_fewer_samples_than_asked(kit, ids: Path, tmp_path: Path) 
         (2, 2, 2 * LENGTH),
         (50, 1, LENGTH),
     ]
-    assert "1 samples (50 asked for: the texts hold no more), 24 tokens" in render_text(report)
+    assert "1 sample (50 requested; the file holds no more), 24 tokens" in render_text(report)
 
 
 # what is refused
@@ -944,15 +945,15 @@ def test_two_files_and_fewer_samples_than_asked(kit, ids: Path, tmp_path: Path) 
         ({"seq_len": 1}, "--seq-len at least 2"),
         ({"batch_size": 0}, "at least 1"),
         ({"min_tokens": -1}, "--min-tokens"),
-        ({"method": "entropy"}, "no method 'entropy'"),
+        ({"method": "entropy"}, "--method entropy: use max"),
         ({"percentile": 0}, "--percentile 0"),
         ({"percentile": 100.5}, "--percentile 100.5"),
         ({"percentile": float("nan")}, "--percentile nan"),
         ({"on_bad_stat": "x"}, "--on-bad-stat x"),
         ({"on_dead_expert": "x"}, "--on-dead-expert x"),
-        ({"texts": ["/no/such"]}, "/no/such: no such file of texts"),
-        ({"recipe": "nvfp4_expert"}, "no recipe"),
-        ({"device": "cuda:99"}, "cuda:99: no such device"),
+        ({"texts": ["/no/such"]}, "/no/such: no such text file"),
+        ({"recipe": "nvfp4_expert"}, "unknown recipe"),
+        ({"device": "cuda:99"}, "cuda:99: this machine has no such device"),
     ],
 )
 def test_wrong_options(kit, ids: Path, tmp_path: Path, more: dict[str, Any], said: str) -> None:
@@ -966,12 +967,12 @@ def test_wrong_paths(kit, ids: Path, tmp_path: Path) -> None:
     out = tmp_path / "stats"
     out.write_text("mine")
     for where, target, said in (
-        (source, out, "exists; --overwrite"),
-        (source, tmp_path, "is a folder"),
+        (source, out, "already exists; use --overwrite"),
+        (source, tmp_path, "is a directory"),
         (source, tmp_path / "no" / "x", "does not exist"),
         (tmp_path / "none", tmp_path / "s", "no such folder"),
-        (source, source / "stats.safetensors", "beside the source's shards"),
-        ("memory://x", tmp_path / "s", "a local folder"),
+        (source, source / "stats.safetensors", "in the source's directory"),
+        ("memory://x", tmp_path / "s", "local directories only"),
     ):
         with pytest.raises(UsageError, match=said):
             run(where, target, ids)
@@ -1027,23 +1028,23 @@ def test_families_outside_the_interface_are_refused_by_name(
     kit, ids: Path, tmp_path: Path, family: str
 ) -> None:
     source = edited_config(kit, tmp_path / "source", lambda c: c.update(model_type=family))
-    with pytest.raises(PlanError, match=f"{family} is outside transformers' experts interface"):
+    with pytest.raises(PlanError, match=f"{family} does not use transformers' experts interface"):
         run(source, tmp_path / "stats", ids)
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda c: c.update(architectures=["NoSuchModel"]), "has no architecture 'NoSuchModel'"),
-        (lambda c: c.update(model_type="no_such"), "transformers cannot load it"),
+        (lambda c: c.update(architectures=["NoSuchModel"]), "has no architecture NoSuchModel"),
+        (lambda c: c.update(model_type="no_such"), "does not know the model_type"),
         (
             lambda c: c.update(num_hidden_layers=3),
-            "keys of the model are missing or of another shape, model.layers.2",
+            "keys of the model missing or with a different shape, model.layers.2",
         ),
-        (lambda c: c.update(hidden_size=64), "transformers cannot load it|of another shape"),
+        (lambda c: c.update(hidden_size=64), "with a different shape, "),
         (
             lambda c: c.update(max_position_embeddings=8),
-            "--seq-len 24 is beyond the model's 8 positions",
+            "--seq-len 24 is more than the model's 8 positions",
         ),
     ],
 )
@@ -1058,7 +1059,7 @@ def test_a_module_that_the_model_does_not_have(kit, ids: Path, tmp_path: Path) -
     source = kit.edit(
         kit.qwen, tmp_path / "source", lambda t: t.update({f"{name}.weight": kit.bf16(64, 128)})
     )
-    recipe = Recipe(name="m", rules=(Rule(modules=("mtp.*", "*.experts.*"), format="nvfp4"),))
+    recipe = Recipe(name="m", rules=(RecipeRule(modules=("mtp.*", "*.experts.*"), format="nvfp4"),))
     with pytest.raises(
         PlanError, match=rf"{name} is in the source and not in transformers' Qwen3MoeForCausalLM"
     ):
@@ -1066,7 +1067,7 @@ def test_a_module_that_the_model_does_not_have(kit, ids: Path, tmp_path: Path) -
 
 
 def test_a_module_that_is_neither_linear_nor_experts(kit, ids: Path, tmp_path: Path) -> None:
-    recipe = Recipe(name="r", rules=(Rule(modules=("*.mlp.gate",), format="nvfp4"),))
+    recipe = Recipe(name="r", rules=(RecipeRule(modules=("*.mlp.gate",), format="nvfp4"),))
     with pytest.raises(
         PlanError,
         match=r"mlp\.gate is .* of a Qwen3MoeTopKRouter in transformers: neither a linear layer",
@@ -1087,15 +1088,15 @@ def test_expert_numbers_with_a_gap_are_refused(kit, ids: Path, tmp_path: Path) -
 
 
 def test_the_head_is_read_at_every_position(kit, ids: Path, tmp_path: Path) -> None:
-    recipe = Recipe(name="h", rules=(Rule(modules=("lm_head",), format="nvfp4"),))
+    recipe = Recipe(name="h", rules=(RecipeRule(modules=("lm_head",), format="nvfp4"),))
     run(kit.llama, tmp_path / "stats", ids, recipe=recipe)
     assert maxima(tmp_path / "stats", "tokens") == {"lm_head": 6 * LENGTH}
 
 
 def test_texts_that_do_not_fit_the_model(kit, tmp_path: Path) -> None:
-    with pytest.raises(PlanError, match="token id 512, the vocabulary 512 entries"):
+    with pytest.raises(PlanError, match="token id 512, and the vocabulary has 512 entries"):
         run(kit.qwen, tmp_path / "stats", ids_file(tmp_path / "a.jsonl", [[1, 512]]))
-    with pytest.raises(PlanError, match="gives no sequence of two tokens or more"):
+    with pytest.raises(PlanError, match="gives no sequence of at least two tokens"):
         run(kit.qwen, tmp_path / "stats", ids_file(tmp_path / "b.jsonl", [[1]]))
     (tmp_path / "c.txt").write_text("words")
     with pytest.raises(PlanError, match="has no tokenizer; give token ids"):
@@ -1105,7 +1106,7 @@ def test_texts_that_do_not_fit_the_model(kit, tmp_path: Path) -> None:
 def test_stats_of_another_model_are_refused_at_export(kit, ids: Path, tmp_path: Path) -> None:
     run(kit.llama, tmp_path / "stats", ids, recipe="nvfp4_default")
     with pytest.raises(
-        PlanError, match=r"no input maximum for .*; were they taken from this model"
+        PlanError, match=r"no input maximum for .*; were they measured on this model"
     ):
         exporter.export(
             kit.qwen, tmp_path / "out", recipe="nvfp4_default", stats=tmp_path / "stats"
@@ -1137,19 +1138,23 @@ def test_the_command_prints_the_report(kit, ids: Path, tmp_path: Path, qwen) -> 
     text, error = invoke(kit.qwen, *given)
     assert error is None, error
     assert out.read_bytes() == qwen[0].read_bytes()
-    assert f"calibrated 56 modules of {kit.qwen} by nvfp4_default, max\n" in text
+    assert f"calibrated 56 modules of {kit.qwen} (recipe nvfp4_default, method max)\n" in text
     assert (
         f"experts   model.layers.0.mlp.experts: 8 of 8 with tokens, {min(qwen[1].layers[0].tokens)} to "
         in text
     )
-    assert "amax      " in text and "kv        4 maxima" in text and text.endswith(f"wrote {out}\n")
+    assert (
+        "amax      " in text
+        and "kv        4 statistics" in text
+        and text.endswith(f"wrote {out}\n")
+    )
 
 
 def test_the_command_refuses_as_the_function_does(kit, ids: Path, tmp_path: Path) -> None:
     given = [kit.qwen, "--recipe", NVFP4, "--texts", ids, "-o", tmp_path / "s"]
     for samples, said in (
         ("1,2", "1 --texts and 2 numbers"),
-        ("1,x", "--samples 1,x: whole numbers"),
+        ("1,x", "--samples 1,x: use integers"),
     ):
         error = invoke(*given, "--samples", samples)[1]
         assert isinstance(error, UsageError) and said in str(error)

@@ -247,10 +247,10 @@ def test_the_command_counts_what_recipes_would_take(
 ) -> None:
     assert run(["detect", str(kit.qwen)]) == 0
     text = capsys.readouterr().out
-    assert "qwen3_moe: 48 linears of routed experts in 2 layers" in text
+    assert "qwen3_moe: 48 linear layers of routed experts in 2 layers" in text
     assert (
-        "nvfp4_experts_only        48 linears" in text
-        and "nvfp4_default             56 linears" in text
+        "nvfp4_experts_only        48 linear layers" in text
+        and "nvfp4_default             56 linear layers" in text
     )
     alone = tmp_path / "config.json"
     alone.write_text((kit.qwen / "config.json").read_text())
@@ -286,7 +286,7 @@ def test_a_reader_of_ones_own(
         assert "DbrxExpertGLU is registered twice" in capsys.readouterr().err
         del READERS["DbrxExpertGLU"]
         assert run(["detect", str(tmp_path), "--plugin", str(file)]) == 0
-        assert "12 linears of routed experts in 1 layers" in capsys.readouterr().out
+        assert "12 linear layers of routed experts in 1 layer" in capsys.readouterr().out
         file.write_text("1 / 0")
         assert run(["detect", str(tmp_path), "--plugin", str(file)]) == 2
         assert "mine.py: ZeroDivisionError: division by zero" in capsys.readouterr().err

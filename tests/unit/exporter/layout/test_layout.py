@@ -17,20 +17,22 @@ import transformers
 from safetensors.torch import load_file
 
 from exporter import codecs
-from exporter.layout import Layout, hf_mapping, of_model
-from exporter.layout.pieces import (
+from exporter.layout import Layout, hf_mapping
+from exporter.layout.grids import (
     Grid,
+    apply_ops,
     concatenate,
-    cut,
     deinterleave,
     interleave,
-    run,
+    split,
     stack,
     transpose,
     whole,
 )
-from exporter.layout.pieces import Op as Operation
+from exporter.layout.grids import Op as Operation
+from exporter.layout.hf_mapping import of_model
 from tests import sparse
+from tests.layouts import to_hub, to_memory
 from verifier.errors import UnsupportedConversion
 
 E, F, H = 4, 128, 64
@@ -40,7 +42,7 @@ def layout(memory: Mapping[str, Grid], transposed: frozenset[str] = frozenset())
     """Return a layout whose hub shapes are those that the pieces cover."""
     shapes: dict[str, list[int]] = {}
     for grid in memory.values():
-        for p in grid.pieces:
+        for p in grid.regions:
             ends = shapes.setdefault(p.hub, [0] * len([a for a in p.axes if a.hub is not None]))
             for a in p.axes:
                 if a.hub is not None:
@@ -118,8 +120,8 @@ def test_an_operation_on_shapes_is_the_operation_on_values(made: Any, wanted: An
     x, y = values
     found = layout({"m": made(whole("x", (4, 6)), whole("y", (4, 6)))})
     memory = {"m": wanted(x, y).contiguous()}
-    assert same(found.to_memory({"x": x, "y": y}), memory)
-    assert same(found.to_hub(memory), {"x": x, "y": y})
+    assert same(to_memory(found, {"x": x, "y": y}), memory)
+    assert same(to_hub(found, memory), {"x": x, "y": y})
 
 
 def test_rotary_pairs_are_brought_to_halves_within_each_head() -> None:
@@ -127,18 +129,18 @@ def test_rotary_pairs_are_brought_to_halves_within_each_head() -> None:
     values = torch.arange(72.0).view(24, 3)
     wanted = values.view(3, 4, 2, 3).transpose(1, 2).reshape(24, 3)
     for kind, before, after in (("rotary", values, wanted), ("unrotary", wanted, values)):
-        (grid,) = run([Operation(kind, 0, sizes=(3,))], [[whole("q", (24, 3))]], 1)
-        assert same(layout({"q_proj": grid}).to_memory({"q": before}), {"q_proj": after})
-    chosen = run(
+        (grid,) = apply_ops([Operation(kind, 0, sizes=(3,))], [[whole("q", (24, 3))]], 1)
+        assert same(to_memory(layout({"q_proj": grid}), {"q": before}), {"q_proj": after})
+    chosen = apply_ops(
         [Operation("chunk", 0), Operation("rotary", 0, sizes=(2,), only=(0,))],
         [[whole("qv", (16, 3))]],
         2,
     )
-    memory = layout(dict(zip("qv", chosen, strict=True))).to_memory({"qv": values[:16]})
+    memory = to_memory(layout(dict(zip("qv", chosen, strict=True))), {"qv": values[:16]})
     assert torch.equal(memory["v"], values[8:16])
     assert torch.equal(memory["q"], values[:8].view(2, 2, 2, 3).transpose(1, 2).reshape(8, 3))
     with pytest.raises(ValueError, match="24 rows do not divide into the halves of 5 heads"):
-        run([Operation("rotary", 0, sizes=(5,))], [[whole("q", (24, 3))]], 1)
+        apply_ops([Operation("rotary", 0, sizes=(5,))], [[whole("q", (24, 3))]], 1)
 
 
 def test_a_list_of_experts_that_two_stacks_share() -> None:
@@ -148,47 +150,48 @@ def test_a_list_of_experts_that_two_stacks_share() -> None:
     shapes = [(6, 4), (6, 4), (2, 4), (2, 4)]
     hub_values = {f"{w}.{e}": torch.randn(s) for w in ("gate", "up") for e, s in enumerate(shapes)}
     groups = [[whole(f"{w}.{e}", s) for e, s in enumerate(shapes)] for w in ("gate", "up")]
-    text, vision = run([Operation("share", 0, 1)], groups, 2)
+    text, vision = apply_ops([Operation("share", 0, 1)], groups, 2)
     found = layout({"text": text, "vision": vision})
-    memory = found.to_memory(hub_values)
+    memory = to_memory(found, hub_values)
     for name, experts in (("text", (0, 1)), ("vision", (2, 3))):
         rows = [torch.cat([hub_values[f"{w}.{e}"] for w in ("gate", "up")]) for e in experts]
         assert torch.equal(memory[name], torch.stack(rows))
-    assert same(found.to_hub(memory), hub_values)
+    assert same(to_hub(found, memory), hub_values)
 
 
 def test_a_fused_hub_tensor_is_cut_for_memory_and_joined_again() -> None:
-    parts = cut(whole("qkv", (12, 6)), 0, [8, 2, 2])
+    parts = split(whole("qkv", (12, 6)), 0, [8, 2, 2])
     found = layout(dict(zip(("q", "k", "v"), parts, strict=True)))
     fused = torch.arange(72.0).view(12, 6)
-    memory = found.to_memory({"qkv": fused})
+    memory = to_memory(found, {"qkv": fused})
     assert same(memory, {"q": fused[:8], "k": fused[8:10], "v": fused[10:]})
-    assert same(found.to_hub(memory), {"qkv": fused})
+    assert same(to_hub(found, memory), {"qkv": fused})
     with pytest.raises(UnsupportedConversion, match="qkv: element count"):
-        found.to_hub({n: t for n, t in memory.items() if n != "k"})
+        to_hub(found, {n: t for n, t in memory.items() if n != "k"})
 
 
 def test_what_does_not_divide_is_refused() -> None:
     with pytest.raises(ValueError, match="does not divide into 5 parts"):
-        run([Operation("chunk", 0)], [[whole("x", (12, 6))]], 5)
+        apply_ops([Operation("chunk", 0)], [[whole("x", (12, 6))]], 5)
     with pytest.raises(ValueError, match="does not divide into"):
-        run([Operation("split", 0, sizes=(8, 3))], [[whole("x", (12, 6))]], 2)
+        apply_ops([Operation("split", 0, sizes=(8, 3))], [[whole("x", (12, 6))]], 2)
     assert [
-        g.shape for g in run([Operation("split", 0, sizes=(8, 4))], [[whole("x", (12, 6))]], 2)
+        g.shape
+        for g in apply_ops([Operation("split", 0, sizes=(8, 4))], [[whole("x", (12, 6))]], 2)
     ] == [(8, 6), (4, 6)]
-    assert [g.shape for g in run([Operation("unstack", 0)], [[whole("x", (3, 4, 6))]], 1)] == [
-        (4, 6)
-    ] * 3
-    with pytest.raises(ValueError, match="no two halves"):
+    assert [
+        g.shape for g in apply_ops([Operation("unstack", 0)], [[whole("x", (3, 4, 6))]], 1)
+    ] == [(4, 6)] * 3
+    with pytest.raises(ValueError, match="does not divide into halves"):
         interleave(whole("x", (3, 6)), 0)
 
 
 @pytest.mark.parametrize(
     ("grid", "said"),
     [
-        (Grid((8, 6), whole("x", (4, 6)).pieces * 2), "lie in the same place"),
-        (Grid((9, 6), whole("x", (8, 6)).pieces), "element count"),
-        (Grid((4, 6), whole("x", (8, 3)).pieces), "bounds"),
+        (Grid((8, 6), whole("x", (4, 6)).regions * 2), "overlap in memory"),
+        (Grid((9, 6), whole("x", (8, 6)).regions), "element count"),
+        (Grid((4, 6), whole("x", (8, 3)).regions), "bounds"),
     ],
 )
 def test_a_layout_is_a_bijection_or_none(grid: Grid, said: str) -> None:
@@ -201,16 +204,16 @@ def test_two_tensors_of_one_hub_name() -> None:
     with pytest.raises(UnsupportedConversion, match=r"x: element count \(f\)"):
         both.prove()
     with pytest.raises(UnsupportedConversion, match="x: rename"):
-        both.to_hub({"a": torch.zeros(4, 6), "b": torch.zeros(4, 6)})
+        to_hub(both, {"a": torch.zeros(4, 6), "b": torch.zeros(4, 6)})
 
 
 def test_no_name_is_made_up() -> None:
     with pytest.raises(
         UnsupportedConversion, match=r"mlp\.experts\.gate_proj: rename \(a family\)"
     ):
-        experts().to_hub({"mlp.experts.gate_proj": torch.zeros(E, F, H)})
+        to_hub(experts(), {"mlp.experts.gate_proj": torch.zeros(E, F, H)})
     with pytest.raises(UnsupportedConversion, match="the hub layout has no such tensor"):
-        experts().to_memory({"moe.experts.0.gate_proj.weight": torch.zeros(F, H)})
+        to_memory(experts(), {"moe.experts.0.gate_proj.weight": torch.zeros(F, H)})
 
 
 # siblings
@@ -234,15 +237,15 @@ def test_quantize_then_unstack_is_unstack_then_quantize(fmt: str, joint: str) ->
     name, found = "mlp.experts.gate_up_proj", experts()
     amax = codecs.amax(stacked, fmt)
     shared = {"amax": amax} if fmt in ("nvfp4", "fp8") else {}
-    before = found.to_hub(spelled(name, codecs.encode(stacked, fmt, **shared), joint))
+    before = to_hub(found, spelled(name, codecs.encode(stacked, fmt, **shared), joint))
     after: dict[str, torch.Tensor] = {}
-    for plain, value in found.to_hub({name: stacked}).items():
+    for plain, value in to_hub(found, {name: stacked}).items():
         expert = int(plain.split(".")[2])
         one = {"amax": amax[expert]} if shared else {}
         after |= spelled(plain, codecs.encode(value, fmt, **one))
     assert len(after) == 2 * E * len(codecs.encode(stacked[0], fmt))
     assert same(before, after)
-    assert same(found.to_memory(before), spelled(name, codecs.encode(stacked, fmt, **shared), "."))
+    assert same(to_memory(found, before), spelled(name, codecs.encode(stacked, fmt, **shared), "."))
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
@@ -251,12 +254,12 @@ def test_quantize_then_unfuse_is_unfuse_then_quantize(fmt: str) -> None:
     fused, found = torch.randn(2 * F, H), dense()
     shared = {"amax": codecs.amax(fused, fmt)} if fmt in ("nvfp4", "fp8") else {}
     parts = codecs.encode(fused, fmt, **shared)
-    before = found.to_hub(spelled("mlp.gate_up_proj.weight", parts))
+    before = to_hub(found, spelled("mlp.gate_up_proj.weight", parts))
     after: dict[str, torch.Tensor] = {}
-    for plain, value in found.to_hub({"mlp.gate_up_proj.weight": fused}).items():
+    for plain, value in to_hub(found, {"mlp.gate_up_proj.weight": fused}).items():
         after |= spelled(plain, codecs.encode(value, fmt, **shared))
     assert same(before, after)
-    assert same(found.to_memory(before), spelled("mlp.gate_up_proj.weight", parts))
+    assert same(to_memory(found, before), spelled("mlp.gate_up_proj.weight", parts))
 
 
 @pytest.mark.parametrize("fmt", ["nvfp4", "mxfp8"])
@@ -281,7 +284,7 @@ def test_quantize_then_deinterleave_and_untranspose(fmt: str) -> None:
     quantized = {
         n: t.transpose(1, 2).contiguous() if t.ndim == 3 else t for n, t in encoded.items()
     }
-    before = found.to_hub(spelled(name, quantized))
+    before = to_hub(found, spelled(name, quantized))
     after: dict[str, torch.Tensor] = {}
     for expert in range(E):
         for first, w in ((0, "w1"), (1, "w3")):
@@ -289,13 +292,13 @@ def test_quantize_then_deinterleave_and_untranspose(fmt: str) -> None:
             plain = memory[expert, :, first::2].T
             after |= spelled(hub(expert, w), codecs.encode(plain, fmt, **one))
     assert same(before, after)
-    assert same(found.to_memory(before), spelled(name, quantized))
+    assert same(to_memory(found, before), spelled(name, quantized))
 
 
 def test_128_by_128_blocks_are_cut_on_128_only() -> None:
     fused = torch.randn(2 * F, H)
     assert (
-        len(dense().to_hub(spelled("mlp.gate_up_proj.weight", codecs.encode(fused, "fp8_block"))))
+        len(to_hub(dense(), spelled("mlp.gate_up_proj.weight", codecs.encode(fused, "fp8_block"))))
         == 4
     )
     odd = layout(
@@ -307,7 +310,7 @@ def test_128_by_128_blocks_are_cut_on_128_only() -> None:
     )
     parts = spelled("g.gate_up_proj.weight", codecs.encode(torch.randn(384, H), "fp8_block"))
     with pytest.raises(UnsupportedConversion, match="seam on out is at 192, inside a block of 128"):
-        odd.to_hub(parts)
+        to_hub(odd, parts)
 
 
 def test_each_sibling_goes_where_its_axes_say() -> None:
@@ -320,7 +323,7 @@ def test_each_sibling_goes_where_its_axes_say() -> None:
         "mlp.experts.down_proj.pre_quant_scale": torch.randn(E, F),
         "mlp.experts.down_proj.weight_scale_inv": torch.rand(E, H, F // 32),
     }
-    found = experts().to_hub(memory)
+    found = to_hub(experts(), memory)
     for e in range(E):
         for w, rows in (("w1", slice(0, F)), ("w3", slice(F, 2 * F))):
             head = f"moe.experts.{e}.{w}"
@@ -344,8 +347,9 @@ def test_each_sibling_goes_where_its_axes_say() -> None:
     assert len(found) == 2 * E * 5 + 2 * E
     storages = [t.untyped_storage().data_ptr() for t in found.values()]
     assert len(set(storages)) == len(storages), "a copied scalar shares its storage"
-    again = experts().to_memory(
-        {n: t for n, t in found.items() if not n.endswith(("input_scale", "pre_quant_scale"))}
+    again = to_memory(
+        experts(),
+        {n: t for n, t in found.items() if not n.endswith(("input_scale", "pre_quant_scale"))},
     )
     alike = {
         n.replace("proj_bias", "proj.bias"): t
@@ -357,16 +361,16 @@ def test_each_sibling_goes_where_its_axes_say() -> None:
 
 def test_parts_that_do_not_agree_are_not_joined() -> None:
     fused = {"weight": torch.zeros(2 * F, H), "weight_scale_2": torch.tensor(1.0)}
-    found = dense().to_hub({f"mlp.gate_up_proj.{leaf}": t for leaf, t in fused.items()})
+    found = to_hub(dense(), {f"mlp.gate_up_proj.{leaf}": t for leaf, t in fused.items()})
     assert set(found) == {
         f"mlp.{n}_proj.{leaf}" for n in ("gate", "up") for leaf in ("weight", "weight_scale_2")
     }
     found["mlp.up_proj.weight_scale_2"] = torch.tensor(2.0)
     with pytest.raises(UnsupportedConversion, match=r"mlp\.gate_up_proj\.weight_scale_2: join"):
-        dense().to_memory(found)
+        to_memory(dense(), found)
     del found["mlp.up_proj.weight"], found["mlp.up_proj.weight_scale_2"]
     with pytest.raises(UnsupportedConversion, match="1 of its 2 parts are here"):
-        dense().to_memory(found)
+        to_memory(dense(), found)
 
 
 def test_kv_scales_stay_with_their_own_projection() -> None:
@@ -379,16 +383,16 @@ def test_kv_scales_stay_with_their_own_projection() -> None:
         }
     )
     memory = {"attn.qkv.weight": torch.zeros(128, H), "attn.qkv.k_scale": torch.tensor(3.0)}
-    assert {n for n in found.to_hub(memory) if "scale" in n} == {"attn.k_proj.k_scale"}
+    assert {n for n in to_hub(found, memory) if "scale" in n} == {"attn.k_proj.k_scale"}
     with pytest.raises(UnsupportedConversion, match="none of its parts is called k_proj"):
-        dense().to_hub({"mlp.gate_up_proj.k_scale": torch.tensor(1.0)})
+        to_hub(dense(), {"mlp.gate_up_proj.k_scale": torch.tensor(1.0)})
 
 
 def test_a_scale_whose_shape_means_nothing_is_refused() -> None:
     with pytest.raises(
         UnsupportedConversion, match=r"mlp.experts.gate_up_proj.weight_scale: axes.*\[3, 5\]"
     ):
-        experts().to_hub({"mlp.experts.gate_up_proj.weight_scale": torch.zeros(3, 5)})
+        to_hub(experts(), {"mlp.experts.gate_up_proj.weight_scale": torch.zeros(3, 5)})
 
 
 # whole families
@@ -480,10 +484,10 @@ def test_a_family_is_named_as_transformers_saves_it(family: str, tmp_path: Path)
     model = build(family, FAMILIES[family])
     memory, disk = hf_mapping.saved(model), saved(model, tmp_path)
     found = of_model(model)
-    assert same(found.to_hub(memory), disk)
-    assert same(found.to_memory(disk), memory)
+    assert same(to_hub(found, memory), disk)
+    assert same(to_memory(found, disk), memory)
     by_source = of_model(model, {n: tuple(t.shape) for n, t in disk.items()})
-    assert same(by_source.to_hub(memory), disk)
+    assert same(to_hub(by_source, memory), disk)
 
 
 def test_minimax_m3_with_vision_and_indexer(shared_data: Path, tmp_path: Path) -> None:
@@ -494,11 +498,11 @@ def test_minimax_m3_with_vision_and_indexer(shared_data: Path, tmp_path: Path) -
     )
     memory, disk = hf_mapping.saved(model), saved(model, tmp_path)
     found = of_model(model)
-    assert same(found.to_hub(memory), disk) and same(found.to_memory(disk), memory)
+    assert same(to_hub(found, memory), disk) and same(to_memory(found, disk), memory)
     fused = next(n for n in memory if n.endswith("layers.0.mlp.gate_up_proj.weight"))
     rows, columns = memory[fused].shape
-    scale = found.to_hub(
-        {fused.replace("weight", "weight_scale"): torch.zeros(rows, columns // 32)}
+    scale = to_hub(
+        found, {fused.replace("weight", "weight_scale"): torch.zeros(rows, columns // 32)}
     )
     assert {n.rpartition("layers.0.")[2] for n in scale} == {
         "mlp.gate_proj.weight_scale",
@@ -530,7 +534,7 @@ def test_the_source_index_decides_where_the_mapping_is_no_bijection() -> None:
     released = {n: (s[0], s[2], s[1]) if n in experts_of else s for n, s in names.items()}
     assert experts_of
     memory = hf_mapping.saved(model)
-    ours, theirs = of_model(model).to_hub(memory), of_model(model, released).to_hub(memory)
+    ours, theirs = to_hub(of_model(model), memory), to_hub(of_model(model, released), memory)
     for name in experts_of:
         assert torch.equal(theirs[name], ours[name].transpose(1, 2))
     assert all(torch.equal(theirs[n], ours[n]) for n in names if n not in experts_of)

@@ -335,9 +335,9 @@ def test_a_second_export_to_the_same_out_is_refused(
     first.start()
     try:
         assert begun.wait(60)
-        with pytest.raises(UsageError, match="another export to it is running"):
+        with pytest.raises(UsageError, match="another export is writing it"):
             export(big, tmp_path / "out")
-        with pytest.raises(UsageError, match="another export to it is running"):
+        with pytest.raises(UsageError, match="another export is writing it"):
             export(big, tmp_path / "out", recipe="mxfp8_default")
     finally:
         go.set()
@@ -358,7 +358,7 @@ def test_a_second_export_while_the_first_gets_its_final_name(
     def fsync(fd: int) -> None:
         if not tried and (work_folder(out) / "ckptgate_manifest.json").exists():
             tried.append(fd)
-            with pytest.raises(UsageError, match="another export to it is running"):
+            with pytest.raises(UsageError, match="another export is writing it"):
                 exporter.export(kit.qwen, out, recipe=NVFP4, input_scale="one")
         real(fd)
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stacks of experts read as single linears: every sibling cut along its own axes, and what has no
-meaning left alone.
+"""Stacks of experts read as single linear layers: every sibling cut along its own axes, and tensors
+without a meaning left as they are.
 """
 
 from __future__ import annotations
@@ -15,7 +15,13 @@ import pytest
 
 import verifier
 from verifier.checkpoint import Checkpoint, open_checkpoint
-from verifier.layouts.expert_stacks import Unstacked, expanded, restacked, split_shapes, unstacked
+from verifier.layouts.expert_stacks import (
+    UnstackedCheckpoint,
+    expanded,
+    restacked,
+    split_shapes,
+    unstacked,
+)
 from verifier.schemes import gather, read_declarations
 
 E, H, F = 3, 32, 48
@@ -61,7 +67,7 @@ def arrays(found: Checkpoint) -> dict[str, np.ndarray]:
     return {n: found.array(t) for n, t in found.tensors.items()}
 
 
-def test_every_sibling_of_a_turned_and_woven_stack(tmp_path: Path) -> None:
+def test_every_sibling_of_a_transposed_and_interleaved_stack(tmp_path: Path) -> None:
     stack = {
         "gate_up_proj": some(E, H // 2, 2 * F),
         "gate_up_proj_weight_scale": some(E, H // 16, 2 * F, dtype=E4M3),
@@ -77,7 +83,7 @@ def test_every_sibling_of_a_turned_and_woven_stack(tmp_path: Path) -> None:
     raw = folder(tmp_path / "a", tensors, {"model_type": "gpt_oss"})
     view = unstacked(raw)
     found = arrays(view)
-    assert isinstance(view, Unstacked) and view.nbytes == raw.nbytes
+    assert isinstance(view, UnstackedCheckpoint) and view.nbytes == raw.nbytes
     assert len(found) == E * (2 * 5 + 2) + 1
     for e in range(E):
         for k, leaf in enumerate(("gate_proj", "up_proj")):
@@ -102,13 +108,13 @@ def test_every_sibling_of_a_turned_and_woven_stack(tmp_path: Path) -> None:
         and module.inferred_format.algo == "NVFP4"
     )
     for name, tensor in view.tensors.items():  # in pieces as rules read them
-        pieces = b"".join(p.tobytes() for _, p in view.pieces(tensor, 64))
+        chunks = b"".join(p.tobytes() for _, p in view.pieces(tensor, 64))
         assert (
-            pieces == found[name].tobytes() == view.read_range(tensor, 0, tensor.nbytes).tobytes()
+            chunks == found[name].tobytes() == view.read_range(tensor, 0, tensor.nbytes).tobytes()
         )
 
 
-def test_mxfp4_stacks_are_not_turned(tmp_path: Path) -> None:
+def test_mxfp4_stacks_are_not_transposed(tmp_path: Path) -> None:
     blocks, scales = some(E, 2 * F, H // 32, 16), some(E, 2 * F, H // 32)
     down, more = some(E, H, 64 // 32, 16), some(E, H, 64 // 32)
     names = {"gate_up_proj_blocks": blocks, "gate_up_proj_scales": scales}
@@ -152,7 +158,7 @@ def test_what_is_one_stretch_of_its_file_is_read_there(tmp_path: Path) -> None:
     "change",
     [
         {"model_type": "qwen3_moe"},
-        {f"{LLAMA}.gate_up_proj": (E, 2 * F, H)},  # not turned
+        {f"{LLAMA}.gate_up_proj": (E, 2 * F, H)},  # not transposed
         {f"{LLAMA}.down_proj": (E, F + 1, H)},
         {f"{LLAMA}.down_proj": (E + 1, F, H)},
         {f"{LLAMA}.down_proj": (F, H)},
@@ -226,17 +232,32 @@ def test_what_a_declaration_says_of_a_stack_it_says_of_its_linears(tmp_path: Pat
     assert found.exclude == (*(f"{LLAMA}.{e}.down_proj" for e in range(E)), "lm_head")
 
 
-def test_only_whole_stacks_are_put_together() -> None:
+def test_only_whole_stacks_are_restacked() -> None:
     names = [f"{GPT}.{e}.{p}_proj.weight" for e in range(E) for p in ("gate", "up", "down")]
-    found = restacked(
-        [*names, f"{GPT}.x.up_proj.weight", "model.norm.weight"], {"model_type": "gpt_oss"}
-    )
+    config = {"model_type": "gpt_oss"}
+    found = {
+        s.name: s
+        for s in restacked([*names, f"{GPT}.x.up_proj.weight", "model.norm.weight"], config)
+    }
     assert set(found) == {f"{GPT}.gate_up_proj", f"{GPT}.down_proj"}
-    assert found[f"{GPT}.gate_up_proj"] == ("weight", [n for n in names if "down" not in n])
-    assert set(restacked(names[:-1], {"model_type": "gpt_oss"})) == {f"{GPT}.gate_up_proj"}
+    both = found[f"{GPT}.gate_up_proj"]
+    assert both.leaf == "weight" and both.projections == ("gate_proj", "up_proj")
+    assert both.parts == tuple(n for n in names if "down" not in n)
+    assert [s.name for s in restacked(names[:-1], config)] == [f"{GPT}.gate_up_proj"]
     far = [f"{GPT}.9999999.{p}_proj.weight" for p in ("gate", "up", "down")]
-    assert (
-        restacked(far, {"model_type": "gpt_oss"})
-        == {}
-        == restacked(names, {"model_type": "qwen3_moe"})
-    )
+    assert restacked(far, config) == [] == restacked(names, {"model_type": "qwen3_moe"})
+
+
+def test_one_scale_per_expert_goes_to_each_of_its_projections(tmp_path: Path) -> None:
+    tensors = {
+        f"{GRANITE}.input_linear.weight": some(E, 2 * F, H, dtype=E4M3),
+        f"{GRANITE}.input_linear.weight_scale": some(E, 1, 1, dtype=np.float32),
+        f"{GRANITE}.output_linear.weight": some(E, H, F, dtype=E4M3),
+        f"{GRANITE}.output_linear.weight_scale": some(E, 1, 1, dtype=np.float32),
+    }
+    view = unstacked(folder(tmp_path / "a", tensors, {"model_type": "granitemoe"}))
+    found = arrays(view)
+    scale = tensors[f"{GRANITE}.input_linear.weight_scale"]
+    for e in range(E):
+        for leaf in ("w1", "w3"):
+            assert found[f"{GRANITE}.experts.{e}.{leaf}.weight_scale"] == scale[e]

@@ -205,12 +205,12 @@ def test_experts_that_transformers_reads_wrong_are_decoded_here(qwen: Folder) ->
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        ({"model_type": "unheard_of"}, "has no model_type 'unheard_of'"),
+        ({"model_type": "unheard_of"}, "does not know the model_type"),
         (
             {"architectures": ["OwnForCausalLM"], "auto_map": {"AutoModel": "evil.Own"}},
-            "no architecture 'OwnForCausalLM'",
+            "no architecture OwnForCausalLM",
         ),
-        ({"architectures": ["pipeline"]}, "no architecture 'pipeline'"),
+        ({"architectures": ["pipeline"]}, "no architecture pipeline"),
         ({"architectures": [7]}, "architecture"),
         (
             {"num_hidden_layers": 10**12},

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write a plan: shards, index, configs, auxiliary files and manifest, under the final name at the
+end.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from exporter import emit, stream
+from exporter.plan import Plan
+from verifier.checkpoint import INDEX, Checkpoint
+from verifier.errors import EncodeError
+from verifier.manifest import MANIFEST, Manifest
+from verifier.text import counted
+
+PathLike = str | os.PathLike[str]
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class WriteOptions:
+    """How an output is written.
+
+    Attributes:
+        overwrite: replace an existing checkpoint at OUT.
+        workers: shards written at a time; by default the number of processors, at most 4.
+        shard_bytes: the size at which a new shard begins, in bytes.
+        progress: called with the bytes of each finished step.
+    """
+
+    overwrite: bool = False
+    workers: int | None = None
+    shard_bytes: int | None = None
+    progress: Progress | None = None
+
+
+def prepare_out(out: PathLike, options: WriteOptions, *inputs: PathLike | None) -> Path:
+    """Return the path of an output after checking that it can be used.
+
+    Args:
+        out: the directory to make.
+        options: how it is written.
+        inputs: the checkpoints that are read.
+
+    Raises:
+        UsageError: it exists or is an input, or its parent does not exist.
+    """
+    target = Path(out)
+    uris = tuple(os.fspath(uri) for uri in inputs if uri is not None)
+    stream.check_out(target, overwrite=options.overwrite, inputs=uris)
+    return target
+
+
+def write_plan(
+    plan: Plan,
+    out: Path,
+    options: WriteOptions,
+    *,
+    prove: Callable[[Path], dict[str, Any]] | None = None,
+    auxiliary: Checkpoint | None = None,
+) -> Manifest:
+    """Write a plan's output and return its manifest.
+
+    Args:
+        plan: what to write.
+        out: the directory to make.
+        options: how it is written.
+        prove: called with the finished directory before it gets its name; what it returns goes into
+            the manifest's notes.
+        auxiliary: a further checkpoint whose auxiliary files are copied.
+
+    Raises:
+        PlanError, EncodeError: what the checkpoints do not allow, or a weight that cannot be
+            encoded.
+        UsageError: another export is writing the same directory.
+        OSError: the disk.
+    """
+    kv_cache = emit.declares_kv_cache(plan)
+    tasks = stream.tasks(plan, options.shard_bytes or stream.SHARD_BYTES)
+    fingerprint = stream.fingerprint(plan, tasks)
+    with stream.working(out, fingerprint, overwrite=options.overwrite) as folder:
+        written = stream.write(
+            plan,
+            tasks,
+            folder,
+            workers=options.workers or min(4, os.cpu_count() or 1),
+            progress=options.progress or (lambda _nbytes: None),
+        )
+        encoded = sum(summary.linears for summary in written.encoded.values())
+        planned = sum(plan.formats().values())
+        if encoded != planned:
+            raise EncodeError(f"quantized {encoded:,} of {counted(planned, 'linear layer')}")
+        emit.write_index(folder, written.digests)
+        files = [*emit.write_configs(folder, plan.kept.config or {}, kv_cache=kv_cache), INDEX]
+        origins = [plan.source, plan.kept] if plan.kind == "repair" else [plan.kept, plan.source]
+        origins += [auxiliary] if auxiliary is not None else []
+        files += emit.copy_auxiliary_files(folder, origins)
+        manifest = emit.manifest_of(plan, out.name, folder, written, files)
+        if prove is not None:
+            manifest.notes.update(prove(folder))
+        (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
+        stream.finish(folder, out, overwrite=options.overwrite)
+    return manifest
