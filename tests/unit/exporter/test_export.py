@@ -97,7 +97,7 @@ def test_a_mixed_export_of_some_layers(kit, nvfp4, vendor, tmp_path: Path) -> No
         tmp_path / "out", base=kit.qwen, merged_from=vendor.path, depth="payload"
     )
     assert (report.verdict, report.findings) == ("passed", ())
-    assert report.stats["formats"] == {"NVFP4": 24, "MXFP8": 32}
+    assert report.summary.contents.formats == {"NVFP4": 24, "MXFP8": 32}
 
 
 def test_mixed_by_recipe_names_mxfp8_scales_as_onto_does(kit, tmp_path: Path) -> None:

@@ -972,7 +972,7 @@ def test_wrong_paths(kit, ids: Path, tmp_path: Path) -> None:
         (source, tmp_path / "no" / "x", "does not exist"),
         (tmp_path / "none", tmp_path / "s", "no such folder"),
         (source, source / "stats.safetensors", "in the source's directory"),
-        ("memory://x", tmp_path / "s", "local directories only"),
+        ("memory://x", tmp_path / "s", "memory://x: not found"),
     ):
         with pytest.raises(UsageError, match=said):
             run(where, target, ids)

@@ -318,7 +318,7 @@ def test_both_layouts_pass_the_check(kit, zoo: Zoo, family: str, layout: str) ->
     report = verifier.check(out, base=source_of(kit, zoo, family), depth="payload")
     assert report.verdict == "passed", report.findings
     assert {f.severity for f in report.findings} <= {"info"}
-    assert report.stats["formats"] == {"NVFP4": 2 * E * 3}
+    assert report.summary.contents.formats == {"NVFP4": 2 * E * 3}
     covered = {c.rule: (c.checked, c.of) for c in report.coverage}
     assert covered["QC515"] == (24, 24)
     names = {n for n, t in kit.read(out).items() if t.dtype == "U8"}
@@ -896,7 +896,7 @@ def test_a_vendors_stacks_are_taken_apart_for_single_experts(kit, zoo: Zoo, tmp_
         tmp_path / "out", base=zoo.source("granitemoe"), merged_from=vendor, depth="payload"
     )
     assert report.verdict == "passed", report.findings
-    assert report.stats["formats"] == {"NVFP4": 24, "MXFP8": 8}
+    assert report.summary.contents.formats == {"NVFP4": 24, "MXFP8": 8}
 
 
 SMALL = {"hidden_size": 64, "vocab_size": 64}
@@ -1007,7 +1007,7 @@ def test_stats_and_show_speak_of_the_linears_in_a_stack(
     whole = str(zoo.export(kit, "gpt_oss", "hub"))
     assert run(["show", whole, "model.layers.0.mlp.experts.0.up_proj.weight"]) == 1
     assert (
-        "is a part of model.layers.0.mlp.experts.gate_up_proj that is no single"
+        "is a part of model.layers.0.mlp.experts.gate_up_proj and not contiguous"
         in capsys.readouterr().err
     )
 

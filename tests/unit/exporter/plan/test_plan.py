@@ -471,8 +471,8 @@ def test_the_published_mix_of_minimax_m3_passes(m3: dict[str, Path]) -> None:
         "passed",
         {("QC414", "info")},
     )
-    assert report.stats["tensors"] == 89_614
-    assert report.stats["formats"]["NVFP4"] == 21_888
+    assert report.summary.contents.tensors == 89_614
+    assert report.summary.contents.formats["NVFP4"] == 21_888
 
 
 def test_the_published_mix_of_minimax_m3_passes_against_its_sources(m3: dict[str, Path]) -> None:

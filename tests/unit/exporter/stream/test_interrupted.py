@@ -285,7 +285,7 @@ def stopped(
     process = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         for _ in range(20_000):
-            if list(work_folder(out).glob("*.part")) or process.poll() is not None:
+            if list(work_folder(out).glob("model-*.part")) or process.poll() is not None:
                 break
             time.sleep(0.002)
         process.send_signal(number)
@@ -398,7 +398,7 @@ def test_a_full_disk_is_exit_4_with_one_message(
     stdout, stderr = capsys.readouterr()
     assert stdout == ""
     assert len(stderr.splitlines()) == 1
-    assert "the disk is full" in stderr
+    assert "no space left on the disk" in stderr
     assert not out.exists()
     assert not list(work_folder(out).glob("*.part"))
 
