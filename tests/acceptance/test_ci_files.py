@@ -109,12 +109,12 @@ def test_every_example_is_one_that_is_run_below() -> None:
     assert [name for name, _ in BLOCKS if name != "yaml"] == ["makefile", "shell", "python"]
 
 
-def test_the_exit_codes_are_all_told() -> None:
-    told = {int(c): word for c, word in re.findall(r"^\| (\d) (\w+) \|", PAGE, re.M)}
-    assert set(told) == {c for c in EXIT_CODES if c < 10}
+def test_the_page_lists_every_exit_code() -> None:
+    listed = {int(code) for code in re.findall(r"^\| (\d) [\w ]+ \|", PAGE, re.M)}
+    assert listed == {c for c in EXIT_CODES if c < 10}
 
 
-def test_a_job_that_lets_unproven_pass(project: Path) -> None:
+def test_a_job_that_lets_inconclusive_pass(project: Path) -> None:
     command = next(c for c in re.findall(r"`(ckptgate check [^`]*)`", PAGE) if "||" in c)
     assert shell(project, command, CHECKPOINT="out/m3-bf16").returncode == 0
     assert shell(project, command, CHECKPOINT="models/m3-nvfp4").returncode == 0
