@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A house rule: what leaves the house has a licence beside it."""
+"""A house rule: every release has a license next to its weights."""
 
 from collections.abc import Iterator
 
@@ -7,12 +7,12 @@ from verifier.findings import Finding
 from verifier.rules import Context, rule
 
 
-@rule("ACME101", "no licence file", severity="error", depth="header", unit="folders")
+@rule("ACME101", "no license file", severity="error", depth="header", unit="directories")
 def check(ctx: Context) -> Iterator[Finding]:
-    """A release has a file LICENSE beside its weights.
+    """A release has a file LICENSE next to its weights.
 
-    **Mend.** Copy the base model's licence into the folder.
+    **Fix.** Copy the license of the base model into the directory.
     """
     ctx.tally.see()
     if "LICENSE" not in ctx.checkpoint.files:
-        yield ctx.finding("no LICENSE beside the weights", expected="a file LICENSE")
+        yield ctx.finding("no LICENSE next to the weights", expected="a file LICENSE")

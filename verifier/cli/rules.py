@@ -65,7 +65,9 @@ def explain(rule_id: str, plugins: tuple[str, ...]) -> None:
     if rule.origin:
         click.echo(f"Defined by {rule.origin}\n")
     click.echo(rule.doc)
-    click.echo(f"\nEngines: {', '.join(rule.consumers)}")
+    if rule.consumers:
+        click.echo(f"\nEngines: {', '.join(rule.consumers)}")
     for engine, (severity, effect) in rule.engines.items():
         click.echo(f"  {engine:12}  {severity:7}  {effect}")
-    click.echo(f"Seen in: {', '.join(rule.sources)}")
+    if rule.sources:
+        click.echo(f"Seen in: {', '.join(rule.sources)}")

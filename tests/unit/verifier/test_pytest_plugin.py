@@ -209,7 +209,7 @@ def test_warnings_fail_where_asked(session: Run, tmp_path: Path) -> None:
     argv = (f"--ckptgate={QWEN_NVFP4}", f"--ckptgate-plugin={rules}")
     mild = session(*argv, "-rP")
     assert mild.returncode == 0, mild.stdout
-    assert "warning ACME101  no LICENSE beside the weights" in mild.stdout
+    assert "warning ACME101  no LICENSE next to the weights" in mild.stdout
     strict = session(*argv, "--ckptgate-fail-on=warning")
     assert strict.returncode == 1
     assert set(re.findall(r"^FAILED \S*ckptgate::(\S+)", strict.stdout, re.M)) == {
@@ -223,7 +223,7 @@ def test_the_rules_of_a_file_are_tests(session: Run) -> None:
         f"--ckptgate={QWEN_NVFP4}", f"--ckptgate-plugin={EXAMPLE}", "-k", "ACME101 or QC301"
     )
     assert counts(done) == {"failed": 1, "passed": 1}
-    assert "no LICENSE beside the weights" in done.stdout
+    assert "no LICENSE next to the weights" in done.stdout
 
 
 def test_fixtures(session: Run, copy: Folder) -> None:

@@ -55,7 +55,7 @@ def test_a_rule_of_a_file_is_one_of_the_rules(tmp_path: Path, capsys: Capture) -
     report = verifier.check(QWEN_NVFP4, plugins=[MODULE])
     assert report.verdict == "failed"
     assert [(f.rule, f.severity, f.message) for f in report.findings] == [
-        ("ACME101", "error", "no LICENSE beside the weights")
+        ("ACME101", "error", "no LICENSE next to the weights")
     ]
     assert next(c for c in report.coverage if c.rule == "ACME101").checked == 1
     licensed = Path(shutil.copytree(QWEN_NVFP4, tmp_path / "licensed"))
@@ -96,7 +96,7 @@ def test_rules_and_explain_know_a_file(capsys: Capture) -> None:
     assert (row["id"], row["origin"], row["engines"]) == ("ACME101", str(MODULE), {})
     assert run(["explain", "acme101", "--plugin", str(MODULE)]) == 0
     out = capsys.readouterr().out
-    assert "Copy the base model's licence" in out
+    assert "Copy the license of the base model" in out
     assert f"A rule of {MODULE}" in out
 
 
@@ -241,13 +241,13 @@ def call(path: Path, *argv: str, script: str = "") -> subprocess.CompletedProces
 def test_an_installed_package_joins_by_itself(installed: Path) -> None:
     done = call(installed, "check", str(QWEN_NVFP4))
     assert (done.returncode, done.stderr) == (1, "")
-    assert "error   ACME101  no LICENSE beside the weights" in done.stdout
+    assert "error   ACME101  no LICENSE next to the weights" in done.stdout
     listed = call(installed, "rules")
     assert listed.stdout.splitlines()[-1].startswith("ACME101")
     explained = call(installed, "explain", "ACME101")
     assert "the package ckptgate-example-rules (ckptgate_example_rules)" in explained.stdout
     assert (
-        "ACME101 of the package"
+        "ACME101 from the package"
         in call(installed, "doctor", script="import sys; sys.modules['torch'] = None").stdout
     )
 
@@ -278,7 +278,7 @@ def test_an_installed_package_that_cannot_be_loaded_is_named(
     assert len(done.stderr.splitlines()) == 1
     report = call(broken, "doctor", script="import sys; sys.modules['torch'] = None")
     assert report.returncode == 0
-    assert "! further rules" in report.stdout
+    assert "! custom rules" in report.stdout
 
 
 def test_the_example_is_as_short_as_the_page_says() -> None:
