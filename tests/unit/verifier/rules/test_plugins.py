@@ -97,7 +97,7 @@ def test_rules_and_explain_know_a_file(capsys: Capture) -> None:
     assert run(["explain", "acme101", "--plugin", str(MODULE)]) == 0
     out = capsys.readouterr().out
     assert "Copy the license of the base model" in out
-    assert f"A rule of {MODULE}" in out
+    assert f"Defined by {MODULE}" in out
 
 
 def test_every_field_of_every_rule_is_listed(capsys: Capture) -> None:
