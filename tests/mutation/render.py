@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""docs/proof.md, from what the mutation score and the fuzzing wrote."""
+"""Render docs/proof.md from the results of the mutation score and of fuzzing."""
 
 from __future__ import annotations
 
@@ -15,62 +15,71 @@ SURVIVORS = 60
 
 def render() -> str:
     """Return the page."""
-    found = json.loads((HERE / "results.json").read_text())
+    results = json.loads((HERE / "results.json").read_text())
     fuzz = HERE.parent / "fuzz" / "results.json"
     parts = [
-        "# Proof that the verifier catches what it should, and nothing else",
+        "# Proof that the verifier catches defects and raises no false alarms",
         "",
-        "Rendered from `tests/mutation/results.json` and `tests/fuzz/results.json`; nothing here is written by hand.",
+        "Rendered from `tests/mutation/results.json` and `tests/fuzz/results.json`.",
         "",
-        "## Every rule, on the machine where it is installed",
+        "## Every rule, on your machine",
         "",
-        "`ckptgate selftest` makes tiny sound checkpoints, sees that a check of each is silent with a base and "
-        "without, makes "
-        "every known defect in every one that it suits, and sees that its rule speaks up. It needs neither "
-        "torch nor a network.",
+        "`ckptgate selftest` creates tiny valid checkpoints, verifies that each passes cleanly "
+        "with and "
+        "without a base, injects every applicable known defect, and verifies that the rule "
+        "fires. It "
+        "needs neither torch nor a network.",
         "",
         "## Mutation score",
         "",
-        f"`{found['command']}` (`tox -e mutation`), {_versions(found['versions'])}. What counts as harm, and "
-        f"what a judge needs "
-        "to know each kind, is in `tests/mutation/KINDS.md`, committed before the first score.",
+        f"`{results['command']}` (`tox -e mutation`), {_versions(results['versions'])}. "
+        "`tests/mutation/KINDS.md` defines harm, and what a check must know to catch each kind; "
+        "it was "
+        "committed before the first score.",
         "",
-        "| mutations | told | of | percent | stopped (exit code not 0) |",
+        "| mutations | caught | of | percent | stopped (exit code not 0) |",
         "| --- | ---: | ---: | ---: | ---: |",
-    ]
-    titles = {
-        "score": "the tiny checkpoints and two of ModelOpt's",
-        "modelopt_score": "five that ModelOpt wrote",
-    }
-    for key, title in titles.items():
-        for which, said in (("with_base", "with a base"), ("without_base", "without")):
-            if found[key]:
-                row = found[key][which]
-                parts.append(
-                    f"| {title}, {said} | {row['told']} | {row['of']} | {row['percent']} | {row['stopped']} |"
-                )
-    parts += [
+        *_scores(results),
         "",
-        f"Harmless rewritings: {found['harmless']['alarms']} new findings on {found['harmless']['n']}. Crashes: "
-        f"{len(found['crashes'])}.",
+        f"False alarms on {results['harmless']['n']} harmless rewrites: "
+        f"{results['harmless']['alarms']}. Crashes: {len(results['crashes'])}.",
         "",
-        "The checkpoints are small, so that one block is a larger share of a tensor than in a released one: "
-        "rules that measure "
-        "a whole tensor (QC515) do better here than on a tensor of millions.",
+        "The checkpoints are small, so one block is a larger share of a tensor than in a released "
+        "checkpoint: rules that measure a whole tensor (QC515) do better here than on a tensor of "
+        "millions.",
         "",
-        "| kind | needs | number | told | stopped | told without base | rules that told it most |",
+        "| kind | needs | number | caught | stopped | caught without a base | rules that fired "
+        "most |",
         "| --- | --- | ---: | ---: | ---: | ---: | --- |",
+        *(_kind(name, row) for name, row in results["kinds"].items()),
+        "",
+        *_survivors(results["survivors"]),
     ]
-    for name, row in found["kinds"].items():
-        rules = ", ".join(f"{k} {v}" for k, v in row.get("rules", {}).items() if k != "verdict")
-        without = row["told_without"] if row["knows"] == "nothing" else ""
-        parts.append(
-            f"| `{name}` | {row['knows']} | {row['n']} | {row['told']} | {row['stopped']} | {without} | {rules} |"
-        )
-    parts += ["", *_survivors(found["survivors"])]
     if fuzz.exists():
         parts += ["", *_fuzz(json.loads(fuzz.read_text()))]
     return "\n".join(parts) + "\n"
+
+
+def _scores(results: dict[str, Any]) -> list[str]:
+    titles = {
+        "score": "the tiny checkpoints and two of ModelOpt's",
+        "modelopt_score": "five written by ModelOpt",
+    }
+    lines = []
+    for key, title in titles.items():
+        for which, words in (("with_base", "with a base"), ("without_base", "without a base")):
+            if results[key]:
+                row = results[key][which]
+                numbers = (row["told"], row["of"], row["percent"], row["stopped"])
+                lines.append(f"| {title}, {words} | {' | '.join(map(str, numbers))} |")
+    return lines
+
+
+def _kind(name: str, row: dict[str, Any]) -> str:
+    rules = ", ".join(f"{k} {v}" for k, v in row.get("rules", {}).items() if k != "verdict")
+    without = row["told_without"] if row["knows"] == "nothing" else ""
+    cells = (row["knows"], row["n"], row["told"], row["stopped"], without, rules)
+    return f"| `{name}` | {' | '.join(map(str, cells))} |"
 
 
 def _versions(versions: dict[str, str]) -> str:
@@ -79,41 +88,43 @@ def _versions(versions: dict[str, str]) -> str:
 
 def _survivors(survivors: list[dict[str, Any]]) -> list[str]:
     if not survivors:
-        return ["No mutation survived."]
+        return ["All mutations were caught."]
     lines = [
         f"## Survivors ({len(survivors)})",
         "",
-        f"`python -m tests.mutation --seed N` makes one again. The first {min(SURVIVORS, len(survivors))}; the "
-        f"JSON has all.",
+        f"`python -m tests.mutation --seed N` recreates one. The first "
+        f"{min(SURVIVORS, len(survivors))}; the JSON has all.",
         "",
-        "| seed | kind | checkpoint | what was done | told with base, without |",
+        "| seed | kind | checkpoint | edit | caught with a base, without |",
         "| ---: | --- | --- | --- | --- |",
     ]
     for s in survivors[:SURVIVORS]:
-        told = ", ".join("yes" if t else "no" for t in s["told"])
-        lines.append(
-            f"| {s['seed']} | `{s['kind']}` | {s['checkpoint']} | {s['what'][:110].replace('|', '/')} | {told} |"
-        )
+        caught = ", ".join("yes" if t else "no" for t in s["told"])
+        edit = s["what"][:110].replace("|", "/")
+        lines.append(f"| {s['seed']} | `{s['kind']}` | {s['checkpoint']} | {edit} | {caught} |")
     return lines
 
 
-def _fuzz(found: dict[str, Any]) -> list[str]:
-    commands = found["commands"]
+def _fuzz(results: dict[str, Any]) -> list[str]:
+    commands = results["commands"]
     return [
         "## Hostile input",
         "",
-        f"`{found['command']}` (`tox -e fuzz`), engine {found['engine']}, {_versions(found['versions'])}. "
-        f"Inputs are edits of "
-        "sound headers, indexes and configs, in their structure and in their bytes; `tests/fuzz/hostile.py` lists them.",
+        f"`{results['command']}` (`tox -e fuzz`), engine {results['engine']}, "
+        f"{_versions(results['versions'])}. Inputs are structural and byte-level edits of valid "
+        "headers, "
+        "indexes and configs; `tests/fuzz/hostile.py` lists them.",
         "",
         "| | in process | as command lines |",
         "| --- | ---: | ---: |",
-        f"| inputs | {found['runs']:,} | {commands['runs']:,} |",
-        f"| of which a rule on scales or values examined a tensor | {found['reached_the_rules']:,} | |",
-        f"| exit codes | {_codes(found['exit_codes'])} | {_codes(commands['exit_codes'])} |",
-        f"| slowest, processor seconds | {found['slowest_seconds']} | {commands['slowest_seconds']} |",
-        f"| largest resident memory, MB | {found['peak_megabytes']} | {commands['peak_megabytes']} |",
-        f"| failures | {len(found['failures'])} | {len(commands['failures'])} |",
+        f"| inputs | {results['runs']:,} | {commands['runs']:,} |",
+        "| of which a rule on scales or values checked a tensor | "
+        f"{results['reached_the_rules']:,} | |",
+        f"| exit codes | {_codes(results['exit_codes'])} | {_codes(commands['exit_codes'])} |",
+        f"| slowest, CPU seconds | {results['slowest_seconds']} | {commands['slowest_seconds']} |",
+        f"| largest resident memory, MB | {results['peak_megabytes']} | "
+        f"{commands['peak_megabytes']} |",
+        f"| failures | {len(results['failures'])} | {len(commands['failures'])} |",
     ]
 
 

@@ -58,7 +58,6 @@ NOT_YET = (
     "docs/gate.md",
     "docs/goldens.md",
     "docs/history.md",
-    "docs/proof.md",
     "docs/repair.md",
     "docs/rules.md",
     "exporter/adapters/adapter.py",
