@@ -114,6 +114,7 @@ def performance_page() -> str:
     if (results / "codecs.json").is_file():
         page += codecs_section(json.loads((results / "codecs.json").read_text(encoding="utf-8")))
     page += scoring_section()
+    page += ["", "## Remote checkpoints", "", *remote_table()]
     return "\n".join(page)
 
 
@@ -412,6 +413,41 @@ def coverage_table() -> str:
     return json.dumps(found, indent=1) + "\n"
 
 
+REMOTE = ("<!-- requests: rendered by tools/make_docs.py -->", "<!-- end of requests -->")
+
+
+def remote_table() -> list[str]:
+    """Return the table of requests and bytes per command, as benchmarks/remote.py measured it."""
+    file = DOCS.parent / "benchmarks" / "results" / "remote.json"
+    r = json.loads(file.read_text(encoding="utf-8"))
+    known = r["checkpoints"]
+    release, tiny = known["org/MiniMax-M3-NVFP4"], known["org/tiny-nvfp4"]
+    lines = [
+        f"`{r['command']}`: a server in the shape of the hub, {1000 * r['delay']:.0f} ms before each "
+        "answer; requests and bytes as the server counts them, redirects included.",
+        f"MiniMax-M3-NVFP4 is the real layout, {release['tensors']:,} tensors in "
+        f"{release['shards']} shards ({size(release['bytes'])}; headers and JSON files "
+        f"{size(release['headers'])}); tiny-nvfp4 has {size(tiny['bytes'])}, its base tiny-bf16 "
+        f"{size(known['org/tiny-bf16']['bytes'])}. Time and memory are of the whole process.",
+        "",
+        "| ckptgate | requests | fetched | time | memory |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for row in r["rows"]:
+        numbers = f"{row['requests']:,} | {size(row['bytes'])} | {row['seconds']:.1f} s"
+        lines.append(f"| `{row['command']}` | {numbers} | {row['memory_mb']} MB |")
+    versions = ", ".join(f"{k} {v}" for k, v in r["versions"].items())
+    return [*lines, "", f"{versions}; {r['machine']}.", ""]
+
+
+def remote_page() -> str:
+    """Return docs/remote.md with its table of requests."""
+    text = (DOCS / "remote.md").read_text(encoding="utf-8")
+    before, after = text.index(REMOTE[0]), text.index(REMOTE[1])
+    table = "\n".join([REMOTE[0], "", *remote_table()])
+    return text[:before] + table + text[after:]
+
+
 def gate_page() -> str:
     """Return docs/gate.md with its table of coverage, from the results that the benchmark wrote."""
     r = json.loads(
@@ -593,6 +629,7 @@ def main() -> int:
         "rules.md": rules_page(),
         "exit-codes.md": exit_codes_page(),
         "performance.md": performance_page(),
+        "remote.md": remote_page(),
     }
     pages |= {"gate.md": gate_page(), "../verifier/gate/coverage.json": coverage_table()}
     pages |= {"families.md": families_page()}

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
@@ -97,6 +97,11 @@ class Checkpoint:
     def nbytes(self) -> int:
         """The bytes of all tensors together."""
         return sum(t.nbytes for t in self.tensors.values())
+
+    def expect(self, tensors: Iterable[Tensor]) -> None:
+        """Announce reads of whole tensors, in their order; a remote source fetches them ahead."""
+        if self.source.remote:
+            self.source.expect((t.file, t.offset, t.nbytes) for t in tensors)
 
     def read(self, tensor: Tensor) -> Bytes:
         """Return the bytes of a tensor, uint8, one dimension."""

@@ -291,6 +291,8 @@ def _bytes(
 ) -> tuple[list[Change], int]:
     """Return the differences in bytes, and how many tensors were compared."""
     pairs = list(_comparable(left, right))
+    left.expect(tensor for tensor, _ in pairs)
+    right.expect(other for _, other in pairs)
     total, done = sum(t.nbytes for t, _ in pairs), 0
     groups: dict[str, tuple[Names, list[_Differing], list[Tensor]]] = {}
     for tensor, other in pairs:

@@ -206,6 +206,7 @@ def _scales(
         for leaf, tensor in module.parts.items()
         if leaf in SCALE_LEAVES and tensor is not module.weight
     ]
+    checkpoint.expect(t for *_, t in work)
     total, done = sum(t.nbytes for *_, t in work), 0
     codes: dict[tuple[str, str, Kind], ScaleCodes] = {}
     floats: dict[tuple[str, str, str], FloatScales] = {}

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy.typing as npt
@@ -52,11 +52,11 @@ class PayloadReader:
         # Rules read either scales or unquantized tensors: apart, no fetched range waits for both.
         for part in ([m for m in modules if m.quantized], [m for m in modules if not m.quantized]):
             tensors = [t for m in part for t in scanned_tensors(m)]
-            _expect(self.checkpoint, tensors)
+            self.checkpoint.expect(tensors)
             if self.pass_through is not None:
                 sources = self.pass_through.sources
                 origins = [sources[t.name] for t in tensors if t.name in sources]
-                _expect(self.pass_through.source.checkpoint, origins)
+                self.pass_through.source.checkpoint.expect(origins)
 
     def bytes_of(self, tensor: Tensor) -> Bytes:
         """Return all bytes of a tensor, uint8, one dimension; use `pieces` for one that may be
@@ -125,8 +125,3 @@ def scanned_tensors(module: Module) -> Iterator[Tensor]:
     """
     tensors = module.parts.values()
     return (t for t in tensors if not module.quantized or t is not module.weight)
-
-
-def _expect(checkpoint: Checkpoint, tensors: Iterable[Tensor]) -> None:
-    if checkpoint.source.remote:
-        checkpoint.source.expect((t.file, t.offset, t.nbytes) for t in tensors)

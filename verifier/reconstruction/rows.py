@@ -79,8 +79,8 @@ class WeightRows:
         Raises:
             ContentError: a chunk cannot be decoded.
         """
-        _announce(self.base, self.base_module)
-        _announce(self.candidate, self.module)
+        self.base.checkpoint.expect(self.base_module.parts.values())
+        self.candidate.checkpoint.expect(self.module.parts.values())
         amax = max((peak_of(rows) for _, _, rows in self._base_rows()), default=0.0)
         return distance(self, fmt.name, max(amax, self._stored_amax(fmt, amax)))
 
@@ -115,13 +115,6 @@ class WeightRows:
             if self._holds:
                 self._held.append(rows)
             yield start, stop, rows
-
-
-def _announce(checkpoint: QuantizedCheckpoint, module: Module) -> None:
-    """Announce a whole weight to a remote source, which then fetches it ahead of its rows."""
-    source = checkpoint.checkpoint.source
-    if source.remote:
-        source.expect((t.file, t.offset, t.nbytes) for t in module.parts.values())
 
 
 def stored_rows(checkpoint: Checkpoint, module: Module, start: int, stop: int) -> Parts:
