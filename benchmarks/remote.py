@@ -7,7 +7,7 @@ A hub-shaped server on loopback (tests/remote/server.py) waits 50 ms before ever
 that read headers run on the real layout of MiniMax-M3 (60 sparse shards, 89,614 tensors); commands
 that read weights run on the tiny MiniMax-M3 of goldens/ and an NVFP4 export of it. Requests and
 bytes are the server's own count, redirects included. Each command is a process of its own; seconds
-are wall time, start-up included, on a machine that may be shared.
+are wall time and processor time of that process, start-up included.
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ RELEASE, BASE = "org/MiniMax-M3-NVFP4", "org/MiniMax-M3"
 EXPORT, BF16, MXFP8 = "org/tiny-nvfp4", "org/tiny-bf16", "org/tiny-mxfp8"
 RUN = (
     "import resource, sys; from verifier.cli import run; code = run(sys.argv[1:]); "
-    "peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; "
-    "print(f'peak {peak}', file=sys.stderr); sys.exit(code)"
+    "used = resource.getrusage(resource.RUSAGE_SELF); "
+    "print(f'used {used.ru_maxrss} {used.ru_utime + used.ru_stime}', file=sys.stderr); "
+    "sys.exit(code)"
 )
 RECIPE = ("--recipe", "nvfp4_experts_only", "--input-scale", "one")
 CORPUS = ("--corpus", str(GOLDEN / "corpus.jsonl"), "--documents", "2", "--workers", "1")
@@ -97,12 +98,14 @@ def measured(argv: tuple[str, ...], log: Path, environment: dict[str, str]) -> d
     seconds = time.perf_counter() - started
     if done.returncode not in (0, 1, 3):
         raise SystemExit(f"{argv}: exit {done.returncode}\n{done.stderr}")
+    peak, cpu = done.stderr.rpartition("used ")[2].split()
     answered = [json.loads(line) for line in log.read_text().splitlines()]
     return {
         "requests": len(answered),
         "bytes": sum(a["bytes"] for a in answered),
         "seconds": round(seconds, 2),
-        "memory_mb": int(done.stderr.rpartition("peak ")[2]) // 1024,
+        "cpu_seconds": round(float(cpu), 2),
+        "memory_mb": int(peak) // 1024,
         "exit": done.returncode,
     }
 

@@ -25,6 +25,7 @@ from goldens_page import page as goldens_page
 from verifier.errors import EXIT_CODES
 from verifier.layouts.family import known
 from verifier.rules import all_rules
+from verifier.text import size
 
 DOCS = Path(__file__).parent.parent / "docs"
 FAMILIES = {
@@ -423,18 +424,19 @@ def remote_table() -> list[str]:
     known = r["checkpoints"]
     release, tiny = known["org/MiniMax-M3-NVFP4"], known["org/tiny-nvfp4"]
     lines = [
-        f"`{r['command']}`: a server in the shape of the hub, {1000 * r['delay']:.0f} ms before each "
-        "answer; requests and bytes as the server counts them, redirects included.",
+        f"`{r['command']}`: a server in the shape of the hub waits {1000 * r['delay']:.0f} ms before "
+        "each answer and counts requests and bytes, redirects included.",
         f"MiniMax-M3-NVFP4 is the real layout, {release['tensors']:,} tensors in "
         f"{release['shards']} shards ({size(release['bytes'])}; headers and JSON files "
         f"{size(release['headers'])}); tiny-nvfp4 has {size(tiny['bytes'])}, its base tiny-bf16 "
-        f"{size(known['org/tiny-bf16']['bytes'])}. Time and memory are of the whole process.",
+        f"{size(known['org/tiny-bf16']['bytes'])}. Time, CPU time and memory are of the whole process.",
         "",
-        "| ckptgate | requests | fetched | time | memory |",
-        "| --- | ---: | ---: | ---: | ---: |",
+        "| ckptgate | requests | fetched | time | CPU | memory |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in r["rows"]:
-        numbers = f"{row['requests']:,} | {size(row['bytes'])} | {row['seconds']:.1f} s"
+        times = f"{row['seconds']:.1f} s | {row['cpu_seconds']:.1f} s"
+        numbers = f"{row['requests']:,} | {size(row['bytes'])} | {times}"
         lines.append(f"| `{row['command']}` | {numbers} | {row['memory_mb']} MB |")
     versions = ", ".join(f"{k} {v}" for k, v in r["versions"].items())
     return [*lines, "", f"{versions}; {r['machine']}.", ""]

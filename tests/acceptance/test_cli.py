@@ -117,15 +117,15 @@ def test_a_missing_path_is_named(call, tmp_path: Path, command: str) -> None:
         "merge": ("merge", missing, out, "--onto", QWEN),
         "merge --onto": ("merge", QWEN_NVFP4, out, "--onto", missing),
     }[command]
-    one_message(call(*argv), 2, str(missing), "no such folder")
+    one_message(call(*argv), 2, str(missing), "no such directory")
     assert not list(tmp_path.iterdir())
 
 
 def test_a_file_instead_of_a_folder(call, tmp_path: Path) -> None:
     file = QWEN_NVFP4 / "model.safetensors"
-    one_message(call("check", file), 2, "a file; give the folder")
-    one_message(call("check", QWEN_NVFP4, "--base", file), 2, "a file; give the folder")
-    one_message(call("export", file, tmp_path / "out", *NVFP4), 2, "a file; give the folder")
+    one_message(call("check", file), 2, "a file; give the directory")
+    one_message(call("check", QWEN_NVFP4, "--base", file), 2, "a file; give the directory")
+    one_message(call("export", file, tmp_path / "out", *NVFP4), 2, "a file; give the directory")
 
 
 def test_an_unknown_recipe(call, tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ def test_a_missing_folder_is_a_wrong_call(
     argv = [w.format(no=tmp_path / "missing", ok=QWEN) for w in line.split()]
     code, out, err = call(*argv, "--format", format_)
     assert (code, out) == (2, "")
-    assert err == f"ckptgate: {tmp_path / 'missing'}: no such folder\n"
+    assert err == f"ckptgate: {tmp_path / 'missing'}: no such directory\n"
 
 
 @pytest.mark.parametrize(

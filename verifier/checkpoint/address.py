@@ -112,7 +112,7 @@ def _web(text: str) -> Address:
         raise UsageError(f"{text[:200]}: not a URL") from error
     if parts.username or parts.password or "@" in parts.netloc:
         raise UsageError(
-            f"the address of {host or 'HOST'} holds a user name or password; put them in ~/.netrc instead"
+            f"the address of {host or 'HOST'} holds a user name or password; put them in ~/.netrc"
         )
     if not host:
         raise UsageError(f"{text}: the host is missing")

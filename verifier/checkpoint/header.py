@@ -3,7 +3,7 @@
 
 Format: 8 bytes little-endian header length N (at most 100,000,000), N bytes of JSON, then the
 tensor bytes, covered without gap or overlap (https://github.com/huggingface/safetensors, "Format").
-What is wrong becomes a `Problem`, a value, so that one broken shard does not hide the others.
+Each defect becomes a `Problem`, a value, so that one broken shard does not hide the others.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from verifier.checkpoint.source import Source
 from verifier.errors import ContainerError
+from verifier.text import json_type
 
 MAX_HEADER = 100_000_000
 MAX_RANK = 16
@@ -65,7 +66,7 @@ class Tensor(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Something wrong with a file; ``kind`` is stable, ``message`` says what and where."""
+    """A defect of a file; ``kind`` is a stable name, ``message`` is for people."""
 
     kind: str
     file: str
@@ -77,7 +78,7 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """What one ``*.safetensors`` file declares; ``header`` is the length of its JSON in bytes,
+    """The header of one ``*.safetensors`` file; ``header`` is the length of its JSON in bytes,
     padding included.
     """
 
@@ -94,15 +95,15 @@ class _DuplicateKey(ValueError):
 
 
 def strict_json(text: bytes | str, *, constants: bool = False) -> Any:
-    """Parse JSON; refuse duplicate keys, another encoding than UTF-8, and nesting beyond the
-    interpreter's depth.
+    """Parse JSON; reject duplicate keys, encodings other than UTF-8, and nesting beyond the
+    interpreter's limit.
 
     Args:
         text: the document; bytes are UTF-8 without a byte order mark.
-        constants: accept Infinity, as some released configs hold it; a header must not.
+        constants: accept Infinity, which some released configs contain; a header must not.
 
     Raises:
-        ValueError: with one sentence on what is wrong.
+        ValueError: with the problem in one sentence.
     """
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -110,7 +111,7 @@ def strict_json(text: bytes | str, *, constants: bool = False) -> Any:
         if len(result) != len(items):
             keys = [k for k, _ in items]
             raise _DuplicateKey(
-                f"the key {next(k for i, k in enumerate(keys) if k in keys[:i])!r} stands twice"
+                f"the key {next(k for i, k in enumerate(keys) if k in keys[:i])!r} occurs twice"
             )
         return result
 
@@ -134,8 +135,8 @@ def strict_json(text: bytes | str, *, constants: bool = False) -> Any:
 def _pairs(value: Any, colons: int) -> bool:
     """Whether a parsed document holds as many pairs as its text has colons.
 
-    Each pair is written with a colon of its own, so then no key stood twice. The reverse does not
-    hold: strings hold colons too.
+    Each pair has one colon, so if the numbers are equal, no key was repeated. The reverse does not
+    hold: strings contain colons too.
     """
     count, level = 0, [value]
     while level and count < colons:
@@ -155,18 +156,18 @@ def header_length(source: Source, file: str, size: int) -> int:
 
 
 def read_shard(source: Source, file: str, size: int) -> Shard:
-    """Return what ``file`` declares; never raises for what the file holds."""
+    """Return the parsed header of ``file``; never raises for the file's contents."""
     if size < 8:
         return _broken(file, size, "short", f"{size} bytes, shorter than the 8-byte header length")
     length = int.from_bytes(source.read(file, 0, 8).tobytes(), "little")
     if length > MAX_HEADER:
-        what = (
+        reason = (
             "the file is all zeros or not safetensors"
             if length > size
             else "the header is too large"
         )
         return _broken(
-            file, size, "header-length", f"declares a header of {length:,} bytes; {what}"
+            file, size, "header-length", f"declares a header of {length:,} bytes; {reason}"
         )
     if 8 + length > size:
         return _broken(
@@ -213,10 +214,10 @@ def _from_entries(file: str, size: int, start: int, entries: dict[str, Any]) -> 
     for name in _not_text(entries):
         note(
             "name",
-            "the name is no Unicode text (a lone surrogate); safetensors refuses the file",
+            "the name is not valid Unicode (a lone surrogate); safetensors rejects the file",
             name,
         )
-    tensors = _sound(file, start, entries)
+    tensors = _contiguous(file, start, entries)
     if (
         tensors is not None
         and not problems
@@ -239,15 +240,16 @@ def _from_entries(file: str, size: int, start: int, entries: dict[str, Any]) -> 
             note("gap", f"{t.offset - end:,} bytes before it belong to no tensor", t.name)
         end = max(end, t.offset + t.nbytes)
     if end > size:
-        lost = [t.name for t in tensors.values() if t.offset + t.nbytes > size]
+        cut_off = [t.name for t in tensors.values() if t.offset + t.nbytes > size]
         note(
             "truncated",
-            f"ends {end - size:,} bytes early; {len(lost)} of {len(tensors)} tensors are cut off",
-            lost[0],
+            f"ends {end - size:,} bytes early; "
+            f"{len(cut_off)} of {len(tensors)} tensors are cut off",
+            cut_off[0],
             f"{size:,} bytes",
             f"{end:,} bytes",
         )
-        for name in lost:
+        for name in cut_off:
             del tensors[name]
     elif end < size and whole:
         note(
@@ -260,12 +262,12 @@ def _from_entries(file: str, size: int, start: int, entries: dict[str, Any]) -> 
     return Shard(file, size, tensors, metadata, tuple(problems), start - 8)
 
 
-def _sound(file: str, start: int, entries: dict[str, Any]) -> dict[str, Tensor] | None:
-    """Return the tensors of a header whose every entry is sound and begins where the last one
-    ended, else None.
+def _contiguous(file: str, start: int, entries: dict[str, Any]) -> dict[str, Tensor] | None:
+    """Return the tensors of a header in which every entry is valid and begins where the previous
+    one ended, else None.
 
-    A header of a hundred thousand tensors has a dozen shapes: each is judged once. `_tensor` judges
-    the rest.
+    A header of 100,000 tensors has a dozen shapes: each is validated once. `_tensor` validates the
+    entries of other headers one by one.
     """
     try:
         columns = [
@@ -353,7 +355,7 @@ def _naturals(value: Any) -> bool:
 def read_json(
     source: Source, file: str, size: int, limit: int = MAX_HEADER
 ) -> tuple[Any, Problem | None]:
-    """Return the parsed file and what is wrong with it (one of both is None)."""
+    """Return the parsed file and its defect; one of both is None."""
     if size > limit:
         return None, Problem("json", file, f"{size:,} bytes, more than the {limit:,} allowed")
     try:
@@ -363,5 +365,5 @@ def read_json(
     except ValueError as error:
         return None, Problem("json", file, f"not JSON: {error}")
     if not isinstance(value, dict):
-        return None, Problem("json", file, f"a JSON {type(value).__name__} where an object belongs")
+        return None, Problem("json", file, f"{json_type(value)}, expected an object")
     return value, None

@@ -38,7 +38,7 @@ def read_index(source: Source, files: Mapping[str, int]) -> Index:
         if isinstance(file, str) and plain_name(file):
             weight_map[name] = file
             continue
-        message = f"names the shard {str(file)[:80]!r}, which is no plain file name"
+        message = f"names the shard {str(file)[:80]!r}, which is not a plain file name"
         problems.append(Problem("path", INDEX, message, name))
     metadata = value.get("metadata")
     total = metadata.get("total_size") if isinstance(metadata, dict) else None

@@ -26,6 +26,7 @@ from verifier.checkpoint.index import FIRST_GUESS, INDEX, Index, header_guesses,
 from verifier.checkpoint.opening import open_source
 from verifier.checkpoint.source import Bytes, Source
 from verifier.errors import ContainerError
+from verifier.text import counted
 
 CONFIGS = ("config.json", "hf_quant_config.json")
 NUMPY_DTYPES: dict[str, npt.DTypeLike] = {
@@ -50,7 +51,7 @@ NUMPY_DTYPES: dict[str, npt.DTypeLike] = {
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """All shards of a folder, its index and its two configs.
+    """All shards of a directory, its index and its two configs.
 
     ``tensors`` holds each name once (the indexed copy where the index names one, else the first);
     names that several files hold are in ``duplicates``.
@@ -68,24 +69,24 @@ class Checkpoint:
     @cached_property
     def tensors(self) -> Mapping[str, Tensor]:
         """Every tensor by name, in file order."""
-        found: dict[str, Tensor] = {}
-        wanted = self.index.weight_map if self.index else {}
+        tensors: dict[str, Tensor] = {}
+        weight_map = self.index.weight_map if self.index else {}
         for shard in self.shards:
             for name, tensor in shard.tensors.items():
-                if name not in found or wanted.get(name) == shard.file:
-                    found[name] = tensor
-        return MappingProxyType(found)
+                if name not in tensors or weight_map.get(name) == shard.file:
+                    tensors[name] = tensor
+        return MappingProxyType(tensors)
 
     @cached_property
     def duplicates(self) -> Mapping[str, tuple[str, ...]]:
         """Names that more than one file holds, with those files."""
         if len(self.tensors) == sum(len(s.tensors) for s in self.shards):
             return {}
-        seen: dict[str, list[str]] = {}
+        files: dict[str, list[str]] = {}
         for shard in self.shards:
             for name in shard.tensors:
-                seen.setdefault(name, []).append(shard.file)
-        return {n: tuple(f) for n, f in seen.items() if len(f) > 1}
+                files.setdefault(name, []).append(shard.file)
+        return {name: tuple(f) for name, f in files.items() if len(f) > 1}
 
     @property
     def model_type(self) -> str | None:
@@ -153,10 +154,14 @@ def open_checkpoint(uri: str | os.PathLike[str]) -> Checkpoint:
     names = sorted(n for n in files if n.endswith(".safetensors"))
     linked = any(n.endswith(".safetensors") for n in source.escaping)
     if not names and INDEX not in files and not linked:
-        what = "is empty" if not files else f"holds {len(files)} files and no *.safetensors"
-        raise ContainerError(f"{source.uri}: not a checkpoint: the folder {what}")
+        reason = (
+            f"no *.safetensors among its {counted(len(files), 'file')}"
+            if files
+            else "the directory is empty"
+        )
+        raise ContainerError(f"{source.uri}: not a checkpoint: {reason}")
     problems = [
-        Problem("link", n, "a link that leads out of the folder; it is not followed")
+        Problem("link", n, "the link leads out of the directory and is not followed")
         for n in source.escaping
     ]
     source.expect((n, 0, files[n]) for n in (INDEX, *CONFIGS) if n in files)
@@ -196,8 +201,8 @@ _FLOATS = {"Infinity": float("inf"), "-Infinity": float("-inf"), "NaN": float("n
 
 
 def special_floats(value: Any) -> Any:
-    """Return a config value with transformers' spelling of what JSON has no number for,
-    {"__float__": "Infinity"}, read.
+    """Return a config value in which {"__float__": "Infinity"}, transformers' spelling of a
+    number that JSON does not have, is that number.
     """
     if isinstance(value, dict):
         if value.keys() == {"__float__"} and isinstance(value["__float__"], str):

@@ -48,9 +48,9 @@ def open_source(uri: str | os.PathLike[str]) -> Source:
         return _opened[address]
     path = Path(address.text)
     if not path.exists():
-        raise UsageError(f"{address.text}: no such folder")
+        raise UsageError(f"{address.text}: no such directory")
     if not path.is_dir():
-        raise UsageError(f"{address.text}: a file; give the folder that holds the checkpoint")
+        raise UsageError(f"{address.text}: a file; give the directory that holds the checkpoint")
     return LocalSource(path)
 
 

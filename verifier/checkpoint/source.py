@@ -30,14 +30,14 @@ class Traffic(NamedTuple):
 
 
 class Source(Protocol):
-    """A flat folder of files, read by range.
+    """A flat directory of files, read by range.
 
     Subclass it: the methods with a body are what a source without a network does.
 
     Attributes:
         uri: the address, without credentials.
         remote: whether a read crosses the network.
-        escaping: names of links that lead out of the folder; they are not followed.
+        escaping: names of links that lead out of the directory; they are not followed.
         revision: the commit that every read comes from, '' where the address has none.
     """
 
@@ -104,10 +104,10 @@ class _Open:
 
 
 class LocalSource(Source):
-    """A folder on this machine.
+    """A directory on this machine.
 
-    A link that leads out of the folder is not followed, except the hub cache's own:
-    ``snapshots/REV/FILE`` points into ``blobs/`` beside ``snapshots/``.
+    A link that leads out of the directory is not followed, except the hub cache's own:
+    ``snapshots/REV/FILE`` points into ``blobs/`` next to ``snapshots/``.
     """
 
     def __init__(self, path: Path) -> None:
@@ -119,7 +119,7 @@ class LocalSource(Source):
         self._lock = threading.Lock()
 
     def files(self) -> dict[str, int]:
-        """Return the size of every regular file in the folder; links that lead outside go to
+        """Return the size of every regular file in the directory; links that lead outside go to
         ``escaping``.
         """
         root = self.path.resolve()

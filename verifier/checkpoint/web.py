@@ -174,7 +174,7 @@ class WebSource(HttpSource):
                 self._check(name, response, 0, length)
                 size = total_size(response)
                 if size is None:
-                    raise MachineError(f"{label}: the server does not tell its size")
+                    raise MachineError(f"{label}: the server does not send its size")
                 head = b"".join(self._body(response, 0, min(length, size), label))
             if len(head) < min(length, size):
                 raise Interrupted(f"the connection ended after {len(head):,} bytes")

@@ -166,7 +166,7 @@ def test_a_folder_that_cannot_be_read(session: Run, tmp_path: Path) -> None:
     done = session(f"--ckptgate={empty}", "--ckptgate-require=QC301")
     failed = set(re.findall(r"^FAILED \S*ckptgate::(\S+)", done.stdout, re.M))
     assert failed == {"QC104", "QC301", "verdict"}
-    assert "the folder is empty" in done.stdout
+    assert "the directory is empty" in done.stdout
     assert "the checkpoint could not be read" in done.stdout
 
 
@@ -175,17 +175,17 @@ def test_a_base_that_is_none_fails_with_its_message(session: Run, tmp_path: Path
     empty.mkdir()
     done = session(f"--ckptgate={QWEN_NVFP4}", f"--ckptgate-base={empty}", "-k", "verdict")
     assert done.returncode == 1
-    assert f"{empty}: not a checkpoint: the folder is empty" in done.stdout
+    assert f"{empty}: not a checkpoint: the directory is empty" in done.stdout
     assert "Traceback" not in done.stdout
 
 
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["--ckptgate=/nonexistent/folder"], "/nonexistent/folder: no such folder"),
+        (["--ckptgate=/nonexistent/folder"], "/nonexistent/folder: no such directory"),
         (
             [f"--ckptgate={QWEN_NVFP4}", "--ckptgate-base=/nonexistent/folder"],
-            "/nonexistent/folder: no such folder",
+            "/nonexistent/folder: no such directory",
         ),
         ([f"--ckptgate={QWEN_NVFP4}", "--ckptgate-require=QC999"], "unknown rule 'QC999'"),
         (

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tests.paths import TESTS
 from verifier.checkpoint import open_checkpoint, strict_json
-from verifier.checkpoint.header import _from_entries, _sound
+from verifier.checkpoint.header import _from_entries, _contiguous
 from verifier.quantized import QuantizedCheckpoint
 from verifier.schemes import Exclusions, Module, canonical, format_of, gather, role
 from verifier.schemes.roles import _PATTERNS
@@ -131,7 +131,7 @@ def test_json_without_duplicates_is_read(value: Any, indent: int | None) -> None
     ],
 )
 def test_a_duplicate_key_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="stands twice"):
+    with pytest.raises(ValueError, match="occurs twice"):
         strict_json(text)
 
 
@@ -162,10 +162,10 @@ GOOD = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
     ],
 )
 def test_a_header_that_is_not_plain_takes_the_long_way(change: dict[str, Any]) -> None:
-    assert _sound("f", 8, {"a": GOOD}) is not None
-    assert _sound("f", 8, {"a": {**GOOD, **change}}) is None
+    assert _contiguous("f", 8, {"a": GOOD}) is not None
+    assert _contiguous("f", 8, {"a": {**GOOD, **change}}) is None
     assert (
-        _sound(
+        _contiguous(
             "f",
             8,
             {"z": {**GOOD, "shape": [2, 3]}, "a": {**GOOD, "data_offsets": [24, 48], **change}},
@@ -177,7 +177,7 @@ def test_a_header_that_is_not_plain_takes_the_long_way(change: dict[str, Any]) -
 
 @pytest.mark.parametrize("entry", [1, [], "abc", None, {}, {"dtype": "F32"}])
 def test_an_entry_that_is_none_takes_the_long_way(entry: Any) -> None:
-    assert _sound("f", 8, {"a": GOOD, "b": entry}) is None
+    assert _contiguous("f", 8, {"a": GOOD, "b": entry}) is None
 
 
 def test_a_plain_header_is_read_the_same_either_way() -> None:

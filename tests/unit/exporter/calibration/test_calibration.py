@@ -970,7 +970,7 @@ def test_wrong_paths(kit, ids: Path, tmp_path: Path) -> None:
         (source, out, "already exists; use --overwrite"),
         (source, tmp_path, "is a directory"),
         (source, tmp_path / "no" / "x", "does not exist"),
-        (tmp_path / "none", tmp_path / "s", "no such folder"),
+        (tmp_path / "none", tmp_path / "s", "no such directory"),
         (source, source / "stats.safetensors", "in the source's directory"),
         ("memory://x", tmp_path / "s", "memory://x: not found"),
     ):

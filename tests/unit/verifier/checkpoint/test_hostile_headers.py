@@ -630,7 +630,7 @@ def test_path_that_is_no_folder_is_a_usage_error(
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ('{"a": 1, "b": 2, "a": 3}', "'a' stands twice"),
+        ('{"a": 1, "b": 2, "a": 3}', "'a' occurs twice"),
         ('{"a": NaN}', "NaN is not JSON"),
         ("[-Infinity]", "not JSON"),
         ("[" * 200_000, "deep"),

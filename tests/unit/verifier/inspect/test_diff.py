@@ -204,7 +204,7 @@ def test_a_config_nested_beyond_all_measure_is_refused_or_compared(copy: Folder)
 
 
 def test_errors() -> None:
-    with pytest.raises(UsageError, match="no such folder"):
+    with pytest.raises(UsageError, match="no such directory"):
         diff(QWEN, DATA / "nothing")
     with pytest.raises(ContentError, match="not a checkpoint"):
         diff(QWEN, DATA)
