@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tests.paths import TESTS
 from verifier.checkpoint import open_checkpoint, strict_json
-from verifier.checkpoint.header import _from_entries, _contiguous
+from verifier.checkpoint.header import _contiguous, _from_entries
 from verifier.quantized import QuantizedCheckpoint
 from verifier.schemes import Exclusions, Module, canonical, format_of, gather, role
 from verifier.schemes.roles import _PATTERNS
