@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Damage exports of the goldens in known ways and ask what each measure of the gate, and the check,
-see.
+"""Damage exports of the goldens in known ways, and measure what the gate's measures and the check
+detect.
 
-    python benchmarks/damage.py [--golden minimax-m3-tiny] [--wikitext] [--out
-    benchmarks/results/damage.json]
+    python benchmarks/damage.py [--golden minimax-m3-tiny] [--wikitext]
 
 Bytes of a real export are edited; each damaged copy is scored once on the golden's own corpus and
 compared with the base (absolute margin, the default budget) and with the undamaged export (drift
 margin, the default), and checked at depth payload against the base. ``--wikitext`` scores one
-damage also on documents of WikiText-2's test split: more text, a closer drift.
+damage also on documents of WikiText-2's test split: more text, a narrower interval.
 """
 
 from __future__ import annotations
@@ -39,12 +38,12 @@ from verifier.selftest.edit import Folder
 ROOT = Path(__file__).parents[1]
 LAYER = 2
 WIKI_DOCUMENTS = 24
-UNREACHED = "an expert that the text never reaches answers zero"
+UNREACHED = "an expert that the text never reaches outputs zeros"
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A golden, how it is exported, and what its projections are called: gate, up, down."""
+    """A golden, how it is exported, and the names of its projections: gate, up, down."""
 
     golden: str
     vendor: str | None
@@ -55,12 +54,12 @@ class Subject:
 
     @property
     def folder(self) -> Path:
-        """Where the golden lies."""
+        """The golden's directory."""
         return ROOT / "goldens" / self.golden
 
     def export(self, base: Path, vendor: Path | None, out: Path) -> None:
-        """Write the export that is damaged: routed experts in NVFP4, over the vendor's where there
-        is one.
+        """Write the export to damage: routed experts in NVFP4, onto the vendor's checkpoint where
+        there is one.
         """
         how: dict[str, Any] = (
             {"onto": vendor} if vendor else {"input_scale": "one", "expert_layout": self.layout}
@@ -88,8 +87,8 @@ def edit(
     *,
     layers: Sequence[int] = (LAYER,),
 ) -> None:
-    """Give every tensor of some layers whose name matches the bytes that ``change`` makes of its
-    values.
+    """Replace the bytes of every tensor of some layers whose name matches by what ``change``
+    returns for its values.
     """
     ckpt = open_checkpoint(folder)
     names = [
@@ -110,7 +109,7 @@ def edit(
 
 
 def times(factor: float) -> Callable[[str, np.ndarray], bytes]:
-    """Return what multiplies float32 values."""
+    """Return a function that multiplies float32 values."""
     return lambda _name, values: (
         (values.astype(np.float32) * np.float32(factor)).astype(values.dtype).tobytes()
     )
@@ -121,7 +120,7 @@ def zero(_name: str, values: np.ndarray) -> bytes:
     return bytes(values.nbytes)
 
 
-def cut(_name: str, values: np.ndarray) -> bytes:
+def to_bf16(_name: str, values: np.ndarray) -> bytes:
     """Return float32 values rounded to BF16."""
     return values.astype(ml_dtypes.bfloat16).astype(np.float32).tobytes()
 
@@ -152,10 +151,10 @@ def swap(subject: Subject, folder: Path, expert: str) -> None:
 def damages(
     subject: Subject, counts: list[int], layers: list[int]
 ) -> dict[str, Callable[[Path], None]]:
-    """Return what is done to a copy, by its description; ``counts`` are tokens of each expert of
-    the layer.
+    """Return functions that damage a copy, by description; ``counts`` are the tokens of each expert
+    of the layer.
     """
-    busy, idle = int(np.argmax(counts)), int(np.argmin(counts))
+    busiest, least_used = int(np.argmax(counts)), int(np.argmin(counts))
     down = subject.names[2]
     every = "|".join(subject.names)
 
@@ -166,38 +165,40 @@ def damages(
             f, rf"experts\.{expert}\.({every})\.weight_scale_2$", times(factor), layers=where
         )
 
-    found: dict[str, Callable[[Path], None]] = {
-        "busiest expert of a layer answers zero": lambda f: edit(
-            f, rf"experts\.{busy}\.{down}\.weight_scale$", zero
+    functions: dict[str, Callable[[Path], None]] = {
+        "busiest expert of a layer outputs zeros": lambda f: edit(
+            f, rf"experts\.{busiest}\.{down}\.weight_scale$", zero
         ),
-        "idlest expert of a layer answers zero": lambda f: edit(
-            f, rf"experts\.{idle}\.{down}\.weight_scale$", zero
+        "least-used expert of a layer outputs zeros": lambda f: edit(
+            f, rf"experts\.{least_used}\.{down}\.weight_scale$", zero
         ),
-        "gate and up swapped in the busiest expert": lambda f: swap(subject, f, str(busy)),
+        "gate and up swapped in the busiest expert": lambda f: swap(subject, f, str(busiest)),
         "gate and up swapped in a layer": lambda f: swap(subject, f, r"\d+"),
         "scales of a layer's experts a quarter too large": scaled(r"\d+", 5 / 4),
         "scales of a layer's experts 1/16 too large": scaled(r"\d+", 17 / 16),
         "scales of a layer's experts 1/16 too small": scaled(r"\d+", 15 / 16),
         "scales of a layer's experts 1/64 too large": scaled(r"\d+", 65 / 64),
-        "scales of the busiest expert 1/16 too large": scaled(str(busy), 17 / 16),
+        "scales of the busiest expert 1/16 too large": scaled(str(busiest), 17 / 16),
         "scales of all layers' experts 1/16 too large": scaled(r"\d+", 17 / 16, layers),
     }
     if subject.router:
-        found["router stored in BF16"] = lambda f: recast(f, subject.router)
-        found["router of BF16 values, stored in float32"] = lambda f: edit(f, subject.router, cut)
-    return found
+        functions["router stored in BF16"] = lambda f: recast(f, subject.router)
+        functions["router of BF16 values, stored in float32"] = lambda f: edit(
+            f, subject.router, to_bf16
+        )
+    return functions
 
 
 def scored(folder: Path, corpus: Corpus) -> Run:
     """Score a checkpoint."""
-    found = score_run(open_checkpoint(folder), corpus, top_k=64)
-    if found is None:
+    run = score_run(open_checkpoint(folder), corpus, top_k=64)
+    if run is None:
         raise SystemExit("no run")
-    return found
+    return run
 
 
-def row(what: str, base: Run, good: Run, damaged: Run) -> dict[str, Any]:
-    """Return what each measure says of a damaged export."""
+def row(damage: str, base: Run, good: Run, damaged: Run) -> dict[str, Any]:
+    """Return each measure of a damaged export."""
     margin, drift_margin = margin_of(None, damaged.header.formats), drift_margin_of(None)
     found = compare_runs(base, damaged, margin, drift_against=good, drift_margin=drift_margin)
     alone, own = compare_runs(base, damaged, margin), compare_runs(good, damaged, margin)
@@ -207,10 +208,10 @@ def row(what: str, base: Run, good: Run, damaged: Run) -> dict[str, Any]:
         or own.measures.kl is None
         or own.measures.top1 is None
     ):
-        raise SystemExit(f"{what}: no statistics")
+        raise SystemExit(f"{damage}: no statistics")
     d = found.drift.interval
     return {
-        "damage": what,
+        "damage": damage,
         "loss": round(found.interval.delta, 5),
         "absolute": alone.outcome,
         "drift": [round(x, 5) for x in (d.delta, d.low, d.high)],
@@ -223,16 +224,16 @@ def row(what: str, base: Run, good: Run, damaged: Run) -> dict[str, Any]:
 
 
 def checked(folder: Path, base: Path, vendor: Path | None) -> list[str]:
-    """Return the rules that find something."""
+    """Return the rules with findings."""
     report = verifier.check(folder, base=base, merged_from=vendor, depth="payload")
     return sorted({f.rule for f in report.findings if f.severity in ("error", "warning")})
 
 
 def examine(subject: Subject, work: Path, only: str, before: dict[str, Any]) -> dict[str, Any]:
-    """Damage, score and check one golden's export; a damage that is not asked for keeps what it
-    came to before.
+    """Damage, score and check one golden's export; damages that ``only`` does not match keep their
+    earlier results.
     """
-    kept = {r["damage"]: r for r in before.get("rows", [])}
+    earlier = {r["damage"]: r for r in before.get("rows", [])}
     base_dir = subject.folder / "bf16"
     vendor = subject.folder / subject.vendor if subject.vendor else None
     corpus = load_corpus(str(subject.folder / "corpus.jsonl"))
@@ -241,14 +242,14 @@ def examine(subject: Subject, work: Path, only: str, before: dict[str, Any]) -> 
     counts = next(c for n, c in good.header.experts.items() if f"layers.{LAYER}." in n)
     layers = sorted(int(re.search(r"layers\.(\d+)\.", n)[1]) for n in good.header.experts)  # type: ignore[index]
     rows = []
-    for what, damage in damages(subject, counts, layers).items():
-        if not fnmatch(what, only):
-            rows += [kept[what]] if what in kept else []
+    for description, damage in damages(subject, counts, layers).items():
+        if not fnmatch(description, only):
+            rows += [earlier[description]] if description in earlier else []
             continue
         folder = shutil.copytree(work / "good", work / "damaged")
         damage(folder)
         rows.append(
-            row(what, base, good, scored(folder, corpus))
+            row(description, base, good, scored(folder, corpus))
             | {"check": checked(folder, base_dir, vendor)}
         )
         print(rows[-1], flush=True)
@@ -256,8 +257,8 @@ def examine(subject: Subject, work: Path, only: str, before: dict[str, Any]) -> 
     if subject.bias and fnmatch(UNREACHED, only):
         rows.append(unreached(subject, work, corpus, counts))
         print(rows[-1], flush=True)
-    elif UNREACHED in kept:
-        rows.append(kept[UNREACHED])
+    elif UNREACHED in earlier:
+        rows.append(earlier[UNREACHED])
     first = compare_runs(base, good, margin_of(None, good.header.formats))
     return {
         "golden": subject.golden,
@@ -303,7 +304,7 @@ def unreached(subject: Subject, work: Path, corpus: Corpus, counts: list[int]) -
 
 
 def more_text(subject: Subject, work: Path) -> dict[str, Any]:
-    """Return what the drift of one damage comes to on WikiText-2's test split."""
+    """Return the drift of one damage on WikiText-2's test split."""
     corpus = load_corpus(WIKITEXT).head(WIKI_DOCUMENTS)
     folder = shutil.copytree(work / "good", work / "damaged")
     edit(folder, r"experts\.\d+\..*\.weight_scale_2$", times(17 / 16))
@@ -318,20 +319,22 @@ def more_text(subject: Subject, work: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Damage, score, write; a golden that is not asked for keeps its results."""
+    """Damage, score, write; goldens that are not selected keep their earlier results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "damage.json")
     parser.add_argument(
-        "--golden", action="append", choices=[s.golden for s in SUBJECTS], help="these goldens only"
+        "--golden", action="append", choices=[s.golden for s in SUBJECTS], help="only these goldens"
     )
     parser.add_argument(
         "--only",
         default="*",
         metavar="GLOB",
-        help="these damages only; the others keep their results",
+        help="only these damages; the others keep their results",
     )
     parser.add_argument(
-        "--wikitext", action="store_true", help="one damage of the first golden on WikiText-2 too"
+        "--wikitext",
+        action="store_true",
+        help="also score one damage of the first golden on WikiText-2",
     )
     args = parser.parse_args()
     before = json.loads(args.out.read_text()) if args.out.is_file() else {}

@@ -1,18 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What scoring costs over the plain forward of the same models on the same windows.
+"""The cost of scoring over the plain forward pass of the same models on the same windows.
 
     python benchmarks/gate.py [--rounds 5] [--out benchmarks/results/gate.json]
-    python benchmarks/gate.py --parameters 1e8 --documents 2 [--out
-    benchmarks/results/gate-wide.json] python benchmarks/gate.py --device cuda --parameters 1e9
-    [--out benchmarks/results/gate-cuda.json]
+    python benchmarks/gate.py --parameters 1e8 --documents 2
+    python benchmarks/gate.py --device cuda --parameters 1e9
 
 The golden and its own corpus, or with ``--parameters`` a Qwen3-MoE of at least so many parameters
-that this script makes with random weights, and random ids: they serve for speed, not for numbers.
-Models are loaded once; in each round, interleaved: the forward of base and candidate alone, scoring
-them in lockstep (exact KL), with the 64 likeliest tokens, with activations rounded as declared, and
-lm-eval's own scoring of the same windows. On CPU one thread and seconds of processor time, so that
-a shared machine disturbs them little; on a GPU wall time. Loading and the noise floor are left
-aside. Without the device that is asked for it says so and ends with 3.
+with random weights, and random ids: they serve for speed, not for numbers. Models are loaded once;
+each round measures in turn: the forward pass of base and candidate alone, scoring them in lockstep
+(exact KL), with the top 64 tokens, with activations rounded as declared, and lm-eval's own
+scoring of the same windows. On CPU: one thread, and seconds of processor time, which a shared
+machine disturbs little; on a GPU: wall time. Loading and the noise floor are not included. Exits
+with 3 if the device does not exist.
 """
 
 from __future__ import annotations
@@ -28,6 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -40,8 +40,8 @@ from verifier.checkpoint import open_checkpoint
 from verifier.gate.corpora import load_corpus
 from verifier.gate.jobs import Job, Unit, Window
 from verifier.gate.scorers.expert_counts import counting
-from verifier.gate.scorers.transformers import _score_windows, windows_of
-from verifier.gate.windows import units_of
+from verifier.gate.scorers.transformers import score_windows
+from verifier.gate.windows import units_of, windows_of
 from verifier.load.activations import declared_activations
 from verifier.load.model import load_model
 
@@ -51,9 +51,7 @@ DOCUMENTS, WINDOW, BATCH, SEED = 16, 512, 8, 7
 
 
 def random_model(folder: Path, parameters: float) -> int:
-    """Write a Qwen3-MoE of at least so many parameters, random BF16 weights; return how many it
-    has.
-    """
+    """Write a Qwen3-MoE with at least so many random BF16 parameters; return how many it has."""
     import transformers
 
     layers, hidden = (24, 1024) if parameters >= 1e8 else (2, 128)
@@ -97,7 +95,7 @@ def random_windows(words: int, documents: int) -> list[Window]:
 
 
 def forward(models: list[Any], units: list[Unit], device: str) -> None:
-    """Run the models over the units and drop what they say."""
+    """Run the models over the units."""
     for unit in units:
         width = max(len(ids) for ids, _ in unit.windows)
         ids = torch.tensor(
@@ -113,12 +111,12 @@ def scored(models: list[Any], units: list[Unit], job: Job, *, lockstep: bool) ->
     for model, base in pairs:
         with counting(model) as experts:
             for unit in units:
-                _score_windows(model, base, job, unit, experts)
+                score_windows(model, base, job, unit, experts)
                 experts.take()
 
 
 def declared(models: list[Any], folders: list[Path], units: list[Unit], job: Job) -> None:
-    """Score the units with activations as the checkpoints declare."""
+    """Score the units with activations rounded as the checkpoints declare."""
     with contextlib.ExitStack() as stack:
         for model, folder in zip(models, folders, strict=True):
             stack.enter_context(declared_activations(model, open_checkpoint(folder)))
@@ -140,15 +138,13 @@ def by_lm_eval(adapters: list[Any], units: list[Unit]) -> None:
 
 
 def adapters_of(models: list[Any]) -> list[Any]:
-    """Return lm-eval's adapters around the models; none where it is not installed."""
+    """Return lm-eval's adapters around the models; none if it is not installed."""
     if find_spec("lm_eval") is None:
         return []
     from lm_eval.models.huggingface import HFLM
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(
-        GOLDEN / "bf16"
-    )  # ids are scored; it is asked for nothing
+    tokenizer = AutoTokenizer.from_pretrained(GOLDEN / "bf16")  # unused: ids are scored
     return [
         HFLM(pretrained=m, tokenizer=tokenizer, max_length=WINDOW, batch_size=BATCH) for m in models
     ]
@@ -157,7 +153,7 @@ def adapters_of(models: list[Any]) -> list[Any]:
 def measured(
     ways: dict[str, Callable[[], None]], rounds: int, device: str
 ) -> list[dict[str, float]]:
-    """Return the seconds of each way in each round, after one that warms up."""
+    """Return the seconds of each way in each round, after a warm-up round."""
     clock = time.process_time if device == "cpu" else time.perf_counter
 
     def now() -> float:
@@ -165,19 +161,19 @@ def measured(
             torch.cuda.synchronize()
         return clock()
 
-    found = []
+    rows = []
     for _ in range(rounds + 1):
         row = {}
         for name, way in ways.items():
             started = now()
             way()
             row[name] = round(now() - started, 4)
-        found.append(row)
-    return found[1:]
+        rows.append(row)
+    return rows[1:]
 
 
 def arguments() -> argparse.Namespace:
-    """Return the command line's arguments; end with 3 where the device is not here."""
+    """Parse the command line; exit with 3 if the device does not exist."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu")
@@ -190,7 +186,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     if args.device != "cpu" and not torch.cuda.is_available():
-        print("gate.py: no CUDA device here; nothing was measured", file=sys.stderr)
+        print("gate.py: no CUDA device; nothing was measured", file=sys.stderr)
         sys.exit(3)
     if args.out is None:
         name = "gate-cuda" if args.device != "cpu" else "gate-wide" if args.parameters else "gate"
@@ -215,8 +211,8 @@ def main() -> None:
             windows = windows_of(load_corpus(str(GOLDEN / "corpus.jsonl")), None, WINDOW)
         models = [load_model(str(p), device=args.device).model for p in (source, out)]
         units = units_of(windows, BATCH)
-        job = Job("", args.device, "tokens", BATCH, WINDOW, 1 + max(w[1][0] for w in windows))
-        top = Job("", args.device, "tokens", BATCH, WINDOW, job.documents, top_k=64)
+        job = Job("", args.device, "tokens", BATCH, WINDOW)
+        top = replace(job, top_k=64)
         adapters = adapters_of(models)
         ways: dict[str, Callable[[], None]] = {
             "forward": lambda: forward(models, units, args.device),

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Simulate how often the gate's intervals hold the truth, and how often the worst-document rule
-sees a dead expert.
+"""Simulate how often the gate's intervals cover the truth, and how often the worst-document rule
+finds a dead expert.
 
     python benchmarks/intervals.py [--rounds 10000] [--out benchmarks/results/intervals.json]
 
-(Not coverage.py: numba imports the package of that name, and would find this file beside a script.)
+(Not coverage.py: numba imports a package of that name, and would find this file next to a script.)
 
 Scenarios are fixed: number of documents x lengths x how documents differ. Token noise has the
-standard deviation 0.35 nats of published paired logs; normal token noise is drawn as the sum that
-it makes, Student-t noise token by token on documents of a twentieth of the length (which is the
-harder case). The truth is the effect of the population.
+standard deviation 0.35 nats of published paired logs; normal token noise is drawn as its sum,
+Student-t noise token by token on documents of a twentieth of the length (the harder case). The
+truth is the effect of the population.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ KINDS = {
     "sd 0.02": "normal, SD 0.02 nats",
     "t3 tokens": "normal, SD 0.01 nats; tokens Student t of 3 degrees of freedom",
     "skewed": "exponential, SD 0.02 nats, tail towards loss",
-    "rare": "3 % of documents lose 0.2 nats more (a dead expert)",
+    "rare": "3% of documents lose 0.2 nats more (a dead expert)",
 }
 SYMMETRIC = ("sd 0", "sd 0.005", "sd 0.01", "sd 0.02", "t3 tokens")
 LENGTHS = {
@@ -104,8 +104,8 @@ def draw(
 
 
 def measure(kind: str, length: str, count: int, rounds: int) -> dict[str, Any]:
-    """Return one row: coverage of every way to make the interval, errors of each bound, the
-    worst-document rule.
+    """Return one row: the coverage of each kind of interval and bound, and the worst-document
+    rule.
     """
     rng = np.random.default_rng(
         [20260101, list(KINDS).index(kind), list(LENGTHS).index(length), count]
@@ -142,7 +142,7 @@ def _one(
     means, limit = worst(sums, tokens)
     beyond = means > limit
     return {
-        # What independent tokens would claim, from the spread that they alone have.
+        # The claim of independent tokens, from their own spread.
         "token": off <= 1.96 * TOKEN_SD / np.sqrt(tokens.sum(-1)),
         "linear": off <= plain * linear,
         "jackknife": off <= plain * jackknife,

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the training scripts of all goldens share: tokenizer, training loop, routing balance, hub
+"""Shared by the training scripts of all goldens: tokenizer, training loop, routing balance, hub
 checkpoint, command line.
 
-A golden's own ``train.py`` says what its model is (`Family`) and calls `main`. The text is the
+A golden's own ``train.py`` describes its model (`Family`) and calls `main`. The text is the
 validation split of WikiText-2 (word level); the test split is never read. The same seed, versions
 and machine give the same bytes.
 """
@@ -41,9 +41,9 @@ class Family:
     ``text``: the module with ``embed_tokens`` and ``layers``. ``balance``: ``bias`` moves the
     family's correction bias (DeepSeek-V3, arXiv 2412.19437, section 2.1.2), ``loss`` adds a
     balancing loss of each layer (Switch Transformers, arXiv 2101.03961, section 2.2). ``frozen``:
-    parts of names of parameters that text does not train. ``float32``: hub names that the release
-    has in float32. ``spelled``: keys of config.json by transformers' name, as the release spells
-    them. ``attention``, ``experts``: transformers' implementations to train with.
+    parts of names of parameters that text does not train. ``float32``: hub names that are float32
+    in the release. ``spelled``: the release's spelling of config.json keys, by transformers' name.
+    ``attention``, ``experts``: transformers' implementations to train with.
     """
 
     config: Callable[[], PretrainedConfig]
@@ -93,7 +93,7 @@ def add_dropout(text: torch.nn.Module, p: float) -> list[torch.utils.hooks.Remov
 
 
 class Balance:
-    """Counts what each router chose in a step, and evens it out."""
+    """Counts the experts that each router chose in a step, and balances them."""
 
     def __init__(self, family: Family, model: torch.nn.Module, rate: float) -> None:
         self.family, self.rate, self.routers = family, rate, routers_of(model)
@@ -112,13 +112,13 @@ class Balance:
         return hook
 
     def loss(self) -> torch.Tensor | float:
-        """Return what is added to the loss of this step."""
-        found = self.rate * sum(self.losses) if self.losses else 0.0
+        """Return the balancing loss of this step."""
+        loss = self.rate * sum(self.losses) if self.losses else 0.0
         self.losses = []
-        return found
+        return loss
 
     def step(self, warm: float) -> None:
-        """Move the correction bias, where the family has one, and forget the counts."""
+        """Move the correction bias, where the family has one, and reset the counts."""
         with torch.no_grad():
             for router, load in zip(self.routers, self.loads, strict=True):
                 if self.family.balance == "bias":
@@ -131,7 +131,7 @@ class Balance:
 def train(
     family: Family, model: PreTrainedModel, ids: torch.Tensor, args: argparse.Namespace
 ) -> float:
-    """Train in place for ``args.steps``; return the last smoothed loss in nats a token."""
+    """Train in place for ``args.steps``; return the last smoothed loss in nats per token."""
     generator = torch.Generator().manual_seed(args.seed)
     balance = Balance(family, model, args.balance_rate)
     handles = balance.handles + add_dropout(family.text(model), args.dropout)
@@ -179,7 +179,7 @@ def train(
 
 def hub_tensors(model: PreTrainedModel, float32: re.Pattern[str] | None) -> dict[str, torch.Tensor]:
     """Return hub-named tensors in the dtypes of the release: BF16, and float32 where the release
-    has it.
+    has float32.
     """
     state = revert_weight_conversion(model, dict(model.state_dict()))
     return {
@@ -192,7 +192,7 @@ def hub_tensors(model: PreTrainedModel, float32: re.Pattern[str] | None) -> dict
 
 
 def config_of(config: PretrainedConfig, spelled: Mapping[str, str]) -> dict[str, object]:
-    """Return what config.json holds."""
+    """Return the contents of config.json."""
     saved = json.loads(config.to_json_string(use_diff=True))
     return dict(sorted((spelled.get(k, k), v) for k, v in saved.items())) if spelled else saved
 
@@ -242,7 +242,7 @@ def write(
 
 
 def arguments(description: str, **defaults: float) -> argparse.Namespace:
-    """Return the command line; ``defaults`` are a golden's own."""
+    """Parse the command line; ``defaults`` are a golden's own."""
     p = argparse.ArgumentParser(description=description)
     p.add_argument("--text", type=Path, required=True)
     p.add_argument("--out", type=Path, required=True)
@@ -267,7 +267,7 @@ def arguments(description: str, **defaults: float) -> argparse.Namespace:
 
 
 def main(family: Family, description: str, **defaults: float) -> None:
-    """Train and write; print what the manifest records."""
+    """Train and write; print the fields of the manifest."""
     args = arguments(description, **defaults)
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
@@ -286,7 +286,7 @@ def main(family: Family, description: str, **defaults: float) -> None:
     print(f"{n:,} parameters, {ids.numel():,} tokens", flush=True)
     loss = train(family, model, ids, args)
     write(hub_tensors(model, family.float32), config_of(config, family.spelled), tok, args.out)
-    told = {k: str(v) for k, v in vars(args).items()}
+    arguments_ = {k: str(v) for k, v in vars(args).items()}
     seconds = time.perf_counter() - args.t0
     print(
         json.dumps(
@@ -295,7 +295,7 @@ def main(family: Family, description: str, **defaults: float) -> None:
                 "train_tokens": ids.numel(),
                 "last_loss": loss,
                 "seconds": seconds,
-                "args": told,
+                "args": arguments_,
             }
         )
     )

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The main job on the MiniMax-M3 golden: export a mix, check it, break a copy and catch it, measure
-the loss.
+"""The main use on the MiniMax-M3 golden: export a mix, check it, catch a damaged copy, measure the
+loss.
 
     python goldens/demo.py [--out DIR]
 
-It runs the same commands that a release engineer runs, prints each, and fails where one ends
-otherwise than it should.
+It runs the commands that a release engineer runs, prints each, and fails if one has an unexpected
+exit code.
 """
 
 from __future__ import annotations
@@ -55,9 +55,7 @@ def break_copy(source: Path, copy: Path) -> str:
 def main() -> None:
     """Run the four steps."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--out", type=Path, help="keep the checkpoints here (a folder that does not exist yet)"
-    )
+    parser.add_argument("--out", type=Path, help="keep the checkpoints in this new directory")
     args = parser.parse_args()
     started = time.monotonic()
     work = args.out or Path(tempfile.mkdtemp(prefix="ckptgate-demo-"))
@@ -65,9 +63,7 @@ def main() -> None:
     bf16, vendor = str(GOLDEN / "bf16"), str(GOLDEN / "mxfp8")
     mixed, broken = work / "MiniMax-M3-tiny-NVFP4", work / "broken"
     try:
-        print(
-            "1. Export: NVFP4 routed experts onto the vendor's MXFP8 base; the command ends with a check."
-        )
+        print("1. Export: NVFP4 routed experts onto the vendor's MXFP8 base; ends with a check.")
         ckptgate(
             "export", bf16, str(mixed), "--recipe", "nvfp4_experts_only", "--onto", vendor, expect=0
         )
@@ -87,8 +83,8 @@ def main() -> None:
         print(f"\n3. Break a copy: one byte of {name} (row 12, block 3) set to zero.")
         bad = ckptgate("check", str(broken), "--depth", "payload", expect=1)
         if "QC501" not in bad or name not in bad or "row 12, block 3" not in bad:
-            raise SystemExit("the broken copy was not caught where it was broken")
-        print("\n4. Gate: the loss on text that the base itself wrote, with a 90% interval.")
+            raise SystemExit("the damage was not reported at its place")
+        print("\n4. Gate: the loss on text sampled from the base model, with a 90% interval.")
         gate = ckptgate(
             "gate", str(mixed), "--base", bf16, "--corpus", str(GOLDEN / "corpus.jsonl"), expect=0
         )
@@ -99,10 +95,9 @@ def main() -> None:
             f"broken copy     {bad.splitlines()[0]}\n                {bad.splitlines()[1].strip()}"
         )
         print(f"                {bad.splitlines()[-1]}")
-        for line in [
-            g for g in gate.splitlines() if g.startswith(("loss", "margin", "KL", "verdict"))
-        ]:
-            print(f"gate            {line}")
+        for line in gate.splitlines():
+            if line.startswith(("Δloss", "margin", "KL", "verdict")):
+                print(f"gate            {line}")
         print(f"{time.monotonic() - started:.0f} s in all")
     finally:
         if args.out is None:

@@ -4,15 +4,15 @@
 
     python -m goldens.rebuild [--only 'qwen3-moe-tiny.*'] [--write | --results]
 
-An export is checked (depth payload, against its base), scored on the golden's own corpus, and held
-against its record: the digest of all tensors, the headers, the scales' statistics, the sums of each
-document. On the versions that the record was made with the bytes must be equal; on others the drift
-must be within the record's margin, and the report says which it was. ``--write`` leaves a pending
-record where one disagrees (`ckptgate goldens review|accept -d goldens/records`). ``--results``
-builds nothing: it writes ``goldens/results.json``, which docs/goldens.md is rendered from, from the
+An export is checked (depth payload, with its base), scored on the golden's own corpus, and compared
+with its record: the digest of all tensors, the headers, the statistics of the scales, the sums of
+each document. With the versions in the record the bytes must be equal; with others the drift must
+be within the record's margin, and the output says which it was. ``--write`` writes a pending record
+where one disagrees (`ckptgate goldens review|accept -d goldens/records`). ``--results`` builds
+nothing: it writes ``goldens/results.json``, from which docs/goldens.md is rendered, from the
 accepted records.
 
-Exit 0: all agree. 1: one does not. 3: for one neither is shown.
+Exit 0: all agree. 1: one does not. 3: one is inconclusive.
 """
 
 from __future__ import annotations
@@ -35,32 +35,24 @@ import exporter
 import verifier
 from verifier.checkpoint import Checkpoint, open_checkpoint
 from verifier.errors import PlanError
-from verifier.gate import (
-    GateResult,
-    Run,
-    compare_runs,
-    load_corpus,
-    margin_of,
-    render_json,
-    score_run,
-)
-from verifier.gate.gate import weights_digest
+from verifier.evaluation import GateResult
+from verifier.gate import Run, compare_runs, load_corpus, margin_of, score_run
 from verifier.gate.statistics import paired
-from verifier.goldens import Golden, GoldenComparison, Pending, judge, proposed, store
-from verifier.history.record import now, parse_run
+from verifier.goldens import Golden, GoldenComparison, Pending, compare, golden_of, store
+from verifier.history.record import now
 from verifier.inspect.stats import bins, shares, stats
 
 HERE = Path(__file__).resolve().parent
 RECORDS, RESULTS = HERE / "records", HERE / "results.json"
 BASE, VENDOR, CORPUS = "bf16", "mxfp8", "corpus.jsonl"
 MADE_WITH = ("torch", "transformers", "numpy")
-"""The packages whose other version may change bytes or sums."""
+"""The packages whose version may change bytes or sums."""
 
 
 @dataclass(frozen=True)
 class Build:
-    """One export: a recipe on the BF16 golden, ``onto`` the vendor's; or another build ``merged``
-    onto the vendor's.
+    """One export: a recipe applied to the BF16 golden, or onto the vendor's checkpoint; or another
+    build that is ``merged`` onto the vendor's.
     """
 
     name: str
@@ -80,9 +72,7 @@ class Build:
         return f"ckptgate export {g}/{BASE} OUT --recipe {recipe} {how}"
 
     def run(self, folder: Path, out: Path) -> None:
-        """Make the export of a golden's folder; a merged one needs the other build beside
-        ``out``.
-        """
+        """Make the export of a golden; a merged one needs the other build next to ``out``."""
         if self.name == "vendor_mxfp8":
             subprocess.run(
                 [sys.executable, str(folder / "make_vendor.py"), str(folder / BASE), str(out)],
@@ -119,7 +109,7 @@ GOLDENS = {"minimax-m3-tiny": (*PLAIN, *MIXED), "qwen3-moe-tiny": PLAIN, "gpt-os
 
 @dataclass(frozen=True)
 class Rebuilt:
-    """What a build came to: an exit code, a sentence, and what waits for a person."""
+    """The result of a build: an exit code, a sentence, and a record that waits for review."""
 
     name: str
     code: int
@@ -128,38 +118,32 @@ class Rebuilt:
 
 
 def scale_facts(folder: Path) -> dict[str, int | float | str]:
-    """Return the statistics of an export's scales: counts by power of two and of values that
-    matter, ends of float32.
+    """Return the statistics of an export's scales: counts by power of two and of special values,
+    and the ends of float32 scales.
     """
-    found: dict[str, int | float | str] = {}
-    told = stats(folder, depth="payload")
-    for codes in told.codes:
+    facts: dict[str, int | float | str] = {}
+    statistics = stats(folder, depth="payload")
+    for codes in statistics.codes:
         place = f"scales.{codes.format}.{codes.leaf}"
-        found |= {f"{place}.{k}": n for k, n in shares(codes.counts, codes.kind).items()}
-        found |= {
-            f"{place}.{label}": n
-            for label, n in bins(codes.counts, codes.kind)
-            if label.startswith("2^")
-        }
-    for f in told.floats:
+        facts |= {f"{place}.{k}": n for k, n in shares(codes.counts, codes.kind).items()}
+        powers = [b for b in bins(codes.counts, codes.kind) if b[0].startswith("2^")]
+        facts |= {f"{place}.{label}": n for label, n in powers}
+    for f in statistics.floats:
         place = f"scales.{f.format}.{f.leaf}.{f.role}"
-        found |= {f"{place}.count": f.count, f"{place}.distinct": f.distinct}
-        found |= {f"{place}.{k}": v for k, v in (("low", f.low), ("high", f.high)) if v is not None}
-    return found
+        facts |= {f"{place}.count": f.count, f"{place}.distinct": f.distinct}
+        facts |= {f"{place}.{k}": v for k, v in (("low", f.low), ("high", f.high)) if v is not None}
+    return facts
 
 
-def golden_of(result: GateResult, candidate: Checkpoint, base: Checkpoint) -> Golden:
-    """Return the record that a gate's result would leave, with the digests and the scales'
-    statistics of its candidate.
+def record_of(result: GateResult, candidate: Checkpoint, base: Checkpoint) -> Golden:
+    """Return the record of a gate's result, with the digests and the statistics of the scales of
+    its candidate.
     """
-    new = proposed(parse_run(render_json(result), result.candidate))
-    digests = {
-        "weights_sha256": weights_digest(candidate),
-        "base_weights_sha256": weights_digest(base),
-    }
-    made_with = {p: version(p).partition("+")[0] for p in MADE_WITH}
+    new = golden_of(result)
+    made_with = {package: version(package).partition("+")[0] for package in MADE_WITH}
     facts = {
-        **digests,
+        "weights_sha256": candidate.weights_sha256,
+        "base_weights_sha256": base.weights_sha256,
         "tensors": len(candidate.tensors),
         "bytes": candidate.nbytes,
         **scale_facts(Path(candidate.uri)),
@@ -167,74 +151,82 @@ def golden_of(result: GateResult, candidate: Checkpoint, base: Checkpoint) -> Go
     return new.model_copy(update={"facts": facts, "versions": {**new.versions, **made_with}})
 
 
-def compare(old: Golden | None, new: Golden) -> GoldenComparison:
-    """Hold a rebuilt export against its record: bytes, headers, scales, then the drift; say which
-    was equal.
+def compare_rebuilt(old: Golden | None, new: Golden) -> GoldenComparison:
+    """Compare a rebuilt export with its record: bytes, headers, scales, then the drift.
+
+    The sentence says which are equal.
     """
-    judged = judge(old, new)
+    drift = compare(old, new)
     if old is None:
-        return judged
-    a, b = old.versions, new.versions
-    other = [f"{p} {a.get(p)} -> {b.get(p)}" for p in MADE_WITH if a.get(p) != b.get(p)]
-    where = f"other versions ({', '.join(other)})" if other else "the same versions"
+        return drift
+    changed = [p for p in MADE_WITH if old.versions.get(p) != new.versions.get(p)]
+    versions = [f"{p} {old.versions.get(p)} → {new.versions.get(p)}" for p in changed]
+    where = f"other versions ({', '.join(versions)})" if changed else "the same versions"
     if old.facts.get("base_weights_sha256") != new.facts["base_weights_sha256"]:
-        return GoldenComparison("changed", f"the record is of another base; {judged.sentence}")
+        return GoldenComparison("changed", f"the record has a different base; {drift.sentence}")
     if old.checkpoint.get("header_sha256") != new.checkpoint.get("header_sha256"):
         return GoldenComparison(
-            "changed", f"names, dtypes or shapes of tensors changed; {judged.sentence}"
+            "changed", f"names, dtypes or shapes of tensors changed; {drift.sentence}"
         )
     if old.facts.get("weights_sha256") == new.facts["weights_sha256"]:
-        if judged.outcome == "stale" and other and (i := judged.interval) is not None:
-            # What scores is another: the export is no better, and its record holds.
-            drift = f"drift {i.delta:+.6f} nats a token [{i.low:+.6f}, {i.high:+.6f}] is the versions', not the export's"
-            return GoldenComparison("within", f"bytes equal on {where}; {drift}", i)
-        return GoldenComparison(
-            judged.outcome, f"bytes equal on {where}; {judged.sentence}", judged.interval
-        )
-    differ = (k for k in {*old.facts, *new.facts} if old.facts.get(k) != new.facts.get(k))
-    scales = sorted(k for k in differ if k.startswith("scales."))
-    told = (
-        f"{len(scales)} statistics of scales differ, {scales[0]} first"
-        if scales
-        else "the scales' statistics are equal"
+        return _with_equal_bytes(drift, where, other_versions=bool(changed))
+    scales = sorted(
+        name
+        for name in {*old.facts, *new.facts}
+        if name.startswith("scales.") and old.facts.get(name) != new.facts.get(name)
     )
-    sentence = f"bytes differ on {where}; {told}; {judged.sentence}"
-    fine = judged.exit_code == 0 and not other
-    return GoldenComparison("changed" if fine else judged.outcome, sentence, judged.interval)
+    statistics = "the statistics of the scales are equal"
+    if scales:
+        statistics = f"{len(scales)} statistics of scales differ, {scales[0]} first"
+    sentence = f"bytes differ with {where}; {statistics}; {drift.sentence}"
+    outcome = "changed" if drift.exit_code == 0 and not changed else drift.outcome
+    return GoldenComparison(outcome, sentence, drift.interval)
+
+
+def _with_equal_bytes(
+    drift: GoldenComparison, where: str, *, other_versions: bool
+) -> GoldenComparison:
+    interval = drift.interval
+    if drift.outcome == "stale" and other_versions and interval is not None:
+        # The scorer changed, not the export: the record is not stale.
+        ends = f"[{interval.low:+.6f}, {interval.high:+.6f}]"
+        cause = f"drift {interval.delta:+.6f} nats per token {ends} is from the versions"
+        return GoldenComparison("within", f"bytes equal with {where}; {cause}", interval)
+    return GoldenComparison(drift.outcome, f"bytes equal with {where}; {drift.sentence}", interval)
 
 
 def row_of(build: Build, golden: str, base: Checkpoint) -> dict[str, Any]:
-    """Return what the results file tells of an export: its accepted record, or why there is
-    none.
-    """
-    name, told = f"{golden}.{build.name}", {"format": build.name, "command": build.command(golden)}
+    """Return an export's row of the results file: its accepted record, or why there is none."""
+    name = f"{golden}.{build.name}"
+    row = {"format": build.name, "command": build.command(golden)}
     if store.digest_of(RECORDS, name) is None:
         with tempfile.TemporaryDirectory(prefix="ckptgate-goldens-") as work:
             try:
                 build.run(HERE / golden, Path(work) / name)
             except PlanError as error:
-                return told | {"refused": str(error)}
+                return row | {"refused": str(error)}
         raise SystemExit(
-            f"{name}: no record is accepted yet; python -m goldens.rebuild --write, review, accept"
+            f"{name}: no accepted record; run python -m goldens.rebuild --write, review, accept"
         )
     g = store.load(RECORDS, name)
-    found = paired(*([d[i] for d in g.documents] for i in range(3)))
+    base_nats, nats, tokens = zip(*g.documents, strict=True)
+    loss = paired(base_nats, nats, tokens)
     margin = margin_of(None, {k.split(".")[1] for k in g.facts if k.startswith("scales.")})
     counts = {
         k.removeprefix("scales."): v
         for k, v in g.facts.items()
         if k.endswith((".total", ".floor", ".zero"))
     }
-    return told | {
+    return row | {
         "loss": g.loss,
         "low": g.low,
         "high": g.high,
-        "se": found.se,
+        "se": loss.se,
         "documents": len(g.documents),
-        "tokens": found.tokens,
+        "tokens": loss.tokens,
         "margin": margin.nats,
         "verdict": g.verdict,
-        "perplexity": math.exp(sum(d[1] for d in g.documents) / found.tokens),
+        "perplexity": math.exp(sum(nats) / loss.tokens),
         "bytes": g.facts["bytes"],
         "share_of_base": round(int(g.facts["bytes"]) / base.nbytes, 4),
         "scales": counts,
@@ -242,9 +234,9 @@ def row_of(build: Build, golden: str, base: Checkpoint) -> dict[str, Any]:
     }
 
 
-class Workshop:
-    """Builds the exports of one golden in a folder; the base is scored once, when it is first
-    needed.
+class Rebuilder:
+    """Builds the exports of one golden in the working directory; the base is scored once, on first
+    use.
     """
 
     def __init__(self, golden: str, workers: int | None) -> None:
@@ -255,13 +247,13 @@ class Workshop:
 
     def score(self, ckpt: Checkpoint) -> Run:
         """Score a checkpoint on the golden's corpus."""
-        found = score_run(ckpt, self.corpus, workers=self.workers)
-        if found is None:
+        run = score_run(ckpt, self.corpus, workers=self.workers)
+        if run is None:
             raise SystemExit("no run")
-        return found
+        return run
 
     def rebuild(self, build: Build, records: Path) -> Rebuilt:
-        """Build one export in the working directory, check it, score it, and hold it against its
+        """Build one export in the working directory, check it, score it, and compare it with its
         record.
         """
         name = f"{self.golden}.{build.name}"
@@ -271,7 +263,7 @@ class Workshop:
         except PlanError as error:
             refused = f"export refuses it: {error}"
             if old is not None:
-                return Rebuilt(name, 1, f"a record is accepted, and {refused}")
+                return Rebuilt(name, 1, f"there is an accepted record, but {refused}")
             return Rebuilt(name, 0, refused)
         merged = self.folder / VENDOR if build.onto or build.merged else None
         report = verifier.check(name, base=self.folder / BASE, merged_from=merged, depth="payload")
@@ -281,23 +273,24 @@ class Workshop:
         if self._base_run is None:
             self._base_run = self.score(self.base)
         ckpt = open_checkpoint(name)
-        ours = self.score(ckpt)
-        result = compare_runs(self._base_run, ours, margin_of(None, ours.header.formats))
-        new = golden_of(result, ckpt, self.base)
-        judged = compare(old, new)
-        waits = Pending(
-            proposed=new,
-            against=store.digest_of(records, name),
-            outcome=judged.outcome,
-            sentence=judged.sentence[:2000],
-            time=now(),
-        )
-        agrees = judged.outcome in ("agrees", "within")
-        return Rebuilt(name, judged.exit_code, judged.sentence, None if agrees else waits)
+        run = self.score(ckpt)
+        result = compare_runs(self._base_run, run, margin_of(None, run.header.formats))
+        new = record_of(result, ckpt, self.base)
+        comparison = compare_rebuilt(old, new)
+        pending = None
+        if comparison.outcome not in ("agrees", "within"):
+            pending = Pending(
+                proposed=new,
+                against=store.digest_of(records, name),
+                outcome=comparison.outcome,
+                sentence=comparison.sentence[:2000],
+                time=now(),
+            )
+        return Rebuilt(name, comparison.exit_code, comparison.sentence, pending)
 
 
 def results() -> dict[str, Any]:
-    """Return what the results file holds."""
+    """Return the contents of the results file."""
     goldens: dict[str, Any] = {}
     versions: dict[str, str] = {}
     for golden, builds in GOLDENS.items():
@@ -328,7 +321,7 @@ def results() -> dict[str, Any]:
 
 
 def unreferenced(only: str, records: Path) -> list[str]:
-    """Return accepted records that no build is of."""
+    """Return the accepted records without a build."""
     builds = {f"{golden}.{b.name}" for golden, group in GOLDENS.items() for b in group}
     return [
         n
@@ -337,15 +330,15 @@ def unreferenced(only: str, records: Path) -> list[str]:
     ]
 
 
-def wanted(only: str) -> dict[str, list[Build]]:
+def builds_matching(only: str) -> dict[str, list[Build]]:
     """Return the builds whose name matches, and those that they are merged from, by golden."""
-    found: dict[str, list[Build]] = {}
+    selected: dict[str, list[Build]] = {}
     for golden, group in GOLDENS.items():
         chosen = {b.name for b in group if fnmatch.fnmatchcase(f"{golden}.{b.name}", only)}
         chosen |= {b.merged for b in group if b.name in chosen and b.merged}
         if chosen:
-            found[golden] = [b for b in group if b.name in chosen]
-    return found
+            selected[golden] = [b for b in group if b.name in chosen]
+    return selected
 
 
 def main() -> int:
@@ -363,25 +356,24 @@ def main() -> int:
     if args.results:
         RESULTS.write_text(json.dumps(results(), indent=1) + "\n", encoding="utf-8")
         return 0
-    builds = wanted(args.only)
+    builds = builds_matching(args.only)
     if not builds:
-        raise SystemExit(f"{args.only!r} matches none of the exports")
+        raise SystemExit(f"{args.only!r} matches no export")
     records = args.records.resolve()
     work = args.out.resolve() if args.out else Path(tempfile.mkdtemp(prefix="ckptgate-goldens-"))
     work.mkdir(exist_ok=True)
     codes: list[int] = []
     try:
-        # A record tells the path that was scored: a name in the working directory, the same on
-        # every machine.
+        # A record has the path that was scored: a name in the working directory, the same on every
+        # machine.
         with contextlib.chdir(work):
             for golden, group in builds.items():
-                shop = Workshop(golden, args.workers)
+                rebuilder = Rebuilder(golden, args.workers)
                 for build in group:
-                    r = shop.rebuild(build, records)
+                    r = rebuilder.rebuild(build, records)
                     codes.append(r.code)
-                    print(
-                        f"{'ok' if r.code == 0 else 'FAILED':6} {r.name}: {r.sentence}", flush=True
-                    )
+                    status = "ok" if r.code == 0 else "FAILED"
+                    print(f"{status:6} {r.name}: {r.sentence}", flush=True)
                     if args.write and r.pending is not None:
                         store.write_pending(records, r.name, r.pending)
     finally:
@@ -389,7 +381,7 @@ def main() -> int:
             shutil.rmtree(work, ignore_errors=True)
     for name in unreferenced(args.only, records):
         codes.append(1)
-        print(f"FAILED {name}: a record that no export is of; `ckptgate goldens prune` drops it")
+        print(f"FAILED {name}: a record without an export; `ckptgate goldens prune` deletes it")
     good = codes.count(0)
     print(f"{good} of {len(codes)} as accepted")
     return 1 if 1 in codes or 4 in codes else max(codes)

@@ -25,38 +25,41 @@ from tokenizers import Tokenizer
 from goldens.common import routers_of
 from verifier.checkpoint import open_checkpoint
 from verifier.gate.corpora import WIKITEXT, Corpus, load_corpus
-from verifier.gate.gate import plan_jobs, score_all, weights_digest
-from verifier.gate.scorers.transformers import perplexity, windows_of
+from verifier.gate.jobs import Protocol, Window
+from verifier.gate.score import score_run
+from verifier.gate.statistics import perplexity
+from verifier.gate.windows import windows_of
 from verifier.load.model import load_model
 from verifier.manifest import Manifest, Score, SourceRecord, digest
 
+TRAINING_TEXT = "WikiText-2 v1 validation split (word level), CC BY-SA 3.0; not in this project"
 SCRIPTS = ("common.py", "sampling.py", "train.py", "make_vendor.py")
 
 
 def sample(model: torch.nn.Module, seed: int, documents: int, length: int) -> list[list[int]]:
-    """Return ``documents`` sequences of ``length`` ids, each begun with the end-of-text token."""
+    """Return ``documents`` sequences of ``length`` ids, each starting with the end-of-text
+    token.
+    """
     generator = torch.Generator().manual_seed(seed)
-    found = []
+    drawn: list[list[int]] = []
     for start in range(0, documents, 8):
         count = min(8, documents - start)
         ids = torch.zeros((count, 1), dtype=torch.long)
         with torch.inference_mode():
             for _ in range(length - 1):
-                # No cache: every step is the full forward that scores it later.
+                # Without a cache: every step is the full forward pass that scores it later.
                 logits = (
                     model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[:, -1].float()
                 )
                 ids = torch.cat(
                     [ids, torch.multinomial(torch.softmax(logits, -1), 1, generator=generator)], 1
                 )
-        found += ids.tolist()
-        print(f"sampled {len(found)} of {documents}", flush=True)
-    return found
+        drawn += ids.tolist()
+        print(f"sampled {len(drawn)} of {documents}", flush=True)
+    return drawn
 
 
-def routing(
-    model: torch.nn.Module, windows: list[tuple[tuple[int, ...], tuple[int, ...]]]
-) -> list[list[float]]:
+def routing(model: torch.nn.Module, windows: list[Window]) -> list[list[float]]:
     """Return each expert's share of its layer's token slots over some windows."""
     routers = routers_of(model)
     loads = [torch.zeros(r.num_experts) for r in routers]
@@ -83,16 +86,17 @@ def unigram(train_ids: list[int], test_ids: list[int], vocabulary: int) -> float
     return math.exp(nats[torch.tensor(test_ids)].mean().item())
 
 
-def measured(folder: Path, corpus: Corpus, protocol: str) -> Score:
+def measured(folder: Path, corpus: Corpus, protocol: Protocol) -> Score:
     """Score the BF16 golden on a corpus."""
-    ckpt = open_checkpoint(folder / "bf16")
-    key, jobs = plan_jobs([ckpt], corpus, protocol, 512, 8, "cpu", 2)  # type: ignore[arg-type]
-    sums = score_all(jobs, len(corpus), "cpu", 2, None)[0]
+    run = score_run(open_checkpoint(folder / "bf16"), corpus, protocol=protocol, workers=2)
+    if run is None:
+        raise SystemExit("no run")
+    nats, tokens = run.sums.tolist(), run.tokens.tolist()
     return Score(
         corpus=corpus.name,
-        protocol=key,
-        documents=list(zip(sums.nats, sums.tokens, strict=True)),
-        perplexity=perplexity(sums.nats, sums.tokens),
+        protocol=run.header.key,
+        documents=list(zip(nats, tokens, strict=True)),
+        perplexity=perplexity(nats, tokens),
         extra={},
     )
 
@@ -104,9 +108,9 @@ def main() -> None:
     parser.add_argument("--train-log", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=20261122)
     parser.add_argument("--documents", type=int, default=72)
-    parser.add_argument("--length", type=int, default=400, help="tokens of a document")
+    parser.add_argument("--length", type=int, default=400, help="tokens per document")
     parser.add_argument(
-        "--keep-corpus", action="store_true", help="measure again, with the corpus that is there"
+        "--keep-corpus", action="store_true", help="measure again, with the existing corpus"
     )
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
@@ -117,7 +121,7 @@ def main() -> None:
     ckpt = open_checkpoint(folder / "bf16")
     file = folder / "corpus.jsonl"
     header = {
-        "sampled_from": weights_digest(ckpt),
+        "sampled_from": ckpt.weights_sha256,
         "seed": args.seed,
         "temperature": 1.0,
         "window": 512,
@@ -169,7 +173,7 @@ def main() -> None:
         sources=[
             SourceRecord(
                 role="text",
-                uri="WikiText-2 v1 validation split (word level), CC BY-SA 3.0; not in this project",
+                uri=TRAINING_TEXT,
             )
         ],
         options={"train": train, "sample_seed": args.seed},
@@ -180,7 +184,7 @@ def main() -> None:
         notes={
             "expert_share_of_token_slots": shares,
             "lowest_expert_share": lowest,
-            "weights_sha256": {d: weights_digest(open_checkpoint(folder / d)) for d in checkpoints},
+            "weights_sha256": {d: open_checkpoint(folder / d).weights_sha256 for d in checkpoints},
         },
     )
     (folder / "manifest.json").write_text(manifest.model_dump_json(indent=1) + "\n")

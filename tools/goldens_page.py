@@ -13,7 +13,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 WHAT = {
-    "minimax-m3-tiny": "MiniMax-M3: vision tower, indexer, shared expert, float32 router; a vendor MXFP8 beside the BF16",
+    "minimax-m3-tiny": "MiniMax-M3: vision tower, indexer, shared expert, float32 router; a vendor MXFP8 next to the BF16",
     "qwen3-moe-tiny": "Qwen3-MoE: every layer sparse, 16 narrow experts of which 4 are chosen, no shared expert",
     "gpt-oss-tiny": "gpt-oss: experts stacked, transposed, gate and up interleaved, with biases; sinks, sliding windows",
 }
@@ -27,13 +27,13 @@ FORMATS = {
     "merged": "merge of NVFP4 experts onto the vendor's MXFP8",
     "nvfp4_default": "NVFP4 everywhere, max",
     "nvfp4_default_mse": "NVFP4 everywhere, MSE",
-    "fp8_default": "FP8, one scale a tensor",
+    "fp8_default": "FP8, per-tensor scale",
 }
 INTRO = """# Goldens
 
-Three small trained models, of three families, with an accepted record for each format. They are what a change of the
-exporter is held against: `python -m goldens.rebuild` (`tox -e goldens`) makes every export anew, checks it against its base,
-scores it on the golden's own corpus, and compares it with its record.
+Three small trained models, of three families, with an accepted record for each format. Exporter changes are regression-tested
+against them: `python -m goldens.rebuild` (`tox -e goldens`) remakes every export, checks it with its base, scores it on
+the golden's own corpus, and compares it with its record.
 
 Rendered from `goldens/results.json` by `tools/make_docs.py`.
 """
@@ -41,22 +41,22 @@ RECORDS = """## Records
 
 `goldens/records/GOLDEN.FORMAT.golden.json` keeps no weights: the digest of the headers and one of all tensors, the
 statistics of the scales (counts by power of two, at the floor, zero, at the largest; ends of the float32 ones), base and
-candidate sums of each document, and who accepted it when and why.
+candidate sums of each document, and when and why it was accepted.
 
-| rebuilt | on the versions of the record | on other versions of torch, transformers, numpy |
+| rebuilt | with the versions of the record | with other versions of torch, transformers, numpy |
 | --- | --- | --- |
-| bytes equal, sums equal or within the drift margin | agrees | agrees, and says which versions |
-| bytes differ, drift within 0.003 nats a token | fails: the code writes otherwise | agrees, and says so |
-| other names, dtypes or shapes; another base; drift beyond | fails | fails |
+| bytes equal, sums equal or within the drift margin | agrees | agrees, and names the versions |
+| bytes differ, drift within 0.003 nats per token | fails: the code now writes different bytes | agrees, and reports the difference |
+| other names, dtypes or shapes; a different base; drift beyond | fails | fails |
 
-After a change that is meant, on a machine of your own (a person accepts, never CI):
+After an intentional change, on your own machine (CI never accepts records):
 
     python -m goldens.rebuild --write                 # pending records
     ckptgate goldens review -d goldens/records
     ckptgate goldens accept 'qwen3-moe-tiny.*' -d goldens/records --reason "…"
     python -m goldens.rebuild --results && python tools/make_docs.py
 
-One export by hand, held against its record:
+One export by hand, compared with its record:
 
     ckptgate export goldens/qwen3-moe-tiny/bf16 OUT --recipe nvfp4_experts_only --input-scale one
     ckptgate gate OUT --base goldens/qwen3-moe-tiny/bf16 --corpus goldens/qwen3-moe-tiny/corpus.jsonl \\
@@ -74,7 +74,7 @@ def page() -> str:
         "training",
         "perplexity, WikiText-2 test",
         "unigram",
-        "least share of an expert",
+        "smallest expert load",
     )
     lines = [INTRO, f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
     for name, g in r["goldens"].items():
@@ -85,8 +85,8 @@ def page() -> str:
         )
     lines += [
         "",
-        "Perplexity is of the models' own tokens (2,048 byte-level BPE); where text and corpora come from is told in",
-        "[goldens/README.md](../goldens/README.md).",
+        "Perplexity is over the models' own tokens (2,048 byte-level BPE); [goldens/README.md](../goldens/README.md) documents",
+        "the origin of text and corpora.",
         "",
     ]
     for name, g in r["goldens"].items():
@@ -102,10 +102,10 @@ def verdicts(name: str, g: dict[str, Any]) -> list[str]:
     if made:
         x = made[0]
         lines += [
-            f"Loss over the BF16 model, nats a token, on {x['documents']} documents that it wrote ({x['tokens']:,} tokens,",
-            f"its perplexity {g['perplexity']:.2f}), with a 90 % interval over documents, and the format's default margin.",
+            f"Loss over the BF16 model, nats per token, on {x['documents']} documents sampled from it ({x['tokens']:,} tokens,",
+            f"perplexity {g['perplexity']:.2f}), with a 90% interval over documents, and the format's default margin.",
             "",
-            "| format | loss [90 %] | of perplexity | margin | verdict | size |",
+            "| format | loss [90%] | of perplexity | margin | verdict | size |",
             "| --- " * 6 + "|",
         ]
     for x in made:
@@ -114,10 +114,10 @@ def verdicts(name: str, g: dict[str, Any]) -> list[str]:
             f"| {math.expm1(x['loss']):+.2%} | {x['margin']:.4f} | {x['verdict']} | {x['share_of_base']:.0%} |"
         )
     if made:
-        told = (
+        note = (
             "The text was sampled from the BF16 model, so the loss estimates KL(base || candidate)."
         )
-        lines += ["", told, ""]
+        lines += ["", note, ""]
     refused = [x for x in g["formats"] if "refused" in x]
     if refused:
         reasons = sorted({x["refused"] for x in refused})
@@ -145,7 +145,7 @@ def damage_lines() -> list[str]:
             "damage",
             "loss",
             "absolute",
-            "drift [90 %]",
+            "drift [90%]",
             "with drift margin",
             "KL",
             "top-1",
@@ -170,9 +170,8 @@ def damage_lines() -> list[str]:
                 "",
             ]
     lines += [
-        "KL and top-1 compare with the undamaged export (KL: the lower bound from the 64 likeliest tokens); worst:",
-        "documents beyond the bound that all set; check: the rules that find it at depth payload with `--base` (and",
-        "`--merged-from`).",
+        "KL and top-1 compare with the undamaged export (KL: the lower bound from the top 64 tokens); worst: outlier",
+        "documents; check: the rules that find it at depth payload with `--base` (and `--merged-from`).",
         "",
     ]
     versions = ", ".join(f"{k} {v}" for k, v in r["versions"].items())
@@ -182,12 +181,20 @@ def damage_lines() -> list[str]:
 def _damage(x: dict[str, Any]) -> str:
     middle, low, high = x["drift"]
     worst = "none" if not x["beyond"] else str(x["beyond"])
-    found = f"| {x['damage']} | {x['loss']:+.4f} | {x['absolute']} | {middle:+.4f} [{low:+.4f}, {high:+.4f}] "
-    told = f"{x['with_drift']}{', names the expert' if x['unreached'] else ''}"
-    return (
-        found
-        + f"| {told} | {x['kl_to_good']:.4f} | {x['top1_to_good']:.1%} | {worst} | {_rules(x['check'])} |"
+    drift = f"{middle:+.4f} [{low:+.4f}, {high:+.4f}]"
+    outcome = f"{x['with_drift']}{', lists the expert' if x['unreached'] else ''}"
+    cells = (
+        x["damage"],
+        f"{x['loss']:+.4f}",
+        x["absolute"],
+        drift,
+        outcome,
+        f"{x['kl_to_good']:.4f}",
+        f"{x['top1_to_good']:.1%}",
+        worst,
+        _rules(x["check"]),
     )
+    return f"| {' | '.join(cells)} |"
 
 
 def _rules(rules: list[str]) -> str:

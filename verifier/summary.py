@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
+from verifier.evaluation import Evaluation, evaluation_json, evaluation_of
+
 FailOn = Literal["error", "warning"]
 FAIL_ON: tuple[FailOn, ...] = ("error", "warning")
 """What ``fail_on`` may be: the lowest severity that fails a check."""
@@ -117,7 +119,7 @@ class Summary:
         stopped: rules that could not finish, with the reason.
         seconds: wall time.
         inconclusive: why the verdict is inconclusive, or ''.
-        evaluation: the result of the gate, as its JSON form.
+        evaluation: what depth eval measured, None at other depths.
         error: why there is no report of the checkpoint, or ''.
     """
 
@@ -130,7 +132,7 @@ class Summary:
     stopped: Mapping[str, str] = field(default_factory=dict)
     seconds: float | None = None
     inconclusive: str = ""
-    evaluation: Mapping[str, Any] | None = None
+    evaluation: Evaluation | None = None
     error: str = ""
 
     @property
@@ -154,7 +156,7 @@ class Summary:
             "stopped": dict(self.stopped) or None,
             "seconds": self.seconds,
             "inconclusive": self.inconclusive or None,
-            "eval": dict(self.evaluation) if self.evaluation is not None else None,
+            "eval": evaluation_json(self.evaluation) if self.evaluation is not None else None,
             "error": self.error or None,
         }
         return contents | {name: value for name, value in others.items() if value is not None}
@@ -164,6 +166,7 @@ def summary_of(stats: Mapping[str, Any]) -> Summary:
     """Return the summary that the object ``stats`` of a JSON report holds.
 
     Raises:
+        ContentError: the evaluation has a wrong field.
         KeyError: a field is missing.
         TypeError: a field is of a different type, or is not known.
     """
@@ -181,7 +184,7 @@ def summary_of(stats: Mapping[str, Any]) -> Summary:
         stopped=stats.get("stopped", {}),
         seconds=stats.get("seconds"),
         inconclusive=stats.get("inconclusive", stats.get("unproven", "")),
-        evaluation=stats.get("eval"),
+        evaluation=evaluation_of(stats["eval"]) if "eval" in stats else None,
         error=stats.get("error", ""),
     )
 

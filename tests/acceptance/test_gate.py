@@ -22,11 +22,9 @@ from tests.paths import ROOT
 from verifier.checkpoint import open_checkpoint
 from verifier.cli import run
 from verifier.errors import ContentError, MachineError, UsageError
-from verifier.gate.as_depth import evaluation_of
+from verifier.evaluation import Margin
 from verifier.gate.comparison import compare_runs
 from verifier.gate.corpora import load_corpus
-from verifier.gate.decision import Margin
-from verifier.gate.gate import plan_jobs, score_all, weights_digest
 from verifier.gate.run_file import read_run
 from verifier.gate.score import score_run
 from verifier.manifest import Manifest, digest
@@ -67,7 +65,7 @@ def test_the_golden_is_what_its_manifest_says(manifest: Manifest) -> None:
         assert digest(GOLDEN / name) == file, name
     ckpt = open_checkpoint(BF16)
     assert (len(ckpt.tensors), ckpt.nbytes) == (manifest.tensors, manifest.bytes)
-    assert manifest.notes["weights_sha256"]["bf16"] == weights_digest(ckpt)
+    assert manifest.notes["weights_sha256"]["bf16"] == ckpt.weights_sha256
     assert manifest.notes["lowest_expert_share"] >= 0.02
     wiki = next(
         s
@@ -92,14 +90,12 @@ def test_vendor_golden_is_clean() -> None:
 def test_rescoring_gives_the_manifest(manifest: Manifest) -> None:
     want = next(s for s in manifest.scores if s.corpus == "corpus.jsonl")
     corpus = load_corpus(str(CORPUS))
-    key, jobs = plan_jobs([open_checkpoint(BF16)], corpus, "tokens", 512, 8, "cpu", 1)
-    assert key == want.protocol
-    sums = score_all(jobs, len(corpus), "cpu", 1, None)[0]
-    assert sums.tokens == [t for _, t in want.documents]
-    difference = np.abs(np.array(sums.nats) - np.array([n for n, _ in want.documents])) / np.array(
-        sums.tokens
-    )
-    assert difference.max() < 1e-4
+    scored = score_run(open_checkpoint(BF16), corpus, workers=1)
+    assert scored is not None
+    assert scored.header.key == want.protocol
+    nats, tokens = np.array(want.documents).T
+    assert scored.tokens.tolist() == tokens.tolist()
+    assert (np.abs(scored.sums - nats) / tokens).max() < 1e-4
 
 
 def test_a_good_export_passes(mixed: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -146,11 +142,11 @@ def test_gate_and_up_swapped_throughout_a_layer_fail(
 
 
 def test_few_documents_and_a_margin_near_the_effect_are_inconclusive(mixed: Path) -> None:
-    first = verifier.gate.gate(
+    first = verifier.gate.run(
         mixed, base=BF16, corpus=str(CORPUS), documents=4, max_increase="8%", workers=1
     )
     assert first.interval is not None
-    near = verifier.gate.gate(
+    near = verifier.gate.run(
         mixed,
         base=BF16,
         corpus=str(CORPUS),
@@ -171,7 +167,7 @@ def test_logits_that_are_not_finite_fail_without_statistics(mixed: Path, tmp_pat
     with (broken / t.file).open("r+b") as handle:
         handle.seek(t.offset)
         handle.write(b"\xc0\x7f")  # a BF16 NaN
-    result = verifier.gate.gate(broken, base=BF16, corpus=str(CORPUS), documents=2, workers=1)
+    result = verifier.gate.run(broken, base=BF16, corpus=str(CORPUS), documents=2, workers=1)
     assert (result.outcome, result.interval, result.nonfinite) == ("failed", None, [0, 1])
     assert "not finite in 2 documents" in verifier.gate.render_text(result)
     assert json.loads(verifier.gate.render_json(result))["perplexity_candidate"] is None
@@ -180,39 +176,39 @@ def test_logits_that_are_not_finite_fail_without_statistics(mixed: Path, tmp_pat
 def test_the_candidate_is_not_the_base(tmp_path: Path) -> None:
     for same in (BF16, shutil.copytree(BF16, tmp_path / "copy")):
         with pytest.raises(UsageError, match="the base itself"):
-            verifier.gate.gate(same, base=BF16, corpus=str(CORPUS), max_increase="8%")
+            verifier.gate.run(same, base=BF16, corpus=str(CORPUS), max_increase="8%")
 
 
 def test_what_is_refused_before_a_model_is_loaded(mixed: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="token ids"):
-        verifier.gate.gate(mixed, base=BF16, corpus=str(CORPUS), protocol="lm-eval")
+        verifier.gate.run(mixed, base=BF16, corpus=str(CORPUS), protocol="lm-eval")
     with pytest.raises(UsageError, match="at least"):
-        verifier.gate.gate(mixed, base=BF16, corpus=str(CORPUS), window=1)
-    with pytest.raises(UsageError, match="no protocol"):
-        verifier.gate.gate(mixed, base=BF16, corpus=str(CORPUS), protocol="words")  # type: ignore[arg-type]
+        verifier.gate.run(mixed, base=BF16, corpus=str(CORPUS), seq_len=1)
+    with pytest.raises(UsageError, match="not 'words'"):
+        verifier.gate.run(mixed, base=BF16, corpus=str(CORPUS), protocol="words")  # type: ignore[arg-type]
     other = shutil.copytree(mixed, tmp_path / "other")
     (other / "tokenizer.json").write_text((other / "tokenizer.json").read_text() + " ")
     text = tmp_path / "t.txt"
     text.write_text("one document")
     with pytest.raises(ContentError, match="different tokenizers"):
-        verifier.gate.gate(other, base=BF16, corpus=str(text))
+        verifier.gate.run(other, base=BF16, corpus=str(text))
     (other / "tokenizer.json").unlink()
     with pytest.raises(ContentError, match=r"no tokenizer\.json"):
-        verifier.gate.gate(other, base=BF16, corpus=str(text))
+        verifier.gate.run(other, base=BF16, corpus=str(text))
 
 
 def test_what_a_worker_meets_reaches_the_caller(mixed: Path, tmp_path: Path) -> None:
     ids = tmp_path / "far.jsonl"
     ids.write_text('{"ids": [1, 999999]}\n')
     with pytest.raises(ContentError, match="999999"):
-        verifier.gate.gate(mixed, base=BF16, corpus=str(ids), workers=1)
+        verifier.gate.run(mixed, base=BF16, corpus=str(ids), workers=1)
     strange = shutil.copytree(mixed, tmp_path / "strange")
     config = json.loads((strange / "config.json").read_text())
     (strange / "config.json").write_text(json.dumps(config | {"architectures": ["NoSuchModel"]}))
     with pytest.raises(ContentError, match="NoSuchModel"):
-        verifier.gate.gate(strange, base=BF16, corpus=str(CORPUS), documents=1, workers=1)
+        verifier.gate.run(strange, base=BF16, corpus=str(CORPUS), documents=1, workers=1)
     with pytest.raises((MachineError, ContentError)):
-        verifier.gate.gate(
+        verifier.gate.run(
             mixed, base=BF16, corpus=str(CORPUS), documents=1, device="nosuchdevice", workers=1
         )
 
@@ -221,7 +217,7 @@ def test_a_module_without_its_scale_cannot_be_scored(mixed: Path, tmp_path: Path
     broken = shutil.copytree(mixed, tmp_path / "noscale")
     Folder(broken).drop(["language_model.model.layers.1.self_attn.q_proj.weight_scale_inv"])
     with pytest.raises(ContentError):
-        verifier.gate.gate(broken, base=BF16, corpus=str(CORPUS), documents=1, workers=1)
+        verifier.gate.run(broken, base=BF16, corpus=str(CORPUS), documents=1, workers=1)
 
 
 @pytest.mark.slow
@@ -235,13 +231,14 @@ def test_wikitext_by_tokens_and_by_lm_eval(
             for s in manifest.scores
             if s.corpus == "wikitext2-test" and s.protocol["protocol"] == protocol
         )
-        _, jobs = plan_jobs([open_checkpoint(BF16)], corpus, protocol, 512, 8, "cpu", 2)  # type: ignore[arg-type]
-        sums = score_all(jobs, len(corpus), "cpu", 2, None)[0]
+        scored = score_run(open_checkpoint(BF16), corpus, protocol=protocol, workers=2)  # type: ignore[arg-type]
+        assert scored is not None
         # The third document's last window is cut elsewhere than in the whole text.
         for i in range(2):
-            assert sums.tokens[i] == want.documents[i][1]
-            assert abs(sums.nats[i] - want.documents[i][0]) / sums.tokens[i] < 1e-3
-    result = verifier.gate.gate(mixed, base=BF16, corpus="wikitext2-test", documents=4)
+            nats, tokens = want.documents[i]
+            assert scored.tokens[i] == tokens
+            assert abs(scored.sums[i] - nats) / tokens < 1e-3
+    result = verifier.gate.run(mixed, base=BF16, corpus="wikitext2-test", documents=4)
     assert result.outcome == "passed"
     assert not result.measures_kl
 
@@ -301,7 +298,7 @@ def runs(mixed: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
 def test_scored_once_and_compared_later_is_the_gate(mixed: Path, runs: dict[str, Path]) -> None:
     base, ours = (read_run(runs[n]) for n in ("base", "mixed"))
     apart = compare_runs(base, ours, Margin(0.077, ""))
-    together = verifier.gate.gate(
+    together = verifier.gate.run(
         mixed, base=BF16, corpus=str(CORPUS), max_increase="0.077", workers=1
     )
     # Lockstep or apart, one worker or two: the same bits.
@@ -324,7 +321,7 @@ def test_scored_once_and_compared_later_is_the_gate(mixed: Path, runs: dict[str,
 def test_a_dead_expert_fails_the_drift_margin_where_the_absolute_one_passes(
     mixed: Path, runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The busiest expert of one layer answers zero: its last scales are zero, byte by byte."""
+    """The busiest expert of one layer outputs zeros: its last scales are zero, byte by byte."""
     counts = read_run(runs["mixed"]).header.experts
     layer = sorted(counts)[1]
     busiest = int(np.argmax(counts[layer]))
@@ -367,7 +364,7 @@ def test_a_dead_expert_fails_the_drift_margin_where_the_absolute_one_passes(
         drift_margin=Margin(0.003, ""),
     )
     report = verifier.check(
-        broken, base=BF16, depth="eval", select="QC7", evaluate=lambda *_: evaluation_of(compared)
+        broken, base=BF16, depth="eval", select="QC7", evaluate=lambda *_: compared
     )
     assert {f.rule for f in report.findings if f.severity == "error"} == {"QC702"}
     assert "over the accepted run" in next(
@@ -493,7 +490,7 @@ def test_attempts_are_remembered_and_not_drawn_again(mixed: Path, tmp_path: Path
     said: list[str] = []
 
     def gate(corpus: Path, **options: str) -> verifier.gate.GateResult:
-        return verifier.gate.gate(
+        return verifier.gate.run(
             mixed,
             base=BF16,
             corpus=str(corpus),
@@ -508,12 +505,12 @@ def test_attempts_are_remembered_and_not_drawn_again(mixed: Path, tmp_path: Path
     assert (first.outcome, first.looks) == ("inconclusive", 1)
     again = gate(few)
     assert (again.looks, again.documents) == (1, first.documents)
-    assert any("scored before" in s for s in said)
+    assert any("taken from the cache" in s for s in said)
     with pytest.raises(
-        UsageError, match=r"inconclusive on 'few\.jsonl' before, and 4 of those 4 documents"
+        UsageError, match=r"inconclusive on 'few\.jsonl', and 4 of those 4 documents"
     ):
         gate(others)
-    found = verifier.gate.forecast(mixed, base=BF16, corpus=str(CORPUS), cache=cache)
+    found = verifier.gate.plan(mixed, base=BF16, corpus=str(CORPUS), cache=cache)
     assert found.source == "the last attempt on this base (4 documents of 'few.jsonl')"
     assert found.documents == 72
 

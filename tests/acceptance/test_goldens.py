@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The goldens of further families: what they are, an export held against its accepted record,
+"""The goldens of further families: what they are, an export compared with its accepted record,
 records without an export.
 """
 
@@ -17,7 +17,6 @@ from goldens import rebuild
 from tests.paths import ROOT
 from verifier.checkpoint import open_checkpoint
 from verifier.cli import run
-from verifier.gate.score import weights_digest
 from verifier.goldens import store
 from verifier.manifest import Manifest, digest
 
@@ -46,7 +45,7 @@ def test_a_golden_is_what_its_manifest_says(name: str) -> None:
         assert digest(folder / file) == wanted, file
     ckpt = open_checkpoint(folder / "bf16")
     assert (len(ckpt.tensors), ckpt.nbytes) == (manifest.tensors, manifest.bytes)
-    assert manifest.notes["weights_sha256"]["bf16"] == weights_digest(ckpt)
+    assert manifest.notes["weights_sha256"]["bf16"] == ckpt.weights_sha256
     assert manifest.notes["lowest_expert_share"] > 0
     wiki = next(
         s
@@ -54,9 +53,10 @@ def test_a_golden_is_what_its_manifest_says(name: str) -> None:
         if s.corpus == "wikitext2-test" and s.protocol["protocol"] == "tokens"
     )
     assert 3 * wiki.perplexity < wiki.extra["unigram_perplexity"]
-    assert json.loads((folder / "corpus.jsonl").read_text().split("\n", 1)[0])[
-        "sampled_from"
-    ] == weights_digest(ckpt)
+    assert (
+        json.loads((folder / "corpus.jsonl").read_text().split("\n", 1)[0])["sampled_from"]
+        == ckpt.weights_sha256
+    )
 
 
 def test_an_export_passes_check_and_gate(
@@ -92,7 +92,7 @@ def test_the_bytes_are_those_of_the_accepted_record(experts: Path) -> None:
     if all(version(p).partition("+")[0] == old.versions[p] for p in rebuild.MADE_WITH):
         scales = {k: v for k, v in old.facts.items() if k.startswith("scales.")}
         assert rebuild.scale_facts(experts) == scales
-        assert weights_digest(ckpt) == old.facts["weights_sha256"]
+        assert ckpt.weights_sha256 == old.facts["weights_sha256"]
 
 
 def test_every_record_has_an_export_and_every_export_a_record_or_a_reason() -> None:
@@ -115,34 +115,37 @@ def test_every_record_has_an_export_and_every_export_a_record_or_a_reason() -> N
 
 def test_a_rebuilt_export_is_told_from_its_record() -> None:
     old = store.load(rebuild.RECORDS, NAME)
-    same = rebuild.compare(old, old)
-    assert (same.exit_code, same.sentence.startswith("bytes equal on the same versions; ")) == (
+    same = rebuild.compare_rebuilt(old, old)
+    assert (same.exit_code, same.sentence.startswith("bytes equal with the same versions; ")) == (
         0,
         True,
     )
     newer = old.model_copy(update={"versions": {**old.versions, "torch": "99.0"}})
-    assert "on other versions (torch" in rebuild.compare(old, newer).sentence
+    assert "with other versions (torch" in rebuild.compare_rebuilt(old, newer).sentence
     bytes_ = {**old.facts, "weights_sha256": "0" * 64}
-    assert rebuild.compare(old, old.model_copy(update={"facts": bytes_})).exit_code == 1
-    assert rebuild.compare(old, newer.model_copy(update={"facts": bytes_})).exit_code == 0
+    assert rebuild.compare_rebuilt(old, old.model_copy(update={"facts": bytes_})).exit_code == 1
+    assert rebuild.compare_rebuilt(old, newer.model_copy(update={"facts": bytes_})).exit_code == 0
     header = {**old.checkpoint, "header_sha256": "0" * 64}
     assert (
-        rebuild.compare(old, newer.model_copy(update={"checkpoint": header})).outcome == "changed"
+        rebuild.compare_rebuilt(old, newer.model_copy(update={"checkpoint": header})).outcome
+        == "changed"
     )
-    # A drift of 0.01 nats a token, not the same in every document.
+    # A drift of 0.01 nats per token, not the same in every document.
     noise = np.random.default_rng(7).normal(0.01, 0.002, len(old.documents))
     worse = [(b, q + float(d) * t, t) for (b, q, t), d in zip(old.documents, noise, strict=True)]
-    drifted = rebuild.compare(old, newer.model_copy(update={"documents": worse, "facts": bytes_}))
+    drifted = rebuild.compare_rebuilt(
+        old, newer.model_copy(update={"documents": worse, "facts": bytes_})
+    )
     assert (drifted.outcome, drifted.exit_code) == ("worse", 1)
-    assert "bytes differ on other versions" in drifted.sentence
+    assert "bytes differ with other versions" in drifted.sentence
     better = {
         "documents": [
             (b, q - float(d) * t, t) for (b, q, t), d in zip(old.documents, noise, strict=True)
         ]
     }
-    assert rebuild.compare(old, old.model_copy(update=better)).outcome == "stale"
-    elsewhere = rebuild.compare(old, newer.model_copy(update=better))
-    assert (elsewhere.outcome, "the versions', not the export's" in elsewhere.sentence) == (
+    assert rebuild.compare_rebuilt(old, old.model_copy(update=better)).outcome == "stale"
+    elsewhere = rebuild.compare_rebuilt(old, newer.model_copy(update=better))
+    assert (elsewhere.outcome, "is from the versions" in elsewhere.sentence) == (
         "within",
         True,
     )

@@ -57,7 +57,7 @@ def test_the_gate_passes_there_too(tmp_path: Path) -> None:
         GOLDEN / "bf16", tmp_path / "mixed", recipe="nvfp4_experts_only", onto=GOLDEN / "mxfp8"
     )
     corpus = str(GOLDEN / "corpus.jsonl")
-    result = verifier.gate.gate(
+    result = verifier.gate.run(
         tmp_path / "mixed", base=GOLDEN / "bf16", corpus=corpus, device="cuda"
     )
     assert result.outcome == "passed"
@@ -101,7 +101,7 @@ def test_declared_activations_reach_the_experts_there(mixed: Path) -> None:
 def test_the_gate_with_declared_activations(mixed: Path) -> None:
     corpus, scorer = str(GOLDEN / "corpus.jsonl"), Scorer(activations="declared")
     here, there = (
-        verifier.gate.gate(
+        verifier.gate.run(
             mixed, base=GOLDEN / "bf16", corpus=corpus, device=d, scorer=scorer, documents=20
         )
         for d in ("cpu", "cuda")

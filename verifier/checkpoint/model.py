@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -87,6 +88,19 @@ class Checkpoint:
             for name in shard.tensors:
                 files.setdefault(name, []).append(shard.file)
         return {name: tuple(f) for name, f in files.items() if len(f) > 1}
+
+    @cached_property
+    def weights_sha256(self) -> str:
+        """The SHA-256 over name, dtype, shape and bytes of every tensor, whatever the sharding.
+
+        The first use reads every byte.
+        """
+        state = hashlib.sha256()
+        for name in sorted(self.tensors):
+            tensor = self.tensors[name]
+            state.update(f"{name}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode())
+            state.update(self.read(tensor).data)
+        return state.hexdigest()
 
     @property
     def model_type(self) -> str | None:

@@ -29,7 +29,7 @@ from verifier.cli.outputs import (
     write_files,
     write_stdout,
 )
-from verifier.cli.recording import record, recordable, recording_options
+from verifier.cli.recording import Recording, record, recording_options, require_recordable
 from verifier.cli.settings import check_arguments, effective_settings
 from verifier.errors import ContentError, MachineError, UsageError
 from verifier.findings import Finding, Report
@@ -104,13 +104,13 @@ def check(
     rule checked nothing), 4 I/O or internal error.
     """
     from verifier.checkpoint.opening import sources_kept  # noqa: PLC0415  (numpy, as below)
-    from verifier.report import render_json  # noqa: PLC0415  (numpy; --help needs it not)
 
     evaluate = evaluate_of(options["depth"], options["base"], options)
     settings, file = effective_settings(options)
     targets = outputs(settings["formats"].value, files)
     require(targets)
-    recordable(history, golden, label)
+    recording = Recording(history, label, golden)
+    require_recordable(recording)
     arguments = {name: options[name] for name in DIRECT} | check_arguments(settings)
     sources = ctx.with_resource(sources_kept())
     with fetch_bar("fetched", sources):
@@ -123,13 +123,10 @@ def check(
         report, failure = _without_findings(path, options["base"], str(error)), error
     if failure is not None and not any(t.file == STDOUT and t.format != "text" for t in targets):
         # The message goes to stderr; a program that parses stdout gets a report in any case.
-        record(render_json(report), report.exit_code, history=history, label=label, golden=None)
+        record(report, report.exit_code, replace(recording, golden=None))
         raise failure
     write_stdout(report, targets)
-    code = report.exit_code
-    if history is not None or golden is not None:
-        code = record(render_json(report), code, history=history, label=label, golden=golden)
-    ctx.exit(code)
+    ctx.exit(record(report, report.exit_code, recording))
 
 
 def _report(path: str, arguments: Mapping[str, Any]) -> tuple[Report, Exception | None]:

@@ -10,18 +10,23 @@ import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import click
 
+from verifier import gate as gate_api
+from verifier.checkpoint import local_directory, open_checkpoint
 from verifier.cli.common import progress_bar
-from verifier.cli.recording import record, recordable, recording_options
+from verifier.cli.recording import Recording, record, recording_options, require_recordable
 from verifier.errors import MissingExtra, UsageError
+from verifier.evaluation import GateResult
+from verifier.files import require_writable
+from verifier.gate.gate import corpus_of
+from verifier.gate.jobs import Scorer, protocol_of
+from verifier.gate.options import BATCH, SEQ_LEN
+from verifier.text import printable
 
-if TYPE_CHECKING:
-    from verifier.gate import GateResult
-    from verifier.gate.jobs import Scorer
-
+Command = TypeVar("Command", bound=Callable[..., Any])
 _CORPUS = click.option(
     "--corpus",
     metavar="NAME|FILE",
@@ -32,57 +37,63 @@ _PROTOCOL = click.option(
     metavar="P",
     default="tokens",
     show_default=True,
-    help="tokens, lm-eval (its wikitext), or a task of lm-eval by its name or YAML file: right and wrong answers.",
+    help="tokens, lm-eval (its wikitext), or a task of lm-eval by its name or YAML file.",
 )
 _METRIC = click.option(
     "--metric",
     metavar="NAME",
-    help="Which metric of a task says right or wrong; its first by default.",
+    help="Metric of a task that marks answers right or wrong.  [default: its first]",
 )
 _MARGIN = click.option(
     "--max-increase",
     "--max-loss",
     "max_increase",
     metavar="8%",
-    help="Largest tolerated loss: % of perplexity, or nats a token; of a task points of accuracy.",
+    help="Largest tolerated loss: % of perplexity, or nats per token; points of accuracy for a "
+    "task.",
 )
 _DRIFT = click.option(
-    "--drift-against",
-    metavar="RUN",
-    help="Run of an accepted candidate, to judge the drift against too.",
+    "--drift-against", metavar="RUN", help="Also test drift against this accepted run."
 )
 _MAX_DRIFT = click.option(
-    "--max-drift", metavar="NATS", help="Largest tolerated drift; 0.003 nats a token by default."
+    "--max-drift",
+    metavar="NATS",
+    help="Largest tolerated drift.  [default: 0.003 nats per token]",
 )
 _FLOOR = click.option(
     "--floor",
     metavar="RUN",
     multiple=True,
-    help="Run of the base by another engine: differences up to that are noise.",
+    help="Run of the base by another engine; differences up to that are noise.  Repeatable.",
 )
-_WINDOW = click.option(
+_SEQ_LEN = click.option(
+    "--seq-len",
     "--window",
+    "seq_len",
     type=click.IntRange(2, 1_000_000),
-    default=512,
+    default=SEQ_LEN,
     show_default=True,
-    help="Tokens in a window.",
+    help="Context length: tokens in a window.",
 )
 _DOCUMENTS = click.option(
-    "--documents", type=click.IntRange(min=1), help="Score the first N documents only."
+    "--documents", type=click.IntRange(min=1), help="Score only the first N documents."
 )
 _DEVICE = click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 …")
 _BATCH = click.option(
-    "--batch", type=click.IntRange(1, 4096), default=8, show_default=True, help="Windows at a time."
+    "--batch",
+    type=click.IntRange(1, 4096),
+    default=BATCH,
+    show_default=True,
+    help="Windows at a time.",
 )
 _WORKERS = click.option(
     "--workers",
     type=click.IntRange(1, 64),
-    help="Processes; by default processors on CPU, at most 4.",
+    help="Processes.  [default: number of CPUs, max 4; 1 on another device]",
 )
 _SCORER = (
     click.option(
         "--scorer",
-        "scorer",
         type=click.Choice(["hf", "vllm", "server"]),
         default="hf",
         show_default=True,
@@ -93,7 +104,8 @@ _SCORER = (
         type=click.Choice(["bf16", "declared"]),
         default="bf16",
         show_default=True,
-        help="bf16 judges weights alone; declared rounds activations too, as the checkpoint declares (hf only).",
+        help="bf16: weight-only error. declared: round activations too, as the checkpoint declares "
+        "(hf only).",
     ),
     click.option(
         "--engine-python", metavar="PATH", default="", help="The interpreter that has vLLM."
@@ -103,7 +115,7 @@ _SCORER = (
         "engine_options",
         metavar="K=V",
         multiple=True,
-        help="An argument of vLLM's LLM.",
+        help="Argument of vLLM's LLM.  Repeatable.",
     ),
     click.option(
         "--endpoint",
@@ -115,14 +127,14 @@ _SCORER = (
         "--served",
         metavar="NAME",
         default="",
-        help="The model's name there, where it serves several.",
+        help="The model's name on the server, if it serves several.",
     ),
     click.option(
         "--engine-timeout",
         type=float,
         default=1800.0,
         show_default=True,
-        help="Seconds an engine may take.",
+        help="Seconds that an engine may take to start, and for each batch.",
     ),
 )
 _FORMAT = click.option(
@@ -130,35 +142,34 @@ _FORMAT = click.option(
 )
 
 
-def _scorer_options(command: Callable[..., Any]) -> Callable[..., Any]:
+def _scorer_options(command: Command) -> Command:
     for option in reversed(_SCORER):
         command = option(command)
     return command
 
 
-def _scorer_of(given: dict[str, Any]) -> Scorer:
-    """Return the scorer that the options stand for; they are taken out of ``given``."""
-    from verifier.gate.jobs import Scorer  # noqa: PLC0415  (numpy, as in check)
-
-    pairs = []
-    for text in given.pop("engine_options"):
-        name, equals, value = text.partition("=")
-        if not equals or not name.isidentifier():
-            raise UsageError(
-                f"--engine-option {text[:80]}: give NAME=VALUE, e.g. tensor_parallel_size=8"
-            )
-        pairs.append((name, _scalar(value)))
-    found = Scorer(
-        given.pop("scorer"),
-        given.pop("activations"),
-        given.pop("engine_python"),
-        given.pop("endpoint"),
-        given.pop("served"),
-        tuple(pairs),
-        given.pop("engine_timeout"),
+def _scorer_of(options: dict[str, Any]) -> Scorer:
+    """Take the scorer's options out of ``options`` and return the scorer that they stand for."""
+    scorer = Scorer(
+        options.pop("scorer"),
+        options.pop("activations"),
+        options.pop("engine_python"),
+        options.pop("endpoint"),
+        options.pop("served"),
+        tuple(_engine_option(text) for text in options.pop("engine_options")),
+        options.pop("engine_timeout"),
     )
-    found.check()
-    return found
+    scorer.check()
+    return scorer
+
+
+def _engine_option(text: str) -> tuple[str, str | int | float | bool]:
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise UsageError(
+            f"--engine-option {text[:80]}: give NAME=VALUE, e.g. tensor_parallel_size=8"
+        )
+    return name, _scalar(value)
 
 
 def _scalar(text: str) -> str | int | float | bool:
@@ -184,19 +195,20 @@ def _scalar(text: str) -> str | int | float | bool:
     type=click.Choice(["auto", "lockstep", "top-k", "off"]),
     default="auto",
     show_default=True,
-    help="KL divergence: both models side by side, or a lower bound from the likeliest tokens of both.",
+    help="KL divergence: exact with both models side by side (lockstep), or a lower bound from the "
+    "top tokens of both (top-k).",
 )
 @click.option(
     "--cache",
     metavar="DIR",
-    help="Keep the base's run, unfinished work and attempts here; nowhere by default.",
+    help="Keep the base's run, unfinished work and attempts here.  [default: nothing is kept]",
 )
 @click.option(
     "--plan",
     is_flag=True,
-    help="Score ten documents and tell what the whole would detect and cost; no verdict.",
+    help="Score ten documents, and estimate the detectable loss and the cost; no verdict.",
 )
-@_WINDOW
+@_SEQ_LEN
 @_DOCUMENTS
 @_DEVICE
 @_BATCH
@@ -210,7 +222,6 @@ def gate(
     /,
     candidate: str,
     base: str,
-    corpus: str | None,
     format_: str,
     *,
     plan: bool,
@@ -219,31 +230,28 @@ def gate(
     golden: str | None,
     **options: Any,
 ) -> None:
-    """Measure the loss of CANDIDATE against its base on the same text.
+    """Measure the loss of CANDIDATE over its base on the same text.
 
     Exit 0: the loss is shown to be within the margin. 1: shown to be beyond it. 3: inconclusive.
     """
     require_installed("torch", "transformers", "scipy")
-    if plan and (history is not None or golden is not None or label):
-        raise UsageError(
-            "--plan measures nothing that could be recorded; leave out --history, --label and --golden"
-        )
-    recordable(history, golden, label)
-    started, options["scorer"] = time.monotonic(), _scorer_of(options)
-    from verifier import gate as room  # noqa: PLC0415  (numpy, as in check)
-
+    recording, started = Recording(history, label, golden), time.monotonic()
+    if plan and recording != Recording():
+        raise UsageError("--plan has no result to record; leave out --history, --label, --golden")
+    require_recordable(recording)
+    options["scorer"] = _scorer_of(options)
     with progress_bar("scoring") as progress:
+        options |= {"progress": progress, "say": say}
         if plan:
-            found = room.plan(candidate, base=base, corpus=corpus, progress=progress, **options)
-            click.echo(
-                room.render_plan_json(found) if format_ == "json" else room.render_plan_text(found),
-                nl=False,
-            )
+            _print_plan(gate_api.plan(candidate, base=base, **options), format_)
             return
-        result = room.run(
-            candidate, base=base, corpus=corpus, progress=progress, say=say, **options
-        )
-    _end(ctx, result, format_, started, history=history, label=label, golden=golden)
+        result = gate_api.run(candidate, base=base, **options)
+    ctx.exit(_finish(result, format_, recording, started))
+
+
+def _print_plan(plan: gate_api.Plan, format_: str) -> None:
+    render = gate_api.render_plan_json if format_ == "json" else gate_api.render_plan_text
+    click.echo(render(plan), nl=False)
 
 
 @click.command()
@@ -256,22 +264,22 @@ def gate(
     "--top-k",
     type=click.IntRange(0, 4096),
     default=0,
-    help="Log-probabilities to keep a token; none by default.",
+    show_default=True,
+    help="Log-probabilities to keep per token.",
 )
-@_WINDOW
+@_SEQ_LEN
 @_DOCUMENTS
 @_DEVICE
 @_BATCH
 @_WORKERS
 @_scorer_options
-@click.option("--force", is_flag=True, help="Replace RUN where it exists.")
+@click.option("--force", is_flag=True, help="Replace RUN if it exists.")
 def score(
     checkpoint: str,
     corpus: str | None,
     protocol: str,
     metric: str | None,
     output: str,
-    top_k: int,
     documents: int | None,
     *,
     force: bool,
@@ -279,21 +287,15 @@ def score(
 ) -> None:
     """Score CHECKPOINT once, to compare later: `ckptgate compare BASE.run CANDIDATE.run`.
 
-    A run that was killed goes on from RUN.part when it is started again, and gives the same bits.
-    Under torchrun each rank scores its share, and the last one to finish writes RUN.
+    Rerunning a command that was killed resumes from RUN.part and gives the same bits. Under
+    torchrun each rank scores its share, and the last one to finish writes RUN.
     """
     require_installed("torch", "transformers", "scipy")
-    from verifier import gate as room  # noqa: PLC0415
-    from verifier.checkpoint import local_directory, open_checkpoint  # noqa: PLC0415
-    from verifier.files import require_writable  # noqa: PLC0415
-    from verifier.gate.gate import corpus_of  # noqa: PLC0415
-    from verifier.gate.scorers.lm_eval_task import kind_of  # noqa: PLC0415
-
     if Path(output).exists() and not force:
-        raise UsageError(f"{output}: exists; --force replaces it")
-    if top_k and protocol != "tokens":
+        raise UsageError(f"{output} already exists; use --force to replace it")
+    if options["top_k"] and protocol != "tokens":
         raise UsageError(
-            f"--top-k needs the protocol tokens; {protocol} gives sums of documents only"
+            f"--top-k needs the protocol tokens; {protocol} gives only sums of documents"
         )
     require_writable(output)
     options["scorer"] = _scorer_of(options)
@@ -301,23 +303,22 @@ def score(
     if ranks is not None and options["device"] == "cuda":
         options["device"] = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     with progress_bar("scoring") as progress:
-        found = room.score_run(
+        run = gate_api.score_run(
             open_checkpoint(local_directory(checkpoint)),
             corpus_of(protocol, corpus, metric).head(documents),
-            top_k=top_k,
             journal=part,
-            protocol=kind_of(protocol),
+            protocol=protocol_of(protocol),
             progress=progress,
             say=say,
             ranks=ranks,
             **options,
         )
-    if found is None:
+    if run is None:
         return  # the rank that finishes last writes the run
-    room.write_run(output, found)
+    gate_api.write_run(output, run)
     for file in (part, *part.parent.glob(f"{glob.escape(part.name)}.*-of-*")):
         file.unlink(missing_ok=True)
-    click.echo(room.render_run(found, output), nl=False)
+    click.echo(gate_api.render_run(run, output), nl=False)
 
 
 @click.command()
@@ -343,62 +344,57 @@ def compare(
     label: str,
     golden: str | None,
 ) -> None:
-    """Judge CANDIDATE.run against BASE.run, both written by `ckptgate score`; no model is loaded.
+    """Compare CANDIDATE.run with BASE.run, both from `ckptgate score`; no model is loaded.
 
     Exit 0: the loss is shown to be within the margin. 1: shown to be beyond it. 3: inconclusive.
     """
     require_installed("scipy")
-    from verifier import gate as room  # noqa: PLC0415
-
+    recording, started = Recording(history, label, golden), time.monotonic()
     if max_drift is not None and drift_against is None:
         raise UsageError("--max-drift needs --drift-against RUN")
-    recordable(history, golden, label)
-    started = time.monotonic()
-    reference, ours = room.read_run(base), room.read_run(candidate)
-    accepted = room.read_run(drift_against) if drift_against is not None else None
-    task = ours.header.key.get("protocol") == "task"
-    margin = room.margin_of(max_increase, ours.header.formats, task=task)
-    drift_margin = room.drift_margin_of(max_drift, task=task)
-    result = room.compare_runs(
-        reference,
-        ours,
-        margin,
-        drift_against=accepted,
-        drift_margin=drift_margin,
-        floor_runs=[*map(room.read_run, floor)],
+    require_recordable(recording)
+    base_run, candidate_run = gate_api.read_run(base), gate_api.read_run(candidate)
+    header = candidate_run.header
+    task = header.key.get("protocol") == "task"
+    result = gate_api.compare_runs(
+        base_run,
+        candidate_run,
+        gate_api.margin_of(max_increase, header.formats, task=task),
+        drift_against=gate_api.read_run(drift_against) if drift_against is not None else None,
+        drift_margin=gate_api.drift_margin_of(max_drift, task=task),
+        floor_runs=[gate_api.read_run(file) for file in floor],
     )
-    _end(ctx, result, format_, started, history=history, label=label, golden=golden)
+    ctx.exit(_finish(result, format_, recording, started))
 
 
 def _ranks() -> tuple[int, int] | None:
-    """Return this process's rank and their number where torchrun started it, else None."""
+    """Return this process's rank and the number of ranks where torchrun started it, else None."""
     try:
-        number, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     except (KeyError, ValueError):
         return None
-    return (number, count) if count > 1 and 0 <= number < count else None
+    return (rank, ranks) if ranks > 1 and 0 <= rank < ranks else None
 
 
-def _end(
-    ctx: click.Context, result: GateResult, format_: str, started: float, **recording: Any
-) -> None:
-    """Print the result, put it on record where that is asked for, and end with its exit code."""
-    from verifier import gate as room  # noqa: PLC0415
-
-    seconds, text = time.monotonic() - started, room.render_json(result)
-    click.echo(text if format_ == "json" else room.render_text(result), nl=False)
-    ctx.exit(record(text, result.exit_code, seconds=seconds, **recording))
+def _finish(result: GateResult, format_: str, recording: Recording, started: float) -> int:
+    """Print the result, put it on record where that is asked for, and return the exit code."""
+    seconds = time.monotonic() - started
+    render = gate_api.render_json if format_ == "json" else gate_api.render_text
+    click.echo(render(result), nl=False)
+    return record(result, result.exit_code, recording, seconds)
 
 
 def require_installed(*modules: str) -> None:
-    """Refuse where what scores is not installed."""
+    """Refuse to start where what scores is not installed.
+
+    Raises:
+        MissingExtra: naming the extra.
+    """
     for module in modules:
         if find_spec(module) is None:
             raise MissingExtra("gate", "gate")
 
 
 def say(message: str) -> None:
-    """Tell a person something on stderr."""
-    from verifier.text import printable  # noqa: PLC0415
-
+    """Print a message for the user on stderr."""
     click.echo(f"ckptgate: {printable(message, 2000)}", err=True)

@@ -3,20 +3,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import click
 
+from verifier.cli.recording import worst_code
 from verifier.errors import ContentError, UsageError
+from verifier.goldens import Golden, compare, compare_with_golden, store
+from verifier.history import Result, append, read_result
+from verifier.history.record import build, commit_here, now
+from verifier.history.render import pairs
+from verifier.text import counted, printable
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from verifier.goldens import Golden
+Command = TypeVar("Command", bound=Callable[..., Any])
+VERDICT_OF_CODE = {0: "PASSED", 1: "FAILED", 3: "INCONCLUSIVE", 4: "ERROR"}
 
 
-def _folder(command: Callable[..., None]) -> Callable[..., None]:
+def _folder(command: Command) -> Command:
     return click.option(
         "-d",
         "--dir",
@@ -25,16 +30,16 @@ def _folder(command: Callable[..., None]) -> Callable[..., None]:
         default="goldens",
         envvar="CKPTGATE_GOLDENS",
         show_default=True,
-        help="Where the records lie.",
+        help="Directory of the records.",
     )(command)
 
 
 @click.group()
 def goldens() -> None:
-    """Review what runs are held against, and accept it with a reason.
+    """Review and accept golden records.
 
-    `gate --golden DIR/NAME.golden.json` and `check --golden …` write a pending record where they
-    disagree, and fail.
+    `gate --golden DIR/NAME.golden.json` and `check --golden …` fail and write a pending record if
+    they disagree with the accepted one.
     """
 
 
@@ -43,60 +48,49 @@ def goldens() -> None:
 @_folder
 def list_(patterns: tuple[str, ...], folder: str) -> None:
     """List accepted and pending records."""
-    from verifier.goldens import store  # noqa: PLC0415
-    from verifier.text import printable  # noqa: PLC0415
-
     accepted, pending = store.names(folder, store.ACCEPTED), store.names(folder, store.PENDING)
-    for name in _any_of(sorted({*accepted, *pending}), patterns, folder):
+    names = sorted({*accepted, *pending})
+    for name in store.select(names, patterns, f"record in {folder}"):
         if name in accepted:
-            g = store.load(folder, name)
-            when = (
-                f"accepted {g.accepted.time[:10]}: {printable(g.accepted.reason, 100)}"
-                if g.accepted
-                else "not accepted"
-            )
-            click.echo(f"{name:32} {g.kind:6} {_what(g):28} {when}")
+            golden = store.load(folder, name)
+            state = "not accepted"
+            if golden.accepted is not None:
+                reason = printable(golden.accepted.reason, 100)
+                state = f"accepted {golden.accepted.time[:10]}: {reason}"
+            click.echo(f"{name:32} {golden.kind:6} {_numbers(golden):28} {state}")
         if name in pending:
-            p = store.load_pending(folder, name)
-            click.echo(
-                f"{name:32} {p.proposed.kind:6} {_what(p.proposed):28} PENDING {p.time[:10]}: {printable(p.outcome, 40)}"
-            )
+            waiting = store.load_pending(folder, name)
+            new, state = waiting.proposed, f"PENDING {waiting.time[:10]}"
+            outcome = printable(waiting.outcome, 40)
+            click.echo(f"{name:32} {new.kind:6} {_numbers(new):28} {state}: {outcome}")
 
 
 @goldens.command()
 @click.argument("name")
 @_folder
 def show(name: str, folder: str) -> None:
-    """Show an accepted record: what it is of, its keys, its numbers, who accepted what before and
-    why.
-    """
-    from verifier.goldens import store  # noqa: PLC0415
-    from verifier.text import printable  # noqa: PLC0415
-
-    _known_name(name)
-    g = store.load(folder, name)
-    lines = [f"golden   {name}: {g.kind} of {printable(g.of)}, {g.verdict}", f"numbers  {_what(g)}"]
-    if g.documents:
-        lines.append(
-            f"         {len(g.documents):,} documents, {sum(t for _, _, t in g.documents):,} tokens, drift {g.drift:g} nats"
-        )
-    for what, values in (
-        ("key", g.key),
-        ("env", g.environment),
-        ("candid.", g.checkpoint),
-        ("recipe", g.recipe),
-        ("facts", g.facts),
-    ):
-        if values:
-            lines.append(
-                f"{what:8} "
-                + ", ".join(
-                    f"{printable(k, 60)} {printable(str(v), 80)}" for k, v in values.items()
-                )
-            )
-    for a in [*g.earlier, *([g.accepted] if g.accepted else [])]:
-        loss = f"   loss {a.loss:+.5f}" if a.loss is not None else ""
-        lines.append(f"accepted {a.time[:16]}Z{loss}   {printable(a.reason, 200)}")
+    """Show an accepted record: its subject, keys and numbers, and who accepted what and why."""
+    _check_name(name)
+    golden = store.load(folder, name)
+    lines = [
+        f"golden   {name}: {golden.kind} of {printable(golden.of)}, {golden.verdict}",
+        f"numbers  {_numbers(golden)}",
+    ]
+    if golden.documents:
+        tokens = sum(count for _, _, count in golden.documents)
+        documents = counted(len(golden.documents), "document")
+        lines.append(f"         {documents}, {tokens:,} tokens, drift margin {golden.drift:g} nats")
+    sections: dict[str, Mapping[str, object]] = {
+        "key": golden.key,
+        "env": golden.environment,
+        "candid.": golden.checkpoint,
+        "recipe": golden.recipe,
+        "facts": golden.facts,
+    }
+    lines += [f"{title:8} {pairs(values)}" for title, values in sections.items() if values]
+    for entry in [*golden.earlier, *([golden.accepted] if golden.accepted else [])]:
+        loss = f"   loss {entry.loss:+.5f}" if entry.loss is not None else ""
+        lines.append(f"accepted {entry.time[:16]}Z{loss}   {printable(entry.reason, 200)}")
     click.echo("\n".join(lines))
 
 
@@ -104,59 +98,52 @@ def show(name: str, folder: str) -> None:
 @click.argument("patterns", metavar="[NAME|GLOB]...", nargs=-1)
 @_folder
 def review(patterns: tuple[str, ...], folder: str) -> None:
-    """Show what is pending: old, new, interval, verdict. It changes nothing."""
-    from verifier.goldens import store  # noqa: PLC0415
-    from verifier.goldens.judge import judge  # noqa: PLC0415
-    from verifier.text import printable  # noqa: PLC0415
-
-    found = store.matching(folder, store.PENDING, patterns)
-    for name in found:
-        p = store.load_pending(folder, name)
+    """Show what is pending: old, new, differences, outcome. Nothing is changed."""
+    names = store.matching(folder, store.PENDING, patterns)
+    for name in names:
+        pending = store.load_pending(folder, name)
+        new = pending.proposed
         accepted = store.digest_of(folder, name)
         old = store.load(folder, name) if accepted is not None else None
-        judged = judge(old, p.proposed)
-        click.echo(
-            f"pending  {name} ({p.proposed.kind} of {printable(p.proposed.of)}, {p.time[:16]}Z)"
-        )
-        click.echo(f"  old    {_what(old) if old else 'none'}")
-        click.echo(f"  new    {_what(p.proposed)}, {p.proposed.verdict}")
-        for line in _differences(old, p.proposed):
-            click.echo(f"         {printable(line)}")
-        click.echo(f"  found  {judged.outcome.upper()}: {printable(judged.sentence, 1000)}")
-        if p.against != accepted:
-            click.echo("  note   the accepted record changed since; run again before you accept")
-    click.echo(
-        f"{len(found)} pending in {folder}"
-        + ("; `ckptgate goldens accept NAME --reason …`, or reject" if found else "")
-    )
+        comparison = compare(old, new)
+        lines = [
+            f"pending  {name} ({new.kind} of {printable(new.of)}, {pending.time[:16]}Z)",
+            f"  old    {_numbers(old) if old else 'none'}",
+            f"  new    {_numbers(new)}, {new.verdict}",
+        ]
+        if old is not None:
+            lines += [f"         {printable(line)}" for line in _differences(old, new)]
+        sentence = printable(comparison.sentence, 1000)
+        lines.append(f"  result {comparison.outcome.upper()}: {sentence}")
+        if pending.against != accepted:
+            lines.append("  note   the accepted record has changed since; run again first")
+        click.echo("\n".join(lines))
+    hint = "; run `ckptgate goldens accept NAME --reason …`, or reject" if names else ""
+    click.echo(f"{len(names)} pending in {folder}{hint}")
 
 
 @goldens.command()
 @click.argument("names", metavar="NAME|GLOB...", nargs=-1, required=True)
-@click.option("--reason", required=True, help="Why the record is accepted; it stays in the record.")
+@click.option("--reason", required=True, help="Why the record is accepted; kept in the record.")
 @click.option(
-    "--history", metavar="FILE", help="Note the acceptance in this history, as a step of its plot."
+    "--history", metavar="FILE", help="Record the acceptance in this history, as a step in plots."
 )
 @_folder
 def accept(names: tuple[str, ...], reason: str, history: str | None, folder: str) -> None:
-    """Make pending records the accepted ones, with a reason. Refused where CI is set."""
-    from verifier.goldens import store  # noqa: PLC0415
-
-    store.refuse_in_ci("accepts goldens")
+    """Accept pending records, with a reason. Refused where CI is set."""
+    store.refuse_in_ci("accepting goldens")
     for name in store.matching(folder, store.PENDING, names):
-        g = store.accept(folder, name, reason)
-        click.echo(f"accepted {name}: {_what(g)}")
+        golden = store.accept(folder, name, reason)
+        click.echo(f"accepted {name}: {_numbers(golden)}")
         if history is not None:
-            _note(history, name, g, reason)
+            _record_acceptance(history, name, golden, reason)
 
 
 @goldens.command()
 @click.argument("names", metavar="NAME|GLOB...", nargs=-1, required=True)
 @_folder
 def reject(names: tuple[str, ...], folder: str) -> None:
-    """Drop pending records; what is accepted stays."""
-    from verifier.goldens import store  # noqa: PLC0415
-
+    """Delete pending records; accepted ones stay."""
     for name in store.matching(folder, store.PENDING, names):
         store.reject(folder, name)
         click.echo(f"rejected {name}")
@@ -169,151 +156,138 @@ def reject(names: tuple[str, ...], folder: str) -> None:
     "patterns",
     metavar="GLOB",
     multiple=True,
-    help="Hold against these goldens alone; repeatable.",
+    help="Compare with these goldens only.  Repeatable.",
 )
 @_folder
 @click.pass_context
 def test(ctx: click.Context, runs: tuple[str, ...], patterns: tuple[str, ...], folder: str) -> None:
-    """Hold saved runs against all records; a record that no run is of fails too.
+    """Compare saved runs with all records; a record without a run fails too.
 
-    A run belongs to the record of its kind and its checkpoint's folder name, or to NAME. Exit 0, 1
-    where one disagrees or is unreferenced, 3 where neither is shown.
+    A run belongs to the record of its kind and its checkpoint's directory name, or to NAME. Exit 0,
+    1 if one disagrees or is unreferenced, 3 if one is inconclusive.
     """
-    from verifier.cli.recording import worst_code  # noqa: PLC0415
-    from verifier.goldens import store  # noqa: PLC0415
-    from verifier.goldens.judge import hold  # noqa: PLC0415
-    from verifier.text import printable  # noqa: PLC0415
-
     Path(folder).mkdir(parents=True, exist_ok=True)
-    wanted = store.matching(folder, store.ACCEPTED, patterns)
+    selected = store.matching(folder, store.ACCEPTED, patterns)
     codes, seen = [], set()
-    for name, run in _assigned(runs, folder).items():
-        if patterns and name not in wanted:
+    for name, result in _assigned(runs, folder).items():
+        if patterns and name not in selected:
             continue
-        judged = hold(run, Path(folder) / f"{name}{store.ACCEPTED}")
-        codes.append(judged.exit_code)
+        comparison = compare_with_golden(result, Path(folder) / f"{name}{store.ACCEPTED}")
+        codes.append(comparison.exit_code)
         seen.add(name)
-        click.echo(f"{judged.outcome:9} {name}: {printable(judged.sentence, 1000)}")
-    unreferenced = [n for n in wanted if n not in seen]
+        click.echo(f"{comparison.outcome:12} {name}: {printable(comparison.sentence, 1000)}")
+    unreferenced = [name for name in selected if name not in seen]
     for name in unreferenced:
-        click.echo(f"unreferenced {name}: no run is of it; `ckptgate goldens prune` drops it")
+        click.echo(f"unreferenced {name}: no run for it; `ckptgate goldens prune` deletes it")
     if not seen:
-        raise ContentError(f"no run was held against a golden ({', '.join(patterns)})")
+        raise ContentError(f"no run was compared with a golden ({', '.join(patterns)})")
     code = worst_code(*codes, *([1] if unreferenced else []))
-    verdict = {0: "PASSED", 1: "FAILED", 3: "INCONCLUSIVE", 4: "ERROR"}[code]
-    click.echo(f"verdict: {verdict} ({len(seen)} held, {len(unreferenced)} unreferenced)")
+    summary = f"{len(seen)} compared, {len(unreferenced)} unreferenced"
+    click.echo(f"verdict: {VERDICT_OF_CODE[code]} ({summary})")
     ctx.exit(code)
 
 
 @goldens.command()
 @click.argument("runs", metavar="[NAME=]RUN.json...", nargs=-1, required=True)
-@click.option("--dry-run", is_flag=True, help="Name what would be dropped.")
+@click.option("--dry-run", is_flag=True, help="Only list what would be deleted.")
 @_folder
 def prune(runs: tuple[str, ...], dry_run: bool, folder: str) -> None:
-    """Drop the accepted records that none of the given runs is of. Refused where CI is set."""
-    from verifier.goldens import store  # noqa: PLC0415
-
+    """Delete the accepted records that no given run belongs to. Refused where CI is set."""
     if not dry_run:
-        store.refuse_in_ci("drops goldens")
-    keep = set(_assigned(runs, folder))
-    old = [n for n in store.names(folder, store.ACCEPTED) if n not in keep]
-    for name in old:
+        store.refuse_in_ci("deleting goldens")
+    used = set(_assigned(runs, folder))
+    unused = [name for name in store.names(folder, store.ACCEPTED) if name not in used]
+    for name in unused:
         if not dry_run:
             store.drop(folder, name)
-        click.echo(f"{'would drop' if dry_run else 'dropped'} {name}")
-    click.echo(f"{folder}: {len(old)} {'would be ' if dry_run else ''}dropped")
+        click.echo(f"{'would delete' if dry_run else 'deleted'} {name}")
+    click.echo(f"{folder}: {len(unused)} {'would be ' if dry_run else ''}deleted")
 
 
-def _assigned(runs: Sequence[str], folder: str) -> dict[str, dict[str, Any]]:
+def _assigned(runs: Sequence[str], folder: str) -> dict[str, Result]:
     """Return the run of each golden by its name."""
-    from verifier.goldens import store  # noqa: PLC0415
-    from verifier.history.record import read_run  # noqa: PLC0415
-
-    have = {n: store.load(folder, n) for n in store.names(folder, store.ACCEPTED)}
-    found: dict[str, dict[str, Any]] = {}
-    for given in runs:
-        name, equals, file = given.partition("=")
-        run = read_run(file if equals else given)
+    goldens = {name: store.load(folder, name) for name in store.names(folder, store.ACCEPTED)}
+    assigned: dict[str, Result] = {}
+    for argument in runs:
+        name, equals, file = argument.partition("=")
+        result = read_result(file if equals else argument)
         if not equals:
-            new = store.proposed(run)
-            of = [n for n, g in have.items() if (g.kind, g.of) == (new.kind, new.of)]
-            of = [n for n in of if have[n].key == new.key] or of
-            if len(of) > 1:
-                raise UsageError(f"{given}: of {' and '.join(of)}; say which, NAME={given}")
-            name = of[0] if of else f"{new.of}.{new.kind}"
-        _known_name(name)
-        if name in found:
-            raise UsageError(f"two runs are of the golden {name}; give each its own, NAME=RUN.json")
-        found[name] = run
-    return found
+            name = _name_of(store.golden_of(result), goldens, argument)
+        _check_name(name)
+        if name in assigned:
+            raise UsageError(f"two runs belong to the golden {name}; use NAME=RUN.json")
+        assigned[name] = result
+    return assigned
 
 
-def _any_of(have: list[str], patterns: Sequence[str], folder: str) -> list[str]:
-    from fnmatch import fnmatchcase  # noqa: PLC0415
+def _name_of(new: Golden, goldens: Mapping[str, Golden], argument: str) -> str:
+    """Return the name of the golden that a run belongs to."""
+    same = [name for name, g in goldens.items() if (g.kind, g.of) == (new.kind, new.of)]
+    same = [name for name in same if goldens[name].key == new.key] or same
+    if len(same) > 1:
+        raise UsageError(f"{argument} could belong to {' and '.join(same)}; use NAME={argument}")
+    return same[0] if same else f"{new.of}.{new.kind}"
 
-    for p in patterns:
-        if not any(fnmatchcase(n, p) for n in have):
-            raise ContentError(f"{p!r} matches no record in {folder} ({len(have)} are there)")
-    return [n for n in have if not patterns or any(fnmatchcase(n, p) for p in patterns)]
 
-
-def _known_name(name: str) -> None:
-    from verifier.goldens.store import NAME  # noqa: PLC0415
-
-    if not NAME.fullmatch(name):
+def _check_name(name: str) -> None:
+    if not store.NAME.fullmatch(name):
         raise UsageError(
-            f"{name[:200]!r}: a golden's name is of letters, digits, dots, dashes and underscores; give NAME=RUN.json"
+            f"{name[:200]!r}: a golden's name has only letters, digits, dots, dashes and "
+            "underscores; use NAME=RUN.json"
         )
 
 
-def _what(g: Golden) -> str:
-    from verifier.text import printable  # noqa: PLC0415
-
-    if g.kind == "check":
-        errors = sum(
-            v for k, v in g.facts.items() if k.startswith("findings.") and isinstance(v, int)
+def _numbers(golden: Golden) -> str:
+    if golden.kind == "check":
+        findings = sum(
+            count
+            for name, count in golden.facts.items()
+            if name.startswith("findings.") and isinstance(count, int)
         )
-        return f"{printable(str(g.facts.get('tensors', 0)), 20)} tensors, {errors:,} findings"
-    if g.loss is None or g.low is None or g.high is None:
-        return "no statistics" if g.loss is None else f"loss {g.loss:+.5f}"
-    return f"loss {g.loss:+.5f} [{g.low:+.5f}, {g.high:+.5f}]"
+        tensors = printable(str(golden.facts.get("tensors", 0)), 20)
+        return f"{tensors} tensors, {counted(findings, 'finding')}"
+    if golden.loss is None:
+        return "no statistics"
+    if golden.low is None or golden.high is None:
+        return f"loss {golden.loss:+.5f}"
+    return f"loss {golden.loss:+.5f} [{golden.low:+.5f}, {golden.high:+.5f}]"
 
 
-def _differences(old: Golden | None, new: Golden) -> list[str]:
-    if old is None:
-        return []
-    found = []
-    for what in ("recipe", "environment", "versions"):
-        a, b = getattr(old, what), getattr(new, what)
-        for k in sorted({*a, *b} - {"sha256"}):
-            if a.get(k) != b.get(k):
-                found.append(f"{k if k == what else f'{what} {k}'}: {a.get(k)} -> {b.get(k)}")
-    return found[:20]
+def _differences(old: Golden, new: Golden) -> list[str]:
+    lines = []
+    tables: dict[str, tuple[Mapping[str, object], Mapping[str, object]]] = {
+        "recipe": (old.recipe, new.recipe),
+        "environment": (old.environment, new.environment),
+        "versions": (old.versions, new.versions),
+    }
+    for table, (a, b) in tables.items():
+        for name in sorted({*a, *b} - {"sha256"}):
+            if a.get(name) != b.get(name):
+                label = name if name == table else f"{table} {name}"
+                lines.append(f"{label}: {_value(a.get(name))} → {_value(b.get(name))}")
+    return lines[:20]
 
 
-def _note(history: str, name: str, g: Golden, reason: str) -> None:
-    from verifier.history.journal import append  # noqa: PLC0415
-    from verifier.history.record import build, commit_here, now  # noqa: PLC0415
+def _value(value: object) -> str:
+    return "none" if value is None else str(value)
 
-    measures = (
-        {"loss": {"value": g.loss, "low": g.low, "high": g.high}} if g.loss is not None else {}
-    )
-    append(
-        history,
-        build(
-            {
-                "kind": "golden",
-                "time": now(),
-                "name": g.of,
-                "label": f"{name}: {reason}"[:2000],
-                "verdict": "accepted",
-                "measures": measures,
-                "key": g.key,
-                "environment": g.environment,
-                "checkpoint": g.checkpoint,
-                "recipe": g.recipe,
-                "versions": g.versions,
-                "commit": commit_here(),
-            }
-        ),
-    )
+
+def _record_acceptance(history: str, name: str, golden: Golden, reason: str) -> None:
+    measures = {}
+    if golden.loss is not None:
+        measures["loss"] = {"value": golden.loss, "low": golden.low, "high": golden.high}
+    fields = {
+        "kind": "golden",
+        "time": now(),
+        "name": golden.of,
+        "label": f"{name}: {reason}"[:2000],
+        "verdict": "accepted",
+        "measures": measures,
+        "key": golden.key,
+        "environment": golden.environment,
+        "checkpoint": golden.checkpoint,
+        "recipe": golden.recipe,
+        "versions": golden.versions,
+        "commit": commit_here(),
+    }
+    append(history, build(fields))

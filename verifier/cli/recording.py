@@ -1,110 +1,118 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``--history`` and ``--golden`` of commands that make a run: the run is put on record after it was
-made.
+"""``--history`` and ``--golden`` of commands that make a result, which is put on record.
 
-A command adds the options with `recording_options`, calls `recordable` before its work, and
-`record` with what it prints as JSON after it; `record` returns the exit code that the command ends
-with.
+A command adds the options with `recording_options`, calls `require_recordable` before its work, and
+`record` after it; `record` returns the exit code that the command ends with.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from verifier.errors import UsageError
+from verifier.files import require_writable
+from verifier.text import printable
+
+if TYPE_CHECKING:
+    from verifier.history import Result
+
+
+@dataclass(frozen=True)
+class Recording:
+    """Where a result is put on record: a history with a label, and a golden to compare with."""
+
+    history: str | None = None
+    label: str = ""
+    golden: str | None = None
 
 
 def recording_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add ``--history``, ``--label`` and ``--golden``; they arrive as ``history``, ``label`` and
     ``golden``.
     """
-    command = click.option(
-        "--golden", metavar="FILE", help="An accepted record to agree with; see `ckptgate goldens`."
-    )(command)
-    command = click.option(
-        "--label", default="", metavar="TEXT", help="A note that stands in the history."
-    )(command)
-    return click.option(
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
+
+
+_OPTIONS = (
+    click.option(
         "--history", metavar="FILE", help="Append the run to this history; see `ckptgate history`."
-    )(command)
+    ),
+    click.option("--label", default="", metavar="TEXT", help="Label recorded with this run."),
+    click.option(
+        "--golden", metavar="FILE", help="Accepted record to agree with; see `ckptgate goldens`."
+    ),
+)
 
 
-def recordable(history: str | None, golden: str | None = None, label: str = "") -> None:
-    """Refuse, before the work is done, a history or a golden that cannot be written."""
-    from verifier.files import require_writable  # noqa: PLC0415  (only where a command runs)
+def require_recordable(recording: Recording) -> None:
+    """Refuse, before the work is done, a history or a golden that cannot be written.
 
-    if label and history is None:
-        raise UsageError("--label is a note in a history; give --history FILE too")
-    for file in (history, golden):
+    Raises:
+        UsageError: naming the option or the file.
+    """
+    if recording.label and recording.history is None:
+        raise UsageError("--label needs --history FILE")
+    for file in (recording.history, recording.golden):
         if file is not None:
             require_writable(file)
-    if golden is not None:
-        from verifier.goldens.store import split_path  # noqa: PLC0415
+    if recording.golden is not None:
+        from verifier.goldens.store import split_path  # noqa: PLC0415  (pydantic, for few runs)
 
-        split_path(golden)
+        split_path(recording.golden)
 
 
-def record(
-    text: str,
-    code: int,
-    *,
-    history: str | None,
-    label: str = "",
-    golden: str | None = None,
-    seconds: float | None = None,
-) -> int:
-    """Append a run to a history, hold it against a golden, and return the exit code.
+def record(result: Result, code: int, recording: Recording, seconds: float | None = None) -> int:
+    """Append a result to a history, compare it with a golden, and return the exit code.
 
     Args:
-        text: what the command prints as JSON.
-        code: its own exit code. A golden can make a pass less than that, never more.
-        history: the history file, or None.
-        label: a note.
-        golden: the file of the accepted record, or None.
+        result: of the command.
+        code: its exit code. A golden can make it worse, never better.
+        recording: where to.
         seconds: wall time.
     """
-    if history is None and golden is None:
+    if recording.history is not None:
+        from verifier.history import append, recorded  # noqa: PLC0415  (pydantic, for few runs)
+
+        append(recording.history, recorded(result, label=recording.label, seconds=seconds))
+        print_warnings(recording.history)
+    if recording.golden is None:
         return code
-    from verifier.history.record import parse_run, recorded  # noqa: PLC0415
+    from verifier.goldens import compare_with_golden  # noqa: PLC0415  (pydantic, for few runs)
 
-    run = parse_run(text, "the run")
-    if history is not None:
-        from verifier.history import append  # noqa: PLC0415
-
-        append(history, recorded(run, label=label, seconds=seconds))
-        warn(history)
-    if golden is not None:
-        from verifier.goldens.judge import hold  # noqa: PLC0415
-        from verifier.text import printable  # noqa: PLC0415
-
-        judged = hold(run, golden)
-        click.echo(
-            f"golden   {os.path.basename(golden)}: {printable(judged.sentence, 1000)}", err=True
-        )
-        return worst_code(code, judged.exit_code)
-    return code
+    comparison = compare_with_golden(result, recording.golden)
+    name = os.path.basename(recording.golden)
+    click.echo(f"golden   {name}: {printable(comparison.sentence, 1000)}", err=True)
+    return worst_code(code, comparison.exit_code)
 
 
 def worst_code(*codes: int) -> int:
-    """Return the code that says most: error, failed, inconclusive, passed."""
-    return next((c for c in (4, 2, 1, 3) if c in codes), 0)
+    """Return the most severe code: error, usage, failed, inconclusive, passed."""
+    return next((code for code in (4, 2, 1, 3) if code in codes), 0)
 
 
-def warn(file: str) -> None:
-    """Say on stderr what was mended, and where the newest run is off the accepted runs before
-    it.
+def print_warnings(file: str) -> None:
+    """Print on stderr what was repaired, and where the newest run deviates from the passing runs
+    before it.
     """
-    from verifier.history.journal import load  # noqa: PLC0415
+    from verifier.history import load  # noqa: PLC0415  (pydantic, for few runs)
     from verifier.history.render import trend_lines  # noqa: PLC0415
 
-    found = load(file)
-    for line in trend_lines(
-        found.records[-1:] and [r for r in found.records if r.series == found.records[-1].series]
-    ):
+    history = load(file)
+    newest = history.records[-1:]
+    series = [r for r in history.records if newest and r.series == newest[0].series]
+    for line in trend_lines(series):
         click.echo(line, err=True)
-    for note in found.notes:
-        click.echo(f"note     {note}", err=True)
+    print_notes(history.notes)
+
+
+def print_notes(notes: list[str]) -> None:
+    """Print on stderr what is wrong with a history file."""
+    for note in notes:
+        click.echo(f"note     {printable(note)}", err=True)

@@ -3,35 +3,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
+from verifier.cli.common import progress_bar
+from verifier.cli.recording import print_notes
 from verifier.errors import ContentError, MissingExtra, UsageError
+from verifier.evaluation import Drift, GateResult, Margin
+from verifier.files import require_writable, write_atomic
+from verifier.goldens import compare, golden_of, store
+from verifier.history import Result, load, read_result
+from verifier.history.picture import draw
+from verifier.history.render import change_lines, trend_lines
+from verifier.inspect.noise import noise
+from verifier.report.figures import heat
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from verifier.report.runs import Figure
+    from verifier.report.page import Figure
 
 
 @click.command()
 @click.argument("runs", metavar="RUN.json...", nargs=-1, required=True)
 @click.option("-o", "--output", metavar="FILE.html", required=True, help="The page to write.")
+@click.option("--history", metavar="FILE", help="Also plot the runs' names over time from this.")
 @click.option(
-    "--history", metavar="FILE", help="Draw the runs' names over time from this history too."
+    "--golden", metavar="FILE", help="Also show the drift of the first run over this record."
 )
-@click.option(
-    "--golden",
-    metavar="FILE",
-    help="Draw the drift of the first run against this accepted record too.",
-)
-@click.option("--measure", default="loss", show_default=True, help="What is drawn over time.")
+@click.option("--measure", default="loss", show_default=True, help="What is plotted over time.")
 @click.option(
     "--weights",
     is_flag=True,
-    help="Read the checkpoints that the first run names; draw their signal to noise.",
+    help="Read the checkpoints of the first run, and show signal to quantization noise.",
 )
 def report(
     runs: tuple[str, ...],
@@ -41,100 +47,91 @@ def report(
     measure: str,
     weights: bool,
 ) -> None:
-    """Draw runs (gate or check, --format json) as one HTML file: no script, light and dark, at most
-    2 MB.
+    """Render runs and history as one HTML page.
+
+    RUN.json is what `gate --format json` or `check --format json` printed. The page has no script,
+    fetches nothing, follows light and dark mode, and has at most 2 MB.
     """
     if find_spec("jinja2") is None:
         raise MissingExtra("report", "report")
-    from verifier.files import require_writable, write_atomic  # noqa: PLC0415
-    from verifier.history.record import read_run  # noqa: PLC0415  (pydantic and jinja2, which --help does not need)
-    from verifier.report.runs import render_runs  # noqa: PLC0415
+    from verifier.report.page import render_page  # noqa: PLC0415  (jinja2, an extra)
 
     require_writable(output)
-    read = [read_run(r) for r in runs]
+    results = [read_result(run) for run in runs]
     if golden is not None:
-        _drift(read[0], golden)
-    extra = _weights(read[0]) if weights else []
+        results[0] = _with_drift(results[0], golden)
+    figures: list[Figure] = []
     if history is not None:
-        extra = [*_history(history, read, measure), *extra]
-    write_atomic(output, render_runs(read, extra))
+        figures.append(_over_time(history, results, measure))
+    if weights:
+        figures += _of_weights(results[0])
+    write_atomic(output, render_page(results, figures))
     click.echo(f"wrote {output}")
 
 
-def _history(file: str, runs: Sequence[dict[str, Any]], measure: str) -> list[Figure]:
-    from verifier.history import load  # noqa: PLC0415
-    from verifier.history.picture import draw  # noqa: PLC0415
-    from verifier.history.render import change_lines, trend_lines  # noqa: PLC0415
-    from verifier.report.runs import Figure  # noqa: PLC0415
+def _uri(result: Result) -> str:
+    return result.candidate if isinstance(result, GateResult) else result.uri
 
-    found = load(file)
-    for note in found.notes:
-        click.echo(f"note     {note}", err=True)
-    uris = [str(r.get("candidate") or r.get("uri")).rstrip("/") for r in runs]
-    names = {u.rpartition("/")[2] or u for u in uris}
-    records = [r for r in found.records if r.name in names]
+
+def _over_time(file: str, results: Sequence[Result], measure: str) -> Figure:
+    from verifier.report.page import Figure  # noqa: PLC0415  (jinja2, an extra)
+
+    history = load(file)
+    print_notes(history.notes)
+    uris = [_uri(result).rstrip("/") for result in results]
+    names = {uri.rpartition("/")[2] or uri for uri in uris}
+    records = [record for record in history.records if record.name in names]
     if not records:
         raise ContentError(
-            f"{file}: no run of {', '.join(sorted(names))} among {len(found.records):,}"
+            f"{file}: no run of {', '.join(sorted(names))} among {len(history.records):,}"
         )
-    told = " ".join(
-        f"{line.strip()}." for line in [*change_lines(records, measure), *trend_lines(records)][:10]
-    )
-    return [Figure(f"{measure} over time", told or "No change point.", draw(records, measure))]
+    lines = [*change_lines(records, measure), *trend_lines(records)][:10]
+    words = " ".join(f"{line.strip()}." for line in lines)
+    return Figure(f"{measure} over time", words or "No change point.", draw(records, measure))
 
 
-def _drift(run: dict[str, Any], file: str) -> None:
-    """Put the paired drift against an accepted record into a run, where a gate puts its own."""
-    from verifier.goldens import store  # noqa: PLC0415
-    from verifier.goldens.judge import judge  # noqa: PLC0415
-
-    old = store.load(*store.split_path(file))
-    judged = judge(old, store.proposed(run))
-    if judged.interval is None:
-        raise ContentError(f"{file}: no drift to draw: {judged.sentence}")
-    i = judged.interval
-    interval = {"delta": i.delta, "low": i.low, "high": i.high, "se": i.se}
-    run["drift"] = {"accepted": file, "margin": {"nats": old.drift}, "interval": interval}
+def _with_drift(result: Result, file: str) -> GateResult:
+    """Return a gate's result with its paired drift over an accepted record."""
+    accepted = store.load(*store.split_path(file))
+    comparison = compare(accepted, golden_of(result))
+    if comparison.interval is None or not isinstance(result, GateResult):
+        raise ContentError(f"{file}: no drift to show: {comparison.sentence}")
+    margin = Margin(accepted.drift, "of the golden")
+    return replace(result, drift=Drift(file, margin, comparison.interval))
 
 
-def _weights(run: dict[str, Any]) -> list[Figure]:
-    from verifier.cli.common import progress_bar  # noqa: PLC0415
-    from verifier.inspect.noise import noise  # noqa: PLC0415
-    from verifier.report.figures import heat  # noqa: PLC0415
-    from verifier.report.runs import Figure  # noqa: PLC0415
+def _of_weights(result: Result) -> list[Figure]:
+    from verifier.report.page import Figure  # noqa: PLC0415  (jinja2, an extra)
 
-    candidate, base = run.get("candidate") or run.get("uri"), run.get("base")
-    if not base:
-        raise UsageError("--weights compares with a base, and the run names none")
+    if not result.base:
+        raise UsageError("--weights compares with a base, and the run has none")
     with progress_bar("decoding", in_bytes=True) as progress:
-        found = noise(str(candidate), str(base), progress)
-    left = f" {found.left_out} weights could not be compared." if found.left_out else ""
-    words = f"10 log10 of signal over quantization error, {found.weights:,} weights.{left} Low is worse."
+        measured = noise(_uri(result), result.base, progress)
+    words = f"10 log10 of signal over quantization error, {measured.weights:,} weights."
+    if measured.left_out:
+        words += f" {measured.left_out} weights could not be compared."
     figures = [
         Figure(
             "Signal to quantization noise by role and layer",
-            words,
-            heat(found.roles, "Signal to noise", "dB"),
+            f"{words} Low is worse.",
+            heat(measured.roles, "Signal to noise", "SQNR in dB"),
         )
     ]
-    if found.experts:
-        picture = heat(found.experts, "Signal to noise of experts", "dB")
+    if measured.experts:
         figures.append(
             Figure(
                 "Signal to quantization noise by layer and expert",
                 "All projections of an expert.",
-                picture,
+                heat(measured.experts, "Signal to noise of experts", "SQNR in dB"),
             )
         )
-    if found.floor:
-        picture = heat(
-            found.floor, "Block scales at the floor", "% at 2^-9 or zero", low_is_bad=False
-        )
+    if measured.floor:
+        title, unit = "Block scales at the floor", "% at 2^-9 or zero"
         figures.append(
             Figure(
-                "Block scales at the floor",
+                title,
                 "NVFP4 blocks whose scale is the smallest one or zero.",
-                picture,
+                heat(measured.floor, title, unit, low_is_bad=False),
             )
         )
     return figures

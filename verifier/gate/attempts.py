@@ -1,130 +1,165 @@
 # SPDX-License-Identifier: Apache-2.0
-"""No re-rolls: every attempt of a pair is recorded, and one that follows must take the earlier
-documents in.
+"""No re-rolls: every attempt at a pair is recorded, and a later one must include the earlier
+documents.
 
 An attempt on other text after one that did not pass would be drawn until it passes. More documents
-are welcome when the earlier ones are among them; each look then has its share of the 5 % error
+are welcome when the earlier ones are among them; each look then has its share of the 5% error
 (Bonferroni).
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
-import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
 from verifier.checkpoint import Checkpoint
-from verifier.errors import MachineError, UsageError
+from verifier.errors import UsageError
+from verifier.evaluation import GateResult
 from verifier.gate.corpora import Corpus, documents_digest
-from verifier.gate.result import GateResult
-from verifier.gate.score import weights_digest
+from verifier.gate.options import ScoringOptions
+from verifier.jsonl import LineFile
 
 FILE = "attempts.jsonl"
+MAX_LINE = 1 << 28
+
+
+class Spread(BaseModel):
+    """What an attempt showed of how documents differ: enough to plan another one on its base."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, strict=True, allow_inf_nan=False)
+    corpus: str = ""
+    scored: int = Field(ge=2)
+    se: float
+    delta: float
+    seconds: float
+
+
+class _Attempt(BaseModel):
+    """One line of the file."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
+    pair: list[Any]
+    documents: list[Any]
+    outcome: Any = None
+    corpus: Any = None
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A candidate, its base, and how they are scored: the question that attempts try to answer."""
+
+    candidate: Checkpoint
+    base: Checkpoint
+    options: ScoringOptions
+
+    @property
+    def documents(self) -> frozenset[str]:
+        """The digests of the corpus' documents."""
+        return _digests(self.options.corpus)
+
+    @property
+    def base_key(self) -> list[Any]:
+        """What attempts at candidates of one base share."""
+        return [self.base.weights_sha256, self.options.seq_len, self.options.series]
+
+    @property
+    def key(self) -> list[Any]:
+        """What attempts at one pair share."""
+        return [self.candidate.weights_sha256, *self.base_key]
 
 
 class Attempts:
-    """The attempts of a cache folder: one JSON line each, appended only."""
+    """The attempts of a cache directory: one JSON line each, only ever appended to."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / FILE
 
-    def looks(
-        self, candidate: Checkpoint, base: Checkpoint, corpus: Corpus, window: int, protocol: str
-    ) -> int:
-        """Return which look this is at a pair, 1 for the first; the same documents again are no new
-        look.
+    def looks(self, pair: Pair) -> int:
+        """Return which look this is at a pair, 1 for the first; the same documents again are not a
+        new look.
 
         Raises:
             UsageError: an earlier attempt did not pass, and its documents are not all among these.
         """
-        ours = _documents(corpus)
-        mine = _key(candidate, base, window, protocol)
+        documents = pair.documents
         seen: list[frozenset[str]] = []
-        for row in self._rows():
-            documents = frozenset(row.get("documents", ()))
-            if row.get("pair") != mine:
+        for attempt in self._attempts():
+            if attempt.pair != pair.key:
                 continue
-            if row.get("outcome") != "passed" and not documents <= ours:
+            earlier = frozenset(map(str, attempt.documents))
+            if attempt.outcome != "passed" and not earlier <= documents:
                 raise UsageError(
-                    f"this pair was {row.get('outcome')} on {row.get('corpus')!r} before, and {len(documents - ours)} of "
-                    f"those {len(documents)} documents are not in this corpus: score a corpus that holds them too "
-                    f"({self.path} keeps the attempts)"
+                    f"this pair was {attempt.outcome} on {attempt.corpus!r}, and "
+                    f"{len(earlier - documents)} of those {len(earlier)} documents are not in this "
+                    f"corpus; score a corpus that includes them ({self.path} lists the attempts)"
                 )
-            if documents != ours and documents not in seen:
-                seen.append(documents)
+            if earlier != documents and earlier not in seen:
+                seen.append(earlier)
         return 1 + len(seen)
 
-    def last(self, base: Checkpoint, window: int, protocol: str) -> dict[str, Any] | None:
-        """Return the last attempt on a base that has statistics, or None."""
-        wanted = [weights_digest(base), window, protocol]
-        found = [r for r in self._rows() if r["pair"][1:] == wanted and _usable(r)]
-        return found[-1] if found else None
+    def last_spread(self, pair: Pair) -> Spread | None:
+        """Return the spread of the last attempt on a pair's base that has statistics, or None."""
+        spreads = [
+            _spread(attempt) for attempt in self._attempts() if attempt.pair[1:] == pair.base_key
+        ]
+        return next((spread for spread in reversed(spreads) if spread is not None), None)
 
-    def record(
-        self,
-        candidate: Checkpoint,
-        base: Checkpoint,
-        corpus: Corpus,
-        window: int,
-        protocol: str,
-        result: GateResult,
-        seconds: float,
-    ) -> None:
+    def record(self, pair: Pair, result: GateResult, seconds: float) -> None:
         """Append an attempt and sync.
 
         Raises:
             MachineError: it could not be written.
         """
         row: dict[str, Any] = {
-            "pair": _key(candidate, base, window, protocol),
-            "corpus": corpus.name,
+            "pair": pair.key,
+            "corpus": pair.options.corpus.name,
             "outcome": result.outcome,
-            "candidate": candidate.uri,
-            "documents": sorted(_documents(corpus)),
+            "candidate": pair.candidate.uri,
+            "documents": sorted(pair.documents),
         }
-        if (i := result.interval) is not None and math.isfinite(i.se):
-            row |= {"scored": i.documents, "se": i.se, "delta": i.delta, "seconds": seconds}
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("ab") as handle:
-                fcntl.flock(handle, fcntl.LOCK_EX)
-                handle.write(json.dumps(row, sort_keys=True).encode() + b"\n")
-                handle.flush()
-                os.fsync(handle.fileno())
-        except OSError as error:
-            raise MachineError(f"{self.path}: {error.strerror or error}") from error
+        interval = result.interval
+        if interval is not None and math.isfinite(interval.se):
+            row |= {
+                "scored": interval.documents,
+                "se": interval.se,
+                "delta": interval.delta,
+                "seconds": seconds,
+            }
+        with LineFile.open(self.path, create=True) as file:
+            file.repair(lambda line: _parse(line) is not None, MAX_LINE)
+            file.append(json.dumps(row, sort_keys=True).encode())
 
-    def _rows(self) -> list[dict[str, Any]]:
-        try:
-            lines = self.path.read_bytes().splitlines()
-        except FileNotFoundError:
+    def _attempts(self) -> list[_Attempt]:
+        """Return the attempts; damaged lines are skipped.
+
+        Raises:
+            MachineError: reading failed.
+        """
+        if not self.path.exists():
             return []
-        except OSError as error:
-            raise MachineError(f"{self.path}: {error.strerror or error}") from error
-        rows = []
-        for line in lines:
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                continue  # a line that a killed process tore
-            if isinstance(row, dict) and all(
-                isinstance(row.get(k), list) for k in ("documents", "pair")
-            ):
-                rows.append(row | {"documents": [str(d) for d in row["documents"]]})
-        return rows
+        with LineFile.open(self.path) as file:
+            attempts = [_parse(line.content) for line in file.lines()]
+        return [attempt for attempt in attempts if attempt is not None]
 
 
-def _documents(corpus: Corpus) -> frozenset[str]:
-    return frozenset(documents_digest([d])[:16] for d in corpus.ids or corpus.texts)
+def _parse(line: bytes) -> _Attempt | None:
+    try:
+        return _Attempt.model_validate_json(line)
+    except ValidationError:
+        return None
 
 
-def _key(candidate: Checkpoint, base: Checkpoint, window: int, protocol: str) -> list[Any]:
-    return [weights_digest(candidate), weights_digest(base), window, protocol]
+def _spread(attempt: _Attempt) -> Spread | None:
+    try:
+        return Spread.model_validate(attempt.model_dump())
+    except ValidationError:
+        return None
 
 
-def _usable(row: dict[str, Any]) -> bool:
-    numbers = [row.get(k) for k in ("scored", "se", "delta", "seconds")]
-    return all(isinstance(n, int | float) and math.isfinite(n) for n in numbers) and numbers[0] >= 2  # type: ignore[operator]
+def _digests(corpus: Corpus) -> frozenset[str]:
+    return frozenset(documents_digest([document])[:16] for document in corpus.documents)

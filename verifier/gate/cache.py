@@ -5,94 +5,55 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
-from importlib.metadata import version
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from verifier.checkpoint import Checkpoint
-from verifier.errors import ContentError, MachineError
-from verifier.gate.corpora import Corpus
-from verifier.gate.jobs import HF, Scorer
+from verifier.errors import ContentError
 from verifier.gate.run_file import Run, read_run, write_run
-from verifier.gate.score import Progress, identity_of, score_run, weights_digest
-from verifier.gate.windows import Protocol, plan_units
+from verifier.gate.score import Journaled, Scored, scoring_identity
+from verifier.gate.windows import ScoringPlan
 
 
-def cached_run(
-    folder: Path,
-    ckpt: Checkpoint,
-    corpus: Corpus,
-    *,
-    protocol: Protocol,
-    window: int,
-    batch: int,
-    device: str,
-    workers: int | None,
-    top_k: int,
-    progress: Progress | None,
-    say: Callable[[str], None] | None,
-    keep: bool,
-    scorer: Scorer = HF,
-) -> Run:
-    """Return a checkpoint's run from the cache, or score it; what an interrupted one had done is
-    used.
+@dataclass(frozen=True)
+class Cached:
+    """Take the base's run from a directory, or score it and keep it there; the units of an
+    interrupted run are resumed.
 
-    The name of the file is a digest of weights, protocol key, batch, device, top-k and versions. A
-    file that does not read as it was written is scored anew.
-
-    Args:
-        folder: the cache.
-        ckpt: what to score.
-        corpus: on what.
-        protocol: as in `score_run`, as the other arguments.
-        window: tokens in a window.
-        batch: windows in a unit of work.
-        device: where the model runs.
-        workers: processes.
-        top_k: log-probabilities to keep a token.
-        progress: called with (done, total).
-        say: called with what a person should know.
-        keep: whether the finished run stays in the cache.
-        scorer: what turns tokens into log-probabilities.
+    A file is named by a digest of weights, protocol key, batch, device, top-k and versions. One
+    that is damaged is scored again.
     """
-    key, _ = plan_units([ckpt], corpus, protocol, window, batch, scorer)
+
+    folder: Path
+
+    def __call__(self, plan: ScoringPlan) -> Scored:
+        """Score a plan's checkpoints one after another; the last one, the base, is kept."""
+        base = plan.checkpoints[-1]
+        return Scored(tuple(self._run(plan, ckpt, keep=ckpt is base) for ckpt in plan.checkpoints))
+
+    def _run(self, plan: ScoringPlan, ckpt: Checkpoint, *, keep: bool) -> Run:
+        file = self.folder / f"{_name(plan, ckpt)}.run"
+        if keep and file.is_file():
+            try:
+                run = read_run(file)
+            except ContentError as error:
+                plan.options.say(f"{error}; scoring it again")
+            else:
+                plan.options.say(f"{ckpt.uri}: taken from the cache, {file}")
+                return run
+        journal = file.with_name(f"{file.name}.part")
+        (run,) = Journaled(journal)(replace(plan, checkpoints=(ckpt,))).runs
+        if keep:
+            write_run(file, run)
+        journal.unlink(missing_ok=True)
+        return run
+
+
+def _name(plan: ScoringPlan, ckpt: Checkpoint) -> str:
     identity = {
-        "weights": weights_digest(ckpt),
-        "key": {k: v for k, v in key.items() if k != "corpus"},
-        "batch": batch,
-        "device": device,
-        "top_k": top_k,
-        "versions": {p: version(p) for p in ("torch", "transformers")},
-        **identity_of(scorer),
+        "weights": ckpt.weights_sha256,
+        "key": {name: value for name, value in plan.key.items() if name != "corpus"},
+        "device": plan.options.device,
+        **scoring_identity(plan.options),
     }
-    name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
-    file, journal = folder / f"{name}.run", folder / f"{name}.run.part"
-    if keep and file.is_file():
-        try:
-            found = read_run(file)
-            if say:
-                say(f"{ckpt.uri}: scored before, from {file}")
-            return found
-        except ContentError as error:
-            if say:
-                say(f"{error}; scoring it again")
-    scored = score_run(
-        ckpt,
-        corpus,
-        protocol=protocol,
-        window=window,
-        batch=batch,
-        device=device,
-        workers=workers,
-        top_k=top_k,
-        journal=journal,
-        progress=progress,
-        say=say,
-        scorer=scorer,
-    )
-    if scored is None:
-        raise MachineError("a unit of work was lost")
-    if keep:
-        write_run(file, scored)
-    journal.unlink(missing_ok=True)
-    return scored
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]

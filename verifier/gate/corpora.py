@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a gate reads: documents of text, or documents of token ids that a model itself wrote.
+"""The documents that a gate scores: text, or token ids that were sampled from a model.
 
-Documents are the clusters of the statistics. Text is split as lm-eval's document-level WikiText
-does it: a new document at each line ``= Title =``; WikiText-2's test file so gives 62.
+Documents are the clusters of the statistics. Text is split as lm-eval's document-level WikiText is:
+a new document at each line ``= Title =``, which gives 62 for WikiText-2's test file.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +23,15 @@ WIKITEXT = "wikitext2-test"
 WIKITEXT_FILE = "wikitext-2/wiki.test.raw"
 WIKITEXT_DATASET = ("EleutherAI/wikitext_document_level", "wikitext-2-raw-v1", "test")
 WIKITEXT_DIGEST = "f9e9c81fd14a66b7d2ad81ec2f409104fe5e94fe607394b23d37aac3771a1602"
-"""SHA-256 of the 62 documents, whichever way they came (`documents_digest`)."""
+"""SHA-256 of the 62 documents (`documents_digest`), wherever they come from."""
 MAX_BYTES = 2_000_000_000
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents to score: ``texts``, or ``ids`` (then token ids, scored document by document).
+    """Documents to score: ``texts``, or ``ids`` (token ids, scored document by document).
 
-    ``sampled_from`` is the weights digest of the model that wrote the ids, where one did. ``task``:
+    ``sampled_from`` is the weights digest of the model that the ids were sampled from. ``task``:
     the texts are the documents of a task of lm-eval, as JSON.
     """
 
@@ -44,28 +44,30 @@ class Corpus:
     task: TaskInfo | None = None
 
     def __len__(self) -> int:
-        return len(self.ids) or len(self.texts)
+        return len(self.documents)
+
+    @property
+    def documents(self) -> tuple[str, ...] | tuple[tuple[int, ...], ...]:
+        """The documents, as ids or as text."""
+        return self.ids or self.texts
 
     def head(self, count: int | None) -> Corpus:
-        """Return the first ``count`` documents as a corpus of their own."""
+        """Return a corpus of the first ``count`` documents."""
         if count is None or count >= len(self):
             return self
         texts, ids = self.texts[:count], self.ids[:count]
-        found = documents_digest(ids or texts)
-        return Corpus(
-            f"{self.name}[:{count}]", self.rule, found, texts, ids, self.sampled_from, self.task
-        )
+        digest = documents_digest(ids or texts)
+        return replace(self, name=f"{self.name}[:{count}]", digest=digest, texts=texts, ids=ids)
 
 
-def documents_digest(documents: Iterable[object]) -> str:
+def documents_digest(documents: Iterable[str | Sequence[int]]) -> str:
     """Return one SHA-256 over a sequence of documents."""
     state = hashlib.sha256()
     for document in documents:
-        raw = (
-            document.encode()
-            if isinstance(document, str)
-            else json.dumps(document, separators=(",", ":")).encode()
-        )
+        text = document
+        if not isinstance(text, str):
+            text = json.dumps(text, separators=(",", ":"))
+        raw = text.encode()
         state.update(len(raw).to_bytes(8, "little") + raw)
     return state.hexdigest()
 
@@ -74,17 +76,17 @@ def split_documents(text: str) -> list[str]:
     """Return the documents of a WikiText file, by the rule of lm-eval's
     ``wikitext_document_level``.
     """
-    found: list[str] = []
+    documents: list[str] = []
     current: list[str] = []
     for line in text.split("\n"):
         plain = line.replace("= = =", "===").replace("= =", "==").strip()
         if plain.startswith("= ") and plain.endswith(" ="):
             if "\n".join(current).strip():
-                found.append("\n".join(current))
+                documents.append("\n".join(current))
             current = []
         current.append(line)
-    found.append("\n".join(current))
-    return found
+    documents.append("\n".join(current))
+    return documents
 
 
 def load_corpus(name: str) -> Corpus:
@@ -92,21 +94,20 @@ def load_corpus(name: str) -> Corpus:
     ``text``; else text).
 
     Raises:
-        UsageError: no such name or file, or WikiText is nowhere to be had.
-        ContentError: the file is not what its name says, or not the documents that the name stands
-            for.
+        UsageError: no such name or file, or WikiText cannot be found.
+        ContentError: the file is not of its kind, or does not hold the documents of that name.
     """
     if name == WIKITEXT:
-        texts, how = _wikitext()
+        texts, source = _wikitext()
         digest = documents_digest(texts)
         if digest != WIKITEXT_DIGEST:
             raise ContentError(
-                f"{how}: these are not the {WIKITEXT} documents (digest {digest[:16]}…)"
+                f"{source}: not the {WIKITEXT} documents (unexpected digest {digest[:16]}…)"
             )
         return Corpus(name, "lm-eval document level, 62", digest, texts=tuple(texts))
     path = Path(name)
     if not path.is_file():
-        raise UsageError(f"no corpus {name!r}: neither {WIKITEXT} nor a file")
+        raise UsageError(f"no corpus {name!r}: not a file, and the only named corpus is {WIKITEXT}")
     if path.stat().st_size > MAX_BYTES:
         raise UsageError(f"{name}: larger than {MAX_BYTES:,} bytes")
     try:
@@ -125,29 +126,30 @@ def load_corpus(name: str) -> Corpus:
 
 
 def _wikitext() -> tuple[list[str], str]:
+    """Return the documents of WikiText-2's test split, and where they are from."""
     folder = os.environ.get(DATA_VARIABLE)
     path = Path(folder) / WIKITEXT_FILE if folder else None
     if path is not None and path.is_file():
         return split_documents(path.read_bytes().decode("utf-8")), str(path)
     if os.environ.get("HF_HUB_OFFLINE") == "1" or os.environ.get("HF_DATASETS_OFFLINE") == "1":
-        raise UsageError(_wanted())
+        raise UsageError(_missing_wikitext())
     try:
-        import datasets  # type: ignore[import-untyped]  # noqa: PLC0415  (slow, and only for the online way)
+        import datasets  # type: ignore[import-untyped]  # noqa: PLC0415  (slow, and an extra)
     except ImportError as error:
         raise MissingExtra(f"fetching {WIKITEXT}", "gate") from error
     try:
-        rows = datasets.load_dataset(
-            WIKITEXT_DATASET[0], WIKITEXT_DATASET[1], split=WIKITEXT_DATASET[2]
-        )
+        name, config, split = WIKITEXT_DATASET
+        rows = datasets.load_dataset(name, config, split=split)
     except (OSError, ValueError, RuntimeError) as error:
-        raise UsageError(f"{_wanted()} (online: {' '.join(str(error).split())[:120]})") from error
-    return [r["page"] for r in rows], WIKITEXT_DATASET[0]
+        reason = " ".join(str(error).split())[:120]
+        raise UsageError(f"{_missing_wikitext()} (online: {reason})") from error
+    return [row["page"] for row in rows], name
 
 
-def _wanted() -> str:
+def _missing_wikitext() -> str:
     return (
-        f"{WIKITEXT} is not here: set {DATA_VARIABLE} to a folder with {WIKITEXT_FILE} (wikitext-2-raw-v1, 1,290,590 "
-        "bytes), or give the file itself as --corpus"
+        f"{WIKITEXT} not found: set {DATA_VARIABLE} to a directory with {WIKITEXT_FILE} "
+        "(wikitext-2-raw-v1, 1,290,590 bytes), or give the file itself as --corpus"
     )
 
 
@@ -161,9 +163,7 @@ def _jsonl(path: Path, text: str) -> Corpus:
         row = _row(path, number, line)
         if number == 1 and "sampled_from" in row:
             sampled = str(row["sampled_from"])
-        elif isinstance(row.get("ids"), list) and all(
-            type(i) is int and i >= 0 for i in row["ids"]
-        ):
+        elif _is_ids(row.get("ids")):
             ids.append(tuple(row["ids"]))
         elif isinstance(row.get("text"), str):
             texts.append(row["text"])
@@ -181,6 +181,10 @@ def _jsonl(path: Path, text: str) -> Corpus:
         tuple(ids),
         sampled,
     )
+
+
+def _is_ids(value: object) -> bool:
+    return isinstance(value, list) and all(type(i) is int and i >= 0 for i in value)
 
 
 def _row(path: Path, number: int, line: str) -> dict[str, Any]:

@@ -7,28 +7,20 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from verifier.checkpoint import open_checkpoint
 from verifier.errors import UsageError
-from verifier.gate.attempts import Attempts
-from verifier.gate.decision import NORMALS, Margin, drift_margin_of, margin_of
-from verifier.gate.gate import (
-    BATCH,
-    PathLike,
-    check_scorer,
-    corpus_of,
-    formats_of,
-    refuse_corpus,
-    refuse_same,
-    score_apart,
-    series_of,
-)
-from verifier.gate.jobs import HF, Scorer
-from verifier.gate.score import Progress
+from verifier.evaluation import Margin
+from verifier.gate.attempts import Attempts, Pair, Spread
+from verifier.gate.decision import NORMALS, drift_margin_of, margin_of
+from verifier.gate.gate import complete, gate_options, open_pair
+from verifier.gate.options import PathLike
+from verifier.gate.score import formats_of, score
 from verifier.gate.statistics import LEVEL, paired
+from verifier.gate.windows import plan_scoring
 from verifier.text import printable
 
 FIRST = 10
@@ -37,11 +29,11 @@ POWER = 0.8
 
 @dataclass(frozen=True)
 class Plan:
-    """What a gate over all documents would do; losses in nats a token.
+    """What a gate over all documents would do; losses in nats per token.
 
-    ``passes``: the largest true loss that passes with a chance of 80 %, None where none above zero
-    does; ``fails``: the smallest that fails with it. ``normal`` is the published loss of the
-    format, ``chance`` that of a pass there.
+    ``passes``: the largest true loss that passes with a chance of 80%, None where none above zero
+    does; ``fails``: the smallest that fails with it. ``seen`` is the loss in ``source``, ``normal``
+    the published loss of the format; ``chance_seen`` and ``chance`` are those of a pass there.
     """
 
     source: str
@@ -57,86 +49,79 @@ class Plan:
     seconds: float
 
 
-def plan(
-    candidate: PathLike,
-    *,
-    base: PathLike,
-    corpus: str | None = None,
-    protocol: str = "tokens",
-    max_increase: str | float | None = None,
-    window: int = 512,
-    documents: int | None = None,
-    device: str = "cpu",
-    batch: int = BATCH,
-    workers: int | None = None,
-    progress: Progress | None = None,
-    cache: PathLike | None = None,
-    max_drift: str | float | None = None,
-    drift_against: PathLike | None = None,
-    scorer: Scorer = HF,
-    metric: str | None = None,
-    **_unused: object,
-) -> Plan:
-    """Return what a gate with these arguments would do (`run` has them).
+def plan(candidate: PathLike, *, base: PathLike, **options: Any) -> Plan:
+    """Return what a gate with these options would do.
 
-    The spread of documents is taken from the last attempt on this base and window that the cache
-    has, else from the first ten documents, which are scored.
+    The spread of documents is taken from the last attempt on this base and sequence length that the
+    cache has, else from the first ten documents, which are scored.
+
+    Args:
+        candidate: as `verifier.gate.run` takes it, as is everything else.
+        base: the reference.
+        options: the other keywords of `verifier.gate.run`.
 
     Raises:
         UsageError: fewer than two documents.
         ContentError: a checkpoint cannot be scored.
     """
-    ckpt, reference = open_checkpoint(candidate), open_checkpoint(base)
-    kind = check_scorer(scorer, protocol)
-    task = kind == "task"
-    refuse_corpus(protocol, corpus, metric)
-    refuse_same(ckpt, reference)
+    # Nothing is compared with an accepted run, and no KL is computed.
+    options = options | {"drift_against": None, "kl": "auto", "floor": ()}
+    max_drift = options.pop("max_drift", None)
+    request = gate_options(**options)
+    task = request.scoring.protocol == "task"
     drift_margin_of(max_drift, task=task)
-    formats = formats_of(ckpt)
-    margin = margin_of(max_increase, formats, task=task)
-    whole = corpus_of(protocol, corpus, metric).head(documents)
-    if len(whole) < 2:
-        raise UsageError(
-            "one document has no interval; a gate on it is inconclusive whatever it costs"
-        )
-    known = (
-        Attempts(Path(cache)).last(reference, window, series_of(kind, scorer, whole))
-        if cache is not None
-        else None
-    )
-    if known is not None:
-        count, se, seen, seconds = known["scored"], known["se"], known["delta"], known["seconds"]
-        source = f"the last attempt on this base ({count} documents of {known['corpus']!r})"
+    pair = open_pair(candidate, base, request.scoring)
+    formats = formats_of(pair.candidate)
+    margin = margin_of(request.max_increase, formats, task=task)
+    documents = len(request.scoring.corpus)
+    if documents < 2:
+        raise UsageError("one document has no interval; a gate on it is always inconclusive")
+    spread = None
+    if request.cache is not None:
+        spread = Attempts(Path(request.cache)).last_spread(pair)
+    if spread is not None:
+        source = f"the last attempt on this base ({spread.scored} documents of {spread.corpus!r})"
     else:
-        few = whole.head(FIRST)
-        ours, theirs = score_apart(
-            ckpt, reference, few, kind, window, batch, device, workers, 0, progress, scorer
+        spread = _first_documents(pair)
+        source = f"the first {min(FIRST, documents)} documents, scored now"
+    return foresee(spread, source, documents, margin, set() if task else formats)
+
+
+def _first_documents(pair: Pair) -> Spread:
+    """Score the first documents and return how they differ."""
+    first = replace(pair.options, corpus=pair.options.corpus.head(FIRST))
+    scored = complete(score(plan_scoring((pair.candidate, pair.base), first)))
+    candidate, base = scored.runs
+    interval = paired(base.sums, candidate.sums, base.tokens)
+    if interval.documents < 2:
+        raise UsageError(
+            f"only {interval.documents} of the first {len(first.corpus)} documents has a token to "
+            "score"
         )
-        interval = paired(theirs.sums.tolist(), ours.sums.tolist(), theirs.tokens.tolist())
-        count, se, seen = interval.documents, interval.se, interval.delta
-        seconds, source = (
-            ours.header.seconds + theirs.header.seconds,
-            f"the first {len(few)} documents, scored now",
-        )
-        if count < 2:
-            raise UsageError(f"only {count} of the first {len(few)} documents has a token to score")
-    return foresee(source, count, se, seen, seconds, len(whole), margin, set() if task else formats)
+    return Spread(
+        corpus=first.corpus.name,
+        scored=interval.documents,
+        se=interval.se,
+        delta=interval.delta,
+        seconds=candidate.header.seconds + base.header.seconds,
+    )
 
 
 def foresee(
-    source: str,
-    count: int,
-    se: float,
-    seen: float,
-    seconds: float,
-    documents: int,
-    margin: Margin,
-    formats: set[str],
+    spread: Spread, source: str, documents: int, margin: Margin, formats: Iterable[str]
 ) -> Plan:
-    """Return the plan for ``documents`` documents from a standard error over ``count`` of them."""
+    """Return the plan for ``documents`` documents from how some of them differ.
+
+    Args:
+        spread: how they differ.
+        source: where that is from, for the user.
+        documents: how many the gate would score.
+        margin: of the gate.
+        formats: the candidate's.
+    """
     from scipy import stats  # noqa: PLC0415
 
-    error = se * math.sqrt(count / documents)
+    error = spread.se * math.sqrt(spread.scored / documents)
     quantile = float(stats.t.ppf(LEVEL, documents - 1))
     reach = (quantile + float(stats.norm.ppf(POWER))) * error
 
@@ -145,8 +130,7 @@ def foresee(
             return float(loss <= margin.nats)
         return float(stats.norm.cdf((margin.nats - loss) / error - quantile))
 
-    known = [NORMALS[f] for f in formats if f in NORMALS]
-    normal = max(known, default=None)
+    normal = max([NORMALS[name] for name in formats if name in NORMALS], default=None)
     return Plan(
         source,
         documents,
@@ -154,36 +138,35 @@ def foresee(
         error,
         margin.nats - reach if margin.nats > reach else None,
         margin.nats + reach,
-        seen,
-        chance(seen),
+        spread.delta,
+        chance(spread.delta),
         normal,
         chance(normal) if normal is not None else None,
-        seconds * documents / count,
+        spread.seconds * documents / spread.scored,
     )
 
 
-def render_plan_text(found: Plan) -> str:
-    """Return a plan in some lines."""
-    passes = (
-        "no loss above zero"
-        if found.passes is None
-        else f"a true loss up to {found.passes:.5f} nats"
-    )
+def render_plan_text(plan: Plan) -> str:
+    """Return a plan as a few lines of text."""
+    passes = "no true loss passes"
+    if plan.passes is not None:
+        passes = f"true loss ≤ {plan.passes:.5f} passes"
     lines = [
-        f"plan     {found.documents} documents; the spread is from {found.source}",
-        f"margin   {found.margin.nats:.5f} nats ({found.margin.source}); standard error about {found.se:.5f}",
-        f"detects  {passes} passes with a chance of 80 %, one from {found.fails:.5f} fails with it",
-        f"chance   {found.chance_seen:.0%} of a pass at the loss seen there, {found.seen:+.5f} nats",
+        f"plan     {plan.documents} documents; the spread is from {plan.source}",
+        f"margin   {plan.margin.nats:.5f} nats ({plan.margin.source}); expected standard error "
+        f"{plan.se:.5f}",
+        f"detects  with 80% power: {passes}, ≥ {plan.fails:.5f} fails",
+        f"chance   {plan.chance_seen:.0%} to pass at the loss seen there, {plan.seen:+.5f} nats",
     ]
-    if found.normal is not None and found.chance is not None:
+    if plan.normal is not None and plan.chance is not None:
         lines.append(
-            f"         {found.chance:.0%} at the published normal of the format, {found.normal:+.5f} nats"
+            f"         {plan.chance:.0%} to pass at the published normal of the format, "
+            f"{plan.normal:+.5f} nats"
         )
-    lines.append(f"cost     about {found.seconds:,.0f} s here, loading included")
+    lines.append(f"cost     about {plan.seconds:,.0f} s here, loading included")
     return "".join(printable(line, 2000) + "\n" for line in lines)
 
 
-def render_plan_json(found: Plan) -> str:
+def render_plan_json(plan: Plan) -> str:
     """Return a plan as one JSON object."""
-    value: dict[str, Any] = {"schema_version": "1.0", **asdict(found)}
-    return json.dumps(value, indent=2) + "\n"
+    return json.dumps({"schema_version": "1.0", **asdict(plan)}, indent=2) + "\n"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What goes to a scoring process and what comes back."""
+"""What goes to a scoring process, and what comes back."""
 
 from __future__ import annotations
 
@@ -10,18 +10,25 @@ import numpy.typing as npt
 
 from verifier.errors import UsageError
 
+Protocol = Literal["tokens", "lm-eval", "task"]
+PROTOCOLS: dict[str, Protocol] = {"tokens": "tokens", "lm-eval": "lm-eval"}
 Window = tuple[tuple[int, ...], tuple[int, ...]]
-"""Token ids, and for each the document that it belongs to."""
+"""Token ids, and for each the number of the document that it belongs to."""
 Array = npt.NDArray[Any]
+
+
+def protocol_of(name: str) -> Protocol:
+    """Return the protocol of an option: any other name than tokens and lm-eval is a task."""
+    return PROTOCOLS.get(name, "task")
 
 
 @dataclass(frozen=True)
 class Unit:
-    """What is scored as one batch, fixed before workers share the work: the same unit gives the
-    same bits anywhere.
+    """What is scored as one batch. It is fixed before workers share the work, so the same unit
+    gives the same bits anywhere.
 
-    ``places`` are the numbers of its windows in the corpus (``tokens``), ``texts`` its documents
-    (``lm-eval``).
+    ``places`` are the numbers of its windows in the corpus (protocol ``tokens``); ``texts`` are its
+    documents with their numbers (``lm-eval``, tasks).
     """
 
     number: int
@@ -37,13 +44,14 @@ class Unit:
 class Scorer:
     """What turns token ids into log-probabilities.
 
-    ``hf``: transformers in a worker process, weights decoded by the verifier; with
-    ``activations="declared"`` inputs are rounded as the checkpoint declares. ``vllm``: vLLM under
+    ``hf``: transformers in a worker process, with weights decoded by the verifier; with
+    ``activations="declared"``, inputs are rounded as the checkpoint declares. ``vllm``: vLLM under
     the interpreter ``python``, with ``options`` for its ``LLM``. ``server``: the model ``served``
-    at the OpenAI-style ``endpoint``. Engines round as they do: activations ``engine``.
+    at the OpenAI-style ``endpoint``. Engines round activations in their own way, which is called
+    ``engine``.
 
     Args:
-        timeout: seconds that an engine may take to start, and for one unit of work.
+        timeout: seconds that an engine may take to start, and for each unit.
     """
 
     name: Literal["hf", "vllm", "server"] = "hf"
@@ -55,43 +63,40 @@ class Scorer:
     timeout: float = 1800.0
 
     @property
-    def key(self) -> dict[str, Any]:
-        """What it adds to the protocol key; BF16 activations, which the first runs had, are not
-        named.
+    def key(self) -> dict[str, str]:
+        """What the scorer adds to the protocol key; BF16 activations, which the first runs had, add
+        nothing.
         """
-        rounded = "engine" if self.name != "hf" else self.activations
-        return {} if rounded == "bf16" else {"activations": rounded}
+        activations = "engine" if self.name != "hf" else self.activations
+        return {} if activations == "bf16" else {"activations": activations}
 
     def check(self) -> None:
-        """Refuse what does not go together.
+        """Refuse options that do not go together.
 
         Raises:
             UsageError: naming the option.
         """
         if self.name not in ("hf", "vllm", "server"):
-            raise UsageError(f"no scorer {self.name!r}; hf, vllm or server")
+            raise UsageError(f"unknown scorer {self.name!r}; available: hf, vllm, server")
         if self.activations not in ("bf16", "declared"):
-            raise UsageError(f"no activations {self.activations!r}; bf16 or declared")
+            raise UsageError(f"unknown activations {self.activations!r}; available: bf16, declared")
         if self.name != "hf" and self.activations != "bf16":
             raise UsageError(
-                f"--activations is for the scorer hf; {self.name} rounds activations as the engine does"
+                f"--activations needs --scorer hf; {self.name} rounds activations as the engine "
+                "does"
             )
         if self.name == "vllm" and not self.python:
-            raise UsageError(
-                "--scorer vllm needs --engine-python PATH: the interpreter that has vLLM"
-            )
+            raise UsageError("--scorer vllm needs --engine-python PATH, an interpreter with vLLM")
         if self.name == "server" and not self.endpoint:
             raise UsageError("--scorer server needs --endpoint URL")
-        if (self.python and self.name != "vllm") or (
-            (self.endpoint or self.served) and self.name != "server"
-        ):
-            raise UsageError(
-                "--engine-python is for the scorer vllm, --endpoint and --served are for server"
-            )
+        if self.python and self.name != "vllm":
+            raise UsageError("--engine-python needs --scorer vllm")
+        if (self.endpoint or self.served) and self.name != "server":
+            raise UsageError("--endpoint and --served need --scorer server")
         if self.options and self.name != "vllm":
-            raise UsageError("--engine-option is for the scorer vllm")
+            raise UsageError("--engine-option needs --scorer vllm")
         if not 0 < self.timeout <= 86_400:
-            raise UsageError("--engine-timeout is above 0 and at most 86400 seconds")
+            raise UsageError("--engine-timeout must be above 0 and at most 86400 seconds")
 
 
 HF = Scorer()
@@ -99,8 +104,8 @@ HF = Scorer()
 
 @dataclass(frozen=True)
 class TaskInfo:
-    """A task of lm-eval: how to load it, and which of its metrics, after which filter, says right
-    or wrong.
+    """A task of lm-eval: how to load it, and which of its metrics, after which filter, marks
+    answers right or wrong.
     """
 
     spec: str
@@ -119,10 +124,9 @@ class Job:
 
     model: str
     device: str
-    protocol: Literal["tokens", "lm-eval", "task"]
+    protocol: Protocol
     batch: int
-    window: int
-    documents: int
+    seq_len: int
     units: tuple[Unit, ...] = ()
     base: str | None = None
     top_k: int = 0
@@ -132,18 +136,21 @@ class Job:
     @property
     def windows(self) -> tuple[Window, ...]:
         """All windows of the job."""
-        return tuple(w for u in self.units for w in u.windows)
+        return tuple(window for unit in self.units for window in unit.windows)
 
 
 @dataclass
-class Piece:
-    """What one unit gave.
+class UnitScores:
+    """The scores of one unit.
 
-    ``tokens``: arrays over its scored tokens, window by window: ``nats`` float32, ``top1`` int32
-    (the likeliest token), ``sure`` float32 (its log-probability), where asked ``top_ids`` int32 and
-    ``top_logprobs`` float32 [tokens, k]; in lockstep ``kl`` float64 (KL(base || model), nats) and
-    the base's arrays as ``base_nats`` and so on. ``lm-eval``: ``nats`` float64 and ``words`` int64
-    over its documents; a task: 1 for wrong, 0 for right, and 1.
+    Protocol ``tokens``: arrays over its scored tokens, window by window: ``nats`` float32, ``top1``
+    int32 (the top token), ``sure`` float32 (its log-probability); with ``top_k``, ``top_ids``
+    int32 and ``top_logprobs`` float32, both [tokens, k]; in lockstep ``kl`` float64 (KL(base ||
+    model), nats) and the base's arrays as ``base_nats`` and so on. ``lm-eval``: ``nats`` float64
+    and ``words`` int64 per document. A task: ``nats`` 1 for wrong and 0 for right, ``words`` 1.
+
+    ``nonfinite`` and ``nonfinite_base`` are documents with logits that are not finite; ``experts``
+    counts the tokens of each expert by layer.
     """
 
     unit: int
@@ -151,22 +158,3 @@ class Piece:
     nonfinite: list[int] = field(default_factory=list)
     experts: dict[str, list[int]] = field(default_factory=dict)
     nonfinite_base: list[int] = field(default_factory=list)
-
-
-@dataclass
-class Sums:
-    """Per document: nats, scored tokens (``lm-eval``: words), and the documents with logits that
-    are not finite.
-    """
-
-    nats: list[float]
-    tokens: list[int]
-    nonfinite: list[int] = field(default_factory=list)
-    environment: dict[str, str] = field(default_factory=dict)
-
-    def add(self, other: Sums) -> None:
-        """Add the sums of other windows; per-document sums are additive."""
-        self.nats = [a + b for a, b in zip(self.nats, other.nats, strict=True)]
-        self.tokens = [a + b for a, b in zip(self.tokens, other.tokens, strict=True)]
-        self.nonfinite = sorted({*self.nonfinite, *other.nonfinite})
-        self.environment |= other.environment

@@ -1,100 +1,78 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finished units on disk, so that a killed run goes on where it stopped and gives the same bits.
+"""Finished units on disk, so that a killed run resumes and gives the same bits.
 
-JSON lines beside the run file (``base.run.part``): a header, then a line a unit. A last line that
-is torn is dropped.
+JSON lines next to the run file (``base.run.part``), each with a checksum: a header, then one line
+per unit. Lines from the first damaged one on are dropped.
 """
 
 from __future__ import annotations
 
 import base64
-import fcntl
 import json
-import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
-from verifier.errors import MachineError, UsageError
-from verifier.gate.jobs import Array, Piece
+from verifier.errors import UsageError
+from verifier.gate.jobs import Array, UnitScores
+from verifier.jsonl import Line, LineFile, read_lines
 
 _DTYPES = {"<f4", "<f8", "<i4", "<i8"}
 
 
 class Journal:
-    """Units that are done, and a file that gets one line more for each; locked while it is open."""
+    """The units that are done, and a file that gets one line for each; locked while it is open.
+
+    ``restarted`` is True where the file held the units of another run, which are dropped.
+    """
 
     def __init__(self, path: Path, header: dict[str, Any]) -> None:
-        """Open or begin a journal.
+        """Open a journal, or begin one.
 
         Raises:
             UsageError: another process writes it.
             MachineError: it cannot be written.
         """
-        self.path, self.done = path, dict[int, Piece]()
+        self.path, self.done = path, dict[int, UnitScores]()
         self.restarted = False
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("a+b")
-        except OSError as error:
-            raise MachineError(f"{path}: {error.strerror or error}") from error
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._file = LineFile.open(path, create=True, wait=False)
         except BlockingIOError:
-            self._file.close()
-            raise UsageError(f"{path}: another process is at this run") from None
-        except OSError as error:
-            self._file.close()
-            raise MachineError(f"{path}: {error.strerror or error}") from error
-        self._file.seek(0)
-        first = _line(header)
-        if self._file.readline() == first:
-            self._read()
+            raise UsageError(f"{path}: another process is writing this run") from None
+        lines = self._file.lines()
+        first = next(lines, None)
+        if first is not None and first.content == _line(header) and first.terminated:
+            self._resume(first, lines)
         else:
-            self.restarted = path.stat().st_size > 0
+            self.restarted = first is not None
             self._file.truncate(0)
-            self._append(first)
+            self._file.append(_line(header))
 
-    def _read(self) -> None:
-        good = self._file.tell()
-        for line, piece in _pieces(self._file):
-            self.done[piece.unit] = piece
-            good += len(line)
-        self._file.truncate(good)
+    def _resume(self, first: Line, lines: Iterator[Line]) -> None:
+        end = first.end
+        for line_end, scores in _units(lines):
+            self.done[scores.unit] = scores
+            end = line_end
+        self._file.truncate(end)
 
-    def add(self, piece: Piece) -> None:
+    def add(self, scores: UnitScores) -> None:
         """Append a unit and sync."""
-        self.done[piece.unit] = piece
+        self.done[scores.unit] = scores
         arrays = {
-            k: [v.dtype.str, list(v.shape), base64.b64encode(v.tobytes()).decode()]
-            for k, v in piece.arrays.items()
+            name: [v.dtype.str, list(v.shape), base64.b64encode(v.tobytes()).decode()]
+            for name, v in scores.arrays.items()
         }
-        self._append(
-            _line(
-                {
-                    "unit": piece.unit,
-                    "arrays": arrays,
-                    "nonfinite": piece.nonfinite,
-                    "experts": piece.experts,
-                }
-            )
-        )
-
-    def _append(self, line: bytes) -> None:
-        try:
-            self._file.write(line)
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            raise MachineError(f"{self.path}: {error.strerror or error}") from error
-
-    def remove(self) -> None:
-        """Delete the file: the run is whole."""
-        self.path.unlink(missing_ok=True)
+        row = {
+            "unit": scores.unit,
+            "arrays": arrays,
+            "nonfinite": scores.nonfinite,
+            "experts": scores.experts,
+        }
+        self._file.append(_line(row))
 
     def __enter__(self) -> Journal:
         return self
@@ -103,43 +81,50 @@ class Journal:
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
-        at: TracebackType | None,
+        traceback: TracebackType | None,
     ) -> None:
         self._file.close()
 
 
-def units_in(path: Path, header: dict[str, Any]) -> dict[int, Piece]:
-    """Return the units of another process's journal as far as they are whole; none where it is
-    absent or of another run.
+def units_in(path: Path, header: dict[str, Any]) -> dict[int, UnitScores]:
+    """Return the complete units of another process's journal; none where it is absent or of another
+    run.
     """
     try:
-        with path.open("rb") as file:
-            return {p.unit: p for _, p in _pieces(file)} if file.readline() == _line(header) else {}
+        with path.open("rb") as stream:
+            lines = read_lines(stream)
+            first = next(lines, None)
+            if first is None or first.content != _line(header):
+                return {}
+            return {scores.unit: scores for _, scores in _units(lines)}
     except OSError:
         return {}
 
 
-def _pieces(file: BinaryIO) -> Iterator[tuple[bytes, Piece]]:
-    for line in file:
-        piece = _parse(line)
-        if piece is None:
+def _units(lines: Iterator[Line]) -> Iterator[tuple[int, UnitScores]]:
+    """Yield the offset of each line's end, and the unit in it, up to the first damaged line."""
+    for line in lines:
+        scores = _parse(line)
+        if scores is None:
             return
-        yield line, piece
+        yield line.end, scores
 
 
 def _line(value: dict[str, Any]) -> bytes:
     body = json.dumps(value, separators=(",", ":"), sort_keys=True)
-    return f"{zlib.crc32(body.encode()):08x} {body}\n".encode()
+    return f"{zlib.crc32(body.encode()):08x} {body}".encode()
 
 
-def _parse(line: bytes) -> Piece | None:
-    """Return a unit, or None for a line that is torn or not ours."""
+def _parse(line: Line) -> UnitScores | None:
+    """Return the unit in a line, or None where the line is torn, damaged or of another kind."""
     try:
-        if not line.endswith(b"\n") or int(line[:8], 16) != zlib.crc32(line[9:-1]):
+        if not line.terminated or int(line.content[:8], 16) != zlib.crc32(line.content[9:]):
             return None
-        value = json.loads(line[9:])
-        arrays = {str(k): _array(*v) for k, v in value["arrays"].items()}
-        return Piece(int(value["unit"]), arrays, list(value["nonfinite"]), dict(value["experts"]))
+        value = json.loads(line.content[9:])
+        arrays = {str(name): _array(*array) for name, array in value["arrays"].items()}
+        return UnitScores(
+            int(value["unit"]), arrays, list(value["nonfinite"]), dict(value["experts"])
+        )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 

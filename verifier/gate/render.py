@@ -1,185 +1,222 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A gate's result for a person, and as JSON."""
+"""A gate's result as text and as JSON."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
-from verifier.gate.result import GateResult
+from verifier.evaluation import Accuracy, ExpertReach, GateResult, Interval, Kl
 from verifier.gate.run_file import Run
-from verifier.gate.scorers.transformers import perplexity
-from verifier.gate.statistics import Interval
+from verifier.gate.statistics import perplexity
 from verifier.text import printable
 
 _ACTIVATIONS = {
-    "bf16": "bf16: the weights alone are judged",
-    "declared": "declared: rounded as each checkpoint declares",
-    "engine": "as the engine has them",
+    "bf16": "bf16 (weight-only error)",
+    "declared": "declared (rounded as each checkpoint declares)",
+    "engine": "engine (rounded as the engine does)",
 }
+MAX_LAYERS = 8
+MAX_EXPERTS = 16
+MAX_DOCUMENTS = 5
 
 
 def render_text(result: GateResult) -> str:
-    """Return the result in some lines, the verdict last."""
+    """Return the result as a few lines of text, the verdict last."""
     key = result.key
-    unit = "word" if key["protocol"] == "lm-eval" else "token"
-    nats = "nats" if result.accuracy is None else "of accuracy"
     lines = [
         f"gate     {result.candidate} against {result.base}",
-        f"corpus   {key['corpus']}: {key['documents']} documents, protocol {key['protocol']}, window {key['window']}",
-        f"inputs   activations {_inputs(key)}",
+        _corpus_line(key, key["documents"]),
+        f"inputs   activations: {_activations(key)}",
     ]
-    i = result.interval
-    if i is None:
-        shown = ", ".join(map(str, result.nonfinite[:5]))
-        lines.append(
-            f"error    logits that are not finite in {len(result.nonfinite)} documents ({shown}); no statistics"
-        )
+    interval = result.interval
+    if interval is None:
+        lines.append(_nonfinite_line(result))
     else:
-        lines += (
-            _of_task(result, i)
-            if result.accuracy is not None
-            else [
-                f"base     {unit} perplexity {result.perplexity_base:.4f}   ({i.tokens:,} {unit}s)",
-                f"cand     {unit} perplexity {result.perplexity_candidate:.4f}",
-                f"loss     {i.delta:+.5f} nats a {unit} ({math.expm1(i.delta):+.2%} of perplexity), {_shown(i, result.looks)}, "
-                f"standard error {i.se:.5f} over {i.documents} documents",
-            ]
-        )
-        lines.append(f"margin   {result.margin.nats:.5f} {nats} ({result.margin.source})")
-        if (d := result.drift) is not None:
-            lines += [
-                f"drift    {d.interval.delta:+.5f} {result.unit} against {d.accepted}, {_shown(d.interval, result.looks)}",
-                f"margin   {d.margin.nats:.5f} {nats} of drift ({d.margin.source})",
-            ]
-        lines += _measures(result) + _notes(result)
+        if result.accuracy is not None:
+            lines += _accuracy_lines(result, result.accuracy, interval)
+        else:
+            lines += _loss_lines(result, interval)
+        lines += _margin_lines(result)
+        lines += _measure_lines(result) if result.accuracy is None else []
+        lines += _note_lines(result)
     lines.append(f"verdict: {result.outcome.upper()}")
+    return _text(lines)
+
+
+def _text(lines: list[str]) -> str:
     return "".join(printable(line, 2000) + "\n" for line in lines)
 
 
-def _of_task(result: GateResult, interval: Interval) -> list[str]:
-    a, count = result.accuracy, interval.documents
-    if a is None:
-        return []
-    return [
-        f"base     accuracy {a.base / count:.4f}   ({a.base:,} of {count:,})",
-        f"cand     accuracy {a.candidate / count:.4f}   ({a.candidate:,} of {count:,})",
-        f"loss     {interval.delta:+.5f} of accuracy, exact {_shown(interval, result.looks)}",
-        f"McNemar  {a.lost:,} right by the base alone, {a.won:,} by the candidate alone; exact p of no loss {a.p_value:.4g}",
-    ]
+def _corpus_line(key: Mapping[str, Any], documents: int) -> str:
+    count = "1 document" if documents == 1 else f"{documents} documents"
+    return f"corpus   {key['corpus']}: {count}, protocol {key['protocol']}, seq-len {key['window']}"
 
 
-def _inputs(key: Mapping[str, Any]) -> str:
+def _activations(key: Mapping[str, Any]) -> str:
     name = str(key.get("activations", "bf16"))
     return _ACTIVATIONS.get(name, name)
 
 
-def _shown(interval: Interval, looks: int) -> str:
+def _nonfinite_line(result: GateResult) -> str:
+    count = len(result.nonfinite)
+    numbers = ", ".join(f"#{number}" for number in result.nonfinite[:MAX_DOCUMENTS])
+    more = ", …" if count > MAX_DOCUMENTS else ""
+    noun = "1 document" if count == 1 else f"{count} documents"
+    return f"error    logits are not finite in {noun} ({numbers}{more}); no statistics"
+
+
+def _loss_lines(result: GateResult, interval: Interval) -> list[str]:
+    unit = "word" if result.key["protocol"] == "lm-eval" else "token"
+    return [
+        f"base     {unit} perplexity {result.perplexity_base:.4f}   ({interval.tokens:,} {unit}s)",
+        f"cand     {unit} perplexity {result.perplexity_candidate:.4f}",
+        f"Δloss    {interval.delta:+.5f} nats/{unit} (perplexity "
+        f"{math.expm1(interval.delta):+.2%}), {_interval(interval, result.looks)}, standard error "
+        f"{interval.se:.5f} over {interval.documents} documents",
+    ]
+
+
+def _accuracy_lines(result: GateResult, accuracy: Accuracy, interval: Interval) -> list[str]:
+    count = interval.documents
+    return [
+        f"base     accuracy {accuracy.base / count:.4f}   ({accuracy.base:,} of {count:,})",
+        f"cand     accuracy {accuracy.candidate / count:.4f}   ({accuracy.candidate:,} of "
+        f"{count:,})",
+        f"Δloss    {interval.delta:+.5f} of accuracy, exact {_interval(interval, result.looks)}",
+        f"McNemar  {accuracy.lost:,} right by the base alone, {accuracy.won:,} by the candidate "
+        f"alone; exact p-value of no loss {accuracy.p_value:.4g}",
+    ]
+
+
+def _margin_lines(result: GateResult) -> list[str]:
+    unit = "nats" if result.accuracy is None else "of accuracy"
+    lines = [f"margin   {result.margin.nats:.5f} {unit} ({result.margin.source})"]
+    if (drift := result.drift) is not None:
+        lines += [
+            f"drift    {drift.interval.delta:+.5f} {result.unit} over {drift.accepted}, "
+            f"{_interval(drift.interval, result.looks)}",
+            f"margin   {drift.margin.nats:.5f} {unit} of drift ({drift.margin.source})",
+        ]
+    return lines
+
+
+def _interval(interval: Interval, looks: int) -> str:
     return f"{100 - 10 / looks:.4g}% interval [{interval.low:+.5f}, {interval.high:+.5f}]"
 
 
-def _measures(result: GateResult) -> list[str]:
-    m, lines = result.measures, []
-    if result.accuracy is not None:
-        return []
-    if m.bootstrap is not None:
+def _measure_lines(result: GateResult) -> list[str]:
+    measures = result.measures
+    lines = _cross_check_lines(result)
+    if measures.kl is not None:
+        lines.append(_kl_line(measures.kl))
+    if (top1 := measures.top1) is not None:
         lines.append(
-            f"errors   bootstrap of documents (BCa) [{m.bootstrap[0]:+.5f}, {m.bootstrap[1]:+.5f}]"
+            f"top-1    agreement {top1.delta:.2%} [{top1.low:.2%}, {top1.high:.2%}]; confident "
+            f"flips (p_base > 0.9): {measures.flips:,} of {measures.sure:,}"
         )
-        if m.se_tokens is not None and m.design_effect is not None:
-            lines[-1] += (
-                f"; token by token a standard error of {m.se_tokens:.5f}, design effect {m.design_effect:.2f}"
-            )
-        if m.se_blocks is not None:
-            lines[-1] += f"; within these documents {m.se_blocks:.5f} (blocks; decides nothing)"
-    if m.kl is not None:
-        q, low, high = m.kl.tail
-        lines.append(
-            f"KL       mean {m.kl.mean.delta:.5f} nats [{m.kl.mean.low:.5f}, {m.kl.mean.high:.5f}], 99.9 % quantile {q:.4f} "
-            f"[{low:.4f}, {high:.4f}] ({m.kl.kind})"
-        )
-    if m.top1 is not None:
-        lines.append(
-            f"top-1    the same for {m.top1.delta:.2%} [{m.top1.low:.2%}, {m.top1.high:.2%}]; another where the base was "
-            f"sure (p > 0.9): {m.flips:,} of {m.sure:,}"
-        )
-    if m.worst is not None:
-        lines.append(
-            f"worst    document {m.worst[0]}: {m.worst[1]:+.5f} nats, bound {m.worst[2]:+.5f}"
-        )
-    if result.experts:
-        reached = sum(e.experts - len(e.unreached) for e in result.experts)
-        total = sum(e.experts for e in result.experts)
-        lines.append(f"experts  {reached:,} of {total:,} reached in {len(result.experts)} layers")
-        lines += [
-            f"         not judged: {e.layer} experts {', '.join(map(str, e.unreached[:16]))}"
-            f"{' …' if len(e.unreached) > 16 else ''} ({len(e.unreached)} of {e.experts}); this text does not reach them"
-            for e in [e for e in result.experts if e.unreached][:8]
-        ]
-    if not result.experts and result.key.get("activations") == "engine":
-        lines.append("experts  which ones the text reached is not known through an engine")
+    if measures.worst is not None:
+        number, mean, bound = measures.worst
+        lines.append(f"worst    document #{number}: {mean:+.5f} nats, outlier bound {bound:+.5f}")
+    lines += _expert_lines(result)
     floor = "not measured" if result.floor is None else f"{result.floor:.6f} nats"
     return [*lines, f"floor    {floor}"]
 
 
-def _notes(result: GateResult) -> list[str]:
-    lines = []
-    if result.measures_kl:
-        lines.append(
-            "note     the text was sampled from the base: the loss estimates KL(base || candidate)"
+def _cross_check_lines(result: GateResult) -> list[str]:
+    measures = result.measures
+    if measures.bootstrap is None:
+        return []
+    low, high = measures.bootstrap
+    line = f"check    BCa bootstrap over documents [{low:+.5f}, {high:+.5f}]"
+    if measures.se_tokens is not None and measures.design_effect is not None:
+        line += (
+            f"; naive per-token SE {measures.se_tokens:.5f}, design effect "
+            f"{measures.design_effect:.2f}"
         )
+    if measures.se_blocks is not None:
+        line += f"; SE within these documents {measures.se_blocks:.5f} (blocks; informational)"
+    return [line]
+
+
+def _kl_line(kl: Kl) -> str:
+    quantile, low, high = kl.tail
+    return (
+        f"KL       mean {kl.mean.delta:.5f} nats [{kl.mean.low:.5f}, {kl.mean.high:.5f}], 99.9% "
+        f"quantile {quantile:.4f} [{low:.4f}, {high:.4f}] ({kl.kind})"
+    )
+
+
+def _expert_lines(result: GateResult) -> list[str]:
+    layers = result.experts
+    if not layers:
+        engine = result.key.get("activations") == "engine"
+        return ["experts  unknown: an engine does not report which were reached"] if engine else []
+    total = sum(layer.experts for layer in layers)
+    reached = total - sum(len(layer.unreached) for layer in layers)
+    noun = "layer" if len(layers) == 1 else "layers"
+    lines = [f"experts  {reached:,} of {total:,} reached in {len(layers)} {noun}"]
+    missed = [layer for layer in layers if layer.unreached]
+    return lines + [_unreached_line(layer) for layer in missed[:MAX_LAYERS]]
+
+
+def _unreached_line(layer: ExpertReach) -> str:
+    numbers = ", ".join(map(str, layer.unreached[:MAX_EXPERTS]))
+    more = ", …" if len(layer.unreached) > MAX_EXPERTS else ""
+    return (
+        f"         not evaluated: {layer.layer} experts {numbers}{more} ({len(layer.unreached)} of "
+        f"{layer.experts}); no token of this text reaches them"
+    )
+
+
+def _note_lines(result: GateResult) -> list[str]:
+    notes = []
+    if result.measures_kl:
+        notes.append("the text was sampled from the base: the loss estimates KL(base || candidate)")
     if result.unlike:
-        lines.append(
-            f"note     scored in unlike environments ({'; '.join(result.unlike)}): intervals are "
-            "widened by the floor on each side"
+        notes.append(
+            f"scored in different environments ({'; '.join(result.unlike)}): intervals are widened "
+            "by the floor on each side"
         )
     if result.looks > 1:
-        lines.append(
-            f"note     look {result.looks} at this pair: each one-sided bound is at {1 - 0.05 / result.looks:.4g}"
-        )
+        level = 1 - 0.05 / result.looks
+        notes.append(f"look {result.looks} at this pair: each one-sided bound is at {level:.4g}")
     if result.outcome == "inconclusive":
         count = f"about {result.needed:,}" if result.needed else "more"
-        need = f"{count} documents like these would decide"
-        lines.append(f"note     the interval holds the margin; {need}")
-    return lines + [f"note     {n}" for n in result.notes]
+        notes.append(f"the interval straddles the margin; {count} such documents would decide")
+    return [f"note     {note}" for note in (*notes, *result.notes)]
 
 
 def render_run(run: Run, file: str) -> str:
-    """Return what was scored, in some lines."""
-    h, key = run.header, run.header.key
-    unit = "words" if key["protocol"] == "lm-eval" else "tokens"
-    found = f"{int(run.tokens.sum()):,} {unit}, perplexity {perplexity(run.sums.tolist(), run.tokens.tolist()):.4f}"
-    if key["protocol"] == "task":
-        found = f"{len(run) - round(float(run.sums.sum())):,} of {len(run):,} right"
+    """Return what was scored, as a few lines of text."""
+    header, key = run.header, run.header.key
+    floor = "not measured" if header.floor is None else f"{header.floor:.6f} nats"
     lines = [
-        f"scored   {h.model}, weights {h.weights_sha256[:16]}…, in {h.seconds:.0f} s",
-        f"corpus   {key['corpus']}: {len(run)} documents, protocol {key['protocol']}, window {key['window']}",
-        f"inputs   activations {_inputs(key)}",
-        f"         {found}",
-        f"floor    {'not measured' if h.floor is None else f'{h.floor:.6f} nats'}",
+        f"scored   {header.model}, weights {header.weights_sha256[:16]}…, in "
+        f"{header.seconds:.0f} s",
+        _corpus_line(key, len(run)),
+        f"inputs   activations: {_activations(key)}",
+        f"         {_summary(run)}",
+        f"floor    {floor}",
     ]
-    if h.nonfinite:
-        lines.append(
-            f"error    logits that are not finite in {len(h.nonfinite)} documents; a comparison will fail"
-        )
-    lines.append(f"wrote    {file}")
-    return "".join(printable(line, 2000) + "\n" for line in lines)
+    if header.nonfinite:
+        count = len(header.nonfinite)
+        noun = "1 document" if count == 1 else f"{count} documents"
+        lines.append(f"error    logits are not finite in {noun}; a comparison will fail")
+    return _text([*lines, f"wrote    {file}"])
+
+
+def _summary(run: Run) -> str:
+    protocol = run.header.key["protocol"]
+    if protocol == "task":
+        return f"{len(run) - round(float(run.sums.sum())):,} of {len(run):,} right"
+    unit = "words" if protocol == "lm-eval" else "tokens"
+    value = perplexity(run.sums.tolist(), run.tokens.tolist())
+    return f"{int(run.tokens.sum()):,} {unit}, perplexity {value:.4f}"
 
 
 def render_json(result: GateResult) -> str:
-    """Return the result as one JSON object; numbers that do not exist are null."""
-    value = {"schema_version": "1.1", "verdict": result.outcome, **asdict(result)}
-    return json.dumps(_finite(value), indent=2) + "\n"
-
-
-def _finite(value: object) -> object:
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    return value
+    """Return the result as one JSON object; numbers that are not finite are null."""
+    return json.dumps(result.as_json(), indent=2) + "\n"

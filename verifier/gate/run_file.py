@@ -3,15 +3,16 @@
 any machine.
 
 A run file is a safetensors container. ``__metadata__.ckptgate_run`` holds its header as JSON,
-``sha256`` the digest of that header and of every array. Arrays, D documents, T scored tokens in
-corpus order:
+``sha256`` the digest of that header and of every array. Arrays, for D documents and T scored tokens
+in corpus order:
 
-    sums            F64 [D]     nats of each document (a task: 1 for wrong, 0 for right)
-    tokens          I64 [D]     scored tokens (lm-eval: words, a task: 1) of each document
-    nats            F32 [T]     nats of each token                                  protocol tokens
-    only, as the rest top1, sure      I32, F32    the likeliest token at each position and its
-    log-probability; not of every engine top_ids         I32 [T, k]  with --top-k: the k likeliest
-    tokens top_logprobs    F32 [T, k]  and their log-probabilities
+    sums          F64 [D]     nats of each document (a task: 1 for wrong, 0 for right)
+    tokens        I64 [D]     scored tokens of each document (lm-eval: words, a task: 1)
+    nats          F32 [T]     nats of each token; this and the rest only for the protocol tokens
+    top1, sure    I32, F32    the top token at each position and its log-probability; not
+                              from every engine
+    top_ids       I32 [T, k]  with --top-k: the top k tokens
+    top_logprobs  F32 [T, k]  and their log-probabilities
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from verifier.manifest import Sha256
 
 MAX_FILE = 64_000_000_000
 MAX_DOCUMENTS = 10_000_000
+MAX_TOKENS = 2**40
 DTYPES = {
     "sums": ("F64", np.float64),
     "tokens": ("I64", np.int64),
@@ -55,8 +57,8 @@ class RunHeader(BaseModel):
     """What was scored and how. ``key`` must be equal for two runs to be compared, ``environment``
     should be.
 
-    ``floor``: the model against itself in other batches, nats a token; ``experts``: tokens of each
-    expert by layer.
+    ``documents`` are digests. ``floor``: the model against itself in other batches, nats per token;
+    ``experts``: tokens of each expert by layer.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -78,7 +80,7 @@ class RunHeader(BaseModel):
 
 @dataclass(frozen=True)
 class Run:
-    """A header and its arrays; see the module's docstring."""
+    """A header and its arrays, which the module's docstring lists."""
 
     header: RunHeader
     arrays: dict[str, Array] = field(repr=False)
@@ -98,8 +100,8 @@ class Run:
 
 
 def sums_of(nats: Array, tokens: Array) -> Array:
-    """Return the exact sum of each document's tokens, rounded once to float64: no order of work can
-    change it.
+    """Return the exact sum of each document's tokens, rounded once to float64: the order of work
+    cannot change it.
     """
     ends = np.cumsum(tokens)
     values = nats.tolist()
@@ -113,7 +115,7 @@ def write_run(file: str | os.PathLike[str], run: Run) -> None:
     """Write a run under a temporary name and rename it.
 
     Raises:
-        MachineError: it could not be written; what was there before is untouched.
+        MachineError: it could not be written; an earlier file is unchanged.
     """
     from safetensors.numpy import save  # noqa: PLC0415
 
@@ -123,18 +125,18 @@ def write_run(file: str | os.PathLike[str], run: Run) -> None:
 
 
 def read_run(file: str | os.PathLike[str]) -> Run:
-    """Return a run from its file, every field checked.
+    """Read a run and check every field.
 
     Raises:
         UsageError: there is no such file.
-        ContentError: it is no run file, or not as it was written.
+        ContentError: it is not a run file, or was changed after it was written.
     """
     path = Path(file)
     if not path.is_file():
         raise UsageError(f"{path}: no such file; `ckptgate score` writes one")
     size = path.stat().st_size
     if size > MAX_FILE:
-        raise ContentError(f"{path}: {size:,} bytes; a run has at most {MAX_FILE:,}")
+        raise ContentError(f"{path}: {size:,} bytes; a run file has at most {MAX_FILE:,}")
     source = LocalSource(path.parent)
     try:
         shard = read_shard(source, path.name, size)
@@ -142,24 +144,21 @@ def read_run(file: str | os.PathLike[str]) -> Run:
             raise ContentError(f"{path}: not a run file: {shard.problems[0].message}")
         if "ckptgate_run" not in shard.metadata:
             raise ContentError(
-                f"{path}: a safetensors file, but not a run; `ckptgate score` writes one"
+                f"{path}: a safetensors file, but not a run file; `ckptgate score` writes one"
             )
         text = shard.metadata["ckptgate_run"]
         header = _header(path, text)
         arrays = {}
         for name, t in shard.tensors.items():
             if name not in DTYPES or t.dtype != DTYPES[name][0]:
-                raise ContentError(f"{path}: a run has no array {name[:80]!r} of {t.dtype}")
-            arrays[name] = (
-                source.read(path.name, t.offset, t.nbytes).view(DTYPES[name][1]).reshape(t.shape)
-            )
+                raise ContentError(f"{path}: unexpected array {name[:80]!r} of {t.dtype}")
+            raw = source.read(path.name, t.offset, t.nbytes)
+            arrays[name] = raw.view(DTYPES[name][1]).reshape(t.shape)
     finally:
         source.close()
     fault = _fault(header, arrays)
     if fault is None and shard.metadata.get("sha256") != _digest(text, arrays):
-        fault = (
-            "its digest is not that of its contents; it was changed or damaged after it was written"
-        )
+        fault = "wrong digest: the file was changed or damaged after it was written"
     if fault:
         raise ContentError(f"{path}: {fault}")
     return Run(header, arrays)
@@ -172,38 +171,45 @@ def _header(path: Path, text: str) -> RunHeader:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))[:80]
         raise ContentError(
-            f"{path}: its header is not a run's: {where}: {first['msg'][:120]}"
+            f"{path}: not the header of a run: {where}: {first['msg'][:120]}"
         ) from error
     except ValueError as error:
-        raise ContentError(f"{path}: its header is not JSON: {str(error)[:120]}") from error
+        raise ContentError(f"{path}: the header is not JSON: {str(error)[:120]}") from error
 
 
 def _fault(header: RunHeader, arrays: dict[str, Array]) -> str | None:
     """Return what is wrong with the arrays of a run, or None."""
     count = len(header.documents)
-    wanted = {"sums", "tokens"} | ({"nats"} if header.key.get("protocol") == "tokens" else set())
-    for together in (TOP, PER_TOKEN[1:]):
-        wanted |= set(together) if set(together) & arrays.keys() else set()
-    missing = sorted(wanted - arrays.keys())
-    if missing:
-        return f"has no array {missing[0]!r}"
+    if missing := sorted(_required(header, arrays) - arrays.keys()):
+        return f"no array {missing[0]!r}"
     sums, tokens = arrays["sums"], arrays["tokens"]
     if sums.shape != (count,) or tokens.shape != (count,):
         return f"{count} documents, but sums {list(sums.shape)} and tokens {list(tokens.shape)}"
     if count == 0:
         return "no document"
-    if (tokens < 0).any() or (tokens > 2**40).any():
+    if (tokens < 0).any() or (tokens > MAX_TOKENS).any():
         return "a document with an impossible number of tokens"
-    if any(d >= count for d in header.nonfinite):
-        return "names a document that it does not have"
+    if any(document >= count for document in header.nonfinite):
+        return "nonfinite names a document that does not exist"
     if header.key.get("protocol") == "task" and not (
         np.isin(sums, (0.0, 1.0)).all() and (tokens == 1).all()
     ):
-        return "a task's document that is neither right nor wrong"
+        return "a document of a task that is neither right (0) nor wrong (1)"
     for name, values in arrays.items():
         if values.dtype.kind == "f" and not np.isfinite(values).all():
-            return f"{name} holds values that are not finite"
+            return f"{name} has values that are not finite"
     return _token_fault(arrays, int(tokens.sum()))
+
+
+def _required(header: RunHeader, arrays: dict[str, Array]) -> set[str]:
+    """Return the arrays that a run of this protocol has, given those that it has."""
+    required = {"sums", "tokens"}
+    if header.key.get("protocol") == "tokens":
+        required.add("nats")
+    for together in (TOP, PER_TOKEN[1:]):
+        if any(name in arrays for name in together):
+            required.update(together)
+    return required
 
 
 def _token_fault(arrays: dict[str, Array], total: int) -> str | None:
@@ -221,7 +227,7 @@ def _token_fault(arrays: dict[str, Array], total: int) -> str | None:
     ):
         return "a probability above one"
     if not np.array_equal(sums_of(arrays["nats"], arrays["tokens"]), arrays["sums"]):
-        return "sums are not the sums of its tokens"
+        return "sums are not the sums of nats"
     return None
 
 
@@ -232,35 +238,36 @@ def _digest(text: str, arrays: dict[str, Array]) -> str:
     return state.hexdigest()
 
 
-def refuse_unlike(base: RunHeader, other: RunHeader) -> None:
-    """Refuse two runs whose protocol keys differ; the name of the corpus may, its documents may
-    not.
+def require_same_protocol(base: RunHeader, other: RunHeader) -> None:
+    """Refuse two runs of different protocols or documents; the name of the corpus may differ.
 
     Raises:
         IncomparableError: naming the first key that differs, and both values.
     """
-    refuse_unlike_keys(base.model, base.key, other.model, other.key)
+    require_same_key(base.model, base.key, other.model, other.key)
     if base.documents != other.documents:
         raise IncomparableError(f"{base.model} and {other.model} were scored on other documents")
 
 
-def refuse_unlike_keys(
-    model: str, key: Mapping[str, Any], other: str, theirs: Mapping[str, Any]
+def require_same_key(
+    model: str, key: Mapping[str, Any], other_model: str, other_key: Mapping[str, Any]
 ) -> None:
     """Refuse two protocol keys that differ in more than the name of the corpus.
 
     Raises:
         IncomparableError: naming the first key that differs, and both values.
     """
-    for name in sorted(key.keys() | theirs.keys()):
-        if name != "corpus" and key.get(name) != theirs.get(name):
-            shown = f"{json.dumps(key.get(name))[:70]} and {json.dumps(theirs.get(name))[:70]}"
-            message = f"{model} and {other} are not of one protocol: {name} is {shown}; score one of them again"
-            raise IncomparableError(message)
+    for name in sorted(key.keys() | other_key.keys()):
+        if name != "corpus" and key.get(name) != other_key.get(name):
+            values = [json.dumps(a_key.get(name))[:70] for a_key in (key, other_key)]
+            raise IncomparableError(
+                f"cannot compare {model} and {other_model}: runs used different protocols ({name} "
+                f"is {values[0]} and {values[1]}); score one of them again"
+            )
 
 
 def unlike_environment(base: RunHeader, other: RunHeader) -> list[str]:
     """Return the environment keys in which two runs differ, each with both values."""
-    a, b = base.environment, other.environment
-    keys = [k for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
-    return [f"{k} {a.get(k, 'unknown')} and {b.get(k, 'unknown')}" for k in keys]
+    old, new = base.environment, other.environment
+    names = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
+    return [f"{n} {old.get(n, 'unknown')} and {new.get(n, 'unknown')}" for n in names]

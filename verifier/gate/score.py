@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Score a checkpoint once: jobs in, a `Run` out, with a journal to go on from."""
+"""One road to a scored run: plan the units, score them by a strategy, put them together.
+
+Strategies differ in who scores which units and what is kept on the way: `apart`, `lockstep`,
+`Journaled`, `PerRank`, and `verifier.gate.cache.Cached`. None changes a bit of a run.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import time
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
@@ -17,179 +22,413 @@ from verifier import __version__
 from verifier.checkpoint import Checkpoint
 from verifier.errors import MachineError, UsageError
 from verifier.gate.corpora import Corpus, documents_digest
-from verifier.gate.jobs import HF, Array, Job, Piece, Scorer, Sums, Unit
+from verifier.gate.jobs import HF, Array, Job, Protocol, Scorer, Unit, UnitScores
 from verifier.gate.journal import Journal, units_in
+from verifier.gate.options import BATCH, SEQ_LEN, Progress, Say, ScoringOptions, silent
 from verifier.gate.run_file import PER_TOKEN, TOP, Run, RunHeader, sums_of
+from verifier.gate.scorers.dispatch import score_job
 from verifier.gate.statistics import ratio
-from verifier.gate.windows import Protocol, floor_units, plan_units, share, slices_of, workers_of
-from verifier.gate.worker_pool import run_jobs
+from verifier.gate.windows import ScoringPlan, plan_scoring, share, slices_of
 from verifier.layouts.expert_stacks import unstacked
+from verifier.processes import spawned
 from verifier.schemes import gather
 
-_DIGEST = "_weights_sha256"
-Progress = Callable[[int, int], None]
+_DIED = "a scoring process died ({how}); is there enough memory for the model?"
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The runs of some checkpoints, in their order; ``kl`` is KL(base || candidate) of each token,
+    nats, where both were scored in lockstep.
+    """
+
+    runs: tuple[Run, ...]
+    kl: Array | None = None
+
+
+@dataclass
+class JobScores:
+    """The scores of one checkpoint's units, by number, and the environment of those who scored."""
+
+    units: dict[int, UnitScores] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+Strategy = Callable[[ScoringPlan], Scored | None]
+"""Scores a plan; None where another rank has units left."""
+
+
+def apart(plan: ScoringPlan) -> Scored:
+    """Score each checkpoint in processes of its own, all at the same time."""
+    started, options = time.monotonic(), plan.options
+    workers = max(1, options.processes // len(plan.checkpoints))
+    # The noise floor is the base's.
+    units = [plan.units] * (len(plan.checkpoints) - 1) + [plan.all_units]
+    groups = [
+        share(options.job(ckpt.uri), its_units, workers)
+        for ckpt, its_units in zip(plan.checkpoints, units, strict=True)
+    ]
+    scores = score_jobs(groups, options)
+    seconds = _since(started, len(plan.checkpoints))
+    return Scored(
+        tuple(
+            run_of(plan, ckpt, its_scores, seconds)
+            for ckpt, its_scores in zip(plan.checkpoints, scores, strict=True)
+        )
+    )
+
+
+def lockstep(plan: ScoringPlan) -> Scored:
+    """Score a candidate and its base side by side in each process, which gives the exact KL
+    divergence.
+    """
+    started, options = time.monotonic(), plan.options
+    candidate, base = plan.checkpoints
+    job = options.job(candidate.uri, base=base.uri)
+    (scores,) = score_jobs([share(job, plan.all_units, options.processes)], options)
+    seconds = _since(started, 2)
+    runs = (
+        run_of(plan, candidate, scores, seconds),
+        run_of(plan, base, scores, seconds, prefix="base_"),
+    )
+    arrays = assemble(plan.units, scores.units, len(options.corpus))
+    return Scored(runs, arrays.get("kl", np.zeros(0)))
+
+
+@dataclass(frozen=True)
+class Journaled:
+    """Keep finished units in a file until the run is complete; a run that finds them resumes."""
+
+    file: Path
+
+    def __call__(self, plan: ScoringPlan) -> Scored:
+        """Score the plan's one checkpoint.
+
+        Raises:
+            UsageError: another process is writing this run.
+        """
+        started, options = time.monotonic(), plan.options
+        (ckpt,) = plan.checkpoints
+        with Journal(self.file, _journal_header(plan, ckpt)) as journal:
+            if journal.restarted:
+                options.say(f"{self.file}: from another run or version; scoring from scratch")
+            if journal.done:
+                options.say(
+                    f"{self.file}: {len(journal.done)} of {len(plan.units)} units are done; "
+                    "resuming"
+                )
+            scores = _score_left(plan.all_units, plan, journal, options.processes)
+        return Scored((run_of(plan, ckpt, scores, _since(started)),))
+
+
+@dataclass(frozen=True)
+class PerRank:
+    """Score this rank's share of the units into a journal of its own (torchrun).
+
+    Every rank that finds all journals complete returns the run.
+    """
+
+    file: Path
+    rank: int
+    ranks: int
+
+    def __call__(self, plan: ScoringPlan) -> Scored | None:
+        """Score this rank's share of the plan's one checkpoint; None where another rank has units
+        left.
+        """
+        started = time.monotonic()
+        (ckpt,) = plan.checkpoints
+        header = _journal_header(plan, ckpt)
+        files = [
+            self.file.with_name(f"{self.file.name}.{rank}-of-{self.ranks}")
+            for rank in range(self.ranks)
+        ]
+        with Journal(files[self.rank], header) as journal:
+            mine = plan.all_units[self.rank :: self.ranks]
+            workers = plan.options.workers or 1
+            environment = _score_left(mine, plan, journal, workers).environment
+        # What a rank wrote is synced before it looks: the last one to finish sees all.
+        scores = JobScores(environment=environment)
+        for file in files:
+            scores.units |= units_in(file, header)
+        if any(unit.number not in scores.units for unit in plan.all_units):
+            return None
+        return Scored((run_of(plan, ckpt, scores, _since(started)),))
+
+
+def score(plan: ScoringPlan, strategy: Strategy = apart) -> Scored | None:
+    """Score a plan; None where another rank has units left.
+
+    Args:
+        plan: what is scored, from `plan_scoring`.
+        strategy: who scores which units, and what is kept on the way.
+
+    Raises:
+        UsageError: another process is writing this run.
+        ContentError: a checkpoint cannot be scored.
+        MachineError: a process died, or a unit is missing.
+    """
+    return strategy(plan)
+
+
+def score_run(
+    ckpt: Checkpoint,
+    corpus: Corpus,
+    *,
+    protocol: Protocol = "tokens",
+    seq_len: int = SEQ_LEN,
+    batch: int = BATCH,
+    device: str = "cpu",
+    workers: int | None = None,
+    top_k: int = 0,
+    journal: Path | None = None,
+    progress: Progress | None = None,
+    say: Say | None = None,
+    ranks: tuple[int, int] | None = None,
+    scorer: Scorer = HF,
+    window: int | None = None,
+) -> Run | None:
+    """Score one checkpoint; None where another rank has units left.
+
+    Args:
+        ckpt: the checkpoint.
+        corpus: the documents.
+        protocol: ``tokens``, ``lm-eval`` or ``task``.
+        seq_len: tokens in a window.
+        batch: windows in a unit of work.
+        device: where the model runs.
+        workers: processes; they change no bit of the result.
+        top_k: log-probabilities to keep per token (0: only the top one).
+        journal: where finished units are kept until the run is complete; a run that finds them
+            resumes.
+        progress: called with (done, total) windows or documents.
+        say: called with messages for the user.
+        ranks: this process's number and how many there are (torchrun): each scores its share into a
+            journal of its own, and every one that finds all journals complete returns the run.
+        scorer: what turns tokens into log-probabilities.
+        window: the former name of ``seq_len``.
+
+    Raises:
+        UsageError: the protocol does not fit the corpus; another process is writing this run.
+        ContentError: the checkpoint cannot be scored.
+    """
+    if window is not None:
+        warnings.warn("window is now called seq_len", DeprecationWarning, stacklevel=2)
+        seq_len = window
+    options = ScoringOptions(
+        corpus, protocol, seq_len, batch, device, workers, top_k, scorer, progress, say or silent
+    )
+    strategy: Strategy = apart
+    if ranks is not None and journal is None:
+        raise UsageError("ranks share their work through journals; give one")
+    if journal is not None:
+        strategy = Journaled(journal) if ranks is None else PerRank(journal, *ranks)
+    scored = score(plan_scoring([ckpt], options), strategy)
+    return scored.runs[0] if scored is not None else None
+
+
+def score_jobs(groups: Sequence[Sequence[Job]], options: ScoringOptions) -> list[JobScores]:
+    """Run the jobs of each checkpoint; return the scores of each."""
+    return _score_jobs(groups, options, options.processes, None)
+
+
+def _score_jobs(
+    groups: Sequence[Sequence[Job]],
+    options: ScoringOptions,
+    workers: int,
+    journal: Journal | None,
+) -> list[JobScores]:
+    scores = [JobScores() for _ in groups]
+    jobs = [(group, job) for group, its_jobs in enumerate(groups) for job in its_jobs if job.units]
+    sizes = {(group, unit.number): len(unit) for group, job in jobs for unit in job.units}
+    done, total = 0, sum(sizes.values())
+
+    def on_unit(number: int, unit: UnitScores) -> None:
+        nonlocal done
+        group = jobs[number][0]
+        scores[group].units[unit.unit] = unit
+        if journal is not None:
+            journal.add(unit)
+        done += sizes[group, unit.unit]
+        if options.progress is not None:
+            options.progress(done, total)
+
+    environments = spawned(score_job, [job for _, job in jobs], workers, on_unit, _DIED)
+    for (group, _), environment in zip(jobs, environments, strict=True):
+        scores[group].environment |= environment
+    return scores
+
+
+def _score_left(
+    units: Sequence[Unit], plan: ScoringPlan, journal: Journal, workers: int
+) -> JobScores:
+    """Score what a journal does not have, and return all of it."""
+    (ckpt,) = plan.checkpoints
+    # The last unit is scored even where the journal has it: only this process can tell its
+    # environment.
+    left = [u for u in units if u.number not in journal.done] or plan.all_units[-1:]
+    jobs = share(plan.options.job(ckpt.uri), left, workers)
+    (scores,) = _score_jobs([jobs], plan.options, workers, journal)
+    return JobScores(journal.done | scores.units, scores.environment)
+
+
+def _since(started: float, checkpoints: int = 1) -> float:
+    return round((time.monotonic() - started) / checkpoints, 3)
+
+
+def _journal_header(plan: ScoringPlan, ckpt: Checkpoint) -> dict[str, Any]:
+    """Return what a journal must share with a run that resumes from it."""
+    return {
+        "ckptgate_journal": __version__,
+        "weights_sha256": ckpt.weights_sha256,
+        "key": plan.key,
+        "device": plan.options.device.partition(":")[0],
+        **scoring_identity(plan.options),
+    }
+
+
+def scoring_identity(options: ScoringOptions) -> dict[str, Any]:
+    """Return what changes the bits of a run besides weights, protocol key and device."""
+    return {
+        "batch": options.batch,
+        "top_k": options.top_k,
+        "versions": {package: version(package) for package in ("torch", "transformers")},
+        **_scorer_identity(options.scorer),
+    }
+
+
+def _scorer_identity(scorer: Scorer) -> dict[str, Any]:
+    if scorer == HF:
+        return {}
+    fields = [scorer.name, scorer.activations, scorer.python, scorer.endpoint, scorer.served]
+    return {"scorer": [*fields, [*scorer.options]]}
+
+
+def run_of(
+    plan: ScoringPlan, ckpt: Checkpoint, scores: JobScores, seconds: float, prefix: str = ""
+) -> Run:
+    """Return the run that finished units make; ``prefix`` selects the base's arrays of a
+    lockstep.
+
+    Raises:
+        MachineError: a unit is missing.
+    """
+    corpus = plan.options.corpus
+    arrays = assemble(plan.units, scores.units, len(corpus), prefix)
+    arrays.pop("kl", None)
+    header = RunHeader(
+        model=ckpt.uri,
+        weights_sha256=ckpt.weights_sha256,
+        formats=sorted(formats_of(ckpt)),
+        key=plan.key,
+        environment=scores.environment,
+        documents=[documents_digest([document])[:16] for document in corpus.documents],
+        sampled_from=corpus.sampled_from,
+        nonfinite=_nonfinite(scores.units.values(), prefix),
+        seconds=seconds,
+        experts={} if prefix else expert_counts(plan.units, scores.units),
+        floor=floor_of(plan.units, plan.floor_units, scores.units, prefix),
+    )
+    return Run(header, arrays)
 
 
 def formats_of(ckpt: Checkpoint) -> set[str]:
-    """Return the algorithms that a checkpoint's tensors show."""
-    return {
-        m.inferred_format.algo
-        for m in gather(unstacked(ckpt).tensors.values()).values()
-        if m.inferred_format
-    }
-
-
-def weights_digest(ckpt: Checkpoint) -> str:
-    """Return a SHA-256 over name, dtype, shape and bytes of every tensor, whatever the sharding."""
-    # A checkpoint is immutable, and of hundreds of gigabytes: it keeps its digest.
-    known: str | None = ckpt.__dict__.get(_DIGEST)
-    if known is None:
-        state = hashlib.sha256()
-        for name in sorted(ckpt.tensors):
-            t = ckpt.tensors[name]
-            state.update(f"{name}\0{t.dtype}\0{list(t.shape)}\0".encode())
-            state.update(ckpt.read(t).data)
-        known = ckpt.__dict__[_DIGEST] = state.hexdigest()
-    return known
-
-
-def identity_of(scorer: Scorer) -> dict[str, Any]:
-    """Return what a journal or a cached run must share with a scorer beside the protocol key."""
-    if scorer == HF:
-        return {}
-    return {
-        "scorer": [
-            scorer.name,
-            scorer.activations,
-            scorer.python,
-            scorer.endpoint,
-            scorer.served,
-            [*scorer.options],
-        ]
-    }
-
-
-def score_pieces(
-    jobs: list[list[Job]],
-    device: str,
-    workers: int | None,
-    progress: Progress | None,
-    journals: Sequence[Journal | None],
-) -> tuple[list[dict[int, Piece]], list[dict[str, str]]]:
-    """Run the jobs of all checkpoints; return the pieces of each by unit, and its environment."""
-    flat = [(group, job) for group, shares in enumerate(jobs) for job in shares if job.units]
-    found: list[dict[int, Piece]] = [dict(j.done) if j else {} for j in journals]
-    sizes = [{u.number: len(u) for job in shares for u in job.units} for shares in jobs]
-    done, total = 0, sum(chain.from_iterable(s.values() for s in sizes))
-
-    def emit(number: int, piece: Piece) -> None:
-        nonlocal done
-        group = flat[number][0]
-        found[group][piece.unit] = piece
-        if (journal := journals[group]) is not None:
-            journal.add(piece)
-        done += sizes[group][piece.unit]
-        if progress is not None:
-            progress(done, total)
-
-    environments: list[dict[str, str]] = [{} for _ in jobs]
-    results = run_jobs(
-        [job for _, job in flat],
-        workers_of(device, workers, flat[0][1].scorer if flat else HF),
-        emit,
-    )
-    for (group, _), environment in zip(flat, results, strict=True):
-        environments[group] |= environment
-    return found, environments
+    """Return the algorithms of a checkpoint's modules, as its tensors show them."""
+    modules = gather(unstacked(ckpt).tensors.values()).values()
+    return {m.inferred_format.algo for m in modules if m.inferred_format}
 
 
 def assemble(
-    units: Sequence[Unit], pieces: dict[int, Piece], documents: int, prefix: str = ""
+    units: Sequence[Unit], scores: dict[int, UnitScores], documents: int, prefix: str = ""
 ) -> dict[str, Array]:
-    """Return the arrays of a run from the pieces of all units, in corpus order.
+    """Return the arrays of a run from the scores of all units, in corpus order.
+
+    Args:
+        units: the units of the run.
+        scores: their scores, by number.
+        documents: the documents of the corpus.
+        prefix: of the arrays in ``scores`` to take.
 
     Raises:
-        MachineError: a unit is missing, or not of its size (a journal of another program).
+        MachineError: a unit is missing.
     """
-    if any(u.number not in pieces for u in units):
+    if any(unit.number not in scores for unit in units):
         raise MachineError("a unit of work was lost")
     if units and units[0].texts:
-        sums, tokens = np.zeros(documents), np.zeros(documents, np.int64)
-        for unit in units:
-            places = [d for d, _ in unit.texts]
-            sums[places], tokens[places] = (
-                pieces[unit.number].arrays["nats"],
-                pieces[unit.number].arrays["words"],
-            )
-        return {"sums": sums, "tokens": tokens}
-    owners = {place: w[1][1:] for u in units for place, w, _, _ in slices_of(u)}
-    starts = np.concatenate([[0], np.cumsum([len(owners[i]) for i in range(len(owners))])]).astype(
-        np.int64
-    )
-    total = int(starts[-1])
-    names = {
-        n.removeprefix(prefix): v
-        for p in pieces.values()
-        for n, v in p.arrays.items()
-        if n.startswith(prefix)
-    }
-    wanted = {n: v for n, v in names.items() if n in (*PER_TOKEN, *TOP, "kl")}
-    arrays = {n: np.zeros((total, *v.shape[1:]), v.dtype) for n, v in wanted.items()}
-    if not total:
-        arrays = {
-            "nats": np.zeros(0, np.float32),
-            "top1": np.zeros(0, np.int32),
-            "sure": np.zeros(0, np.float32),
-        }
+        return _assemble_texts(units, scores, documents)
+    return _assemble_tokens(units, scores, documents, prefix)
+
+
+def _assemble_texts(
+    units: Sequence[Unit], scores: dict[int, UnitScores], documents: int
+) -> dict[str, Array]:
+    sums, tokens = np.zeros(documents), np.zeros(documents, np.int64)
     for unit in units:
-        for place, _, begin, end in slices_of(unit):
+        places = [document for document, _ in unit.texts]
+        sums[places] = scores[unit.number].arrays["nats"]
+        tokens[places] = scores[unit.number].arrays["words"]
+    return {"sums": sums, "tokens": tokens}
+
+
+def _assemble_tokens(
+    units: Sequence[Unit], scores: dict[int, UnitScores], documents: int, prefix: str
+) -> dict[str, Array]:
+    # Each scored token's document, window by window: the first token of a window is not scored.
+    owners = {place: window[1][1:] for unit in units for place, window, _ in slices_of(unit)}
+    ordered = [owners[place] for place in range(len(owners))]
+    starts = np.concatenate([[0], np.cumsum([len(o) for o in ordered])]).astype(np.int64)
+    arrays = _empty_arrays(scores.values(), int(starts[-1]), prefix)
+    for unit in units:
+        for place, _, part in slices_of(unit):
+            if part.stop == part.start:
+                continue
             for name, whole in arrays.items():
-                if end > begin:
-                    whole[starts[place] : starts[place] + end - begin] = pieces[unit.number].arrays[
-                        prefix + name
-                    ][begin:end]
-    owner = list(chain.from_iterable(owners[i] for i in range(len(owners))))
-    arrays["tokens"] = np.bincount(np.array(owner, np.int64), minlength=documents).astype(np.int64)
+                values = scores[unit.number].arrays[prefix + name]
+                whole[starts[place] : starts[place + 1]] = values[part]
+    owner = np.array(list(chain.from_iterable(ordered)), np.int64)
+    arrays["tokens"] = np.bincount(owner, minlength=documents).astype(np.int64)
     arrays["sums"] = sums_of(arrays["nats"], arrays["tokens"])
     return arrays
 
 
-def score_all(
-    jobs: list[list[Job]],
-    documents: int,
-    device: str,
-    workers: int | None,
-    progress: Progress | None,
-) -> list[Sums]:
-    """Run the jobs of all checkpoints and return one sum for each checkpoint."""
-    pieces, environments = score_pieces(jobs, device, workers, progress, [None] * len(jobs))
-    found = []
-    for shares, part, environment in zip(jobs, pieces, environments, strict=True):
-        arrays = assemble(
-            sorted((u for j in shares for u in j.units), key=lambda u: u.number), part, documents
-        )
-        found.append(
-            Sums(arrays["sums"].tolist(), arrays["tokens"].tolist(), _nonfinite(part), environment)
-        )
-    return found
+def _empty_arrays(scores: Iterable[UnitScores], total: int, prefix: str) -> dict[str, Array]:
+    """Return zeros for ``total`` tokens in every array that the scores have."""
+    if not total:
+        return {
+            "nats": np.zeros(0, np.float32),
+            "top1": np.zeros(0, np.int32),
+            "sure": np.zeros(0, np.float32),
+        }
+    arrays: dict[str, Array] = {}
+    for unit in scores:
+        for full_name, values in unit.arrays.items():
+            name = full_name.removeprefix(prefix)
+            if full_name.startswith(prefix) and name in (*PER_TOKEN, *TOP, "kl"):
+                arrays[name] = np.zeros((total, *values.shape[1:]), values.dtype)
+    return arrays
 
 
 def floor_of(
-    units: Sequence[Unit], again: Sequence[Unit], pieces: dict[int, Piece], prefix: str = ""
+    units: Sequence[Unit],
+    floor_units: Sequence[Unit],
+    scores: dict[int, UnitScores],
+    prefix: str = "",
 ) -> float | None:
     """Return the noise floor: the larger end, in magnitude, of the interval of one model against
-    itself, nats a token.
+    itself, nats per token; None where the floor units were not scored.
     """
-    first = {p: (u.number, a, b) for u in units for p, _, a, b in slices_of(u)}
+    first = {place: (u.number, part) for u in units for place, _, part in slices_of(u)}
     sums: dict[int, float] = {}
     tokens: dict[int, int] = {}
-    for unit in again:
-        for place, window, begin, end in slices_of(unit):
-            number, a, b = first[place]
-            if end == begin:
+    for unit in floor_units:
+        if unit.number not in scores:
+            return None
+        for place, window, part in slices_of(unit):
+            if part.stop == part.start:
                 continue
-            new = pieces[unit.number].arrays[prefix + "nats"][begin:end].astype(np.float64)
-            difference = new - pieces[number].arrays[prefix + "nats"][a:b]
+            number, first_part = first[place]
+            again = scores[unit.number].arrays[prefix + "nats"][part].astype(np.float64)
+            difference = again - scores[number].arrays[prefix + "nats"][first_part]
             for document, value in zip(window[1][1:], difference.tolist(), strict=True):
                 sums[document] = sums.get(document, 0.0) + value
                 tokens[document] = tokens.get(document, 0) + 1
@@ -199,184 +438,17 @@ def floor_of(
     return max(abs(interval.low), abs(interval.high))
 
 
-def _nonfinite(pieces: dict[int, Piece], prefix: str = "") -> list[int]:
-    return sorted(
-        {d for p in pieces.values() for d in (p.nonfinite_base if prefix else p.nonfinite)}
-    )
-
-
-def experts_of(units: Sequence[Unit], pieces: dict[int, Piece]) -> dict[str, list[int]]:
+def expert_counts(units: Sequence[Unit], scores: dict[int, UnitScores]) -> dict[str, list[int]]:
     """Return the tokens that each expert of each layer was given."""
-    found: dict[str, Any] = {}
+    counts: dict[str, Array] = {}
     for unit in units:
-        for name, counts in pieces[unit.number].experts.items():
-            found[name] = found[name] + np.array(counts) if name in found else np.array(counts)
-    return {name: counts.tolist() for name, counts in found.items()}
+        for layer, its_counts in scores[unit.number].experts.items():
+            counts[layer] = counts.get(layer, 0) + np.array(its_counts)
+    return {layer: total.tolist() for layer, total in counts.items()}
 
 
-def run_of(
-    ckpt: Checkpoint,
-    corpus: Corpus,
-    key: dict[str, Any],
-    units: Sequence[Unit],
-    pieces: dict[int, Piece],
-    environment: dict[str, str],
-    *,
-    again: Sequence[Unit] = (),
-    prefix: str = "",
-    seconds: float = 0.0,
-) -> Run:
-    """Return the run that finished units make; ``prefix`` chooses the base's arrays of a
-    lockstep.
-    """
-    arrays = assemble(units, pieces, len(corpus), prefix)
-    arrays.pop("kl", None)
-    header = RunHeader(
-        model=ckpt.uri,
-        weights_sha256=weights_digest(ckpt),
-        formats=sorted(formats_of(ckpt)),
-        key=key,
-        environment=environment,
-        documents=[documents_digest([d])[:16] for d in corpus.ids or corpus.texts],
-        sampled_from=corpus.sampled_from,
-        nonfinite=_nonfinite(pieces, prefix),
-        seconds=seconds,
-        experts={} if prefix else experts_of(units, pieces),
-        floor=floor_of(units, again, pieces, prefix),
-    )
-    return Run(header, arrays)
-
-
-def score_run(
-    ckpt: Checkpoint,
-    corpus: Corpus,
-    *,
-    protocol: Protocol = "tokens",
-    window: int = 512,
-    batch: int = 8,
-    device: str = "cpu",
-    workers: int | None = None,
-    top_k: int = 0,
-    journal: Path | None = None,
-    progress: Progress | None = None,
-    say: Callable[[str], None] | None = None,
-    ranks: tuple[int, int] | None = None,
-    scorer: Scorer = HF,
-) -> Run | None:
-    """Score one checkpoint; None where another rank has units to finish yet.
-
-    Args:
-        ckpt: what to score.
-        corpus: on what.
-        protocol: ``tokens`` or ``lm-eval``.
-        window: tokens in a window.
-        batch: windows in a unit of work.
-        device: where the model runs.
-        workers: processes; they change no bit of the result.
-        top_k: log-probabilities to keep a token (0: the likeliest alone).
-        journal: where finished units are kept until the run is whole; a run that finds them goes on
-            from there.
-        progress: called with (done, total) windows or documents.
-        say: called with what a person should know.
-        ranks: this process's number and how many there are (torchrun): each scores its share into a
-            journal of its own, and every one that finds all journals whole returns the run.
-        scorer: what turns tokens into log-probabilities.
-
-    Raises:
-        UsageError: the protocol does not fit the corpus; another process is at this run.
-        ContentError: the checkpoint cannot be scored.
-    """
-    scorer.check()
-    key, units = plan_units([ckpt], corpus, protocol, window, batch, scorer)
-    job = Job(
-        ckpt.uri,
-        device,
-        protocol,
-        batch,
-        window,
-        len(corpus),
-        top_k=top_k,
-        scorer=scorer,
-        task=corpus.task,
-    )
-    started = time.monotonic()
-    if journal is None:
-        if ranks is not None:
-            raise UsageError("ranks share their work through journals; give one")
-        return _finish(ckpt, corpus, key, units, job, None, workers, progress, started)
-    identity = {
-        "ckptgate_journal": __version__,
-        "weights_sha256": weights_digest(ckpt),
-        "key": key,
-        "batch": batch,
-        "device": device.partition(":")[0],
-        "top_k": top_k,
-        "versions": {p: version(p) for p in ("torch", "transformers")},
-        **identity_of(scorer),
-    }
-    if ranks is not None:
-        return _of_ranks(
-            ckpt, corpus, key, units, job, journal, identity, ranks, workers, progress, started
-        )
-    with Journal(journal, identity) as kept:
-        if kept.restarted and say:
-            say(f"{journal}: of another run or version; scoring begins anew")
-        if kept.done and say:
-            say(f"{journal}: {len(kept.done)} of {len(units)} units are done; going on from there")
-        return _finish(ckpt, corpus, key, units, job, kept, workers, progress, started)
-
-
-def _of_ranks(
-    ckpt: Checkpoint,
-    corpus: Corpus,
-    key: dict[str, Any],
-    units: list[Unit],
-    job: Job,
-    journal: Path,
-    identity: dict[str, Any],
-    ranks: tuple[int, int],
-    workers: int | None,
-    progress: Progress | None,
-    started: float,
-) -> Run | None:
-    number, count = ranks
-    again = floor_units(units, job.batch)
-    everything = [*units, *again]
-    files = [journal.with_name(f"{journal.name}.{i}-of-{count}") for i in range(count)]
-    with Journal(files[number], identity) as kept:
-        mine = everything[number::count]
-        left = [u for u in mine if u.number not in kept.done] or everything[-1:]
-        _, (environment,) = score_pieces(
-            [share(job, left, workers or 1)], job.device, workers or 1, progress, [kept]
-        )
-    # What a rank wrote is synced before it looks: the last one to finish sees all.
-    pieces = {n: p for file in files for n, p in units_in(file, identity).items()}
-    if any(u.number not in pieces for u in everything):
-        return None
-    seconds = round(time.monotonic() - started, 3)
-    return run_of(ckpt, corpus, key, units, pieces, environment, again=again, seconds=seconds)
-
-
-def _finish(
-    ckpt: Checkpoint,
-    corpus: Corpus,
-    key: dict[str, Any],
-    units: list[Unit],
-    job: Job,
-    journal: Journal | None,
-    workers: int | None,
-    progress: Progress | None,
-    started: float,
-) -> Run:
-    again = floor_units(units, job.batch)
-    # The last unit is scored even where a journal has it: its environment is this process's to
-    # tell.
-    left = [
-        u for u in (*units, *again) if journal is None or u.number not in journal.done
-    ] or units[-1:]
-    jobs = [share(job, left, workers_of(job.device, workers, job.scorer))]
-    pieces, environments = score_pieces(jobs, job.device, workers, progress, [journal])
-    seconds = round(time.monotonic() - started, 3)
-    return run_of(
-        ckpt, corpus, key, units, pieces[0], environments[0], again=again, seconds=seconds
-    )
+def _nonfinite(scores: Iterable[UnitScores], prefix: str) -> list[int]:
+    documents: set[int] = set()
+    for unit in scores:
+        documents.update(unit.nonfinite_base if prefix else unit.nonfinite)
+    return sorted(documents)

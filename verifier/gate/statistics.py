@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The paired difference of two models over the same documents, with an interval that documents
-cluster.
+"""The paired difference of two models over the same documents, with intervals clustered by
+document.
 
-Tokens of a document are not independent: token-wise errors cover 64 to 86 % where 95 % is claimed.
+Tokens of a document are not independent: token-wise errors cover 64 to 86% where 95% is claimed.
 The document is the sampling unit (Miller, "Adding Error Bars to Evals", arXiv 2411.00640, section
 2.2).
 
@@ -20,60 +20,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
+from verifier.evaluation import Interval
 from verifier.gate.jobs import Array
 
 LEVEL = 0.95
-"""Of each one-sided bound; the interval shown is two-sided 90 %."""
+"""The level of each one-sided bound; together they are a two-sided 90% interval."""
 RESAMPLES = 2000
+RESAMPLE_BATCH = 250
 SEED = 20260101
 BLOCK = 512
 FEW = 20
 NUISANCE = 0.001
-
-
-@dataclass(frozen=True, slots=True)
-class Interval:
-    """A mean a token, its clustered standard error, and the two-sided interval whose ends are
-    one-sided bounds.
-    """
-
-    delta: float
-    se: float
-    low: float
-    high: float
-    documents: int
-    tokens: int
-    t: float
-    freedom: float = math.nan
-    se_linear: float = math.nan
-    exact: tuple[int, int, int] | None = None
-    """Of right and wrong answers: documents that only the base got right, that only the candidate
-    did, and all."""
-
-    @property
-    def ratio(self) -> float:
-        """The perplexity ratio that ``delta`` is the logarithm of."""
-        return math.exp(self.delta)
-
-    def widened(self, by: float) -> Interval:
-        """Return the interval with both ends moved outwards."""
-        return Interval(
-            self.delta,
-            self.se,
-            self.low - by,
-            self.high + by,
-            self.documents,
-            self.tokens,
-            self.t,
-            self.freedom,
-            self.se_linear,
-            self.exact,
-        )
+"""The chance that the interval of a nuisance parameter misses it (`p_of_loss`)."""
+MAX_NEEDED = 10_000_000
 
 
 def moments(sums: Array, tokens: Array) -> tuple[Array, Array, Array, Array]:
@@ -96,37 +59,38 @@ def moments(sums: Array, tokens: Array) -> tuple[Array, Array, Array, Array]:
 
 
 def ratio(sums: Array, tokens: Array, level: float = LEVEL) -> Interval:
-    """Return a mean a token over documents.
+    """Return a mean per token over documents.
+
+    With one document, or none that was scored, the interval is infinite: nothing is known of how
+    documents differ.
 
     Args:
         sums: what each document's tokens add up to, [D].
         tokens: tokens of each document, [D]; documents without any are left out.
         level: of each one-sided bound.
-
-    With one document, or none that was scored, the interval is infinite: nothing is known of how
-    documents differ.
     """
-    from scipy import stats  # noqa: PLC0415  (half a second, of use to a gate only)
+    from scipy import stats  # noqa: PLC0415  (half a second, and only a gate needs it)
 
-    t, s = np.asarray(tokens, np.float64), np.asarray(sums, np.float64)
-    s, t = s[t > 0], t[t > 0]
-    total = int(t.sum())
-    if len(t) < 2:
-        delta = float(s.sum()) / total if total else math.nan
-        return Interval(delta, math.inf, -math.inf, math.inf, len(t), total, math.inf)
-    delta, se, linear, freedom = (float(x) for x in moments(s, t))
-    quantile = float(stats.t.ppf(level, freedom))
-    return Interval(
-        delta,
-        se,
-        delta - quantile * se,
-        delta + quantile * se,
-        len(t),
-        total,
-        quantile,
-        freedom,
-        linear,
-    )
+    sums, tokens = _scored(sums, tokens)
+    count, total = len(tokens), int(tokens.sum())
+    if count < 2:
+        delta = float(sums.sum()) / total if total else math.nan
+        return Interval(delta, math.inf, -math.inf, math.inf, count, total, math.inf)
+    delta, se, linear, freedom = (float(x) for x in moments(sums, tokens))
+    t = float(stats.t.ppf(level, freedom))
+    return Interval(delta, se, delta - t * se, delta + t * se, count, total, t, freedom, linear)
+
+
+def _scored(sums: Array, tokens: Array) -> tuple[Array, Array]:
+    """Return sums and tokens as float64, of the documents that have any."""
+    tokens = np.asarray(tokens, np.float64)
+    return np.asarray(sums, np.float64)[tokens > 0], tokens[tokens > 0]
+
+
+def perplexity(nats: Sequence[float], tokens: Sequence[int]) -> float:
+    """Return exp(total nats / total tokens), NaN without a token."""
+    total = sum(tokens)
+    return math.exp(sum(nats) / total) if total else math.nan
 
 
 def paired(
@@ -166,49 +130,46 @@ def p_beyond(interval: Interval, margin: float) -> float:
 def p_of_loss(
     lost: int, won: int, documents: int, margin: float, side: Literal["beyond", "within"]
 ) -> float:
-    """Return the exact one-sided p-value of "accuracy is lost by at most ``margin``" (``beyond``),
-    or at least (``within``).
+    """Return the exact one-sided p-value of "the loss of accuracy is at most ``margin``"
+    (``beyond``), or at least (``within``).
 
     Given the discordant documents, those that only the base or only the candidate gets right, the
     lost ones are binomial; at margin 0 with probability 1/2, which is McNemar's exact test. At
-    another margin the probability is (1 + margin / share) / 2, where share, of documents that are
-    discordant, is not known: the p-value is the largest over its Clopper-Pearson interval of
+    another margin the probability is (1 + margin / share) / 2, where the share of discordant
+    documents is not known: the p-value is the largest over its Clopper-Pearson interval of
     confidence 1 - `NUISANCE`, plus `NUISANCE` (Berger and Boos, JASA 89, 1994).
 
     Args:
         lost: documents that only the base gets right.
         won: documents that only the candidate gets right.
-        documents: all of them.
+        documents: the number of all documents.
         margin: of accuracy, in (-1, 1).
-        side: which of both is to be shown.
+        side: which of both is tested.
     """
     from scipy import stats  # noqa: PLC0415
 
     discordant = lost + won
     direction: Literal["greater", "less"] = "greater" if side == "beyond" else "less"
+
+    def binomial(probability: float) -> float:
+        return float(stats.binomtest(lost, discordant, probability, alternative=direction).pvalue)
+
     if margin == 0:
-        return (
-            float(stats.binomtest(lost, discordant, 0.5, alternative=direction).pvalue)
-            if discordant
-            else 1.0
-        )
+        return binomial(0.5) if discordant else 1.0
     shares = stats.binomtest(discordant, documents).proportion_ci(1 - NUISANCE, "exact")
-    # A loss of that size needs as many discordant documents; where they cannot be as many, only one
-    # side can be true.
+    # A loss of that size needs as many discordant documents; where there cannot be as many, only
+    # one side can be true.
     if shares.high < abs(margin):
         return NUISANCE if (margin > 0) == (side == "within") else 1.0
     if not discordant:
         return 1.0
     ends = [(1 + margin / max(x, abs(margin))) / 2 for x in (shares.low, shares.high)]
-    worst_case = max(
-        float(stats.binomtest(lost, discordant, p, alternative=direction).pvalue) for p in ends
-    )
-    return min(1.0, worst_case + NUISANCE)
+    return min(1.0, max(map(binomial, ends)) + NUISANCE)
 
 
 def accuracy_loss(lost: int, won: int, documents: int, level: float = LEVEL) -> Interval:
     """Return the loss of accuracy with exact one-sided bounds (`p_of_loss` inverted); its standard
-    error is for planning.
+    error serves planning.
     """
     from scipy import stats  # noqa: PLC0415
 
@@ -223,7 +184,7 @@ def accuracy_loss(lost: int, won: int, documents: int, level: float = LEVEL) -> 
 
 
 def _bound(holds: Callable[[float], bool]) -> float:
-    """Return the least margin in (-1, 1) that is not tenable, to 1e-6; tenable ones are below
+    """Return the least margin in (-1, 1) that does not hold, to 1e-6; those that hold are below
     it.
     """
     below, above = -1.0 + 1e-9, 1.0
@@ -249,56 +210,49 @@ def bootstrap(
     """Return the BCa bounds over resampled documents (Efron, JASA 82, 1987), or None below 3
     documents.
 
-    A cross-check that takes another road than `ratio`; it never decides.
+    A cross-check that is computed in another way than `ratio`; it never decides.
     """
     from scipy import stats  # noqa: PLC0415
 
-    t, s = np.asarray(tokens, np.float64), np.asarray(sums, np.float64)
-    s, t = s[t > 0], t[t > 0]
-    count = len(t)
-    if count < 3:
+    sums, tokens = _scored(sums, tokens)
+    if len(tokens) < 3:
         return None
-    estimate = s.sum() / t.sum()
+    estimate = sums.sum() / tokens.sum()
     rng = np.random.default_rng(seed)
-    drawn = np.concatenate(
-        [_resampled(s, t, rng, min(250, RESAMPLES - i)) for i in range(0, RESAMPLES, 250)]
+    drawn = np.sort(
+        np.concatenate([_resampled(sums, tokens, rng) for _ in range(RESAMPLES // RESAMPLE_BATCH)])
     )
-    drawn.sort()
-    below = (
-        (np.searchsorted(drawn, estimate, "left") + np.searchsorted(drawn, estimate, "right"))
-        / 2
-        / RESAMPLES
-    )
+    ends = np.searchsorted(drawn, estimate, "left"), np.searchsorted(drawn, estimate, "right")
+    below = sum(ends) / 2 / RESAMPLES
     if not 0 < below < 1:
         return float(drawn[0]), float(drawn[-1])
     bias = stats.norm.ppf(below)
-    influence = (s - estimate * t) / (t.sum() - t)
+    influence = (sums - estimate * tokens) / (tokens.sum() - tokens)
     spread = (influence**2).sum() ** 1.5
     skew = (influence**3).sum() / (6 * spread) if spread else 0.0
     z = bias + stats.norm.ppf([1 - level, level])
-    ends = stats.norm.cdf(bias + z / (1 - skew * z))
-    low, high = np.quantile(drawn, np.clip(ends, 0, 1))
+    levels = stats.norm.cdf(bias + z / (1 - skew * z))
+    low, high = np.quantile(drawn, np.clip(levels, 0, 1))
     return float(low), float(high)
 
 
-def _resampled(s: Array, t: Array, rng: np.random.Generator, count: int) -> Array:
-    weights = rng.multinomial(len(t), np.full(len(t), 1 / len(t)), count)
-    found: Array = (weights @ s) / (weights @ t)
-    return found
+def _resampled(sums: Array, tokens: Array, rng: np.random.Generator) -> Array:
+    count = len(tokens)
+    weights = rng.multinomial(count, np.full(count, 1 / count), RESAMPLE_BATCH)
+    estimates: Array = (weights @ sums) / (weights @ tokens)
+    return estimates
 
 
 def token_error(differences: Array) -> float:
     """Return the standard error of the mean that independent tokens would have; 0 below two."""
-    return (
-        float(differences.std(ddof=1) / math.sqrt(len(differences)))
-        if len(differences) > 1
-        else 0.0
-    )
+    if len(differences) < 2:
+        return 0.0
+    return float(differences.std(ddof=1) / math.sqrt(len(differences)))
 
 
 def block_error(differences: Array, tokens: Array) -> float:
-    """Return the standard error within these documents, from overlapping blocks: a diagnostic,
-    blind to other documents.
+    """Return the standard error within these documents, from overlapping blocks: a diagnostic that
+    ignores how documents differ.
 
     The variance of the moving-block bootstrap (Kunsch, Ann. Statist. 17, 1989) in closed form. A
     block is 512 tokens, and at most an eighth of its document.
@@ -315,13 +269,12 @@ def block_error(differences: Array, tokens: Array) -> float:
 
 
 def worst(sums: Array, tokens: Array, level: float = LEVEL) -> tuple[Array, Array]:
-    """Return each document's mean and the bound that a robust reading of all of them sets, [..., D]
-    both.
+    """Return each document's mean, and an outlier bound from all documents, both [..., D].
 
     The bound is the median plus a multiple of the scaled median absolute deviation; the multiple is
     Student's t quantile of D - 1 degrees of freedom at 1 - (1 - level) / D, so that some document
-    of D exceeds it with a chance of about 1 - level where documents are alike. A document shorter
-    than the median is allowed the more, as its mean scatters.
+    of D exceeds it with a chance of about 1 - level where documents are alike. The bound
+    is wider for a document shorter than the median, since its mean scatters more.
     """
     from scipy import stats  # noqa: PLC0415
 
@@ -344,16 +297,17 @@ def tail_quantile(
     if not len(values):
         return math.nan, math.nan, math.nan
     owner = np.repeat(np.arange(len(tokens)), tokens)
-    # Only the upper end of the tokens can hold the quantile, whatever documents are drawn.
-    keep = np.argsort(values)[::-1][: max(1, math.ceil(len(values) * (1 - share) * 20))]
+    # Only the upper end of the tokens can hold the quantile, whichever documents are drawn.
+    upper = np.argsort(values)[::-1][: max(1, math.ceil(len(values) * (1 - share) * 20))]
     rng = np.random.default_rng(seed)
     weights = rng.multinomial(len(tokens), np.full(len(tokens), 1 / len(tokens)), 400)
     ranks = (1 - share) * (weights @ tokens)
-    place = [
-        int((np.cumsum(w[owner[keep]]) <= rank).sum())
-        for w, rank in zip(weights, ranks, strict=True)
+    places = [
+        int((np.cumsum(row[owner[upper]]) <= rank).sum())
+        for row, rank in zip(weights, ranks, strict=True)
     ]
-    low, high = np.quantile(values[keep][np.minimum(place, len(keep) - 1)], [1 - level, level])
+    quantiles = values[upper][np.minimum(places, len(upper) - 1)]
+    low, high = np.quantile(quantiles, [1 - level, level])
     return float(np.quantile(values, share)), float(low), float(high)
 
 
@@ -374,14 +328,14 @@ def documents_needed(interval: Interval, margin: float) -> int | None:
 
 def _answers_needed(lost: int, won: int, documents: int, margin: float) -> int | None:
     """Return about how many documents would decide at these rates of lost and won answers, up to
-    ten million.
+    `MAX_NEEDED`.
     """
-    count = documents
-    while (count := count + max(1, count // 8)) < 10_000_000:
-        a, b = (round(x * count / documents) for x in (lost, won))
-        if (
-            min(p_of_loss(a, b, count, margin, "within"), p_of_loss(a, b, count, margin, "beyond"))
-            <= 1 - LEVEL
-        ):
+    count = documents + max(1, documents // 8)
+    while count < MAX_NEEDED:
+        more_lost, more_won = round(lost * count / documents), round(won * count / documents)
+        within = p_of_loss(more_lost, more_won, count, margin, "within")
+        beyond = p_of_loss(more_lost, more_won, count, margin, "beyond")
+        if min(within, beyond) <= 1 - LEVEL:
             return count
+        count += max(1, count // 8)
     return None

@@ -1,105 +1,150 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which windows a corpus has, in which units they are scored, and who scores which; all fixed
-before any model runs.
-"""
+"""Which windows a corpus has and in which units they are scored; fixed before any model runs."""
 
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any
 
 from verifier.checkpoint import Checkpoint
 from verifier.errors import ContentError, IncomparableError, MissingExtra, UsageError
 from verifier.gate.corpora import Corpus
-from verifier.gate.jobs import HF, Job, Scorer, Unit, Window
-from verifier.gate.scorers.transformers import windows_of
+from verifier.gate.jobs import Job, Unit, Window
+from verifier.gate.options import ScoringOptions
 from verifier.memory import free_memory
 
-Protocol = Literal["tokens", "lm-eval", "task"]
+Encode = Callable[[str], tuple[list[int], list[int]]]
+"""Text to token ids, and the position of each one's first character."""
 TEXTS_IN_UNIT = 16
 FLOOR_DOCUMENTS = 8
+WIKITEXT_TASK = "wikitext 2.0"
 
 
-def plan_jobs(
-    checkpoints: list[Checkpoint],
-    corpus: Corpus,
-    protocol: Protocol,
-    window: int,
-    batch: int,
-    device: str,
-    workers: int | None,
-) -> tuple[dict[str, Any], list[list[Job]]]:
-    """Return the protocol key, and the jobs of each checkpoint.
+@dataclass(frozen=True)
+class ScoringPlan:
+    """What is scored, and in which units of work; these do not depend on who does them.
+
+    ``key`` is the protocol key, which runs must share to be compared. ``floor_units`` are windows
+    of the first documents in other batches: what a model scores on them differs from what it scores
+    in ``units`` only by noise. Where a candidate and its base are scored, the base comes last.
+    """
+
+    checkpoints: tuple[Checkpoint, ...]
+    options: ScoringOptions
+    key: dict[str, Any]
+    units: tuple[Unit, ...]
+    floor_units: tuple[Unit, ...]
+
+    @property
+    def all_units(self) -> tuple[Unit, ...]:
+        """The units, and those of the noise floor."""
+        return (*self.units, *self.floor_units)
+
+
+def plan_scoring(checkpoints: Sequence[Checkpoint], options: ScoringOptions) -> ScoringPlan:
+    """Return the protocol key and the units of work.
+
+    Args:
+        checkpoints: those to score; of a candidate and its base, the base comes last.
+        options: how.
 
     Raises:
-        UsageError: lm-eval over token ids.
-        ContentError: the checkpoints' tokenizers differ.
+        UsageError: an option is out of range; lm-eval over token ids.
+        ContentError: a checkpoint has no tokenizer, or tokenizers differ.
     """
-    key, units = plan_units(checkpoints, corpus, protocol, window, batch)
-    slices = max(1, workers_of(device, workers) // len(checkpoints))
-    return key, [
-        share(Job(c.uri, device, protocol, batch, window, len(corpus)), units, slices)
-        for c in checkpoints
-    ]
+    options.check()
+    key, units = _plan(checkpoints, options)
+    return ScoringPlan(
+        tuple(checkpoints), options, key, tuple(units), tuple(floor_units(units, options.batch))
+    )
 
 
-def plan_units(
-    checkpoints: Sequence[Checkpoint],
-    corpus: Corpus,
-    protocol: Protocol,
-    window: int,
-    batch: int,
-    scorer: Scorer = HF,
+def _plan(
+    checkpoints: Sequence[Checkpoint], options: ScoringOptions
 ) -> tuple[dict[str, Any], list[Unit]]:
-    """Return the protocol key and the units of work, which do not depend on who does them.
-
-    Raises:
-        UsageError: lm-eval over token ids.
-        ContentError: the checkpoints' tokenizers differ.
-    """
+    corpus, protocol = options.corpus, options.protocol
     key: dict[str, Any] = {
         "protocol": protocol,
         "version": 1,
-        "window": window,
+        "window": options.seq_len,
         "corpus": corpus.name,
         "corpus_sha256": corpus.digest,
         "documents": len(corpus),
         "document_rule": corpus.rule,
         "bos": protocol != "tokens",
         "dtype": "bfloat16",
-        **scorer.key,
+        **options.scorer.key,
     }
-    if protocol == "task" and corpus.task is not None:
-        t = corpus.task
+    if protocol == "task" and (task := corpus.task) is not None:
         key |= {
-            "task": t.name,
-            "task_version": t.version,
-            "num_fewshot": t.shots,
-            "metric": t.metric,
-            "filter": t.filter,
+            "task": task.name,
+            "task_version": task.version,
+            "num_fewshot": task.shots,
+            "metric": task.metric,
+            "filter": task.filter,
         }
-        return key | {"tokenizer_sha256": _one_tokenizer(checkpoints)}, _texts_units(corpus)
+        return key | {"tokenizer_sha256": _one_tokenizer(checkpoints)}, _text_units(corpus)
     if protocol == "lm-eval":
         if corpus.ids:
             raise UsageError(
-                "the protocol lm-eval needs text; this corpus is token ids (use tokens)"
+                "the protocol lm-eval needs text, and this corpus is token ids; use tokens"
             )
-        key |= {"task": "wikitext 2.0", "tokenizer_sha256": _one_tokenizer(checkpoints)}
-        return key, _texts_units(corpus)
+        key |= {"task": WIKITEXT_TASK, "tokenizer_sha256": _one_tokenizer(checkpoints)}
+        return key, _text_units(corpus)
     encode = None
     if not corpus.ids:
         key["tokenizer_sha256"] = _one_tokenizer(checkpoints)
         encode = _encoder(checkpoints[0])
-    return key, units_of(windows_of(corpus, encode, window), batch)
+    return key, units_of(windows_of(corpus, encode, options.seq_len), options.batch)
 
 
-def _texts_units(corpus: Corpus) -> list[Unit]:
+def windows_of(corpus: Corpus, encode: Encode | None, size: int) -> list[Window]:
+    """Return the windows of a corpus: no overlap, no BOS, the last short one included.
+
+    A corpus of ids is cut document by document. Text is one stream, documents joined by a newline;
+    a token belongs to the document in which its first character lies.
+
+    Args:
+        corpus: the documents.
+        encode: the tokenizer; None for a corpus of ids.
+        size: tokens in a window.
+    """
+    if corpus.ids:
+        return [
+            (ids[start : start + size], (number,) * len(ids[start : start + size]))
+            for number, ids in enumerate(corpus.ids)
+            for start in range(0, len(ids), size)
+        ]
+    if encode is None:
+        raise ValueError("text needs a tokenizer")
+    ids, offsets = encode("\n".join(corpus.texts))
+    owners = _owners(corpus.texts, offsets)
+    return [
+        (tuple(ids[start : start + size]), tuple(owners[start : start + size]))
+        for start in range(0, len(ids), size)
+    ]
+
+
+def _owners(texts: Sequence[str], offsets: Sequence[int]) -> list[int]:
+    """Return the document of each token, from its first character in the joined text."""
+    starts, position = [], 0
+    for text in texts:
+        starts.append(position)
+        position += len(text) + 1
+    owners, document = [], 0
+    for offset in offsets:
+        while document + 1 < len(starts) and starts[document + 1] <= offset:
+            document += 1
+        owners.append(document)
+    return owners
+
+
+def _text_units(corpus: Corpus) -> list[Unit]:
     texts = list(enumerate(corpus.texts))
     parts = [texts[i : i + TEXTS_IN_UNIT] for i in range(0, len(texts), TEXTS_IN_UNIT)]
-    return [Unit(n, texts=tuple(part)) for n, part in enumerate(parts)]
+    return [Unit(number, texts=tuple(part)) for number, part in enumerate(parts)]
 
 
 def units_of(windows: Sequence[Window], batch: int) -> list[Unit]:
@@ -107,54 +152,46 @@ def units_of(windows: Sequence[Window], batch: int) -> list[Unit]:
     comes first.
     """
     order = sorted(range(len(windows)), key=lambda i: -len(windows[i][0]))
-    parts = [order[i : i + batch] for i in range(0, len(order), batch)]
-    return [Unit(n, tuple(windows[i] for i in part), tuple(part)) for n, part in enumerate(parts)]
+    return _units_in([(i, windows[i]) for i in order], batch, first=0)
 
 
 def floor_units(units: Sequence[Unit], batch: int, documents: int = FLOOR_DOCUMENTS) -> list[Unit]:
-    """Return the windows of the first documents in other batches and another order, numbered on
-    from ``units``.
+    """Return the windows of the first documents in different batches and a different order.
 
-    What the base scores on them beside what it scores in ``units`` is the noise floor.
+    They are numbered on from ``units``.
     """
     pairs = [
-        (p, w)
-        for u in units
-        for p, w in zip(u.places, u.windows, strict=True)
-        if max(w[1], default=0) < documents
+        (place, window)
+        for unit in units
+        for place, window in zip(unit.places, unit.windows, strict=True)
+        if max(window[1], default=0) < documents
     ]
-    pairs.reverse()
-    other = batch // 2 if batch > 1 else 2
-    parts = [pairs[i : i + other] for i in range(0, len(pairs), other)]
+    return _units_in(pairs[::-1], batch // 2 if batch > 1 else 2, first=len(units))
+
+
+def _units_in(placed: Sequence[tuple[int, Window]], batch: int, first: int) -> list[Unit]:
+    parts = [placed[i : i + batch] for i in range(0, len(placed), batch)]
     return [
-        Unit(len(units) + n, tuple(w for _, w in part), tuple(p for p, _ in part))
-        for n, part in enumerate(parts)
+        Unit(number, tuple(window for _, window in part), tuple(place for place, _ in part))
+        for number, part in enumerate(parts, first)
     ]
 
 
-def slices_of(unit: Unit) -> Iterator[tuple[int, Window, int, int]]:
-    """Yield the place of each window, the window, and where its scored tokens begin and end in the
-    unit's arrays.
+def slices_of(unit: Unit) -> Iterator[tuple[int, Window, slice]]:
+    """Yield the place of each window, the window, and where its scored tokens are in the unit's
+    arrays.
     """
-    at = 0
+    start = 0
     for place, window in zip(unit.places, unit.windows, strict=True):
-        size = max(0, len(window[0]) - 1)
-        yield place, window, at, at + size
-        at += size
+        end = start + max(0, len(window[0]) - 1)
+        yield place, window, slice(start, end)
+        start = end
 
 
-def share(job: Job, units: Sequence[Unit], slices: int) -> list[Job]:
-    """Return the job cut for some workers."""
-    return [
-        replace(job, units=tuple(units[i::slices])) for i in range(min(slices, max(1, len(units))))
-    ]
-
-
-def workers_of(device: str, workers: int | None, scorer: Scorer = HF) -> int:
-    """Return how many processes score; an engine is one."""
-    if scorer.name != "hf":
-        return 1
-    return workers or (min(4, os.cpu_count() or 1) if device == "cpu" else 1)
+def share(job: Job, units: Sequence[Unit], workers: int) -> list[Job]:
+    """Return the job divided among some workers."""
+    count = min(workers, max(1, len(units)))
+    return [replace(job, units=tuple(units[i::workers])) for i in range(count)]
 
 
 def tokenizer_digest(ckpt: Checkpoint) -> str:
@@ -163,15 +200,17 @@ def tokenizer_digest(ckpt: Checkpoint) -> str:
     Raises:
         ContentError: the checkpoint has none.
     """
+    return hashlib.sha256(_tokenizer_bytes(ckpt)).hexdigest()
+
+
+def _tokenizer_bytes(ckpt: Checkpoint) -> bytes:
     if "tokenizer.json" not in ckpt.files:
-        raise ContentError(f"{ckpt.uri}: has no tokenizer.json; text cannot be scored")
-    return hashlib.sha256(
-        ckpt.source.read("tokenizer.json", 0, ckpt.files["tokenizer.json"]).tobytes()
-    ).hexdigest()
+        raise ContentError(f"{ckpt.uri}: no tokenizer.json; text cannot be scored")
+    return ckpt.source.read("tokenizer.json", 0, ckpt.files["tokenizer.json"]).tobytes()
 
 
 def _one_tokenizer(checkpoints: Sequence[Checkpoint]) -> str:
-    digests = {c.uri: tokenizer_digest(c) for c in checkpoints}
+    digests = {ckpt.uri: tokenizer_digest(ckpt) for ckpt in checkpoints}
     if len(set(digests.values())) > 1:
         raise IncomparableError(
             f"{' and '.join(digests)} have different tokenizers; their scores cannot be compared"
@@ -179,29 +218,28 @@ def _one_tokenizer(checkpoints: Sequence[Checkpoint]) -> str:
     return next(iter(digests.values()))
 
 
-def _encoder(ckpt: Checkpoint) -> Callable[[str], tuple[list[int], list[int]]]:
+def _encoder(ckpt: Checkpoint) -> Encode:
     try:
         from tokenizers import Tokenizer  # noqa: PLC0415  (an extra)
     except ImportError as error:
         raise MissingExtra("tokenizing", "gate") from error
-    raw = ckpt.source.read("tokenizer.json", 0, ckpt.files["tokenizer.json"]).tobytes()
     try:
-        tokenizer = Tokenizer.from_buffer(raw)
+        tokenizer = Tokenizer.from_buffer(_tokenizer_bytes(ckpt))
     except Exception as error:
         raise ContentError(
             f"{ckpt.uri}: tokenizer.json cannot be read: {str(error)[:200]}"
         ) from error
 
     def encode(text: str) -> tuple[list[int], list[int]]:
-        found = tokenizer.encode(text, add_special_tokens=False)
-        return found.ids, [start for start, _ in found.offsets]
+        encoding = tokenizer.encode(text, add_special_tokens=False)
+        return encoding.ids, [start for start, _ in encoding.offsets]
 
     return encode
 
 
 def fits_twice(base: Checkpoint, device: str, workers: int) -> bool:
-    """Whether each worker can hold two models of the base's size, decoded to BF16, in 70 % of the
-    memory that is free.
+    """Whether each worker can hold two models of the base's size, decoded to BF16, in 70% of the
+    free memory.
     """
     elements = sum(t.elements * (2 if t.dtype == "U8" else 1) for t in base.tensors.values())
     return 2 * 2 * elements * workers < 0.7 * free_memory(device)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Golden records on disk: ``NAME.golden.json`` is accepted, ``NAME.pending.json`` beside it waits
-for a person.
+"""Golden records on disk: ``NAME.golden.json`` is accepted, ``NAME.pending.json`` next to it waits
+for review.
 
 A record of a gate keeps the sums of every document, so that drift against it is a paired test; one
 of a check keeps counts and the digest of the headers. Neither keeps bytes of weights.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from collections import Counter
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -19,9 +20,21 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from verifier.errors import ContentError, MachineError, UsageError
+from verifier.evaluation import GateResult
 from verifier.files import write_atomic
-from verifier.findings import Verdict, current_verdict
-from verifier.history.record import Number, Record, Scalar, SchemaVersion, Text, now, recorded
+from verifier.findings import Report, Verdict, current_verdict
+from verifier.history.record import (
+    Number,
+    Record,
+    Scalar,
+    SchemaVersion,
+    Text,
+    commit_here,
+    now,
+    recorded,
+)
+from verifier.history.results import Result
+from verifier.text import counted
 
 ACCEPTED, PENDING = ".golden.json", ".pending.json"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -34,7 +47,7 @@ _CONFIG = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class Acceptance(BaseModel):
-    """When and why a record was accepted, and the loss that it then had."""
+    """When and why a record was accepted, and its loss."""
 
     model_config = _CONFIG
     time: Text
@@ -44,8 +57,10 @@ class Acceptance(BaseModel):
 
 
 class Golden(BaseModel):
-    """What a run came to. ``documents``: base nats, candidate nats, tokens of each; ``drift``: its
-    margin, nats a token.
+    """The result of a run, as later runs are compared with it.
+
+    ``documents``: the base's nats, the candidate's nats and the tokens of each. ``drift`` is the
+    margin of later runs, nats per token; ``facts`` are counts and digests.
     """
 
     model_config = _CONFIG
@@ -73,8 +88,8 @@ class Golden(BaseModel):
 
 
 class Pending(BaseModel):
-    """A record that waits, what it was held against (the SHA-256 of that file), and what that came
-    to.
+    """A record that waits for review, what it was compared with (the SHA-256 of that file), and the
+    outcome.
     """
 
     model_config = _CONFIG
@@ -96,18 +111,19 @@ def split_path(file: PathLike) -> tuple[Path, str]:
     name = path.name.removesuffix(ACCEPTED)
     if name == path.name or not NAME.fullmatch(name):
         raise UsageError(
-            f"{path}: a golden is called NAME{ACCEPTED}, NAME of letters, digits, dots, dashes, underscores"
+            f"{path}: name a golden NAME{ACCEPTED}, where NAME has only letters, digits, dots, "
+            "dashes and underscores"
         )
     return path.parent, name
 
 
-def proposed(run: dict[str, Any]) -> Golden:
-    """Return what a gate or a check would leave as its golden.
+def golden_of(result: Result) -> Golden:
+    """Return the golden that a result would be accepted as.
 
     Raises:
-        ContentError: a field of the run is not what it must be.
+        ContentError: a value cannot be recorded.
     """
-    record = recorded(run)
+    record = recorded(result)
     fields: dict[str, Any] = {
         "kind": record.kind,
         "of": record.name,
@@ -118,65 +134,66 @@ def proposed(run: dict[str, Any]) -> Golden:
         "checkpoint": record.checkpoint,
         "recipe": record.recipe,
     }
-    if record.kind == "gate":
-        nonfinite = run.get("nonfinite") or []
-        loss = record.measures.get("loss")
-        fields |= {
-            "documents": [] if nonfinite else run.get("documents") or [],
-            "nonfinite": len(nonfinite),
-        }
-        if loss is not None and not nonfinite:
-            fields |= {"loss": loss.value, "low": loss.low, "high": loss.high}
-        if "floor" in record.measures:
-            fields["floor"] = record.measures["floor"].value
-    else:
-        fields["facts"] = _facts(run, record)
+    of_kind = (
+        _gate_fields(result, record)
+        if isinstance(result, GateResult)
+        else {"facts": _check_facts(result, record)}
+    )
     try:
-        return Golden.model_validate(fields)
+        return Golden.model_validate(fields | of_kind)
     except ValidationError as error:
         raise ContentError(f"the run makes no golden: {_first(error)}") from error
 
 
-def _facts(run: dict[str, Any], record: Record) -> dict[str, Any]:
-    sizes = ("tensors", "bytes", "scale_bytes")
-    found: dict[str, Any] = {n: int(m.value) for n, m in record.measures.items() if n in sizes}
-    told = run.get("stats")
-    stats: dict[str, Any] = told if isinstance(told, dict) else {}
-    for what in ("formats", "unquantized"):
-        values = stats.get(what)
-        found |= (
-            {f"{what}.{k}": v for k, v in sorted(values.items())}
-            if isinstance(values, dict)
-            else {}
-        )
-    for finding in run["findings"]:
-        if not isinstance(finding, dict) or finding.get("standing") == "known":
-            continue
-        if finding.get("severity") in ("error", "warning"):
-            name = f"findings.{finding.get('rule')}"
-            found[name] = found.get(name, 0) + (
-                finding["count"] if isinstance(finding.get("count"), int) else 1
-            )
-    for rule in run["coverage"]:
-        if isinstance(rule, dict) and rule.get("ran"):
-            found[f"examined.{rule.get('rule')}"] = rule.get("checked")
+def _gate_fields(result: GateResult, record: Record) -> dict[str, Any]:
+    floor = record.measures.get("floor")
+    fields: dict[str, Any] = {"floor": floor.value} if floor is not None else {}
+    if result.nonfinite:
+        return fields | {"nonfinite": len(result.nonfinite)}
+    loss = record.measures.get("loss")
+    if loss is not None:
+        fields |= {"loss": loss.value, "low": loss.low, "high": loss.high}
+    return fields | {"documents": result.documents}
+
+
+def _check_facts(report: Report, record: Record) -> dict[str, Scalar]:
+    facts: dict[str, Scalar] = {
+        name: int(record.measures[name].value)
+        for name in ("tensors", "bytes", "scale_bytes")
+        if name in record.measures
+    }
+    if (contents := report.summary.contents) is not None:
+        for table, counts in (
+            ("formats", contents.formats),
+            ("unquantized", contents.unquantized),
+        ):
+            facts |= {f"{table}.{name}": count for name, count in sorted(counts.items())}
+    findings: Counter[str] = Counter()
+    for finding in report.findings:
+        if finding.severity in ("error", "warning") and finding.standing != "known":
+            findings[f"findings.{finding.rule}"] += finding.count
+    facts |= findings
+    facts |= {f"examined.{c.rule}": c.checked for c in report.coverage if c.ran}
     if "header_sha256" in record.checkpoint:
-        found["header_sha256"] = record.checkpoint["header_sha256"]
-    return found
+        facts["header_sha256"] = record.checkpoint["header_sha256"]
+    return facts
 
 
 def names(folder: PathLike, suffix: str) -> list[str]:
-    """Return the names of the records in a folder, sorted.
+    """Return the names of the records in a directory, sorted.
 
     Raises:
-        UsageError: no such folder.
+        UsageError: no such directory.
     """
+    path = os.fspath(folder)
     try:
-        found = os.listdir(folder)
+        files = os.listdir(folder)
+    except FileNotFoundError as error:
+        raise UsageError(f"no goldens directory {path!r}; use --dir") from error
     except OSError as error:
-        raise UsageError(f"goldens {os.fspath(folder)}: {error.strerror or error}") from error
-    stems = (n.removesuffix(suffix) for n in found if n.endswith(suffix))
-    return sorted(n for n in stems if NAME.fullmatch(n))
+        raise UsageError(f"goldens directory {path}: {error.strerror or error}") from error
+    stems = [file.removesuffix(suffix) for file in files if file.endswith(suffix)]
+    return sorted(stem for stem in stems if NAME.fullmatch(stem))
 
 
 def matching(folder: PathLike, suffix: str, patterns: Sequence[str]) -> list[str]:
@@ -185,22 +202,30 @@ def matching(folder: PathLike, suffix: str, patterns: Sequence[str]) -> list[str
     Raises:
         ContentError: a pattern matches nothing.
     """
-    have = names(folder, suffix)
-    for p in patterns:
-        if not any(fnmatchcase(n, p) for n in have):
-            what = "pending record" if suffix == PENDING else "golden"
-            raise ContentError(
-                f"{p!r} matches no {what} in {os.fspath(folder)} ({len(have)} are there)"
-            )
-    return [n for n in have if not patterns or any(fnmatchcase(n, p) for p in patterns)]
+    what = "pending record" if suffix == PENDING else "golden"
+    return select(names(folder, suffix), patterns, f"{what} in {os.fspath(folder)}")
+
+
+def select(names: Sequence[str], patterns: Sequence[str], what: str) -> list[str]:
+    """Return the names that any pattern matches, all without patterns.
+
+    Raises:
+        ContentError: a pattern matches nothing; ``what`` says what was looked for.
+    """
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ContentError(f"{pattern!r} matches no {what} ({len(names)} exist)")
+    if not patterns:
+        return list(names)
+    return [name for name in names if any(fnmatchcase(name, p) for p in patterns)]
 
 
 def load(folder: PathLike, name: str) -> Golden:
     """Read an accepted record.
 
     Raises:
-        UsageError: there is none.
-        ContentError: it is none.
+        UsageError: it does not exist.
+        ContentError: it is not a golden.
     """
     raw = _read(Path(folder) / f"{name}{ACCEPTED}")
     return _parse(Golden, raw, f"{name}{ACCEPTED}")
@@ -219,7 +244,7 @@ def digest_of(folder: PathLike, name: str) -> str | None:
 
 
 def write_pending(folder: PathLike, name: str, pending: Pending) -> None:
-    """Write a pending record; one that was there is replaced."""
+    """Write a pending record, replacing an earlier one."""
     write_atomic(_own(Path(folder) / f"{name}{PENDING}"), pending.model_dump_json(indent=1) + "\n")
 
 
@@ -228,53 +253,45 @@ def accept(folder: PathLike, name: str, reason: str) -> Golden:
 
     Raises:
         UsageError: ``CI`` is set, the reason is empty, nothing is pending.
-        ContentError: the accepted record is no longer the one that the pending one was held
-            against, or the run had logits that were not finite.
+        ContentError: the accepted record is no longer the one that the pending one was compared
+            with, or the run had logits that were not finite.
     """
-    refuse_in_ci("accepts goldens")
+    refuse_in_ci("accepting goldens")
     if not reason.strip():
-        raise UsageError("--reason is empty; say why the record is accepted")
+        raise UsageError("--reason is empty; give a reason for accepting the record")
     pending = load_pending(folder, name)
     if pending.against != digest_of(folder, name):
-        raise ContentError(
-            f"{name}: the accepted record changed since; run again, then review what is pending"
-        )
+        raise ContentError(f"{name}: the accepted record has changed since; run again, then review")
     new = pending.proposed
-    if new.nonfinite or new.verdict == "error":
-        why = (
-            f"{new.nonfinite} documents had logits that are not finite"
-            if new.nonfinite
-            else "the run broke"
-        )
-        raise ContentError(f"{name}: {why}; such a run is never accepted")
-    from verifier.history.record import commit_here  # noqa: PLC0415
-
-    earlier: list[Acceptance] = []
-    drift = new.drift
-    if pending.against is not None:
-        old = load(folder, name)
-        earlier, drift = (
-            [*old.earlier, *([old.accepted] if old.accepted else [])][-MAX_EARLIER:],
-            old.drift,
-        )
+    if new.nonfinite:
+        documents = counted(new.nonfinite, "document")
+        raise ContentError(f"{name}: logits were not finite in {documents}; cannot be accepted")
+    if new.verdict == "error":
+        raise ContentError(f"{name}: the run ended in an error; cannot be accepted")
     entry = Acceptance(
         time=now(), reason=reason.strip()[:4000], commit=commit_here(), loss=new.loss
     )
-    found = new.model_copy(update={"accepted": entry, "earlier": earlier, "drift": drift})
-    write_atomic(_own(Path(folder) / f"{name}{ACCEPTED}"), found.model_dump_json(indent=1) + "\n")
+    update: dict[str, Any] = {"accepted": entry}
+    if pending.against is not None:
+        old = load(folder, name)
+        earlier = [*old.earlier, *([old.accepted] if old.accepted else [])]
+        update |= {"earlier": earlier[-MAX_EARLIER:], "drift": old.drift}
+    accepted = new.model_copy(update=update)
+    text = accepted.model_dump_json(indent=1) + "\n"
+    write_atomic(_own(Path(folder) / f"{name}{ACCEPTED}"), text)
     _remove(Path(folder) / f"{name}{PENDING}")
-    return found
+    return accepted
 
 
 def reject(folder: PathLike, name: str) -> None:
-    """Drop a pending record; the accepted one stays.
+    """Delete a pending record; the accepted one stays.
 
     Raises:
         UsageError: nothing is pending under that name.
     """
     path = Path(folder) / f"{name}{PENDING}"
     if not os.path.lexists(path):
-        raise UsageError(f"{path}: nothing is pending")
+        raise UsageError(f"{path}: does not exist; nothing is pending")
     _remove(path)
 
 
@@ -284,18 +301,18 @@ def drop(folder: PathLike, name: str) -> None:
     Raises:
         UsageError: ``CI`` is set.
     """
-    refuse_in_ci("drops goldens")
+    refuse_in_ci("deleting goldens")
     _remove(Path(folder) / f"{name}{ACCEPTED}")
 
 
-def refuse_in_ci(what: str) -> None:
-    """Refuse what a person must do, where ``CI`` is set.
+def refuse_in_ci(action: str) -> None:
+    """Refuse what only a person may do, where ``CI`` is set.
 
     Raises:
         UsageError: it is set and not empty.
     """
     if os.environ.get("CI"):
-        raise UsageError(f"CI is set; a person {what}, on a machine of their own")
+        raise UsageError(f"{action} is refused where CI is set; do it on your own machine")
 
 
 def _read(path: Path) -> bytes:
@@ -313,7 +330,7 @@ def _parse(model: type[_Model], raw: bytes, name: str) -> _Model:
     try:
         return model.model_validate_json(raw)
     except ValidationError as error:
-        raise ContentError(f"{name}: no such record: {_first(error)}") from error
+        raise ContentError(f"{name}: not a golden: {_first(error)}") from error
 
 
 def _first(error: ValidationError) -> str:
@@ -323,7 +340,7 @@ def _first(error: ValidationError) -> str:
 
 def _own(path: Path) -> Path:
     if path.is_symlink():
-        raise UsageError(f"{path}: a link; a golden is a file of its own")
+        raise UsageError(f"{path}: a symbolic link; a golden must be a regular file")
     return path
 
 

@@ -1,9 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs over time: an append-only file of JSON lines, an SQLite index rebuilt from it, trends and
-change points.
-"""
+"""Runs over time: an append-only file of JSON lines, trends and change points."""
 
-from verifier.history.journal import Loaded, append, load
+from verifier.history.journal import History, append, load
 from verifier.history.record import Measure, Record, recorded
+from verifier.history.results import Result, read_result
 
-__all__ = ["Loaded", "Measure", "Record", "append", "load", "recorded"]
+__all__ = [
+    "History",
+    "Measure",
+    "Record",
+    "Result",
+    "append",
+    "load",
+    "read_result",
+    "recorded",
+]

@@ -8,80 +8,64 @@ import io
 import json
 from collections.abc import Sequence
 
-from verifier.history.record import Record
+from verifier.history.record import Measure, Record
 
 FORMATS = ("bmf", "csv", "json")
 MAX_BENCHMARK = 1024
-_FIELDS = (
-    "id",
-    "time",
-    "kind",
-    "name",
-    "label",
-    "verdict",
-    "commit",
-    "measure",
-    "value",
-    "low",
-    "high",
-    "se",
-    "margin",
-)
+_RUN_FIELDS = ("id", "time", "kind", "name", "label", "verdict", "commit")
+_MEASURE_FIELDS = ("value", "low", "high", "se", "margin")
 
 
 def export(records: Sequence[Record], to: str) -> str:
-    """Return records as ``bmf``, ``csv`` (a row a measure) or ``json`` (a list)."""
+    """Return records as ``bmf``, ``csv`` (one row per measure) or ``json`` (a list)."""
     if to == "bmf":
         return to_bmf(records)
-    return (
-        to_csv(records)
-        if to == "csv"
-        else json.dumps([r.model_dump() for r in records], indent=2) + "\n"
-    )
+    if to == "csv":
+        return to_csv(records)
+    return json.dumps([record.model_dump() for record in records], indent=2) + "\n"
 
 
 def to_bmf(records: Sequence[Record]) -> str:
-    """Return Bencher Metric Format (bencher.dev/docs/reference/bencher-metric-format): the last run
-    of each series.
+    """Return the last run of each series in Bencher Metric Format
+    (bencher.dev/docs/reference/bencher-metric-format).
 
-    A benchmark of Bencher has one value a measure, so that a run is exported when it was made;
-    names are cut to the 1024 characters that Bencher takes. Series of one name are told apart by
-    their digest.
+    A benchmark of Bencher has one value per measure, so a run is exported after it was made. Names
+    are cut to the 1024 characters that Bencher takes; series with the same name are distinguished
+    by their digest.
     """
-    last = {r.series: r for r in records if r.kind != "golden"}
-    names = [r.name for r in last.values()]
-    found: dict[str, dict[str, dict[str, float]]] = {}
-    for series, r in last.items():
-        name = f"{r.kind} {r.name}" + (f" {series}" if names.count(r.name) > 1 else "")
-        found[name[:MAX_BENCHMARK]] = {
-            n.replace("_", "-"): {"value": m.value}
-            | ({"lower_value": m.low} if m.low is not None else {})
-            | ({"upper_value": m.high} if m.high is not None else {})
-            for n, m in r.measures.items()
+    last = {record.series: record for record in records if record.kind != "golden"}
+    names = [record.name for record in last.values()]
+    benchmarks: dict[str, dict[str, dict[str, float]]] = {}
+    for series, record in last.items():
+        suffix = f" {series}" if names.count(record.name) > 1 else ""
+        benchmark = f"{record.kind} {record.name}{suffix}"[:MAX_BENCHMARK]
+        benchmarks[benchmark] = {
+            name.replace("_", "-"): _bmf(measure) for name, measure in record.measures.items()
         }
-    return json.dumps(found, indent=2) + "\n"
+    return json.dumps(benchmarks, indent=2) + "\n"
+
+
+def _bmf(measure: Measure) -> dict[str, float]:
+    fields = {"value": measure.value}
+    if measure.low is not None:
+        fields["lower_value"] = measure.low
+    if measure.high is not None:
+        fields["upper_value"] = measure.high
+    return fields
 
 
 def to_csv(records: Sequence[Record]) -> str:
-    """Return one row for each measure of each run; texts that a spreadsheet would run as a formula
-    get a quote before.
+    """Return one row for each measure of each run; text that a spreadsheet would run as a formula
+    gets a leading quote.
     """
     out = io.StringIO()
     rows = csv.writer(out, lineterminator="\n")
-    rows.writerow(_FIELDS)
-    for r in records:
-        told = [_plain(str(getattr(r, f))) for f in _FIELDS[:7]]
-        for name, m in r.measures.items():
-            rows.writerow(
-                [
-                    *told,
-                    name,
-                    *(
-                        "" if v is None else repr(v)
-                        for v in (m.value, m.low, m.high, m.se, m.margin)
-                    ),
-                ]
-            )
+    rows.writerow((*_RUN_FIELDS, "measure", *_MEASURE_FIELDS))
+    for record in records:
+        run = [_plain(str(getattr(record, field))) for field in _RUN_FIELDS]
+        for name, measure in record.measures.items():
+            values = [getattr(measure, field) for field in _MEASURE_FIELDS]
+            rows.writerow([*run, name, *("" if v is None else repr(v) for v in values)])
     return out.getvalue()
 
 

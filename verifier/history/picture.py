@@ -7,9 +7,10 @@ from collections.abc import Sequence
 
 from verifier.errors import ContentError
 from verifier.history.record import Record
-from verifier.history.render import interval
+from verifier.history.render import measured
 from verifier.history.trend import changes
-from verifier.report.figures import Point, Series, series
+from verifier.report.figures import Point, Series, time_series
+from verifier.text import listed
 
 
 def draw(records: Sequence[Record], measure: str, *, standalone: bool = False) -> str:
@@ -18,30 +19,44 @@ def draw(records: Sequence[Record], measure: str, *, standalone: bool = False) -
     Raises:
         ContentError: no run has the measure.
     """
-    found: dict[str, Series] = {}
-    keys: dict[str, object] = {}
-    of_run: dict[str, tuple[str, int]] = {}
-    for at, r in enumerate(r for r in records if measure in r.measures):
-        m = r.measures[measure]
-        if r.kind == "golden":
-            for other, s in found.items():
-                if s.name == r.name and keys[other] == r.key:
-                    s.goldens.append((at, m.value))
+    having = [record for record in records if measure in record.measures]
+    lines: dict[str, Series] = {}
+    positions: dict[str, int] = {}
+    for at, record in enumerate(having):
+        if record.kind == "golden":
             continue
-        s = found.setdefault(r.series, Series(r.name, []))
-        keys[r.series] = r.key
-        of_run[r.id] = (r.series, at)
-        title = f"{r.time[:16]}Z {r.id[:8]} {r.verdict} {interval(m)} {r.label} {r.commit[:10]}"
-        s.points.append(Point(at, m.value, m.low, m.high, r.verdict, title))
-    if not found:
-        have = sorted({n for r in records for n in r.measures})
+        positions[record.id] = at
+        line = lines.setdefault(record.series, Series(record.name, []))
+        line.points.append(_point(at, record, measure))
+    if not lines:
+        names = sorted({name for record in records for name in record.measures})
         raise ContentError(
-            f"no run has the measure {measure!r}; there are {', '.join(have[:20]) or 'none'}"
+            f"no run has the measure {measure!r}; available: {listed(names, 20) or 'none'}"
         )
-    for c in changes(records, measure):
-        where = of_run.get(c.run.id)
-        if where is not None:
-            found[where[0]].changes.append(
-                (where[1], "; ".join(c.because) or "nothing that is recorded changed")
-            )
-    return series(list(found.values()), measure, standalone=standalone)
+    _add_goldens(lines, having, measure)
+    for change in changes(records, measure):
+        if change.run.id in positions:
+            why = "; ".join(change.because) or "nothing that is recorded changed"
+            lines[change.run.series].changes.append((positions[change.run.id], why))
+    return time_series(list(lines.values()), measure, standalone=standalone)
+
+
+def _point(at: int, record: Record, measure: str) -> Point:
+    m = record.measures[measure]
+    title = (
+        f"{record.time[:16]}Z {record.id[:8]} {record.verdict} {measured(m)} {record.label} "
+        f"{record.commit[:10]}"
+    )
+    return Point(at, m.value, m.low, m.high, record.verdict, title)
+
+
+def _add_goldens(lines: dict[str, Series], having: Sequence[Record], measure: str) -> None:
+    """Add each accepted golden to the series with its name and key that began before it."""
+    begun: dict[str, Record] = {}
+    for at, record in enumerate(having):
+        if record.kind != "golden":
+            begun.setdefault(record.series, record)
+            continue
+        for series, first in begun.items():
+            if (first.name, first.key) == (record.name, record.key):
+                lines[series].goldens.append((at, record.measures[measure].value))

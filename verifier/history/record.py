@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One run as one line: measures with intervals, keys, digests, versions, wall time; made from what
-gate and check print.
-"""
+"""One run as one line: measures with intervals, keys, digests, versions, wall time."""
 
 from __future__ import annotations
 
@@ -12,30 +10,34 @@ import math
 import os
 import re
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from verifier import __version__
-from verifier.errors import CkptgateError, ContentError, UsageError
-from verifier.findings import Verdict, current_verdict
+from verifier.checkpoint import open_checkpoint
+from verifier.errors import CkptgateError, ContentError
+from verifier.evaluation import GateResult
+from verifier.findings import Report, Verdict, current_verdict
+from verifier.history.results import Result
+from verifier.manifest import MANIFEST
+from verifier.summary import ReportedOptions
 
-MAX_RUN_BYTES = 256 << 20
+MAX_MANIFEST = 16 << 20
 Text = Annotated[str, Field(max_length=2000)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 SchemaVersion = Annotated[
     Literal["1.1"], BeforeValidator(lambda version: "1.1" if version == "1.0" else version)
 ]
-"""Version 1.0 differs in the names of verdicts alone, and is read as 1.1."""
+"""Version 1.0 differs only in the names of verdicts, and is read as 1.1."""
 Scalar = Text | bool | int | Number | None
 _CONFIG = ConfigDict(extra="ignore", frozen=True, strict=True)
 
 
 class Measure(BaseModel):
-    """A value with its interval and standard error, where it has them, and the margin that it was
-    held against.
-    """
+    """A value, and where it has them its interval, its standard error and its margin."""
 
     model_config = _CONFIG
     value: Number
@@ -76,112 +78,90 @@ class Record(BaseModel):
         return hashlib.sha256(raw.encode()).hexdigest()[:12]
 
 
-def read_run(file: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read what ``gate --format json`` or ``check --format json`` printed.
-
-    Raises:
-        UsageError: no such file, or one that is too large.
-        ContentError: it is no such JSON; numbers that are not finite are refused.
-    """
-    try:
-        with open(file, "rb") as handle:
-            raw = handle.read(MAX_RUN_BYTES + 1)
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"{os.fspath(file)}: {getattr(error, 'strerror', None) or error}"
-        ) from error
-    if len(raw) > MAX_RUN_BYTES:
-        raise UsageError(f"{os.fspath(file)}: larger than {MAX_RUN_BYTES:,} bytes")
-    return parse_run(raw.decode("utf-8", "replace"), os.fspath(file))
-
-
-def parse_run(text: str, where: str) -> dict[str, Any]:
-    """Return the JSON object of a run; see `read_run`."""
-    try:
-        value = json.loads(text, parse_constant=_refuse)
-    except (ValueError, RecursionError) as error:
-        raise ContentError(f"{where}: not JSON: {str(error)[:120]}") from error
-    if not isinstance(value, dict) or run_kind(value) is None:
-        wanted = "neither what `ckptgate gate --format json` prints nor what `ckptgate check --format json` prints"
-        raise ContentError(f"{where}: {wanted}")
-    value["verdict"] = current_verdict(value.get("verdict"))
-    return value
-
-
-def run_kind(value: dict[str, Any]) -> Literal["gate", "check"] | None:
-    """Return which command printed a JSON object, or None."""
-    if (
-        isinstance(value.get("candidate"), str)
-        and isinstance(value.get("key"), dict)
-        and "interval" in value
-    ):
-        return "gate"
-    if (
-        isinstance(value.get("uri"), str)
-        and isinstance(value.get("coverage"), list)
-        and "findings" in value
-    ):
-        return "check"
-    return None
-
-
 def recorded(
-    value: dict[str, Any], *, name: str = "", label: str = "", seconds: float | None = None
+    result: Result, *, name: str = "", label: str = "", seconds: float | None = None
 ) -> Record:
-    """Return the record of a run.
+    """Return the record of a gate or a check.
 
     Args:
-        value: the JSON object of a gate or a check.
+        result: of the gate or the check.
         name: what the time series is called; by default the last part of the checkpoint's path.
         label: a note that stays with the run.
-        seconds: wall time, where the run does not tell it.
+        seconds: wall time, where the result does not state it.
 
     Raises:
-        ContentError: a field of the run is not what it must be.
+        ContentError: a value cannot be recorded.
     """
-    kind = run_kind(value)
-    if kind is None:
-        raise ContentError("the run is neither of a gate nor of a check")
-    uri = str(value["candidate"] if kind == "gate" else value["uri"])
+    uri = result.candidate if isinstance(result, GateResult) else result.uri
     fields: dict[str, Any] = {
-        "kind": kind,
-        "verdict": value.get("verdict"),
         "label": label,
         "time": now(),
         "commit": commit_here(),
         "name": name or uri.rstrip("/").rpartition("/")[2] or uri,
         "versions": {"ckptgate": __version__},
-        "measures": (_gate_measures if kind == "gate" else _check_measures)(value),
-        "key": _scalars(value.get("key") if kind == "gate" else _check_key(value)),
-        "environment": _scalars(value.get("environment")),
-        "seconds": _number(value.get("seconds", seconds)),
         "checkpoint": identity(uri),
-        "base": identity(str(value["base"])) if value.get("base") else {},
+        "base": identity(result.base) if result.base else {},
         "recipe": recipe_of(uri),
     }
-    if kind == "check":
-        fields["seconds"] = _number(_dict(value.get("stats")).get("seconds", seconds))
-    if isinstance(value.get("documents"), list):
-        raw = json.dumps(value["documents"], separators=(",", ":"))
-        fields["documents_sha256"] = hashlib.sha256(raw.encode()).hexdigest()
-    return build(fields)
+    of_kind = _of_gate(result) if isinstance(result, GateResult) else _of_check(result)
+    return build({"seconds": seconds, **fields, **of_kind})
+
+
+def _of_gate(result: GateResult) -> dict[str, Any]:
+    documents = json.dumps(result.documents, separators=(",", ":"))
+    return {
+        "kind": "gate",
+        "verdict": result.outcome,
+        "measures": _gate_measures(result),
+        "key": scalars(result.key),
+        "environment": scalars(result.environment),
+        "documents_sha256": hashlib.sha256(documents.encode()).hexdigest(),
+    }
+
+
+def _of_check(report: Report) -> dict[str, Any]:
+    summary = report.summary
+    options = summary.options or ReportedOptions()
+    evaluation = summary.evaluation if isinstance(summary.evaluation, GateResult) else None
+    key: dict[str, Any] = {
+        "depth": options.depth,
+        "fail_on": options.fail_on,
+        "profile": options.profile,
+        "tp": options.tp,
+        "ep": options.ep,
+        "select": list(options.select),
+        "ignore": list(options.ignore),
+        "base": options.base is not None,
+        "merged_from": options.merged_from is not None,
+    }
+    measures = _check_measures(report)
+    if evaluation is not None:
+        key["eval"] = evaluation.key
+        measures |= _gate_measures(evaluation)
+    fields = {
+        "kind": "check",
+        "verdict": report.verdict,
+        "measures": measures,
+        "key": scalars(key),
+    }
+    return fields | ({"seconds": summary.seconds} if summary.seconds is not None else {})
 
 
 def build(fields: dict[str, Any]) -> Record:
-    """Return a record with its id.
+    """Return a record of these fields, with a new id.
 
     Raises:
-        ContentError: a field is not what it must be.
+        ContentError: a field has a wrong type or value.
     """
     raw = json.dumps(fields, sort_keys=True, default=str) + os.urandom(8).hex()
     try:
         return Record.model_validate(
             {"id": hashlib.sha256(raw.encode("utf-8", "replace")).hexdigest()[:16], **fields}
         )
-    except ValueError as error:
-        first = error.errors()[0] if hasattr(error, "errors") else {"loc": (), "msg": str(error)}
-        at = ".".join(map(str, first["loc"]))
-        raise ContentError(f"the run cannot be recorded: {at}: {first['msg']}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        raise ContentError(f"the run cannot be recorded: {field}: {first['msg']}") from error
 
 
 def now() -> str:
@@ -190,8 +170,8 @@ def now() -> str:
 
 
 def commit_here() -> str:
-    """Return the commit that CI names or that is checked out in the working directory, with
-    ``-dirty``; '' where none is.
+    """Return the commit that CI names, or that is checked out in the working directory (with
+    ``-dirty`` for local changes); '' where there is none.
     """
     for name in ("GITHUB_SHA", "CI_COMMIT_SHA"):
         if re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", os.environ.get(name, "")):
@@ -206,162 +186,143 @@ def commit_here() -> str:
         )
     except (OSError, subprocess.SubprocessError, UnicodeError):
         return ""
-    found = done.stdout.strip()
-    return found if re.fullmatch(r"[0-9a-f]{40,64}(-dirty)?", found) else ""
+    commit = done.stdout.strip()
+    return commit if re.fullmatch(r"[0-9a-f]{40,64}(-dirty)?", commit) else ""
 
 
 def identity(uri: str) -> dict[str, Scalar]:
     """Return the address of a checkpoint, its commit on the hub, the digest of its headers, and
     that of its files where its manifest or the hub knows it.
 
-    A checkpoint that is gone, or none, is an address alone.
+    Of a checkpoint that does not exist only the address is known.
     """
-    from verifier.checkpoint import open_checkpoint  # noqa: PLC0415  (numpy, which reading a history does not need)
-
-    found: dict[str, Scalar] = {"uri": uri[-2000:]}
+    fields: dict[str, Scalar] = {"uri": uri[-2000:]}
     try:
         ckpt = open_checkpoint(uri)
     except CkptgateError:
-        return found
+        return fields
     state = hashlib.sha256()
     for name in sorted(ckpt.tensors):
-        state.update(
-            f"{name}\0{ckpt.tensors[name].dtype}\0{list(ckpt.tensors[name].shape)}\0".encode(
-                "utf-8", "replace"
-            )
-        )
-    found |= {
+        tensor = ckpt.tensors[name]
+        line = f"{name}\0{tensor.dtype}\0{list(tensor.shape)}\0"
+        state.update(line.encode("utf-8", "replace"))
+    fields |= {
         "header_sha256": state.hexdigest(),
         "tensors": len(ckpt.tensors),
         "bytes": ckpt.nbytes,
     }
-    files = _dict(manifest_of(uri).get("files"))
-    known = {n: _dict(f).get("sha256") for n, f in files.items()} or ckpt.source.digests()
-    digests = {n: known[n] for n in sorted(known) if n.endswith(".safetensors")}
+    files = _manifest_of(uri).files
+    known = {name: file.sha256 for name, file in files.items()} or ckpt.source.digests()
+    digests = {name: known[name] for name in sorted(known) if name.endswith(".safetensors")}
     if ckpt.source.revision:
-        found["commit"] = ckpt.source.revision
+        fields["commit"] = ckpt.source.revision
     if digests:
-        found["files_sha256"] = hashlib.sha256(
-            json.dumps(digests, sort_keys=True).encode()
-        ).hexdigest()
-    return found
+        fields["files_sha256"] = _digest(digests)
+    return fields
 
 
 def recipe_of(uri: str) -> dict[str, Scalar]:
-    """Return the options that an export's manifest tells, with one digest over them; {} without a
-    manifest.
-    """
-    options = _dict(manifest_of(uri).get("options"))
+    """Return the options in an export's manifest, with one digest over them; {} without any."""
+    options = _manifest_of(uri).options
     if not options:
         return {}
-    digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()
-    return {"sha256": digest, **_scalars({k: v for k, v in options.items() if v is not None})}
+    given = {name: value for name, value in options.items() if value is not None}
+    return {"sha256": _digest(options), **scalars(given)}
 
 
-def manifest_of(uri: str) -> dict[str, Any]:
-    """Return the manifest of an export in a local folder, or {}."""
-    from verifier.manifest import MANIFEST  # noqa: PLC0415
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
+
+class _File(BaseModel):
+    """A file of an export."""
+
+    sha256: str | None = None
+
+
+class _Manifest(BaseModel):
+    """The part of an export's manifest that is recorded."""
+
+    options: dict[str, Any] = {}
+    files: dict[str, _File] = {}
+
+
+def _manifest_of(uri: str) -> _Manifest:
+    """Return the manifest of an export in a local directory; an empty one where it has none."""
     try:
         with open(Path(uri) / MANIFEST, "rb") as handle:
-            return _dict(json.loads(handle.read(16 << 20), parse_constant=_refuse))
-    except (OSError, ValueError, RecursionError):
-        return {}
+            return _Manifest.model_validate_json(handle.read(MAX_MANIFEST))
+    except (OSError, ValueError):
+        return _Manifest()
 
 
-def _gate_measures(value: dict[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    drift, more = _dict(value.get("drift")), _dict(value.get("measures"))
-    kl = _dict(more.get("kl"))
-    for name, interval, margin in (
-        ("loss", value.get("interval"), value.get("margin")),
-        ("drift", drift.get("interval"), drift.get("margin")),
-        ("kl", kl.get("mean"), None),
-        ("top1", more.get("top1"), None),
-    ):
-        i = _dict(interval)
-        if _number(i.get("delta")) is not None:
-            ends = {k: _number(i.get(k)) for k in ("low", "high", "se")}
-            found[name] = {
-                "value": i["delta"],
-                **ends,
-                "margin": _number(_dict(margin).get("nats")),
+def _gate_measures(result: GateResult) -> dict[str, dict[str, float | None]]:
+    measures: dict[str, dict[str, float | None]] = {}
+    drift, kl = result.drift, result.measures.kl
+    intervals = {
+        "loss": (result.interval, result.margin),
+        "drift": (drift.interval, drift.margin) if drift else (None, None),
+        "kl": (kl.mean if kl else None, None),
+        "top1": (result.measures.top1, None),
+    }
+    for name, (interval, margin) in intervals.items():
+        if interval is not None and math.isfinite(interval.delta):
+            measures[name] = {
+                "value": interval.delta,
+                "low": _finite(interval.low),
+                "high": _finite(interval.high),
+                "se": _finite(interval.se),
+                "margin": margin.nats if margin else None,
             }
-    tail = kl.get("tail")
-    if isinstance(tail, list) and len(tail) == 3 and all(_number(x) is not None for x in tail):
-        found["kl_999"] = {"value": tail[0], "low": tail[1], "high": tail[2]}
-    flips, sure = _number(more.get("flips")), _number(more.get("sure"))
-    if flips is not None and sure:
-        found["flips"] = {"value": flips / sure}
-    for name in ("perplexity_base", "perplexity_candidate", "floor"):
-        if _number(value.get(name)) is not None:
-            found[name] = {"value": value[name]}
-    right, count = (
-        _dict(value.get("accuracy")),
-        _number(_dict(value.get("interval")).get("documents")),
-    )
-    for name in ("base", "candidate"):
-        if _number(right.get(name)) is not None and count:
-            found[f"accuracy_{name}"] = {"value": right[name] / count}
-    found["nonfinite"] = {"value": float(len(value.get("nonfinite") or ()))}
-    return found
-
-
-def _check_measures(value: dict[str, Any]) -> dict[str, Any]:
-    findings = [_dict(f) for f in value.get("findings") or ()]
-    count = {
-        s: sum(f.get("severity") == s and f.get("standing") != "known" for f in findings)
-        for s in ("error", "warning")
+    if kl is not None and all(map(math.isfinite, kl.tail)):
+        value, low, high = kl.tail
+        measures["kl_999"] = {"value": value, "low": low, "high": high}
+    values = {
+        "flips": _share(result.measures.flips, result.measures.sure),
+        "perplexity_base": _finite(result.perplexity_base),
+        "perplexity_candidate": _finite(result.perplexity_candidate),
+        "floor": result.floor,
     }
-    found: dict[str, Any] = {"errors": count["error"], "warnings": count["warning"]}
-    found["known"] = sum(f.get("standing") == "known" for f in findings)
-    stats = _dict(value.get("stats"))
-    found |= {
-        n: stats[n]
-        for n in ("tensors", "bytes", "scale_bytes")
-        if _number(stats.get(n)) is not None
+    if (right := result.accuracy) is not None and result.interval is not None:
+        values["accuracy_base"] = _share(right.base, result.interval.documents)
+        values["accuracy_candidate"] = _share(right.candidate, result.interval.documents)
+    values["nonfinite"] = float(len(result.nonfinite))
+    return measures | {n: {"value": v} for n, v in values.items() if v is not None}
+
+
+def _share(count: int | None, of: int | None) -> float | None:
+    return count / of if count is not None and of else None
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _check_measures(report: Report) -> dict[str, dict[str, float | None]]:
+    values: dict[str, float] = {
+        "errors": report.count("error"),
+        "warnings": report.count("warning"),
+        "known": sum(finding.standing == "known" for finding in report.findings),
     }
-    found["rules_run"] = sum(bool(_dict(c).get("ran")) for c in value["coverage"])
-    scored = _dict(stats.get("eval"))
-    return {n: {"value": float(v)} for n, v in found.items()} | (
-        _gate_measures(scored) if scored else {}
-    )
+    if (contents := report.summary.contents) is not None:
+        values["tensors"] = contents.tensors
+        values["bytes"] = contents.bytes
+        values["scale_bytes"] = contents.scale_bytes
+    values["rules_run"] = sum(covered.ran for covered in report.coverage)
+    return {name: {"value": float(value)} for name, value in values.items()}
 
 
-def _check_key(value: dict[str, Any]) -> dict[str, Any]:
-    options = _dict(_dict(value.get("stats")).get("options"))
-    wanted = ("depth", "fail_on", "profile", "tp", "ep", "select", "ignore")
-    found: dict[str, Any] = {k: options.get(k) for k in wanted}
-    found |= {"base": bool(options.get("base")), "merged_from": bool(options.get("merged_from"))}
-    scored = _dict(_dict(_dict(value.get("stats")).get("eval")).get("key"))
-    return found | ({"eval": scored} if scored else {})
+def scalars(values: Mapping[str, Any]) -> dict[str, Scalar]:
+    """Return values as a record keeps them: at most 100, what is not a scalar as JSON."""
+    first = list(values.items())[:100]
+    return {str(name)[:200]: _scalar(value) for name, value in first}
 
 
-def _scalars(value: object) -> dict[str, Any]:
-    found = {str(k)[:200]: _scalar(v) for k, v in _dict(value).items()}
-    return dict(list(found.items())[:100])
-
-
-def _scalar(value: object) -> object:
-    if value is None or isinstance(value, bool | str):
-        return value[:2000] if isinstance(value, str) else value
-    number = _number(value)
-    return value if number is not None else json.dumps(value, sort_keys=True, default=str)[:2000]
-
-
-def _number(value: object) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    try:
-        found = float(value)
-    except OverflowError:
-        return None
-    return found if math.isfinite(found) else None
-
-
-def _dict(value: object) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-def _refuse(name: str) -> float:
-    raise ValueError(f"{name} is no number of JSON")
+def _scalar(value: Any) -> Scalar:
+    if value is None or isinstance(value, bool | int):
+        return value
+    if isinstance(value, str):
+        return value[:2000]
+    if isinstance(value, float) and math.isfinite(value):
+        return value
+    return json.dumps(value, sort_keys=True, default=str)[:2000]

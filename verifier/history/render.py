@@ -1,108 +1,112 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A history for a person."""
+"""A history as lines of text."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from verifier.history.record import Measure, Record
-from verifier.history.trend import LAST, Change, Warned, changes, differences, warnings
-from verifier.text import printable
+from verifier.history.trend import LAST, Change, Deviation, changes, deviations, differences
+from verifier.text import counted, printable
 
 MAX_CHANGES = 50
+_LEADING = ("loss", "errors")
 
 
 def log_lines(records: Sequence[Record]) -> list[str]:
-    """Return one line a run, oldest first."""
-    lines = []
-    for r in records:
-        lead = next((n for n in ("loss", "errors") if n in r.measures), None)
-        told = f"{lead} {interval(r.measures[lead])}" if lead else ""
-        extra = f"   {printable(r.label, 60)}" if r.label else ""
-        commit = f"   {r.commit[:10]}" if r.commit else ""
-        lines.append(
-            f"{r.id[:8]}  {r.time[:16]}Z  {r.kind:6} {r.verdict:8} {printable(r.name, 60)}   {told}{commit}{extra}"
-        )
-    return lines
+    """Return one line per run, oldest first."""
+    return [_log_line(record) for record in records]
 
 
-def show_lines(r: Record) -> list[str]:
-    """Return everything that a run's record tells."""
+def _log_line(record: Record) -> str:
+    leading = next((name for name in _LEADING if name in record.measures), None)
+    parts = [
+        f"{record.id[:8]}  {record.time[:16]}Z  {record.kind:6} {record.verdict:12} "
+        f"{printable(record.name, 60)}",
+        f"{leading} {measured(record.measures[leading])}" if leading else "",
+        record.commit[:10],
+        printable(record.label, 60),
+    ]
+    return "   ".join(part for i, part in enumerate(parts) if part or i == 1)
+
+
+def show_lines(record: Record) -> list[str]:
+    """Return everything in a run's record."""
+    name = printable(record.name)
     lines = [
-        f"run      {r.id}   {r.time}",
-        f"what     {r.kind} of {printable(r.name)}: {r.verdict}   series {r.series}",
+        f"run      {record.id}   {record.time}",
+        f"result   {record.kind} of {name}: {record.verdict}   series {record.series}",
     ]
-    if r.label:
-        lines.append(f"label    {printable(r.label)}")
-    for what, values in (
-        ("candid.", r.checkpoint),
-        ("base", r.base),
-        ("recipe", r.recipe),
-        ("key", r.key),
-        ("env", r.environment),
-        ("versions", r.versions),
-    ):
-        if values:
-            lines.append(
-                f"{what:8} "
-                + ", ".join(
-                    f"{printable(k, 60)} {printable(str(v), 120)}" for k, v in values.items()
-                )
-            )
-    if r.commit:
-        lines.append(f"commit   {r.commit}")
-    if r.seconds is not None:
-        lines.append(f"time     {r.seconds:.1f} s")
-    return [*lines, *(f"measure  {n:20} {interval(m)}" for n, m in r.measures.items())]
+    if record.label:
+        lines.append(f"label    {printable(record.label)}")
+    sections: dict[str, Mapping[str, object]] = {
+        "candid.": record.checkpoint,
+        "base": record.base,
+        "recipe": record.recipe,
+        "key": record.key,
+        "env": record.environment,
+        "versions": record.versions,
+    }
+    lines += [f"{title:8} {pairs(values)}" for title, values in sections.items() if values]
+    if record.commit:
+        lines.append(f"commit   {record.commit}")
+    if record.seconds is not None:
+        lines.append(f"time     {record.seconds:.1f} s")
+    return lines + [f"measure  {n:20} {measured(m)}" for n, m in record.measures.items()]
 
 
-def interval(m: Measure) -> str:
+def pairs(values: Mapping[str, object]) -> str:
+    """Return ``name value, name value``."""
+    return ", ".join(f"{printable(k, 60)} {printable(str(v), 120)}" for k, v in values.items())
+
+
+def measured(measure: Measure) -> str:
     """Return ``+0.00694 [+0.00585, +0.00803], margin 0.07696``."""
-    if m.value.is_integer() and m.low is None:
-        return f"{m.value:,.0f}"
-    ends = f" [{m.low:+.5f}, {m.high:+.5f}]" if m.low is not None and m.high is not None else ""
-    return f"{m.value:+.5f}{ends}" + (f", margin {m.margin:.5f}" if m.margin is not None else "")
+    if measure.value.is_integer() and measure.low is None:
+        return f"{measure.value:,.0f}"
+    text = f"{measure.value:+.5f}"
+    if measure.low is not None and measure.high is not None:
+        text += f" [{measure.low:+.5f}, {measure.high:+.5f}]"
+    return text + (f", margin {measure.margin:.5f}" if measure.margin is not None else "")
 
 
-def compare_lines(a: Record, b: Record) -> list[str]:
-    """Return two runs' measures side by side, and what else is recorded as different."""
-    lines = [f"a        {log_lines([a])[0]}", f"b        {log_lines([b])[0]}"]
-    for name in [*a.measures, *(n for n in b.measures if n not in a.measures)]:
-        ours, theirs = a.measures.get(name), b.measures.get(name)
-        both = f"   b - a {theirs.value - ours.value:+.6g}" if ours and theirs else ""
-        lines.append(
-            f"{name:20} {interval(ours) if ours else '-'}   {interval(theirs) if theirs else '-'}{both}"
-        )
-    told = differences(a, b)
-    return [
-        *lines,
-        *(f"differs  {printable(t)}" for t in told or ("nothing else that is recorded",)),
-    ]
+def compare_lines(old: Record, new: Record) -> list[str]:
+    """Return the measures of two runs next to each other, and what else is recorded as
+    different.
+    """
+    lines = [f"a        {_log_line(old)}", f"b        {_log_line(new)}"]
+    for name in dict.fromkeys([*old.measures, *new.measures]):
+        a, b = old.measures.get(name), new.measures.get(name)
+        difference = f"   b - a {b.value - a.value:+.6g}" if a and b else ""
+        texts = [measured(m) if m else "-" for m in (a, b)]
+        lines.append(f"{name:20} {texts[0]}   {texts[1]}{difference}")
+    changed = differences(old, new) or ("nothing else that is recorded",)
+    return lines + [f"differs  {printable(text)}" for text in changed]
 
 
 def trend_lines(records: Sequence[Record], last: int = LAST) -> list[str]:
     """Return the warnings about the last runs."""
-    return [_warning(w) for w in warnings(records, last)]
+    return [_deviation(deviation) for deviation in deviations(records, last)]
 
 
 def change_lines(records: Sequence[Record], measure: str | None = None) -> list[str]:
     """Return the change points, the oldest first."""
-    found = sorted(changes(records, measure), key=lambda c: c.run.time)
-    lines = [_change(c) for c in found[-MAX_CHANGES:]]
-    return lines + (
-        [f"change   and {len(found) - MAX_CHANGES} earlier ones"]
-        if len(found) > MAX_CHANGES
-        else []
-    )
+    points = sorted(changes(records, measure), key=lambda change: change.run.time)
+    lines = [_change(change) for change in points[-MAX_CHANGES:]]
+    earlier = len(points) - MAX_CHANGES
+    return lines + ([f"change   and {counted(earlier, 'earlier one')}"] if earlier > 0 else [])
 
 
-def _warning(w: Warned) -> str:
+def _deviation(d: Deviation) -> str:
+    name, off = printable(d.run.name, 80), abs(d.value - d.median)
     return (
-        f"warning  {w.measure} {w.value:+.6g} of {printable(w.run.name, 80)} is off the median {w.median:+.6g} of the last "
-        f"{w.runs} accepted runs by {abs(w.value - w.median):.3g} (allowed {w.allowed:.3g})"
+        f"warning  {d.measure} {d.value:+.6g} of {name} deviates by {off:.3g} from the median of "
+        f"the last {d.runs} passing runs ({d.median:+.6g}; threshold {d.allowed:.3g})"
     )
 
 
-def _change(c: Change) -> str:
-    why = "; ".join(printable(b, 160) for b in c.because) or "nothing that is recorded changed"
-    return f"change   {c.measure} {c.old:+.6g} -> {c.new:+.6g} at {c.run.id[:8]} {printable(c.run.name, 80)}: {why}"
+def _change(change: Change) -> str:
+    name, run = printable(change.run.name, 80), change.run.id[:8]
+    because = [printable(text, 160) for text in change.because]
+    why = "; ".join(because) or "nothing that is recorded changed"
+    return f"change   {change.measure} {change.old:+.6g} → {change.new:+.6g} at {run} {name}: {why}"

@@ -1,22 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether the last run is off the ones before it, and where a series changed its level; a warning,
-never a verdict.
+"""Whether the last run deviates from the ones before it, and where a series changed its level;
+warnings, never a verdict.
 
-Runs of one series score the same documents, so that the interval of a single run, which tells how
-documents differ, is not how runs differ. That is told by the runs themselves: 1.4826 times the
-median absolute deviation, and not less than `FLOOR`.
+Runs of one series score the same documents, so the interval of a single run, which shows how
+documents differ, is not how runs differ. That is taken from the runs themselves: 1.4826 times the
+median absolute deviation, and at least `LEAST_DIFFERENCE`.
 """
 
 from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from verifier.history.record import Record
 
-FLOOR = {
+LEAST_DIFFERENCE = {
     "loss": 0.001,
     "drift": 0.001,
     "kl": 0.001,
@@ -28,9 +28,8 @@ FLOOR = {
     "nonfinite": 0.0,
     "bytes": 0.0,
 }
-"""The measures that are watched, and the least difference that counts: nats a token (a third of the
-drift margin of
-0.003), shares, or counts."""
+"""The measures that are watched, and the least difference that counts: nats per token (a third of
+the drift margin of 0.003), shares, or counts."""
 BETTER_UP = {"top1"}
 SIGMAS = 3.0
 TO_SIGMA = 1.4826
@@ -41,8 +40,8 @@ MAX_DEPTH = 100
 
 
 @dataclass(frozen=True)
-class Warned:
-    """A measure of the last run that is worse than the median of the accepted runs before it by
+class Deviation:
+    """A measure of the last run that is worse than the median of the passing runs before it by
     more than ``allowed``.
     """
 
@@ -56,7 +55,7 @@ class Warned:
 
 @dataclass(frozen=True)
 class Change:
-    """A measure changed its level at ``run``; ``because`` names what is recorded as different from
+    """A measure changed its level at ``run``; ``because`` lists what is recorded as different from
     the run before it.
     """
 
@@ -69,120 +68,143 @@ class Change:
 
 
 def series_of(records: Sequence[Record]) -> dict[str, list[Record]]:
-    """Return the runs of each series, in order; runs that ended in an error and accepted goldens are in none."""
-    found: dict[str, list[Record]] = {}
-    for r in records:
-        if r.kind != "golden" and r.verdict != "error":
-            found.setdefault(r.series, []).append(r)
-    return found
+    """Return the runs of each series, in order, without errors and accepted goldens."""
+    series: dict[str, list[Record]] = {}
+    for record in records:
+        if record.kind != "golden" and record.verdict != "error":
+            series.setdefault(record.series, []).append(record)
+    return series
 
 
-def warnings(records: Sequence[Record], last: int = LAST) -> list[Warned]:
-    """Return the warnings about the last run of each series; at least `LEAST_RUNS` passed runs must
-    lie before it.
+def deviations(records: Sequence[Record], last: int = LAST) -> list[Deviation]:
+    """Return the deviations of the last run of each series from at least `LEAST_RUNS` passing runs
+    before it.
     """
     found = []
     for runs in series_of(records).values():
-        run = runs[-1]
-        for name, floor in FLOOR.items():
-            before = [
-                r.measures[name].value
-                for r in runs[:-1]
-                if r.verdict == "passed" and name in r.measures
-            ][-last:]
-            if name not in run.measures or len(before) < LEAST_RUNS:
-                continue
-            value, median = run.measures[name].value, statistics.median(before)
-            allowed = max(floor, SIGMAS * _spread(before))
-            worse = median - value if name in BETTER_UP else value - median
-            if worse > allowed:
-                found.append(Warned(run, name, value, median, allowed, len(before)))
+        for measure in LEAST_DIFFERENCE:
+            deviation = _deviation(runs, measure, last)
+            if deviation is not None:
+                found.append(deviation)
     return found
+
+
+def _deviation(runs: Sequence[Record], measure: str, last: int) -> Deviation | None:
+    run = runs[-1]
+    passing = [r for r in runs[:-1] if r.verdict == "passed" and measure in r.measures][-last:]
+    if measure not in run.measures or len(passing) < LEAST_RUNS:
+        return None
+    before = [r.measures[measure].value for r in passing]
+    value, median = run.measures[measure].value, statistics.median(before)
+    allowed = max(LEAST_DIFFERENCE[measure], SIGMAS * _spread(before))
+    worse = median - value if measure in BETTER_UP else value - median
+    if worse <= allowed:
+        return None
+    return Deviation(run, measure, value, median, allowed, len(before))
 
 
 def changes(records: Sequence[Record], measure: str | None = None) -> list[Change]:
-    """Return the change points of every series, or of one measure; the last `MAX_POINTS` runs are
-    looked at.
+    """Return the change points of every series, or of one measure, among the last `MAX_POINTS`
+    runs.
     """
     found = []
     for runs in series_of(records).values():
-        for name, floor in FLOOR.items():
-            if measure not in (None, name):
-                continue
-            having = [r for r in runs if name in r.measures][-MAX_POINTS:]
-            values = [r.measures[name].value for r in having]
-            cuts = _cuts(values, 0, len(values), floor)
-            for cut, low, high in _levels(cuts, len(values)):
-                old, new = statistics.median(values[low:cut]), statistics.median(values[cut:high])
-                found.append(
-                    Change(
-                        having[cut],
-                        having[cut - 1],
-                        name,
-                        old,
-                        new,
-                        differences(having[cut - 1], having[cut]),
-                    )
-                )
+        for name in LEAST_DIFFERENCE:
+            if measure in (None, name):
+                found += _changes([r for r in runs if name in r.measures][-MAX_POINTS:], name)
+    return found
+
+
+def _changes(runs: Sequence[Record], measure: str) -> list[Change]:
+    values = [run.measures[measure].value for run in runs]
+    cuts = _cuts(values, 0, len(values), LEAST_DIFFERENCE[measure])
+    ends = [0, *cuts, len(values)]
+    found = []
+    for before, cut, after in zip(ends, cuts, ends[2:], strict=False):
+        old, new = statistics.median(values[before:cut]), statistics.median(values[cut:after])
+        because = differences(runs[cut - 1], runs[cut])
+        found.append(Change(runs[cut], runs[cut - 1], measure, old, new, because))
     return found
 
 
 def differences(old: Record, new: Record) -> tuple[str, ...]:
-    """Return what is recorded as different between two runs, recipe first."""
-    found = []
-    for k in sorted({*old.recipe, *new.recipe} - {"sha256"}, key=lambda k: (k != "recipe", k)):
-        if old.recipe.get(k) != new.recipe.get(k):
-            what = k if k == "recipe" else f"recipe {k}"
-            found.append(f"{what} {_shown(old.recipe.get(k))} -> {_shown(new.recipe.get(k))}")
+    """Return what is recorded as different between two runs, the recipe first."""
+    found = _recipe_differences(old, new)
     if old.commit != new.commit:
-        found.append(f"commit {old.commit[:12] or 'none'} -> {new.commit[:12] or 'none'}")
-    for what, a, b in (
-        ("", old.versions, new.versions),
-        ("", old.environment, new.environment),
-        ("protocol ", old.key, new.key),
-    ):
-        found += [
-            f"{what}{k} {_shown(a.get(k))} -> {_shown(b.get(k))}"
-            for k in sorted({*a, *b})
-            if a.get(k) != b.get(k)
-        ]
+        found.append(f"commit {old.commit[:12] or 'none'} → {new.commit[:12] or 'none'}")
+    found += _changed("", old.versions, new.versions)
+    found += _changed("", old.environment, new.environment)
+    found += _changed("protocol ", old.key, new.key)
     for what, a, b in (
         ("base", old.base, new.base),
         ("checkpoint", old.checkpoint, new.checkpoint),
     ):
         if any(a.get(k) != b.get(k) for k in ("files_sha256", "header_sha256")):
-            found.append(f"other {what}")
+            found.append(f"{what} changed")
     return tuple(found)
 
 
-def _shown(value: object) -> str:
+def _recipe_differences(old: Record, new: Record) -> list[str]:
+    changed = [k for k in {*old.recipe, *new.recipe} if old.recipe.get(k) != new.recipe.get(k)]
+    names = sorted({*changed} - {"sha256"}, key=lambda name: (name != "recipe", name))
+    return [
+        f"{name if name == 'recipe' else f'recipe {name}'} "
+        f"{_value(old.recipe.get(name))} → {_value(new.recipe.get(name))}"
+        for name in names
+    ]
+
+
+def _changed(prefix: str, old: Mapping[str, object], new: Mapping[str, object]) -> list[str]:
+    return [
+        f"{prefix}{name} {_value(old.get(name))} → {_value(new.get(name))}"
+        for name in sorted({*old, *new})
+        if old.get(name) != new.get(name)
+    ]
+
+
+def _value(value: object) -> str:
     return "none" if value is None else str(value)[:60]
 
 
 def _spread(values: Sequence[float]) -> float:
     median = statistics.median(values)
-    return TO_SIGMA * statistics.median(abs(v - median) for v in values)
+    return TO_SIGMA * statistics.median(abs(value - median) for value in values)
 
 
 def _noise(values: Sequence[float]) -> float:
-    """Return the standard deviation about the levels: differences of neighbours hardly see the
-    steps.
+    """Return the standard deviation about the levels: differences of neighbours are hardly affected
+    by the steps between levels.
     """
     steps = [abs(b - a) for a, b in itertools.pairwise(values)]
     return TO_SIGMA * statistics.median(steps) / 2**0.5 if steps else 0.0
 
 
-def _cuts(values: Sequence[float], low: int, high: int, floor: float, depth: int = 0) -> list[int]:
-    """Cut in two where the squared error falls most, as long as the medians of both sides differ by
-    more than noise.
+def _cuts(values: Sequence[float], low: int, high: int, least: float, depth: int = 0) -> list[int]:
+    """Return where levels begin in ``values[low:high]``: cut in two where the squared error falls
+    most, as long as the medians of both sides differ by more than noise.
 
-    One run by itself at an end is no level, and is passed over; the trend warns of the last one.
+    A single run at either end is not a level, and is passed over; its deviation is reported.
     """
-    count = high - low
-    if count < 4 or depth > MAX_DEPTH:
+    if high - low < 4 or depth > MAX_DEPTH:
         return []
-    best, cut, left = -1.0, 0, 0.0
-    total = sum(values[low:high])
+    cut = _best_cut(values, low, high)
+    if cut is None:
+        return []
+    if cut - low == 1 or high - cut == 1:
+        return _cuts(values, low + (cut - low == 1), high - (high - cut == 1), least, depth + 1)
+    step = abs(statistics.median(values[cut:high]) - statistics.median(values[low:cut]))
+    if step <= max(least, SIGMAS * _noise(values[low:high])):
+        return []
+    before = _cuts(values, low, cut, least, depth + 1)
+    return [*before, cut, *_cuts(values, cut, high, least, depth + 1)]
+
+
+def _best_cut(values: Sequence[float], low: int, high: int) -> int | None:
+    """Return where cutting lowers the squared error most; None where sums exceed what a float
+    holds.
+    """
+    count, total = high - low, sum(values[low:high])
+    best, cut, left = -1.0, None, 0.0
     for i in range(low + 1, high):
         left += values[i - 1]
         n = i - low
@@ -190,20 +212,4 @@ def _cuts(values: Sequence[float], low: int, high: int, floor: float, depth: int
         gain = n * (count - n) / count * apart * apart
         if gain > best:
             best, cut = gain, i
-    if best < 0:  # sums beyond what a float holds
-        return []
-    if cut - low == 1 or high - cut == 1:
-        return _cuts(values, low + (cut - low == 1), high - (high - cut == 1), floor, depth + 1)
-    step = abs(statistics.median(values[cut:high]) - statistics.median(values[low:cut]))
-    if step <= max(floor, SIGMAS * _noise(values[low:high])):
-        return []
-    return [
-        *_cuts(values, low, cut, floor, depth + 1),
-        cut,
-        *_cuts(values, cut, high, floor, depth + 1),
-    ]
-
-
-def _levels(cuts: Sequence[int], count: int) -> list[tuple[int, int, int]]:
-    ends = [0, *cuts, count]
-    return [(cut, ends[i], ends[i + 2]) for i, cut in enumerate(cuts)]
+    return cut

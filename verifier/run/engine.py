@@ -172,7 +172,7 @@ def run_check(uri: Path, options: CheckOptions) -> Report:
         stopped={rule: outcome.stopped for rule, outcome in outcomes.items() if outcome.stopped},
         seconds=round(time.perf_counter() - started, 3),
         inconclusive=reason,
-        evaluation=evaluation.summary if evaluation is not None else None,
+        evaluation=evaluation,
     )
     base_uri = _text(options.base)
     return Report(verdict, os.fspath(uri), base_uri, tuple(findings), tuple(coverage), summary)

@@ -22,10 +22,10 @@ from verifier.errors import ContentError
 from verifier.findings import Finding
 from verifier.payload.cache import ResultKey
 from verifier.payload.reader import scanned_tensors
+from verifier.processes import can_fork, forked
 from verifier.rules import Context, Rule, Tally
 from verifier.run.group import group
 from verifier.run.options import Reading
-from verifier.run.processes import by_copies, can_be_copied
 from verifier.run.subset import Subset, file_of, subset_numbers
 from verifier.schemes import Module
 
@@ -134,7 +134,7 @@ def _results(
     ctx.prepare()
     # Shards first: rules that compare modules then find cached what they ask for. At the same time
     # it would be worked out twice.
-    copied = workers > 1 and _worth_copies(ctx, tasks) and can_be_copied()
+    copied = workers > 1 and _worth_copies(ctx, tasks) and can_fork()
     shards = _by_copies(ctx, run, tasks, workers) if copied else _each(run, tasks, workers)
     return chain(shards, _each(run, comparing, workers))
 
@@ -240,7 +240,7 @@ def _by_copies(
 
     waiting: dict[int, list[Outcome]] = {}
     done = 0
-    for number, (outcomes, exported) in by_copies(run_in_copy, _largest_first(tasks), workers):
+    for number, (outcomes, exported) in forked(run_in_copy, _largest_first(tasks), workers):
         results.imported(exported)
         waiting[number] = outcomes
         while done in waiting:

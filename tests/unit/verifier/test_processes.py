@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from verifier.errors import ContentError, MachineError
-from verifier.run.processes import by_copies, can_be_copied
+from verifier.processes import can_fork, forked
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux", reason="processes are copied on Linux only"
@@ -24,9 +24,9 @@ pytestmark = pytest.mark.skipif(
 
 WAITING = """
 import os, sys, time
-from verifier.run.processes import by_copies, can_be_copied
-assert can_be_copied()
-for count, (_, pid) in enumerate(by_copies(lambda n: os.getpid(), range(9), 3), 1):
+from verifier.processes import can_fork, forked
+assert can_fork()
+for count, (_, pid) in enumerate(forked(lambda n: os.getpid(), range(9), 3), 1):
     print(pid, flush=True)
     if count == 4:
         time.sleep(60)
@@ -48,7 +48,7 @@ def gone(pid: int) -> bool:
 
 @pytest.mark.parametrize("workers", [1, 3, 20])
 def test_each_number_is_worked_on_once_and_elsewhere(workers: int) -> None:
-    found = dict(by_copies(lambda n: (n * n, os.getpid()), [4, 2, 9, 7, 0], workers))
+    found = dict(forked(lambda n: (n * n, os.getpid()), [4, 2, 9, 7, 0], workers))
     assert {n: square for n, (square, _) in found.items()} == {n: n * n for n in (4, 2, 9, 7, 0)}
     pids = {pid for _, pid in found.values()}
     assert os.getpid() not in pids
@@ -57,7 +57,7 @@ def test_each_number_is_worked_on_once_and_elsewhere(workers: int) -> None:
 
 
 def test_nothing_to_do() -> None:
-    assert list(by_copies(lambda n: n, [], 2)) == []
+    assert list(forked(lambda n: n, [], 2)) == []
 
 
 def test_errors_of_a_copy_are_those_of_the_work() -> None:
@@ -65,13 +65,13 @@ def test_errors_of_a_copy_are_those_of_the_work() -> None:
         raise ContentError(f"file {n} is short")
 
     with pytest.raises(ContentError, match="file 3 is short"):
-        list(by_copies(content, [3], 2))
+        list(forked(content, [3], 2))
 
     def defect(n: int) -> int:
         return {0: 0}[n]
 
     with pytest.raises(RuntimeError, match="KeyError: 5") as caught:
-        list(by_copies(defect, [5], 2))
+        list(forked(defect, [5], 2))
     assert "in defect" in caught.value.__notes__[0]
     assert not multiprocessing.active_children()
 
@@ -84,7 +84,7 @@ def test_a_copy_that_is_killed_is_an_error_of_the_machine() -> None:
         return n
 
     with pytest.raises(MachineError, match=r"died \(signal 9\).*--workers 1"):
-        list(by_copies(die, range(4), 2))
+        list(forked(die, range(4), 2))
     assert not multiprocessing.active_children()
 
 
@@ -97,7 +97,7 @@ def test_who_stops_listening_leaves_no_copy_behind() -> None:
         signal.SIGTERM, lambda *_: time.sleep(60)
     )  # a copy does not run what its parent would
     try:
-        said = by_copies(slow, range(20), 3)
+        said = forked(slow, range(20), 3)
         first = next(said)
         said.close()  # type: ignore[attr-defined]
         assert gone(first[1])
@@ -127,4 +127,4 @@ def test_copies_end_with_their_parent(how: signal.Signals) -> None:
 
 
 def test_a_copy_makes_no_copies() -> None:
-    assert dict(by_copies(lambda n: can_be_copied(), [0], 1)) == {0: False}
+    assert dict(forked(lambda n: can_fork(), [0], 1)) == {0: False}

@@ -5,23 +5,25 @@ word counts.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-import io
-import logging
 import math
-import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from verifier.errors import ContentError, MissingExtra
-from verifier.gate.jobs import Job, Piece, Unit
+from verifier.gate.jobs import Job, Unit, UnitScores
+from verifier.gate.scorers.lm_eval_task import language_model, quiet
 
-TASK_VERSION = "wikitext 2.0"
+_METRICS = (
+    ("word_perplexity", "weighted_perplexity"),
+    ("byte_perplexity", "weighted_perplexity"),
+    ("bits_per_byte", "bits_per_byte"),
+)
 
 
-def score_texts(model: Any, job: Job, unit: Unit) -> Piece:
+def score_texts(model: Any, job: Job, unit: Unit) -> UnitScores:
     """Return each document's negative log-likelihood (nats) and words, as the task computes them.
 
     Raises:
@@ -30,23 +32,41 @@ def score_texts(model: Any, job: Job, unit: Unit) -> Piece:
             documents.
     """
     try:
-        # lm-eval is an extra, and its import costs seconds.
-        from datasets import Dataset  # type: ignore[import-untyped]  # noqa: PLC0415
         from lm_eval import simple_evaluate  # type: ignore[import-untyped]  # noqa: PLC0415
-        from lm_eval.models.huggingface import HFLM  # type: ignore[import-untyped]  # noqa: PLC0415
         from lm_eval.tasks import TaskManager  # type: ignore[import-untyped]  # noqa: PLC0415
-        from transformers import AutoTokenizer  # noqa: PLC0415
     except ImportError as error:
         raise MissingExtra("the protocol lm-eval", "gate") from error
+    texts = [text for _, text in unit.texts]
+    adapter = language_model(model, job)
+    with quiet():
+        results = simple_evaluate(
+            model=adapter,
+            tasks=[_task(texts)],
+            task_manager=TaskManager(include_defaults=False),
+            log_samples=True,
+            bootstrap_iters=0,
+        )
+    samples = results["samples"]["wikitext"] if results else []
+    if len(samples) != len(texts):
+        raise ContentError(f"lm-eval scored {len(samples)} of {len(texts)} documents")
+    nats, words, nonfinite = np.zeros(len(texts)), np.zeros(len(texts), np.int64), []
+    for sample in samples:
+        place = int(sample["doc_id"])
+        likelihood, count = sample["word_perplexity"]
+        if math.isfinite(likelihood):
+            nats[place], words[place] = -float(likelihood), int(count)
+        else:
+            nonfinite.append(unit.texts[place][0])
+    return UnitScores(unit.number, {"nats": nats, "words": words}, sorted(nonfinite))
+
+
+def _task(texts: Sequence[str]) -> dict[str, Any]:
+    """Return lm-eval's ``wikitext`` task over the texts."""
+    from datasets import Dataset  # type: ignore[import-untyped]  # noqa: PLC0415
+
     functions = importlib.import_module("lm_eval.tasks.wikitext.preprocess_wikitext")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(job.model, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise ContentError(
-            f"{job.model}: its tokenizer cannot be loaded: {' '.join(str(error).split())[:200]}"
-        ) from error
-    pages = [{"page": text} for _, text in unit.texts]
-    task = {
+    pages = [{"page": text} for text in texts]
+    return {
         "task": "wikitext",
         "custom_dataset": lambda **_: {"test": Dataset.from_list(pages)},
         "test_split": "test",
@@ -55,42 +75,8 @@ def score_texts(model: Any, job: Job, unit: Unit) -> Piece:
         "doc_to_target": functions.wikitext_detokenizer,
         "process_results": functions.process_results,
         "metric_list": [
-            {"metric": m, "aggregation": a, "higher_is_better": False}
-            for m, a in (
-                ("word_perplexity", "weighted_perplexity"),
-                ("byte_perplexity", "weighted_perplexity"),
-                ("bits_per_byte", "bits_per_byte"),
-            )
+            {"metric": metric, "aggregation": aggregation, "higher_is_better": False}
+            for metric, aggregation in _METRICS
         ],
         "metadata": {"version": 2.0},
     }
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    sink = io.StringIO()
-    with (
-        contextlib.redirect_stdout(sink),
-        contextlib.redirect_stderr(sink),
-        warnings.catch_warnings(),
-    ):
-        warnings.simplefilter("ignore")
-        adapter = HFLM(
-            pretrained=model, tokenizer=tokenizer, max_length=job.window, batch_size=job.batch
-        )
-        results = simple_evaluate(
-            model=adapter,
-            tasks=[task],
-            task_manager=TaskManager(include_defaults=False),
-            log_samples=True,
-            bootstrap_iters=0,
-        )
-    samples = results["samples"]["wikitext"] if results else []
-    if len(samples) != len(pages):
-        raise ContentError(f"lm-eval scored {len(samples)} of {len(pages)} documents")
-    nats, words, bad = np.zeros(len(pages)), np.zeros(len(pages), np.int64), []
-    for sample in samples:
-        place = int(sample["doc_id"])
-        likelihood, count = sample["word_perplexity"]
-        if math.isfinite(likelihood):
-            nats[place], words[place] = -float(likelihood), int(count)
-        else:
-            bad.append(unit.texts[place][0])
-    return Piece(unit.number, {"nats": nats, "words": words}, sorted(bad))

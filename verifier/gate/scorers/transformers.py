@@ -1,193 +1,182 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Negative log-likelihood of each token under one model, or two in lockstep, in a process with one
-intra-op thread.
+"""Negative log-likelihood of each token under one model, or under two in lockstep.
+
+On CPU a scoring process has one intra-op thread: the number of threads changes bits.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
+import transformers
 
 from verifier.checkpoint import open_checkpoint
-from verifier.gate.corpora import Corpus
-from verifier.gate.jobs import Array, Job, Piece, Unit, Window
+from verifier.errors import ContentError
+from verifier.gate.jobs import Array, Job, Unit, UnitScores, Window
+from verifier.gate.scorers.expert_counts import ExpertCounter, counting
+from verifier.load.activations import declared_activations
+from verifier.load.model import load_model
 
-LANE, GPU_LANE = 1 << 18, 1 << 27
-"""Log-probabilities that are worked on at a time: what a core's cache holds, what a card does in
-one go."""
-
-
-def windows_of(
-    corpus: Corpus, encode: Callable[[str], tuple[list[int], list[int]]] | None, size: int
-) -> list[Window]:
-    """Return the windows of a corpus: no overlap, no BOS, the last short one included.
-
-    A corpus of ids is cut document by document. Text is one stream, documents joined by a newline;
-    a token belongs to the document in which its first character lies.
-
-    Args:
-        corpus: the documents.
-        encode: text to token ids and the start of each in characters; None for a corpus of ids.
-        size: tokens in a window.
-    """
-    if corpus.ids:
-        return [
-            (ids[i : i + size], (d,) * len(ids[i : i + size]))
-            for d, ids in enumerate(corpus.ids)
-            for i in range(0, len(ids), size)
-        ]
-    if encode is None:
-        raise ValueError("text needs a tokenizer")
-    starts, position = [], 0
-    for text in corpus.texts:
-        starts.append(position)
-        position += len(text) + 1
-    ids, offsets = encode("\n".join(corpus.texts))
-    owner, document = [], 0
-    for offset in offsets:
-        while document + 1 < len(starts) and starts[document + 1] <= offset:
-            document += 1
-        owner.append(document)
-    return [
-        (tuple(ids[i : i + size]), tuple(owner[i : i + size])) for i in range(0, len(ids), size)
-    ]
+CPU_LOGPROBS, GPU_LOGPROBS = 1 << 18, 1 << 27
+"""How many log-probabilities are computed at a time: what fits in a core's cache, and what a GPU
+does in one go."""
 
 
-def score(job: Job, emit: Callable[[Piece], None]) -> dict[str, str]:
-    """Score a job, give each finished unit to ``emit``, and return the environment.
+def score(job: Job, send: Callable[[UnitScores], None]) -> dict[str, str]:
+    """Score a job, send each finished unit, and return the environment.
 
     Raises:
         ContentError: the model cannot be built, or a token id is outside its vocabulary.
     """
-    if job.scorer.name != "hf":
-        from verifier.gate.scorers.engine import score_by_engine  # noqa: PLC0415  (of use to an engine only)
-
-        return score_by_engine(job, emit)
-    # torch and transformers cost 2.4 s; the process that plans the gate does not need them.
-    import torch  # noqa: PLC0415
-
-    from verifier.gate.scorers.expert_counts import counting  # noqa: PLC0415
-    from verifier.load.model import load_model  # noqa: PLC0415
-
     if job.device == "cpu":
         torch.set_num_threads(1)
     model = load_model(job.model, device=job.device).model
     base = load_model(job.base, device=job.device).model if job.base else None
-    _refuse_far_ids(model, job)
+    _check_vocabulary(model, job)
     with ExitStack() as stack:
         if job.scorer.activations == "declared":
-            from verifier.load.activations import declared_activations  # noqa: PLC0415
-
-            for made, uri in ((model, job.model), (base, job.base)):
-                if made is not None and uri is not None:
-                    stack.enter_context(declared_activations(made, open_checkpoint(uri)))
+            for loaded, uri in ((model, job.model), (base, job.base)):
+                if loaded is not None and uri is not None:
+                    stack.enter_context(declared_activations(loaded, open_checkpoint(uri)))
         experts = stack.enter_context(counting(model))
         stack.enter_context(torch.inference_mode())
         for unit in job.units:
-            if job.protocol == "task":
-                from verifier.gate.scorers.lm_eval_task import score_task  # noqa: PLC0415
-
-                piece = score_task(model, job, unit)
-            elif job.protocol == "lm-eval":
-                from verifier.gate.scorers.lm_eval_wikitext import score_texts  # noqa: PLC0415  (lm-eval is seconds more)
-
-                piece = score_texts(model, job, unit)
-            else:
-                piece = _score_windows(model, base, job, unit, experts)
-            piece.experts = experts.take()
-            emit(piece)
+            scores = _score_unit(model, base, job, unit, experts)
+            scores.experts = experts.take()
+            send(scores)
         return environment(model) | {"batch": str(job.batch)}
 
 
-def _refuse_far_ids(model: Any, job: Job) -> None:
-    from verifier.errors import ContentError  # noqa: PLC0415
+def _score_unit(model: Any, base: Any, job: Job, unit: Unit, experts: ExpertCounter) -> UnitScores:
+    # lm-eval takes seconds to import.
+    if job.protocol == "task":
+        from verifier.gate.scorers.lm_eval_task import score_task  # noqa: PLC0415
 
+        return score_task(model, job, unit)
+    if job.protocol == "lm-eval":
+        from verifier.gate.scorers.lm_eval_wikitext import score_texts  # noqa: PLC0415
+
+        return score_texts(model, job, unit)
+    return score_windows(model, base, job, unit, experts)
+
+
+def _check_vocabulary(model: Any, job: Job) -> None:
     vocabulary = model.get_input_embeddings().num_embeddings
     highest = max((max(ids) for ids, _ in job.windows if ids), default=0)
     if highest >= vocabulary:
         raise ContentError(
-            f"{job.model}: the corpus has token id {highest}, the vocabulary {vocabulary} entries"
+            f"{job.model}: the corpus has token id {highest}, and the vocabulary {vocabulary} "
+            "entries"
         )
 
 
-def _score_windows(model: Any, base: Any, job: Job, unit: Unit, experts: Any) -> Piece:
-    import torch  # noqa: PLC0415
-
-    part = [w for w in unit.windows if len(w[0]) > 1]
-    width = max((len(w[0]) for w in part), default=0)
-    bad: set[int] = set()
-    bad_base: set[int] = set()
-    found: list[dict[str, Array]] = []
-    if width:
-        # Padding follows the text, and attention is causal: no scored token sees it.
-        ids = torch.zeros((len(part), width), dtype=torch.long, device=job.device)
-        real = torch.zeros((len(part), width), dtype=torch.bool)
-        for row, (tokens, _) in enumerate(part):
-            ids[row, : len(tokens)] = torch.tensor(tokens, device=job.device)
-            real[row, : len(tokens)] = True
-        experts.real = real.reshape(-1)
-        logits = model(input_ids=ids, use_cache=False).logits
-        theirs = base(input_ids=ids, use_cache=False).logits if base is not None else None
-        at_once = max(1, (LANE if logits.device.type == "cpu" else GPU_LANE) // logits.shape[-1])
-        for row, (tokens, owner) in enumerate(part):
-            scored = len(tokens) - 1
-            for begin in range(0, scored, at_once):
-                at = slice(begin, min(scored, begin + at_once))
-                wanted, owners = torch.tensor(tokens[1:][at], device=logits.device), owner[1:][at]
-                ours, logp, finite = _of_rows(logits[row, at], wanted, job.top_k)
-                if theirs is not None:
-                    other, logb, fine = _of_rows(
-                        theirs[row, at].to(logits.device), wanted, job.top_k
-                    )
-                    bad_base |= {
-                        d for d, good in zip(owners, fine.tolist(), strict=True) if not good
-                    }
-                    ours |= {f"base_{k}": v for k, v in other.items()}
-                    kl = logp.neg_().add_(logb).mul_(logb.exp_()).sum(-1).double()
-                    ours["kl"] = torch.where(finite & fine, kl, 0.0).cpu().numpy()
-                bad |= {d for d, good in zip(owners, finite.tolist(), strict=True) if not good}
-                found.append(ours)
-    arrays = {k: np.concatenate([f[k] for f in found]) for k in (found[0] if found else {})}
-    return Piece(unit.number, arrays, sorted(bad), nonfinite_base=sorted(bad_base))
-
-
-def _of_rows(logits: Any, wanted: Any, top_k: int) -> tuple[dict[str, Array], Any, Any]:
-    """Return the arrays of `Piece` for some positions, the log-probabilities, and which positions
-    are finite.
+@dataclass
+class _Rows:
+    """The log-probabilities at some positions: the arrays of `UnitScores`, all of them, and at
+    which positions they are finite.
     """
-    import torch  # noqa: PLC0415
 
-    rows = logits.float()
-    logp = torch.log_softmax(rows, -1)
-    nats = -logp.gather(-1, wanted[:, None])[:, 0]
+    arrays: dict[str, Array]
+    logprobs: torch.Tensor
+    finite: torch.Tensor
+
+
+def score_windows(
+    model: Any, base: Any, job: Job, unit: Unit, experts: ExpertCounter
+) -> UnitScores:
+    """Score a unit's windows with a model, and with its base where that is not None."""
+    windows = [window for window in unit.windows if len(window[0]) > 1]
+    scores = UnitScores(unit.number, {})
+    if not windows:
+        return scores
+    ids, real = _padded(windows, job.device)
+    experts.real = real.reshape(-1)
+    logits = model(input_ids=ids, use_cache=False).logits
+    base_logits = base(input_ids=ids, use_cache=False).logits if base is not None else None
+    at_a_time = CPU_LOGPROBS if logits.device.type == "cpu" else GPU_LOGPROBS
+    step = max(1, at_a_time // logits.shape[-1])
+    parts: list[dict[str, Array]] = []
+    nonfinite: set[int] = set()
+    nonfinite_base: set[int] = set()
+    for row, (tokens, owners) in enumerate(windows):
+        for start in range(0, len(tokens) - 1, step):
+            part = slice(start, min(len(tokens) - 1, start + step))
+            targets = torch.tensor(tokens[1:][part], device=logits.device)
+            rows = _rows(logits[row, part], targets, job.top_k)
+            nonfinite |= _owners_where(~rows.finite, owners[1:][part])
+            if base_logits is not None:
+                base_rows = _rows(base_logits[row, part].to(logits.device), targets, job.top_k)
+                nonfinite_base |= _owners_where(~base_rows.finite, owners[1:][part])
+                rows.arrays |= {f"base_{name}": v for name, v in base_rows.arrays.items()}
+                rows.arrays["kl"] = _kl(base_rows, rows)
+            parts.append(rows.arrays)
+    scores.arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    scores.nonfinite, scores.nonfinite_base = sorted(nonfinite), sorted(nonfinite_base)
+    return scores
+
+
+def _padded(windows: Sequence[Window], device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return token ids, int64 [windows, longest], and which of them are not padding, bool.
+
+    Padding follows the text, and attention is causal: no scored token sees it.
+    """
+    width = max(len(tokens) for tokens, _ in windows)
+    ids = torch.zeros((len(windows), width), dtype=torch.long, device=device)
+    real = torch.zeros((len(windows), width), dtype=torch.bool)
+    for row, (tokens, _) in enumerate(windows):
+        ids[row, : len(tokens)] = torch.tensor(tokens, device=device)
+        real[row, : len(tokens)] = True
+    return ids, real
+
+
+def _rows(logits: torch.Tensor, targets: torch.Tensor, top_k: int) -> _Rows:
+    """Return the log-probabilities at some positions.
+
+    Args:
+        logits: [positions, vocabulary].
+        targets: the token that follows each position, [positions].
+        top_k: how many top tokens to keep.
+    """
+    logprobs = torch.log_softmax(logits.float(), -1)
+    nats = -logprobs.gather(-1, targets[:, None])[:, 0]
     # A logit that is infinite where it does not matter leaves the log-probability finite; it is
     # still a defect. The smallest log-probability of a position is finite only where all its logits
     # are.
-    finite = torch.isfinite(logp.amin(-1))
-    best, at = logp.max(-1)
-    found = {
+    finite = torch.isfinite(logprobs.amin(-1))
+    best, top = logprobs.max(-1)
+    tensors = {
         "nats": torch.where(finite, nats, 0.0),
-        "top1": at.to(torch.int32),
+        "top1": top.to(torch.int32),
         "sure": torch.where(finite, best, 0.0),
     }
     if top_k:
-        values, ids = logp.topk(min(top_k, logp.shape[-1]), -1)
-        found |= {
-            "top_ids": ids.to(torch.int32),
-            "top_logprobs": torch.where(finite[:, None], values, 0.0),
-        }
-    return {k: v.cpu().numpy() for k, v in found.items()}, logp, finite
+        values, ids = logprobs.topk(min(top_k, logprobs.shape[-1]), -1)
+        tensors["top_ids"] = ids.to(torch.int32)
+        tensors["top_logprobs"] = torch.where(finite[:, None], values, 0.0)
+    return _Rows({name: t.cpu().numpy() for name, t in tensors.items()}, logprobs, finite)
+
+
+def _kl(base: _Rows, model: _Rows) -> Array:
+    """Return KL(base || model) at each position, nats, float64; the log-probabilities of both are
+    overwritten.
+    """
+    difference = model.logprobs.neg_().add_(base.logprobs)
+    kl = difference.mul_(base.logprobs.exp_()).sum(-1).double()
+    result: Array = torch.where(model.finite & base.finite, kl, 0.0).cpu().numpy()
+    return result
+
+
+def _owners_where(flags: torch.Tensor, owners: Sequence[int]) -> set[int]:
+    return {owner for owner, flag in zip(owners, flags.tolist(), strict=True) if flag}
 
 
 def environment(model: Any) -> dict[str, str]:
-    """Return what a score depends on beside its protocol: versions, device, implementations."""
-    import torch  # noqa: PLC0415
-    import transformers  # noqa: PLC0415
-
+    """Return what a score depends on besides its protocol: versions, device, implementations."""
     device = next(model.parameters()).device
     return {
         "torch": torch.__version__.partition("+")[0],
@@ -196,9 +185,3 @@ def environment(model: Any) -> dict[str, str]:
         "attention": str(getattr(model.config, "_attn_implementation", "")),
         "experts": str(getattr(model.config, "_experts_implementation", "")),
     }
-
-
-def perplexity(nats: Sequence[float], tokens: Sequence[int]) -> float:
-    """Return exp(total nats / total tokens)."""
-    total = sum(tokens)
-    return math.exp(sum(nats) / total) if total else math.nan

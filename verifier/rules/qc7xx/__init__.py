@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What text shows: judged from an `Evaluation`, which another room measures."""
+"""What scoring text shows, from an `Evaluation` that depth eval measured."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from verifier.evaluation import GateResult, why_unscored
 from verifier.findings import Finding
 from verifier.rules.context import Context
 from verifier.rules.registry import rule
@@ -33,25 +34,22 @@ def check(ctx: Context) -> Iterator[Finding]:
 
     **Fix.** Find the tensor with ``check --depth payload --base``; QC5xx names it.
     """
-    evaluation = ctx.inputs.evaluation
-    if evaluation is None:
-        ctx.tally.miss(1, "nothing was scored")
+    result = ctx.inputs.evaluation
+    if not isinstance(result, GateResult) or not result.losses:
+        ctx.tally.miss(1, why_unscored(result) or "logits are not finite")
         return
-    if evaluation.unscored or not evaluation.losses:
-        ctx.tally.miss(1, evaluation.unscored or "logits are not finite")
-        return
-    loss = evaluation.losses[0]
+    loss, collapse = result.losses[0].interval, result.collapse
     interval = f"[{loss.low:+.5f}, {loss.high:+.5f}]"
-    if loss.low > evaluation.collapse:
+    if loss.low > collapse:
         ctx.tally.see()
         yield ctx.finding(
             "the loss increase over the base is that of a collapsed model",
-            observed=f"{loss.value:+.5f} {evaluation.unit} {interval}",
-            expected=f"at most {evaluation.collapse:.5f}",
+            observed=f"{loss.delta:+.5f} {result.unit} {interval}",
+            expected=f"at most {collapse:.5f}",
         )
-    elif loss.high <= evaluation.collapse:
+    elif loss.high <= collapse:
         ctx.tally.see()
     else:
         ctx.tally.miss(
-            1, f"inconclusive: {interval} contains the collapse threshold {evaluation.collapse:.5f}"
+            1, f"inconclusive: {interval} contains the collapse threshold {collapse:.5f}"
         )

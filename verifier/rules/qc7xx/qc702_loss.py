@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from verifier.evaluation import Evaluation, Loss
+from verifier.evaluation import GateResult, Loss, why_unscored
 from verifier.findings import Finding
 from verifier.rules.context import Context
 from verifier.rules.registry import rule
@@ -37,52 +37,50 @@ def check(ctx: Context) -> Iterator[Finding]:
     **Fix.** If it is inconclusive, add documents. If it fails, use ``--drift-against`` and
     ``ckptgate diff`` with an accepted export.
     """
-    evaluation = ctx.inputs.evaluation
-    if evaluation is None:
-        ctx.tally.miss(1, "nothing was scored")
+    result = ctx.inputs.evaluation
+    if not isinstance(result, GateResult) or not result.losses:
+        ctx.tally.miss(1, why_unscored(result) or "logits are not finite")
         return
-    losses = evaluation.losses
-    if evaluation.unscored or not losses:
-        ctx.tally.miss(1, evaluation.unscored or "logits are not finite")
-        return
-    yield from _measurements(ctx, evaluation)
-    beyond = [x for x in losses if x.standing == "beyond"]
-    if beyond or all(x.standing == "within" for x in losses):
+    losses = result.losses
+    yield from _measurements(ctx, result)
+    beyond = [loss for loss in losses if loss.status == "beyond"]
+    if beyond or all(loss.status == "within" for loss in losses):
         ctx.tally.see(len(losses))
     else:
-        ctx.tally.miss(len(losses), _why_inconclusive(evaluation))
+        ctx.tally.miss(len(losses), _why_inconclusive(result))
     for loss in beyond:
-        if loss is losses[0] and loss.low > evaluation.collapse:
+        if loss is losses[0] and loss.interval.low > result.collapse:
             continue  # QC701
         yield ctx.finding(
-            f"loss increase over {loss.against} exceeds its margin",
-            observed=_estimate(loss, evaluation.unit),
-            expected=f"at most {loss.margin:.5f} ({loss.source})",
+            f"loss increase over {loss.over} exceeds its margin",
+            observed=_estimate(loss, result.unit),
+            expected=f"at most {loss.margin.nats:.5f} ({loss.margin.source})",
         )
 
 
-def _measurements(ctx: Context, evaluation: Evaluation) -> Iterator[Finding]:
+def _measurements(ctx: Context, result: GateResult) -> Iterator[Finding]:
     """Yield what was measured, for information."""
-    for loss in evaluation.losses:
+    for loss in result.losses:
         yield ctx.finding(
-            f"measured loss increase over {loss.against} ({evaluation.unit})",
+            f"measured loss increase over {loss.over} ({result.unit})",
             severity="info",
-            observed=_estimate(loss, evaluation.unit),
-            expected=f"at most {loss.margin:.5f} ({loss.source})",
+            observed=_estimate(loss, result.unit),
+            expected=f"at most {loss.margin.nats:.5f} ({loss.margin.source})",
         )
-    for note in evaluation.notes:
+    for note in result.notes:
         yield ctx.finding(f"note: {note}", severity="info")
 
 
-def _why_inconclusive(evaluation: Evaluation) -> str:
+def _why_inconclusive(result: GateResult) -> str:
     """Return the first loss that is neither within nor beyond its margin, and what would decide."""
-    loss = next(x for x in evaluation.losses if x.standing == "open")
-    about = f"about {evaluation.needed:,}" if evaluation.needed else "more"
+    loss = next(loss for loss in result.losses if loss.status == "open")
+    about = f"about {result.needed:,}" if result.needed else "more"
     return (
-        f"inconclusive: loss increase over {loss.against} {_estimate(loss, evaluation.unit)},"
-        f" margin {loss.margin:.5f}; {about} documents like these would decide"
+        f"inconclusive: loss increase over {loss.over} {_estimate(loss, result.unit)}, margin "
+        f"{loss.margin.nats:.5f}; {about} documents like these would decide"
     )
 
 
 def _estimate(loss: Loss, unit: str) -> str:
-    return f"{loss.value:+.5f} {unit} [{loss.low:+.5f}, {loss.high:+.5f}]"
+    interval = loss.interval
+    return f"{interval.delta:+.5f} {unit} [{interval.low:+.5f}, {interval.high:+.5f}]"

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from verifier.evaluation import Evaluation
+from verifier.evaluation import GateResult, why_unscored
 from verifier.findings import Finding
 from verifier.rules.context import Context, Tally
 from verifier.rules.registry import rule
@@ -38,36 +38,36 @@ def check(ctx: Context) -> Iterator[Finding]:
 
     **Fix.** QC301, QC501 and QC511 find the expert; a corpus of mixed domains reaches more of them.
     """
-    evaluation = ctx.inputs.evaluation
-    if evaluation is None or evaluation.unscored:
-        ctx.tally.miss(1, evaluation.unscored if evaluation else "nothing was scored")
+    result = ctx.inputs.evaluation
+    if not isinstance(result, GateResult):
+        ctx.tally.miss(1, why_unscored(result))
         return
-    _count(ctx.tally, evaluation)
-    nonfinite, outliers = evaluation.nonfinite, evaluation.hit
+    _count(ctx.tally, result)
+    nonfinite, outliers = result.nonfinite_candidate, result.measures.beyond
     if nonfinite:
         yield ctx.finding(
             "logits are not finite",
-            observed=f"documents {_numbers(nonfinite)} of {evaluation.documents}",
+            observed=f"documents {_numbers(nonfinite)} of {len(result.documents)}",
             expected="finite logits",
             count=len(nonfinite),
         )
-    if outliers and evaluation.worst is not None:
-        document, loss, bound = evaluation.worst
+    if outliers and result.measures.worst is not None:
+        document, loss, bound = result.measures.worst
         yield ctx.finding(
             "outlier documents: possible localized damage that the mean hides",
             severity="warning",
             observed=f"documents {_numbers(outliers)};"
-            f" the worst, {document}, loses {loss:+.5f} {evaluation.unit}",
+            f" the worst, {document}, loses {loss:+.5f} {result.unit}",
             expected=f"at most {bound:+.5f} for that document",
             count=len(outliers),
         )
 
 
-def _count(tally: Tally, evaluation: Evaluation) -> None:
+def _count(tally: Tally, result: GateResult) -> None:
     """Count documents and experts; experts that no token reached are missed."""
-    reach = evaluation.reach
-    tally.see(evaluation.documents + sum(x.experts - len(x.unreached) for x in reach))
-    partly = [x for x in reach if x.unreached]
+    layers = result.experts
+    tally.see(len(result.documents) + sum(x.experts - len(x.unreached) for x in layers))
+    partly = [x for x in layers if x.unreached]
     names = "; ".join(f"{x.layer} {_numbers(x.unreached)}" for x in partly[:MAX_LAYERS])
     missed = sum(len(x.unreached) for x in partly)
     tally.miss(missed, f"no token of the corpus reaches experts {names}")

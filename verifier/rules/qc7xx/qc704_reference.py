@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from verifier.evaluation import GateResult, why_unscored
 from verifier.findings import Finding
 from verifier.quantized import config_value
 from verifier.rules.context import Context
@@ -39,13 +40,13 @@ def check(ctx: Context) -> Iterator[Finding]:
     **Fix.** Compare with the release that the candidate was made from, on text that the model was
     made for.
     """
-    evaluation = ctx.inputs.evaluation
-    if evaluation is None or evaluation.unscored:
-        ctx.tally.miss(1, evaluation.unscored if evaluation else "nothing was scored")
+    result = ctx.inputs.evaluation
+    if not isinstance(result, GateResult):
+        ctx.tally.miss(1, why_unscored(result))
         return
     ctx.tally.see()
-    if evaluation.nonfinite_base:
-        count = len(evaluation.nonfinite_base)
+    if result.nonfinite_base:
+        count = len(result.nonfinite_base)
         yield ctx.finding(
             "the base's logits are not finite",
             severity="error",
@@ -54,7 +55,7 @@ def check(ctx: Context) -> Iterator[Finding]:
             expected="finite logits",
         )
     vocabulary = config_value(ctx.base.checkpoint.config if ctx.base else None, "vocab_size")
-    loss = evaluation.base_nats
+    loss = result.base_nats
     if loss is None or vocabulary is None or vocabulary < 2:
         return
     uniform = math.log(vocabulary)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from verifier.evaluation import GateResult, NotScored, why_unscored
 from verifier.findings import Finding
 from verifier.rules.context import Context
 from verifier.rules.registry import rule
@@ -34,22 +35,22 @@ def check(ctx: Context) -> Iterator[Finding]:
 
     **Fix.** Score the run that the message names again.
     """
-    evaluation = ctx.inputs.evaluation
-    if evaluation is None or (evaluation.failure and not evaluation.incomparable):
-        ctx.tally.miss(1, evaluation.failure if evaluation else "nothing was scored")
-        return
-    ctx.tally.see(max(1, evaluation.keys))
-    if evaluation.incomparable:
+    result = ctx.inputs.evaluation
+    if isinstance(result, NotScored) and result.incomparable:
+        ctx.tally.see()
         yield ctx.finding(
-            "scored with different protocols",
-            observed=evaluation.incomparable,
-            expected="one protocol",
+            "scored with different protocols", observed=result.reason, expected="one protocol"
         )
-    elif evaluation.unlike:
+        return
+    if not isinstance(result, GateResult):
+        ctx.tally.miss(1, why_unscored(result))
+        return
+    ctx.tally.see(max(1, len(result.key) + len(result.environment)))
+    if result.unlike:
         yield ctx.finding(
             "scored in different environments; intervals are widened by the noise floor",
             severity="warning",
-            observed="; ".join(evaluation.unlike),
+            observed="; ".join(result.unlike),
             expected="one environment",
-            count=len(evaluation.unlike),
+            count=len(result.unlike),
         )

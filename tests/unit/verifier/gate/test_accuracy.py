@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -17,19 +18,19 @@ from tests.paths import ROOT
 from verifier.checkpoint import open_checkpoint
 from verifier.cli import run
 from verifier.errors import ContentError, IncomparableError, UsageError
-from verifier.gate.as_depth import evaluation_of
+from verifier.evaluation import Margin
 from verifier.gate.comparison import compare_runs
-from verifier.gate.decision import Margin, margin_of
-from verifier.gate.jobs import Job, Piece
+from verifier.gate.decision import margin_of
+from verifier.gate.jobs import UnitScores
+from verifier.gate.options import ScoringOptions
 from verifier.gate.render import render_json, render_run, render_text
 from verifier.gate.run_file import Run, RunHeader, read_run, write_run
-from verifier.gate.score import run_of
+from verifier.gate.score import JobScores, run_of
 from verifier.gate.scorers.lm_eval_task import task_corpus
 from verifier.gate.scorers.transformers import score
 from verifier.gate.statistics import accuracy_loss, documents_needed, p_of_loss
-from verifier.gate.windows import plan_units
-from verifier.goldens.judge import judge
-from verifier.goldens.store import proposed
+from verifier.gate.windows import plan_scoring
+from verifier.goldens import compare, golden_of
 
 GOLDEN = ROOT / "goldens" / "minimax-m3-tiny"
 D = 14
@@ -123,10 +124,9 @@ def test_three_outcomes(lost: int, won: int, outcome: str) -> None:
     assert "margin   0.03000 of accuracy (given, 3% of accuracy)" in text
     assert "perplexity" not in text
     assert json.loads(render_json(result))["accuracy"]["lost"] == lost
-    evaluation = evaluation_of(result)
-    assert (evaluation.unit, evaluation.base_nats) == ("of accuracy", None)
+    assert (result.unit, result.base_nats) == ("of accuracy", None)
     assert (
-        evaluation.losses[0].standing
+        result.losses[0].status
         == {"passed": "within", "failed": "beyond", "inconclusive": "open"}[outcome]
     )
     drift = compare_runs(
@@ -142,13 +142,11 @@ def test_an_accepted_task_is_held_by_its_answers(lost: int, outcome: str) -> Non
     records = []
     for more, won in ((0, 0), (lost, 10 if outcome == "within" else 0)):
         base, candidate = answers(2000, 20 + more, won)
-        records.append(
-            proposed(json.loads(render_json(compare_runs(base, candidate, Margin(0.5, "")))))
-        )
+        records.append(golden_of(compare_runs(base, candidate, Margin(0.5, ""))))
     records[0] = records[0].model_copy(
         update={"drift": 0.02 if outcome != "inconclusive" else 0.006}
     )
-    judged = judge(*records)
+    judged = compare(*records)
     assert judged.outcome == outcome, judged.sentence
     assert outcome == "agrees" or "of accuracy" in judged.sentence
 
@@ -160,7 +158,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
         compare_runs(base, other, Margin(0.5, ""))
     half = Run(candidate.header, candidate.arrays | {"sums": np.full(10, 0.5)})
     write_run(tmp_path / "half.run", half)
-    with pytest.raises(ContentError, match="neither right nor wrong"):
+    with pytest.raises(ContentError, match=r"neither right \(0\) nor wrong"):
         read_run(tmp_path / "half.run")
     with pytest.raises(UsageError, match="no default margin"):
         margin_of(None, ["NVFP4"], task=True)
@@ -193,7 +191,10 @@ filter_list:
 
 def task_files(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     monkeypatch.setenv("HF_DATASETS_CACHE", str(folder / "cache"))
-    nouns = "sky game city film song war team king river church road ship book star year world house first".split()
+    nouns = (
+        "sky game city film song war team king river church road ship book star year world house "
+        "first"
+    ).split()
     rows = [
         {"q": f"The {n} is", "choices": [" a", " the", " of"], "gold": i % 3, "t": "the"}
         for i, n in enumerate(nouns)
@@ -228,20 +229,20 @@ def test_tasks_from_yaml_files(
         info = corpus.task
         assert info is not None
         assert (info.version, info.shots, info.metric, info.filter) == ("1.0", 0, metric, filter_)
-        key, units = plan_units([ckpt], corpus, "task", 128, 4)
-        assert [len(u) for u in units] == [16, 2]
-        pieces: list[Piece] = []
-        environment = score(
-            Job(ckpt.uri, "cpu", "task", 4, 128, 18, tuple(units), task=info), pieces.append
-        )
-        found = run_of(ckpt, corpus, key, units, dict(enumerate(pieces)), environment)
+        options = ScoringOptions(corpus, "task", seq_len=128, batch=4)
+        plan = plan_scoring([ckpt], options)
+        assert [len(unit) for unit in plan.units] == [16, 2]
+        scores: list[UnitScores] = []
+        job = replace(options.job(ckpt.uri), units=plan.units)
+        environment = score(job, scores.append)
+        found = run_of(plan, ckpt, JobScores(dict(enumerate(scores)), environment), 0.0)
         write_run(tmp_path / name, found)
         assert read_run(tmp_path / name).header.key["task"] == name
         assert found.tokens.tolist() == [1] * 18
         if name == "tiny_choice":
             assert 0 < found.sums.sum() < 18
             assert f"{18 - int(found.sums.sum())} of 18 right" in render_run(found, "x")
-    with pytest.raises(UsageError, match="no metric 'f1'; it has acc"):
+    with pytest.raises(UsageError, match="no metric 'f1'; available: acc"):
         task_corpus(files["tiny_choice"], "f1")
     with pytest.raises(UsageError, match="loglikelihood_rolling"):
         task_corpus(files["tiny_rolling"])
@@ -252,8 +253,8 @@ def test_tasks_from_yaml_files(
         ([*task, "--kl", "top-k"], "needs the protocol tokens"),
         (["--protocol", str(tmp_path / "none.yaml")], "no such file"),
         (["--protocol", "a b"], "tokens, lm-eval, a task"),
-        ([], "needs --corpus"),
-        (["--corpus", "x", "--metric", "acc"], "--metric is for a task"),
+        ([], "--corpus is required"),
+        (["--corpus", "x", "--metric", "acc"], "--metric needs a task"),
     ):
         assert run([*gate, *args]) == 2, args
         assert message in capsys.readouterr().err

@@ -10,13 +10,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from verifier.errors import ContentError, MissingExtra, UsageError
+from verifier.evaluation import Interval, Margin, Outcome
 from verifier.gate.corpora import Corpus, documents_digest, load_corpus, split_documents
-from verifier.gate.decision import Margin, decide, margin_of
-from verifier.gate.jobs import Sums
-from verifier.gate.scorers.transformers import perplexity, windows_of
-from verifier.gate.statistics import Interval, documents_needed, paired
+from verifier.gate.decision import margin_of, outcome_of
+from verifier.gate.statistics import documents_needed, paired, perplexity
+from verifier.gate.windows import windows_of
+
+
+def decide(interval: Interval, margin: Margin) -> Outcome:
+    return outcome_of([(interval, margin)], floor=None, widening=0.0, alpha=0.05)
+
 
 TEXT = "preamble\n = First = \n a b c \n = = Section = = \n d e \n = Second = \n f g\n"
 
@@ -74,10 +80,9 @@ def test_one_document_has_no_interval() -> None:
     ],
 )
 def test_three_outcomes(low: float, high: float, outcome: str) -> None:
-    assert (
-        decide(Interval((low + high) / 2, 0.01, low, high, 10, 100, 1.8, 9.0), Margin(0.077, ""))
-        == outcome
-    )
+    t = float(stats.t.ppf(0.95, 9))
+    interval = Interval((low + high) / 2, (high - low) / 2 / t, low, high, 10, 100, t, 9.0)
+    assert decide(interval, Margin(0.077, "")) == outcome
 
 
 def test_documents_needed_grows_with_the_square() -> None:
@@ -122,16 +127,8 @@ def test_a_token_of_text_belongs_to_the_document_in_which_it_begins() -> None:
     assert [len(w[0]) for w in windows_of(corpus, pairs, 3)] == [3, 1]
 
 
-def test_sums_add_and_perplexity() -> None:
-    a, b = Sums([1.0, 2.0], [1, 2]), Sums([3.0, 0.0], [4, 0], [1], {"torch": "x"})
-    a.add(b)
-    assert (a.nats, a.tokens, a.nonfinite, a.environment) == (
-        [4.0, 2.0],
-        [5, 2],
-        [1],
-        {"torch": "x"},
-    )
-    assert perplexity(a.nats, a.tokens) == pytest.approx(math.exp(6 / 7))
+def test_perplexity() -> None:
+    assert perplexity([4.0, 2.0], [5, 2]) == pytest.approx(math.exp(6 / 7))
     assert math.isnan(perplexity([], []))
 
 

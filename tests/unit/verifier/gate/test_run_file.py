@@ -16,16 +16,17 @@ from safetensors.numpy import load_file, save_file
 
 from verifier.cli import run as cli
 from verifier.errors import ContentError, IncomparableError, UsageError
-from verifier.gate.attempts import Attempts
+from verifier.evaluation import Margin
+from verifier.gate.attempts import Attempts, Pair
 from verifier.gate.comparison import compare_runs
 from verifier.gate.corpora import Corpus, documents_digest
-from verifier.gate.decision import Margin
-from verifier.gate.jobs import Piece, Unit
+from verifier.gate.jobs import Unit, UnitScores
 from verifier.gate.journal import Journal
+from verifier.gate.options import ScoringOptions
 from verifier.gate.render import render_json, render_text
 from verifier.gate.run_file import Run, RunHeader, read_run, sums_of, write_run
 from verifier.gate.score import assemble, floor_of
-from verifier.gate.scorers.expert_counts import Counter
+from verifier.gate.scorers.expert_counts import ExpertCounter
 from verifier.gate.windows import floor_units, units_of
 
 KEY: dict[str, Any] = {
@@ -107,9 +108,9 @@ def spoil(tmp_path: Path, run: Run, **changes: Any) -> Path:
         ({"top_ids": np.zeros((3, 2), np.int32)}, "no array 'top_logprobs'"),
         ({"sums": BASE.sums[:3]}, "40 documents"),
         ({"sure": np.abs(BASE.arrays["sure"]) + 1}, "probability above one"),
-        ({"other": np.zeros(3, np.float32)}, "no array 'other'"),
+        ({"other": np.zeros(3, np.float32)}, "unexpected array 'other'"),
         ({"nats": BASE.arrays["nats"].astype(np.float64)}, "of F64"),
-        ({"header": {"nonfinite": [40]}}, "does not have"),
+        ({"header": {"nonfinite": [40]}}, "does not exist"),
         ({"header": {"documents": []}}, "0 documents"),
         ({"header": {"weights_sha256": "x"}}, "weights_sha256"),
         ({"header": {"floor": math.inf}}, "JSON"),
@@ -132,7 +133,7 @@ def test_files_that_are_no_runs(tmp_path: Path) -> None:
         with pytest.raises(ContentError, match="not a run file"):
             read_run(file)
     save_file({"a": np.zeros(1)}, file)
-    with pytest.raises(ContentError, match="but not a run"):
+    with pytest.raises(ContentError, match="but not a run file"):
         read_run(file)
     write_run(file, BASE)
     raw = bytearray(file.read_bytes())
@@ -193,7 +194,7 @@ def test_unlike_protocols_are_refused_by_name_and_unlike_environments_widen() ->
         ("corpus_sha256", "1" * 64),
         ("bos", True),
     ):
-        with pytest.raises(ContentError, match=f": {name} is"):
+        with pytest.raises(ContentError, match=rf"\({name} is"):
             compare_runs(BASE, made(1, "b", key=KEY | {name: value}), MARGIN)
     with pytest.raises(ContentError, match="tokenizer_sha256 is null and"):
         compare_runs(BASE, made(1, "b", key=KEY | {"tokenizer_sha256": "2" * 64}), MARGIN)
@@ -210,7 +211,7 @@ def test_unlike_protocols_are_refused_by_name_and_unlike_environments_widen() ->
     assert same.interval is not None
     assert other.interval.high == pytest.approx(same.interval.high + 0.0005)
     assert other.interval.low == pytest.approx(same.interval.low - 0.0005)
-    assert "unlike environments (device cpu and H200)" in render_text(other)
+    assert "different environments (device cpu and H200)" in render_text(other)
 
 
 def test_other_documents_are_refused() -> None:
@@ -231,13 +232,13 @@ def test_experts_that_the_text_does_not_reach_are_named() -> None:
     result = compare_runs(BASE, made(1, "b", 0.01, experts=counts), MARGIN)
     text = render_text(result)
     assert "5 of 6 reached in 2 layers" in text
-    assert "not judged: layers.1.experts experts 1 (1 of 3)" in text
+    assert "not evaluated: layers.1.experts experts 1 (1 of 3)" in text
 
 
 def test_experts_are_counted_without_padding() -> None:
     import torch
 
-    counter = Counter()
+    counter = ExpertCounter()
     counter.real = torch.tensor([True, True, False, False])
     counter.add(
         "x", 3, torch.tensor([[0, 1], [0, 3], [2, 2], [2, 2]])
@@ -249,16 +250,17 @@ def test_experts_are_counted_without_padding() -> None:
 def test_a_logit_that_is_not_finite_anywhere_is_seen() -> None:
     import torch
 
-    from verifier.gate.scorers.transformers import _of_rows
+    from verifier.gate.scorers.transformers import _rows
 
     rows = torch.randn((5, 50), generator=torch.Generator().manual_seed(1))
     rows[0, 3], rows[1, 4], rows[2, 5], rows[3, 1] = math.inf, -math.inf, math.nan, 3e38
-    found, logp, finite = _of_rows(rows, torch.zeros(5, dtype=torch.long), 4)
-    assert finite.tolist() == [False, False, False, True, True]
-    assert all(np.isfinite(v).all() for v in found.values())
-    assert found["nats"][4] == -logp[4, 0]
-    assert found["top_ids"][4, 0] == found["top1"][4]
-    assert found["top_logprobs"][4].tolist() == sorted(logp[4].tolist(), reverse=True)[:4]
+    found = _rows(rows, torch.zeros(5, dtype=torch.long), 4)
+    arrays, logprobs = found.arrays, found.logprobs
+    assert found.finite.tolist() == [False, False, False, True, True]
+    assert all(np.isfinite(v).all() for v in arrays.values())
+    assert arrays["nats"][4] == -logprobs[4, 0]
+    assert arrays["top_ids"][4, 0] == arrays["top1"][4]
+    assert arrays["top_logprobs"][4].tolist() == sorted(logprobs[4].tolist(), reverse=True)[:4]
 
 
 def test_few_documents_get_a_figure_that_decides_nothing() -> None:
@@ -266,7 +268,7 @@ def test_few_documents_get_a_figure_that_decides_nothing() -> None:
     many = compare_runs(BASE, GOOD, MARGIN)
     assert few.measures.se_blocks is not None
     assert many.measures.se_blocks is None
-    assert "decides nothing" in render_text(few)
+    assert "informational" in render_text(few)
 
 
 def test_later_looks_are_at_a_stricter_level() -> None:
@@ -312,8 +314,8 @@ def windows(lengths: list[int]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]
     return [(tuple(range(n)), (d,) * n) for d, n in enumerate(lengths)]
 
 
-def pieces_of(units: list[Unit], shift: float = 0.0) -> dict[int, Piece]:
-    """Return pieces in which a token's nats tell its window and position."""
+def scores_of(units: list[Unit], shift: float = 0.0) -> dict[int, UnitScores]:
+    """Return scores in which a token's nats tell its window and position."""
     found = {}
     for u in units:
         nats = [
@@ -322,16 +324,16 @@ def pieces_of(units: list[Unit], shift: float = 0.0) -> dict[int, Piece]:
             for i in range(len(ids) - 1)
         ]
         arrays = {"nats": np.array(nats, np.float32), "top1": np.zeros(len(nats), np.int32)}
-        found[u.number] = Piece(
+        found[u.number] = UnitScores(
             u.number, arrays | {"sure": np.zeros(len(nats), np.float32)} if nats else {}
         )
     return found
 
 
-def test_pieces_fall_into_their_places_whatever_the_batch() -> None:
+def test_scores_fall_into_their_places_whatever_the_batch() -> None:
     lengths = [5, 1, 9, 2, 9]
     whole = [
-        assemble(units_of(windows(lengths), b), pieces_of(units_of(windows(lengths), b)), 5)
+        assemble(units_of(windows(lengths), b), scores_of(units_of(windows(lengths), b)), 5)
         for b in (1, 2, 3, 8)
     ]
     assert whole[0]["tokens"].tolist() == [4, 0, 8, 1, 8]
@@ -346,9 +348,9 @@ def test_the_floor_is_what_other_batches_change() -> None:
     assert {p for u in again for p in u.places} == set(range(8))
     assert {u.number for u in again}.isdisjoint(u.number for u in units)
     assert {u.windows for u in again}.isdisjoint(u.windows for u in units)
-    same = pieces_of([*units, *again])
+    same = scores_of([*units, *again])
     assert floor_of(units, again, same) == 0.0
-    assert floor_of(units, again, pieces_of(units) | pieces_of(again, 0.25)) == pytest.approx(0.25)
+    assert floor_of(units, again, scores_of(units) | scores_of(again, 0.25)) == pytest.approx(0.25)
     assert floor_of(units, [], same) is None
 
 
@@ -374,7 +376,7 @@ def test_a_margin_within_what_engines_differ_by_is_inconclusive() -> None:
     assert found.outcome == "inconclusive"
     assert found.floor == pytest.approx(0.03, abs=1e-6)
     assert "floor    0.0300" in render_text(found)
-    assert "under vllm 0.32 on cuda differs from itself by up to 0.0010" in found.notes[0]
+    assert "under vllm 0.32 on cuda the base differs from itself by up to 0.0010" in found.notes[0]
     assert "not above the noise floor" in found.notes[2]
     assert compare_runs(BASE, GOOD, wide, floor_runs=[by_engine(-0.03)]).outcome == "passed"
 
@@ -418,10 +420,10 @@ def test_compare_takes_floors(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 def test_a_journal_keeps_whole_units_only(tmp_path: Path) -> None:
     file, header = tmp_path / "x.part", {"key": "one"}
-    pieces = pieces_of(units_of(windows([5, 4, 3]), 1))
+    scores = scores_of(units_of(windows([5, 4, 3]), 1))
     with Journal(file, header) as journal:
-        journal.add(pieces[0])
-        journal.add(pieces[1])
+        journal.add(scores[0])
+        journal.add(scores[1])
         with pytest.raises(UsageError, match="another process"):
             Journal(file, header)
     whole = file.read_bytes()
@@ -429,8 +431,8 @@ def test_a_journal_keeps_whole_units_only(tmp_path: Path) -> None:
         file.write_bytes(whole[:-cut])
         with Journal(file, header) as journal:
             assert set(journal.done) == {0}
-            assert np.array_equal(journal.done[0].arrays["nats"], pieces[0].arrays["nats"])
-            journal.add(pieces[1])
+            assert np.array_equal(journal.done[0].arrays["nats"], scores[0].arrays["nats"])
+            journal.add(scores[1])
         assert file.read_bytes() == whole
     spoiled = bytearray(whole)
     spoiled[-10] ^= 1
@@ -445,36 +447,32 @@ class Model:
     """Stands for a checkpoint whose weights are digested already."""
 
     def __init__(self, digest: str) -> None:
-        self.uri, self._weights_sha256 = digest, digest
+        self.uri, self.weights_sha256 = digest, digest
 
 
-def corpus(*texts: str) -> Corpus:
-    return Corpus("c", "", documents_digest(texts), texts=texts)
+def pair(*texts: str, seq_len: int = 512) -> Pair:
+    corpus = Corpus("c", "", documents_digest(texts), texts=texts)
+    return Pair(Model("candidate"), Model("base"), ScoringOptions(corpus, seq_len=seq_len))  # type: ignore[arg-type]
 
 
-def test_a_second_look_holds_the_first(tmp_path: Path) -> None:
-    attempts, pair = Attempts(tmp_path), (Model("candidate"), Model("base"))
+def test_a_second_look_includes_the_first(tmp_path: Path) -> None:
+    attempts = Attempts(tmp_path)
     near = compare_runs(BASE, GOOD, Margin(0.0101, ""))
     assert near.outcome == "inconclusive"
-
-    def looks(*texts: str, window: int = 512) -> int:
-        return attempts.looks(*pair, corpus(*texts), window, "tokens")  # type: ignore[arg-type]
-
-    assert looks("a", "b") == 1
-    assert attempts.last(pair[1], 512, "tokens") is None  # type: ignore[arg-type]
-    attempts.record(*pair, corpus("a", "b"), 512, "tokens", near, 3.0)  # type: ignore[arg-type]
-    assert looks("b", "a") == 1  # the same documents give the same numbers
-    assert looks("a", "b", "c") == 2
+    assert attempts.looks(pair("a", "b")) == 1
+    assert attempts.last_spread(pair("a")) is None
+    attempts.record(pair("a", "b"), near, 3.0)
+    assert attempts.looks(pair("b", "a")) == 1  # the same documents give the same numbers
+    assert attempts.looks(pair("a", "b", "c")) == 2
     with pytest.raises(UsageError, match="1 of those 2 documents"):
-        looks("a", "c", "d")
-    assert looks("x", window=256) == 1  # another protocol is another question
+        attempts.looks(pair("a", "c", "d"))
+    assert attempts.looks(pair("x", seq_len=256)) == 1  # another protocol is another question
     with (tmp_path / "attempts.jsonl").open("ab") as handle:
         handle.write(b'{"pair": [1, \n[]\n{"documents": 3}\n')
         handle.write(b'{"documents": [[]], "pair": 5}\n{"documents": [[]], "pair": []}\n')
-    attempts.record(
-        *pair, corpus("a", "b", "c"), 512, "tokens", compare_runs(BASE, GOOD, MARGIN), 3.0
-    )  # type: ignore[arg-type]
-    assert looks("a", "b", "c", "d") == 3
-    last = attempts.last(pair[1], 512, "tokens")  # type: ignore[arg-type]
-    assert last is not None
-    assert (last["scored"], last["outcome"]) == (40, "passed")
+        handle.write(b'{"documents": ["a')
+    attempts.record(pair("a", "b", "c"), compare_runs(BASE, GOOD, MARGIN), 3.0)
+    assert attempts.looks(pair("a", "b", "c", "d")) == 3
+    spread = attempts.last_spread(pair())
+    assert spread is not None
+    assert spread.scored == 40

@@ -14,12 +14,13 @@ import pytest
 from scipy import stats
 
 from tests.paths import ROOT
+from verifier.evaluation import Interval, Margin
+from verifier.gate.attempts import Spread
 from verifier.gate.comparison import coverage_note
-from verifier.gate.decision import Margin, documents_for, drift_margin_of, judge
+from verifier.gate.decision import documents_for, drift_margin_of, outcome_of
 from verifier.gate.forecast import foresee
 from verifier.gate.measures import by_document, kl_lower_bound
 from verifier.gate.statistics import (
-    Interval,
     block_error,
     bootstrap,
     holm,
@@ -86,9 +87,9 @@ def test_simulated_coverage_is_what_is_claimed() -> None:
 
 
 def test_the_note_names_what_was_measured() -> None:
-    assert "simulated at 62 documents" in coverage_note(72)
-    assert "simulated at 20 documents" in coverage_note(61)
-    assert "simulated at 8 documents" in coverage_note(3)
+    assert "at 62 documents: " in coverage_note(72)
+    assert "at 20 documents: " in coverage_note(61)
+    assert "at 8 documents (fewer were not simulated)" in coverage_note(3)
     assert coverage_note(1) == ""
 
 
@@ -143,24 +144,24 @@ def test_a_family_passes_whole_and_fails_by_one() -> None:
     good, bad, open_ = interval(0.01, 0.001), interval(0.2, 0.01), interval(0.075, 0.01)
     absolute, drift = Margin(0.077, ""), Margin(0.003, "")
     calm = {"floor": 0.0, "widening": 0.0, "alpha": 0.05}
-    assert judge([(good, absolute)], **calm) == "passed"  # type: ignore[arg-type]
-    assert judge([(good, absolute), (interval(0.0, 0.0005), drift)], **calm) == "passed"  # type: ignore[arg-type]
-    assert judge([(good, absolute), (bad, drift)], **calm) == "failed"  # type: ignore[arg-type]
-    assert judge([(good, absolute), (open_, absolute)], **calm) == "inconclusive"  # type: ignore[arg-type]
+    assert outcome_of([(good, absolute)], **calm) == "passed"  # type: ignore[arg-type]
+    assert outcome_of([(good, absolute), (interval(0.0, 0.0005), drift)], **calm) == "passed"  # type: ignore[arg-type]
+    assert outcome_of([(good, absolute), (bad, drift)], **calm) == "failed"  # type: ignore[arg-type]
+    assert outcome_of([(good, absolute), (open_, absolute)], **calm) == "inconclusive"  # type: ignore[arg-type]
     # Beyond its margin at 5 %, but not at the 2.5 % that Holm leaves to the smaller of two.
     near = interval(0.003 + 1.8 * 0.001, 0.001)
-    assert judge([(near, drift)], **calm) == "failed"  # type: ignore[arg-type]
-    assert judge([(near, drift), (open_, absolute)], **calm) == "inconclusive"  # type: ignore[arg-type]
+    assert outcome_of([(near, drift)], **calm) == "failed"  # type: ignore[arg-type]
+    assert outcome_of([(near, drift), (open_, absolute)], **calm) == "inconclusive"  # type: ignore[arg-type]
 
 
 def test_a_margin_below_the_noise_floor_never_passes() -> None:
     tight = [(interval(0.0, 0.0001), Margin(0.003, ""))]
-    assert judge(tight, floor=0.002, widening=0.0, alpha=0.05) == "passed"
-    assert judge(tight, floor=0.003, widening=0.0, alpha=0.05) == "inconclusive"
+    assert outcome_of(tight, floor=0.002, widening=0.0, alpha=0.05) == "passed"
+    assert outcome_of(tight, floor=0.003, widening=0.0, alpha=0.05) == "inconclusive"
     beyond = [(interval(0.0035, 0.0001), Margin(0.003, ""))]
-    assert judge(beyond, floor=0.0, widening=0.0, alpha=0.05) == "failed"
+    assert outcome_of(beyond, floor=0.0, widening=0.0, alpha=0.05) == "failed"
     assert (
-        judge(
+        outcome_of(
             [(beyond[0][0].widened(0.001), beyond[0][1])], floor=0.001, widening=0.001, alpha=0.05
         )
         == "inconclusive"
@@ -256,8 +257,9 @@ def test_by_document() -> None:
 
 
 def test_a_plan_says_what_more_documents_buy() -> None:
-    few = foresee("x", 10, 0.02, 0.05, 5.0, 20, Margin(0.077, ""), {"NVFP4"})
-    many = foresee("x", 10, 0.02, 0.05, 5.0, 500, Margin(0.077, ""), {"NVFP4"})
+    spread = Spread(scored=10, se=0.02, delta=0.05, seconds=5.0)
+    few = foresee(spread, "x", 20, Margin(0.077, ""), {"NVFP4"})
+    many = foresee(spread, "x", 500, Margin(0.077, ""), {"NVFP4"})
     assert few.se == pytest.approx(0.02 / math.sqrt(2))
     assert few.normal == many.normal == 0.0642
     assert few.chance is not None
@@ -266,4 +268,5 @@ def test_a_plan_says_what_more_documents_buy() -> None:
     assert (few.seconds, many.seconds) == (10.0, 250.0)
     assert many.passes is not None
     assert many.passes < 0.077 < many.fails
-    assert foresee("x", 10, 0.5, 0.05, 5.0, 20, Margin(0.077, ""), set()).passes is None
+    wide = spread.model_copy(update={"se": 0.5})
+    assert foresee(wide, "x", 20, Margin(0.077, ""), set()).passes is None

@@ -8,14 +8,18 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.paths import ROOT
+from tests.results import gate_result, interval, summary, write_result
 from verifier.cli import run
-from verifier.goldens import hold
+from verifier.evaluation import GateResult
+from verifier.findings import Coverage, Finding, Report
+from verifier.goldens import compare_with_golden
 from verifier.goldens.store import load, load_pending
 from verifier.history import load as load_history
 
@@ -28,43 +32,21 @@ def no_ci(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CI", raising=False)
 
 
-def gate_run(loss: float = 0.0, spread: float = 0.0005, **changed: Any) -> dict[str, Any]:
-    """Return a run whose documents lose ``loss`` nats a token more than a fixed candidate, give or
-    take ``spread``.
+def gate(loss: float = 0.0, spread: float = 0.0005, **changed: Any) -> GateResult:
+    """Return a result whose documents lose ``loss`` nats per token more than a fixed candidate,
+    give or take ``spread``.
     """
     fixed, rng = random.Random(1), random.Random(2)  # noqa: S311
     documents = []
     for _ in range(COUNT):
         base = TOKENS * fixed.uniform(2.5, 3.5)
         candidate = base + TOKENS * fixed.gauss(0.007, 0.004)
-        extra = TOKENS * rng.gauss(loss, spread) if loss or changed.get("noisy") else 0.0
-        documents.append([base, candidate + extra, TOKENS])
-    interval = {
-        "delta": 0.007 + loss,
-        "se": 0.0006,
-        "low": 0.006 + loss,
-        "high": 0.008 + loss,
-        "documents": COUNT,
-    }
-    changed.pop("noisy", None)
-    return {
-        "schema_version": "1.0",
-        "verdict": "passed",
-        "outcome": "passed",
-        "candidate": "/x/M3-NVFP4",
-        "base": "/x/M3",
-        "margin": {"nats": 0.077},
-        "interval": interval,
-        "key": {"protocol": "tokens", "window": 512},
-        "environment": {},
-        "documents": documents,
-        "nonfinite": [],
-    } | changed
-
-
-def save(file: Path, value: dict[str, Any]) -> str:
-    file.write_text(json.dumps(value))
-    return str(file)
+        extra = TOKENS * rng.gauss(loss, spread) if loss else 0.0
+        documents.append((base, candidate + extra, TOKENS))
+    return gate_result(
+        **{"candidate": "/x/M3-NVFP4", "interval": interval(0.007 + loss), "documents": documents}
+        | changed
+    )
 
 
 def goldens(*args: str, folder: Path) -> int:
@@ -75,7 +57,7 @@ def goldens(*args: str, folder: Path) -> int:
 def accepted(tmp_path: Path) -> Path:
     """Return a folder with one accepted gate, made the way a user makes it."""
     folder = tmp_path / "goldens"
-    assert goldens("test", save(tmp_path / "run.json", gate_run()), folder=folder) == 1
+    assert goldens("test", write_result(tmp_path / "run.json", gate()), folder=folder) == 1
     assert goldens("accept", "M3-NVFP4.gate", "--reason", "first", folder=folder) == 0
     return folder
 
@@ -110,7 +92,8 @@ def test_drift_is_a_paired_test_over_documents(
 ) -> None:
     before = (accepted / "M3-NVFP4.gate.golden.json").read_bytes()
     assert (
-        goldens("test", save(tmp_path / "r.json", gate_run(loss, spread)), folder=accepted) == code
+        goldens("test", write_result(tmp_path / "r.json", gate(loss, spread)), folder=accepted)
+        == code
     )
     assert capsys.readouterr().out.splitlines()[-2].startswith(outcome)
     assert (accepted / "M3-NVFP4.gate.pending.json").exists() == (outcome != "within")
@@ -118,15 +101,15 @@ def test_drift_is_a_paired_test_over_documents(
 
 
 def test_a_shift_of_base_and_candidate_alike_is_no_drift(accepted: Path) -> None:
-    moved = gate_run()
-    moved["documents"] = [[b + 0.02 * t, q + 0.02 * t, t] for b, q, t in moved["documents"]]
-    assert hold(moved, accepted / "M3-NVFP4.gate.golden.json").outcome == "within"
+    documents = [(b + 0.02 * t, q + 0.02 * t, t) for b, q, t in gate().documents]
+    moved = gate(documents=documents)
+    assert compare_with_golden(moved, accepted / "M3-NVFP4.gate.golden.json").outcome == "within"
 
 
 def test_review_shows_old_new_interval_verdict_and_changes_nothing(
     tmp_path: Path, accepted: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    goldens("test", save(tmp_path / "r.json", gate_run(0.01)), folder=accepted)
+    goldens("test", write_result(tmp_path / "r.json", gate(0.01)), folder=accepted)
     files = {p: p.read_bytes() for p in accepted.iterdir()}
     capsys.readouterr()
     assert goldens("review", folder=accepted) == 0
@@ -143,7 +126,7 @@ def test_accept_needs_a_reason_a_person_and_a_pending_record(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    goldens("test", save(tmp_path / "r.json", gate_run(0.01)), folder=accepted)
+    goldens("test", write_result(tmp_path / "r.json", gate(0.01)), folder=accepted)
     before = (accepted / "M3-NVFP4.gate.golden.json").read_bytes()
     assert goldens("accept", "M3-NVFP4.gate", folder=accepted) == 2
     assert goldens("accept", "M3-NVFP4.gate", "--reason", " ", folder=accepted) == 2
@@ -177,7 +160,7 @@ def test_accept_needs_a_reason_a_person_and_a_pending_record(
 def test_what_is_pending_against_another_golden_is_not_accepted(
     tmp_path: Path, accepted: Path
 ) -> None:
-    goldens("test", save(tmp_path / "r.json", gate_run(0.01)), folder=accepted)
+    goldens("test", write_result(tmp_path / "r.json", gate(0.01)), folder=accepted)
     pending = (accepted / "M3-NVFP4.gate.pending.json").read_bytes()
     assert goldens("accept", "*", "--reason", "x", folder=accepted) == 0
     (accepted / "M3-NVFP4.gate.pending.json").write_bytes(pending)
@@ -185,13 +168,13 @@ def test_what_is_pending_against_another_golden_is_not_accepted(
 
 
 def test_logits_that_are_not_finite_are_never_accepted(tmp_path: Path, accepted: Path) -> None:
-    bad = gate_run(verdict="failed", interval=None, nonfinite=[3])
-    assert goldens("test", save(tmp_path / "r.json", bad), folder=accepted) == 1
+    bad = gate(outcome="failed", interval=None, nonfinite=[3])
+    assert goldens("test", write_result(tmp_path / "r.json", bad), folder=accepted) == 1
     assert goldens("accept", "*", "--reason", "x", folder=accepted) == 1
 
 
 def test_reject_drops_what_is_pending_alone(tmp_path: Path, accepted: Path) -> None:
-    goldens("test", save(tmp_path / "r.json", gate_run(0.01)), folder=accepted)
+    goldens("test", write_result(tmp_path / "r.json", gate(0.01)), folder=accepted)
     before = (accepted / "M3-NVFP4.gate.golden.json").read_bytes()
     assert goldens("reject", "M3-NVFP4.gate", folder=accepted) == 0
     assert [p.read_bytes() for p in accepted.iterdir()] == [before]
@@ -201,7 +184,7 @@ def test_reject_drops_what_is_pending_alone(tmp_path: Path, accepted: Path) -> N
 def test_an_unreferenced_golden_fails_until_it_is_pruned(
     tmp_path: Path, accepted: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    other = save(tmp_path / "o.json", gate_run(candidate="/x/other"))
+    other = write_result(tmp_path / "o.json", gate(candidate="/x/other"))
     goldens("test", other, str(tmp_path / "run.json"), folder=accepted)
     assert goldens("accept", "other*", "--reason", "x", folder=accepted) == 0
     assert goldens("test", str(tmp_path / "run.json"), folder=accepted) == 1
@@ -229,14 +212,13 @@ def test_a_filter_that_matches_nothing_fails(tmp_path: Path, accepted: Path) -> 
 def test_a_golden_of_another_protocol_is_not_compared(
     tmp_path: Path, accepted: Path, capsys: pytest.CaptureFixture[str], key: dict[str, Any]
 ) -> None:
-    assert goldens("test", save(tmp_path / "r.json", gate_run(key=key)), folder=accepted) == 1
-    assert "another protocol" in capsys.readouterr().out
+    assert goldens("test", write_result(tmp_path / "r.json", gate(key=key)), folder=accepted) == 1
+    assert "a different protocol" in capsys.readouterr().out
 
 
 def test_other_token_counts_under_one_key_are_not_compared(accepted: Path) -> None:
-    cut = gate_run()
-    cut["documents"].pop()
-    assert hold(cut, accepted / "M3-NVFP4.gate.golden.json").outcome == "unlike"
+    cut = gate(documents=gate().documents[:-1])
+    assert compare_with_golden(cut, accepted / "M3-NVFP4.gate.golden.json").outcome == "unlike"
 
 
 def test_a_check_is_held_against_its_golden_as_it_runs(
@@ -253,7 +235,7 @@ def test_a_check_is_held_against_its_golden_as_it_runs(
         str(tmp_path / "g" / "mxfp8.golden.json"),
     ]
     assert run(args) == 1
-    assert "no record is accepted yet" in capsys.readouterr().err
+    assert "no accepted record yet" in capsys.readouterr().err
     assert (
         run(["goldens", "accept", "mxfp8", "--reason", "as released", "-d", str(tmp_path / "g")])
         == 0
@@ -269,20 +251,17 @@ def test_a_check_is_held_against_its_golden_as_it_runs(
 
 
 def test_fewer_findings_make_the_golden_stale(tmp_path: Path) -> None:
-    report = {
-        "verdict": "failed",
-        "uri": "/x/ckpt",
-        "base": None,
-        "coverage": [{"rule": "QC501", "ran": True, "checked": 5}],
-        "stats": {"tensors": 5},
-        "findings": [{"rule": "QC501", "severity": "error", "count": 2, "standing": ""}],
-    }
+    finding = Finding("QC501", "error", "zero block scales", count=2)
+    coverage = (Coverage("QC501", True, 5, 5, "blocks"),)
+    report = Report("failed", "/x/ckpt", None, (finding,), coverage, summary(5))
     file = tmp_path / "c.golden.json"
-    assert hold(report, file).outcome == "new"
+    assert compare_with_golden(report, file).outcome == "new"
     assert goldens("accept", "c", "--reason", "known bad", folder=tmp_path) == 0
-    assert hold(report, file).outcome == "agrees"
-    assert hold(report | {"findings": [], "verdict": "passed"}, file).outcome == "stale"
-    assert hold(report | {"stats": {"tensors": 6}}, file).outcome == "changed"
+    assert compare_with_golden(report, file).outcome == "agrees"
+    better = replace(report, findings=(), verdict="passed")
+    assert compare_with_golden(better, file).outcome == "stale"
+    larger = replace(report, summary=summary(6))
+    assert compare_with_golden(larger, file).outcome == "changed"
 
 
 @pytest.mark.parametrize("name", ["../up", "a/b", "", ".hidden", "x" * 200, "a b"])
@@ -313,11 +292,11 @@ def test_a_record_of_version_1_0_is_read_with_the_verdicts_named_as_now(
     file.write_text(json.dumps(value))
     read = load(accepted, "M3-NVFP4.gate")
     assert (read.schema_version, read.verdict) == ("1.1", new)
-    assert hold(gate_run(), file).outcome == "agrees"
+    assert compare_with_golden(gate(), file).outcome == "agrees"
 
 
 def test_sums_come_back_to_the_last_bit(tmp_path: Path, accepted: Path) -> None:
-    goldens("test", save(tmp_path / "r.json", gate_run(0.01)), folder=accepted)
+    goldens("test", write_result(tmp_path / "r.json", gate(0.01)), folder=accepted)
     kept = load_pending(accepted, "M3-NVFP4.gate").proposed.documents
-    assert [list(d) for d in kept] == gate_run(0.01)["documents"]
-    assert hold(gate_run(), accepted / "M3-NVFP4.gate.golden.json").outcome == "agrees"
+    assert list(kept) == gate(0.01).documents
+    assert compare_with_golden(gate(), accepted / "M3-NVFP4.gate.golden.json").outcome == "agrees"

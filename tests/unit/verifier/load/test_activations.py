@@ -23,8 +23,9 @@ from verifier.checkpoint import open_checkpoint
 from verifier.errors import ContentError, IncomparableError, UsageError
 from verifier.gate.corpora import Corpus
 from verifier.gate.jobs import Scorer
-from verifier.gate.run_file import refuse_unlike_keys
-from verifier.gate.windows import plan_units
+from verifier.gate.options import ScoringOptions
+from verifier.gate.run_file import require_same_key
+from verifier.gate.windows import plan_scoring
 from verifier.load import rounding as fake
 from verifier.load.activations import EXPERTS, declared_activations, roundings
 from verifier.load.model import load_model
@@ -203,7 +204,7 @@ def test_a_scale_that_is_missing_or_none_is_named(tmp_path: Path) -> None:
 def test_the_key_refuses_to_mix() -> None:
     corpus, ckpt = Corpus("c", "r", "0" * 64, ids=((1, 2, 3),)), open_checkpoint(QWEN)
     declared, plain, engine = (
-        plan_units([ckpt], corpus, "tokens", 8, 2, s)[0]
+        plan_scoring([ckpt], ScoringOptions(corpus, seq_len=8, batch=2, scorer=s)).key
         for s in (
             Scorer(activations="declared"),
             Scorer(),
@@ -217,7 +218,7 @@ def test_the_key_refuses_to_mix() -> None:
     )
     for one, other in ((declared, plain), (plain, engine), (engine, declared)):
         with pytest.raises(IncomparableError, match="activations is"):
-            refuse_unlike_keys("a", one, "b", other)
+            require_same_key("a", one, "b", other)
     for wrong in (
         Scorer("vllm"),
         Scorer("server"),

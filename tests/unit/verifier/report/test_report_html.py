@@ -1,12 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The page of runs: well formed, without script, bounded, escaped, tolerant of what a run does not
-have.
-"""
+"""The page of results: well formed, without script, bounded in size, escaped."""
 
 from __future__ import annotations
 
 import html.parser
-import json
 import math
 import random
 import re
@@ -18,34 +15,35 @@ from typing import Any
 import pytest
 
 from tests.paths import ROOT
+from tests.results import gate_result, interval, summary, write_result
 from verifier.checkpoint import open_checkpoint
 from verifier.cli import run
 from verifier.errors import ContentError
+from verifier.evaluation import Drift, ExpertReach, GateResult, Kl, Margin, Measures
+from verifier.findings import Finding, Report, Where
+from verifier.goldens import compare_with_golden
 from verifier.history import append, recorded
 from verifier.inspect.noise import noise
-from verifier.report.figures import Point, Row, Series, documents, forest, heat, series, survival
-from verifier.report.runs import MAX_BYTES, Figure, render_runs
+from verifier.report.figures import Point, Row, Series, documents, forest, heat, time_series
+from verifier.report.page import MAX_BYTES, Figure, render_page
 from verifier.report.svg import ticks
 
 GOLDEN = ROOT / "goldens" / "minimax-m3-tiny"
 HOSTILE = '"><script>alert(1)</script><img src=x onerror=a>&\x1b[31m'
 
 
-def gate_run(count: int = 30, **changed: Any) -> dict[str, Any]:
+def gate(count: int = 30, **changed: Any) -> GateResult:
     rng = random.Random(3)  # noqa: S311
-    documents_ = [[1000.0, 1000.0 + 400 * rng.gauss(0.01, 0.01), 400] for _ in range(count)]
-    documents_[min(7, count - 1)] = [1000.0, 1040.0, 400]
-    return {
-        "verdict": "inconclusive",
+    documents_ = [(1000.0, 1000.0 + 400 * rng.gauss(0.01, 0.01), 400) for _ in range(count)]
+    documents_[min(7, count - 1)] = (1000.0, 1040.0, 400)
+    fields = {
+        "outcome": "inconclusive",
         "candidate": "/x/M3-NVFP4",
-        "base": "/x/M3",
-        "margin": {"nats": 0.012, "source": "given"},
-        "interval": {"delta": 0.0105, "low": 0.009, "high": 0.0125, "se": 0.001},
-        "key": {"corpus": "c", "window": 512},
+        "margin": Margin(0.012, "given"),
+        "interval": interval(0.0105, 0.002),
         "documents": documents_,
-        "perplexity_base": 20.0,
-        "perplexity_candidate": 20.2,
-    } | changed
+    }
+    return gate_result(**fields | changed)
 
 
 def pictures(page: str) -> list[ET.Element]:
@@ -80,7 +78,7 @@ def words(picture: ET.Element) -> str:
 
 
 def test_the_page_has_a_forest_and_the_worst_ten_documents() -> None:
-    page = render_runs([gate_run()])
+    page = render_page([gate()])
     harmless(page)
     first, second = pictures(page)
     assert "margin 0.012" in words(first)
@@ -92,15 +90,8 @@ def test_the_page_has_a_forest_and_the_worst_ten_documents() -> None:
     assert table[0].count("<tr>") == 11
 
 
-@pytest.mark.parametrize(("old", "new"), [("unproven", "inconclusive"), ("broken", "error")])
-def test_a_run_of_version_0_1_is_shown_with_the_verdicts_named_as_now(old: str, new: str) -> None:
-    page = render_runs([gate_run(verdict=old)])
-    assert f'<p class="verdict {new}">' in page
-    assert old not in page
-
-
 def test_every_picture_has_a_text_for_who_cannot_see_it() -> None:
-    for picture in pictures(render_runs([gate_run()])):
+    for picture in pictures(render_page([gate()])):
         assert picture.get("role") == "img"
         assert len(picture.get("aria-label") or "") > 20
         assert picture.find("title") is not None
@@ -108,7 +99,7 @@ def test_every_picture_has_a_text_for_who_cannot_see_it() -> None:
 
 
 def test_marks_stand_where_the_numbers_say() -> None:
-    (picture,) = pictures(forest([Row("a", 0.0, -1.0, 1.0, 0.5, "inconclusive")], "nats"))
+    (picture,) = pictures(forest([Row("a", interval(0.0, 1.0), 0.5, "inconclusive")], "nats"))
     (margin,) = [e for e in picture.iter("line") if e.get("class") == "margin"]
     (whisker,) = [e for e in picture.iter("line") if e.get("class") == "inconclusive line-w"]
     (middle,) = picture.iter("circle")
@@ -117,127 +108,70 @@ def test_marks_stand_where_the_numbers_say() -> None:
     assert float(margin.get("x1") or 0) == pytest.approx(low + 0.75 * (high - low), abs=0.1)
 
 
-def test_a_run_with_less_has_fewer_pictures() -> None:
-    page = render_runs([gate_run(documents=[])])
+def test_a_result_with_less_has_fewer_pictures() -> None:
+    page = render_page([gate(documents=[])])
     assert len(pictures(page)) == 1
-    page = render_runs([gate_run(interval=None, nonfinite=[1, 2], verdict="failed")])
+    page = render_page([gate(interval=None, nonfinite=[1, 2], outcome="failed", documents=[])])
     assert "logits in 2 documents; no statistics" in page
     assert pictures(page) == []
-    render_runs([{"candidate": "x", "key": {}, "interval": None}])
 
 
-def test_a_run_with_more_has_more_pictures() -> None:
-    rich = gate_run(
-        drift={
-            "accepted": "old",
-            "margin": {"nats": 0.003},
-            "interval": {"delta": 0.02, "low": 0.01, "high": 0.03},
-        },
-        measures={
-            "kl": {
-                "kind": "lockstep",
-                "mean": {"delta": 0.02},
-                "tail": [1, 0.9, 1.1],
-                "survival": {
-                    "candidate": [[1e-4, 0.9], [1, 1e-4]],
-                    "base/base": [[1e-6, 0.5], [1e-3, 1e-4]],
-                },
-            }
-        },
-        experts=[{"layer": "layers.1", "experts": 3, "tokens": [5, 0, 9]}],
+def test_a_result_with_more_has_more_pictures() -> None:
+    rich = gate(
+        drift=Drift("old", Margin(0.003, "default"), interval(0.02, 0.01)),
+        measures=Measures(kl=Kl("lockstep", interval(0.02), (1.0, 0.9, 1.1))),
+        experts=(ExpertReach("layers.1", 3, (1,)),),
     )
-    shown = pictures(render_runs([rich]))
-    assert len(shown) == 4
+    page = render_page([rich])
+    shown = pictures(page)
+    assert len(shown) == 3
     assert "drift of M3-NVFP4" in words(shown[0])
     assert "failed" in words(shown[0])
-    assert "base/base" in words(shown[2])
-    assert "framed: layers.1, 1" in words(shown[3])
+    assert "worst: layers.1, 1" in words(shown[2])
+    assert "99.9% quantile 1 nats (lockstep)" in page
 
 
-@pytest.mark.parametrize(
-    "junk", [None, 5, "x", [], [[]], {"a": {}}, [None], {"delta": "x"}, [[1, 2]], math.inf]
-)
-def test_fields_of_other_shapes_are_passed_over(junk: Any) -> None:
-    fields = (
-        "interval",
-        "margin",
-        "documents",
-        "measures",
-        "drift",
-        "experts",
-        "key",
-        "environment",
-        "notes",
-        "nonfinite",
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, 1e300])
+def test_numbers_that_cannot_be_drawn_are_left_out(value: float) -> None:
+    wild = gate(
+        interval=interval(value, 0.0),
+        documents=[(0.0, value, 1)],
+        measures=Measures(kl=Kl("x", interval(value), (value, value, value)), top1=interval(value)),
+        perplexity_base=value,
     )
-    for field in fields:
-        harmless(render_runs([gate_run(**{field: junk})]))
-    for field in ("kl", "top1"):
-        harmless(render_runs([gate_run(measures={field: junk})]))
-    harmless(
-        render_runs([gate_run(measures={"kl": {"survival": junk, "tail": junk, "mean": junk}})])
-    )
-    for field in ("findings", "coverage", "stats"):
-        check = {"uri": "x", "verdict": "failed", "findings": [], "coverage": [], "stats": {}}
-        harmless(render_runs([check | {field: junk}]))
+    page = render_page([wild])
+    harmless(page)
+    assert pictures(page) == []
 
 
 def test_names_from_files_are_escaped() -> None:
-    bad = gate_run(
-        candidate=f"/x/{HOSTILE}", base=HOSTILE, environment={HOSTILE: HOSTILE}, notes=[HOSTILE]
+    bad = gate(
+        candidate=f"/x/{HOSTILE}",
+        base=HOSTILE,
+        environment={HOSTILE: HOSTILE},
+        notes=(HOSTILE,),
+        margin=Margin(0.012, HOSTILE),
+        key={"corpus": HOSTILE, "protocol": HOSTILE},
+        experts=(ExpertReach(HOSTILE, 2, (1,)),),
+        measures=Measures(kl=Kl(HOSTILE, interval(0.1), (0.1, 0.1, 0.1))),
     )
-    bad["margin"]["source"] = bad["key"]["corpus"] = HOSTILE
-    bad["experts"] = [{"layer": HOSTILE, "tokens": [1, 2]}]
-    bad["measures"] = {"kl": {"kind": HOSTILE, "survival": {HOSTILE: [[0.1, 0.1]]}}}
-    where = {"tensor": HOSTILE}
-    finding = {
-        "rule": HOSTILE,
-        "severity": HOSTILE,
-        "message": HOSTILE,
-        "where": where,
-        "count": 1,
-        "of": None,
-    }
-    check = {
-        "uri": HOSTILE,
-        "verdict": HOSTILE,
-        "findings": [finding],
-        "coverage": [],
-        "stats": {"formats": {HOSTILE: 1}},
-    }
-    page = render_runs(
-        [bad, check],
-        [Figure(HOSTILE, HOSTILE, series([Series(HOSTILE, [point(0, 1.0)])], HOSTILE))],
-    )
+    finding = Finding(HOSTILE, "error", HOSTILE, Where(HOSTILE))
+    check = Report("failed", HOSTILE, None, (finding,), (), summary(**{HOSTILE: 1}))
+    plot = time_series([Series(HOSTILE, [point(0, 1.0)])], HOSTILE)
+    page = render_page([bad, check], [Figure(HOSTILE, HOSTILE, plot)])
     harmless(page)
-    assert len(pictures(page)) == 5
+    assert len(pictures(page)) == 4
 
 
 def test_the_page_stays_below_two_megabytes_and_says_what_it_left_out() -> None:
-    many = [gate_run(5000, candidate=f"/x/{i}" + "y" * 100) for i in range(70)]
-    page = render_runs(many)
+    many = [gate(5000, candidate=f"/x/{i}" + "y" * 100) for i in range(70)]
+    page = render_page(many)
     harmless(page)
     assert "Left out, so that the page stays below 2 MB" in page
-    findings = [
-        {
-            "rule": "QC501",
-            "severity": "error",
-            "message": "m" * 5000,
-            "where": {"tensor": "t" * 5000},
-        }
-    ] * 5000
-    page = render_runs(
-        [{"uri": "x", "verdict": "failed", "findings": findings, "coverage": [], "stats": {}}]
-    )
+    finding = Finding("QC501", "error", "m" * 5000, Where("t" * 5000))
+    page = render_page([Report("failed", "x", None, (finding,) * 5000, ())])
     harmless(page)
     assert "4,800 more findings are not shown" in page
-
-
-def test_experts_that_no_token_reached_are_shown() -> None:
-    page = render_runs(
-        [gate_run(documents=[], experts=[{"layer": "layers.3", "experts": 4, "unreached": [2]}])]
-    )
-    assert "framed: layers.3, 2" in words(pictures(page)[-1])
 
 
 def test_many_cells_keep_the_worst_rows() -> None:
@@ -245,7 +179,7 @@ def test_many_cells_keep_the_worst_rows() -> None:
     cells["layer 399", "5"] = 1.0
     picture = heat(cells, "x", "dB")
     assert picture.count("<rect") < 6000
-    assert "framed: layer 399, 5" in picture
+    assert "worst: layer 399, 5" in picture
     assert "further rows are not shown" in picture
 
 
@@ -272,7 +206,7 @@ def test_a_time_series_has_ribbon_golden_steps_and_change_points() -> None:
         [(0, 1.0), (4, 2.0)],
         [(3, "recipe a -> b")],
     )
-    (picture,) = pictures(series([found], "loss"))
+    (picture,) = pictures(time_series([found], "loss"))
     assert len([e for e in picture.iter("line") if e.get("class") == "golden"]) == 3
     assert [e for e in picture.iter("path") if e.get("class") == "ribbon s0"]
     assert "recipe a -> b" in words(picture)
@@ -285,8 +219,8 @@ def test_a_time_series_has_ribbon_golden_steps_and_change_points() -> None:
 def test_odd_numbers_make_whole_pictures(values: list[float]) -> None:
     shown = [
         documents([(f"document {i}", v) for i, v in enumerate(values)], values[0]),
-        forest([Row("x", v, v, v, None, "passed") for v in values], "nats"),
-        series(
+        forest([Row("x", interval(v, 0.0), v, "passed") for v in values], "nats"),
+        time_series(
             [Series("x", [Point(i, v, None, None, "passed", "") for i, v in enumerate(values)])],
             "loss",
         ),
@@ -296,7 +230,6 @@ def test_odd_numbers_make_whole_pictures(values: list[float]) -> None:
         assert "nan" not in picture
         assert "inf" not in picture.replace("info", "")
         pictures(picture)
-    assert survival({"x": [(v, v) for v in values if v > 0]}).count("<svg") in (0, 1)
     assert len(ticks(min(values), max(values))) <= 50
 
 
@@ -329,9 +262,9 @@ def test_signal_to_noise_is_what_the_weights_say(tmp_path: Path) -> None:
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file, out, history = tmp_path / "g.json", tmp_path / "r.html", tmp_path / "h"
-    file.write_text(json.dumps(gate_run()))
+    write_result(file, gate())
     for _ in range(3):
-        append(history, recorded(gate_run()))
+        append(history, recorded(gate()))
     assert run(["report", str(file), "-o", str(out), "--history", str(history)]) == 0
     page = out.read_text()
     harmless(page)
@@ -367,25 +300,22 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 def test_the_drift_against_a_golden_is_a_row_of_the_forest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from verifier.goldens import hold
-
     monkeypatch.delenv("CI", raising=False)
     file, golden = tmp_path / "g.json", tmp_path / "x.golden.json"
-    hold(gate_run(), golden)
+    compare_with_golden(gate(), golden)
     assert run(["goldens", "accept", "x", "--reason", "first", "-d", str(tmp_path)]) == 0
-    worse = gate_run()
-    worse["documents"] = [
-        [b, q + t * (0.01 + 0.0001 * (i % 3)), t] for i, (b, q, t) in enumerate(worse["documents"])
+    worse = [
+        (b, q + t * (0.01 + 0.0001 * (i % 3)), t) for i, (b, q, t) in enumerate(gate().documents)
     ]
-    file.write_text(json.dumps(worse))
+    write_result(file, gate(documents=worse))
     args = ["report", str(file), "-o", str(tmp_path / "r.html"), "--golden", str(golden)]
     assert run(args) == 0
     (first, _) = pictures((tmp_path / "r.html").read_text())
     assert "drift of M3-NVFP4" in words(first)
     assert "margin 0.003" in words(first)
     assert "failed" in words(first)
-    file.write_text(json.dumps(gate_run()))
-    assert run(args) == 1  # equal to the last bit: there is no interval
+    write_result(file, gate())
+    assert run(args) == 1  # identical: there is no interval
 
 
 def test_a_check_is_a_page_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +15,22 @@ import pytest
 
 import verifier
 from tests.paths import ROOT, TESTS
+from tests.results import gate_result, interval
 from verifier import gate
 from verifier.checkpoint import Checkpoint, open_checkpoint
 from verifier.cli import run
 from verifier.errors import UsageError
-from verifier.evaluation import Evaluation, Loss, Reach, Standing
+from verifier.evaluation import (
+    Drift,
+    Evaluation,
+    ExpertReach,
+    GateResult,
+    Margin,
+    Measures,
+    NotScored,
+)
 from verifier.findings import Report
-from verifier.gate import Margin, Run, RunHeader, compare_runs, evaluator, render_json, render_text
-from verifier.gate.as_depth import evaluation_of
+from verifier.gate import Run, RunHeader, compare_runs, evaluator, render_json, render_text
 from verifier.history import recorded
 from verifier.report import render
 from verifier.run import check
@@ -33,26 +40,30 @@ DATA = TESTS / "data" / "modelopt"
 QWEN, BASE = DATA / "qwen3moe_nvfp4_experts_max", DATA / "src_qwen3moe"
 
 
-def loss(
-    value: float,
-    half: float = 0.002,
-    margin: float = 0.077,
-    standing: Standing = "within",
-    to: str = "the base",
-) -> Loss:
-    return Loss(to, value, value - half, value + half, margin, "given", standing)
+def result(value: float = 0.01, half: float = 0.002, **changed: Any) -> GateResult:
+    """Return the result of a gate over 72 documents whose loss is ``value``."""
+    fields: dict[str, Any] = {
+        "interval": interval(value, half),
+        "key": {"protocol": "tokens", "corpus": "c", "documents": 72, "window": 512},
+        "environment": {f"package{i}": "1" for i in range(10)},
+        "documents": [(2000.0, 2000.0, 1000)] * 72,
+        "experts": (ExpertReach("layers.1.experts", 8, ()),),
+        "notes": ("simulated coverage at 62 documents: 95%",),
+    }
+    return gate_result(**fields | changed)
 
 
-GOOD = Evaluation(
-    documents=72,
-    losses=(loss(0.01),),
-    collapse=math.log(2),
-    reach=(Reach("layers.1.experts", 8, ()),),
-    base_nats=2.0,
-    keys=14,
-    notes=("simulated at 62 documents, intervals hold the truth in 95 %",),
-    summary={"verdict": "passed"},
-)
+def drift(value: float, outcome: str = "passed", half: float = 0.002) -> GateResult:
+    accepted = Drift("accepted", Margin(0.003, "default"), interval(value, half))
+    return result(outcome=outcome, drift=accepted)
+
+
+GOOD = result()
+NO_STATISTICS: dict[str, Any] = {
+    "interval": None,
+    "perplexity_base": math.nan,
+    "perplexity_candidate": math.nan,
+}
 
 
 def judged(evaluation: Evaluation, **options: Any) -> Report:
@@ -78,8 +89,8 @@ def test_a_loss_within_its_margin_passes_and_is_told() -> None:
     assert (report.verdict, said(report)) == ("passed", set())
     assert {c.rule for c in report.coverage if c.ran} == {f"QC70{i}" for i in range(1, 6)}
     measured = [f for f in report.by_rule("QC702") if f.severity == "info"]
-    assert measured[0].observed == "+0.01000 nats a token [+0.00800, +0.01200]"
-    assert "simulated at 62 documents" in measured[1].message
+    assert measured[0].observed == "+0.01000 nats per token [+0.00800, +0.01200]"
+    assert "simulated coverage at 62 documents" in measured[1].message
     assert {c.rule: (c.checked, c.of) for c in report.coverage if c.rule.startswith("QC7")} == {
         "QC701": (1, 1),
         "QC702": (1, 1),
@@ -87,65 +98,55 @@ def test_a_loss_within_its_margin_passes_and_is_told() -> None:
         "QC704": (1, 1),
         "QC705": (14, 14),
     }
-    assert report.summary.evaluation == {"verdict": "passed"}
+    assert report.summary.evaluation == GOOD
 
 
-CASES = {
-    "beyond": (
-        replace(GOOD, losses=(loss(0.1, standing="beyond"),)),
+CASES: dict[str, tuple[Evaluation, str, set[tuple[str, str]]]] = {
+    "beyond": (result(0.1, outcome="failed"), "failed", {("QC702", "error")}),
+    "collapsed": (result(2.0, outcome="failed"), "failed", {("QC701", "error")}),
+    "drift": (drift(0.02, "failed"), "failed", {("QC702", "error")}),
+    "not finite": (
+        result(outcome="failed", nonfinite=[3, 5], **NO_STATISTICS),
         "failed",
-        {("QC702", "error")},
+        {("QC703", "error")},
     ),
-    "collapsed": (
-        replace(GOOD, losses=(loss(2.0, standing="beyond"),)),
-        "failed",
-        {("QC701", "error")},
-    ),
-    "drift": (
-        replace(
-            GOOD,
-            losses=(loss(0.01), loss(0.02, margin=0.003, standing="beyond", to="the accepted run")),
-        ),
-        "failed",
-        {("QC702", "error")},
-    ),
-    "not finite": (replace(GOOD, losses=(), nonfinite=(3, 5)), "failed", {("QC703", "error")}),
     "base not finite": (
-        replace(GOOD, losses=(), nonfinite_base=(3,)),
+        result(outcome="failed", nonfinite=[3], nonfinite_base=(3,), **NO_STATISTICS),
         "failed",
         {("QC704", "error")},
     ),
-    "some hit": (replace(GOOD, hit=(7,), worst=(7, 0.3, 0.1)), "passed", {("QC703", "warning")}),
+    "some hit": (
+        result(measures=Measures(beyond=(7,), worst=(7, 0.3, 0.1))),
+        "passed",
+        {("QC703", "warning")},
+    ),
     "a base that guesses": (
-        replace(GOOD, base_nats=math.log(512)),
+        result(documents=[(math.log(512) * 1000, 7000.0, 1000)] * 72),
         "passed",
         {("QC704", "warning")},
     ),
     "unlike environments": (
-        replace(GOOD, unlike=("torch 2.6 and 2.13",)),
+        result(unlike=("torch 2.6 and 2.13",)),
         "passed",
         {("QC705", "warning")},
     ),
     "unlike protocols": (
-        Evaluation(incomparable="window is 512 and 1024"),
+        NotScored("window is 512 and 1024", incomparable=True),
         "failed",
         {("QC705", "error")},
     ),
     "inconclusive": (
-        replace(GOOD, losses=(loss(0.076, standing="open"),), needed=90),
+        result(0.076, outcome="inconclusive", needed=90),
         "inconclusive",
         set(),
     ),
-    "drift inconclusive": (
-        replace(
-            GOOD,
-            losses=(loss(0.01), loss(0.002, margin=0.003, standing="open", to="the accepted run")),
-        ),
+    "drift inconclusive": (drift(0.002, "inconclusive"), "inconclusive", set()),
+    "collapse inconclusive": (
+        result(0.7, 0.2, margin=Margin(0.95, "given")),
         "inconclusive",
         set(),
     ),
-    "collapse inconclusive": (replace(GOOD, losses=(loss(0.7, 0.2, 0.95),)), "inconclusive", set()),
-    "not scored": (Evaluation(failure="8 keys of the model are missing"), "inconclusive", set()),
+    "not scored": (NotScored("8 keys of the model are missing"), "inconclusive", set()),
 }
 
 
@@ -162,7 +163,7 @@ def test_what_each_result_comes_to(name: str) -> None:
 def test_the_reason_of_an_open_verdict_names_numbers_and_documents() -> None:
     why = judged(CASES["inconclusive"][0]).summary.inconclusive
     assert (
-        "QC702 examined none of 1 margins: inconclusive: loss increase over the base +0.07600 nats a token"
+        "QC702 examined none of 1 margins: inconclusive: loss increase over the base +0.07600 nats"
         in why
     )
     assert "about 90 documents" in why
@@ -171,8 +172,11 @@ def test_the_reason_of_an_open_verdict_names_numbers_and_documents() -> None:
 
 def test_experts_that_no_token_reaches_are_not_judged_by_name() -> None:
     report = judged(
-        replace(
-            GOOD, reach=(Reach("layers.1.experts", 8, (2, 6)), Reach("layers.2.experts", 8, ()))
+        result(
+            experts=(
+                ExpertReach("layers.1.experts", 8, (2, 6)),
+                ExpertReach("layers.2.experts", 8, ()),
+            )
         )
     )
     (covered,) = [c for c in report.coverage if c.rule == "QC703"]
@@ -191,12 +195,12 @@ def test_every_report_has_it(format_: str) -> None:
     failed = render(judged(CASES["drift"][0]), format_)
     assert "QC702" in failed
     assert "accepted run exceeds its margin" in failed
-    assert "+0.02000 nats a token" in failed
+    assert "+0.02000 nats per token" in failed
     inconclusive = render(judged(CASES["inconclusive"][0]), format_)
     assert "about 90 documents" in inconclusive
     if format_ == "json":
         value = json.loads(inconclusive)
-        assert (value["verdict"], value["stats"]["eval"]["verdict"]) == ("inconclusive", "passed")
+        assert (value["verdict"], value["stats"]["eval"]["verdict"]) == ("inconclusive",) * 2
 
 
 @pytest.mark.parametrize("documents", [8, 20])
@@ -214,28 +218,28 @@ def test_the_measured_coverage_is_published_and_printed_with_the_verdict(documen
             documents=[f"{i:016x}" for i in range(documents)],
         )
         runs.append(Run(header, {"sums": sums, "tokens": np.full(documents, 400)}))
-    result = compare_runs(runs[0], runs[1], Margin(0.05, "given"))
+    compared = compare_runs(runs[0], runs[1], Margin(0.05, "given"))
     measured = json.loads((Path(gate.__file__).parent / "coverage.json").read_text())[
         str(documents)
     ]
     page = (ROOT / "docs" / "gate.md").read_text()
     for effect in ("skewed", "rare"):
         low, high = (100 * x for x in measured[effect])
-        wanted = f"{math.floor(low)} to {round(high)} %"
+        wanted = f"{math.floor(low)}-{round(high)}%"
         for text in (
-            render_text(result),
-            json.dumps(json.loads(render_json(result))["notes"]),
-            " ".join(result.notes),
+            render_text(compared),
+            json.dumps(json.loads(render_json(compared))["notes"]),
+            " ".join(compared.notes),
         ):
-            assert f"simulated at {documents} documents, " in text
+            assert f"at {documents} documents: " in text
             assert wanted in text
         assert f"| {documents} | " in page
         assert f"| {low:.1f} |" in page
-    told = judged(evaluation_of(result))
-    assert any(f"simulated at {documents} documents" in f.message for f in told.by_rule("QC702"))
-    record = recorded(json.loads(render(told, "json")))
-    assert result.interval is not None
-    assert record.measures["loss"].value == pytest.approx(result.interval.delta)
+    told = judged(compared)
+    assert any(f"at {documents} documents: " in f.message for f in told.by_rule("QC702"))
+    record = recorded(told)
+    assert compared.interval is not None
+    assert record.measures["loss"].value == pytest.approx(compared.interval.delta)
     assert record.measures["errors"].value == 0
     assert json.loads(str(record.key["eval"]))["window"] == 512
 
@@ -266,7 +270,7 @@ def test_what_depth_eval_refuses(
     with pytest.raises(UsageError, match="needs a base"):
         check(QWEN, depth="eval", evaluate=lambda _c, _b: GOOD)
     with pytest.raises(
-        UsageError, match="wikitext2-test is not here"
+        UsageError, match="wikitext2-test not found"
     ):  # what is scored where nothing is named
         monkeypatch.delenv("CKPTGATE_TEST_DATA", raising=False)
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -299,14 +303,20 @@ def test_what_cannot_be_scored_is_told_apart(tmp_path: Path) -> None:
             (folders[-1] / file.name).write_bytes(file.read_bytes())
     candidate, base = folders
     measure = evaluator(str(text))
-    assert "no tokenizer.json" in measure(open_checkpoint(candidate), open_checkpoint(base)).failure
+
+    def why(first: Path, second: Path) -> NotScored:
+        found = measure(open_checkpoint(first), open_checkpoint(second))
+        assert isinstance(found, NotScored)
+        return found
+
+    assert "no tokenizer.json" in why(candidate, base).reason
     for i, folder in enumerate(folders):
         (folder / "tokenizer.json").write_text("{}" + " " * i)
-    found = measure(open_checkpoint(candidate), open_checkpoint(base))
-    assert "different tokenizers" in found.incomparable
+    assert "different tokenizers" in why(candidate, base).reason
+    assert why(candidate, base).incomparable
     assert check(candidate, base=base, depth="eval", evaluate=measure, select="QC7").exit_code == 1
     whole = check(QWEN, base=BASE, depth="eval", evaluate=lambda _c, _b: GOOD)
     assert {
         c.rule: c.reason for c in whole.coverage if not c.ran and c.rule != "QC605"
     } == {}  # depth load is below it
-    assert "give a margin" in measure(open_checkpoint(base), open_checkpoint(candidate)).failure
+    assert "give a margin" in why(base, candidate).reason

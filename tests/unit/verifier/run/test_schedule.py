@@ -21,11 +21,12 @@ import pytest
 
 import verifier
 from tests.paths import TESTS
+from verifier import processes
 from verifier.checkpoint import Bytes
 from verifier.checkpoint.source import LocalSource
 from verifier.errors import ContainerError, MachineError, UsageError
 from verifier.findings import Report, rules_of
-from verifier.run import processes, schedule
+from verifier.run import schedule
 from verifier.selftest.edit import Folder, Shard, read_shard, write_shard
 
 DATA = TESTS / "data" / "modelopt"
@@ -114,15 +115,15 @@ def test_nor_on_processes(
     one = verifier.check(damaged, base=base, depth="payload", workers=1)
     copied = []
 
-    def by_copies(
+    def counted(
         work: Callable[[int], object], order: list[int], workers: int
     ) -> Iterator[tuple[int, object]]:
         copied.append((len(order), workers))
-        return processes.by_copies(work, order, workers)
+        return processes.forked(work, order, workers)
 
-    monkeypatch.setattr(schedule, "by_copies", by_copies)
+    monkeypatch.setattr(schedule, "forked", counted)
     monkeypatch.setattr(
-        schedule, "can_be_copied", lambda: True
+        schedule, "can_fork", lambda: True
     )  # the test runner has a thread of its own
     assert same(one, verifier.check(damaged, base=base, depth="payload", workers=2))
     assert not copied  # too small

@@ -22,9 +22,9 @@ from tests.engines.formula import row
 from tests.paths import TESTS
 from verifier.cli import run
 from verifier.errors import CkptgateError, MachineError, UsageError
-from verifier.gate.jobs import Job, Piece, Scorer, Unit
+from verifier.gate.jobs import Job, Scorer, Unit, UnitScores
 from verifier.gate.run_file import read_run
-from verifier.gate.scorers.engine import score_by_engine
+from verifier.gate.scorers.dispatch import score_by_engine
 
 ENGINES = TESTS / "engines"
 QWEN = TESTS / "data" / "modelopt" / "src_qwen3moe"
@@ -39,11 +39,9 @@ def units(windows: list[tuple[int, ...]]) -> tuple[Unit, ...]:
 
 def scored(
     scorer: Scorer, windows: list[tuple[int, ...]] = CLEAN, top_k: int = 4
-) -> tuple[list[Piece], dict[str, str]]:
-    found: list[Piece] = []
-    job = Job(
-        str(QWEN), "cpu", "tokens", 4, 16, len(windows), units(windows), top_k=top_k, scorer=scorer
-    )
+) -> tuple[list[UnitScores], dict[str, str]]:
+    found: list[UnitScores] = []
+    job = Job(str(QWEN), "cpu", "tokens", 4, 16, units(windows), top_k=top_k, scorer=scorer)
     environment = score_by_engine(job, found.append)
     return found, environment
 
@@ -63,7 +61,7 @@ def wanted(windows: list[tuple[int, ...]], top_k: int) -> dict[str, np.ndarray]:
 
 
 def same(
-    found: list[Piece],
+    found: list[UnitScores],
     names: tuple[str, ...],
     windows: list[tuple[int, ...]] = CLEAN,
     top_k: int = 4,
@@ -142,8 +140,8 @@ def test_vllm_that_fails_is_one_message(
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ("print('hello')", "no JSON"),
-        ("print('[1]')", "no object"),
+        ("print('hello')", "not JSON"),
+        ("print('[1]')", "not an object"),
         ("print('{}')", "ready"),
         ("pass", "ended"),
         ("print('x' * 200000)", "more than"),
@@ -179,23 +177,23 @@ def test_a_server_with_echo_only() -> None:
         with pytest.raises(UsageError, match="serves 2 models"):
             scored(Scorer("server", endpoint=url))
         same(scored(Scorer("server", endpoint=url, served="two"), top_k=0)[0], ("nats",))
-        with pytest.raises(UsageError, match="need their numbers"):
+        with pytest.raises(UsageError, match="need ids"):
             scored(Scorer("server", endpoint=url, served="two"))
 
 
 @pytest.mark.parametrize(
     ("mode", "message"),
     [
-        ("broken", "no JSON"),
+        ("broken", "not JSON"),
         ("long", "more than"),
-        ("short", "no scores"),
+        ("short", "not an answer with scores"),
         ("slow", "failed 3 times: TimeoutError"),
     ],
 )
 def test_a_server_that_fails_is_one_message(
     mode: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("verifier.gate.scorers.engine.time.sleep", lambda _s: None)
+    monkeypatch.setattr("verifier.gate.scorers.server.time.sleep", lambda _s: None)
     with serving(mode) as url, pytest.raises(MachineError, match=message):
         scored(Scorer("server", endpoint=url, timeout=0.3 if mode == "slow" else 30.0))
 
@@ -203,7 +201,7 @@ def test_a_server_that_fails_is_one_message(
 def test_a_busy_server_is_asked_again_and_an_absent_one_is_named(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("verifier.gate.scorers.engine.time.sleep", lambda _s: None)
+    monkeypatch.setattr("verifier.gate.scorers.server.time.sleep", lambda _s: None)
     with serving("busy") as url:
         windows = [(1, 2, 3), (4, 5)]
         assert len(scored(Scorer("server", endpoint=url), windows)[0]) == 2
@@ -223,7 +221,7 @@ def test_score_and_compare_through_a_server(
     with serving("text") as url:
         engine = ["--scorer", "server", "--endpoint", url, "--served", "one"]
         assert run(["score", str(QWEN), "--corpus", str(corpus), *engine, "-o", str(out)]) == 0
-        assert "as the engine has them" in capsys.readouterr().out
+        assert "engine (rounded as the engine does)" in capsys.readouterr().out
         found = read_run(out)
         assert np.array_equal(found.arrays["nats"], wanted(CLEAN, 1)["nats"])
         assert "top1" not in found.arrays
@@ -267,7 +265,7 @@ def test_a_gate_through_vllm(
     ]
     command += ["--engine-python", interpreter]
     assert run([*command, "--kl", "lockstep"]) == 2
-    assert "--scorer vllm there is top-k" in capsys.readouterr().err
+    assert "use --kl top-k with --scorer vllm" in capsys.readouterr().err
     assert run([*command, "--format", "json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert (result["outcome"], result["key"]["activations"], result["experts"]) == (
@@ -303,5 +301,5 @@ def test_what_an_engine_adds_is_noise(
     result = json.loads(capsys.readouterr().out)
     assert result["floor"] > result["margin"]["nats"]  # the stand-in looks at ids alone
     assert "under vllm 0.0-stand-in" in result["notes"][0]
-    assert run([*gate, "--window", "4", "--floor", str(engine)]) == 1
+    assert run([*gate, "--seq-len", "4", "--floor", str(engine)]) == 1
     assert "window is 4 and 512" in capsys.readouterr().err
