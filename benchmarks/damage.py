@@ -33,7 +33,7 @@ import verifier
 from verifier.checkpoint import open_checkpoint
 from verifier.gate import Run, compare_runs, drift_margin_of, load_corpus, margin_of, score_run
 from verifier.gate.corpora import WIKITEXT, Corpus
-from verifier.selftest.edit import Folder
+from verifier.selftest.editor import CheckpointEditor
 
 ROOT = Path(__file__).parents[1]
 LAYER = 2
@@ -127,7 +127,7 @@ def to_bf16(_name: str, values: np.ndarray) -> bytes:
 
 def recast(folder: Path, pattern: str) -> None:
     """Store tensors of the layer whose name matches in BF16."""
-    editor = Folder(folder)
+    editor = CheckpointEditor(folder)
     for name in [n for n in editor.tensors() if f".layers.{LAYER}." in n and re.search(pattern, n)]:
         editor.store(name, editor.array(name).astype(ml_dtypes.bfloat16))
 

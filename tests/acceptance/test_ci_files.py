@@ -23,7 +23,7 @@ from tests.paths import ROOT
 from verifier.cli import run
 from verifier.cli.pre_commit import WORST, checkpoints
 from verifier.errors import EXIT_CODES
-from verifier.selftest.edit import Folder
+from verifier.selftest.editor import CheckpointEditor
 
 DATA = ROOT / "tests" / "data" / "modelopt"
 BASE, SOUND = DATA / "src_qwen3moe", DATA / "qwen3moe_nvfp4_experts_max"
@@ -93,7 +93,7 @@ def shell(project: Path, command: str, **environment: object) -> Done:
 
 def damage(folder: Path, byte: bytes = b"\0") -> None:
     """Give a block scale another byte."""
-    Folder(folder).overwrite(SCALE, 51, byte)
+    CheckpointEditor(folder).overwrite(SCALE, 51, byte)
 
 
 # the examples
@@ -142,7 +142,7 @@ def test_the_plain_workflow(project: Path) -> None:
     done = shell(project, commands, **job["env"], GITHUB_STEP_SUMMARY=summary)
     assert done.returncode == 0, done.stderr
     assert "passed" in summary.read_text()
-    Folder(project / job["env"]["CHECKPOINT"]).drop([SCALE])
+    CheckpointEditor(project / job["env"]["CHECKPOINT"]).drop([SCALE])
     done = shell(project, commands, **job["env"], GITHUB_STEP_SUMMARY=summary)
     assert done.returncode == 1
     assert "::error" in done.stdout
@@ -154,7 +154,7 @@ def test_the_gitlab_job(project: Path) -> None:
     commands = "\n".join(job["script"])
     done = shell(project, commands, **job["variables"])
     assert done.returncode == 0, done.stderr
-    Folder(project / job["variables"]["CHECKPOINT"]).drop([SCALE])
+    CheckpointEditor(project / job["variables"]["CHECKPOINT"]).drop([SCALE])
     assert shell(project, commands, **job["variables"]).returncode == 1
     assert "QC302" in (project / job["artifacts"]["reports"]["junit"]).read_text()
     assert json.loads((project / job["artifacts"]["paths"][0]).read_text())["verdict"] == "failed"
@@ -171,7 +171,7 @@ def test_the_makefile(project: Path) -> None:
     assert done.returncode == 2
     assert "QC501" in done.stdout
     assert not stamp.exists()
-    damage(project / "out/m3-nvfp4", Folder(SOUND).read(SCALE)[51:52])
+    damage(project / "out/m3-nvfp4", CheckpointEditor(SOUND).read(SCALE)[51:52])
     done = shell(project, "make release")
     assert done.returncode == 0, done.stdout + done.stderr
     assert stamp.exists()
@@ -195,7 +195,7 @@ def test_the_tests_of_the_page(project: Path) -> None:
     done = shell(project, line)
     assert done.returncode == 0, done.stdout
     assert "2 passed" in done.stdout
-    Folder(project / "releases/last").drop([SCALE])
+    CheckpointEditor(project / "releases/last").drop([SCALE])
     done = shell(project, line)
     assert done.returncode == 1
     assert "only in A: 1 tensor\n" in done.stdout
@@ -257,7 +257,7 @@ def test_the_hook_judges_each_folder_once(project: Path) -> None:
 def test_the_hook_ends_with_the_worst_code(project: Path) -> None:
     both = ["out/m3-bf16/config.json", "models/m3-nvfp4/config.json"]
     assert hook(project, files=both).returncode == 3  # a base has nothing quantized
-    Folder(project / "models/m3-nvfp4").drop([SCALE])
+    CheckpointEditor(project / "models/m3-nvfp4").drop([SCALE])
     assert hook(project, files=both).returncode == 1
     assert hook(project, "--depth", "abyss", files=both).returncode == 2
     assert set(WORST) == {c for c in EXIT_CODES if 0 < c < 10}
@@ -401,7 +401,7 @@ def test_the_action_hands_every_code_on(
 
 
 def test_a_name_in_a_checkpoint_is_no_command_of_the_runner(project: Path) -> None:
-    Folder(project / "models/m3-nvfp4").add(
+    CheckpointEditor(project / "models/m3-nvfp4").add(
         "::error::owned\n::add-mask::x.weight", np.zeros((2, 16), np.uint8)
     )
     done, _, _ = action(project, uri="models/m3-nvfp4")

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import click
 import pytest
+from verifier.selftest.edit import Folder
 
 from tests.paths import ROOT
 from verifier.cli import cli
-from verifier.selftest.edit import Folder
 
 GOLDEN = ROOT / "goldens" / "minimax-m3-tiny"
 QWEN_NVFP4 = ROOT / "tests" / "data" / "modelopt" / "qwen3moe_nvfp4_experts_max"

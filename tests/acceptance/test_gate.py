@@ -28,7 +28,7 @@ from verifier.gate.corpora import load_corpus
 from verifier.gate.run_file import read_run
 from verifier.gate.score import score_run
 from verifier.manifest import Manifest, digest
-from verifier.selftest.edit import Folder
+from verifier.selftest.editor import CheckpointEditor
 
 GOLDEN = ROOT / "goldens" / "minimax-m3-tiny"
 BF16, VENDOR, CORPUS = GOLDEN / "bf16", GOLDEN / "mxfp8", GOLDEN / "corpus.jsonl"
@@ -215,7 +215,9 @@ def test_what_a_worker_meets_reaches_the_caller(mixed: Path, tmp_path: Path) -> 
 
 def test_a_module_without_its_scale_cannot_be_scored(mixed: Path, tmp_path: Path) -> None:
     broken = shutil.copytree(mixed, tmp_path / "noscale")
-    Folder(broken).drop(["language_model.model.layers.1.self_attn.q_proj.weight_scale_inv"])
+    CheckpointEditor(broken).drop(
+        ["language_model.model.layers.1.self_attn.q_proj.weight_scale_inv"]
+    )
     with pytest.raises(ContentError):
         verifier.gate.run(broken, base=BF16, corpus=str(CORPUS), documents=1, workers=1)
 

@@ -109,7 +109,7 @@ def cleans(root: Path) -> tuple[Clean, ...]:
     """
     home = root / f"clean-{os.getpid()}"
     made = [make(home, t) for t in TINY]
-    found = [_clean(m.tiny.name, m.path, m.base) for m in made]
+    found = [_clean(m.spec.name, m.path, m.base) for m in made]
     return (*found, *(_clean(n, DATA / n, DATA / b) for n, b in COMMITTED))
 
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Defects on purpose: one corruptor or more for each rule, by hand on the bytes, with nothing of
-the rules' code.
+"""Proof of the rules where they are installed: tiny valid checkpoints, and known defects made in
+them byte by byte, without any code of the rules.
 """
 
 from verifier.selftest.corruptor import Corruptor, kind_of, traits_of
-from verifier.selftest.edit import Folder, Place
-from verifier.selftest.table import CORRUPTORS
+from verifier.selftest.defects import CORRUPTORS
+from verifier.selftest.editor import CheckpointEditor
 
-__all__ = ["CORRUPTORS", "Corruptor", "Folder", "Place", "kind_of", "traits_of"]
+__all__ = ["CORRUPTORS", "CheckpointEditor", "Corruptor", "kind_of", "traits_of"]

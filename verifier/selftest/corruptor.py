@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a corruptor is, which checkpoints it suits, and how it picks the tensor that it breaks."""
+"""What a corruptor is, how one is registered, and which checkpoints it applies to."""
 
 from __future__ import annotations
 
@@ -7,173 +7,143 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, TypeVar
 
-from verifier.selftest.edit import CONFIG, QUANT_CONFIG, Folder, Place, Stored
+from verifier.findings import Severity, Where
+from verifier.selftest.editor import CheckpointEditor
 
-Kind = Literal["nvfp4", "mxfp8", "mixed"]
-KINDS: frozenset[Kind] = frozenset({"nvfp4", "mxfp8", "mixed"})
-NVFP4: frozenset[Kind] = frozenset({"nvfp4", "mixed"})
-MXFP8: frozenset[Kind] = frozenset({"mxfp8"})
-UNIFORM: frozenset[Kind] = frozenset({"nvfp4", "mxfp8"})
-MIXED: frozenset[Kind] = frozenset({"mixed"})
-GATES, UPS, DOWNS = ("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2")
-LISTS = ("ignore", "exclude_modules", "ignored_layers", "modules_to_not_convert")
-_EXPERT = re.compile(r"^(.+\.experts)\.(\d+)\.([^.]+)$")
-_FLOATS = ("BF16", "F16", "F32")
+CheckpointKind = Literal["nvfp4", "mxfp8", "mixed"]
+KINDS: frozenset[CheckpointKind] = frozenset({"nvfp4", "mxfp8", "mixed"})
+NVFP4: frozenset[CheckpointKind] = frozenset({"nvfp4", "mixed"})
+ONLY_NVFP4: frozenset[CheckpointKind] = frozenset({"nvfp4"})
+MXFP8: frozenset[CheckpointKind] = frozenset({"mxfp8"})
+UNIFORM: frozenset[CheckpointKind] = frozenset({"nvfp4", "mxfp8"})
+MIXED: frozenset[CheckpointKind] = frozenset({"mixed"})
+Change = Callable[[CheckpointEditor], Where]
+"""Makes one defect in place and returns where, as far as it has one location."""
+C = TypeVar("C", bound=Change)
+
+
+@dataclass(frozen=True, slots=True)
+class Conditions:
+    """Where a defect can be made and caught.
+
+    Attributes:
+        kinds: the kinds of checkpoints.
+        traits: what such a checkpoint must have, see `traits_of`.
+        needs: inputs without which the defect cannot be caught: ``base``, ``merged_from``, or
+            ``base|merged_from`` for either of them.
+    """
+
+    kinds: frozenset[CheckpointKind] = KINDS
+    traits: frozenset[str] = frozenset()
+    needs: tuple[str, ...] = ()
+
+    def met_by(self, kind: CheckpointKind, traits: frozenset[str]) -> bool:
+        """Whether a checkpoint is of such a kind and has the traits."""
+        return kind in self.kinds and self.traits <= traits
+
+
+def on(
+    kinds: frozenset[CheckpointKind] = KINDS, *, traits: str = "", needs: str = ""
+) -> Conditions:
+    """Return conditions; ``traits`` are words in one string."""
+    return Conditions(kinds, frozenset(traits.split()), (needs,) if needs else ())
 
 
 @dataclass(frozen=True, slots=True)
 class Corruptor:
-    """One realistic defect and what a check must say about it.
+    """One realistic defect, and what a check must report about it.
 
-    ``apply`` breaks the folder in place and returns where, as far as that is known. ``depth`` is
-    the least depth that sees it. ``needs`` holds the inputs without which nobody can see it:
-    ``base``, ``merged_from``, or ``base|merged_from`` where either will do. ``formats`` and
-    ``traits`` say which checkpoints it can be applied to (any of the formats, all of the traits).
-    ``also`` are other rules that rightly speak up at error level too, ``instead`` those of which
-    one may say it in the rule's place.
+    Attributes:
+        rule: the rule that must catch it.
+        name: of the defect, unique for its rule.
+        change: makes the defect.
+        on: where it can be made and caught.
+        severity: of the rule's finding.
+        also: other rules that rightly report it at error level.
+        instead: rules of which one may report it instead.
     """
 
     rule: str
     name: str
-    apply: Callable[[Path], Place]
-    depth: Literal["header", "payload", "load"] = "header"
-    needs: tuple[str, ...] = ()
-    formats: frozenset[Kind] = KINDS
-    traits: frozenset[str] = frozenset()
-    severity: Literal["error", "warning", "info"] = "error"
+    change: Change
+    on: Conditions = Conditions()
+    severity: Severity = "error"
     also: frozenset[str] = frozenset()
     instead: frozenset[str] = frozenset()
 
-    def suits(self, kind: Kind, traits: frozenset[str]) -> bool:
-        """Whether a checkpoint of this kind and with these traits can be broken so."""
-        return kind in self.formats and self.traits <= traits
+    def apply(self, path: Path) -> Where:
+        """Make the defect in a checkpoint directory."""
+        return self.change(CheckpointEditor(path))
 
 
-def edit(change: Callable[[Folder], Place]) -> Callable[[Path], Place]:
-    """Return ``change`` as a function of a path."""
-    return lambda path: change(Folder(path))
+REGISTERED: list[Corruptor] = []
 
 
-def ids(text: str) -> frozenset[str]:
-    """Return the rule ids in a text: ``ids("402 404")`` is QC402 and QC404."""
-    return frozenset(f"QC{number}" for number in text.split())
+def add(
+    rule: str,
+    name: str,
+    change: Change,
+    where: Conditions = Conditions(),
+    *,
+    severity: Severity = "error",
+    also: str = "",
+    instead: str = "",
+) -> None:
+    """Register a change as a defect that ``rule`` must catch, see `Corruptor`.
+
+    ``also`` and ``instead`` are rule numbers in one string: ``"402 404"``.
+    """
+    rules = _rule_ids(also), _rule_ids(instead)
+    REGISTERED.append(Corruptor(rule, name, change, where, severity, *rules))
 
 
-def kind_of(folder: Folder) -> Kind:
-    """Return the kind of a clean checkpoint, from the tensors on disk."""
-    dtypes = {parts["weight"].dtype for parts in folder.modules().values() if "weight" in parts}
+def defect(
+    rule: str,
+    where: Conditions = Conditions(),
+    *,
+    severity: Severity = "error",
+    also: str = "",
+    instead: str = "",
+) -> Callable[[C], C]:
+    """Register the decorated function as a defect, named after the function with hyphens."""
+
+    def register(change: C) -> C:
+        name = change.__name__.replace("_", "-")
+        add(rule, name, change, where, severity=severity, also=also, instead=instead)
+        return change
+
+    return register
+
+
+def _rule_ids(numbers: str) -> frozenset[str]:
+    return frozenset(f"QC{number}" for number in numbers.split())
+
+
+def kind_of(ckpt: CheckpointEditor) -> CheckpointKind:
+    """Return the kind of a clean checkpoint, from its tensors."""
+    dtypes = {parts["weight"].dtype for parts in ckpt.modules().values() if "weight" in parts}
     if {"U8", "F8_E4M3"} <= dtypes:
         return "mixed"
     return "nvfp4" if "U8" in dtypes else "mxfp8"
 
 
-def traits_of(folder: Folder) -> frozenset[str]:
+def traits_of(ckpt: CheckpointEditor) -> frozenset[str]:
     """Return what a clean checkpoint has.
 
-    ``index``, ``shards`` (several), ``experts``, ``f32`` (an unquantized weight), ``vision`` (a
-    tower), ``mtp``, ``tokenizer``.
+    ``index``, ``shards`` (several), ``experts``, ``f32`` (a float32 weight), ``vision`` (a tower),
+    ``mtp``, ``tokenizer``.
     """
-    modules = folder.modules()
-    found = {
-        "index": folder.has_index,
-        "shards": len(folder.shards) > 1,
-        "experts": any(_EXPERT.match(m) for m in modules),
-        "f32": any(m["weight"].dtype == "F32" for m in modules.values() if "weight" in m),
+    modules = ckpt.modules()
+    weights = [parts["weight"] for parts in modules.values() if "weight" in parts]
+    traits = {
+        "index": ckpt.has_index,
+        "shards": len(ckpt.shards) > 1,
+        "experts": any(re.search(r"\.experts\.\d+\.[^.]+$", m) for m in modules),
+        "f32": any(weight.dtype == "F32" for weight in weights),
         "vision": any("vision_tower." in m for m in modules),
         "mtp": any(m.startswith("mtp.") for m in modules),
-        "tokenizer": (folder.path / "tokenizer.json").is_file(),
+        "tokenizer": (ckpt.path / "tokenizer.json").is_file(),
     }
-    return frozenset(k for k, v in found.items() if v)
-
-
-def is_expert(module: str) -> bool:
-    """Whether a module is a projection of one routed expert."""
-    return _EXPERT.match(module) is not None
-
-
-def expert_of(module: str) -> tuple[str, int, str]:
-    """Return container (``….experts``), number and leaf of an expert's projection."""
-    match = _EXPERT.match(module)
-    if match is None:
-        raise ValueError(f"{module}: no expert")
-    return match[1], int(match[2]), match[3]
-
-
-def quantized(folder: Folder) -> list[str]:
-    """Return the modules that carry a weight scale, in the order of the files."""
-    return [m for m, p in folder.modules().items() if "weight" in p and scale_leaf(p)]
-
-
-def scale_leaf(parts: dict[str, Stored]) -> str | None:
-    """Return the leaf of a module's block scale, or None."""
-    return next((leaf for leaf in ("weight_scale", "weight_scale_inv") if leaf in parts), None)
-
-
-def target(folder: Folder, leaves: tuple[str, ...] = GATES) -> str:
-    """Return one quantized projection of such a leaf: an expert's from the middle, or a dense
-    layer's.
-    """
-    found = [m for m in quantized(folder) if m.rpartition(".")[2] in leaves]
-    experts = [m for m in found if is_expert(m)]
-    return (experts or found)[len(experts or found) // 2]
-
-
-def block_scale(folder: Folder, module: str) -> str:
-    """Return the full name of a module's block scale."""
-    return f"{module}.{scale_leaf(folder.modules()[module])}"
-
-
-def sibling_of(module: str, leaves: tuple[str, ...]) -> str:
-    """Return the projection beside a gate, in the spelling of its family: ``w1`` and ``UPS`` give
-    ``w3``.
-    """
-    head, _, leaf = module.rpartition(".")
-    spelling = 1 if leaf in (GATES[1], UPS[1], DOWNS[1]) else 0
-    return f"{head}.{leaves[spelling]}"
-
-
-def norm(folder: Folder) -> str:
-    """Return the weight of the first layer norm."""
-    return next(
-        f"{m}.weight"
-        for m, p in folder.modules().items()
-        if m.endswith("layernorm") and "weight" in p and p["weight"].dtype in _FLOATS
-    )
-
-
-def plain_linear(folder: Folder) -> str:
-    """Return an unquantized linear: a router where there is one, else the head."""
-    linears = [
-        m
-        for m, p in folder.modules().items()
-        if "weight" in p
-        and p["weight"].dtype in _FLOATS
-        and len(p["weight"].shape) == 2
-        and "embed" not in m
-    ]
-    return next((m for m in linears if m.endswith(".gate")), linears[0])
-
-
-def embedding(folder: Folder) -> str:
-    """Return the weight of the token embedding."""
-    return next(n for n in folder.tensors() if n.endswith("embed_tokens.weight"))
-
-
-def declarations(folder: Folder, change: Callable[[dict[str, Any]], None]) -> None:
-    """Apply a change to both declarations, so that they go on agreeing."""
-    folder.edit_json(CONFIG, lambda value: change(value["quantization_config"]))
-    if (folder.path / QUANT_CONFIG).exists():
-        folder.edit_json(QUANT_CONFIG, lambda value: change(value["quantization"]))
-
-
-def exclusions(change: Callable[[list[str]], list[str]]) -> Callable[[dict[str, Any]], None]:
-    """Return an edit of every exclusion list in a declaration."""
-
-    def apply(body: dict[str, Any]) -> None:
-        for key in LISTS:
-            if key in body:
-                body[key] = change(body[key])
-
-    return apply
+    return frozenset(name for name, present in traits.items() if present)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tiny clean checkpoints, made of nothing but this package: what the defects are made in.
+"""TinySpec valid checkpoints, made by this package alone, in which defects are injected.
 
-Names and shapes come from `verifier.layouts.family`, values from a seed, codes and scales from plain
-``max`` arithmetic in numpy. They are sound, not byte-equal to any exporter's.
+Names and shapes come from `verifier.layouts.family`, values from a seed, quantized values and
+scales from plain ``max`` arithmetic in numpy. They are valid, but not byte-equal to any exporter's.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,12 +21,12 @@ import numpy.typing as npt
 from verifier.decoding import Float32, decode
 from verifier.layouts.family import load
 from verifier.reconstruction.yardstick import max_scales
-from verifier.schemes import FORMATS, packed_name, role, split
-from verifier.selftest.edit import CONFIG, INDEX, QUANT_CONFIG, Shard, write_shard
+from verifier.schemes import FORMATS, Format, packed_name, role, split
+from verifier.selftest.editor import CONFIG, INDEX, QUANT_CONFIG, RawShard, write_shard
 
 Dialect = Literal["modelopt", "vendor_mxfp8", "deepseek"]
 Array = npt.NDArray[Any]
-Stored = dict[str, Array]
+Tensors = dict[str, Array]
 PRODUCER = {"name": "ckptgate-selftest", "version": "1"}
 _TEXT = {
     "hidden_size": 64,
@@ -112,13 +112,20 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Tiny:
-    """A clean checkpoint to be made: a family, and the format of each role (the first pattern that
-    fits a module).
+class TinySpec:
+    """A valid checkpoint to make.
 
-    ``kind`` is what corruptors are chosen by; ``shards`` above 1 comes with an index, as does
-    ``index``. ``merged``: it keeps the bytes of another; ``mtp``: it has a draft head, unquantized.
-    ``sizes`` replace those of the family's config.
+    Attributes:
+        name: of its directory.
+        family: its model type, a key of `CONFIGS`.
+        kind: selects the defects that suit it.
+        formats: (role, format) pairs; other roles stay unquantized.
+        dialect: of its declaration.
+        shards: several come with an index.
+        index: whether a single shard has one, too.
+        merged: whether it keeps the bytes of an overlay checkpoint.
+        mtp: whether it has an unquantized draft head.
+        sizes: replace sizes of the family's config.
     """
 
     name: str
@@ -134,13 +141,27 @@ class Tiny:
 
 
 @dataclass(frozen=True, slots=True)
-class Made:
-    """A clean checkpoint on disk, with what it is judged against."""
+class TinyCheckpoint:
+    """A valid checkpoint on disk, and what to compare it with."""
 
-    tiny: Tiny
+    spec: TinySpec
     path: Path
     base: Path
     merged_from: Path | None
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """The tensors of a checkpoint, and the format of each quantized module."""
+
+    tensors: Tensors
+    formats: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def unquantized(self) -> list[str]:
+        """The names of the unquantized modules with a weight of two or more dimensions, sorted."""
+        weights = [n for n, a in self.tensors.items() if a.ndim >= 2 and n.endswith(".weight")]
+        return sorted({split(n)[0] for n in weights} - self.formats.keys())
 
 
 _LINEAR = ("routed_expert", "shared_expert", "attention", "mlp")
@@ -151,17 +172,15 @@ def _all(fmt: str) -> tuple[tuple[str, str], ...]:
 
 
 _EXPERTS = (("routed_expert", "nvfp4"),)
-_TILES = (
-    ("num_key_value_heads", 4),
-    ("intermediate_size", 256),
-)  # rows of k and gate that 128 divides
+# The rows of k and gate are multiples of 128.
+_TILES = (("num_key_value_heads", 4), ("intermediate_size", 256))
 _MIXED = (*_EXPERTS, *((r, "mxfp8") for r in _LINEAR[1:]))
-TINY: tuple[Tiny, ...] = (
-    Tiny("llama-nvfp4", "llama", "nvfp4", _all("nvfp4"), index=False),
-    Tiny("llama-mxfp8", "llama", "mxfp8", _all("mxfp8"), shards=2),
-    Tiny("llama-fp8", "llama", "fp8", _all("fp8"), index=False),
-    Tiny("llama-fp8-channel", "llama", "fp8_per_channel", _all("fp8_per_channel")),
-    Tiny(
+TINY: tuple[TinySpec, ...] = (
+    TinySpec("llama-nvfp4", "llama", "nvfp4", _all("nvfp4"), index=False),
+    TinySpec("llama-mxfp8", "llama", "mxfp8", _all("mxfp8"), shards=2),
+    TinySpec("llama-fp8", "llama", "fp8", _all("fp8"), index=False),
+    TinySpec("llama-fp8-channel", "llama", "fp8_per_channel", _all("fp8_per_channel")),
+    TinySpec(
         "llama-fp8-block",
         "llama",
         "fp8_block",
@@ -170,13 +189,13 @@ TINY: tuple[Tiny, ...] = (
         shards=2,
         sizes=_TILES,
     ),
-    Tiny("mixtral-nvfp4", "mixtral", "nvfp4", _EXPERTS, shards=2),
-    Tiny("mixtral-w4a16", "mixtral", "w4a16_nvfp4", (("routed_expert", "w4a16_nvfp4"),)),
-    Tiny("qwen3-moe-nvfp4", "qwen3_moe", "nvfp4", _EXPERTS, index=False),
-    Tiny("qwen3-moe-mxfp8", "qwen3_moe", "mxfp8", _all("mxfp8"), shards=2),
-    Tiny("qwen3-moe-mixed", "qwen3_moe", "mixed", _MIXED, shards=3, merged=True),
-    Tiny("minimax-m3-mxfp8", "minimax_m3_vl", "mxfp8", _all("mxfp8"), shards=2, mtp=True),
-    Tiny(
+    TinySpec("mixtral-nvfp4", "mixtral", "nvfp4", _EXPERTS, shards=2),
+    TinySpec("mixtral-w4a16", "mixtral", "w4a16_nvfp4", (("routed_expert", "w4a16_nvfp4"),)),
+    TinySpec("qwen3-moe-nvfp4", "qwen3_moe", "nvfp4", _EXPERTS, index=False),
+    TinySpec("qwen3-moe-mxfp8", "qwen3_moe", "mxfp8", _all("mxfp8"), shards=2),
+    TinySpec("qwen3-moe-mixed", "qwen3_moe", "mixed", _MIXED, shards=3, merged=True),
+    TinySpec("minimax-m3-mxfp8", "minimax_m3_vl", "mxfp8", _all("mxfp8"), shards=2, mtp=True),
+    TinySpec(
         "minimax-m3-vendor",
         "minimax_m3_vl",
         "vendor_mxfp8",
@@ -184,35 +203,32 @@ TINY: tuple[Tiny, ...] = (
         dialect="vendor_mxfp8",
         shards=2,
     ),
-    Tiny("minimax-m3-mixed", "minimax_m3_vl", "mixed", _MIXED, shards=2, merged=True),
+    TinySpec("minimax-m3-mixed", "minimax_m3_vl", "mixed", _MIXED, shards=2, merged=True),
 )
 
+_OVERLAY = TinySpec("overlay", "", "mxfp8", (), index=False)
 
-def make(root: Path, tiny: Tiny, seed: int = 0) -> Made:
-    """Write a tiny checkpoint, its BF16 base and, for a mixed one, the checkpoint it keeps bytes
-    of, below ``root``.
-    """
-    config = copy.deepcopy(dict(CONFIGS[tiny.family])) | dict(tiny.sizes)
+
+def make(root: Path, spec: TinySpec, seed: int = 0) -> TinyCheckpoint:
+    """Write a tiny checkpoint, its BF16 base and, for a merged one, its overlay, below ``root``."""
+    config = copy.deepcopy(dict(CONFIGS[spec.family])) | dict(spec.sizes)
     values = dict(_values(config, seed))
-    if tiny.mtp:
-        config.get("text_config", config)["num_mtp_modules"] = 1
-        values |= _mtp(int(config.get("text_config", config)["hidden_size"]), seed)
-    base = _write(root / f"{tiny.name}.base", config, values, {}, None, 1)
-    kept: Stored | None = None
-    merged: Path | None = None
-    if tiny.merged:
-        vendor, kept = _encode(values, lambda module: "mxfp8" if role(module) in _LINEAR else None)
-        merged = _write(root / f"{tiny.name}.kept", config, kept, vendor, "modelopt", 1)
-    table = dict(tiny.formats)
-    formats, tensors = _encode(
-        values, lambda module: table.get(role(module)), inverse=tiny.dialect != "modelopt"
-    )
-    path = _write(root / tiny.name, config, tensors, formats, tiny.dialect, tiny.shards, tiny.index)
-    return Made(tiny, path, base, merged)
+    if spec.mtp:
+        text = config.get("text_config", config)
+        text["num_mtp_modules"] = 1
+        values |= _mtp(int(text["hidden_size"]), seed)
+    base = _write(root / f"{spec.name}.base", config, Content(values))
+    overlay = None
+    if spec.merged:
+        mxfp8 = _encode(values, dict(_all("mxfp8")))
+        overlay = _write(root / f"{spec.name}.kept", config, mxfp8, _OVERLAY)
+    content = _encode(values, dict(spec.formats), inverse=spec.dialect != "modelopt")
+    path = _write(root / spec.name, config, content, spec)
+    return TinyCheckpoint(spec, path, base, overlay)
 
 
 def _values(config: Mapping[str, Any], seed: int) -> Iterator[tuple[str, Array]]:
-    """Yield every tensor of the hub layout: rows of unequal size, norms near 1, MiniMax's router in
+    """Yield the tensors of the Hub layout: rows of unequal size, norms near 1, MiniMax's router in
     float32.
     """
     family = load(str(config["model_type"]))
@@ -231,66 +247,68 @@ def _values(config: Mapping[str, Any], seed: int) -> Iterator[tuple[str, Array]]
         yield name, values.astype(np.float32 if wide else ml_dtypes.bfloat16)
 
 
-def _mtp(hidden: int, seed: int) -> Stored:
+def _mtp(hidden: int, seed: int) -> Tensors:
     rng = np.random.default_rng(seed + 1)
     shapes = {"eh_proj": (hidden, 2 * hidden), "enorm": (hidden,), "hnorm": (hidden,)}
     return {
-        f"mtp.layers.0.{k}.weight": (0.05 * rng.standard_normal(s)).astype(ml_dtypes.bfloat16)
-        for k, s in shapes.items()
+        f"mtp.layers.0.{leaf}.weight": (0.05 * rng.standard_normal(shape)).astype(
+            ml_dtypes.bfloat16
+        )
+        for leaf, shape in shapes.items()
     }
 
 
 def _encode(
-    values: Mapping[str, Array], choose: Callable[[str], str | None], *, inverse: bool = False
-) -> tuple[dict[str, str], Stored]:
-    """Return the format of each module that was quantized, and all tensors in the order of
-    ``values``.
+    values: Mapping[str, Array], format_of_role: Mapping[str, str], *, inverse: bool = False
+) -> Content:
+    """Return the tensors with the 2-D weights of some roles quantized, in the order of ``values``.
+
+    ``inverse``: block scales are named ``weight_scale_inv``.
     """
-    formats = {
-        split(n)[0]: fmt
-        for n, v in values.items()
-        if v.ndim == 2 and n.endswith(".weight") and (fmt := choose(split(n)[0])) is not None
-    }
-    amax: dict[str, float] = {}
-    for module in formats:
-        group = packed_name(module) or module
-        amax[group] = max(
-            amax.get(group, 0.0), float(np.abs(values[f"{module}.weight"].astype(np.float32)).max())
-        )
-    found: Stored = {}
+    formats: dict[str, str] = {}
+    amax: dict[str, float] = {}  # by fused group, which shares its scale
+    for name, tensor in values.items():
+        module = split(name)[0]
+        fmt = format_of_role.get(role(module))
+        if fmt is not None and tensor.ndim == 2 and name.endswith(".weight"):
+            formats[module] = fmt
+            group = packed_name(module) or module
+            largest = float(np.abs(tensor.astype(np.float32)).max())
+            amax[group] = max(amax.get(group, 0.0), largest)
     groups = list(amax)
+    tensors: Tensors = {}
     for name, tensor in values.items():
         module = split(name)[0]
         if not name.endswith(".weight") or module not in formats:
-            found[name] = tensor
+            tensors[name] = tensor
             continue
-        parts = encode(
-            tensor.astype(np.float32), formats[module], amax[packed_name(module) or module]
-        )
-        if formats[module] == "nvfp4":  # one for each fused group, as calibration on text gives
-            number = groups.index(packed_name(module) or module)
-            parts["input_scale"] = np.asarray(0.01 * (1 + number / len(groups)), np.float32)
+        group = packed_name(module) or module
+        parts = encode(tensor.astype(np.float32), formats[module], amax[group])
+        if formats[module] == "nvfp4":  # one per fused group, as calibration on text gives
+            scale = 0.01 * (1 + groups.index(group) / len(groups))
+            parts["input_scale"] = np.asarray(scale, np.float32)
         for leaf, part in parts.items():
-            renamed = "weight_scale_inv" if inverse and leaf == "weight_scale" else leaf
-            found[f"{module}.{renamed}"] = part
-    return formats, found
+            stored = "weight_scale_inv" if inverse and leaf == "weight_scale" else leaf
+            tensors[f"{module}.{stored}"] = part
+    return Content(tensors, formats)
 
 
-def encode(values: Float32, fmt: str, amax: float | None = None) -> Stored:
-    """Return a weight's parts on disk in a format, scales by ``max`` (``amax`` shared where given),
-    nearest codes.
+def encode(values: Float32, fmt: str, amax: float | None = None) -> Tensors:
+    """Return the stored tensors of a weight by leaf: scales by ``max``, nearest values.
+
+    ``amax`` is shared with other weights where given.
     """
     layout = "nvfp4" if fmt == "w4a16_nvfp4" else fmt
     parts = max_scales(values, layout, amax)
     if parts is None:
         raise ValueError("the values admit no scale")
     packed = FORMATS[fmt].packed
-    units = np.full(
-        (values.shape[0], values.shape[1] // (2 if packed else 1)),
-        0x22 if packed else 0x38,
-        np.uint8,
-    )
-    quotient = values / decode({**parts, "weight": units}, layout)
+    rows, columns = values.shape
+    if packed:
+        ones = np.full((rows, columns // 2), 0x22, np.uint8)
+    else:
+        ones = np.full((rows, columns), 0x38, np.uint8)
+    quotient = values / decode({**parts, "weight": ones}, layout)
     if packed:
         codes = np.clip(quotient, -6, 6).astype(ml_dtypes.float4_e2m1fn).view(np.uint8)
         weight: Array = codes[:, 0::2] | (codes[:, 1::2] << 4)
@@ -300,62 +318,52 @@ def encode(values: Float32, fmt: str, amax: float | None = None) -> Stored:
 
 
 def _write(
-    path: Path,
-    config: Mapping[str, Any],
-    tensors: Stored,
-    formats: Mapping[str, str],
-    dialect: Dialect | None,
-    shards: int,
-    index: bool = False,
+    path: Path, config: Mapping[str, Any], content: Content, spec: TinySpec | None = None
 ) -> Path:
+    """Write a checkpoint; without a spec it is unquantized, in one shard and without an index."""
     path.mkdir(parents=True)
+    shards = spec.shards if spec else 1
+    weight_map = _write_shards(path, content.tensors, shards)
+    if spec and (spec.index or shards > 1):
+        total = sum(a.nbytes for a in content.tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        _write_json(path / INDEX, index)
+    declared = dict(config)
+    if spec:
+        inline, nested = _DECLARE[spec.dialect](content.formats, content.unquantized)
+        declared["quantization_config"] = inline
+        if nested is not None:
+            _write_json(path / QUANT_CONFIG, nested)
+    _write_json(path / CONFIG, declared)
+    _write_auxiliary_files(path, int(config.get("text_config", config)["vocab_size"]))
+    return path
+
+
+def _write_shards(path: Path, tensors: Tensors, count: int) -> dict[str, str]:
+    """Write the tensors to a number of shards, and return the file of each."""
     names = list(tensors)
-    size = -(-len(names) // shards)
-    files = (
-        ["model.safetensors"]
-        if shards == 1
-        else [f"model-{i + 1:05d}-of-{shards:05d}.safetensors" for i in range(shards)]
-    )
+    size = -(-len(names) // count)
     weight_map: dict[str, str] = {}
-    for i, file in enumerate(files):
-        shard = Shard({"format": "pt"})
+    for i in range(count):
+        file = f"model-{i + 1:05d}-of-{count:05d}.safetensors" if count > 1 else "model.safetensors"
+        shard = RawShard({"format": "pt"})
         for name in names[i * size : (i + 1) * size]:
             array = np.ascontiguousarray(tensors[name]).reshape(tensors[name].shape)
             shard.entries[name] = (_DTYPES[array.dtype], array.shape, array.tobytes())
             weight_map[name] = file
         write_shard(path / file, shard)
-    if shards > 1 or index:
-        total = sum(a.nbytes for a in tensors.values())
-        _json(
-            path / INDEX,
-            {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))},
-        )
-    declared = dict(config)
-    if dialect is not None:
-        plain = sorted(
-            m
-            for n, a in tensors.items()
-            if a.ndim >= 2 and (m := split(n)[0]) not in formats and n.endswith(".weight")
-        )
-        inline, nested = _DECLARE[dialect](formats, plain)
-        declared["quantization_config"] = inline
-        if nested is not None:
-            _json(path / QUANT_CONFIG, nested)
-    _json(path / CONFIG, declared)
-    _json(path / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2})
-    words = {f"w{i}": i for i in range(int(config.get("text_config", config)["vocab_size"]))}
-    _json(
-        path / "tokenizer.json",
-        {"version": "1.0", "model": {"type": "WordLevel", "vocab": words, "unk_token": "w0"}},
-    )
-    _json(
-        path / "tokenizer_config.json",
-        {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "w0"},
-    )
-    (path / "chat_template.jinja").write_text(
-        "{% for m in messages %}{{ m.content }}{% endfor %}", encoding="utf-8"
-    )
-    return path
+    return weight_map
+
+
+def _write_auxiliary_files(path: Path, vocab_size: int) -> None:
+    _write_json(path / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2})
+    vocabulary = {f"w{i}": i for i in range(vocab_size)}
+    model = {"type": "WordLevel", "vocab": vocabulary, "unk_token": "w0"}
+    _write_json(path / "tokenizer.json", {"version": "1.0", "model": model})
+    tokenizer = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "w0"}
+    _write_json(path / "tokenizer_config.json", tokenizer)
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    (path / "chat_template.jinja").write_text(template, encoding="utf-8")
 
 
 _DTYPES = {
@@ -368,44 +376,47 @@ Declared = tuple[dict[str, Any], dict[str, Any] | None]
 
 
 def _modelopt(formats: Mapping[str, str], plain: list[str]) -> Declared:
-    algos = {m: FORMATS[f] for m, f in formats.items()}
-    if len(set(formats.values())) > 1:
-        layers = {
-            m: {"quant_algo": f.algo} | ({"group_size": f.group_size} if f.packed else {})
-            for m, f in sorted(algos.items())
-        }
-        body: dict[str, Any] = {
-            "quant_algo": "MIXED_PRECISION",
-            "quant_method": "modelopt",
-            "kv_cache_quant_algo": None,
-            "exclude_modules": plain,
-            "quantized_layers": layers,
-        }
-        both = {**body, "ignore": list(plain), "producer": PRODUCER}
-        return both, {"producer": PRODUCER, "quant_method": "modelopt", "quantization": body}
-    found = next(iter(algos.values()))
+    names = set(formats.values())
+    if len(names) > 1:
+        return _modelopt_mixed(formats, plain)
+    return _modelopt_uniform(FORMATS[names.pop()], plain)
+
+
+def _modelopt_mixed(formats: Mapping[str, str], plain: list[str]) -> Declared:
+    layers: dict[str, Any] = {}
+    for module, name in sorted(formats.items()):
+        fmt = FORMATS[name]
+        group_size = {"group_size": fmt.group_size} if fmt.packed else {}
+        layers[module] = {"quant_algo": fmt.algo} | group_size
+    body: dict[str, Any] = {
+        "quant_algo": "MIXED_PRECISION",
+        "quant_method": "modelopt",
+        "kv_cache_quant_algo": None,
+        "exclude_modules": plain,
+        "quantized_layers": layers,
+    }
+    inline = {**body, "ignore": list(plain), "producer": PRODUCER}
+    return inline, {"producer": PRODUCER, "quant_method": "modelopt", "quantization": body}
+
+
+def _modelopt_uniform(fmt: Format, plain: list[str]) -> Declared:
     inline: dict[str, Any] = {}
-    if found.algo != "MXFP8":
-        bits: dict[str, Any] = {
-            "dynamic": False,
-            "num_bits": 4 if found.packed else 8,
-            "type": "float",
-        }
-        if found.packed:
-            bits["group_size"] = found.group_size
-        given = None if found.algo.startswith("W4A16") else dict(bits)
-        inline["config_groups"] = {
-            "group_0": {"input_activations": given, "weights": bits, "targets": ["Linear"]}
-        }
+    if fmt.algo != "MXFP8":
+        weights: dict[str, Any] = {"dynamic": False, "num_bits": 8, "type": "float"}
+        if fmt.packed:
+            weights |= {"num_bits": 4, "group_size": fmt.group_size}
+        activations = None if fmt.algo.startswith("W4A16") else dict(weights)
+        group = {"input_activations": activations, "weights": weights, "targets": ["Linear"]}
+        inline["config_groups"] = {"group_0": group}
     inline |= {
         "ignore": list(plain),
-        "quant_algo": found.algo,
+        "quant_algo": fmt.algo,
         "producer": PRODUCER,
         "quant_method": "modelopt",
     }
-    nested: dict[str, Any] = {"quant_algo": found.algo, "kv_cache_quant_algo": None}
-    if found.group_size is not None:
-        nested["group_size"] = found.group_size
+    nested: dict[str, Any] = {"quant_algo": fmt.algo, "kv_cache_quant_algo": None}
+    if fmt.group_size is not None:
+        nested["group_size"] = fmt.group_size
     nested["exclude_modules"] = plain
     return inline, {"producer": PRODUCER, "quantization": nested}
 
@@ -436,8 +447,8 @@ _DECLARE: Mapping[Dialect, Callable[[Mapping[str, str], list[str]], Declared]] =
 }
 
 
-def _json(path: Path, value: Mapping[str, Any]) -> None:
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-__all__ = ["TINY", "Made", "Tiny", "encode", "make"]
+__all__ = ["TINY", "TinyCheckpoint", "TinySpec", "encode", "make"]

@@ -18,7 +18,7 @@ import transformers
 import exporter
 import verifier
 from verifier.errors import PlanError, UnsupportedConversion
-from verifier.selftest import Folder
+from verifier.selftest import CheckpointEditor
 
 
 def load(folder: Path) -> Any:
@@ -53,7 +53,7 @@ def test_minimax_m3(kit, shared_data: Path, tmp_path: Path) -> None:
 def test_what_a_model_rounds_or_has_no_place_for_comes_from_its_source(kit, tmp_path: Path) -> None:
     base = tmp_path / "base"
     shutil.copytree(kit.qwen, base)
-    folder = Folder(base)
+    folder = CheckpointEditor(base)
     names = ["model.layers.0.mlp.gate.weight", "model.layers.1.mlp.gate.weight"]
     rng = np.random.default_rng(5)
     for name in names:
@@ -95,7 +95,7 @@ def test_a_model_without_values_and_one_that_lacks_a_tensor(kit, tmp_path: Path)
         exporter.export_model(model, tmp_path / "out", **given)
     base = tmp_path / "base"
     shutil.copytree(kit.qwen, base)
-    Folder(base).drop(["model.norm.weight"])
+    CheckpointEditor(base).drop(["model.norm.weight"])
     with pytest.raises(UnsupportedConversion, match=r"model\.norm\.weight: rename"):
         exporter.export_model(load(kit.qwen), tmp_path / "out", source=base, **given)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base"]

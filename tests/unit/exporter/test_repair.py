@@ -27,7 +27,7 @@ from exporter.plan.repair import logical
 from tests.layouts import to_memory
 from verifier.checkpoint import open_checkpoint
 from verifier.errors import CkptgateError, PlanError, UnsupportedConversion, UsageError
-from verifier.selftest import CORRUPTORS, Folder
+from verifier.selftest import CORRUPTORS, CheckpointEditor
 
 BY_NAME = {c.name: c for c in CORRUPTORS}
 INDEX = "model.safetensors.index.json"
@@ -50,7 +50,7 @@ def quantized(folder: Path) -> int:
     """Return how many tensors belong to modules with a weight scale."""
     return sum(
         len(p)
-        for p in Folder(folder).modules().values()
+        for p in CheckpointEditor(folder).modules().values()
         if {"weight_scale", "weight_scale_inv"} & set(p)
     )
 
@@ -58,16 +58,16 @@ def quantized(folder: Path) -> int:
 # twins
 
 MENDED = [
-    "all-names-of-memory",
-    "one-name-of-memory",
-    "quantized-module-under-another-prefix",
+    "in-memory-names",
+    "one-in-memory-name",
+    "quantized-module-with-wrong-prefix",
     "amax-of-a-quantizer",
     "scale-of-a-quantizer",
     "qkv-fused",
     "container",
     "norm-lost",
     "linear-transposed",
-    "config-of-another-size",
+    "config-of-other-size",
     "norm-widened",
     "embedding-as-f16",
     "one-bit-of-the-embedding",
@@ -98,7 +98,7 @@ def test_a_broken_twin_is_mended_byte_for_byte(kit, kind: str, defect: str, tmp_
 
 
 @pytest.mark.parametrize(
-    "defect", ["all-names-of-memory", "qkv-fused", "experts-stacked", "expert-leaves", "container"]
+    "defect", ["in-memory-names", "qkv-fused", "experts-stacked", "expert-leaves", "container"]
 )
 def test_spellings_are_enough_without_transformers(
     kit, defect: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -111,7 +111,7 @@ def test_spellings_are_enough_without_transformers(
 
 
 @pytest.mark.parametrize(
-    "defect", [*EXPERTS[1:3], "container", "quantized-module-under-another-prefix"]
+    "defect", [*EXPERTS[1:3], "container", "quantized-module-with-wrong-prefix"]
 )
 def test_a_mixed_minimax_m3_is_mended(kit, defect: str, shared_data: Path, tmp_path: Path) -> None:
     twin, base = (
@@ -129,14 +129,14 @@ def test_a_recast_router_is_the_bases_again(kit, tmp_path: Path) -> None:
     name = "model.layers.0.mlp.gate.weight"
     values = (
         np.random.default_rng(3)
-        .standard_normal(Folder(base).tensors()[name].shape)
+        .standard_normal(CheckpointEditor(base).tensors()[name].shape)
         .astype(np.float32)
         * 0.02
     )
     for folder in (base, twin):
-        Folder(folder).store(name, values)
+        CheckpointEditor(folder).store(name, values)
     broken = copy(twin, tmp_path / "broken")
-    Folder(broken).store(name, values.astype(ml_dtypes.bfloat16))
+    CheckpointEditor(broken).store(name, values.astype(ml_dtypes.bfloat16))
     manifest = exporter.repair(broken, tmp_path / "out", base=base)
     assert kit.read(tmp_path / "out") == kit.read(twin)
     assert manifest.notes["repair"]["replaced"] == [1, {name: "recast"}]
@@ -212,7 +212,7 @@ def test_stacks_with_siblings_joined_by_an_underscore(kit, tmp_path: Path) -> No
     """The spelling in which ModelOpt and transformers keep the siblings of a bare parameter."""
     broken = copy(kit.qwen_nvfp4, tmp_path / "broken")
     BY_NAME["experts-stacked"].apply(broken)
-    folder = Folder(broken)
+    folder = CheckpointEditor(broken)
     stacked = [
         n
         for n in folder.tensors()
@@ -289,12 +289,12 @@ def test_kv_scales_of_attention_that_is_not_quantized(kit, tmp_path: Path) -> No
     twin = copy(kit.qwen_nvfp4, tmp_path / "twin")
     for layer in (0, 1):
         for kind in "kv":
-            Folder(twin).add(
+            CheckpointEditor(twin).add(
                 f"model.layers.{layer}.self_attn.{kind}_proj.{kind}_scale",
                 np.array(0.25, np.float32),
             )
     broken = copy(twin, tmp_path / "broken")
-    BY_NAME["all-names-of-memory"].apply(broken)
+    BY_NAME["in-memory-names"].apply(broken)
     exporter.repair(broken, tmp_path / "out", base=kit.qwen)
     assert kit.read(tmp_path / "out") == kit.read(twin)
     clean(tmp_path / "out", kit.qwen)
@@ -363,7 +363,7 @@ def test_what_is_lost_is_refused(kit, defect: str, said: str, tmp_path: Path) ->
     refused(broken, kit.qwen, tmp_path, said)
 
 
-def swap_gate_and_up(folder: Folder) -> None:
+def swap_gate_and_up(folder: CheckpointEditor) -> None:
     """Call every gate of a layer w3 and every up w1: the names are in the wrong order."""
     other = {"gate_proj": "w3", "up_proj": "w1", "down_proj": "w2"}
     names = {}
@@ -375,7 +375,7 @@ def swap_gate_and_up(folder: Folder) -> None:
     folder.rename(names)
 
 
-def interleave_gate_and_up(folder: Folder) -> None:
+def interleave_gate_and_up(folder: CheckpointEditor) -> None:
     """Stack a layer's experts with gate and up row by row, which no name tells."""
     BY_NAME["experts-stacked"].apply(folder.path)
     for name, tensor in folder.tensors().items():
@@ -385,7 +385,7 @@ def interleave_gate_and_up(folder: Folder) -> None:
             folder.store(name, np.stack(halves, axis=2).reshape(values.shape))
 
 
-def stack_transposed(folder: Folder) -> None:
+def stack_transposed(folder: CheckpointEditor) -> None:
     """Stack a layer's experts as [experts, in, out]."""
     BY_NAME["experts-stacked"].apply(folder.path)
     for name, tensor in folder.tensors().items():
@@ -393,14 +393,14 @@ def stack_transposed(folder: Folder) -> None:
             folder.store(name, np.ascontiguousarray(folder.array(name).transpose(0, 2, 1)))
 
 
-def lose_an_expert_of_a_stack(folder: Folder) -> None:
+def lose_an_expert_of_a_stack(folder: CheckpointEditor) -> None:
     BY_NAME["experts-stacked"].apply(folder.path)
     for name, tensor in folder.tensors().items():
         if ".experts.down_proj." in name and tensor.shape:
             folder.store(name, folder.array(name)[:-1])
 
 
-def fold_a_scale(folder: Folder) -> None:
+def fold_a_scale(folder: CheckpointEditor) -> None:
     """Multiply a norm, as AWQ and SmoothQuant do."""
     name = "model.layers.0.post_attention_layernorm.weight"
     values = folder.array(name)
@@ -408,21 +408,21 @@ def fold_a_scale(folder: Folder) -> None:
     folder.store(name, (values.astype(np.float32) * scale).astype(values.dtype))
 
 
-def add_a_pre_quant_scale(folder: Folder) -> None:
+def add_a_pre_quant_scale(folder: CheckpointEditor) -> None:
     folder.add(
         "model.layers.0.mlp.experts.0.gate_proj.pre_quant_scale", np.ones(128, ml_dtypes.bfloat16)
     )
 
 
-def add_a_bias(folder: Folder) -> None:
+def add_a_bias(folder: CheckpointEditor) -> None:
     folder.add("model.layers.0.self_attn.o_proj.bias", np.ones(128, ml_dtypes.bfloat16))
 
 
-def call_a_norm_anything(folder: Folder) -> None:
+def call_a_norm_anything(folder: CheckpointEditor) -> None:
     folder.rename({"model.norm.weight": "model.thing.weight"})
 
 
-def two_of_one_name(folder: Folder) -> None:
+def two_of_one_name(folder: CheckpointEditor) -> None:
     for leaf in [
         n.rpartition(".")[2] for n in folder.tensors() if ".layers.0.mlp.experts.0.gate_proj." in n
     ]:
@@ -465,20 +465,24 @@ def two_of_one_name(folder: Folder) -> None:
     ],
 )
 def test_what_values_and_names_do_not_tell(
-    kit, change: Callable[[Folder], None], error: type[CkptgateError], said: str, tmp_path: Path
+    kit,
+    change: Callable[[CheckpointEditor], None],
+    error: type[CkptgateError],
+    said: str,
+    tmp_path: Path,
 ) -> None:
     broken = copy(kit.qwen_nvfp4, tmp_path / "broken")
-    change(Folder(broken))
+    change(CheckpointEditor(broken))
     refused(broken, kit.qwen, tmp_path, said, error)
 
 
 @pytest.mark.parametrize("change", [stack_transposed, lose_an_expert_of_a_stack])
 def test_a_stack_that_does_not_fit_is_refused_without_transformers_too(
-    kit, change: Callable[[Folder], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    kit, change: Callable[[CheckpointEditor], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("exporter.repairing.find_spec", lambda _name: None)
     broken = copy(kit.qwen_nvfp4, tmp_path / "broken")
-    change(Folder(broken))
+    change(CheckpointEditor(broken))
     with pytest.raises((PlanError, UnsupportedConversion), match="down_proj"):
         exporter.repair(broken, tmp_path / "out", base=kit.qwen)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["broken"]
@@ -489,7 +493,7 @@ def test_names_are_proved_by_a_quantized_base_too(kit, vendor, tmp_path: Path) -
     BY_NAME["expert-leaves"].apply(broken)
     found = exporter.plan_repair(broken, base=vendor.path)
     assert found.compared == 24
-    swap_gate_and_up(Folder(copy(kit.qwen_nvfp4, tmp_path / "swapped")))
+    swap_gate_and_up(CheckpointEditor(copy(kit.qwen_nvfp4, tmp_path / "swapped")))
     refused(tmp_path / "swapped", vendor.path, tmp_path, "its values are not those of the base's")
 
 
@@ -509,13 +513,13 @@ def wide(kit, tmp_path_factory: pytest.TempPathFactory) -> Path:
             tensors[name] = kit.bf16(128, 128, seed=len(name))
 
     kit.edit(kit.llama, path, widen)
-    Folder(path).edit_json(
+    CheckpointEditor(path).edit_json(
         "config.json", lambda config: config.update(intermediate_size=384, num_key_value_heads=4)
     )
     return path
 
 
-def fuse(folder: Folder, order: tuple[str, str]) -> None:
+def fuse(folder: CheckpointEditor, order: tuple[str, str]) -> None:
     """Write gate and up of the first layer as one, under a name that no mapping knows."""
     head = "model.layers.0.mlp"
     parts = folder.modules()[f"{head}.gate_proj"]
@@ -537,8 +541,8 @@ def test_a_fused_pair_of_each_format_is_told_by_rows_of_its_middle(
 ) -> None:
     scales = {"input_scale": "one"} if recipe == "nvfp4_mlp_only" else {}
     exporter.export(wide, tmp_path / "twin", recipe=recipe, **scales)
-    fuse(Folder(copy(tmp_path / "twin", tmp_path / "broken")), ("gate_proj", "up_proj"))
-    fuse(Folder(copy(tmp_path / "twin", tmp_path / "swapped")), ("up_proj", "gate_proj"))
+    fuse(CheckpointEditor(copy(tmp_path / "twin", tmp_path / "broken")), ("gate_proj", "up_proj"))
+    fuse(CheckpointEditor(copy(tmp_path / "twin", tmp_path / "swapped")), ("up_proj", "gate_proj"))
     exporter.repair(tmp_path / "broken", tmp_path / "out", base=wide)
     assert kit.read(tmp_path / "out") == kit.read(tmp_path / "twin")
     clean(tmp_path / "out", wide)
@@ -548,7 +552,7 @@ def test_a_fused_pair_of_each_format_is_told_by_rows_of_its_middle(
 
 def test_another_base_is_refused(kit, tmp_path: Path) -> None:
     base = copy(kit.qwen, tmp_path / "base")
-    folder = Folder(base)
+    folder = CheckpointEditor(base)
     folder.store("model.embed_tokens.weight", folder.array("model.embed_tokens.weight")[::-1])
     refused(kit.qwen_nvfp4, base, tmp_path, "it was not made from")
 
@@ -594,7 +598,7 @@ def test_a_dry_run_says_what_a_run_would_do_and_writes_nothing(kit, tmp_path: Pa
 
 def test_an_export_without_input_scales_is_described_as_weight_only(kit, tmp_path: Path) -> None:
     broken = copy(kit.qwen_nvfp4, tmp_path / "broken")
-    folder = Folder(broken)
+    folder = CheckpointEditor(broken)
     folder.drop([n for n in folder.tensors() if n.endswith(".input_scale")])
     done = CliRunner().invoke(
         command, [str(broken), str(tmp_path / "out"), "--base", str(kit.qwen)]

@@ -18,7 +18,7 @@ import pytest
 import verifier
 from tests.paths import ROOT
 from verifier.rules import all_rules
-from verifier.selftest.edit import Folder
+from verifier.selftest.editor import CheckpointEditor
 
 DATA = ROOT / "tests" / "data" / "modelopt"
 QWEN, QWEN_NVFP4 = DATA / "src_qwen3moe", DATA / "qwen3moe_nvfp4_experts_max"
@@ -61,8 +61,8 @@ def session(tmp_path: Path) -> Run:
 
 
 @pytest.fixture
-def copy(tmp_path: Path) -> Folder:
-    return Folder(Path(shutil.copytree(QWEN_NVFP4, tmp_path / "copy")))
+def copy(tmp_path: Path) -> CheckpointEditor:
+    return CheckpointEditor(Path(shutil.copytree(QWEN_NVFP4, tmp_path / "copy")))
 
 
 def counts(done: Done) -> dict[str, int]:
@@ -111,7 +111,9 @@ def test_a_sound_checkpoint_passes_rule_by_rule(session: Run) -> None:
     assert "depth payload" in done.stdout
 
 
-def test_a_finding_fails_its_rule_and_the_verdict_only(session: Run, copy: Folder) -> None:
+def test_a_finding_fails_its_rule_and_the_verdict_only(
+    session: Run, copy: CheckpointEditor
+) -> None:
     copy.overwrite(SCALE, 12 * 4 + 3, b"\0")
     done = session(f"--ckptgate={copy.path}", f"--ckptgate-base={QWEN}", "--ckptgate-depth=payload")
     assert done.returncode == 1
@@ -226,7 +228,7 @@ def test_the_rules_of_a_file_are_tests(session: Run) -> None:
     assert "no LICENSE next to the weights" in done.stdout
 
 
-def test_fixtures(session: Run, copy: Folder) -> None:
+def test_fixtures(session: Run, copy: CheckpointEditor) -> None:
     copy.drop([SCALE])
     test = f"""
 import pytest
@@ -250,7 +252,7 @@ def test_fails(assert_same_layout):
 
 
 def test_junit_has_the_findings_and_what_was_examined(
-    session: Run, copy: Folder, tmp_path: Path
+    session: Run, copy: CheckpointEditor, tmp_path: Path
 ) -> None:
     copy.drop([SCALE])
     done = session(f"--ckptgate={copy.path}", f"--junitxml={tmp_path / 'junit.xml'}")
@@ -272,7 +274,7 @@ def test_the_check_runs_once(session: Run, tmp_path: Path) -> None:
     assert log.read_text() == "x"
 
 
-def test_collecting_reads_nothing(session: Run, copy: Folder) -> None:
+def test_collecting_reads_nothing(session: Run, copy: CheckpointEditor) -> None:
     (copy.path / "model.safetensors").write_bytes(b"\xff" * 100)
     done = session(f"--ckptgate={copy.path}", "--collect-only", "-q")
     assert done.returncode == 0

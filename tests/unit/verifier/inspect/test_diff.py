@@ -22,7 +22,7 @@ from verifier.errors import ContentError, UsageError
 from verifier.inspect.diff import Diff, diff
 from verifier.inspect.names import gathered
 from verifier.inspect.render import LINES, diff_text
-from verifier.selftest.edit import Folder
+from verifier.selftest.editor import CheckpointEditor
 
 DATA = TESTS / "data" / "modelopt"
 QWEN, QWEN_NVFP4 = DATA / "src_qwen3moe", DATA / "qwen3moe_nvfp4_experts_max"
@@ -31,8 +31,8 @@ Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 
 
 @pytest.fixture
-def copy(tmp_path: Path) -> Folder:
-    return Folder(Path(shutil.copytree(QWEN_NVFP4, tmp_path / "copy")))
+def copy(tmp_path: Path) -> CheckpointEditor:
+    return CheckpointEditor(Path(shutil.copytree(QWEN_NVFP4, tmp_path / "copy")))
 
 
 def kinds(found: Diff) -> list[tuple[str, str, int]]:
@@ -44,7 +44,7 @@ def test_a_checkpoint_equals_itself(folder: Path) -> None:
     found = diff(folder, folder, payload=True)
     assert found.equal
     assert found.changes == ()
-    assert found.compared == found.common == len(Folder(folder).tensors())
+    assert found.compared == found.common == len(CheckpointEditor(folder).tensors())
     assert diff_text(found).splitlines()[-1].startswith("equal: ")
 
 
@@ -76,7 +76,7 @@ def test_the_other_way_round_is_the_mirror() -> None:
     }
 
 
-def test_a_name_a_dtype_and_a_shape(copy: Folder) -> None:
+def test_a_name_a_dtype_and_a_shape(copy: CheckpointEditor) -> None:
     copy.rename({Q_PROJ: "model.layers.1.self_attn.q.weight"})
     copy.store("model.norm.weight", copy.array("model.norm.weight").astype(np.float32))
     copy.store("model.layers.0.self_attn.q_norm.weight", np.ones(7, ml_dtypes.bfloat16))
@@ -92,7 +92,7 @@ def test_a_name_a_dtype_and_a_shape(copy: Folder) -> None:
     assert text.splitlines()[-1] == "different: 4 groups of differences"
 
 
-def test_one_missing_expert_shows_that_the_ranges_span_more(copy: Folder) -> None:
+def test_one_missing_expert_shows_that_the_ranges_span_more(copy: CheckpointEditor) -> None:
     copy.drop(
         [f"model.layers.{i}.mlp.experts.{j}.up_proj.input_scale" for i, j in ((0, 2), (1, 5))]
     )
@@ -101,31 +101,31 @@ def test_one_missing_expert_shows_that_the_ranges_span_more(copy: Folder) -> Non
     assert f"     2  {names}  F32 []  (of 4 in these ranges)" in text
 
 
-def test_bytes_are_compared_on_request_only(copy: Folder) -> None:
+def test_bytes_are_compared_on_request_only(copy: CheckpointEditor) -> None:
     copy.overwrite(Q_PROJ, 5, b"\x80\x3f")
     copy.overwrite(Q_PROJ, 9, b"\x80\x3f")
-    before = Folder(QWEN_NVFP4).array(Q_PROJ).reshape(-1).astype(np.float64)
+    before = CheckpointEditor(QWEN_NVFP4).array(Q_PROJ).reshape(-1).astype(np.float64)
     assert diff(QWEN_NVFP4, copy.path).equal
     found = diff(QWEN_NVFP4, copy.path, payload=True)
     assert kinds(found) == [("bytes", Q_PROJ, 1)]
     largest = max(abs(1 - before[5]), abs(1 - before[9]))
     assert found.changes[0].a == f"2 of {before.size:,} elements differ, by at most {largest:.3g}"
-    raw = Folder(QWEN_NVFP4).read(Q_PROJ)[10:12].hex()
+    raw = CheckpointEditor(QWEN_NVFP4).read(Q_PROJ)[10:12].hex()
     assert found.changes[0].b == f"first at byte 10: {raw} → 803f"
 
 
 def test_progress_ends_with_all_bytes() -> None:
     calls: list[tuple[int, int]] = []
     diff(LLAMA, LLAMA, payload=True, progress=lambda done, total: calls.append((done, total)))
-    assert calls[-1] == (sum(t.nbytes for t in Folder(LLAMA).tensors().values()),) * 2
+    assert calls[-1] == (sum(t.nbytes for t in CheckpointEditor(LLAMA).tensors().values()),) * 2
 
 
-def test_another_split_into_shards_is_no_difference(copy: Folder) -> None:
+def test_another_split_into_shards_is_no_difference(copy: CheckpointEditor) -> None:
     (copy.path / "model.safetensors").rename(copy.path / "weights.safetensors")
     assert diff(QWEN_NVFP4, copy.path, payload=True).equal
 
 
-def test_other_files_are_told_and_not_judged(copy: Folder) -> None:
+def test_other_files_are_told_and_not_judged(copy: CheckpointEditor) -> None:
     (copy.path / "generation_config.json").unlink()
     (copy.path / "notes.txt").write_text("x")
     found = diff(QWEN_NVFP4, copy.path)
@@ -154,7 +154,7 @@ Edit = Callable[[dict[str, object]], None]
         ),
     ],
 )
-def test_a_config_field(copy: Folder, edit: Edit, expected: tuple[str, str, str]) -> None:
+def test_a_config_field(copy: CheckpointEditor, edit: Edit, expected: tuple[str, str, str]) -> None:
     copy.edit_json("config.json", edit)
     found = diff(QWEN_NVFP4, copy.path)
     assert [(c.file, c.names.label, c.a, c.b) for c in found.changes] == [
@@ -162,7 +162,7 @@ def test_a_config_field(copy: Folder, edit: Edit, expected: tuple[str, str, str]
     ]
 
 
-def test_a_layers_worth_of_config_entries_is_one_line(copy: Folder) -> None:
+def test_a_layers_worth_of_config_entries_is_one_line(copy: CheckpointEditor) -> None:
     layers = {
         f"model.layers.{i}.mlp.experts.{j}.w1": {"quant_algo": "NVFP4"}
         for i in range(3)
@@ -176,7 +176,7 @@ def test_a_layers_worth_of_config_entries_is_one_line(copy: Folder) -> None:
     assert kinds(found) == [("config", label, 24)]
 
 
-def test_what_cannot_be_read_whole_is_never_equal(copy: Folder) -> None:
+def test_what_cannot_be_read_whole_is_never_equal(copy: CheckpointEditor) -> None:
     shard = copy.path / "model.safetensors"
     shard.write_bytes(shard.read_bytes()[:-8])
     found = diff(copy.path, copy.path)
@@ -185,13 +185,13 @@ def test_what_cannot_be_read_whole_is_never_equal(copy: Folder) -> None:
     assert "cannot be read completely: model.safetensors: ends 8 bytes early" in diff_text(found)
 
 
-def test_an_index_that_names_a_missing_shard_is_never_equal(copy: Folder) -> None:
+def test_an_index_that_names_a_missing_shard_is_never_equal(copy: CheckpointEditor) -> None:
     index = {"metadata": {"total_size": 1}, "weight_map": {Q_PROJ: "model-00002.safetensors"}}
     (copy.path / "model.safetensors.index.json").write_text(json.dumps(index))
     assert not diff(copy.path, copy.path).equal
 
 
-def test_a_config_nested_beyond_all_measure_is_refused_or_compared(copy: Folder) -> None:
+def test_a_config_nested_beyond_all_measure_is_refused_or_compared(copy: CheckpointEditor) -> None:
     (copy.path / "config.json").write_text('{"a": ' * 900 + "1" + "}" * 900)
     other = Path(shutil.copytree(copy.path, copy.path.parent / "other"))
     (other / "config.json").write_text('{"a": ' * 900 + "2" + "}" * 900)
@@ -211,7 +211,7 @@ def test_errors() -> None:
 
 
 def test_many_kinds_are_bounded_in_text_and_whole_in_json(
-    copy: Folder, capsys: pytest.CaptureFixture[str]
+    copy: CheckpointEditor, capsys: pytest.CaptureFixture[str]
 ) -> None:
     copy.rename({n: f"{n}.x{i}" for i, n in enumerate(copy.tensors())})
     assert run(["diff", str(QWEN_NVFP4), str(copy.path)]) == 1
@@ -223,7 +223,7 @@ def test_many_kinds_are_bounded_in_text_and_whole_in_json(
     assert sum(c["count"] for c in value["changes"] if c["kind"] == "only B") == 213
 
 
-def test_hostile_names_are_bounded_and_escaped(copy: Folder) -> None:
+def test_hostile_names_are_bounded_and_escaped(copy: CheckpointEditor) -> None:
     names = ("a.*.b", "a.1.b", f"a.{'9' * 6000}.b", "x\x1b[31m.2\n.weight", "a..1")
     for name in names:
         copy.add(name, np.zeros(1, np.uint8))

@@ -22,7 +22,7 @@ from verifier.inspect.render import show_json, show_text
 from verifier.inspect.show import Location, parse_location, show
 from verifier.quantized import QuantizedCheckpoint
 from verifier.report import render_text
-from verifier.selftest.edit import Folder
+from verifier.selftest.editor import CheckpointEditor
 
 DATA = TESTS / "data" / "modelopt"
 QWEN, QWEN_NVFP4 = DATA / "src_qwen3moe", DATA / "qwen3moe_nvfp4_experts_max"
@@ -32,8 +32,8 @@ Capture = pytest.CaptureFixture[str]
 
 
 @pytest.fixture
-def copy(tmp_path: Path) -> Folder:
-    return Folder(Path(shutil.copytree(QWEN_NVFP4, tmp_path / "copy")))
+def copy(tmp_path: Path) -> CheckpointEditor:
+    return CheckpointEditor(Path(shutil.copytree(QWEN_NVFP4, tmp_path / "copy")))
 
 
 def held_to_the_whole(folder: Path, base: Path) -> int:
@@ -87,7 +87,7 @@ def test_a_release_with_fp8_and_a_mixed_one(shared_data: Path) -> None:
 def test_other_fp8_layouts(
     tmp_path: Path, dtype: str, shape: tuple[int, ...], leaf: str, algo: str, block: int
 ) -> None:
-    folder = Folder(Path(shutil.copytree(LLAMA, tmp_path / "copy")))
+    folder = CheckpointEditor(Path(shutil.copytree(LLAMA, tmp_path / "copy")))
     rng = np.random.default_rng(3)
     weight = rng.normal(size=(200, 300)).astype(ml_dtypes.float8_e4m3fn)
     scale = rng.uniform(0.5, 2, size=shape).astype(np.float32)
@@ -104,7 +104,7 @@ def test_other_fp8_layouts(
 
 
 def test_compressed_tensors_divide(tmp_path: Path) -> None:
-    folder = Folder(Path(shutil.copytree(LLAMA, tmp_path / "copy")))
+    folder = CheckpointEditor(Path(shutil.copytree(LLAMA, tmp_path / "copy")))
     codes = np.random.default_rng(4).integers(0, 256, (4, 16), dtype=np.uint8)
     scale = np.random.default_rng(5).uniform(1, 400, (4, 2)).astype(ml_dtypes.float8_e4m3fn)
     folder.add("m.weight_packed", codes)
@@ -119,7 +119,7 @@ def test_compressed_tensors_divide(tmp_path: Path) -> None:
     assert [e.raw for e in found.elements] == [f"0x{n:X}" for n in nibbles]
 
 
-def test_bytes_are_where_it_says(copy: Folder) -> None:
+def test_bytes_are_where_it_says(copy: CheckpointEditor) -> None:
     found = show(copy.path, f"{EXPERT}.weight_scale", row=12, block=3)
     raw = (copy.path / "model.safetensors").read_bytes()
     assert {s.leaf for s in found.scales} == {"weight_scale", "weight_scale_2", "input_scale"}
@@ -131,12 +131,12 @@ def test_bytes_are_where_it_says(copy: Folder) -> None:
         bytes(a | b << 4 for a, b in zip(codes[::2], codes[1::2], strict=True))
         == raw[found.byte : found.byte + 8]
     )
-    place = copy.place(f"{EXPERT}.weight_scale", 12 * 4 + 3)
+    place = copy.where(f"{EXPERT}.weight_scale", 12 * 4 + 3)
     assert (place.row, place.block, place.byte) == (12, 3, found.scales[-1].byte)
 
 
 @pytest.mark.parametrize("code", [0x00, 0x7F, 0x81])
-def test_a_place_of_a_report_leads_to_its_bytes(copy: Folder, code: int) -> None:
+def test_a_place_of_a_report_leads_to_its_bytes(copy: CheckpointEditor, code: int) -> None:
     name = f"{EXPERT}.weight_scale"
     copy.overwrite(name, 12 * 4 + 3, bytes([code]))
     text = render_text(verifier.check(copy.path, depth="payload"))
@@ -146,14 +146,17 @@ def test_a_place_of_a_report_leads_to_its_bytes(copy: Folder, code: int) -> None
     assert (found.tensor.name, found.row, found.block) == (name, 12, 3)
     assert f"0x{code:02X}" in {s.raw for s in found.scales if s.leaf == "weight_scale"}
     assert found.expected is not None
-    assert found.expected.raw == f"0x{Folder(QWEN_NVFP4).array(name)[12, 3].view(np.uint8):02X}"
+    assert (
+        found.expected.raw
+        == f"0x{CheckpointEditor(QWEN_NVFP4).array(name)[12, 3].view(np.uint8):02X}"
+    )
     json.loads(show_json(found))
     assert show_text(found)
 
 
 def test_a_place_in_a_weight_is_the_element_that_differs(tmp_path: Path) -> None:
     """A report counts a weight's elements, not its blocks: block 200 is column 200."""
-    folder = Folder(Path(shutil.copytree(LLAMA, tmp_path / "copy")))
+    folder = CheckpointEditor(Path(shutil.copytree(LLAMA, tmp_path / "copy")))
     folder.overwrite("model.embed_tokens.weight", 3 * 128 + 100, b"\x80\x7f")
     text = render_text(verifier.check(folder.path, base=LLAMA, depth="payload"))
     line = next(x.strip() for x in text.splitlines() if "embed_tokens" in x)
@@ -168,7 +171,7 @@ def test_a_place_in_a_weight_is_the_element_that_differs(tmp_path: Path) -> None
         assert found.elements[4].base != np.inf
 
 
-def test_a_byte_in_packed_codes(copy: Folder) -> None:
+def test_a_byte_in_packed_codes(copy: CheckpointEditor) -> None:
     tensor = copy.tensors()[f"{EXPERT}.weight"]
     found = show(copy.path, f"{EXPERT}.weight", byte=tensor.offset + 5 * tensor.shape[1] + 9)
     assert (found.row, found.block, found.first, found.asked) == (5, 1, 16, (18, 19))
@@ -187,7 +190,7 @@ def test_the_nearest_codes_of_a_sound_export_are_those_stored() -> None:
     assert found.expected.error <= found.expected.stored_error * (1 + 1e-6)
 
 
-def test_another_code_shows_beside_the_nearest(copy: Folder) -> None:
+def test_another_code_shows_beside_the_nearest(copy: CheckpointEditor) -> None:
     before = show(copy.path, EXPERT, row=7, block=2, base=QWEN)
     raw = copy.array(f"{EXPERT}.weight")[7, 16]
     copy.overwrite(f"{EXPERT}.weight", 7 * 32 + 16, bytes([raw ^ 0x08]))
@@ -200,14 +203,14 @@ def test_another_code_shows_beside_the_nearest(copy: Folder) -> None:
 
 
 def test_an_infinite_base_is_told(tmp_path: Path) -> None:
-    base = Folder(Path(shutil.copytree(QWEN, tmp_path / "base")))
+    base = CheckpointEditor(Path(shutil.copytree(QWEN, tmp_path / "base")))
     base.overwrite(f"{EXPERT}.weight", 7 * 64 + 33, b"\x80\x7f")
     found = show(QWEN_NVFP4, EXPERT, row=7, block=2, base=base.path)
     assert found.notes == ("the base is not finite here",)
     assert json.loads(show_json(found))["elements"][1]["base"] == "Infinity"
 
 
-def test_what_no_format_fits_is_shown_as_stored(copy: Folder) -> None:
+def test_what_no_format_fits_is_shown_as_stored(copy: CheckpointEditor) -> None:
     copy.drop([f"{EXPERT}.weight_scale"])
     found = show(copy.path, f"{EXPERT}.weight", row=2)
     assert found.scales == ()
@@ -218,7 +221,7 @@ def test_what_no_format_fits_is_shown_as_stored(copy: Folder) -> None:
 
 
 def test_a_bias_and_a_cache_scale_of_a_quantized_module(tmp_path: Path) -> None:
-    folder = Folder(Path(shutil.copytree(LLAMA_MXFP8, tmp_path / "copy")))
+    folder = CheckpointEditor(Path(shutil.copytree(LLAMA_MXFP8, tmp_path / "copy")))
     name = "model.layers.0.self_attn.k_proj"
     folder.add(f"{name}.bias", np.arange(64, dtype=np.float32))
     folder.add(f"{name}.k_scale", np.float32(0.25))
@@ -238,7 +241,7 @@ def test_a_global_scale_shows_what_it_scales() -> None:
     )
 
 
-def test_three_dimensions_need_a_byte(copy: Folder) -> None:
+def test_three_dimensions_need_a_byte(copy: CheckpointEditor) -> None:
     place = copy.add("stack", np.arange(24, dtype=np.float32).reshape(2, 3, 4))
     offset = copy.tensors()["stack"].offset
     assert place.tensor == "stack"
@@ -254,7 +257,7 @@ def test_three_dimensions_need_a_byte(copy: Folder) -> None:
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (0,), (0, 4), (4, 0)])
-def test_small_and_empty_tensors(copy: Folder, shape: tuple[int, ...]) -> None:
+def test_small_and_empty_tensors(copy: CheckpointEditor, shape: tuple[int, ...]) -> None:
     copy.add("odd", np.zeros(shape, np.float32))
     if 0 in shape:
         with pytest.raises(ContentError):
@@ -305,7 +308,7 @@ def test_a_place_that_is_not_there(capsys: Capture, argv: list[str], code: int, 
     assert len(err.splitlines()) == 1
 
 
-def test_a_hostile_name_is_found_as_it_is_printed(copy: Folder, capsys: Capture) -> None:
+def test_a_hostile_name_is_found_as_it_is_printed(copy: CheckpointEditor, capsys: Capture) -> None:
     copy.add("x\x1b[31m\n.weight", np.ones(3, np.float32))
     assert run(["show", str(copy.path), "x\\x1b[31m\\x0a.weight [row 1]"]) == 0
     out = capsys.readouterr().out

@@ -16,7 +16,7 @@ from verifier.cli import run
 from verifier.errors import ContentError, UsageError
 from verifier.inspect.render import stats_text
 from verifier.inspect.stats import bins, shares, stats
-from verifier.selftest.edit import Folder
+from verifier.selftest.editor import CheckpointEditor
 
 DATA = TESTS / "data" / "modelopt"
 QWEN, QWEN_NVFP4 = DATA / "src_qwen3moe", DATA / "qwen3moe_nvfp4_experts_max"
@@ -24,8 +24,8 @@ LLAMA, LLAMA_MXFP8 = DATA / "src_llama", DATA / "llama_mxfp8"
 
 
 @pytest.fixture
-def copy(tmp_path: Path) -> Folder:
-    return Folder(Path(shutil.copytree(QWEN_NVFP4, tmp_path / "copy")))
+def copy(tmp_path: Path) -> CheckpointEditor:
+    return CheckpointEditor(Path(shutil.copytree(QWEN_NVFP4, tmp_path / "copy")))
 
 
 def test_a_base_has_sixteen_bits() -> None:
@@ -33,7 +33,7 @@ def test_a_base_has_sixteen_bits() -> None:
     assert {r.format for r in found.rows} == {"BF16"}
     assert {r.bits for r in found.rows} == {16.0}
     assert found.total.parameters == sum(
-        int(np.prod(t.shape)) for t in Folder(QWEN).tensors().values()
+        int(np.prod(t.shape)) for t in CheckpointEditor(QWEN).tensors().values()
     )
     assert found.total.weight_bytes == found.nbytes
 
@@ -63,7 +63,7 @@ def test_bits_are_real_ones() -> None:
     assert {r.bits for r in stats(LLAMA_MXFP8).rows if r.format == "MXFP8"} == {8.25}
 
 
-def test_codes_are_counted_as_they_stand(copy: Folder) -> None:
+def test_codes_are_counted_as_they_stand(copy: CheckpointEditor) -> None:
     raw = b"".join(copy.read(n) for n in copy.tensors() if n.endswith(".weight_scale"))
     found = stats(copy.path, depth="payload")
     assert [(c.format, c.leaf, c.kind) for c in found.codes] == [("NVFP4", "weight_scale", "E4M3")]
@@ -89,7 +89,7 @@ def test_codes_are_counted_as_they_stand(copy: Folder) -> None:
 
 def test_power_of_two_codes() -> None:
     found = stats(LLAMA_MXFP8, depth="payload")
-    folder = Folder(LLAMA_MXFP8)
+    folder = CheckpointEditor(LLAMA_MXFP8)
     raw = b"".join(folder.read(n) for n in folder.tensors() if n.endswith(".weight_scale"))
     assert found.codes[0].kind == "E8M0"
     assert (
@@ -122,7 +122,7 @@ def test_bins_are_bounded_and_lose_nothing() -> None:
     assert sum(n for _, n in found) == 255 * 128
 
 
-def test_floats_name_their_extremes(copy: Folder) -> None:
+def test_floats_name_their_extremes(copy: CheckpointEditor) -> None:
     leaf = "weight_scale_2"
     values = {n: float(copy.array(n)) for n in copy.tensors() if n.endswith(leaf)}
     found = next(f for f in stats(copy.path, depth="payload").floats if f.leaf == leaf)
@@ -144,7 +144,7 @@ def test_the_header_alone_reads_no_scale() -> None:
     assert "--depth payload also shows the values of scales" in stats_text(found)
 
 
-def test_an_undetermined_format_has_no_bits(copy: Folder) -> None:
+def test_an_undetermined_format_has_no_bits(copy: CheckpointEditor) -> None:
     copy.drop(["model.layers.0.mlp.experts.0.up_proj.weight_scale"])
     copy.add("blob", np.zeros((2, 3, 4), np.uint8))
     found = stats(copy.path, depth="payload")
@@ -155,7 +155,7 @@ def test_an_undetermined_format_has_no_bits(copy: Folder) -> None:
     assert "unknown" in stats_text(found)
 
 
-def test_the_command(copy: Folder, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(copy: CheckpointEditor, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["stats", str(copy.path), "--depth", "payload", "--format", "json"]) == 0
     value = json.loads(capsys.readouterr().out)
     assert value["total"]["bits_per_parameter"] == stats(copy.path).total.bits
@@ -172,7 +172,7 @@ def test_the_command(copy: Folder, capsys: pytest.CaptureFixture[str]) -> None:
     )
 
 
-def test_hostile_names_are_escaped(copy: Folder) -> None:
+def test_hostile_names_are_escaped(copy: CheckpointEditor) -> None:
     copy.add("x\x1b[31m.weight", np.ones((2, 16), ml_dtypes.float8_e4m3fn))
     copy.add("x\x1b[31m.weight_scale", np.float32([1, 2]))
     text = stats_text(stats(copy.path, depth="payload"))

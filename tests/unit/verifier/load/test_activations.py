@@ -29,7 +29,7 @@ from verifier.gate.windows import plan_scoring
 from verifier.load import rounding as fake
 from verifier.load.activations import EXPERTS, declared_activations, roundings
 from verifier.load.model import load_model
-from verifier.selftest.edit import Folder
+from verifier.selftest.editor import CheckpointEditor
 
 GOLDEN = ROOT / "goldens" / "minimax-m3-tiny"
 DATA = TESTS / "data" / "modelopt"
@@ -192,7 +192,7 @@ def test_a_scale_that_is_missing_or_none_is_named(tmp_path: Path) -> None:
         path.mkdir()
         for file in QWEN.iterdir():
             (path / file.name).write_bytes(file.read_bytes())
-        folder = Folder(path)
+        folder = CheckpointEditor(path)
         if change == "drop":
             folder.drop([name])
         else:

@@ -26,13 +26,14 @@ from verifier.cli import cli  # noqa: E402
 from verifier.errors import MissingExtra, UsageError  # noqa: E402
 from verifier.findings import Report, rules_of  # noqa: E402
 from verifier.load.reload import PROMPT, prompt, reload  # noqa: E402
-from verifier.selftest import CORRUPTORS, Corruptor, Folder  # noqa: E402
+from verifier.rules import all_rules  # noqa: E402
+from verifier.selftest import CORRUPTORS, CheckpointEditor, Corruptor  # noqa: E402
 
 DATA = TESTS / "data" / "modelopt"
 GOLDEN = ROOT / "goldens" / "minimax-m3-tiny"
 QWEN, QWEN_BASE = DATA / "qwen3moe_nvfp4_experts_max", DATA / "src_qwen3moe"
 TWINS = {"golden": (GOLDEN / "mxfp8", GOLDEN / "bf16"), "qwen": (QWEN, QWEN_BASE)}
-LOAD = [c for c in CORRUPTORS if c.depth == "load"]
+LOAD = [c for c in CORRUPTORS if all_rules()[c.rule].depth == "load"]
 EXPERT = "model.layers.1.mlp.experts.3"
 
 
@@ -56,9 +57,9 @@ def copied(source: Path, target: Path) -> Path:
 
 
 @pytest.fixture
-def qwen(tmp_path: Path) -> Folder:
+def qwen(tmp_path: Path) -> CheckpointEditor:
     """Return a copy of the NVFP4 export that NVIDIA ModelOpt wrote of a tiny Qwen3-MoE."""
-    return Folder(copied(QWEN, tmp_path / "ckpt"))
+    return CheckpointEditor(copied(QWEN, tmp_path / "ckpt"))
 
 
 @pytest.mark.parametrize("name", TWINS)
@@ -96,7 +97,7 @@ def test_every_defect_of_depth_load_is_told(corruptor: Corruptor, tmp_path: Path
     assert report.exit_code == (1 if corruptor.severity == "error" else 0)
 
 
-def test_a_gate_without_its_expert_does_not_convert(qwen: Folder) -> None:
+def test_a_gate_without_its_expert_does_not_convert(qwen: CheckpointEditor) -> None:
     qwen.drop(qwen.siblings(f"{EXPERT}.gate_proj"))
     report = check(qwen.path)
     (finding,) = report.by_rule("QC608")
@@ -111,7 +112,7 @@ def test_stacked_experts_in_a_layout_of_single_ones(tmp_path: Path) -> None:
     """In-memory names, as exporters write that save what they hold: here transformers loads them,
     and nothing is lost.
     """
-    folder = Folder(copied(QWEN_BASE, tmp_path / "ckpt"))
+    folder = CheckpointEditor(copied(QWEN_BASE, tmp_path / "ckpt"))
     for layer in range(2):
         head = f"model.layers.{layer}.mlp.experts"
         gate, up, down = (
@@ -130,7 +131,7 @@ def test_stacked_experts_in_a_layout_of_single_ones(tmp_path: Path) -> None:
 
 def test_gate_and_up_exchanged_throughout_is_far_from_the_base(tmp_path: Path) -> None:
     path, base = TWINS["golden"]
-    folder = Folder(copied(path, tmp_path / "ckpt"))
+    folder = CheckpointEditor(copied(path, tmp_path / "ckpt"))
     modules = folder.modules()
     names = {}
     for module in modules:
@@ -145,8 +146,10 @@ def test_gate_and_up_exchanged_throughout_is_far_from_the_base(tmp_path: Path) -
     assert finding.where.tensor is None
 
 
-def test_what_the_base_leaves_over_is_not_the_exports(qwen: Folder, tmp_path: Path) -> None:
-    base = Folder(copied(QWEN_BASE, tmp_path / "base"))
+def test_what_the_base_leaves_over_is_not_the_exports(
+    qwen: CheckpointEditor, tmp_path: Path
+) -> None:
+    base = CheckpointEditor(copied(QWEN_BASE, tmp_path / "base"))
     for folder in (qwen, base):
         folder.add("model.layers.0.self_attn.extra.weight", np.ones(4, np.float32))
     assert [f.rule for f in check(qwen.path).findings if f.severity == "error"] == ["QC608"]
@@ -155,7 +158,7 @@ def test_what_the_base_leaves_over_is_not_the_exports(qwen: Folder, tmp_path: Pa
     assert any("base's own load" in f.message for f in report.by_rule("QC606"))
 
 
-def test_formats_that_transformers_does_not_read(qwen: Folder) -> None:
+def test_formats_that_transformers_does_not_read(qwen: CheckpointEditor) -> None:
     (finding,) = check(qwen.path).findings
     assert (finding.rule, finding.severity) == ("QC606", "info")
     assert "NVFP4: transformers has no quantizer" in finding.message
@@ -163,7 +166,7 @@ def test_formats_that_transformers_does_not_read(qwen: Folder) -> None:
     assert (strict.severity, strict.rule) == ("error", "QC606")
 
 
-def as_compressed_tensors(folder: Folder) -> None:
+def as_compressed_tensors(folder: CheckpointEditor) -> None:
     """Write ModelOpt's NVFP4 as compressed-tensors does: other leaves, divisors for global
     scales.
     """
@@ -188,7 +191,7 @@ def as_compressed_tensors(folder: Folder) -> None:
     folder.remove("hf_quant_config.json")
 
 
-def test_experts_that_transformers_reads_wrong_are_decoded_here(qwen: Folder) -> None:
+def test_experts_that_transformers_reads_wrong_are_decoded_here(qwen: CheckpointEditor) -> None:
     before = reload(open_checkpoint(str(qwen.path)), open_checkpoint(str(QWEN_BASE)))
     as_compressed_tensors(qwen)
     found = reload(open_checkpoint(str(qwen.path)), open_checkpoint(str(QWEN_BASE)))
@@ -225,7 +228,7 @@ def test_experts_that_transformers_reads_wrong_are_decoded_here(qwen: Folder) ->
     ids=["family", "own code", "a function", "a number", "layers", "depth", "a text"],
 )
 def test_what_transformers_does_not_know_is_not_judged(
-    qwen: Folder, change: dict[str, object], why: str
+    qwen: CheckpointEditor, change: dict[str, object], why: str
 ) -> None:
     (qwen.path / "evil.py").write_text("raise SystemExit('run')\n")
     qwen.edit_json("config.json", lambda c: c.update(change))
@@ -279,7 +282,7 @@ def test_the_prompt_avoids_tokens_with_a_meaning() -> None:
     assert prompt(1, {}) == [0] * PROMPT
 
 
-def test_command_and_options(qwen: Folder) -> None:
+def test_command_and_options(qwen: CheckpointEditor) -> None:
     done = CliRunner().invoke(
         cli, ["check", str(qwen.path), "--depth", "load", "--select", "QC6", "--format", "json"]
     )

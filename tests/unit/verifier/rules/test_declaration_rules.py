@@ -17,7 +17,7 @@ import verifier
 from tests.paths import TESTS
 from verifier.findings import Report
 from verifier.schemes import READERS, Exclusions, parse
-from verifier.selftest import Folder
+from verifier.selftest import CheckpointEditor
 
 DATA = TESTS / "data" / "modelopt"
 QWEN, SOURCE = DATA / "qwen3moe_nvfp4_experts_max", DATA / "src_qwen3moe"
@@ -25,11 +25,11 @@ ROUTER = "model.layers.1.mlp.gate"
 M3 = "language_model.model.layers.5."
 
 
-def copy(source: Path, target: Path) -> Folder:
+def copy(source: Path, target: Path) -> CheckpointEditor:
     target.mkdir(parents=True)
     for file in source.iterdir():
         shutil.copyfile(file, target / file.name)
-    return Folder(target)
+    return CheckpointEditor(target)
 
 
 @pytest.mark.parametrize(

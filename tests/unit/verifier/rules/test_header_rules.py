@@ -21,31 +21,31 @@ from verifier.cli import run
 from verifier.errors import UsageError
 from verifier.findings import Finding
 from verifier.schemes import runtime_layout
-from verifier.selftest import Folder
-from verifier.selftest.edit import read_shard, write_shard
+from verifier.selftest import CheckpointEditor
+from verifier.selftest.editor import read_shard, write_shard
 
 DATA = TESTS / "data" / "modelopt"
 GOLDEN = ROOT / "goldens" / "minimax-m3-tiny"
 QWEN, NVFP4 = DATA / "src_qwen3moe", DATA / "qwen3moe_nvfp4_experts_max"
 LLAMA, MXFP8 = DATA / "src_llama", DATA / "llama_mxfp8"
-Copy = Callable[[Path], Folder]
+Copy = Callable[[Path], CheckpointEditor]
 
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Copy:
     """Return a function that copies a checkpoint to edit it."""
 
-    def one(source: Path) -> Folder:
+    def one(source: Path) -> CheckpointEditor:
         target = tmp_path / f"{source.parent.name}-{source.name}"
         target.mkdir()
         for file in source.iterdir():
             shutil.copyfile(file, target / file.name)
-        return Folder(target)
+        return CheckpointEditor(target)
 
     return one
 
 
-def said(folder: Folder | Path, rule: str, **options: Any) -> list[Finding]:
+def said(folder: CheckpointEditor | Path, rule: str, **options: Any) -> list[Finding]:
     """Return what one rule says about a checkpoint."""
     return list(verifier.check(getattr(folder, "path", folder), **options).by_rule(rule))
 
@@ -64,7 +64,7 @@ CT = {
 
 
 @pytest.fixture
-def packed(copy: Copy) -> Folder:
+def packed(copy: Copy) -> CheckpointEditor:
     """Return NVFP4 as compressed-tensors writes it: packed weights, divisors of shape [1]."""
     folder = copy(NVFP4)
     shard = read_shard(folder.path / folder.shards[0])
@@ -86,7 +86,7 @@ def packed(copy: Copy) -> Folder:
     return folder
 
 
-def test_compressed_tensors_is_clean(packed: Folder) -> None:
+def test_compressed_tensors_is_clean(packed: CheckpointEditor) -> None:
     for base in (None, QWEN):
         report = verifier.check(packed.path, base=base, depth="payload")
         assert report.findings == ()
@@ -112,7 +112,7 @@ EXPERT = "model.layers.1.mlp.experts.3.down_proj"
     ],
 )
 def test_defects_of_compressed_tensors(
-    packed: Folder, rule: str, leaf: str, change: Any, severity: str
+    packed: CheckpointEditor, rule: str, leaf: str, change: Any, severity: str
 ) -> None:
     name = f"{EXPERT}.{leaf}"
     values = change(packed.array(name))
@@ -125,7 +125,7 @@ def test_defects_of_compressed_tensors(
     ]
 
 
-def test_weight_packed_and_plain(packed: Folder) -> None:
+def test_weight_packed_and_plain(packed: CheckpointEditor) -> None:
     packed.add(f"{EXPERT}.weight", np.zeros((128, 64), ml_dtypes.bfloat16))
     report = verifier.check(packed.path)
     assert [(f.rule, f.where.tensor) for f in report.findings] == [("QC313", f"{EXPERT}.weight")]
@@ -422,7 +422,7 @@ def test_one_value_head_stands_on_many_ranks() -> None:
     } == {"model.layers.0.self_attn.k_proj.weight"}
 
 
-def _block_fp8(folder: Folder) -> Folder:
+def _block_fp8(folder: CheckpointEditor) -> CheckpointEditor:
     """Quantize the projections of a copy to 128x128 block FP8; values do not matter here."""
     shard = read_shard(folder.path / folder.shards[0])
     for name, (_, shape, _) in list(shard.entries.items()):
@@ -484,7 +484,7 @@ def test_scalars_of_one_shape_are_clean(copy: Copy) -> None:
     assert verifier.check(folder.path, depth="payload").findings == ()
 
 
-def _declare_kv(folder: Folder) -> None:
+def _declare_kv(folder: CheckpointEditor) -> None:
     scheme = {"kv_cache_scheme": {"dynamic": False, "num_bits": 8, "type": "float"}}
     folder.edit_json("config.json", lambda value: value["quantization_config"].update(scheme))
     folder.edit_json(
@@ -573,7 +573,7 @@ def test_layers_that_share_a_cache_are_not_judged(copy: Copy) -> None:
 # QC313
 
 
-def _tied(folder: Folder, *, drop: bool = True) -> Folder:
+def _tied(folder: CheckpointEditor, *, drop: bool = True) -> CheckpointEditor:
     folder.edit_json("config.json", lambda value: value.update({"tie_word_embeddings": True}))
     if drop:
         folder.drop(["lm_head.weight"])
@@ -615,7 +615,7 @@ def test_flags_that_disagree_tie_nothing(copy: Copy) -> None:
 # QC314
 
 
-def _with_biases(folder: Folder, without: str = "") -> Folder:
+def _with_biases(folder: CheckpointEditor, without: str = "") -> CheckpointEditor:
     """Give every expert's down projection a bias, as gpt-oss has, except one."""
     names = [n for n in folder.tensors() if ".experts." in n and n.endswith("down_proj.weight")]
     shard = read_shard(folder.path / folder.shards[0])
@@ -650,7 +650,7 @@ def test_bias_of_one_layer_is_a_warning_where_nothing_is_known(copy: Copy) -> No
 # Every format
 
 
-def _fp8(folder: Folder, how: str) -> Folder:
+def _fp8(folder: CheckpointEditor, how: str) -> CheckpointEditor:
     """Quantize the projections of a copy to FP8 with a scale for each tensor or row; values do not
     matter here.
     """
@@ -672,7 +672,7 @@ def _fp8(folder: Folder, how: str) -> Folder:
     return folder
 
 
-def _weight_only(folder: Folder) -> Folder:
+def _weight_only(folder: CheckpointEditor) -> CheckpointEditor:
     folder.drop([n for n in folder.tensors() if n.endswith(".input_scale")])
     for file, key in (
         ("config.json", "quantization_config"),
@@ -684,7 +684,7 @@ def _weight_only(folder: Folder) -> Folder:
     return folder
 
 
-FORMATS: dict[str, Callable[[Copy], Folder]] = {
+FORMATS: dict[str, Callable[[Copy], CheckpointEditor]] = {
     "nvfp4": lambda copy: copy(NVFP4),
     "w4a16_nvfp4": lambda copy: _weight_only(copy(NVFP4)),
     "mxfp8": lambda copy: copy(MXFP8),
@@ -695,25 +695,25 @@ FORMATS: dict[str, Callable[[Copy], Folder]] = {
 
 
 @pytest.fixture(params=[*FORMATS, "nvfp4_ct"])
-def any_format(request: pytest.FixtureRequest, copy: Copy) -> Folder:
+def any_format(request: pytest.FixtureRequest, copy: Copy) -> CheckpointEditor:
     if request.param == "nvfp4_ct":
-        made: Folder = request.getfixturevalue("packed")
+        made: CheckpointEditor = request.getfixturevalue("packed")
         return made
     return FORMATS[request.param](copy)
 
 
-def _down(folder: Folder) -> str:
+def _down(folder: CheckpointEditor) -> str:
     """Return the last layer's last down projection."""
     return [m for m in folder.modules() if m.endswith("down_proj")][-1]
 
 
-def test_every_format_is_clean(any_format: Folder) -> None:
+def test_every_format_is_clean(any_format: CheckpointEditor) -> None:
     report = verifier.check(any_format.path)
     assert report.findings == ()
     assert report.verdict == "passed"
 
 
-def test_plain_weight_beside_scales_in_every_format(any_format: Folder) -> None:
+def test_plain_weight_beside_scales_in_every_format(any_format: CheckpointEditor) -> None:
     module = _down(any_format)
     name = next(
         n for n in any_format.tensors() if n in (f"{module}.weight", f"{module}.weight_packed")
@@ -728,7 +728,7 @@ def test_plain_weight_beside_scales_in_every_format(any_format: Folder) -> None:
     assert [(f.rule, f.where.tensor) for f in report.findings] == [("QC313", f"{module}.weight")]
 
 
-def test_buffers_wrappers_and_siblings_in_every_format(any_format: Folder) -> None:
+def test_buffers_wrappers_and_siblings_in_every_format(any_format: CheckpointEditor) -> None:
     module = _down(any_format)
     any_format.add(f"{module}.input_quantizer._amax", np.ones((), np.float32))
     any_format.add(
@@ -738,7 +738,7 @@ def test_buffers_wrappers_and_siblings_in_every_format(any_format: Folder) -> No
     assert {f.rule for f in verifier.check(any_format.path).findings} == {"QC111", "QC209", "QC314"}
 
 
-def test_kv_scales_in_every_format(any_format: Folder) -> None:
+def test_kv_scales_in_every_format(any_format: CheckpointEditor) -> None:
     for layer in range(2):
         for one in "kv":
             any_format.add(

@@ -20,7 +20,7 @@ import verifier
 from exporter import export
 from tests.paths import TESTS
 from verifier.findings import Finding, Report
-from verifier.selftest import Folder
+from verifier.selftest import CheckpointEditor
 
 Array = npt.NDArray[Any]
 DATA = TESTS / "data" / "modelopt"
@@ -30,11 +30,11 @@ E2M1, E4M3 = ml_dtypes.float4_e2m1fn, ml_dtypes.float8_e4m3fn
 GATE, UP = "model.layers.1.mlp.experts.4.gate_proj", "model.layers.1.mlp.experts.4.up_proj"
 
 
-def copy(source: Path, target: Path) -> Folder:
+def copy(source: Path, target: Path) -> CheckpointEditor:
     target.mkdir(parents=True)
     for file in source.iterdir():
         shutil.copyfile(file, target / file.name)
-    return Folder(target)
+    return CheckpointEditor(target)
 
 
 def loud(report: Report) -> list[Finding]:
@@ -57,7 +57,7 @@ def assert_told(path: Path, rule: str, base: Path | None, severity: str = "error
     return found
 
 
-def experts(folder: Folder) -> list[str]:
+def experts(folder: CheckpointEditor) -> list[str]:
     return [m for m, parts in folder.modules().items() if "weight" in parts and ".experts." in m]
 
 
@@ -164,7 +164,7 @@ def nvfp4(values: Array, scale_2: float, sizes: tuple[float, ...]) -> dict[str, 
 def test_other_calibrations_are_clean(
     tmp_path: Path, range_: float, sizes: tuple[float, ...], wider: float
 ) -> None:
-    folder, source = copy(QWEN, tmp_path / "ckpt"), Folder(SOURCE)
+    folder, source = copy(QWEN, tmp_path / "ckpt"), CheckpointEditor(SOURCE)
     for module in experts(folder):
         pair = [
             module,
@@ -215,7 +215,7 @@ def test_weights_that_gptq_moved_are_clean(tmp_path: Path, kind: str, fmt: str) 
     candidate, base = (QWEN, SOURCE) if fmt == "nvfp4" else (LLAMA, LLAMA_SOURCE)
     folder, source, rng = (
         copy(candidate, tmp_path / "ckpt"),
-        Folder(base),
+        CheckpointEditor(base),
         np.random.default_rng(11),
     )
     changed = 0
@@ -264,7 +264,7 @@ def test_scales_of_one_are_clean_where_the_manifest_says_so(tmp_path: Path) -> N
     assert told.verdict == "passed"
 
 
-def one_expert_over_another(folder: Folder) -> None:
+def one_expert_over_another(folder: CheckpointEditor) -> None:
     for leaf in ("gate_proj", "up_proj", "down_proj"):
         parts = folder.modules()[f"model.layers.0.mlp.experts.2.{leaf}"]
         for name, tensor in parts.items():
@@ -294,7 +294,7 @@ def test_equal_experts_are_clean_where_the_base_has_them(tmp_path: Path) -> None
 
 
 @pytest.fixture
-def ct(tmp_path: Path) -> Folder:
+def ct(tmp_path: Path) -> CheckpointEditor:
     folder = copy(QWEN, tmp_path / "ct")
     for module in experts(folder):
         divisor = (np.float32(1) / folder.array(f"{module}.weight_scale_2")).reshape(1)
@@ -319,39 +319,39 @@ def ct(tmp_path: Path) -> Folder:
     return folder
 
 
-def ct_value(leaf: str, factor: float) -> Callable[[Folder], None]:
+def ct_value(leaf: str, factor: float) -> Callable[[CheckpointEditor], None]:
     return lambda f: f.store(f"{UP}.{leaf}", f.array(f"{UP}.{leaf}") * np.float32(factor)) and None
 
 
-def ct_swapped(folder: Folder) -> None:
+def ct_swapped(folder: CheckpointEditor) -> None:
     for leaf in ("weight_packed", "weight_scale"):
         gate, up = folder.array(f"{GATE}.{leaf}"), folder.array(f"{UP}.{leaf}")
         folder.store(f"{GATE}.{leaf}", up)
         folder.store(f"{UP}.{leaf}", gate)
 
 
-def ct_nibbles(folder: Folder) -> None:
+def ct_nibbles(folder: CheckpointEditor) -> None:
     codes = folder.array(f"{UP}.weight_packed")
     folder.store(f"{UP}.weight_packed", (codes << 4) | (codes >> 4))
 
 
-def ct_rows(folder: Folder) -> None:
+def ct_rows(folder: CheckpointEditor) -> None:
     codes = folder.array(f"{UP}.weight_packed")
     codes[:4] = codes[4:8]
     folder.store(f"{UP}.weight_packed", codes)
 
 
-def ct_factors(folder: Folder) -> None:
+def ct_factors(folder: CheckpointEditor) -> None:
     for module in experts_ct(folder):
         name = f"{module}.weight_global_scale"
         folder.store(name, np.float32(1) / folder.array(name))
 
 
-def experts_ct(folder: Folder) -> list[str]:
+def experts_ct(folder: CheckpointEditor) -> list[str]:
     return [m for m in {n.rpartition(".")[0] for n in folder.tensors()} if ".experts." in m]
 
 
-CT_DEFECTS: dict[str, tuple[str, Callable[[Folder], None], bool, str]] = {
+CT_DEFECTS: dict[str, tuple[str, Callable[[CheckpointEditor], None], bool, str]] = {
     "divisors differ": ("QC505", ct_value("weight_global_scale", 1 + 2**-23), False, "error"),
     "input divisors differ": ("QC506", ct_value("input_global_scale", 1.25), False, "warning"),
     "factors for divisors": ("QC509", ct_factors, False, "error"),
@@ -361,12 +361,12 @@ CT_DEFECTS: dict[str, tuple[str, Callable[[Folder], None], bool, str]] = {
 }
 
 
-def test_clean_compressed_tensors(ct: Folder) -> None:
+def test_clean_compressed_tensors(ct: CheckpointEditor) -> None:
     assert_clean(ct.path, SOURCE)
 
 
 @pytest.mark.parametrize("defect", CT_DEFECTS)
-def test_defect_of_compressed_tensors_is_told(ct: Folder, defect: str) -> None:
+def test_defect_of_compressed_tensors_is_told(ct: CheckpointEditor, defect: str) -> None:
     rule, change, needs_base, severity = CT_DEFECTS[defect]
     change(ct)
     assert_told(ct.path, rule, SOURCE, severity)
@@ -378,7 +378,11 @@ def test_a_moved_weight_with_another_expert_in_part_is_not_called_foreign(tmp_pa
     """Where codes lie beside the nearest throughout, a local defect cannot be told from the method:
     information at most.
     """
-    folder, source, rng = copy(QWEN, tmp_path / "ckpt"), Folder(SOURCE), np.random.default_rng(3)
+    folder, source, rng = (
+        copy(QWEN, tmp_path / "ckpt"),
+        CheckpointEditor(SOURCE),
+        np.random.default_rng(3),
+    )
     scale = folder.array(f"{GATE}.weight_scale").astype(np.float64) * float(
         folder.array(f"{GATE}.weight_scale_2")
     )
@@ -402,7 +406,7 @@ def test_every_weight_is_judged_or_said_not_to_be(tmp_path: Path) -> None:
 def test_w4a16_is_judged_alike(tmp_path: Path) -> None:
     export(SOURCE, tmp_path / "out", recipe="w4a16_nvfp4_experts_only")
     assert_clean(tmp_path / "out", SOURCE)
-    folder = Folder(tmp_path / "out")
+    folder = CheckpointEditor(tmp_path / "out")
     name = f"{GATE.replace('gate_proj', 'down_proj')}.weight_scale_2"
     folder.store(name, np.asarray(1 / folder.array(name), np.float32))
     assert assert_told(folder.path, "QC509", None).where.tensor == name
@@ -462,7 +466,7 @@ def test_scales_a_little_beside_those_of_the_codes(
     tmp_path: Path, wide_llama: Path, recipe: str, leaf: str, factors: Any, count: int, row: int
 ) -> None:
     export(wide_llama, tmp_path / "out", recipe=recipe, input_scale="one")
-    folder, name = Folder(tmp_path / "out"), "model.layers.0.mlp.gate_proj"
+    folder, name = CheckpointEditor(tmp_path / "out"), "model.layers.0.mlp.gate_proj"
     before = verifier.check(folder.path, base=wide_llama, depth="payload")
     assert not before.by_rule("QC515") and not before.by_rule("QC517")
     scale = folder.array(f"{name}.{leaf}")
@@ -490,7 +494,7 @@ def test_a_scale_of_a_tensor_off_by_a_sixteenth(tmp_path: Path, factor: float) -
 
 def test_weights_scaled_for_awq_are_not_judged(tmp_path: Path) -> None:
     folder = copy(QWEN, tmp_path / "ckpt")
-    source = Folder(SOURCE).array(f"{GATE}.weight").astype(np.float32)
+    source = CheckpointEditor(SOURCE).array(f"{GATE}.weight").astype(np.float32)
     factor = np.linspace(0.2, 3, source.shape[1], dtype=np.float32)
     scale_2 = float(folder.array(f"{GATE}.weight_scale_2")) * 4
     for leaf, tensor in nvfp4(source * factor, scale_2, (6.0,)).items():
@@ -553,7 +557,7 @@ def test_fused_scales_of_dense_layers(
 def test_a_copy_that_says_little_is_told_by_a_base(tmp_path: Path) -> None:
     base = with_experts(ODD_WEIGHTS["one number up to its sign"], tmp_path / "base")
     export(base, tmp_path / "out", recipe="nvfp4_experts_only", input_scale="one")
-    folder = Folder(tmp_path / "out")
+    folder = CheckpointEditor(tmp_path / "out")
     one_expert_over_another(folder)
     assert loud(verifier.check(folder.path, depth="payload")) == []
     assert_told(folder.path, "QC507", base)

@@ -19,8 +19,8 @@ from verifier.checkpoint import open_checkpoint
 from verifier.findings import Finding
 from verifier.rules import Context, all_rules
 from verifier.rules.fusing import changed_values, fused
-from verifier.selftest import Folder
-from verifier.selftest.tiny import TINY, Tiny, encode, make
+from verifier.selftest import CheckpointEditor
+from verifier.selftest.tiny import TINY, TinySpec, encode, make
 
 DATA = TESTS / "data" / "modelopt"
 GOLDEN = ROOT / "goldens" / "minimax-m3-tiny"
@@ -35,12 +35,12 @@ def found(path: Path, **options: object) -> list[Finding]:
 
 
 @pytest.fixture
-def tiny(tmp_path: Path) -> Callable[[str], Folder]:
+def tiny(tmp_path: Path) -> Callable[[str], CheckpointEditor]:
     """Return a maker of one of the self-test's checkpoints."""
-    return lambda name: Folder(make(tmp_path, NAMED[name]).path)
+    return lambda name: CheckpointEditor(make(tmp_path, NAMED[name]).path)
 
 
-def unknown(folder: Folder) -> Folder:
+def unknown(folder: CheckpointEditor) -> CheckpointEditor:
     """Make the family one that no file describes."""
     folder.edit_json("config.json", lambda c: c.update({"model_type": "unheard_of"}))
     return folder
@@ -92,7 +92,7 @@ def test_groups_of_a_moe_checkpoint() -> None:
     assert not any("mlp.gate." in name for name in groups)
 
 
-def block_fp8(folder: Folder, rows: int) -> Folder:
+def block_fp8(folder: CheckpointEditor, rows: int) -> CheckpointEditor:
     """Give gate, up and down of a layer's MLP another height, in 128x128 blocks."""
     rng = np.random.default_rng(rows)
     for leaf, shape in (
@@ -106,7 +106,7 @@ def block_fp8(folder: Folder, rows: int) -> Folder:
     return folder
 
 
-def test_a_block_over_the_seam(tiny: Callable[[str], Folder]) -> None:
+def test_a_block_over_the_seam(tiny: Callable[[str], CheckpointEditor]) -> None:
     folder = unknown(block_fp8(tiny("llama-fp8-block"), 192))
     (finding,) = found(folder.path)
     assert finding.severity == "warning"
@@ -119,7 +119,7 @@ def test_a_block_over_the_seam(tiny: Callable[[str], Folder]) -> None:
     assert found(block_fp8(folder, 256).path) == []
 
 
-def test_the_last_part_may_end_inside_a_block(tiny: Callable[[str], Folder]) -> None:
+def test_the_last_part_may_end_inside_a_block(tiny: Callable[[str], CheckpointEditor]) -> None:
     folder = unknown(tiny("llama-fp8-block"))
     parts = encode(
         np.random.default_rng(0).standard_normal((192, 64)).astype(np.float32), "fp8_block"
@@ -148,7 +148,7 @@ def test_scales_are_lost_just_where_a_block_reaches_over_a_seam(heights: list[in
     assert (count > 0) == any(h % 128 for h in heights[:-1])
 
 
-def test_width_of_one_part(tiny: Callable[[str], Folder]) -> None:
+def test_width_of_one_part(tiny: Callable[[str], CheckpointEditor]) -> None:
     folder = unknown(tiny("llama-nvfp4"))
     name = f"{MLP}.up_proj"
     for leaf in ("weight", "weight_scale"):
@@ -161,7 +161,7 @@ def test_width_of_one_part(tiny: Callable[[str], Folder]) -> None:
     )
 
 
-def test_a_known_family_tells_shapes_once(tiny: Callable[[str], Folder]) -> None:
+def test_a_known_family_tells_shapes_once(tiny: Callable[[str], CheckpointEditor]) -> None:
     folder = tiny("llama-nvfp4")
     name = f"{MLP}.up_proj"
     for leaf in ("weight", "weight_scale"):
@@ -170,7 +170,7 @@ def test_a_known_family_tells_shapes_once(tiny: Callable[[str], Folder]) -> None
     assert {f.rule for f in report.findings} == {"QC208"}
 
 
-def test_cross_attention_reads_two_inputs(tiny: Callable[[str], Folder]) -> None:
+def test_cross_attention_reads_two_inputs(tiny: Callable[[str], CheckpointEditor]) -> None:
     folder = unknown(tiny("llama-fp8"))
     for leaf in ("k_proj", "v_proj"):
         name = f"model.layers.0.self_attn.{leaf}.weight"
@@ -179,7 +179,9 @@ def test_cross_attention_reads_two_inputs(tiny: Callable[[str], Folder]) -> None
 
 
 @pytest.mark.parametrize("spelled", [(96, 1), (96,)])
-def test_one_spelling_of_a_shape(tiny: Callable[[str], Folder], spelled: tuple[int, ...]) -> None:
+def test_one_spelling_of_a_shape(
+    tiny: Callable[[str], CheckpointEditor], spelled: tuple[int, ...]
+) -> None:
     folder = unknown(tiny("llama-fp8-channel"))
     names = [f"{MLP}.{leaf}.weight_scale" for leaf in ("gate_proj", "up_proj")]
     odd = folder.array(names[1])
@@ -188,7 +190,9 @@ def test_one_spelling_of_a_shape(tiny: Callable[[str], Folder], spelled: tuple[i
     assert [f.where.tensor for f in said] == ([names[1]] if odd.ndim != len(spelled) else [])
 
 
-def test_float_weights_of_two_dtypes(tiny: Callable[[str], Folder], tmp_path: Path) -> None:
+def test_float_weights_of_two_dtypes(
+    tiny: Callable[[str], CheckpointEditor], tmp_path: Path
+) -> None:
     folder = tiny("mixtral-nvfp4")
     name = "model.layers.1.self_attn.k_proj.weight"
     folder.store(name, folder.array(name).astype(np.float32))
@@ -199,7 +203,7 @@ def test_float_weights_of_two_dtypes(tiny: Callable[[str], Folder], tmp_path: Pa
     assert found(folder.path, base=same) == []  # the source has it so
 
 
-def test_experts_without_a_number(tiny: Callable[[str], Folder]) -> None:
+def test_experts_without_a_number(tiny: Callable[[str], CheckpointEditor]) -> None:
     folder = tiny("mixtral-nvfp4")
     lost_ = [n for n in folder.tensors() if ".layers.1.block_sparse_moe.experts.2." in n]
     folder.drop(lost_)
@@ -209,15 +213,15 @@ def test_experts_without_a_number(tiny: Callable[[str], Folder]) -> None:
     assert sum(f.count for f in said) == 3
 
 
-def test_the_last_expert_is_counted_by_the_config(tiny: Callable[[str], Folder]) -> None:
+def test_the_last_expert_is_counted_by_the_config(tiny: Callable[[str], CheckpointEditor]) -> None:
     folder = unknown(tiny("mixtral-nvfp4"))
     folder.drop([n for n in folder.tensors() if ".layers.1.block_sparse_moe.experts.3." in n])
     assert {f.observed for f in found(folder.path)} == {"1 of 4 missing, 3 first"}
 
 
 @pytest.mark.parametrize("spec", TINY, ids=lambda t: t.name)
-def test_silent_where_no_layout_is_known(spec: Tiny, tmp_path: Path) -> None:
-    folder = unknown(Folder(make(tmp_path, spec).path))
+def test_silent_where_no_layout_is_known(spec: TinySpec, tmp_path: Path) -> None:
+    folder = unknown(CheckpointEditor(make(tmp_path, spec).path))
     assert found(folder.path) == []
 
 
@@ -233,7 +237,7 @@ def test_every_row_of_the_catalogue_has_a_rule_or_a_line_that_says_why_not() -> 
     assert told | set(all_rules()) == catalogue
 
 
-def test_two_lists_of_experts_in_one(tiny: Callable[[str], Folder]) -> None:
+def test_two_lists_of_experts_in_one(tiny: Callable[[str], CheckpointEditor]) -> None:
     """Ernie 4.5 VL numbers its text experts first, then its vision experts, which are of another
     size.
     """

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every rule, proved both ways: silent on clean checkpoints, and heard on a copy that differs in
-one defect only.
-"""
+"""Every rule passes valid checkpoints, and catches a copy that differs only in one defect."""
 
 from __future__ import annotations
 
@@ -20,11 +18,11 @@ import pytest
 import verifier
 from exporter import export
 from tests.paths import ROOT, TESTS
-from verifier.findings import Finding, Report, rules_of
-from verifier.rules import all_rules
-from verifier.selftest import CORRUPTORS, Corruptor, Folder, Place, kind_of, traits_of
-from verifier.selftest.corruptor import Kind
-from verifier.selftest.edit import INDEX, read_shard, write_shard
+from verifier.findings import Finding, Report, Where, rules_of
+from verifier.rules import Depth, all_rules
+from verifier.selftest import CORRUPTORS, CheckpointEditor, Corruptor, kind_of, traits_of
+from verifier.selftest.corruptor import CheckpointKind
+from verifier.selftest.editor import INDEX, read_shard, write_shard
 
 DATA = TESTS / "data" / "modelopt"
 GOLDEN = ROOT / "goldens" / "minimax-m3-tiny"
@@ -36,7 +34,7 @@ class Spec:
     suit).
     """
 
-    kind: Kind
+    kind: CheckpointKind
     traits: frozenset[str]
     merged: bool = False
     only: frozenset[str] | None = None
@@ -93,7 +91,7 @@ def _copy(source: Path, target: Path) -> Path:
 
 def _float32_router(source: Path) -> Path:
     """Make the routers of a copy float32, with values that BF16 does not hold."""
-    folder = Folder(source)
+    folder = CheckpointEditor(source)
     rng = np.random.default_rng(7)
     for name in [n for n in folder.tensors() if n.endswith(".mlp.gate.weight")]:
         values = folder.array(name).astype(np.float32)
@@ -103,7 +101,7 @@ def _float32_router(source: Path) -> Path:
 
 def _with_mtp(path: Path) -> Path:
     """Give a copy of the golden one MTP module, unquantized, and declare it."""
-    folder = Folder(path)
+    folder = CheckpointEditor(path)
     rng = np.random.default_rng(11)
     for leaf, shape in (("eh_proj", (128, 256)), ("enorm", (128,)), ("hnorm", (128,))):
         values = rng.normal(0, 0.05, shape).astype(ml_dtypes.bfloat16)
@@ -147,23 +145,29 @@ def clean(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Clean]:
     }
 
 
+def _depth(corruptor: Corruptor) -> Depth:
+    return all_rules()[corruptor.rule].depth
+
+
 def _cases() -> Iterator[tuple[str, Corruptor]]:
     """Yield every corruptor with every clean checkpoint that it suits."""
     for name, spec in CLEAN.items():
         for corruptor in CORRUPTORS:
-            if corruptor.depth == "load":  # test_reload.py
+            if _depth(corruptor) == "load":  # test_reload.py
                 continue
             if spec.only is not None and corruptor.name not in spec.only:
                 continue
-            if "merged_from" in corruptor.needs and not spec.merged:
+            if "merged_from" in corruptor.on.needs and not spec.merged:
                 continue
-            if corruptor.suits(spec.kind, spec.traits):
+            if corruptor.on.met_by(spec.kind, spec.traits):
                 yield name, corruptor
 
 
 CASES = list(_cases())
-WITHOUT = [(name, c) for name, c in CASES if not c.needs]
-EITHER = [(name, c) for name, c in CASES if c.needs == ("base|merged_from",) and CLEAN[name].merged]
+WITHOUT = [(name, c) for name, c in CASES if not c.on.needs]
+EITHER = [
+    (name, c) for name, c in CASES if c.on.needs == ("base|merged_from",) and CLEAN[name].merged
+]
 
 
 def _ids(cases: list[tuple[str, Corruptor]]) -> list[str]:
@@ -175,7 +179,7 @@ def broken(
     clean: dict[str, Clean],
     tmp_path_factory: pytest.TempPathFactory,
     request: pytest.FixtureRequest,
-) -> Iterator[tuple[Clean, Corruptor, Place]]:
+) -> Iterator[tuple[Clean, Corruptor, Where]]:
     """Yield the clean checkpoint of a case, copied, with its one defect made."""
     name, corruptor = request.param
     twin = clean[name]
@@ -186,21 +190,21 @@ def broken(
     shutil.rmtree(root)
 
 
-def _told(report: Report, corruptor: Corruptor) -> list[Finding]:
+def _caught_by(report: Report, corruptor: Corruptor) -> list[Finding]:
     instead = [f for r in corruptor.instead for f in report.by_rule(r)]
     return [
         f for f in report.by_rule(corruptor.rule) if f.severity == corruptor.severity
     ] or instead
 
 
-def _points_at(finding: Finding, place: Place) -> bool:
+def _points_at(finding: Finding, place: Where) -> bool:
     """Whether a finding's witness agrees with a place in everything that the place says."""
     known = [(f.name, getattr(place, f.name)) for f in fields(place)]
     return all(getattr(finding.where, name) == value for name, value in known if value is not None)
 
 
-def _assert_told(report: Report, corruptor: Corruptor, place: Place) -> None:
-    found = _told(report, corruptor)
+def _assert_caught(report: Report, corruptor: Corruptor, place: Where) -> None:
+    found = _caught_by(report, corruptor)
     assert found, f"{corruptor.rule} is silent; said: {sorted(rules_of(report.findings))}"
     assert any(_points_at(f, place) for f in found), (place, [f.where for f in found])
     for finding in report.findings:
@@ -223,31 +227,30 @@ def test_every_rule_has_a_corruptor() -> None:
     assert {c.rule for c in CORRUPTORS} == {r.id for r in all_rules().values() if r.depth != "eval"}
 
 
-def test_corruptors_are_told_apart() -> None:
+def test_corruptors_are_caught_by_apart() -> None:
     keys = [(c.rule, c.name) for c in CORRUPTORS]
     assert len(set(keys)) == len(keys)
 
 
 def test_every_corruptor_is_tried() -> None:
     assert {(c.rule, c.name) for _, c in CASES} == {
-        (c.rule, c.name) for c in CORRUPTORS if c.depth != "load"
+        (c.rule, c.name) for c in CORRUPTORS if _depth(c) != "load"
     }
 
 
-def test_corruptors_state_the_depth_and_needs_of_their_rule() -> None:
+def test_corruptors_state_the_needs_of_their_rule() -> None:
     rules = all_rules()
     for c in CORRUPTORS:
         rule = rules[c.rule]
-        assert c.depth == rule.depth, c.name
         assert c.also <= set(rules), c.name
         assert c.rule not in c.also, c.name
         for need in rule.needs:
-            assert any(set(n.split("|")) <= set(need.split("|")) for n in c.needs), c.name
+            assert any(set(n.split("|")) <= set(need.split("|")) for n in c.on.needs), c.name
 
 
 @pytest.mark.parametrize("name", CLEAN)
 def test_clean_checkpoints_are_what_the_table_says(clean: dict[str, Clean], name: str) -> None:
-    folder, spec = Folder(clean[name].path), CLEAN[name]
+    folder, spec = CheckpointEditor(clean[name].path), CLEAN[name]
     assert kind_of(folder) == spec.kind
     assert traits_of(folder) == spec.traits
     assert (clean[name].merged_from is not None) == spec.merged
@@ -287,7 +290,7 @@ def test_an_edit_that_changes_nothing_is_no_finding(
     back, JSON re-dumped.
     """
     twin = clean[name]
-    folder = Folder(_copy(twin.path, tmp_path / "ckpt"))
+    folder = CheckpointEditor(_copy(twin.path, tmp_path / "ckpt"))
     before = {n: folder.read(n) for n in folder.tensors()}
     for file in folder.shards:
         write_shard(folder.path / file, read_shard(folder.path / file))
@@ -312,28 +315,30 @@ def test_an_edit_that_changes_nothing_is_no_finding(
 
 
 @pytest.mark.parametrize("broken", CASES, ids=_ids(CASES), indirect=True)
-def test_defect_is_told(broken: tuple[Clean, Corruptor, Place]) -> None:
+def test_defect_is_caught_by(broken: tuple[Clean, Corruptor, Where]) -> None:
     ckpt, corruptor, place = broken
     report = verifier.check(
         ckpt.path, base=ckpt.base, merged_from=ckpt.merged_from, depth="payload"
     )
-    _assert_told(report, corruptor, place)
+    _assert_caught(report, corruptor, place)
 
 
 @pytest.mark.parametrize("broken", WITHOUT, ids=_ids(WITHOUT), indirect=True)
-def test_defect_is_told_without_base(broken: tuple[Clean, Corruptor, Place]) -> None:
+def test_defect_is_caught_by_without_base(broken: tuple[Clean, Corruptor, Where]) -> None:
     """At the rule's own depth and with nothing to compare with."""
     ckpt, corruptor, place = broken
-    report = verifier.check(ckpt.path, depth=corruptor.depth)
-    _assert_told(report, corruptor, place)
+    report = verifier.check(ckpt.path, depth=_depth(corruptor))
+    _assert_caught(report, corruptor, place)
 
 
 @pytest.mark.parametrize("broken", EITHER, ids=_ids(EITHER), indirect=True)
 @pytest.mark.parametrize("given", ["base", "merged_from"])
-def test_either_source_tells_it(broken: tuple[Clean, Corruptor, Place], given: str) -> None:
+def test_defect_is_caught_with_either_source(
+    broken: tuple[Clean, Corruptor, Where], given: str
+) -> None:
     ckpt, corruptor, place = broken
-    report = verifier.check(ckpt.path, **{given: getattr(ckpt, given)}, depth=corruptor.depth)
-    _assert_told(report, corruptor, place)
+    report = verifier.check(ckpt.path, **{given: getattr(ckpt, given)}, depth=_depth(corruptor))
+    _assert_caught(report, corruptor, place)
 
 
 # FP8 in its three granularities, encoded here: no exporter writes it, and rules judge it all the
@@ -383,7 +388,7 @@ def fp8(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     made = {}
     for how, declared in FP8_DECLARED.items():
         path = _copy(DATA / "src_llama", tmp_path_factory.mktemp("fp8") / how)
-        folder = Folder(path)
+        folder = CheckpointEditor(path)
         leaf = "weight_scale_inv" if how == "block" else "weight_scale"
         shard = read_shard(path / "model.safetensors")
         for name, (_, shape, data) in list(shard.entries.items()):
@@ -407,45 +412,45 @@ def fp8(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return made
 
 
-def _fp8_value(value: float) -> Callable[[Folder, str], Place]:
+def _fp8_value(value: float) -> Callable[[CheckpointEditor, str], Where]:
     """Return a change of a scale's last element."""
 
-    def apply(folder: Folder, name: str) -> Place:
+    def apply(folder: CheckpointEditor, name: str) -> Where:
         last = folder.array(name).size - 1
         folder.overwrite(name, last, np.float32(value).tobytes())
-        found = folder.place(name, last)
-        return Place(found.tensor, found.file, byte=found.byte)
+        found = folder.where(name, last)
+        return Where(found.tensor, found.file, byte=found.byte)
 
     return apply
 
 
-def _fp8_lost(folder: Folder, name: str) -> Place:
+def _fp8_lost(folder: CheckpointEditor, name: str) -> Where:
     folder.drop([name])
-    return Place(name)
+    return Where(name)
 
 
-def _fp8_as(dtype: npt.DTypeLike) -> Callable[[Folder, str], Place]:
+def _fp8_as(dtype: npt.DTypeLike) -> Callable[[CheckpointEditor, str], Where]:
     return lambda folder, name: folder.store(name, folder.array(name).astype(dtype))
 
 
-def _fp8_longer(folder: Folder, name: str) -> Place:
+def _fp8_longer(folder: CheckpointEditor, name: str) -> Where:
     values = folder.array(name)
     return folder.store(
         name, np.concatenate([np.atleast_1d(values), np.atleast_1d(values)], axis=-1)
     )
 
 
-def _fp8_weight(folder: Folder, name: str) -> Place:
+def _fp8_weight(folder: CheckpointEditor, name: str) -> Where:
     """Roll the codes of a weight by one row."""
     weight = f"{VICTIM}.weight"
     return folder.store(weight, np.roll(folder.array(weight), 1, axis=0))
 
 
-def _fp8_inverted(folder: Folder, name: str) -> Place:
+def _fp8_inverted(folder: CheckpointEditor, name: str) -> Where:
     return folder.store(name, np.asarray(np.float32(1) / folder.array(name), np.float32))
 
 
-def _fp8_rows(folder: Folder, name: str) -> Place:
+def _fp8_rows(folder: CheckpointEditor, name: str) -> Where:
     """Write the codes of four rows over four others."""
     weight = f"{VICTIM}.weight"
     codes = folder.array(weight)
@@ -453,7 +458,7 @@ def _fp8_rows(folder: Folder, name: str) -> Place:
     return folder.store(weight, codes)
 
 
-FP8_DEFECTS: dict[str, tuple[str, Callable[[Folder, str], Place]]] = {
+FP8_DEFECTS: dict[str, tuple[str, Callable[[CheckpointEditor, str], Where]]] = {
     "zero": ("QC501", _fp8_value(0.0)),
     "nan": ("QC502", _fp8_value(float("nan"))),
     "inf": ("QC502", _fp8_value(float("inf"))),
@@ -479,9 +484,11 @@ def test_clean_fp8_has_no_finding(fp8: dict[str, Path], how: str) -> None:
 
 @pytest.mark.parametrize("defect", FP8_DEFECTS)
 @pytest.mark.parametrize("how", FP8_DECLARED)
-def test_defect_of_fp8_is_told(fp8: dict[str, Path], tmp_path: Path, how: str, defect: str) -> None:
+def test_defect_of_fp8_is_caught_by(
+    fp8: dict[str, Path], tmp_path: Path, how: str, defect: str
+) -> None:
     rule, change = FP8_DEFECTS[defect]
-    folder = Folder(_copy(fp8[how], tmp_path / "ckpt"))
+    folder = CheckpointEditor(_copy(fp8[how], tmp_path / "ckpt"))
     place = change(folder, f"{VICTIM}.{'weight_scale_inv' if how == 'block' else 'weight_scale'}")
     report = verifier.check(folder.path, base=DATA / "src_llama", depth="payload")
     assert report.exit_code == 1
@@ -491,7 +498,9 @@ def test_defect_of_fp8_is_told(fp8: dict[str, Path], tmp_path: Path, how: str, d
 
 
 @pytest.mark.parametrize("how", FP8_DECLARED)
-def test_inverted_fp8_is_told_without_base(fp8: dict[str, Path], tmp_path: Path, how: str) -> None:
-    folder = Folder(_copy(fp8[how], tmp_path / "ckpt"))
+def test_inverted_fp8_is_caught_by_without_base(
+    fp8: dict[str, Path], tmp_path: Path, how: str
+) -> None:
+    folder = CheckpointEditor(_copy(fp8[how], tmp_path / "ckpt"))
     _fp8_inverted(folder, f"{VICTIM}.{'weight_scale_inv' if how == 'block' else 'weight_scale'}")
     assert {f.rule for f in verifier.check(folder.path, depth="payload").findings} == {"QC509"}

@@ -18,7 +18,7 @@ from verifier.errors import UsageError
 from verifier.findings import Coverage, Finding, Where
 from verifier.run.baseline import Baseline, BaselineEntry, accept, load, prune, save
 from verifier.run.fingerprints import fingerprint, fingerprinted, kind, place
-from verifier.selftest.edit import Shard, read_shard, write_shard
+from verifier.selftest.editor import RawShard, read_shard, write_shard
 
 QWEN_NVFP4 = TESTS / "data" / "modelopt" / "qwen3moe_nvfp4_experts_max"
 Call = Callable[..., tuple[int, str, str]]
@@ -81,7 +81,7 @@ def test_a_fingerprint_is_of_the_defect_and_not_of_the_files(
     index = {}
     for number, part in enumerate((names[:100], names[100:]), 1):
         file = f"model-0000{number}-of-00002.safetensors"
-        shard = Shard(whole.metadata)
+        shard = RawShard(whole.metadata)
         shard.entries |= {n: whole.entries[n] for n in part}
         write_shard(moved / file, shard)
         index |= dict.fromkeys(part, file)

@@ -27,7 +27,7 @@ from verifier.checkpoint.source import LocalSource
 from verifier.errors import ContainerError, MachineError, UsageError
 from verifier.findings import Report, rules_of
 from verifier.run import schedule
-from verifier.selftest.edit import Folder, Shard, read_shard, write_shard
+from verifier.selftest.editor import CheckpointEditor, RawShard, read_shard, write_shard
 
 DATA = TESTS / "data" / "modelopt"
 BASE, NVFP4 = DATA / "src_qwen3moe", DATA / "qwen3moe_nvfp4_experts_max"
@@ -48,7 +48,7 @@ def reshard(source: Path, target: Path, count: int) -> Path:
     for i in range(count):
         name = f"model-{i + 1:05d}-of-{count:05d}.safetensors"
         mine = {n: e for j, (n, e) in enumerate(entries.items()) if j % count == i}
-        write_shard(target / name, Shard({"format": "pt"}, mine))
+        write_shard(target / name, RawShard({"format": "pt"}, mine))
         weight_map |= dict.fromkeys(mine, name)
     total = sum(len(data) for _, _, data in entries.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -58,7 +58,7 @@ def reshard(source: Path, target: Path, count: int) -> Path:
 
 def damage(path: Path) -> Path:
     """Break values of several kinds in several places."""
-    folder = Folder(path)
+    folder = CheckpointEditor(path)
     experts = sorted(
         m for m, p in folder.modules().items() if ".experts." in m and "weight_scale_2" in p
     )
@@ -189,7 +189,7 @@ def _big(folder: Path, scale: np.ndarray, norm: np.ndarray, codes: np.ndarray) -
         "a.mlp.experts.0.up_proj.input_scale": ("F32", (), one),
         "a.norm.weight": ("BF16", norm.shape, norm.tobytes()),
     }
-    write_shard(folder / "model.safetensors", Shard({}, entries))
+    write_shard(folder / "model.safetensors", RawShard({}, entries))
     declared = {"quant_algo": "NVFP4", "quant_method": "modelopt"}
     (folder / "config.json").write_text(json.dumps({"quantization_config": declared}))
     return folder

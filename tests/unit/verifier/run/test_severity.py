@@ -21,7 +21,7 @@ from verifier.findings import Effect, Finding, Report, Severity, Where
 from verifier.rules import all_rules
 from verifier.run.group import MAX_GROUPS, group
 from verifier.run.severity import ENGINES, PROFILES, Severities
-from verifier.selftest.edit import read_shard, write_shard
+from verifier.selftest.editor import read_shard, write_shard
 
 QWEN_NVFP4 = TESTS / "data" / "modelopt" / "qwen3moe_nvfp4_experts_max"
 EXPERT = "model.layers.1.mlp.experts.3.up_proj.input_scale"

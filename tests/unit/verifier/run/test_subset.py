@@ -24,7 +24,7 @@ from verifier.run import merge_reports, report_of
 from verifier.run.sample import sample_of
 from verifier.run.subset import Subset, file_of, subset_numbers, subset_of
 from verifier.schemes import gather
-from verifier.selftest.edit import Folder, Shard, write_shard
+from verifier.selftest.editor import CheckpointEditor, RawShard, write_shard
 
 
 def _many_kinds(path: Path) -> Path:
@@ -40,7 +40,7 @@ def _many_kinds(path: Path) -> Path:
             entries[f"{name}.{i}.weight"] = ("U8", (4, 16), codes.tobytes())
             entries[f"{name}.{i}.weight_scale"] = ("F8_E4M3", (4, 2), scale.tobytes())
             entries[f"{name}.{i}.weight_scale_2"] = ("F32", (), np.float32(1).tobytes())
-        write_shard(path / f"model-{i}.safetensors", Shard({}, entries))
+        write_shard(path / f"model-{i}.safetensors", RawShard({}, entries))
     (path / "config.json").write_text("{}")
     return path
 
@@ -112,7 +112,7 @@ def test_what_is_required_is_required_of_all_together(
 
 def test_a_defect_is_told_by_the_subset_that_holds_it(tmp_path: Path) -> None:
     path = reshard(NVFP4, tmp_path / "ckpt", 4)
-    folder = Folder(path)
+    folder = CheckpointEditor(path)
     name = next(
         n
         for n, t in folder.tensors().items()

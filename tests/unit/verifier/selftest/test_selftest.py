@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``ckptgate selftest``: the tiny checkpoints are sound, defects are told, and what is not proved
-is said.
-"""
+"""``ckptgate selftest``: tiny checkpoints are valid, defects are caught, unverified rules fail."""
 
 from __future__ import annotations
 
@@ -20,21 +18,25 @@ import verifier
 from tests import oracle
 from verifier.cli import cli
 from verifier.errors import UsageError
+from verifier.findings import Where
 from verifier.rules import all_rules
-from verifier.selftest import CORRUPTORS, Corruptor, Folder, Place, tiny
+from verifier.selftest import CORRUPTORS, CheckpointEditor, Corruptor, tiny
 from verifier.selftest import runner as module
-from verifier.selftest.runner import as_json, lines, selftest
+from verifier.selftest.corruptor import on
+from verifier.selftest.runner import DEPTHS, as_json, lines, selftest
 from verifier.selftest.tiny import TINY, encode, make
 
 
 def _some_rules() -> list[str]:
     """Return ten rules, the same on every run of one set of rules."""
-    rules = sorted({c.rule for c in CORRUPTORS if c.depth in ("header", "payload")})
+    rules = sorted(
+        {c.rule for c in CORRUPTORS} & {r.id for r in all_rules().values() if r.depth in DEPTHS}
+    )
     return random.Random(5).sample(rules, 10)  # noqa: S311
 
 
 @pytest.mark.parametrize("spec", TINY, ids=lambda t: t.name)
-def test_tiny_checkpoints_are_sound(spec: tiny.Tiny, tmp_path: Path) -> None:
+def test_tiny_checkpoints_are_sound(spec: tiny.TinySpec, tmp_path: Path) -> None:
     made = make(tmp_path, spec)
     for report in (
         verifier.check(made.path, base=made.base, merged_from=made.merged_from, depth="payload"),
@@ -43,7 +45,7 @@ def test_tiny_checkpoints_are_sound(spec: tiny.Tiny, tmp_path: Path) -> None:
         assert [f for f in report.findings if f.severity != "info"] == []
         assert report.verdict == "passed"
     with safe_open(
-        made.path / Folder(made.path).shards[0], framework="numpy"
+        made.path / CheckpointEditor(made.path).shards[0], framework="numpy"
     ) as file:  # another reader
         assert file.metadata() == {"format": "pt"}
 
@@ -68,7 +70,7 @@ def test_nvfp4_of_the_builder_is_the_oracles() -> None:
 @pytest.mark.parametrize("rule", _some_rules())
 def test_a_seeded_part_of_it(rule: str) -> None:
     result = selftest([rule])
-    assert result.passed, [line for line in lines(result) if "SILENT" in line or "NOT" in line]
+    assert result.passed, [line for line in lines(result) if "MISSED" in line or "NOT" in line]
     assert {t.rule for t in result.trials} == {rule}
 
 
@@ -77,9 +79,9 @@ def test_command_prints_json_and_exits_0() -> None:
     assert done.exit_code == 0, done.output
     said = json.loads(done.output)
     assert said["passed"] is True
-    assert said["unproved"] == {}
-    assert {c["rule"] for c in said["corruptors"]} == {"QC501"}
-    assert all(c["silent"] for c in said["clean"])
+    assert said["unverified"] == {}
+    assert {d["rule"] for d in said["defects"]} == {"QC501"}
+    assert all(c["passed"] for c in said["clean"])
 
 
 def test_unknown_rule_is_a_usage_error() -> None:
@@ -89,41 +91,31 @@ def test_unknown_rule_is_a_usage_error() -> None:
         selftest(checkpoints=["no-such"])
 
 
-def _nothing(path: Path) -> Place:
-    return Place()
+def _nothing(ckpt: CheckpointEditor) -> Where:
+    return Where()
 
 
 @pytest.mark.parametrize(
     ("table", "why"),
     [
-        ((), "no corruptor"),
-        ((Corruptor("QC501", "does-nothing", _nothing, "payload"),), "silent"),
-        (
-            (
-                Corruptor(
-                    "QC501", "unfit", _nothing, "payload", traits=frozenset({"no such trait"})
-                ),
-            ),
-            "no built-in checkpoint",
-        ),
-        (
-            (Corruptor("QC501", "needs-stats", _nothing, "payload", needs=("stats",)),),
-            "needs stats",
-        ),
+        ((), "no defect"),
+        ((Corruptor("QC501", "does-nothing", _nothing),), "missed"),
+        ((Corruptor("QC501", "unfit", _nothing, on(traits="unknown")),), "its defects suit no"),
+        ((Corruptor("QC501", "needs-stats", _nothing, on(needs="stats")),), "needs stats"),
     ],
-    ids=["none", "silent", "unfit", "needs"],
+    ids=["none", "missed", "unfit", "needs"],
 )
-def test_a_rule_that_nothing_proves_fails(
+def test_a_rule_that_nothing_verifies_fails(
     table: tuple[Corruptor, ...], why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "CORRUPTORS", table)
     result = selftest(["QC501"], checkpoints=["llama-nvfp4"])
     assert not result.passed
-    assert result.unproved["QC501"].startswith(why)
-    assert any("NOT PROVED" in line for line in lines(result))
+    assert result.unverified["QC501"].startswith(why)
+    assert any("NOT VERIFIED" in line for line in lines(result))
 
 
-def test_a_clean_checkpoint_that_is_not_silent_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_clean_checkpoint_with_a_finding_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "TINY", TINY[:1])
     monkeypatch.setattr(module, "make", lambda root, spec: _spoilt(make(root, TINY[0])))
     result = selftest(["QC104"])
@@ -131,7 +123,7 @@ def test_a_clean_checkpoint_that_is_not_silent_fails(monkeypatch: pytest.MonkeyP
     assert as_json(result)["clean"][0]["findings"] == ["QC105"]  # type: ignore[index]
 
 
-def _spoilt(made: tiny.Made) -> tiny.Made:
+def _spoilt(made: tiny.TinyCheckpoint) -> tiny.TinyCheckpoint:
     with (made.path / "model.safetensors").open("ab") as file:
         file.write(bytes(8))
     return made
@@ -167,9 +159,9 @@ def test_what_the_clean_twin_says_too_is_no_other_rule() -> None:
 def test_rules_of_depths_load_and_eval_are_listed_apart() -> None:
     result = selftest(["QC104", "QC606", "QC608", "QC702"], checkpoints=["llama-nvfp4"])
     assert result.passed
-    assert result.elsewhere == ("QC606", "QC608", "QC702")
+    assert result.not_run == ("QC606", "QC608", "QC702")
     said = list(lines(result))
     assert any(line.startswith("not run here: QC606, QC608, QC702") for line in said)
-    assert said[-1].endswith("1 of 1 rules proved")
+    assert said[-1].endswith("1/1 rules verified")
     assert not any(line.startswith("QC608") for line in said)
     assert as_json(result)["not_run"] == ["QC606", "QC608", "QC702"]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small editor for a checkpoint folder: one tensor, one byte, one JSON file at a time.
+"""A small editor for a checkpoint directory: one tensor, one byte, one JSON file at a time.
 
-It reads and writes safetensors by hand, so that a defect is exactly what was asked for and nothing
-is mended on the way. The index follows every edit of a shard unless the caller says otherwise.
+It reads and writes safetensors by hand, so that an edit changes exactly what was asked for. The
+index follows every edit of a shard unless the caller says otherwise.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from verifier.findings import Where
+
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 QUANT_CONFIG = "hf_quant_config.json"
@@ -32,23 +34,12 @@ DTYPES: Mapping[str, npt.DTypeLike] = {
 }
 LEAVES = ("weight", "bias", "weight_scale", "weight_scale_inv", "weight_scale_2", "input_scale")
 Header = dict[str, dict[str, Any]]
-Edit = Callable[[dict[str, Any]], None]
+Edit = Callable[[dict[str, Any]], object]
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where an edit was made, as far as it is one place; a None says nothing."""
-
-    tensor: str | None = None
-    file: str | None = None
-    row: int | None = None
-    block: int | None = None
-    byte: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """One tensor as its shard holds it; ``offset`` is absolute in ``file``."""
+class StoredTensor:
+    """One tensor as its shard stores it; ``offset`` is absolute in ``file``."""
 
     name: str
     dtype: str
@@ -62,12 +53,16 @@ class Stored:
         """The bytes of one element."""
         return self.nbytes // max(1, math.prod(self.shape))
 
+    @property
+    def unpacked(self) -> tuple[int, int]:
+        """Rows and columns of a 2-D weight; a U8 weight packs two values per byte."""
+        rows, columns = self.shape
+        return rows, columns * 2 if self.dtype == "U8" else columns
+
 
 @dataclass(slots=True)
-class Shard:
-    """One safetensors file in memory: dtype and shape of each tensor, its bytes, and the
-    metadata.
-    """
+class RawShard:
+    """One safetensors file in memory: its metadata, and dtype, shape and bytes of each tensor."""
 
     metadata: dict[str, str] = field(default_factory=dict)
     entries: dict[str, tuple[str, tuple[int, ...], bytes]] = field(default_factory=dict)
@@ -84,12 +79,12 @@ def read_header(path: Path) -> tuple[Header, int]:
     return header, 8 + length
 
 
-def read_shard(path: Path) -> Shard:
+def read_shard(path: Path) -> RawShard:
     """Return a safetensors file in memory, tensors in the order of their bytes."""
     raw = path.read_bytes()
     length = int.from_bytes(raw[:8], "little")
     header = json.loads(raw[8 : 8 + length])
-    shard = Shard(header.pop("__metadata__", {}))
+    shard = RawShard(header.pop("__metadata__", {}))
     for name, entry in sorted(header.items(), key=lambda item: tuple(item[1]["data_offsets"])):
         start, end = entry["data_offsets"]
         data = raw[8 + length + start : 8 + length + end]
@@ -97,7 +92,7 @@ def read_shard(path: Path) -> Shard:
     return shard
 
 
-def write_shard(path: Path, shard: Shard) -> None:
+def write_shard(path: Path, shard: RawShard) -> None:
     """Write a safetensors file: the header padded to eight bytes, the tensors in the order of
     ``entries``.
     """
@@ -125,8 +120,8 @@ def split(name: str) -> tuple[str, str]:
     return (head, leaf) if leaf in LEAVES and head else (name, "")
 
 
-class Folder:
-    """A checkpoint folder; every method reads from disk and writes through to it."""
+class CheckpointEditor:
+    """A checkpoint directory; every method reads from disk and writes through to it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -138,28 +133,28 @@ class Folder:
 
     @property
     def has_index(self) -> bool:
-        """Whether the folder has an index."""
+        """Whether the directory has an index."""
         return (self.path / INDEX).is_file()
 
-    def tensors(self) -> dict[str, Stored]:
+    def tensors(self) -> dict[str, StoredTensor]:
         """Return every tensor by name, by file and then in the order of the header."""
-        found: dict[str, Stored] = {}
+        tensors: dict[str, StoredTensor] = {}
         for file in self.shards:
             header, start = read_header(self.path / file)
             for name, entry in header.items():
                 low, high = entry["data_offsets"]
-                found[name] = Stored(
+                tensors[name] = StoredTensor(
                     name, entry["dtype"], tuple(entry["shape"]), file, start + low, high - low
                 )
-        return found
+        return tensors
 
-    def modules(self) -> dict[str, dict[str, Stored]]:
+    def modules(self) -> dict[str, dict[str, StoredTensor]]:
         """Return the tensors of each module by leaf, modules in the order of their first tensor."""
-        found: dict[str, dict[str, Stored]] = {}
+        modules: dict[str, dict[str, StoredTensor]] = {}
         for name, tensor in self.tensors().items():
             module, leaf = split(name)
-            found.setdefault(module, {})[leaf] = tensor
-        return found
+            modules.setdefault(module, {})[leaf] = tensor
+        return modules
 
     def siblings(self, module: str) -> list[str]:
         """Return the full names of all tensors of a module."""
@@ -177,11 +172,11 @@ class Folder:
         tensor = self.tensors()[name]
         return np.frombuffer(self.read(name), DTYPES[tensor.dtype]).reshape(tensor.shape).copy()
 
-    def place(self, name: str, element: int | None = None, byte: int = 0) -> Place:
-        """Return the place of a tensor, or of byte ``byte`` of one of its elements."""
+    def where(self, name: str, element: int | None = None, byte: int = 0) -> Where:
+        """Return the location of a tensor, or of byte ``byte`` of one of its elements."""
         tensor = self.tensors()[name]
         if element is None:
-            return Place(name, tensor.file)
+            return Where(name, tensor.file)
         row: int | None = None
         block: int | None = None
         if len(tensor.shape) == 1:
@@ -189,11 +184,11 @@ class Folder:
         elif tensor.shape:
             index = np.unravel_index(element, tensor.shape)
             row, block = int(index[-2]), int(index[-1])
-        return Place(
+        return Where(
             name, tensor.file, row, block, tensor.offset + element * tensor.itemsize + byte
         )
 
-    def overwrite(self, name: str, element: int, data: bytes) -> Place:
+    def overwrite(self, name: str, element: int, data: bytes) -> Where:
         """Overwrite bytes of a tensor in place, from an element on; nothing else of the file
         changes.
         """
@@ -204,21 +199,21 @@ class Folder:
         with (self.path / tensor.file).open("r+b") as handle:
             handle.seek(tensor.offset + start)
             handle.write(data)
-        return self.place(name, element)
+        return self.where(name, element)
 
     def replace(
         self, name: str, dtype: str, shape: tuple[int, ...], data: bytes, *, index: bool = True
-    ) -> Place:
-        """Give a tensor another dtype, shape and bytes, at the same place of its shard."""
+    ) -> Where:
+        """Replace dtype, shape and bytes of a tensor, at the same position in its shard."""
         file = self.tensors()[name].file
         shard = read_shard(self.path / file)
         shard.entries[name] = (dtype, shape, data)
         write_shard(self.path / file, shard)
-        self._follow(index)
-        return self.place(name)
+        self._update_index(index)
+        return self.where(name)
 
-    def store(self, name: str, values: npt.NDArray[Any], *, index: bool = True) -> Place:
-        """Give a tensor the dtype, shape and bytes of an array."""
+    def store(self, name: str, values: npt.NDArray[Any], *, index: bool = True) -> Where:
+        """Replace a tensor by an array: its dtype, shape and bytes."""
         dtype = next(k for k, v in DTYPES.items() if np.dtype(v) == values.dtype)
         return self.replace(
             name, dtype, values.shape, np.ascontiguousarray(values).tobytes(), index=index
@@ -226,20 +221,20 @@ class Folder:
 
     def drop(self, names: Iterable[str], *, index: bool = True) -> None:
         """Remove tensors from their shards."""
-        gone = set(names)
-        for file in self._files_of(gone):
+        dropped = set(names)
+        for file in self._files_of(dropped):
             shard = read_shard(self.path / file)
-            shard.entries = {n: e for n, e in shard.entries.items() if n not in gone}
+            shard.entries = {n: e for n, e in shard.entries.items() if n not in dropped}
             write_shard(self.path / file, shard)
-        self._follow(index, gone)
+        self._update_index(index, dropped)
 
     def rename(self, names: Mapping[str, str], *, index: bool = True) -> None:
-        """Rename tensors where they stand."""
+        """Rename tensors; their order stays."""
         for file in self._files_of(set(names)):
             shard = read_shard(self.path / file)
             shard.entries = {names.get(n, n): e for n, e in shard.entries.items()}
             write_shard(self.path / file, shard)
-        self._follow(index, set(names) - set(names.values()))
+        self._update_index(index, set(names) - set(names.values()))
 
     def rename_module(self, module: str, new: str, *, index: bool = True) -> None:
         """Rename a module with all its siblings."""
@@ -247,16 +242,16 @@ class Folder:
 
     def add(
         self, name: str, values: npt.NDArray[Any], *, file: str | None = None, index: bool = True
-    ) -> Place:
-        """Append a tensor to a shard, the first by default; a shard that does not exist is made."""
+    ) -> Where:
+        """Append a tensor to a shard, by default the first; a missing shard is created."""
         target = file or self.shards[0]
         path = self.path / target
-        shard = read_shard(path) if path.exists() else Shard({"format": "pt"})
+        shard = read_shard(path) if path.exists() else RawShard({"format": "pt"})
         dtype = next(k for k, v in DTYPES.items() if np.dtype(v) == values.dtype)
         shard.entries[name] = (dtype, values.shape, np.ascontiguousarray(values).tobytes())
         write_shard(path, shard)
-        self._follow(index)
-        return Place(name, target)
+        self._update_index(index)
+        return Where(name, target)
 
     def edit_json(self, file: str, change: Edit) -> None:
         """Change the object of a JSON file."""
@@ -280,18 +275,16 @@ class Folder:
             raise KeyError(f"no tensor {min(missing)!r} in {self.path}")
         return sorted({tensors[n].file for n in names})
 
-    def _follow(self, index: bool, gone: Iterable[str] = ()) -> None:
-        """Bring the index up to the shards: names, shards and total_size; entries for ``gone``
-        go.
-        """
+    def _update_index(self, index: bool, dropped: Iterable[str] = ()) -> None:
+        """Update names, shards and total_size in the index; remove the entries of ``dropped``."""
         if not index or not self.has_index:
             return
         tensors = self.tensors()
-        left = set(gone)
+        removed = set(dropped)
 
         def change(value: dict[str, Any]) -> None:
-            kept = {n: f for n, f in value["weight_map"].items() if n not in left}
-            value["weight_map"] = kept | {n: t.file for n, t in tensors.items()}
+            entries = {n: f for n, f in value["weight_map"].items() if n not in removed}
+            value["weight_map"] = entries | {n: t.file for n, t in tensors.items()}
             if "total_size" in value.get("metadata", {}):
                 value["metadata"]["total_size"] = sum(t.nbytes for t in tensors.values())
 
