@@ -16,10 +16,10 @@ from pathlib import Path
 
 import click
 import pytest
-from verifier.selftest.edit import Folder
 
 from tests.paths import ROOT
 from verifier.cli import cli
+from verifier.selftest.editor import CheckpointEditor
 
 GOLDEN = ROOT / "goldens" / "minimax-m3-tiny"
 QWEN_NVFP4 = ROOT / "tests" / "data" / "modelopt" / "qwen3moe_nvfp4_experts_max"
@@ -112,7 +112,7 @@ def shell(command: str, directory: Path, tools: Path) -> Done:
 def session(tmp_path: Path) -> Path:
     """Return a project with the checkpoint and the configuration that the pages describe."""
     checkpoint = Path(shutil.copytree(QWEN_NVFP4, tmp_path / "ckpt"))
-    Folder(checkpoint).drop(["model.layers.0.mlp.experts.2.up_proj.input_scale"])
+    CheckpointEditor(checkpoint).drop(["model.layers.0.mlp.experts.2.up_proj.input_scale"])
     with (checkpoint / "model.safetensors").open("ab") as handle:
         handle.write(bytes(8))
     return tmp_path

@@ -52,7 +52,7 @@ def check(ctx: Context) -> Iterator[Finding]:
 
 
 def _check_module(ctx: Context, module: Module, declaration: Declaration) -> Iterator[Finding]:
-    """Yield a quantized module without an entry of its own, or with an entry of another format."""
+    """Yield a quantized module without an entry of its own, or with one of the wrong format."""
     tensor = module.weight or next(iter(module.parts.values()))
     where = Where(tensor.name, tensor.file)
     declared, fmt = declaration.declared_for(module.name), module.inferred_format

@@ -225,13 +225,13 @@ def test_silent_where_no_layout_is_known(spec: TinySpec, tmp_path: Path) -> None
     assert found(folder.path) == []
 
 
-def test_every_row_of_the_catalogue_has_a_rule_or_a_line_that_says_why_not() -> None:
+def test_every_defect_of_the_catalog_has_a_rule_or_a_reason() -> None:
     rows = {1: 11, 2: 9, 3: 15, 4: 15, 5: 17, 6: 8, 7: 6}
     catalogue = {
         f"QC{family}{number:02}" for family, count in rows.items() for number in range(1, count + 1)
     }
     page = (ROOT / "docs" / "rules.md").read_text(encoding="utf-8")
-    without = page.partition("## Rows of the catalogue without a rule")[2]
+    without = page.partition("## Defects of the catalog without a rule")[2]
     told = {line[2:7] for line in without.splitlines() if line.startswith("| QC")}
     assert not told & set(all_rules())
     assert told | set(all_rules()) == catalogue
