@@ -128,6 +128,10 @@ class Handler(BaseHTTPRequestHandler):
             self.file(file, fault)
 
     def listing(self, folder: Path) -> None:
+        if self.state.options.pages and (folder / "index.html").exists():
+            raw = (folder / "index.html").read_bytes()
+            self.reply(200, raw, {"Content-Type": "text/html"})
+            return
         if not self.state.options.listing:
             self.reply(403, b"no listing")
             return
@@ -193,9 +197,12 @@ class Handler(BaseHTTPRequestHandler):
             entries.append(entry)
         start = int(parse_qs(urlsplit(self.path).query).get("cursor", ["0"])[0])
         page = entries[start : start + self.state.options.page]
+        if self.state.options.circle:
+            start, page = -len(page), page
         headers = {}
         if start + len(page) < len(entries):
-            base = f"http://127.0.0.1:{self.server.server_address[1]}{urlsplit(self.path).path}"
+            # As from behind a mirror: the link names the host that the mirror stands for.
+            base = f"https://huggingface.co{urlsplit(self.path).path}"
             headers["Link"] = f'<{base}?cursor={start + len(page)}>; rel="next"'
         self.json(page, headers)
 
@@ -329,6 +336,8 @@ def main() -> None:
     parser.add_argument("--hub", action="store_true")
     parser.add_argument("--no-ranges", action="store_true")
     parser.add_argument("--listing", action="store_true")
+    parser.add_argument("--circle", action="store_true", help="the last page leads to the first")
+    parser.add_argument("--pages", action="store_true", help="index.html is a folder's page")
     parser.add_argument("--delay", type=float, default=0.0)
     parser.add_argument("--page", type=int, default=1000)
     parser.add_argument("--token", default="")

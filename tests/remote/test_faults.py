@@ -4,13 +4,17 @@
 from __future__ import annotations
 
 import re
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import verifier
-from tests.remote.conftest import BASE, CANDIDATE, Call, Server
+from tests.remote.conftest import BASE, CANDIDATE, TOKEN, Call, Server
 from tests.remote.server import SIGNATURE
 from verifier.errors import MachineError
 
@@ -185,6 +189,38 @@ def test_a_repository_without_weights(hub: Server, call: Call) -> None:
     code, out, _ = call("check", "org/empty")
     assert code == 1
     assert "no *.safetensors" in out
+
+
+def test_a_bare_name_may_be_a_mistyped_directory(hub: Server, call: Call) -> None:
+    text = one_message(call("check", "exports/m3"), 2)
+    assert text.endswith("there is no directory exports/m3 here either")
+
+
+def test_a_listing_without_end(
+    serve: Callable[..., Server],
+    repositories: Path,
+    environment: pytest.MonkeyPatch,
+    call: Call,
+) -> None:
+    server = serve(repositories, "--hub", "--circle")
+    environment.setenv("HF_ENDPOINT", server.url)
+    assert "the directory has more than 200 pages of files" in one_message(call("check", URI), 4)
+
+
+def test_an_interrupted_command_does_not_wait(
+    serve: Callable[..., Server], repositories: Path, environment: pytest.MonkeyPatch
+) -> None:
+    server = serve(repositories, "--hub", "--token", TOKEN)
+    environment.setenv("HF_ENDPOINT", server.url)
+    server.fault(**{SHARD: {"drip": 1.0}})
+    line = [sys.executable, "-W", "ignore", "-m", "verifier", "check", URI]
+    process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True)
+    while not any(r["path"].endswith("config.json") for r in server.requests()):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=20)  # the drip would take minutes
+    assert process.returncode == 130
+    assert "Traceback" not in err
 
 
 def test_a_captive_portal_before_the_hub(hub: Server, call: Call) -> None:

@@ -12,6 +12,8 @@ import pytest
 import exporter
 import verifier
 from tests.remote.conftest import BASE, CANDIDATE, Call, Server
+from verifier.checkpoint import open_source
+from verifier.checkpoint.web import PROBED
 
 Serve = Callable[..., Server]
 
@@ -97,6 +99,31 @@ def test_what_is_no_checkpoint(serve: Serve, tmp_path: Path, folder: Path, call:
     code, _, err = call("check", server.url)
     assert code == 2
     assert "asks for a login (401); put user and password into ~/.netrc" in err
+
+
+def test_a_server_with_a_page_for_every_address(serve: Serve, folder: Path) -> None:
+    server = serve(folder)
+    missing = [n for n in PROBED if not (folder / n).exists()]
+    server.fault(**{n.replace(".", "__"): {"html": True} for n in missing})
+    assert equal(verifier.check(server.url), verifier.check(folder))
+
+
+def test_links_of_other_listings(serve: Serve, folder: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page"
+    shutil.copytree(folder, page / "dir")
+    server = serve(page, "--pages")
+    links = ["model.safetensors", "./config.json", "/dir/hf_quant_config.json"]
+    links += [f"{server.url}/dir/generation_config.json", "../up.json", "sub/x.json", "?C=M"]
+    links += ["https://example.org/y.json", "http://[", "//example.org/z.json"]
+    (page / "dir" / "index.html").write_text("".join(f'<a href="{x}">x</a>' for x in links))
+    source = open_source(f"{server.url}/dir")
+    assert set(source.files()) == {
+        "model.safetensors",
+        "config.json",
+        "hf_quant_config.json",
+        "generation_config.json",
+    }
+    source.close()
 
 
 def test_a_login_from_netrc(

@@ -81,6 +81,10 @@ class Refused(UsageError):
         return Refused, (str(self), self.status)
 
 
+class WebPage(MachineError):
+    """The server answered with an HTML page instead of a file."""
+
+
 class HttpSource(RemoteSource):
     """Files of one directory by URL; subclasses implement `_url` and `files`."""
 
@@ -261,7 +265,7 @@ class HttpSource(RemoteSource):
             raise self._refusal(status, headers, label) from None
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind == "text/html" and not label.endswith((".html", "/")):
-            raise MachineError(
+            raise WebPage(
                 f"{label}: the server answered with a web page instead of the file; a login page "
                 "or a captive portal may be in the way"
             )
@@ -277,7 +281,7 @@ class HttpSource(RemoteSource):
                 self._pause(failures, error, f"cannot read {label}")
 
     def _json(self, url: str, label: str) -> tuple[Any, str]:
-        """Return an answer of the hub's API and the URL of its next page ('' at the last one)."""
+        """Return an answer of the hub's API and the path of its next page ('' at the last one)."""
 
         def fetch() -> tuple[bytes, str]:
             with self._request("GET", url, label) as response:
@@ -291,7 +295,16 @@ class HttpSource(RemoteSource):
             value = json.loads(raw)
         except (ValueError, RecursionError):
             raise MachineError(f"{label}: the answer is not JSON") from None
-        return value, urljoin(url, following) if following else ""
+        return value, _path(following)
+
+
+def _path(url: str) -> str:
+    """Return path and query of a URL; a page may name another host, which is not asked."""
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return ""
+    return f"{parts.path}?{parts.query}" if parts.query else parts.path
 
 
 def total_size(response: httpx2.Response) -> int | None:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urljoin
 
 from verifier import __version__
 from verifier.checkpoint.address import Address, endpoint
@@ -29,7 +29,7 @@ try:
 except ImportError as error:
     raise MissingExtra("a hub address", "hub") from error
 
-MAX_ENTRIES = 100_000
+MAX_PAGES = 200
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _OID = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
@@ -122,18 +122,17 @@ class HubSource(HttpSource):
     def _listed(self) -> Iterator[Entry]:
         directory = self.address.directory
         path = f"/{quote(directory)}" if directory else ""
-        url, count = f"{self._api}/tree/{self.revision}{path}", 0
-        while url:
-            page, url = self._json(url, f"{self.uri}/")
+        url = f"{self._api}/tree/{self.revision}{path}"
+        for _ in range(MAX_PAGES):
+            page, following = self._json(url, f"{self.uri}/")
             if not isinstance(page, list):
                 raise MachineError(f"{self.uri}: the hub's listing is not an array")
-            count += len(page)
-            if count > MAX_ENTRIES:
-                raise MachineError(f"{self.uri}: more than {MAX_ENTRIES:,} files in one directory")
-            for item in page:
-                entry = _entry(item, directory)
-                if entry is not None:
-                    yield entry
+            entries = (_entry(item, directory) for item in page)
+            yield from (e for e in entries if e is not None)
+            if not following:
+                return
+            url = urljoin(endpoint(), following)
+        raise MachineError(f"{self.uri}: the directory has more than {MAX_PAGES:,} pages of files")
 
     def digests(self) -> dict[str, str]:
         """Return the SHA-256 of every LFS and Xet file, as the hub has it."""

@@ -55,6 +55,20 @@ def open_source(uri: str | os.PathLike[str]) -> Source:
 
 
 def _open_remote(address: Address) -> Source:
+    """Return the source of a remote address.
+
+    Raises:
+        UsageError: of a bare ``ORG/MODEL``, that it is not a directory either.
+    """
+    try:
+        return _remote_source(address)
+    except UsageError as error:
+        if "://" in address.text:
+            raise
+        raise UsageError(f"{error}; there is no directory {address.text} here either") from error
+
+
+def _remote_source(address: Address) -> Source:
     # Network libraries cost 100 ms and more, and are of no use to a local check.
     if address.kind == "hub":
         from verifier.checkpoint.hub import open_hub  # noqa: PLC0415

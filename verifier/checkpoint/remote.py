@@ -13,17 +13,22 @@ import queue
 import threading
 from abc import abstractmethod
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from functools import partial
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from verifier.checkpoint.source import Bytes, Source, Traffic
 from verifier.errors import MachineError
 
+A = TypeVar("A")
+T = TypeVar("T")
 IN_FLIGHT = 16
+IDLE = 5.0
+"""Seconds after which a thread without work ends."""
 CHUNK = 8 << 20
 """The most bytes of one request."""
 BUDGET = 128 << 20
@@ -138,7 +143,7 @@ class RemoteSource(Source):
     def __init__(self, uri: str) -> None:
         self.uri = uri
         self._lock = threading.RLock()
-        self._jobs: queue.SimpleQueue[tuple[Future[Bytes], str, int, Bytes]] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._threads = self._busy = 0
         self._segments: dict[str, list[_Segment]] = {}
         self._batches: list[_Batch] = []
@@ -257,7 +262,9 @@ class RemoteSource(Source):
         out = np.empty(segment.size, np.uint8)
         self._bytes += segment.size
         self._held[segment] = None
-        segment.future = self._submit(segment.span.name, segment.span.start, out)
+        segment.future = self._submit(
+            lambda: self._fetch(segment.span.name, segment.span.start, out)
+        )
         segment.future.add_done_callback(lambda _: self._finished())
 
     def _finished(self) -> None:
@@ -289,57 +296,61 @@ class RemoteSource(Source):
 
     def _fetch_now(self, name: str, start: int, out: Bytes) -> None:
         """Fill ``out`` with a range that nobody announced, in chunks side by side."""
-        futures = [
-            self._submit(name, start + begin, out[begin : begin + CHUNK])
-            for begin in range(0, out.size, CHUNK)
-        ]
-        for future in futures:
-            self._result(future)
+        parts = [(start + i, out[i : i + CHUNK]) for i in range(0, out.size, CHUNK)]
+        self._all(parts, lambda part: self._fetch(name, *part))
 
-    def _result(self, future: Future[Bytes]) -> Bytes:
+    def _all(self, items: Iterable[A], call: Callable[[A], T]) -> list[T]:
+        """Return the result for each item, in their order; requests run at the same time."""
+        futures = [self._submit(partial(call, item)) for item in items]
+        return [self._result(future) for future in futures]
+
+    def _result(self, future: Future[T]) -> T:
         try:
             return future.result()
         except (KeyboardInterrupt, SystemExit):
             self._stop.set()
             raise
 
-    def _submit(self, name: str, start: int, out: Bytes) -> Future[Bytes]:
-        """Queue a request. The threads are daemons: an interrupted command does not wait for
-        them.
-        """
-        future: Future[Bytes] = Future()
+    def _submit(self, call: Callable[[], T]) -> Future[T]:
+        """Queue a call. The threads are daemons: an interrupted command does not wait for them."""
+        future: Future[T] = Future()
+
+        def job() -> None:
+            try:
+                result = call()
+            except BaseException as error:  # noqa: BLE001 (raised where the result is read)
+                self._end_job()
+                future.set_exception(error)
+            else:
+                self._end_job()
+                future.set_result(result)
+
         with self._lock:
             self._busy += 1
             if self._threads < min(IN_FLIGHT, self._busy):
                 self._threads += 1
                 threading.Thread(target=self._work, name="ckptgate-fetch", daemon=True).start()
-        self._jobs.put((future, name, start, out))
+        self._jobs.put(job)
         return future
+
+    def _end_job(self) -> None:
+        with self._lock:
+            self._busy -= 1
 
     def _work(self) -> None:
         while True:
             try:
-                future, name, start, out = self._jobs.get(timeout=5)
+                job = self._jobs.get(timeout=IDLE)
             except queue.Empty:
                 with self._lock:
                     if self._jobs.empty():
                         self._threads -= 1
                         return
-                continue
-            error: BaseException | None = None
-            try:
-                self._fetch(name, start, out)
-            except BaseException as caught:  # noqa: BLE001 (raised where the result is read)
-                error = caught
-            with self._lock:
-                self._busy -= 1
-            if error is None:
-                future.set_result(out)
             else:
-                future.set_exception(error)
+                job()
 
-    def _fetch(self, name: str, start: int, out: Bytes) -> None:
-        """Fill ``out``; after an interruption, resume at the first byte that is missing."""
+    def _fetch(self, name: str, start: int, out: Bytes) -> Bytes:
+        """Fill and return ``out``; after an interruption, resume at the first missing byte."""
         done = failures = 0
         while True:
             try:
@@ -349,7 +360,7 @@ class RemoteSource(Source):
                     out[done : done + len(chunk)] = np.frombuffer(chunk, np.uint8)
                     done += len(chunk)
                 if done == out.size:
-                    return
+                    return out
                 raise Interrupted(f"the connection ended after {done:,} of {out.size:,} bytes")
             except Interrupted as error:
                 failures += 1

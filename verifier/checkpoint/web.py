@@ -11,19 +11,18 @@ from __future__ import annotations
 import netrc
 import os
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
 from typing import TypeVar
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import quote, unquote, urljoin, urlsplit
 
 import httpx2
 import numpy as np
 
 from verifier.checkpoint.address import Address
 from verifier.checkpoint.header import MAX_HEADER, strict_json
-from verifier.checkpoint.http import HttpSource, Refused, total_size
+from verifier.checkpoint.http import HttpSource, Refused, WebPage, total_size
 from verifier.checkpoint.index import FIRST_GUESS, INDEX, header_guesses, plain_name
-from verifier.checkpoint.remote import IN_FLIGHT, Interrupted
+from verifier.checkpoint.remote import Interrupted
 from verifier.checkpoint.source import Bytes
 from verifier.errors import ContainerError, MachineError, UsageError
 
@@ -84,10 +83,14 @@ class WebSource(HttpSource):
             raise ContainerError(f"{self.uri}: the index names more than {MAX_FILES:,} shards")
         others = (listed or set(PROBED)) - shards - {INDEX}
         guesses = header_guesses(index)
-        with ThreadPoolExecutor(IN_FLIGHT) as pool:
-            heads = {n: pool.submit(self._head, n, 8 + guesses.get(n, FIRST_GUESS)) for n in shards}
-            sizes = {n: pool.submit(self._size, n) for n in others}
-        found = {n: f.result() for n, f in sorted((heads | sizes).items())}
+
+        def size_of(name: str) -> int | None:
+            if name in shards:
+                return self._head(name, 8 + guesses.get(name, FIRST_GUESS))
+            return self._size(name)
+
+        names = sorted(shards | others)
+        found = dict(zip(names, self._all(names, size_of), strict=True))
         if INDEX in self._heads:
             found[INDEX] = self._heads[INDEX].size
         elif not any(found[n] is not None for n in shards):
@@ -138,7 +141,7 @@ class WebSource(HttpSource):
             return set()
         parser = _Links()
         parser.feed(page.decode("utf-8", "replace"))
-        names = {n for n in map(_linked_name, parser.links) if n.endswith(SUFFIXES)}
+        names = {n for n in map(self._linked_name, parser.links) if n.endswith(SUFFIXES)}
         if len(names) > MAX_FILES:
             raise MachineError(f"{self.uri}: more than {MAX_FILES:,} files in one directory")
         return names if any(n.endswith(".safetensors") for n in names) else set()
@@ -193,7 +196,22 @@ class WebSource(HttpSource):
             with self._request("HEAD", self._url(name), self._label(name)) as response:
                 return total_size(response)
 
-        return self._present(name, fetch)
+        try:
+            return self._present(name, fetch)
+        except WebPage:  # some servers have a page for every address
+            return None
+
+    def _linked_name(self, link: str) -> str:
+        """Return the plain file name that a link of a listing means, '' where it leads
+        elsewhere.
+        """
+        base = f"{self.uri}/"
+        try:
+            target = urlsplit(urljoin(base, link))
+        except ValueError:
+            return ""
+        name = unquote(target._replace(query="", fragment="").geturl().removeprefix(base))
+        return name if plain_name(name) else ""
 
     def _present(self, name: str, fetch: Callable[[], T]) -> T | None:
         """Return what ``fetch`` returns; None where the file is absent.
@@ -233,13 +251,3 @@ class _Links(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         """Note the target of a link."""
         self.links += [v for k, v in attrs if tag == "a" and k == "href" and v]
-
-
-def _linked_name(link: str) -> str:
-    """Return the plain file name that a link of a listing means, '' where it leads elsewhere."""
-    try:
-        parts = urlsplit(link)
-    except ValueError:
-        return ""
-    name = unquote(parts.path.removeprefix("./"))
-    return name if not parts.scheme and not parts.netloc and plain_name(name) else ""
