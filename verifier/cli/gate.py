@@ -17,6 +17,7 @@ import click
 from verifier import gate as gate_api
 from verifier.checkpoint import local_directory, open_checkpoint
 from verifier.cli.common import progress_bar
+from verifier.cli.options import FORMAT
 from verifier.cli.recording import Recording, record, recording_options, require_recordable
 from verifier.errors import MissingExtra, UsageError
 from verifier.evaluation import GateResult
@@ -137,9 +138,6 @@ _SCORER = (
         help="Seconds that an engine may take to start, and for each batch.",
     ),
 )
-_FORMAT = click.option(
-    "--format", "format_", type=click.Choice(["text", "json"]), default="text", show_default=True
-)
 
 
 def _scorer_options(command: Command) -> Command:
@@ -214,7 +212,7 @@ def _scalar(text: str) -> str | int | float | bool:
 @_BATCH
 @_WORKERS
 @_scorer_options
-@_FORMAT
+@FORMAT
 @recording_options
 @click.pass_context
 def gate(
@@ -328,7 +326,7 @@ def score(
 @_DRIFT
 @_MAX_DRIFT
 @_FLOOR
-@_FORMAT
+@FORMAT
 @recording_options
 @click.pass_context
 def compare(

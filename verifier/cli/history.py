@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
+from verifier.cli.options import FORMAT
 from verifier.cli.recording import print_notes, print_warnings
 from verifier.errors import ContentError, UsageError
 from verifier.files import require_writable, write_atomic
@@ -41,11 +42,6 @@ def _file(command: Command) -> Command:
     )(command)
 
 
-_FORMAT = click.option(
-    "--format", "format_", type=click.Choice(["text", "json"]), default="text", show_default=True
-)
-
-
 @click.group()
 def history() -> None:
     """Record runs; show trends and change points.
@@ -75,7 +71,9 @@ def add(runs: tuple[str, ...], name: str, label: str, file: str) -> None:
 
 @history.command()
 @click.option("--name", help="Only runs with this name.")
-@click.option("--kind", type=click.Choice(["gate", "check", "golden"]))
+@click.option(
+    "--kind", type=click.Choice(["gate", "check", "golden"]), help="Only runs of this kind."
+)
 @click.option("--measure", help="Only change points of this measure.")
 @click.option(
     "-n",
@@ -92,7 +90,7 @@ def add(runs: tuple[str, ...], name: str, label: str, file: str) -> None:
     show_default=True,
     help="Passing runs in the median.",
 )
-@_FORMAT
+@FORMAT
 @_file
 def log(
     name: str | None,
@@ -114,7 +112,7 @@ def log(
 
 @history.command(context_settings={"ignore_unknown_options": True})
 @click.argument("run", metavar="RUN")
-@_FORMAT
+@FORMAT
 @_file
 def show(run: str, format_: str, file: str) -> None:
     """Show the run RUN: the first characters of its id, or -1 for the newest, -2 for the one
@@ -146,9 +144,9 @@ def compare(a: str, b: str, file: str) -> None:
 
 
 @history.command()
-@click.option("--measure", default="loss", show_default=True)
+@click.option("--measure", default="loss", show_default=True, help="Measure to plot.")
 @click.option("--name", help="Only runs with this name.")
-@click.option("-o", "--output", metavar="FILE.svg", required=True)
+@click.option("-o", "--output", metavar="FILE.svg", required=True, help="File to write.")
 @_file
 def plot(measure: str, name: str | None, output: str, file: str) -> None:
     """Plot a measure over the runs as SVG: lines with intervals, golden steps, change points."""
@@ -158,7 +156,7 @@ def plot(measure: str, name: str | None, output: str, file: str) -> None:
 
 
 @history.command()
-@click.option("--to", type=click.Choice(FORMATS), required=True)
+@click.option("--to", type=click.Choice(FORMATS), required=True, help="Format of the export.")
 @click.option("--name", help="Only runs with this name.")
 @click.option("-o", "--output", metavar="FILE", help="File to write.  [default: stdout]")
 @_file

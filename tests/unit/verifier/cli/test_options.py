@@ -53,24 +53,10 @@ def test_shared_options_have_one_help_text() -> None:
 
 def test_every_option_has_a_help_text_that_is_a_sentence() -> None:
     without = {f"{command} {o.opts[0]}" for command, o in ALL if not o.help and not o.hidden}
-    assert without <= NOT_YET
+    assert without == set()
     for command, option in ALL:
         text = re.sub(r"\s*\[(default|required).*\]$", "", option.help or "")
         assert not text or text.endswith((".", ")", "…")), f"{command} {option.opts[0]}: {text}"
-
-
-NOT_YET = {
-    "ckptgate compare --format",
-    "ckptgate gate --format",
-    "ckptgate history log --format",
-    "ckptgate history show --format",
-    "ckptgate history log --kind",
-    "ckptgate history export --to",
-    "ckptgate history plot --measure",
-    "ckptgate history plot --output",
-    "ckptgate history plot -o",
-}
-"""Options without a help text; the list only gets shorter."""
 
 
 def test_settings_are_the_keys_of_the_configuration_file() -> None:
