@@ -11,10 +11,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from verifier.checkpoint import Checkpoint, open_checkpoint
+from verifier.checkpoint import Checkpoint, Source, open_checkpoint
 from verifier.errors import ContainerError
 from verifier.evaluation import Evaluate, Evaluation
-from verifier.findings import Coverage, Finding, Report, Where
+from verifier.findings import Coverage, Finding, Report, Verdict, Where
 from verifier.quantized import QuantizedCheckpoint
 from verifier.rules import DEPTHS, Context, Depth, Rule, all_rules
 from verifier.rules.context import Inputs
@@ -157,12 +157,8 @@ def run_check(uri: Path, options: CheckOptions) -> Report:
     if known is not None and options.baseline is not None:
         compared = known.compare(findings, coverage)
         findings, baseline = compared.findings, compared.summary(os.fspath(options.baseline))
-    # What a subset need not have examined is required of all subsets together.
-    required = () if plan.reading.subset else plan.selection.required
-    opened = {"base": base, "checkpoint": candidate, "merged_from": merged_from}
-    sources = {role: c.source for role, c in opened.items() if c is not None}
-    quantized = bool(ctx.candidate.quantized_modules)
-    verdict, reason = verdict_of(quantized, findings, coverage, required, options.fail_on)
+    verdict, reason = _verdict(plan, ctx, findings, coverage)
+    sources = _sources(base=base, checkpoint=candidate, merged_from=merged_from)
     summary = Summary(
         contents=contents_of(candidate, ctx.candidate),
         options=plan.reported_options(),
@@ -293,6 +289,19 @@ def _results(
         findings += of_rule
         coverage.append(covered)
     return fingerprinted(sorted(findings, key=severity_rank)), coverage
+
+
+def _verdict(
+    plan: CheckPlan, ctx: Context, findings: Sequence[Finding], coverage: Sequence[Coverage]
+) -> tuple[Verdict, str]:
+    # What a subset need not have examined is required of all subsets together.
+    required = () if plan.reading.subset else plan.selection.required
+    quantized = bool(ctx.candidate.quantized_modules)
+    return verdict_of(quantized, findings, coverage, required, plan.options.fail_on)
+
+
+def _sources(**checkpoints: Checkpoint | None) -> dict[str, Source]:
+    return {role: c.source for role, c in checkpoints.items() if c is not None}
 
 
 def contents_of(stored: Checkpoint, checkpoint: QuantizedCheckpoint) -> Contents:

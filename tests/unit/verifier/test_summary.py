@@ -7,6 +7,7 @@ import json
 
 import pytest
 
+from verifier.evaluation import NotScored
 from verifier.findings import Report
 from verifier.summary import (
     BaselineSummary,
@@ -35,7 +36,7 @@ SUMMARIES = {
         {"QC502": "cut off"},
         1.5,
         "QC501 examined none of 3 scales",
-        {"verdict": "passed"},
+        NotScored("nothing was scored"),
     ),
     "sample": Summary(CONTENTS, ReportedOptions(sample=5.0, seed=0)),
 }
