@@ -200,26 +200,26 @@ def scored(folder: Path, corpus: Corpus) -> Run:
 def row(damage: str, base: Run, good: Run, damaged: Run) -> dict[str, Any]:
     """Return each measure of a damaged export."""
     margin, drift_margin = margin_of(None, damaged.header.formats), drift_margin_of(None)
-    found = compare_runs(base, damaged, margin, drift_against=good, drift_margin=drift_margin)
+    result = compare_runs(base, damaged, margin, drift_against=good, drift_margin=drift_margin)
     alone, own = compare_runs(base, damaged, margin), compare_runs(good, damaged, margin)
     if (
-        found.interval is None
-        or found.drift is None
+        result.interval is None
+        or result.drift is None
         or own.measures.kl is None
         or own.measures.top1 is None
     ):
         raise SystemExit(f"{damage}: no statistics")
-    d = found.drift.interval
+    d = result.drift.interval
     return {
         "damage": damage,
-        "loss": round(found.interval.delta, 5),
+        "loss": round(result.interval.delta, 5),
         "absolute": alone.outcome,
         "drift": [round(x, 5) for x in (d.delta, d.low, d.high)],
-        "with_drift": found.outcome,
+        "with_drift": result.outcome,
         "kl_to_good": round(own.measures.kl.mean.delta, 5),
         "top1_to_good": round(own.measures.top1.delta, 4),
         "beyond": len(own.measures.beyond),
-        "unreached": sum(len(e.unreached) for e in found.experts),
+        "unreached": sum(len(e.unreached) for e in result.experts),
     }
 
 
@@ -299,8 +299,8 @@ def unreached(subject: Subject, work: Path, corpus: Corpus, counts: list[int]) -
     shutil.copytree(places["good"], places["damaged"])
     edit(places["damaged"], rf"experts\.{expert}\.{subject.names[2]}\.weight_scale$", zero)
     runs = [scored(places[n], corpus) for n in ("bf16", "good", "damaged")]
-    found = row(UNREACHED, *runs)
-    return found | {"check": checked(places["damaged"], places["bf16"], vendor)}
+    measures = row(UNREACHED, *runs)
+    return measures | {"check": checked(places["damaged"], places["bf16"], vendor)}
 
 
 def more_text(subject: Subject, work: Path) -> dict[str, Any]:
@@ -310,8 +310,8 @@ def more_text(subject: Subject, work: Path) -> dict[str, Any]:
     edit(folder, r"experts\.\d+\..*\.weight_scale_2$", times(17 / 16))
     runs = [scored(p, corpus) for p in (subject.folder / "bf16", work / "good", folder)]
     shutil.rmtree(folder)
-    found = row("scales of a layer's experts 1/16 too large", *runs)
-    return found | {
+    measures = row("scales of a layer's experts 1/16 too large", *runs)
+    return measures | {
         "corpus": corpus.name,
         "documents": len(corpus),
         "tokens": int(runs[0].tokens.sum()),
@@ -337,25 +337,24 @@ def main() -> None:
         help="also score one damage of the first golden on WikiText-2",
     )
     args = parser.parse_args()
-    before = json.loads(args.out.read_text()) if args.out.is_file() else {}
-    found = {g["golden"]: g for g in before.get("goldens", [])}
+    earlier = json.loads(args.out.read_text()) if args.out.is_file() else {}
+    goldens = {g["golden"]: g for g in earlier.get("goldens", [])}
     for subject in SUBJECTS:
         if args.golden and subject.golden not in args.golden:
             continue
         work = Path(tempfile.mkdtemp(prefix="ckptgate-damage-"))
         try:
-            old = found.get(subject.golden, {})
-            kept = old.get("more_text")
-            found[subject.golden] = examine(subject, work, args.only, old)
+            old = goldens.get(subject.golden, {})
+            wikitext = old.get("more_text")
+            new = examine(subject, work, args.only, old)
             if args.wikitext and subject is SUBJECTS[0]:
-                kept = more_text(subject, work)
-            if kept:
-                found[subject.golden]["more_text"] = kept
+                wikitext = more_text(subject, work)
+            goldens[subject.golden] = new | ({"more_text": wikitext} if wikitext else {})
         finally:
             shutil.rmtree(work, ignore_errors=True)
     result = {
         "command": "python benchmarks/damage.py --wikitext",
-        "goldens": [found[s.golden] for s in SUBJECTS if s.golden in found],
+        "goldens": [goldens[s.golden] for s in SUBJECTS if s.golden in goldens],
         "versions": {
             "python": platform.python_version(),
             **{p: version(p) for p in ("torch", "transformers", "numpy")},

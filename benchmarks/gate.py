@@ -125,12 +125,8 @@ def declared(models: list[Any], folders: list[Path], units: list[Unit], job: Job
 
 def by_lm_eval(adapters: list[Any], units: list[Unit]) -> None:
     """Have lm-eval score the same windows: each but its first token, given the first."""
-    requests = [
-        (("", ""), list(ids[:1]), list(ids[1:]))
-        for u in units
-        for ids, _ in u.windows
-        if len(ids) > 1
-    ]
+    windows = [ids for unit in units for ids, _ in unit.windows]
+    requests = [(("", ""), list(ids[:1]), list(ids[1:])) for ids in windows if len(ids) > 1]
     sink = io.StringIO()
     with contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
         for adapter in adapters:

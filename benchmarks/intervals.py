@@ -15,6 +15,7 @@ truth is the effect of the population.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -119,15 +120,17 @@ def measure(kind: str, length: str, count: int, rounds: int) -> dict[str, Any]:
         sums, hit, truth = draw(kind, tokens, rng)
         parts.append(_one(sums, tokens, hit, truth))
         left -= part
-    found = {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
+    columns = {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
     row = {"documents": count, "effect": kind, "lengths": length, "rounds": rounds}
     row |= {
-        k: round(float(found[k].mean()), 4)
+        k: round(float(columns[k].mean()), 4)
         for k in ("token", "linear", "jackknife", "gate", "high_holds", "low_holds")
     }
-    hit_any = found["hit"]
-    row["worst_false"] = round(float(found["worst"][~hit_any].mean()), 4)
-    row["worst_found"] = round(float(found["found"][hit_any].mean()), 4) if hit_any.any() else None
+    hit_any = columns["hit"]
+    row["worst_false"] = round(float(columns["worst"][~hit_any].mean()), 4)
+    row["worst_found"] = (
+        round(float(columns["found"][hit_any].mean()), 4) if hit_any.any() else None
+    )
     return row
 
 
@@ -164,7 +167,8 @@ def main() -> None:
     )
     args = parser.parse_args()
     started = time.monotonic()
-    rows = [measure(k, n, d, args.rounds) for d in DOCUMENTS for k in KINDS for n in LENGTHS]
+    scenarios = itertools.product(DOCUMENTS, KINDS, LENGTHS)
+    rows = [measure(kind, length, count, args.rounds) for count, kind, length in scenarios]
     result = {
         "command": "python benchmarks/intervals.py",
         "level": 0.95,

@@ -101,8 +101,8 @@ def measured(folder: Path, corpus: Corpus, protocol: Protocol) -> Score:
     )
 
 
-def main() -> None:
-    """Sample, measure, write."""
+def arguments() -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--train-log", type=Path, required=True)
@@ -113,54 +113,88 @@ def main() -> None:
         "--keep-corpus", action="store_true", help="measure again, with the existing corpus"
     )
     parser.add_argument("--threads", type=int, default=2)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    folder: Path = args.folder
-    loaded = load_model(str(folder / "bf16"))
-    tok = Tokenizer.from_file(str(folder / "bf16" / "tokenizer.json"))
-    ckpt = open_checkpoint(folder / "bf16")
-    file = folder / "corpus.jsonl"
+    return parser.parse_args()
+
+
+def write_corpus(
+    file: Path, model: torch.nn.Module, tok: Tokenizer, args: argparse.Namespace
+) -> None:
+    """Sample documents and write them, with the digest of the model's weights."""
     header = {
-        "sampled_from": ckpt.weights_sha256,
+        "sampled_from": open_checkpoint(args.folder / "bf16").weights_sha256,
         "seed": args.seed,
         "temperature": 1.0,
         "window": 512,
     }
-    if not args.keep_corpus:
-        drawn = sample(loaded.model, args.seed, args.documents, args.length)
-        rows = [json.dumps(header)] + [
-            json.dumps({"ids": ids, "text": tok.decode(ids, skip_special_tokens=False)})
-            for ids in drawn
-        ]
-        file.write_text("\n".join(rows) + "\n", encoding="utf-8")
-    own, wiki = load_corpus(str(file)), load_corpus(WIKITEXT)
-    train = json.loads(args.train_log.read_text().splitlines()[-1])
-    train["args"] = {k: Path(v).name for k, v in train["args"].items() if k != "t0"}
-    shares = {"corpus.jsonl": routing(loaded.model, windows_of(own, None, 512))}
-    encoded = tok.encode("\n".join(wiki.texts)).ids
-    pieces = [(tuple(encoded[i : i + 512]), ()) for i in range(0, len(encoded) - 512, 512 * 8)]
-    shares[WIKITEXT] = routing(loaded.model, pieces)
-    lowest = min(v for layers in shares.values() for layer in layers for v in layer)
-    print("lowest share of an expert:", lowest)
-    text = (Path(os.environ["CKPTGATE_TEST_DATA"]) / "wikitext-2" / "wiki.valid.tokens").read_text(
-        encoding="utf-8"
-    )
-    scores = [
+    lines = [json.dumps(header)]
+    for ids in sample(model, args.seed, args.documents, args.length):
+        text = tok.decode(ids, skip_special_tokens=False)
+        lines.append(json.dumps({"ids": ids, "text": text}))
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def scores_of(folder: Path, own: Corpus, wiki: Corpus, tok: Tokenizer) -> list[Score]:
+    """Score the golden on its own corpus, and on WikiText by tokens and by lm-eval."""
+    data = Path(os.environ["CKPTGATE_TEST_DATA"]) / "wikitext-2"
+    text = (data / "wiki.valid.tokens").read_text(encoding="utf-8").replace(" <unk>", "")
+    test_ids = tok.encode("\n".join(wiki.texts)).ids
+    baseline = unigram(tok.encode(text).ids, test_ids, tok.get_vocab_size())
+    by_tokens = measured(folder, wiki, "tokens")
+    return [
         measured(folder, own, "tokens"),
-        measured(folder, wiki, "tokens"),
+        by_tokens.model_copy(update={"extra": {"unigram_perplexity": baseline}}),
         measured(folder, wiki, "lm-eval"),
     ]
-    baseline = unigram(tok.encode(text.replace(" <unk>", "")).ids, encoded, tok.get_vocab_size())
-    scores[1] = scores[1].model_copy(update={"extra": {"unigram_perplexity": baseline}})
+
+
+def main() -> None:
+    """Sample, measure, write."""
+    args = arguments()
+    torch.set_num_threads(args.threads)
+    folder: Path = args.folder
+    model = load_model(str(folder / "bf16")).model
+    tok = Tokenizer.from_file(str(folder / "bf16" / "tokenizer.json"))
+    file = folder / "corpus.jsonl"
+    if not args.keep_corpus:
+        write_corpus(file, model, tok, args)
+    own, wiki = load_corpus(str(file)), load_corpus(WIKITEXT)
+    encoded = tok.encode("\n".join(wiki.texts)).ids
+    every_eighth = [(tuple(encoded[i : i + 512]), ()) for i in range(0, len(encoded) - 512, 4096)]
+    shares = {
+        "corpus.jsonl": routing(model, windows_of(own, None, 512)),
+        WIKITEXT: routing(model, every_eighth),
+    }
+    lowest = min(min(map(min, layers)) for layers in shares.values())
+    print("lowest share of an expert:", lowest)
+    scores = scores_of(folder, own, wiki, tok)
     for s in scores:
         print(s.corpus, s.protocol["protocol"], round(s.perplexity, 3), s.extra)
-    checkpoints = [d for d in ("bf16", "mxfp8") if (folder / d).is_dir()]
+    train = json.loads(args.train_log.read_text().splitlines()[-1])
+    train["args"] = {k: Path(v).name for k, v in train["args"].items() if k != "t0"}
+    checkpoints = {
+        name: open_checkpoint(folder / name)
+        for name in ("bf16", "mxfp8")
+        if (folder / name).is_dir()
+    }
+    notes = {
+        "expert_share_of_token_slots": shares,
+        "lowest_expert_share": lowest,
+        "weights_sha256": {name: ckpt.weights_sha256 for name, ckpt in checkpoints.items()},
+    }
+    manifest = manifest_of(folder, list(checkpoints), scores).model_copy(
+        update={"options": {"train": train, "sample_seed": args.seed}, "notes": notes}
+    )
+    (folder / "manifest.json").write_text(manifest.model_dump_json(indent=1) + "\n")
+
+
+def manifest_of(folder: Path, checkpoints: list[str], scores: list[Score]) -> Manifest:
+    """Return the manifest of a golden, without options and notes."""
     names = ["corpus.jsonl"]
-    names += [
-        str(p.relative_to(folder)) for d in checkpoints for p in sorted((folder / d).iterdir())
-    ]
+    for directory in checkpoints:
+        names += [str(p.relative_to(folder)) for p in sorted((folder / directory).iterdir())]
     scripts = [s for s in SCRIPTS if (folder / s).is_file() or (folder.parent / s).is_file()]
-    manifest = Manifest(
+    base = open_checkpoint(folder / "bf16")
+    return Manifest(
         kind="golden",
         name=folder.name,
         made_by={
@@ -170,24 +204,12 @@ def main() -> None:
             "transformers": transformers.__version__,
             "machine": f"{platform.machine()}, {os.cpu_count()} processors",
         },
-        sources=[
-            SourceRecord(
-                role="text",
-                uri=TRAINING_TEXT,
-            )
-        ],
-        options={"train": train, "sample_seed": args.seed},
-        tensors=len(ckpt.tensors),
-        bytes=ckpt.nbytes,
-        files={n: digest(folder / n) for n in names},
+        sources=[SourceRecord(role="text", uri=TRAINING_TEXT)],
+        tensors=len(base.tensors),
+        bytes=base.nbytes,
+        files={name: digest(folder / name) for name in names},
         scores=scores,
-        notes={
-            "expert_share_of_token_slots": shares,
-            "lowest_expert_share": lowest,
-            "weights_sha256": {d: open_checkpoint(folder / d).weights_sha256 for d in checkpoints},
-        },
     )
-    (folder / "manifest.json").write_text(manifest.model_dump_json(indent=1) + "\n")
 
 
 if __name__ == "__main__":

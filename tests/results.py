@@ -7,8 +7,54 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from verifier.evaluation import GateResult, Interval, Margin
+from verifier.gate import Run, RunHeader
+from verifier.gate.run_file import sums_of
 from verifier.summary import Contents, Summary
+
+KEY: dict[str, Any] = {
+    "protocol": "tokens",
+    "version": 1,
+    "window": 512,
+    "corpus": "c",
+    "corpus_sha256": "0" * 64,
+    "documents": 40,
+    "document_rule": "lines",
+    "bos": False,
+    "dtype": "bfloat16",
+}
+ENVIRONMENT = {"torch": "2", "device": "cpu", "batch": "8"}
+
+
+def scored_run(
+    seed: int, weights: str, loss: float = 0.0, *, documents: int = 40, **header: Any
+) -> Run:
+    """Return a run whose tokens lose ``loss`` nats more than those of seed 0."""
+    base, own = np.random.default_rng(0), np.random.default_rng(seed)
+    tokens = base.integers(20, 60, documents)
+    total = int(tokens.sum())
+    nats = base.exponential(3, total) + 1
+    nats = (nats + loss + (own.normal(0, 0.05, total) if seed else 0)).clip(0).astype(np.float32)
+    arrays = {
+        "nats": nats,
+        "top1": own.integers(0, 9, total).astype(np.int32),
+        "sure": -own.exponential(0.3, total).astype(np.float32),
+        "tokens": tokens,
+        "sums": sums_of(nats, tokens),
+    }
+    fields = {
+        "model": f"model{seed}",
+        "weights_sha256": weights * 64,
+        "formats": ["NVFP4"],
+        "key": KEY | {"documents": documents},
+        "environment": ENVIRONMENT,
+        "documents": [f"{i:016x}" for i in range(documents)],
+        "floor": 0.0,
+    }
+    header = {k.removeprefix("header_"): v for k, v in header.items()}
+    return Run(RunHeader.model_validate(fields | header), arrays)
 
 
 def interval(delta: float, half: float = 0.001, **changed: Any) -> Interval:

@@ -62,12 +62,12 @@ class LineFile:
             UsageError: the path is not a regular file.
             OSError: the file system has no locks.
         """
-        writable = create or os.access(path, os.W_OK)
-        flags = (os.O_RDWR | os.O_APPEND) if writable else os.O_RDONLY
         try:
             if create:
                 os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-                flags |= os.O_CREAT
+            writable = create or os.access(path, os.W_OK)
+            flags = os.O_RDWR | os.O_APPEND if writable else os.O_RDONLY
+            flags |= os.O_CREAT if create else 0
             handle = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
         except (OSError, ValueError) as cause:
             raise error(_message(path, cause)) from cause
@@ -153,10 +153,10 @@ class LineFile:
             raise MachineError(_message(self.path, error)) from error
         return f"the last line was torn ({len(torn):,} bytes); moved to {self.path}.torn"
 
-    def _terminate(self, what: str) -> str:
+    def _terminate(self, state: str) -> str:
         if self.writable:
             os.write(self._handle, b"\n")
-        return f"the last line {what}"
+        return f"the last line {state}"
 
     def _set_aside(self, torn: bytes) -> None:
         with open(f"{self.path}.torn", "ab") as file:

@@ -92,9 +92,7 @@ def check(
     /,
     path: str,
     files: tuple[str, ...],
-    history: str | None,
-    label: str,
-    golden: str | None,
+    recording: Recording,
     **options: Any,
 ) -> None:
     """Check the checkpoint at PATH: a directory, hf://ORG/MODEL[@REVISION][/DIRECTORY], ORG/MODEL,
@@ -109,7 +107,6 @@ def check(
     settings, file = effective_settings(options)
     targets = outputs(settings["formats"].value, files)
     require(targets)
-    recording = Recording(history, label, golden)
     require_recordable(recording)
     arguments = {name: options[name] for name in DIRECT} | check_arguments(settings)
     sources = ctx.with_resource(sources_kept())

@@ -87,11 +87,11 @@ def evaluate_of(depth: str, base: str | None, options: dict[str, Any]) -> Evalua
         MissingExtra: what scores is not installed.
     """
     values = {name: options.pop(name, None) for name in _OPTIONS}
-    given = {name: value for name, value in values.items() if value is not None}
+    used = {name: value for name, value in values.items() if value is not None}
     if depth != "eval":
-        if given:
+        if used:
             raise UsageError(
-                f"--{min(given).replace('_', '-')} needs --depth eval: no other depth scores text"
+                f"--{min(used).replace('_', '-')} needs --depth eval: no other depth scores text"
             )
         return None
     if base is None:
@@ -103,13 +103,13 @@ def evaluate_of(depth: str, base: str | None, options: dict[str, Any]) -> Evalua
     from verifier.gate.jobs import Scorer, protocol_of  # noqa: PLC0415
 
     require_installed("torch", "transformers", "scipy")
-    scorer = Scorer(activations=given.pop("activations", "bf16"))
-    task = protocol_of(given.get("protocol", "tokens")) == "task"
-    corpus = given.pop("corpus", None if task else WIKITEXT)
+    scorer = Scorer(activations=used.pop("activations", "bf16"))
+    task = protocol_of(used.get("protocol", "tokens")) == "task"
+    corpus = used.pop("corpus", None if task else WIKITEXT)
 
     def evaluate(candidate: Checkpoint, reference: Checkpoint) -> Evaluation:
         with progress_bar("scoring") as progress:
-            score = evaluator(corpus, **given, scorer=scorer, say=say, progress=progress)
+            score = evaluator(corpus, **used, scorer=scorer, say=say, progress=progress)
             return score(candidate, reference)
 
     return evaluate

@@ -223,9 +223,7 @@ def gate(
     format_: str,
     *,
     plan: bool,
-    history: str | None,
-    label: str,
-    golden: str | None,
+    recording: Recording,
     **options: Any,
 ) -> None:
     """Measure the loss of CANDIDATE over its base on the same text.
@@ -233,7 +231,7 @@ def gate(
     Exit 0: the loss is shown to be within the margin. 1: shown to be beyond it. 3: inconclusive.
     """
     require_installed("torch", "transformers", "scipy")
-    recording, started = Recording(history, label, golden), time.monotonic()
+    started = time.monotonic()
     if plan and recording != Recording():
         raise UsageError("--plan has no result to record; leave out --history, --label, --golden")
     require_recordable(recording)
@@ -328,9 +326,7 @@ def score(
 @_FLOOR
 @FORMAT
 @recording_options
-@click.pass_context
 def compare(
-    ctx: click.Context,
     base: str,
     candidate: str,
     max_increase: str | None,
@@ -338,16 +334,14 @@ def compare(
     max_drift: str | None,
     floor: tuple[str, ...],
     format_: str,
-    history: str | None,
-    label: str,
-    golden: str | None,
+    recording: Recording,
 ) -> None:
     """Compare CANDIDATE.run with BASE.run, both from `ckptgate score`; no model is loaded.
 
     Exit 0: the loss is shown to be within the margin. 1: shown to be beyond it. 3: inconclusive.
     """
     require_installed("scipy")
-    recording, started = Recording(history, label, golden), time.monotonic()
+    started = time.monotonic()
     if max_drift is not None and drift_against is None:
         raise UsageError("--max-drift needs --drift-against RUN")
     require_recordable(recording)
@@ -362,7 +356,7 @@ def compare(
         drift_margin=gate_api.drift_margin_of(max_drift, task=task),
         floor_runs=[gate_api.read_run(file) for file in floor],
     )
-    ctx.exit(_finish(result, format_, recording, started))
+    raise click.exceptions.Exit(_finish(result, format_, recording, started))
 
 
 def _ranks() -> tuple[int, int] | None:

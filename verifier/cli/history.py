@@ -178,8 +178,8 @@ def _records(file: str, name: str | None = None, kind: str | None = None) -> lis
     records = [r for r in history.records if name in (None, r.name) and kind in (None, r.kind)]
     if not records:
         filters = {"name": name, "kind": kind}
-        given = " ".join(f"{k} {v!r}" for k, v in filters.items() if v is not None)
-        suffix = f" with {given}" if given else ""
+        used = " ".join(f"{k} {v!r}" for k, v in filters.items() if v is not None)
+        suffix = f" with {used}" if used else ""
         raise ContentError(f"{file}: no run{suffix} among {len(history.records):,}")
     return records
 

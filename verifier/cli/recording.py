@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -32,12 +33,19 @@ class Recording:
 
 
 def recording_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add ``--history``, ``--label`` and ``--golden``; they arrive as ``history``, ``label`` and
-    ``golden``.
+    """Add ``--history``, ``--label`` and ``--golden``; they arrive as a `Recording` named
+    ``recording``.
     """
+
+    @wraps(command)
+    def with_recording(
+        *args: Any, history: str | None, label: str, golden: str | None, **options: Any
+    ) -> Any:
+        return command(*args, recording=Recording(history, label, golden), **options)
+
     for option in reversed(_OPTIONS):
-        command = option(command)
-    return command
+        with_recording = option(with_recording)
+    return with_recording
 
 
 _OPTIONS = (

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -71,31 +72,27 @@ def compare_runs(
     engine_floors = [floor_between(base, run) for run in floor_runs]
     unlike = _unlike(references, candidate)
     floor = _floor([*references, candidate], engine_floors, unlike=bool(unlike))
-    common: dict[str, Any] = {
-        "candidate": candidate.header.model,
-        "base": base.header.model,
-        "margin": margin,
-        "key": dict(candidate.header.key),
-        "environment": dict(base.header.environment),
-        "nonfinite": _nonfinite([*references, candidate]),
-        "unlike": unlike,
-        "floor": floor,
-        "documents": list(
-            zip(base.sums.tolist(), candidate.sums.tolist(), base.tokens.tolist(), strict=True)
-        ),
-        "measures_kl": base.header.sampled_from == base.header.weights_sha256,
-        "experts": expert_reach(candidate),
-        "looks": looks,
-        "nonfinite_base": tuple(_nonfinite(references)),
-    }
-    if common["nonfinite"]:
-        return GateResult(
-            "failed",
-            interval=None,
-            perplexity_base=math.nan,
-            perplexity_candidate=math.nan,
-            **common,
-        )
+    without_statistics = GateResult(
+        "failed",
+        candidate=candidate.header.model,
+        base=base.header.model,
+        margin=margin,
+        interval=None,
+        perplexity_base=math.nan,
+        perplexity_candidate=math.nan,
+        measures_kl=base.header.sampled_from == base.header.weights_sha256,
+        key=dict(candidate.header.key),
+        environment=dict(base.header.environment),
+        documents=_documents(base, candidate),
+        nonfinite=_nonfinite([*references, candidate]),
+        experts=expert_reach(candidate),
+        floor=floor,
+        unlike=unlike,
+        looks=looks,
+        nonfinite_base=tuple(_nonfinite(references)),
+    )
+    if without_statistics.nonfinite:
+        return without_statistics
     task = candidate.header.key.get("protocol") == "task"
     widening = floor if unlike and floor else 0.0
     level = 1 - ERROR / looks
@@ -112,8 +109,9 @@ def compare_runs(
         notes += _low_margin_note(losses, floor)
     notes += _outlier_note(measures)
     notes += _coverage_notes(0 if task else losses[0][0].documents)
-    return GateResult(
-        outcome,
+    return replace(
+        without_statistics,
+        outcome=outcome,
         interval=losses[0][0],
         perplexity_base=math.nan if task else _perplexity(base),
         perplexity_candidate=math.nan if task else _perplexity(candidate),
@@ -122,8 +120,12 @@ def compare_runs(
         needed=documents_for(losses) if outcome == "inconclusive" else None,
         notes=tuple(notes),
         accuracy=_accuracy(base, candidate) if task else None,
-        **common,
     )
+
+
+def _documents(base: Run, candidate: Run) -> list[tuple[float, float, int]]:
+    columns = base.sums.tolist(), candidate.sums.tolist(), base.tokens.tolist()
+    return list(zip(*columns, strict=True))
 
 
 def _unlike(references: Sequence[Run], candidate: Run) -> tuple[str, ...]:

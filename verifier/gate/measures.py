@@ -107,8 +107,7 @@ def _kl(base: Run, candidate: Run, kl: Array | None, level: float) -> Kl | None:
 
 
 def kl_lower_bound(base: dict[str, Array], candidate: dict[str, Array]) -> Array:
-    """Return a lower bound of KL(base || candidate) at each token, nats, [T], from the top tokens of
-    both.
+    """Return a lower bound of KL(base || candidate) at each token from the top tokens, nats, [T].
 
     The vocabulary is divided into the tokens that both runs name, one cell each, and one cell for
     all others: merging cells cannot raise a divergence (data-processing inequality). The mass of

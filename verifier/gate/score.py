@@ -68,7 +68,7 @@ def apart(plan: ScoringPlan) -> Scored:
         share(options.job(ckpt.uri), its_units, workers)
         for ckpt, its_units in zip(plan.checkpoints, units, strict=True)
     ]
-    scores = score_jobs(groups, options)
+    scores = score_jobs(groups, options, options.processes)
     seconds = _since(started, len(plan.checkpoints))
     return Scored(
         tuple(
@@ -85,7 +85,8 @@ def lockstep(plan: ScoringPlan) -> Scored:
     started, options = time.monotonic(), plan.options
     candidate, base = plan.checkpoints
     job = options.job(candidate.uri, base=base.uri)
-    (scores,) = score_jobs([share(job, plan.all_units, options.processes)], options)
+    jobs = share(job, plan.all_units, options.processes)
+    (scores,) = score_jobs([jobs], options, options.processes)
     seconds = _since(started, 2)
     runs = (
         run_of(plan, candidate, scores, seconds),
@@ -227,35 +228,46 @@ def score_run(
     return scored.runs[0] if scored is not None else None
 
 
-def score_jobs(groups: Sequence[Sequence[Job]], options: ScoringOptions) -> list[JobScores]:
-    """Run the jobs of each checkpoint; return the scores of each."""
-    return _score_jobs(groups, options, options.processes, None)
-
-
-def _score_jobs(
+def score_jobs(
     groups: Sequence[Sequence[Job]],
     options: ScoringOptions,
     workers: int,
-    journal: Journal | None,
+    journal: Journal | None = None,
 ) -> list[JobScores]:
-    scores = [JobScores() for _ in groups]
-    jobs = [(group, job) for group, its_jobs in enumerate(groups) for job in its_jobs if job.units]
-    sizes = {(group, unit.number): len(unit) for group, job in jobs for unit in job.units}
-    done, total = 0, sum(sizes.values())
+    """Run the jobs of each group, and return the scores of each.
 
-    def on_unit(number: int, unit: UnitScores) -> None:
+    Args:
+        groups: the jobs of each checkpoint.
+        options: for progress.
+        workers: processes at a time.
+        journal: gets each unit as soon as it is scored.
+
+    Raises:
+        CkptgateError: what a scorer raised.
+        MachineError: a process died.
+    """
+    scores = [JobScores() for _ in groups]
+    jobs: list[Job] = []
+    owners: list[JobScores] = []
+    for its_jobs, its_scores in zip(groups, scores, strict=True):
+        with_units = [job for job in its_jobs if job.units]
+        jobs += with_units
+        owners += [its_scores] * len(with_units)
+    sizes = [{unit.number: len(unit) for unit in job.units} for job in jobs]
+    done, total = 0, sum(sum(of_job.values()) for of_job in sizes)
+
+    def on_unit(job: int, unit: UnitScores) -> None:
         nonlocal done
-        group = jobs[number][0]
-        scores[group].units[unit.unit] = unit
+        owners[job].units[unit.unit] = unit
         if journal is not None:
             journal.add(unit)
-        done += sizes[group, unit.unit]
+        done += sizes[job][unit.unit]
         if options.progress is not None:
             options.progress(done, total)
 
-    environments = spawned(score_job, [job for _, job in jobs], workers, on_unit, _DIED)
-    for (group, _), environment in zip(jobs, environments, strict=True):
-        scores[group].environment |= environment
+    environments = spawned(score_job, jobs, workers, on_unit, _DIED)
+    for owner, environment in zip(owners, environments, strict=True):
+        owner.environment |= environment
     return scores
 
 
@@ -268,7 +280,7 @@ def _score_left(
     # environment.
     left = [u for u in units if u.number not in journal.done] or plan.all_units[-1:]
     jobs = share(plan.options.job(ckpt.uri), left, workers)
-    (scores,) = _score_jobs([jobs], plan.options, workers, journal)
+    (scores,) = score_jobs([jobs], plan.options, workers, journal)
     return JobScores(journal.done | scores.units, scores.environment)
 
 

@@ -160,13 +160,11 @@ def floor_units(units: Sequence[Unit], batch: int, documents: int = FLOOR_DOCUME
 
     They are numbered on from ``units``.
     """
-    pairs = [
-        (place, window)
-        for unit in units
-        for place, window in zip(unit.places, unit.windows, strict=True)
-        if max(window[1], default=0) < documents
-    ]
-    return _units_in(pairs[::-1], batch // 2 if batch > 1 else 2, first=len(units))
+    placed: list[tuple[int, Window]] = []
+    for unit in units:
+        placed += zip(unit.places, unit.windows, strict=True)
+    first = [(place, window) for place, window in placed if max(window[1], default=0) < documents]
+    return _units_in(first[::-1], batch // 2 if batch > 1 else 2, first=len(units))
 
 
 def _units_in(placed: Sequence[tuple[int, Window]], batch: int, first: int) -> list[Unit]:

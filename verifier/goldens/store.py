@@ -202,19 +202,19 @@ def matching(folder: PathLike, suffix: str, patterns: Sequence[str]) -> list[str
     Raises:
         ContentError: a pattern matches nothing.
     """
-    what = "pending record" if suffix == PENDING else "golden"
-    return select(names(folder, suffix), patterns, f"{what} in {os.fspath(folder)}")
+    kind = "pending record" if suffix == PENDING else "golden"
+    return select(names(folder, suffix), patterns, f"{kind} in {os.fspath(folder)}")
 
 
-def select(names: Sequence[str], patterns: Sequence[str], what: str) -> list[str]:
+def select(names: Sequence[str], patterns: Sequence[str], kind: str) -> list[str]:
     """Return the names that any pattern matches, all without patterns.
 
     Raises:
-        ContentError: a pattern matches nothing; ``what`` says what was looked for.
+        ContentError: a pattern matches nothing; ``kind`` says what was looked for.
     """
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
-            raise ContentError(f"{pattern!r} matches no {what} ({len(names)} exist)")
+            raise ContentError(f"{pattern!r} matches no {kind} ({len(names)} exist)")
     if not patterns:
         return list(names)
     return [name for name in names if any(fnmatchcase(name, p) for p in patterns)]

@@ -226,8 +226,8 @@ def recipe_of(uri: str) -> dict[str, Scalar]:
     options = _manifest_of(uri).options
     if not options:
         return {}
-    given = {name: value for name, value in options.items() if value is not None}
-    return {"sha256": _digest(options), **scalars(given)}
+    used = {name: value for name, value in options.items() if value is not None}
+    return {"sha256": _digest(options), **scalars(used)}
 
 
 def _digest(value: object) -> str:

@@ -80,13 +80,12 @@ def deviations(records: Sequence[Record], last: int = LAST) -> list[Deviation]:
     """Return the deviations of the last run of each series from at least `LEAST_RUNS` passing runs
     before it.
     """
-    found = []
-    for runs in series_of(records).values():
-        for measure in LEAST_DIFFERENCE:
-            deviation = _deviation(runs, measure, last)
-            if deviation is not None:
-                found.append(deviation)
-    return found
+    candidates = [
+        _deviation(runs, measure, last)
+        for runs in series_of(records).values()
+        for measure in LEAST_DIFFERENCE
+    ]
+    return [deviation for deviation in candidates if deviation is not None]
 
 
 def _deviation(runs: Sequence[Record], measure: str, last: int) -> Deviation | None:
@@ -107,41 +106,41 @@ def changes(records: Sequence[Record], measure: str | None = None) -> list[Chang
     """Return the change points of every series, or of one measure, among the last `MAX_POINTS`
     runs.
     """
-    found = []
+    points: list[Change] = []
     for runs in series_of(records).values():
         for name in LEAST_DIFFERENCE:
             if measure in (None, name):
-                found += _changes([r for r in runs if name in r.measures][-MAX_POINTS:], name)
-    return found
+                points += _changes([r for r in runs if name in r.measures][-MAX_POINTS:], name)
+    return points
 
 
 def _changes(runs: Sequence[Record], measure: str) -> list[Change]:
     values = [run.measures[measure].value for run in runs]
     cuts = _cuts(values, 0, len(values), LEAST_DIFFERENCE[measure])
     ends = [0, *cuts, len(values)]
-    found = []
+    points = []
     for before, cut, after in zip(ends, cuts, ends[2:], strict=False):
         old, new = statistics.median(values[before:cut]), statistics.median(values[cut:after])
         because = differences(runs[cut - 1], runs[cut])
-        found.append(Change(runs[cut], runs[cut - 1], measure, old, new, because))
-    return found
+        points.append(Change(runs[cut], runs[cut - 1], measure, old, new, because))
+    return points
 
 
 def differences(old: Record, new: Record) -> tuple[str, ...]:
     """Return what is recorded as different between two runs, the recipe first."""
-    found = _recipe_differences(old, new)
+    texts = _recipe_differences(old, new)
     if old.commit != new.commit:
-        found.append(f"commit {old.commit[:12] or 'none'} → {new.commit[:12] or 'none'}")
-    found += _changed("", old.versions, new.versions)
-    found += _changed("", old.environment, new.environment)
-    found += _changed("protocol ", old.key, new.key)
-    for what, a, b in (
-        ("base", old.base, new.base),
-        ("checkpoint", old.checkpoint, new.checkpoint),
-    ):
-        if any(a.get(k) != b.get(k) for k in ("files_sha256", "header_sha256")):
-            found.append(f"{what} changed")
-    return tuple(found)
+        texts.append(f"commit {old.commit[:12] or 'none'} → {new.commit[:12] or 'none'}")
+    texts += _changed("", old.versions, new.versions)
+    texts += _changed("", old.environment, new.environment)
+    texts += _changed("protocol ", old.key, new.key)
+    texts += ["base changed"] if _digests(old.base) != _digests(new.base) else []
+    texts += ["checkpoint changed"] if _digests(old.checkpoint) != _digests(new.checkpoint) else []
+    return tuple(texts)
+
+
+def _digests(identity: Mapping[str, object]) -> list[object]:
+    return [identity.get(name) for name in ("files_sha256", "header_sha256")]
 
 
 def _recipe_differences(old: Record, new: Record) -> list[str]:

@@ -62,13 +62,13 @@ def forest(rows: Sequence[Row], unit: str) -> str:
     """Return intervals below each other with their margins; green passed, red failed, amber
     inconclusive.
     """
-    shown = list(rows[:MAX_ROWS])
+    rows = rows[:MAX_ROWS]
     ends = [0.0]
-    for row in shown:
+    for row in rows:
         ends += [row.interval.low, row.interval.high, row.interval.delta, row.margin]
     low, high = svg.bounds(ends)
     left, right, top = 250.0, svg.WIDTH - 250.0, 20.0
-    x, bottom = svg.scale(low, high, left, right), top + ROW_HEIGHT * len(shown)
+    x, bottom = svg.scale(low, high, left, right), top + ROW_HEIGHT * len(rows)
     parts = []
     for tick in svg.ticks(low, high):
         parts += [
@@ -76,10 +76,10 @@ def forest(rows: Sequence[Row], unit: str) -> str:
             svg.text(x(tick), bottom + 16, svg.number(tick), "soft", "middle"),
         ]
     parts.append(svg.line(x(0), top, x(0), bottom, "axis"))
-    for i, row in enumerate(shown):
+    for i, row in enumerate(rows):
         parts += _forest_row(row, x, top + ROW_HEIGHT * i + 20, left, right)
     parts.append(svg.text((left + right) / 2, bottom + 34, unit, "soft", "middle"))
-    alt = "; ".join(map(_in_words, shown))
+    alt = "; ".join(map(_in_words, rows))
     return svg.plot(parts, bottom + 42, "Differences with intervals and margins", alt)
 
 
@@ -119,12 +119,12 @@ def documents(deltas: Sequence[tuple[str, float]], mean: float) -> str:
     worst = {name for name, _ in ordered[-WORST:]}
     step = max(1, math.ceil(len(ordered) / MAX_BARS))
     # Of many documents every step-th is drawn, and the worst ten always.
-    shown = [d for i, d in enumerate(ordered) if i % step == 0 or d[0] in worst]
-    low, high = svg.bounds([*(value for _, value in shown), 0.0])
+    bars = [d for i, d in enumerate(ordered) if i % step == 0 or d[0] in worst]
+    low, high = svg.bounds([*(value for _, value in bars), 0.0])
     left, right, top, bottom = 70.0, svg.WIDTH - 10.0, 24.0, 250.0
-    y, width = svg.scale(low, high, bottom, top), (right - left) / max(1, len(shown))
+    y, width = svg.scale(low, high, bottom, top), (right - left) / max(1, len(bars))
     parts = _horizontal_grid(y, low, high, left, right)
-    for i, (name, value) in enumerate(shown):
+    for i, (name, value) in enumerate(bars):
         parts += _bar(left + i * width, width, y, name, value, worst=name in worst)
     parts.append(svg.line(left, y(0), right, y(0), "axis"))
     if math.isfinite(mean):
@@ -202,8 +202,8 @@ def _worst_rows(cells: Cells, columns: int, sign: int) -> tuple[list[str], int]:
     worst: dict[str, float] = {}
     for (row, _), value in cells.items():
         worst[row] = min(sign * value, worst.get(row, math.inf))
-    kept = set(sorted(rows, key=lambda row: worst[row])[:fitting])
-    return [row for row in rows if row in kept], len(rows) - fitting
+    selected = set(sorted(rows, key=lambda row: worst[row])[:fitting])
+    return [row for row in rows if row in selected], len(rows) - fitting
 
 
 class _Grid:
@@ -272,23 +272,23 @@ def time_series(lines: Sequence[Series], measure: str, *, standalone: bool = Fal
     """Return a measure over runs: a line and a ribbon for each series, golden steps dashed, change
     points dotted.
     """
-    shown = [
+    lines = [
         Series(s.name, s.points[-MAX_POINTS:], s.goldens[-50:], s.changes[-20:])
         for s in lines[:MAX_SERIES]
     ]
-    points = [point for s in shown for point in s.points]
+    points = [point for s in lines for point in s.points]
     if not points:
         return ""
-    ends = [value for s in shown for _, value in s.goldens]
+    ends = [value for s in lines for _, value in s.goldens]
     for point in points:
         ends += [v for v in (point.value, point.low, point.high) if v is not None]
     low, high = svg.bounds(ends)
     first, last = min(p.at for p in points), max(p.at for p in points)
-    left, right, top, bottom = 80.0, svg.WIDTH - 16.0, 24.0 + 18 * len(shown), 320.0
+    left, right, top, bottom = 80.0, svg.WIDTH - 16.0, 24.0 + 18 * len(lines), 320.0
     x = svg.scale(first, max(last, first + 1), left + 8, right - 8)
     y = svg.scale(low, high, bottom, top)
     parts = _horizontal_grid(y, low, high, left, right)
-    for i, s in enumerate(shown):
+    for i, s in enumerate(lines):
         parts += _ribbon(s, i, x, y)
         parts += _golden_steps(s, x, y, first, right - 8)
         parts += _change_points(s, x, top, bottom)
@@ -296,7 +296,7 @@ def time_series(lines: Sequence[Series], measure: str, *, standalone: bool = Fal
         parts.append(svg.text(left, 16 + 18 * i, f"● {s.name}", f"key s{i}"))
     caption = f"{measure} over runs; ribbon: interval; dashed: accepted golden"
     parts.append(svg.text((left + right) / 2, bottom + 20, caption, "soft", "middle"))
-    alt = "; ".join(_series_in_words(s) for s in shown if s.points)
+    alt = "; ".join(_series_in_words(s) for s in lines if s.points)
     return svg.plot(parts, bottom + 30, f"{measure} over runs", alt, standalone=standalone)
 
 

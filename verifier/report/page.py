@@ -51,14 +51,14 @@ def render_page(results: Sequence[GateResult | Report], extra: Sequence[Figure] 
     """
     gates = [result for result in results if isinstance(result, GateResult)][:MAX_RESULTS]
     checks = [result for result in results if isinstance(result, Report)][:MAX_RESULTS]
-    shown = _forest(gates)
+    pictures = _forest(gates)
     for gate in gates:
-        shown += _figures_of(gate)
-    shown += extra
+        pictures += _figures_of(gate)
+    pictures += extra
     template, findings = _template(), MAX_FINDINGS
     dropped: list[str] = []
-    while sum(len(f.picture) for f in shown) > MAX_BYTES - BYTES_WITHOUT_FIGURES:
-        dropped.append(shown.pop().heading)
+    while sum(len(f.picture) for f in pictures) > MAX_BYTES - BYTES_WITHOUT_FIGURES:
+        dropped.append(pictures.pop().heading)
     while True:
         page = template.render(
             gates=[_gate_section(gate) for gate in gates],
@@ -66,12 +66,12 @@ def render_page(results: Sequence[GateResult | Report], extra: Sequence[Figure] 
             version=__version__,
             style=Markup(svg.COLORS + svg.STYLE),  # noqa: S704  (a constant)
             dropped=dropped,
-            figures=[(f, Markup(f.picture)) for f in shown],  # noqa: S704  (our own SVG, escaped)
+            figures=[(f, Markup(f.picture)) for f in pictures],  # noqa: S704  (our own SVG, escaped)
         )
-        if len(page.encode()) <= MAX_BYTES or not (shown or findings):
+        if len(page.encode()) <= MAX_BYTES or not (pictures or findings):
             return page + "\n"
-        if shown:
-            dropped.append(shown.pop().heading)
+        if pictures:
+            dropped.append(pictures.pop().heading)
         else:
             findings //= 2
 

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from verifier.errors import ContentError, MachineError
-from verifier.processes import can_fork, forked
+from verifier.errors import ContentError, MachineError, MissingExtra
+from verifier.processes import can_fork, forked, spawned
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux", reason="processes are copied on Linux only"
@@ -128,3 +130,67 @@ def test_copies_end_with_their_parent(how: signal.Signals) -> None:
 
 def test_a_copy_makes_no_copies() -> None:
     assert dict(forked(lambda n: can_fork(), [0], 1)) == {0: False}
+
+
+def in_parts(task: tuple[str, int], send: Callable[[int], None]) -> str:
+    name, count = task
+    for part in range(count):
+        send(part)
+    if name == "content":
+        raise ContentError("a short file")
+    if name == "defect":
+        raise KeyError(name)
+    if name == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return f"{name} {os.getpid()}"
+
+
+def run_spawned(*tasks: tuple[str, int]) -> tuple[list[str], dict[int, list[int]]]:
+    parts: dict[int, list[int]] = {}
+    results = spawned(
+        in_parts,
+        tasks,
+        2,
+        lambda task, part: parts.setdefault(task, []).append(part),
+        "died: {how}",
+    )
+    return results, parts
+
+
+def test_parts_come_as_they_are_sent_and_results_in_order() -> None:
+    results, parts = run_spawned(("a", 2), ("b", 0), ("c", 3))
+    assert [result.split()[0] for result in results] == ["a", "b", "c"]
+    assert len({result.split()[1] for result in results} | {str(os.getpid())}) == 4
+    assert parts == {0: [0, 1], 2: [0, 1, 2]}
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("content", ContentError, "a short file"),
+        ("defect", RuntimeError, "KeyError: 'defect'"),
+        ("killed", MachineError, r"died: signal 9"),
+    ],
+)
+def test_a_fresh_process_that_fails_ends_all(
+    name: str, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        run_spawned((name, 1), ("a", 1))
+    assert not multiprocessing.active_children()
+
+
+def test_an_error_over_a_part_leaves_no_process_behind() -> None:
+    def full(_task: int, _part: int) -> None:
+        raise MachineError("the disk is full")
+
+    with pytest.raises(MachineError, match="the disk is full"):
+        spawned(in_parts, [("a", 1), ("b", 1)], 2, full, "")
+    assert not multiprocessing.active_children()
+
+
+def test_errors_travel_between_processes() -> None:
+    error = pickle.loads(pickle.dumps(MissingExtra("the gate", "gate")))  # noqa: S301  (our own bytes)
+    assert str(error) == str(MissingExtra("the gate", "gate"))
+    assert error.exit_code == 2

@@ -143,10 +143,10 @@ def _finite(arrays: dict[str, Array]) -> Array:
 
 def _typed(name: str, values: Array, finite: Array) -> Array:
     """Return an array in its own dtype, with 0 where a score is not finite."""
-    kept = np.where(finite if values.ndim == 1 else finite[:, None], values, 0.0)
+    values = np.where(finite if values.ndim == 1 else finite[:, None], values, 0.0)
     if name in ("top1", "top_ids"):
-        return kept.astype(np.int32)
-    bounded = np.maximum(kept, 0.0) if name == "nats" else np.minimum(kept, 0.0)
+        return values.astype(np.int32)
+    bounded = np.maximum(values, 0.0) if name == "nats" else np.minimum(values, 0.0)
     return bounded.astype(np.float32)
 
 

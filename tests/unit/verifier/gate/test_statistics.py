@@ -23,9 +23,11 @@ from verifier.gate.measures import by_document, kl_lower_bound
 from verifier.gate.statistics import (
     block_error,
     bootstrap,
+    documents_needed,
     holm,
     p_beyond,
     paired,
+    perplexity,
     ratio,
     tail_quantile,
     token_error,
@@ -270,3 +272,38 @@ def test_a_plan_says_what_more_documents_buy() -> None:
     assert many.passes < 0.077 < many.fails
     wide = spread.model_copy(update={"se": 0.5})
     assert foresee(wide, "x", 20, Margin(0.077, ""), set()).passes is None
+
+
+def test_interval_against_the_textbook() -> None:
+    rng = np.random.default_rng(3)
+    tokens = rng.integers(50, 500, 40)
+    base = rng.normal(5, 0.3, 40) * tokens
+    shift = 0.02 + rng.normal(0, 0.01, 40)
+    found = paired(list(base), list(base + shift * tokens), list(tokens))
+    assert found.delta == pytest.approx((shift * tokens).sum() / tokens.sum())
+    residual = (shift - found.delta) * tokens
+    assert found.se_linear == pytest.approx(math.sqrt(40 / 39 * (residual**2).sum()) / tokens.sum())
+    assert found.low < found.delta < found.high
+
+
+def test_interval_covers_the_truth_at_its_rate() -> None:
+    rng = np.random.default_rng(11)
+    hits = 0
+    for _ in range(400):
+        tokens = rng.integers(300, 400, 62)
+        effect = 0.02 + rng.normal(0, 0.02, 62)
+        found = paired([0.0] * 62, list(effect * tokens), list(tokens))
+        hits += found.low <= 0.02 <= found.high
+    assert 0.86 <= hits / 400 <= 0.94
+
+
+def test_documents_needed_grows_with_the_square() -> None:
+    wide = Interval(0.05, 0.02, 0.0, 0.1, 20, 1000, 1.7)
+    need = documents_needed(wide, 0.06)
+    assert need == math.ceil(20 * (1.7 * 0.02 / 0.01) ** 2)
+    assert documents_needed(wide, 0.05) is None
+
+
+def test_perplexity() -> None:
+    assert perplexity([4.0, 2.0], [5, 2]) == pytest.approx(math.exp(6 / 7))
+    assert math.isnan(perplexity([], []))

@@ -25,6 +25,7 @@ from verifier.errors import CkptgateError, MachineError, UsageError
 from verifier.gate.jobs import Job, Scorer, Unit, UnitScores
 from verifier.gate.run_file import read_run
 from verifier.gate.scorers.dispatch import score_by_engine
+from verifier.gate.scorers.vllm import WORKER
 
 ENGINES = TESTS / "engines"
 QWEN = TESTS / "data" / "modelopt" / "src_qwen3moe"
@@ -110,6 +111,17 @@ def test_vllm_in_its_own_interpreter(interpreter: str) -> None:
     assert environment["engine"] == "vllm 0.0-stand-in"
     assert set(environment) == {"engine", "device", "batch"}
     same(scored(vllm(interpreter), top_k=0)[0], ALL[:3])
+
+
+def test_the_worker_does_not_import_its_neighbours(interpreter: str) -> None:
+    """Next to it are modules named vllm and transformers, which a file run by path finds first."""
+    names = {path.stem for path in WORKER.parent.glob("*.py")}
+    assert {"vllm", "transformers"} <= names
+    code = f"import runpy, sys; sys.path.insert(0, {str(WORKER.parent)!r})\n"
+    code += f"runpy.run_path({str(WORKER)!r}, run_name='worker')\n"
+    code += "import vllm; print(vllm.__version__)"
+    done = subprocess.run([interpreter, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "0.0-stand-in\n"
 
 
 def test_vllm_with_logits_that_are_not_finite(interpreter: str) -> None:
