@@ -109,6 +109,8 @@ class Handler(BaseHTTPRequestHandler):
     def route(self, path: str) -> None:
         if self.cdn:
             self.from_cdn(path)
+        elif self.state.options.gcs:
+            self.store(path.strip("/").split("/"))
         elif self.state.options.hub:
             self.hub(path.strip("/").split("/"))
         else:
@@ -137,6 +139,28 @@ class Handler(BaseHTTPRequestHandler):
             return
         links = "".join(f'<a href="{n}">{n}</a>\n' for n in sorted(os.listdir(folder)))
         self.reply(200, f"<html>{links}</html>".encode(), {"Content-Type": "text/html"})
+
+    # Google Cloud Storage: the JSON API's list and download, for directories as buckets
+
+    def store(self, parts: list[str]) -> None:
+        query = parse_qs(urlsplit(self.path).query)
+        download = parts[0] == "download"
+        if download:
+            parts = parts[1:]
+        bucket, name = self.state.root / parts[3], "/".join(parts[5:])
+        file = bucket / name
+        if not bucket.is_dir() or (name and not file.is_file()):
+            self.json({"error": {"message": "not found"}}, status=404)
+        elif name and download:
+            if query.get("generation", [_generation(file)]) != [_generation(file)]:
+                self.json({"error": {"message": "no such generation"}}, status=404)
+            else:
+                self.file(file, {})
+        else:
+            prefix = query.get("prefix", [""])[0]
+            files = [p for p in sorted((bucket / prefix).glob("*")) if p.is_file()]
+            items = [_resource(bucket, p) for p in files]
+            self.json(_resource(bucket, file) if name else {"items": items})
 
     # the hub
 
@@ -242,9 +266,9 @@ class Handler(BaseHTTPRequestHandler):
 
     # answers
 
-    def json(self, value: object, headers: dict[str, str] | None = None) -> None:
+    def json(self, value: object, headers: dict[str, str] | None = None, status: int = 200) -> None:
         kind = {"Content-Type": "application/json"}
-        self.reply(200, json.dumps(value).encode(), kind | (headers or {}))
+        self.reply(status, json.dumps(value).encode(), kind | (headers or {}))
 
     def reply(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
         self.status = status
@@ -313,6 +337,21 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
 
+def _generation(path: Path) -> str:
+    return str(path.stat().st_mtime_ns)
+
+
+def _resource(bucket: Path, path: Path) -> dict[str, str]:
+    """Return an object as Google Cloud Storage describes it."""
+    return {
+        "kind": "storage#object",
+        "name": str(path.relative_to(bucket)),
+        "bucket": bucket.name,
+        "size": str(path.stat().st_size),
+        "generation": _generation(path),
+    }
+
+
 def _git_blob(path: Path) -> str:
     """Return the name that git gives a file's contents; of giants one made up from the name."""
     if path.stat().st_size > 64 << 20:
@@ -334,6 +373,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("root")
     parser.add_argument("--hub", action="store_true")
+    parser.add_argument("--gcs", action="store_true")
     parser.add_argument("--no-ranges", action="store_true")
     parser.add_argument("--listing", action="store_true")
     parser.add_argument("--circle", action="store_true", help="the last page leads to the first")

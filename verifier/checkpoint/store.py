@@ -41,6 +41,7 @@ class StoreSource(RemoteSource):
         """Return the size of every object directly under the prefix."""
         self._count(requests=1)
         try:
+            self._fs.invalidate_cache()  # fsspec remembers listings for the whole process
             entries = self._fs.ls(self._root, detail=True)
         except Exception as error:
             raise self._failure(error, self.uri, "list") from error
@@ -96,9 +97,10 @@ class StoreSource(RemoteSource):
         status are shown.
         """
         status = _status(error)
-        if status == 412 or (self._scheme == "gs" and label != self.uri and status == 404):
+        absent = status == 404 or isinstance(error, FileNotFoundError)
+        if status == 412 or (absent and action == "read"):
             return MachineError(f"{label}: changed while it was read; run again")
-        if status == 404 or isinstance(error, FileNotFoundError):
+        if absent:
             return UsageError(f"{label}: not found")
         if status in (401, 403) or isinstance(error, PermissionError):
             return UsageError(
