@@ -32,7 +32,7 @@ RESULTS = HERE / "results.json"
 
 def kinds_table() -> str:
     """Return the table of KINDS.md."""
-    rows = ["| kind | number | a judge needs | what is edited |", "| --- | ---: | --- | --- |"]
+    rows = ["| kind | number | needs | edit |", "| --- | ---: | --- | --- |"]
     rows += [
         f"| `{k.name}` | {k.count} | {k.knows} | {' '.join((k.edit.__doc__ or '').split())} |"
         for k in KINDS
@@ -44,14 +44,14 @@ def main(argv: list[str]) -> int:
     """Run seeds and print, or write results.json."""
     parser = argparse.ArgumentParser(prog="python -m tests.mutation", description=__doc__)
     parser.add_argument(
-        "--seed", type=int, nargs="+", help="judge these seeds and print what was done and said"
+        "--seed", type=int, nargs="+", help="check these seeds; print the edit and the findings"
     )
     parser.add_argument(
         "--count",
         type=int,
-        help="judge the first COUNT harmful seeds and a quarter as many harmless ones",
+        help="check the first COUNT harmful seeds and a quarter as many harmless ones",
     )
-    parser.add_argument("--kind", help="judge all seeds of one kind")
+    parser.add_argument("--kind", help="check all seeds of one kind")
     parser.add_argument("--kinds", action="store_true", help="print the table of KINDS.md")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument(
@@ -60,7 +60,7 @@ def main(argv: list[str]) -> int:
         help=f"write {RESULTS.name} (the whole score) and docs/proof.md",
     )
     parser.add_argument(
-        "--render", action="store_true", help="write docs/proof.md from the results as they are"
+        "--render", action="store_true", help="write docs/proof.md from the committed results"
     )
     given = parser.parse_args(argv)
     modelopt = Path(os.environ.get("CKPTGATE_TEST_DATA", "/nonexistent")) / "modelopt"
@@ -97,7 +97,7 @@ def main(argv: list[str]) -> int:
     survivors = [
         o
         for o in (*harmful, *extra)
-        if o.checkpoint  # nothing that fits it was found: counted as unfit
+        if o.checkpoint  # otherwise no checkpoint suits it: counted as unfit
         and (
             (o.knows in ("nothing", "base") and not o.told[0])
             or (o.knows == "nothing" and not o.told[1])
@@ -128,8 +128,9 @@ def main(argv: list[str]) -> int:
         )
         if weak or row.get("unfit"):
             print(f"{name:34} {row}")
+    seconds = time.monotonic() - started
     print(
-        f"{len(survivors)} survivors, {len(alarms)} alarms, {len(crashes)} crashes, {time.monotonic() - started:.0f} s"
+        f"{len(survivors)} survivors, {len(alarms)} alarms, {len(crashes)} crashes, {seconds:.0f} s"
     )
     return 1 if alarms or crashes else 0
 

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether an edit does harm: what a loader is promised, and what the decoded values become
-(KINDS.md).
+"""Whether an edit does harm: broken contracts of a loader, and changed values (KINDS.md).
 
-Nothing of the judge stands behind it: containers are read by safetensors' own reader, values are
+It uses nothing from the verifier: containers are read by safetensors' own reader, values are
 decoded by ``tests/oracle.py``.
 """
 
@@ -23,7 +22,7 @@ from tests import oracle
 from tests.mutation.image import CONFIG, DTYPES, INDEX, NESTED, Array, split
 
 TIMES = 2.0
-"""How often the format's own error the change must be."""
+"""The smallest harmful change, in multiples of the format's own error."""
 IGNORED = frozenset(
     {
         "transformers_version",
@@ -41,7 +40,7 @@ LISTS = ("ignore", "exclude_modules", "ignored_layers", "modules_to_not_convert"
 
 @dataclass
 class View:
-    """What a loader sees of a folder; ``broken`` are promises that it finds broken by itself."""
+    """What a loader sees of a checkpoint, and which contracts are ``broken`` in it alone."""
 
     tensors: dict[str, tuple[str, tuple[int, ...], bytes]] = field(default_factory=dict)
     broken: list[str] = field(default_factory=list)
@@ -179,7 +178,8 @@ def _values(clean: View, mutant: View, base: View) -> Iterator[str]:
             continue
         own, change = _norm((mine - wanted)[changed]), _norm((theirs - mine)[changed])
         if change > TIMES * own:
-            yield f"values of {module}: {change / own if own else np.inf:.1f} times the format's error"
+            times = change / own if own else np.inf
+            yield f"values of {module}: {times:.1f} times the format's error"
 
 
 def _blocks(mask: Array, width: int) -> Array:

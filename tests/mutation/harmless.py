@@ -54,7 +54,7 @@ def one_file(image: Image, rng: Rng) -> str:
 
 
 def other_order(image: Image, rng: Rng) -> str:
-    """Write the tensors' bytes in another order."""
+    """Write the tensors' bytes in a different order."""
     image.layout["order"] = {
         f: _shuffled(rng, [n for n, t in image.tensors.items() if t.file == f]) for f in image.files
     }
@@ -62,7 +62,7 @@ def other_order(image: Image, rng: Rng) -> str:
 
 
 def other_keys(image: Image, rng: Rng) -> str:
-    """Write the header's keys in another order than the bytes."""
+    """Write the header's keys in a different order than the bytes."""
     image.layout["keys"] = {
         f: _shuffled(rng, [n for n, t in image.tensors.items() if t.file == f]) for f in image.files
     }
@@ -100,7 +100,7 @@ def _lists(image: Image) -> list[tuple[dict[str, Any], str]]:
 
 
 def exclusions_shuffled(image: Image, rng: Rng) -> str:
-    """Write the exclusions in another order."""
+    """Write the exclusions in a different order."""
     for body, key in _lists(image):
         body[key] = _shuffled(rng, body[key])
     return "exclusions in another order"
@@ -149,7 +149,7 @@ def idle_keys(image: Image, rng: Rng) -> str:
 
 
 def other_files(image: Image, rng: Rng) -> str:
-    """Put files beside the checkpoint that every repository has."""
+    """Add files that every repository has."""
     image.other |= {
         "README.md": b"# model\n",
         ".gitattributes": b"*.safetensors filter=lfs\n",
@@ -170,7 +170,7 @@ def metadata(image: Image, rng: Rng) -> str:
 
 
 def key_order(image: Image, rng: Rng) -> str:
-    """Write the keys of the configs in another order."""
+    """Write the keys of the configs in a different order."""
 
     def turned(value: Any) -> Any:
         if not isinstance(value, dict):
@@ -195,7 +195,7 @@ def total_as_float(image: Image, rng: Rng) -> str:
 
 
 def index_order(image: Image, rng: Rng) -> str:
-    """Write the index in another order, with more metadata."""
+    """Write the index in a different order, with more metadata."""
     if not image.indexed:
         raise Unfit("no index")
 

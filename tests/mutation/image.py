@@ -45,7 +45,7 @@ FLOATS = ("BF16", "F16", "F32")
 
 
 class Unfit(Exception):
-    """The edit has no place in this checkpoint."""
+    """The edit does not fit this checkpoint."""
 
 
 @dataclass
@@ -122,7 +122,7 @@ class Image:
         ]
 
     def plain(self, rank: int | None = None) -> list[str]:
-        """Return the unquantized float tensors that are no scales, of one rank or of all."""
+        """Return the unquantized float tensors that are not scales, of one rank or of all."""
         quantized = set(self.quantized())
         return [
             n
@@ -155,7 +155,7 @@ class Image:
         return [n for n in self.tensors if split(n)[0] == module]
 
     def swap(self, one: str, other: str, leaves: list[str] | None = None) -> None:
-        """Let two modules change places, in some leaves or in all; shapes and dtypes must agree."""
+        """Swap two modules, in some leaves or in all; shapes and dtypes must agree."""
         mine = {split(n)[1] for n in self.of_module(one)}
         if mine != {split(n)[1] for n in self.of_module(other)}:
             raise Unfit("not the same leaves")
@@ -177,7 +177,7 @@ class Image:
         return found
 
     def write(self, path: Path) -> Path:
-        """Write the folder; it must not exist."""
+        """Write the directory, which must not exist."""
         path.mkdir(parents=True)
         for file in self.files:
             pad = self.layout.get("pad", {}).get(file)
@@ -238,7 +238,7 @@ def _shard(
 
 
 def read(path: Path) -> Image:
-    """Return a folder as an image."""
+    """Return a checkpoint directory as an image."""
     tensors: dict[str, Tensor] = {}
     metadata: dict[str, dict[str, str]] = {}
     values: dict[str, Any] = {}

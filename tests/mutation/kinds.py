@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kinds of mutation: what is edited, how many of each there are, and what a judge must have to
-know it.
+"""The kinds of mutation: what is edited, how many of each there are, and what a check needs to
+catch them.
 
 KINDS.md is the list in words; both were written before the first score was computed.
 """
@@ -37,7 +37,7 @@ NUMBERS = ("weight_scale", "weight_scale_2", "weight_scale_inv")
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind: its edit, its number of mutations, and what a judge needs."""
+    """One kind: its edit, its number of mutations, and what a check needs to catch it."""
 
     name: str
     count: int
@@ -62,7 +62,7 @@ def kind(name: str, count: int, knows: Knows) -> Callable[[Edit], Edit]:
 
 
 def one(rng: Rng, found: list[Any]) -> Any:
-    """Return one of a list; none at all is no fit."""
+    """Return one of a list, or raise `Unfit` if it is empty."""
     if not found:
         raise Unfit("nothing to choose from")
     return found[int(rng.integers(len(found)))]
@@ -142,7 +142,7 @@ def shard_cut(image: Image, rng: Rng) -> str:
 
 @kind("bytes-after", 10, "nothing")
 def bytes_after(image: Image, rng: Rng) -> str:
-    """Bytes stand after the last tensor."""
+    """A shard has trailing bytes after its last tensor."""
     file, more = one(rng, image.files), int(rng.integers(1, 4096))
     image.post.append(spoil(file, lambda raw: raw + bytes(more)))
     return f"{more} bytes after {file}"
@@ -193,7 +193,7 @@ def _edit_header(change: Callable[[dict[str, Any]], None]) -> Callable[[bytes], 
 
 @kind("offsets-overlap", 10, "nothing")
 def offsets_overlap(image: Image, rng: Rng) -> str:
-    """Two tensors of a shard point at the same bytes."""
+    """Two tensors of a shard share the same bytes."""
     by_size: dict[Any, list[str]] = {}
     for name, tensor in image.tensors.items():
         by_size.setdefault((tensor.file, len(tensor.data)), []).append(name)
@@ -209,7 +209,7 @@ def offsets_overlap(image: Image, rng: Rng) -> str:
 
 @kind("key-twice", 10, "nothing")
 def key_twice(image: Image, rng: Rng) -> str:
-    """A header names a tensor twice, with other bytes."""
+    """A header names a tensor twice, with different bytes."""
     by_size: dict[Any, list[str]] = {}
     for name, tensor in image.tensors.items():
         by_size.setdefault((tensor.file, tensor.dtype, tensor.shape), []).append(name)
@@ -230,7 +230,7 @@ def key_twice(image: Image, rng: Rng) -> str:
 
 @kind("shard-lost", 10, "nothing")
 def shard_lost(image: Image, rng: Rng) -> str:
-    """A shard is not there."""
+    """A shard is missing."""
     if len(image.files) < 2:
         raise Unfit("one shard")
     file = one(rng, image.files)
@@ -240,7 +240,7 @@ def shard_lost(image: Image, rng: Rng) -> str:
 
 @kind("shard-of-zeros", 10, "nothing")
 def shard_of_zeros(image: Image, rng: Rng) -> str:
-    """A shard was allocated and not written, wholly or from some byte of its header on."""
+    """A shard was allocated, but not written: as a whole, or from some byte of its header on."""
     file = one(rng, image.files)
     keep = int(one(rng, [0, 8, 64]))
     image.post.append(spoil(file, lambda raw: raw[:keep] + bytes(len(raw) - keep)))
@@ -249,7 +249,7 @@ def shard_of_zeros(image: Image, rng: Rng) -> str:
 
 @kind("tensor-twice", 15, "nothing")
 def tensor_twice(image: Image, rng: Rng) -> str:
-    """A second file holds a tensor again, with other values."""
+    """A second file contains a tensor again, with different values."""
     name = one(rng, list(image.tensors))
     tensor = image.tensors[name]
     raw = np.roll(tensor.raw(), 1)
@@ -265,7 +265,7 @@ def tensor_twice(image: Image, rng: Rng) -> str:
 
 @kind("index-entry-lost", 15, "nothing")
 def index_entry_lost(image: Image, rng: Rng) -> str:
-    """The index lacks a tensor."""
+    """A tensor is missing from the index."""
     name = _indexed(image, rng)
     image.on_index.append(lambda value: value["weight_map"].pop(name))
     return f"index without {name}"
@@ -273,7 +273,7 @@ def index_entry_lost(image: Image, rng: Rng) -> str:
 
 @kind("index-entry-elsewhere", 15, "nothing")
 def index_entry_elsewhere(image: Image, rng: Rng) -> str:
-    """The index sends a tensor to another shard, or to none."""
+    """The index maps a tensor to the wrong shard, or to a missing one."""
     name = _indexed(image, rng)
     others = [f for f in image.files if f != image.tensors[name].file]
     file = one(
@@ -286,7 +286,7 @@ def index_entry_elsewhere(image: Image, rng: Rng) -> str:
 
 @kind("index-entry-renamed", 10, "nothing")
 def index_entry_renamed(image: Image, rng: Rng) -> str:
-    """The index has another name for a tensor."""
+    """The index has the wrong name for a tensor."""
     name = _indexed(image, rng)
     new = f"model.{name}" if rng.integers(2) else name.replace("model.", "", 1)
 
@@ -299,7 +299,7 @@ def index_entry_renamed(image: Image, rng: Rng) -> str:
 
 @kind("index-spoilt", 10, "nothing")
 def index_spoilt(image: Image, rng: Rng) -> str:
-    """The index is cut, or one bit of it is flipped."""
+    """The index is truncated, or one bit of it is flipped."""
     if not image.indexed:
         raise Unfit("no index")
     at, bit, cut = float(rng.uniform()), int(rng.integers(8)), bool(rng.integers(3) == 0)
@@ -327,7 +327,7 @@ def _indexed(image: Image, rng: Rng) -> str:
 
 @kind("tensor-lost", 35, "nothing")
 def tensor_lost(image: Image, rng: Rng) -> str:
-    """An unquantized tensor is not there."""
+    """An unquantized tensor is missing."""
     name = one(rng, image.plain())
     image.drop([name])
     return f"{name} is gone"
@@ -335,7 +335,7 @@ def tensor_lost(image: Image, rng: Rng) -> str:
 
 @kind("weight-lost", 20, "nothing")
 def weight_lost(image: Image, rng: Rng) -> str:
-    """A quantized weight is not there, with its scales or without."""
+    """A quantized weight is missing, with or without its scales."""
     module = linear(image, rng)
     names = image.of_module(module) if rng.integers(2) else [f"{module}.weight"]
     image.drop(names)
@@ -344,7 +344,7 @@ def weight_lost(image: Image, rng: Rng) -> str:
 
 @kind("scale-lost", 45, "nothing")
 def scale_lost(image: Image, rng: Rng) -> str:
-    """A scale is not there: of the block, of the tensor, of the input."""
+    """A scale is missing: of blocks, of the tensor or of the input."""
     module = linear(image, rng)
     name = one(rng, [n for n in image.of_module(module) if not n.endswith((".weight", ".bias"))])
     if name.endswith(".input_scale") and f"{split(name)[0]}.weight_scale_2" not in image.tensors:
@@ -355,7 +355,7 @@ def scale_lost(image: Image, rng: Rng) -> str:
 
 @kind("expert-lost", 20, "nothing")
 def expert_lost(image: Image, rng: Rng) -> str:
-    """An expert, or one projection of it, is not there."""
+    """An expert, or one projection of it, is missing."""
     container, leaf = one(rng, list(experts(image)))
     number = one(rng, experts(image)[container, leaf])
     head = f"{container}.{number}." + (leaf if rng.integers(2) else "")
@@ -365,7 +365,7 @@ def expert_lost(image: Image, rng: Rng) -> str:
 
 @kind("layer-lost", 10, "nothing")
 def layer_lost(image: Image, rng: Rng) -> str:
-    """A layer is not there, or its experts are not."""
+    """A layer is missing, or its experts are."""
     name = one(rng, [n for n in image.tensors if ".layers." in n])
     head = str(re.match(r".*?layers\.\d+\.", name)[0])  # type: ignore[index]
     if ".experts." in name and rng.integers(2):
@@ -376,7 +376,7 @@ def layer_lost(image: Image, rng: Rng) -> str:
 
 @kind("prefix-changed", 35, "nothing")
 def prefix_changed(image: Image, rng: Rng) -> str:
-    """One tensor, one module or all have another prefix."""
+    """One tensor, one module or all have the wrong prefix."""
     name = one(rng, list(image.tensors))
     new = one(rng, ["model.language_model.", "module.", "base_model.model.", ""])
     old = next(
@@ -395,7 +395,7 @@ def prefix_changed(image: Image, rng: Rng) -> str:
 
 @kind("leaf-renamed", 20, "nothing")
 def leaf_renamed(image: Image, rng: Rng) -> str:
-    """A projection has another family's name."""
+    """A projection has the name of a different family."""
     module = of_leaf(image, rng, tuple(OTHER_LEAF))
     head, _, leaf = module.rpartition(".")
     image.rename(
@@ -406,7 +406,7 @@ def leaf_renamed(image: Image, rng: Rng) -> str:
 
 @kind("scale-renamed", 20, "nothing")
 def scale_renamed(image: Image, rng: Rng) -> str:
-    """A scale has a name that no loader of the format reads."""
+    """A scale has a name that no loader of its format reads."""
     name = scale_name(image, rng)
     new = (
         name.rpartition(".")[0]
@@ -419,7 +419,7 @@ def scale_renamed(image: Image, rng: Rng) -> str:
 
 @kind("codes-relabelled", 25, "nothing")
 def codes_relabelled(image: Image, rng: Rng) -> str:
-    """Codes or block scales are labelled with another dtype of the same width."""
+    """Quantized values or block scales are labeled with a different dtype of the same width."""
     module = linear(image, rng)
     name = one(rng, [f"{module}.weight", f"{module}.{image.scale_leaf(module)}"])
     old = image.tensors[name].dtype
@@ -434,7 +434,7 @@ def codes_relabelled(image: Image, rng: Rng) -> str:
 
 @kind("scale-cast", 35, "nothing")
 def scale_cast(image: Image, rng: Rng) -> str:
-    """A scale is cast to another dtype, values kept."""
+    """A scale is cast to a different dtype; its values stay."""
     module = linear(image, rng)
     name = one(rng, [n for n in image.of_module(module) if not n.endswith((".weight", ".bias"))])
     values = image.tensors[name].array()
@@ -449,7 +449,7 @@ def scale_cast(image: Image, rng: Rng) -> str:
 
 @kind("plain-recast", 25, "base")
 def plain_recast(image: Image, rng: Rng) -> str:
-    """An unquantized tensor is cast to another float dtype."""
+    """An unquantized tensor is cast to a different float dtype."""
     name = one(rng, image.plain())
     values = image.tensors[name].array()
     target = one(
@@ -462,7 +462,7 @@ def plain_recast(image: Image, rng: Rng) -> str:
 
 @kind("shape-turned", 20, "nothing")
 def shape_turned(image: Image, rng: Rng) -> str:
-    """A tensor is written transposed, or only its shape is turned."""
+    """A tensor is written transposed, or only its shape is transposed."""
     names = [
         n
         for n, t in image.tensors.items()
@@ -479,7 +479,7 @@ def shape_turned(image: Image, rng: Rng) -> str:
 
 @kind("shape-flattened", 10, "nothing")
 def shape_flattened(image: Image, rng: Rng) -> str:
-    """A weight or block scale has lost its dimensions, or has one too many."""
+    """A weight or block scale is flattened, or has one dimension too many."""
     name = one(rng, [n for n, t in image.tensors.items() if len(t.shape) == 2 and min(t.shape) > 1])
     tensor = image.tensors[name]
     tensor.shape = (int(np.prod(tensor.shape)),) if rng.integers(2) else (1, *tensor.shape)
@@ -488,7 +488,7 @@ def shape_flattened(image: Image, rng: Rng) -> str:
 
 @kind("scale-misshapen", 35, "nothing")
 def scale_misshapen(image: Image, rng: Rng) -> str:
-    """A block scale lacks rows or columns, or is padded."""
+    """Rows or columns of a block scale are missing, or it is padded."""
     names = [f"{m}.{image.scale_leaf(m)}" for m in image.quantized()]
     name = one(rng, [n for n in names if len(image.tensors[n].shape) == 2])
     raw = image.tensors[name].array()
@@ -508,7 +508,7 @@ def scale_misshapen(image: Image, rng: Rng) -> str:
 
 @kind("weight-misshapen", 20, "nothing")
 def weight_misshapen(image: Image, rng: Rng) -> str:
-    """A weight lacks rows or columns."""
+    """Rows or columns of a weight are missing."""
     name = one(
         rng, [n for n, t in image.tensors.items() if n.endswith(".weight") and len(t.shape) == 2]
     )
@@ -521,7 +521,7 @@ def weight_misshapen(image: Image, rng: Rng) -> str:
 
 @kind("scalar-a-vector", 10, "nothing")
 def scalar_a_vector(image: Image, rng: Rng) -> str:
-    """A scalar scale is written once for each row."""
+    """A scalar scale is written once per row."""
     name = one(
         rng,
         [
@@ -537,7 +537,7 @@ def scalar_a_vector(image: Image, rng: Rng) -> str:
 
 @kind("experts-stacked", 10, "nothing")
 def experts_stacked(image: Image, rng: Rng) -> str:
-    """A layer's experts are saved as one stack."""
+    """The experts of a layer are saved as one stack."""
     (container, leaf), numbers = one(rng, list(experts(image).items()))
     parts = [split(n)[1] for n in image.of_module(f"{container}.{numbers[0]}.{leaf}")]
     home = image.tensors[f"{container}.{numbers[0]}.{leaf}.weight"].file
@@ -573,7 +573,7 @@ def qkv_fused(image: Image, rng: Rng) -> str:
 
 @kind("tensor-leaked", 15, "nothing")
 def tensor_leaked(image: Image, rng: Rng) -> str:
-    """A tensor of the exporter's memory is saved with the weights."""
+    """A tensor that exists only in the exporter's memory is saved with the weights."""
     module = linear(image, rng)
     leaf = one(
         rng,
@@ -617,7 +617,7 @@ def declaration_lost(image: Image, rng: Rng) -> str:
 
 @kind("algo-changed", 25, "nothing")
 def algo_changed(image: Image, rng: Rng) -> str:
-    """Another algorithm is declared, in both files."""
+    """Both files declare the wrong algorithm."""
     algos = [
         "NVFP4",
         "MXFP8",
@@ -657,7 +657,7 @@ def algo_of_one_file(image: Image, rng: Rng) -> str:
 
 @kind("vendor-method-changed", 10, "nothing")
 def vendor_method_changed(image: Image, rng: Rng) -> str:
-    """A vendor's declaration names another method or block."""
+    """A vendor's declaration names the wrong method or block size."""
     body = image.declared()[0] if image.declared() else {}
     if "weight_block_size" not in body:
         raise Unfit("no vendor's dialect")
@@ -677,7 +677,7 @@ def vendor_method_changed(image: Image, rng: Rng) -> str:
 
 @kind("group-size-changed", 15, "nothing")
 def group_size_changed(image: Image, rng: Rng) -> str:
-    """Another group size is declared."""
+    """The wrong group size is declared."""
     new = int(one(rng, [8, 16, 32, 64, 128]))
     seen = []
 
@@ -697,7 +697,7 @@ def group_size_changed(image: Image, rng: Rng) -> str:
 
 @kind("excluded-wrongly", 35, "nothing")
 def excluded_wrongly(image: Image, rng: Rng) -> str:
-    """A quantized module is excluded: by name, by glob, by a part of its name."""
+    """A quantized module is excluded: by name, by glob or by a part of its name."""
     module = linear(image, rng)
     leaf = module.rpartition(".")[2]
     pattern = one(
@@ -714,7 +714,7 @@ def excluded_wrongly(image: Image, rng: Rng) -> str:
 
 @kind("exclusion-lost", 35, "nothing")
 def exclusion_lost(image: Image, rng: Rng) -> str:
-    """An exclusion of an unquantized linear, or all, are not there."""
+    """The exclusion of an unquantized linear layer, or all exclusions, are missing."""
     first = image.declared()[0] if image.declared() else {}
     if first.get("quant_algo") == "MIXED_PRECISION" or not _lists(first):
         raise Unfit("nothing is excluded")
@@ -742,8 +742,8 @@ def exclusions_differ(image: Image, rng: Rng) -> str:
 
 @kind("entry-changed", 25, "nothing")
 def entry_changed(image: Image, rng: Rng) -> str:
-    """An entry of quantized_layers is lost, has another algorithm, another name, or stands for a
-    plain module.
+    """An entry of quantized_layers is missing, has the wrong algorithm or name, or declares
+    an unquantized module.
     """
     first = image.declared()[0] if image.declared() else {}
     layers = first.get("quantized_layers")
@@ -793,7 +793,7 @@ def _text(image: Image) -> dict[str, Any]:
 
 @kind("size-changed", 45, "nothing")
 def size_changed(image: Image, rng: Rng) -> str:
-    """config.json states another size."""
+    """config.json states the wrong size."""
     text = _text(image)
     names = [
         k
@@ -824,7 +824,7 @@ def size_lost(image: Image, rng: Rng) -> str:
 
 @kind("config-of-the-model", 25, "base")
 def config_of_the_model(image: Image, rng: Rng) -> str:
-    """config.json differs from the base's in what tensors do not show."""
+    """config.json differs from the base's in a field that tensors do not show."""
     text = _text(image)
     changes = {
         "rms_norm_eps": 1e-2,
@@ -843,7 +843,7 @@ def config_of_the_model(image: Image, rng: Rng) -> str:
 
 @kind("model-type-changed", 10, "base")
 def model_type_changed(image: Image, rng: Rng) -> str:
-    """config.json names another model_type or architecture."""
+    """config.json names a different model_type or architecture."""
     config = image.json[CONFIG]
     if rng.integers(2):
         config["model_type"] = one(
@@ -856,14 +856,14 @@ def model_type_changed(image: Image, rng: Rng) -> str:
 
 @kind("tied-wrongly", 10, "nothing")
 def tied_wrongly(image: Image, rng: Rng) -> str:
-    """config.json ties a head that is stored, and is another tensor than the embedding."""
+    """config.json ties a head that is stored and differs from the embedding."""
     image.json[CONFIG]["tie_word_embeddings"] = True
     return "tie_word_embeddings true"
 
 
 @kind("kv-declared", 10, "nothing")
 def kv_declared(image: Image, rng: Rng) -> str:
-    """A quantized KV cache is declared and no scale of it is stored."""
+    """A quantized KV cache is declared, but none of its scales is stored."""
     if any(n.endswith(("k_scale", "v_scale")) for n in image.tensors) or not image.declared():
         raise Unfit("its scales are stored")
     _edit_all(image, lambda body: body.update({"kv_cache_quant_algo": "FP8"}))
@@ -872,7 +872,7 @@ def kv_declared(image: Image, rng: Rng) -> str:
 
 @kind("config-spoilt", 15, "nothing")
 def config_spoilt(image: Image, rng: Rng) -> str:
-    """A config is cut, is no object, or states the declaration as text."""
+    """A config is truncated, is not an object, or holds the declaration as text."""
     file = one(rng, [f for f in (CONFIG, NESTED) if f in image.json])
     how, at = int(rng.integers(3)), float(rng.uniform(0.05, 0.95))
     if how == 2:
@@ -911,7 +911,7 @@ def scale_sign(image: Image, rng: Rng) -> str:
 
 @kind("scale-zero", 25, "nothing")
 def scale_zero(image: Image, rng: Rng) -> str:
-    """Block scales are zero: one, a row, a run."""
+    """Block scales are zero: one, a row or a run."""
     name = scale_name(image, rng, ("F8_E4M3",))
     raw = image.tensors[name].raw()
     start = int(rng.integers(raw.size))
@@ -953,7 +953,7 @@ def input_scale_unusable(image: Image, rng: Rng) -> str:
 
 @kind("input-scale-far", 10, "nothing")
 def input_scale_far(image: Image, rng: Rng) -> str:
-    """An input_scale is a hundred thousand times its siblings', or less."""
+    """An input_scale is a hundred thousand times its siblings', or a hundred-thousandth."""
     name = one(rng, [n for n in image.tensors if n.endswith(".input_scale")])
     by = np.float32(10.0) ** np.float32(one(rng, [-9, -7, -6, 6, 7, 9]))
     image.put(name, image.tensors[name].array() * by)
@@ -987,7 +987,7 @@ def global_scale_of_a_fused_member(image: Image, rng: Rng) -> str:
 
 @kind("scale-inverted", 10, "nothing")
 def scale_inverted(image: Image, rng: Rng) -> str:
-    """A float32 weight scale is a divisor where a factor belongs."""
+    """A float32 weight scale is stored as a divisor instead of a factor."""
     name = one(
         rng, [n for n, t in image.tensors.items() if t.dtype == "F32" and n.endswith(NUMBERS)]
     )
@@ -997,7 +997,7 @@ def scale_inverted(image: Image, rng: Rng) -> str:
 
 @kind("plain-not-finite", 20, "nothing")
 def plain_not_finite(image: Image, rng: Rng) -> str:
-    """An unquantized tensor holds NaN or infinity."""
+    """An unquantized tensor contains NaN or infinity."""
     name = one(rng, image.plain())
     values = image.tensors[name].array()
     flat = values.reshape(-1)
@@ -1008,7 +1008,7 @@ def plain_not_finite(image: Image, rng: Rng) -> str:
 
 @kind("expert-repeated", 20, "nothing")
 def expert_repeated(image: Image, rng: Rng) -> str:
-    """An expert is a copy of another of its layer."""
+    """An expert is a copy of a different one of its layer."""
     container, _ = one(rng, list(experts(image)))
     leaves = [leaf for c, leaf in experts(image) if c == container]
     numbers = experts(image)[container, leaves[0]]
@@ -1088,7 +1088,7 @@ def scales_shuffled(image: Image, rng: Rng) -> str:
 
 @kind("scales-of-another", 50, "base")
 def scales_of_another(image: Image, rng: Rng) -> str:
-    """Two modules of one shape have each other's scales, or one has the other's."""
+    """Two modules of one shape have swapped scales, or one has the other's."""
     a, b = pair(image, rng, lambda m: m.rpartition(".")[2] if rng.integers(2) else "")
     leaf = image.scale_leaf(a)
     mine, theirs = image.tensors[f"{a}.{leaf}"], image.tensors[f"{b}.{leaf}"]
@@ -1101,7 +1101,7 @@ def scales_of_another(image: Image, rng: Rng) -> str:
 
 @kind("scales-multiplied", 50, "base")
 def scales_multiplied(image: Image, rng: Rng) -> str:
-    """The scales of a tensor, of some rows or of one block are doubled, halved or more."""
+    """The scales of a tensor, of some rows or of one block are multiplied by 2, 1/2 or more."""
     name = scale_name(image, rng)
     tensor = image.tensors[name]
     step = int(one(rng, [-2, -1, 1, 2]))
@@ -1132,7 +1132,7 @@ def scales_multiplied(image: Image, rng: Rng) -> str:
 
 @kind("scales-constant", 20, "base")
 def scales_constant(image: Image, rng: Rng) -> str:
-    """All scales of a tensor are one value: 1.0, the largest, the median."""
+    """All scales of a tensor are one value: 1.0, the largest or the median."""
     name = scale_name(image, rng)
     values = image.tensors[name].array()
     if values.size < 2:
@@ -1146,7 +1146,7 @@ def scales_constant(image: Image, rng: Rng) -> str:
 
 @kind("global-scale-alone", 25, "base")
 def global_scale_alone(image: Image, rng: Rng) -> str:
-    """The global scale of a projection that nothing is fused with is wrong by a factor."""
+    """The global scale of a projection that is not fused is wrong by a factor."""
     name = one(
         rng,
         [
@@ -1162,7 +1162,7 @@ def global_scale_alone(image: Image, rng: Rng) -> str:
 
 @kind("code-bits", 85, "base")
 def code_bits(image: Image, rng: Rng) -> str:
-    """Bits of one to 64 codes are flipped."""
+    """Bits of one to 64 quantized values are flipped."""
     name = f"{linear(image, rng)}.weight"
     raw = image.tensors[name].raw()
     count = int(one(rng, [1, 2, 4, 16, 64]))
@@ -1174,13 +1174,13 @@ def code_bits(image: Image, rng: Rng) -> str:
 
 @kind("codes-rearranged", 60, "base")
 def codes_rearranged(image: Image, rng: Rng) -> str:
-    """The rows of the codes are rolled, permuted, swapped or reversed, and the scales are not."""
+    """The rows of a weight are rolled, permuted, swapped or reversed, without the scales."""
     return _rearranged(image, rng, f"{linear(image, rng)}.weight")
 
 
 @kind("codes-zeroed", 35, "base")
 def codes_zeroed(image: Image, rng: Rng) -> str:
-    """A run of codes is zero: a block, a row, a page, all."""
+    """A run of quantized values is zero: a block, a row, a page or all."""
     name = f"{linear(image, rng)}.weight"
     raw = image.tensors[name].raw()
     start, count = int(rng.integers(raw.size)), int(one(rng, [16, 64, 512, raw.size]))
@@ -1191,7 +1191,7 @@ def codes_zeroed(image: Image, rng: Rng) -> str:
 
 @kind("nibbles-swapped", 25, "base")
 def nibbles_swapped(image: Image, rng: Rng) -> str:
-    """The even column is in the high nibble: in a tensor, or in some rows of it."""
+    """Nibbles are swapped, in a tensor or in some of its rows."""
     name = one(
         rng,
         [f"{m}.weight" for m in image.quantized() if image.tensors[f"{m}.weight"].dtype == "U8"],
@@ -1205,7 +1205,7 @@ def nibbles_swapped(image: Image, rng: Rng) -> str:
 
 @kind("codes-negated", 20, "base")
 def codes_negated(image: Image, rng: Rng) -> str:
-    """The sign of codes is flipped, from some row on or in one row."""
+    """Signs of quantized values are flipped, from some row on or in one row."""
     name = f"{linear(image, rng)}.weight"
     held = rows(image, name)
     start = int(rng.integers(len(held)))
@@ -1217,7 +1217,7 @@ def codes_negated(image: Image, rng: Rng) -> str:
 
 @kind("codes-coarse", 20, "base")
 def codes_coarse(image: Image, rng: Rng) -> str:
-    """The lowest bits of codes are cleared: a coarser grid than the format's."""
+    """The lowest bits of quantized values are cleared: a coarser grid than the format's."""
     name = f"{linear(image, rng)}.weight"
     raw = image.tensors[name].raw()
     mask = one(rng, [0xEE, 0xCC]) if image.tensors[name].dtype == "U8" else one(rng, [0xFC, 0xF8])
@@ -1227,7 +1227,7 @@ def codes_coarse(image: Image, rng: Rng) -> str:
 
 @kind("code-nan", 15, "base")
 def code_nan(image: Image, rng: Rng) -> str:
-    """A code of an FP8 weight is NaN."""
+    """A value of an FP8 weight is NaN."""
     name = one(
         rng,
         [
@@ -1244,7 +1244,7 @@ def code_nan(image: Image, rng: Rng) -> str:
 
 @kind("modules-swapped", 50, "base")
 def modules_swapped(image: Image, rng: Rng) -> str:
-    """Two modules of one shape have changed places, scales with them; or only their codes have."""
+    """Two modules of one shape are swapped, with or without their scales."""
     a, b = pair(image, rng, lambda m: "")
     leaves = ["weight"] if rng.integers(2) else None
     image.swap(a, b, leaves)
@@ -1253,7 +1253,7 @@ def modules_swapped(image: Image, rng: Rng) -> str:
 
 @kind("gate-and-up-swapped", 35, "base")
 def gate_and_up_swapped(image: Image, rng: Rng) -> str:
-    """Gate and up have changed places."""
+    """Gate and up are swapped."""
     gate = of_leaf(image, rng, GATE)
     head, _, leaf = gate.rpartition(".")
     image.swap(gate, f"{head}.{UP[GATE.index(leaf)]}")
@@ -1262,7 +1262,7 @@ def gate_and_up_swapped(image: Image, rng: Rng) -> str:
 
 @kind("gate-and-up-interleaved", 15, "base")
 def gate_and_up_interleaved(image: Image, rng: Rng) -> str:
-    """Gate and up were cut from a stack with their rows interleaved."""
+    """Gate and up were split from a stack with interleaved rows in halves."""
     gate = of_leaf(image, rng, GATE)
     head, _, leaf = gate.rpartition(".")
     up = f"{head}.{UP[GATE.index(leaf)]}"
@@ -1277,7 +1277,7 @@ def gate_and_up_interleaved(image: Image, rng: Rng) -> str:
 
 @kind("experts-swapped", 35, "base")
 def experts_swapped(image: Image, rng: Rng) -> str:
-    """Two experts of a layer have changed places, wholly or in one projection."""
+    """Two experts of a layer are swapped, as a whole or in one projection."""
     container, leaf = one(rng, list(experts(image)))
     a, b = rng.choice(experts(image)[container, leaf], 2, replace=False)
     leaves = [leaf] if rng.integers(2) else [x for c, x in experts(image) if c == container]
@@ -1288,7 +1288,7 @@ def experts_swapped(image: Image, rng: Rng) -> str:
 
 @kind("layers-swapped", 10, "base")
 def layers_swapped(image: Image, rng: Rng) -> str:
-    """Two layers have changed places in some role."""
+    """Two layers are swapped in some role."""
     a, b = pair(image, rng, lambda m: re.sub(r"layers\.\d+\.", "layers.*.", m))
     image.swap(a, b)
     return f"{a} and {b}"
@@ -1296,7 +1296,7 @@ def layers_swapped(image: Image, rng: Rng) -> str:
 
 @kind("plain-bit", 40, "base")
 def plain_bit(image: Image, rng: Rng) -> str:
-    """One bit of an unquantized tensor is flipped, and it stays finite."""
+    """One bit of an unquantized tensor is flipped; the value stays finite."""
     name = one(rng, image.plain())
     tensor = image.tensors[name]
     raw = tensor.raw()
@@ -1309,13 +1309,13 @@ def plain_bit(image: Image, rng: Rng) -> str:
 
 @kind("plain-rearranged", 25, "base")
 def plain_rearranged(image: Image, rng: Rng) -> str:
-    """The rows of an embedding, a router, a norm are rolled, permuted, swapped or reversed."""
+    """The rows of an embedding, a router or a norm are rolled, permuted, swapped or reversed."""
     return _rearranged(image, rng, one(rng, image.plain()))
 
 
 @kind("plain-swapped", 15, "base")
 def plain_swapped(image: Image, rng: Rng) -> str:
-    """Two unquantized tensors of one shape have changed places."""
+    """Two unquantized tensors of one shape are swapped."""
     groups: dict[Any, list[str]] = {}
     for name in image.plain():
         groups.setdefault((image.tensors[name].dtype, image.tensors[name].shape), []).append(name)
@@ -1340,7 +1340,7 @@ def plain_zeroed(image: Image, rng: Rng) -> str:
 
 @kind("input-scale-among-siblings", 20, "stats")
 def input_scale_among_siblings(image: Image, rng: Rng) -> str:
-    """All input scales of a fused group are wrong alike, within a factor of ten: only calibration
+    """All input scales of a fused group are wrong by the same factor, up to ten: only calibration
     statistics know.
     """
     name = one(rng, [n for n in image.tensors if n.endswith(".input_scale")])
@@ -1354,7 +1354,7 @@ def input_scale_among_siblings(image: Image, rng: Rng) -> str:
 
 @kind("scale-one-code-off", 20, "nobody")
 def scale_one_code_off(image: Image, rng: Rng) -> str:
-    """A block scale is the next value: the codes stay the nearest, or next to it."""
+    """A block scale is the next value; the stored values stay the nearest ones, or next to them."""
     name = scale_name(image, rng, ("F8_E4M3",))
     raw = image.tensors[name].raw()
     raw[int(rng.integers(raw.size))] += 1

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Render docs/proof.md from the results of the mutation score and of fuzzing."""
+"""Renders docs/proof.md from the results of the mutation score and of fuzzing."""
 
 from __future__ import annotations
 
@@ -11,79 +11,77 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 PAGE = ROOT / "docs" / "proof.md"
 SURVIVORS = 60
+INTRO = """\
+# Proof that the verifier catches defects, and reports nothing else
+
+Rendered from `tests/mutation/results.json` and `tests/fuzz/results.json`.
+
+## Every rule, on your machine
+
+`ckptgate selftest` makes tiny valid checkpoints and verifies that each passes cleanly with and
+without a base. It then injects every applicable known defect, and verifies that the rule fires. It
+needs neither torch nor a network.
+
+## Mutation score
+"""
+SCORES = (("score", "tiny, and two of ModelOpt's"), ("modelopt_score", "five of ModelOpt's"))
 
 
 def render() -> str:
     """Return the page."""
     results = json.loads((HERE / "results.json").read_text())
     fuzz = HERE.parent / "fuzz" / "results.json"
-    parts = [
-        "# Proof that the verifier catches defects and raises no false alarms",
-        "",
-        "Rendered from `tests/mutation/results.json` and `tests/fuzz/results.json`.",
-        "",
-        "## Every rule, on your machine",
-        "",
-        "`ckptgate selftest` creates tiny valid checkpoints, verifies that each passes cleanly "
-        "with and "
-        "without a base, injects every applicable known defect, and verifies that the rule "
-        "fires. It "
-        "needs neither torch nor a network.",
-        "",
-        "## Mutation score",
-        "",
-        f"`{results['command']}` (`tox -e mutation`), {_versions(results['versions'])}. "
-        "`tests/mutation/KINDS.md` defines harm, and what a check must know to catch each kind; "
-        "it was "
-        "committed before the first score.",
-        "",
-        "| mutations | caught | of | percent | stopped (exit code not 0) |",
-        "| --- | ---: | ---: | ---: | ---: |",
-        *_scores(results),
-        "",
-        f"False alarms on {results['harmless']['n']} harmless rewrites: "
-        f"{results['harmless']['alarms']}. Crashes: {len(results['crashes'])}.",
-        "",
-        "The checkpoints are small, so one block is a larger share of a tensor than in a released "
-        "checkpoint: rules that measure a whole tensor (QC515) do better here than on a tensor of "
-        "millions.",
-        "",
-        "| kind | needs | number | caught | stopped | caught without a base | rules that fired "
-        "most |",
-        "| --- | --- | ---: | ---: | ---: | ---: | --- |",
-        *(_kind(name, row) for name, row in results["kinds"].items()),
-        "",
-        *_survivors(results["survivors"]),
-    ]
+    lines = [INTRO, *_scores(results), "", *_kinds(results["kinds"])]
+    lines += ["", *_survivors(results["survivors"])]
     if fuzz.exists():
-        parts += ["", *_fuzz(json.loads(fuzz.read_text()))]
-    return "\n".join(parts) + "\n"
+        lines += ["", *_fuzz(json.loads(fuzz.read_text()))]
+    return "\n".join(lines) + "\n"
 
 
 def _scores(results: dict[str, Any]) -> list[str]:
-    titles = {
-        "score": "the tiny checkpoints and two of ModelOpt's",
-        "modelopt_score": "five written by ModelOpt",
-    }
-    lines = []
-    for key, title in titles.items():
-        for which, words in (("with_base", "with a base"), ("without_base", "without a base")):
+    lines = [
+        f"`{results['command']}` (`tox -e mutation`), {_versions(results['versions'])}.",
+        "",
+        "`tests/mutation/KINDS.md`, committed before the first score, defines what counts as harm,",
+        "and what a check needs to catch each kind.",
+        "",
+        "| checkpoints | base | caught | of | percent | stopped (exit code not 0) |",
+        "| --- | --- | ---: | ---: | ---: | ---: |",
+    ]
+    for key, checkpoints in SCORES:
+        for column, base in (("with_base", "yes"), ("without_base", "no")):
             if results[key]:
-                row = results[key][which]
-                numbers = (row["told"], row["of"], row["percent"], row["stopped"])
-                lines.append(f"| {title}, {words} | {' | '.join(map(str, numbers))} |")
+                row = results[key][column]
+                cells = (row["told"], row["of"], row["percent"], row["stopped"])
+                lines.append(f"| {checkpoints} | {base} | {' | '.join(map(str, cells))} |")
+    harmless = results["harmless"]
+    return [
+        *lines,
+        "",
+        f"Harmless rewrites: {harmless['alarms']} new findings on {harmless['n']}. "
+        f"Crashes: {len(results['crashes'])}.",
+        "",
+        "The checkpoints are small, so one block is a larger share of a tensor than in a released",
+        "one: rules that measure a whole tensor (QC515) do better here than on a tensor of millions.",
+    ]
+
+
+def _kinds(kinds: dict[str, Any]) -> list[str]:
+    lines = [
+        "| kind | needs | number | caught | stopped | without base | rules that fired most |",
+        "| --- | --- | ---: | ---: | ---: | ---: | --- |",
+    ]
+    for name, row in kinds.items():
+        fired = {rule: n for rule, n in row.get("rules", {}).items() if rule != "verdict"}
+        rules = ", ".join(f"{rule} {n}" for rule, n in fired.items())
+        without = row["told_without"] if row["knows"] == "nothing" else ""
+        cells = (row["knows"], row["n"], row["told"], row["stopped"], without, rules)
+        lines.append(f"| `{name}` | {' | '.join(map(str, cells))} |")
     return lines
 
 
-def _kind(name: str, row: dict[str, Any]) -> str:
-    rules = ", ".join(f"{k} {v}" for k, v in row.get("rules", {}).items() if k != "verdict")
-    without = row["told_without"] if row["knows"] == "nothing" else ""
-    cells = (row["knows"], row["n"], row["told"], row["stopped"], without, rules)
-    return f"| `{name}` | {' | '.join(map(str, cells))} |"
-
-
 def _versions(versions: dict[str, str]) -> str:
-    return ", ".join(f"{k} {v}" for k, v in versions.items())
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
 def _survivors(survivors: list[dict[str, Any]]) -> list[str]:
@@ -92,10 +90,10 @@ def _survivors(survivors: list[dict[str, Any]]) -> list[str]:
     lines = [
         f"## Survivors ({len(survivors)})",
         "",
-        f"`python -m tests.mutation --seed N` recreates one. The first "
-        f"{min(SURVIVORS, len(survivors))}; the JSON has all.",
+        f"`python -m tests.mutation --seed N` reproduces one. results.json has all; here are"
+        f" {min(SURVIVORS, len(survivors))}.",
         "",
-        "| seed | kind | checkpoint | edit | caught with a base, without |",
+        "| seed | kind | checkpoint | edit | caught with base, without |",
         "| ---: | --- | --- | --- | --- |",
     ]
     for s in survivors[:SURVIVORS]:
@@ -107,26 +105,26 @@ def _survivors(survivors: list[dict[str, Any]]) -> list[str]:
 
 def _fuzz(results: dict[str, Any]) -> list[str]:
     commands = results["commands"]
+    slowest, memory = "slowest_seconds", "peak_megabytes"
     return [
         "## Hostile input",
         "",
         f"`{results['command']}` (`tox -e fuzz`), engine {results['engine']}, "
-        f"{_versions(results['versions'])}. Inputs are structural and byte-level edits of valid "
-        "headers, "
-        "indexes and configs; `tests/fuzz/hostile.py` lists them.",
+        f"{_versions(results['versions'])}.",
+        "",
+        "Inputs are edits of valid headers, indexes and configs, in their structure and in their",
+        "bytes; `tests/fuzz/hostile.py` lists them.",
         "",
         "| | in process | as command lines |",
         "| --- | ---: | ---: |",
         f"| inputs | {results['runs']:,} | {commands['runs']:,} |",
-        "| of which a rule on scales or values checked a tensor | "
-        f"{results['reached_the_rules']:,} | |",
+        f"| inputs whose scales or values were checked | {results['reached_the_rules']:,} | |",
         f"| exit codes | {_codes(results['exit_codes'])} | {_codes(commands['exit_codes'])} |",
-        f"| slowest, CPU seconds | {results['slowest_seconds']} | {commands['slowest_seconds']} |",
-        f"| largest resident memory, MB | {results['peak_megabytes']} | "
-        f"{commands['peak_megabytes']} |",
+        f"| slowest, processor seconds | {results[slowest]} | {commands[slowest]} |",
+        f"| largest resident memory, MB | {results[memory]} | {commands[memory]} |",
         f"| failures | {len(results['failures'])} | {len(commands['failures'])} |",
     ]
 
 
 def _codes(codes: dict[str, int]) -> str:
-    return ", ".join(f"{k}: {v:,}" for k, v in codes.items())
+    return ", ".join(f"{code}: {count:,}" for code, count in codes.items())

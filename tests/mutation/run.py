@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draw mutations by seed, judge them, count."""
+"""Draw mutations by seed, check them and count."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ Told = frozenset[tuple[str, str, str, str]]
 
 @dataclass(frozen=True)
 class Clean:
-    """A clean checkpoint, its base, and what a check says of it: with the base and without."""
+    """A clean checkpoint, its base, and the findings of a check with the base and without."""
 
     name: str
     image: image.Image
@@ -55,11 +55,11 @@ class Clean:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One mutation: what was done, why it is harmful, and what a check said with the base and
+    """One mutation: the edit, why it is harmful, and the results of a check, with the base and
     without.
 
-    ``told``: a new finding (error or warning), or a verdict other than passed. ``stopped``: an exit
-    code other than 0.
+    ``told``: it was caught, by a new finding (error or warning) or a verdict other than passed.
+    ``stopped``: the exit code is not 0.
     """
 
     seed: int
@@ -76,7 +76,7 @@ class Outcome:
 
 @cache
 def schedule() -> tuple[Kind, ...]:
-    """Return the kind of each seed: those that a judge can know, shuffled, then those apart."""
+    """Return the kind of each seed: those that can be caught, shuffled, then those apart."""
     known = [k for k in KINDS if k.knows in ("nothing", "base") for _ in range(k.count)]
     order = np.random.default_rng(20261121).permutation(len(known))
     apart = [k for k in KINDS if k.knows not in ("nothing", "base") for _ in range(k.count)]
@@ -115,12 +115,12 @@ def cleans(root: Path) -> tuple[Clean, ...]:
 
 @cache
 def modelopt_cleans(folder: Path) -> tuple[Clean, ...]:
-    """Return the clean checkpoints of the shared data folder."""
+    """Return the clean checkpoints of the shared data directory."""
     return tuple(_clean(n, folder / n, folder / b) for n, b in SHARED if (folder / n).is_dir())
 
 
 def one(seed: int, root: Path, modelopt: Path | None = None) -> Outcome:
-    """Draw the mutation of a seed until one fits and does harm, and judge it."""
+    """Draw the mutation of a seed until one fits and does harm, and check it."""
     number = seed - FIRST_MODELOPT if seed >= FIRST_MODELOPT else seed
     kind = schedule()[number * 5 % TOTAL if seed >= FIRST_MODELOPT else number]
     choice = (
@@ -174,7 +174,7 @@ def _judged(outcome: Outcome, clean: Clean, path: Path) -> Outcome:
 
 
 def one_harmless(seed: int, root: Path, modelopt: Path | None = None) -> Outcome:
-    """Draw the rewriting of a seed, make sure that it is harmless, and judge it."""
+    """Draw the rewrite of a seed, make sure that it is harmless, and check it."""
     work = root / f"work-{os.getpid()}"
     for draw in range(DRAWS):
         rng = np.random.default_rng((seed, draw))
@@ -211,9 +211,7 @@ def _task(job: tuple[int, str, str | None]) -> Outcome:
 
 
 def run(seeds: Sequence[int], *, processes: int = 2, modelopt: Path | None = None) -> list[Outcome]:
-    """Judge some seeds, in order; each process makes its own clean checkpoints in a temporary
-    folder.
-    """
+    """Check some seeds, in order; each process makes its own clean checkpoints."""
     with tempfile.TemporaryDirectory(prefix="ckptgate-mutation-") as root:
         jobs = [(seed, root, str(modelopt) if modelopt else None) for seed in seeds]
         if processes == 1:
@@ -223,8 +221,8 @@ def run(seeds: Sequence[int], *, processes: int = 2, modelopt: Path | None = Non
 
 
 def score(outcomes: Iterable[Outcome]) -> dict[str, Any]:
-    """Return counts: with a base over what a base or nothing suffices for, without over what
-    nothing suffices for.
+    """Return the score with a base, over kinds that need a base or nothing, and the score without
+    one, over kinds that need nothing.
     """
     found = [o for o in outcomes if o.checkpoint]
     with_base = [o for o in found if o.knows in ("nothing", "base")]
@@ -243,8 +241,8 @@ def score(outcomes: Iterable[Outcome]) -> dict[str, Any]:
 
 
 def by_kind(outcomes: Iterable[Outcome]) -> dict[str, dict[str, Any]]:
-    """Return, for each kind, its number, what was told with a base and without, stopped, and the
-    rules that told it.
+    """Return, for each kind, its number, how many were caught and stopped with a base and without,
+    and the rules that caught most.
     """
     table: dict[str, dict[str, Any]] = {}
     rules: dict[str, Counter[str]] = {}
