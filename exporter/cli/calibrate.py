@@ -18,7 +18,7 @@ SET_BY_EXPORT = ("--recipe", "--texts", "-o", "--output", "--overwrite", "--kv")
 """Options of calibrate that export sets."""
 
 
-@click.command()
+@click.command(short_help="Measure activation maxima of the modules that a recipe quantizes.")
 @click.argument("source")
 @click.option("--recipe", required=True, help="Name of a recipe, or a YAML file.")
 @click.option(

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 LISTED = 20
 
 
-@click.command()
+@click.command(short_help="Show fused experts and what each recipe would quantize.")
 @click.argument("path", metavar="CONFIG_OR_DIR")
 @click.option(
     "--plugin",

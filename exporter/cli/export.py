@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from verifier.manifest import Manifest
 
 
-@click.command()
+@click.command(short_help="Quantize a checkpoint file to file, and check the result.")
 @click.argument("source")
 @click.argument("out")
 @click.option("--recipe", required=True, help="Name of a recipe, or a YAML file.")
@@ -122,7 +122,9 @@ def export(
     ctx.exit(result.report.exit_code)
 
 
-@click.command()
+@click.command(
+    short_help="Combine quantized experts with another checkpoint, without re-quantizing."
+)
 @click.argument("experts")
 @click.argument("out")
 @click.option(

@@ -12,7 +12,7 @@ from exporter.cli.output import check_result, require_report_file, writing_optio
 from verifier.text import counted
 
 
-@click.command()
+@click.command(short_help="Fix names, expert layout and configs without re-quantizing.")
 @click.argument("broken")
 @click.argument("out")
 @click.option(
