@@ -16,7 +16,7 @@ from verifier.errors import UsageError
 from verifier.evaluation import Margin
 from verifier.gate.attempts import Attempts, Pair, Spread
 from verifier.gate.decision import NORMALS, drift_margin_of, margin_of
-from verifier.gate.gate import complete, gate_options, open_pair
+from verifier.gate.gate import gate_options, open_pair
 from verifier.gate.options import PathLike
 from verifier.gate.score import formats_of, score
 from verifier.gate.statistics import LEVEL, paired
@@ -90,8 +90,7 @@ def plan(candidate: PathLike, *, base: PathLike, **options: Any) -> Plan:
 def _first_documents(pair: Pair) -> Spread:
     """Score the first documents and return how they differ."""
     first = replace(pair.options, corpus=pair.options.corpus.head(FIRST))
-    scored = complete(score(plan_scoring((pair.candidate, pair.base), first)))
-    candidate, base = scored.runs
+    candidate, base = score(plan_scoring((pair.candidate, pair.base), first)).runs
     interval = paired(base.sums, candidate.sums, base.tokens)
     if interval.documents < 2:
         raise UsageError(

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from verifier.checkpoint import Checkpoint, local_directory, open_checkpoint
-from verifier.errors import MachineError, UsageError
+from verifier.errors import UsageError
 from verifier.evaluation import GateResult, Margin
 from verifier.gate.attempts import Attempts, Pair
 from verifier.gate.cache import Cached
@@ -32,7 +32,7 @@ from verifier.gate.options import (
     silent,
 )
 from verifier.gate.run_file import Run, read_run, require_same_key
-from verifier.gate.score import Scored, Strategy, apart, formats_of, lockstep, score
+from verifier.gate.score import Strategy, apart, formats_of, lockstep, score
 from verifier.gate.scorers.lm_eval_task import task_corpus
 from verifier.gate.windows import fits_twice, plan_scoring
 
@@ -194,7 +194,7 @@ def run_gate(candidate: PathLike, base: PathLike, options: GateOptions) -> GateR
     floor_runs = _floor_runs(pair.base, plan.key, options)
     attempts = Attempts(Path(options.cache)) if options.cache is not None else None
     looks = attempts.looks(pair) if attempts is not None else 1
-    scored = complete(score(plan, strategy))
+    scored = score(plan, strategy)
     candidate_run, base_run = scored.runs
     result = compare_runs(
         base_run,
@@ -237,17 +237,6 @@ def _same(candidate: Checkpoint, base: Checkpoint) -> bool:
         and np.array_equal(candidate.read(tensor), base.read(base_tensors[name]))
         for name, tensor in tensors.items()
     )
-
-
-def complete(scored: Scored | None) -> Scored:
-    """Return what was scored.
-
-    Raises:
-        MachineError: units are missing, although there is no other rank.
-    """
-    if scored is None:
-        raise MachineError("a unit of work was lost")
-    return scored
 
 
 def _margins(pair: Pair, options: GateOptions) -> tuple[Margin, Margin]:

@@ -157,8 +157,8 @@ class PerRank:
         return Scored((run_of(plan, ckpt, scores, _since(started)),))
 
 
-def score(plan: ScoringPlan, strategy: Strategy = apart) -> Scored | None:
-    """Score a plan; None where another rank has units left.
+def score(plan: ScoringPlan, strategy: Strategy = apart) -> Scored:
+    """Score all of a plan.
 
     Args:
         plan: what is scored, from `plan_scoring`.
@@ -169,7 +169,10 @@ def score(plan: ScoringPlan, strategy: Strategy = apart) -> Scored | None:
         ContentError: a checkpoint cannot be scored.
         MachineError: a process died, or a unit is missing.
     """
-    return strategy(plan)
+    scored = strategy(plan)
+    if scored is None:
+        raise MachineError("a unit of work was lost")
+    return scored
 
 
 def score_run(
@@ -224,7 +227,7 @@ def score_run(
         raise UsageError("ranks share their work through journals; give one")
     if journal is not None:
         strategy = Journaled(journal) if ranks is None else PerRank(journal, *ranks)
-    scored = score(plan_scoring([ckpt], options), strategy)
+    scored = strategy(plan_scoring([ckpt], options))
     return scored.runs[0] if scored is not None else None
 
 
