@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
 
 import click
 
@@ -20,10 +19,7 @@ from verifier.history import Result, load, read_result
 from verifier.history.picture import draw
 from verifier.history.render import change_lines, trend_lines
 from verifier.inspect.noise import noise
-from verifier.report.figures import heat
-
-if TYPE_CHECKING:
-    from verifier.report.page import Figure
+from verifier.report.figures import Figure, heat
 
 
 @click.command()
@@ -74,8 +70,6 @@ def _uri(result: Result) -> str:
 
 
 def _over_time(file: str, results: Sequence[Result], measure: str) -> Figure:
-    from verifier.report.page import Figure  # noqa: PLC0415  (jinja2, an extra)
-
     history = load(file)
     print_notes(history.notes)
     uris = [_uri(result).rstrip("/") for result in results]
@@ -101,8 +95,6 @@ def _with_drift(result: Result, file: str) -> GateResult:
 
 
 def _of_weights(result: Result) -> list[Figure]:
-    from verifier.report.page import Figure  # noqa: PLC0415  (jinja2, an extra)
-
     if not result.base:
         raise UsageError("--weights compares with a base, and the run has none")
     with progress_bar("decoding", in_bytes=True) as progress:

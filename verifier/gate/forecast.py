@@ -19,7 +19,7 @@ from verifier.gate.decision import NORMALS, drift_margin_of, margin_of
 from verifier.gate.gate import gate_options, open_pair
 from verifier.gate.options import PathLike
 from verifier.gate.score import formats_of, score
-from verifier.gate.statistics import LEVEL, paired
+from verifier.gate.statistics import LEVEL, paired, scipy_stats
 from verifier.gate.windows import plan_scoring
 from verifier.text import printable
 
@@ -118,8 +118,7 @@ def foresee(
         margin: of the gate.
         formats: the candidate's.
     """
-    from scipy import stats  # noqa: PLC0415
-
+    stats = scipy_stats()
     error = spread.se * math.sqrt(spread.scored / documents)
     quantile = float(stats.t.ppf(LEVEL, documents - 1))
     reach = (quantile + float(stats.norm.ppf(POWER))) * error

@@ -28,6 +28,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors.numpy import save
 
 from verifier.checkpoint.header import read_shard, strict_json
 from verifier.checkpoint.source import LocalSource
@@ -117,8 +118,6 @@ def write_run(file: str | os.PathLike[str], run: Run) -> None:
     Raises:
         MachineError: it could not be written; an earlier file is unchanged.
     """
-    from safetensors.numpy import save  # noqa: PLC0415
-
     arrays = {k: np.ascontiguousarray(v, DTYPES[k][1]) for k, v in run.arrays.items()}
     text = run.header.model_dump_json()
     write_atomic(file, save(arrays, {"ckptgate_run": text, "sha256": _digest(text, arrays)}))

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -37,6 +37,13 @@ FEW = 20
 NUISANCE = 0.001
 """The chance that the interval of a nuisance parameter misses it (`p_of_loss`)."""
 MAX_NEEDED = 10_000_000
+
+
+def scipy_stats() -> Any:
+    """Return ``scipy.stats``, which takes half a second to import and comes with an extra."""
+    from scipy import stats  # noqa: PLC0415
+
+    return stats
 
 
 def moments(sums: Array, tokens: Array) -> tuple[Array, Array, Array, Array]:
@@ -69,8 +76,7 @@ def ratio(sums: Array, tokens: Array, level: float = LEVEL) -> Interval:
         tokens: tokens of each document, [D]; documents without any are left out.
         level: of each one-sided bound.
     """
-    from scipy import stats  # noqa: PLC0415  (half a second, and only a gate needs it)
-
+    stats = scipy_stats()
     sums, tokens = _scored(sums, tokens)
     count, total = len(tokens), int(tokens.sum())
     if count < 2:
@@ -116,8 +122,7 @@ def p_beyond(interval: Interval, margin: float) -> float:
     """Return the one-sided p-value of "the mean is at most ``margin``"; 1 where nothing is
     known.
     """
-    from scipy import stats  # noqa: PLC0415
-
+    stats = scipy_stats()
     if interval.exact is not None:
         return p_of_loss(*interval.exact, margin, "beyond")
     if not math.isfinite(interval.se):
@@ -146,8 +151,7 @@ def p_of_loss(
         margin: of accuracy, in (-1, 1).
         side: which of both is tested.
     """
-    from scipy import stats  # noqa: PLC0415
-
+    stats = scipy_stats()
     discordant = lost + won
     direction: Literal["greater", "less"] = "greater" if side == "beyond" else "less"
 
@@ -171,8 +175,7 @@ def accuracy_loss(lost: int, won: int, documents: int, level: float = LEVEL) -> 
     """Return the loss of accuracy with exact one-sided bounds (`p_of_loss` inverted); its standard
     error serves planning.
     """
-    from scipy import stats  # noqa: PLC0415
-
+    stats = scipy_stats()
     delta = (lost - won) / documents
     se = math.sqrt(max(0.0, lost + won - (lost - won) ** 2 / documents)) / documents
     low = -_bound(lambda m: p_of_loss(lost, won, documents, -m, "beyond") > 1 - level)
@@ -212,8 +215,7 @@ def bootstrap(
 
     A cross-check that is computed in another way than `ratio`; it never decides.
     """
-    from scipy import stats  # noqa: PLC0415
-
+    stats = scipy_stats()
     sums, tokens = _scored(sums, tokens)
     if len(tokens) < 3:
         return None
@@ -276,8 +278,7 @@ def worst(sums: Array, tokens: Array, level: float = LEVEL) -> tuple[Array, Arra
     of D exceeds it with a chance of about 1 - level where documents are alike. The bound
     is wider for a document shorter than the median, since its mean scatters more.
     """
-    from scipy import stats  # noqa: PLC0415
-
+    stats = scipy_stats()
     count = tokens.shape[-1]
     means = sums / tokens
     middle = np.median(means, -1, keepdims=True)

@@ -25,6 +25,16 @@ Cells = Mapping[tuple[str, str], float]
 
 
 @dataclass(frozen=True)
+class Figure:
+    """A picture with its heading, what it shows in words, and a table below it."""
+
+    heading: str
+    words: str
+    picture: str
+    table: tuple[tuple[str, ...], ...] = ()
+
+
+@dataclass(frozen=True)
 class Row:
     """One line of a forest plot: a loss, its margin, and the verdict."""
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
@@ -18,7 +17,7 @@ from verifier import __version__
 from verifier.evaluation import ExpertReach, GateResult, Interval, Kl
 from verifier.findings import SEVERITIES, Finding, Report
 from verifier.report import figures, svg
-from verifier.report.figures import Row
+from verifier.report.figures import Figure, Row
 from verifier.text import counted, listed, printable
 
 MAX_BYTES = 2_000_000
@@ -27,16 +26,6 @@ MAX_FINDINGS = 200
 MAX_RESULTS = 60
 MAX_LAYERS, MAX_EXPERTS = 512, 4096
 LARGEST = 1e15
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A picture with its heading, what it shows in words, and a table below it."""
-
-    heading: str
-    words: str
-    picture: str
-    table: tuple[tuple[str, ...], ...] = ()
 
 
 def render_page(results: Sequence[GateResult | Report], extra: Sequence[Figure] = ()) -> str:

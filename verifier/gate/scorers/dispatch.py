@@ -9,6 +9,9 @@ from collections.abc import Callable
 
 from verifier.errors import CkptgateError, MachineError, UsageError
 from verifier.gate.jobs import Job, UnitScores
+from verifier.gate.scorers.engine import Engine, unit_scores
+from verifier.gate.scorers.server import ServerEngine
+from verifier.gate.scorers.vllm import VllmEngine
 
 QUIET = {
     "TQDM_DISABLE": "1",
@@ -53,10 +56,6 @@ def score_by_engine(job: Job, send: Send) -> dict[str, str]:
         UsageError: the interpreter or the endpoint does not exist.
         MachineError: the engine fails, does not answer in time, or gives a wrong answer.
     """
-    from verifier.gate.scorers.engine import Engine, unit_scores  # noqa: PLC0415
-    from verifier.gate.scorers.server import ServerEngine  # noqa: PLC0415
-    from verifier.gate.scorers.vllm import VllmEngine  # noqa: PLC0415
-
     if job.protocol != "tokens":
         raise UsageError(f"--scorer {job.scorer.name} needs the protocol tokens")
     engine: Engine = VllmEngine(job) if job.scorer.name == "vllm" else ServerEngine(job)

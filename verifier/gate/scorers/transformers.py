@@ -19,6 +19,8 @@ from verifier.checkpoint import open_checkpoint
 from verifier.errors import ContentError
 from verifier.gate.jobs import Array, Job, Unit, UnitScores, Window
 from verifier.gate.scorers.expert_counts import ExpertCounter, counting
+from verifier.gate.scorers.lm_eval_task import score_task
+from verifier.gate.scorers.lm_eval_wikitext import score_texts
 from verifier.load.activations import declared_activations
 from verifier.load.model import load_model
 
@@ -53,14 +55,9 @@ def score(job: Job, send: Callable[[UnitScores], None]) -> dict[str, str]:
 
 
 def _score_unit(model: Any, base: Any, job: Job, unit: Unit, experts: ExpertCounter) -> UnitScores:
-    # lm-eval takes seconds to import.
     if job.protocol == "task":
-        from verifier.gate.scorers.lm_eval_task import score_task  # noqa: PLC0415
-
         return score_task(model, job, unit)
     if job.protocol == "lm-eval":
-        from verifier.gate.scorers.lm_eval_wikitext import score_texts  # noqa: PLC0415
-
         return score_texts(model, job, unit)
     return score_windows(model, base, job, unit, experts)
 

@@ -24,8 +24,8 @@ from verifier.findings import Finding, Report, Where
 from verifier.goldens import compare_with_golden
 from verifier.history import append, recorded
 from verifier.inspect.noise import noise
-from verifier.report.figures import Point, Row, Series, documents, forest, heat, time_series
-from verifier.report.page import MAX_BYTES, Figure, render_page
+from verifier.report.figures import Figure, Point, Row, Series, documents, forest, heat, time_series
+from verifier.report.page import MAX_BYTES, render_page
 from verifier.report.svg import ticks
 
 GOLDEN = ROOT / "goldens" / "minimax-m3-tiny"
