@@ -8,14 +8,18 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-WHAT = {
-    "minimax-m3-tiny": "MiniMax-M3: vision tower, indexer, shared expert, float32 router; a vendor MXFP8 next to the BF16",
-    "qwen3-moe-tiny": "Qwen3-MoE: every layer sparse, 16 narrow experts of which 4 are chosen, no shared expert",
-    "gpt-oss-tiny": "gpt-oss: experts stacked, transposed, gate and up interleaved, with biases; sinks, sliding windows",
+MODELS = {
+    "minimax-m3-tiny": "MiniMax-M3: vision tower, indexer, shared expert, float32 router; a vendor "
+    "MXFP8 next to the BF16",
+    "qwen3-moe-tiny": "Qwen3-MoE: every layer sparse, 16 narrow experts of which 4 are chosen, no "
+    "shared expert",
+    "gpt-oss-tiny": "gpt-oss: experts stacked, transposed, gate and up interleaved, with biases; "
+    "sinks, sliding windows",
 }
 FORMATS = {
     "vendor_mxfp8": "MXFP8 as the vendor writes it",
@@ -31,22 +35,25 @@ FORMATS = {
 }
 INTRO = """# Goldens
 
-Three small trained models, of three families, with an accepted record for each format. Exporter changes are regression-tested
-against them: `python -m goldens.rebuild` (`tox -e goldens`) remakes every export, checks it with its base, scores it on
-the golden's own corpus, and compares it with its record.
+Three small trained models, of three families, with an accepted record for each format. Exporter
+changes are regression-tested against them: `python -m goldens.rebuild` (`tox -e goldens`) remakes
+every export, checks it with its base, scores it on the golden's own corpus, and compares it with
+its record.
 
 Rendered from `goldens/results.json` by `tools/make_docs.py`.
 """
 RECORDS = """## Records
 
-`goldens/records/GOLDEN.FORMAT.golden.json` keeps no weights: the digest of the headers and one of all tensors, the
-statistics of the scales (counts by power of two, at the floor, zero, at the largest; ends of the float32 ones), base and
-candidate sums of each document, and when and why it was accepted.
+`goldens/records/GOLDEN.FORMAT.golden.json` keeps no weights: the digest of the headers and one of
+all tensors, the statistics of the scales (counts by power of two, at the floor, zero, at the
+largest; ends of the float32 ones), base and candidate sums of each document, and when and why it
+was accepted.
 
 | rebuilt | with the versions of the record | with other versions of torch, transformers, numpy |
 | --- | --- | --- |
 | bytes equal, sums equal or within the drift margin | agrees | agrees, and names the versions |
-| bytes differ, drift within 0.003 nats per token | fails: the code now writes different bytes | agrees, and reports the difference |
+| bytes differ, drift within 0.003 nats per token | fails: the code now writes different bytes \
+| agrees, and reports the difference |
 | other names, dtypes or shapes; a different base; drift beyond | fails | fails |
 
 After an intentional change, on your own machine (CI never accepts records):
@@ -59,123 +66,150 @@ After an intentional change, on your own machine (CI never accepts records):
 One export by hand, compared with its record:
 
     ckptgate export goldens/qwen3-moe-tiny/bf16 OUT --recipe nvfp4_experts_only --input-scale one
-    ckptgate gate OUT --base goldens/qwen3-moe-tiny/bf16 --corpus goldens/qwen3-moe-tiny/corpus.jsonl \\
+    ckptgate gate OUT --base goldens/qwen3-moe-tiny/bf16 \\
+        --corpus goldens/qwen3-moe-tiny/corpus.jsonl \\
         --golden goldens/records/qwen3-moe-tiny.nvfp4_experts.golden.json
 """
+MODEL_COLUMNS = (
+    "golden",
+    "model",
+    "parameters",
+    "training",
+    "perplexity, WikiText-2 test",
+    "unigram",
+    "smallest expert load",
+)
+DAMAGE_COLUMNS = (
+    "damage",
+    "loss",
+    "absolute",
+    "drift [90%]",
+    "with drift margin",
+    "KL",
+    "top-1",
+    "worst",
+    "check",
+)
 
 
 def page() -> str:
     """Return docs/goldens.md."""
-    r = json.loads((ROOT / "goldens" / "results.json").read_text(encoding="utf-8"))
-    head = (
-        "golden",
-        "what",
-        "parameters",
-        "training",
-        "perplexity, WikiText-2 test",
-        "unigram",
-        "smallest expert load",
-    )
-    lines = [INTRO, f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
-    for name, g in r["goldens"].items():
-        lines.append(
-            f"| `{name}` | {WHAT[name]} | {g['parameters']:,} | {g['steps']:,} steps, {g['training_seconds'] / 60:.0f} min "
-            f"on one thread | {g['wikitext_perplexity']:.1f} | {g['unigram_perplexity']:.1f} "
-            f"| {g['lowest_expert_share']:.1%} |"
+    results = json.loads((ROOT / "goldens" / "results.json").read_text(encoding="utf-8"))
+    lines = [INTRO, *_head(MODEL_COLUMNS)]
+    for name, golden in results["goldens"].items():
+        minutes = golden["training_seconds"] / 60
+        cells = (
+            f"`{name}`",
+            MODELS[name],
+            f"{golden['parameters']:,}",
+            f"{golden['steps']:,} steps, {minutes:.0f} min on one thread",
+            f"{golden['wikitext_perplexity']:.1f}",
+            f"{golden['unigram_perplexity']:.1f}",
+            f"{golden['lowest_expert_share']:.1%}",
         )
+        lines.append(_row(cells))
     lines += [
         "",
-        "Perplexity is over the models' own tokens (2,048 byte-level BPE); [goldens/README.md](../goldens/README.md) documents",
-        "the origin of text and corpora.",
+        "Perplexity is over the models' own tokens (2,048 byte-level BPE);",
+        "[goldens/README.md](../goldens/README.md) documents the origin of text and corpora.",
         "",
     ]
-    for name, g in r["goldens"].items():
-        lines += verdicts(name, g)
-    versions = ", ".join(f"{k} {v}" for k, v in r["versions"].items())
-    return "\n".join([*lines, f"`{r['command']}`; {versions}.", "", RECORDS])
+    for name, golden in results["goldens"].items():
+        lines += verdicts(name, golden)
+    return "\n".join([*lines, _command(results), "", RECORDS])
 
 
-def verdicts(name: str, g: dict[str, Any]) -> list[str]:
+def verdicts(name: str, golden: dict[str, Any]) -> list[str]:
     """Return one golden's table of verdicts, and the commands that make its exports."""
-    made = [x for x in g["formats"] if "refused" not in x]
+    made = [x for x in golden["formats"] if "refused" not in x]
+    refused = [x for x in golden["formats"] if "refused" in x]
     lines = [f"## {name}", ""]
     if made:
-        x = made[0]
-        lines += [
-            f"Loss over the BF16 model, nats per token, on {x['documents']} documents sampled from it ({x['tokens']:,} tokens,",
-            f"perplexity {g['perplexity']:.2f}), with a 90% interval over documents, and the format's default margin.",
-            "",
-            "| format | loss [90%] | of perplexity | margin | verdict | size |",
-            "| --- " * 6 + "|",
-        ]
-    for x in made:
-        lines.append(
-            f"| {FORMATS[x['format']]} | {x['loss']:+.4f} [{x['low']:+.4f}, {x['high']:+.4f}] "
-            f"| {math.expm1(x['loss']):+.2%} | {x['margin']:.4f} | {x['verdict']} | {x['share_of_base']:.0%} |"
-        )
-    if made:
-        note = (
-            "The text was sampled from the BF16 model, so the loss estimates KL(base || candidate)."
-        )
-        lines += ["", note, ""]
-    refused = [x for x in g["formats"] if "refused" in x]
+        lines += _verdict_table(made, golden["perplexity"])
     if refused:
-        reasons = sorted({x["refused"] for x in refused})
         names = ", ".join(FORMATS[x["format"]] for x in refused)
         lines += [
             f"Not exported in this version ({names}); `ckptgate export` refuses it, exit 1:",
             "",
         ]
-        lines += [f"    {reason}" for reason in reasons] + [""]
+        lines += [f"    {reason}" for reason in sorted({x["refused"] for x in refused})] + [""]
     if made:
         lines += ["The exports:", ""]
-        lines += [
-            "    " + re.sub(r" OUT(?= |$)", f" OUT.{x['format']}", x["command"]) for x in made
-        ]
+        for x in made:
+            lines.append("    " + re.sub(r" OUT(?= |$)", f" OUT.{x['format']}", x["command"]))
         lines.append("")
     return lines
 
 
-def damage_lines() -> list[str]:
-    """Return what each measure of the gate, and the check, say of damaged exports."""
-    r = json.loads((ROOT / "benchmarks" / "results" / "damage.json").read_text(encoding="utf-8"))
-    lines: list[str] = []
-    for g in r["goldens"]:
-        head = (
-            "damage",
-            "loss",
-            "absolute",
-            "drift [90%]",
-            "with drift margin",
-            "KL",
-            "top-1",
-            "worst",
-            "check",
+def _verdict_table(made: list[dict[str, Any]], perplexity: float) -> list[str]:
+    documents, tokens = made[0]["documents"], made[0]["tokens"]
+    lines = [
+        f"Loss over the BF16 model, nats per token, on {documents} documents sampled from it",
+        f"({tokens:,} tokens, perplexity {perplexity:.2f}), with a 90% interval over documents,",
+        "and the format's default margin.",
+        "",
+        *_head(("format", "loss [90%]", "of perplexity", "margin", "verdict", "size")),
+    ]
+    for x in made:
+        cells = (
+            FORMATS[x["format"]],
+            f"{x['loss']:+.4f} [{x['low']:+.4f}, {x['high']:+.4f}]",
+            f"{math.expm1(x['loss']):+.2%}",
+            f"{x['margin']:.4f}",
+            x["verdict"],
+            f"{x['share_of_base']:.0%}",
         )
+        lines.append(_row(cells))
+    note = "The text was sampled from the BF16 model, so the loss estimates KL(base || candidate)."
+    return [*lines, "", note, ""]
+
+
+def damage_lines() -> list[str]:
+    """Return the results of the gate's measures and of the check on damaged exports."""
+    file = ROOT / "benchmarks" / "results" / "damage.json"
+    results = json.loads(file.read_text(encoding="utf-8"))
+    lines: list[str] = []
+    for golden in results["goldens"]:
+        good = golden["good"]
+        undamaged = ("none", f"{good['loss']:+.4f}", good["absolute"], *[""] * 5)
         lines += [
-            f"`{g['golden']}`, {g['export']}; layer {g['layer']}, {g['documents']} documents of its own text, "
-            f"{g['tokens']:,} tokens.",
+            f"`{golden['golden']}`, {golden['export']}; layer {golden['layer']}, "
+            f"{golden['documents']} documents of its own text, {golden['tokens']:,} tokens.",
             "",
-            f"| {' | '.join(head)} |",
-            "| --- " * len(head) + "|",
-            f"| none | {g['good']['loss']:+.4f} | {g['good']['absolute']} | | | | | | {_rules(g['good']['check'])} |",
+            *_head(DAMAGE_COLUMNS),
+            _row((*undamaged, _rules(good["check"]))),
+            *(_damage(x) for x in golden["rows"]),
+            "",
         ]
-        lines += [_damage(x) for x in g["rows"]]
-        lines.append("")
-        if (x := g.get("more_text")) is not None:
-            middle, low, high = x["drift"]
+        more = golden.get("more_text")
+        if more is not None:
+            middle, low, high = more["drift"]
             lines += [
-                f"On {x['corpus']} ({x['documents']} documents, {x['tokens']:,} tokens), *{x['damage']}* drifts by "
-                f"{middle:+.4f} [{low:+.4f}, {high:+.4f}]: {x['with_drift']}.",
+                f"On {more['corpus']} ({more['documents']} documents, {more['tokens']:,} tokens), "
+                f"*{more['damage']}* drifts by {middle:+.4f} [{low:+.4f}, {high:+.4f}]: "
+                f"{more['with_drift']}.",
                 "",
             ]
     lines += [
-        "KL and top-1 compare with the undamaged export (KL: the lower bound from the top 64 tokens); worst: outlier",
-        "documents; check: the rules that find it at depth payload with `--base` (and `--merged-from`).",
+        "KL and top-1 compare with the undamaged export (KL: the lower bound from the top 64",
+        "tokens); worst: outlier documents; check: the rules that find it at depth payload with",
+        "`--base` (and `--merged-from`).",
         "",
     ]
-    versions = ", ".join(f"{k} {v}" for k, v in r["versions"].items())
-    return [*lines, f"`{r['command']}`; {versions}."]
+    return [*lines, _command(results)]
+
+
+def _command(results: dict[str, Any]) -> str:
+    versions = ", ".join(f"{k} {v}" for k, v in results["versions"].items())
+    return f"`{results['command']}`; {versions}."
+
+
+def _head(columns: Sequence[str]) -> list[str]:
+    return [_row(columns), "| --- " * len(columns) + "|"]
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def _damage(x: dict[str, Any]) -> str:
@@ -194,7 +228,7 @@ def _damage(x: dict[str, Any]) -> str:
         worst,
         _rules(x["check"]),
     )
-    return f"| {' | '.join(cells)} |"
+    return _row(cells)
 
 
 def _rules(rules: list[str]) -> str:

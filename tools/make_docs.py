@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Render docs/rules.md and docs/exit-codes.md from the code, docs/performance.md and docs/families.md
-from results.
+"""Render docs/rules.md and docs/exit-codes.md from the code, and docs/performance.md and
+docs/families.md from results.
 
     python tools/make_docs.py [--check]
 
@@ -424,12 +424,13 @@ def remote_table() -> list[str]:
     known = r["checkpoints"]
     release, tiny = known["org/MiniMax-M3-NVFP4"], known["org/tiny-nvfp4"]
     lines = [
-        f"`{r['command']}`: a server in the shape of the hub waits {1000 * r['delay']:.0f} ms before "
-        "each answer and counts requests and bytes, redirects included.",
+        f"`{r['command']}`: a server in the shape of the hub waits {1000 * r['delay']:.0f} ms "
+        "before each answer and counts requests and bytes, redirects included.",
         f"MiniMax-M3-NVFP4 is the real layout, {release['tensors']:,} tensors in "
         f"{release['shards']} shards ({size(release['bytes'])}; headers and JSON files "
         f"{size(release['headers'])}); tiny-nvfp4 has {size(tiny['bytes'])}, its base tiny-bf16 "
-        f"{size(known['org/tiny-bf16']['bytes'])}. Time, CPU time and memory are of the whole process.",
+        f"{size(known['org/tiny-bf16']['bytes'])}. Time, CPU time and memory are of the whole "
+        "process.",
         "",
         "| ckptgate | requests | fetched | time | CPU | memory |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",

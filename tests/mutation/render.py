@@ -62,7 +62,7 @@ def _scores(results: dict[str, Any]) -> list[str]:
         f"Crashes: {len(results['crashes'])}.",
         "",
         "The checkpoints are small, so one block is a larger share of a tensor than in a released",
-        "one: rules that measure a whole tensor (QC515) do better here than on a tensor of millions.",
+        "one: rules that measure a whole tensor (QC515) do better here than on one of millions.",
     ]
 
 

@@ -132,7 +132,8 @@ def _spoilt(made: tiny.TinyCheckpoint) -> tiny.TinyCheckpoint:
 def test_without_torch_in_an_empty_folder(tmp_path: Path) -> None:
     code = (
         "import sys; sys.modules['torch'] = None; sys.modules['transformers'] = None\n"
-        "from verifier.cli import run; sys.exit(run(['selftest', '--rule', 'QC104', '--rule', 'QC515']))"
+        "from verifier.cli import run\n"
+        "sys.exit(run(['selftest', '--rule', 'QC104', '--rule', 'QC515']))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
