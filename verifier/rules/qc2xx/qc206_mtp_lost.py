@@ -33,7 +33,7 @@ others."""
     ),
 )
 def check(ctx: Context) -> Iterator[Finding]:
-    """Every MTP (multi-token prediction) tensor of the base is stored here, too.
+    """Every MTP (multi-token prediction) tensor of the base is stored here.
 
     **What it does.** With a base: compares the MTP tensors, quantized or not. Without one: fewer
     modules than config.json declares are a warning. No module at all is not an error then, since

@@ -25,7 +25,7 @@ def check(ctx: Context) -> Iterator[Finding]:
 
     **What it does.** Reports wrapper parts in tensor names and in exclusions. A quantized module of
     a vision or audio tower is a warning; it is not reported if the base or ``--merged-from`` has
-    that module quantized, too. A module that is both excluded and quantized is QC401; a wrong
+    the module quantized as well. A module that is both excluded and quantized is QC401; a wrong
     prefix is QC201 or QC202.
 
     **Why it happens.** Calibration wraps the tower's linear layers, and the wrappers' names end up

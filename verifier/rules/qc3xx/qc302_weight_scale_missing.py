@@ -28,7 +28,7 @@ def check(ctx: Context) -> Iterator[Finding]:
     """Each quantized weight has all weight scales of its format.
 
     **What it does.** Looks up the scale tensors that the format requires; NVFP4 requires
-    ``weight_scale`` and ``weight_scale_2``. An FP8 weight without any scale is reported, too.
+    ``weight_scale`` and ``weight_scale_2``. It also reports an FP8 weight without any scale.
 
     **Why it happens.** An exporter or a merge dropped scalars, or a filter on "weight" did.
 

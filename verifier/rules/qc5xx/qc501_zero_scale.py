@@ -31,8 +31,7 @@ from verifier.schemes import Format, Module
 def check(ctx: Context) -> Iterator[Finding]:
     """No block scale, global scale or tensor scale is zero.
 
-    **What it does.** Scans all weight scales. A zero scale of a block whose quantized values are
-    all zero, too, is a warning.
+    **What it does.** Scans all weight scales. A zero scale of an all-zero block is a warning.
 
     **Why it happens.** A block's scale falls below 2^-9 and rounds to zero in E4M3, because the
     exporter does not clamp it.

@@ -35,7 +35,7 @@ def check(ctx: Context) -> Iterator[Finding]:
     """Projections that engines fuse (q/k/v, gate/up) have bit-identical global weight scales.
 
     **What it does.** Compares ``weight_scale_2`` of q/k/v and of gate/up in dense layers and shared
-    experts; for compressed-tensors also ``weight_global_scale``, of routed experts, too. Gate and
+    experts; for compressed-tensors also ``weight_global_scale`` of routed experts. Gate and
     up of a routed expert in ModelOpt's form are QC504. FP8 per-tensor scales may differ: there are
     no block scales, and engines requantize.
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""QC515: weak reconstruction."""
+"""QC515: weight is less accurate than its format allows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from verifier.rules.registry import rule
 
 @rule(
     "QC515",
-    "weak reconstruction",
+    "weight is less accurate than its format allows",
     severity="warning",
     depth="payload",
     unit="quantized weights",

@@ -142,7 +142,7 @@ def _check_geometry(
 ) -> Iterator[Finding]:
     """Yield shapes and dtypes that cannot be combined into one parameter.
 
-    ``rows``: the parts are stacked, so their numbers of rows must be equal, too.
+    ``rows``: the parts are stacked, so their numbers of rows must be equal as well.
     """
     first = modules[0]
     for module in modules[1:]:

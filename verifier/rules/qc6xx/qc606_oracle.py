@@ -54,9 +54,8 @@ def check(ctx: Context) -> Iterator[Finding]:
     dequantizes as the verifier does.
     """
     loaded = ctx.loaded
-    method = (
-        ctx.candidate.declarations.effective.method if ctx.candidate.declarations.effective else ""
-    )
+    declaration = ctx.candidate.declarations.effective
+    method = declaration.method if declaration else ""
     by_format: dict[Format, list[Module]] = {}
     for module, fmt in ctx.candidate.formatted:
         by_format.setdefault(fmt, []).append(module)
@@ -75,7 +74,7 @@ def check(ctx: Context) -> Iterator[Finding]:
             yield ctx.finding(
                 f"{fmt.algo}: transformers has no quantizer for it; dequantized here instead",
                 tensor=modules[0].weight.name if modules[0].weight else None,
-                observed=f"{loaded.loader}, quant_method {method!r}",
+                observed=f"{loaded.loader}, quant_method {method or 'not declared'}",
                 engines=_NO_QUANTIZER,
             )
     ctx.tally.see()

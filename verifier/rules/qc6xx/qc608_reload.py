@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""QC608: transformers cannot load it."""
+"""QC608: transformers cannot load the checkpoint."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _MESSAGES: Mapping[Kind, tuple[str, str]] = {
 
 @rule(
     "QC608",
-    "transformers cannot load it",
+    "transformers cannot load the checkpoint",
     severity="error",
     depth="load",
     unit="parameters and forward passes",
@@ -37,9 +37,9 @@ def check(ctx: Context) -> Iterator[Finding]:
 
     **What it does.** The verifier dequantizes the checkpoint and passes it to transformers' loader.
     Names and shapes are checked on the meta device, which takes seconds at any size. If the model
-    fits into memory, its values are loaded, too, followed by a forward pass on a fixed prompt: the
-    logits must be finite and, with ``--base``, close to the base's. Their relative distance is a
-    warning above 0.35 and an error above 1, where zero logits would be closer; `docs/reload.md`
+    fits into memory, its values are loaded as well, followed by a forward pass on a fixed prompt:
+    the logits must be finite and, with ``--base``, close to the base's. Their relative distance is
+    a warning above 0.35 and an error above 1, where zero logits would be closer; `docs/reload.md`
     lists what valid exports measure. This does not replace ``ckptgate gate``.
 
     Names that the model class drops on purpose, MTP layers and names left over in the base's own
