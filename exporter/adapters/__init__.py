@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""State-dict adapters for training frameworks: hub layout to native layout and back, MXFP8 decoded
-on load.
+"""State-dict adapters for training frameworks: hub layout to native layout and back; MXFP8 is
+decoded on load.
 """
 
 from __future__ import annotations
+
+import warnings
+from typing import Any
 
 from exporter.adapters.adapter import StateDictAdapter
 from exporter.adapters.shards import create_mxfp8_scale_inv, dequantize_mxfp8
@@ -13,8 +16,8 @@ from exporter.adapters.tables import (
     QWEN3_MOE,
     TABLES,
     Mtp,
-    Place,
-    Stack,
+    NativePrefix,
+    NativeStack,
     Table,
 )
 
@@ -24,10 +27,22 @@ __all__ = [
     "QWEN3_MOE",
     "TABLES",
     "Mtp",
-    "Place",
-    "Stack",
+    "NativePrefix",
+    "NativeStack",
     "StateDictAdapter",
     "Table",
     "create_mxfp8_scale_inv",
     "dequantize_mxfp8",
 ]
+
+_RENAMED = {"Place": NativePrefix, "Stack": NativeStack}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _RENAMED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    new = _RENAMED[name]
+    warnings.warn(
+        f"exporter.adapters.{name} is renamed to {new.__name__}", DeprecationWarning, stacklevel=2
+    )
+    return new

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""State dicts between the hub's layout and a training framework's, MXFP8 decoded on load."""
+"""State dicts between the hub's layout and a training framework's; MXFP8 is decoded on load."""
 
 from __future__ import annotations
 
@@ -13,31 +13,38 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from exporter.adapters import keys, shards
-from exporter.adapters.keys import SCALES, Key
-from exporter.adapters.tables import Stack, Table
+from exporter.adapters.keys import SCALES, Key, StackPart
+from exporter.adapters.tables import NativeStack, Table
 from verifier.errors import EncodeError, PlanError
 from verifier.schemes import SCALE_LEAVES
 
 StateDict = dict[str, torch.Tensor]
-SHOWN = 5
+LISTED = 5
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
+class _HubWeight:
     """One weight of a hub state dict, by the names it has there."""
 
     key: Key
     weight: str
     scale: str | None
 
+    @property
+    def part(self) -> StackPart:
+        """The part of a stack that it is."""
+        if self.key.part is None:
+            raise ValueError(f"{self.weight} is not part of a stack")
+        return self.key.part
+
 
 class StateDictAdapter:
     """Converts one checkpoint's state dicts; every method works on whole tensors and on DTensors.
 
-    ``from_hf`` and ``to_hf`` follow the interface of NeMo AutoModel's adapters. What a family's
-    tensors are called comes from its `Table`, what it has from `verifier.layouts.family`, what is
-    quantized from the config's declaration: a further family is a further table. Keywords that
-    frameworks pass beside the named ones are taken and not used.
+    ``from_hf`` and ``to_hf`` follow the interface of NeMo AutoModel's adapters. A `Table` holds the
+    framework's names for a family, `verifier.layouts.family` the tensors of the family, and the
+    config's declaration what is quantized; another family is another table. Further keyword
+    arguments that frameworks pass are ignored.
     """
 
     def __init__(
@@ -54,18 +61,18 @@ class StateDictAdapter:
             config: the parsed config.json, with its ``quantization_config``.
             table: the framework's names; by default the one for the config's ``model_type`` in
                 `TABLES`.
-            dtype: what MXFP8 weights are decoded to: float32, bfloat16 or float16. Other tensors
+            dtype: that MXFP8 weights are decoded to: float32, bfloat16 or float16. Other tensors
                 keep theirs.
-            names: the tensors that the checkpoint has (the ``weight_map`` of its index), where they
-                are known: then they, not the declaration, say what is quantized, and which spelling
+            names: the tensors of the checkpoint (the ``weight_map`` of its index), where they are
+                known: then they, not the declaration, decide what is quantized, and which spelling
                 of a name `to_hf` writes.
 
         Raises:
-            PlanError: no table for the model type, a name that no rule or two rules claim.
+            PlanError: no table for the model type, a name that no rule or two rules match.
         """
         self.config, self.dtype = config, dtype
         self._keys = keys.build(config, table, names)
-        self._any = any(k.algo for k in self._keys.hub.values())
+        self._any_quantized = any(k.algo for k in self._keys.hub.values())
 
     @property
     def quantized(self) -> tuple[str, ...]:
@@ -90,103 +97,115 @@ class StateDictAdapter:
         exclude_key_regex: str | None = None,
         **_: Any,
     ) -> StateDict:
-        """Return the native state dict of a hub state dict, which is emptied on the way.
+        """Return the native state dict of a hub state dict, which is emptied in the process.
 
-        Every name is checked before the first tensor is touched; an error up to there leaves the
-        dict as it was. Then one native tensor is made at a time and its sources are dropped, so
-        that beside input and result no more than one stack of experts is alive. Parts that are
-        still views of their native stack (from `to_hf`) give that stack back, uncopied.
+        Every name is checked before the first tensor is removed; an error up to there leaves the
+        dict unchanged. Then one native tensor is made at a time and its sources are dropped, so
+        that memory holds input, result and at most one stack of experts more. Parts that are still
+        views of their native stack (from `to_hf`) give that stack back without a copy.
 
         Args:
             hf_state_dict: hub name to tensor: the whole checkpoint or any set of whole layers or
                 tensors of it.
-            device_mesh: where experts are spread over ranks: a mesh with a dimension ``ep``, or of
+            device_mesh: where experts are sharded over ranks: a mesh with a dimension ``ep``, or of
                 one dimension. Experts of other ranks are dropped; stacks become DTensors,
                 ``Shard(0)`` on that dimension.
             exclude_key_regex: hub names that it matches from their start are dropped.
 
         Raises:
-            PlanError: a name that the family does not have, a scale without its weight, codes
-                without their scale, a stack without all of its experts, one tensor under two names,
-                a layout that a stack cannot have.
+            PlanError: a name that the family does not have, a scale without its weight, an FP8
+                weight without its scale, a stack without all of its experts, one tensor under two
+                names, a sharding that a stack cannot have.
             EncodeError: parts that do not fit one another, NaN or infinity after decoding.
         """
         excluded = _matcher(exclude_key_regex)
         dropped = [n for n in hf_state_dict if excluded(n)]
-        parts = self._parts(hf_state_dict, frozenset(dropped))
-        wanted = (
-            shards.expert_range(device_mesh, self._keys.experts) if self._keys.experts else range(0)
-        )
-        todo: dict[str, list[_Part]] = {}
-        for part in parts:
-            if part.key.stack is None or part.key.expert in wanted:
-                todo.setdefault(part.key.native, []).append(part)
+        weights = self._weights(hf_state_dict, frozenset(dropped))
+        experts = range(0)
+        if self._keys.experts:
+            experts = shards.expert_range(device_mesh, self._keys.experts)
+        by_native: dict[str, list[_HubWeight]] = {}
+        for weight in weights:
+            part = weight.key.part
+            if part is None or part.expert in experts:
+                by_native.setdefault(weight.key.native, []).append(weight)
             else:
-                dropped += [part.weight] if part.scale is None else [part.weight, part.scale]
-        for native, found in todo.items():
-            self._complete(native, found, wanted)
+                dropped += [n for n in (weight.weight, weight.scale) if n is not None]
+        for native, own in by_native.items():
+            self._require_complete(native, own, experts)
         for name in dropped:
             del hf_state_dict[name]
         result: StateDict = {}
-        for native, found in todo.items():
-            stack = found[0].key.stack
-            if stack is None:
-                result[native] = self._take(hf_state_dict, found[0])
+        for native, own in by_native.items():
+            if own[0].key.part is None:
+                result[native] = self._take(hf_state_dict, own[0])
             else:
-                result[native] = self._stack(
-                    hf_state_dict, native, stack, found, wanted, device_mesh
+                stacked, first = self._stack(hf_state_dict, own, experts)
+                stack = own[0].part.stack
+                result[native] = shards.join(
+                    stacked, stack, first, device_mesh, self._keys.experts, native
                 )
         return result
 
-    def _parts(self, given: StateDict, dropped: frozenset[str]) -> list[_Part]:
+    def _weights(self, state: StateDict, dropped: frozenset[str]) -> list[_HubWeight]:
         """Return the weights of a hub state dict with their scales, every name accounted for.
 
         Raises:
             PlanError: names that do not fit the family or one another.
         """
-        found: list[_Part] = []
-        first: dict[int, str] = {}
+        weights: list[_HubWeight] = []
+        names: dict[int, str] = {}
         scales: set[str] = set()
-        for name in given:
+        for name in state:
             if name in dropped:
                 continue
             head, _, leaf = name.rpartition(".")
             if leaf in SCALES:
-                if f"{head}.weight" not in given or f"{head}.weight" in dropped:
+                if f"{head}.weight" not in state or f"{head}.weight" in dropped:
                     raise PlanError(f"{name}: a scale, and {head}.weight is not in the state dict")
                 scales.add(name)
                 continue
             if leaf in SCALE_LEAVES:
-                raise PlanError(f"{name}: no part of MXFP8, which is what this adapter decodes")
+                raise PlanError(f"{name}: not a tensor of MXFP8, which this adapter decodes")
             key = self._key(name)
-            if first.setdefault(id(key), name) != name:
+            other = names.setdefault(id(key), name)
+            if other != name:
+                raise PlanError(f"{name} and {other} are two names of one tensor, {key.native}")
+            weights.append(_HubWeight(key, name, self._scale_of(name, key, state, dropped)))
+        unused = scales - {w.scale for w in weights}
+        if unused:
+            raise PlanError(f"{_listed(sorted(unused))}: scales without a weight in the state dict")
+        return weights
+
+    @staticmethod
+    def _scale_of(name: str, key: Key, state: StateDict, dropped: frozenset[str]) -> str | None:
+        """Return the scale of a weight, None for an unquantized one.
+
+        Raises:
+            PlanError: two scales, a scale that is missing or not expected, a format other than
+                MXFP8.
+        """
+        head = name.removesuffix("weight")
+        scales = [head + leaf for leaf in SCALES if head + leaf in state]
+        scales = [scale for scale in scales if scale not in dropped]
+        if len(scales) > 1:
+            raise PlanError(f"{name}: two scales, {' and '.join(scales)}")
+        dtype = state[name].dtype
+        if dtype not in shards.CODES:
+            if scales:
                 raise PlanError(
-                    f"{name} and {first[id(key)]} are two names of one tensor, {key.native}"
+                    f"{scales[0]}: a scale of a {dtype} weight; MXFP8 weights are float8_e4m3fn"
                 )
-            siblings = [f"{name.removesuffix('weight')}{leaf}" for leaf in SCALES]
-            beside = [s for s in siblings if s in given and s not in dropped]
-            if len(beside) > 1:
-                raise PlanError(f"{name}: two scales, {' and '.join(beside)}")
-            coded = given[name].dtype in shards.CODES
-            if coded and not beside:
-                scale = f"{name.removesuffix('weight')}{key.scale}"
-                raise PlanError(
-                    f"{name}: {given[name].dtype} codes without a scale; {scale} is not in the state dict"
-                )
-            if beside and not coded:
-                raise PlanError(
-                    f"{beside[0]}: a scale beside {given[name].dtype}; MXFP8 codes are float8_e4m3fn"
-                )
-            if coded and key.algo not in (None, "MXFP8"):
-                raise PlanError(f"{name}: declared {key.algo}; this adapter decodes MXFP8 alone")
-            if coded:
-                with _named(name):
-                    shards.require_pair(given[name], given[beside[0]])
-            found.append(_Part(key, name, beside[0] if beside else None))
-        loose = scales - {p.scale for p in found}
-        if loose:
-            raise PlanError(f"{_some(sorted(loose))}: scales of no weight in the state dict")
-        return found
+            return None
+        if not scales:
+            raise PlanError(
+                f"{name}: {dtype} without a scale; {head}{key.scale} is not in the state dict"
+            )
+        if key.algo not in (None, "MXFP8"):
+            raise PlanError(f"{name}: declared {key.algo}; this adapter decodes MXFP8 only")
+        with _named(name):
+            shards.require_pair(state[name], state[scales[0]])
+        return scales[0]
 
     def _key(self, name: str) -> Key:
         key = self._keys.hub.get(name)
@@ -194,73 +213,94 @@ class StateDictAdapter:
             raise PlanError(self._keys.unknown(name))
         return key
 
-    def _complete(self, native: str, found: list[_Part], wanted: range) -> None:
-        if found[0].key.stack is None:
+    def _require_complete(self, native: str, weights: list[_HubWeight], experts: range) -> None:
+        """Check that a stack has all parts of this rank's experts.
+
+        Raises:
+            PlanError: naming the missing parts.
+        """
+        if weights[0].key.part is None:
             return
-        have = {id(p.key) for p in found}
+        present = {id(w.key) for w in weights}
         missing = [
-            k.hub for k in self._keys.native[native] if k.expert in wanted and id(k) not in have
+            key.hub
+            for key in self._keys.native[native]
+            if key.part is not None and key.part.expert in experts and id(key) not in present
         ]
         if missing:
-            total = len(wanted) * len(found[0].key.stack.hub)
-            hint = (
-                "; experts that are spread over ranks need device_mesh="
-                if len(wanted) == self._keys.experts
-                else ""
+            total = len(experts) * len(weights[0].part.stack.hub)
+            hint = ""
+            if len(experts) == self._keys.experts:
+                hint = "; experts that are sharded over ranks need device_mesh="
+            raise PlanError(
+                f"{native}: {len(missing)} of its {total} parts are not in the state dict: "
+                f"{_listed(missing)}{hint}"
             )
-            lack = f"{len(missing)} of its {total} parts are not in the state dict"
-            raise PlanError(f"{native}: {lack}: {_some(missing)}{hint}")
 
-    def _take(self, given: StateDict, part: _Part) -> torch.Tensor:
+    def _take(self, state: StateDict, weight: _HubWeight) -> torch.Tensor:
         """Remove a weight and its scale from the state dict and return its values."""
-        weight = given.pop(part.weight)
-        if part.scale is None:
-            return weight
-        with _named(part.weight):
-            return shards.dequantize_mxfp8(weight, given.pop(part.scale), dtype=self.dtype)
+        value = state.pop(weight.weight)
+        if weight.scale is None:
+            return value
+        with _named(weight.weight):
+            return shards.dequantize_mxfp8(value, state.pop(weight.scale), dtype=self.dtype)
 
     def _stack(
-        self,
-        given: StateDict,
-        native: str,
-        stack: Stack,
-        found: list[_Part],
-        wanted: range,
-        mesh: DeviceMesh | None,
-    ) -> torch.Tensor:
-        """Remove the parts of one stack from the state dict and return it."""
-        found.sort(key=lambda p: (p.key.expert, p.key.piece))
-        first = part = self._take(given, found[0])
+        self, state: StateDict, weights: list[_HubWeight], experts: range
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Remove the parts of one stack from the state dict; return the local stack and its first
+        part.
+        """
+        weights.sort(key=lambda w: w.key.order)
+        stack = weights[0].part.stack
+        first = self._take(state, weights[0])
         matrix = shards.local(first)
         if matrix.ndim != 2:
             raise EncodeError(
-                f"{found[0].weight}: shape {list(matrix.shape)}; a stack is made of [out, in]"
+                f"{weights[0].weight}: shape {list(matrix.shape)}; parts of a stack are [out, in]"
             )
-        stacked = shards.whole(stack, matrix, len(wanted))
-        kept = stacked is not None and all(
-            shards.same_memory(
-                given[p.weight], stacked, stack, p.key.expert - wanted.start, p.key.piece
-            )
-            for p in found[1:]
-        )
-        if stacked is None or not kept:
-            stacked = shards.allocate(stack, len(wanted), matrix)
-        for i, each in enumerate(found):
-            part = first if i == 0 else self._take(given, each)
-            if not kept:
-                self._fits(part, first, each.weight, found[0].weight)
-                shards.view(stacked, stack, each.key.expert - wanted.start, each.key.piece).copy_(
-                    shards.local(part)
-                )
-        return shards.join(stacked, stack, first, mesh, self._keys.experts, native)
+        views = self._original_stack(state, matrix, weights, experts)
+        if views is not None:
+            for weight in weights[1:]:
+                self._take(state, weight)
+            return views, first
+        stacked = shards.allocate(stack, len(experts), matrix)
+        for i, weight in enumerate(weights):
+            value = first if i == 0 else self._take(state, weight)
+            self._require_same(value, first, weight.weight, weights[0].weight)
+            part = weight.part
+            target = shards.view(stacked, stack, part.expert - experts.start, part.index)
+            target.copy_(shards.local(value))
+        return stacked, first
 
     @staticmethod
-    def _fits(part: torch.Tensor, first: torch.Tensor, name: str, first_name: str) -> None:
-        for what in ("shape", "dtype", "device_mesh", "placements"):
-            a, b = getattr(part, what, None), getattr(first, what, None)
+    def _original_stack(
+        state: StateDict, matrix: torch.Tensor, weights: list[_HubWeight], experts: range
+    ) -> torch.Tensor | None:
+        """Return the native stack that all parts are views of, None where they are not."""
+        stack: NativeStack = weights[0].part.stack
+        stacked = shards.whole(stack, matrix, len(experts))
+        if stacked is None:
+            return None
+        for weight in weights[1:]:
+            expert, index = weight.part.expert - experts.start, weight.part.index
+            if not shards.same_memory(state[weight.weight], stacked, stack, expert, index):
+                return None
+        return stacked
+
+    @staticmethod
+    def _require_same(value: torch.Tensor, first: torch.Tensor, name: str, first_name: str) -> None:
+        """Check that two parts of a stack have the same shape, dtype and sharding.
+
+        Raises:
+            EncodeError: naming both.
+        """
+        for attribute in ("shape", "dtype", "device_mesh", "placements"):
+            a, b = getattr(value, attribute, None), getattr(first, attribute, None)
             if a != b:
                 raise EncodeError(
-                    f"{name}: {what} {_plain(a)} beside {_plain(b)} of {first_name}; one stack holds both"
+                    f"{name}: {attribute} {_text(a)}, but {first_name} of the same stack has "
+                    f"{_text(b)}"
                 )
 
     # --- to the hub
@@ -294,64 +334,67 @@ class StateDictAdapter:
 
         Args:
             fqn: its native name.
-            tensor: whole, or a DTensor; of a stack that is sharded over experts, this rank's come
-                out.
+            tensor: whole, or a DTensor; of a stack that is sharded over experts, this rank's
+                experts are returned.
             exclude_key_regex: names, native or hub, that it matches from their start are left out.
-            quantization: what a load of the quantized checkpoint asks for: each weight that it
-                keeps in MXFP8 as float8_e4m3fn (the values under a scale of 1, rounded and clamped;
-                a load overwrites them) and the placeholder of `create_mxfp8_scale_inv`. Not a way
-                to quantize. Without it parts of a stack are views.
+            quantization: for loading the quantized checkpoint: each weight that it keeps in MXFP8
+                as float8_e4m3fn (the values with a scale of 1, rounded and clamped; the load
+                overwrites them) and the placeholder of `create_mxfp8_scale_inv`. Not a way to
+                quantize. Without it parts of a stack are views.
 
         Raises:
-            PlanError: a name that is none of the table's, a stack that does not split,
+            PlanError: a name that is not in the table, a stack that does not split,
                 ``quantization`` where the config declares no MXFP8, or another format for this
                 tensor.
         """
         excluded = _matcher(exclude_key_regex)
         if excluded(fqn):
             return []
-        found = self._keys.native.get(fqn)
-        if found is None:
+        own = self._keys.native.get(fqn)
+        if own is None:
             raise PlanError(
-                f"{fqn}: no native tensor of this family under this config; exclude_key_regex= leaves it out"
+                f"{fqn}: the family has no such native tensor under this config; "
+                "exclude_key_regex= leaves it out"
             )
         if quantization:
-            self._declared()
-        stack = found[0].stack
-        if stack is None:
-            pairs = [(found[0], tensor)]
-        else:
-            at = {(k.expert, k.piece): k for k in found}
-            pairs = [
-                (at[e, p], part)
-                for e, p, part in shards.cut(tensor, stack, self._keys.experts, fqn)
-            ]
+            self._require_declared()
         result: list[tuple[str, torch.Tensor]] = []
-        for key, value in pairs:
+        for key, value in self._hub_values(fqn, own, tensor):
             if excluded(key.hub):
                 continue
             if not quantization or key.algo is None:
                 result.append((key.hub, value))
                 continue
             if key.algo != "MXFP8":
-                raise PlanError(f"{key.hub}: declared {key.algo}; this adapter loads MXFP8 alone")
+                raise PlanError(f"{key.hub}: declared {key.algo}; this adapter loads MXFP8 only")
             result.append((key.hub, shards.codes(value)))
             if not excluded(key.scale_name):
                 result.append((key.scale_name, shards.create_mxfp8_scale_inv(value)))
         return result
 
-    def _declared(self) -> None:
-        declared = self._keys.declaration
-        if declared is not None and not declared.known:
-            method = declared.method or "of no known method"
-            raise PlanError(f"quantization=True, and quantization_config is {method}: not MXFP8")
-        if not self._any:
-            raise PlanError("quantization=True, and the config declares no quantized weight")
+    def _hub_values(
+        self, native: str, own: tuple[Key, ...], tensor: torch.Tensor
+    ) -> list[tuple[Key, torch.Tensor]]:
+        """Return the keys of a native tensor with their values."""
+        part = own[0].part
+        if part is None:
+            return [(own[0], tensor)]
+        by_order = {key.order: key for key in own}
+        cuts = shards.cut(tensor, part.stack, self._keys.experts, native)
+        return [(by_order[expert, index], value) for expert, index, value in cuts]
+
+    def _require_declared(self) -> None:
+        declaration = self._keys.declaration
+        if declaration is not None and not declaration.known:
+            method = declaration.method or "an unknown method"
+            raise PlanError(f"quantization=True, but quantization_config is {method}, not MXFP8")
+        if not self._any_quantized:
+            raise PlanError("quantization=True, but the config declares no quantized weight")
 
 
 @contextmanager
 def _named(name: str) -> Iterator[None]:
-    """Put a tensor's name before what is wrong with it."""
+    """Prefix the message of an `EncodeError` with a tensor's name."""
     try:
         yield
     except EncodeError as error:
@@ -365,14 +408,14 @@ def _matcher(pattern: str | None) -> Callable[[str], object]:
         return re.compile(pattern).match
     except re.error as error:
         raise PlanError(
-            f"exclude_key_regex {pattern!r} is no regular expression: {error}"
+            f"exclude_key_regex {pattern} is not a regular expression: {error}"
         ) from error
 
 
-def _some(names: list[str]) -> str:
-    rest = len(names) - SHOWN
-    return ", ".join(names[:SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+def _listed(names: list[str]) -> str:
+    rest = len(names) - LISTED
+    return ", ".join(names[:LISTED]) + (f" and {rest} more" if rest > 0 else "")
 
 
-def _plain(value: Any) -> str:
+def _text(value: Any) -> str:
     return str(list(value)) if isinstance(value, torch.Size) else str(value)

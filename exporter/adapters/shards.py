@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensors that are whole or sharded: decode a shard, and cut a native stack into hub weights and
-join it again.
+"""Whole or sharded tensors: decode a shard, cut a native stack into hub weights, and join it again.
 
-A DTensor's place in the global tensor is the one that distributed checkpointing reads it from
-(``DTensor.__create_chunk_list__``), so that codes and scales always belong together.
+The offset of a DTensor's shard is the one that distributed checkpointing reads it from
+(``DTensor.__create_chunk_list__``), so that values and scales always belong together.
 """
 
 from __future__ import annotations
@@ -16,9 +15,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from exporter import codecs
-from exporter.adapters.tables import Stack
+from exporter.adapters.tables import NativeStack
 from exporter.codecs.constants import E4M3_MAX, E8M0_BIAS, MX_BLOCK
 from verifier.errors import EncodeError, PlanError
+from verifier.text import counted
 
 CODES = (torch.float8_e4m3fn, torch.uint8)
 _TARGETS = (torch.float32, torch.bfloat16, torch.float16)
@@ -35,7 +35,9 @@ def create_mxfp8_scale_inv(weight: torch.Tensor) -> torch.Tensor:
         EncodeError: fewer than two dimensions.
     """
     if weight.ndim < 2:
-        raise EncodeError(f"mxfp8: a weight of shape {list(weight.shape)}; [out, in] is the least")
+        raise EncodeError(
+            f"mxfp8: a weight of shape {list(weight.shape)}; it needs at least [out, in]"
+        )
     shape = (*weight.shape[:-1], -(-weight.shape[-1] // MX_BLOCK))
     return torch.full(shape, E8M0_BIAS, dtype=torch.uint8, device=local(weight).device)
 
@@ -43,14 +45,14 @@ def create_mxfp8_scale_inv(weight: torch.Tensor) -> torch.Tensor:
 def dequantize_mxfp8(
     weight: torch.Tensor, scale_inv: torch.Tensor, *, dtype: torch.dtype = torch.bfloat16
 ) -> torch.Tensor:
-    """Return the values of an MXFP8 weight; a DTensor's local shard against the slice of the scale
-    that belongs to it.
+    """Return the values of an MXFP8 weight; a DTensor's local shard is decoded with its slice of the
+    scale.
 
     Args:
         weight: float8_e4m3fn [out, in] or its bytes as uint8; a DTensor in any sharding, also
             across blocks.
         scale_inv: E8M0 bytes, uint8 or float8_e8m0fnu [out, ceil(in/32)]: whole, or a DTensor whose
-            local shard holds what the weight's needs. A ragged last block is read.
+            local shard covers the weight's. The last block may be short.
         dtype: of the result: float32, bfloat16 or float16.
 
     Returns:
@@ -58,67 +60,68 @@ def dequantize_mxfp8(
 
     Raises:
         EncodeError: shapes or dtypes that do not fit, NaN or infinity among the values, a scale
-            that does not reach.
+            that does not cover the weight.
     """
     if dtype not in _TARGETS:
-        raise EncodeError(f"mxfp8: a target of {dtype}; float32, bfloat16 or float16 belongs here")
+        raise EncodeError(f"mxfp8: dtype is {dtype}; use float32, bfloat16 or float16")
     require_pair(weight, scale_inv)
     code = local(weight)
     (row, column), (rows, columns) = _window(weight)
     first, last = column // MX_BLOCK, -(-(column + columns) // MX_BLOCK)
-    values = _decode(
-        code, _reach(scale_inv, row, row + rows, first, last), column % MX_BLOCK, dtype
-    )
+    scale = _scale_slice(scale_inv, (row, row + rows), (first, last))
+    values = _decode(code, scale, column % MX_BLOCK, dtype)
     if not values.is_meta and not bool(torch.isfinite(values).all()):
-        raise EncodeError(f"mxfp8: the values hold NaN or infinity in {dtype}")
+        raise EncodeError(f"mxfp8: the decoded values hold NaN or infinity in {dtype}")
     return like(weight, values)
 
 
 def require_pair(weight: torch.Tensor, scale: torch.Tensor) -> None:
-    """Refuse a weight and a scale that are not one MXFP8 tensor's.
+    """Check that a weight and a scale make one MXFP8 tensor.
 
     Raises:
         EncodeError: shapes or dtypes that do not fit.
     """
     if weight.ndim != 2 or tuple(scale.shape) != (weight.shape[0], -(-weight.shape[1] // MX_BLOCK)):
-        shapes = f"a weight of shape {list(weight.shape)} and a scale of shape {list(scale.shape)}"
-        raise EncodeError(f"mxfp8: {shapes}; [out, in] and [out, ceil(in/32)] belong here")
-    if weight.dtype not in CODES or scale.dtype not in (torch.uint8, torch.float8_e8m0fnu):
-        dtypes = f"a weight of {weight.dtype} and a scale of {scale.dtype}"
         raise EncodeError(
-            f"mxfp8: {dtypes}; float8_e4m3fn, and uint8 or float8_e8m0fnu belong here"
+            f"mxfp8: a weight of shape {list(weight.shape)} and a scale of shape "
+            f"{list(scale.shape)}; expected [out, in] and [out, ceil(in/32)]"
+        )
+    if weight.dtype not in CODES or scale.dtype not in (torch.uint8, torch.float8_e8m0fnu):
+        raise EncodeError(
+            f"mxfp8: a weight of {weight.dtype} and a scale of {scale.dtype}; expected "
+            "float8_e4m3fn, and uint8 or float8_e8m0fnu"
         )
 
 
 def _decode(code: torch.Tensor, scale: torch.Tensor, skip: int, dtype: torch.dtype) -> torch.Tensor:
-    """Decode codes whose first column is number ``skip`` of its block."""
+    """Decode values whose first column is number ``skip`` of its block."""
     if not code.numel():
         return torch.empty(code.shape, dtype=dtype, device=code.device)
     scale = scale.to(code.device)
     head = min(MX_BLOCK - skip, code.shape[1]) if skip else 0
-    ends = (
-        [(code[:, :head], scale[:, :1]), (code[:, head:], scale[:, 1:])]
-        if head
-        else [(code, scale)]
-    )
-    found = [
+    parts = [(code, scale)]
+    if head:
+        parts = [(code[:, :head], scale[:, :1]), (code[:, head:], scale[:, 1:])]
+    decoded = [
         codecs.decode({"weight": c, "weight_scale": s}, "mxfp8", dtype=dtype)
-        for c, s in ends
+        for c, s in parts
         if c.shape[1]
     ]
-    return found[0] if len(found) == 1 else torch.cat(found, 1)
+    return decoded[0] if len(decoded) == 1 else torch.cat(decoded, 1)
 
 
-def _reach(scale: torch.Tensor, top: int, bottom: int, first: int, last: int) -> torch.Tensor:
-    """Return rows ``top`` to ``bottom`` and blocks ``first`` to ``last`` of a scale that may itself
-    be a shard.
-    """
+def _scale_slice(
+    scale: torch.Tensor, row_range: tuple[int, int], block_range: tuple[int, int]
+) -> torch.Tensor:
+    """Return rows and blocks of a scale, by their global numbers; it may itself be a shard."""
+    (top, bottom), (first, last) = row_range, block_range
     (row, block), (rows, blocks) = _window(scale)
     inside = row <= top and bottom <= row + rows and block <= first and last <= block + blocks
     if top < bottom and first < last and not inside:
         raise EncodeError(
-            f"mxfp8: the local scale holds rows {row} to {row + rows} and blocks {block} to {block + blocks}; the weight's "
-            f"shard needs rows {top} to {bottom} and blocks {first} to {last}: load the scale whole"
+            f"mxfp8: the local scale holds rows {row} to {row + rows} and blocks {block} to "
+            f"{block + blocks}; the weight's shard needs rows {top} to {bottom} and blocks {first} "
+            f"to {last}: load the whole scale"
         )
     return local(scale)[top - row : bottom - row, first - block : last - block]
 
@@ -129,8 +132,8 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def like(tensor: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Return ``values`` as the local shard of a DTensor laid out as ``tensor`` is, where that is
-    one.
+    """Return ``values`` as the local shard of a DTensor with the layout of ``tensor``, where that is
+    a DTensor.
     """
     if not isinstance(tensor, DTensor):
         return values
@@ -160,7 +163,7 @@ def _window(tensor: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return (0,) * tensor.ndim, tuple(tensor.shape)
     chunks = tensor.__create_chunk_list__()  # type: ignore[no-untyped-call]
     if len(chunks) != 1:
-        raise EncodeError(f"a DTensor of {len(chunks)} chunks on one rank; one belongs here")
+        raise EncodeError(f"a DTensor has {len(chunks)} chunks on one rank; expected 1")
     return tuple(chunks[0].offsets), tuple(chunks[0].sizes)
 
 
@@ -168,8 +171,8 @@ def _window(tensor: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
-    """How the parts of a stack lie on a mesh: the mesh of one part (None: whole), and placements in
+class PartSharding:
+    """How the parts of a stack are sharded: the mesh of one part (None: whole), and placements in
     hub dimensions.
     """
 
@@ -177,14 +180,14 @@ class Layout:
     placements: tuple[Placement, ...]
 
 
-def view(stacked: torch.Tensor, stack: Stack, expert: int, piece: int) -> torch.Tensor:
-    """Return the part [out, in] of a local stack that is one expert's piece."""
+def view(stacked: torch.Tensor, stack: NativeStack, expert: int, index: int) -> torch.Tensor:
+    """Return the part [out, in] of a local stack that is projection ``index`` of one expert."""
     matrix = stacked[expert].t() if stack.transpose else stacked[expert]
     out = matrix.shape[0] // len(stack.hub)
-    return matrix[piece * out : (piece + 1) * out]
+    return matrix[index * out : (index + 1) * out]
 
 
-def allocate(stack: Stack, experts: int, part: torch.Tensor) -> torch.Tensor:
+def allocate(stack: NativeStack, experts: int, part: torch.Tensor) -> torch.Tensor:
     """Return an empty local stack for parts like ``part`` [out, in]."""
     out, in_ = part.shape[0] * len(stack.hub), part.shape[1]
     shape = (experts, in_, out) if stack.transpose else (experts, out, in_)
@@ -192,39 +195,41 @@ def allocate(stack: Stack, experts: int, part: torch.Tensor) -> torch.Tensor:
 
 
 def cut(
-    tensor: torch.Tensor, stack: Stack, experts: int, name: str
+    tensor: torch.Tensor, stack: NativeStack, experts: int, name: str
 ) -> Iterator[tuple[int, int, torch.Tensor]]:
-    """Yield (expert, piece, view [out, in]) of a native stack; of a DTensor, what this rank has of
-    each.
+    """Yield (expert, projection, view [out, in]) of a native stack; of a DTensor, this rank's share
+    of each.
 
     Raises:
-        PlanError: another number of experts, an output dimension that the pieces do not divide, a
-            sharding across the pieces' joint.
+        PlanError: a wrong number of experts, an output dimension that the projections do not
+            divide, a sharding across the projections.
     """
-    pieces, joint = len(stack.hub), 2 if stack.transpose else 1
+    count, joint = len(stack.hub), 2 if stack.transpose else 1
     if tensor.ndim != 3 or tensor.shape[0] != experts:
         raise PlanError(
-            f"{name}: shape {list(tensor.shape)}; {experts} experts, first of 3 dimensions, belong here"
+            f"{name}: shape {list(tensor.shape)}; expected 3 dimensions, the first {experts} "
+            "experts"
         )
-    if tensor.shape[joint] % pieces:
+    if tensor.shape[joint] % count:
         raise PlanError(
-            f"{name}: shape {list(tensor.shape)}: dimension {joint} does not split into {pieces} equal pieces"
+            f"{name}: shape {list(tensor.shape)}: dimension {joint} does not split into {count} "
+            "equal parts"
         )
-    found = local(tensor)
-    layout, first = (
-        _parts_layout(tensor, stack, name) if isinstance(tensor, DTensor) else (Layout(None, ()), 0)
-    )
-    shape = (tensor.shape[joint] // pieces, tensor.shape[3 - joint])
-    for i in range(found.shape[0]):
-        for piece in range(pieces):
-            part = view(found, stack, i, piece)
-            if layout.mesh is not None:
-                part = wrap(part, layout.mesh, layout.placements, shape)
-            yield first + i, piece, part
+    stacked = local(tensor)
+    sharding, first = PartSharding(None, ()), 0
+    if isinstance(tensor, DTensor):
+        sharding, first = _part_sharding(tensor, stack, name)
+    shape = (tensor.shape[joint] // count, tensor.shape[3 - joint])
+    for i in range(stacked.shape[0]):
+        for index in range(count):
+            part = view(stacked, stack, i, index)
+            if sharding.mesh is not None:
+                part = wrap(part, sharding.mesh, sharding.placements, shape)
+            yield first + i, index, part
 
 
-def _parts_layout(tensor: DTensor, stack: Stack, name: str) -> tuple[Layout, int]:
-    """Return the layout of a sharded stack's parts, and the number of this rank's first expert."""
+def _part_sharding(tensor: DTensor, stack: NativeStack, name: str) -> tuple[PartSharding, int]:
+    """Return the sharding of a sharded stack's parts, and the number of this rank's first expert."""
     mesh, keep, placements = tensor.device_mesh, [], []
     for i, placement in enumerate(tensor.placements):
         if type(placement) is Shard and placement.dim == 0:
@@ -233,33 +238,37 @@ def _parts_layout(tensor: DTensor, stack: Stack, name: str) -> tuple[Layout, int
         placements.append(_moved(placement, stack, True, mesh.size(i), name))
     (first, *_), _ = _window(tensor)
     if not keep:
-        return Layout(None, ()), first
+        return PartSharding(None, ()), first
     if len(keep) == mesh.ndim:
-        return Layout(mesh, tuple(placements)), first
+        return PartSharding(mesh, tuple(placements)), first
     names = mesh.mesh_dim_names
     if names is None:
         raise PlanError(
-            f"{name}: sharded on a mesh of {mesh.ndim} dimensions without names; name them (mesh_dim_names)"
+            f"{name}: sharded on a mesh of {mesh.ndim} dimensions without names; set mesh_dim_names"
         )
-    return Layout(mesh[tuple(names[i] for i in keep)], tuple(placements)), first
+    return PartSharding(mesh[tuple(names[i] for i in keep)], tuple(placements)), first
 
 
-def _moved(placement: Placement, stack: Stack, to_hub: bool, ranks: int, name: str) -> Placement:
+def _moved(
+    placement: Placement, stack: NativeStack, to_hub: bool, ranks: int, name: str
+) -> Placement:
     """Return a placement in the dimensions of a part [out, in], or of the stack.
 
     Raises:
-        PlanError: neither replicated nor a plain shard, or sharded over several ranks where pieces
-            are joined.
+        PlanError: neither replicated nor a plain shard, or sharded over several ranks along the
+            dimension that joins projections.
     """
     if isinstance(placement, Replicate):
         return placement
     if type(placement) is not Shard:
-        raise PlanError(f"{name}: placed as {placement}; only Shard and Replicate are read")
+        raise PlanError(
+            f"{name}: its placement is {placement}; only Shard and Replicate are supported"
+        )
     to = 2 - placement.dim if stack.transpose else placement.dim + (-1 if to_hub else 1)
     if (to if to_hub else placement.dim) == 0 and len(stack.hub) > 1 and ranks > 1:
         raise PlanError(
-            f"{name}: sharded along the output dimension, in which {len(stack.hub)} projections are joined: no shard "
-            "holds its part of each; shard the input dimension or the experts"
+            f"{name}: sharded along the output dimension, which joins {len(stack.hub)} projections: "
+            "no shard holds a part of each; shard the input dimension or the experts"
         )
     return Shard(to)
 
@@ -269,19 +278,20 @@ def expert_range(mesh: DeviceMesh | None, experts: int) -> range:
     (or only) dimension.
 
     Raises:
-        PlanError: a mesh of several dimensions, none of them ``ep``; more ranks than experts.
+        PlanError: a mesh of several dimensions, none of them ``ep``; a rank without experts.
     """
     if mesh is None:
         return range(experts)
     dim = _ep_dim(mesh)
     each = -(-experts // mesh.size(dim))
     first = min(mesh.get_local_rank(dim) * each, experts)
-    found = range(first, min(first + each, experts))
-    if not found:
+    own = range(first, min(first + each, experts))
+    if not own:
         raise PlanError(
-            f"{experts} experts over {mesh.size(dim)} ranks leave none for rank {mesh.get_local_rank(dim)}"
+            f"{counted(experts, 'expert')} over {counted(mesh.size(dim), 'rank')} leave none for "
+            f"rank {mesh.get_local_rank(dim)}"
         )
-    return found
+    return own
 
 
 def _ep_dim(mesh: DeviceMesh) -> int:
@@ -290,31 +300,32 @@ def _ep_dim(mesh: DeviceMesh) -> int:
     if mesh.ndim == 1:
         return 0
     raise PlanError(
-        f"a mesh of {mesh.ndim} dimensions, none named 'ep': which one the experts are spread over is not known"
+        f"a mesh of {mesh.ndim} dimensions without one named ep: the dimension that shards the "
+        "experts is unknown"
     )
 
 
 def join(
     stacked: torch.Tensor,
-    stack: Stack,
+    stack: NativeStack,
     part: torch.Tensor,
     mesh: DeviceMesh | None,
     experts: int,
     name: str,
 ) -> torch.Tensor:
-    """Return a filled local stack as the framework's parameter: a DTensor where the parts or the
+    """Return a filled local stack as the framework's parameter: a DTensor where its parts or the
     experts are sharded.
 
     Args:
         stacked: the local stack.
         stack: its rule.
-        part: one of its parts as it was given, whole or a DTensor.
-        mesh: the mesh that experts are spread over, or None.
+        part: one of its parts, whole or a DTensor.
+        mesh: the mesh that shards the experts, or None.
         experts: their number on all ranks.
         name: for messages.
 
     Raises:
-        PlanError: a layout that the parts do not allow.
+        PlanError: a sharding that the parts do not allow.
     """
     own = part.device_mesh if isinstance(part, DTensor) else None
     moved: list[Placement] = []
@@ -331,7 +342,8 @@ def join(
         others = {n for i, n in enumerate(all_names) if i != _ep_dim(mesh)}
         if len(names) != own.ndim or not set(names) <= others:
             raise PlanError(
-                f"{name}: its parts lie on a mesh {names}; {sorted(others)} of device_mesh belong here"
+                f"{name}: its parts are on the mesh dimensions {', '.join(names) or 'without names'}; "
+                f"expected {', '.join(sorted(others)) or 'none'} of device_mesh"
             )
         for dim, placement in zip(names, moved, strict=True):
             placements[all_names.index(dim)] = placement
@@ -339,17 +351,15 @@ def join(
 
 
 def codes(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor as float8_e4m3fn under a scale of 1, contiguous; a DTensor keeps its
-    layout.
-    """
-    found = local(tensor)
-    clamped = found if found.is_meta else found.clamp(-E4M3_MAX, E4M3_MAX)
+    """Return a tensor as float8_e4m3fn with a scale of 1, contiguous; a DTensor keeps its layout."""
+    values = local(tensor)
+    clamped = values if values.is_meta else values.clamp(-E4M3_MAX, E4M3_MAX)
     return like(tensor, clamped.to(torch.float8_e4m3fn, memory_format=torch.contiguous_format))
 
 
-def whole(stack: Stack, part: torch.Tensor, experts: int) -> torch.Tensor | None:
-    """Return the local stack that ``part`` is the first view of, or None where its memory can be no
-    such stack's.
+def whole(stack: NativeStack, part: torch.Tensor, experts: int) -> torch.Tensor | None:
+    """Return the local stack that ``part`` is the first view of, or None where its memory cannot be
+    such a stack.
     """
     out, in_ = part.shape[0] * len(stack.hub), part.shape[1]
     shape = (experts, in_, out) if stack.transpose else (experts, out, in_)
@@ -357,19 +367,19 @@ def whole(stack: Stack, part: torch.Tensor, experts: int) -> torch.Tensor | None
     end = (part.storage_offset() + experts * in_ * out) * part.element_size()
     if part.is_meta or end > part.untyped_storage().nbytes():
         return None
-    found = part.as_strided(shape, strides)
-    return found if same_memory(part, found, stack, 0, 0) else None
+    stacked = part.as_strided(shape, strides)
+    return stacked if same_memory(part, stacked, stack, 0, 0) else None
 
 
 def same_memory(
-    part: torch.Tensor, stacked: torch.Tensor, stack: Stack, expert: int, piece: int
+    part: torch.Tensor, stacked: torch.Tensor, stack: NativeStack, expert: int, index: int
 ) -> bool:
     """Whether a part already is the memory that it would be copied to."""
-    found, there = local(part), view(stacked, stack, expert, piece)
+    source, target = local(part), view(stacked, stack, expert, index)
     return (
-        found.shape == there.shape
-        and found.dtype == there.dtype
-        and found.stride() == there.stride()
-        and found.untyped_storage().data_ptr() == there.untyped_storage().data_ptr()
-        and found.storage_offset() == there.storage_offset()
+        source.shape == target.shape
+        and source.dtype == target.dtype
+        and source.stride() == target.stride()
+        and source.untyped_storage().data_ptr() == target.untyped_storage().data_ptr()
+        and source.storage_offset() == target.storage_offset()
     )

@@ -19,12 +19,13 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import exporter
+from exporter import adapters
 from exporter.adapters import (
     MINIMAX_M3,
     QWEN3_MOE,
     TABLES,
-    Place,
-    Stack,
+    NativePrefix,
+    NativeStack,
     StateDictAdapter,
     create_mxfp8_scale_inv,
     dequantize_mxfp8,
@@ -334,13 +335,13 @@ def test_a_second_family_needs_no_second_adapter(vendor: Any) -> None:
 
 def test_a_table_may_stack_without_transposing_and_name_as_it_likes() -> None:
     stacks = (
-        Stack("moe.up", ("mlp.experts.{expert}.up_proj.weight",), transpose=False),
-        Stack(
+        NativeStack("moe.up", ("mlp.experts.{expert}.up_proj.weight",), transpose=False),
+        NativeStack(
             "moe.gate_down",
             tuple(f"mlp.experts.{{expert}}.{p}_proj.weight" for p in ("gate",)),
             transpose=True,
         ),
-        Stack("moe.down", ("mlp.experts.{expert}.down_proj.weight",), transpose=False),
+        NativeStack("moe.down", ("mlp.experts.{expert}.down_proj.weight",), transpose=False),
     )
     table = dataclasses.replace(QWEN3_MOE, stacks=stacks, inside={"self_attn.": "attention."})
     source = adapting.read(QWEN)
@@ -360,25 +361,25 @@ def test_a_table_may_stack_without_transposing_and_name_as_it_likes() -> None:
     [
         (
             {"inside": {"mlp.gate.": "router.", "mlp.ga": "x."}},
-            r"mlp\.gate\.weight: two rules .* claim it, 'mlp\.gate\.' and 'mlp\.ga'",
+            r"mlp\.gate\.weight: two rules .* match it, .mlp\.gate\.. and .mlp\.ga",
         ),
         (
             {"inside": {"mlp.experts.0.": "first."}},
-            r"^model\.layers\.0\.mlp\.experts\.0\.\w+\.weight: two rules .* claim it",
+            r"^model\.layers\.0\.mlp\.experts\.0\.\w+\.weight: two rules .* match it",
         ),
         (
-            {"places": (*QWEN3_MOE.places, Place(("lm_",), "x."))},
-            r"lm_head\.weight: two rules .* claim it, 'lm_head\.' and 'lm_'",
+            {"places": (*QWEN3_MOE.places, NativePrefix(("lm_",), "x."))},
+            r"lm_head\.weight: two rules .* match it, .lm_head\.. and .lm_.",
         ),
         (
             {"places": QWEN3_MOE.places[:-1]},
-            r"lm_head\.weight: no rule of the table for qwen3_moe names it",
+            r"lm_head\.weight: no rule of the table for qwen3_moe matches it",
         ),
         (
             {"inside": {"self_attn.q_proj.": "self_attn.k_proj."}},
             r"self_attn\.[qk]_proj\.weight and .*[qk]_proj\.weight would both be model\.layers\.0\.self_attn\.k_proj",
         ),
-        ({"family": "no_such"}, r"no layout of the family 'no_such'"),
+        ({"family": "no_such"}, r"no layout of the family no_such"),
     ],
 )
 def test_a_table_that_is_not_one_to_one_is_refused(change: dict[str, Any], message: str) -> None:
@@ -389,7 +390,7 @@ def test_a_table_that_is_not_one_to_one_is_refused(change: dict[str, Any], messa
 def test_a_model_type_without_a_table_is_named() -> None:
     with pytest.raises(
         PlanError,
-        match=r"model_type 'gpt2': no table of native names \(known: minimax_m3, .*give table=",
+        match=r"no table of native names for model_type gpt2 \(known: minimax_m3, .*pass table=",
     ):
         StateDictAdapter({"model_type": "gpt2"})
 
@@ -434,7 +435,7 @@ MTP = "mtp.layers.0."
         (
             lambda s: s.pop(f"{Q}.weight_scale_inv"),
             PlanError,
-            rf"{Q}\.weight: .*e4m3fn codes without a scale; {Q}\.weight_scale_inv",
+            rf"{Q}\.weight: .*e4m3fn without a scale; {Q}\.weight_scale_inv",
         ),
         (
             lambda s: s.pop(f"{MTP}eh_proj.weight_scale_inv"),
@@ -454,7 +455,7 @@ MTP = "mtp.layers.0."
         (
             bad(f"{Q}.weight", torch.zeros(128, 128)),
             PlanError,
-            rf"{Q}\.weight_scale_inv: a scale beside torch\.float32",
+            rf"{Q}\.weight_scale_inv: a scale of a torch\.float32 weight",
         ),
         (
             bad(f"{Q}.weight_scale_inv", torch.zeros(4, 128, dtype=torch.uint8)),
@@ -469,17 +470,17 @@ MTP = "mtp.layers.0."
         (
             bad(f"{Q}.weight_scale_2", torch.zeros(())),
             PlanError,
-            rf"{Q}\.weight_scale_2: no part of MXFP8",
+            rf"{Q}\.weight_scale_2: not a tensor of MXFP8",
         ),
         (
             bad(f"{Q}.bias", torch.zeros(128)),
             PlanError,
-            rf"{Q}\.bias: no tensor that this family has",
+            rf"{Q}\.bias: the family has no such tensor",
         ),
         (
             bad("mtp.layers.1.enorm.weight", torch.zeros(128)),
             PlanError,
-            r"mtp\.layers\.1\.enorm\.weight: .* declares 1 MTP modules",
+            r"mtp\.layers\.1\.enorm\.weight: .* declares 1 MTP module",
         ),
         (
             bad("language_model.mtp.layers.0.enorm.weight", torch.zeros(128)),
@@ -526,12 +527,14 @@ def test_parts_of_a_stack_that_differ_are_refused(mxfp8: State, m3: StateDictAda
     del given[f"{name}_scale_inv"]
     with pytest.raises(
         EncodeError,
-        match=rf"{name}: shape \[64, 128\] beside \[128, 128\] of .*experts\.0\.w1\.weight",
+        match=rf"{name}: shape \[64, 128\], but .*experts\.0\.w1\.weight of the same stack has \[128, 128\]",
     ):
         m3.from_hf(given)
     given = dict(mxfp8) | {name: torch.zeros(128, 128)}
     del given[f"{name}_scale_inv"]
-    with pytest.raises(EncodeError, match=rf"{name}: dtype torch\.float32 beside torch\.bfloat16"):
+    with pytest.raises(
+        EncodeError, match=rf"{name}: dtype torch\.float32, but .* has torch\.bfloat16"
+    ):
         m3.from_hf(given)
 
 
@@ -541,7 +544,7 @@ def test_parts_of_a_stack_that_differ_are_refused(mxfp8: State, m3: StateDictAda
         (
             "model.layers.1.mlp.experts.down_projs",
             torch.zeros(7, 128, 128),
-            r"down_projs: shape \[7, 128, 128\]; 8 experts",
+            r"down_projs: shape \[7, 128, 128\]; expected 3 dimensions, the first 8 experts",
         ),
         (
             "model.layers.1.mlp.experts.gate_and_up_projs",
@@ -551,12 +554,12 @@ def test_parts_of_a_stack_that_differ_are_refused(mxfp8: State, m3: StateDictAda
         (
             "model.layers.1.mlp.experts.0.gate_proj.weight",
             torch.zeros(1),
-            r"no native tensor of this family",
+            r"the family has no such native tensor",
         ),
         (
             "model.layers.1._extra_state",
             torch.zeros(1),
-            r"_extra_state: no native tensor .*exclude_key_regex",
+            r"_extra_state: the family has no such native tensor .*exclude_key_regex",
         ),
     ],
 )
@@ -574,7 +577,7 @@ def test_what_is_excluded_does_not_come_out(m3: StateDictAdapter, native: State)
     )
     assert not any(n.startswith("mtp.") or "lm_head" in n or "extra" in n for n in found)
     assert f"{Q}.weight_scale_inv" in found
-    with pytest.raises(PlanError, match="no regular expression"):
+    with pytest.raises(PlanError, match="is not a regular expression"):
         m3.to_hf(native, exclude_key_regex="(")
 
 
@@ -582,7 +585,7 @@ def test_what_is_excluded_does_not_come_out(m3: StateDictAdapter, native: State)
     ("declaration", "message"),
     [
         (None, "declares no quantized weight"),
-        ({"quant_method": "gptq"}, "quantization_config is gptq: not MXFP8"),
+        ({"quant_method": "gptq"}, "quantization_config is gptq, not MXFP8"),
     ],
 )
 def test_a_quantized_load_of_what_is_not_mxfp8_is_refused(
@@ -599,7 +602,7 @@ def test_nvfp4_is_refused_by_name(mixed: Any) -> None:
     adapter = StateDictAdapter(adapting.config_of(mixed.path))
     with pytest.raises(
         PlanError,
-        match=r"experts\.\d\.\w+\.(weight_scale_2|input_scale): no part of MXFP8|declared NVFP4",
+        match=r"experts\.\d\.\w+\.(weight_scale_2|input_scale): not a tensor of MXFP8|declared NVFP4",
     ):
         adapter.from_hf(adapting.read(mixed.path))
 
@@ -636,11 +639,11 @@ def test_values_that_no_weight_has_are_refused(mxfp8: State, m3: StateDictAdapte
     )
     with pytest.raises(EncodeError, match=r"infinity in torch\.float16"):
         dequantize_mxfp8(large, torch.tensor([[140]], dtype=torch.uint8), dtype=torch.float16)
-    with pytest.raises(EncodeError, match=r"a target of torch\.int8"):
+    with pytest.raises(EncodeError, match=r"dtype is torch\.int8"):
         dequantize_mxfp8(large, torch.tensor([[140]], dtype=torch.uint8), dtype=torch.int8)
     broken = dict(mxfp8)
     broken[f"{Q}.weight_scale_inv"] = torch.full_like(mxfp8[f"{Q}.weight_scale_inv"], 255)
-    with pytest.raises(EncodeError, match=rf"{Q}\.weight: mxfp8: the values hold NaN"):
+    with pytest.raises(EncodeError, match=rf"{Q}\.weight: mxfp8: the decoded values hold NaN"):
         m3.from_hf(broken)
 
 
@@ -708,7 +711,7 @@ def test_a_scale_that_is_a_shard_itself_must_reach(rank: int) -> None:
     weight = adapting.shard(code.view(torch.uint8), mesh, [Shard(0)])
     found = dequantize_mxfp8(weight, adapting.shard(scale, mesh, [Shard(0)]), dtype=torch.float32)
     assert same(found.to_local(), values(code, scale, torch.float32)[2 * rank : 2 * rank + 2])
-    with pytest.raises(EncodeError, match="load the scale whole"):
+    with pytest.raises(EncodeError, match="load the whole scale"):
         dequantize_mxfp8(weight, adapting.shard(scale, mesh, [Shard(1)]))
 
 
@@ -720,7 +723,7 @@ def test_a_stack_sharded_where_its_pieces_are_joined_is_refused(
 
     mesh, name = init_device_mesh("cpu", (4,)), "model.layers.1.mlp.experts.gate_and_up_projs"
     with pytest.raises(
-        PlanError, match=rf"{name}: sharded along the output dimension, in which 2 projections"
+        PlanError, match=rf"{name}: sharded along the output dimension, which joins 2 projections"
     ):
         m3.to_hf({name: adapting.shard(native[name], mesh, [Shard(2)])})
     down = name.replace("gate_and_up", "down")
@@ -749,7 +752,7 @@ def test_experts_are_spread_over_ranks_and_a_mesh(
     assert given == {}
     assert made.placements == (Shard(0),)
     assert same(made.to_local(), native[name][mine.start : mine.stop])
-    with pytest.raises(PlanError, match="none named 'ep'"):
+    with pytest.raises(PlanError, match="without one named ep"):
         m3.from_hf(dict(mxfp8), init_device_mesh("cpu", (2, 2)))
 
 
@@ -878,3 +881,9 @@ def test_the_example_of_the_page_runs(
 def test_the_room_is_public() -> None:
     assert exporter.adapters.StateDictAdapter is StateDictAdapter
     assert MINIMAX_M3.scale == "weight_scale_inv"
+
+
+@pytest.mark.parametrize(("old", "new"), [("Place", NativePrefix), ("Stack", NativeStack)])
+def test_a_renamed_class_is_there_for_one_release(old: str, new: type) -> None:
+    with pytest.warns(DeprecationWarning, match=f"{old} is renamed to {new.__name__}"):
+        assert getattr(adapters, old) is new

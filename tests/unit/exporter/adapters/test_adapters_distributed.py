@@ -108,4 +108,4 @@ def test_the_planner_asks_for_every_scale_whole(ranks: list[Seen], which: str, s
 def test_a_load_that_left_the_scales_out_is_refused(ranks: list[Seen]) -> None:
     for seen in ranks:
         for found in seen.values():
-            assert f"{torch.float8_e4m3fn} codes without a scale" in found["without_scales"]
+            assert f"{torch.float8_e4m3fn} without a scale" in found["without_scales"]
