@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Carry tensors over a `Layout` in both directions, by its own transfers: what `Layout.parts` states
-is only right if values survive the way there and back.
+"""Carry tensors over a `Layout` in both directions, by its own transfers: what `Layout.parts`
+states is only right if values survive the way there and back.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write ``verifier/layouts/families/*.json``: the hub layout of each family, from what transformers itself
-saves.
+"""Write ``verifier/layouts/families/*.json``: the hub layout of each family, from what
+transformers itself saves.
 
     python tools/make_families.py [--check]
 

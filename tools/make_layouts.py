@@ -18,25 +18,29 @@ HEAD = """# Experts in stacks
 
 <!-- rendered by tools/make_layouts.py from verifier/layouts/expert_stacks.toml -->
 
-The hub checkpoints of some families hold all experts of a layer in one tensor. `ckptgate export --expert-layout` writes
-them either way:
+The hub checkpoints of some families hold all experts of a layer in one tensor.
+`ckptgate export --expert-layout` writes them either way:
 
 * `per-expert`: one module per projection of each expert, with weights [out, in] and biases;
-* `hub`: as the hub has them: the same tensors under the same names, with the same axes and the same order of gate and up.
-  Siblings are named `<parameter>_weight_scale`, or `<module>.weight_scale` where the hub's name ends in `.weight`.
+* `hub`: as the hub has them: the same tensors under the same names, with the same axes and the
+  same order of gate and up. Siblings are named `<parameter>_weight_scale`, or
+  `<module>.weight_scale` where the hub's name ends in `.weight`.
 
-Either way blocks run along the input axis, whatever axes the stack has. With *one* scale, a stack has a single
-`weight_scale_2` and a single `input_scale` for all of its experts, as engines read it. With *each*, it has a vector of one
-per expert, and the quantized values are byte for byte those of individual experts.
+Either way blocks run along the input axis, whatever axes the stack has. With *one* scale, a stack
+has a single `weight_scale_2` and a single `input_scale` for all of its experts, as engines read
+it. With *each*, it has a vector of one per expert, and the quantized values are byte for byte
+those of individual experts.
 
-A stack is quantized as a whole or not at all. If the recipe quantizes no expert, stacks are copied unchanged; if it
-quantizes some experts individually, all are written individually. Quantized stacks can be read as well: MXFP4 (`_blocks`,
-`_scales`, [experts, out, in]), 128x128 FP8, and every format that ckptgate writes. 128x128 FP8 is written in stacks only
-where gate and up meet at a multiple of 128.
+A stack is quantized as a whole or not at all. If the recipe quantizes no expert, stacks are
+copied unchanged; if it quantizes some experts individually, all are written individually.
+Quantized stacks can be read as well: MXFP4 (`_blocks`, `_scales`, [experts, out, in]), 128x128
+FP8, and every format that ckptgate writes. 128x128 FP8 is written in stacks only where gate and
+up meet at a multiple of 128.
 
-`check` reads both layouts, and compares either with a base in either: it checks a stack of a family below as the linear
-layers that engines build of it. A finding for `experts.3.gate_proj` may therefore be about a part of a stack; the finding
-names the stack. Stacks of other families are checked as they are stored.
+`check` reads both layouts, and compares either with a base in either: it checks a stack of a
+family below as the linear layers that engines build of it. A finding for `experts.3.gate_proj`
+may therefore be about a part of a stack; the finding names the stack. Stacks of other families
+are checked as they are stored.
 """
 
 

@@ -45,8 +45,9 @@ def create_mxfp8_scale_inv(weight: torch.Tensor) -> torch.Tensor:
 def dequantize_mxfp8(
     weight: torch.Tensor, scale_inv: torch.Tensor, *, dtype: torch.dtype = torch.bfloat16
 ) -> torch.Tensor:
-    """Return the values of an MXFP8 weight; a DTensor's local shard is decoded with its slice of the
-    scale.
+    """Return the values of an MXFP8 weight.
+
+    The local shard of a DTensor is decoded with its slice of the scale.
 
     Args:
         weight: float8_e4m3fn [out, in] or its bytes as uint8; a DTensor in any sharding, also
@@ -132,9 +133,7 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def like(tensor: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Return ``values`` as the local shard of a DTensor with the layout of ``tensor``, where that is
-    a DTensor.
-    """
+    """Return ``values``, as the local shard of a DTensor where ``tensor`` is one."""
     if not isinstance(tensor, DTensor):
         return values
     return wrap(values, tensor.device_mesh, tensor.placements, tuple(tensor.shape))
@@ -229,7 +228,7 @@ def cut(
 
 
 def _part_sharding(tensor: DTensor, stack: NativeStack, name: str) -> tuple[PartSharding, int]:
-    """Return the sharding of a sharded stack's parts, and the number of this rank's first expert."""
+    """Return the sharding of a stack's parts, and the number of this rank's first expert."""
     mesh, keep, placements = tensor.device_mesh, [], []
     for i, placement in enumerate(tensor.placements):
         if type(placement) is Shard and placement.dim == 0:
@@ -267,8 +266,8 @@ def _moved(
     to = 2 - placement.dim if stack.transpose else placement.dim + (-1 if to_hub else 1)
     if (to if to_hub else placement.dim) == 0 and len(stack.hub) > 1 and ranks > 1:
         raise PlanError(
-            f"{name}: sharded along the output dimension, which joins {len(stack.hub)} projections: "
-            "no shard holds a part of each; shard the input dimension or the experts"
+            f"{name}: sharded along the output dimension, which joins {len(stack.hub)} "
+            "projections: no shard holds a part of each; shard the input dimension or the experts"
         )
     return Shard(to)
 
@@ -342,8 +341,8 @@ def join(
         others = {n for i, n in enumerate(all_names) if i != _ep_dim(mesh)}
         if len(names) != own.ndim or not set(names) <= others:
             raise PlanError(
-                f"{name}: its parts are on the mesh dimensions {', '.join(names) or 'without names'}; "
-                f"expected {', '.join(sorted(others)) or 'none'} of device_mesh"
+                f"{name}: its parts are on the mesh dimensions "
+                f"{', '.join(names) or 'without names'}; expected {', '.join(sorted(others)) or 'none'} of device_mesh"
             )
         for dim, placement in zip(names, moved, strict=True):
             placements[all_names.index(dim)] = placement
@@ -351,7 +350,7 @@ def join(
 
 
 def codes(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor as float8_e4m3fn with a scale of 1, contiguous; a DTensor keeps its layout."""
+    """Return a tensor as contiguous float8_e4m3fn with a scale of 1; a DTensor stays one."""
     values = local(tensor)
     clamped = values if values.is_meta else values.clamp(-E4M3_MAX, E4M3_MAX)
     return like(tensor, clamped.to(torch.float8_e4m3fn, memory_format=torch.contiguous_format))

@@ -21,8 +21,8 @@ class NativePrefix:
     """A prefix of hub names and its native counterpart.
 
     ``hub`` may list several spellings, all of which are read; the first is written. In a ``block``
-    (a decoder layer), the table's ``inside`` and ``stacks`` apply to the rest of the name; elsewhere
-    the rest does not change.
+    (a decoder layer), the table's ``inside`` and ``stacks`` apply to the rest of the name;
+    elsewhere the rest does not change.
     """
 
     hub: tuple[str, ...]

@@ -75,8 +75,8 @@ def targets(model: Any, keys: Mapping[str, ParameterKey], modules: Iterable[str]
         key = keys[f"{hub}.weight"].name
         if key not in state:
             raise PlanError(
-                f"{hub} is in the source and not in transformers' {type(model).__name__}, so it has "
-                "no input; use a recipe that does not select it"
+                f"{hub} is in the source and not in transformers' {type(model).__name__}, so it "
+                "has no input; use a recipe that does not select it"
             )
         path, _, leaf = key.rpartition(".")
         module, expert = model.get_submodule(path), expert_key(hub)

@@ -76,8 +76,8 @@ class CalibrationOptions:
         """
         if texts != len(self.samples) or not texts:
             raise UsageError(
-                f"{texts} --texts and {counted(len(self.samples), 'number')} in --samples: pass one number "
-                "per file"
+                f"{texts} --texts and {counted(len(self.samples), 'number')} in --samples: "
+                "pass one number per file"
             )
         if min(self.samples) < 1 or self.seq_len < 2 or self.batch_size < 1 or self.min_tokens < 0:
             raise UsageError(

@@ -181,8 +181,8 @@ def describe_plan(plan: Plan) -> str:
     fused = plan.fused()
     for algo, count in sorted(plan.formats().items()):
         lines.append(
-            f"  quantize  {counted(count, 'linear layer')} ({fused[algo]:,} after fusing) to {algo} in "
-            f"{counted(len(layers), 'layer')}"
+            f"  quantize  {counted(count, 'linear layer')} ({fused[algo]:,} after fusing) to {algo} "
+            f"in {counted(len(layers), 'layer')}"
         )
     for (read, written), count in sorted(plan.requantized().items()):
         verb = "decode" if written == "BF16" else "re-quantize"
@@ -206,7 +206,8 @@ def describe_result(manifest: Manifest, out: str) -> list[str]:
     lines = [f"wrote {out}: {counted(manifest.tensors, 'tensor')}, {manifest.bytes:,} bytes"]
     for algo, count in sorted(manifest.formats.items()):
         here = notes["quantized_here"].get(algo, 0)
-        line = f"  {algo:12} {counted(count, 'module')} ({here:,} quantized now, {count - here:,} kept)"
+        origin = f"{here:,} quantized now, {count - here:,} kept"
+        line = f"  {algo:12} {counted(count, 'module')} ({origin})"
         if algo in notes["scale_range"]:
             low, high = notes["scale_range"][algo]
             line += f", scales {low} to {high}"
@@ -215,8 +216,8 @@ def describe_result(manifest: Manifest, out: str) -> list[str]:
             done, planned, fused = notes["linears"][algo]
             search = manifest.options.get("calibration") if "NVFP4" in algo else "max"
             lines.append(
-                f"  {'':12} {done:,} of {counted(planned, 'linear layer')} ({fused:,} after fusing), scale "
-                f"search: {search}"
+                f"  {'':12} {done:,} of {counted(planned, 'linear layer')} ({fused:,} after fusing), "
+                f"scale search: {search}"
             )
     for pair, count in notes["requantized"].items():
         verb = "decoded" if pair.endswith("BF16") else "re-quantized"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `export`, `merge` and `repair` share: the options of writing, and the check of the result."""
+"""What `export`, `merge` and `repair` share: writing options and the check of the result."""
 
 from __future__ import annotations
 

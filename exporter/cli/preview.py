@@ -31,7 +31,8 @@ def read_prompts(file: str) -> list[Prompt]:
     lines = [line for line in text.splitlines() if line.strip()]
     if not lines or len(lines) > MAX_PROMPTS:
         raise UsageError(
-            f"--preview {file}: {counted(len(lines), 'prompt')}; use 1 to {MAX_PROMPTS}, one per line"
+            f"--preview {file}: {counted(len(lines), 'prompt')}; use 1 to {MAX_PROMPTS}, "
+            "one per line"
         )
     if path.suffix != ".jsonl":
         return list(lines)

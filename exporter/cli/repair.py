@@ -60,7 +60,7 @@ def repair(
     lines.append(f"               {unchanged['sha256_after']} after: equal, tensor by tensor")
     if unchanged["stacks"]:
         lines.append(
-            f"               {counted(unchanged['stacks'], 'stack')} re-assembled from their parts: equal"
+            f"{'':15}{counted(unchanged['stacks'], 'stack')} re-assembled from their parts: equal"
         )
     click.echo("\n".join(lines))
     result = check_result(manifest, out, base=base, report_file=report_file)
@@ -82,14 +82,15 @@ def describe(summary: dict[str, Any]) -> list[str]:
     if count:
         stack, into = next(iter(names.items()))
         lines.append(
-            f"  split        {counted(count, 'stacked or fused tensor')} into {parts:,} ({stack} to "
-            f"{into[0]} first)"
+            f"  split        {counted(count, 'stacked or fused tensor')} into {parts:,} "
+            f"({stack} to {into[0]} first)"
         )
     count, names = summary["replaced"]
     if count:
         first = ", ".join(f"{name} ({how})" for name, how in list(names.items())[:3])
         lines.append(
-            f"  replace      {counted(count, 'unquantized tensor')} different from the base's: {first}"
+            f"  replace      {counted(count, 'unquantized tensor')} different from the base's: "
+            f"{first}"
         )
     count, names = summary["from_base"]
     if count:
@@ -99,7 +100,8 @@ def describe(summary: dict[str, Any]) -> list[str]:
     count, names = summary["dropped"]
     if count:
         lines.append(
-            f"  drop         {counted(count, 'tensor')} without a place in a checkpoint: {', '.join(names[:3])}"
+            f"  drop         {counted(count, 'tensor')} without a place in a checkpoint: "
+            f"{', '.join(names[:3])}"
         )
     declared = summary["described"]
     lines.append(

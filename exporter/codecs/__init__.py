@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Encode and decode weights, by format names of `verifier.schemes`. Pure functions on torch
-tensors, any device.
+"""Encode and decode weights in the formats of `verifier.schemes`: pure functions on torch tensors,
+any device.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from exporter.codecs.fast import backend, use
 from verifier.errors import EncodeError
 
 Parts = dict[str, torch.Tensor]
+"""The tensors of one weight or stack, by their leaf on disk: ``weight``, ``weight_scale``, …"""
 BLOCKS = {
     "nvfp4": NVFP4_BLOCK,
     "w4a16_nvfp4": NVFP4_BLOCK,
@@ -22,7 +23,7 @@ BLOCKS = {
     "fp8_per_channel": 1,
     "fp8_block": 1,
 }
-"""The formats that are written here, with what must divide the input dimension."""
+"""The formats that are encoded, with the number that must divide the input dimension."""
 READ_ONLY = {"nvfp4_ct": foreign.nvfp4_ct, "mxfp4": foreign.mxfp4}
 """The formats that are only decoded."""
 
@@ -42,21 +43,20 @@ def encode(
     Args:
         x: float32, bfloat16 or float16, any stride, any device.
         fmt: a name of `BLOCKS`.
-        amax: fixes the maximum that scales are derived from; refused where the format has no tensor
-            scale.
-        weight_scale_2: fixes the global scale (NVFP4).
-        weight_scale: fixes the block, row or tensor scale; NVFP4 needs ``weight_scale_2`` with it.
-        out: tensors to write into, by leaf (``nvfp4``, ``w4a16_nvfp4``, ``mxfp8``); of the result's
-            shapes and dtypes.
+        amax: the maximum to derive scales from; refused if the format has no tensor scale.
+        weight_scale_2: the global scale to use (NVFP4).
+        weight_scale: the block, row or tensor scale to use; NVFP4 needs ``weight_scale_2`` with it.
+        out: tensors to write into, by leaf (``nvfp4``, ``w4a16_nvfp4``, ``mxfp8``), with the shapes
+            and dtypes of the result.
         threads: how many work on one CPU tensor, each with one intra-op thread; None takes
             `torch.get_num_threads`. The bytes do not depend on it.
 
     Raises:
-        EncodeError: NaN or infinity in ``x`` (named by index), a width the block does not divide, a
-            refused argument, a tensor among the arguments that does not fit ``x``, scales that are
-            not positive and finite.
+        EncodeError: NaN or infinity in ``x`` (named by index), a width that the block size does not
+            divide, a refused argument, an argument that does not fit ``x``, scales that are not
+            positive and finite.
     """
-    _known(fmt)
+    _require_format(fmt)
     if fmt in ("nvfp4", "w4a16_nvfp4"):
         return nvfp4.encode(
             x,
@@ -70,12 +70,12 @@ def encode(
         raise EncodeError(f"{fmt} has no weight_scale_2")
     if fmt == "mxfp8":
         if amax is not None:
-            raise EncodeError("mxfp8 has no tensor scale: amax is of no use to it")
+            raise EncodeError("mxfp8 has no tensor scale; do not pass amax")
         return mxfp8.encode(x, weight_scale=weight_scale, out=out, threads=threads)
     if out is not None:
         raise EncodeError(f"{fmt}: out= is not supported")
     if amax is not None and weight_scale is not None:
-        raise EncodeError(f"{fmt}: amax and weight_scale were both given; each fixes the other")
+        raise EncodeError(f"{fmt}: pass amax or weight_scale, not both")
     return fp8.encode(x, fmt, amax=amax, weight_scale=weight_scale, threads=threads)
 
 
@@ -98,14 +98,13 @@ def decode(
         threads: as for `encode`.
 
     Raises:
-        EncodeError: an unknown format, a part that is missing, parts that do not fit one another, a
-            misfit ``out``.
+        EncodeError: an unknown format, a missing part, parts or an ``out`` that do not fit.
     """
     if fmt in READ_ONLY:
         return READ_ONLY[fmt](parts, dtype=dtype, out=out, threads=threads)
-    _known(fmt)
+    _require_format(fmt)
     if (weight := take(parts, fmt, ("weight",))).ndim < 2:
-        raise EncodeError(f"{fmt}: a weight of shape {list(weight.shape)}; [out, in] is the least")
+        raise EncodeError(f"{fmt}: weight has shape {list(weight.shape)}; expected [..., out, in]")
     if fmt in ("nvfp4", "w4a16_nvfp4"):
         return nvfp4.decode(parts, dtype=dtype, out=out, threads=threads)
     if fmt == "mxfp8":
@@ -114,18 +113,19 @@ def decode(
 
 
 def amax(x: torch.Tensor, fmt: str, *, threads: int | None = None) -> torch.Tensor:
-    """Return max |x| of each matrix of [..., out, in], float32 [...]; what a fused group shares.
+    """Return max |x| of each matrix of [..., out, in], float32 [...]; a fused group shares one.
 
     Raises:
-        EncodeError: an unknown format, NaN or infinity in ``x``, a width the block does not divide.
+        EncodeError: an unknown format, NaN or infinity in ``x``, a width that the block size does
+            not divide.
     """
-    _known(fmt)
+    _require_format(fmt)
     return tensor_amax(x, fmt, BLOCKS[fmt], threads)
 
 
-def _known(fmt: str) -> None:
+def _require_format(fmt: str) -> None:
     if fmt not in BLOCKS:
-        raise EncodeError(f"no format {fmt!r}; one of {', '.join(sorted(BLOCKS))}")
+        raise EncodeError(f"unknown format {fmt}; use one of {', '.join(sorted(BLOCKS))}")
 
 
 __all__ = ["amax", "backend", "decode", "encode", "use"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Numbers of the formats. OCP Microscaling Formats (MX) v1.0, section 5.3; NVFP4 as ModelOpt 0.47
+"""Numbers of the formats: OCP Microscaling Formats (MX) v1.0, section 5.3; NVFP4 as ModelOpt 0.47
 writes it.
 """
 
@@ -18,5 +18,5 @@ E8M0_BIAS = 127
 NVFP4_RANGE = E2M1_MAX * E4M3_MAX
 """2688: what amax is divided by to give ``weight_scale_2``."""
 CHUNK = 1 << 18
-"""Elements worked on at a time: the temporaries of a chunk fit the second-level cache (measured,
-2^17 to 2^19)."""
+"""Elements per chunk: the temporaries of a chunk fit in the second-level cache (measured for 2^17
+to 2^19)."""

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compiled back end: taken for CPU tensors where numba is installed (the extra ``fast``), to
-the same bytes.
+"""The compiled back end: used for CPU tensors if numba is installed (the extra ``fast``), with the
+same bytes.
 
-The torch code is the reference, and what any other device runs. ``CKPTGATE_FAST=0`` in the
-environment, or `use`, turns the compiled one off.
+The torch code is the reference, and runs on all other devices. ``CKPTGATE_FAST=0`` in the
+environment, or `use`, turns the compiled back end off.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from verifier.errors import EncodeError
 
 Backend = Literal["torch", "numba"]
 VARIABLE = "CKPTGATE_FAST"
+_INFINITY = 0x7F800000
 _chosen: list[Backend | None] = [None]
 
 
@@ -31,27 +32,25 @@ def _kernels() -> Any:
 
 
 def use(backend: Backend | None) -> None:
-    """Choose the back end of this process; None returns to the one that the environment gives.
+    """Choose the back end of this process; None restores the default.
 
     Raises:
         EncodeError: numba was chosen and cannot be imported.
     """
     if backend == "numba" and _kernels() is None:
-        raise EncodeError(
-            "the numba back end was chosen, and numba cannot be imported; pip install 'ckptgate[fast]'"
-        )
+        raise EncodeError("cannot import numba; run pip install 'ckptgate[fast]'")
     _chosen[0] = backend
 
 
 def backend() -> Backend:
-    """Return which back end encodes and decodes CPU tensors."""
+    """Return the back end that encodes and decodes CPU tensors."""
     if _chosen[0] is not None:
         return _chosen[0]
     return "torch" if os.environ.get(VARIABLE) == "0" or _kernels() is None else "numba"
 
 
 def kernels(device: torch.device) -> Any:
-    """Return `exporter.codecs.kernels` where it is to be used; None elsewhere."""
+    """Return `exporter.codecs.kernels` if it is to be used for tensors of a device, else None."""
     return _kernels() if device.type == "cpu" and backend() == "numba" else None
 
 
@@ -60,6 +59,6 @@ def array(tensor: torch.Tensor) -> Any:
     return (tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor).detach().numpy()
 
 
-def finite(worst: int) -> bool:
-    """Return whether the bits of a largest magnitude are those of a finite float32."""
-    return worst < 0x7F800000
+def finite(bits: int) -> bool:
+    """Return whether the bits of a magnitude are those of a finite float32."""
+    return bits < _INFINITY

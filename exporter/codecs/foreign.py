@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Formats that are read and never written: MXFP4 (OCP Microscaling v1.0) and compressed-tensors'
-NVFP4.
+"""Formats that are read and never written: MXFP4 (OCP Microscaling v1.0) and the NVFP4 of
+compressed-tensors.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ import torch
 
 from exporter.codecs.blocks import (
     FLOATS,
-    Part,
+    Chunk,
     Rows,
     Scratch,
-    each_part,
+    each_chunk,
+    output,
     require_fit,
     scalar_or,
     take,
-    target,
 )
 from exporter.codecs.constants import MX_BLOCK, NVFP4_BLOCK
 from exporter.codecs.tables import e2m1_pairs, e8m0_powers
@@ -38,15 +38,14 @@ def mxfp4(
             16] with ``scales``; the even column is in the low nibble.
         dtype: of the result.
         out: where to write it, instead of allocating: of the result's shape and dtype.
-        threads: how many work on CPU tensors (`exporter.codecs.blocks.each_part`).
+        threads: how many work on CPU tensors (`exporter.codecs.blocks.each_chunk`).
 
     Raises:
-        EncodeError: a part is missing, parts do not fit one another, ``out`` does not fit.
+        EncodeError: a missing part, parts or an ``out`` that do not fit.
     """
     code, scale = mxfp4_codes(parts)
-    result, flat = target(
-        out, "mxfp4", "out", torch.Size((*code.shape[:-1], code.shape[-1] * 2)), dtype, code.device
-    )
+    shape = (*code.shape[:-1], code.shape[-1] * 2)
+    result, flat = output(out, "mxfp4", "out", shape, dtype, code.device)
     _write(flat, code, e8m0_powers().to(code.device)[scale.to(torch.int64)], MX_BLOCK, threads)
     return result
 
@@ -56,11 +55,10 @@ def mxfp4_codes(parts: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Ten
     MXFP4 weight.
 
     Raises:
-        EncodeError: a part is missing, or they do not fit one another.
+        EncodeError: a missing part, or parts that do not fit each other.
     """
-    scale = take(
-        parts, "mxfp4", ("scales", "weight_scale"), torch.uint8, torch.float8_e8m0fnu
-    ).view(torch.uint8)
+    leaves = ("scales", "weight_scale")
+    scale = take(parts, "mxfp4", leaves, torch.uint8, torch.float8_e8m0fnu).view(torch.uint8)
     code = take(parts, "mxfp4", ("blocks", "weight", "weight_packed"), torch.uint8)
     if "blocks" in parts:
         require_fit(code, "mxfp4", "blocks", (*scale.shape, MX_BLOCK // 2))
@@ -90,52 +88,39 @@ def nvfp4_ct(
             ``weight_global_scale`` float32 [1] (a divisor).
         dtype: of the result.
         out: where to write it, instead of allocating: of the result's shape and dtype.
-        threads: how many work on CPU tensors (`exporter.codecs.blocks.each_part`).
+        threads: how many work on CPU tensors (`exporter.codecs.blocks.each_chunk`).
 
     Raises:
-        EncodeError: a part is missing, parts do not fit one another, ``out`` does not fit.
+        EncodeError: a missing part, parts or an ``out`` that do not fit.
     """
     code = take(parts, "nvfp4_ct", ("weight_packed", "weight"), torch.uint8)
-    scale = take(parts, "nvfp4_ct", ("weight_scale",), torch.uint8, torch.float8_e4m3fn).view(
-        torch.float8_e4m3fn
-    )
+    scale = take(parts, "nvfp4_ct", ("weight_scale",), torch.uint8, torch.float8_e4m3fn)
     divisor = take(parts, "nvfp4_ct", ("weight_global_scale",), *FLOATS).float()
     divisor = scalar_or(divisor, "nvfp4_ct", "weight_global_scale", code.shape[:-2])
     if code.ndim < 2:
-        raise EncodeError(f"nvfp4_ct: a weight of shape {list(code.shape)}; [out, in] is the least")
-    require_fit(
-        scale, "nvfp4_ct", "weight_scale", (*code.shape[:-1], code.shape[-1] * 2 // NVFP4_BLOCK)
-    )
-    result, flat = target(
-        out,
-        "nvfp4_ct",
-        "out",
-        torch.Size((*code.shape[:-1], code.shape[-1] * 2)),
-        dtype,
-        code.device,
-    )
-    _write(
-        flat,
-        code,
-        scale.float() / (divisor[..., None, None] if divisor.ndim else divisor),
-        NVFP4_BLOCK,
-        threads,
-    )
+        raise EncodeError(
+            f"nvfp4_ct: weight_packed has shape {list(code.shape)}; expected [..., out, in/2]"
+        )
+    shape = (*code.shape[:-1], code.shape[-1] * 2)
+    require_fit(scale, "nvfp4_ct", "weight_scale", (*code.shape[:-1], shape[-1] // NVFP4_BLOCK))
+    result, flat = output(out, "nvfp4_ct", "out", shape, dtype, code.device)
+    values = scale.view(torch.float8_e4m3fn).float()
+    values = values / (divisor[..., None, None] if divisor.ndim else divisor)
+    _write(flat, code, values, NVFP4_BLOCK, threads)
     return result
 
 
 def _write(
     flat: torch.Tensor, code: torch.Tensor, scale: torch.Tensor, block: int, threads: int | None
 ) -> None:
-    """Write codes times their blocks' scale into rows, a part at a time."""
+    """Write codes times the scale of their block into rows, by chunks."""
     pairs = e2m1_pairs().to(code.device)
     codes, scales = Rows(code), Rows(scale)
 
-    def work(part: Part, _scratch: Scratch) -> None:
-        stored, factor = codes.of(part.scaled(2)), scales.of(part.scaled(block))
-        values = pairs.index_select(0, stored.to(torch.int32).reshape(-1)).view(
-            *factor.shape, block
-        )
-        part.of(flat).copy_((values * factor.unsqueeze(-1)).flatten(1))
+    def work(chunk: Chunk, _: Scratch) -> None:
+        stored, factor = codes.read(chunk.scaled(2)), scales.read(chunk.scaled(block))
+        values = pairs.index_select(0, stored.to(torch.int32).reshape(-1))
+        values = values.view(*factor.shape, block) * factor.unsqueeze(-1)
+        chunk.slice(flat).copy_(values.flatten(1))
 
-    each_part((flat.shape[0], flat.shape[1]), code.device, threads, work)
+    each_chunk((flat.shape[0], flat.shape[1]), code.device, threads, work)

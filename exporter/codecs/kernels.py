@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The inner loops of NVFP4, MXFP8 and the FP8 scale sweep, compiled by numba (the extra ``fast``).
 
-Float32 throughout, IEEE, no contraction, no other order of summation: every byte is that of the
-torch code beside which each of them stands. Loops over elements take what varies by block from a
-buffer as wide as themselves; so a compiler turns them into vector instructions. All arrays are
-C-contiguous; threads may call them at once.
+IEEE float32 throughout, no contraction, the same order of summation: every byte equals that of the
+torch code. Loops over elements read what varies by block from a buffer as wide as themselves, so
+that the compiler vectorizes them. All arrays are C-contiguous; several threads may call a kernel at
+the same time.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ _ONE, _HALF, _SIX = I32(0x3F800000), I32(0x3F000000), I32(0x40C00000)
 _E4M3_FLOOR, _E4M3_LEAST, _E4M3_MAX = I32(0x3B000000), I32(0x3C800000), I32(0x43E00000)
 """Bits of 2^-9, the smallest E4M3; of 2^-6, the smallest normal one; of 448."""
 _STEP_E2M1, _STEP_E4M3 = I32(22 << 23), I32(20 << 23)
-"""Added to the bits of 2^k: those of the power of two whose unit in the last place is the format's
-step at 2^k."""
+"""Added to the bits of 2^k, gives those of the power of two whose unit in the last place is the
+format's step at 2^k."""
 _TILE = 2048
-"""Elements at a time: the buffers of a tile stay in the first-level cache."""
+"""Elements per tile: its buffers stay in the first-level cache."""
 
 
 def _compiled(function: Any, **options: Any) -> Any:
     try:
         return njit(nogil=True, cache=True, error_model="numpy", **options)(function)
-    except RuntimeError:  # no folder that a cache could be written to
+    except RuntimeError:  # no writable folder for the cache
         return njit(nogil=True, error_model="numpy", **options)(function)
 
 
@@ -52,7 +52,7 @@ def _bits(context: Any, value: Any) -> Any:
 
 @intrinsic
 def _real(context: Any, bits: Any) -> Any:
-    """Return the float32 of these bits, int32."""
+    """Return the float32 with these bits, int32."""
 
     def emit(_: Any, builder: Any, __: Any, arguments: Any) -> Any:
         return builder.bitcast(arguments[0], ir.FloatType())
@@ -62,7 +62,7 @@ def _real(context: Any, bits: Any) -> Any:
 
 @_compiled
 def _e4m3(bits: Any) -> Any:
-    """Return the E4M3 code of a magnitude up to 448, given by its bits; ties to even."""
+    """Return the E4M3 code of the bits of a magnitude up to 448; ties to even."""
     exponent = I32(max(bits & _EXPONENT, _E4M3_LEAST))
     magic = I32(exponent + _STEP_E4M3)
     steps = I32(_bits(_real(bits) + _real(magic)) - magic)
@@ -90,9 +90,9 @@ def _pair(bits: Any, i: int, j: int) -> Any:
 
 @_compiled
 def _top(bits: Any, start: int) -> Any:
-    """Return the bits of the largest magnitude of sixteen values; NaN's are above all others.
+    """Return the bits of the largest magnitude of 16 values; those of NaN are above all others.
 
-    A tree, written out: as a loop it is twice as slow.
+    A tree, written out: a loop is twice as slow.
     """
     r = bits[start : start + 16]
     low = max(max(_pair(r, 0, 8), _pair(r, 4, 12)), max(_pair(r, 1, 9), _pair(r, 5, 13)))
@@ -101,16 +101,16 @@ def _top(bits: Any, start: int) -> Any:
 
 
 @_compiled
-def _e2m1_codes(x: Any, each: Any, code: Any) -> None:
+def _e2m1_codes(x: Any, combined: Any, code: Any) -> None:
     """Write the code of every value over the scale of its block of 16, two blocks at a time."""
-    for b in range(0, each.size - 1, 2):
-        low, high = each[b], each[b + 1]
-        values, into = x[b * 16 : b * 16 + 32], code[b * 16 : b * 16 + 32]
+    for b in range(0, combined.size - 1, 2):
+        low, high = combined[b], combined[b + 1]
+        values, target = x[b * 16 : b * 16 + 32], code[b * 16 : b * 16 + 32]
         for j in range(32):
-            into[j] = U8(_e2m1(values[j] / (low if j < 16 else high)))
-    if each.size % 2:
+            target[j] = U8(_e2m1(values[j] / (low if j < 16 else high)))
+    if combined.size % 2:
         for j in range(x.size - 16, x.size):
-            code[j] = U8(_e2m1(x[j] / each[each.size - 1]))
+            code[j] = U8(_e2m1(x[j] / combined[combined.size - 1]))
 
 
 @_compiled
@@ -121,27 +121,24 @@ def _pack(pairs: Any, packed: Any) -> None:
 
 @_compiled
 def nvfp4_encode(
-    x: Any, bits: Any, scale_2: Any, given: bool, table: Any, scales: Any, packed: Any
+    x: Any, bits: Any, scale_2: Any, fixed: bool, table: Any, scales: Any, packed: Any
 ) -> int:
-    """Encode rows; return the bits of the largest magnitude, from 0x7F800000 on where something is
-    not finite.
+    """Encode rows; return the bits of the largest magnitude: 0x7F800000 and above for NaN and
+    infinity.
 
     Args:
         x: float32 [rows, in]; ``bits`` is its view as int32.
         bits: see ``x``.
         scale_2: float32 [rows], or [1] for all.
-        given: whether ``scales`` are to be kept.
+        fixed: whether to encode under the contents of ``scales``.
         table: the values of E4M3 bytes, float32 [256].
-        scales: E4M3 bytes, uint8 [rows, in/16]; written unless given.
+        scales: E4M3 bytes, uint8 [rows, in/16]; written unless ``fixed``.
         packed: uint8 [rows, in/2]; written.
     """
     rows, width = x.shape
-    worst = I32(0)
-    tops, each, code = (
-        np.empty(_TILE // NVFP4_BLOCK, I32),
-        np.empty(_TILE // NVFP4_BLOCK, F32),
-        np.empty(_TILE, U8),
-    )
+    largest = I32(0)
+    tops, combined = np.empty(_TILE // NVFP4_BLOCK, I32), np.empty(_TILE // NVFP4_BLOCK, F32)
+    code = np.empty(_TILE, U8)
     pairs = code.view(U16)
     for i in range(rows):
         shared = scale_2[i if scale_2.size > 1 else 0]
@@ -152,22 +149,22 @@ def nvfp4_encode(
             for b in range(blocks.size):
                 tops[b] = _top(raw, b * NVFP4_BLOCK)
             for b in range(blocks.size):
-                worst = I32(max(worst, tops[b]))
-            if not given:
+                largest = I32(max(largest, tops[b]))
+            if not fixed:
                 for b in range(blocks.size):
-                    wanted = _real(tops[b]) / (F32(E2M1_MAX) * shared)
-                    held = I32(min(max(_bits(wanted), _E4M3_FLOOR), _E4M3_MAX))
-                    blocks[b] = U8(0x38) if wanted == F32(0) else U8(_e4m3(held))
+                    quotient = _real(tops[b]) / (F32(E2M1_MAX) * shared)
+                    clamped = I32(min(max(_bits(quotient), _E4M3_FLOOR), _E4M3_MAX))
+                    blocks[b] = U8(0x38) if quotient == F32(0) else U8(_e4m3(clamped))
             for b in range(blocks.size):
-                each[b] = table[blocks[b]] * shared
-            _e2m1_codes(x[i, left:right], each[: blocks.size], code)
+                combined[b] = table[blocks[b]] * shared
+            _e2m1_codes(x[i, left:right], combined[: blocks.size], code)
             _pack(pairs, packed[i, left // 2 : right // 2])
-    return int(worst)
+    return int(largest)
 
 
 @_compiled
 def _e2m1_value(code: Any) -> Any:
-    """Return the value of a code; below 1 the steps are those above 1, so 2v - 1 there."""
+    """Return the value of a code; below 1 the steps are as large as above, so 2v - 1 there."""
     size = I32(code & I32(7))
     value = _real(I32(I32(size << I32(22)) + _HALF))
     if size < I32(2):
@@ -185,11 +182,11 @@ def nvfp4_decode(packed: Any, scales: Any, scale_2: Any, table: Any, out: Any) -
         blocks, stored, row = scales[i], packed[i], out[i]
         for b in range(0, blocks.size - 1, 2):
             low, high = table[blocks[b]] * shared, table[blocks[b + 1]] * shared
-            bytes_, into = stored[b * 8 : b * 8 + 16], row[b * 16 : b * 16 + 32]
+            pairs, values = stored[b * 8 : b * 8 + 16], row[b * 16 : b * 16 + 32]
             for j in range(16):
-                byte, scale = I32(bytes_[j]), low if j < 8 else high
-                into[2 * j] = _e2m1_value(I32(byte & I32(15))) * scale
-                into[2 * j + 1] = _e2m1_value(I32(byte >> I32(4))) * scale
+                byte, scale = I32(pairs[j]), low if j < 8 else high
+                values[2 * j] = _e2m1_value(I32(byte & I32(15))) * scale
+                values[2 * j + 1] = _e2m1_value(I32(byte >> I32(4))) * scale
         if blocks.size % 2:
             last = table[blocks[blocks.size - 1]] * shared
             for j in range(stored.size - 8, stored.size):
@@ -199,40 +196,38 @@ def nvfp4_decode(packed: Any, scales: Any, scale_2: Any, table: Any, out: Any) -
 
 
 @_compiled
-def mxfp8_encode(x: Any, bits: Any, given: bool, inverse: Any, scales: Any, codes: Any) -> int:
+def mxfp8_encode(x: Any, bits: Any, fixed: bool, inverse: Any, scales: Any, codes: Any) -> int:
     """Encode rows; return the bits of the largest magnitude, as `nvfp4_encode` does.
 
     Args:
         x: float32 [rows, in]; ``bits`` is its view as int32.
         bits: see ``x``.
-        given: whether ``scales`` are to be kept.
+        fixed: whether to encode under the contents of ``scales``.
         inverse: 2^(127 - byte), float32 [256].
-        scales: E8M0 bytes, uint8 [rows, in/32]; written unless given.
+        scales: E8M0 bytes, uint8 [rows, in/32]; written unless ``fixed``.
         codes: E4M3 bytes, uint8 [rows, in]; written.
     """
-    worst = I32(0)
+    largest = I32(0)
     for i in range(x.shape[0]):
         raw, blocks = bits[i], scales[i]
         for b in range(blocks.size):
             top = I32(max(_top(raw, b * MX_BLOCK), _top(raw, b * MX_BLOCK + 16)))
-            worst = I32(max(worst, top))
-            if not given:
+            largest = I32(max(largest, top))
+            if not fixed:
                 blocks[b] = U8(min(max(((np.int64(top) + 0x1FFFFF) >> 23) - 8, 0), 254))
             power = inverse[blocks[b]]
-            values, into = (
-                x[i, b * MX_BLOCK : (b + 1) * MX_BLOCK],
-                codes[i, b * MX_BLOCK : (b + 1) * MX_BLOCK],
-            )
+            values = x[i, b * MX_BLOCK : (b + 1) * MX_BLOCK]
+            target = codes[i, b * MX_BLOCK : (b + 1) * MX_BLOCK]
             for j in range(MX_BLOCK):
                 quotient = _bits(values[j] * power)
                 size = _e4m3(I32(min(quotient & _MAGNITUDE, _E4M3_MAX)))
-                into[j] = U8(I32(size | I32(I32(quotient >> I32(24)) & I32(0x80))))
-    return int(worst)
+                target[j] = U8(I32(size | I32(I32(quotient >> I32(24)) & I32(0x80))))
+    return int(largest)
 
 
 @_compiled
 def _e4m3_value(code: Any) -> Any:
-    """Return the value of a code; a subnormal is that many steps of 2^-9."""
+    """Return the value of a code; a subnormal counts steps of 2^-9."""
     size = I32(code & I32(0x7F))
     value = _real(I32(I32(size << I32(20)) + I32(120 << 23)))
     if size < I32(8):
@@ -244,26 +239,29 @@ def _e4m3_value(code: Any) -> Any:
 
 @_compiled
 def mxfp8_decode(codes: Any, scales: Any, powers: Any, out: Any) -> None:
-    """Write ``code * 2^(scale - 127)``; ``powers`` has NaN for 255, ``out`` is float32 [rows, in],
-    its last block ragged.
+    """Write ``code * 2^(scale - 127)``.
+
+    Args:
+        codes: E4M3 bytes, uint8 [rows, in].
+        scales: E8M0 bytes, uint8 [rows, ceil(in/32)].
+        powers: 2^(byte - 127), NaN for 255, float32 [256].
+        out: float32 [rows, in]; written. The last block of a row may be incomplete.
     """
     rows, width = out.shape
     for i in range(rows):
         for b in range(width // MX_BLOCK):
             power = powers[scales[i, b]]
-            stored, into = (
-                codes[i, b * MX_BLOCK : (b + 1) * MX_BLOCK],
-                out[i, b * MX_BLOCK : (b + 1) * MX_BLOCK],
-            )
+            stored = codes[i, b * MX_BLOCK : (b + 1) * MX_BLOCK]
+            values = out[i, b * MX_BLOCK : (b + 1) * MX_BLOCK]
             for j in range(MX_BLOCK):
-                into[j] = _e4m3_value(I32(stored[j])) * power
+                values[j] = _e4m3_value(I32(stored[j])) * power
         for j in range(width - width % MX_BLOCK, width):
             out[i, j] = _e4m3_value(I32(codes[i, j])) * powers[scales[i, width // MX_BLOCK]]
 
 
 @_compiled
 def _errors(x: Any, low: Any, high: Any, errors: Any) -> None:
-    """Write the squared errors of a block under two scales; ``x`` holds its 16 magnitudes twice,
+    """Write the squared errors of a block under two scales; ``x`` is its 16 magnitudes, twice,
     float32 [32].
     """
     for j in range(32):
@@ -290,13 +288,13 @@ def _folded(e: Any, i: int) -> Any:
 @_compiled
 def _first(top: Any, shared: Any, table: Any) -> int:
     """Return the smallest code whose scale clips nothing."""
-    wanted = min(top / (F32(E2M1_MAX) * shared), F32(E4M3_MAX))
-    first = min(max(int(_e4m3(_bits(wanted))), 1), 126)
-    if first < 126 and table[first] < wanted:
+    quotient = min(top / (F32(E2M1_MAX) * shared), F32(E4M3_MAX))
+    first = min(max(int(_e4m3(_bits(quotient))), 1), 126)
+    if first < 126 and table[first] < quotient:
         first += 1
-    elif first > 1 and table[first - 1] >= wanted:
+    elif first > 1 and table[first - 1] >= quotient:
         first -= 1
-    # The product is the scale that a reader uses: compare what is compared there.
+    # Readers use the product as the scale, so compare the product.
     if first > 1 and table[first - 1] * shared * F32(E2M1_MAX) >= top:
         first -= 1
     return first
@@ -304,7 +302,7 @@ def _first(top: Any, shared: Any, table: Any) -> int:
 
 @_compiled
 def _bound(top: Any, scale: Any, trust: Any) -> Any:
-    """Return what the largest value alone costs below the smallest scale that clips nothing."""
+    """Return ``trust`` times the squared error of the largest value under a scale that clips it."""
     short = max(top - F32(E2M1_MAX) * scale, F32(0))
     return short * short * trust
 
@@ -317,7 +315,7 @@ def sweep(x: Any, tops: Any, scale_2: Any, trust: Any, table: Any, scales: Any) 
         x: magnitudes, float32 [rows, in].
         tops: their maxima, float32 [rows, in/16].
         scale_2: float32 [rows], or [1] for all.
-        trust: what a bound is multiplied by before it is compared, for the rounding of the losses.
+        trust: factor below 1 of a bound, for the rounding of the losses.
         table: the values of E4M3 bytes, float32 [256].
         scales: E4M3 bytes, uint8 [rows, in/16]; written.
     """

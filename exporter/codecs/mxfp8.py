@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MXFP8: E4M3 codes, an E8M0 power-of-two scale for each 32 of a row (OCP MX v1.0, section 5.2).
+"""MXFP8: E4M3 codes, an E8M0 power-of-two scale per 32 values of a row (OCP MX v1.0, section 5.2).
 
 The exponent is the smallest that keeps the block within 448 (RCEIL), by an integer rule on the
 float's bits: a float32 log2 chooses one too low just above 448 * 2^k.
@@ -7,23 +7,25 @@ float's bits: a float32 log2 chooses one too low just above 448 * 2^k.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 
 from exporter.codecs import fast
 from exporter.codecs.blocks import (
-    Part,
+    Chunk,
     Rows,
     Scratch,
     block_amax,
-    each_part,
+    copy_back,
+    each_chunk,
+    output,
     require_finite,
     require_fit,
     rows_of,
-    settle,
     take,
-    target,
 )
 from exporter.codecs.constants import E4M3_MAX, E8M0_BIAS, MX_BLOCK
 from exporter.codecs.tables import E8M0_NAN, e8m0_powers
@@ -31,9 +33,7 @@ from verifier.errors import EncodeError
 
 
 def exponents(maxima: torch.Tensor) -> torch.Tensor:
-    """Return the E8M0 byte of each block, 0 to 254, int32: ceil(log2(amax / 448)) + 127,
-    exactly.
-    """
+    """Return the E8M0 byte of each block, 0 to 254, int32: exactly ceil(log2(amax / 448)) + 127."""
     return (((maxima.view(torch.int32) + 0x1FFFFF) >> 23) - 8).clamp_(0, 254)
 
 
@@ -53,64 +53,102 @@ def encode(
 
     Args:
         x: float32, bfloat16 or float16; any stride, any device.
-        weight_scale: the E8M0 bytes themselves, uint8 or float8_e8m0fnu [..., out, in/32].
+        weight_scale: the E8M0 bytes to use, uint8 or float8_e8m0fnu [..., out, in/32].
         out: tensors to write into, by leaf, as they are returned.
-        threads: how many work on a CPU tensor (`exporter.codecs.blocks.each_part`).
+        threads: how many work on a CPU tensor (`exporter.codecs.blocks.each_chunk`).
 
     Returns:
         ``weight`` float8_e4m3fn [..., out, in], ``weight_scale`` uint8 [..., out, in/32].
 
     Raises:
         EncodeError: NaN or infinity (named by index), a width that 32 does not divide, a scale of
-            NaN (255), a ``weight_scale`` or ``out`` of another shape or dtype.
+            NaN (255), a ``weight_scale`` or ``out`` of a wrong shape or dtype.
     """
     rows = rows_of(x, "mxfp8", MX_BLOCK)
     out = out or {}
     shape = (*x.shape[:-1], x.shape[-1] // MX_BLOCK)
-    code, flat_code = target(
+    code, flat_code = output(
         out.get("weight"), "mxfp8", "weight", x.shape, torch.float8_e4m3fn, x.device
     )
-    scales, flat_scales = target(
+    scales, flat_scales = output(
         out.get("weight_scale"), "mxfp8", "weight_scale", shape, torch.uint8, x.device
     )
-    given = None
+    fixed = None
     if weight_scale is not None:
-        require_fit(weight_scale, "mxfp8", "weight_scale", shape, torch.uint8, torch.float8_e8m0fnu)
-        given = weight_scale.view(torch.uint8).reshape(flat_scales.shape)
-        if bool((given == E8M0_NAN).any()):
-            raise EncodeError("mxfp8: the given weight_scale holds NaN (255)")
+        fixed = _checked_scales(weight_scale, shape).reshape(flat_scales.shape)
+    encoder = _Encoder(rows, x.shape, fixed, flat_code, flat_scales, fast.kernels(x.device))
+    each_chunk(rows.shape, x.device, threads, encoder.encode)
+    return {"weight": code, "weight_scale": scales}
 
-    compiled = fast.kernels(x.device)
 
-    def work(part: Part, scratch: Scratch) -> None:
-        values = scratch.floats(rows.of(part))
-        if compiled is not None:
-            into, into_scales = part.of(flat_code), part.of(flat_scales, MX_BLOCK)
-            done, done_scales = scratch.place("codes", into), scratch.place("scales", into_scales)
-            if given is not None:
-                done_scales.copy_(part.of(given, MX_BLOCK))
-            plain, inverse = fast.array(values), fast.array(_tables(x.device)[2])
-            arrays = fast.array(done_scales), fast.array(done)
-            worst = compiled.mxfp8_encode(
-                plain, plain.view("int32"), given is not None, inverse, *arrays
-            )
-            if not fast.finite(worst):
-                require_finite(values.abs(), values, part, x.shape)
-            settle(done, into)
-            settle(done_scales, into_scales)
+def _checked_scales(weight_scale: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """Return a caller's scales as E8M0 bytes, none of them NaN."""
+    require_fit(weight_scale, "mxfp8", "weight_scale", shape, torch.uint8, torch.float8_e8m0fnu)
+    scales = weight_scale.view(torch.uint8)
+    if bool((scales == E8M0_NAN).any()):
+        raise EncodeError("mxfp8: weight_scale contains NaN (255)")
+    return scales
+
+
+@dataclass(frozen=True)
+class _Encoder:
+    """Encodes a weight by chunks.
+
+    Attributes:
+        rows: the weight.
+        shape: of the weight, [..., out, in].
+        fixed: scale bytes to use, uint8 [rows, in/32]; None derives them.
+        codes: where the codes go, float8_e4m3fn [rows, in].
+        scales: where the scale bytes go, uint8 [rows, in/32].
+        kernels: the compiled back end; None encodes with torch.
+    """
+
+    rows: Rows
+    shape: torch.Size
+    fixed: torch.Tensor | None
+    codes: torch.Tensor
+    scales: torch.Tensor
+    kernels: Any
+
+    def encode(self, chunk: Chunk, scratch: Scratch) -> None:
+        """Write the codes and scales of a chunk."""
+        values = scratch.floats(self.rows.read(chunk))
+        if self.kernels is not None:
+            self._compiled(values, chunk, scratch)
             return
         maxima = block_amax(values, MX_BLOCK, scratch)
-        require_finite(maxima, values, part, x.shape)
-        byte = exponents(maxima) if given is None else part.of(given, MX_BLOCK).to(torch.int32)
-        part.of(flat_scales, MX_BLOCK).copy_(byte)
-        quotient, grid = scratch.take("wide", torch.float32, *values.shape), (*byte.shape, MX_BLOCK)
+        require_finite(maxima, values, chunk, self.shape)
+        if self.fixed is None:
+            byte = exponents(maxima)
+        else:
+            byte = chunk.slice(self.fixed, MX_BLOCK).to(torch.int32)
+        chunk.slice(self.scales, MX_BLOCK).copy_(byte)
+        quotient = scratch.take("wide", torch.float32, *values.shape)
+        grid = (*byte.shape, MX_BLOCK)
         torch.mul(values.view(grid), _power(byte).unsqueeze(-1), out=quotient.view(grid))
-        if given is not None:  # else nothing exceeds 448
+        if self.fixed is not None:  # derived scales let no value exceed 448
             quotient.clamp_(-E4M3_MAX, E4M3_MAX)
-        part.of(flat_code).copy_(quotient)
+        chunk.slice(self.codes).copy_(quotient)
 
-    each_part(rows.shape, x.device, threads, work)
-    return {"weight": code, "weight_scale": scales}
+    def _compiled(self, values: torch.Tensor, chunk: Chunk, scratch: Scratch) -> None:
+        codes, scales = chunk.slice(self.codes), chunk.slice(self.scales, MX_BLOCK)
+        codes_buffer = scratch.contiguous("codes", codes)
+        scales_buffer = scratch.contiguous("scales", scales)
+        if self.fixed is not None:
+            scales_buffer.copy_(chunk.slice(self.fixed, MX_BLOCK))
+        array = fast.array(values)
+        largest = self.kernels.mxfp8_encode(
+            array,
+            array.view("int32"),
+            self.fixed is not None,
+            fast.array(_tables(values.device)[2]),
+            fast.array(scales_buffer),
+            fast.array(codes_buffer),
+        )
+        if not fast.finite(largest):
+            require_finite(values.abs(), values, chunk, self.shape)
+        copy_back(codes_buffer, codes)
+        copy_back(scales_buffer, scales)
 
 
 @lru_cache(maxsize=8)
@@ -121,18 +159,19 @@ def _tables(device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
     return codes.to(device), e8m0_powers().to(device), inverse.to(device)
 
 
-def values_of(code: torch.Tensor, scratch: Scratch, into: torch.Tensor) -> None:
+def e4m3_values(code: torch.Tensor, scratch: Scratch, values: torch.Tensor) -> None:
     """Write the values of E4M3 bytes, uint8, to contiguous float32 of the same shape.
 
-    Shifted by seven, and its sign by eight, a code is the float16 of 2^-8 times its value; but the
-    NaN codes are not.
+    Shifted by seven, and its sign by eight, a code is the float16 of 2^-8 times its value, except
+    for the NaN codes.
     """
     if code.numel() and (code & 0x7F).amax() == 0x7F:
         codes = _tables(code.device)[0]
-        into.copy_(codes.index_select(0, code.to(torch.int32).reshape(-1)).view(code.shape))
+        values.copy_(codes.index_select(0, code.to(torch.int32).reshape(-1)).view(code.shape))
         return
     bits = scratch.take("bits", torch.int16, *code.shape).copy_(code.view(torch.int8))
-    into.copy_(bits.bitwise_left_shift_(7).bitwise_and_(-0x4001).view(torch.float16)).mul_(256.0)
+    half = bits.bitwise_left_shift_(7).bitwise_and_(-0x4001).view(torch.float16)
+    values.copy_(half).mul_(256.0)
 
 
 def decode(
@@ -142,47 +181,46 @@ def decode(
     out: torch.Tensor | None = None,
     threads: int | None = None,
 ) -> torch.Tensor:
-    """Return ``code * 2^(scale - 127)`` in float32, cast to ``dtype``; a ragged last block is read,
-    [..., out, in].
+    """Return ``code * 2^(scale - 127)`` in float32, cast to ``dtype``; [..., out, in].
+
+    The last block of a row may be incomplete.
 
     Args:
         parts: ``weight`` float8_e4m3fn [..., out, in] and ``weight_scale`` (or
             ``weight_scale_inv``) float8_e8m0fnu [..., out, ceil(in/32)], or their bytes as uint8.
         dtype: of the result.
         out: where to write it, instead of allocating: of the result's shape and dtype.
-        threads: how many work on CPU tensors (`exporter.codecs.blocks.each_part`).
+        threads: how many work on CPU tensors (`exporter.codecs.blocks.each_chunk`).
 
     Raises:
-        EncodeError: a part is missing, parts do not fit one another, ``out`` does not fit.
+        EncodeError: a missing part, parts or an ``out`` that do not fit.
     """
+    leaves = ("weight_scale", "weight_scale_inv")
     code = take(parts, "mxfp8", ("weight",), torch.uint8, torch.float8_e4m3fn).view(torch.uint8)
-    scale = take(
-        parts, "mxfp8", ("weight_scale", "weight_scale_inv"), torch.uint8, torch.float8_e8m0fnu
-    ).view(torch.uint8)
+    scale = take(parts, "mxfp8", leaves, torch.uint8, torch.float8_e8m0fnu).view(torch.uint8)
     width = code.shape[-1]
     require_fit(scale, "mxfp8", "weight_scale", (*code.shape[:-1], -(-width // MX_BLOCK)))
-    result, flat = target(out, "mxfp8", "out", code.shape, dtype, code.device)
-    flat_code, flat_scale = Rows(code), Rows(scale)
+    result, flat = output(out, "mxfp8", "out", code.shape, dtype, code.device)
+    code_rows, scale_rows = Rows(code), Rows(scale)
     powers = _tables(code.device)[1]
-    compiled = fast.kernels(code.device)
+    kernels = fast.kernels(code.device)
 
-    def work(part: Part, scratch: Scratch) -> None:
-        stored, bytes_ = flat_code.of(part), flat_scale.of(part.scaled(MX_BLOCK))
-        into = part.of(flat)
-        values = scratch.place("values", into, torch.float32)
-        if compiled is not None:
-            compiled.mxfp8_decode(
-                *(fast.array(t) for t in (stored.contiguous(), bytes_.contiguous(), powers, values))
-            )
-            settle(values, into)
+    def work(chunk: Chunk, scratch: Scratch) -> None:
+        target = chunk.slice(flat)
+        values = scratch.contiguous("values", target, torch.float32)
+        stored, scales = code_rows.read(chunk), scale_rows.read(chunk.scaled(MX_BLOCK))
+        if kernels is not None:
+            inputs = (stored.contiguous(), scales.contiguous(), powers, values)
+            kernels.mxfp8_decode(*map(fast.array, inputs))
+            copy_back(values, target)
             return
-        values_of(stored, scratch, values)
-        factor = powers.index_select(0, bytes_.to(torch.int32).reshape(-1)).view(bytes_.shape)
+        e4m3_values(stored, scratch, values)
+        factor = powers.index_select(0, scales.to(torch.int32).reshape(-1)).view(scales.shape)
         if values.shape[1] % MX_BLOCK:
             values.mul_(factor.repeat_interleave(MX_BLOCK, dim=1)[:, : values.shape[1]])
         else:
             values.view(*factor.shape, MX_BLOCK).mul_(factor.unsqueeze(-1))
-        settle(values, into)
+        copy_back(values, target)
 
-    each_part((flat.shape[0], flat.shape[1]), code.device, threads, work)
+    each_chunk((flat.shape[0], flat.shape[1]), code.device, threads, work)
     return result

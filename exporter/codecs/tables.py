@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The values that the bytes of OCP Microscaling v1.0 stand for (section 5.3.3, E2M1; section 5.4.1,
-E8M0), as tensors.
+"""The values of the bytes of OCP Microscaling v1.0 as tensors: E2M1 (section 5.3.3), E8M0 (section
+5.4.1).
 """
 
 from __future__ import annotations

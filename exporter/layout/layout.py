@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One model's layout: which tensors in memory are which hub tensors, quantized siblings included."""
+"""One model's layout: which tensors in memory are which hub tensors, with their siblings."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ class MemoryWeight:
 
 @dataclass(frozen=True, slots=True)
 class Meaning:
-    """The axes of one tensor: what each means, and how many entries of the weight one entry covers."""
+    """The meaning of each axis of a tensor, and the entries of the weight that one entry covers."""
 
     roles: tuple[Role, ...]
     blocks: tuple[int, ...]

@@ -67,8 +67,8 @@ class Reader:
                 )
         if "pre_quant_scale" in module.parts:
             raise PlanError(
-                f"{self._ckpt.uri}: {name} has a pre_quant_scale (AWQ); ckptgate does not read such "
-                "weights"
+                f"{self._ckpt.uri}: {name} has a pre_quant_scale (AWQ); ckptgate does not read "
+                "such weights"
             )
         return fmt
 

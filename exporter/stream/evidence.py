@@ -127,8 +127,8 @@ def _difference(replaced: Replaced, broken: Checkpoint, base: Checkpoint) -> Dif
     error = _relative_rms(wide[finite], wide_expected[finite])
     if error > RECAST:
         raise PlanError(
-            f"{take.tensor.name} differs from {reference.name} of the base by {error:.0%}, which no "
-            f"cast explains: it was not made from {base.uri}, or a scale was folded into it"
+            f"{take.tensor.name} differs from {reference.name} of the base by {error:.0%}, which "
+            f"no cast explains: it was not made from {base.uri}, or a scale was folded into it"
         )
     return "recast" if spec.dtype != reference.dtype else "damaged"
 
@@ -243,8 +243,8 @@ def unchanged(repair: Repair, folder: Path) -> dict[str, Any]:
     """Return the digests of all quantized tensors before and after, and refuse a difference.
 
     ``sha256_before`` covers the bytes of each tensor of the broken export, or of the slice of a
-    stack; ``sha256_after`` what the directory holds under the hub name. Stacks are also re-assembled
-    from what was written.
+    stack; ``sha256_after`` what the directory holds under the hub name. Stacks are also
+    re-assembled from what was written.
 
     Raises:
         EncodeError: a tensor whose bytes changed, which is a defect of the writer.

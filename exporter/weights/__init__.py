@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weight calibration: which scale a block gets."""
+"""Calibration of weights: the choice of block scales."""
 
 from exporter.weights.encode import encode, search
 from exporter.weights.exact import exact, top_exponent

@@ -7,11 +7,11 @@ import torch
 
 from exporter import codecs
 from exporter.codecs.blocks import (
-    Part,
+    Chunk,
     Scratch,
     block_amax,
-    each_part,
-    given_amax,
+    checked_amax,
+    each_chunk,
     per_row,
     require_finite,
     rows_of,
@@ -29,31 +29,30 @@ def encode(
     amax: torch.Tensor | None = None,
     threads: int | None = None,
 ) -> codecs.Parts:
-    """Return the tensors of a weight [..., out, in] by their leaf on disk, its scales chosen by
+    """Return the tensors of a weight [..., out, in] by their leaf on disk, with scales chosen by
     ``method``.
 
     Args:
         x: float32, bfloat16 or float16; a stack is one call.
         fmt: a format name; methods other than ``max`` are NVFP4's.
         method: one of `exporter.weights.METHODS`.
-        amax: the maximum that a fused group shares, a scalar, or [...] of a stack; not for
+        amax: the maximum shared by a fused group: a scalar, or [...] of a stack; not for
             ``mxfp8``.
         threads: how many work on one CPU tensor, as in `exporter.codecs.encode`.
 
     Raises:
-        EncodeError: NaN or infinity, a width that the block does not divide, a method that the
-            format does not have, an ``amax`` that is negative, not finite or of another shape.
+        EncodeError: NaN or infinity, a width that the block size does not divide, a method that the
+            format does not have, an ``amax`` that is negative, not finite or of a wrong shape.
     """
     packed = fmt in ("nvfp4", "w4a16_nvfp4")
     if method == "max" or not packed:
         if method != "max":
-            raise EncodeError(f"{fmt}: no calibration method {method!r}; it has max only")
+            raise EncodeError(f"{fmt} has no calibration method {method}; use max")
         return codecs.encode(x, fmt, amax=amax, threads=threads)
-    top = (
-        codecs.amax(x, fmt, threads=threads)
-        if amax is None
-        else given_amax(amax, fmt, x.shape[:-2], x.device)
-    )
+    if amax is None:
+        top = codecs.amax(x, fmt, threads=threads)
+    else:
+        top = checked_amax(amax, fmt, x.shape[:-2], x.device)
     scale_2 = top / global_divisor(method)
     scale_2 = torch.where(top == 0, torch.ones_like(scale_2), scale_2.clamp(min=2.0**-149))
     chosen = search(x, scale_2, method, threads=threads)
@@ -63,7 +62,7 @@ def encode(
 def search(
     x: torch.Tensor, scale_2: torch.Tensor, method: Method, *, threads: int | None = None
 ) -> torch.Tensor:
-    """Return the block scales of a weight or stack under its global scale, float8_e4m3fn [..., out,
+    """Return the block scales of a weight or stack for its global scale, float8_e4m3fn [..., out,
     in/16].
 
     Args:
@@ -79,14 +78,14 @@ def search(
     grid = (rows.shape[0], rows.shape[1] // NVFP4_BLOCK)
     scales = torch.empty(grid, dtype=torch.float8_e4m3fn, device=x.device)
 
-    def work(part: Part, scratch: Scratch) -> None:
-        values = scratch.floats(rows.of(part))
+    def work(chunk: Chunk, scratch: Scratch) -> None:
+        values = scratch.floats(rows.read(chunk))
         maxima = block_amax(values, NVFP4_BLOCK, scratch)
-        require_finite(maxima, values, part, x.shape)
+        require_finite(maxima, values, chunk, x.shape)
         magnitude = torch.abs(values, out=scratch.take("wide", torch.float32, *values.shape))
-        wide = per_row(scale_2, part, x.shape)
-        found = block_scales(magnitude.view(*maxima.shape, NVFP4_BLOCK), maxima, wide, method)
-        part.of(scales, NVFP4_BLOCK).copy_(found)
+        magnitude = magnitude.view(*maxima.shape, NVFP4_BLOCK)
+        best = block_scales(magnitude, maxima, per_row(scale_2, chunk, x.shape), method)
+        chunk.slice(scales, NVFP4_BLOCK).copy_(best)
 
-    each_part(rows.shape, x.device, threads, work)
+    each_chunk(rows.shape, x.device, threads, work)
     return scales.reshape(*x.shape[:-1], grid[1])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Squared error of a block under a candidate scale, float32, summed in one order on every
+"""Squared error of a block under a candidate scale, float32, summed in the same order on every
 device.
 """
 
@@ -14,9 +14,7 @@ _ONE = 0x3F800000
 
 
 def round_e2m1(y: torch.Tensor) -> torch.Tensor:
-    """Return magnitudes rounded to E2M1 values (ties to the even code), clipped at 6; float32 >= 0,
-    new tensor.
-    """
+    """Return magnitudes (float32) rounded to E2M1 values, ties to the even code, clipped at 6."""
     y = y.clamp(max=E2M1_MAX)
     magic = ((y.view(torch.int32) & _EXPONENT).clamp_(min=_ONE) + (22 << 23)).view(torch.float32)
     return (y + magic).sub_(magic)
@@ -25,15 +23,15 @@ def round_e2m1(y: torch.Tensor) -> torch.Tensor:
 def block_loss(magnitude: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Return sum over the last dimension of (|x| - scale * q(|x| / scale))^2, float32.
 
-    The sum folds halves, so that its order, and so its bits, are the same on CPU and GPU.
+    The sum folds halves, so that its order, and thus its bits, are the same on CPU and GPU.
 
     Args:
         magnitude: |x|, float32 [..., 16].
         scale: effective scale of each block, float32 [...].
     """
     wide = scale.unsqueeze(-1)
-    rest = round_e2m1(magnitude / wide).mul_(wide).sub_(magnitude).square_()
-    while rest.shape[-1] > 1:
-        half = rest.shape[-1] // 2
-        rest = rest[..., :half] + rest[..., half:]
-    return rest[..., 0]
+    errors = round_e2m1(magnitude / wide).mul_(wide).sub_(magnitude).square_()
+    while errors.shape[-1] > 1:
+        half = errors.shape[-1] // 2
+        errors = errors[..., :half] + errors[..., half:]
+    return errors[..., 0]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which E4M3 scale a block of NVFP4 gets: ``max``, ``mse``, ``sweep`` or ``four_over_six``.
+"""Choose the E4M3 scale of each NVFP4 block by ``max``, ``mse``, ``sweep`` or ``four_over_six``.
 
 All but ``max`` minimise the block's squared error in float32 (`exporter.weights.loss.block_loss`),
 and take the first minimum in ascending order of their candidates.
@@ -21,18 +21,18 @@ from exporter.weights.loss import block_loss
 Method = Literal["max", "mse", "sweep", "four_over_six"]
 METHODS: tuple[Method, ...] = ("max", "mse", "sweep", "four_over_six")
 MULTIPLIERS = 39
-"""ModelOpt's ``mse`` calibrator: 39 multipliers of the block's maximum, evenly from 0.25 to 4."""
+"""ModelOpt's ``mse`` calibrator: 39 multiples of the block's maximum, evenly from 0.25 to 4."""
 FOUR_OVER_SIX_TOP = 256.0
-"""Largest block scale that ``four_over_six`` plans for: half as much again (6/4) stays below 448
+"""Largest block scale that ``four_over_six`` derives from the maximum: times 6/4 it stays below 448
 (arXiv 2512.02010)."""
 ONE = 0x38
 """1.0 as E4M3."""
 SLACK = 1e-5
-"""Rounding of the float32 loss, relative: a lower bound is trusted only beyond it."""
+"""Relative rounding error of the float32 loss: lower bounds are reduced by it."""
 
 
 def global_divisor(method: Method) -> float:
-    """Return what amax is divided by to give ``weight_scale_2``."""
+    """Return the divisor of amax that gives ``weight_scale_2``."""
     return E2M1_MAX * FOUR_OVER_SIX_TOP if method == "four_over_six" else NVFP4_RANGE
 
 
@@ -50,25 +50,26 @@ def block_scales(
     compiled = fast.kernels(magnitude.device)
     if method == "sweep" and compiled is not None:
         chosen = torch.empty(maxima.shape, dtype=torch.float8_e4m3fn)
-        given = (
-            magnitude.flatten(1).contiguous(),
-            maxima.contiguous(),
-            scale_2.contiguous().view(-1),
+        compiled.sweep(
+            fast.array(magnitude.flatten(1).contiguous()),
+            fast.array(maxima.contiguous()),
+            fast.array(scale_2.contiguous().view(-1)),
+            np.float32(1 - SLACK),
+            fast.array(_e4m3_values(magnitude.device)),
+            fast.array(chosen),
         )
-        table = fast.array(_codes(magnitude.device))
-        compiled.sweep(*map(fast.array, given), np.float32(1 - SLACK), table, fast.array(chosen))
     else:
         chosen = _SEARCHES[method](magnitude, maxima, scale_2.expand(maxima.shape[0], 1))
     zero = (maxima / (E2M1_MAX * scale_2)) == 0
     return chosen.view(torch.uint8).masked_fill_(zero, ONE).view(torch.float8_e4m3fn)
 
 
-def _cast(wanted: torch.Tensor) -> torch.Tensor:
-    return wanted.clamp(SCALE_FLOOR, E4M3_MAX).to(torch.float8_e4m3fn)
+def _cast(scale: torch.Tensor) -> torch.Tensor:
+    return scale.clamp(SCALE_FLOOR, E4M3_MAX).to(torch.float8_e4m3fn)
 
 
 def _max(magnitude: torch.Tensor, maxima: torch.Tensor, scale_2: torch.Tensor) -> torch.Tensor:
-    """Map the block's maximum to 6: no value is clipped (but by the rounding of the scale)."""
+    """Map the block's maximum to 6: only the rounding of the scale can clip a value."""
     del magnitude
     return _cast(maxima / (E2M1_MAX * scale_2))
 
@@ -82,16 +83,13 @@ def _best_of(
         loss = block_loss(magnitude, candidate.float() * scale_2)
         better = loss < least
         least = torch.where(better, loss, least)
-        best = torch.where(better, candidate.view(torch.uint8), best.view(torch.uint8)).view(
-            torch.float8_e4m3fn
-        )
+        codes = torch.where(better, candidate.view(torch.uint8), best.view(torch.uint8))
+        best = codes.view(torch.float8_e4m3fn)
     return best
 
 
 def _mse(magnitude: torch.Tensor, maxima: torch.Tensor, scale_2: torch.Tensor) -> torch.Tensor:
-    """Try multiples of the maximum, as ModelOpt's MSE calibrator does; the error is that of the
-    rounded scale.
-    """
+    """Try multiples of the maximum, as ModelOpt's MSE calibrator does, by the rounded scales."""
     plain = maxima / (E2M1_MAX * scale_2)
     steps = [0.25 + i * (4.0 - 0.25) / (MULTIPLIERS - 1) for i in range(MULTIPLIERS)]
     return _best_of([_cast(plain * m) for m in steps], magnitude, scale_2)
@@ -100,25 +98,22 @@ def _mse(magnitude: torch.Tensor, maxima: torch.Tensor, scale_2: torch.Tensor) -
 def _four_over_six(
     magnitude: torch.Tensor, maxima: torch.Tensor, scale_2: torch.Tensor
 ) -> torch.Tensor:
-    """Map the block's maximum to 6 or to 4, whichever is nearer in squared error (Cook et al.,
+    """Map the block's maximum to 6 or to 4, whichever has the smaller squared error (Cook et al.,
     arXiv 2512.02010).
     """
-    return _best_of(
-        [_cast(maxima / (E2M1_MAX * scale_2)), _cast(maxima / (4.0 * scale_2))], magnitude, scale_2
-    )
+    candidates = [_cast(maxima / (top * scale_2)) for top in (E2M1_MAX, 4.0)]
+    return _best_of(candidates, magnitude, scale_2)
 
 
 @lru_cache(maxsize=8)
-def _codes(device: torch.device) -> torch.Tensor:
+def _e4m3_values(device: torch.device) -> torch.Tensor:
     return torch.arange(128, dtype=torch.uint8).view(torch.float8_e4m3fn).float().to(device)
 
 
 def sweep_all(magnitude: torch.Tensor, scale_2: torch.Tensor) -> torch.Tensor:
-    """Return the best of all 126 positive E4M3 scales by trying each: the reference for
-    `_sweep`.
-    """
+    """Return the best of all 126 positive E4M3 scales, trying each: the reference for `_sweep`."""
     shape = magnitude.shape[:-1]
-    table = _codes(magnitude.device)
+    table = _e4m3_values(magnitude.device)
     best = torch.ones(shape, dtype=torch.uint8, device=magnitude.device)
     least = torch.full(shape, torch.inf, device=magnitude.device)
     for code in range(1, 127):
@@ -132,25 +127,21 @@ def sweep_all(magnitude: torch.Tensor, scale_2: torch.Tensor) -> torch.Tensor:
 def _sweep(magnitude: torch.Tensor, maxima: torch.Tensor, scale_2: torch.Tensor) -> torch.Tensor:
     """Return the best of all 126 positive E4M3 scales, trying about ten.
 
-    From the smallest scale s0 that clips nothing, only one octave upwards can win: 2s represents,
-    within reach, a subset of what s does. (Codes 1 to 8 have no exact half, so two octaves are
-    tried there.) Below s0 the largest value alone costs (amax - 6s)^2, and the walk ends where that
-    exceeds the best. Equal to `sweep_all` by test.
+    From the smallest scale s0 that clips nothing, only one octave upwards can win: within range, 2s
+    represents a subset of the values that s represents. (Codes 1 to 8 have no exact half, so two
+    octaves are tried there.) Below s0 the error of the largest value alone is (amax - 6s)^2; the
+    search ends when that exceeds the best. A test compares the result with `sweep_all`.
     """
     shape = maxima.shape
     x = magnitude.reshape(-1, magnitude.shape[-1])
     top = maxima.reshape(-1)
     whole = scale_2.expand(shape).reshape(-1)
-    table = _codes(x.device)
-    # The product is the scale that a reader uses: compare what is compared there.
-    first = (
-        torch.searchsorted(table[1:127], (top / (E2M1_MAX * whole)).clamp(max=E4M3_MAX))
-        .add_(1)
-        .clamp_(1, 126)
-    )
-    first = torch.where(
-        (table[first - 1] * whole * E2M1_MAX >= top) & (first > 1), first - 1, first
-    )
+    table = _e4m3_values(x.device)
+    # Readers use the product as the scale, so compare the product.
+    quotient = (top / (E2M1_MAX * whole)).clamp(max=E4M3_MAX)
+    first = torch.searchsorted(table[1:127], quotient).add_(1).clamp_(1, 126)
+    lower = (table[first - 1] * whole * E2M1_MAX >= top) & (first > 1)
+    first = torch.where(lower, first - 1, first)
     best = first.clone()
     least = block_loss(x, table[best] * whole)
     for step in range(1, 16):
@@ -182,15 +173,13 @@ def _try(
     least: torch.Tensor,
     wins: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
 ) -> None:
-    """Try ``code`` for the blocks ``active``; update ``best`` and ``least`` in place where it
-    wins.
-    """
+    """Try ``code`` for the blocks ``active``; update ``best`` and ``least`` where it wins."""
     tried = code[active]
     loss = block_loss(x[active], table[tried] * whole[active])
     better = wins(loss, least[active])
-    place = active[better]
-    best[place] = tried[better]
-    least[place] = loss[better]
+    winners = active[better]
+    best[winners] = tried[better]
+    least[winners] = loss[better]
 
 
 _SEARCHES = {"max": _max, "mse": _mse, "sweep": _sweep, "four_over_six": _four_over_six}

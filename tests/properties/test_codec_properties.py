@@ -19,7 +19,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from exporter.codecs import amax, decode, encode
-from exporter.codecs.blocks import parts_of
+from exporter.codecs.blocks import chunks_of
 from exporter.codecs.constants import CHUNK
 from tests import oracle
 from tests.conftest import to_numpy, to_torch
@@ -1150,19 +1150,19 @@ def test_a_stack_of_transposed_matrices_is_read_where_it_lies() -> None:
     st.integers(0, 3000),
     st.sampled_from([0, 1, 32, 96, 4096, CHUNK - 32, CHUNK, CHUNK + 32, 3 * CHUNK]),
 )
-def test_parts_tile_the_rows(rows: int, width: int) -> None:
+def test_chunks_tile_the_rows(rows: int, width: int) -> None:
     """In order, without a gap, none empty, and none of more than `CHUNK` elements: the bound on all
     temporaries.
     """
     rows = min(rows, 8 * CHUNK // max(width, 1))
-    parts = list(parts_of(rows, width))
-    sizes = [(p.stop - p.start) * (p.right - p.left) for p in parts]
+    chunks = list(chunks_of(rows, width))
+    sizes = [(c.stop - c.start) * (c.right - c.left) for c in chunks]
     assert sum(sizes) == rows * width
     assert all(0 < size <= CHUNK for size in sizes)
     flat = 0
-    for part, size in zip(parts, sizes, strict=True):
-        assert part.start * width + part.left == flat
-        assert (part.left, part.right) == (0, width) or part.stop == part.start + 1
+    for chunk, size in zip(chunks, sizes, strict=True):
+        assert chunk.start * width + chunk.left == flat
+        assert (chunk.left, chunk.right) == (0, width) or chunk.stop == chunk.start + 1
         flat += size
 
 

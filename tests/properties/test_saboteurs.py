@@ -58,8 +58,9 @@ SABOTEURS = {
     ),
     "codes by the unrounded scale": Saboteur(
         "nvfp4.py",
-        "combined = scale_values(stored).mul_(wide)\n        part.of",
-        "combined = torch.where((maxima > 0) & (given is None), maxima / E2M1_MAX, stored.float() * wide)\n        part.of",
+        "combined = scale_values(scales).mul_(scale_2)\n        chunk",
+        "combined = torch.where((maxima > 0) & (self.fixed is None), maxima / E2M1_MAX, "
+        "scales.float() * scale_2)\n        chunk",
     ),
     "reciprocal for division": Saboteur(
         "nvfp4.py",

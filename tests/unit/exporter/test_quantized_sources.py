@@ -316,7 +316,8 @@ def test_a_source_whose_format_cannot_be_told(kit, tmp_path: Path) -> None:
     (edited / "config.json").write_text(json.dumps(kit.config(kit.qwen)))
     with pytest.raises(
         PlanError,
-        match=r"0\.self_attn\.q_proj\.weight is F8_E4M3, and its quantization format cannot be inferred",
+        match=r"0\.self_attn\.q_proj\.weight is F8_E4M3, and its quantization format "
+        r"cannot be inferred",
     ):
         exporter.plan_export(edited, recipe="nvfp4_default", input_scale="one")
 
@@ -514,7 +515,8 @@ def test_a_pattern_that_names_what_is_no_linear(kit, tmp_path: Path) -> None:
     edited = kit.edit(kit.qwen, tmp_path / "conv", lambda t: t.update({name: kit.bf16(8, 1, 32)}))
     with pytest.raises(
         PlanError,
-        match=r"\*self_attn\* also matches model\.layers\.0\.self_attn\.conv, which is not a linear",
+        match=r"\*self_attn\* also matches model\.layers\.0\.self_attn\.conv, "
+        r"which is not a linear",
     ):
         exporter.plan_export(
             edited, recipe=recipe_of({"modules": ["*self_attn*"], "format": "mxfp8"})

@@ -377,7 +377,8 @@ def test_a_table_may_stack_without_transposing_and_name_as_it_likes() -> None:
         ),
         (
             {"inside": {"self_attn.q_proj.": "self_attn.k_proj."}},
-            r"self_attn\.[qk]_proj\.weight and .*[qk]_proj\.weight would both be model\.layers\.0\.self_attn\.k_proj",
+            r"self_attn\.[qk]_proj\.weight and .*[qk]_proj\.weight would both be "
+            r"model\.layers\.0\.self_attn\.k_proj",
         ),
         ({"family": "no_such"}, r"no layout of the family no_such"),
     ],
@@ -485,7 +486,8 @@ MTP = "mtp.layers.0."
         (
             bad("language_model.mtp.layers.0.enorm.weight", torch.zeros(128)),
             PlanError,
-            r"language_model\.mtp\.layers\.0\.enorm\.weight and mtp\.layers\.0\.enorm\.weight are two names of one",
+            r"language_model\.mtp\.layers\.0\.enorm\.weight and mtp\.layers\.0\.enorm\.weight "
+            r"are two names of one",
         ),
         (
             lambda s: [
@@ -493,7 +495,8 @@ MTP = "mtp.layers.0."
                 for x in ("weight", "weight_scale_inv")
             ],
             PlanError,
-            r"model\.layers\.1\.mlp\.experts\.gate_and_up_projs: 1 of its 16 parts .*experts\.5\.w3\.weight; .*device_mesh=",
+            r"model\.layers\.1\.mlp\.experts\.gate_and_up_projs: 1 of its 16 parts "
+            r".*experts\.5\.w3\.weight; .*device_mesh=",
         ),
     ],
 )
@@ -527,7 +530,8 @@ def test_parts_of_a_stack_that_differ_are_refused(mxfp8: State, m3: StateDictAda
     del given[f"{name}_scale_inv"]
     with pytest.raises(
         EncodeError,
-        match=rf"{name}: shape \[64, 128\], but .*experts\.0\.w1\.weight of the same stack has \[128, 128\]",
+        match=rf"{name}: shape \[64, 128\], but .*experts\.0\.w1\.weight of the same stack has "
+        r"\[128, 128\]",
     ):
         m3.from_hf(given)
     given = dict(mxfp8) | {name: torch.zeros(128, 128)}
@@ -602,7 +606,8 @@ def test_nvfp4_is_refused_by_name(mixed: Any) -> None:
     adapter = StateDictAdapter(adapting.config_of(mixed.path))
     with pytest.raises(
         PlanError,
-        match=r"experts\.\d\.\w+\.(weight_scale_2|input_scale): not a tensor of MXFP8|declared NVFP4",
+        match=r"experts\.\d\.\w+\.(weight_scale_2|input_scale): not a tensor of MXFP8"
+        r"|declared NVFP4",
     ):
         adapter.from_hf(adapting.read(mixed.path))
 

@@ -1139,10 +1139,8 @@ def test_the_command_prints_the_report(kit, ids: Path, tmp_path: Path, qwen) -> 
     assert error is None, error
     assert out.read_bytes() == qwen[0].read_bytes()
     assert f"calibrated 56 modules of {kit.qwen} (recipe nvfp4_default, method max)\n" in text
-    assert (
-        f"experts   model.layers.0.mlp.experts: 8 of 8 with tokens, {min(qwen[1].layers[0].tokens)} to "
-        in text
-    )
+    fewest = min(qwen[1].layers[0].tokens)
+    assert f"experts   model.layers.0.mlp.experts: 8 of 8 with tokens, {fewest} to " in text
     assert (
         "amax      " in text
         and "kv        4 statistics" in text
@@ -1168,7 +1166,10 @@ def probe(script: str) -> str:
 
 
 def test_help_needs_no_torch() -> None:
-    script = "import sys, exporter.cli.calibrate; print([m for m in ('torch', 'numpy', 'transformers') if m in sys.modules])"
+    script = (
+        "import sys, exporter.cli.calibrate; "
+        "print([m for m in ('torch', 'numpy', 'transformers') if m in sys.modules])"
+    )
     assert probe(script) == "[]\n"
 
 

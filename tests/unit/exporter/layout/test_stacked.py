@@ -929,7 +929,8 @@ def test_stacks_that_are_not_what_the_family_has(kit, zoo: Zoo, tmp_path: Path) 
     odd = kit.edit(zoo.source("gpt_oss"), tmp_path / "transposed", transpose)
     with pytest.raises(
         PlanError,
-        match=r"gate_up_proj \[4, 192, 64\].* are not stacks \[experts, in, out\], which gpt_oss has",
+        match=r"gate_up_proj \[4, 192, 64\].* are not stacks \[experts, in, out\], "
+        r"which gpt_oss has",
     ):
         exporter.export(odd, tmp_path / "out", **given)
     lost = kit.edit(zoo.source("gpt_oss"), tmp_path / "lost", lambda tensors: tensors.pop(key))

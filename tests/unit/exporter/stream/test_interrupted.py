@@ -51,7 +51,8 @@ def progress(_count):
         os.kill(os.getpid(), signal.SIGKILL)
 
 exporter.export(
-    source, out, recipe="nvfp4_experts_only", input_scale="one", shard_bytes=shard, workers=1, progress=progress
+    source, out, recipe="nvfp4_experts_only", input_scale="one",
+    shard_bytes=shard, workers=1, progress=progress,
 )
 """
 

@@ -260,7 +260,8 @@ def test_the_real_release_on_the_meta_device(tmp_path: Path) -> None:
         "from verifier.checkpoint import open_checkpoint\nfrom verifier.load.reload import reload\n"
         "found = reload(open_checkpoint(sys.argv[1]), memory=0)\n"
         "peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "print(json.dumps([found.reason, found.keys, [str(m) for m in found.misfits], found.why_no_values, peak]))\n"
+        "misfits = [str(m) for m in found.misfits]\n"
+        "print(json.dumps([found.reason, found.keys, misfits, found.why_no_values, peak]))\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, path], capture_output=True, text=True, check=False
@@ -300,7 +301,10 @@ def test_command_and_options(qwen: CheckpointEditor) -> None:
 
 @pytest.mark.parametrize("module", ["torch", "transformers"])
 def test_without_the_extra(module: str) -> None:
-    code = f"import sys; sys.modules[{module!r}] = None\nfrom verifier.cli import run; sys.exit(run(sys.argv[1:]))"
+    code = (
+        f"import sys; sys.modules[{module!r}] = None\n"
+        "from verifier.cli import run; sys.exit(run(sys.argv[1:]))"
+    )
     arguments = [sys.executable, "-c", code, "check", str(QWEN), "--depth", "load"]
     done = subprocess.run(arguments, capture_output=True, text=True, check=False)
     assert done.returncode == 2
