@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from verifier.checkpoint import Checkpoint, Source, open_checkpoint
 from verifier.errors import ContainerError
@@ -19,7 +20,6 @@ from verifier.quantized import QuantizedCheckpoint
 from verifier.rules import DEPTHS, Context, Depth, Rule, all_rules
 from verifier.rules.context import Inputs
 from verifier.rules.loading import Loader
-from verifier.run import baseline as baselines
 from verifier.run.fingerprints import fingerprinted
 from verifier.run.loading import default_evaluate, default_loader
 from verifier.run.options import CheckOptions, Path, Reading, reading_of
@@ -29,6 +29,9 @@ from verifier.run.select import Prefixes, Selection
 from verifier.run.severity import Levels, Severities
 from verifier.run.verdict import finish_rule, severity_rank, verdict_of
 from verifier.summary import BaselineSummary, Contents, FailOn, ReportedOptions, Summary
+
+if TYPE_CHECKING:
+    from verifier.run.baseline import Baseline
 
 
 def check(
@@ -140,7 +143,7 @@ def run_check(uri: Path, options: CheckOptions) -> Report:
     """Check a checkpoint; errors are those of `check`."""
     plan = plan_of(options)
     started = time.perf_counter()
-    known = baselines.load(options.baseline) if options.baseline is not None else None
+    known = _baseline(options.baseline) if options.baseline is not None else None
     base, merged_from = _opened(options.base), _opened(options.merged_from)
     try:
         candidate = open_checkpoint(uri)
@@ -251,6 +254,12 @@ def _lacks(rule: Rule, depth: Depth, inputs: set[str]) -> str:
 
 def _opened(uri: Path | None) -> Checkpoint | None:
     return open_checkpoint(uri) if uri is not None else None
+
+
+def _baseline(file: Path) -> Baseline:
+    from verifier.run.baseline import load  # noqa: PLC0415  (pydantic: 80 ms and 10 MB)
+
+    return load(file)
 
 
 def _text(path: Path | None) -> str | None:
