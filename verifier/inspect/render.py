@@ -271,11 +271,11 @@ def _codes(codes: ScaleCodes) -> list[str]:
             continue
         bar = "█" * max(1, round(BAR * n / top))
         lines.append(f"  {label:>{width}}  {bar:{BAR}}  {n:,} ({percentage(n, totals['total'])})")
-    for role, mine in (
+    for role, of_role in (
         *sorted(codes.roles.items()),
         *([("all", counts)] if len(codes.roles) > 1 else []),
     ):
-        parts = shares(mine, codes.kind)
+        parts = shares(of_role, codes.kind)
         of = parts.pop("total")
         names = {
             "floor": "at the floor 2^-9",

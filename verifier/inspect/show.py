@@ -356,10 +356,10 @@ def _same_elements(
     elif base_part.shape != tensor.shape:
         notes.append(f"the base has {base_part.dtype} {list(base_part.shape)}")
     elif base_part.dtype in NUMPY_DTYPES:
-        found: npt.NDArray[np.float64] = _read(
+        values: npt.NDArray[np.float64] = _read(
             other.checkpoint, base_part, first, count
         ).real.astype(np.float64)
-        return found
+        return values
     return None
 
 

@@ -26,10 +26,10 @@ def render_github(report: Report) -> str:
         message = reason(report) or report.verdict
         lines.append(_command("error", f"ckptgate: {report.verdict}", message))
     new = [f for f in worst_first(report.findings) if f.standing != "known"]
-    shown = new[: MAX_ANNOTATIONS - len(lines)]
-    lines += [_annotation(f, titles.get(f.rule, "")) for f in shown]
-    if len(new) > len(shown):
-        lines.append(f"{counted(len(new) - len(shown), 'more finding')} without an annotation")
+    annotated = new[: MAX_ANNOTATIONS - len(lines)]
+    lines += [_annotation(f, titles.get(f.rule, "")) for f in annotated]
+    if len(new) > len(annotated):
+        lines.append(f"{counted(len(new) - len(annotated), 'more finding')} without an annotation")
     lines.append(f"verdict: {verdict_line(report)}")
     return "\n".join(lines) + "\n"
 

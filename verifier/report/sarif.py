@@ -81,13 +81,13 @@ def _rules(report: Report) -> list[dict[str, Any]]:
 
 
 def _invocation(report: Report) -> dict[str, Any]:
-    found: dict[str, Any] = {
+    invocation: dict[str, Any] = {
         "executionSuccessful": report.verdict != "error",
         "exitCode": report.exit_code,
     }
     if report.verdict in ("inconclusive", "error"):
         why = _message(reason(report) or report.verdict)
-        found["toolExecutionNotifications"] = [{"level": "error", "message": {"text": why}}]
+        invocation["toolExecutionNotifications"] = [{"level": "error", "message": {"text": why}}]
     skipped = [
         {
             "level": "note",
@@ -97,13 +97,13 @@ def _invocation(report: Report) -> dict[str, Any]:
         if not c.ran
     ]
     if skipped:
-        found["toolConfigurationNotifications"] = skipped
-    return found
+        invocation["toolConfigurationNotifications"] = skipped
+    return invocation
 
 
 def _result(f: Finding, index: int) -> dict[str, Any]:
     parts = [printable(f.message), amount(f), location(f), observation(f)]
-    found: dict[str, Any] = {
+    result: dict[str, Any] = {
         "ruleId": printable(f.rule),
         "ruleIndex": index,
         "level": _LEVEL[f.severity],
@@ -115,8 +115,8 @@ def _result(f: Finding, index: int) -> dict[str, Any]:
         "properties": _properties(f),
     }
     if f.standing == "known":
-        found["suppressions"] = [{"kind": "external", "justification": printable(f.note, 2000)}]
-    return found
+        result["suppressions"] = [{"kind": "external", "justification": printable(f.note, 2000)}]
+    return result
 
 
 def _location(f: Finding) -> dict[str, Any]:
@@ -127,13 +127,13 @@ def _location(f: Finding) -> dict[str, Any]:
     physical: dict[str, Any] = {"artifactLocation": artifact}
     if where.byte is not None:
         physical["region"] = {"byteOffset": where.byte}
-    found: dict[str, Any] = {"physicalLocation": physical}
+    entry: dict[str, Any] = {"physicalLocation": physical}
     if where.tensor:
         name = printable(where.tensor, 2000)
-        found["logicalLocations"] = [
+        entry["logicalLocations"] = [
             {"fullyQualifiedName": name, "name": name.rpartition(".")[2] or name, "kind": "member"}
         ]
-    return found
+    return entry
 
 
 def _properties(f: Finding) -> dict[str, Any]:
@@ -166,12 +166,12 @@ def _message(text: str) -> str:
 
 def _root(uri: str) -> str:
     """Return the checkpoint's address as the user knows it, as a folder's URI."""
-    found = (
+    address = (
         _quoted(uri, ":/@")
         if "://" in uri
         else Path(os.path.abspath(printable(uri, 4000))).as_uri()
     )
-    return found if found.endswith("/") else f"{found}/"
+    return address if address.endswith("/") else f"{address}/"
 
 
 def _quoted(text: str, safe: str = "/") -> str:
