@@ -42,7 +42,7 @@ Done = subprocess.CompletedProcess[str]
 
 def commands(page: str) -> Iterator[str]:
     """Yield the ``ckptgate`` command lines of a page, without comments."""
-    page = re.sub(r"\\\n\s*", " ", page)
+    page = re.sub(r" *\\\n\s*", " ", page)
     fenced = "\n".join(text for language, text in FENCE.findall(page) if language in SHELLS)
     indented = "\n".join(re.findall(r"^ {4}(\S.*)$", FENCE.sub("", page), re.M))
     for line in f"{fenced}\n{indented}".splitlines():
