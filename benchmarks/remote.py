@@ -34,10 +34,10 @@ DELAY = 0.05
 RELEASE, BASE = "org/MiniMax-M3-NVFP4", "org/MiniMax-M3"
 EXPORT, BF16, MXFP8 = "org/tiny-nvfp4", "org/tiny-bf16", "org/tiny-mxfp8"
 RUN = (
-    "import resource, sys; from verifier.cli import run; code = run(sys.argv[1:]); "
+    "import re, resource, sys; from verifier.cli import run; code = run(sys.argv[1:]); "
     "used = resource.getrusage(resource.RUSAGE_SELF); "
-    "print(f'used {used.ru_maxrss} {used.ru_utime + used.ru_stime}', file=sys.stderr); "
-    "sys.exit(code)"
+    "status = open('/proc/self/status').read(); peak = re.search(r'VmHWM:\\s+(\\d+)', status)[1]; "
+    "print(f'used {peak} {used.ru_utime + used.ru_stime}', file=sys.stderr); sys.exit(code)"
 )
 RECIPE = ("--recipe", "nvfp4_experts_only", "--input-scale", "one")
 CORPUS = ("--corpus", str(GOLDEN / "corpus.jsonl"), "--documents", "2", "--workers", "1")
@@ -112,19 +112,19 @@ def measured(argv: tuple[str, ...], log: Path, environment: dict[str, str]) -> d
 
 def folder_sizes(root: Path) -> dict[str, dict[str, int]]:
     """Return of each repository the bytes of its files, and those of headers and JSON files."""
-    found = {}
+    sizes = {}
     for folder in sorted((root / "org").iterdir()):
         checkpoint = open_checkpoint(folder)
         json_bytes = sum(n for name, n in checkpoint.files.items() if name.endswith(".json"))
         headers = sum(8 + s.header for s in checkpoint.shards)
-        found[f"org/{folder.name}"] = {
+        sizes[f"org/{folder.name}"] = {
             "bytes": sum(checkpoint.files.values()),
             "headers": headers + json_bytes,
             "shards": len(checkpoint.shards),
             "tensors": len(checkpoint.tensors),
             "indexed": INDEX in checkpoint.files,
         }
-    return found
+    return sizes
 
 
 def main() -> None:
@@ -155,8 +155,8 @@ def main() -> None:
         }
         rows = []
         for kind, argv in commands(out):
-            shown = " ".join(a.replace(f"{out}/", "").replace(f"{GOLDEN}/", "") for a in argv)
-            rows.append({"kind": kind, "command": shown} | measured(argv, log, environment))
+            command = " ".join(a.replace(f"{out}/", "").replace(f"{GOLDEN}/", "") for a in argv)
+            rows.append({"kind": kind, "command": command} | measured(argv, log, environment))
             print(json.dumps(rows[-1]), file=sys.stderr)
         result = {
             "command": "python benchmarks/remote.py",

@@ -111,18 +111,18 @@ def compare_published(
     """
     source = open_source(uri)
     sizes, digests = source.files(), source.digests()
-    found = [
+    files = [
         _compared(source, name, file, sizes.get(name), digests.get(name), read_all)
         for name, file in sorted(manifest.files.items())
     ]
     listed = {*manifest.files, MANIFEST}
-    found += [
+    files += [
         FileComparison(name, "extra", "weights that the manifest does not list")
         for name in sorted(sizes)
         if name.endswith(".safetensors") and name not in listed
     ]
     requests, nbytes = source.traffic()
-    return Published(source.uri, source.revision, tuple(found), requests, nbytes)
+    return Published(source.uri, source.revision, tuple(files), requests, nbytes)
 
 
 def _compared(

@@ -17,7 +17,7 @@ import pytest
 from tests.paths import ROOT
 from verifier.cli import run
 
-pytest.importorskip("httpx2")
+httpx2 = pytest.importorskip("httpx2")
 pytest.importorskip("huggingface_hub")
 
 TOKEN = "hf_" + "SecretTokenOfTheTests" * 2
@@ -40,9 +40,12 @@ class Server:
         return f"http://127.0.0.1:{self.port}"
 
     def requests(self) -> list[dict]:
+        """Return the requests so far; one that is being answered is waited for."""
+        httpx2.get(f"{self.url}/_idle", trust_env=False, timeout=20)
         return [json.loads(line) for line in self.log.read_text().splitlines()]
 
     def forget(self) -> None:
+        self.requests()
         self.log.write_text("")
 
     def fault(self, **faults: dict) -> None:

@@ -43,6 +43,8 @@ class State:
         self.options = options
         self.root = Path(options.root)
         self.lock = threading.Lock()
+        self.idle = threading.Condition()
+        self.active = 0
         self.seen: dict[str, int] = {}
         self.cdn = 0
         self.digests: dict[str, str] = {}
@@ -74,6 +76,7 @@ class Handler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
     state: State
     cdn = False
+    sent = 0
 
     def log_message(self, *_args: object) -> None:
         """Print nothing."""
@@ -85,7 +88,22 @@ class Handler(BaseHTTPRequestHandler):
         self.answer()
 
     def answer(self) -> None:
-        """Answer a request and log it."""
+        """Answer a request and log it; ``/_idle`` is answered when every other one is logged."""
+        if self.path == "/_idle":
+            with self.state.idle:
+                self.state.idle.wait_for(lambda: not self.state.active, timeout=10)
+            self.reply(200, b"")
+            return
+        with self.state.idle:
+            self.state.active += 1
+        try:
+            self.logged_answer()
+        finally:
+            with self.state.idle:
+                self.state.active -= 1
+                self.state.idle.notify_all()
+
+    def logged_answer(self) -> None:
         time.sleep(self.state.options.delay)
         self.sent, self.status = 0, 0
         try:

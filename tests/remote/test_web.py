@@ -52,6 +52,16 @@ def test_a_server_without_ranges_serves_headers_only(
     assert sum(r["bytes"] for r in server.requests()) < 3 * size
 
 
+def test_a_server_without_ranges_is_not_read_over_and_over(
+    serve: Serve, folder: Path, call: Call, environment: pytest.MonkeyPatch
+) -> None:
+    environment.setattr("verifier.checkpoint.http.MAX_SKIP", 30_000)
+    server = serve(folder, "--no-ranges")
+    code, _, err = call("stats", server.url, "--depth", "payload")
+    assert code == 4
+    assert "the server ignores range requests; only --depth header works there" in err
+
+
 def test_a_sharded_checkpoint_is_found_by_its_index(
     serve: Serve, folder: Path, shared_data: Path
 ) -> None:

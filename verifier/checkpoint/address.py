@@ -99,9 +99,16 @@ def _hub(text: str, rest: str) -> Address:
     if match is None:
         raise UsageError(f"{text}: not a hub address; use hf://ORG/MODEL[@REVISION][/DIRECTORY]")
     directory = (match["directory"] or "").strip("/")
-    if any(part in ("", ".", "..") for part in directory.split("/") if directory):
+    if directory and not _plain_path(directory):
         raise UsageError(f"{text}: the directory must be a plain path inside the repository")
-    return Address("hub", text, match["repo"], unquote(match["revision"] or ""), directory)
+    revision = unquote(match["revision"] or "")
+    if revision and not _plain_path(revision):
+        raise UsageError(f"{text}: not a revision; use a branch, tag or commit")
+    return Address("hub", text, match["repo"], revision, directory)
+
+
+def _plain_path(path: str) -> bool:
+    return not any(part in ("", ".", "..") for part in path.split("/"))
 
 
 def _web(text: str) -> Address:
@@ -117,8 +124,8 @@ def _web(text: str) -> Address:
     if not host:
         raise UsageError(f"{text}: the host is missing")
     if parts.query or parts.fragment:
-        shown = f"{parts.scheme}://{parts.netloc}{parts.path}"
-        raise UsageError(f"{shown}: give the directory's URL without '?' and '#'")
+        directory = f"{parts.scheme}://{parts.netloc}{parts.path}"
+        raise UsageError(f"{directory}: give the directory's URL without '?' and '#'")
     if parts.netloc == urlsplit(endpoint()).netloc:
         return _hub_page(text, parts.path.strip("/"))
     return Address("web", text.rstrip("/"))

@@ -34,8 +34,8 @@ MAX_REDIRECTS = 5
 MAX_JSON = 64 << 20
 """The most bytes of one answer of the hub's API."""
 MAX_SKIP = 100_000_008
-"""The most bytes before a range that are read and dropped where a server ignores ranges: a header
-of the largest size."""
+"""The most bytes before ranges that are read and dropped where a server ignores ranges: as many as
+the largest header has."""
 SLOWEST = 4096
 """Bytes per second below which a transfer is given up, once ``CKPTGATE_TIMEOUT`` has passed."""
 
@@ -97,6 +97,7 @@ class HttpSource(RemoteSource):
         self._redirects: dict[str, str] = {}
         self._versions: dict[str, str] = {}
         self._sizes: dict[str, int] = {}
+        self._skipped = 0
 
     def _url(self, name: str) -> str:
         raise NotImplementedError
@@ -152,11 +153,7 @@ class HttpSource(RemoteSource):
                 f"{label}: changed while it was read ({known:,} bytes, now {total:,}); run again"
             )
         if response.status_code == 200:
-            if start > MAX_SKIP:
-                raise MachineError(
-                    f"{label}: the server ignores range requests; only --depth header works there "
-                    "(download the checkpoint for more)"
-                )
+            self._skip(start, label)
             return
         match = _RANGE.fullmatch(response.headers.get("content-range", ""))
         if match is None or int(match[1]) != start or int(match[2]) > start + length - 1:
@@ -164,6 +161,20 @@ class HttpSource(RemoteSource):
             raise MachineError(
                 f"{label}: the server answered a request for bytes {start}-{start + length - 1} "
                 f"with {got!r}; a proxy on the way may be broken"
+            )
+
+    def _skip(self, start: int, label: str) -> None:
+        """Allow a server that ignores ranges to send a file from its beginning, for headers.
+
+        Raises:
+            MachineError: too much would be fetched for nothing.
+        """
+        with self._lock:
+            self._skipped += start
+        if self._skipped > MAX_SKIP:
+            raise MachineError(
+                f"{label}: the server ignores range requests; only --depth header works there "
+                "(download the checkpoint for more)"
             )
 
     def _require_unchanged(self, name: str, response: httpx2.Response, label: str) -> None:

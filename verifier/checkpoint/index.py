@@ -68,7 +68,7 @@ def header_guesses(weight_map: Mapping[str, str]) -> dict[str, int]:
     An entry of a header is the name, dtype, shape and two offsets: about 80 characters besides the
     name. A guess that is too short costs a second request.
     """
-    found: dict[str, int] = {}
+    guesses: dict[str, int] = {}
     for name, file in weight_map.items():
-        found[file] = found.get(file, 64) + len(name.encode("utf-8", "replace")) + 84
-    return found
+        guesses[file] = guesses.get(file, 64) + len(name.encode("utf-8", "replace")) + 84
+    return guesses

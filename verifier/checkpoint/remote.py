@@ -39,6 +39,8 @@ WASTE = 20
 SMALL = 4096
 """Announced ranges up to this size stay in memory when the segment around them is dropped."""
 TRIES = 6
+PROGRESS = 64 << 10
+"""A try that got this many bytes does not count as a failure."""
 BACKOFF = 0.5
 """Seconds before the second try; each later wait is twice as long."""
 MAX_WAIT = 300.0
@@ -72,11 +74,11 @@ def merged(ranges: Iterable[tuple[str, int, int]]) -> list[Span]:
     for order, (name, offset, length) in enumerate(ranges):
         if length:
             files.setdefault(name, []).append(_Part(offset, offset + length, order))
-    found: list[tuple[int, Span]] = []
+    spans: list[tuple[int, Span]] = []
     for name, parts in files.items():
         for group in _neighbours(sorted(parts)):
-            found += _chunks(name, group)
-    return [span for _, span in sorted(found, key=lambda f: f[0])]
+            spans += _chunks(name, group)
+    return [span for _, span in sorted(spans, key=lambda s: s[0])]
 
 
 class _Part(NamedTuple):
@@ -88,15 +90,15 @@ class _Part(NamedTuple):
 def _neighbours(parts: Sequence[_Part]) -> Iterator[list[_Part]]:
     """Yield groups of parts, sorted by start, that are fetched as one range."""
     group: list[_Part] = []
-    end = wanted = wasted = 0
+    end = announced = wasted = 0
     for part in parts:
         gap = max(0, part.start - end) if group else 0
         size = max(0, part.stop - max(part.start, end))
-        if gap and (gap > MAX_GAP or (wasted + gap) * WASTE > wanted + size):
+        if gap and (gap > MAX_GAP or (wasted + gap) * WASTE > announced + size):
             yield group
-            group, wanted, wasted, gap = [], 0, 0, 0
+            group, announced, wasted, gap = [], 0, 0, 0
         group.append(part)
-        end, wanted, wasted = max(end, part.stop), wanted + size, wasted + gap
+        end, announced, wasted = max(end, part.stop), announced + size, wasted + gap
     if group:
         yield group
 
@@ -353,6 +355,7 @@ class RemoteSource(Source):
         """Fill and return ``out``; after an interruption, resume at the first missing byte."""
         done = failures = 0
         while True:
+            before = done
             try:
                 for chunk in self._stream(name, start + done, out.size - done):
                     if self._stop.is_set():
@@ -363,7 +366,7 @@ class RemoteSource(Source):
                     return out
                 raise Interrupted(f"the connection ended after {done:,} of {out.size:,} bytes")
             except Interrupted as error:
-                failures += 1
+                failures = 1 if done - before >= PROGRESS else failures + 1
                 self._pause(failures, error, f"cannot read {self._label(name)}")
 
     def _pause(self, failures: int, error: Interrupted, action: str) -> None:

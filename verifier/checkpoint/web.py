@@ -90,15 +90,15 @@ class WebSource(HttpSource):
             return self._size(name)
 
         names = sorted(shards | others)
-        found = dict(zip(names, self._all(names, size_of), strict=True))
+        sizes = dict(zip(names, self._all(names, size_of), strict=True))
         if INDEX in self._heads:
-            found[INDEX] = self._heads[INDEX].size
-        elif not any(found[n] is not None for n in shards):
+            sizes[INDEX] = self._heads[INDEX].size
+        elif not any(sizes[n] is not None for n in shards):
             raise UsageError(
                 f"{self.uri}: neither {INDEX} nor {SINGLE} is there; give the URL of the "
                 "directory that holds them"
             )
-        return {n: size for n, size in found.items() if size is not None}
+        return {n: size for n, size in sizes.items() if size is not None}
 
     def _index(self) -> dict[str, str]:
         """Fetch the index, and return the shard of each tensor as far as it can be read."""
@@ -183,11 +183,12 @@ class WebSource(HttpSource):
                 raise Interrupted(f"the connection ended after {len(head):,} bytes")
             return size, head
 
-        found = self._present(name, fetch)
-        if found is None:
+        size_and_head = self._present(name, fetch)
+        if size_and_head is None:
             return None
-        self._heads[name] = np.frombuffer(found[1], np.uint8)
-        return found[0]
+        size, head = size_and_head
+        self._heads[name] = np.frombuffer(head, np.uint8)
+        return size
 
     def _size(self, name: str) -> int | None:
         """Return the size of a file; None where it is not there, or its size is not known."""
