@@ -24,7 +24,7 @@ import numpy as np
 
 from verifier.checkpoint import NUMPY_DTYPES, Bytes, Checkpoint, Source, Tensor
 from verifier.checkpoint.source import DerivedSource
-from verifier.schemes.declarations import Declaration
+from verifier.schemes.declared import Declaration
 from verifier.schemes.modules import LEAVES
 
 Shape = tuple[int, ...]

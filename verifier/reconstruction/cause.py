@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from verifier.decoding import Float32, decode
+from verifier.decoding.parts import as_floats
 from verifier.errors import ContentError
 from verifier.payload.reader import PayloadReader
 from verifier.quantized import QuantizedCheckpoint
@@ -33,7 +34,7 @@ from verifier.reconstruction.blocks import (
 )
 from verifier.reconstruction.distance import along
 from verifier.reconstruction.rows import WeightRows
-from verifier.reconstruction.yardstick import max_scales, nearest
+from verifier.reconstruction.yardstick import is_compared, max_scales, nearest
 from verifier.schemes import ExpertKey, Format, Module, expert_key
 
 Cause = Literal[
@@ -121,6 +122,8 @@ def reconstruct(pair: CheckpointPair, module: Module) -> Reconstruction:
     base_module, fmt = pair.base.modules.get(module.name), pair.candidate.format_of(module)
     if module.weight is None or base_module is None or fmt is None:
         return Reconstruction("unjudged", "the base has no such weight, or the format is not known")
+    if not is_compared(fmt):
+        return Reconstruction("unjudged", f"weights in {fmt.algo} are not compared with the base")
     if "pre_quant_scale" in module.parts:
         return Reconstruction("unjudged", "the weight is scaled by its pre_quant_scale (AWQ)")
     try:
@@ -294,7 +297,7 @@ def inverse(parts: Mapping[str, npt.NDArray[Any]], fmt: Format) -> dict[str, npt
             result[leaf] = np.maximum(254 - exponents, 0).astype(np.uint8)
         else:
             with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
-                result[leaf] = np.asarray(np.float32(1) / parts[leaf], np.float32)
+                result[leaf] = np.asarray(np.float32(1) / as_floats(parts[leaf]))
     return result
 
 

@@ -21,6 +21,7 @@ from verifier.reconstruction.distance import (
     distance,
     peak_of,
 )
+from verifier.reconstruction.yardstick import is_compared
 from verifier.schemes import FLOATS, SCALE_LEAVES, Format, Module
 
 TILE = 128
@@ -40,6 +41,7 @@ _DECODED = frozenset(
         "weight_scale_2",
         "weight_global_scale",
         "scales",
+        "scale",
     }
 )
 
@@ -157,6 +159,11 @@ def stored_rows(checkpoint: Checkpoint, module: Module, start: int, stop: int) -
     return parts
 
 
+def _by_rows(fmt: Format, module: Module) -> bool:
+    """Whether some rows of a weight are decoded from the same rows of its tensors."""
+    return is_compared(fmt) and "pre_quant_scale" not in module.parts
+
+
 def value_rows(
     checkpoint: QuantizedCheckpoint, module: Module, start: int, stop: int
 ) -> npt.NDArray[Any] | None:
@@ -171,6 +178,9 @@ def value_rows(
     fmt = checkpoint.stored_format(module) if module.quantized else None
     if module.quantized and fmt is None:
         return None
+    if fmt is not None and not _by_rows(fmt, module):
+        values = checkpoint.values(module)
+        return values[start:stop] if values is not None else None
     try:
         parts = stored_rows(checkpoint.checkpoint, module, start, stop)
         if fmt is not None:

@@ -15,9 +15,30 @@ import numpy as np
 import numpy.typing as npt
 
 from verifier.decoding import E2M1_MAX, E4M3_MAX, Float32, decode
-from verifier.schemes import FORMATS
+from verifier.schemes import FORMATS, Format
 
 Scales = dict[str, npt.NDArray[Any]]
+COMPARED = frozenset(
+    {
+        "nvfp4",
+        "w4a16_nvfp4",
+        "w4a8_nvfp4_fp8",
+        "nvfp4_ct",
+        "nvfp4_quark",
+        "mxfp4",
+        "w4a8_mxfp4_fp8",
+        "mxfp8",
+        "fp8",
+        "fp8_per_channel",
+        "fp8_block",
+    }
+)
+"""The formats that `max_scales` and `nearest` know, with their usual parameters."""
+
+
+def is_compared(fmt: Format) -> bool:
+    """Whether `max_scales` and `nearest` know a format."""
+    return fmt.name in COMPARED and fmt is FORMATS[fmt.name]
 
 
 def nearest(values: Float32, parts: Mapping[str, npt.NDArray[Any]], fmt: str) -> Float32:
@@ -62,7 +83,7 @@ def max_scales(values: Float32, fmt: str, amax: float | None = None) -> Scales |
     top = np.float32(max(float(np.abs(values).max(initial=0.0)), amax or 0.0))
     if not values.size or not np.isfinite(top) or top == 0:
         return None
-    if fmt == "mxfp4":
+    if FORMATS[fmt].layout == "mxfp4":
         return {"weight_scale": _exponents(values, E2M1_MAX)}
     if fmt == "mxfp8":
         padded = np.pad(values, ((0, 0), (0, -values.shape[1] % 32)))

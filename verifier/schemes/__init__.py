@@ -4,14 +4,21 @@ exclusions.
 """
 
 from verifier.schemes.declarations import (
+    fitting,
+    format_of,
+    inline_declaration,
+    parse,
+    read_declarations,
+)
+from verifier.schemes.declared import (
     Declaration,
     Declarations,
     DeclaredFormat,
     Entry,
-    fitting,
-    format_of,
-    parse,
-    read_declarations,
+    Group,
+    Scheme,
+    classes_of,
+    required_siblings,
 )
 from verifier.schemes.exclusions import READERS, Exclusions, Reader
 from verifier.schemes.formats import (
@@ -20,23 +27,28 @@ from verifier.schemes.formats import (
     KNOWN_ALGOS,
     Format,
     Sibling,
+    fusable,
     runtime_layout,
     same_layout,
 )
 from verifier.schemes.groups import PACKED, fused_groups, packed_name
 from verifier.schemes.modules import (
-    FLOATS,
+    CACHE_LEAVES,
     KV_LEAVES,
     SCALE_LEAVES,
+    SIBLING_LEAVES,
     Module,
     Signature,
     canonical,
     gather,
     split,
 )
+from verifier.schemes.recognition import FLOATS
 from verifier.schemes.roles import ROLES, ExpertKey, collapse, expert_key, layer_of, role
+from verifier.schemes.scale_values import SCALE_BITS, ScaleBits, ScaleFlaws, scale_flaws
 
 __all__ = [
+    "CACHE_LEAVES",
     "FLOATS",
     "FORMATS",
     "FORMAT_OF_ALGO",
@@ -45,7 +57,9 @@ __all__ = [
     "PACKED",
     "READERS",
     "ROLES",
+    "SCALE_BITS",
     "SCALE_LEAVES",
+    "SIBLING_LEAVES",
     "Declaration",
     "Declarations",
     "DeclaredFormat",
@@ -53,23 +67,32 @@ __all__ = [
     "Exclusions",
     "ExpertKey",
     "Format",
+    "Group",
     "Module",
     "Reader",
+    "ScaleBits",
+    "ScaleFlaws",
+    "Scheme",
     "Sibling",
     "Signature",
     "canonical",
+    "classes_of",
     "collapse",
     "expert_key",
     "fitting",
     "format_of",
+    "fusable",
     "fused_groups",
     "gather",
+    "inline_declaration",
     "layer_of",
     "packed_name",
     "parse",
     "read_declarations",
+    "required_siblings",
     "role",
     "runtime_layout",
     "same_layout",
+    "scale_flaws",
     "split",
 ]

@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from verifier.checkpoint import Checkpoint, read_json
+from verifier.checkpoint import Checkpoint
+from verifier.checkpoint.header import read_json
 from verifier.schemes.declared import Declaration, Declarations, DeclaredFormat
 from verifier.schemes.dialects import compressed_tensors, integers, modelopt, others, quark
 from verifier.schemes.dialects.common import text

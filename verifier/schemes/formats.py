@@ -583,6 +583,7 @@ _INTEGERS = (
             Sibling(("input_scale",), MODEL, SCALAR, "input", "never"),
         ),
         declared=("w4afp8 (SGLang)",),
+        decodes=False,
     ),
 )
 
@@ -733,7 +734,9 @@ MODELOPT_ALGOS: dict[str, str] = {
     "INT8_SQ": "int8",
 }
 """What ModelOpt and its readers write as ``quant_algo``, in upper case, to the format's name."""
-FORMAT_OF_ALGO: dict[str, str] = {f.algo: f.name for f in FORMATS.values()} | MODELOPT_ALGOS
+FORMAT_OF_ALGO: dict[str, str] = {
+    f.algo: f.name for f in reversed(FORMATS.values())
+} | MODELOPT_ALGOS
 """`Format.algo`, and ModelOpt's other spellings, to the name of the format."""
 KNOWN_ALGOS = frozenset(MODELOPT_ALGOS) | {"MIXED_PRECISION"}
 """What a ``quant_algo`` may be."""

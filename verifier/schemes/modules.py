@@ -12,6 +12,7 @@ from verifier.schemes.formats import FORMATS, Format
 from verifier.schemes.recognition import (
     CODE_DTYPES,
     FLOATS,
+    WEIGHT_LEAVES,
     recognize,
     scale_leaf,
     weight_leaf,
@@ -162,19 +163,19 @@ class Module:
             if leaf == "blocks":
                 name = tensor.name.removesuffix("_blocks")
                 yield name, self.dims if name.endswith(".weight") else None
-            elif leaf != self.signature.weight:
-                if leaf not in ("weight_packed", "qweight"):  # QC313: the weight is stored twice
-                    yield tensor.name, tensor.shape
-            elif leaf in ("", "weight"):
-                yield tensor.name, self.dims or (None if self._codes else tensor.shape)
-            else:
-                yield f"{self.name}.weight", self.dims
+            elif leaf == "" or leaf not in WEIGHT_LEAVES:
+                yield tensor.name, tensor.shape
+            elif leaf == self.signature.weight:
+                name = tensor.name if leaf == "weight" else f"{self.name}.weight"
+                yield name, self.dims or (tensor.shape if self._plain else None)
 
     @property
-    def _codes(self) -> bool:
-        """Whether the stored shape of the weight is not its logical one."""
-        found = self.inferred_format
-        return found is not None and found.weight.formula not in ("out, in", "")
+    def _plain(self) -> bool:
+        """Whether the stored shape of the weight is its logical one."""
+        if self.signature.weight != "weight":
+            return False
+        shown = self.inferred_format
+        return shown is None or shown.weight.formula == "out, in"
 
 
 def look_at(parts: Mapping[str, Tensor], declared: Format | None = None) -> Signature:
@@ -182,7 +183,7 @@ def look_at(parts: Mapping[str, Tensor], declared: Format | None = None) -> Sign
     leaf, scale = weight_leaf(parts), scale_leaf(parts)
     scales = tuple(n for n in parts if n in SIBLING_LEAVES)
     weight = parts[leaf] if leaf is not None else None
-    quantized = bool(scales) or (weight is not None and _codes(leaf, weight))
+    quantized = bool(scales) or (weight is not None and _holds_codes(leaf, weight))
     shown, dims = None, None
     if weight is not None and quantized:
         shown, dims = recognize(parts, declared)
@@ -191,7 +192,7 @@ def look_at(parts: Mapping[str, Tensor], declared: Format | None = None) -> Sign
     return Signature(leaf, scale, scales, quantized, dims, shown)
 
 
-def _codes(leaf: str | None, weight: Tensor) -> bool:
+def _holds_codes(leaf: str | None, weight: Tensor) -> bool:
     """Whether a weight without siblings holds codes: a bare parameter of whole numbers is a
     buffer.
     """
@@ -251,7 +252,7 @@ def _separate(module: str, parts: dict[str, dict[str, Tensor]]) -> None:
         elif weight is None:
             known = "qzeros" in own
         else:
-            known = _codes(leaf, weight) and (name == "scales" or weight.dtype in CODE_DTYPES)
+            known = _holds_codes(leaf, weight) and (name == "scales" or weight.dtype in CODE_DTYPES)
         if not known:
             tensor = own.pop(name)
             parts[tensor.name] = {"": tensor}

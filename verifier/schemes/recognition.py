@@ -174,9 +174,9 @@ def _signed(
         return FORMATS["bnb_int8"]
     if scale is not None and scale.dtype in E8M0:
         return FORMATS["mxfp4"]
-    known = (FORMATS["int8"], FORMATS["w4afp8"])
+    known = [FORMATS["int8"], FORMATS["w4afp8"]]
     if declared is not None and declared.layout in ("int8", "w4afp8"):
-        known = (declared, *known)
+        known.insert(0, declared)
     return _first(known, weight, scale) or known[0]
 
 

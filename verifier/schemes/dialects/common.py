@@ -25,6 +25,13 @@ def text(value: Any) -> str:
     return value if isinstance(value, str) else ""
 
 
+def pair(value: Any) -> tuple[int, int] | None:
+    """Return two positive whole numbers of a list, None for anything else."""
+    if not isinstance(value, list) or len(value) != 2:
+        return None
+    return (value[0], value[1]) if all(type(n) is int and n > 0 for n in value) else None
+
+
 def mapping(value: Any) -> Mapping[str, Any]:
     """Return an object, {} for anything else."""
     return value if isinstance(value, Mapping) else {}

@@ -27,14 +27,15 @@ from verifier.schemes.dialects.common import (
     CLASS_NAME,
     KNOWN_CLASSES,
     NamedExclusions,
-    Names,
     integer,
     mapping,
     name_lists,
+    pair,
     text,
 )
 from verifier.schemes.exclusions import Exclusions
 from verifier.schemes.formats import FORMATS, Format
+from verifier.schemes.patterns import Names
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +57,6 @@ class Args:
         strategy = text(raw.get("strategy")).lower()
         if not strategy:
             strategy = "tensor" if group is None else ("channel" if group == -1 else "group")
-        block = raw.get("block_structure")
-        sizes = tuple(block) if isinstance(block, list) and len(block) == 2 else ()
-        pair = (sizes[0], sizes[1]) if all(type(b) is int and b > 0 for b in sizes) else None
         dynamic = raw.get("dynamic", False)
         return cls(
             integer(raw.get("num_bits")) or 8,
@@ -67,7 +65,7 @@ class Args:
             None if group == -1 else group,
             raw.get("symmetric", True) is not False,
             dynamic if isinstance(dynamic, bool | str) else False,
-            pair if sizes else None,
+            pair(raw.get("block_structure")),
         )
 
     def __str__(self) -> str:

@@ -20,6 +20,7 @@ from verifier.schemes.dialects.common import (
     integer,
     mapping,
     name_lists,
+    pair,
     text,
 )
 from verifier.schemes.exclusions import Exclusions
@@ -336,7 +337,7 @@ def _auto_round_format(
     packing: str, data_type: str, bits: int | None, group: Any, unclear: list[str]
 ) -> Format | None:
     """Return the format of a packing, a data type and a width; None where they are not known."""
-    sizes = group if isinstance(group, list) and len(group) == 2 else None
+    sizes = pair(group)
     if data_type == "int" and "awq" in packing:
         return _sized(FORMATS["awq"], bits, group)
     if data_type == "int" and ("gptq" in packing or packing in ("", "auto_round")):
@@ -348,8 +349,8 @@ def _auto_round_format(
     if "nv_fp" in data_type and bits == 4:
         return FORMATS["nvfp4_ct"]
     if data_type.startswith("fp") and bits == 8:
-        if sizes is not None and all(type(s) is int and s > 0 for s in sizes):
-            return FORMATS["fp8_block"].sized(block=(sizes[0], sizes[1]))
+        if sizes is not None:
+            return FORMATS["fp8_block"].sized(block=sizes)
         return FORMATS["fp8_per_channel" if group == -1 else "fp8"]
     unclear.append(f"data_type {data_type!r} of {bits} bits, packing_format {packing!r}")
     return None

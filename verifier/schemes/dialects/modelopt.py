@@ -9,7 +9,7 @@ are read in any case, as vLLM does: ModelOpt itself writes ``fp8_pb_wo`` and ``m
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from verifier.schemes.declared import (
@@ -27,13 +27,14 @@ from verifier.schemes.dialects.common import (
     integer,
     mapping,
     name_lists,
+    pair,
     text,
 )
+from verifier.schemes.exclusions import Exclusions
 from verifier.schemes.formats import (
     FORMATS,
     KNOWN_ALGOS,
     MODELOPT_ALGOS,
-    Block,
     Format,
 )
 from verifier.schemes.groups import packed_name
@@ -108,31 +109,41 @@ class Fp8(ModelOpt):
         return not plain and super().expects(declaration, module)
 
 
-class DeepseekV4(Fp8):
+class DeepseekV4(Dialect):
     """DeepSeek-V4: its routed experts have a format of their own, and its model code knows which
     other layers are FP8.
+
+    Exclusions are those of ModelOpt's experts alone (``moe_quant_algo``): what they name keeps the
+    vendor's quantization.
     """
 
     explicit = False
 
-    def __init__(self, experts: Scheme) -> None:
-        self.experts = experts
+    def __init__(self, experts: Scheme, native: Scheme, patterns: Iterable[str]) -> None:
+        self.experts, self.native = experts, native
+        self._kept = Exclusions(patterns)
+
+    def exclusions(self, patterns: Iterable[str]) -> Exclusions:
+        """Return no exclusions: nothing here is unquantized by being named."""
+        return Exclusions(())
 
     def cover(self, declaration: Declaration, module: str) -> DeclaredFormat:
         """Return the experts' recipe for a routed expert, that of FP8 for all else."""
-        if declaration.layers:
-            found = super().cover(declaration, module)
-            if found.via in ("exact", "container", "packed"):
-                return found
-        of_expert = ".experts." in module and ".shared_experts." not in module
-        scheme = self.experts if of_expert else declaration.scheme
+        scheme: Scheme | None = declaration.scheme
+        if _of_expert(module):
+            kept = bool(self._kept.patterns) and self._kept.strict(module)
+            scheme = self.native if kept else self.experts
         if scheme is None:
             return DeclaredFormat(None, "unlisted")
         return DeclaredFormat(scheme.algo, "implied", "", scheme.group_size, scheme)
 
     def expects(self, declaration: Declaration, module: str) -> bool:
         """Whether it is a routed expert, which is always quantized."""
-        return ".experts." in module and ".shared_experts." not in module
+        return _of_expert(module)
+
+
+def _of_expert(module: str) -> bool:
+    return ".experts." in module and ".shared_experts." not in module
 
 
 MODELOPT, FP8 = ModelOpt(), Fp8()
@@ -165,7 +176,7 @@ def parse(raw: Mapping[str, Any], body: Mapping[str, Any], file: str) -> Declara
     if scheme is not None:
         scheme = _with_inputs(scheme, body.get("config_groups"))
     layers = _layers(body.get("quantized_layers"), problems)
-    named = {algo, *(e.algo for e in layers.values())} - {None}
+    named = {e.algo for e in layers.values()} | ({algo} if algo else set())
     unclear += [f"quant_algo {a!r} is not known" for a in sorted(named - KNOWN_ALGOS)]
     return Declaration(
         file,
@@ -207,30 +218,35 @@ def parse_fp8(
     groups = _groups(body.get("config_groups"))
     if group_size is None:
         group_size = _first_group_size(groups)
+    exclude = name_lists(body, EXCLUSION_KEYS, problems)
+    dialect = _fp8_dialect(method, body, config or {}, exclude)
     return Declaration(
         file,
         "vendor",
         method,
         algo,
         group_size,
-        name_lists(body, EXCLUSION_KEYS, problems),
+        exclude,
         layers,
         kv_of(body),
         tuple(problems),
         groups,
-        scheme,
-        _fp8_dialect(method, body, config or {}),
-        tuple(f"quant_algo {a!r} is not known" for a in {stated} - {None} - KNOWN_ALGOS),
+        scheme if dialect in (FP8, MODELOPT) else base,
+        dialect,
+        (f"quant_algo {stated!r} is not known",) if stated and stated not in KNOWN_ALGOS else (),
     )
 
 
-def _fp8_dialect(method: str, body: Mapping[str, Any], config: Mapping[str, Any]) -> Dialect:
+def _fp8_dialect(
+    method: str, body: Mapping[str, Any], config: Mapping[str, Any], exclude: tuple[str, ...]
+) -> Dialect:
     experts = text(body.get("moe_quant_algo")).upper()
-    if experts:
-        return DeepseekV4(scheme_of(experts, integer(body.get("group_size"))))
-    if text(config.get("expert_dtype")) == "fp4" or text(body.get("store_dtype")) == "mxfp4":
-        return DeepseekV4(Scheme("MXFP4", FORMATS["mxfp4"], "dynamic", group_size=32))
-    return FP8 if method == "fp8" else MODELOPT
+    fp4 = text(config.get("expert_dtype")) == "fp4" or text(body.get("store_dtype")) == "mxfp4"
+    if not experts and not fp4:
+        return FP8 if method == "fp8" else MODELOPT
+    native = Scheme("MXFP4", FORMATS["mxfp4"], "dynamic", group_size=32)
+    own = scheme_of(experts, integer(body.get("group_size"))) if experts else native
+    return DeepseekV4(own, native, exclude if experts else ())
 
 
 def _fp8_scheme(method: str, body: Mapping[str, Any], problems: list[str]) -> Scheme | None:
@@ -239,8 +255,8 @@ def _fp8_scheme(method: str, body: Mapping[str, Any], problems: list[str]) -> Sc
     if block is None:
         if method == "mxfp8":
             return Scheme("MXFP8", FORMATS["mxfp8"], "dynamic", group_size=32)
-        return Scheme("FP8", FORMATS["fp8"], static, scale_leaf="weight_scale")
-    sizes = _block(block)
+        return Scheme("FP8", FORMATS["fp8"], static)
+    sizes = pair(block)
     if sizes is None:
         problems.append(f"weight_block_size is {str(block)[:40]}, not two positive integers")
         return None
@@ -248,12 +264,6 @@ def _fp8_scheme(method: str, body: Mapping[str, Any], problems: list[str]) -> Sc
         return Scheme("MXFP8", FORMATS["mxfp8"], "dynamic", group_size=sizes[1])
     fmt: Format = FORMATS["fp8_block"].sized(block=sizes)
     return Scheme(fmt.algo, fmt, static, group_size=sizes[1], scale_leaf="weight_scale_inv")
-
-
-def _block(value: Any) -> Block:
-    if not isinstance(value, list) or len(value) != 2:
-        return None
-    return (value[0], value[1]) if all(type(b) is int and b > 0 for b in value) else None
 
 
 def _algo(body: Mapping[str, Any], problems: list[str]) -> str | None:

@@ -25,6 +25,7 @@ from verifier.schemes.dialects.common import (
     integer,
     mapping,
     name_lists,
+    pair,
     text,
 )
 from verifier.schemes.exclusions import Exclusions
@@ -173,10 +174,9 @@ def _fp8(scheme: str, size: int | None, block: Any) -> Format | None:
         return FORMATS["fp8" if scheme == "per_tensor" else "fp8_per_channel"]
     if scheme == "per_group" and size == 32:
         return FORMATS["mxfp8"]
-    if scheme == "per_block" and isinstance(block, list) and len(block) == 2:
-        if all(type(b) is int and b > 0 for b in block):
-            sizes = (block[0], block[1])
-            return FORMATS["mxfp8"] if sizes == (1, 32) else FORMATS["fp8_block"].sized(block=sizes)
+    sizes = pair(block)
+    if scheme == "per_block" and sizes is not None:
+        return FORMATS["mxfp8"] if sizes == (1, 32) else FORMATS["fp8_block"].sized(block=sizes)
     return None
 
 
