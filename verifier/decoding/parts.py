@@ -34,7 +34,7 @@ def part(parts: Parts, *names: str, fmt: Format) -> Array:
 
 def weight_part(parts: Parts, fmt: Format) -> Array:
     """Return the weight of codes, of two dimensions or more."""
-    weight = part(parts, *fmt.weight.leaves, "weight", fmt=fmt)
+    weight = part(parts, "weight", *fmt.weight.leaves, fmt=fmt)
     if weight.ndim < 2:
         raise ContentError(
             f"{fmt.name}: a weight of {weight.ndim} dimensions; [out, in] is the least"

@@ -11,7 +11,6 @@ from verifier.checkpoint import Tensor
 from verifier.schemes.formats import FORMATS, Format
 from verifier.schemes.recognition import (
     CODE_DTYPES,
-    FLOATS,
     WEIGHT_LEAVES,
     recognize,
     scale_leaf,

@@ -6,8 +6,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from verifier.findings import Finding, Where
+from verifier.quantized import ModuleGroup
 from verifier.rules.context import Context
 from verifier.rules.registry import rule
+from verifier.schemes import Module, Sibling, required_siblings
 
 
 @rule(
@@ -25,10 +27,11 @@ from verifier.rules.registry import rule
     },
 )
 def check(ctx: Context) -> Iterator[Finding]:
-    """If NVFP4 with quantized activations is declared, every NVFP4 module has an ``input_scale``.
+    """Where a format has a stored scale of activations, every module of that format has it.
 
-    **What it does.** Reports NVFP4 modules without ``input_scale`` if other NVFP4 modules have one.
-    If none has one, the declaration is wrong (QC303).
+    **What it does.** Reports modules without ``input_scale`` (compressed-tensors:
+    ``input_global_scale``) if the declared activations need one and other modules of the format
+    have one. If none has one, the declaration is wrong (QC303).
 
     **Why it happens.** An expert that received no token during calibration has no amax, and the
     exporter left the key out.
@@ -39,15 +42,30 @@ def check(ctx: Context) -> Iterator[Finding]:
     **Fix.** Write the largest input_scale of the layer's other experts, or 1.0 for all modules as a
     policy.
     """
-    modules = [m for m, fmt in ctx.candidate.formatted if fmt.name == "nvfp4"]
-    without = [m for m in modules if "input_scale" not in m.parts]
-    ctx.tally.see(len(modules))
-    if len(without) == len(modules):
-        return  # QC303: not a gap but a different format
-    for module in without:
-        yield ctx.finding(
-            "the module has no input_scale",
-            where=Where(f"{module.name}.input_scale"),
-            observed="absent",
-            expected="F32 scalar",
-        )
+    kinds: dict[str, list[tuple[Module, Sibling]]] = {}
+    for group in ctx.candidate.module_groups:
+        sibling = _required_input(group)
+        if sibling is not None and group.format is not None:
+            pairs = kinds.setdefault(group.format.name, [])
+            pairs += ((module, sibling) for module in group.modules)
+    for pairs in kinds.values():
+        ctx.tally.see(len(pairs))
+        without = [(m, s) for m, s in pairs if not any(leaf in m.parts for leaf in s.leaves)]
+        if len(without) == len(pairs):
+            continue  # QC303: not a gap but a different format
+        for module, sibling in without:
+            yield ctx.finding(
+                f"the module has no {sibling.leaves[0]}",
+                where=Where(f"{module.name}.{sibling.leaves[0]}"),
+                observed="absent",
+                expected=f"{' or '.join(sibling.dtypes)} scalar",
+            )
+
+
+def _required_input(group: ModuleGroup) -> Sibling | None:
+    """Return the scale of activations that a group of modules has to have; None for none."""
+    if group.format is None:
+        return None
+    scheme = group.declared.scheme if group.declared else None
+    required = required_siblings(group.format, scheme)
+    return next((s for s in required if s.role == "input"), None)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from verifier.findings import Finding
 from verifier.rules.context import Context
 from verifier.rules.registry import rule
-from verifier.schemes import FLOATS
+from verifier.rules.scale_dtypes import wrong_dtypes
 
 
 @rule(
@@ -25,11 +25,11 @@ from verifier.schemes import FLOATS
     },
 )
 def check(ctx: Context) -> Iterator[Finding]:
-    """Block scales are F8_E4M3 (NVFP4) or U8/F8_E8M0 (MXFP8); the scales of FP8 weights are F32.
+    """Block scales are F8_E4M3 (NVFP4) or U8/F8_E8M0 (MXFP8), those of FP8 and integers floats; all
+    of a format in one dtype.
 
-    **What it does.** Compares the dtype of each weight scale with its format. Global, activation
-    and KV scales are QC315. compressed-tensors stores FP8 scales in the model's dtype, which is
-    allowed.
+    **What it does.** Compares the dtype of each weight scale with those that readers of its format
+    accept, and with that of most scales of the format. Global, activation and KV scales are QC315.
 
     **Why it happens.** A framework saved the scales in its own dtype.
 
@@ -38,17 +38,16 @@ def check(ctx: Context) -> Iterator[Finding]:
 
     **Fix.** Save the bytes in the format's own dtype.
     """
-    declaration = ctx.candidate.declarations.effective
-    third_party = declaration is not None and not declaration.known
-    for module, fmt, sibling, tensor in ctx.candidate.scales:
-        if sibling.scalar and tensor is not module.scale:
-            continue
-        ctx.tally.see()
-        allowed = third_party and sibling.dtypes == ("F32",) and tensor.dtype in FLOATS
-        if tensor.dtype not in sibling.dtypes and not allowed:
-            yield ctx.finding(
-                f"{fmt.algo}: {tensor.name.rpartition('.')[2]} is stored as {tensor.dtype}",
-                tensor=tensor.name,
-                observed=tensor.dtype,
-                expected=" or ".join(sibling.dtypes),
-            )
+    weight_scales = [
+        (fmt, sibling, tensor)
+        for module, fmt, sibling, tensor in ctx.candidate.scales
+        if tensor is module.scale or not sibling.scalar
+    ]
+    ctx.tally.see(len(weight_scales))
+    for fmt, tensor, expected in wrong_dtypes(weight_scales):
+        yield ctx.finding(
+            f"{fmt.algo}: {tensor.name.rpartition('.')[2]} is stored as {tensor.dtype}",
+            tensor=tensor.name,
+            observed=tensor.dtype,
+            expected=expected,
+        )

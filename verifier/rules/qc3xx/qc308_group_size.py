@@ -45,7 +45,7 @@ def check(ctx: Context) -> Iterator[Finding]:
         declared = ctx.candidate.declared_group_size(first, fmt)
         if declared == fmt.group_size:
             continue
-        columns = first.scale.shape[-1] if first.scale.shape else 0
+        columns = first.scale.shape[-1] if first.scale.shape and fmt.rowwise else 0
         stored = f"; the stored scales are for {first.dims[1] // columns}" if columns else ""
         for scale in (m.scale for m in group.modules if m.scale is not None):
             yield ctx.finding(

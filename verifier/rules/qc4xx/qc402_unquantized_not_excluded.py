@@ -39,7 +39,7 @@ def check(ctx: Context) -> Iterator[Finding]:
     **Fix.** List the full Hub name of every unquantized linear layer.
     """
     declaration = ctx.candidate.declaration
-    if declaration is None or declaration.mixed or declaration.algo is None:
+    if declaration is None or declaration.mixed or not declaration.schemes():
         return
     mtp = mtp_modules(ctx)
     for module in ctx.candidate.linears:
@@ -47,9 +47,10 @@ def check(ctx: Context) -> Iterator[Finding]:
             continue
         ctx.tally.see()
         weight = module.weight
-        if not declaration.exclusions.loose(module.name) and weight is not None:
+        if declaration.expects(module.name) and weight is not None:
+            algo = declaration.declared_for(module.name).algo
             yield ctx.finding(
-                f"{weight.dtype} weight without an exclusion: engines expect {declaration.algo}",
+                f"{weight.dtype} weight without an exclusion: engines expect {algo}",
                 where=Where(weight.name, weight.file),
                 observed=weight.dtype,
                 expected="an exclusion, or scales",

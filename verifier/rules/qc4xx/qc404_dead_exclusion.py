@@ -49,9 +49,10 @@ def check(ctx: Context) -> Iterator[Finding]:
         absent = ctx.expectations.family is not None and ctx.expectations.family.optional(
             pattern.lstrip("*.")
         )
+        harmless = absent or declaration.form not in ("flat", "nested")
         yield ctx.finding(
             f"the exclusion {pattern!r} matches no module in any engine's dialect",
             where=Where(None, declaration.file),
             observed=pattern,
-            severity="warning" if absent else None,
+            severity="warning" if harmless else None,
         )

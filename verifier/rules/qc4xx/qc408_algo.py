@@ -8,14 +8,11 @@ from collections.abc import Iterator
 from verifier.findings import Finding, Where
 from verifier.rules.context import Context
 from verifier.rules.registry import rule
-from verifier.schemes import FLOATS, KNOWN_ALGOS, same_layout
+from verifier.schemes import FLOATS, KNOWN_ALGOS, Declaration, Module, same_layout
 from verifier.text import counted
 
-_INTEGER_ALGOS = frozenset(
-    {"INT8_SQ", "INT4_AWQ", "W4A16_AWQ", "W4A8_AWQ", "W8A16", "W8A8_SQ_PER_CHANNEL"}
-)
 _INTEGER_METHODS = frozenset(
-    {"awq", "gptq", "bitsandbytes", "aqlm", "eetq", "hqq", "vptq", "spqr", "higgs", "auto-round"}
+    {"awq", "gptq", "bitsandbytes", "aqlm", "eetq", "hqq", "vptq", "spqr", "higgs"}
 )
 
 
@@ -47,7 +44,7 @@ def check(ctx: Context) -> Iterator[Finding]:
     if declaration is None or not quantized:
         return
     where = Where(None, declaration.file)
-    if declaration.algo is None:
+    if declaration.modelopt and declaration.algo is None:
         ctx.tally.see()
         yield ctx.finding(
             "quant_algo is null, but the checkpoint is quantized",
@@ -55,7 +52,7 @@ def check(ctx: Context) -> Iterator[Finding]:
             observed=f"null, with {counted(len(quantized), 'quantized module')}",
         )
         return
-    if declaration.algo not in KNOWN_ALGOS:
+    if declaration.modelopt and declaration.algo not in KNOWN_ALGOS:
         ctx.tally.see()
         yield ctx.finding(
             f"engines do not know the quant_algo {declaration.algo!r}",
@@ -66,21 +63,15 @@ def check(ctx: Context) -> Iterator[Finding]:
     for module in quantized:
         entry, inferred = declaration.declared_for(module.name), module.inferred_format
         algo, declared = entry.algo, entry.format
-        if algo in _INTEGER_ALGOS and inferred is not None and not declaration.mixed:
-            ctx.tally.see()
-            yield ctx.finding(
-                f"the integer format {algo} is declared, but the tensors are {inferred.algo}",
-                tensor=module.weight.name if module.weight else module.name,
-                observed=inferred.algo,
-                expected=algo,
-            )
-            continue
         if declared is None or module.weight is None:
             continue
+        if _is_fp8_under_integers(declaration, module):
+            continue  # one finding for all
         ctx.tally.see()
         if inferred is None:
             # QC305 reports packed formats, QC313 plain weights next to scales.
-            if module.weight.dtype not in (*FLOATS, declared.weight_dtype) and not declared.packed:
+            allowed = (*FLOATS, *declared.weight.dtypes)
+            if module.weight.dtype not in allowed and not declared.packed:
                 yield ctx.finding(
                     f"{algo} is declared, but the weight is {module.weight.dtype}",
                     tensor=module.weight.name,
@@ -90,24 +81,31 @@ def check(ctx: Context) -> Iterator[Finding]:
             continue
         if declaration.mixed:
             continue  # QC410
-        if not same_layout(declared, inferred) and not declared.packed:
+        unpacked = declared.packed and module.weight.dtype not in declared.weight.dtypes  # QC305
+        if not same_layout(declared, inferred) and not unpacked:
             yield ctx.finding(
-                f"{declaration.algo} is declared, but the tensors are {inferred.algo}",
+                f"{algo} is declared, but the tensors are {inferred.algo}",
                 tensor=module.weight.name,
                 observed=inferred.algo,
-                expected=declaration.algo,
+                expected=algo,
             )
+
+
+def _is_fp8_under_integers(declaration: Declaration, module: Module) -> bool:
+    """Whether a method of integer formats is declared for a weight that is FP8."""
+    is_fp8 = module.weight is not None and module.weight.dtype == "F8_E4M3"
+    return is_fp8 and declaration.method in _INTEGER_METHODS and module.inferred_format is not None
 
 
 def _integer_method_over_fp8(ctx: Context) -> Iterator[Finding]:
     """Yield a finding if a method of integer formats is declared, but the tensors are FP8."""
     declaration = ctx.candidate.declarations.effective
-    if declaration is None or declaration.known or declaration.method not in _INTEGER_METHODS:
+    if declaration is None or declaration.method not in _INTEGER_METHODS:
         return
     algos = [
         m.inferred_format.algo
         for m in ctx.candidate.quantized_modules
-        if m.weight and m.weight.dtype == "F8_E4M3" and m.inferred_format
+        if m.inferred_format and _is_fp8_under_integers(declaration, m)
     ]
     ctx.tally.see(len(algos))
     if algos:

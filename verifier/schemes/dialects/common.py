@@ -20,6 +20,11 @@ def integer(value: Any) -> int | None:
     return value if type(value) is int else None
 
 
+def group_of(value: Any) -> int | None:
+    """Return a stated group size; None where there is one group (-1), or none is stated."""
+    return value if type(value) is int and value > 0 else None
+
+
 def text(value: Any) -> str:
     """Return a string, '' for anything else."""
     return value if isinstance(value, str) else ""

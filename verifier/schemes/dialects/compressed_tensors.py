@@ -168,6 +168,18 @@ def parse(body: Mapping[str, Any], file: str) -> Declaration:
     problems: list[str] = []
     unclear: list[str] = []
     conflicts: list[str] = []
+    if body.get("config_groups") is None:  # nothing says how modules are quantized
+        missing = ("there is no config_groups",)
+        return Declaration(
+            file,
+            "foreign",
+            "compressed-tensors",
+            None,
+            exclude=name_lists(body, ("ignore",), problems),
+            kv=_kv(body.get("kv_cache_scheme"), unclear),
+            problems=tuple(problems),
+            unclear=missing,
+        )
     overall = text(body.get("format"))
     groups = _groups(body.get("config_groups"), overall, problems, unclear, conflicts)
     _sparsity(body.get("sparsity_config"), unclear)
@@ -196,9 +208,6 @@ def parse(body: Mapping[str, Any], file: str) -> Declaration:
 def _groups(
     raw: Any, overall: str, problems: list[str], unclear: list[str], conflicts: list[str]
 ) -> list[Group]:
-    if raw is None:
-        unclear.append("there is no config_groups")
-        return []
     if not isinstance(raw, Mapping):
         problems.append("config_groups is not an object")
         return []

@@ -17,6 +17,7 @@ from typing import Any
 from verifier.schemes.declared import Declaration, DeclaredFormat, Dialect, Inputs, Scheme
 from verifier.schemes.dialects.common import (
     PartExclusions,
+    group_of,
     integer,
     mapping,
     name_lists,
@@ -86,7 +87,7 @@ def _changed(base: Scheme, changes: Mapping[str, Any]) -> Scheme:
     group = changes.get("group_size", base.group_size)
     fmt = _sized(base.format, integer(changes.get("bits")), group)
     symmetric = changes.get("sym", base.symmetric) is not False
-    return replace(base, format=fmt, group_size=integer(group), symmetric=symmetric)
+    return replace(base, format=fmt, group_size=group_of(group), symmetric=symmetric)
 
 
 class _Negative(Exclusions):
@@ -139,7 +140,7 @@ def parse_gptq(body: Mapping[str, Any], file: str) -> Declaration:
         _sized(FORMATS[name], bits, group) if form in ("gptq", "gptq_v2") else None,
         "none",
         body.get("sym", True) is not False,
-        integer(group),
+        group_of(group),
         "scales",
     )
     overrides = tuple(_overrides(body.get("dynamic"), unclear))
@@ -215,7 +216,7 @@ def parse_awq(body: Mapping[str, Any], file: str) -> Declaration:
         "AWQ",
         _sized(FORMATS["awq"], bits, group) if version == "gemm" else None,
         "none",
-        group_size=integer(group),
+        group_size=group_of(group),
         scale_leaf="scales",
     )
     return Declaration(
@@ -307,7 +308,7 @@ def parse_auto_round(body: Mapping[str, Any], file: str) -> Declaration:
         fmt,
         _auto_round_inputs(body),
         body.get("sym", True) is not False,
-        integer(body.get("group_size")),
+        group_of(body.get("group_size")),
     )
     return Declaration(
         file,

@@ -552,7 +552,7 @@ def _summary(d: Declaration) -> tuple[Any, ...]:
         ),
         (
             {"quant_method": "compressed-tensors", "ignore": ["lm_head"]},
-            ("compressed-tensors", True, None, None, ("lm_head",), None, ()),
+            ("foreign", False, None, None, ("lm_head",), None, ()),
         ),
         ({"quant_method": "hqq"}, ("foreign", False, None, None, (), None, ())),
         ({}, ("foreign", False, None, None, (), None, ())),
