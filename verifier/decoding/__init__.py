@@ -45,6 +45,7 @@ DECODERS: dict[str, Decoder] = {
     "fp8": floats.fp8,
     "fp8_per_channel": floats.fp8_per_channel,
     "fp8_block": floats.fp8_block,
+    "mxfp8_block": floats.fp8_block,
     "mlx_mxfp4": floats.mlx,
     "mlx_nvfp4": floats.mlx,
     "mlx_mxfp8": floats.mlx,

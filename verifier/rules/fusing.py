@@ -88,7 +88,7 @@ def scalars(ctx: Context, leaf: str, names: Iterable[str]) -> Iterator[Scalars]:
     """Yield the scalars of one leaf for each group of projections that engines fuse; groups with
     anything but F32 scalars are counted as missed.
     """
-    for _, members in fused_groups(names):
+    for _, members in fused_groups(names, ctx.checkpoint.model_type):
         tensors = tuple(ctx.candidate.modules[m].parts[leaf] for m in members)
         if any(t.dtype != "F32" or t.elements != 1 for t in tensors):
             ctx.tally.miss(1, f"{leaf} that is not an F32 scalar")

@@ -345,9 +345,7 @@ _MODELOPT = (
         _FP8,
         (128, 128),
         (
-            Sibling(
-                ("weight_scale_inv", "weight_scale", "scale"), (*MODEL, "F8_E8M0", "U8"), TILES
-            ),
+            Sibling(("weight_scale_inv", "weight_scale", "scale"), (*MODEL, "F8_E8M0"), TILES),
             replace(_STATIC_INPUT, when="never"),
         ),
         bits=8,
@@ -358,6 +356,17 @@ _MODELOPT = (
             "quark: fp8_e4m3 per_block",
             "auto-round: packing_format auto_round:fp8, group_size [128, 128]",
         ),
+    ),
+    # DeepSeek-V4.1 calls the scale ``scale``, Quark ``weight_scale``.
+    Format(
+        "mxfp8_block",
+        "MXFP8_BLOCK",
+        _FP8,
+        (32, 32),
+        (Sibling(("scale", "weight_scale", "weight_scale_inv"), ("F8_E8M0", "U8"), TILES),),
+        bits=8,
+        layout="fp8_block",
+        declared=("fp8: weight_block_size [32, 32]", "quark: fp8_e4m3 per_block [32, 32]"),
     ),
     # Rows 2k and 2k+1 of a column share a byte, as two's complement.
     Format(

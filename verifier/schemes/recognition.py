@@ -216,8 +216,9 @@ def _words(
     else:
         name = "gptq_v2" if declared is not None and declared.name == "gptq_v2" else "gptq"
         words = packed
-    declared_bits = declared.bits if _is(declared, "gptq", "awq") and declared else 0
-    bits = (words * 32 // out if out and words else 0) or declared_bits or 4
+    bits = declared.bits if _is(declared, "gptq", "awq") and declared else 4
+    if out and words and words != -(-out * bits // 32):
+        bits = words * 32 // out or bits
     fmt = FORMATS[name].sized(bits=bits)
     dims = fmt.dims(weight.shape)
     if dims is None:
@@ -252,7 +253,8 @@ def _fp8(scale: Tensor | None, dims: Dims, declared: Format | None) -> Format | 
     if scale.dtype in E8M0:
         names: tuple[tuple[str, Block], ...] = (
             ("mxfp8", (1, 32)),
-            *(("fp8_block", t) for t in _TILES),
+            ("fp8_block", (128, 128)),
+            ("mxfp8_block", (32, 32)),
         )
     else:
         names = (
@@ -261,9 +263,11 @@ def _fp8(scale: Tensor | None, dims: Dims, declared: Format | None) -> Format | 
             *(("fp8_block", t) for t in _TILES),
         )
     candidates = [FORMATS[n].sized(block=b) for n, b in names]
-    if declared is not None and declared.weight.codes == "e4m3" and declared.bits == 8:
-        candidates.insert(0, declared)
-    return next((f for f in candidates if scale.shape in f.siblings[0].shapes(*dims)), None)
+    fitting = [f for f in candidates if scale.shape in f.siblings[0].shapes(*dims)]
+    if declared is not None and any(f.layout == declared.layout for f in fitting):
+        fitting = [f for f in fitting if f.layout == declared.layout]
+        return declared if declared in fitting else fitting[0]
+    return fitting[0] if fitting else None
 
 
 def _group(width: int, count: int) -> int:

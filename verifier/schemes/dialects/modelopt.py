@@ -129,6 +129,8 @@ class DeepseekV4(Dialect):
 
     def cover(self, declaration: Declaration, module: str) -> DeclaredFormat:
         """Return the experts' recipe for a routed expert, that of FP8 for all else."""
+        if module in declaration.layers:
+            return _of_entry(declaration.layers[module], "exact", module)
         scheme: Scheme | None = declaration.scheme
         if _of_expert(module):
             kept = bool(self._kept.patterns) and self._kept.strict(module)
@@ -144,6 +146,13 @@ class DeepseekV4(Dialect):
 
 def _of_expert(module: str) -> bool:
     return ".experts." in module and ".shared_experts." not in module
+
+
+def tiles(sizes: tuple[int, int]) -> Format:
+    """Return FP8 in tiles of some rows and columns; those of 32x32 have E8M0 scales."""
+    if sizes == (32, 32):
+        return FORMATS["mxfp8_block"]
+    return FORMATS["fp8_block"].sized(block=sizes)
 
 
 MODELOPT, FP8 = ModelOpt(), Fp8()
@@ -262,7 +271,7 @@ def _fp8_scheme(method: str, body: Mapping[str, Any], problems: list[str]) -> Sc
         return None
     if method == "mxfp8" or sizes == (1, 32):
         return Scheme("MXFP8", FORMATS["mxfp8"], "dynamic", group_size=sizes[1])
-    fmt: Format = FORMATS["fp8_block"].sized(block=sizes)
+    fmt = tiles(sizes)
     return Scheme(fmt.algo, fmt, static, group_size=sizes[1], scale_leaf="weight_scale_inv")
 
 

@@ -28,6 +28,7 @@ from verifier.schemes.dialects.common import (
     pair,
     text,
 )
+from verifier.schemes.dialects.modelopt import tiles
 from verifier.schemes.exclusions import Exclusions
 from verifier.schemes.formats import FORMATS, Format
 from verifier.schemes.patterns import Names
@@ -176,7 +177,7 @@ def _fp8(scheme: str, size: int | None, block: Any) -> Format | None:
         return FORMATS["mxfp8"]
     sizes = pair(block)
     if scheme == "per_block" and sizes is not None:
-        return FORMATS["mxfp8"] if sizes == (1, 32) else FORMATS["fp8_block"].sized(block=sizes)
+        return FORMATS["mxfp8"] if sizes == (1, 32) else tiles(sizes)
     return None
 
 
