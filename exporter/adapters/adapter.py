@@ -342,7 +342,7 @@ class StateDictAdapter:
 
     def _declared(self) -> None:
         declared = self._keys.declaration
-        if declared is not None and not declared.known:
+        if declared is not None and not declared.modelopt:
             method = declared.method or "of no known method"
             raise PlanError(f"quantization=True, and quantization_config is {method}: not MXFP8")
         if not self._any:

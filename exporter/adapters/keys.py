@@ -272,7 +272,7 @@ class _Builder:
 
     def _declared(self, modules: list[str], tail: str) -> str | None:
         declared = self.declaration
-        if declared is None or not declared.known:
+        if declared is None or not declared.modelopt:
             return None
         covers = [declared.declared_for(m) for m in modules]
         if declared.mixed:

@@ -182,7 +182,7 @@ def look_at(parts: Mapping[str, Tensor], declared: Format | None = None) -> Sign
     leaf, scale = weight_leaf(parts), scale_leaf(parts)
     scales = tuple(n for n in parts if n in SIBLING_LEAVES)
     weight = parts[leaf] if leaf is not None else None
-    quantized = bool(scales) or (weight is not None and _holds_codes(leaf, weight))
+    quantized = bool(scales) or (weight is not None and _holds_codes(leaf, weight, declared))
     shown, dims = None, None
     if weight is not None and quantized:
         shown, dims = recognize(parts, declared)
@@ -191,11 +191,15 @@ def look_at(parts: Mapping[str, Tensor], declared: Format | None = None) -> Sign
     return Signature(leaf, scale, scales, quantized, dims, shown)
 
 
-def _holds_codes(leaf: str | None, weight: Tensor) -> bool:
-    """Whether a weight without siblings holds codes: a bare parameter of whole numbers is a
-    buffer.
+def _holds_codes(leaf: str | None, weight: Tensor, declared: Format | None = None) -> bool:
+    """Whether a weight without siblings holds codes: other whole numbers are a buffer where no
+    declaration says that they are codes.
     """
-    return weight.dtype in CODE_DTYPES and (leaf != "" or weight.dtype in ("F8_E4M3", "U8"))
+    if weight.dtype in ("F8_E4M3", "U8"):
+        return True
+    if leaf == "" or weight.dtype not in CODE_DTYPES:
+        return False
+    return leaf != "weight" or (declared is not None and weight.dtype in declared.weight.dtypes)
 
 
 DeclaredFor = Callable[[str], Format | None]
@@ -251,7 +255,7 @@ def _separate(module: str, parts: dict[str, dict[str, Tensor]]) -> None:
         elif weight is None:
             known = "qzeros" in own
         else:
-            known = _holds_codes(leaf, weight) and (name == "scales" or weight.dtype in CODE_DTYPES)
+            known = leaf != "" and weight.dtype in CODE_DTYPES
         if not known:
             tensor = own.pop(name)
             parts[tensor.name] = {"": tensor}
