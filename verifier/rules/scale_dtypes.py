@@ -1,29 +1,73 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dtypes of scales: those that a format has, and one for all scales of a kind."""
+"""Dtypes of scales: those that a format has, and one float dtype for all scales of a kind."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 from verifier.checkpoint import Tensor
+from verifier.quantized import ModuleGroup
 from verifier.schemes import FLOATS, Format, Sibling
 
 
-def wrong_dtypes(
-    scales: Iterable[tuple[Format, Sibling, Tensor]],
-) -> Iterator[tuple[Format, Tensor, str]]:
+class ScaleKind(NamedTuple):
+    """One scale of the modules of a group."""
+
+    group: ModuleGroup
+    format: Format
+    leaf: str
+    sibling: Sibling
+
+    @property
+    def dtype(self) -> str:
+        """The dtype on disk, which is the same in the whole group."""
+        return self.group.first.parts[self.leaf].dtype
+
+
+def scale_kinds(groups: Iterable[ModuleGroup], *, scalars: bool) -> list[ScaleKind]:
+    """Return the scales that groups of modules have: scalars beside the weight's own scale, or all
+    others.
+    """
+    kinds = []
+    for group in groups:
+        module, fmt = group.first, group.format
+        if fmt is None:
+            continue
+        for leaf in module.scales:
+            sibling = fmt.sibling(leaf)
+            if sibling is None:
+                continue
+            if scalars == (sibling.scalar and module.parts[leaf] is not module.scale):
+                kinds.append(ScaleKind(group, fmt, leaf, sibling))
+    return kinds
+
+
+def wrong_dtypes(kinds: Iterable[ScaleKind]) -> Iterator[tuple[Format, Tensor, str]]:
     """Yield the tensors whose dtype their format does not have, and those of another float dtype
     than most of their kind, each with the dtypes expected.
     """
-    kinds: dict[tuple[str, str], list[tuple[Format, Sibling, Tensor]]] = {}
-    for fmt, sibling, tensor in scales:
-        kinds.setdefault((fmt.name, sibling.leaves[0]), []).append((fmt, sibling, tensor))
-    for alike in kinds.values():
-        floats = Counter(t.dtype for _, s, t in alike if t.dtype in s.dtypes and t.dtype in FLOATS)
-        usual = floats.most_common(1)[0][0] if floats else ""
-        for fmt, sibling, tensor in alike:
-            if tensor.dtype not in sibling.dtypes:
-                yield fmt, tensor, " or ".join(sibling.dtypes)
-            elif tensor.dtype in FLOATS and tensor.dtype != usual:
-                yield fmt, tensor, f"{usual}, as the others"
+    alike: dict[tuple[str, str], list[ScaleKind]] = {}
+    for kind in kinds:
+        alike.setdefault((kind.format.name, kind.sibling.leaves[0]), []).append(kind)
+    for members in alike.values():
+        usual = _usual_float(members)
+        for kind in members:
+            expected = ""
+            if kind.dtype not in kind.sibling.dtypes:
+                expected = " or ".join(kind.sibling.dtypes)
+            elif kind.dtype in FLOATS and kind.dtype != usual:
+                expected = f"{usual}, as the others"
+            if expected:
+                for module in kind.group.modules:
+                    yield kind.format, module.parts[kind.leaf], expected
+
+
+def _usual_float(kinds: Iterable[ScaleKind]) -> str:
+    """Return the float dtype that most scales have, of those that their format has."""
+    counts: Counter[str] = Counter()
+    for kind in kinds:
+        if kind.dtype in FLOATS and kind.dtype in kind.sibling.dtypes:
+            counts[kind.dtype] += len(kind.group.modules)
+    return counts.most_common(1)[0][0] if counts else ""

@@ -81,7 +81,9 @@ class DeclaredFormat(NamedTuple):
     @property
     def kind(self) -> tuple[object, ...]:
         """What modules that a declaration says the same about have in common."""
-        return self.algo, self.via, self.group_size, self.scheme
+        stated = (self.algo, self.via, self.group_size)
+        s = self.scheme
+        return stated if s is None else (*stated, s.format, s.inputs, s.symmetric)
 
 
 def required_siblings(fmt: Format, scheme: Scheme | None) -> tuple[Sibling, ...]:

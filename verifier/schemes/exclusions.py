@@ -20,7 +20,7 @@ from collections.abc import Iterable
 from functools import cached_property
 from typing import Literal
 
-from verifier.schemes.groups import PACKED, fused_names
+from verifier.schemes.groups import FUSED_PARAMETERS, PACKED, fused_names
 from verifier.schemes.patterns import Regex, compile_regex
 
 MAX_MATCHES = 1_000_000
@@ -189,10 +189,16 @@ class Exclusions:
 
     def _names_fused(self, module: str) -> bool:
         """Whether a pattern is the name of a parameter that engines build of the module."""
-        return any(
+        return self._fused_patterns and any(
             name in self._exact or (name.rpartition(".")[2] not in PACKED and self.strict(name))
             for name in fused_names(module)
         )
+
+    @cached_property
+    def _fused_patterns(self) -> bool:
+        """Whether any pattern ends in the name of such a parameter."""
+        ends = (p.rpartition(".")[2].strip("*") for p in self.patterns)
+        return any(end in FUSED_PARAMETERS for end in ends)
 
     def _read(self, name: str) -> bool:
         """Whether a name is excluded under any reading."""
@@ -232,7 +238,8 @@ class Exclusions:
         part.
         """
         names = list(modules)
-        names += dict.fromkeys(fused for name in names for fused in fused_names(name))
+        if self._fused_patterns:
+            names += dict.fromkeys(fused for name in names for fused in fused_names(name))
         known = set(names)
         text = "\n".join(names)
         result = []

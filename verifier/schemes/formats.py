@@ -79,8 +79,7 @@ class Sibling:
 
     def shapes(self, out: int, in_: int) -> tuple[Shape, ...]:
         """Return the shapes that it may have next to a weight of ``out`` by ``in_`` elements."""
-        values = {**dict(self.params), "out": out, "in": in_}
-        return tuple(dict.fromkeys(shape_of(f, values) for f in self.formulas))
+        return _shapes(self.formulas, self.params, out, in_)
 
     @property
     def required(self) -> bool:
@@ -90,7 +89,15 @@ class Sibling:
     @property
     def scalar(self) -> bool:
         """Whether the format gives it one value for the whole tensor."""
-        return set(self.formulas) <= set(SCALAR)
+        return self.formulas == SCALAR
+
+
+@lru_cache(maxsize=1 << 14)
+def _shapes(
+    formulas: tuple[str, ...], params: tuple[tuple[str, int], ...], out: int, in_: int
+) -> tuple[Shape, ...]:
+    values = {**dict(params), "out": out, "in": in_}
+    return tuple(dict.fromkeys(shape_of(f, values) for f in formulas))
 
 
 @dataclass(frozen=True, slots=True)

@@ -101,6 +101,9 @@ def packed_name(module: str, family: str | None = None) -> str | None:
     return f"{head}.{fusion.parameter}" if fusion is not None and head else None
 
 
+FUSED_PARAMETERS = frozenset(f.parameter for f in FUSIONS)
+
+
 def fused_names(module: str) -> tuple[str, ...]:
     """Return the names of the fused parameters that some family's engine builds of a projection."""
     head, _, leaf = module.rpartition(".")

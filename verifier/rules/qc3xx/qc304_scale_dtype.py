@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from verifier.findings import Finding
 from verifier.rules.context import Context
 from verifier.rules.registry import rule
-from verifier.rules.scale_dtypes import wrong_dtypes
+from verifier.rules.scale_dtypes import scale_kinds, wrong_dtypes
 
 
 @rule(
@@ -38,13 +38,9 @@ def check(ctx: Context) -> Iterator[Finding]:
 
     **Fix.** Save the bytes in the format's own dtype.
     """
-    weight_scales = [
-        (fmt, sibling, tensor)
-        for module, fmt, sibling, tensor in ctx.candidate.scales
-        if tensor is module.scale or not sibling.scalar
-    ]
-    ctx.tally.see(len(weight_scales))
-    for fmt, tensor, expected in wrong_dtypes(weight_scales):
+    kinds = scale_kinds(ctx.candidate.module_groups, scalars=False)
+    ctx.tally.see(sum(len(kind.group.modules) for kind in kinds))
+    for fmt, tensor, expected in wrong_dtypes(kinds):
         yield ctx.finding(
             f"{fmt.algo}: {tensor.name.rpartition('.')[2]} is stored as {tensor.dtype}",
             tensor=tensor.name,

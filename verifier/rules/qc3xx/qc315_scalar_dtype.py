@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from verifier.findings import Finding
 from verifier.rules.context import Context
 from verifier.rules.registry import rule
-from verifier.rules.scale_dtypes import wrong_dtypes
+from verifier.rules.scale_dtypes import scale_kinds, wrong_dtypes
 from verifier.schemes import FLOATS
 
 
@@ -46,13 +46,9 @@ def check(ctx: Context) -> Iterator[Finding]:
     **Fix.** Save them as float32 from the exporter's state; casting back does not recover the lost
     bits.
     """
-    scalars = [
-        (fmt, sibling, tensor)
-        for module, fmt, sibling, tensor in ctx.candidate.scales
-        if sibling.scalar and tensor is not module.scale
-    ]
-    ctx.tally.see(len(scalars))
-    for fmt, tensor, expected in wrong_dtypes(scalars):
+    kinds = scale_kinds(ctx.candidate.module_groups, scalars=True)
+    ctx.tally.see(sum(len(kind.group.modules) for kind in kinds))
+    for fmt, tensor, expected in wrong_dtypes(kinds):
         yield ctx.finding(
             f"{fmt.algo}: {tensor.name.rpartition('.')[2]} is stored as {tensor.dtype}",
             tensor=tensor.name,

@@ -10,6 +10,7 @@ are read in any case, as vLLM does: ModelOpt itself writes ``fp8_pb_wo`` and ``m
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import Any
 
 from verifier.schemes.declared import (
@@ -158,6 +159,7 @@ def tiles(sizes: tuple[int, int]) -> Format:
 MODELOPT, FP8 = ModelOpt(), Fp8()
 
 
+@lru_cache(maxsize=1024)
 def scheme_of(algo: str, group_size: int | None = None) -> Scheme:
     """Return the recipe that one of ModelOpt's algorithms names."""
     name = MODELOPT_ALGOS.get(algo)
