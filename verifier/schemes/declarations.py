@@ -22,7 +22,6 @@ from verifier.schemes.modules import Module
 OWN_FILES = ("quantize_config.json", "quant_config.json", "quantization_config.json")
 """Files in which AutoGPTQ, AutoAWQ and AutoRound keep the config where config.json has none."""
 _BY_METHOD: dict[str, Callable[[Mapping[str, Any], str], Declaration]] = {
-    "compressed-tensors": compressed_tensors.parse,
     "gptq": integers.parse_gptq,
     "awq": integers.parse_awq,
     "auto-round": integers.parse_auto_round,
@@ -110,6 +109,8 @@ def parse(raw: Any, file: str, config: Mapping[str, Any] | None = None) -> Decla
     nested = raw.get("quantization")
     body = nested if isinstance(nested, Mapping) else raw
     method = text(raw.get("quant_method")) or text(body.get("quant_method"))
+    if method == "compressed-tensors":
+        return compressed_tensors.parse(body, file, config)
     if method in ("fp8", "mxfp8"):
         return modelopt.parse_fp8(body, file, config)
     if method in _BY_METHOD:

@@ -50,6 +50,9 @@ LEAVES = (
     )
     - {"scale"}
 ) - {leaf for leaf in SIBLING_LEAVES if "." in leaf}
+_MLX_STACK = ".switch_mlp."
+"""What mlx-lm names the experts that it stacks."""
+MAX_EXPERTS = 10_000
 _JOINED = ("_scale", "_scale_2", "_scale_inv")
 _SIBLING = re.compile(r"(\w+_proj)_(weight_scale|weight_scale_2|weight_scale_inv|input_scale)$")
 _STATE = re.compile(
@@ -164,6 +167,10 @@ class Module:
                 yield name, self.dims if name.endswith(".weight") else None
             elif leaf == "" or leaf not in WEIGHT_LEAVES:
                 yield tensor.name, tensor.shape
+            elif leaf == "weight" and _MLX_STACK in self.name and len(tensor.shape) == 3:
+                head, _, projection = self.name.partition(_MLX_STACK)
+                for expert in range(min(tensor.shape[0], MAX_EXPERTS)):
+                    yield f"{head}.experts.{expert}.{projection}.weight", None
             elif leaf == self.signature.weight:
                 name = tensor.name if leaf == "weight" else f"{self.name}.weight"
                 yield name, self.dims or (tensor.shape if self._plain else None)

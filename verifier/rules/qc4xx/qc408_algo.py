@@ -52,7 +52,7 @@ def check(ctx: Context) -> Iterator[Finding]:
             observed=f"null, with {counted(len(quantized), 'quantized module')}",
         )
         return
-    if declaration.modelopt and declaration.algo not in KNOWN_ALGOS:
+    if declaration.modelopt and declaration.unclear:
         ctx.tally.see()
         yield ctx.finding(
             f"engines do not know the quant_algo {declaration.algo!r}",

@@ -66,15 +66,20 @@ def name_lists(
 
 
 class NamedExclusions(Exclusions):
-    """Exclusions that all readers match alike: exact names and ``re:`` patterns."""
+    """Exclusions that all readers match alike: exact names and ``re:`` patterns.
 
-    def __init__(self, patterns: Iterable[str]) -> None:
+    Args:
+        patterns: as the config lists them.
+        prefix: what stands before the names that they mean.
+    """
+
+    def __init__(self, patterns: Iterable[str], prefix: str = "") -> None:
         super().__init__(patterns)
-        self.names = Names(self.patterns)
+        self.names, self._prefix = Names(self.patterns), prefix
 
     def strict(self, module: str) -> bool:
         """Whether a pattern matches the module."""
-        return bool(self.names.by_name(module))
+        return self.pattern_for(module) is not None
 
     def loose(self, module: str) -> bool:
         """Whether a pattern matches the module: there is one reading."""
@@ -86,11 +91,14 @@ class NamedExclusions(Exclusions):
 
     def pattern_for(self, module: str) -> str | None:
         """Return the pattern that matches the module."""
-        return self.names.by_name(module) or None
+        inner = module.removeprefix(self._prefix) if self._prefix else module
+        return self.names.by_name(inner) or self.names.by_name(module) or None
 
     def dead(self, modules: Iterable[str]) -> list[str]:
         """Return the patterns that match none of the modules."""
         names = list(modules)
+        if self._prefix:
+            names += [n.removeprefix(self._prefix) for n in names]
         known = set(names)
         dead = [p for p in self.patterns if not p.startswith("re:") and p not in known]
         for pattern in self.patterns:

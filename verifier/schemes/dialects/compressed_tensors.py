@@ -36,6 +36,7 @@ from verifier.schemes.dialects.common import (
 from verifier.schemes.exclusions import Exclusions
 from verifier.schemes.formats import FORMATS, Format
 from verifier.schemes.patterns import Names
+from verifier.schemes.roles import role
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,16 +129,39 @@ REMOVED = frozenset({"marlin-24", "sparse-24-bitmask", "sparse-bitmask"})
 _INTEGER_STRATEGIES = frozenset({"tensor", "channel", "group"})
 
 
+ROUTERS_BY_CONFIG = frozenset(
+    {"qwen3_moe", "qwen3_vl_moe", "qwen3_vl_moe_text", "lfm2_moe", "k2_horizon"}
+)
+"""The families whose routers vLLM 0.32 builds as the config says; those of all others it builds
+unquantized (``GateLinear`` without ``quant_config``), whether they are ignored or not."""
+
+
+_TEXT = "language_model."
+
+
 class CompressedTensors(Dialect):
-    """Targets by name, then by class; exclusions by name and ``re:`` pattern."""
+    """Targets by name, then by class; exclusions by name and ``re:`` pattern.
+
+    Args:
+        family: the ``model_type``; '' where it is not known.
+        text: whether the config is the text model's alone (``text_config``), whose names have no
+            ``language_model.``.
+    """
+
+    def __init__(self, family: str = "", *, text: bool = False) -> None:
+        self.family, self.text = family, text
 
     def exclusions(self, patterns: Iterable[str]) -> Exclusions:
         """Return the ``ignore`` list."""
-        return NamedExclusions(patterns)
+        return NamedExclusions(patterns, _TEXT if self.text else "")
 
     def cover(self, declaration: Declaration, module: str) -> DeclaredFormat:
         """Return the recipe of the first target that matches by name, else by class."""
         classes = classes_of(module)
+        if self.text:
+            if role(module) in ("vision", "projector"):
+                return DeclaredFormat(None, "unlisted")
+            module = module.removeprefix(_TEXT)
         ignored = declaration.exclusions
         if ignored.strict(module) or any(c in ignored.patterns for c in classes):
             return DeclaredFormat(None, "excluded")
@@ -150,10 +174,14 @@ class CompressedTensors(Dialect):
         return DeclaredFormat(None, "unlisted")
 
     def expects(self, declaration: Declaration, module: str) -> bool:
-        """Whether vLLM builds it quantized: to it a head is no ``Linear``."""
+        """Whether vLLM builds it quantized: to it a head is no ``Linear``, and few routers are."""
         found = declaration.declared_for(module)
-        head = found.via == "class" and "ParallelLMHead" in classes_of(module)
-        return found.algo is not None and not head
+        kind = role(module)
+        if found.via == "class" and kind == "lm_head":
+            return False
+        if kind == "router" and self.family and self.family not in ROUTERS_BY_CONFIG:
+            return False
+        return found.algo is not None
 
 
 def _of_group(group: Group, via: Via, entry: str) -> DeclaredFormat:
@@ -163,8 +191,19 @@ def _of_group(group: Group, via: Via, entry: str) -> DeclaredFormat:
     return DeclaredFormat(scheme.algo, via, entry, scheme.group_size, scheme)
 
 
-def parse(body: Mapping[str, Any], file: str) -> Declaration:
-    """Normalise a compressed-tensors config."""
+def parse(
+    body: Mapping[str, Any], file: str, config: Mapping[str, Any] | None = None
+) -> Declaration:
+    """Normalise a compressed-tensors config.
+
+    Args:
+        body: the config.
+        file: the file that holds it.
+        config: the whole config.json.
+    """
+    family = text(mapping(config).get("model_type"))
+    inner = mapping(mapping(config).get("text_config"))
+    alone = inner.get("quantization_config") is body
     problems: list[str] = []
     unclear: list[str] = []
     conflicts: list[str] = []
@@ -198,7 +237,7 @@ def parse(body: Mapping[str, Any], file: str) -> Declaration:
         problems=tuple(problems),
         groups=tuple(groups),
         scheme=one,
-        dialect=DIALECT,
+        dialect=CompressedTensors(family, text=alone),
         unclear=tuple(unclear),
         conflicts=tuple(conflicts),
         transforms=_transforms(body.get("transform_config"), unclear),
@@ -351,6 +390,3 @@ def _transforms(raw: Any, unclear: list[str]) -> tuple[str, ...]:
     return tuple(
         f"{name}: {text(mapping(g).get('type')) or 'unknown'}" for name, g in groups.items()
     )
-
-
-DIALECT = CompressedTensors()

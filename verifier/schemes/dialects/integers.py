@@ -294,7 +294,10 @@ def parse_auto_round(body: Mapping[str, Any], file: str) -> Declaration:
     bits = _bits(body, "bits", unclear)
     packing = text(body.get("packing_format"))
     data_type = text(body.get("data_type")).lower() or "int"
+    inputs = _auto_round_inputs(body)
     fmt = _auto_round_format(packing, data_type, bits, body.get("group_size"), unclear)
+    if fmt is FORMATS["fp8_per_channel"] and inputs == "static":
+        fmt = FORMATS["fp8"]
     extras = tuple(Extra(str(k), mapping(v)) for k, v in mapping(body.get("extra_config")).items())
     unclear += [
         f"extra_config holds {e.key!r}, which does not compile"
@@ -306,7 +309,7 @@ def parse_auto_round(body: Mapping[str, Any], file: str) -> Declaration:
     scheme = Scheme(
         fmt.algo if fmt is not None else f"{data_type} {bits or ''}".strip(),
         fmt,
-        _auto_round_inputs(body),
+        inputs,
         body.get("sym", True) is not False,
         group_of(body.get("group_size")),
     )
