@@ -20,6 +20,7 @@ from verifier.schemes import (
     Format,
     Module,
     Sibling,
+    declared_formats,
     fitting,
     gather,
     read_declarations,
@@ -66,10 +67,7 @@ class QuantizedCheckpoint:
     @cached_property
     def modules(self) -> Mapping[str, Module]:
         """Every module by name, in file order."""
-        return gather(self.checkpoint.tensors.values(), self._declared_format)
-
-    def _declared_format(self, module: str) -> Format | None:
-        return self.declaration.declared_for(module).format if self.declaration else None
+        return gather(self.checkpoint.tensors.values(), declared_formats(self.declaration))
 
     @property
     def tensors(self) -> Iterator[Tensor]:

@@ -73,7 +73,7 @@ def decode(parts: Parts, fmt: str | Format) -> Float32:
 
     Args:
         parts: the tensors by their leaf on disk (``weight``, ``weight_scale`` or
-            ``weight_scale_inv``, ``weight_scale_2`` …), each in its on-disk dtype or, where it holds
+            ``weight_scale_inv``, ``weight_scale_2`` …), each in its on-disk dtype or, if it holds
             one-byte or float32 values, as raw uint8 bytes of the same shape.
         fmt: a format, or a name of `verifier.schemes.FORMATS` for one with its usual parameters;
             ``mxfp4`` also as gpt-oss ships it, ``blocks`` [..., in/32, 16] and ``scales``

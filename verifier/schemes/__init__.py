@@ -4,6 +4,7 @@ exclusions.
 """
 
 from verifier.schemes.declarations import (
+    declared_formats,
     fitting,
     format_of,
     inline_declaration,
@@ -20,6 +21,7 @@ from verifier.schemes.declared import (
     classes_of,
     required_siblings,
 )
+from verifier.schemes.engines import ENGINES, READS, Engine, Reads, reading, refusal
 from verifier.schemes.exclusions import READERS, Exclusions, Reader
 from verifier.schemes.formats import (
     FORMAT_OF_ALGO,
@@ -49,6 +51,7 @@ from verifier.schemes.scale_values import SCALE_BITS, ScaleBits, ScaleFlaws, sca
 
 __all__ = [
     "CACHE_LEAVES",
+    "ENGINES",
     "FLOATS",
     "FORMATS",
     "FORMAT_OF_ALGO",
@@ -56,6 +59,7 @@ __all__ = [
     "KV_LEAVES",
     "PACKED",
     "READERS",
+    "READS",
     "ROLES",
     "SCALE_BITS",
     "SCALE_LEAVES",
@@ -63,6 +67,7 @@ __all__ = [
     "Declaration",
     "Declarations",
     "DeclaredFormat",
+    "Engine",
     "Entry",
     "Exclusions",
     "ExpertKey",
@@ -70,6 +75,7 @@ __all__ = [
     "Group",
     "Module",
     "Reader",
+    "Reads",
     "ScaleBits",
     "ScaleFlaws",
     "Scheme",
@@ -78,6 +84,7 @@ __all__ = [
     "canonical",
     "classes_of",
     "collapse",
+    "declared_formats",
     "expert_key",
     "fitting",
     "format_of",
@@ -89,6 +96,8 @@ __all__ = [
     "packed_name",
     "parse",
     "read_declarations",
+    "reading",
+    "refusal",
     "required_siblings",
     "role",
     "runtime_layout",

@@ -80,6 +80,13 @@ def format_of(module: Module, declaration: Declaration | None) -> Format | None:
     return fitting(module, declaration.declared_for(module.name) if known and declaration else None)
 
 
+def declared_formats(declaration: Declaration | None) -> Callable[[str], Format | None] | None:
+    """Return what `gather` takes to tell what tensors alone cannot; None without a declaration."""
+    if declaration is None or not declaration.known:
+        return None
+    return lambda module: declaration.declared_for(module).format
+
+
 def fitting(module: Module, cover: DeclaredFormat | None) -> Format | None:
     """Return `format_of` a module where what the declaration says about it is known already."""
     if not module.quantized or module.weight is None or module.dims is None:

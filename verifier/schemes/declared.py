@@ -19,8 +19,8 @@ from verifier.schemes.patterns import Names
 from verifier.schemes.roles import role
 
 Inputs = Literal["none", "dynamic", "local", "static", "unknown"]
-"""How activations are quantized: not, by their own range, by block under a stored global scale, by a
-stored scale; ``unknown`` where the config does not say."""
+"""How activations are quantized: not, by their own range, by block under a stored global scale, or
+by a stored scale; ``unknown`` where the config does not say."""
 Via = Literal[
     "uniform", "exact", "container", "packed", "excluded", "unlisted", "group", "class", "implied"
 ]

@@ -37,9 +37,9 @@ SIBLING_LEAVES = SCALE_LEAVES | {
 """Every leaf that some format puts next to a weight."""
 KV_LEAVES = frozenset({"k_scale", "v_scale"})
 CACHE_LEAVES = KV_LEAVES | {"q_scale", "prob_scale", "k_bias", "v_bias", "output_scale"}
-"""Every leaf of the KV cache's quantization, and of an attention's: ModelOpt's and compressed-tensors'
-``k_scale`` and ``q_scale``, ModelOpt's ``k_bias`` of NVFP4_AFFINE, and ``output_scale`` of a
-projection (compressed-tensors before 0.6, Quark)."""
+"""Every leaf of a quantized KV cache or attention: ``k_scale`` and ``q_scale`` (ModelOpt,
+compressed-tensors), ``k_bias`` (ModelOpt's NVFP4_AFFINE), ``output_scale`` of a projection
+(compressed-tensors before 0.6, Quark)."""
 _AMBIGUOUS = frozenset({"scale", "scales", "biases", "g_idx", "k_bias", "v_bias"})
 """Leaves that are also names of unquantized parameters, where no weight stands next to them."""
 LEAVES = (
@@ -118,8 +118,8 @@ class Module:
         scales: the leaves of its siblings: scales, zero points and what else a format has.
         quantized: whether the weight is stored as codes, or has a sibling.
         dims: the logical (out, in) of a two-dimensional weight, in elements.
-        inferred_format: the format that dtypes and shapes show, or None where they show none or contradict
-            one another.
+        inferred_format: the format that dtypes and shapes show, or None where they show none or
+            contradict one another.
         signature: the object that modules with equal leaves, dtypes and shapes share where one call
             gathered them.
     """
