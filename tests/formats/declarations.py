@@ -154,7 +154,7 @@ def kimi(where: str) -> Declare:
     """Return what Kimi's releases declare, in config.json itself or in its text config."""
 
     def declare(model: Model, plain: Sequence[str]) -> Files:
-        config = {
+        config: Config = {
             "config_groups": {
                 "group_0": {
                     "input_activations": None,
@@ -398,7 +398,7 @@ def mlx(**values: Any) -> Declare:
     """Return what mlx-lm writes, twice; layers that stay plain are false."""
 
     def declare(_model: Model, plain: Sequence[str]) -> Files:
-        config = values | {name: False for name in plain} | {"model.embed_tokens": False}
+        config: Config = values | {name: False for name in plain} | {"model.embed_tokens": False}
         return {"config.json": {"quantization": config, "quantization_config": dict(config)}}
 
     return declare

@@ -127,7 +127,8 @@ def nvfp4_svd(linear: Linear) -> Tensors:
 
     def rest(weight: Array) -> Array:
         left, right = _low_rank(weight / smooth)
-        return weight - (left.astype(np.float32) @ right.astype(np.float32)) * smooth
+        found: Array = weight - (left.astype(np.float32) @ right.astype(np.float32)) * smooth
+        return found
 
     parts = smoothed(nvfp4)(linear.changed(rest))
     return parts | {"svdquant_lora_a": high, "svdquant_lora_b": low}

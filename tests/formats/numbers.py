@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ml_dtypes
 import numpy as np
+import numpy.typing as npt
 
 from tests.formats.files import BF16, E4M3, E8M0, Array
 
@@ -15,17 +16,17 @@ AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Column of each nibble of a word, low first, as AutoAWQ packs."""
 
 
-def bf16(values: Array) -> Array:
+def bf16(values: npt.ArrayLike) -> Array:
     """Return values rounded to bfloat16."""
     return np.asarray(values, np.float32).astype(BF16)
 
 
-def f32(values: Array | float) -> Array:
+def f32(values: npt.ArrayLike) -> Array:
     """Return values as float32."""
     return np.asarray(values, np.float32)
 
 
-def e4m3(values: Array) -> Array:
+def e4m3(values: npt.ArrayLike) -> Array:
     """Return values rounded to E4M3, within [-448, 448]."""
     return np.clip(f32(values), -448, 448).astype(E4M3)
 
@@ -106,7 +107,8 @@ def pack(codes: Array, bits: int, word: type) -> Array:
     stream = stream.reshape(*stream.shape[:-1], -1, size)
     words = (stream << np.arange(size, dtype=np.uint64)).sum(axis=-1, dtype=np.uint64)
     unsigned = np.dtype(word).str.replace("i", "u")
-    return words.astype(unsigned).view(word)
+    found: Array = words.astype(unsigned).view(word)
+    return found
 
 
 def pack_rows(codes: Array, bits: int, word: type) -> Array:
