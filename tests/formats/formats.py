@@ -172,10 +172,15 @@ def layout(fmt: Format) -> dict[str, str]:
     if fmt.model == "gpt_oss":
         parts = encode.gpt_oss(np.stack([weight] * 4))
     else:
-        encoder = _encoder(fmt, fmt.target)
-        assert encoder is not None
-        parts = encoder(Linear(fmt.target, weight, (weight,)))
+        parts = encoder_of(fmt)(Linear(fmt.target, weight, (weight,)))
     return {leaf: f"{DTYPE_NAMES[a.dtype]} {_letters(a.shape)}" for leaf, a in parts.items()}
+
+
+def encoder_of(fmt: Format) -> Encoder:
+    """Return the encoder of the layer that corruptions edit."""
+    encoder = _encoder(fmt, fmt.target)
+    assert encoder is not None
+    return encoder
 
 
 def _letters(shape: tuple[int, ...]) -> str:
