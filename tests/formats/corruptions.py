@@ -329,17 +329,18 @@ def _changed(value: Any, key: str, change: Callable[[Any], Any]) -> bool:
         new = change(item) if name == key else item
         if new is not item:
             value[name], found = new, True
-        elif isinstance(item, dict | list):
+        elif isinstance(item, dict | list) and name != "transform_config":
             found |= _changed(item, key, change)
     return found
 
 
+OTHER_SIZES = {16: 32, 32: 64, 64: 32, 128: 64}
+
+
 def _other_size(size: Any) -> Any:
     if isinstance(size, list):
-        return [_other_size(n) if n > 1 else n for n in size]
-    return (
-        size if not isinstance(size, int) or size < 1 else {16: 32, 32: 64, 64: 32, 128: 64}[size]
-    )
+        return [_other_size(n) for n in size]
+    return OTHER_SIZES.get(size, size)
 
 
 def _other(key: str, change: Callable[[Any], Any]) -> Edit:

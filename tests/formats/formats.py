@@ -20,6 +20,8 @@ Encoders = tuple[tuple[str, Encoder], ...]
 """Encoders with the patterns of the layers that they encode; the first that matches counts."""
 KVScales = Callable[[str], Tensors]
 """From an attention module to its KV tensors by full name."""
+Move = Callable[[Model, Tensors], Tensors]
+"""From a model's BF16 tensors to those that a method quantizes."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,9 @@ class Format:
         misnamed: a value of the declaration, and the one of another format.
         symmetric: whether its declaration says that zero points are constant.
         kv: its KV scales.
+        move: what it makes of the model's weights before it quantizes them.
+        moves: whether its weights are not the base's rounded to the nearest.
+        unknowable: corruptions that cannot be told from its method.
         finish: what is left to do on the whole checkpoint.
     """
 
@@ -71,6 +76,9 @@ class Format:
     misnamed: tuple[str, str] | None = None
     symmetric: bool = False
     kv: KVScales | None = None
+    move: Move | None = None
+    moves: bool = False
+    unknowable: tuple[str, ...] = ()
     finish: Callable[[Checkpoint, list[str]], None] | None = None
 
     @property
@@ -101,6 +109,8 @@ def build(fmt: Format) -> tuple[Checkpoint, Checkpoint]:
     model = MODELS[fmt.model]
     plain = weights(model)
     base = Checkpoint(plain, {"config.json": dict(model.config)})
+    if fmt.move:
+        plain = fmt.move(model, plain)
     tensors: Tensors = {}
     encoded: list[str] = []
     for name, array in plain.items():

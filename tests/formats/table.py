@@ -12,6 +12,7 @@ import numpy as np
 
 from tests.formats import declarations as say
 from tests.formats import encoders as encode
+from tests.formats import moved
 from tests.formats.encoders import BFLOAT, E2M3, E3M2, HALF
 from tests.formats.files import Array, Checkpoint, Tensors
 from tests.formats.formats import Format, KVScales, Roles
@@ -1076,6 +1077,93 @@ OTHERS = (
     _mlx("mlx_nvfp4", "NVFP4", say.mlx(group_size=16, bits=4, mode="nvfp4"), encode.mlx_nvfp4),
 )
 
+_moved = partial(Format, moves=True, readers="as the format")
+TURNS = {
+    "R1": (256, [("re:.*embed_tokens$", "weight_output"), ("re:.*[qkv]_proj$", "weight_input")]),
+    "R2": (64, [("re:.*v_proj$", "weight_output"), ("re:.*o_proj$", "weight_input")]),
+}
+
+
+def ct_rotated(_model: Model, plain: Sequence[str]) -> say.Files:
+    """Declare integers of 4 bits, and rotations that are part of the weights."""
+    rotations = {}
+    for name, (size, places) in TURNS.items():
+        rotations[name] = {
+            "apply": [
+                {"targets": [target], "location": place, "inverse": False, "ignore": []}
+                for target, place in places
+            ],
+            "block_size": size,
+            "head_dim": None,
+            "precision": "torch.float64",
+            "randomize": False,
+            "requires_grad": False,
+            "type": "hadamard",
+        }
+    kind = say.group("pack-quantized", say.integers(4))
+    turned = {"config_groups": rotations}
+    return say.inline(say.ct_config([kind], plain, transform_config=turned))
+
+
+MOVED = (
+    _moved(
+        "gptq_feedback",
+        "GPTQ's own rounding, which moves codes",
+        say.gptq(),
+        moved.gptq_codes(moved.feedback, g_idx=True),
+        roles=WORDS,
+        kept=(O_PROJ,),
+        lost=O_PROJ,
+        symmetric=True,
+    ),
+    _moved(
+        "autoround_learned",
+        "AutoRound's rounding, up or down",
+        say.auto_round(f"{AR}auto_gptq"),
+        moved.gptq_codes(moved.learned, g_idx=False),
+        roles=Roles("qweight", "scales", zeros="qzeros"),
+        kept=(O_PROJ,),
+        lost=O_PROJ,
+        symmetric=True,
+    ),
+    _moved(
+        "awq_folded",
+        "AWQ with its scales folded into norms and layers",
+        say.awq,
+        encode.awq,
+        roles=Roles("qweight", "scales", zeros="qzeros"),
+        kept=(O_PROJ,),
+        lost=O_PROJ,
+        move=moved.folded,
+    ),
+    _moved(
+        "nvfp4_folded",
+        "NVFP4 of ModelOpt after smoothing, folded",
+        say.modelopt("NVFP4", group_size=16, bits=4),
+        encode.nvfp4,
+        roles=SCALES_2,
+        move=moved.folded,
+    ),
+    _moved(
+        "nvfp4_trained",
+        "NVFP4 of ModelOpt after training with quantization",
+        say.modelopt("NVFP4", group_size=16, bits=4),
+        encode.nvfp4,
+        roles=SCALES_2,
+        move=moved.trained,
+    ),
+    _moved(
+        "ct_rotated",
+        "compressed-tensors, weights rotated",
+        ct_rotated,
+        encode.ct_int(bits=4),
+        roles=PACKED,
+        model="llama",
+        move=moved.rotated,
+        unknowable=("codes_swapped",),
+    ),
+)
+
 GROUPS = {
     "ModelOpt": MODELOPT,
     "compressed-tensors": COMPRESSED_TENSORS,
@@ -1083,5 +1171,6 @@ GROUPS = {
     "Vendors": VENDORS,
     "Quark": QUARK,
     "Other tools": OTHERS,
+    "Moved weights": MOVED,
 }
 FORMATS = {fmt.name: fmt for formats in GROUPS.values() for fmt in formats}

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The verifier's decoder, and the encoder of tests/formats, against other tools' own decoders.
 
-Where a tool rounds nothing, the values are the same to the bit.
+Where a tool rounds nothing, the values are the same to the bit. A tool is installed by ``uv venv
+$CKPTGATE_PEERS/TOOL`` and ``uv pip install --python $CKPTGATE_PEERS/TOOL/bin/python TOOL``.
 """
 
 from __future__ import annotations
