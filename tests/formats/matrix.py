@@ -61,7 +61,7 @@ def check(path: Path, base: Path | None, depth: str = "payload") -> Outcome:
         return Outcome("crash", crash=f"{type(error).__name__}: {error}")
     found = tuple(f for f in report.findings if f.severity != "info")
     reasons = " ".join(c.reason for c in report.coverage)
-    text = f"{reasons} {report.stats} {' '.join(f.message for f in report.findings)}"
+    text = f"{reasons} {report.summary} {' '.join(f.message for f in report.findings)}"
     return Outcome(NEW_WORDS.get(report.verdict, report.verdict), found, text)
 
 
