@@ -13,12 +13,14 @@ from verifier.decoding import Float32, decode, widen
 from verifier.errors import ContentError
 from verifier.layouts.expert_stacks import expanded
 from verifier.schemes import (
+    CACHE_LEAVES,
     FLOATS,
     Declaration,
     Declarations,
     DeclaredFormat,
     Format,
     Module,
+    Role,
     Sibling,
     declared_formats,
     fitting,
@@ -198,6 +200,25 @@ class QuantizedCheckpoint:
                 tensor, sibling = module.parts.get(leaf), fmt.sibling(leaf)
                 if tensor is not None and sibling is not None and tensor.dtype in sibling.dtypes:
                     yield module, fmt, tensor
+
+    def scales_of(self, *roles: Role) -> Iterator[tuple[Module, Format, Sibling, Tensor]]:
+        """Yield the siblings of some roles whose dtype is one of the format's, as in `scales`."""
+        for entry in self.scales:
+            _, _, sibling, tensor = entry
+            if sibling.role in roles and tensor.dtype in sibling.dtypes:
+                yield entry
+
+    @cached_property
+    def cache_scales(self) -> tuple[tuple[Module, str, Tensor], ...]:
+        """Every scale and bias of a quantized KV cache or attention: the module that holds it, its
+        leaf, the tensor.
+        """
+        return tuple(
+            (m, leaf, m.parts[leaf])
+            for m in self.modules.values()
+            for leaf in m.parts
+            if leaf in CACHE_LEAVES
+        )
 
     @cached_property
     def kv_scales(self) -> tuple[tuple[Module, str, Tensor], ...]:

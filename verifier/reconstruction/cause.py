@@ -35,6 +35,7 @@ from verifier.reconstruction.blocks import (
     rescaled_groups,
 )
 from verifier.reconstruction.distance import along
+from verifier.reconstruction.exponents import e8m0_zeros
 from verifier.reconstruction.rows import WeightRows
 from verifier.reconstruction.yardstick import is_compared, max_scales, nearest
 from verifier.schemes import ExpertKey, Format, Module, expert_key
@@ -222,7 +223,8 @@ def _with_cause(pair: CheckpointPair, module: Module, weight: WeightPair) -> Rec
     if known.bias:
         return replace(known, cause="weak")
     if known.relative <= WEAK * known.best:
-        if is_off_by_a_factor(weight, best):
+        zeros = e8m0_zeros(pair.payload, module, weight.format)  # QC512 reports those blocks
+        if zeros is None and is_off_by_a_factor(weight, best):
             blocks = weight.base.size // weight.width
             return replace(known, cause="part", place=(0, 0), count=blocks, detail="other scales")
         return known
@@ -273,7 +275,8 @@ def _explanation(
 
     A defect explains it where undoing the defect leaves a relative error of at most ``limit``.
     """
-    zeros, fmt = e8m0_zeros(pair.payload, module), weight.format
+    fmt = weight.format
+    zeros = e8m0_zeros(pair.payload, module, fmt)
     if zeros is not None and zeros[0] > E8M0_WIDESPREAD * zeros[2]:
         return "e8m0", ""
     if _explains(decode(inverse(weight.parts, fmt), fmt.name), weight.base, limit):
@@ -394,36 +397,3 @@ def _same_bytes(pair: CheckpointPair, module: Module, other: str) -> bool:
         if twin is None or pair.payload.digest(twin) != pair.payload.digest(tensor):
             return False
     return True
-
-
-def e8m0_zeros(payload: PayloadReader, module: Module) -> tuple[int, int, int] | None:
-    """Return (blocks whose E8M0 exponent is 0 and whose values are not, the first of them, blocks
-    with any value); None without any such block.
-    """
-    scale, weight = module.scale, module.weight
-    if scale is None or weight is None or weight.dtype != "F8_E4M3":
-        return None
-    if scale.dtype not in ("U8", "F8_E8M0"):
-        return None
-    return payload.results.of_name("e8m0 zeros", module.name, lambda: _e8m0_zeros(payload, module))
-
-
-def _e8m0_zeros(payload: PayloadReader, module: Module) -> tuple[int, int, int] | None:
-    scale, weight = module.scale, module.weight
-    if scale is None or weight is None or payload.extremes(scale)[0] != 0:
-        return None
-    zero = np.flatnonzero(payload.bytes_of(scale) == 0)
-    if len(weight.shape) != 2:
-        return None
-    rows, columns = weight.shape
-    width = scale.elements // max(1, rows)
-    if scale.elements != rows * width or width != -(-columns // 32):
-        return None
-    codes = payload.bytes_of(weight).reshape(rows, columns) & 0x7F
-    used = np.zeros((rows, width), bool)
-    for start in range(0, rows, 1024):
-        part = slice(start, start + 1024)
-        padded = np.pad(codes[part] != 0, ((0, 0), (0, width * 32 - columns)))
-        used[part] = padded.reshape(-1, width, 32).any(axis=2)
-    lost = zero[used.reshape(-1)[zero]]
-    return (int(lost.size), int(lost[0]), int(used.sum())) if lost.size else None

@@ -28,6 +28,7 @@ from verifier.schemes.formats import (
     FORMATS,
     KNOWN_ALGOS,
     Format,
+    Role,
     Sibling,
     fusable,
     runtime_layout,
@@ -47,7 +48,13 @@ from verifier.schemes.modules import (
 )
 from verifier.schemes.recognition import FLOATS
 from verifier.schemes.roles import ROLES, ExpertKey, collapse, expert_key, layer_of, role
-from verifier.schemes.scale_values import SCALE_BITS, ScaleBits, ScaleFlaws, scale_flaws
+from verifier.schemes.scale_values import (
+    SCALE_BITS,
+    ScaleBits,
+    ScaleFlaws,
+    pattern_value,
+    scale_flaws,
+)
 
 __all__ = [
     "CACHE_LEAVES",
@@ -76,6 +83,7 @@ __all__ = [
     "Module",
     "Reader",
     "Reads",
+    "Role",
     "ScaleBits",
     "ScaleFlaws",
     "Scheme",
@@ -95,6 +103,7 @@ __all__ = [
     "layer_of",
     "packed_name",
     "parse",
+    "pattern_value",
     "read_declarations",
     "reading",
     "refusal",

@@ -66,6 +66,10 @@ class Sibling:
         role: what it is.
         when: whether it has to be there.
         divisor: whether values are divided by it, not multiplied.
+        signed: whether a sound one has values of either sign, and zeros.
+        holds: the dtype of the values in its U8 bytes, where that is not E8M0; ``opaque`` where
+            they are not scales.
+        largest: the largest value that a sound one has; 0 where its dtype is the bound.
         params: the format's parameters, by which formulas are worked out.
     """
 
@@ -75,11 +79,20 @@ class Sibling:
     role: Role = "scale"
     when: When = "always"
     divisor: bool = False
+    signed: bool = False
+    holds: str = ""
+    largest: float = 0.0
     params: tuple[tuple[str, int], ...] = ()
 
     def shapes(self, out: int, in_: int) -> tuple[Shape, ...]:
         """Return the shapes that it may have next to a weight of ``out`` by ``in_`` elements."""
         return _shapes(self.formulas, self.params, out, in_)
+
+    def values_in(self, dtype: str) -> str:
+        """Return the dtype of the values that a tensor stored as ``dtype`` holds; ``opaque`` where
+        they are not scales.
+        """
+        return self.holds if self.holds and dtype == "U8" else dtype
 
     @property
     def required(self) -> bool:
@@ -290,7 +303,7 @@ _MODELOPT = (
         "W4A8_NVFP4_FP8",
         _E2M1,
         (1, 16),
-        (*_NVFP4_SCALES, _INPUT),
+        (replace(_NVFP4_SCALES[0], largest=448 / 6), _NVFP4_SCALES[1], _INPUT),
         layout="nvfp4",
         declared=("modelopt: quant_algo W4A8_NVFP4_FP8",),
     ),
@@ -612,7 +625,7 @@ _OTHERS = (
         Weight(("weight",), ("U32",), "out, in*bits/32", "int", _STREAM),
         (1, 64),
         (
-            Sibling(_MLX_SCALES, ("F16", "BF16", "F32"), BY_GROUP),
+            Sibling(_MLX_SCALES, ("F16", "BF16", "F32"), BY_GROUP, signed=True),
             Sibling(("biases",), ("F16", "BF16", "F32"), BY_GROUP, "bias"),
         ),
         declared=("mlx: mode affine, or none",),
@@ -630,7 +643,7 @@ _OTHERS = (
         "MLX_NVFP4",
         Weight(("weight",), ("U32",), "out, in/8", "e2m1", _LOW_FIRST),
         (1, 16),
-        (Sibling(_MLX_SCALES, ("U8",), BY_GROUP),),
+        (Sibling(_MLX_SCALES, ("U8",), BY_GROUP, holds="F8_E4M3"),),
         declared=("mlx: mode nvfp4",),
     ),
     Format(
@@ -655,7 +668,7 @@ _OTHERS = (
         ),
         (1, 64),
         (
-            Sibling(("weight.absmax",), ("F32", "U8"), ()),
+            Sibling(("weight.absmax",), ("F32", "U8"), (), holds="opaque"),
             Sibling(("weight.quant_map",), FLOAT32, ("16",), "state"),
             Sibling(("weight.nested_absmax",), FLOAT32, (), "tensor_scale", "never"),
             Sibling(("weight.nested_quant_map",), FLOAT32, ("256",), "state", "never"),
@@ -684,7 +697,7 @@ _OTHERS = (
         Weight(("_weight_qdata",), ("U8", "I8", "I32", "F8_E4M3"), "out, in", "opaque"),
         None,
         (
-            Sibling(("_weight_scale",), (*MODEL, *E4M3, *E8M0), ()),
+            Sibling(("_weight_scale",), (*MODEL, *E4M3, *E8M0), (), holds="opaque"),
             Sibling(("_weight_zero_point",), ("I8", "I32", *MODEL), (), "zero_point", "never"),
             Sibling(("_weight_per_tensor_scale",), FLOAT32, SCALAR, "tensor_scale", "never"),
             Sibling(("_weight_act_pre_scale",), MODEL, ("in",), "pre_quant", "never"),
