@@ -225,6 +225,8 @@ def _exempt(pair: WeightPair) -> Mask | None:
     if floor is None or scale_2 is None or scale_2.size != 1:
         return floor
     amax = float(scale_2.reshape(-1)[0]) * NVFP4_RANGE
+    if not yardstick.is_sliced(pair.format):
+        return floor
     shared = yardstick.max_scales(pair.base, pair.format.name, amax)
     if shared is None:
         return floor
@@ -242,5 +244,6 @@ def _at_floor(pair: WeightPair) -> Mask | None:
     if scale is None or scale.dtype.itemsize != 1 or scale.ndim != 2:
         return None
     codes = scale.view(np.uint8)
-    least: Mask = (codes & 0x7F) <= 1 if pair.format.packed else codes == 0
+    fine = pair.format.siblings[0].dtypes == ("F8_E4M3",)
+    least: Mask = (codes & 0x7F) <= 1 if fine else codes == 0
     return least

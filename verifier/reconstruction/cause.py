@@ -37,8 +37,8 @@ from verifier.reconstruction.blocks import (
 from verifier.reconstruction.distance import along
 from verifier.reconstruction.exponents import e8m0_zeros
 from verifier.reconstruction.rows import WeightRows
-from verifier.reconstruction.yardstick import is_compared, max_scales, nearest
-from verifier.schemes import ExpertKey, Format, Module, expert_key
+from verifier.reconstruction.yardstick import by_max, is_compared, nearest
+from verifier.schemes import SCALE_BITS, ExpertKey, Format, Module, expert_key
 
 Cause = Literal[
     "",
@@ -131,8 +131,6 @@ def reconstruct(pair: CheckpointPair, module: Module) -> Reconstruction:
         return Reconstruction("unjudged", "the base has no such weight, or the format is not known")
     if not is_compared(fmt):
         return Reconstruction("unjudged", f"weights in {fmt.algo} are not compared with the base")
-    if "pre_quant_scale" in module.parts:
-        return Reconstruction("unjudged", "the weight is scaled by its pre_quant_scale (AWQ)")
     try:
         near = near_base(pair, module, fmt)
     except ContentError:  # the shape rules report why
@@ -169,18 +167,20 @@ def _compare(
     base = pair.base.values(base_module)
     parts = {leaf: pair.payload.array(t) for leaf, t in module.parts.items()}
     try:
-        decoded = decode(parts, fmt.name)
+        decoded = decode(parts, fmt)
     except ContentError:
         decoded = None  # its parts do not fit one another: the shape rules report that
     if base is None or decoded is None or base.shape != decoded.shape:
         return Reconstruction("unjudged", "the values cannot be decoded")
-    if not fmt.packed:
-        codes = parts["weight"].view(np.uint8).reshape(-1)
+    if fmt.weight.codes == "e4m3" and module.weight is not None:
+        codes = (
+            np.ascontiguousarray(parts[module.signature.weight or ""]).view(np.uint8).reshape(-1)
+        )
         nan = np.flatnonzero((codes & 0x7F) == 0x7F)
         if nan.size:
             return Reconstruction("nan codes", place=(int(nan[0]), 0), count=int(nan.size))
     size = norm(base)
-    if not np.isfinite(size) or not np.isfinite(decoded).all() or _has_negative_scale(parts):
+    if not np.isfinite(size) or not np.isfinite(decoded).all() or _has_negative_scale(pair, module):
         return Reconstruction("bad scale")  # QC502 and QC508 report those
     error = norm(decoded - base)
     if size == 0:
@@ -190,24 +190,32 @@ def _compare(
     return _with_cause(pair, module, WeightPair(fmt, parts, decoded, base))
 
 
-def _has_negative_scale(parts: Mapping[str, npt.NDArray[Any]]) -> bool:
-    for leaf, values in parts.items():
-        if not leaf.startswith("weight_") or leaf == "weight_packed" or not values.size:
-            continue
-        # A larger pattern than the sign bit alone: a negative zero is QC501's.
-        if values.dtype == np.float32 and int(values.view(np.uint32).max()) > 1 << 31:
-            return True
-        if values.dtype == ml_dtypes.float8_e4m3fn and int(values.view(np.uint8).max()) > 0x80:
+def _has_negative_scale(pair: CheckpointPair, module: Module) -> bool:
+    """Whether a scale that has to be positive is negative: QC502 reports it."""
+    for _, fmt, sibling, tensor in pair.candidate.part([module]).scales_of(
+        "scale", "tensor_scale", "pre_quant"
+    ):
+        dtype = sibling.values_in(tensor.dtype)
+        if sibling.signed or fmt.weight.codes == "int" or dtype not in SCALE_BITS:
+            continue  # integers under a negative scale decode as well
+        if pair.payload.flaws(tensor, dtype).negative.count:
             return True
     return False
 
 
+def is_e8m0(fmt: Format, dtype: npt.DTypeLike) -> bool:
+    """Whether a weight scale that is read as ``dtype`` holds exponents."""
+    sibling = fmt.siblings[0]
+    return (np.dtype(dtype) == np.uint8 and not sibling.holds and "U8" in sibling.dtypes) or (
+        np.dtype(dtype) == ml_dtypes.float8_e8m0fnu
+    )
+
+
 def _with_cause(pair: CheckpointPair, module: Module, weight: WeightPair) -> Reconstruction:
     """Return the comparison of a weight that may differ by more than its format leaves."""
-    base, name = weight.base, weight.format.name
-    scales = max_scales(base, name)
-    encoded = nearest(base, scales, name) if scales is not None else None
-    best = nearest(base, weight.parts, name)
+    base = weight.base
+    encoded = by_max(base, weight.parts, weight.format)
+    best = nearest(base, weight.parts, weight.format)
     known = _errors(weight, best, encoded)
     lost, limit = known.relative > max(LOST, 2 * known.by_max), max(EXPLAINED, 1.5 * known.by_max)
     if lost:
@@ -279,13 +287,13 @@ def _explanation(
     zeros = e8m0_zeros(pair.payload, module, fmt)
     if zeros is not None and zeros[0] > E8M0_WIDESPREAD * zeros[2]:
         return "e8m0", ""
-    if _explains(decode(inverse(weight.parts, fmt), fmt.name), weight.base, limit):
+    if _explains(decode(inverse(weight.parts, fmt), fmt), weight.base, limit):
         return "inverted", ""
     if fmt.packed:
-        leaf = "weight_packed" if "weight_packed" in weight.parts else "weight"
+        leaf = module.signature.weight or "weight"
         codes = weight.parts[leaf].view(np.uint8)
         swapped = {**weight.parts, leaf: (codes << 4) | (codes >> 4)}
-        if _explains(decode(swapped, fmt.name), weight.base, limit):
+        if _explains(decode(swapped, fmt), weight.base, limit):
             return "nibbles", ""
     for detail, values in _wrong_orders(pair.base, module, weight.base):
         if _explains(weight.decoded, values, limit):
@@ -306,7 +314,7 @@ def inverse(parts: Mapping[str, npt.NDArray[Any]], fmt: Format) -> dict[str, npt
     for leaf in packed if fmt.packed else ("weight_scale", "weight_scale_inv"):
         if leaf not in parts:
             continue
-        if fmt.name == "mxfp8":
+        if is_e8m0(fmt, parts[leaf].dtype):
             exponents = parts[leaf].view(np.uint8).astype(np.int16)
             result[leaf] = np.maximum(254 - exponents, 0).astype(np.uint8)
         else:

@@ -21,7 +21,7 @@ from verifier.reconstruction.distance import (
     distance,
     peak_of,
 )
-from verifier.reconstruction.yardstick import is_compared
+from verifier.reconstruction.yardstick import is_sliced
 from verifier.schemes import FLOATS, SCALE_LEAVES, Format, Module
 
 TILE = 128
@@ -59,6 +59,7 @@ class WeightRows:
         self.candidate, self.module = candidate, module
         self.base, self.base_module = base, base_module
         self._held: list[npt.NDArray[Any]] = []
+        self._sliced = True
         # The base is read twice. A local file is cheaper to read again than fresh memory is.
         weight = base_module.weight
         small = weight is not None and weight.nbytes <= HELD
@@ -70,8 +71,14 @@ class WeightRows:
         return self.module.dims is not None and self.module.dims == self.base_module.dims
 
     def __iter__(self) -> Iterator[RowChunk]:
+        checkpoint = self.candidate.checkpoint
+        if not self._sliced:
+            parts = {leaf: checkpoint.array(t) for leaf, t in self.module.parts.items()}
+            for _, _, reference in self._base_rows():
+                yield RowChunk(parts, reference)
+            return
         for start, stop, reference in self._base_rows():
-            parts = stored_rows(self.candidate.checkpoint, self.module, start, stop)
+            parts = stored_rows(checkpoint, self.module, start, stop)
             yield RowChunk(parts, reference)
 
     def distance(self, fmt: Format) -> tuple[Distance, bool]:
@@ -83,8 +90,9 @@ class WeightRows:
         """
         _announce(self.base, self.base_module)
         _announce(self.candidate, self.module)
+        self._sliced = _by_rows(fmt, self.module)
         amax = max((peak_of(rows) for _, _, rows in self._base_rows()), default=0.0)
-        return distance(self, fmt.name, max(amax, self._stored_amax(fmt, amax)))
+        return distance(self, fmt, max(amax, self._stored_amax(fmt, amax)))
 
     def _stored_amax(self, fmt: Format, amax: float) -> float:
         """Return the amax that the stored tensor scale stands for: that of all weights that share
@@ -105,7 +113,7 @@ class WeightRows:
     def _base_rows(self) -> Iterator[tuple[int, int, npt.NDArray[Any]]]:
         out, in_ = self.module.dims or (0, 0)
         count = max(1, CHUNK_VALUES // max(1, in_))
-        count = max(TILE, count // TILE * TILE)
+        count = max(TILE, count // TILE * TILE) if self._sliced else max(1, out)
         for i, start in enumerate(range(0, out, count)):
             stop = min(out, start + count)
             if i < len(self._held):
@@ -161,7 +169,7 @@ def stored_rows(checkpoint: Checkpoint, module: Module, start: int, stop: int) -
 
 def _by_rows(fmt: Format, module: Module) -> bool:
     """Whether some rows of a weight are decoded from the same rows of its tensors."""
-    return is_compared(fmt) and "pre_quant_scale" not in module.parts
+    return is_sliced(fmt) and "pre_quant_scale" not in module.parts
 
 
 def value_rows(

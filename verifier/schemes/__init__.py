@@ -33,6 +33,7 @@ from verifier.schemes.formats import (
     fusable,
     runtime_layout,
     same_layout,
+    symmetric_zero,
 )
 from verifier.schemes.groups import PACKED, fused_groups, packed_name
 from verifier.schemes.modules import (
@@ -113,4 +114,5 @@ __all__ = [
     "same_layout",
     "scale_flaws",
     "split",
+    "symmetric_zero",
 ]

@@ -92,7 +92,7 @@ def fitting(module: Module, cover: DeclaredFormat | None) -> Format | None:
     if not module.quantized or module.weight is None or module.dims is None:
         return None
     shown = module.inferred_format
-    declared = cover.format if cover is not None and cover.algo is not None else shown
+    declared = (cover.format if cover is not None and cover.algo is not None else None) or shown
     if declared is None or module.weight.dtype not in declared.weight.dtypes:
         return None
     if shown is None:

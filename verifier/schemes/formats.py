@@ -720,6 +720,19 @@ def same_layout(a: Format, b: Format) -> bool:
     return a is b or a.layout == b.layout
 
 
+def symmetric_zero(fmt: Format) -> int | None:
+    """Return the code that every zero point of symmetric codes is stored as; None where formats
+    store none, or more than one.
+    """
+    middle = 1 << (fmt.bits - 1)
+    return {
+        "gptq": middle - 1,
+        "gptq_v2": middle,
+        "int4_quark": 0,
+        "int4_quark_order": 0,
+    }.get(fmt.name)
+
+
 def fusable(a: Format, b: Format) -> bool:
     """Whether an engine can hold two weights in one parameter: alike, with the same parameters."""
     return same_layout(a, b) and (a.bits, a.block) == (b.bits, b.block)

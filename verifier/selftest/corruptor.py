@@ -11,10 +11,11 @@ from typing import Any, Literal
 
 from verifier.selftest.edit import CONFIG, QUANT_CONFIG, Folder, Place, Stored
 
-Kind = Literal["nvfp4", "mxfp8", "mixed"]
+Kind = Literal["nvfp4", "mxfp8", "mixed", "gptq"]
 KINDS: frozenset[Kind] = frozenset({"nvfp4", "mxfp8", "mixed"})
 NVFP4: frozenset[Kind] = frozenset({"nvfp4", "mixed"})
 MXFP8: frozenset[Kind] = frozenset({"mxfp8"})
+GPTQ: frozenset[Kind] = frozenset({"gptq"})
 UNIFORM: frozenset[Kind] = frozenset({"nvfp4", "mxfp8"})
 MIXED: frozenset[Kind] = frozenset({"mixed"})
 GATES, UPS, DOWNS = ("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2")
@@ -64,6 +65,8 @@ def ids(text: str) -> frozenset[str]:
 def kind_of(folder: Folder) -> Kind:
     """Return the kind of a clean checkpoint, from the tensors on disk."""
     dtypes = {parts["weight"].dtype for parts in folder.modules().values() if "weight" in parts}
+    if any(name.endswith(".qweight") for name in folder.tensors()):
+        return "gptq"
     if {"U8", "F8_E4M3"} <= dtypes:
         return "mixed"
     return "nvfp4" if "U8" in dtypes else "mxfp8"

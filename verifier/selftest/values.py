@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
+from typing import Any
 
 import ml_dtypes
 import numpy as np
+import numpy.typing as npt
 
 from verifier.selftest.corruptor import (
     DOWNS,
+    GPTQ,
     KINDS,
     MIXED,
     MXFP8,
@@ -33,6 +36,7 @@ from verifier.selftest.corruptor import (
 from verifier.selftest.edit import Folder, Place
 
 ROW, BLOCK = 5, 2
+Whole = npt.NDArray[Any]
 _EITHER = ("base|merged_from",)
 
 
@@ -116,6 +120,36 @@ def scale_2_of_up_tenfold(folder: Folder) -> Place:
     """Make the pair's global scales differ tenfold, as in one public checkpoint."""
     name = f"{sibling_of(target(folder), UPS)}.weight_scale_2"
     return folder.overwrite(name, 0, _f32(float(folder.array(name)) * 10))
+
+
+def _whole(leaf: str, change: Callable[[Whole], Whole]) -> Callable[[Folder], Place]:
+    """Return a change of one GPTQ tensor of whole numbers."""
+
+    def apply(folder: Folder) -> Place:
+        name = next(n for n in folder.tensors() if n.endswith(f"down_proj.{leaf}"))
+        folder.store(name, np.ascontiguousarray(change(folder.array(name).copy())))
+        return Place(name)
+
+    return apply
+
+
+def _zeros_of_version_2(words: Whole) -> Whole:
+    return np.full_like(words.view(np.uint32), 0x88888888).view(np.int32)
+
+
+def _one_zero_point(words: Whole) -> Whole:
+    words.reshape(-1).view(np.uint32)[3] ^= np.uint32(0x0F)
+    return words
+
+
+def _group_beyond(index: Whole) -> Whole:
+    index[5] = len(index)
+    return index
+
+
+def _group_too_large(index: Whole) -> Whole:
+    index[-1] = 0
+    return index
 
 
 def _norm_value(value: float) -> Callable[[Folder], Place]:
@@ -346,6 +380,22 @@ VALUES: tuple[Corruptor, ...] = (
         MXFP8,
         severity="warning",
         instead=ids("517"),
+    ),
+    *(
+        Corruptor(
+            "QC518",
+            name,
+            edit(_whole(leaf, change)),
+            "payload",
+            formats=GPTQ,
+            also=ids("515 517"),
+        )
+        for name, leaf, change in (
+            ("zeros-of-version-2", "qzeros", _zeros_of_version_2),
+            ("one-zero-point", "qzeros", _one_zero_point),
+            ("group-beyond-the-last", "g_idx", _group_beyond),
+            ("group-of-one-too-many", "g_idx", _group_too_large),
+        )
     ),
     Corruptor(
         "QC516", "router-recast", edit(router_recast), "header", _EITHER, traits=frozenset({"f32"})

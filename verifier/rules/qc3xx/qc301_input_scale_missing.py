@@ -6,10 +6,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from verifier.findings import Finding, Where
-from verifier.quantized import ModuleGroup
 from verifier.rules.context import Context
+from verifier.rules.inputs import required_inputs
 from verifier.rules.registry import rule
-from verifier.schemes import Module, Sibling, required_siblings
 
 
 @rule(
@@ -42,30 +41,15 @@ def check(ctx: Context) -> Iterator[Finding]:
     **Fix.** Write the largest input_scale of the layer's other experts, or 1.0 for all modules as a
     policy.
     """
-    kinds: dict[str, list[tuple[Module, Sibling]]] = {}
-    for group in ctx.candidate.module_groups:
-        sibling = _required_input(group)
-        if sibling is not None and group.format is not None:
-            pairs = kinds.setdefault(group.format.name, [])
-            pairs += ((module, sibling) for module in group.modules)
-    for pairs in kinds.values():
-        ctx.tally.see(len(pairs))
-        without = [(m, s) for m, s in pairs if not any(leaf in m.parts for leaf in s.leaves)]
-        if len(without) == len(pairs):
+    for required in required_inputs(ctx).values():
+        ctx.tally.see(len(required))
+        without = [r for r in required if not r.present]
+        if len(without) == len(required):
             continue  # QC303: not a gap but a different format
-        for module, sibling in without:
+        for module, _, sibling in without:
             yield ctx.finding(
                 f"the module has no {sibling.leaves[0]}",
                 where=Where(f"{module.name}.{sibling.leaves[0]}"),
                 observed="absent",
                 expected=f"{' or '.join(sibling.dtypes)} scalar",
             )
-
-
-def _required_input(group: ModuleGroup) -> Sibling | None:
-    """Return the scale of activations that a group of modules has to have; None for none."""
-    if group.format is None:
-        return None
-    scheme = group.declared.scheme if group.declared else None
-    required = required_siblings(group.format, scheme)
-    return next((s for s in required if s.role == "input"), None)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from verifier.findings import Finding, Severity, Where
 from verifier.rules.context import Context
 from verifier.rules.registry import rule
+from verifier.schemes import FLOATS, Declaration, Module
 
 
 @rule(
@@ -43,6 +44,7 @@ def check(ctx: Context) -> Iterator[Finding]:
     for module in ctx.candidate.quantized_modules:
         ctx.tally.see()
         if not declaration.exclusions.loose(module.name):
+            yield from _by_other_means(ctx, declaration, module)
             continue
         pattern = declaration.exclusions.pattern_for(module.name) or ""
         listed = declaration.mixed and declaration.declared_for(module.name).via == "exact"
@@ -62,6 +64,34 @@ def check(ctx: Context) -> Iterator[Finding]:
                 severity="warning",
                 engines=None if listed else _substring_effect(pattern, module.name),
             )
+
+
+def _by_other_means(ctx: Context, declaration: Declaration, module: Module) -> Iterator[Finding]:
+    """Yield a quantized module that a recipe of its own, or no recipe, leaves unquantized."""
+    declared = declaration.declared_for(module.name)
+    if declared.algo is not None or declaration.mixed or not declaration.schemes():
+        return  # QC410
+    weight = module.weight
+    if weight is None or weight.dtype in FLOATS or _is_kept(ctx, module):
+        return  # QC313
+    if declared.via == "excluded":
+        message = f"excluded by {declared.entry!r}, but has scales"
+    else:
+        message = "has scales, but no target or block of the config covers it"
+    yield ctx.finding(
+        message,
+        where=Where(weight.name, weight.file),
+        observed=declared.entry or "no target",
+        expected="a recipe for the module, or an unquantized weight",
+    )
+
+
+def _is_kept(ctx: Context, module: Module) -> bool:
+    """Whether the base has the module in the same quantization."""
+    base = ctx.base.modules.get(module.name) if ctx.base is not None else None
+    if base is None or base.weight is None or module.weight is None:
+        return False
+    return base.quantized and base.weight.dtype == module.weight.dtype
 
 
 def _substring_effect(pattern: str, module: str) -> dict[str, tuple[Severity, str]] | None:

@@ -60,6 +60,9 @@ def check(ctx: Context) -> Iterator[Finding]:
             observed=declaration.algo,
         )
         return
+    for conflict in declaration.conflicts:
+        ctx.tally.see()
+        yield ctx.finding(f"the config contradicts itself: {conflict}", where=where)
     for module in quantized:
         entry, inferred = declaration.declared_for(module.name), module.inferred_format
         algo, declared = entry.algo, entry.format
@@ -88,6 +91,13 @@ def check(ctx: Context) -> Iterator[Finding]:
                 tensor=module.weight.name,
                 observed=inferred.algo,
                 expected=algo,
+            )
+        elif declared.name == inferred.name and declared.bits != inferred.bits:
+            yield ctx.finding(
+                f"{declared.bits} bits are declared, but the tensors hold {inferred.bits}",
+                tensor=module.weight.name,
+                observed=inferred.bits,
+                expected=declared.bits,
             )
 
 

@@ -13,7 +13,7 @@ from verifier.findings import Finding
 from verifier.payload.scan import FlawHits, Hits
 from verifier.rules.context import Context
 from verifier.rules.registry import rule
-from verifier.schemes import FLOATS, SCALE_BITS, Sibling, pattern_value
+from verifier.schemes import FLOATS, SCALE_BITS, Format, Sibling, pattern_value
 
 _BIASES = frozenset({"k_bias", "v_bias"})
 _BYTES = {"F8_E4M3": "0x01..0x7E"}
@@ -38,7 +38,9 @@ def check(ctx: Context) -> Iterator[Finding]:
 
     **What it does.** Scans these scales in every format: E4M3 bytes must be below 0x7F, E8M0 bytes
     below 0xFF, floats finite and not negative. Block scales of W4A8_NVFP4_FP8 are at most 448/6.
-    MLX's affine scales may be negative; additive terms and low-rank factors only have to be finite.
+    MLX's affine scales may be negative, and so may those of integer codes where more than a
+    twentieth of them is, as AutoRound writes them; additive terms and low-rank factors only have to
+    be finite.
 
     **Why it happens.** An all-zero expert (0/0), an uncalibrated or infinite amax, or the scales of
     a different algorithm.
@@ -48,14 +50,15 @@ def check(ctx: Context) -> Iterator[Finding]:
 
     **Fix.** Define the scale of an all-zero block (1.0) and quantize again.
     """
-    for _, _, sibling, tensor in ctx.candidate.scales_of("scale", "tensor_scale", "pre_quant"):
+    for _, fmt, sibling, tensor in ctx.candidate.scales_of("scale", "tensor_scale", "pre_quant"):
         dtype = sibling.values_in(tensor.dtype)
         if dtype not in SCALE_BITS:
             continue
         ctx.tally.see(tensor.elements)
         flaws = ctx.payload.flaws(tensor, dtype)
         if SCALE_BITS[dtype].float:
-            yield from _invalid_floats(ctx, tensor, flaws, sibling)
+            signs = sibling.signed or _has_signs(fmt, sibling, flaws, tensor)
+            yield from _invalid_floats(ctx, tensor, flaws, sibling, signed=signs)
         else:
             yield from _invalid_bytes(ctx, tensor, flaws, dtype)
         if sibling.largest and dtype == "F8_E4M3":
@@ -69,6 +72,14 @@ def check(ctx: Context) -> Iterator[Finding]:
             ctx.tally.see(tensor.elements)
             flaws = ctx.payload.flaws(tensor, tensor.dtype)
             yield from _invalid_floats(ctx, tensor, flaws)
+
+
+def _has_signs(fmt: Format, sibling: Sibling, flaws: FlawHits, tensor: Tensor) -> bool:
+    """Whether the scales of integer codes have signs on purpose: AutoRound takes the sign of the
+    largest weight, so about half of its scales are negative.
+    """
+    integers = fmt.weight.codes == "int" and sibling.role == "scale"
+    return integers and flaws.negative.count * 20 > tensor.elements
 
 
 def _invalid_bytes(ctx: Context, tensor: Tensor, flaws: FlawHits, dtype: str) -> Iterator[Finding]:
@@ -103,10 +114,14 @@ def _beyond(ctx: Context, tensor: Tensor, largest: float) -> Iterator[Finding]:
 
 
 def _invalid_floats(
-    ctx: Context, tensor: Tensor, flaws: FlawHits, sibling: Sibling | None = None
+    ctx: Context,
+    tensor: Tensor,
+    flaws: FlawHits,
+    sibling: Sibling | None = None,
+    *,
+    signed: bool = False,
 ) -> Iterator[Finding]:
     """Yield one finding on NaN, infinite and negative values, one on implausible ones."""
-    signed = sibling is not None and sibling.signed
     divisor = sibling is not None and sibling.divisor
     bad = [flaws.nan, flaws.infinite] + ([] if signed else [flaws.negative])
     leaf = tensor.name.rpartition(".")[2]

@@ -54,7 +54,7 @@ _INPUTS: dict[str, Inputs] = {
     "FP8": "static",
     "MXFP8": "dynamic",
     "FP8_PER_CHANNEL_PER_TOKEN": "dynamic",
-    "W8A8_SQ_PER_CHANNEL": "dynamic",
+    "W8A8_SQ_PER_CHANNEL": "static",
     "FP8_PB_WO": "dynamic",
     "FP8_PB_REAL": "dynamic",
     "FP8_BLOCK_SCALES": "dynamic",
