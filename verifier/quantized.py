@@ -15,6 +15,7 @@ from verifier.layouts.expert_stacks import expanded
 from verifier.schemes import (
     CACHE_LEAVES,
     FLOATS,
+    KV_LEAVES,
     Declaration,
     Declarations,
     DeclaredFormat,
@@ -222,9 +223,18 @@ class QuantizedCheckpoint:
 
     @cached_property
     def kv_scales(self) -> tuple[tuple[Module, str, Tensor], ...]:
-        """Every scale of the KV cache: the module that holds it, its leaf, the tensor."""
-        both = ((m, leaf) for m in self.modules.values() for leaf in ("k_scale", "v_scale"))
-        return tuple((m, leaf, m.parts[leaf]) for m, leaf in both if leaf in m.parts)
+        """Every scale of the KV cache: the module that holds it, ``k_scale`` or ``v_scale``, the
+        tensor.
+
+        ``output_scale`` of a projection is one, too (compressed-tensors before 0.6, Quark).
+        """
+        found = []
+        for module, leaf, tensor in self.cache_scales:
+            if leaf in KV_LEAVES:
+                found.append((module, leaf, tensor))
+            elif leaf == "output_scale" and module.name.endswith((".k_proj", ".v_proj")):
+                found.append((module, f"{module.name[-6]}_scale", tensor))
+        return tuple(found)
 
     @cached_property
     def linears(self) -> tuple[Module, ...]:

@@ -250,7 +250,7 @@ def wrong_zeros(known: bool) -> Edit:
         else:
             changed = flipped ^ np.uint32(0x0F)
         checkpoint.tensors[name] = changed.view(words.dtype)
-        return name
+        return name if known else fmt.target
 
     return edit
 
@@ -449,9 +449,9 @@ CORRUPTIONS: tuple[Corruption, ...] = (
     Corruption("norm_lost", "norm lost", lost_norm, "QC205"),
     Corruption("norm_nan", "norm NaN", nan_norm, "QC508"),
     Corruption("exclusion_lost", "exclusion lost", lost_exclusion, "QC402"),
-    Corruption("exclusion_extra", "exclusion extra", extra_exclusion, "QC401"),
+    Corruption("exclusion_extra", "exclusion extra", extra_exclusion, "QC401 QC410"),
     Corruption("group_size_wrong", "group size wrong", wrong_group_size, "QC308 QC306"),
-    Corruption("bits_wrong", "bits wrong", wrong_bits, "QC408 QC305 QC308 QC208"),
+    Corruption("bits_wrong", "bits wrong", wrong_bits, "QC408 QC305 QC308 QC208 QC518"),
     Corruption("name_wrong", "format name wrong", wrong_name, "QC305 QC408 QC410"),
 )
 BY_NAME = {c.name: c for c in CORRUPTIONS}

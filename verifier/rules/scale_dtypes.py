@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from verifier.checkpoint import Tensor
 from verifier.quantized import ModuleGroup
-from verifier.schemes import FLOATS, Format, Sibling
+from verifier.schemes import Format, Sibling
 
 
 class ScaleKind(NamedTuple):
@@ -45,29 +45,29 @@ def scale_kinds(groups: Iterable[ModuleGroup], *, scalars: bool) -> list[ScaleKi
 
 
 def wrong_dtypes(kinds: Iterable[ScaleKind]) -> Iterator[tuple[Format, Tensor, str]]:
-    """Yield the tensors whose dtype their format does not have, and those of another float dtype
+    """Yield the tensors whose dtype their format does not have, and those of another dtype
     than most of their kind, each with the dtypes expected.
     """
     alike: dict[tuple[str, str], list[ScaleKind]] = {}
     for kind in kinds:
         alike.setdefault((kind.format.name, kind.sibling.leaves[0]), []).append(kind)
     for members in alike.values():
-        usual = _usual_float(members)
+        usual = _usual_dtype(members)
         for kind in members:
             expected = ""
             if kind.dtype not in kind.sibling.dtypes:
                 expected = " or ".join(kind.sibling.dtypes)
-            elif kind.dtype in FLOATS and kind.dtype != usual:
+            elif kind.dtype != usual:
                 expected = f"{usual}, as the others"
             if expected:
                 for module in kind.group.modules:
                     yield kind.format, module.parts[kind.leaf], expected
 
 
-def _usual_float(kinds: Iterable[ScaleKind]) -> str:
-    """Return the float dtype that most scales have, of those that their format has."""
+def _usual_dtype(kinds: Iterable[ScaleKind]) -> str:
+    """Return the dtype that most scales have, of those that their format has."""
     counts: Counter[str] = Counter()
     for kind in kinds:
-        if kind.dtype in FLOATS and kind.dtype in kind.sibling.dtypes:
+        if kind.dtype in kind.sibling.dtypes:
             counts[kind.dtype] += len(kind.group.modules)
     return counts.most_common(1)[0][0] if counts else ""

@@ -66,7 +66,7 @@ class Sibling:
         role: what it is.
         when: whether it has to be there.
         divisor: whether values are divided by it, not multiplied.
-        signed: whether a sound one has values of either sign, and zeros.
+        signed: whether a sound one has values of either sign.
         holds: the dtype of the values in its U8 bytes, where that is not E8M0; ``opaque`` where
             they are not scales.
         largest: the largest value that a sound one has; 0 where its dtype is the bound.

@@ -124,12 +124,14 @@ def _bytes(
     """Return the format of codes in bytes: four or six bits wide."""
     fitting = _first(_BYTE_FORMATS, weight, scale)
     layout = fitting.layout if fitting is not None else ""
+    if layout == "mxfp6" and weight.shape[1] % 24:  # a block of 32 codes has 24 bytes
+        layout = ""
+    if not layout and scale is not None and scale.dtype in FLOATS:
+        layout = "int4_awq" if scale.shape[:1] == (2 * weight.shape[0],) else ""
     if not layout and _is(declared, "nvfp4", "nvfp4_ct", "mxfp4", "mxfp6", "int4_awq"):
         layout = declared.layout if declared is not None else ""
     if not layout and scale is not None and scale.dtype in E8M0:
         layout = "" if "weight_scale_2" in parts or "weight_global_scale" in parts else "mxfp4"
-    if not layout and scale is not None and scale.dtype in FLOATS:
-        layout = "int4_awq" if scale.shape[:1] == (2 * weight.shape[0],) else ""
     if layout == "mxfp4":
         return FORMATS["w4a8_mxfp4_fp8" if "input_scale" in parts else "mxfp4"]
     if layout == "mxfp6":
@@ -177,7 +179,8 @@ def _signed(
     known = [FORMATS["int8"], FORMATS["w4afp8"]]
     if declared is not None and declared.layout in ("int8", "w4afp8"):
         known.insert(0, declared)
-    return _first(known, weight, scale) or known[0]
+    own = declared if declared is not None and "I8" in declared.weight.dtypes else known[0]
+    return _first(known, weight, scale) or own
 
 
 def _packed(
@@ -263,6 +266,8 @@ def _fp8(scale: Tensor | None, dims: Dims, declared: Format | None) -> Format | 
             *(("fp8_block", t) for t in _TILES),
         )
     candidates = [FORMATS[n].sized(block=b) for n, b in names]
+    if declared is not None and declared.layout == "fp8_block" and declared not in candidates:
+        candidates.append(declared)
     fitting = [f for f in candidates if scale.shape in f.siblings[0].shapes(*dims)]
     if declared is not None and any(f.layout == declared.layout for f in fitting):
         fitting = [f for f in fitting if f.layout == declared.layout]

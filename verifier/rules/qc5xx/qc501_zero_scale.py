@@ -35,8 +35,8 @@ def check(ctx: Context) -> Iterator[Finding]:
     of the KV cache.
 
     **What it does.** Scans these scales in every format. A zero scale of a block whose quantized
-    values are all zero, too, is a warning. MLX's affine scales may be zero. E8M0 has no zero: what
-    a cast leaves there is QC512. Input scales are QC503.
+    values are all zero, too, is a warning. E8M0 has no zero: what a cast leaves there
+    is QC512. Input scales are QC503.
 
     **Why it happens.** A block's scale falls below 2^-9 and rounds to zero in E4M3, because the
     exporter does not clamp it, or a scale of the cache was never calibrated.
@@ -52,7 +52,7 @@ def check(ctx: Context) -> Iterator[Finding]:
         "scale", "tensor_scale", "pre_quant"
     ):
         dtype = sibling.values_in(tensor.dtype)
-        if dtype not in SCALE_BITS or sibling.signed:
+        if dtype not in SCALE_BITS:
             continue
         ctx.tally.see(tensor.elements)
         if SCALE_BITS[dtype].float:

@@ -132,7 +132,7 @@ def _shape(ctx: Context, fmt: Format, dims: tuple[int, int], tensor: Tensor) -> 
     fits = len(stated) == 2 and stated[0] == out and held - padding < stated[1] <= held
     if not fits:
         yield ctx.finding(
-            "the stored shape is not that of the weight",
+            "the stored shape is not that of the weight as declared",
             tensor=tensor.name,
             observed=stated,
             expected=[out, held],
