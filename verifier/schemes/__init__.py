@@ -21,6 +21,7 @@ from verifier.schemes.declared import (
     classes_of,
     required_siblings,
 )
+from verifier.schemes.dialects.common import CLASS_NAME
 from verifier.schemes.engines import ENGINES, READS, Engine, Reads, reading, refusal
 from verifier.schemes.exclusions import READERS, Exclusions, Reader
 from verifier.schemes.formats import (
@@ -47,6 +48,7 @@ from verifier.schemes.modules import (
     gather,
     split,
 )
+from verifier.schemes.patterns import Names
 from verifier.schemes.recognition import FLOATS
 from verifier.schemes.roles import ROLES, ExpertKey, collapse, expert_key, layer_of, role
 from verifier.schemes.scale_values import (
@@ -59,6 +61,7 @@ from verifier.schemes.scale_values import (
 
 __all__ = [
     "CACHE_LEAVES",
+    "CLASS_NAME",
     "ENGINES",
     "FLOATS",
     "FORMATS",
@@ -82,6 +85,7 @@ __all__ = [
     "Format",
     "Group",
     "Module",
+    "Names",
     "Reader",
     "Reads",
     "Role",

@@ -50,6 +50,8 @@ class Scheme:
         symmetric: whether weights have no zero point.
         group_size: as stated; None where it is not.
         scale_leaf: the name of the weight scale that readers of this config look for; '' for any.
+        bits: the stated width of a code; 0 where none is stated.
+        kind: ``int`` or ``float``, as stated; '' where neither is.
     """
 
     algo: str
@@ -58,6 +60,8 @@ class Scheme:
     symmetric: bool = True
     group_size: int | None = None
     scale_leaf: str = ""
+    bits: int = 0
+    kind: str = ""
 
 
 class DeclaredFormat(NamedTuple):

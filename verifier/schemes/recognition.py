@@ -196,7 +196,8 @@ def _packed(
         return None
     columns = scale.shape[1] if scale is not None and len(scale.shape) == 2 else 0
     width = weight.shape[1] * 32 // bits
-    if columns == 1 and width > 1 and not (declared and declared.group_size == width):
+    stated = declared.group_size if declared is not None and declared.name == base.name else None
+    if columns == 1 and width > 1 and stated is None:
         return base.sized(bits=bits, block=None)
     return base.sized(bits=bits, block=_block(_group(width, columns), declared, (1, 128)))
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from verifier.findings import Finding, Where
 from verifier.quantized import ModuleGroup
 from verifier.rules.context import Context
+from verifier.rules.kept import is_kept
 from verifier.rules.registry import rule
 from verifier.schemes import Module, required_siblings
 
@@ -40,7 +41,7 @@ def check(ctx: Context) -> Iterator[Finding]:
     for group in ctx.candidate.module_groups:
         module, fmt = group.first, group.format
         if fmt is None:
-            if _is_fp8_without_scale(module):
+            if _is_fp8_without_scale(module) and not is_kept(ctx, module):
                 ctx.tally.see(len(group.modules))
                 yield from _missing(ctx, group, "weight_scale", "a scale")
             continue

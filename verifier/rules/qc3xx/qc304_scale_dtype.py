@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from verifier.findings import Finding
 from verifier.rules.context import Context
 from verifier.rules.registry import rule
-from verifier.rules.scale_dtypes import scale_kinds, wrong_dtypes
+from verifier.rules.scale_dtypes import ScaleKind, scale_kinds, wrong_dtypes
 
 
 @rule(
@@ -29,7 +29,8 @@ def check(ctx: Context) -> Iterator[Finding]:
     of a format in one dtype.
 
     **What it does.** Compares the dtype of each weight scale with those that readers of its format
-    accept, and with that of most scales of the format. Global, activation and KV scales are QC315.
+    accept, and with that of most scales of the format. F8_E8M0 in place of U8 is a note for
+    MXFP8, and an error for vLLM. Global, activation and KV scales are QC315.
 
     **Why it happens.** A framework saved the scales in its own dtype.
 
@@ -46,4 +47,24 @@ def check(ctx: Context) -> Iterator[Finding]:
             tensor=tensor.name,
             observed=tensor.dtype,
             expected=expected,
+        )
+    yield from _cast_by_value(ctx, kinds)
+
+
+def _cast_by_value(ctx: Context, kinds: list[ScaleKind]) -> Iterator[Finding]:
+    """Yield E8M0 scales of MXFP8 in a dtype of their own, which vLLM casts to bytes."""
+    declaration = ctx.candidate.declaration
+    if declaration is None or not declaration.modelopt:
+        return
+    typed = [k for k in kinds if k.format.name == "mxfp8" and k.dtype == "F8_E8M0"]
+    if typed:
+        tensor = typed[0].group.first.parts[typed[0].leaf]
+        yield ctx.finding(
+            "MXFP8: E8M0 scales are typed, not plain bytes",
+            tensor=tensor.name,
+            observed="F8_E8M0",
+            expected="U8",
+            count=sum(len(k.group.modules) for k in typed),
+            severity="info",
+            engines={"vllm": ("error", "casts them by value into uint8: every scale becomes 0")},
         )

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from verifier.findings import Finding, Severity, Where
 from verifier.rules.context import Context
+from verifier.rules.kept import is_kept
 from verifier.rules.registry import rule
 from verifier.schemes import FLOATS, Declaration, Module
 
@@ -28,7 +29,8 @@ def check(ctx: Context) -> Iterator[Finding]:
 
     **What it does.** Matches each quantized module against the exclusions. It is an error if a
     pattern names the module exactly, by glob or by ``re:``, and a warning if only engines that
-    match substrings or parts of names exclude it.
+    match substrings or parts of names exclude it. A module that the base stores in the same
+    quantization is sound: readers of the base find it there.
 
     **Why it happens.** Config and weights come from different passes.
 
@@ -43,6 +45,8 @@ def check(ctx: Context) -> Iterator[Finding]:
         return
     for module in ctx.candidate.quantized_modules:
         ctx.tally.see()
+        if is_kept(ctx, module):
+            continue
         if not declaration.exclusions.loose(module.name):
             yield from _by_other_means(ctx, declaration, module)
             continue
@@ -72,7 +76,7 @@ def _by_other_means(ctx: Context, declaration: Declaration, module: Module) -> I
     if declared.algo is not None or declaration.mixed or not declaration.schemes():
         return  # QC410
     weight = module.weight
-    if weight is None or weight.dtype in FLOATS or _is_kept(ctx, module):
+    if weight is None or weight.dtype in FLOATS:
         return  # QC313
     if declared.via == "excluded":
         message = f"excluded by {declared.entry!r}, but has scales"
@@ -84,14 +88,6 @@ def _by_other_means(ctx: Context, declaration: Declaration, module: Module) -> I
         observed=declared.entry or "no target",
         expected="a recipe for the module, or an unquantized weight",
     )
-
-
-def _is_kept(ctx: Context, module: Module) -> bool:
-    """Whether the base has the module in the same quantization."""
-    base = ctx.base.modules.get(module.name) if ctx.base is not None else None
-    if base is None or base.weight is None or module.weight is None:
-        return False
-    return base.quantized and base.weight.dtype == module.weight.dtype
 
 
 def _substring_effect(pattern: str, module: str) -> dict[str, tuple[Severity, str]] | None:

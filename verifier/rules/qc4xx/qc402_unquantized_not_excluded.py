@@ -5,10 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from verifier.findings import Finding, Where
+from verifier.findings import Finding, Severity, Where
 from verifier.rules.context import Context
 from verifier.rules.mtp import mtp_modules
 from verifier.rules.registry import rule
+from verifier.schemes import Declaration, Module, role
 
 
 @rule(
@@ -47,11 +48,28 @@ def check(ctx: Context) -> Iterator[Finding]:
             continue
         ctx.tally.see()
         weight = module.weight
-        if declaration.expects(module.name) and weight is not None:
+        head = _is_declared_head(declaration, module)
+        if (head or declaration.expects(module.name)) and weight is not None:
             algo = declaration.declared_for(module.name).algo
             yield ctx.finding(
                 f"{weight.dtype} weight without an exclusion: engines expect {algo}",
                 where=Where(weight.name, weight.file),
                 observed=weight.dtype,
                 expected="an exclusion, or scales",
+                engines=_HEAD if head else None,
             )
+
+
+_HEAD: dict[str, tuple[Severity, str]] = {
+    "vllm": ("info", "takes no head for a Linear, and builds it unquantized"),
+    "sglang": ("info", "takes no head for a Linear, and builds it unquantized"),
+}
+
+
+def _is_declared_head(declaration: Declaration, module: Module) -> bool:
+    """Whether compressed-tensors' own reader takes a head for one of its ``Linear`` targets."""
+    return (
+        declaration.form == "compressed-tensors"
+        and role(module.name) == "lm_head"
+        and declaration.declared_for(module.name).algo is not None
+    )

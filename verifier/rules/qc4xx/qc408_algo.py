@@ -8,9 +8,19 @@ from collections.abc import Iterator
 from verifier.findings import Finding, Where
 from verifier.rules.context import Context
 from verifier.rules.registry import rule
-from verifier.schemes import FLOATS, KNOWN_ALGOS, Declaration, Module, same_layout
+from verifier.schemes import (
+    FLOATS,
+    Declaration,
+    Engine,
+    Format,
+    Module,
+    Scheme,
+    refusal,
+    same_layout,
+)
 from verifier.text import counted
 
+_SERVING: tuple[Engine, ...] = ("vllm", "sglang", "trtllm")
 _INTEGER_METHODS = frozenset(
     {"awq", "gptq", "bitsandbytes", "aqlm", "eetq", "hqq", "vptq", "spqr", "higgs"}
 )
@@ -28,7 +38,10 @@ _INTEGER_METHODS = frozenset(
 def check(ctx: Context) -> Iterator[Finding]:
     """``quant_algo`` is an algorithm that engines know, and the one that the stored tensors use.
 
-    **What it does.** Compares the declared algorithm with the format that dtypes and shapes show.
+    **What it does.** Compares the declared algorithm with the format that dtypes and shapes show,
+    the number of bits included, and with the algorithms that each engine reads: what vLLM does not
+    read is a note, and an error for an engine that is asked about. A ``pre_quant_scale`` belongs to
+    algorithms that scale the inputs. A config that contradicts itself is reported, too.
     NVFP4 declared for unpacked weights is QC305; a mismatch with MIXED_PRECISION is QC410.
 
     **Why it happens.** A selector missed the modules and the tag is null, or the config was kept
@@ -60,12 +73,16 @@ def check(ctx: Context) -> Iterator[Finding]:
             observed=declaration.algo,
         )
         return
+    yield from _refused(ctx, declaration)
+    yield from _scaled_inputs(ctx, declaration)
     for conflict in declaration.conflicts:
         ctx.tally.see()
         yield ctx.finding(f"the config contradicts itself: {conflict}", where=where)
     for module in quantized:
         entry, inferred = declaration.declared_for(module.name), module.inferred_format
         algo, declared = entry.algo, entry.format
+        if declared is None and inferred is not None and entry.scheme is not None:
+            yield from _other_codes(ctx, entry.scheme, inferred, module)
         if declared is None or module.weight is None:
             continue
         if _is_fp8_under_integers(declaration, module):
@@ -99,6 +116,66 @@ def check(ctx: Context) -> Iterator[Finding]:
                 observed=inferred.bits,
                 expected=declared.bits,
             )
+
+
+def _refused(ctx: Context, declaration: Declaration) -> Iterator[Finding]:
+    """Yield what vLLM does not read of the declaration, with what the other engines make of it."""
+    algos = [declaration.algo] if declaration.form in ("flat", "nested") else []
+    for scheme in declaration.schemes():
+        if declaration.mixed or (algos and scheme.algo not in algos):
+            continue  # a config group of ModelOpt's, which engines do not read
+        refusals = {engine: refusal(engine, declaration, scheme) for engine in _SERVING}
+        if not refusals["vllm"]:
+            continue
+        ctx.tally.see()
+        yield ctx.finding(
+            f"vLLM does not read {scheme.algo}",
+            where=Where(None, declaration.file),
+            observed=scheme.algo,
+            severity="info",
+            engines={e: ("error", why) for e, why in refusals.items() if why},
+        )
+
+
+def _scaled_inputs(ctx: Context, declaration: Declaration) -> Iterator[Finding]:
+    """Yield a ``pre_quant_scale`` in an algorithm that has none."""
+    tensors = [
+        module.parts["pre_quant_scale"]
+        for module in ctx.candidate.quantized_modules
+        if "pre_quant_scale" in module.parts
+        and (fmt := declaration.declared_for(module.name).format) is not None
+        and fmt.sibling("pre_quant_scale") is None
+    ]
+    if tensors:
+        yield ctx.finding(
+            "pre_quant_scale is stored, but the declared algorithm has none",
+            tensor=tensors[0].name,
+            observed=declaration.algo or "no pre_quant_scale",
+            expected="NVFP4_AWQ, or another algorithm that scales inputs",
+            count=len(tensors),
+            severity="warning",
+            engines={"vllm": ("error", "drops the scale, or stops at a tensor it does not know")},
+        )
+
+
+def _other_codes(
+    ctx: Context, scheme: Scheme, inferred: Format, module: Module
+) -> Iterator[Finding]:
+    """Yield a module whose codes are not of the width or the kind that the config states.
+
+    The config declares a format that is not known: what it states of the codes has to fit.
+    """
+    kind = "int" if inferred.weight.codes == "int" else "float"
+    if not scheme.bits or inferred.weight.codes == "opaque" or module.weight is None:
+        return
+    ctx.tally.see()
+    if (scheme.bits, scheme.kind) != (inferred.bits, kind):
+        yield ctx.finding(
+            f"{scheme.algo} is declared, but the tensors are {inferred.algo}",
+            tensor=module.weight.name,
+            observed=f"{kind} of {inferred.bits} bits",
+            expected=f"{scheme.kind} of {scheme.bits} bits",
+        )
 
 
 def _is_fp8_under_integers(declaration: Declaration, module: Module) -> bool:

@@ -15,7 +15,7 @@ from verifier.reconstruction.cause import inverse, is_e8m0
 from verifier.rules.comparing import reconstruction
 from verifier.rules.context import Context
 from verifier.rules.registry import rule
-from verifier.schemes import SCALE_BITS, Format, Module
+from verifier.schemes import FLOATS, SCALE_BITS, Format, Module
 
 HUGE = 1e4
 """Weights of language models are smaller than this."""
@@ -23,6 +23,7 @@ PLAUSIBLE = (1e-6, 1e2)
 ACTIVATION = (1e-2, 1e3)
 HUGE_ACTIVATION = 1e6
 FEWEST = 4
+_CODE_256 = 0x78
 
 
 @rule(
@@ -45,7 +46,8 @@ def check(ctx: Context) -> Iterator[Finding]:
 
     **What it does.** With a base: compares the decoded values under the scale and under 1/x.
     Without one: a weight counts as inverted if its largest value is above 10,000 as stored and
-    ordinary under 1/x. Activation scales can only be checked for plausibility, over all of them: a
+    ordinary under 1/x. FP8 whose every scale is 1.0 while its values fill the range lost its
+    scales. Activation scales can only be checked for plausibility, over all of them: a
     warning.
 
     **Why it happens.** A conversion renamed the tensor without taking 1/x, or ``weight_scale_inv``
@@ -75,7 +77,36 @@ def check(ctx: Context) -> Iterator[Finding]:
             reason = "weights are implausibly large as stored and ordinary under 1/x"
             observed = f"largest weight about {largest:.3g}, {largest_inverted:.3g} under 1/x"
             yield _inverted(ctx, tensor, reason, observed)
+    yield from _default_scales(ctx)
     yield from _check_activations(ctx)
+
+
+def _default_scales(ctx: Context) -> Iterator[Finding]:
+    """Yield FP8 weights whose every scale is 1.0 although the values fill the range of FP8: weights
+    up to 448 were divided by a scale that was lost.
+    """
+    found = [(m, f) for m, f in ctx.candidate.formatted if f.name in ("fp8", "fp8_per_channel")]
+    if len(found) < FEWEST or not all(_is_one(ctx, m) for m, _ in found):
+        return
+    weights = [m.weight for m, _ in found if m.weight is not None]
+    ctx.tally.see(len(weights))
+    filling = [w for w in weights if ctx.payload.extremes(w)[1] & 0x7F >= _CODE_256]
+    if len(filling) == len(weights):
+        yield ctx.finding(
+            "every weight_scale is 1.0, and the values fill the range of FP8: a default, not the"
+            " scale of the weights",
+            tensor=weights[0].name,
+            observed="weights up to 448",
+            expected="amax / 448",
+            count=len(weights),
+        )
+
+
+def _is_one(ctx: Context, module: Module) -> bool:
+    scale = module.scale
+    if scale is None or scale.dtype not in FLOATS or not scale.elements:
+        return False
+    return bool((ctx.payload.array(scale) == 1).all())
 
 
 def _inverted(ctx: Context, tensor: Tensor, reason: str, observed: str) -> Finding:

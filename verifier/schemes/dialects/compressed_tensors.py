@@ -305,6 +305,8 @@ def _group(
         args.symmetric,
         args.group_size,
         "weight_scale",
+        args.bits,
+        args.kind,
     )
     return Group(name, tuple(targets), scheme)
 

@@ -8,6 +8,7 @@ exporter.
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import Any
@@ -136,7 +137,15 @@ def _scheme(where: str, raw: Any, packing: str, unclear: list[str]) -> Scheme | 
         _inputs(mapping(raw).get("input_tensors")),
         first.get("symmetric") is not False,
         integer(first.get("group_size")),
+        bits=_width(text(first.get("dtype"))),
+        kind="int" if "int" in text(first.get("dtype")) else "float",
     )
+
+
+def _width(dtype: str) -> int:
+    """Return the bits of a dtype by its name (``fp8_e4m3``, ``uint4``), 0 where it tells none."""
+    found = re.match(r"[a-z]+(\d)", dtype)
+    return int(found[1]) if found else 0
 
 
 def _words(spec: Mapping[str, Any]) -> str:
