@@ -71,6 +71,11 @@ def _find(checkpoint: Checkpoint, fmt: Format, role: str) -> str:
     return name
 
 
+def _module(fmt: Format, name: str) -> str:
+    """Return the layer of a tensor; of a stack of experts the whole stack."""
+    return name.rpartition(".")[0] if "switch_mlp." in name else fmt.target
+
+
 def _values(role: str, change: Callable[[Array], Array]) -> Edit:
     """Return an edit of the values of the target's tensor of a role."""
 
@@ -165,7 +170,7 @@ def shorten(role: str) -> Edit:
         array = checkpoint.tensors[name]
         axis = 1 if array.ndim > 2 else 0
         checkpoint.tensors[name] = np.ascontiguousarray(np.delete(array, -1, axis))
-        return fmt.target
+        return _module(fmt, name)
 
     return edit
 
@@ -176,7 +181,7 @@ def remove(role: str) -> Edit:
     def edit(checkpoint: Checkpoint, fmt: Format) -> str:
         name = _kv_name(checkpoint, fmt) if role == "kv" else _find(checkpoint, fmt, role)
         del checkpoint.tensors[name]
-        return name.rpartition(".")[0] if role == "kv" else fmt.target
+        return name.rpartition(".")[0] if role == "kv" else _module(fmt, name)
 
     return edit
 
@@ -402,7 +407,7 @@ def wrong_name(checkpoint: Checkpoint, fmt: Format) -> str:
 # --- The table
 
 _SCALE = "QC501 QC502 QC509 QC512"
-_LOSS = "QC205 QC207 QC302 QC314"
+_LOSS = "QC205 QC207 QC302 QC314 QC604"
 _SHAPES = "QC208 QC305 QC306 QC307 QC308"
 
 
@@ -438,7 +443,7 @@ CORRUPTIONS: tuple[Corruption, ...] = (
     Corruption("shape_wrong", "weight_shape transposed", wrong_shape),
     Corruption("weight_short", "weight: a row short", shorten("weight"), _SHAPES),
     Corruption("weight_missing", "weight: missing", remove("weight"), _LOSS),
-    Corruption("expert_missing", "expert missing", missing_expert, "QC207"),
+    Corruption("expert_missing", "expert missing", missing_expert, "QC207 QC604"),
     Corruption(
         "codes_swapped",
         "codes of another expert",

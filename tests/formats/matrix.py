@@ -69,9 +69,10 @@ def names(finding: Finding, corruption: Corruption, place: str) -> bool:
     """Whether a finding names what a corruption broke."""
     text = f"{finding.where.tensor or ''} {finding.message}"
     unrolled = re.sub(r"experts\.\d+\.", "experts.", text)
+    stacked = place.replace("switch_mlp.", "experts.")
     return (
         (not corruption.rules or finding.rule in corruption.rules.split())
-        and (place in text or place in unrolled)
+        and (place in text or stacked in unrolled)
         and re.search(corruption.words, finding.message, re.IGNORECASE) is not None
     )
 

@@ -611,6 +611,7 @@ COMPRESSED_TENSORS = (
         readers=TWO_ENGINES,
         roles=PACKED,
         model="kimi_k25",
+        known_as="kimi_k25",  # no layout of the family: what is lost shows next to the base alone
         misnamed=("pack-quantized", "int-quantized"),
     ),
 )
@@ -864,6 +865,7 @@ VENDORS = (
         "vLLM, transformers",
         roles=Roles(scale="scale"),
         model="deepseek_v4",
+        known_as="deepseek_v4",  # as kimi_k25
         lost="",
     ),
     Format(
@@ -877,6 +879,7 @@ VENDORS = (
         "vLLM, TensorRT-LLM",
         roles=SCALES_2,
         model="deepseek_v4",
+        known_as="deepseek_v4",  # as kimi_k25
         lost="",
     ),
     Format(
@@ -977,6 +980,7 @@ QUARK = (
         roles=Roles(zeros="weight_zero_point"),
         symmetric=True,
         misnamed=("int4", "fp4"),
+        unknowable=("zeros_missing",),  # all zero: a reader of two's complement needs none
     ),
     _quark(
         "quark_int8",

@@ -22,6 +22,7 @@ from verifier.schemes.declared import (
     required_siblings,
 )
 from verifier.schemes.dialects.common import CLASS_NAME
+from verifier.schemes.dialects.compressed_tensors import ROUTERS_BY_CONFIG
 from verifier.schemes.engines import ENGINES, READS, Engine, Reads, reading, refusal
 from verifier.schemes.exclusions import READERS, Exclusions, Reader
 from verifier.schemes.formats import (
@@ -72,6 +73,7 @@ __all__ = [
     "READERS",
     "READS",
     "ROLES",
+    "ROUTERS_BY_CONFIG",
     "SCALE_BITS",
     "SCALE_LEAVES",
     "SIBLING_LEAVES",

@@ -9,7 +9,7 @@ from verifier.findings import Finding, Severity, Where
 from verifier.rules.context import Context
 from verifier.rules.mtp import mtp_modules
 from verifier.rules.registry import rule
-from verifier.schemes import Declaration, Module, role
+from verifier.schemes import ROUTERS_BY_CONFIG, Declaration, Module, role
 
 
 @rule(
@@ -48,28 +48,43 @@ def check(ctx: Context) -> Iterator[Finding]:
             continue
         ctx.tally.see()
         weight = module.weight
-        head = _is_declared_head(declaration, module)
-        if (head or declaration.expects(module.name)) and weight is not None:
+        some = _of_some_engines(ctx, declaration, module)
+        if (some or declaration.expects(module.name)) and weight is not None:
             algo = declaration.declared_for(module.name).algo
             yield ctx.finding(
                 f"{weight.dtype} weight without an exclusion: engines expect {algo}",
                 where=Where(weight.name, weight.file),
                 observed=weight.dtype,
                 expected="an exclusion, or scales",
-                engines=_HEAD if head else None,
+                engines=some,
             )
 
 
-_HEAD: dict[str, tuple[Severity, str]] = {
-    "vllm": ("info", "takes no head for a Linear, and builds it unquantized"),
-    "sglang": ("info", "takes no head for a Linear, and builds it unquantized"),
+Effects = dict[str, tuple[Severity, str]]
+_HEAD: Effects = {
+    engine: ("info", "takes no head for a Linear, and builds it unquantized")
+    for engine in ("vllm", "sglang")
 }
+_FROM_HEADERS: Effects = {
+    "vllm": ("info", "takes the list of quantized layers from the headers"),
+}
+_BY_CONFIG: Effects = {"vllm": ("error", "builds the family's routers as the config says")}
+_BLOCK = frozenset({"attention", "mlp", "routed_expert", "shared_expert"})
 
 
-def _is_declared_head(declaration: Declaration, module: Module) -> bool:
-    """Whether compressed-tensors' own reader takes a head for one of its ``Linear`` targets."""
-    return (
-        declaration.form == "compressed-tensors"
-        and role(module.name) == "lm_head"
-        and declaration.declared_for(module.name).algo is not None
-    )
+def _of_some_engines(ctx: Context, declaration: Declaration, module: Module) -> Effects | None:
+    """Return what engines do with a layer that only some of them build as quantized; None where
+    all build it alike.
+    """
+    kind, form = role(module.name), declaration.form
+    if declaration.declared_for(module.name).algo is None:
+        return None
+    if declaration.exclusions.loose(module.name):
+        return None
+    if form == "compressed-tensors" and kind == "lm_head":
+        return _HEAD
+    if form in ("gptq", "awq") and kind in _BLOCK:
+        return _FROM_HEADERS
+    fp8 = declaration.method in ("fp8", "fbgemm_fp8") and form != "flat"
+    routers = ctx.checkpoint.model_type in ROUTERS_BY_CONFIG
+    return _BY_CONFIG if fp8 and kind == "router" and routers else None

@@ -8,6 +8,7 @@ mlx-lm 0.32 ``utils.py`` (a module is quantized where its scales are stored); tr
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -24,6 +25,9 @@ from verifier.schemes.formats import FORMATS, Format
 from verifier.schemes.roles import role
 
 
+_EXPERT = re.compile(r"\.experts\.\d+\.")
+
+
 class Implied(Dialect):
     """Readers take as quantized what is stored so; ``entries`` are recipes of single modules."""
 
@@ -38,8 +42,9 @@ class Implied(Dialect):
 
     def cover(self, declaration: Declaration, module: str) -> DeclaredFormat:
         """Return the module's own recipe, else the one for all."""
-        if module in self.entries:
-            own = self.entries[module]
+        stack = _EXPERT.sub(".switch_mlp.", module)
+        if module in self.entries or stack in self.entries:
+            own = self.entries.get(module, self.entries.get(stack))
             if own is None:
                 return DeclaredFormat(None, "excluded", module)
             return DeclaredFormat(own.algo, "exact", module, own.group_size, own)
