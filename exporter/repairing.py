@@ -61,7 +61,7 @@ def _declaration(repair: Repair) -> dict[str, Any]:
     formats = (m.inferred_format for m in written.values() if m.quantized)
     algos = sorted({fmt.algo for fmt in formats if fmt is not None})
     result = algos[0] if len(algos) == 1 else f"MIXED_PRECISION of {' and '.join(algos)}"
-    if declared is None or not declared.known:
+    if declared is None or not declared.modelopt:
         before = "nothing" if declared is None else declared.method
         return {"was": before, "shown": result, "dead": [0, []], "absent": [0, []]}
     dead = declared.exclusions.dead(set(written))

@@ -517,6 +517,7 @@ NEW: dict[str, dict[str, Any]] = {
             "full": one_of("layer_types", "full_attention"),
         },
         vague=r"self_attn|per_layer",
+        zero=["hidden_size_per_layer_input"],
     ),
     **family(
         "dbrx",
@@ -868,6 +869,8 @@ def make(model_type: str) -> dict[str, Any]:
         tensors += _flagged(spec, flag, seen, tables)
     for key in spec.get("nullable", []):
         tensors = _nullable(spec, key, tensors, tables)
+    for key in spec.get("zero", []):
+        tensors = _nullable(spec, key, tensors, tables, value=0)
     switches: dict[str, bool] = {}
     if spec.get("switches"):
         tensors, switches = _switched(spec, tensors, tables)
@@ -892,6 +895,7 @@ def make(model_type: str) -> dict[str, Any]:
     deciding = {
         text + k for k in ("first_k_dense_replace", "moe_layer_start_index", "decoder_sparse_step")
     }
+    deciding |= {text + key for key in spec.get("zero", [])}
     deciding |= {
         text + r[k]
         for rules in spec.get("kinds", {}).values()
@@ -1070,14 +1074,18 @@ def _flagged(
 
 
 def _nullable(
-    spec: dict[str, Any], key: str, tensors: list[dict[str, Any]], tables: list[dict[str, int]]
+    spec: dict[str, Any],
+    key: str,
+    tensors: list[dict[str, Any]],
+    tables: list[dict[str, int]],
+    value: int | None = None,
 ) -> list[dict[str, Any]]:
-    """Return the tensors with those that only belong where a config value is set, or is null,
-    marked so.
+    """Return the tensors with those that only belong where a config value is set, or is null or
+    zero, marked so.
     """
     config = [spec["config"](0), spec["config"](1)]
     for c in config:
-        setattr(c, key, None)
+        setattr(c, key, value)
     found = [{pattern(n): s for n, s in saved(c, spec["model"])[0].items()} for c in config]
     known = {t["name"] for t in tensors}
     marked = [t if t["name"] in found[0] or t.get("if") else t | {"if": key} for t in tensors]

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 from verifier.checkpoint import Checkpoint, Tensor
@@ -13,16 +13,17 @@ from verifier.decoding import Float32, decode, widen
 from verifier.errors import ContentError
 from verifier.layouts.expert_stacks import expanded
 from verifier.schemes import (
+    CACHE_LEAVES,
     FLOATS,
-    FORMATS,
     KV_LEAVES,
-    SCALE_LEAVES,
     Declaration,
     Declarations,
     DeclaredFormat,
     Format,
     Module,
+    Role,
     Sibling,
+    declared_formats,
     fitting,
     gather,
     read_declarations,
@@ -69,7 +70,7 @@ class QuantizedCheckpoint:
     @cached_property
     def modules(self) -> Mapping[str, Module]:
         """Every module by name, in file order."""
-        return gather(self.checkpoint.tensors.values())
+        return gather(self.checkpoint.tensors.values(), declared_formats(self.declaration))
 
     @property
     def tensors(self) -> Iterator[Tensor]:
@@ -83,20 +84,7 @@ class QuantizedCheckpoint:
 
         None is the shape of a packed weight that does not have two dimensions.
         """
-        shapes: dict[str, Shape | None] = {}
-        for module in self.modules.values():
-            for leaf, tensor in module.parts.items():
-                if leaf in SCALE_LEAVES or leaf in KV_LEAVES:
-                    continue
-                if leaf == "weight" or (leaf == "weight_packed" and "weight" not in module.parts):
-                    name = tensor.name if leaf == "weight" else f"{module.name}.weight"
-                    shapes[name] = module.dims or (tensor.shape if leaf == "weight" else None)
-                elif leaf == "blocks":
-                    name = tensor.name.removesuffix("_blocks")
-                    shapes[name] = module.dims if name.endswith(".weight") else None
-                elif leaf != "weight_packed":
-                    shapes[tensor.name] = tensor.shape
-        return shapes
+        return dict(pair for m in self.modules.values() for pair in m.unquantized())
 
     @cached_property
     def names(self) -> frozenset[str]:
@@ -178,8 +166,7 @@ class QuantizedCheckpoint:
         for module in self.quantized_modules:
             key: tuple[object, ...] = (module.signature,)
             for declaration in self._known_declarations:
-                algo, via, _, size = declaration.declared_for(module.name)
-                key += (algo, via, size)
+                key += declaration.declared_for(module.name).kind
             groups.setdefault(key, []).append(module)
         return tuple(self._group(modules) for modules in groups.values())
 
@@ -201,13 +188,11 @@ class QuantizedCheckpoint:
         """Every scale tensor that a module's format has: module, format, what the format requires
         of the tensor, the tensor.
         """
-        scales = []
-        for module, fmt in self.formatted:
-            for leaf in module.scales:
-                sibling = _SIBLINGS.get((fmt.name, leaf))
-                if sibling is not None:
-                    scales.append((module, fmt, sibling, module.parts[leaf]))
-        return tuple(scales)
+        return tuple(
+            (module, fmt, sibling, module.parts[leaf])
+            for module, fmt in self.formatted
+            for leaf, sibling in _siblings(fmt, module.scales)
+        )
 
     def scale_tensors(self, leaves: tuple[str, ...]) -> Iterator[tuple[Module, Format, Tensor]]:
         """Yield the scale tensors of some leaves whose dtype is one of the format's."""
@@ -217,11 +202,39 @@ class QuantizedCheckpoint:
                 if tensor is not None and sibling is not None and tensor.dtype in sibling.dtypes:
                     yield module, fmt, tensor
 
+    def scales_of(self, *roles: Role) -> Iterator[tuple[Module, Format, Sibling, Tensor]]:
+        """Yield the siblings of some roles whose dtype is one of the format's, as in `scales`."""
+        for entry in self.scales:
+            _, _, sibling, tensor = entry
+            if sibling.role in roles and tensor.dtype in sibling.dtypes:
+                yield entry
+
+    @cached_property
+    def cache_scales(self) -> tuple[tuple[Module, str, Tensor], ...]:
+        """Every scale and bias of a quantized KV cache or attention: the module that holds it, its
+        leaf, the tensor.
+        """
+        return tuple(
+            (m, leaf, m.parts[leaf])
+            for m in self.modules.values()
+            for leaf in m.parts
+            if leaf in CACHE_LEAVES
+        )
+
     @cached_property
     def kv_scales(self) -> tuple[tuple[Module, str, Tensor], ...]:
-        """Every scale of the KV cache: the module that holds it, its leaf, the tensor."""
-        both = ((m, leaf) for m in self.modules.values() for leaf in ("k_scale", "v_scale"))
-        return tuple((m, leaf, m.parts[leaf]) for m, leaf in both if leaf in m.parts)
+        """Every scale of the KV cache: the module that holds it, ``k_scale`` or ``v_scale``, the
+        tensor.
+
+        ``output_scale`` of a projection is one, too (compressed-tensors before 0.6, Quark).
+        """
+        found = []
+        for module, leaf, tensor in self.cache_scales:
+            if leaf in KV_LEAVES:
+                found.append((module, leaf, tensor))
+            elif leaf == "output_scale" and module.name.endswith((".k_proj", ".v_proj")):
+                found.append((module, f"{module.name[-6]}_scale", tensor))
+        return tuple(found)
 
     @cached_property
     def linears(self) -> tuple[Module, ...]:
@@ -230,7 +243,7 @@ class QuantizedCheckpoint:
             m
             for m in self.modules.values()
             if m.dims is not None
-            and "weight" in m.parts
+            and m.signature.weight not in (None, "")
             and role(m.name) not in ("embedding", "norm")
         )
 
@@ -250,7 +263,7 @@ class QuantizedCheckpoint:
             return None
         try:
             parts = {leaf: self.checkpoint.array(t) for leaf, t in module.parts.items()}
-            return decode(parts, fmt.name)
+            return decode(parts, fmt)
         except ContentError:
             return None
 
@@ -286,11 +299,11 @@ class _CheckpointPart(QuantizedCheckpoint):
         return self._whole._formats
 
 
-_SIBLINGS = {
-    (fmt.name, leaf): sibling
-    for fmt in FORMATS.values()
-    for sibling, leaf in ((s, leaf) for s in fmt.siblings for leaf in s.leaves)
-}
+@lru_cache(maxsize=4096)
+def _siblings(fmt: Format, leaves: tuple[str, ...]) -> tuple[tuple[str, Sibling], ...]:
+    """Return the leaves that a format has, each with what it requires of the tensor."""
+    pairs = ((leaf, fmt.sibling(leaf)) for leaf in leaves)
+    return tuple((leaf, sibling) for leaf, sibling in pairs if sibling is not None)
 
 
 def config_value(config: Mapping[str, Any] | None, *keys: str) -> int | None:

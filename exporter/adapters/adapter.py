@@ -385,7 +385,7 @@ class StateDictAdapter:
 
     def _require_declared(self) -> None:
         declaration = self._keys.declaration
-        if declaration is not None and not declaration.known:
+        if declaration is not None and not declaration.modelopt:
             method = declaration.method or "an unknown method"
             raise PlanError(f"quantization=True, but quantization_config is {method}, not MXFP8")
         if not self._any_quantized:

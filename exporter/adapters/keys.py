@@ -283,7 +283,7 @@ class _Builder:
     def _declared(self, modules: list[str], tail: str) -> str | None:
         """Return the algorithm that the declaration gives a module, by any of its names."""
         declaration = self.declaration
-        if declaration is None or not declaration.known:
+        if declaration is None or not declaration.modelopt:
             return None
         formats = [declaration.declared_for(m) for m in modules]
         if declaration.mixed:

@@ -30,7 +30,7 @@ def declares_kv_cache(plan: Plan) -> bool:
     """
     described = plan.source if plan.kind == "repair" else plan.kept
     declaration = read_declarations(described).effective
-    kv = declaration.kv if declaration is not None and declaration.known else None
+    kv = declaration.kv if declaration is not None and declaration.modelopt else None
     if plan.options.get("kv_cache") is not None:
         return True
     if kv is not None and kv.upper() != "FP8":

@@ -28,7 +28,8 @@ SCALARS = KV_LEAVES | {
     "weight_global_scale",
     "input_global_scale",
 }
-_BLOCKS = tuple(dict.fromkeys(f.block for f in FORMATS.values() if f.block is not None))
+_WRITTEN = (FORMATS[name].block for name in ("nvfp4", "mxfp8", "fp8_block"))
+_BLOCKS = tuple(block for block in _WRITTEN if block is not None)
 
 
 @dataclass(frozen=True, slots=True)

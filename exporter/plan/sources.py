@@ -8,10 +8,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
+from exporter.codecs import BLOCKS, READ_ONLY
 from exporter.plan.model import Weight
 from verifier.checkpoint import Checkpoint
 from verifier.errors import PlanError
-from verifier.schemes import FLOATS, Format, Module, canonical, format_of, read_declarations
+from verifier.schemes import (
+    FLOATS,
+    FORMATS,
+    Format,
+    Module,
+    canonical,
+    format_of,
+    read_declarations,
+)
 
 Rest = Literal["keep", "bf16"]
 MIXABLE = frozenset({"nvfp4", "w4a16_nvfp4", "mxfp8", "fp8"})
@@ -57,6 +66,11 @@ class Reader:
             raise PlanError(
                 f"{self._ckpt.uri}: {weight.name} is {weight.dtype}, and its quantization format "
                 "cannot be inferred"
+            )
+        if fmt.name not in (*BLOCKS, *READ_ONLY) or fmt is not FORMATS[fmt.name]:
+            raise PlanError(
+                f"{self._ckpt.uri}: {weight.name} is stored as {fmt.algo}, which ckptgate does not "
+                "re-quantize"
             )
         for sibling in fmt.siblings:
             needed = sibling.required and not _CODES.isdisjoint(sibling.leaves)

@@ -24,13 +24,15 @@ import numpy as np
 
 from verifier.checkpoint import NUMPY_DTYPES, Bytes, Checkpoint, Source, Tensor
 from verifier.checkpoint.source import DerivedSource
-from verifier.schemes.declarations import Declaration
+from verifier.schemes.declared import Declaration
 from verifier.schemes.modules import LEAVES
 
 Shape = tuple[int, ...]
 MAX_SLICES = 1_000_000
 """The most tensors of single experts that a view has."""
 MAX_EXPERTS = 10_000
+MLX_STACK = ".switch_mlp."
+"""What mlx-lm names the experts that it stacks."""
 _CODES = ("blocks", "scales")
 """The leaves of MXFP4, ``<parameter>_blocks`` and ``<parameter>_scales``."""
 _DOWN = (("down_proj",), ("w2",))
@@ -300,7 +302,7 @@ class StackSearch(NamedTuple):
 
 def find_stacks(checkpoint: Checkpoint) -> StackSearch:
     """Return the stacks of experts of a checkpoint, layer by layer, in file order."""
-    layout = stack_layout_of(checkpoint.config)
+    layout = stack_layout_of(checkpoint.config) or _mlx_layout(checkpoint)
     if layout is None:
         return StackSearch((), ())
     layers: dict[str, dict[str, dict[str, Tensor]]] = {}
@@ -324,6 +326,27 @@ def find_stacks(checkpoint: Checkpoint) -> StackSearch:
     return StackSearch(tuple(stacks), tuple(misfits))
 
 
+def _mlx_layout(checkpoint: Checkpoint) -> StackLayout | None:
+    """Return how mlx-lm stacks the experts of families that the hub stores one by one."""
+    if not any(MLX_STACK in name for name in checkpoint.tensors):
+        return None
+    leaves = ("gate_proj", "up_proj", "down_proj")
+    return StackLayout(
+        "mlx",
+        (),
+        {f"mlp{MLX_STACK}{leaf}.weight": (leaf,) for leaf in leaves},
+        "mlp.experts.{expert}.{leaf}",
+        transposed=False,
+        interleaved=False,
+        one_scale=False,
+        default="per-expert",
+        why="",
+        source="mlx-lm 0.32 models/switch_layers.py",
+        refused="",
+        refused_names=(),
+    )
+
+
 def _stacks_of_layer(
     layout: StackLayout, head: str, tensors: Mapping[str, Mapping[str, Tensor]]
 ) -> list[ExpertStack] | str:
@@ -340,7 +363,10 @@ def _stacks_of_layer(
     readings = (False, True) if layout.transposed is None else (layout.transposed,)
     for transposed in (False,) if mxfp4 else readings:  # MXFP4 is [experts, out, in] everywhere
         sizes = {s: _logical_size(present[s], transposed) for s in layout.stacks}
-        if _fits(layout, sizes):
+        # The widths of packed words are not known here, and MXFP4 has one reading: rules compare
+        # each expert with the config's sizes.
+        packed = mxfp4 or all(w.dtype == "U32" for w in present.values())
+        if (_alike if packed else _fits)(layout, sizes):
             return [
                 ExpertStack(layout, head, s, size, transposed, tensors[s])
                 for s, size in sizes.items()
@@ -359,6 +385,15 @@ def _logical_size(weight: Tensor, transposed: bool) -> tuple[int, int, int] | No
         return None
     experts, out, in_ = (weight.shape[0], *weight.shape[:0:-1]) if transposed else weight.shape
     return experts, out, in_ * (2 if weight.dtype == "U8" else 1)
+
+
+def _alike(layout: StackLayout, sizes: Mapping[str, tuple[int, int, int] | None]) -> bool:
+    """Whether the stacks of a layer have as many experts, and rows for all projections."""
+    known = {suffix: size for suffix, size in sizes.items() if size is not None}
+    counts = {experts for experts, _, _ in known.values()}
+    if len(known) != len(sizes) or len(counts) != 1 or not 0 < min(counts) <= MAX_EXPERTS:
+        return False
+    return all(out % len(layout.stacks[suffix]) == 0 for suffix, (_, out, _) in known.items())
 
 
 def _fits(layout: StackLayout, sizes: Mapping[str, tuple[int, int, int] | None]) -> bool:
@@ -474,7 +509,8 @@ def unstacked_view(checkpoint: Checkpoint, stacks: tuple[ExpertStack, ...]) -> C
     by_tensor: dict[str, list[tuple[str, StackSlice]]] = {}
     for stack in stacks:
         for leaf, tensor in stack.tensors.items():
-            suffix = f"weight_{leaf}" if leaf in _CODES else leaf
+            mxfp4 = leaf in _CODES and "blocks" in stack.tensors
+            suffix = f"weight_{leaf}" if mxfp4 else leaf
             names = (f"{linear}.{suffix}" for linear in stack.linears)
             slices = stack.slices(leaf)
             if slices:

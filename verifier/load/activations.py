@@ -32,6 +32,7 @@ from verifier.schemes import (
     Format,
     Module,
     canonical,
+    declared_formats,
     expert_key,
     format_of,
     gather,
@@ -46,6 +47,8 @@ _MARK = "_ckptgate_roundings"
 _GATE_UP, _DOWN = ("gate_up_proj", "up_proj", "gate_proj"), ("down_proj",)
 _BY_SCALE = {"fp8": "input_scale", "nvfp4": "input_scale", "nvfp4_ct": "input_global_scale"}
 """The tensor that scales the input, for formats that have one."""
+_WEIGHT_ONLY = frozenset({"w4a16_nvfp4", "mxfp4"})
+"""Formats whose inputs stay in BF16, whatever is declared."""
 
 
 @dataclass(slots=True)
@@ -78,7 +81,17 @@ def rounding_of(
     if fmt.name == "fp8_block":
         dynamic = declaration is not None and declaration.method == "fp8"
         return Rounding("fp8_group") if dynamic else None
-    return {"mxfp8": Rounding("mxfp8"), "fp8_per_channel": Rounding("fp8_token")}.get(fmt.name)
+    if fmt.name in ("mxfp8", "fp8_per_channel"):
+        return Rounding("mxfp8" if fmt.name == "mxfp8" else "fp8_token")
+    if fmt.name in _WEIGHT_ONLY or _has_plain_inputs(module, declaration):
+        return None
+    raise ContentError(f"{module.name}: how {fmt.algo} rounds its input is not supported")
+
+
+def _has_plain_inputs(module: Module, declaration: Declaration | None) -> bool:
+    """Whether a declaration says that the module's input is not quantized."""
+    scheme = declaration.declared_for(module.name).scheme if declaration is not None else None
+    return scheme is not None and scheme.inputs == "none"
 
 
 def _scaled_rounding(scale: Any, name: str, fmt: Format) -> Rounding:
@@ -101,7 +114,7 @@ def roundings(checkpoint: Checkpoint) -> dict[str, Rounding]:
     checkpoint = unstacked(checkpoint)
     declaration = expanded(read_declarations(checkpoint).effective, checkpoint)
     by_module = {}
-    for module in gather(checkpoint.tensors.values()).values():
+    for module in gather(checkpoint.tensors.values(), declared_formats(declaration)).values():
         if not module.quantized:
             continue
         fmt = FORMATS["mxfp4"] if "blocks" in module.parts else format_of(module, declaration)

@@ -22,6 +22,7 @@ from verifier.schemes import (
     Format,
     Module,
     canonical,
+    declared_formats,
     format_of,
     gather,
     read_declarations,
@@ -59,6 +60,8 @@ class _LazyTensor:
         if self._format is None or not tensor.shape:
             return tensor.shape
         if self._leaf != "blocks":
+            if self._module.dims is not None:
+                return self._module.dims
             return (*tensor.shape[:-1], tensor.shape[-1] * (2 if self._format.packed else 1))
         if len(tensor.shape) < 2:
             return tensor.shape
@@ -69,7 +72,7 @@ class _LazyTensor:
         if self._format is None:
             return hf.plain_tensor(self._checkpoint, self._module.parts[self._leaf])
         parts = {leaf: self._checkpoint.array(t) for leaf, t in self._module.parts.items()}
-        values = torch.from_numpy(decode(parts, self._format.name)).to(torch.bfloat16)
+        values = torch.from_numpy(decode(parts, self._format)).to(torch.bfloat16)
         if "blocks" in parts and values.ndim == 3:
             # gpt-oss stores its stacks [expert, out, in] in MXFP4, and [expert, in, out] otherwise.
             return values.transpose(-1, -2).contiguous()
@@ -125,7 +128,7 @@ def decoded_tensors(checkpoint: Checkpoint) -> dict[str, _LazyTensor | _LazyStac
     checkpoint = unstacked(checkpoint)
     declaration = expanded(read_declarations(checkpoint).effective, checkpoint)
     tensors: dict[str, _LazyTensor] = {}
-    for module in gather(checkpoint.tensors.values()).values():
+    for module in gather(checkpoint.tensors.values(), declared_formats(declaration)).values():
         for leaf, tensor in module.parts.items():
             name = canonical(tensor.name)
             if name is None:

@@ -12,8 +12,8 @@ import numpy.typing as npt
 from verifier.checkpoint import NUMPY_DTYPES, Bytes, Checkpoint, Tensor
 from verifier.payload.cache import ResultCache
 from verifier.payload.pass_through import PassThrough
-from verifier.payload.scan import TensorScan, scan
-from verifier.schemes import Module
+from verifier.payload.scan import FlawHits, TensorScan, flaws, scan
+from verifier.schemes import SCALE_BITS, Module
 
 SMALL = 4096
 """Tensors of at most this many bytes are kept in memory once read."""
@@ -38,6 +38,7 @@ class PayloadReader:
         self.results: ResultCache = whole.results if whole else ResultCache()
         self._small: dict[str, Bytes] = whole._small if whole else {}
         self._scans: dict[str, TensorScan] = {}
+        self._flaws: dict[str, FlawHits] = {}
 
     def part(self) -> PayloadReader:
         """Return a reader for some of the modules: its scans are dropped with it, everything else
@@ -110,6 +111,27 @@ class PayloadReader:
         """Return the smallest and largest byte of a tensor of one-byte values."""
         result = self.scan(tensor)
         return result.low, result.high
+
+    def flaws(self, tensor: Tensor, dtype: str) -> FlawHits:
+        """Return the values of a scale tensor that readers cannot use.
+
+        Args:
+            tensor: a scale.
+            dtype: of its values, a key of `SCALE_BITS`; differs from its own where U8 holds E4M3.
+        """
+        found = self._flaws.get(tensor.name)
+        if found is None:
+            pieces = self._scanned(tensor) if self._may_have_flaws(tensor, dtype) else iter(())
+            found = self._flaws[tensor.name] = flaws(dtype, pieces)
+        return found
+
+    def _may_have_flaws(self, tensor: Tensor, dtype: str) -> bool:
+        """Whether the smallest or the largest byte can be one; floats have to be read."""
+        bits = SCALE_BITS[dtype]
+        if bits.float:
+            return True
+        low, high = self.extremes(tensor)
+        return high >= bits.nan or (bits.zero and low == 0)
 
     def digest(self, tensor: Tensor) -> bytes:
         """Return a 16-byte BLAKE2b digest of a tensor's bytes."""

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from verifier.checkpoint import Bytes
+from verifier.schemes import SCALE_BITS, scale_flaws
 
 # Infinity and NaN are the numbers whose exponent bits are all set: the bit patterns from the first
 # one on, read as signed (positive numbers) and as unsigned (negative ones).
@@ -87,6 +88,41 @@ def scan(
     if low > high:
         low = high = 1
     return TensorScan(low, high, nonfinite, differing, observed)
+
+
+@dataclass(frozen=True, slots=True)
+class FlawHits:
+    """The values of a scale tensor that readers cannot use; positions are indices of values, and
+    ``value`` is a bit pattern.
+
+    ``huge`` is a flaw of a factor, ``tiny`` of a divisor.
+    """
+
+    zero: Hits
+    nan: Hits
+    infinite: Hits
+    negative: Hits
+    huge: Hits
+    tiny: Hits
+
+
+def flaws(dtype: str, pieces: Iterable[tuple[int, Bytes]]) -> FlawHits:
+    """Count the flaws of a scale tensor.
+
+    Args:
+        dtype: of its values, a key of `SCALE_BITS`.
+        pieces: its (start, bytes), in order.
+    """
+    width = SCALE_BITS[dtype].width
+    found = FlawHits(*(Hits() for _ in range(6)))
+    for start, piece in pieces:
+        bits = piece.view(f"u{width}")
+        masks = scale_flaws(piece, dtype)
+        if masks.any or masks.tiny.any():
+            for name in ("zero", "nan", "infinite", "negative", "huge", "tiny"):
+                indices = np.flatnonzero(getattr(masks, name))
+                getattr(found, name).add(start // width, indices, bits)
+    return found
 
 
 def _count_nonfinite(dtype: str, start: int, piece: Bytes, hits: Hits) -> None:

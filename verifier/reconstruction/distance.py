@@ -26,8 +26,8 @@ from verifier.decoding import (
     e4m3_table,
     e8m0_table,
 )
-from verifier.reconstruction.yardstick import max_scales, nearest
-from verifier.schemes import FORMATS
+from verifier.reconstruction.yardstick import by_max, is_sliced
+from verifier.schemes import FORMATS, Format
 
 Parts = dict[str, npt.NDArray[Any]]
 CHUNK_VALUES = 1 << 20
@@ -138,27 +138,28 @@ def floats(reference: npt.NDArray[Any]) -> Float32:
     return values
 
 
-def distance(chunks: Iterable[RowChunk], fmt: str, amax: float) -> tuple[Distance, bool]:
+def distance(chunks: Iterable[RowChunk], fmt: str | Format, amax: float) -> tuple[Distance, bool]:
     """Return the distance of a weight from its base, and whether ``by_max`` is defined.
 
     Args:
         chunks: its rows.
-        fmt: a name of `verifier.schemes.FORMATS`.
+        fmt: a format, or a name of `verifier.schemes.FORMATS`.
         amax: the largest magnitude of the base, over all chunks.
 
     Raises:
         ContentError: the parts do not fit one another.
     """
     total, defined = Distance(), bool(amax > 0 and np.isfinite(amax))
+    known = FORMATS[fmt] if isinstance(fmt, str) else fmt
     for chunk in chunks:
-        part = _fast(chunk, fmt, amax) if defined else None
+        part = _fast(chunk, known, amax) if defined and is_sliced(known) else None
         if part is None:
-            part, defined = _slow(chunk, fmt, amax if defined else 0.0)
+            part, defined = _slow(chunk, known, amax if defined else 0.0)
         total.add(part)
     return total, defined
 
 
-def _slow(chunk: RowChunk, fmt: str, amax: float) -> tuple[Distance, bool]:
+def _slow(chunk: RowChunk, fmt: Format, amax: float) -> tuple[Distance, bool]:
     """Return the distance of a chunk in any format; ``amax`` is 0 where ``by_max`` is not asked
     for.
     """
@@ -166,13 +167,13 @@ def _slow(chunk: RowChunk, fmt: str, amax: float) -> tuple[Distance, bool]:
     with np.errstate(over="ignore", invalid="ignore"):
         error = decoded - reference
         part = Distance(norm2(reference), norm2(error), along=along(decoded, reference))
-    scales = max_scales(reference, fmt, amax) if amax else None
-    if scales is None:
+    encoded = by_max(reference, chunk.parts, fmt, amax) if amax else None
+    if encoded is None:
         return part, False
-    by_max = nearest(reference, scales, fmt) - reference
-    width = min(FORMATS[fmt].group_size or DEFAULT_BLOCK, DEFAULT_BLOCK)
-    part.by_max = norm2(by_max)
-    part.suspect = bool(beyond(*(block_norms2(x, width) for x in (error, by_max, reference))).any())
+    left = encoded - reference
+    width = min(fmt.group_size or DEFAULT_BLOCK, DEFAULT_BLOCK)
+    part.by_max = norm2(left)
+    part.suspect = bool(beyond(*(block_norms2(x, width) for x in (error, left, reference))).any())
     return part, True
 
 
@@ -190,11 +191,13 @@ def _code_pairs(packed: bool) -> npt.NDArray[np.uint64]:
     return np.ascontiguousarray(both, np.float32).view(np.uint64).reshape(-1)
 
 
-def _fast(chunk: RowChunk, fmt: str, amax: float) -> Distance | None:
+def _fast(chunk: RowChunk, layout: Format, amax: float) -> Distance | None:
     """Return the distance of a chunk, or None where the fast pass cannot take it."""
-    layout, reference = FORMATS[fmt], chunk.reference
+    reference = chunk.reference
     block = layout.group_size if layout.block is not None and layout.block[0] == 1 else None
     if block not in (16, 32) or not reference.size or reference.shape[1] % block:
+        return None
+    if "pre_quant_scale" in chunk.parts:
         return None
     weight, packed = chunk.parts.get("weight", chunk.parts.get("weight_packed")), layout.packed
     shape = (reference.shape[0], reference.shape[1] // (2 if packed else 1))

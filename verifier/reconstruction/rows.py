@@ -21,6 +21,7 @@ from verifier.reconstruction.distance import (
     distance,
     peak_of,
 )
+from verifier.reconstruction.yardstick import is_sliced
 from verifier.schemes import FLOATS, SCALE_LEAVES, Format, Module
 
 TILE = 128
@@ -40,6 +41,7 @@ _DECODED = frozenset(
         "weight_scale_2",
         "weight_global_scale",
         "scales",
+        "scale",
     }
 )
 
@@ -57,6 +59,7 @@ class WeightRows:
         self.candidate, self.module = candidate, module
         self.base, self.base_module = base, base_module
         self._held: list[npt.NDArray[Any]] = []
+        self._sliced = True
         # The base is read twice. A local file is cheaper to read again than fresh memory is.
         weight = base_module.weight
         small = weight is not None and weight.nbytes <= HELD
@@ -68,8 +71,14 @@ class WeightRows:
         return self.module.dims is not None and self.module.dims == self.base_module.dims
 
     def __iter__(self) -> Iterator[RowChunk]:
+        checkpoint = self.candidate.checkpoint
+        if not self._sliced:
+            parts = {leaf: checkpoint.array(t) for leaf, t in self.module.parts.items()}
+            for _, _, reference in self._base_rows():
+                yield RowChunk(parts, reference)
+            return
         for start, stop, reference in self._base_rows():
-            parts = stored_rows(self.candidate.checkpoint, self.module, start, stop)
+            parts = stored_rows(checkpoint, self.module, start, stop)
             yield RowChunk(parts, reference)
 
     def distance(self, fmt: Format) -> tuple[Distance, bool]:
@@ -81,8 +90,9 @@ class WeightRows:
         """
         self.base.checkpoint.expect(self.base_module.parts.values())
         self.candidate.checkpoint.expect(self.module.parts.values())
+        self._sliced = _by_rows(fmt, self.module)
         amax = max((peak_of(rows) for _, _, rows in self._base_rows()), default=0.0)
-        return distance(self, fmt.name, max(amax, self._stored_amax(fmt, amax)))
+        return distance(self, fmt, max(amax, self._stored_amax(fmt, amax)))
 
     def _stored_amax(self, fmt: Format, amax: float) -> float:
         """Return the amax that the stored tensor scale stands for: that of all weights that share
@@ -103,7 +113,7 @@ class WeightRows:
     def _base_rows(self) -> Iterator[tuple[int, int, npt.NDArray[Any]]]:
         out, in_ = self.module.dims or (0, 0)
         count = max(1, CHUNK_VALUES // max(1, in_))
-        count = max(TILE, count // TILE * TILE)
+        count = max(TILE, count // TILE * TILE) if self._sliced else max(1, out)
         for i, start in enumerate(range(0, out, count)):
             stop = min(out, start + count)
             if i < len(self._held):
@@ -150,6 +160,11 @@ def stored_rows(checkpoint: Checkpoint, module: Module, start: int, stop: int) -
     return parts
 
 
+def _by_rows(fmt: Format, module: Module) -> bool:
+    """Whether some rows of a weight are decoded from the same rows of its tensors."""
+    return is_sliced(fmt) and "pre_quant_scale" not in module.parts
+
+
 def value_rows(
     checkpoint: QuantizedCheckpoint, module: Module, start: int, stop: int
 ) -> npt.NDArray[Any] | None:
@@ -164,6 +179,9 @@ def value_rows(
     fmt = checkpoint.stored_format(module) if module.quantized else None
     if module.quantized and fmt is None:
         return None
+    if fmt is not None and not _by_rows(fmt, module):
+        values = checkpoint.values(module)
+        return values[start:stop] if values is not None else None
     try:
         parts = stored_rows(checkpoint.checkpoint, module, start, stop)
         if fmt is not None:

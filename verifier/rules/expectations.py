@@ -132,3 +132,16 @@ class Expectations:
             f"{len(different)} of {len(common)} common tensors have shapes that differ from the"
             f" base's, {different[0]} first"
         )
+
+
+def stored_name(candidate: QuantizedCheckpoint, name: str) -> str:
+    """Return a missing weight by the name that its format gives it, where siblings are stored
+    without it.
+    """
+    module = candidate.modules.get(name.removesuffix(".weight"))
+    if module is None or module.weight is not None or not module.scales:
+        return name
+    if "qzeros" in module.parts:
+        return f"{module.name}.qweight"
+    packed = {"weight_global_scale", "weight_shape"} & module.parts.keys()
+    return f"{module.name}.weight_packed" if packed else name

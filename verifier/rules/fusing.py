@@ -19,7 +19,7 @@ import numpy.typing as npt
 from verifier.checkpoint import Tensor
 from verifier.findings import Finding, Where
 from verifier.rules.context import Context
-from verifier.schemes import Module, expert_key, fused_groups, role
+from verifier.schemes import FLOATS, Module, expert_key, fused_groups, role
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,12 +86,13 @@ def _of_one_width(name: str, modules: list[Module]) -> Iterator[Fused]:
 
 def scalars(ctx: Context, leaf: str, names: Iterable[str]) -> Iterator[Scalars]:
     """Yield the scalars of one leaf for each group of projections that engines fuse; groups with
-    anything but F32 scalars are counted as missed.
+    anything but float scalars of one dtype are counted as missed.
     """
-    for _, members in fused_groups(names):
+    for _, members in fused_groups(names, ctx.checkpoint.model_type):
         tensors = tuple(ctx.candidate.modules[m].parts[leaf] for m in members)
-        if any(t.dtype != "F32" or t.elements != 1 for t in tensors):
-            ctx.tally.miss(1, f"{leaf} that is not an F32 scalar")
+        dtypes = {t.dtype for t in tensors}
+        if len(dtypes) > 1 or not dtypes <= FLOATS or any(t.elements != 1 for t in tensors):
+            ctx.tally.miss(1, f"{leaf} that is not a float scalar")
             continue
         ctx.tally.see()
         yield Scalars(

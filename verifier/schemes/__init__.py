@@ -4,39 +4,66 @@ exclusions.
 """
 
 from verifier.schemes.declarations import (
+    declared_formats,
+    fitting,
+    format_of,
+    inline_declaration,
+    parse,
+    read_declarations,
+)
+from verifier.schemes.declared import (
     Declaration,
     Declarations,
     DeclaredFormat,
     Entry,
-    fitting,
-    format_of,
-    parse,
-    read_declarations,
+    Group,
+    Scheme,
+    classes_of,
+    required_siblings,
 )
+from verifier.schemes.dialects.common import CLASS_NAME
+from verifier.schemes.dialects.compressed_tensors import ROUTERS_BY_CONFIG
+from verifier.schemes.engines import ENGINES, READS, Engine, Reads, reading, refusal
 from verifier.schemes.exclusions import READERS, Exclusions, Reader
 from verifier.schemes.formats import (
     FORMAT_OF_ALGO,
     FORMATS,
     KNOWN_ALGOS,
     Format,
+    Role,
     Sibling,
+    fusable,
     runtime_layout,
     same_layout,
+    symmetric_zero,
 )
 from verifier.schemes.groups import PACKED, fused_groups, packed_name
 from verifier.schemes.modules import (
-    FLOATS,
+    CACHE_LEAVES,
     KV_LEAVES,
     SCALE_LEAVES,
+    SIBLING_LEAVES,
     Module,
     Signature,
     canonical,
     gather,
     split,
 )
+from verifier.schemes.patterns import Names
+from verifier.schemes.recognition import FLOATS
 from verifier.schemes.roles import ROLES, ExpertKey, collapse, expert_key, layer_of, role
+from verifier.schemes.scale_values import (
+    SCALE_BITS,
+    ScaleBits,
+    ScaleFlaws,
+    pattern_value,
+    scale_flaws,
+)
 
 __all__ = [
+    "CACHE_LEAVES",
+    "CLASS_NAME",
+    "ENGINES",
     "FLOATS",
     "FORMATS",
     "FORMAT_OF_ALGO",
@@ -44,32 +71,54 @@ __all__ = [
     "KV_LEAVES",
     "PACKED",
     "READERS",
+    "READS",
     "ROLES",
+    "ROUTERS_BY_CONFIG",
+    "SCALE_BITS",
     "SCALE_LEAVES",
+    "SIBLING_LEAVES",
     "Declaration",
     "Declarations",
     "DeclaredFormat",
+    "Engine",
     "Entry",
     "Exclusions",
     "ExpertKey",
     "Format",
+    "Group",
     "Module",
+    "Names",
     "Reader",
+    "Reads",
+    "Role",
+    "ScaleBits",
+    "ScaleFlaws",
+    "Scheme",
     "Sibling",
     "Signature",
     "canonical",
+    "classes_of",
     "collapse",
+    "declared_formats",
     "expert_key",
     "fitting",
     "format_of",
+    "fusable",
     "fused_groups",
     "gather",
+    "inline_declaration",
     "layer_of",
     "packed_name",
     "parse",
+    "pattern_value",
     "read_declarations",
+    "reading",
+    "refusal",
+    "required_siblings",
     "role",
     "runtime_layout",
     "same_layout",
+    "scale_flaws",
     "split",
+    "symmetric_zero",
 ]

@@ -8,7 +8,8 @@
     substring  the pattern stands anywhere in the name                          vLLM
 
 The first three are *strict*: all who read the pattern so agree on what it means. The other two are
-*loose*. `Exclusions.excludes` puts them together as each engine does.
+*loose*, and so is the name of a parameter that an engine builds of several projections
+(``in_proj_qkvz``). `Exclusions.excludes` puts them together as each engine does.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from collections.abc import Iterable
 from functools import cached_property
 from typing import Literal
 
+from verifier.schemes.groups import FUSED_PARAMETERS, PACKED, fused_names
 from verifier.schemes.patterns import Regex, compile_regex
 
 MAX_MATCHES = 1_000_000
@@ -152,6 +154,8 @@ class Exclusions:
         """
         if module in self._exact and not module.startswith("re:"):
             return True
+        if self._names_fused(module):
+            return True
         if reader == "vllm":
             literals, globs = self._vllm
             return any(p in module for p in literals) or (
@@ -179,10 +183,28 @@ class Exclusions:
         """Whether the module is excluded under any reading at all."""
         found = self._answers.get(module)
         if found is None:
-            found = self.strict(module) or self._has_piece(module) or self._matches_part(module)
-            if not found and self._globs is not None and module != _bare(module):
-                found = self._globs.match(_bare(module)) is not None
+            found = self._read(module) or self._names_fused(module)
             self._answers[module] = found
+        return found
+
+    def _names_fused(self, module: str) -> bool:
+        """Whether a pattern is the name of a parameter that engines build of the module."""
+        return self._fused_patterns and any(
+            name in self._exact or (name.rpartition(".")[2] not in PACKED and self.strict(name))
+            for name in fused_names(module)
+        )
+
+    @cached_property
+    def _fused_patterns(self) -> bool:
+        """Whether any pattern ends in the name of such a parameter."""
+        ends = (p.rpartition(".")[2].strip("*") for p in self.patterns)
+        return any(end in FUSED_PARAMETERS for end in ends)
+
+    def _read(self, name: str) -> bool:
+        """Whether a name is excluded under any reading."""
+        found = self.strict(name) or self._has_piece(name) or self._matches_part(name)
+        if not found and self._globs is not None and name != _bare(name):
+            found = self._globs.match(_bare(name)) is not None
         return found
 
     def _has_piece(self, module: str) -> bool:
@@ -216,6 +238,8 @@ class Exclusions:
         part.
         """
         names = list(modules)
+        if self._fused_patterns:
+            names += dict.fromkeys(fused for name in names for fused in fused_names(name))
         known = set(names)
         text = "\n".join(names)
         result = []

@@ -1,43 +1,131 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Projections that engines fuse into one parameter and that therefore share global scales and
-format.
+"""Projections that engines fuse into one parameter and that therefore share format and global
+scales.
 
-Sources: ``packed_modules_mapping`` in vLLM 0.32 (qkv_proj, gate_up_proj, w13; MiniMax-M3's sparse
-layers fuse the indexer's projections in as well, for the format only).
+Sources: ``packed_modules_mapping`` and ``stacked_params_mapping`` of vLLM 0.32's models:
+``deepseek_v2.py``, ``glm4_moe_lite.py``, ``longcat_flash.py``, ``qwen3_5.py``,
+``models/deepseek_v4``, ``models/minimax_m3``; SGLang 0.5.23 and TensorRT-LLM fuse q_a with kv_a
+alike (NVIDIA/Model-Optimizer#582).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
 
 PACKED: Mapping[str, tuple[str, ...]] = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "gate_up_proj": ("gate_proj", "up_proj"),
     "w13": ("w1", "w3"),
 }
-"""The engine's fused parameter and the projections on disk that it takes, in order."""
-_PACKED_OF = {leaf: packed for packed, leaves in PACKED.items() for leaf in leaves}
+"""What engines fuse in every family: the parameter, and the projections on disk that it takes, in
+order."""
 
 
-def packed_name(module: str) -> str | None:
+@dataclass(frozen=True, slots=True)
+class Fusion:
+    """A parameter that engines build of several projections.
+
+    Attributes:
+        parameter: what they call it.
+        members: the projections on disk, in order.
+        families: the ``model_type`` of the families whose projections it takes; empty for all.
+        shared_scales: the members whose global scales have to be equal; formats have to be equal
+            in all.
+    """
+
+    parameter: str
+    members: tuple[str, ...]
+    families: frozenset[str] = frozenset()
+    shared_scales: tuple[str, ...] | None = None
+
+
+_LATENT = frozenset(
+    {
+        "deepseek_v2",
+        "deepseek_v3",
+        "deepseek_v32",
+        "kimi_k2",
+        "kimi_k25",
+        "glm4_moe_lite",
+        "glm_moe_dsa",
+        "longcat_flash",
+        "mistral4",
+        "axk1",
+        "axk2",
+    }
+)
+_GATED_DELTA = frozenset(
+    {"qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text", "minicpmv4_6"}
+)
+_MINIMAX_M3 = frozenset({"minimax_m3", "minimax_m3_vl", "minimax_m3_vl_text"})
+_DEEPSEEK_V4 = frozenset({"deepseek_v4", "deepseek_v41"})
+FUSIONS: tuple[Fusion, ...] = (
+    *(Fusion(parameter, members) for parameter, members in PACKED.items()),
+    Fusion("fused_qkv_a_proj", ("q_a_proj", "kv_a_proj_with_mqa"), _LATENT),
+    Fusion("in_proj_qkvz", ("in_proj_qkv", "in_proj_z"), _GATED_DELTA),
+    Fusion("in_proj_ba", ("in_proj_b", "in_proj_a"), _GATED_DELTA),
+    Fusion("fused_wqa_wkv", ("wq_a", "wkv"), _DEEPSEEK_V4),
+)
+"""The fused parameters of all engines."""
+SPARSE_ATTENTION = Fusion(
+    "qkv_proj",
+    ("q_proj", "k_proj", "v_proj", "index_q_proj", "index_k_proj"),
+    _MINIMAX_M3,
+    ("q_proj", "k_proj", "v_proj"),
+)
+"""What vLLM builds in MiniMax-M3's layers with an indexer: one format for all five."""
+_BY_LEAF: dict[str, list[Fusion]] = {}
+for _fusion in FUSIONS:
+    for _leaf in _fusion.members:
+        _BY_LEAF.setdefault(_leaf, []).append(_fusion)
+
+
+@lru_cache(maxsize=4096)
+def _fusion_of(leaf: str, family: str | None) -> Fusion | None:
+    fusions = _BY_LEAF.get(leaf, ())
+    return next((f for f in fusions if not f.families or family in f.families), None)
+
+
+def packed_name(module: str, family: str | None = None) -> str | None:
     """Return the name that an engine's fused parameter would have, or None where nothing is
     fused.
+
+    Args:
+        module: a projection on disk.
+        family: the ``model_type``; None for what every family has.
     """
     head, _, leaf = module.rpartition(".")
-    packed = _PACKED_OF.get(leaf)
-    return f"{head}.{packed}" if packed and head else None
+    fusion = _fusion_of(leaf, family)
+    return f"{head}.{fusion.parameter}" if fusion is not None and head else None
 
 
-def fused_groups(modules: Iterable[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
+FUSED_PARAMETERS = frozenset(f.parameter for f in FUSIONS)
+
+
+def fused_names(module: str) -> tuple[str, ...]:
+    """Return the names of the fused parameters that some family's engine builds of a projection."""
+    head, _, leaf = module.rpartition(".")
+    return tuple(f"{head}.{f.parameter}" for f in _BY_LEAF.get(leaf, ())) if head else ()
+
+
+def fused_groups(
+    modules: Iterable[str], family: str | None = None
+) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Yield (fused name, members present) for each group with more than one member, in order of
-    appearance.
+    appearance; ``family`` as for `packed_name`.
     """
-    found: dict[str, list[str]] = {}
+    groups: dict[str, list[str]] = {}
+    orders: dict[str, tuple[str, ...]] = {}
     for module in modules:
-        packed = packed_name(module)
-        if packed:
-            found.setdefault(packed, []).append(module)
-    for packed, members in found.items():
+        head, _, leaf = module.rpartition(".")
+        fusion = _fusion_of(leaf, family)
+        if fusion is not None and head:
+            name = f"{head}.{fusion.parameter}"
+            groups.setdefault(name, []).append(module)
+            orders[name] = fusion.members
+    for name, members in groups.items():
         if len(members) > 1:
-            order = PACKED[packed.rpartition(".")[2]]
-            yield packed, tuple(sorted(members, key=lambda m: order.index(m.rpartition(".")[2])))
+            order = orders[name]
+            yield name, tuple(sorted(members, key=lambda m: order.index(m.rpartition(".")[2])))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 import time
+from collections.abc import Iterable
 from functools import cache
 
 MAX_PATTERN = 1000
@@ -114,3 +115,30 @@ def _end_of_class(pattern: str, start: int) -> int:
     while i < len(pattern) and pattern[i] != "]":
         i += 2 if pattern[i] == "\\" else 1
     return i
+
+
+class Names:
+    """Names, ``re:`` patterns and class names, as compressed-tensors and Quark match them.
+
+    Source: ``match_name`` and ``_match_class`` of compressed-tensors 0.20;
+    ``is_equal_or_regex_match`` of vLLM 0.32.
+    """
+
+    def __init__(self, patterns: Iterable[str]) -> None:
+        self.patterns = tuple(patterns)
+        self._exact = frozenset(p for p in self.patterns if not p.startswith("re:"))
+        compiled = {p: compile_regex(p[3:]) for p in self.patterns if p.startswith("re:")}
+        self._regexes: tuple[tuple[str, Regex], ...] = tuple(
+            (p, r) for p, r in compiled.items() if r is not None
+        )
+        self.uncompiled = tuple(p for p, r in compiled.items() if r is None)
+
+    def by_name(self, module: str) -> str:
+        """Return the first pattern that matches a module's name, '' where none does."""
+        if module in self._exact:
+            return module
+        return next((p for p, r in self._regexes if r.match(module)), "")
+
+    def by_class(self, classes: Iterable[str]) -> str:
+        """Return the class name among the patterns that is one of a module's, '' for none."""
+        return next((c for c in classes if c in self._exact), "")

@@ -38,7 +38,9 @@ _PATTERNS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
         (
             "routed_expert",
             r"\.experts(\.\d+)?\.(gate_proj|up_proj|down_proj|gate_up_proj|w1|w2|w3|w13)$"
-            r"|\.experts\.fc[12]$|\.block_sparse_moe\.(input|output)_linear$|\.moe\.(gate|up|down)_proj$",  # stacks
+            # stacks
+            r"|\.experts\.fc[12]$|\.block_sparse_moe\.(input|output)_linear$"
+            r"|\.moe\.(gate|up|down)_proj$",
         ),
         ("shared_expert", r"\.shared_experts?\."),
         ("norm", r"(norm|layernorm|ln_f|layrnorm)(\d*)$|_norm\.|\.norm$"),

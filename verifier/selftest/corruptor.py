@@ -12,12 +12,13 @@ from typing import Literal, TypeVar
 from verifier.findings import Severity, Where
 from verifier.selftest.editor import CheckpointEditor
 
-CheckpointKind = Literal["nvfp4", "mxfp8", "mixed"]
+CheckpointKind = Literal["nvfp4", "mxfp8", "mixed", "gptq"]
 KINDS: frozenset[CheckpointKind] = frozenset({"nvfp4", "mxfp8", "mixed"})
 NVFP4: frozenset[CheckpointKind] = frozenset({"nvfp4", "mixed"})
 ONLY_NVFP4: frozenset[CheckpointKind] = frozenset({"nvfp4"})
 MXFP8: frozenset[CheckpointKind] = frozenset({"mxfp8"})
 UNIFORM: frozenset[CheckpointKind] = frozenset({"nvfp4", "mxfp8"})
+GPTQ: frozenset[CheckpointKind] = frozenset({"gptq"})
 MIXED: frozenset[CheckpointKind] = frozenset({"mixed"})
 Change = Callable[[CheckpointEditor], Where]
 """Makes one defect in place and returns where, as far as it has one location."""
@@ -123,6 +124,8 @@ def _rule_ids(numbers: str) -> frozenset[str]:
 
 def kind_of(ckpt: CheckpointEditor) -> CheckpointKind:
     """Return the kind of a clean checkpoint, from its tensors."""
+    if any(name.endswith(".qweight") for name in ckpt.tensors()):
+        return "gptq"
     dtypes = {parts["weight"].dtype for parts in ckpt.modules().values() if "weight" in parts}
     if {"U8", "F8_E4M3"} <= dtypes:
         return "mixed"

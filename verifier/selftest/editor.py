@@ -28,6 +28,7 @@ DTYPES: Mapping[str, npt.DTypeLike] = {
     "BF16": ml_dtypes.bfloat16,
     "F16": np.float16,
     "F32": np.float32,
+    "I32": np.int32,
     "U8": np.uint8,
     "F8_E4M3": ml_dtypes.float8_e4m3fn,
     "F8_E8M0": ml_dtypes.float8_e8m0fnu,

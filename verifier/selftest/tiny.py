@@ -24,9 +24,10 @@ from verifier.reconstruction.yardstick import max_scales
 from verifier.schemes import FORMATS, Format, packed_name, role, split
 from verifier.selftest.editor import CONFIG, INDEX, QUANT_CONFIG, RawShard, write_shard
 
-Dialect = Literal["modelopt", "vendor_mxfp8", "deepseek"]
+Dialect = Literal["modelopt", "vendor_mxfp8", "deepseek", "gptq"]
 Array = npt.NDArray[Any]
 Tensors = dict[str, Array]
+GPTQ_GROUP = 32
 PRODUCER = {"name": "ckptgate-selftest", "version": "1"}
 _TEXT = {
     "hidden_size": 64,
@@ -189,6 +190,7 @@ TINY: tuple[TinySpec, ...] = (
         shards=2,
         sizes=_TILES,
     ),
+    TinySpec("llama-gptq", "llama", "gptq", _all("gptq"), dialect="gptq"),
     TinySpec("mixtral-nvfp4", "mixtral", "nvfp4", _EXPERTS, shards=2),
     TinySpec("mixtral-w4a16", "mixtral", "w4a16_nvfp4", (("routed_expert", "w4a16_nvfp4"),)),
     TinySpec("qwen3-moe-nvfp4", "qwen3_moe", "nvfp4", _EXPERTS, index=False),
@@ -222,7 +224,9 @@ def make(root: Path, spec: TinySpec, seed: int = 0) -> TinyCheckpoint:
     if spec.merged:
         mxfp8 = _encode(values, dict(_all("mxfp8")))
         overlay = _write(root / f"{spec.name}.kept", config, mxfp8, _OVERLAY)
-    content = _encode(values, dict(spec.formats), inverse=spec.dialect != "modelopt")
+    content = _encode(
+        values, dict(spec.formats), inverse=spec.dialect in ("vendor_mxfp8", "deepseek")
+    )
     path = _write(root / spec.name, config, content, spec)
     return TinyCheckpoint(spec, path, base, overlay)
 
@@ -298,6 +302,8 @@ def encode(values: Float32, fmt: str, amax: float | None = None) -> Tensors:
 
     ``amax`` is shared with other weights where given.
     """
+    if fmt == "gptq":
+        return _gptq(values)
     layout = "nvfp4" if fmt == "w4a16_nvfp4" else fmt
     parts = max_scales(values, layout, amax)
     if parts is None:
@@ -315,6 +321,24 @@ def encode(values: Float32, fmt: str, amax: float | None = None) -> Tensors:
     else:
         weight = np.clip(quotient, -448, 448).astype(ml_dtypes.float8_e4m3fn)
     return {"weight": weight, **parts}
+
+
+def _gptq(values: Float32) -> Tensors:
+    """Return symmetric GPTQ of four bits in groups of 32, in the first version of the format."""
+    out, in_ = values.shape
+    groups = values.T.reshape(in_ // GPTQ_GROUP, GPTQ_GROUP, out)
+    scales = (np.abs(groups).max(axis=1) / 7.5).astype(np.float16)
+    steps = np.repeat(scales.astype(np.float32), GPTQ_GROUP, axis=0)
+    codes = np.clip(np.rint(values.T / steps) + 8, 0, 15).astype(np.uint32)
+    words = np.zeros((in_ // 8, out), np.uint32)
+    for place in range(8):
+        words |= codes[place::8] << np.uint32(4 * place)
+    return {
+        "qweight": words.view(np.int32),
+        "qzeros": np.full((len(scales), out // 8), 0x77777777, np.uint32).view(np.int32),
+        "scales": scales,
+        "g_idx": (np.arange(in_) // GPTQ_GROUP).astype(np.int32),
+    }
 
 
 def _write(
@@ -369,6 +393,8 @@ def _write_auxiliary_files(path: Path, vocab_size: int) -> None:
 _DTYPES = {
     np.dtype(ml_dtypes.bfloat16): "BF16",
     np.dtype(np.float32): "F32",
+    np.dtype(np.float16): "F16",
+    np.dtype(np.int32): "I32",
     np.dtype(np.uint8): "U8",
     np.dtype(ml_dtypes.float8_e4m3fn): "F8_E4M3",
 }
@@ -440,10 +466,22 @@ def _deepseek(_formats: Mapping[str, str], plain: list[str]) -> Declared:
     }, None
 
 
+def _gptq_config(_formats: Mapping[str, str], _plain: list[str]) -> Declared:
+    return {
+        "quant_method": "gptq",
+        "checkpoint_format": "gptq",
+        "bits": 4,
+        "group_size": GPTQ_GROUP,
+        "desc_act": False,
+        "sym": True,
+    }, None
+
+
 _DECLARE: Mapping[Dialect, Callable[[Mapping[str, str], list[str]], Declared]] = {
     "modelopt": _modelopt,
     "vendor_mxfp8": _vendor_mxfp8,
     "deepseek": _deepseek,
+    "gptq": _gptq_config,
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from verifier.checkpoint.index import INDEX
 from verifier.findings import Finding, Where
 from verifier.rules.context import Context
 from verifier.rules.registry import rule
@@ -47,7 +48,16 @@ def check(ctx: Context) -> Iterator[Finding]:
             expected="1",
         )
     index = ckpt.index
-    if index is None or not index.weight_map:
+    if index is None:
+        return
+    if not index.weight_map:
+        if not index.problems and ckpt.tensors:
+            yield ctx.finding(
+                "the index lists no tensor",
+                where=Where(None, INDEX),
+                observed="0 tensors",
+                expected=f"{len(ckpt.tensors):,}",
+            )
         return
     indexed_files = set(index.weight_map.values())
     for shard in ckpt.shards:

@@ -18,6 +18,7 @@ from verifier.rules.registry import rule
     unit="shards",
     consumers=("transformers",),
     sources=("Comfy-Org/ComfyUI#15602",),
+    engines={"vllm": ("error", "stops: safetensors 0.8 refuses the file (run on a CPU)")},
 )
 def check(ctx: Context) -> Iterator[Finding]:
     """A shard ends where its last tensor ends.

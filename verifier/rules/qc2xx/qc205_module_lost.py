@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from verifier.findings import Finding, Where
 from verifier.rules.context import Context
+from verifier.rules.expectations import stored_name
 from verifier.rules.registry import rule
 
 
@@ -43,7 +44,10 @@ def check(ctx: Context) -> Iterator[Finding]:
         return
     for name in ctx.expectations.naming.lost:
         yield ctx.finding(
-            "missing tensor", where=Where(name), observed="absent", expected=_shape(ctx, name)
+            "missing tensor",
+            where=Where(stored_name(ctx.candidate, name)),
+            observed="absent",
+            expected=_shape(ctx, name),
         )
 
 

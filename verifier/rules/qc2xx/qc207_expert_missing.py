@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from verifier.findings import Finding, Where
 from verifier.rules.context import Context
+from verifier.rules.expectations import stored_name
 from verifier.rules.registry import rule
 
 
@@ -45,7 +46,7 @@ def check(ctx: Context) -> Iterator[Finding]:
     for key, name in ctx.expectations.naming.experts:
         yield ctx.finding(
             f"a routed expert has no {key.leaf}",
-            where=Where(name),
+            where=Where(stored_name(ctx.candidate, name)),
             observed=f"expert {key.expert} absent",
             expected="present",
         )

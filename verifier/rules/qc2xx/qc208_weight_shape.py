@@ -52,7 +52,15 @@ def check(ctx: Context) -> Iterator[Finding]:
             transposed = len(shape) == 2 and shape == expected[::-1]
             yield ctx.finding(
                 "wrong shape (transposed)" if transposed else "wrong shape",
-                tensor=name if name in ctx.checkpoint.tensors else None,
+                tensor=_stored(ctx, name),
                 observed=list(shape),
                 expected=list(expected),
             )
+
+
+def _stored(ctx: Context, name: str) -> str | None:
+    """Return the stored tensor that an unquantized name stands for."""
+    if name in ctx.checkpoint.tensors:
+        return name
+    module = ctx.candidate.modules.get(name.removesuffix(".weight"))
+    return module.weight.name if module is not None and module.weight is not None else None

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from verifier.findings import Finding, Where
 from verifier.rules.context import Context
+from verifier.rules.inputs import required_inputs
 from verifier.rules.registry import rule
 
 
@@ -25,10 +26,11 @@ from verifier.rules.registry import rule
     },
 )
 def check(ctx: Context) -> Iterator[Finding]:
-    """If NVFP4 with quantized activations is declared, every NVFP4 module has an ``input_scale``.
+    """Where a format has a stored scale of activations, every module of that format has it.
 
-    **What it does.** Reports NVFP4 modules without ``input_scale`` if other NVFP4 modules have one.
-    If none has one, the declaration is wrong (QC303).
+    **What it does.** Reports modules without ``input_scale`` (compressed-tensors:
+    ``input_global_scale``) if the declared activations need one and other modules of the format
+    have one. If none has one, the declaration is wrong (QC303).
 
     **Why it happens.** An expert that received no token during calibration has no amax, and the
     exporter left the key out.
@@ -39,15 +41,15 @@ def check(ctx: Context) -> Iterator[Finding]:
     **Fix.** Write the largest input_scale of the layer's other experts, or 1.0 for all modules as a
     policy.
     """
-    modules = [m for m, fmt in ctx.candidate.formatted if fmt.name == "nvfp4"]
-    without = [m for m in modules if "input_scale" not in m.parts]
-    ctx.tally.see(len(modules))
-    if len(without) == len(modules):
-        return  # QC303: not a gap but a different format
-    for module in without:
-        yield ctx.finding(
-            "the module has no input_scale",
-            where=Where(f"{module.name}.input_scale"),
-            observed="absent",
-            expected="F32 scalar",
-        )
+    for required in required_inputs(ctx).values():
+        ctx.tally.see(len(required))
+        without = [r for r in required if not r.present]
+        if len(without) == len(required):
+            continue  # QC303: not a gap but a different format
+        for module, _, sibling in without:
+            yield ctx.finding(
+                f"the module has no {sibling.leaves[0]}",
+                where=Where(f"{module.name}.{sibling.leaves[0]}"),
+                observed="absent",
+                expected=f"{' or '.join(sibling.dtypes)} scalar",
+            )

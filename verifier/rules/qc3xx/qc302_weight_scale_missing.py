@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from verifier.findings import Finding, Where
 from verifier.quantized import ModuleGroup
 from verifier.rules.context import Context
+from verifier.rules.kept import is_kept
 from verifier.rules.registry import rule
-from verifier.schemes import Module
+from verifier.schemes import Module, required_siblings
 
 
 @rule(
@@ -40,15 +41,16 @@ def check(ctx: Context) -> Iterator[Finding]:
     for group in ctx.candidate.module_groups:
         module, fmt = group.first, group.format
         if fmt is None:
-            if _is_fp8_without_scale(module):
+            if _is_fp8_without_scale(module) and not is_kept(ctx, module):
                 ctx.tally.see(len(group.modules))
                 yield from _missing(ctx, group, "weight_scale", "a scale")
             continue
         ctx.tally.see(len(group.modules))
-        for sibling in fmt.siblings:
+        scheme = group.declared.scheme if group.declared else None
+        for sibling in required_siblings(fmt, scheme):
             leaf = sibling.leaves[0]
-            if leaf == "input_scale" or not sibling.required:
-                continue
+            if sibling.role == "input":
+                continue  # QC301
             if not any(n in module.parts for n in sibling.leaves):
                 dtypes = " or ".join(sibling.dtypes)
                 yield from _missing(ctx, group, leaf, f"{dtypes} for {fmt.algo}")

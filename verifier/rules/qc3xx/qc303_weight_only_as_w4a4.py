@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from verifier.findings import Finding, Where
 from verifier.rules.context import Context
+from verifier.rules.inputs import required_inputs
 from verifier.rules.registry import rule
 from verifier.schemes import Module
 
@@ -24,26 +25,34 @@ from verifier.schemes import Module
     },
 )
 def check(ctx: Context) -> Iterator[Finding]:
-    """A checkpoint without any ``input_scale`` declares W4A16_NVFP4; one with them declares NVFP4.
+    """A checkpoint without any ``input_scale`` declares a format without one, W4A16_NVFP4 or
+    dynamic activations; one with them declares static activations.
 
-    **What it does.** Compares the declared format of the NVFP4 modules with the input scales that
-    are stored.
+    **What it does.** Compares the declared activations of each format with the scales of
+    activations that are stored. A gap in some modules is QC301.
 
     **Why it happens.** The export ran without calibration and kept the W4A4 tag.
 
     **Impact.** vLLM multiplies every expert by an unset scale and repeats the same token.
 
-    **Fix.** Set ``quant_algo`` to W4A16_NVFP4 in both configs, or write input scales.
+    **Fix.** Set ``quant_algo`` to W4A16_NVFP4 in both configs, declare dynamic activations, or
+    write input scales.
     """
-    modules = _declared(ctx, "nvfp4")
-    ctx.tally.see(len(modules))
-    if modules and not any("input_scale" in m.parts for m in modules):
+    for required in required_inputs(ctx).values():
+        ctx.tally.see(len(required))
+        module, fmt, sibling = required[0]
+        if any(r.present for r in required) or ctx.candidate.declared_for(module) is None:
+            continue
+        leaf = sibling.leaves[0]
+        nvfp4 = fmt.name == "nvfp4"
         yield ctx.finding(
-            "NVFP4 with quantized activations is declared, but no module has an input_scale",
-            where=Where(f"{modules[0].name}.input_scale"),
+            "NVFP4 with quantized activations is declared, but no module has an input_scale"
+            if nvfp4
+            else f"{fmt.algo} with scaled activations is declared, but no module has an {leaf}",
+            where=Where(f"{module.name}.{leaf}"),
             observed="0 input scales",
-            expected="W4A16_NVFP4",
-            count=len(modules),
+            expected="W4A16_NVFP4" if nvfp4 else f"{leaf}, or activations without a stored scale",
+            count=len(required),
         )
     weight_only = _declared(ctx, "w4a16_nvfp4")
     ctx.tally.see(len(weight_only))

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from verifier.findings import Finding
 from verifier.rules.context import Context
 from verifier.rules.registry import rule
-from verifier.schemes import FLOATS
+from verifier.rules.scale_dtypes import ScaleKind, scale_kinds, wrong_dtypes
 
 
 @rule(
@@ -25,11 +25,12 @@ from verifier.schemes import FLOATS
     },
 )
 def check(ctx: Context) -> Iterator[Finding]:
-    """Block scales are F8_E4M3 (NVFP4) or U8/F8_E8M0 (MXFP8); the scales of FP8 weights are F32.
+    """Block scales are F8_E4M3 (NVFP4) or U8/F8_E8M0 (MXFP8), those of FP8 and integers floats; all
+    of a format in one dtype.
 
-    **What it does.** Compares the dtype of each weight scale with its format. Global, activation
-    and KV scales are QC315. compressed-tensors stores FP8 scales in the model's dtype, which is
-    allowed.
+    **What it does.** Compares the dtype of each weight scale with those that readers of its format
+    accept, and with that of most scales of the format. F8_E8M0 in place of U8 is a note for
+    MXFP8, and an error for vLLM. Global, activation and KV scales are QC315.
 
     **Why it happens.** A framework saved the scales in its own dtype.
 
@@ -38,17 +39,32 @@ def check(ctx: Context) -> Iterator[Finding]:
 
     **Fix.** Save the bytes in the format's own dtype.
     """
-    declaration = ctx.candidate.declarations.effective
-    third_party = declaration is not None and not declaration.known
-    for module, fmt, sibling, tensor in ctx.candidate.scales:
-        if sibling.scalar and tensor is not module.scale:
-            continue
-        ctx.tally.see()
-        allowed = third_party and sibling.dtypes == ("F32",) and tensor.dtype in FLOATS
-        if tensor.dtype not in sibling.dtypes and not allowed:
-            yield ctx.finding(
-                f"{fmt.algo}: {tensor.name.rpartition('.')[2]} is stored as {tensor.dtype}",
-                tensor=tensor.name,
-                observed=tensor.dtype,
-                expected=" or ".join(sibling.dtypes),
-            )
+    kinds = scale_kinds(ctx.candidate.module_groups, scalars=False)
+    ctx.tally.see(sum(len(kind.group.modules) for kind in kinds))
+    for fmt, tensor, expected in wrong_dtypes(kinds):
+        yield ctx.finding(
+            f"{fmt.algo}: {tensor.name.rpartition('.')[2]} is stored as {tensor.dtype}",
+            tensor=tensor.name,
+            observed=tensor.dtype,
+            expected=expected,
+        )
+    yield from _cast_by_value(ctx, kinds)
+
+
+def _cast_by_value(ctx: Context, kinds: list[ScaleKind]) -> Iterator[Finding]:
+    """Yield E8M0 scales of MXFP8 in a dtype of their own, which vLLM casts to bytes."""
+    declaration = ctx.candidate.declaration
+    if declaration is None or not declaration.modelopt:
+        return
+    typed = [k for k in kinds if k.format.name == "mxfp8" and k.dtype == "F8_E8M0"]
+    if typed:
+        tensor = typed[0].group.first.parts[typed[0].leaf]
+        yield ctx.finding(
+            "MXFP8: E8M0 scales are typed, not plain bytes",
+            tensor=tensor.name,
+            observed="F8_E8M0",
+            expected="U8",
+            count=sum(len(k.group.modules) for k in typed),
+            severity="info",
+            engines={"vllm": ("error", "casts them by value into uint8: every scale becomes 0")},
+        )

@@ -39,7 +39,7 @@ def check(ctx: Context) -> Iterator[Finding]:
         if declared is None or not declared.packed or module.weight is None:
             continue
         ctx.tally.see()
-        if module.weight.dtype != declared.weight_dtype and module.weight.dtype not in FLOATS:
+        if module.weight.dtype not in (*declared.weight.dtypes, *FLOATS):
             yield ctx.finding(
                 f"declared {declared.algo}, but the weight is {module.weight.dtype}",
                 tensor=module.weight.name,

@@ -61,9 +61,10 @@ def _undeclared(ctx: Context) -> Iterator[tuple[Module, Format]]:
 
     Without a declaration, a wrong shape hides their format.
     """
-    if ctx.candidate.declaration is not None:
-        return
     for module in ctx.candidate.quantized_modules:
+        declared = ctx.candidate.declared_for(module)
+        if declared is not None and declared.algo is not None:
+            continue
         weight, scale = module.weight, module.scale
         if module.inferred_format is None and weight is not None and scale is not None:
             if weight.dtype == "F8_E4M3" and scale.dtype in ("U8", "F8_E8M0"):

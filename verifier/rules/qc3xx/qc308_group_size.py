@@ -6,8 +6,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from verifier.findings import Finding, Where
+from verifier.quantized import ModuleGroup
 from verifier.rules.context import Context
 from verifier.rules.registry import rule
+from verifier.schemes import Format
 
 
 @rule(
@@ -26,8 +28,8 @@ from verifier.rules.registry import rule
 def check(ctx: Context) -> Iterator[Finding]:
     """The declared ``group_size`` is the block size of the format: 16 for NVFP4, 32 for MXFP8.
 
-    **What it does.** Compares the declared ``group_size`` of each quantized module with its format
-    and with the scales on disk.
+    **What it does.** Compares the declared ``group_size`` or tile of each quantized module with its
+    format and with the scales on disk.
 
     **Why it happens.** The recipe's block size and the config's are set in two places.
 
@@ -42,10 +44,11 @@ def check(ctx: Context) -> Iterator[Finding]:
         if fmt is None or fmt.group_size is None or first.scale is None or first.dims is None:
             continue
         ctx.tally.see(len(group.modules))
+        yield from _other_tiles(ctx, group, fmt)
         declared = ctx.candidate.declared_group_size(first, fmt)
         if declared == fmt.group_size:
             continue
-        columns = first.scale.shape[-1] if first.scale.shape else 0
+        columns = first.scale.shape[-1] if first.scale.shape and fmt.rowwise else 0
         stored = f"; the stored scales are for {first.dims[1] // columns}" if columns else ""
         for scale in (m.scale for m in group.modules if m.scale is not None):
             yield ctx.finding(
@@ -54,3 +57,21 @@ def check(ctx: Context) -> Iterator[Finding]:
                 observed=declared,
                 expected=fmt.group_size,
             )
+
+
+def _other_tiles(ctx: Context, group: ModuleGroup, fmt: Format) -> Iterator[Finding]:
+    """Yield modules whose scales are of other tiles than declared; columns alone are a group size
+    that the config states.
+    """
+    declared = group.declared.format if group.declared is not None else None
+    if declared is None or declared.layout != fmt.layout or None in (declared.block, fmt.block):
+        return
+    if declared.block == fmt.block or (group.declared and group.declared.group_size):
+        return
+    for scale in (m.scale for m in group.modules if m.scale is not None):
+        yield ctx.finding(
+            f"{fmt.algo} is declared with other tiles than the stored scales have",
+            where=Where(scale.name, scale.file),
+            observed=list(declared.block or ()),
+            expected=list(fmt.block or ()),
+        )

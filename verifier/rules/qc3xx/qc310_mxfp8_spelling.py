@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""QC310: MXFP8 scale has an unexpected name."""
+"""QC310: weight scale has an unexpected name."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from verifier.findings import Finding, Severity
 from verifier.rules.context import Context
 from verifier.rules.registry import rule
 
+_REJECTED: dict[str, tuple[Severity, str]] = {
+    "vllm": ("error", "has no parameter of this name and stops (vLLM 0.32, run on a CPU)")
+}
 PLAIN, INVERSE = "weight_scale", "weight_scale_inv"
 INVERSE_FAMILIES = frozenset({"minimax_m2", "minimax_m3", "minimax_m3_vl", "minimax_m3_vl_text"})
 """Families that name E8M0 scales ``weight_scale_inv`` on the Hub; vLLM's loaders rename them."""
@@ -16,7 +19,7 @@ INVERSE_FAMILIES = frozenset({"minimax_m2", "minimax_m3", "minimax_m3_vl", "mini
 
 @rule(
     "QC310",
-    "MXFP8 scale has an unexpected name",
+    "weight scale has an unexpected name",
     severity="warning",
     depth="header",
     unit="MXFP8 scales",
@@ -38,7 +41,8 @@ def check(ctx: Context) -> Iterator[Finding]:
 
     **What it does.** Compares the names of all MXFP8 scales. ModelOpt writes ``weight_scale``;
     MiniMax's own checkpoints, and exports that keep their bytes, write ``weight_scale_inv``. The
-    values mean the same. MiniMax with ModelOpt's name is only a note: vLLM's loader accepts both.
+    values mean the same. Blocks of FP8 under ``quant_method: fp8`` are ``weight_scale_inv``, and an
+    error otherwise. MiniMax with ModelOpt's name is only a note: vLLM's loader accepts both.
 
     **Why it happens.** Two exports were merged, or one vendor's convention was used with a
     different vendor's declaration.
@@ -48,6 +52,7 @@ def check(ctx: Context) -> Iterator[Finding]:
 
     **Fix.** Rename the tensors in the headers and in the index; the data does not change.
     """
+    yield from _unread_leaves(ctx)
     modules = [
         m for m, fmt in ctx.candidate.formatted if fmt.name == "mxfp8" and m.scale is not None
     ]
@@ -83,6 +88,31 @@ def check(ctx: Context) -> Iterator[Finding]:
             expected=expected,
             count=len(modules),
             severity=severity,
+            engines=_REJECTED if leaf == INVERSE and severity == "warning" else None,
+        )
+
+
+def _unread_leaves(ctx: Context) -> Iterator[Finding]:
+    """Yield scales of blocks of FP8 under a name that readers of their declaration do not know."""
+    wrong = []
+    for module, fmt in ctx.candidate.formatted:
+        declared = ctx.candidate.declared_for(module)
+        leaf = declared.scheme.scale_leaf if declared and declared.scheme else ""
+        scale = module.scale
+        if not leaf or scale is None or fmt.name == "mxfp8" or fmt.sibling(leaf) is None:
+            continue
+        if scale.name.rpartition(".")[2] not in (leaf, "scale"):  # DeepSeek-V4's loaders map it
+            wrong.append((leaf, scale))
+    if wrong:
+        leaf, scale = wrong[0]
+        stored = scale.name.rpartition(".")[2]
+        yield ctx.finding(
+            f"scales are called {stored}, but readers of this declaration look for {leaf}",
+            tensor=scale.name,
+            observed=stored,
+            expected=leaf,
+            count=len(wrong),
+            severity="error",
         )
 
 

@@ -40,8 +40,9 @@ _ATTENTION = re.compile(r"^(.+?\.(?:self_attn|attn|attention|mixer))(?:\.|$)")
 def check(ctx: Context) -> Iterator[Finding]:
     """If KV scales are stored, every attention layer has both, on a module that loaders know.
 
-    **What it does.** Loaders look for ``k_proj.k_scale`` and ``v_proj.v_scale`` (ModelOpt) or for
-    scales of the attention module itself. A declared FP8 cache without any scale is valid:
+    **What it does.** Loaders look for ``k_proj.k_scale`` and ``v_proj.v_scale`` (ModelOpt), for
+    ``output_scale`` of these (Quark), or for scales of the attention module itself. A scale has one
+    value, or one for each head. A declared FP8 cache without any scale is valid:
     ModelOpt's ``kv_fp8_cast`` recipes use a constant and store none. Scales that no config declares
     are a warning.
 
@@ -67,6 +68,13 @@ def check(ctx: Context) -> Iterator[Finding]:
             )
         else:
             example = example or tensor.name
+        if not _is_cache_shape(ctx, tensor.shape):
+            yield ctx.finding(
+                f"{leaf} is neither a scalar nor one value for each head",
+                tensor=tensor.name,
+                observed=list(tensor.shape),
+                expected="[], [1] or [heads, 1, 1]",
+            )
         layers.setdefault(_layer(module.name), set()).add(leaf)
     if not layers:
         return
@@ -74,9 +82,10 @@ def check(ctx: Context) -> Iterator[Finding]:
         for leaf in sorted(KV_LEAVES - layers.get(layer, set())):
             ctx.tally.see()
             inner = f"{leaf[0]}_proj." if not example or "_proj." in example else ""
+            name = "output_scale" if example.endswith(".output_scale") else leaf
             yield ctx.finding(
                 f"an attention layer has no {leaf}, but others have KV scales",
-                where=Where(f"{layer}.{inner}{leaf}"),
+                where=Where(f"{layer}.{inner}{name}"),
                 observed="absent",
                 expected="F32 scalar",
             )
@@ -90,6 +99,14 @@ def check(ctx: Context) -> Iterator[Finding]:
             expected="kv_cache_scheme",
             severity="warning",
         )
+
+
+def _is_cache_shape(ctx: Context, shape: tuple[int, ...]) -> bool:
+    """Whether a scale has one value, or one for each head as compressed-tensors stores it."""
+    if shape in ((), (1,)):
+        return True
+    heads = config_value(ctx.checkpoint.config, "num_key_value_heads", "num_attention_heads")
+    return len(shape) == 3 and shape[1:] == (1, 1) and heads in (None, shape[0])
 
 
 def _layer(module: str) -> str:

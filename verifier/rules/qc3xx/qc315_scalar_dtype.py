@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from verifier.findings import Finding
 from verifier.rules.context import Context
 from verifier.rules.registry import rule
+from verifier.rules.scale_dtypes import scale_kinds, wrong_dtypes
 from verifier.schemes import FLOATS
 
 
@@ -45,20 +46,17 @@ def check(ctx: Context) -> Iterator[Finding]:
     **Fix.** Save them as float32 from the exporter's state; casting back does not recover the lost
     bits.
     """
+    kinds = scale_kinds(ctx.candidate.module_groups, scalars=True)
+    ctx.tally.see(sum(len(kind.group.modules) for kind in kinds))
+    for fmt, tensor, expected in wrong_dtypes(kinds):
+        yield ctx.finding(
+            f"{fmt.algo}: {tensor.name.rpartition('.')[2]} is stored as {tensor.dtype}",
+            tensor=tensor.name,
+            observed=tensor.dtype,
+            expected=expected,
+        )
     declaration = ctx.candidate.declarations.effective
-    third_party = declaration is not None and not declaration.known
-    for module, fmt, sibling, tensor in ctx.candidate.scales:
-        if not sibling.scalar or tensor is module.scale:
-            continue
-        ctx.tally.see()
-        allowed = third_party and not fmt.packed and tensor.dtype in FLOATS
-        if tensor.dtype not in sibling.dtypes and not allowed:
-            yield ctx.finding(
-                f"{fmt.algo}: {tensor.name.rpartition('.')[2]} is stored as {tensor.dtype}",
-                tensor=tensor.name,
-                observed=tensor.dtype,
-                expected="F32",
-            )
+    third_party = declaration is not None and not declaration.modelopt
     for _, leaf, tensor in ctx.candidate.kv_scales:
         ctx.tally.see()
         if tensor.dtype != "F32" and not (third_party and tensor.dtype in FLOATS):

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 
 from verifier.findings import Finding, Severity, Where
 from verifier.rules.context import Context
+from verifier.rules.kept import is_kept
 from verifier.rules.registry import rule
+from verifier.schemes import FLOATS, Declaration, Module
 
 
 @rule(
@@ -27,7 +29,8 @@ def check(ctx: Context) -> Iterator[Finding]:
 
     **What it does.** Matches each quantized module against the exclusions. It is an error if a
     pattern names the module exactly, by glob or by ``re:``, and a warning if only engines that
-    match substrings or parts of names exclude it.
+    match substrings or parts of names exclude it. A module that the base stores in the same
+    quantization is sound: readers of the base find it there.
 
     **Why it happens.** Config and weights come from different passes.
 
@@ -42,7 +45,10 @@ def check(ctx: Context) -> Iterator[Finding]:
         return
     for module in ctx.candidate.quantized_modules:
         ctx.tally.see()
+        if is_kept(ctx, module):
+            continue
         if not declaration.exclusions.loose(module.name):
+            yield from _by_other_means(ctx, declaration, module)
             continue
         pattern = declaration.exclusions.pattern_for(module.name) or ""
         listed = declaration.mixed and declaration.declared_for(module.name).via == "exact"
@@ -62,6 +68,26 @@ def check(ctx: Context) -> Iterator[Finding]:
                 severity="warning",
                 engines=None if listed else _substring_effect(pattern, module.name),
             )
+
+
+def _by_other_means(ctx: Context, declaration: Declaration, module: Module) -> Iterator[Finding]:
+    """Yield a quantized module that a recipe of its own, or no recipe, leaves unquantized."""
+    declared = declaration.declared_for(module.name)
+    if declared.algo is not None or declaration.mixed or not declaration.schemes():
+        return  # QC410
+    weight = module.weight
+    if weight is None or weight.dtype in FLOATS:
+        return  # QC313
+    if declared.via == "excluded":
+        message = f"excluded by {declared.entry!r}, but has scales"
+    else:
+        message = "has scales, but no target or block of the config covers it"
+    yield ctx.finding(
+        message,
+        where=Where(weight.name, weight.file),
+        observed=declared.entry or "no target",
+        expected="a recipe for the module, or an unquantized weight",
+    )
 
 
 def _substring_effect(pattern: str, module: str) -> dict[str, tuple[Severity, str]] | None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from verifier.findings import Finding, Where
+from verifier.findings import Finding, Severity, Where
 from verifier.rules.context import Context
 from verifier.rules.mtp import mtp_modules
 from verifier.rules.registry import rule
+from verifier.schemes import ROUTERS_BY_CONFIG, Declaration, Module, role
 
 
 @rule(
@@ -39,7 +40,7 @@ def check(ctx: Context) -> Iterator[Finding]:
     **Fix.** List the full Hub name of every unquantized linear layer.
     """
     declaration = ctx.candidate.declaration
-    if declaration is None or declaration.mixed or declaration.algo is None:
+    if declaration is None or declaration.mixed or not declaration.schemes():
         return
     mtp = mtp_modules(ctx)
     for module in ctx.candidate.linears:
@@ -47,10 +48,43 @@ def check(ctx: Context) -> Iterator[Finding]:
             continue
         ctx.tally.see()
         weight = module.weight
-        if not declaration.exclusions.loose(module.name) and weight is not None:
+        some = _of_some_engines(ctx, declaration, module)
+        if (some or declaration.expects(module.name)) and weight is not None:
+            algo = declaration.declared_for(module.name).algo
             yield ctx.finding(
-                f"{weight.dtype} weight without an exclusion: engines expect {declaration.algo}",
+                f"{weight.dtype} weight without an exclusion: engines expect {algo}",
                 where=Where(weight.name, weight.file),
                 observed=weight.dtype,
                 expected="an exclusion, or scales",
+                engines=some,
             )
+
+
+Effects = dict[str, tuple[Severity, str]]
+_HEAD: Effects = {
+    engine: ("info", "takes no head for a Linear, and builds it unquantized")
+    for engine in ("vllm", "sglang")
+}
+_FROM_HEADERS: Effects = {
+    "vllm": ("info", "takes the list of quantized layers from the headers"),
+}
+_BY_CONFIG: Effects = {"vllm": ("error", "builds the family's routers as the config says")}
+_BLOCK = frozenset({"attention", "mlp", "routed_expert", "shared_expert"})
+
+
+def _of_some_engines(ctx: Context, declaration: Declaration, module: Module) -> Effects | None:
+    """Return what engines do with a layer that only some of them build as quantized; None where
+    all build it alike.
+    """
+    kind, form = role(module.name), declaration.form
+    if declaration.declared_for(module.name).algo is None:
+        return None
+    if declaration.exclusions.loose(module.name):
+        return None
+    if form == "compressed-tensors" and kind == "lm_head":
+        return _HEAD
+    if form in ("gptq", "awq") and kind in _BLOCK:
+        return _FROM_HEADERS
+    fp8 = declaration.method in ("fp8", "fbgemm_fp8") and form != "flat"
+    routers = ctx.checkpoint.model_type in ROUTERS_BY_CONFIG
+    return _BY_CONFIG if fp8 and kind == "router" and routers else None

@@ -55,12 +55,13 @@ def check(ctx: Context) -> Iterator[Finding]:
     declaration = ctx.candidate.declaration
     modules = [m for m in ctx.candidate.linears if m.name in names]
     ctx.tally.see(len(modules))
-    if declaration is not None and not declaration.mixed and declaration.algo is not None:
+    if declaration is not None and not declaration.mixed:
         for module in modules:
-            if not module.quantized and not declaration.exclusions.loose(module.name):
+            if not module.quantized and declaration.expects(module.name):
+                algo = declaration.declared_for(module.name).algo
                 yield ctx.finding(
                     "unquantized linear layer of the MTP head without an exclusion:"
-                    f" engines expect {declaration.algo}",
+                    f" engines expect {algo}",
                     where=_where(module),
                     observed=_dtype(module),
                     expected="an exclusion, or scales",

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from verifier.findings import Finding, Where
 from verifier.rules.context import Context
 from verifier.rules.registry import rule
+from verifier.schemes import CLASS_NAME, Declaration, Names
 
 
 @rule(
@@ -24,7 +25,8 @@ def check(ctx: Context) -> Iterator[Finding]:
 
     **What it does.** Matches the exclusions against the stored modules. An exclusion of a part that
     the family leaves out by design is a warning, one of a tied ``lm_head`` is not reported. An
-    exclusion that fails only because of a wrapper's part is QC209.
+    exclusion that fails only because of a wrapper's part is QC209. A target of a group that names
+    no module is a warning.
 
     **Why it happens.** The list uses the exporter's in-memory names, or has a hard-coded prefix.
 
@@ -49,9 +51,33 @@ def check(ctx: Context) -> Iterator[Finding]:
         absent = ctx.expectations.family is not None and ctx.expectations.family.optional(
             pattern.lstrip("*.")
         )
+        harmless = absent or declaration.form not in ("flat", "nested")
         yield ctx.finding(
             f"the exclusion {pattern!r} matches no module in any engine's dialect",
             where=Where(None, declaration.file),
             observed=pattern,
-            severity="warning" if absent else None,
+            severity="warning" if harmless else None,
         )
+    yield from _dead_targets(ctx, declaration)
+
+
+def _dead_targets(ctx: Context, declaration: Declaration) -> Iterator[Finding]:
+    """Yield targets of compressed-tensors' groups that name no module; classes are not checked."""
+    if declaration.form != "compressed-tensors":
+        return
+    modules = list(ctx.candidate.modules)
+    for group in declaration.groups:
+        for target in group.targets:
+            if CLASS_NAME.match(target):
+                continue
+            ctx.tally.see()
+            names = Names([target])
+            parents = (m.rpartition(".")[0] for m in modules)
+            if any(map(names.by_name, modules)) or any(map(names.by_name, parents)):
+                continue
+            yield ctx.finding(
+                f"the target {target!r} of {group.name} matches no module",
+                where=Where(None, declaration.file),
+                observed=target,
+                severity="warning",
+            )

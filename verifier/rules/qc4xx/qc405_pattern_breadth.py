@@ -63,7 +63,7 @@ def check(ctx: Context) -> Iterator[Finding]:
         declaration is None
         or declaration.mixed
         or declaration.algo is None
-        or declaration.form == "vendor"
+        or declaration.form not in ("flat", "nested")
     ):
         return
     exclusions = declaration.exclusions

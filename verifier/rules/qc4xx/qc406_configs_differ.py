@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from verifier.findings import Finding, Where
 from verifier.rules.context import Context
 from verifier.rules.registry import rule
+from verifier.schemes import PACKED, Declaration
 
 
 @rule(
@@ -28,7 +29,8 @@ def check(ctx: Context) -> Iterator[Finding]:
     """``quantization_config`` and hf_quant_config.json declare the same quantization.
 
     **What it does.** Compares algorithm, KV cache, group size, exclusions and quantized layers of
-    both files.
+    both files, and the ``config_groups`` of config.json with the rest of it: targets that name a
+    fused projection of the engine, and activations that the algorithm does not have, are warnings.
 
     **Why it happens.** One of the files was rewritten and the other was not.
 
@@ -38,6 +40,7 @@ def check(ctx: Context) -> Iterator[Finding]:
     **Fix.** Write both from one source, from the stored tensors.
     """
     inline, file = ctx.candidate.declarations.inline, ctx.candidate.declarations.file
+    yield from _groups_against_the_rest(ctx, inline)
     if inline is None or file is None or not inline.known or not file.known:
         return
     pairs: list[tuple[str, object, object]] = [
@@ -58,6 +61,45 @@ def check(ctx: Context) -> Iterator[Finding]:
                 observed=_summary(in_file),
                 expected=_summary(in_config),
             )
+
+
+def _groups_against_the_rest(ctx: Context, declaration: Declaration | None) -> Iterator[Finding]:
+    """Yield what ModelOpt's config groups say otherwise than its algorithm and layers; engines read
+    the latter, other tools the groups.
+    """
+    if declaration is None or declaration.form != "flat" or not declaration.groups:
+        return
+    modules = ctx.candidate.modules
+    where = Where(None, declaration.file)
+    named = {target for group in declaration.groups for target in group.targets}
+    for group in declaration.groups:
+        ctx.tally.see()
+        weights_alone = declaration.scheme is not None and declaration.scheme.inputs == "none"
+        if weights_alone and group.scheme.inputs != "none" and not declaration.mixed:
+            yield ctx.finding(
+                f"config_groups: {group.name} quantizes activations, {declaration.algo} does not",
+                where=where,
+                observed=group.scheme.inputs,
+                expected="no input_activations",
+                severity="warning",
+            )
+        fused = [t for t in group.targets if t not in modules and _members(t, modules, named)]
+        if fused:
+            yield ctx.finding(
+                f"config_groups: targets of {group.name} name fused projections, not those stored",
+                where=where,
+                observed=fused[0],
+                expected=", ".join(_members(fused[0], modules, named)),
+                severity="warning",
+                count=len(fused),
+            )
+
+
+def _members(target: str, modules: Collection[str], named: Collection[str]) -> list[str]:
+    """Return the stored projections of a fused name that no group names themselves."""
+    head, _, leaf = target.rpartition(".")
+    members = [f"{head}.{member}" for member in PACKED.get(leaf, ())]
+    return [m for m in members if m in modules and m not in named]
 
 
 def _summary(value: object) -> str:

@@ -8,14 +8,21 @@ from collections.abc import Iterator
 from verifier.findings import Finding, Where
 from verifier.rules.context import Context
 from verifier.rules.registry import rule
-from verifier.schemes import FLOATS, KNOWN_ALGOS, same_layout
+from verifier.schemes import (
+    FLOATS,
+    Declaration,
+    Engine,
+    Format,
+    Module,
+    Scheme,
+    refusal,
+    same_layout,
+)
 from verifier.text import counted
 
-_INTEGER_ALGOS = frozenset(
-    {"INT8_SQ", "INT4_AWQ", "W4A16_AWQ", "W4A8_AWQ", "W8A16", "W8A8_SQ_PER_CHANNEL"}
-)
+_SERVING: tuple[Engine, ...] = ("vllm", "sglang", "trtllm")
 _INTEGER_METHODS = frozenset(
-    {"awq", "gptq", "bitsandbytes", "aqlm", "eetq", "hqq", "vptq", "spqr", "higgs", "auto-round"}
+    {"awq", "gptq", "bitsandbytes", "aqlm", "eetq", "hqq", "vptq", "spqr", "higgs"}
 )
 
 
@@ -31,7 +38,10 @@ _INTEGER_METHODS = frozenset(
 def check(ctx: Context) -> Iterator[Finding]:
     """``quant_algo`` is an algorithm that engines know, and the one that the stored tensors use.
 
-    **What it does.** Compares the declared algorithm with the format that dtypes and shapes show.
+    **What it does.** Compares the declared algorithm with the format that dtypes and shapes show,
+    the number of bits included, and with the algorithms that each engine reads: what vLLM does not
+    read is a note, and an error for an engine that is asked about. A ``pre_quant_scale`` belongs to
+    algorithms that scale the inputs. A config that contradicts itself is reported, too.
     NVFP4 declared for unpacked weights is QC305; a mismatch with MIXED_PRECISION is QC410.
 
     **Why it happens.** A selector missed the modules and the tag is null, or the config was kept
@@ -47,7 +57,7 @@ def check(ctx: Context) -> Iterator[Finding]:
     if declaration is None or not quantized:
         return
     where = Where(None, declaration.file)
-    if declaration.algo is None:
+    if declaration.modelopt and declaration.algo is None:
         ctx.tally.see()
         yield ctx.finding(
             "quant_algo is null, but the checkpoint is quantized",
@@ -55,7 +65,7 @@ def check(ctx: Context) -> Iterator[Finding]:
             observed=f"null, with {counted(len(quantized), 'quantized module')}",
         )
         return
-    if declaration.algo not in KNOWN_ALGOS:
+    if declaration.modelopt and declaration.unclear:
         ctx.tally.see()
         yield ctx.finding(
             f"engines do not know the quant_algo {declaration.algo!r}",
@@ -63,24 +73,25 @@ def check(ctx: Context) -> Iterator[Finding]:
             observed=declaration.algo,
         )
         return
+    yield from _refused(ctx, declaration)
+    yield from _scaled_inputs(ctx, declaration)
+    for conflict in declaration.conflicts:
+        ctx.tally.see()
+        yield ctx.finding(f"the config contradicts itself: {conflict}", where=where)
     for module in quantized:
         entry, inferred = declaration.declared_for(module.name), module.inferred_format
         algo, declared = entry.algo, entry.format
-        if algo in _INTEGER_ALGOS and inferred is not None and not declaration.mixed:
-            ctx.tally.see()
-            yield ctx.finding(
-                f"the integer format {algo} is declared, but the tensors are {inferred.algo}",
-                tensor=module.weight.name if module.weight else module.name,
-                observed=inferred.algo,
-                expected=algo,
-            )
-            continue
+        if declared is None and inferred is not None and entry.scheme is not None:
+            yield from _other_codes(ctx, entry.scheme, inferred, module)
         if declared is None or module.weight is None:
             continue
+        if _is_fp8_under_integers(declaration, module):
+            continue  # one finding for all
         ctx.tally.see()
         if inferred is None:
             # QC305 reports packed formats, QC313 plain weights next to scales.
-            if module.weight.dtype not in (*FLOATS, declared.weight_dtype) and not declared.packed:
+            allowed = (*FLOATS, *declared.weight.dtypes)
+            if module.weight.dtype not in allowed and not declared.packed:
                 yield ctx.finding(
                     f"{algo} is declared, but the weight is {module.weight.dtype}",
                     tensor=module.weight.name,
@@ -90,24 +101,98 @@ def check(ctx: Context) -> Iterator[Finding]:
             continue
         if declaration.mixed:
             continue  # QC410
-        if not same_layout(declared, inferred) and not declared.packed:
+        unpacked = declared.packed and module.weight.dtype not in declared.weight.dtypes  # QC305
+        if not same_layout(declared, inferred) and not unpacked:
             yield ctx.finding(
-                f"{declaration.algo} is declared, but the tensors are {inferred.algo}",
+                f"{algo} is declared, but the tensors are {inferred.algo}",
                 tensor=module.weight.name,
                 observed=inferred.algo,
-                expected=declaration.algo,
+                expected=algo,
             )
+        elif declared.name == inferred.name and declared.bits != inferred.bits:
+            yield ctx.finding(
+                f"{declared.bits} bits are declared, but the tensors hold {inferred.bits}",
+                tensor=module.weight.name,
+                observed=inferred.bits,
+                expected=declared.bits,
+            )
+
+
+def _refused(ctx: Context, declaration: Declaration) -> Iterator[Finding]:
+    """Yield what vLLM does not read of the declaration, with what the other engines make of it."""
+    algos = [declaration.algo] if declaration.form in ("flat", "nested") else []
+    for scheme in declaration.schemes():
+        if declaration.mixed or (algos and scheme.algo not in algos):
+            continue  # a config group of ModelOpt's, which engines do not read
+        refusals = {engine: refusal(engine, declaration, scheme) for engine in _SERVING}
+        if not refusals["vllm"]:
+            continue
+        ctx.tally.see()
+        yield ctx.finding(
+            f"vLLM does not read {scheme.algo}",
+            where=Where(None, declaration.file),
+            observed=scheme.algo,
+            severity="info",
+            engines={e: ("error", why) for e, why in refusals.items() if why},
+        )
+
+
+def _scaled_inputs(ctx: Context, declaration: Declaration) -> Iterator[Finding]:
+    """Yield a ``pre_quant_scale`` in an algorithm that has none."""
+    tensors = [
+        module.parts["pre_quant_scale"]
+        for module in ctx.candidate.quantized_modules
+        if "pre_quant_scale" in module.parts
+        and (fmt := declaration.declared_for(module.name).format) is not None
+        and fmt.sibling("pre_quant_scale") is None
+    ]
+    if tensors:
+        yield ctx.finding(
+            "pre_quant_scale is stored, but the declared algorithm has none",
+            tensor=tensors[0].name,
+            observed=declaration.algo or "no pre_quant_scale",
+            expected="NVFP4_AWQ, or another algorithm that scales inputs",
+            count=len(tensors),
+            severity="warning",
+            engines={"vllm": ("error", "drops the scale, or stops at a tensor it does not know")},
+        )
+
+
+def _other_codes(
+    ctx: Context, scheme: Scheme, inferred: Format, module: Module
+) -> Iterator[Finding]:
+    """Yield a module whose codes are not of the width or the kind that the config states.
+
+    The config declares a format that is not known: what it states of the codes has to fit.
+    """
+    kind = "int" if inferred.weight.codes == "int" else "float"
+    if not scheme.bits or inferred.weight.codes == "opaque" or module.weight is None:
+        return
+    ctx.tally.see()
+    if (scheme.bits, scheme.kind) != (inferred.bits, kind):
+        yield ctx.finding(
+            f"{scheme.algo} is declared, but the tensors are {inferred.algo}",
+            tensor=module.weight.name,
+            observed=f"{kind} of {inferred.bits} bits",
+            expected=f"{scheme.kind} of {scheme.bits} bits",
+        )
+
+
+def _is_fp8_under_integers(declaration: Declaration, module: Module) -> bool:
+    """Whether a method of integer formats is declared for a weight that is FP8."""
+    is_fp8 = module.weight is not None and module.weight.dtype == "F8_E4M3"
+    return is_fp8 and declaration.method in _INTEGER_METHODS and module.inferred_format is not None
 
 
 def _integer_method_over_fp8(ctx: Context) -> Iterator[Finding]:
     """Yield a finding if a method of integer formats is declared, but the tensors are FP8."""
     declaration = ctx.candidate.declarations.effective
-    if declaration is None or declaration.known or declaration.method not in _INTEGER_METHODS:
+    if declaration is None or declaration.method not in _INTEGER_METHODS:
         return
     algos = [
         m.inferred_format.algo
         for m in ctx.candidate.quantized_modules
-        if m.weight and m.weight.dtype == "F8_E4M3" and m.inferred_format
+        if m.inferred_format and _is_fp8_under_integers(declaration, m)
     ]
     ctx.tally.see(len(algos))
     if algos:

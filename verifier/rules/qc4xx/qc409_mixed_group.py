@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from verifier.findings import Finding, Where
 from verifier.rules.context import Context
 from verifier.rules.registry import rule
-from verifier.schemes import Module, fused_groups, same_layout
+from verifier.schemes import Module, fusable, fused_groups
 
 
 @rule(
@@ -24,7 +24,8 @@ from verifier.schemes import Module, fused_groups, same_layout
     },
 )
 def check(ctx: Context) -> Iterator[Finding]:
-    """Projections that engines fuse into one parameter (q/k/v, gate/up, w1/w3) have one format.
+    """Projections that engines fuse into one parameter (q/k/v, gate/up, w1/w3; in some
+    families q_a/kv_a, in_proj_qkv/z and in_proj_b/a) have one format.
 
     **What it does.** Compares the formats of each fused group; a group without any quantized member
     is not checked. A member that contradicts its declaration is QC305, QC408 or QC410.
@@ -36,7 +37,8 @@ def check(ctx: Context) -> Iterator[Finding]:
 
     **Fix.** Give all members the same format.
     """
-    for _, members in fused_groups(m.name for m in ctx.candidate.linears):
+    names = [m.name for m in ctx.candidate.linears]
+    for _, members in fused_groups(names, ctx.checkpoint.model_type):
         modules = [ctx.candidate.modules[m] for m in members]
         if not any(m.quantized for m in modules):
             continue
@@ -55,7 +57,7 @@ def check(ctx: Context) -> Iterator[Finding]:
 
 def _same_format(ctx: Context, first: Module, second: Module) -> bool:
     a, b = ctx.candidate.format_of(first), ctx.candidate.format_of(second)
-    return a is b if a is None or b is None else same_layout(a, b)
+    return a is b if a is None or b is None else fusable(a, b)
 
 
 def _name(ctx: Context, module: Module) -> str:

@@ -52,7 +52,7 @@ def check(ctx: Context) -> Iterator[Finding]:
     """
     declarations = ctx.candidate.declarations
     for declaration in (declarations.inline, declarations.file):
-        if declaration is None or not declaration.known:
+        if declaration is None or not declaration.modelopt:
             continue
         raw = _raw(ctx, declaration.file)
         nested = raw.get("quantization")

@@ -12,7 +12,9 @@ from verifier.findings import Finding, Severity
 from verifier.payload.scan import Hits
 from verifier.rules.context import Context
 from verifier.rules.registry import rule
-from verifier.schemes import Format, Module
+from verifier.schemes import SCALE_BITS, Format, Module, Sibling
+
+_BIASES = frozenset({"k_bias", "v_bias"})
 
 
 @rule(
@@ -29,36 +31,53 @@ from verifier.schemes import Format, Module
     },
 )
 def check(ctx: Context) -> Iterator[Finding]:
-    """No block scale, global scale or tensor scale is zero.
+    """No block scale, global scale or tensor scale is zero, nor is a ``pre_quant_scale`` or a scale
+    of the KV cache.
 
-    **What it does.** Scans all weight scales. A zero scale of an all-zero block is a warning.
+    **What it does.** Scans these scales in every format. A zero scale of a block whose quantized
+    values are all zero, too, is a warning. E8M0 has no zero: what a cast leaves there
+    is QC512. Input scales are QC503.
 
     **Why it happens.** A block's scale falls below 2^-9 and rounds to zero in E4M3, because the
-    exporter does not clamp it.
+    exporter does not clamp it, or a scale of the cache was never calibrated.
 
     **Impact.** Every value of the block reads as zero; a zero ``weight_scale_2`` erases the whole
-    tensor.
+    tensor. Engines divide by a divisor (``weight_global_scale``) and by the scales of the cache:
+    infinity, then NaN.
 
     **Fix.** Clamp the scale to 2^-9 before the cast and quantize again. Nothing is lost if the
     block is all zero.
     """
-    for module, fmt, tensor in ctx.candidate.scale_tensors(("weight_scale", "weight_scale_inv")):
+    for module, fmt, sibling, tensor in ctx.candidate.scales_of(
+        "scale", "tensor_scale", "pre_quant"
+    ):
+        dtype = sibling.values_in(tensor.dtype)
+        if dtype not in SCALE_BITS:
+            continue
         ctx.tally.see(tensor.elements)
-        if tensor.dtype == "F8_E4M3":
-            low, high = ctx.payload.extremes(tensor)
-            if low == 0 or high >= 0x80:
-                yield from _zero_blocks(ctx, module, fmt, tensor)
-        elif tensor.dtype == "F32":
-            yield from _zero_floats(ctx, tensor)
-    for _, _, tensor in ctx.candidate.scale_tensors(("weight_scale_2",)):
-        ctx.tally.see(tensor.elements)
-        yield from _zero_floats(ctx, tensor)
+        if SCALE_BITS[dtype].float:
+            yield from _zero_floats(ctx, tensor, _effect(sibling))
+        elif ctx.payload.flaws(tensor, dtype).zero.count:
+            yield from _zero_blocks(ctx, module, fmt, tensor)
+    for _, leaf, tensor in ctx.candidate.cache_scales:
+        if leaf not in _BIASES and tensor.dtype in SCALE_BITS and SCALE_BITS[tensor.dtype].float:
+            ctx.tally.see(tensor.elements)
+            yield from _zero_floats(ctx, tensor, "dividing the KV cache by it gives infinity")
+
+
+def _effect(sibling: Sibling) -> str:
+    if sibling.role == "pre_quant":
+        return "the layer ignores these inputs"
+    if sibling.divisor:
+        return "dividing by it gives infinity"
+    return "everything it scales reads as zero"
 
 
 def _zero_blocks(ctx: Context, module: Module, fmt: Format, tensor: Tensor) -> Iterator[Finding]:
     """Yield zero block scales: those of blocks that are lost, and those of all-zero blocks."""
     weight, size = module.weight, (fmt.group_size or 0) // 2
-    fits = weight is not None and size and weight.nbytes == tensor.nbytes * size
+    in_order = fmt.weight.codes == "e2m1" and fmt.rowwise and size > 0
+    fits = weight is not None and in_order and weight.nbytes == tensor.nbytes * size
     lost, harmless = Hits(), Hits()
     for start, flat in ctx.payload.pieces(tensor):
         zero = np.flatnonzero((flat & 0x7F) == 0)
@@ -89,15 +108,14 @@ def _zero_blocks(ctx: Context, module: Module, fmt: Format, tensor: Tensor) -> I
             )
 
 
-def _zero_floats(ctx: Context, tensor: Tensor) -> Iterator[Finding]:
-    values = ctx.payload.array(tensor).reshape(-1)
-    zero = np.flatnonzero(values == 0)
-    if zero.size:
+def _zero_floats(ctx: Context, tensor: Tensor, effect: str) -> Iterator[Finding]:
+    zero = ctx.payload.flaws(tensor, tensor.dtype).zero
+    if zero.count:
         leaf = tensor.name.rpartition(".")[2]
         yield ctx.finding(
-            f"zero {leaf}: everything it scales reads as zero",
-            where=ctx.at_byte(tensor, 4 * int(zero[0])),
+            f"zero {leaf}: {effect}",
+            where=ctx.at_byte(tensor, SCALE_BITS[tensor.dtype].width * zero.first),
             observed=0.0,
             expected="> 0",
-            count=int(zero.size),
+            count=zero.count,
         )

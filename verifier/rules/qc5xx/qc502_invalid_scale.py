@@ -8,10 +8,15 @@ from collections.abc import Iterator
 import numpy as np
 
 from verifier.checkpoint import Tensor
-from verifier.findings import Finding, Where
-from verifier.payload.scan import Hits
+from verifier.decoding import e4m3_table
+from verifier.findings import Finding
+from verifier.payload.scan import FlawHits, Hits
 from verifier.rules.context import Context
 from verifier.rules.registry import rule
+from verifier.schemes import FLOATS, SCALE_BITS, Format, Sibling, pattern_value
+
+_BIASES = frozenset({"k_bias", "v_bias"})
+_BYTES = {"F8_E4M3": "0x01..0x7E"}
 
 
 @rule(
@@ -28,55 +33,126 @@ from verifier.rules.registry import rule
     },
 )
 def check(ctx: Context) -> Iterator[Finding]:
-    """Weight scales are finite and not negative.
+    """Weight scales, ``pre_quant_scale`` and scales of the KV cache are finite, not negative, and
+    below 10^8.
 
-    **What it does.** Scans all weight scales: E4M3 bytes must be below 0x7F, E8M0 bytes below 0xFF,
-    float32 values finite and not negative.
+    **What it does.** Scans these scales in every format: E4M3 bytes must be below 0x7F, E8M0 bytes
+    below 0xFF, floats finite and not negative. Block scales of W4A8_NVFP4_FP8 are at most 448/6.
+    MLX's affine scales may be negative, and so may those of integer codes where more than a
+    twentieth of them is, as AutoRound writes them; additive terms and low-rank factors only have to
+    be finite.
 
-    **Why it happens.** An all-zero expert (0/0), or an uncalibrated or infinite amax.
+    **Why it happens.** An all-zero expert (0/0), an uncalibrated or infinite amax, or the scales of
+    a different algorithm.
 
     **Impact.** NaN spreads to the whole output for the prompts that reach the block; vLLM loads it
     silently.
 
     **Fix.** Define the scale of an all-zero block (1.0) and quantize again.
     """
-    for _, _, tensor in ctx.candidate.scale_tensors(("weight_scale", "weight_scale_inv")):
-        ctx.tally.see(tensor.elements)
-        if tensor.dtype == "F32":
-            yield from _invalid_floats(ctx, tensor)
+    for _, fmt, sibling, tensor in ctx.candidate.scales_of("scale", "tensor_scale", "pre_quant"):
+        dtype = sibling.values_in(tensor.dtype)
+        if dtype not in SCALE_BITS:
             continue
-        limit = 0x7F if tensor.dtype == "F8_E4M3" else 0xFF
-        if ctx.payload.extremes(tensor)[1] >= limit:
-            groups = {"NaN": Hits(), "negative": Hits()}
-            for start, flat in ctx.payload.pieces(tensor):
-                groups["NaN"].add(start, np.flatnonzero((flat & limit) == limit), flat)
-                if limit == 0x7F:  # 0x80 is negative zero: QC501
-                    groups["negative"].add(
-                        start, np.flatnonzero((flat > 0x80) & (flat < 0xFF)), flat
-                    )
-            for problem, hits in groups.items():
-                if hits.count:
-                    yield ctx.finding(
-                        f"{problem} block scales",
-                        where=ctx.at_byte(tensor, hits.first),
-                        observed=f"0x{hits.value:02X}",
-                        expected="0x01..0x7E" if limit == 0x7F else "0x00..0xFE",
-                        count=hits.count,
-                    )
-    for _, _, tensor in ctx.candidate.scale_tensors(("weight_scale_2",)):
         ctx.tally.see(tensor.elements)
-        yield from _invalid_floats(ctx, tensor)
+        flaws = ctx.payload.flaws(tensor, dtype)
+        if SCALE_BITS[dtype].float:
+            signs = sibling.signed or _has_signs(fmt, sibling, flaws, tensor)
+            yield from _invalid_floats(ctx, tensor, flaws, sibling, signed=signs)
+        else:
+            yield from _invalid_bytes(ctx, tensor, flaws, dtype)
+        if sibling.largest and dtype == "F8_E4M3":
+            yield from _beyond(ctx, tensor, sibling.largest)
+    for _, _, _, tensor in ctx.candidate.scales_of("bias", "lora", "zero_point"):
+        yield from _not_finite(ctx, tensor)
+    for _, leaf, tensor in ctx.candidate.cache_scales:
+        if leaf in _BIASES:
+            yield from _not_finite(ctx, tensor)
+        elif tensor.dtype in FLOATS:
+            ctx.tally.see(tensor.elements)
+            flaws = ctx.payload.flaws(tensor, tensor.dtype)
+            yield from _invalid_floats(ctx, tensor, flaws)
 
 
-def _invalid_floats(ctx: Context, tensor: Tensor) -> Iterator[Finding]:
-    values = ctx.payload.array(tensor).reshape(-1)
-    bad = np.flatnonzero(~np.isfinite(values) | (values < 0))
-    if bad.size:
-        leaf = tensor.name.rpartition(".")[2]
+def _has_signs(fmt: Format, sibling: Sibling, flaws: FlawHits, tensor: Tensor) -> bool:
+    """Whether the scales of integer codes have signs on purpose: AutoRound takes the sign of the
+    largest weight, so about half of its scales are negative.
+    """
+    integers = fmt.weight.codes == "int" and sibling.role == "scale"
+    return integers and flaws.negative.count * 20 > tensor.elements
+
+
+def _invalid_bytes(ctx: Context, tensor: Tensor, flaws: FlawHits, dtype: str) -> Iterator[Finding]:
+    for problem, hits in (("NaN", flaws.nan), ("negative", flaws.negative)):
+        if hits.count:
+            yield ctx.finding(
+                f"{problem} block scales",
+                where=ctx.at_byte(tensor, hits.first),
+                observed=f"0x{hits.value:02X}",
+                expected=_BYTES.get(dtype, "0x00..0xFE"),
+                count=hits.count,
+            )
+
+
+def _beyond(ctx: Context, tensor: Tensor, largest: float) -> Iterator[Finding]:
+    """Yield block scales above what the algorithm's conversion to FP8 leaves room for."""
+    step = e4m3_table()[:0x7F]
+    code = int(np.searchsorted(step, largest * 1.04, side="right"))  # rounded to the nearest
+    if ctx.payload.extremes(tensor)[1] < code:
+        return
+    hits = Hits()
+    for start, flat in ctx.payload.pieces(tensor):
+        hits.add(start, np.flatnonzero((flat >= code) & (flat < 0x7F)), flat)
+    if hits.count:
         yield ctx.finding(
-            f"{leaf} is not a finite positive number",
-            where=Where(tensor.name, tensor.file, byte=tensor.offset + 4 * int(bad[0])),
-            observed=float(values[bad[0]]),
-            expected="finite and > 0",
-            count=int(bad.size),
+            f"block scales above {largest:.4g}: the values they scale do not fit into FP8",
+            where=ctx.at_byte(tensor, hits.first),
+            observed=float(step[hits.value]),
+            expected=f"at most {largest:.4g}, which is 448 / 6",
+            count=hits.count,
+        )
+
+
+def _invalid_floats(
+    ctx: Context,
+    tensor: Tensor,
+    flaws: FlawHits,
+    sibling: Sibling | None = None,
+    *,
+    signed: bool = False,
+) -> Iterator[Finding]:
+    """Yield one finding on NaN, infinite and negative values, one on implausible ones."""
+    divisor = sibling is not None and sibling.divisor
+    bad = [flaws.nan, flaws.infinite] + ([] if signed else [flaws.negative])
+    leaf = tensor.name.rpartition(".")[2]
+    yield from _at_floats(
+        ctx, tensor, bad, f"{leaf} is not a finite positive number", "finite and > 0"
+    )
+    kind, bound = (flaws.tiny, "at least 1e-08") if divisor else (flaws.huge, "at most 1e+08")
+    if not (sibling is not None and sibling.role == "tensor_scale"):  # QC509
+        yield from _at_floats(ctx, tensor, [kind], f"{leaf} is implausibly large", bound)
+
+
+def _not_finite(ctx: Context, tensor: Tensor) -> Iterator[Finding]:
+    if tensor.dtype not in FLOATS:
+        return
+    ctx.tally.see(tensor.elements)
+    flaws = ctx.payload.flaws(tensor, tensor.dtype)
+    leaf = tensor.name.rpartition(".")[2]
+    bad = [flaws.nan, flaws.infinite]
+    yield from _at_floats(ctx, tensor, bad, f"{leaf} is not finite", "finite")
+
+
+def _at_floats(
+    ctx: Context, tensor: Tensor, kinds: list[Hits], message: str, expected: str
+) -> Iterator[Finding]:
+    found = [hits for hits in kinds if hits.count]
+    if found:
+        first = min(found, key=lambda hits: hits.first)
+        yield ctx.finding(
+            message,
+            where=ctx.at_byte(tensor, SCALE_BITS[tensor.dtype].width * first.first),
+            observed=pattern_value(first.value, tensor.dtype),
+            expected=expected,
+            count=sum(hits.count for hits in found),
         )

@@ -32,8 +32,10 @@ FAR = 1e4
 def check(ctx: Context) -> Iterator[Finding]:
     """Each ``input_scale`` is finite, at least 1e-30, and within 10,000 times its siblings' median.
 
-    **What it does.** Reads every ``input_scale``. A large distance to the median of its siblings
-    (the same projection in other layers or experts) is a warning.
+    **What it does.** Reads every scale of activations: ``input_scale``, ``input_scale_2`` (Quark)
+    and ``input_global_scale`` (compressed-tensors), a divisor, which is at most 1e30. A large
+    distance to the median of its siblings (the same projection in other layers or experts) is a
+    warning.
 
     **Why it happens.** An expert that received no token during calibration has amax 0.
 
@@ -42,30 +44,34 @@ def check(ctx: Context) -> Iterator[Finding]:
 
     **Fix.** Write the largest input_scale of the layer's other experts, or 1.0 for all.
     """
-    groups: dict[str, list[tuple[Tensor, float]]] = {}
-    for module, _, tensor in ctx.candidate.scale_tensors(("input_scale",)):
+    groups: dict[tuple[str, str], list[tuple[Tensor, float]]] = {}
+    for module, _, sibling, tensor in ctx.candidate.scales_of("input"):
         values = ctx.payload.array(tensor).reshape(-1).astype(np.float64)
         ctx.tally.see(values.size)
+        leaf = tensor.name.rpartition(".")[2]
         bad = ~np.isfinite(values) | (values < SMALLEST)
+        if sibling.divisor:
+            bad |= values > 1 / SMALLEST
         if bad.any():
             value = float(values[bad][0])
+            bound = f" and <= {1 / SMALLEST:g}" if sibling.divisor else ""
             yield ctx.finding(
-                "input_scale is zero, too small or not finite",
+                f"{leaf} is zero, too {'large' if sibling.divisor else 'small'} or not finite",
                 where=Where(tensor.name, tensor.file, byte=tensor.offset),
                 observed=value,
-                expected=f"finite and >= {SMALLEST:g}",
+                expected=f"finite and >= {SMALLEST:g}{bound}",
                 count=int(bad.sum()),
             )
         elif values.size:
             key = expert_key(module.name)
             group = f"{key.container}.*.{key.leaf}" if key else collapse(module.name)
-            groups.setdefault(group, []).append((tensor, float(values[0])))
-    for siblings in groups.values():
+            groups.setdefault((leaf, group), []).append((tensor, float(values[0])))
+    for (leaf, _), siblings in groups.items():
         median = float(np.median([v for _, v in siblings]))
         for tensor, value in siblings:
             if not median / FAR <= value <= median * FAR:
                 yield ctx.finding(
-                    "input_scale is far from the median of its siblings",
+                    f"{leaf} is far from the median of its siblings",
                     where=Where(tensor.name, tensor.file, byte=tensor.offset),
                     observed=f"{value:.3e}",
                     expected=f"about {median:.3e}",

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from verifier.findings import Finding
 from verifier.rules.context import Context
 from verifier.rules.registry import rule
-from verifier.schemes import FLOATS, SCALE_LEAVES, split
+from verifier.schemes import CACHE_LEAVES, FLOATS, SIBLING_LEAVES
 
 
 @rule(
@@ -33,9 +33,14 @@ def check(ctx: Context) -> Iterator[Finding]:
 
     **Fix.** Copy the tensor from the source.
     """
-    for tensor in ctx.candidate.tensors:
-        if tensor.dtype not in FLOATS or split(tensor.name)[1] in SCALE_LEAVES:
-            continue
+    scales = SIBLING_LEAVES | CACHE_LEAVES
+    tensors = (
+        tensor
+        for module in ctx.candidate.modules.values()
+        for leaf, tensor in module.parts.items()
+        if tensor.dtype in FLOATS and leaf not in scales
+    )
+    for tensor in tensors:
         ctx.tally.see()
         bad = ctx.payload.scan(tensor).nonfinite
         if bad.count:

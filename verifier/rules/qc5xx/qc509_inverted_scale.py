@@ -8,14 +8,14 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from verifier.checkpoint import Tensor
+from verifier.checkpoint import NUMPY_DTYPES, Tensor
 from verifier.decoding import E2M1_MAX, E4M3_MAX, Float32, e8m0_table
 from verifier.findings import Finding, Where
-from verifier.reconstruction.cause import inverse
+from verifier.reconstruction.cause import inverse, is_e8m0
 from verifier.rules.comparing import reconstruction
 from verifier.rules.context import Context
 from verifier.rules.registry import rule
-from verifier.schemes import Format, Module
+from verifier.schemes import FLOATS, SCALE_BITS, Format, Module
 
 HUGE = 1e4
 """Weights of language models are smaller than this."""
@@ -23,6 +23,7 @@ PLAUSIBLE = (1e-6, 1e2)
 ACTIVATION = (1e-2, 1e3)
 HUGE_ACTIVATION = 1e6
 FEWEST = 4
+_CODE_256 = 0x78
 
 
 @rule(
@@ -45,7 +46,8 @@ def check(ctx: Context) -> Iterator[Finding]:
 
     **What it does.** With a base: compares the decoded values under the scale and under 1/x.
     Without one: a weight counts as inverted if its largest value is above 10,000 as stored and
-    ordinary under 1/x. Activation scales can only be checked for plausibility, over all of them: a
+    ordinary under 1/x. FP8 whose every scale is 1.0 while its values fill the range lost its
+    scales. Activation scales can only be checked for plausibility, over all of them: a
     warning.
 
     **Why it happens.** A conversion renamed the tensor without taking 1/x, or ``weight_scale_inv``
@@ -57,7 +59,7 @@ def check(ctx: Context) -> Iterator[Finding]:
     """
     for module, fmt in ctx.candidate.formatted:
         tensor = _checked_scale(module, fmt)
-        if tensor is None:
+        if tensor is None or not _is_read(fmt, tensor):
             continue
         result = reconstruction(ctx, module) if ctx.base is not None else None
         if result is not None and result.cause != "unjudged":
@@ -75,7 +77,36 @@ def check(ctx: Context) -> Iterator[Finding]:
             reason = "weights are implausibly large as stored and ordinary under 1/x"
             observed = f"largest weight about {largest:.3g}, {largest_inverted:.3g} under 1/x"
             yield _inverted(ctx, tensor, reason, observed)
+    yield from _default_scales(ctx)
     yield from _check_activations(ctx)
+
+
+def _default_scales(ctx: Context) -> Iterator[Finding]:
+    """Yield FP8 weights whose every scale is 1.0 although the values fill the range of FP8: weights
+    up to 448 were divided by a scale that was lost.
+    """
+    found = [(m, f) for m, f in ctx.candidate.formatted if f.name in ("fp8", "fp8_per_channel")]
+    if len(found) < FEWEST or not all(_is_one(ctx, m) for m, _ in found):
+        return
+    weights = [m.weight for m, _ in found if m.weight is not None]
+    ctx.tally.see(len(weights))
+    filling = [w for w in weights if ctx.payload.extremes(w)[1] & 0x7F >= _CODE_256]
+    if len(filling) == len(weights):
+        yield ctx.finding(
+            "every weight_scale is 1.0, and the values fill the range of FP8: a default, not the"
+            " scale of the weights",
+            tensor=weights[0].name,
+            observed="weights up to 448",
+            expected="amax / 448",
+            count=len(weights),
+        )
+
+
+def _is_one(ctx: Context, module: Module) -> bool:
+    scale = module.scale
+    if scale is None or scale.dtype not in FLOATS or not scale.elements:
+        return False
+    return bool((ctx.payload.array(scale) == 1).all())
 
 
 def _inverted(ctx: Context, tensor: Tensor, reason: str, observed: str) -> Finding:
@@ -97,10 +128,18 @@ def _checked_scale(module: Module, fmt: Format) -> Tensor | None:
     return module.scale
 
 
+def _is_read(fmt: Format, scale: Tensor) -> bool:
+    """Whether a scale is of a format and a dtype whose values are known."""
+    sibling = fmt.sibling(scale.name.rpartition(".")[2])
+    if sibling is None or scale.dtype not in sibling.dtypes or sibling.signed:
+        return False
+    return fmt.weight.codes != "opaque" and sibling.values_in(scale.dtype) in SCALE_BITS
+
+
 def _largest_weight(ctx: Context, fmt: Format, tensor: Tensor) -> tuple[float | None, float | None]:
     """Estimate the largest weight from the scales alone, as stored and under 1/x."""
-    code_max = float(E4M3_MAX) * (float(E2M1_MAX) if fmt.packed else 1.0)
-    if fmt.name == "mxfp8":
+    code_max = _largest_code(fmt) * (float(E4M3_MAX) if fmt.packed else 1.0)
+    if is_e8m0(fmt, NUMPY_DTYPES[tensor.dtype]):
         exponent = min(ctx.payload.extremes(tensor)[1], 254)
         if code_max * float(e8m0_table()[exponent]) <= HUGE:
             return 0.0, 0.0  # every block is ordinary: the bytes need not be read again
@@ -110,9 +149,17 @@ def _largest_weight(ctx: Context, fmt: Format, tensor: Tensor) -> tuple[float | 
     return stored, inverted
 
 
+def _largest_code(fmt: Format) -> float:
+    if fmt.weight.codes == "int":
+        return float(1 << (fmt.bits - 1))
+    return {"e2m1": float(E2M1_MAX), "e2m3": 7.5, "e3m2": 28.0}.get(
+        fmt.weight.codes, float(E4M3_MAX)
+    )
+
+
 def _factors(parts: dict[str, npt.NDArray[np.generic]], fmt: Format) -> Float32:
     ((leaf, values),) = parts.items()
-    if fmt.name == "mxfp8":
+    if is_e8m0(fmt, values.dtype):
         return e8m0_table()[values.view(np.uint8)]
     floats: Float32 = values.astype(np.float32)
     if leaf == "weight_global_scale":
@@ -129,7 +176,7 @@ def _median(values: Float32) -> float:
 
 def _check_activations(ctx: Context) -> Iterator[Finding]:
     """Yield activation scales that are implausible as stored and plausible under 1/x."""
-    for leaf in ("input_scale", "input_global_scale"):
+    for leaf in ("input_scale", "input_scale_2", "input_global_scale"):
         tensors = [t for _, _, t in ctx.candidate.scale_tensors((leaf,)) if t.elements == 1]
         if len(tensors) < FEWEST:
             continue
@@ -137,7 +184,8 @@ def _check_activations(ctx: Context) -> Iterator[Finding]:
         good = values[np.isfinite(values) & (values > 0)]
         if not good.size:
             continue  # QC503
-        median = float(np.median(good if leaf == "input_scale" else 1 / good))
+        divisor = leaf == "input_global_scale"
+        median = float(np.median(1 / good if divisor else good))
         code_max = float(E4M3_MAX * E2M1_MAX)
         largest, largest_inverted = median * code_max, code_max / median
         if largest > HUGE_ACTIVATION and ACTIVATION[0] <= largest_inverted <= ACTIVATION[1]:
@@ -146,7 +194,7 @@ def _check_activations(ctx: Context) -> Iterator[Finding]:
                 " ones under 1/x",
                 where=Where(tensors[0].name, tensors[0].file, byte=tensors[0].offset),
                 observed=f"median {float(np.median(good)):.3e}",
-                expected="amax / 2688" if leaf == "input_scale" else "2688 / amax",
+                expected="2688 / amax" if divisor else "amax / 2688",
                 severity="warning",
                 count=len(tensors),
             )

@@ -6,9 +6,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from verifier.findings import Finding
-from verifier.reconstruction.cause import E8M0_WIDESPREAD, e8m0_zeros
+from verifier.quantized import QuantizedCheckpoint
+from verifier.reconstruction.cause import E8M0_WIDESPREAD
+from verifier.reconstruction.exponents import e8m0_zeros
 from verifier.rules.context import Context
 from verifier.rules.registry import rule
+from verifier.schemes import Format, Module
 
 
 @rule(
@@ -40,14 +43,12 @@ def check(ctx: Context) -> Iterator[Finding]:
 
     **Fix.** Store the exponent plus 127.
     """
-    for module in ctx.candidate.quantized_modules:
-        scale, weight = module.scale, module.weight
-        if scale is None or weight is None:
-            continue
-        if scale.dtype not in ("U8", "F8_E8M0") or weight.dtype != "F8_E4M3":
+    for module, fmt in e8m0_modules(ctx.candidate):
+        scale = module.scale
+        if scale is None:
             continue
         ctx.tally.see(scale.elements)
-        zeros = e8m0_zeros(ctx.payload, module)
+        zeros = e8m0_zeros(ctx.payload, module, fmt)
         if zeros is not None:
             count, first, used = zeros
             widespread = count > E8M0_WIDESPREAD * used
@@ -59,3 +60,14 @@ def check(ctx: Context) -> Iterator[Finding]:
                 count=count,
                 severity=None if widespread else "warning",
             )
+
+
+def e8m0_modules(checkpoint: QuantizedCheckpoint) -> Iterator[tuple[Module, Format | None]]:
+    """Yield the modules whose weight scale is E8M0, with their format where it is known."""
+    for module in checkpoint.quantized_modules:
+        scale, fmt = module.scale, checkpoint.stored_format(module)
+        if scale is None or scale.dtype not in ("U8", "F8_E8M0") or module.weight is None:
+            continue
+        sibling = fmt.siblings[0] if fmt is not None else None
+        if sibling is None or sibling.values_in(scale.dtype) == scale.dtype:
+            yield module, fmt

@@ -81,7 +81,7 @@ class ActivationScale(NamedTuple):
 def _scales_by_kind(ctx: Context) -> list[list[ActivationScale]]:
     """Return the scalar activation scales: those of experts, and those of each other role."""
     kinds: dict[tuple[str, str], list[ActivationScale]] = {}
-    for module, _, tensor in ctx.candidate.scale_tensors(("input_scale", "input_global_scale")):
+    for module, _, _, tensor in ctx.candidate.scales_of("input"):
         if tensor.elements != 1:
             continue
         ctx.tally.see()

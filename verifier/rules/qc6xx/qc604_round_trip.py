@@ -15,7 +15,7 @@ from verifier.quantized import config_value
 from verifier.rules.context import Context
 from verifier.rules.fusing import Fused, changed_values, fused
 from verifier.rules.registry import rule
-from verifier.schemes import FLOATS, SCALE_LEAVES, Format, Module, same_layout
+from verifier.schemes import FLOATS, SCALE_LEAVES, Format, Module, expert_key, same_layout
 
 COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 """Config keys for the number of routed experts of a layer."""
@@ -307,10 +307,16 @@ def _check_numbers(ctx: Context, stacks: Sequence[Fused]) -> Iterator[Finding]:
             gap = next(n for n in range(size) if n not in numbers)
             yield ctx.finding(
                 "experts of one layer are not numbered consecutively",
-                where=Where(group.modules[0].name),
+                where=Where(_numbered(group.modules[0].name, gap)),
                 observed=f"{missing:,} of {size:,} missing, {gap} first",
                 expected=f"0 to {size - 1}",
             )
+
+
+def _numbered(module: str, expert: int) -> str:
+    """Return the projection of another expert."""
+    key = expert_key(module)
+    return f"{key.container}.{expert}.{key.leaf}" if key is not None else module
 
 
 def _have_expected_shapes(ctx: Context, *modules: Module) -> bool:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Defects of values, which only the bytes show: QC501 to QC517."""
+"""Defects of values, which only the bytes show: QC501 to QC518."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from verifier.selftest.changes import (
     write_parts,
 )
 from verifier.selftest.corruptor import (
+    GPTQ,
     MXFP8,
     NVFP4,
     ONLY_NVFP4,
@@ -508,3 +509,39 @@ def rows_of_other_expert(ckpt: CheckpointEditor) -> Where:
             values[4:8] = other[part][4:8]
             ckpt.store(f"{down}.{part}", values)
     return ckpt.where(f"{down}.weight")
+
+
+# QC518
+
+
+def _integers(leaf: str) -> Callable[[CheckpointEditor], str]:
+    """Return a selector of one GPTQ tensor of integers."""
+    return lambda ckpt: next(n for n in ckpt.tensors() if n.endswith(f"down_proj.{leaf}"))
+
+
+def _zeros_of_version_2(words: Array) -> Array:
+    return np.full_like(words.view(np.uint32), 0x88888888).view(np.int32)
+
+
+def _one_zero_point(words: Array) -> Array:
+    words.reshape(-1).view(np.uint32)[3] ^= np.uint32(0x0F)
+    return words
+
+
+def _group_beyond(index: Array) -> Array:
+    index[5] = len(index)
+    return index
+
+
+def _group_too_large(index: Array) -> Array:
+    index[-1] = 0
+    return index
+
+
+for _name, _leaf, _edit in (
+    ("zeros-of-version-2", "qzeros", _zeros_of_version_2),
+    ("one-zero-point", "qzeros", _one_zero_point),
+    ("group-beyond-the-last", "g_idx", _group_beyond),
+    ("group-of-one-too-many", "g_idx", _group_too_large),
+):
+    add("QC518", _name, transform(_integers(_leaf), _edit), on(GPTQ), also="515 517")

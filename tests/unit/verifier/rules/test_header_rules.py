@@ -525,7 +525,9 @@ def test_kv_scales_at_known_places_are_clean(copy: Copy, places: tuple[str, str]
 
 
 def test_scales_of_compressed_tensors_may_be_bf16(copy: Copy) -> None:
-    """It stores FP8 scales in the model's dtype; ModelOpt does not."""
+    """It stores FP8 scales in the model's dtype, and readers of ModelOpt's widen them as well; all
+    in one dtype.
+    """
     folder = copy(LLAMA)
     shard = read_shard(folder.path / folder.shards[0])
     for name, (_, shape, data) in list(shard.entries.items()):
@@ -543,7 +545,10 @@ def test_scales_of_compressed_tensors_may_be_bf16(copy: Copy) -> None:
         "ignore": ["lm_head"],
     }
     folder.edit_json("config.json", lambda value: value.update({"quantization_config": declared}))
-    assert {f.rule for f in verifier.check(folder.path).findings} == {"QC304"}
+    assert verifier.check(folder.path).findings == ()
+    name = "model.layers.1.self_attn.q_proj.weight_scale"
+    folder.store(name, folder.array(name).astype(np.float32))
+    assert [f.where.tensor for f in said(folder, "QC304")] == [name]
 
 
 @pytest.mark.parametrize(

@@ -492,7 +492,7 @@ def test_a_scale_of_a_tensor_off_by_a_sixteenth(tmp_path: Path, factor: float) -
         assert said and abs(float(said[1]) - factor) < 0.01
 
 
-def test_weights_scaled_for_awq_are_not_judged(tmp_path: Path) -> None:
+def test_weights_scaled_for_awq_are_compared(tmp_path: Path) -> None:
     folder = copy(QWEN, tmp_path / "ckpt")
     source = CheckpointEditor(SOURCE).array(f"{GATE}.weight").astype(np.float32)
     factor = np.linspace(0.2, 3, source.shape[1], dtype=np.float32)
@@ -503,7 +503,12 @@ def test_weights_scaled_for_awq_are_not_judged(tmp_path: Path) -> None:
     report = verifier.check(folder.path, base=SOURCE, depth="payload")
     assert not {"QC515", "QC517"} & {f.rule for f in loud(report)}
     coverage = next(c for c in report.coverage if c.rule == "QC515")
-    assert (coverage.of - coverage.checked, "pre_quant_scale" in coverage.reason) == (1, True)
+    assert coverage.of == coverage.checked
+    folder.store(f"{GATE}.pre_quant_scale", np.ones(len(factor), ml_dtypes.bfloat16))
+    broken = verifier.check(folder.path, base=SOURCE, depth="payload")
+    assert {f.where.tensor for f in broken.findings if f.rule in ("QC515", "QC517")} == {
+        f"{GATE}.weight"
+    }
 
 
 @pytest.mark.parametrize("leaf", ["weight_scale_2", "input_scale", "weight", "weight_scale"])

@@ -23,6 +23,7 @@ from verifier.rules import Depth, all_rules
 from verifier.selftest import CORRUPTORS, CheckpointEditor, Corruptor, kind_of, traits_of
 from verifier.selftest.corruptor import CheckpointKind
 from verifier.selftest.editor import INDEX, read_shard, write_shard
+from verifier.selftest.tiny import TINY, make
 
 DATA = TESTS / "data" / "modelopt"
 GOLDEN = ROOT / "goldens" / "minimax-m3-tiny"
@@ -49,6 +50,7 @@ CLEAN = {
     "f32_router": Spec(
         "nvfp4", frozenset({"index", "experts", "f32"}), only=frozenset({"router-recast"})
     ),
+    "gptq": Spec("gptq", frozenset({"index", "tokenizer"})),
     "golden": Spec(
         "mxfp8",
         frozenset({"index", "experts", "shards", "f32", "vision", "tokenizer"}),
@@ -130,7 +132,9 @@ def clean(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Clean]:
         qwen, root / "mixed", recipe="nvfp4_experts_only", onto=root / "mxfp8", shard_bytes=200_000
     )
     export(routed, root / "f32_router", recipe="nvfp4_experts_only", input_scale="one")
+    gptq = make(root, next(t for t in TINY if t.kind == "gptq"))
     return {
+        "gptq": Clean(gptq.path, gptq.base),
         "modelopt_nvfp4": Clean(DATA / "qwen3moe_nvfp4_experts_max", qwen),
         "modelopt_mxfp8": Clean(DATA / "llama_mxfp8", llama),
         "nvfp4": Clean(root / "nvfp4", qwen),
