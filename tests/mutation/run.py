@@ -108,7 +108,7 @@ def cleans(root: Path) -> tuple[Clean, ...]:
     ModelOpt wrote.
     """
     home = root / f"clean-{os.getpid()}"
-    made = [make(home, t) for t in TINY]
+    made = [make(home, t) for t in TINY if t.kind != "gptq"]  # edits are of small floats
     found = [_clean(m.spec.name, m.path, m.base) for m in made]
     return (*found, *(_clean(n, DATA / n, DATA / b) for n, b in COMMITTED))
 

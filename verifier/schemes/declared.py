@@ -52,6 +52,8 @@ class Scheme:
         scale_leaf: the name of the weight scale that readers of this config look for; '' for any.
         bits: the stated width of a code; 0 where none is stated.
         kind: ``int`` or ``float``, as stated; '' where neither is.
+        reordered: whether groups are of inputs in the order of their activations (GPTQ's
+            ``desc_act``, compressed-tensors' ``actorder`` group).
     """
 
     algo: str
@@ -62,6 +64,7 @@ class Scheme:
     scale_leaf: str = ""
     bits: int = 0
     kind: str = ""
+    reordered: bool = False
 
 
 class DeclaredFormat(NamedTuple):

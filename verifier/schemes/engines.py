@@ -30,6 +30,7 @@ class Reads:
         symmetric: whether only codes without zero points are read.
         dtypes: the dtypes of the weight's scale, where not all of the format's are read.
         scale_leaf: the only name of the weight's scale that is looked for; '' for any.
+        reordered: whether groups of inputs in the order of their activations are read.
         note: what else an engine requires.
     """
 
@@ -41,6 +42,7 @@ class Reads:
     symmetric: bool = False
     dtypes: tuple[str, ...] = ()
     scale_leaf: str = ""
+    reordered: bool = True
     note: str = ""
 
 
@@ -111,6 +113,7 @@ READS: tuple[Reads, ...] = (
         "compressed-tensors",
         ("nvfp4_ct", "mxfp4", "mxfp8", *_FP8, "int8", "int_packed"),
         _VLLM_CT,
+        reordered=False,
         note="no actorder group or dynamic, no sparsity_config",
     ),
     Reads(
@@ -133,6 +136,7 @@ READS: tuple[Reads, ...] = (
         "vLLM 0.32 auto_gptq.py TYPE_MAP",
         bits=(4, 8),
         symmetric=True,
+        reordered=False,
         note="desc_act only with one group",
     ),
     Reads("sglang", "gptq", ("gptq", "gptq_v2"), "SGLang 0.5.23 gptq/gptq.py", bits=(2, 3, 4, 8)),
@@ -207,6 +211,8 @@ def refusal(engine: Engine, declaration: Declaration, scheme: Scheme) -> str:
     fmt = scheme.format
     if fmt is not None and found.bits and fmt.bits not in found.bits:
         return f"it reads {_listed(found.bits)} bits, not {fmt.bits} ({found.source})"
+    if scheme.reordered and not found.reordered:
+        return f"it reads no groups in the order of activations ({found.source})"
     if found.symmetric and not scheme.symmetric:
         return f"it reads only symmetric weights ({found.source})"
     return ""

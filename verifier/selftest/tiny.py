@@ -190,7 +190,6 @@ TINY: tuple[TinySpec, ...] = (
         shards=2,
         sizes=_TILES,
     ),
-    TinySpec("llama-gptq", "llama", "gptq", _all("gptq"), dialect="gptq"),
     TinySpec("mixtral-nvfp4", "mixtral", "nvfp4", _EXPERTS, shards=2),
     TinySpec("mixtral-w4a16", "mixtral", "w4a16_nvfp4", (("routed_expert", "w4a16_nvfp4"),)),
     TinySpec("qwen3-moe-nvfp4", "qwen3_moe", "nvfp4", _EXPERTS, index=False),
@@ -206,6 +205,7 @@ TINY: tuple[TinySpec, ...] = (
         shards=2,
     ),
     TinySpec("minimax-m3-mixed", "minimax_m3_vl", "mixed", _MIXED, shards=2, merged=True),
+    TinySpec("llama-gptq", "llama", "gptq", _all("gptq"), dialect="gptq"),
 )
 
 _OVERLAY = TinySpec("overlay", "", "mxfp8", (), index=False)

@@ -47,11 +47,12 @@ def check(ctx: Context) -> Iterator[Finding]:
         if weight is None:
             continue
         ctx.tally.see()
-        if "weight" in parts and "weight_packed" in parts:
+        stored = [leaf for leaf in ("weight", "weight_packed", "qweight") if leaf in parts]
+        if len(stored) > 1:
             yield ctx.finding(
                 "the weight is stored twice, packed and unpacked",
-                tensor=parts["weight"].name,
-                observed="weight and weight_packed",
+                tensor=parts[stored[0]].name,
+                observed=" and ".join(stored),
                 expected="one of them",
             )
             continue

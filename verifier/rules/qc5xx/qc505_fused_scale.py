@@ -11,8 +11,6 @@ from verifier.rules.fusing import scalars
 from verifier.rules.registry import rule
 from verifier.schemes import expert_key
 
-LEAVES = ("weight_scale_2", "weight_global_scale")
-
 
 @rule(
     "QC505",
@@ -46,7 +44,9 @@ def check(ctx: Context) -> Iterator[Finding]:
 
     **Fix.** Calibrate the group with its largest amax and recompute the block scales.
     """
-    for leaf in LEAVES:
+    scales = ctx.candidate.scales_of("tensor_scale")
+    leaves = {t.name.rpartition(".")[2] for _, _, sibling, t in scales if sibling.scalar}
+    for leaf in sorted(leaves):
         names = [
             m.name
             for m in ctx.candidate.quantized_modules

@@ -38,7 +38,8 @@ def check(ctx: Context) -> Iterator[Finding]:
 
     **Fix.** Write the group's largest activation amax to all its members.
     """
-    for leaf in ("input_scale", "input_global_scale"):
+    leaves = {t.name.rpartition(".")[2] for _, _, _, t in ctx.candidate.scales_of("input")}
+    for leaf in sorted(leaves):
         names = [m.name for m in ctx.candidate.quantized_modules if leaf in m.parts]
         for group in scalars(ctx, leaf, names):
             if min(group.values) > 0:  # QC503

@@ -307,6 +307,7 @@ def _group(
         "weight_scale",
         args.bits,
         args.kind,
+        text(weights.get("actorder")).lower() in ("group", "dynamic"),
     )
     return Group(name, tuple(targets), scheme)
 

@@ -142,6 +142,7 @@ def parse_gptq(body: Mapping[str, Any], file: str) -> Declaration:
         body.get("sym", True) is not False,
         group_of(group),
         "scales",
+        reordered=body.get("desc_act") is True and group_of(group) is not None,
     )
     overrides = tuple(_overrides(body.get("dynamic"), unclear))
     listed = tuple(_flat(body.get("modules_in_block_to_quantize")))
