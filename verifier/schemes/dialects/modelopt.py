@@ -10,6 +10,7 @@ are read in any case, as vLLM does: ModelOpt itself writes ``fp8_pb_wo`` and ``m
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -231,6 +232,8 @@ def parse_fp8(
         group_size = _first_group_size(groups)
     exclude = name_lists(body, EXCLUSION_KEYS, problems)
     dialect = _fp8_dialect(method, body, config or {}, exclude)
+    if base is not None and isinstance(dialect, DeepseekV4):
+        base = replace(base, scale_leaf="")  # its own is called ``scale``
     return Declaration(
         file,
         "vendor",
