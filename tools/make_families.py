@@ -28,7 +28,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from verifier.layouts.family import Family
 
-OUT = Path(__file__).parent.parent / "verifier" / "families"
+OUT = Path(__file__).parent.parent / "verifier" / "layouts" / "families"
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 LAYER_KINDS = {"all", "sparse", "dense", "indexer"}
 
