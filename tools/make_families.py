@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write ``verifier/layouts/families/*.json``: the hub layout of each family, from what
-transformers itself saves.
+"""Write ``verifier/layouts/families/*.json``: the hub layout of each family, from what transformers itself
+saves.
 
     python tools/make_families.py [--check]
 
@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from safetensors import safe_open
 from transformers.core_model_loading import revert_weight_conversion
 
@@ -338,6 +339,66 @@ GEMMA4: dict[str, Any] = {
     "vocab_size_per_layer_input": 331,
     "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
 }
+KIMI_NAMES = [
+    (r"^language_model\.model\.blocks\.", "language_model.model.layers."),
+    (r"^model\.mm_projector\.", "mm_projector."),
+    (r"^vision_tower\.encoder\.patch_embed\.", "vision_tower.patch_embed."),
+]
+"""Kimi-K2.5's names as released, which transformers reads and does not write."""
+KIMI_SPELLINGS = {
+    "projection_hidden_size": ["vision_config.mm_hidden_size"],
+    "vision_config.hidden_size": ["vision_config.vt_hidden_size"],
+    "vision_config.intermediate_size": ["vision_config.vt_intermediate_size"],
+    "vision_config.num_hidden_layers": ["vision_config.vt_num_hidden_layers"],
+    "vision_config.pos_emb_height": ["vision_config.init_pos_emb_height"],
+    "vision_config.pos_emb_width": ["vision_config.init_pos_emb_width"],
+}
+DEEPSEEK_V4: dict[str, Any] = {
+    "num_hidden_layers": 5,
+    "layer_types": [
+        "sliding_attention",
+        "compressed_sparse_attention",
+        "heavily_compressed_attention",
+        "compressed_sparse_attention",
+        "heavily_compressed_attention",
+    ],
+    "mlp_layer_types": ["hash_moe", "hash_moe", "moe", "moe", "moe"],
+    "hc_mult": (4, 3),
+    "o_groups": (2, 5),
+    "num_experts_per_tok": (2, 6),
+}
+DEEPSEEK_V4_NAMES = [
+    (r"^model\.", ""),
+    (r"^embed_tokens\.", "embed."),
+    (r"^hc_head\.hc_", "hc_head_"),
+    (r"\.attn\.norm\.", ".attn.kv_norm."),
+]
+"""DeepSeek-V4's names as released, which transformers reads and does not write."""
+DEEPSEEK_V4_LAYERS: dict[str, list[dict[str, Any]]] = {
+    "compressed": [
+        {
+            "list": "layer_types",
+            "is": ["compressed_sparse_attention", "heavily_compressed_attention"],
+        },
+        {"list": "compress_ratios", "is": [4, 128]},
+    ],
+    "indexed": [
+        {"list": "layer_types", "is": ["compressed_sparse_attention"]},
+        {"list": "compress_ratios", "is": [4]},
+    ],
+    "heavily compressed": [
+        {"list": "layer_types", "is": ["heavily_compressed_attention"]},
+        {"list": "compress_ratios", "is": [128]},
+    ],
+    "hashed": [
+        {"list": "mlp_layer_types", "is": ["hash_moe"]},
+        {"from": "num_hash_layers", "not": True},
+    ],
+    "routed": [
+        {"list": "mlp_layer_types", "is": ["moe"]},
+        {"from": "num_hash_layers"},
+    ],
+}
 NEW: dict[str, dict[str, Any]] = {
     **family("deepseek_v2", "DeepseekV2ForCausalLM", kinds=AFTER_DENSE, nullable=["q_lora_rank"]),
     **family(
@@ -517,7 +578,7 @@ NEW: dict[str, dict[str, Any]] = {
             "full": one_of("layer_types", "full_attention"),
         },
         vague=r"self_attn|per_layer",
-        zero=["hidden_size_per_layer_input"],
+        nullable=["hidden_size_per_layer_input"],
     ),
     **family(
         "dbrx",
@@ -580,6 +641,33 @@ NEW: dict[str, dict[str, Any]] = {
         vague="vision|vit_|self_attn",
     ),
     **family("openai_privacy_filter", "OpenAIPrivacyFilterForTokenClassification"),
+    **family(
+        "kimi_k25",
+        "Kimi_K25ForConditionalGeneration",
+        {
+            "projection_hidden_size": (88, 92),
+            "vision_config": {"pos_emb_height": (61, 67), "pos_emb_width": (71, 73)},
+        },
+        kinds=AFTER_DENSE,
+        hints=["4*vision_config.hidden_size"],
+        renames=KIMI_NAMES,
+        spellings=KIMI_SPELLINGS,
+        more_layers="text_config.num_nextn_predict_layers",
+    ),
+    **family(
+        "deepseek_v4",
+        "DeepseekV4ForCausalLM",
+        DEEPSEEK_V4,
+        kinds=DEEPSEEK_V4_LAYERS,
+        hints=[
+            "hc_mult*hc_mult+2*hc_mult",
+            "num_attention_heads*head_dim/o_groups",
+            "num_experts_per_tok",
+        ],
+        renames=DEEPSEEK_V4_NAMES,
+        drop="hc_",  # accepted, not required: reduced checkpoints leave the streams out
+        optional=["^mtp\\.", "hc_"],
+    ),
 }
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {
@@ -640,6 +728,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "flags": ["use_bias"],
         "optional": ["^model\\.mtp_"],
     },
+    "kimi_k2": {
+        "config": text_model("deepseek_v3", first_k_dense_replace=1),
+        "model": "DeepseekV3ForCausalLM",
+        "flags": ["attention_bias"],
+        "nullable": ["q_lora_rank"],
+        "more_layers": "num_nextn_predict_layers",
+    },
     **NEW,
     "minimax_m3_vl": {
         "config": minimax_m3_vl,
@@ -648,6 +743,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "optional": ["^mtp\\."],
     },
 }
+Shapes = dict[str, tuple[int, ...]]
 SPELLINGS = {
     "num_local_experts": ["num_experts", "n_routed_experts"],
     "num_experts": ["num_local_experts"],
@@ -664,10 +760,20 @@ SPELLINGS = {
 }
 
 
-def saved(config: Any, model: str) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
+def released(names: Shapes, spec: dict[str, Any]) -> Shapes:
+    """Return shapes by the names of the released checkpoints, where transformers writes others."""
+    renamed = {}
+    for name, shape in names.items():
+        for found, instead in spec.get("renames", ()):
+            name = re.sub(found, instead, name)
+        renamed[name] = shape
+    return renamed
+
+
+def saved(config: Any, spec: dict[str, Any]) -> tuple[Shapes, Shapes]:
     """Return names and shapes as saved, and as in memory."""
     torch.manual_seed(0)
-    built = getattr(transformers, model)(config)
+    built = getattr(transformers, spec["model"])(config)
     memory = {n: tuple(t.shape) for n, t in built.state_dict().items()}
     with tempfile.TemporaryDirectory() as folder:
         built.save_pretrained(folder)
@@ -675,7 +781,7 @@ def saved(config: Any, model: str) -> tuple[dict[str, tuple[int, ...]], dict[str
         for file in Path(folder).glob("*.safetensors"):
             with safe_open(file, "pt") as handle:
                 names |= {k: tuple(handle.get_slice(k).get_shape()) for k in handle.keys()}
-    return names, memory
+    return released(names, spec), memory
 
 
 def pattern(name: str) -> str:
@@ -707,7 +813,7 @@ def values(config: Any) -> dict[str, int]:
 
     walk("", config.to_dict())
     text = "text_config." if "text_config" in config.to_dict() else ""
-    if f"{text}qk_rope_head_dim" in found:
+    if f"{text}kv_lora_rank" in found:
         found.pop(f"{text}head_dim", None)  # transformers' own, derived
     elif (
         f"{text}head_dim" not in found
@@ -716,11 +822,14 @@ def values(config: Any) -> dict[str, int]:
         found[f"{text}head_dim"] = (
             found[f"{text}hidden_size"] // found[f"{text}num_attention_heads"]
         )
-    skip = re.compile(
-        r"(_token_id|_token_index|rotary_dim|max_position|merged_hidden|topk|block|per_tok|image_size|window|"
-        r"num_hidden_layers|qk_head_dim|n_group$|window_layers|num_nextn)"
-    )
-    return {k: v for k, v in found.items() if not skip.search(k)}
+    return found
+
+
+NO_SIZE = re.compile(
+    r"(_token_id|_token_index|rotary_dim|max_position|merged_hidden|topk|block|per_tok|image_size|window|"
+    r"num_hidden_layers|qk_head_dim|n_group$|window_layers|num_nextn)"
+)
+"""Config keys that are no size of a tensor unless a hint names them."""
 
 
 def explain(
@@ -732,7 +841,8 @@ def explain(
     for hint in hints or []:
         if all(_evaluated(hint, t) == d for t, d in zip(tables, dims, strict=True)):
             return hint
-    paths = sorted(set(tables[0]) & set(tables[1]), key=lambda p: (p.count("."), len(p), p))
+    known = [p for p in set(tables[0]) & set(tables[1]) if not NO_SIZE.search(p)]
+    paths = sorted(known, key=lambda p: (p.count("."), len(p), p))
     for count in (1, 2, 3):
         for combo in itertools.combinations_with_replacement(paths, count):
             if all(_product(t, combo) == d for t, d in zip(tables, dims, strict=True)):
@@ -755,10 +865,12 @@ def explain(
 def _evaluated(text: str, table: dict[str, int]) -> int | None:
     total = 0
     for term in text.split("+"):
-        factors = [int(f) if f.isdigit() else table.get(f) for f in term.split("*")]
-        if None in factors:
+        product, _, divisor = term.partition("/")
+        factors = [int(f) if f.isdigit() else table.get(f) for f in product.split("*")]
+        by = table.get(divisor) if divisor else 1
+        if by is None or None in factors:
             return None
-        total += math.prod(f for f in factors if f is not None)
+        total += math.prod(f for f in factors if f is not None) // by
     return total
 
 
@@ -839,7 +951,7 @@ def make(model_type: str) -> dict[str, Any]:
     """Return the family data of one model type."""
     spec = FAMILIES[model_type]
     configs = [spec["config"](0), spec["config"](1)]
-    observed = [saved(c, spec["model"]) for c in configs]
+    observed = [saved(c, spec) for c in configs]
     tables = [values(c) for c in configs]
     tensors, seen, hints = [], {}, _hints(spec, configs[0])
     for name in observed[0][0]:
@@ -869,8 +981,6 @@ def make(model_type: str) -> dict[str, Any]:
         tensors += _flagged(spec, flag, seen, tables)
     for key in spec.get("nullable", []):
         tensors = _nullable(spec, key, tensors, tables)
-    for key in spec.get("zero", []):
-        tensors = _nullable(spec, key, tensors, tables, value=0)
     switches: dict[str, bool] = {}
     if spec.get("switches"):
         tensors, switches = _switched(spec, tensors, tables)
@@ -879,7 +989,7 @@ def make(model_type: str) -> dict[str, Any]:
         p
         for t in tensors
         for d in t["shape"] or ()
-        for p in re.split(r"[*+]", d)
+        for p in re.split(r"[*+/]", d)
         if not p.isdigit()
     }
     text = _text(configs[0])
@@ -895,7 +1005,7 @@ def make(model_type: str) -> dict[str, Any]:
     deciding = {
         text + k for k in ("first_k_dense_replace", "moe_layer_start_index", "decoder_sparse_step")
     }
-    deciding |= {text + key for key in spec.get("zero", [])}
+    deciding |= set(spec.get("nullable", []))
     deciding |= {
         text + r[k]
         for rules in spec.get("kinds", {}).values()
@@ -906,6 +1016,7 @@ def make(model_type: str) -> dict[str, Any]:
     defaults = _defaults(type(configs[0]), used | set(ranges.values()) | deciding) | switches
     if bool(type(configs[0])().to_dict().get("tie_word_embeddings")):
         defaults["tie_word_embeddings"] = True
+    spellings = SPELLINGS | spec.get("spellings", {})
     found = {
         "model_type": model_type,
         "made_by": f"tools/make_families.py, transformers {transformers.__version__}, {spec['model']}",
@@ -913,7 +1024,7 @@ def make(model_type: str) -> dict[str, Any]:
         "ranges": ranges,
         "defaults": defaults,
         "spellings": {
-            p: SPELLINGS[p] for p in sorted(used | set(ranges.values())) if p in SPELLINGS
+            p: spellings[p] for p in sorted(used | set(ranges.values())) if p in spellings
         },
         "optional": spec.get("optional", []),
         "more_layers": spec.get("more_layers", ""),
@@ -937,7 +1048,7 @@ def _switched(
     resizes; and its default.
     """
     configs = [spec["config"](0), spec["config"](1)]
-    plain = [_on_meta(c, spec["model"]) for c in configs]
+    plain = [_on_meta(c, spec) for c in configs]
     switches: dict[str, bool] = {}
     for place in dict.fromkeys((_text(configs[0]), "")):
         own = vars(configs[0].text_config if place else configs[0])
@@ -968,7 +1079,6 @@ IDLE = {
     "return_dict",
     "is_encoder_decoder",
 }
-Shapes = dict[str, tuple[int, ...]]
 
 
 def _switch_default(cls: Any, path: str) -> bool:
@@ -988,15 +1098,15 @@ def _turned(
     own = config.text_config if place else config
     try:
         setattr(own, key, not getattr(own, key) if value is None else value)
-        return _on_meta(config, spec["model"])
+        return _on_meta(config, spec)
     except Exception:  # noqa: BLE001  (a combination that the class does not have)
         return None
 
 
-def _on_meta(config: Any, model: str) -> Shapes:
+def _on_meta(config: Any, spec: dict[str, Any]) -> Shapes:
     """Return names and shapes as `save_pretrained` would write them, without values."""
     with torch.device("meta"):
-        built = getattr(transformers, model)(config)
+        built = getattr(transformers, spec["model"])(config)
     state = dict(built.state_dict())
     tied = getattr(built, "all_tied_weights_keys", None) or {}
     ignored = getattr(built, "_keys_to_ignore_on_save", None) or ()
@@ -1005,7 +1115,8 @@ def _on_meta(config: Any, model: str) -> Shapes:
         for k, v in state.items()
         if k not in tied and not any(re.search(p, k) for p in ignored)
     }
-    return {n: tuple(t.shape) for n, t in revert_weight_conversion(built, kept).items()}
+    shapes = {n: tuple(t.shape) for n, t in revert_weight_conversion(built, kept).items()}
+    return released(shapes, spec)
 
 
 def _marked(
@@ -1056,7 +1167,7 @@ def _flagged(
     config = [spec["config"](0), spec["config"](1)]
     for c in config:
         setattr(c, flag, True)
-    found = [saved(c, spec["model"])[0] for c in config]
+    found = [saved(c, spec)[0] for c in config]
     one = {pattern(n): s for n, s in found[1].items()}
     more: dict[str, Any] = {}
     for name, shape in found[0].items():
@@ -1074,19 +1185,15 @@ def _flagged(
 
 
 def _nullable(
-    spec: dict[str, Any],
-    key: str,
-    tensors: list[dict[str, Any]],
-    tables: list[dict[str, int]],
-    value: int | None = None,
+    spec: dict[str, Any], key: str, tensors: list[dict[str, Any]], tables: list[dict[str, int]]
 ) -> list[dict[str, Any]]:
-    """Return the tensors with those that only belong where a config value is set, or is null or
-    zero, marked so.
+    """Return the tensors with those that only belong where a config value is set, or is null,
+    marked so.
     """
     config = [spec["config"](0), spec["config"](1)]
     for c in config:
-        setattr(c, key, value)
-    found = [{pattern(n): s for n, s in saved(c, spec["model"])[0].items()} for c in config]
+        _unset(c, key)
+    found = [{pattern(n): s for n, s in saved(c, spec)[0].items()} for c in config]
     known = {t["name"] for t in tensors}
     marked = [t if t["name"] in found[0] or t.get("if") else t | {"if": key} for t in tensors]
     for name, shape in found[0].items():
@@ -1094,6 +1201,14 @@ def _nullable(
             dims = [explain((a, b), tables) for a, b in zip(shape, found[1][name], strict=True)]
             marked.append({"name": name, "shape": dims, "unless": key, "layers": "all"})
     return marked
+
+
+def _unset(config: Any, key: str) -> None:
+    """Set a config value to null, or to 0 where its class takes whole numbers alone."""
+    try:
+        setattr(config, key, None)
+    except StrictDataclassFieldValidationError:
+        setattr(config, key, 0)
 
 
 def _defaults(cls: type, paths: set[str]) -> dict[str, int]:

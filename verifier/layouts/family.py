@@ -2,7 +2,7 @@
 """Hub layouts as data: which tensors a family has, with which shapes, from its config alone.
 
 The JSON files are written by ``tools/make_families.py`` from what transformers saves. Shapes are
-products of config values; a value that neither the config nor transformers' defaults give makes
+formulas of config values; a value that neither the config nor transformers' defaults give makes
 that one shape unknown, nothing else.
 """
 
@@ -59,24 +59,32 @@ class Family:
         return None
 
     def shape(self, config: Mapping[str, Any], dims: list[str] | None) -> Shape | None:
-        """Return the shape that products of config paths give, or None where a value, or the
+        """Return the shape that formulas of config paths give, or None where a value, or the
         formula, is unknown.
         """
         if dims is None:
             return None
         shape = []
-        for product in dims:
-            total = 0
-            for term in product.split("+"):
-                part = 1
-                for factor in term.split("*"):
-                    value = int(factor) if factor.isdigit() else self.value(config, factor)
-                    if value is None:
-                        return None
-                    part *= value
-                total += part
-            shape.append(total)
+        for formula in dims:
+            terms = [self._term(config, term) for term in formula.split("+")]
+            if None in terms:
+                return None
+            shape.append(sum(t for t in terms if t is not None))
         return tuple(shape)
+
+    def _term(self, config: Mapping[str, Any], term: str) -> int | None:
+        """Return the product of numbers and config paths, where asked over one more; None where it
+        is unknown or no whole number.
+        """
+        product, _, divisor = term.partition("/")
+        total = 1
+        for factor in product.split("*"):
+            value = int(factor) if factor.isdigit() else self.value(config, factor)
+            if value is None:
+                return None
+            total *= value
+        by = self.value(config, divisor) if divisor else 1
+        return total // by if by and total % by == 0 else None
 
     def layers(self, config: Mapping[str, Any], kind: str) -> list[int]:
         """Return the text layers of a kind: ``all``, ``dense``, ``sparse``, ``indexer`` or one of
