@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write ``verifier/layouts/families/*.json``: the hub layout of each family, from what transformers itself
-saves.
+"""Write ``verifier/layouts/families/*.json``: the hub layout of each family, from what transformers
+itself saves.
 
     python tools/make_families.py [--check]
 
@@ -346,7 +346,6 @@ KIMI_NAMES = [
 ]
 """Kimi-K2.5's names as released, which transformers reads and does not write."""
 KIMI_SPELLINGS = {
-    "projection_hidden_size": ["vision_config.mm_hidden_size"],
     "vision_config.hidden_size": ["vision_config.vt_hidden_size"],
     "vision_config.intermediate_size": ["vision_config.vt_intermediate_size"],
     "vision_config.num_hidden_layers": ["vision_config.vt_num_hidden_layers"],
@@ -644,12 +643,10 @@ NEW: dict[str, dict[str, Any]] = {
     **family(
         "kimi_k25",
         "Kimi_K25ForConditionalGeneration",
-        {
-            "projection_hidden_size": (88, 92),
-            "vision_config": {"pos_emb_height": (61, 67), "pos_emb_width": (71, 73)},
-        },
+        {"vision_config": {"pos_emb_height": (61, 67), "pos_emb_width": (71, 73)}},
         kinds=AFTER_DENSE,
         hints=["4*vision_config.hidden_size"],
+        vague=r"pre_norm",
         renames=KIMI_NAMES,
         spellings=KIMI_SPELLINGS,
         more_layers="text_config.num_nextn_predict_layers",
@@ -892,9 +889,8 @@ def layer_kind(name: str, layers: set[int], config: Any, spec: dict[str, Any]) -
     types = list(getattr(text, "layer_types", None) or [])
     told = {t for t in types if {i for i, x in enumerate(types) if x == t} == layers}
     if len(fitting) > 1 or (told and fitting in (["sparse"], ["dense"])):
-        raise SystemExit(
-            f"{name}: {' and '.join([*fitting, *sorted(told)])} are the same layers of the small model"
-        )
+        kinds = " and ".join([*fitting, *sorted(told)])
+        raise SystemExit(f"{name}: {kinds} are the same layers of the small model")
     if fitting:
         return fitting[0]
     mlp = getattr(text, "mlp_layer_types", None)
@@ -1017,9 +1013,10 @@ def make(model_type: str) -> dict[str, Any]:
     if bool(type(configs[0])().to_dict().get("tie_word_embeddings")):
         defaults["tie_word_embeddings"] = True
     spellings = SPELLINGS | spec.get("spellings", {})
+    made_with = f"transformers {transformers.__version__}, {spec['model']}"
     found = {
         "model_type": model_type,
-        "made_by": f"tools/make_families.py, transformers {transformers.__version__}, {spec['model']}",
+        "made_by": f"tools/make_families.py, {made_with}",
         "text": text,
         "ranges": ranges,
         "defaults": defaults,

@@ -611,7 +611,6 @@ COMPRESSED_TENSORS = (
         readers=TWO_ENGINES,
         roles=PACKED,
         model="kimi_k25",
-        known_as="kimi_k25",  # no layout of the family: what is lost shows next to the base alone
         misnamed=("pack-quantized", "int-quantized"),
     ),
 )
@@ -865,7 +864,6 @@ VENDORS = (
         "vLLM, transformers",
         roles=Roles(scale="scale"),
         model="deepseek_v4",
-        known_as="deepseek_v4",  # as kimi_k25
         lost="",
     ),
     Format(
@@ -879,7 +877,6 @@ VENDORS = (
         "vLLM, TensorRT-LLM",
         roles=SCALES_2,
         model="deepseek_v4",
-        known_as="deepseek_v4",  # as kimi_k25
         lost="",
     ),
     Format(

@@ -320,11 +320,6 @@ def _indexer_flags(text: Mapping[str, Any], count: int) -> list[bool]:
     return [False] * count
 
 
-_SAME_LAYOUT = {"kimi_k2": "deepseek_v3"}
-"""Model types whose tensors are those of another family (``auto_map`` of moonshotai/Kimi-K2-Instruct:
-modeling_deepseek.DeepseekV3ForCausalLM)."""
-
-
 @lru_cache(maxsize=1)
 def known() -> tuple[str, ...]:
     """Return the model types that have a layout file, sorted."""
@@ -336,10 +331,9 @@ def known() -> tuple[str, ...]:
 @lru_cache(maxsize=64)
 def load(model_type: str | None) -> Family | None:
     """Return the family of a model type, or None where no file describes it."""
-    file = _SAME_LAYOUT.get(str(model_type), model_type)
-    if file not in known():
+    if model_type not in known():
         return None
-    data = json.loads((_DATA / f"{file}.json").read_text(encoding="utf-8"))
+    data = json.loads((_DATA / f"{model_type}.json").read_text(encoding="utf-8"))
     return Family(str(model_type), data)
 
 
