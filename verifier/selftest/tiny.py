@@ -288,7 +288,7 @@ def _encode(
             continue
         group = packed_name(module) or module
         parts = encode(tensor.astype(np.float32), formats[module], amax[group])
-        if formats[module] == "nvfp4":  # one per fused group, as calibration on text gives
+        if formats[module] in ("nvfp4", "fp8"):  # one per fused group, as calibration on text gives
             scale = 0.01 * (1 + groups.index(group) / len(groups))
             parts["input_scale"] = np.asarray(scale, np.float32)
         for leaf, part in parts.items():

@@ -98,7 +98,8 @@ def test_the_layout_is_what_transformers_saves(
     assert family.expected({k: v for k, v in written.items() if k in keep}) == saved
 
 
-@pytest.mark.parametrize("model_type", [m for m in known() if m in BY_NAME])
+# DeepSeek-V4's hub names are the vendor's, not those that transformers saves.
+@pytest.mark.parametrize("model_type", [m for m in known() if m in BY_NAME and m != "deepseek_v4"])
 def test_the_layout_is_that_of_the_zoo(model_type: str) -> None:
     """Names and shapes as `save_pretrained` would write them, of a model on the meta device."""
     family, spec = family_of({"model_type": model_type}), BY_NAME[model_type]

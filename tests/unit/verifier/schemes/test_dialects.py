@@ -310,7 +310,7 @@ def modelopt(**more: Any) -> dict[str, Any]:
         ("INT4_AWQ", "int4_awq", "none"),
         ("W4A8_AWQ", "w4a8_awq", "static"),
         ("W8A16", "int8", "none"),
-        ("W8A8_SQ_PER_CHANNEL", "int8", "dynamic"),
+        ("W8A8_SQ_PER_CHANNEL", "int8", "static"),
         ("INT8_SQ", "int8", "static"),
     ],
 )

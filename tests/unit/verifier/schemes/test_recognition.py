@@ -274,7 +274,7 @@ def test_packed_integers_without_a_declaration_have_no_size() -> None:
 
 def test_one_group_for_a_whole_row_is_not_a_block() -> None:
     parts: Parts = {"weight_packed": ("I32", (OUT, IN // 8)), "weight_scale": ("BF16", (OUT, 1))}
-    shown = module_of(parts, FORMATS["int_packed"]).inferred_format
+    shown = module_of(parts, FORMATS["int_packed"].sized(block=None)).inferred_format
     assert shown.block is None
     assert shown.siblings[0].shapes(OUT, IN) == ((OUT, 1),)
 
