@@ -780,7 +780,8 @@ def layer_kind(name: str, layers: set[int], config: Any, spec: dict[str, Any]) -
     told = {t for t in types if {i for i, x in enumerate(types) if x == t} == layers}
     if len(fitting) > 1 or (told and fitting in (["sparse"], ["dense"])):
         raise SystemExit(
-            f"{name}: {' and '.join([*fitting, *sorted(told)])} are the same layers of the small model"
+            f"{name}: {' and '.join([*fitting, *sorted(told)])} are the same layers of the "
+            "small model"
         )
     if fitting:
         return fitting[0]
@@ -904,7 +905,8 @@ def make(model_type: str) -> dict[str, Any]:
         defaults["tie_word_embeddings"] = True
     found = {
         "model_type": model_type,
-        "made_by": f"tools/make_families.py, transformers {transformers.__version__}, {spec['model']}",
+        "made_by": f"tools/make_families.py, transformers {transformers.__version__}, "
+        f"{spec['model']}",
         "text": text,
         "ranges": ranges,
         "defaults": defaults,
