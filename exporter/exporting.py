@@ -195,8 +195,8 @@ def merge(
     shard_bytes: int | None = None,
     progress: Progress | None = None,
 ) -> Manifest:
-    """Move routed experts that another tool quantized onto a checkpoint of another format; no byte
-    is re-quantized.
+    """Move routed experts that another tool quantized onto a checkpoint in a different format; no
+    byte is re-quantized.
 
     Args:
         experts: directory whose quantized routed experts are taken.

@@ -429,16 +429,15 @@ def remote_table() -> list[str]:
         f"MiniMax-M3-NVFP4 is the real layout, {release['tensors']:,} tensors in "
         f"{release['shards']} shards ({size(release['bytes'])}; headers and JSON files "
         f"{size(release['headers'])}); tiny-nvfp4 has {size(tiny['bytes'])}, its base tiny-bf16 "
-        f"{size(known['org/tiny-bf16']['bytes'])}. Time, CPU time and memory are of the whole "
+        f"{size(known['org/tiny-bf16']['bytes'])}. CPU time is of the whole "
         "process.",
         "",
-        "| ckptgate | requests | fetched | time | CPU | memory |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        "| ckptgate | requests | fetched | CPU time |",
+        "| --- | ---: | ---: | ---: |",
     ]
     for row in r["rows"]:
-        times = f"{row['seconds']:.1f} s | {row['cpu_seconds']:.1f} s"
-        numbers = f"{row['requests']:,} | {size(row['bytes'])} | {times}"
-        lines.append(f"| `{row['command']}` | {numbers} | {row['memory_mb']} MB |")
+        numbers = f"{row['requests']:,} | {size(row['bytes'])} | {row['cpu_seconds']:.1f} s"
+        lines.append(f"| `{row['command']}` | {numbers} |")
     versions = ", ".join(f"{k} {v}" for k, v in r["versions"].items())
     return [*lines, "", f"{versions}; {r['machine']}.", ""]
 

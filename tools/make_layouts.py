@@ -51,7 +51,8 @@ def page() -> str:
         HEAD,
         "## Supported",
         "",
-        "| family | hub | axes | gate and up | linear layer of one expert | default | scales of a stack |",
+        "| family | hub | axes | gate and up | linear layer of one expert | default "
+        "| scales of a stack |",
         "|" + "---|" * 7,
         *map(_row, rows),
     ]

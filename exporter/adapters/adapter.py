@@ -344,7 +344,7 @@ class StateDictAdapter:
 
         Raises:
             PlanError: a name that is not in the table, a stack that does not split,
-                ``quantization`` where the config declares no MXFP8, or another format for this
+                ``quantization`` where the config declares no MXFP8, or a different format for this
                 tensor.
         """
         excluded = _matcher(exclude_key_regex)

@@ -342,7 +342,8 @@ def join(
         if len(names) != own.ndim or not set(names) <= others:
             raise PlanError(
                 f"{name}: its parts are on the mesh dimensions "
-                f"{', '.join(names) or 'without names'}; expected {', '.join(sorted(others)) or 'none'} of device_mesh"
+                f"{', '.join(names) or 'without names'}; "
+                f"expected {', '.join(sorted(others)) or 'none'} of device_mesh"
             )
         for dim, placement in zip(names, moved, strict=True):
             placements[all_names.index(dim)] = placement

@@ -181,8 +181,8 @@ def describe_plan(plan: Plan) -> str:
     fused = plan.fused()
     for algo, count in sorted(plan.formats().items()):
         lines.append(
-            f"  quantize  {counted(count, 'linear layer')} ({fused[algo]:,} after fusing) to {algo} "
-            f"in {counted(len(layers), 'layer')}"
+            f"  quantize  {counted(count, 'linear layer')} ({fused[algo]:,} after fusing) "
+            f"to {algo} in {counted(len(layers), 'layer')}"
         )
     for (read, written), count in sorted(plan.requantized().items()):
         verb = "decode" if written == "BF16" else "re-quantize"
@@ -216,8 +216,8 @@ def describe_result(manifest: Manifest, out: str) -> list[str]:
             done, planned, fused = notes["linears"][algo]
             search = manifest.options.get("calibration") if "NVFP4" in algo else "max"
             lines.append(
-                f"  {'':12} {done:,} of {counted(planned, 'linear layer')} ({fused:,} after fusing), "
-                f"scale search: {search}"
+                f"  {'':12} {done:,} of {counted(planned, 'linear layer')} "
+                f"({fused:,} after fusing), scale search: {search}"
             )
     for pair, count in notes["requantized"].items():
         verb = "decoded" if pair.endswith("BF16") else "re-quantized"

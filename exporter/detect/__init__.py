@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which modules of a transformers model hold routed experts, and in which layout: known exactly, or
-refused by name.
+"""Find the modules of a transformers model that hold routed experts, and their layout; a module
+whose layout is not known exactly is refused by name.
 """
 
 from exporter.detect.detect import Detection, detect, detect_config, meta_model

@@ -1,15 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a module stores its experts, read from the flags that transformers' decorator leaves, or from
-shapes alone.
-"""
+"""Read how a module stores its experts from the flags of transformers' decorator or its shapes."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
-"""What `transformers.integrations.moe.use_experts_implementation` sets on each instance."""
 COUNTS = (
     "num_experts",
     "num_local_experts",
@@ -25,8 +21,8 @@ class ExpertStack:
 
     ``first`` names the parameter of gate and up (or up alone), [experts, 2 * intermediate, hidden],
     and ``down`` is [experts, hidden, intermediate]; ``transposed`` swaps the last two axes of both.
-    ``interleaved`` says that gate and up alternate row by row instead of following one another.
-    ``by`` says what the layout was read from.
+    With ``interleaved``, the rows of gate and up alternate. ``by`` is the source of the layout:
+    flags, shapes, class or plugin.
     """
 
     path: str
@@ -44,13 +40,13 @@ class ExpertStack:
 
     @property
     def linears(self) -> int:
-        """How many linear layers the hub has for it: two or three an expert."""
+        """The number of linear layers on the hub: two or three per expert."""
         return self.experts * (3 if self.gated else 2)
 
 
 @dataclass(frozen=True, slots=True)
 class FusedLinear:
-    """A dense linear that holds gate and up in one, [2 * intermediate, hidden]."""
+    """A dense linear layer of gate and up in one, [2 * intermediate, hidden]."""
 
     path: str
     shape: tuple[int, ...]
@@ -58,7 +54,7 @@ class FusedLinear:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """A module that holds experts in a layout that is not known, and why."""
+    """A module whose experts are in an unknown layout, and the reason."""
 
     path: str
     cls: str
@@ -71,7 +67,7 @@ def parameters(module: Any) -> dict[str, tuple[int, ...]]:
 
 
 def by_flags(path: str, module: Any) -> ExpertStack | Refused:
-    """Read a decorated module; its flags decide, and its shapes must agree with them."""
+    """Read a decorated module by its flags; its shapes must agree with them."""
     own, name = parameters(module), type(module).__name__
     gated = bool(module.has_gate)
     first = "gate_up_proj" if gated else "up_proj"
@@ -79,10 +75,10 @@ def by_flags(path: str, module: Any) -> ExpertStack | Refused:
         return Refused(
             path,
             name,
-            f"its flags say {first} and down_proj; it has {', '.join(own) or 'no parameter'}",
+            f"its flags require {first} and down_proj; it has {', '.join(own) or 'no parameters'}",
         )
-    read = _sides(own[first], own["down_proj"], gated=gated, transposed=bool(module.is_transposed))
-    if read is None:
+    sizes = _sizes(own[first], own["down_proj"], gated=gated, transposed=bool(module.is_transposed))
+    if sizes is None:
         shapes = f"{first} {list(own[first])}, down_proj {list(own['down_proj'])}"
         return Refused(
             path,
@@ -95,7 +91,7 @@ def by_flags(path: str, module: Any) -> ExpertStack | Refused:
         own["down_proj"][0],
         first,
         "down_proj",
-        *read,
+        *sizes,
         gated,
         bool(module.is_transposed),
         gated and not module.is_concatenated,
@@ -105,11 +101,11 @@ def by_flags(path: str, module: Any) -> ExpertStack | Refused:
 
 
 def by_shapes(path: str, module: Any, hidden: int | None) -> ExpertStack | Refused | None:
-    """Read an undecorated module with 3-D expert parameters and an expert count; None where it is
-    none.
+    """Read an undecorated module with 3-D expert parameters and an expert count; None for any other
+    module.
 
-    It is accepted where its shapes admit one reading. ``hidden`` is the model's hidden size, which
-    tells the axes of a non-gated stack apart.
+    It is accepted if its shapes are unambiguous. ``hidden`` is the model's hidden size, which
+    distinguishes the axes of a non-gated stack.
     """
     own, name = parameters(module), type(module).__name__
     first = next((n for n in ("gate_up_proj", "up_proj") if len(own.get(n, ())) == 3), None)
@@ -121,20 +117,17 @@ def by_shapes(path: str, module: Any, hidden: int | None) -> ExpertStack | Refus
             path, name, "3-D gate, up and down projections without a matching expert count"
         )
     gated = first == "gate_up_proj"
-    readings = {
-        t: r
-        for t in (False, True)
-        if (r := _sides(own[first], own["down_proj"], gated=gated, transposed=t))
-    }
+    readings = {}
+    for transposed in (False, True):
+        sizes = _sizes(own[first], own["down_proj"], gated=gated, transposed=transposed)
+        if sizes is not None:
+            readings[transposed] = sizes
     if len(readings) > 1 and hidden is not None:
-        readings = {t: r for t, r in readings.items() if r[0] == hidden}
+        readings = {t: sizes for t, sizes in readings.items() if sizes[0] == hidden}
     if len(readings) != 1:
-        said = "two readings" if readings else "no reading"
-        return Refused(
-            path,
-            name,
-            f"{first} {list(own[first])} and down_proj {list(own['down_proj'])} admit {said}",
-        )
+        problem = "are ambiguous" if readings else "fit no known layout"
+        shapes = f"{first} {list(own[first])} and down_proj {list(own['down_proj'])}"
+        return Refused(path, name, f"{shapes} {problem}")
     ((transposed, (size, inner)),) = readings.items()
     bias = f"{first}_bias" in own or "down_proj_bias" in own
     return ExpertStack(
@@ -142,12 +135,10 @@ def by_shapes(path: str, module: Any, hidden: int | None) -> ExpertStack | Refus
     )
 
 
-def _sides(
+def _sizes(
     first: tuple[int, ...], down: tuple[int, ...], *, gated: bool, transposed: bool
 ) -> tuple[int, int] | None:
-    """Return (hidden, intermediate) of a pair of stacks under a reading, or None where it does not
-    hold.
-    """
+    """Return (hidden, intermediate) of a pair of stacks, or None if their shapes do not fit."""
     if len(first) != 3 or len(down) != 3 or first[0] < down[0]:
         return None
     (rows, hidden), (out, inner) = first[1:], down[1:]

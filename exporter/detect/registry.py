@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Experts modules without transformers' decorator, by class name: how to read them, or why they are
-refused.
+"""Readers of experts modules without transformers' decorator, by class name; some refuse the class.
 
-Another package adds its own by the entry-point group ``ckptgate.experts``: a function that calls
+Other packages add theirs with the entry-point group ``ckptgate.experts``: a function that calls
 `register`.
 """
 
@@ -43,25 +42,32 @@ def load_plugins() -> None:
         entry.load()()
 
 
+def _gated(
+    path: str, module: Any, experts: int, hidden: int, intermediate: int, *, transposed: bool
+) -> ExpertStack:
+    """Return the stacks gate_up_proj, gate first, and down_proj of a registered class."""
+    return ExpertStack(
+        path=path,
+        cls=type(module).__name__,
+        experts=experts,
+        first="gate_up_proj",
+        down="down_proj",
+        hidden=hidden,
+        intermediate=intermediate,
+        gated=True,
+        transposed=transposed,
+        interleaved=False,
+        bias=False,
+        by="class",
+    )
+
+
 @register("Llama4TextExperts")
 def llama4(path: str, module: Any) -> ExpertStack | Refused:
     """Read [experts, hidden, 2 * intermediate] and [experts, intermediate, hidden], gate first."""
     own = parameters(module)
     count, hidden, rows = own["gate_up_proj"]
-    return ExpertStack(
-        path,
-        type(module).__name__,
-        count,
-        "gate_up_proj",
-        "down_proj",
-        hidden,
-        rows // 2,
-        True,
-        True,
-        False,
-        False,
-        "class",
-    )
+    return _gated(path, module, count, hidden, rows // 2, transposed=True)
 
 
 @register("Step3p7Experts")
@@ -69,20 +75,7 @@ def step3p7(path: str, module: Any) -> ExpertStack | Refused:
     """Read the standard layout; the hub keeps gate, up and down as three stacks."""
     own = parameters(module)
     count, rows, hidden = own["gate_up_proj"]
-    return ExpertStack(
-        path,
-        type(module).__name__,
-        count,
-        "gate_up_proj",
-        "down_proj",
-        hidden,
-        rows // 2,
-        True,
-        False,
-        False,
-        False,
-        "class",
-    )
+    return _gated(path, module, count, hidden, rows // 2, transposed=False)
 
 
 @register("LongcatFlashExperts")
@@ -92,20 +85,7 @@ def longcat_flash(path: str, module: Any) -> ExpertStack | Refused:
     if not own:
         return Refused(path, type(module).__name__, "it has zero experts only")
     count, hidden, inner = own["down_proj"]
-    return ExpertStack(
-        path,
-        type(module).__name__,
-        count,
-        "gate_up_proj",
-        "down_proj",
-        hidden,
-        inner,
-        True,
-        False,
-        False,
-        False,
-        "class",
-    )
+    return _gated(path, module, count, hidden, inner, transposed=False)
 
 
 @register("DbrxExpertGLU")
@@ -124,7 +104,7 @@ def jetmoe(path: str, module: Any) -> ExpertStack | Refused:
     return Refused(
         path,
         type(module).__name__,
-        "its input and output stacks stand in modules of their own, also in attention",
+        "its input and output stacks are in separate modules, also in attention",
     )
 
 
@@ -132,5 +112,5 @@ def jetmoe(path: str, module: Any) -> ExpertStack | Refused:
 def inkling_shared(path: str, module: Any) -> ExpertStack | Refused:
     """Refuse stacks of shared experts, interleaved on the hub."""
     return Refused(
-        path, type(module).__name__, "it holds shared experts, which the hub stores interleaved"
+        path, type(module).__name__, "its shared experts are stored interleaved on the hub"
     )

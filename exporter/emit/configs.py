@@ -4,8 +4,8 @@
 A uniform checkpoint is declared as ModelOpt 0.47 declares it; a mixed one as the published
 nvidia/MiniMax-M3-NVFP4: one ``quantized_layers`` entry per module, ``group_size`` on NVFP4 entries
 only (SGLang refuses unequal ones). 128x128 block FP8 is declared in config.json only, as
-DeepSeek-V3 does: engines read nothing else of it. Exclusions are the full hub name of every unquantized module
-whose weight has two dimensions or more.
+DeepSeek-V3 does: engines read nothing else of it. Exclusions are the full hub name of every
+unquantized module whose weight has two dimensions or more.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from exporter.layout.siblings import MemoryWeight, meaning
 from verifier.checkpoint import Checkpoint
 from verifier.errors import PlanError, UnsupportedConversion
 from verifier.layouts.expert_stacks import (
-    ExpertStack,
+    StoredStack,
     UnstackedCheckpoint,
     find_stacks,
     stack_layout_of,
@@ -26,7 +26,7 @@ ExpertLayout = Literal["per-expert", "hub"]
 _CODES = ("weight", "blocks", "scales")
 
 
-def stacks_of(ckpt: Checkpoint) -> tuple[ExpertStack, ...]:
+def stacks_of(ckpt: Checkpoint) -> tuple[StoredStack, ...]:
     """Return the stacks of a checkpoint, in file order; none where its family has no stacks.
 
     Args:
@@ -68,16 +68,16 @@ def unstacked(ckpt: Checkpoint) -> Checkpoint:
     return unstacked_view(ckpt, stacks_of(ckpt))
 
 
-def scale_groups(stacks: Iterable[ExpertStack]) -> list[tuple[ExpertStack, ...]]:
+def scale_groups(stacks: Iterable[StoredStack]) -> list[tuple[StoredStack, ...]]:
     """Return the stacks that share scales: those of gate and up of a layer, and that of down."""
-    groups: dict[tuple[str, bool], list[ExpertStack]] = {}
+    groups: dict[tuple[str, bool], list[StoredStack]] = {}
     for stack in stacks:
         groups.setdefault((stack.head, stack.is_down), []).append(stack)
     return [tuple(group) for group in groups.values()]
 
 
-def _require_whole_mxfp4(ckpt: Checkpoint, stacks: Iterable[ExpertStack]) -> None:
-    layers: dict[str, list[ExpertStack]] = {}
+def _require_whole_mxfp4(ckpt: Checkpoint, stacks: Iterable[StoredStack]) -> None:
+    layers: dict[str, list[StoredStack]] = {}
     for stack in stacks:
         layers.setdefault(stack.head, []).append(stack)
     for layer in layers.values():
@@ -88,7 +88,7 @@ def _require_whole_mxfp4(ckpt: Checkpoint, stacks: Iterable[ExpertStack]) -> Non
             )
 
 
-def _require_meanings(stack: ExpertStack) -> None:
+def _require_meanings(stack: StoredStack) -> None:
     """Check that every tensor of a stack can be cut into those of its experts.
 
     Raises:

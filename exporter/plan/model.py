@@ -14,7 +14,7 @@ from typing import Literal
 
 from exporter.layout import Cut
 from verifier.checkpoint import DTYPE_BITS, Checkpoint, Tensor
-from verifier.layouts.expert_stacks import ExpertStack
+from verifier.layouts.expert_stacks import StoredStack
 from verifier.schemes import Format, fused_groups
 
 Origin = Literal["source", "onto"]
@@ -171,7 +171,7 @@ class Restack:
     where the family has one scale per stack; the stack then shares ``weight_scale_2`` as well.
     """
 
-    stacks: tuple[ExpertStack, ...]
+    stacks: tuple[StoredStack, ...]
     read: Format | None
     format: Format | None
     scale_leaf: str = ""

@@ -10,13 +10,13 @@ from collections.abc import Iterable, Mapping
 from exporter.layout import scale_groups
 from exporter.plan.model import Action, Copy, Decode, Encode, Restack, Skipped, Take
 from verifier.errors import PlanError
-from verifier.layouts.expert_stacks import ExpertStack, UnstackedCheckpoint
+from verifier.layouts.expert_stacks import StoredStack, UnstackedCheckpoint
 from verifier.schemes import Format
 
 TILE = 128
 
 
-def any_expert(stacks: Iterable[ExpertStack], modules: Iterable[str]) -> bool:
+def any_expert(stacks: Iterable[StoredStack], modules: Iterable[str]) -> bool:
     """Whether any expert of the stacks is among the modules."""
     experts = {linear for stack in stacks for linear in stack.linears}
     return any(module in experts for module in modules)
@@ -86,7 +86,7 @@ def _stack_tensor(action: Action, source: UnstackedCheckpoint) -> str | None:
 
 
 def _group_actions(
-    group: tuple[ExpertStack, ...], units: Mapping[str, Encode], decoded: Mapping[str, Format]
+    group: tuple[StoredStack, ...], units: Mapping[str, Encode], decoded: Mapping[str, Format]
 ) -> list[Action]:
     """Return how the stacks that share scales are written: copied, decoded or quantized."""
     linears = [linear for stack in group for linear in stack.linears]
@@ -128,7 +128,7 @@ def _described(linear: str, units: Mapping[str, Encode], decoded: Mapping[str, F
 
 
 def _quantized(
-    group: tuple[ExpertStack, ...], units: Mapping[str, Encode], first: Encode
+    group: tuple[StoredStack, ...], units: Mapping[str, Encode], first: Encode
 ) -> Restack:
     formats = set()
     for stack in group:
@@ -150,7 +150,7 @@ def _quantized(
 
 
 def _input_scales(
-    group: tuple[ExpertStack, ...], units: Mapping[str, Encode]
+    group: tuple[StoredStack, ...], units: Mapping[str, Encode]
 ) -> tuple[float, ...] | None:
     """Return one input scale per expert, or one for the whole stack; None without input scales."""
     per_expert = []
@@ -163,7 +163,7 @@ def _input_scales(
     return (max(per_expert),) if group[0].layout.one_scale else tuple(per_expert)
 
 
-def _require_tile_seams(group: tuple[ExpertStack, ...]) -> None:
+def _require_tile_seams(group: tuple[StoredStack, ...]) -> None:
     """Check that gate and up meet between two blocks of 128 x 128.
 
     Raises:

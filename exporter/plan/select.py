@@ -107,8 +107,8 @@ def _require_matches(
         if deciding is not None and deciding.modules and deciding.format is not None:
             raise PlanError(
                 f"recipe {recipe.name}: {deciding} also matches {name}, which is not a linear "
-                f"layer ({list(module.weight.shape)}); narrow the pattern, or exclude it by a later rule "
-                "with `format: null`"
+                f"layer ({list(module.weight.shape)}); narrow the pattern, or exclude it by a "
+                "later rule with `format: null`"
             )
 
 

@@ -25,7 +25,7 @@ MAX_DIVISOR = 2688.0
 
 @dataclass(frozen=True, slots=True)
 class ActivationStats:
-    """Input maxima by hub module; KV maxima by ``<hub k_proj>.k_amax`` and ``<hub v_proj>.v_amax``."""
+    """Input maxima by hub module; KV maxima by ``<hub k_proj>.k_amax``, ``<hub v_proj>.v_amax``."""
 
     inputs: Mapping[str, float]
     kv: Mapping[str, float] = field(default_factory=dict)

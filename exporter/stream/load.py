@@ -16,7 +16,7 @@ from exporter.layout import Cut, read_region
 from exporter.plan import Restack, Take, Weight
 from verifier.checkpoint import Checkpoint, Tensor
 from verifier.errors import EncodeError
-from verifier.layouts.expert_stacks import ExpertStack
+from verifier.layouts.expert_stacks import StoredStack
 
 _DTYPES = {
     "F32": torch.float32,
@@ -65,7 +65,7 @@ def load_parts(ckpt: Checkpoint, weight: Weight) -> codecs.Parts:
 
 
 def load_stack(
-    ckpt: Checkpoint, action: Restack, stack: ExpertStack, start: int, stop: int
+    ckpt: Checkpoint, action: Restack, stack: StoredStack, start: int, stop: int
 ) -> torch.Tensor:
     """Return the values of some experts of a stack, [experts, out, in]: as stored, or decoded to
     float32.
@@ -80,7 +80,7 @@ def load_stack(
         return codecs.decode(parts, action.read.name)
 
 
-def load_stack_parts(ckpt: Checkpoint, stack: ExpertStack, start: int, stop: int) -> codecs.Parts:
+def load_stack_parts(ckpt: Checkpoint, stack: StoredStack, start: int, stop: int) -> codecs.Parts:
     """Return the tensors of some experts of a stack by leaf, [experts, out, in]; FP8 values as
     their bytes.
     """

@@ -14,7 +14,7 @@ from exporter.stream.load import load_stack, load_stack_parts, naming
 from exporter.stream.summary import EncodeSummary, scale_range
 from verifier.checkpoint import Checkpoint
 from verifier.errors import EncodeError
-from verifier.layouts.expert_stacks import ExpertStack
+from verifier.layouts.expert_stacks import StoredStack
 
 CHUNK = 128 << 20
 """Bytes of float32 values of a stack that are in memory at a time; at least one expert."""
@@ -152,7 +152,7 @@ class _StackEncoder:
         return torch.stack(maxima).amax()
 
     @staticmethod
-    def _expert_amax(stack: ExpertStack, value: torch.Tensor, start: int, fmt: str) -> torch.Tensor:
+    def _expert_amax(stack: StoredStack, value: torch.Tensor, start: int, fmt: str) -> torch.Tensor:
         """Return the largest magnitude of each expert, float32 [experts]."""
         with naming(f"{stack.key} [experts {start} to {start + len(value) - 1}]"):
             return codecs.amax(value, fmt)

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hub layouts as data, for judge and maker: families, stacked experts, differences of names."""
+"""Hub layouts as data, for checks and exports: families, stacked experts, differences of names."""

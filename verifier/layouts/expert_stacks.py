@@ -129,7 +129,7 @@ def stack_layout_of(config: Mapping[str, Any] | None) -> StackLayout | None:
 
 
 @dataclass(frozen=True, eq=False)
-class ExpertStack:
+class StoredStack:
     """One stack of a layer: some projections of all its experts.
 
     Attributes:
@@ -296,7 +296,7 @@ def _stack_tensor(name: str, layout: StackLayout) -> tuple[str, str, str] | None
 class StackSearch(NamedTuple):
     """The stacks of a checkpoint, and why other layers are not read as stacks, one reason each."""
 
-    stacks: tuple[ExpertStack, ...]
+    stacks: tuple[StoredStack, ...]
     misfits: tuple[str, ...]
 
 
@@ -311,7 +311,7 @@ def find_stacks(checkpoint: Checkpoint) -> StackSearch:
         if place is not None:
             head, suffix, leaf = place
             layers.setdefault(head, {}).setdefault(suffix, {})[leaf] = tensor
-    stacks: list[ExpertStack] = []
+    stacks: list[StoredStack] = []
     misfits: list[str] = []
     slices = 0
     for head, tensors in layers.items():
@@ -349,7 +349,7 @@ def _mlx_layout(checkpoint: Checkpoint) -> StackLayout | None:
 
 def _stacks_of_layer(
     layout: StackLayout, head: str, tensors: Mapping[str, Mapping[str, Tensor]]
-) -> list[ExpertStack] | str:
+) -> list[StoredStack] | str:
     """Return the stacks of a layer, or why its tensors are not what the family has."""
     weights = {s: t.get("weight", t.get("blocks")) for s, t in tensors.items()}
     present = {suffix: w for suffix, w in weights.items() if w is not None}
@@ -368,7 +368,7 @@ def _stacks_of_layer(
         packed = mxfp4 or all(w.dtype == "U32" for w in present.values())
         if (_alike if packed else _fits)(layout, sizes):
             return [
-                ExpertStack(layout, head, s, size, transposed, tensors[s])
+                StoredStack(layout, head, s, size, transposed, tensors[s])
                 for s, size in sizes.items()
                 if size is not None
             ]
@@ -474,7 +474,7 @@ class UnstackedCheckpoint(Checkpoint):
     """
 
     raw: Checkpoint
-    stacks: tuple[ExpertStack, ...]
+    stacks: tuple[StoredStack, ...]
     view: Mapping[str, Tensor]
     stacked: Mapping[str, str]
 
@@ -504,7 +504,7 @@ def unstacked(checkpoint: Checkpoint) -> Checkpoint:
     return unstacked_view(checkpoint, find_stacks(checkpoint).stacks)
 
 
-def unstacked_view(checkpoint: Checkpoint, stacks: tuple[ExpertStack, ...]) -> Checkpoint:
+def unstacked_view(checkpoint: Checkpoint, stacks: tuple[StoredStack, ...]) -> Checkpoint:
     """Return a checkpoint with the experts of these stacks as single tensors."""
     by_tensor: dict[str, list[tuple[str, StackSlice]]] = {}
     for stack in stacks:

@@ -93,15 +93,15 @@ class Family:
         return self._layers(config, kind) or []
 
     def _layers(self, config: Mapping[str, Any], kind: str) -> list[int] | None:
-        """Return the text layers of a kind, or None where this config does not tell."""
+        """Return the text layers of a kind, or None if this config does not determine them."""
         count = min(self._length(config, self.data["ranges"]["layer"]), MAX_LAYERS)
         if kind == "all":
             return list(range(count))
         text = self._text(config)
         rules = self.data.get("kinds", {}).get(kind)
         if rules is not None:
-            told = next((f for r in rules if (f := self._rule(text, r, count)) is not None), None)
-            return None if told is None else [i for i in range(count) if told[i]]
+            flags = next((f for r in rules if (f := self._rule(text, r, count)) is not None), None)
+            return None if flags is None else [i for i in range(count) if flags[i]]
         flags = (
             _indexer_flags(text, count) if kind == "indexer" else self._sparse_flags(text, count)
         )
@@ -233,7 +233,7 @@ class Family:
         self, config: Mapping[str, Any], pattern: str, kind: str | None, *, unsure: bool = False
     ) -> Iterator[str]:
         """Yield the names of a pattern; with ``unsure`` those of all layers where the config does
-        not tell which.
+        not determine which.
         """
         ranges: dict[str, list[int]] = {}
         for key, path in self.data["ranges"].items():
@@ -243,10 +243,10 @@ class Family:
                     raise ContentError(f"config.json declares {path} = {count:,}")
                 ranges[key] = list(range(count))
                 if key == "layer":
-                    told = self._layers(config, kind or "all")
-                    if unsure == (told is not None):
+                    layers = self._layers(config, kind or "all")
+                    if unsure == (layers is not None):
                         return
-                    ranges[key] = ranges[key] if told is None else told
+                    ranges[key] = ranges[key] if layers is None else layers
         if unsure and "layer" not in ranges:
             return
         names = [pattern]
@@ -256,7 +256,7 @@ class Family:
 
     def possible(self, config: Mapping[str, Any]) -> dict[str, Shape | None]:
         """Return what may be here, with its shape: tensors of some layers only, where the config
-        does not tell which.
+        does not determine which.
 
         Raises:
             ContentError: the config declares more layers or experts than any model has.
@@ -297,7 +297,7 @@ class Family:
         return bool(self._memory and self._memory.match(name))
 
     def optional(self, name: str) -> bool:
-        """Whether a name is one that releases may carry beside what transformers saves (MTP heads,
+        """Whether a name is one that releases may have beyond what transformers saves (MTP heads,
         a tied head's copy).
         """
         if any(re.search(p, name) for p in self.data["optional"]) or name.endswith(

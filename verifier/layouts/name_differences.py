@@ -91,7 +91,7 @@ def classify(
     Args:
         have: canonical names of the checkpoint.
         expected: canonical names that belong here.
-        allowed: names that are no surplus although nothing expects them.
+        allowed: unexpected names that are not reported as surplus.
         tensors: the checkpoint's tensors, for the rank of surplus ones.
         family: to recognise in-memory and optional names.
         is_mtp: whether a name is of an MTP module.
@@ -165,7 +165,7 @@ def _take_wrapped(surplus: list[str], missing: set[str], naming: Naming) -> list
 
 
 def _strayed(name: str, wanted: str) -> bool:
-    """Whether a name stands under the prefix of another part of the model than the one that it
+    """Whether a name has the prefix of another part of the model than the one that it
     belongs to.
     """
     here, there = _part(name), _part(wanted)

@@ -168,7 +168,7 @@ class ParameterKey:
     """Which parameter or buffer a hub tensor becomes.
 
     ``converter`` is the pattern of the conversion that it goes through (it is then only a part or
-    another shape of that parameter), None where it is only renamed.
+    a different shape of that parameter), None where it is only renamed.
     """
 
     name: str

@@ -3,8 +3,8 @@
 
 transformers is not a reliable reference for quantized experts (huggingface/transformers#48371). It
 receives plain BF16 values (float32 where the file has float32), decoded by `verifier.decoding`,
-under hub names; its own conversion mapping does the rest. Tensors are decoded when transformers asks for them, so memory
-holds the model and a few tensors.
+under hub names; its own conversion mapping does the rest. Tensors are decoded when transformers
+reads them, so memory holds the model and a few tensors.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def decoded_tensors(checkpoint: Checkpoint) -> dict[str, _LazyTensor | _LazyStac
 
 
 def _is_metadata(tensor: Tensor) -> bool:
-    """Whether an integer tensor is no buffer of the model (compressed-tensors' weight_shape)."""
+    """Whether an integer tensor belongs to no buffer (such as compressed-tensors' weight_shape)."""
     return tensor.dtype not in hf.DTYPES or "weight_" in tensor.name
 
 

@@ -54,7 +54,7 @@ def preview(
         uri: a checkpoint; a remote one is downloaded. Its tokenizer is used; without one, ids are
             printed as numbers.
         prompts: texts or token ids.
-        new_tokens: at most so many more.
+        new_tokens: the maximum number of tokens to generate.
 
     Raises:
         ContentError: the model cannot be loaded, or a text is given and there is no tokenizer.
@@ -64,37 +64,35 @@ def preview(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_model(checkpoint, device=device).model
     pad = getattr(tokenizer, "pad_token_id", None)
-    found = []
+    continuations = []
     for prompt in prompts:
         if isinstance(prompt, str) and tokenizer is None:
-            raise ContentError(f"{uri}: has no tokenizer; give the prompts as token ids")
+            raise ContentError(f"{uri}: no tokenizer; pass the prompts as token ids")
         ids = tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else list(prompt)
         ids = trim(ids, pad)
         vocabulary = model.get_input_embeddings().num_embeddings
         if not ids or max(ids) >= vocabulary:
             raise ContentError(
-                f"{uri}: a prompt of {counted(len(ids), 'token')} up to id {max(ids, default=0)}; the "
-                f"vocabulary has {vocabulary}"
+                f"{uri}: a prompt of {counted(len(ids), 'token')} up to id {max(ids, default=0)}; "
+                f"the vocabulary has {vocabulary}"
             )
-        given = torch.tensor([ids], device=model.device)
+        inputs = torch.tensor([ids], device=model.device)
         with torch.inference_mode(), _greedy(model):
-            made = model.generate(
-                given,
-                attention_mask=torch.ones_like(given),
+            output = model.generate(
+                inputs,
+                attention_mask=torch.ones_like(inputs),
                 do_sample=False,
                 max_new_tokens=new_tokens,
                 pad_token_id=pad if pad is not None else 0,
             )
-        new = tuple(int(i) for i in made[0, len(ids) :])
-        found.append(Continuation(_text(tokenizer, ids), _text(tokenizer, new), new))
-    return found
+        new = tuple(int(i) for i in output[0, len(ids) :])
+        continuations.append(Continuation(_text(tokenizer, ids), _text(tokenizer, new), new))
+    return continuations
 
 
 @contextlib.contextmanager
 def _greedy(model: Any) -> Iterator[None]:
-    """Have generate() use no setting of the checkpoint's own: temperatures and penalties are not
-    the question here.
-    """
+    """Generate without the checkpoint's own settings, such as temperature and penalties."""
     before = model.generation_config
     settings: Any = transformers.GenerationConfig
     model.generation_config = settings(eos_token_id=before.eos_token_id)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Depth load: a checkpoint, decoded by the verifier, through transformers' own loader.
+"""Depth load: a checkpoint, decoded by the verifier, in transformers' own loader.
 
 First names and shapes, on the meta device: seconds at any size, and no byte of a tensor is read.
-Then, where the model fits into memory, its values and a forward pass on a fixed prompt, and the
-base's logits beside them. What is found is plain data (`verifier.rules.loading`); the rules QC606
-and QC608 judge it.
+Then, if the model fits in memory, its values and a forward pass on a fixed prompt, compared with
+the base's logits. The result is plain data (`verifier.rules.loading`), which the rules QC606 and
+QC608 check.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ except ImportError as error:
 PROMPT = 48
 """Tokens of the fixed prompt."""
 ROOM = 1.25
-"""Memory that a load takes over that of the model's values in BF16."""
+"""Memory of a load, as a factor of the model's values in BF16."""
 
 
 def reload(
@@ -43,10 +43,9 @@ def reload(
 
     Args:
         checkpoint: what to load.
-        base: the checkpoint whose logits the candidate's are compared with, and whose own misfits
-            are not the candidate's.
-        memory: bytes that the values of one model may take; what is free where nothing is given. 0
-            loads no values.
+        base: the checkpoint to compare logits with; misfits that it has too are reported as shared.
+        memory: bytes that the values of one model may take; None takes the free memory, and 0 loads
+            no values.
     """
     loader = f"transformers {transformers.__version__}"
     try:
@@ -56,7 +55,7 @@ def reload(
         return Loaded(loader, reason=_without_uri(error, checkpoint))
     shared = _shared(misfits, base)
     keys = model.state_dict()
-    found = Loaded(
+    loaded = Loaded(
         loader,
         keys=len(keys),
         misfits=tuple(m for m in misfits if m not in shared),
@@ -65,19 +64,19 @@ def reload(
         native=_native(checkpoint),
     )
     if any(m.kind != "unexpected" for m in misfits):
-        return replace(found, why_no_values="names and shapes do not fit the model")
+        return replace(loaded, why_no_values="names and shapes do not fit the model")
     size = sum(2 * v.numel() for v in keys.values())
     del model, keys
     device = _device(size, memory)
     if not device:
         left = free_memory() if memory is None else memory
-        why = f"its values take {size * ROOM / 1e9:,.1f} GB of memory, and {left / 1e9:,.1f} GB are free"
-        return replace(found, why_no_values=why)
+        need = f"its values take {size * ROOM / 1e9:,.1f} GB of memory"
+        return replace(loaded, why_no_values=f"{need}, and {left / 1e9:,.1f} GB are free")
     try:
         forward = _forward(checkpoint, base, device)
     except ContentError as error:
-        return replace(found, why_no_values=_without_uri(error, checkpoint))
-    return replace(found, forward=forward)
+        return replace(loaded, why_no_values=_without_uri(error, checkpoint))
+    return replace(loaded, forward=forward)
 
 
 def _without_uri(error: Exception, checkpoint: Checkpoint) -> str:
@@ -85,7 +84,7 @@ def _without_uri(error: Exception, checkpoint: Checkpoint) -> str:
 
 
 class _Shape:
-    """Stands for a tensor of which the loader is to see the shape alone."""
+    """In place of a tensor of which the loader reads the shape only."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         self._shape = shape
@@ -95,8 +94,7 @@ class _Shape:
 
 
 def _names(cls: Any, config: Any, checkpoint: Checkpoint) -> tuple[Any, list[Misfit]]:
-    """Return the model on the meta device after a load of names and shapes, and what does not fit
-    it.
+    """Load names and shapes; return the model on the meta device and its misfits.
 
     Raises:
         ContentError: the model cannot be built, or a tensor's format cannot be inferred.
@@ -107,7 +105,7 @@ def _names(cls: Any, config: Any, checkpoint: Checkpoint) -> tuple[Any, list[Mis
 
 
 def _misfits(model: Any, report: Any, names: Iterable[str]) -> list[Misfit]:
-    """Return what the loading report lists, under the names of tensors where they are known."""
+    """Return the misfits of a loading report, by tensor name where it is known."""
     unconverted, mismatched = report.conversion_errors, report.mismatched_keys
     if not (report.missing_keys or report.unexpected_keys or mismatched or unconverted):
         return []
@@ -123,8 +121,8 @@ def _misfits(model: Any, report: Any, names: Iterable[str]) -> list[Misfit]:
     misfits = [Misfit("missing", k) for k in report.missing_keys if k not in elsewhere]
     misfits += [Misfit("unexpected", tensor_name(k)) for k in report.unexpected_keys]
     misfits += [
-        Misfit("mismatched", tensor_name(k), str(list(have)), str(list(want)))
-        for k, have, want in mismatched
+        Misfit("mismatched", tensor_name(k), str(list(shape)), str(list(expected)))
+        for k, shape, expected in mismatched
     ]
     misfits += [
         Misfit("unconverted", k, _conversion_error(text, tensors.get(k, [])))
@@ -134,16 +132,16 @@ def _misfits(model: Any, report: Any, names: Iterable[str]) -> list[Misfit]:
 
 
 def _conversion_error(text: str, tensors: Iterable[str]) -> str:
-    """Return what was to be put together, and what a conversion error says of it without its
-    traceback.
-    """
+    """Return the tensors of a failed conversion and its error message without the traceback."""
     counts = Counter(".".join(name.split(".")[-2:]) for name in tensors)
     message, _, which = text.rpartition("\nError")
     operation = re.split(
         r" on tensors| when ", which.removeprefix(" via").lstrip(": "), maxsplit=1
     )[0]
-    given = ", ".join(f"{count:,} {kind}" for kind, count in counts.items())
-    return " ".join(f"{given}; {operation}: {message.strip().rpartition(chr(10))[2]}".split())[:300]
+    inputs = ", ".join(f"{count:,} {kind}" for kind, count in counts.items())
+    return " ".join(f"{inputs}; {operation}: {message.strip().rpartition(chr(10))[2]}".split())[
+        :300
+    ]
 
 
 def _shared(misfits: list[Misfit], base: Checkpoint | None) -> list[Misfit]:
@@ -151,10 +149,10 @@ def _shared(misfits: list[Misfit], base: Checkpoint | None) -> list[Misfit]:
     if base is None or not misfits:
         return []
     try:
-        theirs = set(_names(*model_class(base), base)[1])
+        base_misfits = set(_names(*model_class(base), base)[1])
     except ContentError:
         return []
-    return [m for m in misfits if m in theirs]
+    return [m for m in misfits if m in base_misfits]
 
 
 def _dropped(model: Any, checkpoint: Checkpoint) -> tuple[str, ...]:
@@ -187,34 +185,34 @@ def _device(size: int, memory: int | None) -> str:
 
 
 def _forward(checkpoint: Checkpoint, base: Checkpoint | None, device: str) -> Forward:
-    """Return what a forward pass gives, and how far it is from the base's.
+    """Run a forward pass on the fixed prompt and compare its logits with the base's.
 
     Raises:
         ContentError: the candidate cannot be loaded or run.
     """
-    mine = _logits(checkpoint, device)
-    finite = torch.isfinite(mine).all(dim=-1)
-    found = Forward(len(mine), int((~finite).sum()))
-    if base is None or found.broken:
-        return replace(
-            found, why_not="there is no base" if base is None else "the logits are not finite"
-        )
+    logits = _logits(checkpoint, device)
+    finite = torch.isfinite(logits).all(dim=-1)
+    forward = Forward(len(logits), int((~finite).sum()))
+    if forward.broken:
+        return replace(forward, why_not="the logits are not finite")
+    if base is None:
+        return replace(forward, why_not="there is no base")
     try:
-        theirs = _logits(base, device)
+        base_logits = _logits(base, device)
     except ContentError as error:
-        return replace(found, why_not=f"the base: {_without_uri(error, base)}")
-    if theirs.shape != mine.shape or not torch.isfinite(theirs).all():
-        what = (
-            "are not finite" if theirs.shape == mine.shape else f"have shape {list(theirs.shape)}"
-        )
-        return replace(found, why_not=f"the base's logits {what}")
+        return replace(forward, why_not=f"the base: {_without_uri(error, base)}")
+    if base_logits.shape != logits.shape:
+        shape = list(base_logits.shape)
+        return replace(forward, why_not=f"the base's logits have shape {shape}")
+    if not torch.isfinite(base_logits).all():
+        return replace(forward, why_not="the base's logits are not finite")
     # A constant added to all logits of a position changes no probability.
-    a, b = (x - x.mean(dim=-1, keepdim=True) for x in (mine, theirs))
+    a, b = (x - x.mean(dim=-1, keepdim=True) for x in (logits, base_logits))
     size = float(torch.linalg.vector_norm(b))
     if size == 0:
-        return replace(found, why_not="the base's logits are all equal")
+        return replace(forward, why_not="the base's logits are all equal")
     agree = int((a.argmax(dim=-1) == b.argmax(dim=-1)).sum())
-    return replace(found, distance=float(torch.linalg.vector_norm(a - b)) / size, agree=agree)
+    return replace(forward, distance=float(torch.linalg.vector_norm(a - b)) / size, agree=agree)
 
 
 def _logits(checkpoint: Checkpoint, device: str) -> torch.Tensor:
@@ -242,18 +240,18 @@ def _logits(checkpoint: Checkpoint, device: str) -> torch.Tensor:
 
 
 def prompt(vocabulary: int, config: Mapping[str, Any]) -> list[int]:
-    """Return the fixed prompt: ids spread over the vocabulary, none that the config gives a meaning
-    (an image, an end).
+    """Return the fixed prompt: token ids spread over the vocabulary, without the special tokens of
+    the config.
     """
     special = set(_special(config))
-    found: list[int] = []
+    ids: list[int] = []
     for i in range(16 * PROMPT):
         token = (7919 * i + 31) % vocabulary
         if token not in special:
-            found.append(token)
-        if len(found) == PROMPT:
+            ids.append(token)
+        if len(ids) == PROMPT:
             break
-    return found or [0]
+    return ids or [0]
 
 
 def _special(node: Mapping[str, Any]) -> Iterable[int]:

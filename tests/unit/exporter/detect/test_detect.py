@@ -150,9 +150,9 @@ def test_shapes_that_admit_one_reading(
 @pytest.mark.parametrize(
     ("module", "said"),
     [
-        (Stack(gate_up_proj=(4, 64, 64), down_proj=(4, 64, 64)), "admit no reading"),
-        (Stack(up_proj=(4, 64, 64), down_proj=(4, 64, 64)), "admit two readings"),
-        (Stack(gate_up_proj=(4, 96, 60), down_proj=(4, 64, 48)), "admit no reading"),
+        (Stack(gate_up_proj=(4, 64, 64), down_proj=(4, 64, 64)), "fit no known layout"),
+        (Stack(up_proj=(4, 64, 64), down_proj=(4, 64, 64)), "are ambiguous"),
+        (Stack(gate_up_proj=(4, 96, 60), down_proj=(4, 64, 48)), "fit no known layout"),
         (
             Stack(None, gate_up_proj=(4, 96, 64), down_proj=(4, 64, 48)),
             "without a matching expert count",
@@ -163,7 +163,7 @@ def test_shapes_that_admit_one_reading(
         ),
         (
             Stack(w13=(4, 96, 64), w2=(4, 64, 48)),
-            r"holds w13 \[4, 96, 64\], w2 \[4, 64, 48\] in a layout",
+            r"the layout of w13 \[4, 96, 64\], w2 \[4, 64, 48\]",
         ),
     ],
 )
@@ -221,15 +221,15 @@ def test_the_real_minimax_m3_takes_no_memory(shared_data: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "error", "said"),
     [
-        (None, UsageError, "no config.json there"),
+        (None, UsageError, "no config.json"),
         ("{", ContentError, "not JSON"),
         ("[]", ContentError, "not a JSON object"),
-        ('{"model_type": "nobodys"}', ContentError, "has no model_type 'nobodys'"),
-        ('{"model_type": ["x"]}', ContentError, "has no model_type"),
+        ('{"model_type": "nobodys"}', ContentError, "does not know the model_type"),
+        ('{"model_type": ["x"]}', ContentError, "does not know the model_type"),
         (
             '{"model_type": "mixtral", "hidden_size": "wide"}',
             ContentError,
-            "cannot build its model",
+            "cannot read config.json",
         ),
     ],
 )
@@ -266,7 +266,9 @@ from exporter.detect import ExpertStack, register
 @register("DbrxExpertGLU")
 def mine(path, module):
     rows, hidden = module.w1.shape
-    return ExpertStack(path, "DbrxExpertGLU", 4, "w1", "w2", hidden, rows // 4, True, False, False, False, "plugin")
+    return ExpertStack(
+        path, "DbrxExpertGLU", 4, "w1", "w2", hidden, rows // 4, True, False, False, False, "plugin"
+    )
 """
 
 
