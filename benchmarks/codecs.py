@@ -230,7 +230,8 @@ def main() -> None:
         "not_run": [n for n, p in pythons.items() if p is None],
         "versions": {"python": platform.python_version(), "torch": version("torch"), **versions},
         "machine": f"{platform.machine()}, {os.cpu_count()} processors, shared",
-        "rounds": f"{args.rounds}; peers as many as {args.seconds:.0f} s allow, none on the stack with 2 threads",
+        "rounds": f"{args.rounds}; peers as many as {args.seconds:.0f} s allow, "
+        "none on the stack with 2 threads",
         "agreement": agree,
         "measured": measured,
     }

@@ -88,11 +88,11 @@ def test_the_nan_witness_is_exact(shared_data: Path) -> None:
 @pytest.mark.parametrize("depth", ["header", "payload"])
 def test_no_torch_is_needed_or_imported(depth: str) -> None:
     data = TESTS / "data" / "modelopt"
+    candidate, base = data / "qwen3moe_nvfp4_experts_max", data / "src_qwen3moe"
+    arguments = ["check", str(candidate), "--base", str(base), "--depth", depth]
     code = (
         "import sys; sys.modules['torch'] = sys.modules['transformers'] = None\n"
-        "from verifier.cli import run\n"
-        f"sys.exit(run(['check', {str(data / 'qwen3moe_nvfp4_experts_max')!r}, '--base', {str(data / 'src_qwen3moe')!r}, "
-        f"'--depth', '{depth}']))"
+        f"from verifier.cli import run\nsys.exit(run({arguments!r}))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

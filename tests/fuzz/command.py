@@ -22,7 +22,8 @@ from tests.fuzz.hostile import bombs, build, write
 SECONDS = 5
 START_SECONDS = 2
 CODE = (
-    f"import resource, sys; resource.setrlimit(resource.RLIMIT_CPU, ({SECONDS + START_SECONDS},) * 2)\n"
+    "import resource, sys; "
+    f"resource.setrlimit(resource.RLIMIT_CPU, ({SECONDS + START_SECONDS},) * 2)\n"
     "from verifier.cli import main; sys.argv[0] = 'ckptgate'; main()"
 )
 

@@ -377,7 +377,8 @@ def test_markdown_is_a_table_of_findings() -> None:
     rows = [line for line in text.split("\n") if line.startswith("| error")]
     assert rows == [
         "| error | QC201 | no tensor of this layout has this name<br>observed A, expected B"
-        "<br>vllm: stops | 4 of 10 | `model.x.weight [row 3, block 2, byte 77, of model.safetensors]` |"
+        "<br>vllm: stops | 4 of 10 | "
+        "`model.x.weight [row 3, block 2, byte 77, of model.safetensors]` |"
     ]
     assert "* depth payload: QC501" in text
 
