@@ -132,7 +132,7 @@ def test_an_unknown_recipe(call, tmp_path: Path) -> None:
     one_message(
         call("export", QWEN, tmp_path / "out", "--recipe", "int3"),
         2,
-        "'int3'",
+        'unknown recipe "int3"',
         "nvfp4_experts_only",
     )
     assert not list(tmp_path.iterdir())
@@ -198,7 +198,7 @@ for argv in (
 def test_an_empty_folder_and_one_without_safetensors(call, tmp_path: Path) -> None:
     finding(call("check", tmp_path), "QC104", "is empty")
     (tmp_path / "notes.txt").write_text("x")
-    finding(call("check", tmp_path), "QC104", "1 files and no *.safetensors")
+    finding(call("check", tmp_path), "QC104", "not a checkpoint: no *.safetensors")
     one_message(call("check", QWEN_NVFP4, "--base", tmp_path), 1, "no *.safetensors")
     one_message(call("export", tmp_path, tmp_path / "out", *NVFP4), 1, "no *.safetensors")
 
@@ -686,7 +686,7 @@ def test_rules(call) -> None:
 def test_explain_prints_the_docstring(call) -> None:
     code, out, err = call("explain", "QC501")
     assert (code, err) == (0, "")
-    assert "No block scale, global scale or tensor scale is zero." in out
+    assert "No block scale, global scale, tensor scale, KV scale or" in out
     assert "Clamp the scale to 2^-9 before the cast" in out
     assert call("explain", "qc501")[1] == out
     for rule in all_rules().values():
@@ -833,19 +833,19 @@ def test_a_dry_run_writes_nothing(call, tmp_path: Path) -> None:
     code, out, err = call("export", QWEN, tmp_path / "out", *NVFP4, "--dry-run")
     assert (code, err) == (0, "")
     assert not list(tmp_path.iterdir())
-    assert "quantize  48 linears (32 stacked) to NVFP4 in 2 layers" in out
+    assert "quantize  48 linear layers (32 after fusing) to NVFP4 in 2 layers" in out
     assert f"result    213 tensors, {verifier.open_checkpoint(QWEN_NVFP4).nbytes:,} bytes" in out
     assert "nothing was written (dry run)" in out
     code, out, _ = call("export", LLAMA, tmp_path / "out", "--recipe", "mxfp8_default", "--dry-run")
     assert code == 0
-    assert "quantize  14 linears (8 stacked) to MXFP8 in 2 layers" in out
+    assert "quantize  14 linear layers (8 after fusing) to MXFP8 in 2 layers" in out
 
 
 def test_an_export_ends_with_a_check(call, tmp_path: Path) -> None:
     code, out, err = call("export", QWEN, tmp_path / "out", *NVFP4)
     assert (code, err) == (0, "")
     assert out.startswith(f"wrote {tmp_path / 'out'}: 213 tensors")
-    assert "48 modules (48 quantized here, 0 kept)" in out
+    assert "48 modules (48 quantized now, 0 kept)" in out
     assert out.endswith("verdict: PASSED (0 errors, 0 warnings)\n")
     again = call("check", tmp_path / "out", "--base", QWEN, "--depth", "payload")
     assert again[0] == 0
@@ -919,7 +919,7 @@ def test_an_error_of_the_exporter_is_one_message(call, tmp_path: Path) -> None:
     one_message(
         call("export", QWEN, tmp_path / "out", *NVFP4, "--layers", "5"), 1, "hold no routed experts"
     )
-    one_message(call("export", QWEN, tmp_path / "out", *NVFP4, "--layers", "x"), 2, "no range")
+    one_message(call("export", QWEN, tmp_path / "out", *NVFP4, "--layers", "x"), 2, "not a layer")
     one_message(
         call("export", QWEN, tmp_path / "out", *NVFP4, "--stats", tmp_path / "no"), 2, "contradict"
     )

@@ -140,6 +140,10 @@ def is_off_by_a_factor(pair: WeightPair, nearest: Float32) -> bool:
     """
     above = np.abs(pair.decoded) > np.abs(nearest)
     below = np.abs(pair.decoded) < np.abs(nearest)
+    floor = _at_floor(pair)
+    if floor is not None and floor.shape[1] * pair.width == above.shape[1]:
+        free = ~np.repeat(floor, pair.width, axis=1)  # a format has no scale below its smallest
+        above, below = above & free, below & free
     up, down = int(above.sum()), int(below.sum())
     wrong = up + down
     return wrong >= ONE_SIDED_SHARE * pair.base.size and max(up, down) >= ONE_SIDE * wrong

@@ -25,8 +25,7 @@ from verifier.schemes import Module
     },
 )
 def check(ctx: Context) -> Iterator[Finding]:
-    """A checkpoint without any ``input_scale`` declares a format without one, W4A16_NVFP4 or
-    dynamic activations; one with them declares static activations.
+    """A checkpoint has ``input_scale`` tensors if and only if its config declares them.
 
     **What it does.** Compares the declared activations of each format with the scales of
     activations that are stored. A gap in some modules is QC301.

@@ -25,8 +25,7 @@ from verifier.rules.scale_dtypes import ScaleKind, scale_kinds, wrong_dtypes
     },
 )
 def check(ctx: Context) -> Iterator[Finding]:
-    """Block scales are F8_E4M3 (NVFP4) or U8/F8_E8M0 (MXFP8), those of FP8 and integers floats; all
-    of a format in one dtype.
+    """Scales have a dtype that readers of their format accept, all of a format the same one.
 
     **What it does.** Compares the dtype of each weight scale with those that readers of its format
     accept, and with that of most scales of the format. F8_E8M0 in place of U8 is a note for

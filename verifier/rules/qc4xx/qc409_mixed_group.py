@@ -24,8 +24,7 @@ from verifier.schemes import Module, fusable, fused_groups
     },
 )
 def check(ctx: Context) -> Iterator[Finding]:
-    """Projections that engines fuse into one parameter (q/k/v, gate/up, w1/w3; in some
-    families q_a/kv_a, in_proj_qkv/z and in_proj_b/a) have one format.
+    """Projections that engines fuse into one parameter have one format.
 
     **What it does.** Compares the formats of each fused group; a group without any quantized member
     is not checked. A member that contradicts its declaration is QC305, QC408 or QC410.

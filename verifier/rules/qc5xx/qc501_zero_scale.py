@@ -31,8 +31,7 @@ _BIASES = frozenset({"k_bias", "v_bias"})
     },
 )
 def check(ctx: Context) -> Iterator[Finding]:
-    """No block scale, global scale or tensor scale is zero, nor is a ``pre_quant_scale`` or a scale
-    of the KV cache.
+    """No block scale, global scale, tensor scale, KV scale or ``pre_quant_scale`` is zero.
 
     **What it does.** Scans these scales in every format. A zero scale of a block whose quantized
     values are all zero, too, is a warning. E8M0 has no zero: what a cast leaves there

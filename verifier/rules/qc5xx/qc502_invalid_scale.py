@@ -33,8 +33,7 @@ _BYTES = {"F8_E4M3": "0x01..0x7E"}
     },
 )
 def check(ctx: Context) -> Iterator[Finding]:
-    """Weight scales, ``pre_quant_scale`` and scales of the KV cache are finite, not negative, and
-    below 10^8.
+    """Weight scales, ``pre_quant_scale`` and KV scales are finite, not negative and below 10^8.
 
     **What it does.** Scans these scales in every format: E4M3 bytes must be below 0x7F, E8M0 bytes
     below 0xFF, floats finite and not negative. Block scales of W4A8_NVFP4_FP8 are at most 448/6.

@@ -34,8 +34,7 @@ _WHOLE = frozenset({"I32", "I64", "U32"})
     },
 )
 def check(ctx: Context) -> Iterator[Finding]:
-    """Zero points of a symmetric format are its middle code; a group index names groups that exist;
-    a stored shape is the weight's.
+    """Zero points, group indices and stored shapes of integer formats fit their weight.
 
     **What it does.** Reads ``qzeros`` and ``weight_zero_point`` where the config declares symmetric
     codes of GPTQ or Quark: every zero point is 2^(bits-1) less one in GPTQ's first format, and

@@ -316,7 +316,7 @@ def _attention_output(ckpt: CheckpointEditor) -> str:
     return next(f"{m}.weight" for m in quantized(ckpt) if m.endswith(".o_proj"))
 
 
-add("QC408", "algo-null", _declare_wrong_algo(None))
+add("QC408", "algo-null", _declare_wrong_algo(None), also="401")
 add("QC408", "algo-unknown", _declare_wrong_algo("NVFP5"))
 add("QC408", "nvfp4-declared-mxfp8", _declare_other_format("MXFP8"), on(ONLY_NVFP4))
 add("QC408", "mxfp8-declared-fp8", _declare_other_format("FP8"), on(MXFP8), also="304 306")

@@ -80,12 +80,13 @@ def _up_scale(ckpt: CheckpointEditor) -> str:
     return block_scale(ckpt, sibling_of(target(ckpt), UPS))
 
 
-add("QC604", "scale-of-up-as-e8m0", relabel(_up_scale, "F8_E8M0"), on(MXFP8))
+add("QC604", "scale-of-up-as-e8m0", relabel(_up_scale, "F8_E8M0"), on(MXFP8), also="304")
 add(
     "QC604",
     "scale-of-an-expert-as-e8m0",
     relabel(scale(DOWNS), "F8_E8M0"),
     on(MXFP8, traits="experts"),
+    also="304",
 )
 
 
