@@ -126,5 +126,5 @@ def parse(raw: Any, file: str, config: Mapping[str, Any] | None = None) -> Decla
         return modelopt.parse(raw, body, file)
     if not method and "bits" in body and "group_size" in body:
         return others.parse_mlx(body, file)
-    problems = () if method else ("names no quant_method",)
+    problems = ("names no quant_method",) if body and not method else ()
     return Declaration(file, "foreign", method, None, problems=problems)

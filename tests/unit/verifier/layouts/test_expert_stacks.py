@@ -119,10 +119,10 @@ def test_mxfp4_stacks_are_not_transposed(tmp_path: Path) -> None:
     down, more = some(E, H, 64 // 32, 16), some(E, H, 64 // 32)
     names = {"gate_up_proj_blocks": blocks, "gate_up_proj_scales": scales}
     names |= {"down_proj_blocks": down, "down_proj_scales": more}
-    odd = folder(
-        tmp_path / "odd", {f"{GPT}.{n}": v for n, v in names.items()}, {"model_type": "gpt_oss"}
+    short = folder(
+        tmp_path / "short", {f"{GPT}.{n}": v for n, v in names.items()}, {"model_type": "gpt_oss"}
     )
-    assert unstacked(odd) is odd  # gate and up lead into 48, down leads out of 64
+    assert unstacked(short) is not short  # one expert at a time, so that rules can compare shapes
     b, s = some(E, 128, 1, 16), some(E, 128, 1)
     names |= {"gate_up_proj_blocks": b, "gate_up_proj_scales": s}
     view = unstacked(

@@ -114,7 +114,8 @@ def test_all_takes_the_worst_engine_and_strict_raises_warnings() -> None:
     assert judged("QC301", "all").because.startswith("vllm: ")
     effects = (Effect("sglang", "error", "dies"),)
     assert judged("QC105", "all", effects=effects).severity == "error"
-    assert judged("QC105", "all").severity == "warning"
+    assert judged("QC105", "all").severity == "error"  # vLLM rejects the file
+    assert judged("QC109", "all").severity == "warning"
     found = judged("QC105", "strict")
     assert (found.severity, found.because) == ("error", "profile strict")
     assert judged("QC105", "strict", severity="info").severity == "info"
