@@ -3,7 +3,8 @@
 
     CkptgateError            4  I/O or internal error
     ├── UsageError           2  rejected before any file is read, or contradicting options
-    │   └── MissingExtra     2  an optional dependency is not installed
+    │   ├── MissingExtra     2  an optional dependency is not installed
+    │   └── ServerRefusedError 2  a server does not hand out a file
     ├── ContentError         1  depends on the contents of a checkpoint
     │   ├── ContainerError   1  a file that is not safetensors, a directory without any
     │   ├── PlanError        1  nothing or only a part matched, different expert sets
@@ -11,6 +12,7 @@
     │   ├── EncodeError      1  NaN or Inf in a weight, a width not divisible by the block
     │   └── IncomparableError 1 scores under different protocols
     └── MachineError         4  disk, I/O, memory
+        └── WebPageError     4  a server answered with an HTML page instead of a file
 
 The exit codes 0, 1, 2, 3 and 4 mean the same in every command; 130 and 143 are signals.
 """
@@ -55,6 +57,17 @@ class MissingExtra(UsageError):
         return MissingExtra, self._arguments  # errors are sent between processes
 
 
+class ServerRefusedError(UsageError):
+    """A server does not hand out a file; ``status`` is its HTTP status."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+    def __reduce__(self) -> tuple[type[ServerRefusedError], tuple[str, int]]:
+        return ServerRefusedError, (str(self), self.status)
+
+
 class ContentError(CkptgateError):
     """The contents of a checkpoint rule out the request."""
 
@@ -90,3 +103,7 @@ class IncomparableError(ContentError):
 
 class MachineError(CkptgateError):
     """Disk, I/O or memory failed."""
+
+
+class WebPageError(MachineError):
+    """A server answered with an HTML page instead of a file."""

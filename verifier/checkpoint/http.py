@@ -22,7 +22,14 @@ from typing import Any, TypeVar
 from urllib.parse import SplitResult, urljoin, urlsplit
 
 from verifier.checkpoint.remote import IN_FLIGHT, Interrupted, RemoteSource
-from verifier.errors import CkptgateError, MachineError, MissingExtra, UsageError
+from verifier.errors import (
+    CkptgateError,
+    MachineError,
+    MissingExtra,
+    ServerRefusedError,
+    UsageError,
+    WebPageError,
+)
 
 try:
     import httpx2
@@ -70,21 +77,6 @@ def timeout() -> float:
     return value
 
 
-class Refused(UsageError):
-    """The server does not hand out a file: ``status`` is what it answered."""
-
-    def __init__(self, message: str, status: int) -> None:
-        super().__init__(message)
-        self.status = status
-
-    def __reduce__(self) -> tuple[type[Refused], tuple[str, int]]:
-        return Refused, (str(self), self.status)
-
-
-class WebPage(MachineError):
-    """The server answered with an HTML page instead of a file."""
-
-
 class HttpSource(RemoteSource):
     """Files of one directory by URL; subclasses implement `_url` and `files`."""
 
@@ -126,7 +118,7 @@ class HttpSource(RemoteSource):
                 self._check(name, response, start, length)
                 skip = start if response.status_code == 200 else 0
                 yield from self._body(response, skip, length, label)
-        except Refused as error:
+        except ServerRefusedError as error:
             if name in self._sizes and error.status in (404, 410):
                 raise MachineError(f"{label}: was listed and is gone now; run again") from None
             if name in self._sizes and error.status == 416:
@@ -276,7 +268,7 @@ class HttpSource(RemoteSource):
             raise self._refusal(status, headers, label) from None
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind == "text/html" and not label.endswith((".html", "/")):
-            raise WebPage(
+            raise WebPageError(
                 f"{label}: the server answered with a web page instead of the file; a login page "
                 "or a captive portal may be in the way"
             )
@@ -331,13 +323,15 @@ def refusal(status: int, label: str) -> CkptgateError:
     """Return the error for a status of a plain web server."""
     if status == 401:
         message = f"{label}: the server asks for a login (401); put user and password into ~/.netrc"
-        return Refused(message, status)
+        return ServerRefusedError(message, status)
     if status == 403:
-        return Refused(f"{label}: access is denied (403)", status)
+        return ServerRefusedError(f"{label}: access is denied (403)", status)
     if status in (404, 410):
-        return Refused(f"{label}: not found ({status})", status)
+        return ServerRefusedError(f"{label}: not found ({status})", status)
     if status == 416:
-        return Refused(f"{label}: ends before the bytes that were asked for (416)", status)
+        return ServerRefusedError(
+            f"{label}: ends before the bytes that were asked for (416)", status
+        )
     return MachineError(f"{label}: the server answered {status}")
 
 

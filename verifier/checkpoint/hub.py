@@ -17,9 +17,15 @@ from urllib.parse import quote, urljoin
 
 from verifier import __version__
 from verifier.checkpoint.address import Address, endpoint
-from verifier.checkpoint.http import HttpSource, Refused, refusal
+from verifier.checkpoint.http import HttpSource, refusal
 from verifier.checkpoint.source import Bytes, LocalSource, Source
-from verifier.errors import CkptgateError, MachineError, MissingExtra, UsageError
+from verifier.errors import (
+    CkptgateError,
+    MachineError,
+    MissingExtra,
+    ServerRefusedError,
+    UsageError,
+)
 from verifier.files import require_space
 
 try:
@@ -161,7 +167,11 @@ class HubSource(HttpSource):
     def _refusal(self, status: int, headers: Mapping[str, str], label: str) -> CkptgateError:
         code = headers.get("x-error-code", "")
         reason = self._reason(status, code, label)
-        return Refused(f"{self.uri}: {reason}", status) if reason else refusal(status, label)
+        return (
+            ServerRefusedError(f"{self.uri}: {reason}", status)
+            if reason
+            else refusal(status, label)
+        )
 
     def _reason(self, status: int, code: str, label: str) -> str:
         """Return what the hub means by a status, '' where it means what any server does."""

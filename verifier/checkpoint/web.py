@@ -20,11 +20,17 @@ import numpy as np
 
 from verifier.checkpoint.address import Address
 from verifier.checkpoint.header import MAX_HEADER, strict_json
-from verifier.checkpoint.http import HttpSource, Refused, WebPage, total_size
+from verifier.checkpoint.http import HttpSource, total_size
 from verifier.checkpoint.index import FIRST_GUESS, INDEX, header_guesses, plain_name
 from verifier.checkpoint.remote import Interrupted
 from verifier.checkpoint.source import Bytes
-from verifier.errors import ContainerError, MachineError, UsageError
+from verifier.errors import (
+    ContainerError,
+    MachineError,
+    ServerRefusedError,
+    UsageError,
+    WebPageError,
+)
 
 T = TypeVar("T")
 SINGLE = "model.safetensors"
@@ -199,7 +205,7 @@ class WebSource(HttpSource):
 
         try:
             return self._present(name, fetch)
-        except WebPage:  # some servers have a page for every address
+        except WebPageError:  # some servers have a page for every address
             return None
 
     def _linked_name(self, link: str) -> str:
@@ -221,7 +227,7 @@ class WebSource(HttpSource):
         """
         try:
             return self._retried(self._label(name), fetch)
-        except Refused as error:
+        except ServerRefusedError as error:
             if error.status in ABSENT:
                 return None
             raise
