@@ -42,24 +42,6 @@ HABITS = {
 }
 """What to write -> what not to write."""
 PATTERNS = {better: re.compile(pattern) for better, pattern in HABITS.items()}
-NOT_YET = (
-    "verifier/decoding/bits.py",
-    "verifier/decoding/floats.py",
-    "verifier/rules/scale_dtypes.py",
-    "verifier/schemes/declarations.py",
-    "verifier/schemes/declared.py",
-    "verifier/schemes/dialects/common.py",
-    "verifier/schemes/dialects/compressed_tensors.py",
-    "verifier/schemes/dialects/integers.py",
-    "verifier/schemes/dialects/modelopt.py",
-    "verifier/schemes/dialects/quark.py",
-    "verifier/schemes/exclusions.py",
-    "verifier/schemes/formats.py",
-    "verifier/schemes/modules.py",
-    "verifier/schemes/recognition.py",
-    "verifier/schemes/roles.py",
-)
-"""Files and commands that still have old habits; the list only gets shorter."""
 
 
 def habits(text: str) -> list[str]:
@@ -115,13 +97,13 @@ SOURCES = sorted(
 @pytest.mark.parametrize("command", HELPS)
 def test_help(command: str) -> None:
     found = habits(HELPS[command])
-    assert not found or command in NOT_YET, "\n".join(found)
+    assert not found, "\n".join(found)
 
 
 @pytest.mark.parametrize("page", DOCS)
 def test_docs(page: str) -> None:
     found = habits(prose((ROOT / page).read_text(encoding="utf-8")))
-    assert not found or page in NOT_YET, "\n".join(found)
+    assert not found, "\n".join(found)
 
 
 def test_rules() -> None:
@@ -132,7 +114,7 @@ def test_rules() -> None:
 @pytest.mark.parametrize("source", SOURCES)
 def test_messages_and_docstrings(source: str) -> None:
     found = [h for text in strings(ROOT / source) for h in habits(text)]
-    assert not found or source in NOT_YET, "\n".join(found)
+    assert not found, "\n".join(found)
 
 
 @pytest.mark.parametrize(

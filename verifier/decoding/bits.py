@@ -15,7 +15,7 @@ def unpacked(packed: Codes, bits: int, count: int) -> Codes:
     Args:
         packed: bytes, contiguous; of words, in the order of their bytes from low to high.
         bits: the width of a code, 1 to 8.
-        count: how many codes a row holds, at most ``8 * bytes / bits``.
+        count: the number of codes in a row, at most ``8 * bytes / bits``.
     """
     if bits == 8:
         return packed[..., :count]

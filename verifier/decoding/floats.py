@@ -73,7 +73,7 @@ def mxfp6(parts: Parts, fmt: Format) -> Float32:
     """Return six-bit codes, four in three bytes, times 2^(scale - 127)."""
     packed = as_bytes(weight_part(parts, fmt))
     if packed.shape[-1] % 3:
-        raise ContentError(f"{fmt.name}: {packed.shape[-1]} bytes a row are no four codes in three")
+        raise ContentError(f"{fmt.name}: rows of {packed.shape[-1]} bytes, not a multiple of three")
     codes = unpacked(np.ascontiguousarray(packed), 6, packed.shape[-1] * 4 // 3)
     table = e2m3_table() if fmt.weight.codes == "e2m3" else e3m2_table()
     return _by_block(table[codes], e8m0_table()[as_bytes(scale_part(parts, fmt))], fmt)

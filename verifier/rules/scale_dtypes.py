@@ -27,7 +27,7 @@ class ScaleKind(NamedTuple):
 
 
 def scale_kinds(groups: Iterable[ModuleGroup], *, scalars: bool) -> list[ScaleKind]:
-    """Return the scales that groups of modules have: scalars beside the weight's own scale, or all
+    """Return the scales that groups of modules have: scalars next to the weight's own scale, or all
     others.
     """
     kinds = []
@@ -45,8 +45,8 @@ def scale_kinds(groups: Iterable[ModuleGroup], *, scalars: bool) -> list[ScaleKi
 
 
 def wrong_dtypes(kinds: Iterable[ScaleKind]) -> Iterator[tuple[Format, Tensor, str]]:
-    """Yield the tensors whose dtype their format does not have, and those of another dtype
-    than most of their kind, each with the dtypes expected.
+    """Yield the tensors whose dtype their format does not have, and those whose dtype differs
+    from most of their kind, each with the dtypes expected.
     """
     alike: dict[tuple[str, str], list[ScaleKind]] = {}
     for kind in kinds:

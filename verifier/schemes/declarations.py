@@ -73,15 +73,15 @@ def format_of(module: Module, declaration: Declaration | None) -> Format | None:
     """Return the format that a quantized module must satisfy: the declared one, else the one that
     it shows.
 
-    None where it is not quantized, where it shows another format than the declared one (QC305,
-    QC408, QC410), or where the format that is declared is not known.
+    None where it is not quantized, where its tensors show a format other than the declared one
+    (QC305, QC408, QC410), or where the format that is declared is not known.
     """
     known = declaration is not None and declaration.known
     return fitting(module, declaration.declared_for(module.name) if known and declaration else None)
 
 
 def declared_formats(declaration: Declaration | None) -> Callable[[str], Format | None] | None:
-    """Return what `gather` takes to tell what tensors alone cannot; None without a declaration."""
+    """Return the declared format of a module by name, for `gather`; None without a declaration."""
     if declaration is None or not declaration.known:
         return None
     return lambda module: declaration.declared_for(module).format

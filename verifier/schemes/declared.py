@@ -24,7 +24,7 @@ by a stored scale; ``unknown`` where the config does not say."""
 Via = Literal[
     "uniform", "exact", "container", "packed", "excluded", "unlisted", "group", "class", "implied"
 ]
-"""How a declaration speaks of a module. ``uniform``: of all that is not excluded. ``exact``,
+"""How a declaration refers to a module. ``uniform``: of all that is not excluded. ``exact``,
 ``container``, ``packed``: an entry for it, for what holds it, for the engine's fused name.
 ``excluded``: an exclusion. ``unlisted``: nothing does, so it is unquantized. ``group``: a target
 that is its name or a pattern. ``class``: a target that is its class. ``implied``: readers take a
@@ -126,7 +126,7 @@ class Group:
 
 
 class Dialect:
-    """How one family of configs speaks of modules; the base is ModelOpt's exclusion list."""
+    """How one family of configs refers to modules; the base is ModelOpt's exclusion list."""
 
     explicit = True
     """Whether readers build as quantized every linear layer that is declared so; otherwise they
@@ -262,7 +262,7 @@ _EMBEDDING_NAME = ("embed", "embedding", "embeddings", "wte", "wpe")
 
 
 def classes_of(module: str) -> tuple[str, ...]:
-    """Return the class names by which a config may target a module, told from its name."""
+    """Return the class names by which a config may target a module, derived from its name."""
     kind = role(module)
     leaf = module.rpartition(".")[2]
     if kind == "embedding" or leaf.endswith(_EMBEDDING_NAME):

@@ -44,8 +44,8 @@ _DIGITS = re.compile(r"\d+")
 
 
 def _outline(text: str) -> str:
-    """Return text with each run of digits as one ``0``: what stands in a text has an outline that
-    stands in its outline.
+    """Return text with each run of digits as one ``0``. Where one text contains another, its
+    outline contains the other's outline.
     """
     return _DIGITS.sub("0", text)
 
@@ -234,8 +234,7 @@ class Exclusions:
     def dead(self, modules: Iterable[str]) -> list[str]:
         """Return the patterns that exclude none of the modules under any reading.
 
-        A list of so many wildcards that judging all would take more than `MAX_MATCHES` is judged in
-        part.
+        At most `MAX_MATCHES` comparisons are made; a list with more wildcards is compared in part.
         """
         names = list(modules)
         if self._fused_patterns:

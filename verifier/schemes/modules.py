@@ -66,7 +66,7 @@ def split(name: str) -> tuple[str, str]:
     MXFP4's ``<parameter>_blocks`` and ``<parameter>_scales`` are the leaves ``blocks`` and
     ``scales``; ``_weight_scale`` and its like behind a projection of stacked experts are that leaf
     of it; bitsandbytes' ``weight.absmax`` and its like are leaves of two parts. DeepSeek's
-    ``scale`` is a leaf only next to a weight of codes: `gather` tells.
+    ``scale`` is a leaf only next to a weight of codes: `gather` decides.
     """
     head, _, leaf = name.rpartition(".")
     if leaf.endswith(_JOINED) and head.endswith(".experts") and (found := _SIBLING.match(leaf)):
@@ -217,8 +217,8 @@ def gather(tensors: Iterable[Tensor], declared_for: DeclaredFor | None = None) -
 
     Args:
         tensors: what to gather.
-        declared_for: gives the format that a config declares for a module, for what tensors cannot
-            tell.
+        declared_for: gives the format that a config declares for a module, where tensors do not
+            determine it.
     """
     parts: dict[str, dict[str, Tensor]] = {}
     unsure: list[str] = []

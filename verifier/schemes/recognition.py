@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which format the tensors of one module show: by leaves, dtypes and shapes.
 
-What tensors cannot tell (the width of integer codes, the block of a weight that is smaller than
-one) is taken from the declared format. A scale that does not fit its weight does not hide the
+What tensors do not determine (the width of integer codes, the block of a weight that is smaller
+than one) is taken from the declared format. A scale that does not fit its weight does not hide the
 format: rules compare it with what the format says.
 """
 
@@ -171,7 +171,7 @@ def _int4_awq(
 def _signed(
     parts: Mapping[str, Tensor], weight: Tensor, scale: Tensor | None, declared: Format | None
 ) -> Format | None:
-    """Return the format of I8: eight-bit integers, or two four-bit codes a byte."""
+    """Return the format of I8: eight-bit integers, or two four-bit codes per byte."""
     if "SCB" in parts:
         return FORMATS["bnb_int8"]
     if scale is not None and scale.dtype in E8M0:
@@ -186,7 +186,7 @@ def _signed(
 def _packed(
     parts: Mapping[str, Tensor], weight: Tensor, scale: Tensor | None, declared: Format | None
 ) -> Format | None:
-    """Return compressed-tensors' integers; their width is declared, or told by zero points."""
+    """Return compressed-tensors' integers; their width is declared, or follows from zero points."""
     base = FORMATS["int_packed"]
     bits = declared.bits if declared is not None and declared.name == base.name else 0
     zero, out = parts.get("weight_zero_point"), weight.shape[0]
@@ -282,7 +282,7 @@ def _group(width: int, count: int) -> int:
 
 
 def _block(group: int, declared: Format | None, default: Block) -> Block:
-    """Return the block of a group size, the declared one where scales do not tell it."""
+    """Return the block of a group size, the declared one where scales do not determine it."""
     if group:
         return (1, group)
     return declared.block if declared is not None and declared.block else default

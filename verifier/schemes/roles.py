@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a module is for, told from its hub name: routed expert, attention, router, norm …"""
+"""What a module is for, derived from its hub name: routed expert, attention, router, norm …"""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 @lru_cache(maxsize=1 << 18)
 def role(module: str) -> str:
     """Return the role of a module name (one of `ROLES`)."""
-    # No pattern tells one number from another, and the numbers are what makes names many.
+    # No pattern depends on a number, and names differ mostly in their numbers.
     return _role(_NUMBER.sub("0", module))
 
 

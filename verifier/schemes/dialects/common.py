@@ -113,11 +113,11 @@ class PartExclusions(Exclusions):
     """Exclusions that are pieces of names, as AWQ's and bitsandbytes' readers match them."""
 
     def strict(self, module: str) -> bool:
-        """Whether a piece stands in the module's name."""
+        """Whether a piece is part of the module's name."""
         return self._has_piece(module)
 
     def loose(self, module: str) -> bool:
-        """Whether a piece stands in the module's name: there is one reading."""
+        """Whether a piece is part of the module's name: there is one reading."""
         return self.strict(module)
 
     def excludes(self, reader: str, module: str) -> bool:
@@ -125,11 +125,11 @@ class PartExclusions(Exclusions):
         return self.strict(module)
 
     def pattern_for(self, module: str) -> str | None:
-        """Return the first piece that stands in the module's name."""
+        """Return the first piece that is part of the module's name."""
         return next((p for p in self.patterns if p and p in module), None)
 
     def dead(self, modules: Iterable[str]) -> list[str]:
-        """Return the pieces that stand in no module's name."""
+        """Return the pieces that are part of no module's name."""
         joined = "\n".join(modules)
         return [p for p in self.patterns if p and p not in joined]
 
@@ -149,4 +149,4 @@ KNOWN_CLASSES = frozenset(
         "Conv3d",
     }
 )
-"""Classes that module names tell apart, and classes that hold no linear weight."""
+"""Classes that module names distinguish, and classes that hold no linear weight."""

@@ -174,7 +174,7 @@ class CompressedTensors(Dialect):
         return DeclaredFormat(None, "unlisted")
 
     def expects(self, declaration: Declaration, module: str) -> bool:
-        """Whether vLLM builds it quantized: to it a head is no ``Linear``, and few routers are."""
+        """Whether vLLM builds it quantized; vLLM's ``Linear`` excludes heads and most routers."""
         found = declaration.declared_for(module)
         kind = role(module)
         if found.via == "class" and kind == "lm_head":
@@ -267,7 +267,7 @@ def _groups(
 def _preset_group(name: str, targets: list[Any], overall: str, unclear: list[str]) -> Group | None:
     preset = PRESETS.get(name.upper())
     if preset is None:
-        unclear.append(f"config_groups names {name!r}, which is no preset")
+        unclear.append(f"config_groups names {name!r}, which is not a preset")
         return None
     weights, inputs = preset
     raw = {"targets": targets, "weights": weights, "input_activations": inputs}
@@ -324,8 +324,8 @@ def _check_targets(name: str, targets: list[str], unclear: list[str]) -> None:
 def format_of_args(args: Args, named: str = "") -> Format | None:
     """Return the format of weights with some arguments; None where there is none.
 
-    vLLM chooses by the arguments; ``named``, the config's ``format``, tells how integers of eight
-    bits are stored.
+    vLLM chooses by the arguments; ``named``, the config's ``format``, determines how integers of
+    eight bits are stored.
     """
     if args.kind == "float":
         return _float_format(args)

@@ -30,7 +30,7 @@ from verifier.schemes.patterns import Regex, compile_regex
 from verifier.schemes.roles import role
 
 _SPECIAL = frozenset("*+?^$()[]{}|\\")
-"""Characters by which AutoRound tells a pattern from a name."""
+"""Characters by which AutoRound distinguishes a pattern from a name."""
 
 
 def _sized(fmt: Format, bits: int | None, group: Any) -> Format:
@@ -212,7 +212,7 @@ def parse_awq(body: Mapping[str, Any], file: str) -> Declaration:
     group = body.get("q_group_size", body.get("group_size", 128))
     version = text(body.get("version")).lower() or "gemm"
     if version != "gemm":
-        unclear.append(f"version {version!r} is stored in another layout")
+        unclear.append(f"version {version!r} has a layout that is not supported")
     scheme = Scheme(
         "AWQ",
         _sized(FORMATS["awq"], bits, group) if version == "gemm" else None,

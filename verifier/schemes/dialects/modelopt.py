@@ -103,7 +103,7 @@ class ModelOpt(Dialect):
 
 
 class Fp8(ModelOpt):
-    """FP8 by itself: readers leave heads, routers and embeddings unquantized without being told."""
+    """FP8 by itself: readers leave heads, routers and embeddings unquantized by default."""
 
     def expects(self, declaration: Declaration, module: str) -> bool:
         """Whether vLLM builds the module as FP8: its model code leaves some kinds plain."""

@@ -143,7 +143,7 @@ def _scheme(where: str, raw: Any, packing: str, unclear: list[str]) -> Scheme | 
 
 
 def _width(dtype: str) -> int:
-    """Return the bits of a dtype by its name (``fp8_e4m3``, ``uint4``), 0 where it tells none."""
+    """Return the bits of a dtype by its name (``fp8_e4m3``, ``uint4``), or 0."""
     found = re.match(r"[a-z]+(\d)", dtype)
     return int(found[1]) if found else 0
 
