@@ -4,9 +4,10 @@
     CkptgateError            4  I/O or internal error
     ├── UsageError           2  rejected before any file is read, or contradicting options
     │   ├── MissingExtra     2  an optional dependency is not installed
+    │   ├── NotACheckpointError 2 a directory that holds no safetensors checkpoint
     │   └── ServerRefusedError 2  a server does not hand out a file
     ├── ContentError         1  depends on the contents of a checkpoint
-    │   ├── ContainerError   1  a file that is not safetensors, a directory without any
+    │   ├── ContainerError   1  a file that is not safetensors
     │   ├── PlanError        1  nothing or only a part matched, different expert sets
     │   ├── UnsupportedConversion 1  a layout that cannot be converted to the hub's, or back
     │   ├── EncodeError      1  NaN or Inf in a weight, a width not divisible by the block
@@ -23,8 +24,8 @@ EXIT_CODES = {
     0: "passed, or done",
     1: "failed: a finding at error level, a statistically significant regression, or anything else "
     "that depends on the checkpoint's contents",
-    2: "usage error: rejected before any file is read (missing path, unknown recipe, output "
-    "exists, missing extra)",
+    2: "usage error: rejected before any tensor is read (missing path, not a checkpoint, unknown "
+    "recipe, output exists, missing extra)",
     3: "inconclusive: nothing quantized, a required rule checked nothing, an inconclusive gate",
     4: "error: I/O or internal error (nothing is known about the checkpoint)",
     130: "interrupted (SIGINT)",
@@ -55,6 +56,17 @@ class MissingExtra(UsageError):
 
     def __reduce__(self) -> tuple[type[MissingExtra], tuple[str, str]]:
         return MissingExtra, self._arguments  # errors are sent between processes
+
+
+class NotACheckpointError(UsageError):
+    """A directory holds something other than a safetensors checkpoint; ``uri`` is its address."""
+
+    def __init__(self, message: str, uri: str) -> None:
+        super().__init__(message)
+        self.uri = uri
+
+    def __reduce__(self) -> tuple[type[NotACheckpointError], tuple[str, str]]:
+        return NotACheckpointError, (str(self), self.uri)
 
 
 class ServerRefusedError(UsageError):

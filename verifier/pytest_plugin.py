@@ -74,7 +74,7 @@ def pytest_configure(config: pytest.Config) -> None:
         if stray is not None:
             raise pytest.UsageError(f"--ckptgate-{stray.replace('_', '-')} needs --ckptgate PATH")
         return
-    from verifier.checkpoint import open_source  # noqa: PLC0415  (numpy, see above)
+    from verifier.checkpoint import open_source, require_checkpoint  # noqa: PLC0415  (numpy)
     from verifier.errors import CkptgateError  # noqa: PLC0415
 
     arguments = _arguments(config)
@@ -82,7 +82,8 @@ def pytest_configure(config: pytest.Config) -> None:
         rules = _rules(config)
         for uri in (arguments["uri"], arguments["base"], arguments["merged_from"]):
             if uri is not None:
-                open_source(uri)
+                source = open_source(uri)
+                require_checkpoint(source, source.files())
     except CkptgateError as error:
         raise pytest.UsageError(str(error)) from error
     unknown = [r for r in arguments["require"] if r not in rules]

@@ -121,6 +121,7 @@ class Summary:
         inconclusive: why the verdict is inconclusive, or ''.
         evaluation: what depth eval measured, None at other depths.
         error: why there is no report of the checkpoint, or ''.
+        different_base: why the base is a different model, or ''.
     """
 
     contents: Contents | None = None
@@ -134,6 +135,7 @@ class Summary:
     inconclusive: str = ""
     evaluation: Evaluation | None = None
     error: str = ""
+    different_base: str = ""
 
     @property
     def reason(self) -> str:
@@ -158,6 +160,7 @@ class Summary:
             "inconclusive": self.inconclusive or None,
             "eval": evaluation_json(self.evaluation) if self.evaluation is not None else None,
             "error": self.error or None,
+            "different_base": self.different_base or None,
         }
         return contents | {name: value for name, value in others.items() if value is not None}
 
@@ -186,6 +189,7 @@ def summary_of(stats: Mapping[str, Any]) -> Summary:
         inconclusive=stats.get("inconclusive", stats.get("unproven", "")),
         evaluation=evaluation_of(stats["eval"]) if "eval" in stats else None,
         error=stats.get("error", ""),
+        different_base=stats.get("different_base", ""),
     )
 
 

@@ -4,6 +4,7 @@
 from verifier.checkpoint.download import local_directory
 from verifier.checkpoint.header import DTYPE_BITS, MAX_HEADER, Problem, Shard, Tensor, strict_json
 from verifier.checkpoint.index import INDEX, Index
+from verifier.checkpoint.kinds import require_checkpoint
 from verifier.checkpoint.model import NUMPY_DTYPES, Checkpoint, open_checkpoint, special_floats
 from verifier.checkpoint.opening import open_source
 from verifier.checkpoint.source import Bytes, Source
@@ -23,6 +24,7 @@ __all__ = [
     "local_directory",
     "open_checkpoint",
     "open_source",
+    "require_checkpoint",
     "special_floats",
     "strict_json",
 ]

@@ -155,12 +155,24 @@ def header_length(source: Source, file: str, size: int) -> int:
     return length if length <= MAX_HEADER and 8 + length <= size else 0
 
 
+_LFS = b"version https://git-lfs.github.com/spec/"
+_LFS_MAX = 1024  # https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md, "The Pointer"
+
+
+def is_lfs_pointer(source: Source, file: str, size: int) -> bool:
+    """Whether a file is a Git LFS pointer, the stand-in for a file that was not downloaded."""
+    return len(_LFS) <= size < _LFS_MAX and source.read(file, 0, len(_LFS)).tobytes() == _LFS
+
+
 def read_shard(source: Source, file: str, size: int) -> Shard:
     """Return the parsed header of ``file``; never raises for the file's contents."""
     if size < 8:
         return _broken(file, size, "short", f"{size} bytes, shorter than the 8-byte header length")
     length = int.from_bytes(source.read(file, 0, 8).tobytes(), "little")
     if length > MAX_HEADER:
+        if is_lfs_pointer(source, file, size):
+            message = "is a Git LFS pointer, not tensors; `git lfs pull` downloads them"
+            return _broken(file, size, "header-length", message)
         reason = (
             "the file is all zeros or not safetensors"
             if length > size

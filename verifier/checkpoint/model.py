@@ -24,10 +24,10 @@ from verifier.checkpoint.header import (
     read_shard,
 )
 from verifier.checkpoint.index import FIRST_GUESS, INDEX, Index, header_guesses, read_index
+from verifier.checkpoint.kinds import require_checkpoint
 from verifier.checkpoint.opening import open_source
 from verifier.checkpoint.source import Bytes, Source
 from verifier.errors import ContainerError
-from verifier.text import counted
 
 CONFIGS = ("config.json", "hf_quant_config.json")
 NUMPY_DTYPES: dict[str, npt.DTypeLike] = {
@@ -160,20 +160,13 @@ def open_checkpoint(uri: str | os.PathLike[str]) -> Checkpoint:
     Raises:
         UsageError: no such directory or repository, or no access to it.
         MissingExtra: the address needs an extra that is not installed.
-        ContainerError: the directory holds no ``*.safetensors``.
+        NotACheckpointError: the directory holds no safetensors checkpoint; it is a UsageError.
         MachineError: reading failed.
     """
     source = open_source(uri)
     files = source.files()
+    require_checkpoint(source, files)
     names = sorted(n for n in files if n.endswith(".safetensors"))
-    linked = any(n.endswith(".safetensors") for n in source.escaping)
-    if not names and INDEX not in files and not linked:
-        reason = (
-            f"no *.safetensors among its {counted(len(files), 'file')}"
-            if files
-            else "the directory is empty"
-        )
-        raise ContainerError(f"{source.uri}: not a checkpoint: {reason}")
     problems = [
         Problem("link", n, "the link leads out of the directory and is not followed")
         for n in source.escaping

@@ -73,6 +73,12 @@ class Source(Protocol):
         """
         return
 
+    def checkpoint_directories(self) -> tuple[str, ...]:
+        """Return the directories below this one that hold a checkpoint, as far as they are known
+        without another request; relative, sorted.
+        """
+        return ()
+
     def version(self, name: str) -> tuple[str | int, ...]:
         """Return what changes when file ``name`` is rewritten, as far as the source knows."""
         return ()
@@ -146,6 +152,17 @@ class LocalSource(Source):
                 sizes[entry.name] = info.st_size
         self.escaping = tuple(escaping)
         return sizes
+
+    def checkpoint_directories(self) -> tuple[str, ...]:
+        """Return the directories up to two levels below that hold ``*.safetensors``; the hub cache
+        has ``snapshots/REV`` there.
+        """
+        found = {
+            file.parent.relative_to(self.path).as_posix()
+            for pattern in ("*/*.safetensors", "*/*/*.safetensors")
+            for file in self.path.glob(pattern)
+        }
+        return tuple(sorted(found))
 
     def read_into(self, name: str, offset: int, out: Bytes) -> None:
         """Fill ``out`` with the bytes of ``name`` from ``offset``."""

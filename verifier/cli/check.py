@@ -31,7 +31,7 @@ from verifier.cli.outputs import (
 )
 from verifier.cli.recording import Recording, record, recording_options, require_recordable
 from verifier.cli.settings import check_arguments, effective_settings
-from verifier.errors import ContentError, MachineError, UsageError
+from verifier.errors import ContentError, MachineError, NotACheckpointError, UsageError
 from verifier.findings import Finding, Report
 from verifier.summary import Summary
 
@@ -138,6 +138,9 @@ def _report(path: str, arguments: Mapping[str, Any]) -> tuple[Report, Exception 
     base = arguments["base"]
     try:
         return check_checkpoint(path, **arguments), None
+    except NotACheckpointError as error:
+        option = _option_of(error.uri, path, arguments)
+        raise UsageError(f"{option}{error}") from error
     except UsageError:
         raise
     except ContentError as error:  # of the base; a problem of the checkpoint itself is a finding
@@ -147,6 +150,14 @@ def _report(path: str, arguments: Mapping[str, Any]) -> tuple[Report, Exception 
         if wants_traceback(error):
             raise
         return _without_findings(path, base, explain_failure(error)), error
+
+
+def _option_of(uri: str, path: str, arguments: Mapping[str, Any]) -> str:
+    """Return ``--base `` or ``--merged-from `` where an address came from that option, else ''."""
+    for name, option in (("base", "--base "), ("merged_from", "--merged-from ")):
+        if arguments[name] is not None and uri == str(arguments[name]) != path:
+            return option
+    return ""
 
 
 def _without_findings(path: str, base: str | None, error: str) -> Report:

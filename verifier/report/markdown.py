@@ -10,6 +10,7 @@ from verifier.report.text import footer
 from verifier.report.wording import (
     PARENTHESES,
     amount,
+    base_warning,
     baseline_line,
     by_engine,
     cell,
@@ -46,6 +47,8 @@ def _render(report: Report, rows: int) -> str:
         f"{code(report.uri, 2000)}: {_words(verdict_line(report))}",
         "",
     ]
+    if base_warning(report):
+        lines += [f"**{_words(base_warning(report))}**", ""]
     ordered = worst_first(report.findings)
     if ordered[:rows]:
         lines += [

@@ -13,6 +13,7 @@ from verifier.report.wording import (
     MAX_PER_RULE,
     PARENTHESES,
     amount,
+    base_warning,
     baseline_line,
     by_engine,
     by_rules,
@@ -54,7 +55,9 @@ def render_text(report: Report, *, color: bool = False) -> str:
     }
     lines += [f"{label}: {text}" for label, text in optional.items() if text]
     lines.append(f"verdict: {_styled(verdict_line(report), report.verdict, color)}")
-    return findings_text(report.findings, color=color) + "\n".join(lines) + "\n"
+    warning = base_warning(report)
+    head = f"{_styled('base', 'warning', color)}    {warning}\n" if warning else ""
+    return head + findings_text(report.findings, color=color) + "\n".join(lines) + "\n"
 
 
 def findings_text(findings: Iterable[Finding], *, color: bool = False) -> str:

@@ -79,6 +79,15 @@ def reason(report: Report) -> str:
     return printable(report.summary.reason)
 
 
+def base_warning(report: Report) -> str:
+    """Return that the base is a different model, where findings may come from that, or ''."""
+    why = report.summary.different_base
+    if not why or not report.findings:
+        return ""
+    base = printable(report.base or "")
+    return f"the base {base} is a different model: {printable(why)}; check --base first"
+
+
 def skipped(report: Report) -> list[tuple[str, list[str]]]:
     """Return (reason, rules) of the rules that did not run."""
     groups: dict[str, list[str]] = {}

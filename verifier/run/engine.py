@@ -96,10 +96,10 @@ def check(
             ``wikitext2-test``.
 
     Raises:
-        UsageError: a directory that does not exist, an unknown rule, depth, profile or severity, an
-            invalid baseline, parallel size, subset or sample, or both of the latter.
+        UsageError: a directory that does not exist or holds no safetensors checkpoint, an unknown
+            rule, depth, profile or severity, an invalid baseline, parallel size, subset or sample,
+            or both of the latter.
         MissingExtra: depth load without torch or transformers; it is a UsageError.
-        ContentError: the base cannot be read as a checkpoint.
         MachineError: reading failed.
     """
     options = CheckOptions(
@@ -172,6 +172,7 @@ def run_check(uri: Path, options: CheckOptions) -> Report:
         seconds=round(time.perf_counter() - started, 3),
         inconclusive=reason,
         evaluation=evaluation,
+        different_base=_different_base(ctx),
     )
     base_uri = _text(options.base)
     return Report(verdict, os.fspath(uri), base_uri, tuple(findings), tuple(coverage), summary)
@@ -307,6 +308,16 @@ def _verdict(
     required = () if plan.reading.subset else plan.selection.required
     quantized = bool(ctx.candidate.quantized_modules)
     return verdict_of(quantized, findings, coverage, required, plan.options.fail_on)
+
+
+def _different_base(ctx: Context) -> str:
+    """Return why the base is a different model than the checkpoint, or ''."""
+    if ctx.base is None:
+        return ""
+    own, of_base = ctx.checkpoint.model_type, ctx.base.checkpoint.model_type
+    if own and of_base and own != of_base:
+        return f"its model_type is {of_base}, the checkpoint's is {own}"
+    return ctx.expectations.unrelated_base
 
 
 def _sources(**checkpoints: Checkpoint | None) -> dict[str, Source]:

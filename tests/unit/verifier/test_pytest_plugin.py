@@ -162,23 +162,16 @@ def test_a_checkpoint_without_quantization_is_not_passed(session: Run) -> None:
     assert "INCONCLUSIVE (no quantized tensor)" in done.stdout
 
 
-def test_a_folder_that_cannot_be_read(session: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize("role", ["", "-base"])
+def test_a_folder_without_a_checkpoint_is_a_wrong_call(
+    session: Run, tmp_path: Path, role: str
+) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
-    done = session(f"--ckptgate={empty}", "--ckptgate-require=QC301")
-    failed = set(re.findall(r"^FAILED \S*ckptgate::(\S+)", done.stdout, re.M))
-    assert failed == {"QC104", "QC301", "verdict"}
-    assert "the directory is empty" in done.stdout
-    assert "the checkpoint could not be read" in done.stdout
-
-
-def test_a_base_that_is_none_fails_with_its_message(session: Run, tmp_path: Path) -> None:
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    done = session(f"--ckptgate={QWEN_NVFP4}", f"--ckptgate-base={empty}", "-k", "verdict")
-    assert done.returncode == 1
-    assert f"{empty}: not a checkpoint: the directory is empty" in done.stdout
-    assert "Traceback" not in done.stdout
+    done = session(f"--ckptgate={QWEN_NVFP4}", f"--ckptgate{role}={empty}")
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert f"{empty}: the directory is empty" in done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(

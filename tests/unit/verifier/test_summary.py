@@ -38,6 +38,7 @@ SUMMARIES = {
         "QC501 examined none of 3 scales",
         NotScored("nothing was scored"),
     ),
+    "different base": Summary(different_base="its model_type is llama, the checkpoint's is m3"),
     "sample": Summary(CONTENTS, ReportedOptions(sample=5.0, seed=0)),
 }
 

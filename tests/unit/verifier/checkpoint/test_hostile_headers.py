@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 import verifier
 from verifier.checkpoint import INDEX, MAX_HEADER, open_checkpoint, strict_json
-from verifier.errors import ContainerError, UsageError
+from verifier.errors import NotACheckpointError, UsageError
 from verifier.findings import Report
 
 SHARD = "model.safetensors"
@@ -68,7 +68,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     ),
     "zeros": (bytes(4096), "header-length"),
     "text": (
-        b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 1234567\n",
+        b"<!DOCTYPE html>\n<html><head><title>Not Found</title></head></html>\n",
         "header-length",
     ),
     "not_utf8": (_file(b'{"\xff\xfe": 1}'), "json"),
@@ -595,24 +595,12 @@ def test_only_regular_files_are_read(tmp_path: Path) -> None:
 # no checkpoint at all
 
 
-@pytest.mark.parametrize(
-    "others", [(), ("model.gguf", "tokenizer.json")], ids=["empty", "other_files"]
-)
-def test_folder_without_shards_is_a_finding_of_the_candidate(
-    tmp_path: Path, others: tuple[str, ...]
-) -> None:
-    for name in others:
-        (tmp_path / name).write_bytes(b"GGUF")
-    with pytest.raises(ContainerError):
-        open_checkpoint(tmp_path)
-    report = verifier.check(tmp_path)
-    assert (report.exit_code, [f.rule for f in report.findings]) == (1, ["QC104"])
-
-
-def test_base_without_shards_is_an_error_of_the_call(tmp_path: Path) -> None:
+def test_a_folder_without_shards_is_a_wrong_call(tmp_path: Path) -> None:
     folder = _folder(tmp_path / "ckpt", _file(_entry()))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ContainerError):
+    with pytest.raises(NotACheckpointError):
+        verifier.check(tmp_path / "empty")
+    with pytest.raises(NotACheckpointError):
         verifier.check(folder, base=tmp_path / "empty")
 
 

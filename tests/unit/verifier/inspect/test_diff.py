@@ -18,7 +18,7 @@ import pytest
 from tests import sparse
 from tests.paths import TESTS
 from verifier.cli import run
-from verifier.errors import ContentError, UsageError
+from verifier.errors import ContentError, NotACheckpointError, UsageError
 from verifier.inspect.diff import Diff, diff
 from verifier.inspect.names import gathered
 from verifier.inspect.render import LINES, diff_text
@@ -206,7 +206,7 @@ def test_a_config_nested_beyond_all_measure_is_refused_or_compared(copy: Checkpo
 def test_errors() -> None:
     with pytest.raises(UsageError, match="no such directory"):
         diff(QWEN, DATA / "nothing")
-    with pytest.raises(ContentError, match="not a checkpoint"):
+    with pytest.raises(NotACheckpointError, match="a directory of 4 checkpoints"):
         diff(QWEN, DATA)
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from tests.paths import TESTS
 from verifier.cli import run
-from verifier.errors import ContentError, UsageError
+from verifier.errors import NotACheckpointError, UsageError
 from verifier.inspect.render import stats_text
 from verifier.inspect.stats import bins, shares, stats
 from verifier.selftest.editor import CheckpointEditor
@@ -183,5 +183,5 @@ def test_hostile_names_are_escaped(copy: CheckpointEditor) -> None:
 def test_errors() -> None:
     with pytest.raises(UsageError, match="unknown depth"):
         stats(QWEN, depth="load")
-    with pytest.raises(ContentError, match="not a checkpoint"):
+    with pytest.raises(NotACheckpointError, match="a directory of 4 checkpoints"):
         stats(DATA)
