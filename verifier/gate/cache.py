@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from verifier.checkpoint import Checkpoint
 from verifier.errors import ContentError
+from verifier.gate.corpora import document_digests
+from verifier.gate.identity import identity_of
 from verifier.gate.run_file import Run, read_run, write_run
 from verifier.gate.score import Journaled, Scored, scoring_identity
 from verifier.gate.windows import ScoringPlan
@@ -20,8 +22,9 @@ class Cached:
     """Take the base's run from a directory, or score it and keep it there; the units of an
     interrupted run are resumed.
 
-    A file is named by a digest of weights, protocol key, batch, device, top-k and versions. One
-    that is damaged is scored again.
+    A file is named by a digest of weights, configuration, tokenizer, protocol key, batch, device,
+    top-k and versions. A file that is damaged, or whose contents are of another checkpoint, is
+    scored again.
     """
 
     folder: Path
@@ -39,8 +42,11 @@ class Cached:
             except ContentError as error:
                 plan.options.say(f"{error}; scoring it again")
             else:
-                plan.options.say(f"{ckpt.uri}: taken from the cache, {file}")
-                return run
+                difference = _difference(run, plan, ckpt)
+                if difference is None:
+                    plan.options.say(f"{ckpt.uri}: taken from the cache, {file}")
+                    return run
+                plan.options.say(f"{file}: its {difference} differs from {ckpt.uri}; scoring again")
         journal = file.with_name(f"{file.name}.part")
         (run,) = Journaled(journal)(replace(plan, checkpoints=(ckpt,))).runs
         if keep:
@@ -49,9 +55,21 @@ class Cached:
         return run
 
 
+def _difference(run: Run, plan: ScoringPlan, ckpt: Checkpoint) -> str | None:
+    """Return in what a cached run differs from the checkpoint on disk or the plan, or None."""
+    recorded = run.header.model_dump()
+    for name, digest in asdict(identity_of(ckpt)).items():
+        if recorded[name] != digest:
+            return name
+    for name in sorted(plan.key.keys() | run.header.key.keys()):
+        if name != "corpus" and plan.key.get(name) != run.header.key.get(name):
+            return name
+    return None if run.header.documents == document_digests(plan.options.corpus) else "documents"
+
+
 def _name(plan: ScoringPlan, ckpt: Checkpoint) -> str:
     identity = {
-        "weights": ckpt.weights_sha256,
+        **asdict(identity_of(ckpt)),
         "key": {name: value for name, value in plan.key.items() if name != "corpus"},
         "device": plan.options.device,
         **scoring_identity(plan.options),

@@ -31,8 +31,9 @@ MAX_BYTES = 2_000_000_000
 class Corpus:
     """Documents to score: ``texts``, or ``ids`` (token ids, scored document by document).
 
-    ``sampled_from`` is the weights digest of the model that the ids were sampled from. ``task``:
-    the texts are the documents of a task of lm-eval, as JSON.
+    ``sampled_from`` is the weights digest of the model that the ids were sampled from. ``groups``
+    names the group of each document, such as a book whose chapters are documents; empty where each
+    is its own. ``task``: the texts are the documents of a task of lm-eval, as JSON.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Corpus:
     ids: tuple[tuple[int, ...], ...] = ()
     sampled_from: str | None = None
     task: TaskInfo | None = None
+    groups: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.documents)
@@ -51,13 +53,25 @@ class Corpus:
         """The documents, as ids or as text."""
         return self.ids or self.texts
 
+    @property
+    def group_numbers(self) -> tuple[int, ...]:
+        """The number of each document's group, in the order in which groups appear."""
+        numbers = {name: number for number, name in enumerate(dict.fromkeys(self.groups))}
+        return tuple(numbers[name] for name in self.groups)
+
     def head(self, count: int | None) -> Corpus:
         """Return a corpus of the first ``count`` documents."""
         if count is None or count >= len(self):
             return self
         texts, ids = self.texts[:count], self.ids[:count]
-        digest = documents_digest(ids or texts)
-        return replace(self, name=f"{self.name}[:{count}]", digest=digest, texts=texts, ids=ids)
+        return replace(
+            self,
+            name=f"{self.name}[:{count}]",
+            digest=documents_digest(ids or texts),
+            texts=texts,
+            ids=ids,
+            groups=self.groups[:count],
+        )
 
 
 def documents_digest(documents: Iterable[str | Sequence[int]]) -> str:
@@ -70,6 +84,11 @@ def documents_digest(documents: Iterable[str | Sequence[int]]) -> str:
         raw = text.encode()
         state.update(len(raw).to_bytes(8, "little") + raw)
     return state.hexdigest()
+
+
+def document_digests(corpus: Corpus) -> list[str]:
+    """Return a short digest of each document, in order."""
+    return [documents_digest([document])[:16] for document in corpus.documents]
 
 
 def split_documents(text: str) -> list[str]:
@@ -91,7 +110,7 @@ def split_documents(text: str) -> list[str]:
 
 def load_corpus(name: str) -> Corpus:
     """Return a corpus by its name (``wikitext2-test``) or from a file (.jsonl with ``ids`` or
-    ``text``; else text).
+    ``text``, and ``group`` where documents belong together; else text).
 
     Raises:
         UsageError: no such name or file, or WikiText cannot be found.
@@ -156,6 +175,7 @@ def _missing_wikitext() -> str:
 def _jsonl(path: Path, text: str) -> Corpus:
     ids: list[tuple[int, ...]] = []
     texts: list[str] = []
+    groups: list[str] = []
     sampled = None
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():
@@ -163,7 +183,10 @@ def _jsonl(path: Path, text: str) -> Corpus:
         row = _row(path, number, line)
         if number == 1 and "sampled_from" in row:
             sampled = str(row["sampled_from"])
-        elif _is_ids(row.get("ids")):
+            continue
+        if isinstance(row.get("group"), str | int):
+            groups.append(str(row["group"]))
+        if _is_ids(row.get("ids")):
             ids.append(tuple(row["ids"]))
         elif isinstance(row.get("text"), str):
             texts.append(row["text"])
@@ -172,6 +195,11 @@ def _jsonl(path: Path, text: str) -> Corpus:
     if bool(ids) == bool(texts):
         raise ContentError(f"{path}: {'ids and text are mixed' if ids else 'no document'}")
     documents: list[Any] = list(ids) or list(texts)
+    if groups and len(groups) != len(documents):
+        raise ContentError(
+            f"{path}: {len(groups)} of {len(documents)} documents have a group (a text or a whole "
+            "number); give all of them one, or none"
+        )
     kind = "token ids" if ids else "lines"
     return Corpus(
         path.name,
@@ -180,6 +208,7 @@ def _jsonl(path: Path, text: str) -> Corpus:
         tuple(texts),
         tuple(ids),
         sampled,
+        groups=tuple(groups),
     )
 
 

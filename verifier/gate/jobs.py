@@ -106,6 +106,8 @@ HF = Scorer()
 class TaskInfo:
     """A task of lm-eval: how to load it, and which of its metrics, after which filter, marks
     answers right or wrong.
+
+    ``chance`` is the share of right answers that guessing gives; None where it is not known.
     """
 
     spec: str
@@ -114,6 +116,7 @@ class TaskInfo:
     shots: int
     metric: str
     filter: str
+    chance: float | None = None
 
 
 @dataclass(frozen=True)

@@ -58,20 +58,29 @@ class RunHeader(BaseModel):
     """What was scored and how. ``key`` must be equal for two runs to be compared, ``environment``
     should be.
 
-    ``documents`` are digests. ``floor``: the model against itself in other batches, nats per token;
-    ``experts``: tokens of each expert by layer.
+    The digests of weights, configuration and tokenizer say which checkpoint was scored (version 1.0
+    recorded the weights only). ``documents`` are digests; ``groups`` holds the number of each
+    document's group, and is empty where every document is its own. ``vocab_size`` is that of
+    config.json, ``chance`` the share of right answers that guessing gives in a task. ``floor``: the
+    model against itself in other batches, nats per token; ``experts``: tokens of each expert by
+    layer.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    schema_version: Literal["1.0"] = "1.0"
+    schema_version: Literal["1.0", "1.1"] = "1.1"
     model: _Text
     weights_sha256: Sha256
+    config_sha256: Sha256 | None = None
+    tokenizer_sha256: Sha256 | None = None
     formats: list[_Text] = Field(default=[], max_length=100)
     key: dict[_Text, _Text | bool | int] = Field(max_length=100)
     environment: dict[_Text, _Text] = Field(max_length=100)
     documents: list[Annotated[str, Field(pattern="^[0-9a-f]{16}$")]] = Field(
         max_length=MAX_DOCUMENTS
     )
+    groups: list[Annotated[int, Field(ge=0)]] = Field(default=[], max_length=MAX_DOCUMENTS)
+    vocab_size: Annotated[int, Field(ge=1)] | None = None
+    chance: Annotated[float, Field(ge=0, le=1)] | None = None
     sampled_from: _Text | None = None
     nonfinite: list[Annotated[int, Field(ge=0)]] = []
     experts: dict[_Text, list[Annotated[int, Field(ge=0)]]] = Field(default={}, max_length=100_000)
@@ -186,6 +195,8 @@ def _fault(header: RunHeader, arrays: dict[str, Array]) -> str | None:
         return f"{count} documents, but sums {list(sums.shape)} and tokens {list(tokens.shape)}"
     if count == 0:
         return "no document"
+    if header.groups and len(header.groups) != count:
+        return f"{count} documents, but the groups of {len(header.groups)}"
     if (tokens < 0).any() or (tokens > MAX_TOKENS).any():
         return "a document with an impossible number of tokens"
     if any(document >= count for document in header.nonfinite):

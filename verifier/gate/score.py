@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
@@ -21,7 +21,8 @@ import numpy as np
 from verifier import __version__
 from verifier.checkpoint import Checkpoint
 from verifier.errors import MachineError, UsageError
-from verifier.gate.corpora import Corpus, documents_digest
+from verifier.gate.corpora import Corpus, document_digests
+from verifier.gate.identity import identity_of
 from verifier.gate.jobs import HF, Array, Job, Protocol, Scorer, Unit, UnitScores
 from verifier.gate.journal import Journal, units_in
 from verifier.gate.options import BATCH, SEQ_LEN, Progress, Say, ScoringOptions, silent
@@ -31,6 +32,7 @@ from verifier.gate.statistics import ratio
 from verifier.gate.windows import ScoringPlan, plan_scoring, share, slices_of
 from verifier.layouts.expert_stacks import unstacked
 from verifier.processes import spawned
+from verifier.quantized import config_value
 from verifier.schemes import gather
 
 _DIED = "a scoring process died ({how}); is there enough memory for the model?"
@@ -295,7 +297,7 @@ def _journal_header(plan: ScoringPlan, ckpt: Checkpoint) -> dict[str, Any]:
     """Return what a journal must share with a run that resumes from it."""
     return {
         "ckptgate_journal": __version__,
-        "weights_sha256": ckpt.weights_sha256,
+        **asdict(identity_of(ckpt)),
         "key": plan.key,
         "device": plan.options.device.partition(":")[0],
         **scoring_identity(plan.options),
@@ -333,11 +335,14 @@ def run_of(
     arrays.pop("kl", None)
     header = RunHeader(
         model=ckpt.uri,
-        weights_sha256=ckpt.weights_sha256,
+        **asdict(identity_of(ckpt)),
         formats=sorted(formats_of(ckpt)),
         key=plan.key,
         environment=scores.environment,
-        documents=[documents_digest([document])[:16] for document in corpus.documents],
+        documents=document_digests(corpus),
+        groups=list(corpus.group_numbers),
+        vocab_size=config_value(ckpt.config, "vocab_size"),
+        chance=corpus.task.chance if corpus.task is not None else None,
         sampled_from=corpus.sampled_from,
         nonfinite=_nonfinite(scores.units.values(), prefix),
         seconds=seconds,

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -77,6 +78,9 @@ def _plan(
         "dtype": "bfloat16",
         **options.scorer.key,
     }
+    if corpus.groups:
+        numbers = json.dumps(corpus.group_numbers)
+        key["groups_sha256"] = hashlib.sha256(numbers.encode()).hexdigest()
     if protocol == "task" and (task := corpus.task) is not None:
         key |= {
             "task": task.name,

@@ -124,6 +124,11 @@ def roundings(checkpoint: Checkpoint) -> dict[str, Rounding]:
             )
         rounding = rounding_of(checkpoint, module, fmt, declaration)
         if rounding is not None:
+            if "pre_quant_scale" in module.parts:
+                raise ContentError(
+                    f"{module.name}: its input is scaled by a pre_quant_scale before it is "
+                    "rounded, which is not modelled; use --activations bf16"
+                )
             by_module[module.name] = rounding
     return by_module
 

@@ -338,13 +338,38 @@ def restore_float32(
 
 
 def _restore_parameter(module: Any, leaf: str, value: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Set a parameter to float32; undo it where the module then cannot take ``dtype``."""
+    """Set a parameter to float32; undo it where the module then cannot take ``dtype``, or turns it
+    into float32 for the modules that follow.
+    """
     before = module._parameters[leaf]
     module._parameters[leaf] = torch.nn.Parameter(value, requires_grad=False)
-    if value.ndim != 2 or _accepts(module, value, dtype):
+    if value.ndim == 1:
+        if _keeps_dtype(module, value.shape[0], dtype):
+            return True
+    elif value.ndim != 2 or _accepts(module, value, dtype):
         return True
     module._parameters[leaf] = before
     return False
+
+
+def _keeps_dtype(module: Any, width: int, dtype: torch.dtype) -> bool:
+    """Whether a module with a float32 vector still turns hidden states of a dtype into that dtype.
+
+    Llama's norm with a float32 weight returns float32, which the next layer refuses; a linear layer
+    refuses a float32 bias next to a weight of a different dtype. A module that is not called with
+    hidden states of ``width``, such as a router with a float32 correction bias, is left alone.
+    """
+    weight = module._parameters.get("weight")
+    bias = module._parameters.get("bias")
+    if weight is not None and bias is not None and weight.ndim == 2:
+        return bool(weight.dtype == bias.dtype)
+    hidden = torch.zeros((1, width), dtype=dtype, device=next(module.parameters()).device)
+    try:
+        with torch.inference_mode():
+            output = module(hidden)
+    except (RuntimeError, TypeError, IndexError, ValueError, AttributeError):
+        return True
+    return not isinstance(output, torch.Tensor) or output.dtype == dtype
 
 
 def _accepts(module: Any, weight: torch.Tensor, dtype: torch.dtype) -> bool:

@@ -123,10 +123,17 @@ def decoded_tensors(checkpoint: Checkpoint) -> dict[str, _LazyTensor | _LazyStac
     individually.
 
     Raises:
-        ContentError: a quantized weight whose format cannot be inferred.
+        ContentError: a quantized weight whose format cannot be inferred, or transforms that a
+            reader applies to activations.
     """
     checkpoint = unstacked(checkpoint)
     declaration = expanded(read_declarations(checkpoint).effective, checkpoint)
+    if declaration is not None and declaration.transforms:
+        raise ContentError(
+            f"{checkpoint.uri}: {declaration.file} declares transforms of activations "
+            f"({', '.join(declaration.transforms)[:200]}), which are not applied here; score it "
+            "with an engine that applies them (--scorer vllm)"
+        )
     tensors: dict[str, _LazyTensor] = {}
     for module in gather(checkpoint.tensors.values(), declared_formats(declaration)).values():
         for leaf, tensor in module.parts.items():

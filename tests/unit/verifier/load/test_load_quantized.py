@@ -6,6 +6,7 @@ BF16.
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import ml_dtypes
@@ -16,7 +17,13 @@ from safetensors.torch import load_file, save_file
 
 transformers = pytest.importorskip("transformers")
 
-from verifier.load.model import load_model  # noqa: E402
+from tests.paths import TESTS  # noqa: E402
+from verifier.checkpoint import open_checkpoint  # noqa: E402
+from verifier.errors import ContentError  # noqa: E402
+from verifier.load.activations import roundings  # noqa: E402
+from verifier.load.model import decoded_tensors, load_model  # noqa: E402
+
+MODELOPT = TESTS / "data" / "modelopt"
 
 
 def mxfp4(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -75,3 +82,43 @@ def test_gpt_oss_in_mxfp4_is_the_model_of_its_values(tmp_path: Path) -> None:
             load_model(str(tmp_path / f)).model(input_ids=ids).logits for f in ("packed", "decoded")
         )
     assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("name", ["src_llama", "src_qwen3moe"])
+def test_a_float32_checkpoint_runs_as_bf16(tmp_path: Path, name: str) -> None:
+    copy = shutil.copytree(MODELOPT / name, tmp_path / name)
+    tensors = {k: t.float() for k, t in load_file(copy / "model.safetensors").items()}
+    save_file(tensors, copy / "model.safetensors", {"format": "pt"})
+    ids = torch.arange(5, 25)[None]
+    with torch.inference_mode():
+        expected = load_model(str(MODELOPT / name)).model(input_ids=ids).logits
+        assert torch.equal(load_model(str(copy)).model(input_ids=ids).logits, expected)
+
+
+def test_a_pre_quant_scale_is_part_of_the_weight(tmp_path: Path) -> None:
+    """AWQ multiplies inputs by it: the weight is what the layer multiplies its inputs with."""
+    copy = shutil.copytree(MODELOPT / "llama_mxfp8", tmp_path / "awq")
+    module = "model.layers.0.mlp.down_proj"
+    tensors = load_file(copy / "model.safetensors")
+    plain = decoded_tensors(open_checkpoint(copy))[f"{module}.weight"][...]
+    factors = torch.linspace(0.5, 2, plain.shape[1]).to(torch.bfloat16)
+    tensors[f"{module}.pre_quant_scale"] = factors
+    save_file(tensors, copy / "model.safetensors")
+    scaled = decoded_tensors(open_checkpoint(copy))[f"{module}.weight"][...]
+    assert torch.equal(scaled, (plain.float() * factors.float()).to(torch.bfloat16))
+    with pytest.raises(ContentError, match=f"{module}: its input is scaled by a pre_quant_scale"):
+        roundings(open_checkpoint(copy))
+
+
+def test_transforms_of_activations_are_refused_by_name(tmp_path: Path) -> None:
+    copy = shutil.copytree(MODELOPT / "src_llama", tmp_path / "rotated")
+    config = json.loads((copy / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "dense",
+        "config_groups": {},
+        "transform_config": {"config_groups": {"R1": {"type": "hadamard", "apply": []}}},
+    }
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ContentError, match=r"transforms of activations \(R1: hadamard\)"):
+        load_model(str(copy))
