@@ -82,53 +82,6 @@ def text_model(model_type: str, *, own_head_dim: bool = True, **more: Any) -> An
     return config
 
 
-def llama(v: int) -> Any:
-    """Return a Llama config; ``v`` chooses between two sets of dimensions."""
-    return transformers.LlamaConfig(
-        vocab_size=(331, 337)[v],
-        hidden_size=(114, 130)[v],
-        intermediate_size=(208, 232)[v],
-        num_hidden_layers=3,
-        num_attention_heads=(6, 10)[v],
-        num_key_value_heads=(2, 5)[v],
-        head_dim=(24, 28)[v],
-        tie_word_embeddings=False,
-    )
-
-
-def mixtral(v: int) -> Any:
-    """Return a Mixtral config."""
-    return transformers.MixtralConfig(
-        vocab_size=(331, 337)[v],
-        hidden_size=(114, 130)[v],
-        intermediate_size=(208, 232)[v],
-        num_hidden_layers=3,
-        num_attention_heads=(6, 10)[v],
-        num_key_value_heads=(2, 5)[v],
-        head_dim=(24, 28)[v],
-        num_local_experts=(7, 9)[v],
-        tie_word_embeddings=False,
-    )
-
-
-def qwen3_moe(v: int) -> Any:
-    """Return a Qwen3-MoE config with a dense layer."""
-    return transformers.Qwen3MoeConfig(
-        vocab_size=(331, 337)[v],
-        hidden_size=(114, 130)[v],
-        intermediate_size=(208, 232)[v],
-        num_hidden_layers=3,
-        num_attention_heads=(6, 10)[v],
-        num_key_value_heads=(2, 5)[v],
-        head_dim=(24, 28)[v],
-        num_experts=(7, 9)[v],
-        moe_intermediate_size=(40, 56)[v],
-        mlp_only_layers=[1],
-        decoder_sparse_step=1,
-        tie_word_embeddings=False,
-    )
-
-
 def minimax_m3_vl(v: int) -> Any:
     """Return a MiniMax-M3 config: dense first layer, one sparse layer without an indexer, one
     with.
@@ -398,7 +351,7 @@ DEEPSEEK_V4_LAYERS: dict[str, list[dict[str, Any]]] = {
         {"from": "num_hash_layers"},
     ],
 }
-NEW: dict[str, dict[str, Any]] = {
+SMALL_FAMILIES: dict[str, dict[str, Any]] = {
     **family("deepseek_v2", "DeepseekV2ForCausalLM", kinds=AFTER_DENSE, nullable=["q_lora_rank"]),
     **family(
         "deepseek_v32",
@@ -668,12 +621,16 @@ NEW: dict[str, dict[str, Any]] = {
 }
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {
-        "config": llama,
+        "config": text_model("llama"),
         "model": "LlamaForCausalLM",
         "flags": ["attention_bias", "mlp_bias"],
     },
-    "mixtral": {"config": mixtral, "model": "MixtralForCausalLM", "flags": []},
-    "qwen3_moe": {"config": qwen3_moe, "model": "Qwen3MoeForCausalLM", "flags": ["attention_bias"]},
+    "mixtral": {"config": text_model("mixtral"), "model": "MixtralForCausalLM", "flags": []},
+    "qwen3_moe": {
+        "config": text_model("qwen3_moe", mlp_only_layers=[1], decoder_sparse_step=1),
+        "model": "Qwen3MoeForCausalLM",
+        "flags": ["attention_bias"],
+    },
     "qwen3": {
         "config": text_model("qwen3"),
         "model": "Qwen3ForCausalLM",
@@ -732,7 +689,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "nullable": ["q_lora_rank"],
         "more_layers": "num_nextn_predict_layers",
     },
-    **NEW,
+    **SMALL_FAMILIES,
     "minimax_m3_vl": {
         "config": minimax_m3_vl,
         "model": "MiniMaxM3SparseForConditionalGeneration",
@@ -887,9 +844,9 @@ def layer_kind(name: str, layers: set[int], config: Any, spec: dict[str, Any]) -
         return "all"
     fitting = [k for k in spec.get("kinds", {}) if set(own.layers(config.to_dict(), k)) == layers]
     types = list(getattr(text, "layer_types", None) or [])
-    told = {t for t in types if {i for i, x in enumerate(types) if x == t} == layers}
-    if len(fitting) > 1 or (told and fitting in (["sparse"], ["dense"])):
-        kinds = " and ".join([*fitting, *sorted(told)])
+    named = {t for t in types if {i for i, x in enumerate(types) if x == t} == layers}
+    if len(fitting) > 1 or (named and fitting in (["sparse"], ["dense"])):
+        kinds = " and ".join([*fitting, *sorted(named)])
         raise SystemExit(f"{name}: {kinds} are the same layers of the small model")
     if fitting:
         return fitting[0]

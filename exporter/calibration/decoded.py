@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from exporter.layout import unstacked
-from exporter.plan import Reader, Restack, Weight
+from exporter.plan import Reader, Restack, SourceWeight
 from exporter.stream import load, load_stack
 from verifier.checkpoint import NUMPY_DTYPES, Checkpoint, Tensor
 from verifier.layouts.expert_stacks import UnstackedCheckpoint
@@ -18,24 +18,24 @@ from verifier.load import hf
 from verifier.schemes import FLOATS, canonical, gather
 
 
-class _LazyTensor:
+class _DecodedTensor:
     """Represents a tensor that is read, and decoded to BF16 where it is quantized, when it is
     sliced.
     """
 
-    def __init__(self, checkpoint: Checkpoint, tensor: Weight | Tensor) -> None:
+    def __init__(self, checkpoint: Checkpoint, tensor: SourceWeight | Tensor) -> None:
         self._checkpoint, self._tensor = checkpoint, tensor
 
     def __getitem__(self, _index: Any) -> torch.Tensor:
         tensor = self._tensor
-        if isinstance(tensor, Weight):
+        if isinstance(tensor, SourceWeight):
             return load(self._checkpoint, tensor).to(torch.bfloat16)
         if tensor.dtype in FLOATS:
             return hf.plain_tensor(self._checkpoint, tensor)
         return torch.from_numpy(self._checkpoint.array(tensor).copy())
 
 
-class _LazyStack:
+class _DecodedStack:
     """Represents a quantized stack of experts, decoded to BF16 when it is sliced, in the axes of
     the unquantized hub.
     """
@@ -68,7 +68,7 @@ def decoded_state(checkpoint: Checkpoint) -> dict[str, Any]:
         for stack in view.stacks:
             fmt = expert_reader.format(stack.linears[0])
             if fmt is not None:
-                state[stack.key] = _LazyStack(checkpoint, Restack((stack,), fmt, None))
+                state[stack.key] = _DecodedStack(checkpoint, Restack((stack,), fmt, None))
                 in_stacks |= {t.name for leaf, t in stack.tensors.items() if leaf != "bias"}
     modules = gather(t for t in checkpoint.tensors.values() if t.name not in in_stacks)
     reader = Reader(checkpoint, modules)
@@ -79,7 +79,7 @@ def decoded_state(checkpoint: Checkpoint) -> dict[str, Any]:
             if plain_name is None:
                 continue
             if quantized and tensor is module.weight:
-                state[plain_name] = _LazyTensor(checkpoint, reader.weight(name))
+                state[plain_name] = _DecodedTensor(checkpoint, reader.weight(name))
             elif tensor.dtype in FLOATS or tensor.dtype in NUMPY_DTYPES:
-                state[plain_name] = _LazyTensor(checkpoint, tensor)
+                state[plain_name] = _DecodedTensor(checkpoint, tensor)
     return state

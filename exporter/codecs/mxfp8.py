@@ -76,7 +76,7 @@ def encode(
     fixed = None
     if weight_scale is not None:
         fixed = _checked_scales(weight_scale, shape).reshape(flat_scales.shape)
-    encoder = _Encoder(rows, x.shape, fixed, flat_code, flat_scales, fast.kernels(x.device))
+    encoder = _Mxfp8Encoder(rows, x.shape, fixed, flat_code, flat_scales, fast.kernels(x.device))
     each_chunk(rows.shape, x.device, threads, encoder.encode)
     return {"weight": code, "weight_scale": scales}
 
@@ -91,7 +91,7 @@ def _checked_scales(weight_scale: torch.Tensor, shape: tuple[int, ...]) -> torch
 
 
 @dataclass(frozen=True)
-class _Encoder:
+class _Mxfp8Encoder:
     """Encodes a weight by chunks.
 
     Attributes:

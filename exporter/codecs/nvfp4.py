@@ -100,7 +100,7 @@ def encode(
     if "weight_scale_2" in out:
         require_fit(out["weight_scale_2"], "nvfp4", "weight_scale_2", scale_2.shape, torch.float32)
         scale_2 = out["weight_scale_2"].copy_(scale_2)
-    encoder = _Encoder(
+    encoder = _Nvfp4Encoder(
         rows, x.shape, scale_2, fixed, flat_packed, flat_scales, fast.kernels(x.device)
     )
     each_chunk(rows.shape, x.device, threads, encoder.encode)
@@ -136,7 +136,7 @@ def _checked_scales(weight_scale: torch.Tensor, shape: tuple[int, ...]) -> torch
 
 
 @dataclass(frozen=True)
-class _Encoder:
+class _Nvfp4Encoder:
     """Encodes a weight by chunks.
 
     Attributes:

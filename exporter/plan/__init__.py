@@ -11,9 +11,9 @@ from exporter.plan.model import (
     Encode,
     Plan,
     Restack,
+    SourceWeight,
     Spec,
     Take,
-    Weight,
     header_digest,
 )
 from exporter.plan.select import parse_layers
@@ -32,9 +32,9 @@ __all__ = [
     "Reader",
     "Rest",
     "Restack",
+    "SourceWeight",
     "Spec",
     "Take",
-    "Weight",
     "build",
     "header_digest",
     "merge",

@@ -63,7 +63,7 @@ class Constant:
 
 
 @dataclass(frozen=True, slots=True)
-class Weight:
+class SourceWeight:
     """A weight to read, [out, in]: its tensors by leaf, and their format (None: unquantized)."""
 
     tensor: Tensor
@@ -82,7 +82,7 @@ class Decode:
     """Write a quantized weight's values as BF16 under its unquantized name."""
 
     name: str
-    weight: Weight
+    weight: SourceWeight
     origin: Origin
 
     @property
@@ -102,7 +102,7 @@ class Encode:
     """
 
     modules: tuple[str, ...]
-    weights: tuple[Weight, ...]
+    weights: tuple[SourceWeight, ...]
     format: Format
     scale_leaf: str
     input_scales: tuple[float, ...] | None

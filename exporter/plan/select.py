@@ -112,14 +112,14 @@ def _require_matches(
             )
 
 
-def _no_match(wanted: str, roles: Iterable[str], linears: Iterable[str]) -> str:
+def _no_match(pattern: str, roles: Iterable[str], linears: Iterable[str]) -> str:
     """Return the sentence for a rule that matches nothing, with the nearest names."""
     kinds = sorted(
         {collapse(n) for n in linears if role(n) not in ("norm", "embedding", "lm_head")}
     )
-    nearest = difflib.get_close_matches(wanted, kinds, n=3, cutoff=0.0) or kinds[:3]
+    nearest = difflib.get_close_matches(pattern, kinds, n=3, cutoff=0.0) or kinds[:3]
     among = f" among {', '.join(roles)}" if roles else ""
-    return f"nothing matches {wanted}{among}; the nearest names are {', '.join(nearest)}"
+    return f"nothing matches {pattern}{among}; the nearest names are {', '.join(nearest)}"
 
 
 def groups(selected: Mapping[str, str], present: Iterable[str]) -> dict[str, tuple[str, ...]]:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 from exporter.codecs import BLOCKS, READ_ONLY
-from exporter.plan.model import Weight
+from exporter.plan.model import SourceWeight
 from verifier.checkpoint import Checkpoint
 from verifier.errors import PlanError
 from verifier.schemes import (
@@ -86,7 +86,7 @@ class Reader:
             )
         return fmt
 
-    def weight(self, name: str) -> Weight:
+    def weight(self, name: str) -> SourceWeight:
         """Return a 2-D weight with the tensors that it is decoded from.
 
         Raises:
@@ -102,7 +102,9 @@ class Reader:
                 "can be quantized"
             )
         leaves = _CODES if fmt is not None else {"weight"}
-        return Weight(tensor, {n: t for n, t in module.parts.items() if n in leaves}, fmt, dims)
+        return SourceWeight(
+            tensor, {n: t for n, t in module.parts.items() if n in leaves}, fmt, dims
+        )
 
     def plain_name(self, name: str) -> str:
         """Return the unquantized name of a module's weight."""

@@ -17,7 +17,7 @@ import torch
 
 from exporter import codecs
 from exporter.layout import Cut
-from exporter.plan import Reader, Take, Weight
+from exporter.plan import Reader, SourceWeight, Take
 from exporter.plan.repair import Repair, Replaced
 from exporter.stream.load import load, region
 from verifier.checkpoint import NUMPY_DTYPES, Checkpoint, Tensor, open_checkpoint
@@ -197,7 +197,7 @@ def _rows(take: Take, rows: RowRange) -> Take:
     return replace(take, cuts=tuple(cuts))
 
 
-def _base_rows(base: Checkpoint, weight: Weight, rows: RowRange) -> npt.NDArray[Any]:
+def _base_rows(base: Checkpoint, weight: SourceWeight, rows: RowRange) -> npt.NDArray[Any]:
     """Return rows of a weight of the base, float32."""
     if weight.format is not None:
         decoded = load(base, weight)[rows.first : rows.first + rows.count].float()

@@ -13,7 +13,7 @@ import torch
 
 from exporter import codecs
 from exporter.layout import Cut, read_region
-from exporter.plan import Restack, Take, Weight
+from exporter.plan import Restack, SourceWeight, Take
 from verifier.checkpoint import Checkpoint, Tensor
 from verifier.errors import EncodeError
 from verifier.layouts.expert_stacks import StoredStack
@@ -46,7 +46,7 @@ def region(ckpt: Checkpoint, take: Take) -> npt.NDArray[Any]:
     return read_region(ckpt, take.tensor, take.cuts, take.order)
 
 
-def load(ckpt: Checkpoint, weight: Weight) -> torch.Tensor:
+def load(ckpt: Checkpoint, weight: SourceWeight) -> torch.Tensor:
     """Return the values of a weight, [out, in]: as stored, or decoded to float32.
 
     Raises:
@@ -59,7 +59,7 @@ def load(ckpt: Checkpoint, weight: Weight) -> torch.Tensor:
         return codecs.decode(parts, weight.format.name)
 
 
-def load_parts(ckpt: Checkpoint, weight: Weight) -> codecs.Parts:
+def load_parts(ckpt: Checkpoint, weight: SourceWeight) -> codecs.Parts:
     """Return the tensors of a weight by leaf; FP8 values as their bytes."""
     return {leaf: _tensor(ckpt, t) for leaf, t in weight.parts.items()}
 

@@ -92,15 +92,15 @@ def main(argv: list[str]) -> int:
         if (shared and not given.count)
         else []
     )
-    alarms = [o for o in harmless if any(o.told) or o.harm or o.crash]
+    alarms = [o for o in harmless if any(o.caught) or o.harm or o.crash]
     crashes = [o for o in (*harmful, *extra) if o.crash]
     survivors = [
         o
         for o in (*harmful, *extra)
         if o.checkpoint  # otherwise no checkpoint suits it: counted as unfit
         and (
-            (o.knows in ("nothing", "base") and not o.told[0])
-            or (o.knows == "nothing" and not o.told[1])
+            (o.knows in ("nothing", "base") and not o.caught[0])
+            or (o.knows == "nothing" and not o.caught[1])
         )
     ]
     found = {
@@ -123,8 +123,8 @@ def main(argv: list[str]) -> int:
         render.PAGE.write_text(render.render(), encoding="utf-8")
     print(json.dumps({k: found[k] for k in ("score", "modelopt_score", "harmless")}))
     for name, row in found["kinds"].items():  # type: ignore[attr-defined]
-        weak = row["told"] < row["n"] or (
-            row["knows"] == "nothing" and row["told_without"] < row["n"]
+        weak = row["caught"] < row["n"] or (
+            row["knows"] == "nothing" and row["caught_without"] < row["n"]
         )
         if weak or row.get("unfit"):
             print(f"{name:34} {row}")

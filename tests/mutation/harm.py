@@ -107,8 +107,8 @@ def harm(clean: View, mutant: View, base: View) -> str:
         if mutant.tensors[name][:2] != (dtype, shape):
             return f"contract: dtype or shape of {name}"
     linears = [split(n)[0] for n, t in clean.tensors.items() if len(t[1]) == 2 and _linear(n)]
-    for mine, theirs in ((clean.config, mutant.config), (clean.nested, mutant.nested)):
-        if _promise(mine, linears) != _promise(theirs, linears):
+    for before, after in ((clean.config, mutant.config), (clean.nested, mutant.nested)):
+        if _promise(before, linears) != _promise(after, linears):
             return "contract: config"
     return next(_values(clean, mutant, base), "")
 
@@ -163,20 +163,20 @@ def _values(clean: View, mutant: View, base: View) -> Iterator[str]:
         if module in done:
             continue
         done.add(module)
-        mine, theirs = decoded(clean, module), decoded(mutant, module)
-        if mine is None or theirs is None:
+        before, after = decoded(clean, module), decoded(mutant, module)
+        if before is None or after is None:
             if _floats(clean, name).tobytes() != _floats(mutant, name).tobytes():
                 yield f"values of {name}"
             continue
-        if not np.isfinite(theirs).all():
+        if not np.isfinite(after).all():
             yield f"values of {module}: not finite"
             continue
-        wanted = _floats(base, f"{module}.weight")
+        source = _floats(base, f"{module}.weight")
         width = 32 if clean.tensors[f"{module}.weight"][0] != "U8" else 16
-        changed = np.repeat(_blocks(mine != theirs, width), width, axis=1)[:, : mine.shape[1]]
+        changed = np.repeat(_blocks(before != after, width), width, axis=1)[:, : before.shape[1]]
         if not changed.any():
             continue
-        own, change = _norm((mine - wanted)[changed]), _norm((theirs - mine)[changed])
+        own, change = _norm((before - source)[changed]), _norm((after - before)[changed])
         if change > TIMES * own:
             times = change / own if own else np.inf
             yield f"values of {module}: {times:.1f} times the format's error"

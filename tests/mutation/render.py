@@ -52,7 +52,7 @@ def _scores(results: dict[str, Any]) -> list[str]:
         for column, base in (("with_base", "yes"), ("without_base", "no")):
             if results[key]:
                 row = results[key][column]
-                cells = (row["told"], row["of"], row["percent"], row["stopped"])
+                cells = (row["caught"], row["of"], row["percent"], row["stopped"])
                 lines.append(f"| {checkpoints} | {base} | {' | '.join(map(str, cells))} |")
     harmless = results["harmless"]
     return [
@@ -74,8 +74,8 @@ def _kinds(kinds: dict[str, Any]) -> list[str]:
     for name, row in kinds.items():
         fired = {rule: n for rule, n in row.get("rules", {}).items() if rule != "verdict"}
         rules = ", ".join(f"{rule} {n}" for rule, n in fired.items())
-        without = row["told_without"] if row["knows"] == "nothing" else ""
-        cells = (row["knows"], row["n"], row["told"], row["stopped"], without, rules)
+        without = row["caught_without"] if row["knows"] == "nothing" else ""
+        cells = (row["knows"], row["n"], row["caught"], row["stopped"], without, rules)
         lines.append(f"| `{name}` | {' | '.join(map(str, cells))} |")
     return lines
 
@@ -97,7 +97,7 @@ def _survivors(survivors: list[dict[str, Any]]) -> list[str]:
         "| ---: | --- | --- | --- | --- |",
     ]
     for s in survivors[:SURVIVORS]:
-        caught = ", ".join("yes" if t else "no" for t in s["told"])
+        caught = ", ".join("yes" if t else "no" for t in s["caught"])
         edit = s["what"][:110].replace("|", "/")
         lines.append(f"| {s['seed']} | `{s['kind']}` | {s['checkpoint']} | {edit} | {caught} |")
     return lines

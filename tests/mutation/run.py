@@ -58,7 +58,7 @@ class Outcome:
     """One mutation: the edit, why it is harmful, and the results of a check, with the base and
     without.
 
-    ``told``: it was caught, by a new finding (error or warning) or a verdict other than passed.
+    ``caught``: it was caught, by a new finding (error or warning) or a verdict other than passed.
     ``stopped``: the exit code is not 0.
     """
 
@@ -68,7 +68,7 @@ class Outcome:
     checkpoint: str
     what: str
     harm: str
-    told: tuple[bool, bool] = (False, False)
+    caught: tuple[bool, bool] = (False, False)
     stopped: tuple[bool, bool] = (False, False)
     rules: tuple[str, ...] = ()
     crash: str = ""
@@ -147,14 +147,14 @@ def one(seed: int, root: Path, modelopt: Path | None = None) -> Outcome:
 
 
 def _judged(outcome: Outcome, clean: Clean, path: Path) -> Outcome:
-    told, stopped, crash = [], [], ""
+    caught, stopped, crash = [], [], ""
     rules: set[str] = set()
     for base, before in ((clean.base, clean.said[0]), (None, clean.said[1])):
         try:
             report = verifier.check(path, base=base, depth="payload")
         except Exception as error:  # noqa: BLE001  (a crash is an outcome here)
             crash = f"{type(error).__name__}: {error}"
-            told.append(False)
+            caught.append(False)
             stopped.append(False)
             continue
         new = _told(report) - before
@@ -162,10 +162,10 @@ def _judged(outcome: Outcome, clean: Clean, path: Path) -> Outcome:
             known = {t[:3] for t in before}
             new = frozenset(t for t in new if t[:3] not in known)
         rules |= {t[0] for t in new}
-        told.append(bool(new))
+        caught.append(bool(new))
         stopped.append(report.exit_code != 0)
     values = asdict(outcome) | {
-        "told": tuple(told),
+        "caught": tuple(caught),
         "stopped": tuple(stopped),
         "rules": tuple(sorted(rules)),
         "crash": crash,
@@ -229,12 +229,12 @@ def score(outcomes: Iterable[Outcome]) -> dict[str, Any]:
     without = [o for o in found if o.knows == "nothing"]
 
     def share(part: list[Outcome], which: int) -> dict[str, Any]:
-        told, stopped = sum(o.told[which] for o in part), sum(o.stopped[which] for o in part)
+        caught, stopped = sum(o.caught[which] for o in part), sum(o.stopped[which] for o in part)
         return {
-            "told": told,
+            "caught": caught,
             "stopped": stopped,
             "of": len(part),
-            "percent": round(100 * told / max(1, len(part)), 2),
+            "percent": round(100 * caught / max(1, len(part)), 2),
         }
 
     return {"with_base": share(with_base, 0), "without_base": share(without, 1)}
@@ -252,9 +252,9 @@ def by_kind(outcomes: Iterable[Outcome]) -> dict[str, dict[str, Any]]:
             {
                 "knows": o.knows,
                 "n": 0,
-                "told": 0,
+                "caught": 0,
                 "stopped": 0,
-                "told_without": 0,
+                "caught_without": 0,
                 "stopped_without": 0,
             },
         )
@@ -262,9 +262,9 @@ def by_kind(outcomes: Iterable[Outcome]) -> dict[str, dict[str, Any]]:
             row["unfit"] = row.get("unfit", 0) + 1
             continue
         row["n"] += 1
-        row["told"] += o.told[0]
+        row["caught"] += o.caught[0]
         row["stopped"] += o.stopped[0]
-        row["told_without"] += o.told[1]
+        row["caught_without"] += o.caught[1]
         row["stopped_without"] += o.stopped[1]
         rules.setdefault(o.kind, Counter()).update(o.rules)
     for name, counted in rules.items():

@@ -39,14 +39,14 @@ def test_two_hundred_mutations_are_told_or_listed(part: int) -> None:
     listed = {s["seed"] for s in json.loads(RESULTS.read_text())["survivors"]}
     for outcome in run(range(part * 50, part * 50 + 50), processes=1):
         assert not outcome.crash, outcome
-        with_base, without = outcome.told
-        told = with_base and (without or outcome.knows != "nothing")
-        assert told or outcome.seed in listed, outcome
+        with_base, without = outcome.caught
+        caught = with_base and (without or outcome.knows != "nothing")
+        assert caught or outcome.seed in listed, outcome
 
 
 def test_fifty_harmless_rewritings_raise_no_finding() -> None:
     for outcome in run(range(FIRST_HARMLESS, FIRST_HARMLESS + 50), processes=1):
-        assert (outcome.told, outcome.harm, outcome.crash) == ((False, False), "", ""), outcome
+        assert (outcome.caught, outcome.harm, outcome.crash) == ((False, False), "", ""), outcome
 
 
 def test_a_seed_gives_the_same_mutation_again() -> None:

@@ -69,7 +69,7 @@ def judge(family: Family) -> Outcome:
     with quiet(), tempfile.TemporaryDirectory(prefix="zoo-") as folder:
         try:
             built = filled(model(family))
-        except Exception as error:  # noqa: BLE001  (transformers may fail in any way; it is told, not hidden)
+        except Exception as error:  # noqa: BLE001  (transformers may fail in any way; the error is recorded)
             found["built"] = said(error)
         else:
             found["built"] = OK
@@ -180,7 +180,7 @@ def _attempt(step: Any) -> str:
         return str(error)
     except CkptgateError as error:
         return REFUSED + said(error)
-    except Exception as error:  # noqa: BLE001  (a traceback is a defect, and is told as one)
+    except Exception as error:  # noqa: BLE001  (a traceback is recorded as a defect)
         return f"{type(error).__name__}: {said(error)}"
     return OK
 
@@ -213,12 +213,12 @@ def _raw(value: torch.Tensor) -> tuple[Any, ...]:
 
 
 def _differences(
-    ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor], whose: str
+    made: Mapping[str, torch.Tensor], saved: Mapping[str, torch.Tensor], whose: str
 ) -> None:
-    names = sorted(ours.keys() ^ theirs.keys())
+    names = sorted(made.keys() ^ saved.keys())
     if names:
         raise Wrong(f"{len(names)} names are not {whose}'s, {names[0]} first")
-    odd = [n for n in sorted(ours) if _raw(ours[n]) != _raw(theirs[n])]
+    odd = [n for n in sorted(made) if _raw(made[n]) != _raw(saved[n])]
     if odd:
         raise Wrong(f"{len(odd)} tensors are not {whose}'s, {odd[0]} first")
 
@@ -253,11 +253,11 @@ def _detected(detection: Detection, saved: Path) -> None:
 
 def _layout(built: Any, saved: Path) -> None:
     """Hold names, shapes and bytes to what `save_pretrained` wrote, and back."""
-    theirs = _files(saved)
+    on_disk = _files(saved)
     layout = of_model(built)
     state = {k: v for k, v in built.state_dict().items() if k in layout.memory}
-    _differences(to_hub(layout, state), theirs, "save_pretrained")
-    _differences(to_memory(layout, theirs), state, "the model")
+    _differences(to_hub(layout, state), on_disk, "save_pretrained")
+    _differences(to_memory(layout, on_disk), state, "the model")
 
 
 def _same_as(disk: Path, write: Any, memory: Path) -> None:

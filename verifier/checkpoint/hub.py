@@ -41,7 +41,7 @@ _OID = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class HubFile:
     """A file as the hub lists it; ``sha256`` is that of the contents where the hub has it (LFS and
     Xet files), ``blob`` the name of its blob in the hub cache.
     """
@@ -91,7 +91,7 @@ class HubSource(HttpSource):
         )
         self.address = address
         self._has_token = token is not None
-        self._entries: dict[str, Entry] = {}
+        self._entries: dict[str, HubFile] = {}
         self._blobs = LocalSource(_cache_folder(address.repo) / "blobs")
         self._cached: dict[str, str] = {}
         self.revision = self._resolve()
@@ -120,12 +120,12 @@ class HubSource(HttpSource):
                     self._cached[entry.name] = entry.blob
         return dict(self._sizes)
 
-    def entries(self) -> Mapping[str, Entry]:
+    def entries(self) -> Mapping[str, HubFile]:
         """Return the files of the directory as the hub lists them, by name."""
         self.files()
         return self._entries
 
-    def _listed(self) -> Iterator[Entry]:
+    def _listed(self) -> Iterator[HubFile]:
         directory = self.address.directory
         path = f"/{quote(directory)}" if directory else ""
         url = f"{self._api}/tree/{self.revision}{path}"
@@ -229,7 +229,7 @@ def download(source: HubSource) -> str:
     return str(Path(snapshot) / address.directory)
 
 
-def _entry(item: Any, directory: str) -> Entry | None:
+def _entry(item: Any, directory: str) -> HubFile | None:
     """Return a file of a listing; None for directories and for entries that name no plain file."""
     if not isinstance(item, dict) or item.get("type") != "file":
         return None
@@ -244,4 +244,4 @@ def _entry(item: Any, directory: str) -> Entry | None:
     sha256 = oid if isinstance(oid, str) and re.fullmatch(r"[0-9a-f]{64}", oid) else None
     blob = sha256 or item.get("oid")
     valid = isinstance(blob, str) and _OID.fullmatch(blob)
-    return Entry(name, size, sha256, str(blob) if valid else "")
+    return HubFile(name, size, sha256, str(blob) if valid else "")

@@ -245,7 +245,7 @@ def gate(
     ctx.exit(_finish(result, format_, recording, started))
 
 
-def _print_plan(plan: gate_api.Plan, format_: str) -> None:
+def _print_plan(plan: gate_api.GatePlan, format_: str) -> None:
     render = gate_api.render_plan_json if format_ == "json" else gate_api.render_plan_text
     click.echo(render(plan), nl=False)
 

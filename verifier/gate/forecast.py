@@ -28,7 +28,7 @@ POWER = 0.8
 
 
 @dataclass(frozen=True)
-class Plan:
+class GatePlan:
     """What a gate over all documents would do; losses in nats per token.
 
     ``passes``: the largest true loss that passes with a chance of 80%, None where none above zero
@@ -49,7 +49,7 @@ class Plan:
     seconds: float
 
 
-def plan(candidate: PathLike, *, base: PathLike, **options: Any) -> Plan:
+def plan(candidate: PathLike, *, base: PathLike, **options: Any) -> GatePlan:
     """Return what a gate with these options would do.
 
     The spread of documents is taken from the last attempt on this base and sequence length that the
@@ -108,7 +108,7 @@ def _first_documents(pair: Pair) -> Spread:
 
 def foresee(
     spread: Spread, source: str, documents: int, margin: Margin, formats: Iterable[str]
-) -> Plan:
+) -> GatePlan:
     """Return the plan for ``documents`` documents from how some of them differ.
 
     Args:
@@ -129,7 +129,7 @@ def foresee(
         return float(stats.norm.cdf((margin.nats - loss) / error - quantile))
 
     normal = max([NORMALS[name] for name in formats if name in NORMALS], default=None)
-    return Plan(
+    return GatePlan(
         source,
         documents,
         margin,
@@ -144,7 +144,7 @@ def foresee(
     )
 
 
-def render_plan_text(plan: Plan) -> str:
+def render_plan_text(plan: GatePlan) -> str:
     """Return a plan as a few lines of text."""
     passes = "no true loss passes"
     if plan.passes is not None:
@@ -165,6 +165,6 @@ def render_plan_text(plan: Plan) -> str:
     return "".join(printable(line, 2000) + "\n" for line in lines)
 
 
-def render_plan_json(plan: Plan) -> str:
+def render_plan_json(plan: GatePlan) -> str:
     """Return a plan as one JSON object."""
     return json.dumps({"schema_version": "1.0", **asdict(plan)}, indent=2) + "\n"

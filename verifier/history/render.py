@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from verifier.history.record import Measure, Record
-from verifier.history.trend import LAST, Change, Deviation, changes, deviations, differences
+from verifier.history.trend import LAST, Deviation, LevelChange, changes, deviations, differences
 from verifier.text import counted, printable
 
 MAX_CHANGES = 50
@@ -105,7 +105,7 @@ def _deviation(d: Deviation) -> str:
     )
 
 
-def _change(change: Change) -> str:
+def _change(change: LevelChange) -> str:
     name, run = printable(change.run.name, 80), change.run.id[:8]
     because = [printable(text, 160) for text in change.because]
     why = "; ".join(because) or "nothing that is recorded changed"

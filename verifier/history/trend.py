@@ -54,7 +54,7 @@ class Deviation:
 
 
 @dataclass(frozen=True)
-class Change:
+class LevelChange:
     """A measure changed its level at ``run``; ``because`` lists what is recorded as different from
     the run before it.
     """
@@ -102,11 +102,11 @@ def _deviation(runs: Sequence[Record], measure: str, last: int) -> Deviation | N
     return Deviation(run, measure, value, median, allowed, len(before))
 
 
-def changes(records: Sequence[Record], measure: str | None = None) -> list[Change]:
+def changes(records: Sequence[Record], measure: str | None = None) -> list[LevelChange]:
     """Return the change points of every series, or of one measure, among the last `MAX_POINTS`
     runs.
     """
-    points: list[Change] = []
+    points: list[LevelChange] = []
     for runs in series_of(records).values():
         for name in LEAST_DIFFERENCE:
             if measure in (None, name):
@@ -114,7 +114,7 @@ def changes(records: Sequence[Record], measure: str | None = None) -> list[Chang
     return points
 
 
-def _changes(runs: Sequence[Record], measure: str) -> list[Change]:
+def _changes(runs: Sequence[Record], measure: str) -> list[LevelChange]:
     values = [run.measures[measure].value for run in runs]
     cuts = _cuts(values, 0, len(values), LEAST_DIFFERENCE[measure])
     ends = [0, *cuts, len(values)]
@@ -122,7 +122,7 @@ def _changes(runs: Sequence[Record], measure: str) -> list[Change]:
     for before, cut, after in zip(ends, cuts, ends[2:], strict=False):
         old, new = statistics.median(values[before:cut]), statistics.median(values[cut:after])
         because = differences(runs[cut - 1], runs[cut])
-        points.append(Change(runs[cut], runs[cut - 1], measure, old, new, because))
+        points.append(LevelChange(runs[cut], runs[cut - 1], measure, old, new, because))
     return points
 
 

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from verifier.checkpoint import NUMPY_DTYPES, Checkpoint, Tensor, open_checkpoint
 from verifier.errors import ContentError
-from verifier.inspect.names import Names, gathered
+from verifier.inspect.names import NameGroup, gathered
 from verifier.quantized import QuantizedCheckpoint
 from verifier.schemes import FLOATS, Module, collapse, role
 
@@ -35,7 +35,7 @@ class Change:
     """One difference and the names that share it; ``a`` and ``b`` describe each side."""
 
     kind: Kind
-    names: Names
+    names: NameGroup
     a: str = ""
     b: str = ""
     file: str = ""
@@ -294,7 +294,7 @@ def _bytes(
     left.expect(tensor for tensor, _ in pairs)
     right.expect(other for _, other in pairs)
     total, done = sum(t.nbytes for t, _ in pairs), 0
-    groups: dict[str, tuple[Names, list[_Differing], list[Tensor]]] = {}
+    groups: dict[str, tuple[NameGroup, list[_Differing], list[Tensor]]] = {}
     for tensor, other in pairs:
         differing = _Differing()
         for start in range(0, tensor.nbytes, CHUNK):
@@ -307,7 +307,7 @@ def _bytes(
                 progress(done, total)
         if differing.elements:
             pattern = collapse(tensor.name)
-            group = groups.setdefault(pattern, (Names(pattern, tensor.name), [], []))
+            group = groups.setdefault(pattern, (NameGroup(pattern, tensor.name), [], []))
             group[0].add(tensor.name)
             group[1].append(differing)
             group[2].append(tensor)

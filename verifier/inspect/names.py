@@ -14,7 +14,7 @@ MAX_RANGES = 6
 
 
 @dataclass
-class Names:
+class NameGroup:
     """Names of one pattern: ``example`` is the first, ``slots`` are the numbers at each ``*``."""
 
     pattern: str
@@ -53,12 +53,12 @@ class Names:
         return total
 
 
-def gathered(names: Iterable[str]) -> list[Names]:
+def gathered(names: Iterable[str]) -> list[NameGroup]:
     """Return names by pattern, in order of first appearance."""
-    groups: dict[str, Names] = {}
+    groups: dict[str, NameGroup] = {}
     for name in names:
         pattern = collapse(name)
-        groups.setdefault(pattern, Names(pattern, name)).add(name)
+        groups.setdefault(pattern, NameGroup(pattern, name)).add(name)
     return list(groups.values())
 
 

@@ -603,8 +603,8 @@ def restacked(names: Iterable[str], config: Mapping[str, Any] | None) -> list[Re
     for (head, leaf), parts in layers.items():
         experts = 1 + max(expert for expert, _ in parts)
         for suffix, projections in layout.stacks.items():
-            wanted = [(e, p) for e in range(min(experts, len(parts))) for p in projections]
-            present = tuple(parts[key] for key in wanted if key in parts)
+            members = [(e, p) for e in range(min(experts, len(parts))) for p in projections]
+            present = tuple(parts[key] for key in members if key in parts)
             if present and len(present) == experts * len(projections):
                 key = f"{head}{suffix}" if leaf == "weight" else f"{head}{suffix}_bias"
                 stacks.append(Restacked(key, leaf, projections, present))

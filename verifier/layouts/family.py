@@ -200,10 +200,10 @@ class Family:
         """Whether a tensor belongs under this config; null is unset, an absent key has its
         default.
         """
-        for word, wanted in (("if", True), ("unless", False)):
+        for word, required in (("if", True), ("unless", False)):
             keys = entry.get(word) or []
             for key in [keys] if isinstance(keys, str) else keys:
-                if self._switch(config, key) != wanted:
+                if self._switch(config, key) != required:
                     return False
         return True
 

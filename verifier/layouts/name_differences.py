@@ -155,20 +155,20 @@ def unwrapped(name: str) -> str | None:
 def _take_wrapped(surplus: list[str], missing: set[str], naming: Naming) -> list[str]:
     rest = []
     for name in surplus:
-        wanted = unwrapped(name)
-        if wanted in missing:
-            naming.wrapped.append((name, str(wanted)))
-            missing.discard(str(wanted))
+        expected = unwrapped(name)
+        if expected in missing:
+            naming.wrapped.append((name, str(expected)))
+            missing.discard(str(expected))
         else:
             rest.append(name)
     return rest
 
 
-def _strayed(name: str, wanted: str) -> bool:
+def _strayed(name: str, expected: str) -> bool:
     """Whether a name has the prefix of another part of the model than the one that it
     belongs to.
     """
-    here, there = _part(name), _part(wanted)
+    here, there = _part(name), _part(expected)
     return bool(here and there and here != there)
 
 

@@ -44,9 +44,9 @@ def nvfp4(x: torch.Tensor, scale: float) -> torch.Tensor:
     """
     blocks, width = _blocks(x, NVFP4_BLOCK)
     whole = torch.tensor(scale, dtype=torch.float32, device=x.device)
-    wanted = blocks.abs().amax(-1, keepdim=True) / (E2M1_MAX * whole)
-    shared = e4m3(wanted.clamp(min=SMALLEST_SCALE))
-    combined = torch.where(wanted == 0, 1.0, shared) * whole
+    ideal = blocks.abs().amax(-1, keepdim=True) / (E2M1_MAX * whole)
+    shared = e4m3(ideal.clamp(min=SMALLEST_SCALE))
+    combined = torch.where(ideal == 0, 1.0, shared) * whole
     return _joined(e2m1(blocks / combined) * combined, x, width)
 
 

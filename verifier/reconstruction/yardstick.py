@@ -59,10 +59,10 @@ def nearest(values: Float32, parts: Mapping[str, npt.NDArray[Any]], fmt: str | F
     known = FORMATS[fmt] if isinstance(fmt, str) else fmt
     core, factor, added = _apart(parts, values)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        wanted = values if factor is None else np.where(factor == 0, 0, values / factor)
-        wanted = np.asarray(wanted if added is None else wanted - added, np.float32)
+        target = values if factor is None else np.where(factor == 0, 0, values / factor)
+        target = np.asarray(target if added is None else target - added, np.float32)
         whole = known.weight.codes == "int"
-        result = (_nearest_integers if whole else _nearest_floats)(wanted, core, known)
+        result = (_nearest_integers if whole else _nearest_floats)(target, core, known)
         result = result if added is None else result + added
         return np.asarray(result if factor is None else result * factor, np.float32)
 
@@ -169,11 +169,11 @@ def by_max(
     """
     core, factor, added = _apart(parts, values)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        wanted = values if factor is None else np.where(factor == 0, 0, values / factor)
-        wanted = np.asarray(wanted if added is None else wanted - added, np.float32)
-        if not np.isfinite(wanted).all():
+        target = values if factor is None else np.where(factor == 0, 0, values / factor)
+        target = np.asarray(target if added is None else target - added, np.float32)
+        if not np.isfinite(target).all():
             return None
-        result = _core_by_max(wanted, core, fmt, None if factor is not None else amax)
+        result = _core_by_max(target, core, fmt, None if factor is not None else amax)
         if result is None:
             return None
         result = result if added is None else result + added

@@ -182,7 +182,7 @@ def heat(cells: Cells, title: str, unit: str, *, low_is_bad: bool = True) -> str
     finite = {place: value for place, value in cells.items() if math.isfinite(value)}
     columns = sorted({column for _, column in finite}, key=_natural)[:MAX_COLUMNS]
     rows, dropped = _worst_rows(finite, len(columns), 1 if low_is_bad else -1)
-    grid = _Grid(rows, columns, finite)
+    grid = _HeatMap(rows, columns, finite)
     if not grid.values:
         return ""
     least, most = min(grid.values.values()), max(grid.values.values())
@@ -216,7 +216,7 @@ def _worst_rows(cells: Cells, columns: int, sign: int) -> tuple[list[str], int]:
     return [row for row in rows if row in selected], len(rows) - fitting
 
 
-class _Grid:
+class _HeatMap:
     """Where the cells of a heat map are drawn."""
 
     LEFT, TOP = 190.0, 56.0

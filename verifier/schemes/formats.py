@@ -208,8 +208,8 @@ class Format:
         self, *, bits: int | None = None, block: Block | Literal["same"] = "same", rank: int = 0
     ) -> Format:
         """Return the format with other parameters; equal parameters give the same object."""
-        wanted = self.block if block == "same" else block
-        return _sized(self.name, bits or self.bits, wanted, rank or self.rank)
+        chosen = self.block if block == "same" else block
+        return _sized(self.name, bits or self.bits, chosen, rank or self.rank)
 
 
 def _params(bits: int, block: Block, rank: int) -> dict[str, int]:

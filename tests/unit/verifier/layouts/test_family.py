@@ -125,10 +125,10 @@ def test_what_a_config_does_not_tell_is_possible_and_not_expected() -> None:
     family = family_of({"model_type": "qwen3_next"})
     assert family is not None
     config = {"model_type": "qwen3_next", "num_hidden_layers": 2, "num_experts": 1}
-    told = config | {"layer_types": ["linear_attention", "full_attention"]}
+    reported = config | {"layer_types": ["linear_attention", "full_attention"]}
     linear, full = "model.layers.0.linear_attn.A_log", "model.layers.1.self_attn.q_proj.weight"
-    assert family.possible(told) == {}
-    assert {linear, full} <= family.expected(told).keys()
+    assert family.possible(reported) == {}
+    assert {linear, full} <= family.expected(reported).keys()
     both = {
         f"model.layers.{i}.{n}"
         for i in (0, 1)

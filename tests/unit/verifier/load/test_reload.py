@@ -90,9 +90,9 @@ def test_every_defect_of_depth_load_is_told(corruptor: Corruptor, tmp_path: Path
     broken = copied(path, tmp_path / "ckpt")
     place = corruptor.apply(broken)
     report = verifier.check(broken, base=base, depth="load")
-    told = [f for f in report.by_rule(corruptor.rule) if f.severity == corruptor.severity]
-    assert told
-    assert place.tensor is None or place.tensor in {f.where.tensor for f in told}
+    reported = [f for f in report.by_rule(corruptor.rule) if f.severity == corruptor.severity]
+    assert reported
+    assert place.tensor is None or place.tensor in {f.where.tensor for f in reported}
     assert rules_of(report.findings, "error") <= {corruptor.rule} | corruptor.also
     assert report.exit_code == (1 if corruptor.severity == "error" else 0)
 

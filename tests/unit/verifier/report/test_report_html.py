@@ -187,9 +187,9 @@ def test_rows_and_columns_stand_in_natural_order() -> None:
     (picture,) = pictures(
         heat({(f"layer {r}", f"{c}"): r + c for r in (10, 9, 2) for c in (11, 3)}, "x", "dB")
     )
-    told = [e.text for e in picture.iter("text")]
-    assert told.index("layer 2") < told.index("layer 9") < told.index("layer 10")
-    assert told.index("3") < told.index("11")
+    reported = [e.text for e in picture.iter("text")]
+    assert reported.index("layer 2") < reported.index("layer 9") < reported.index("layer 10")
+    assert reported.index("3") < reported.index("11")
     roles = ("mlp", "attention", "routed_expert", "indexer")
     (picture,) = pictures(heat({(r, "1"): 1.0 + len(r) for r in roles}, "x", "dB"))
     assert [e.text for e in picture.iter("text") if e.text in roles] == sorted(roles)

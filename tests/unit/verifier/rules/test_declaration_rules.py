@@ -181,7 +181,7 @@ def test_a_head_that_is_excluded_is_left_alone(tmp_path: Path, head: str) -> Non
 
 
 @pytest.mark.parametrize(
-    ("top", "inner", "head", "told"),
+    ("top", "inner", "head", "reported"),
     [
         (False, None, True, False),
         (True, None, False, False),
@@ -197,7 +197,7 @@ def test_a_head_that_is_excluded_is_left_alone(tmp_path: Path, head: str) -> Non
     ],
 )
 def test_tied_embeddings(
-    tmp_path: Path, top: Any, inner: bool | None, head: bool, told: bool
+    tmp_path: Path, top: Any, inner: bool | None, head: bool, reported: bool
 ) -> None:
     folder = copy(QWEN, tmp_path / "ckpt")
 
@@ -211,8 +211,8 @@ def test_tied_embeddings(
     if not head:
         folder.drop(["lm_head.weight"])
     report = verifier.check(folder.path)
-    assert [f.severity for f in report.by_rule("QC412")] == (["warning"] if told else [])
-    if top is True and not told:
+    assert [f.severity for f in report.by_rule("QC412")] == (["warning"] if reported else [])
+    if top is True and not reported:
         assert {f.rule for f in report.findings if f.severity == "error"} == set()
 
 
@@ -229,7 +229,7 @@ def test_released_configs_raise_no_alarm_of_the_rules_on_fields(
             "QC411",
         ),  # the mirror's copy of the nested form is cut down
     }
-    told, seen = set(), 0
+    reported, seen = set(), 0
     for config in sorted((shared_data / "configs").glob("*_config.json")):
         name = config.name.removesuffix("_config.json")
         if name.endswith("_hf_quant"):
@@ -241,9 +241,11 @@ def test_released_configs_raise_no_alarm_of_the_rules_on_fields(
         if nested.exists():
             shutil.copyfile(nested, folder.path / "hf_quant_config.json")
         report = verifier.check(folder.path)
-        told |= {(name, f.rule) for f in report.findings if f.rule in ("QC411", "QC412", "QC415")}
+        reported |= {
+            (name, f.rule) for f in report.findings if f.rule in ("QC411", "QC412", "QC415")
+        }
         seen += 1
-    assert told == known
+    assert reported == known
     assert seen > 20
 
 
@@ -281,7 +283,7 @@ def test_a_tied_heads_copy_is_no_invention(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("pattern", "told"),
+    ("pattern", "reported"),
     [
         ("gate", {"vllm": "info", "sglang": "info", "trtllm": "error"}),
         ("mlp.gate", {"vllm": "info", "sglang": "error", "trtllm": "error"}),
@@ -289,7 +291,7 @@ def test_a_tied_heads_copy_is_no_invention(tmp_path: Path) -> None:
     ],
 )
 def test_a_profile_hears_of_its_own_reading(
-    tmp_path: Path, pattern: str, told: dict[str, str]
+    tmp_path: Path, pattern: str, reported: dict[str, str]
 ) -> None:
     folder = copy(QWEN, tmp_path / "ckpt")
 
@@ -299,6 +301,6 @@ def test_a_profile_hears_of_its_own_reading(
     folder.edit_json("config.json", lambda c: change(c["quantization_config"], "ignore"))
     folder.edit_json("hf_quant_config.json", lambda c: change(c["quantization"], "exclude_modules"))
     assert {f.severity for f in verifier.check(folder.path).by_rule("QC405")} == {"warning"}
-    for engine, severity in told.items():
+    for engine, severity in reported.items():
         report = verifier.check(folder.path, profile=engine)
         assert {f.severity for f in report.by_rule("QC405")} == {severity}, engine

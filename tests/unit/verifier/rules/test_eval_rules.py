@@ -235,9 +235,9 @@ def test_the_measured_coverage_is_published_and_printed_with_the_verdict(documen
             assert wanted in text
         assert f"| {documents} | " in page
         assert f"| {low:.1f} |" in page
-    told = judged(compared)
-    assert any(f"at {documents} documents: " in f.message for f in told.by_rule("QC702"))
-    record = recorded(told)
+    reported = judged(compared)
+    assert any(f"at {documents} documents: " in f.message for f in reported.by_rule("QC702"))
+    record = recorded(reported)
     assert compared.interval is not None
     assert record.measures["loss"].value == pytest.approx(compared.interval.delta)
     assert record.measures["errors"].value == 0

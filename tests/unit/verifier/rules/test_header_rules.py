@@ -139,10 +139,10 @@ def test_header_padded_beyond_the_gap_is_clean(copy: Copy) -> None:
     path = folder.path / folder.shards[0]
     raw = path.read_bytes()
     length = int.from_bytes(raw[:8], "little")
-    for size, told in ((99_993, False), (99_994, True), (100_000, True), (100_001, False)):
+    for size, reported in ((99_993, False), (99_994, True), (100_000, True), (100_001, False)):
         text = raw[8 : 8 + length].rstrip().ljust(size)
         path.write_bytes(size.to_bytes(8, "little") + text + raw[8 + length :])
-        assert bool(said(folder, "QC107")) == told, size
+        assert bool(said(folder, "QC107")) == reported, size
 
 
 def test_absent_metadata_is_a_note(copy: Copy) -> None:
@@ -363,7 +363,7 @@ def test_padded_mxfp8_scale_without_a_declaration(copy: Copy) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "reported"),
     [
         ({"tp": 1}, set()),
         ({"ep": 8}, set()),
@@ -392,14 +392,14 @@ def test_padded_mxfp8_scale_without_a_declaration(copy: Copy) -> None:
         ),
     ],
 )
-def test_nvfp4_over_ranks(options: dict[str, int], told: set[tuple[str, str]]) -> None:
+def test_nvfp4_over_ranks(options: dict[str, int], reported: set[tuple[str, str]]) -> None:
     """Experts of 64 x 128 and 128 x 64, four heads, two of keys and values, eight experts."""
     report = verifier.check(NVFP4, **options)
     found = {
         (f.severity, f.where.tensor.split(".")[-2] if f.where.tensor else f.where.file)
         for f in report.findings
     }
-    assert found == told
+    assert found == reported
     assert {f.rule for f in report.findings} <= {"QC309"}
     assert report.summary.options.tp == options.get("tp")
 
@@ -445,7 +445,7 @@ def _block_fp8(folder: CheckpointEditor) -> CheckpointEditor:
 
 
 @pytest.mark.parametrize(
-    ("tp", "told"),
+    ("tp", "reported"),
     [
         (None, set()),
         (1, {"k_proj"}),  # 64 rows within the fused qkv, values behind them; q has 128, gate 256
@@ -453,9 +453,9 @@ def _block_fp8(folder: CheckpointEditor) -> CheckpointEditor:
         (4, {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
     ],
 )
-def test_block_fp8_over_ranks(copy: Copy, tp: int | None, told: set[str]) -> None:
+def test_block_fp8_over_ranks(copy: Copy, tp: int | None, reported: set[str]) -> None:
     report = verifier.check(_block_fp8(copy(LLAMA)).path, tp=tp)
-    assert {str(f.where.tensor).split(".")[-2] for f in report.findings} == told
+    assert {str(f.where.tensor).split(".")[-2] for f in report.findings} == reported
     assert {(f.rule, f.severity) for f in report.findings} <= {("QC309", "error")}
 
 
@@ -787,10 +787,10 @@ def test_real_release_over_its_ranks(tmp_path: Path) -> None:
     }  # MXFP8 shared experts beside NVFP4
     assert report.verdict == "passed"
     assert said(path, "QC309", tp=8) == []
-    told = {
+    reported = {
         (f.severity, f.message) for f in said(path, "QC309", tp=16)
     }  # 3072 / 16 = 192 rows of an expert
-    assert told == {
+    assert reported == {
         ("warning", f"{algo}: kernels pad a shard to tiles of 128 rows")
         for algo in ("NVFP4", "MXFP8")
     }

@@ -259,9 +259,9 @@ def test_scales_of_one_are_clean_where_the_manifest_says_so(tmp_path: Path) -> N
     export(SOURCE, tmp_path / "out", recipe="nvfp4_experts_only", input_scale="one")
     assert verifier.check(tmp_path / "out", depth="payload").findings == ()
     (tmp_path / "out" / "ckptgate_manifest.json").unlink()
-    told = verifier.check(tmp_path / "out", depth="payload")
-    assert [(f.rule, f.severity) for f in told.findings] == [("QC514", "info")]
-    assert told.verdict == "passed"
+    reported = verifier.check(tmp_path / "out", depth="payload")
+    assert [(f.rule, f.severity) for f in reported.findings] == [("QC514", "info")]
+    assert reported.verdict == "passed"
 
 
 def one_expert_over_another(folder: CheckpointEditor) -> None:

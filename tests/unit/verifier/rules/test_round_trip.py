@@ -232,9 +232,9 @@ def test_every_defect_of_the_catalog_has_a_rule_or_a_reason() -> None:
     }
     page = (ROOT / "docs" / "rules.md").read_text(encoding="utf-8")
     without = page.partition("## Defects without a rule")[2]
-    told = {line[2:7] for line in without.splitlines() if line.startswith("| QC")}
-    assert not told & set(all_rules())
-    assert told | set(all_rules()) == catalogue
+    reported = {line[2:7] for line in without.splitlines() if line.startswith("| QC")}
+    assert not reported & set(all_rules())
+    assert reported | set(all_rules()) == catalogue
 
 
 def test_two_lists_of_experts_in_one(tiny: Callable[[str], CheckpointEditor]) -> None:

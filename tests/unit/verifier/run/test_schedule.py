@@ -92,10 +92,10 @@ def damaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def same(a: Report, b: Report) -> bool:
     """Whether two reports say the same; how long it took is not a part of that."""
 
-    def told(r: Report) -> Report:
+    def reported(r: Report) -> Report:
         return replace(r, summary=replace(r.summary, seconds=None))
 
-    return told(a) == told(b)
+    return reported(a) == reported(b)
 
 
 @pytest.mark.parametrize("base", [None, BASE], ids=["alone", "base"])
@@ -211,21 +211,21 @@ def test_defects_beyond_the_first_piece_are_placed(tmp_path: Path) -> None:
     start = {t.name: t.offset for t in verifier.open_checkpoint(tmp_path / "bad").tensors.values()}
     at = start["a.mlp.experts.0.up_proj.weight_scale"]
 
-    def told(rule: str) -> list[tuple[str, int, int | None, int | None, int | None]]:
+    def reported(rule: str) -> list[tuple[str, int, int | None, int | None, int | None]]:
         return [
             (f.severity, f.count, f.where.row, f.where.block, f.where.byte)
             for f in report.by_rule(rule)
         ]
 
-    assert told("QC501") == [
+    assert reported("QC501") == [
         ("error", 1, 2000, 9, at + 2000 * 1024 + 9),
         ("warning", 2, 2000, 7, at + 2000 * 1024 + 7),
     ]
-    assert told("QC502") == [
+    assert reported("QC502") == [
         ("error", 2, 3000, 5, at + 3000 * 1024 + 5),
         ("error", 1, 1, 1, at + 1024 + 1),
     ]
-    assert told("QC508") == [("error", 2, 1_500_001, None, start["a.norm.weight"] + 3_000_002)]
+    assert reported("QC508") == [("error", 2, 1_500_001, None, start["a.norm.weight"] + 3_000_002)]
     found = {f.where.tensor: f for f in report.by_rule("QC605")}
     assert found["a.norm.weight"].where.byte == start["a.norm.weight"] + 3_000_002
     first = np.float32(np.nan).astype(ml_dtypes.bfloat16).tobytes()[0]

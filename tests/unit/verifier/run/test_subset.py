@@ -121,8 +121,8 @@ def test_a_defect_is_told_by_the_subset_that_holds_it(tmp_path: Path) -> None:
     folder.overwrite(name, 0, b"\x80\x7f")
     reports = [verifier.check(path, depth="payload", subset=f"{k}/4") for k in range(1, 5)]
     assert sorted(r.verdict for r in reports) == ["failed", "passed", "passed", "passed"]
-    (told,) = (r for r in reports if r.verdict == "failed")
-    assert "subset 3/4 of" in render_text(told)
+    (reported,) = (r for r in reports if r.verdict == "failed")
+    assert "subset 3/4 of" in render_text(reported)
     for report in reports:
         whole = {c.rule: c for c in verifier.check(path, depth="payload").coverage}
         assert all(
