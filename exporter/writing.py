@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from exporter import emit, stream
+from exporter.out import check_out
 from exporter.plan import Plan
 from verifier.checkpoint import INDEX, Checkpoint
 from verifier.errors import EncodeError
@@ -52,7 +53,7 @@ def prepare_out(out: PathLike, options: WriteOptions, *inputs: PathLike | None) 
     """
     target = Path(out)
     uris = tuple(os.fspath(uri) for uri in inputs if uri is not None)
-    stream.check_out(target, overwrite=options.overwrite, inputs=uris)
+    check_out(target, overwrite=options.overwrite, inputs=uris)
     return target
 
 

@@ -3,7 +3,7 @@
 
 `forked` shares reading and checking among copies of this process: a copy (fork) has everything that
 was computed so far, is sent only numbers, and sends back results. `spawned` gives each task a fresh
-process, which also sends parts of its result as they come.
+process. Both also send parts as they come.
 
 Both re-raise what a child raised, report a child that died, and leave no child behind, whether the
 caller finishes, stops early, is interrupted or is killed.
@@ -44,22 +44,31 @@ def can_fork() -> bool:
     )
 
 
+def _ignore(_number: int, _part: object) -> None:
+    """Do nothing: no parts are expected."""
+
+
 def forked(
-    work: Callable[[int], Result], order: Sequence[int], workers: int
+    work: Callable[[int, Callable[[Part], None]], Result],
+    order: Sequence[int],
+    workers: int,
+    on_part: Callable[[int, Part], None] = _ignore,
 ) -> Iterator[tuple[int, Result]]:
-    """Yield (number, ``work(number)``) for each number, as results come.
+    """Yield (number, ``work(number, send)``) for each number, as results come.
 
     Args:
-        work: runs in a copy of this process; its result is pickled, its side effects are lost.
+        work: runs in a copy of this process; what it sends and its result are pickled, its side
+            effects are lost.
         order: the numbers to work on, started in this order.
         workers: the number of copies, at most one per number.
+        on_part: called here with (number, part) for each part that ``work`` sends.
 
     Raises:
         MachineError: a copy died.
         Exception: what ``work`` raised.
     """
     died = "a process that reads bytes died ({how}); --workers 1 reads in this process alone"
-    pool = _Pool("fork", lambda number, _send: work(number), died, _ignore)
+    pool = _Pool("fork", work, died, on_part)
     # Pages are shared until they are written to: no collection, in any copy, may write to what
     # exists now.
     gc.freeze()
@@ -93,10 +102,6 @@ def spawned(
     pool = _Pool("spawn", work, died, on_part)
     results = dict(pool.run(list(enumerate(tasks)), workers, reuse=False))
     return [results[number] for number in range(len(tasks))]
-
-
-def _ignore(_number: int, _part: object) -> None:
-    """Do nothing: a copy sends no parts."""
 
 
 class _Pool:

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from verifier.cli.common import progress_bar
+from verifier.cli.progress import progress_bar
 from verifier.errors import MissingExtra, UsageError
 
 FALLBACK = click.Choice(["fallback", "error"])
@@ -119,7 +119,7 @@ def calibrate(source: str, out: str, samples: str, **options: Any) -> None:
             raise MissingExtra("calibrate", "load")
     from exporter import calibration  # noqa: PLC0415  (torch and transformers cost seconds)
 
-    with progress_bar("calibrating") as progress:
+    with progress_bar("calibrating", unit="sequence") as progress:
         report = calibration.calibrate(source, out, samples=counts, progress=progress, **options)
     click.echo(calibration.render_text(report), nl=False)
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from verifier.cli.progress import progress_bar
 from verifier.errors import CkptgateError, MissingExtra, PlanError, UsageError
 from verifier.text import counted
 
@@ -43,8 +44,10 @@ def detect(ctx: click.Context, path: str, plugin: tuple[str, ...]) -> None:
 
     for file in plugin:
         _run_plugin(file)
-    detection = detect_config(path)
-    click.echo("\n".join([*_describe(detection), *_recipes(path)]))
+    with progress_bar("building the model from its config"):
+        detection = detect_config(path)
+        lines = [*_describe(detection), *_recipes(path)]
+    click.echo("\n".join(lines))
     ctx.exit(1 if detection.refused else 0)
 
 

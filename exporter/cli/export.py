@@ -3,18 +3,21 @@
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from exporter.cli.calibrate import calibrate_within_export
-from exporter.cli.output import check_result, require_report_file, writing_options
+from exporter.cli.output import (
+    check_result,
+    require_inputs,
+    require_report_file,
+    writing_bar,
+    writing_options,
+)
 from exporter.cli.preview import print_preview, read_prompts
-from verifier.cli.common import progress_bar
 from verifier.errors import UsageError
 from verifier.text import counted
 
@@ -86,8 +89,6 @@ def export(
     **options: Any,
 ) -> None:
     """Quantize the checkpoint SOURCE into the directory OUT, file to file, and check the result."""
-    import exporter  # noqa: PLC0415  (torch costs a second, and --help does not need it)
-
     writing = {name: options.pop(name) for name in ("overwrite", "workers")}
     report_file: Path | None = options.pop("report_file")
     if more and not calibrate_texts:
@@ -95,6 +96,17 @@ def export(
             f"{' '.join(more)}: arguments after OUT are passed to calibrate, which needs "
             "--calibrate-texts"
         )
+    require_inputs(
+        out,
+        source,
+        options["onto"],
+        overwrite=writing["overwrite"] or dry_run,
+        recipe=options["recipe"],
+    )
+    require_report_file(report_file, out)
+    prompt_list = read_prompts(prompts) if prompts is not None else []
+    import exporter  # noqa: PLC0415  (torch costs a second, and a wrong call does not need it)
+
     if calibrate_texts:
         if dry_run:
             raise UsageError(
@@ -106,12 +118,7 @@ def export(
     if dry_run:
         click.echo(describe_plan(exporter.plan_export(source, **options)), nl=False)
         return
-    require_report_file(report_file, out)
-    prompt_list = read_prompts(prompts) if prompts is not None else []
-    with progress_bar("writing", in_bytes=True) as draw:
-        progress = None
-        if draw is not None:
-            progress = _accumulating(draw, exporter.plan_export(source, **options).nbytes)
+    with writing_bar(exporter.plan_export(source, **options).nbytes) as progress:
         manifest = exporter.export(source, out, progress=progress, **writing, **options)
     click.echo("\n".join(describe_result(manifest, out)))
     result = check_result(
@@ -155,20 +162,30 @@ def merge(
     """Copy the quantized routed experts of EXPERTS onto the checkpoint BASE, byte for byte, into
     OUT.
     """
+    require_inputs(out, experts, onto, overwrite=overwrite)
+    require_report_file(report_file, out)
     import exporter  # noqa: PLC0415  (as above)
 
-    require_report_file(report_file, out)
-    manifest = exporter.merge(
-        experts,
-        out,
-        onto=onto,
-        input_scale=input_scale,  # type: ignore[arg-type]
-        overwrite=overwrite,
-        workers=workers,
-    )
+    with writing_bar(_merged_bytes(experts, onto)) as progress:
+        manifest = exporter.merge(
+            experts,
+            out,
+            onto=onto,
+            input_scale=input_scale,  # type: ignore[arg-type]
+            overwrite=overwrite,
+            workers=workers,
+            progress=progress,
+        )
     click.echo("\n".join(describe_result(manifest, out)))
     result = check_result(manifest, out, merged_from=onto, report_file=report_file)
     ctx.exit(result.report.exit_code)
+
+
+def _merged_bytes(experts: str, onto: str) -> int:
+    from exporter.plan import merge as plan_merge  # noqa: PLC0415  (torch)
+    from verifier.checkpoint import open_checkpoint  # noqa: PLC0415  (numpy)
+
+    return plan_merge(open_checkpoint(experts), open_checkpoint(onto), input_scale="keep").nbytes
 
 
 def describe_plan(plan: Plan) -> str:
@@ -228,16 +245,3 @@ def describe_result(manifest: Manifest, out: str) -> list[str]:
             f"{blocks - equal:,} with"
         )
     return lines
-
-
-def _accumulating(draw: Callable[[int, int], None], total: int) -> Callable[[int], None]:
-    """Return a callback that takes bytes as they are written, and draws their sum."""
-    written, lock = 0, threading.Lock()
-
-    def add(nbytes: int) -> None:
-        nonlocal written
-        with lock:  # shards are written by threads
-            written += nbytes
-            draw(written, total)
-
-    return add

@@ -4,15 +4,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from exporter.out import check_out
+from verifier.cli.progress import progress_bar
 from verifier.errors import UsageError
 from verifier.files import require_writable
+from verifier.progress import Progress
 
 if TYPE_CHECKING:
     from verifier.findings import Report
@@ -42,6 +47,50 @@ def writing_options(command: Command) -> Command:
     ):
         command = option(command)
     return command
+
+
+def require_inputs(
+    out: str, *inputs: str | None, overwrite: bool, recipe: str | None = None
+) -> None:
+    """Refuse what is wrong with a call, before torch is imported.
+
+    Raises:
+        UsageError: an input that is not a checkpoint, an OUT that cannot be written, an unknown
+            recipe.
+    """
+    from exporter.recipes import load  # noqa: PLC0415  (numpy, which --help does not need)
+    from verifier.checkpoint import open_source, require_checkpoint  # noqa: PLC0415
+    from verifier.checkpoint.address import is_local  # noqa: PLC0415
+
+    uris = [uri for uri in inputs if uri is not None]
+    for uri in filter(is_local, uris):
+        source = open_source(uri)
+        require_checkpoint(source, source.files())
+    if recipe is not None:
+        load(recipe)
+    check_out(Path(out), overwrite=overwrite, inputs=tuple(uris))
+
+
+@contextmanager
+def writing_bar(nbytes: int) -> Iterator[Callable[[int], None]]:
+    """Show that a checkpoint of so many bytes is written, and yield the callback that takes the
+    bytes of each finished step.
+    """
+    with progress_bar("writing", unit="byte") as progress:
+        yield _accumulating(progress, nbytes)
+
+
+def _accumulating(progress: Progress, total: int) -> Callable[[int], None]:
+    """Return a callback that takes bytes as they are written, and reports their sum."""
+    written, lock = 0, threading.Lock()
+
+    def add(nbytes: int) -> None:
+        nonlocal written
+        with lock:  # shards are written by threads
+            written += nbytes
+            progress(written, total)
+
+    return add
 
 
 def require_report_file(report_file: Path | None, out: str) -> None:
@@ -94,7 +143,10 @@ def check_result(
     import verifier  # noqa: PLC0415  (numpy)
     from verifier.report import render_text  # noqa: PLC0415
 
-    report = verifier.check(out, base=base, merged_from=merged_from, depth="payload")
+    with progress_bar("checking", unit="byte") as progress:
+        report = verifier.check(
+            out, base=base, merged_from=merged_from, depth="payload", progress=progress
+        )
     click.echo(render_text(report), nl=False)
     result = Result(manifest, report, report_file)
     result.write()

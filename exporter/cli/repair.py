@@ -8,7 +8,13 @@ from typing import Any
 
 import click
 
-from exporter.cli.output import check_result, require_report_file, writing_options
+from exporter.cli.output import (
+    check_result,
+    require_inputs,
+    require_report_file,
+    writing_bar,
+    writing_options,
+)
 from verifier.text import counted
 
 
@@ -39,7 +45,9 @@ def repair(
     No quantized byte changes. What cannot be known is refused (exit 1) before anything is written.
     OUT is then checked against REF.
     """
-    import exporter  # noqa: PLC0415  (torch costs a second, and --help does not need it)
+    require_inputs(out, broken, base, overwrite=overwrite or dry_run)
+    require_report_file(report_file, out)
+    import exporter  # noqa: PLC0415  (torch costs a second, and a wrong call does not need it)
 
     if dry_run:
         diagnosis = exporter.plan_repair(broken, base=base)
@@ -48,8 +56,11 @@ def repair(
         lines.append(f"  result       {counted(len(plan.specs), 'tensor')}, {plan.nbytes:,} bytes")
         click.echo("\n".join([*lines, "nothing was written (dry run)"]))
         return
-    require_report_file(report_file, out)
-    manifest = exporter.repair(broken, out, base=base, overwrite=overwrite, workers=workers)
+    plan = exporter.plan_repair(broken, base=base).repair.plan
+    with writing_bar(plan.nbytes) as progress:
+        manifest = exporter.repair(
+            broken, out, base=base, overwrite=overwrite, workers=workers, progress=progress
+        )
     unchanged: dict[str, Any] = manifest.notes["unchanged"]
     lines = [f"wrote {out}: {counted(manifest.tensors, 'tensor')}, {manifest.bytes:,} bytes"]
     lines += describe(manifest.notes["repair"])

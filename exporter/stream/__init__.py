@@ -3,13 +3,12 @@
 
 from exporter.stream.load import load, load_stack
 from exporter.stream.shards import SHARD_BYTES, Task, tasks
-from exporter.stream.write import Written, check_out, fingerprint, finish, working, write
+from exporter.stream.write import Written, fingerprint, finish, working, write
 
 __all__ = [
     "SHARD_BYTES",
     "Task",
     "Written",
-    "check_out",
     "fingerprint",
     "finish",
     "load",

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from exporter.out import out_exists
 from exporter.plan import Plan
 from exporter.stream.shards import Task, write_shard
 from exporter.stream.summary import EncodeSummary, combine
@@ -39,35 +40,6 @@ class Written:
     digests: dict[str, tuple[str, int]] = field(default_factory=dict)
     encoded: dict[str, EncodeSummary] = field(default_factory=dict)
     resumed: int = 0
-
-
-def check_out(out: Path, *, overwrite: bool, inputs: tuple[str, ...]) -> None:
-    """Refuse an OUT that exists (without ``overwrite``), that is or holds an input, or that is not
-    a checkpoint directory.
-
-    Raises:
-        UsageError: OUT cannot be used.
-    """
-    target = out.resolve()
-    for uri in inputs:
-        if "://" not in uri:
-            path = Path(uri).resolve()
-            if path == target or path.is_relative_to(target):
-                raise UsageError(f"{out}: is the directory of an input")
-    if not out.parent.is_dir():
-        raise UsageError(f"{out}: its parent directory {out.parent} does not exist")
-    if not os.path.lexists(out):
-        return
-    if not overwrite:
-        raise _exists(out)
-    if not out.is_dir() or out.is_symlink():
-        raise UsageError(f"{out}: exists and is not a directory")
-    if any(out.iterdir()) and not any(out.glob("*.safetensors")):
-        raise UsageError(f"{out}: exists and is not a checkpoint; it is not overwritten")
-
-
-def _exists(out: Path) -> UsageError:
-    return UsageError(f"{out}: already exists; use --overwrite to replace it")
 
 
 def work_folder(out: Path) -> Path:
@@ -104,7 +76,7 @@ def working(out: Path, fingerprint: str, *, overwrite: bool) -> Iterator[Path]:
             if not (folder / STATE).exists():  # made above; one with a state can be resumed
                 _clear(folder)
                 folder.rmdir()
-            raise _exists(out)
+            raise out_exists(out)
         if _state(folder).get("plan") != fingerprint:
             _clear(folder, keep={LOCK})
             _save_state(folder, {"plan": fingerprint, "shards": {}})
@@ -263,7 +235,7 @@ def finish(folder: Path, out: Path, *, overwrite: bool) -> None:
             shutil.rmtree(old)
         out.rename(old)
     if os.path.lexists(out):
-        raise _exists(out)
+        raise out_exists(out)
     (folder / STATE).unlink()
     folder.rename(out)
     (out / LOCK).unlink(missing_ok=True)

@@ -169,15 +169,16 @@ def test_an_address_that_leads_nowhere(call, uri: str) -> None:
     one_message(call("check", uri), 2, uri)
 
 
-def test_an_extra_that_is_not_installed_is_named() -> None:
+def test_an_extra_that_is_not_installed_is_named(tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
     script = f"""
 import sys
 sys.modules["torch"] = None
 from verifier.cli import run
 for argv in (
-    ["export", {str(QWEN)!r}, "/nonexistent/out", *{NVFP4}],
-    ["export", {str(QWEN)!r}, "/nonexistent/out", *{NVFP4}, "--dry-run"],
-    ["merge", {str(QWEN_NVFP4)!r}, "/nonexistent/out", "--onto", {str(QWEN)!r}],
+    ["export", {str(QWEN)!r}, {out!r}, *{NVFP4}],
+    ["export", {str(QWEN)!r}, {out!r}, *{NVFP4}, "--dry-run"],
+    ["merge", {str(QWEN_NVFP4)!r}, {out!r}, "--onto", {str(QWEN)!r}],
     ["gate", {str(QWEN_NVFP4)!r}, "--base", {str(QWEN)!r}, "--corpus", "wikitext2-test"],
     ["check", {str(QWEN_NVFP4)!r}],
     ["export", "--help"],

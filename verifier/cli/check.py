@@ -9,7 +9,6 @@ from typing import Any
 
 import click
 
-from verifier.cli.common import fetch_bar
 from verifier.cli.evaluating import eval_options, evaluate_of
 from verifier.cli.main import explain_failure, wants_traceback
 from verifier.cli.options import (
@@ -29,6 +28,7 @@ from verifier.cli.outputs import (
     write_files,
     write_stdout,
 )
+from verifier.cli.progress import progress_bar, traffic_of
 from verifier.cli.recording import Recording, record, recording_options, require_recordable
 from verifier.cli.settings import check_arguments, effective_settings
 from verifier.errors import ContentError, MachineError, NotACheckpointError, UsageError
@@ -110,8 +110,9 @@ def check(
     require_recordable(recording)
     arguments = {name: options[name] for name in DIRECT} | check_arguments(settings)
     sources = ctx.with_resource(sources_kept())
-    with fetch_bar("fetched", sources):
-        report, failure = _report(path, arguments | {"evaluate": evaluate})
+    with progress_bar("checking", unit="byte", more=traffic_of(sources)) as progress:
+        more = {"evaluate": evaluate, "progress": progress}
+        report, failure = _report(path, arguments | more)
     if file is not None:
         report = replace(report, summary=replace(report.summary, config=str(file)))
     try:

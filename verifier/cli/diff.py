@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import click
 
-from verifier.cli.common import errors_as, progress_bar
+from verifier.cli.common import errors_as
 from verifier.cli.options import FORMAT
+from verifier.cli.progress import progress_bar
 from verifier.inspect.diff import diff as compare
 from verifier.inspect.render import diff_json, diff_text
 
@@ -23,7 +24,7 @@ def diff(ctx: click.Context, a: str, b: str, payload: bool, format_: str) -> Non
     The distribution over shards and the auxiliary files are shown, and do not count as differences.
     Exit codes: 0 equal, 1 different.
     """
-    with errors_as(format_), progress_bar("comparing", in_bytes=True) as progress:
+    with errors_as(format_), progress_bar("comparing", unit="byte") as progress:
         result = compare(a, b, payload=payload, progress=progress)
     click.echo(diff_json(result) if format_ == "json" else diff_text(result), nl=False)
     ctx.exit(0 if result.equal else 1)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from verifier.cli.common import progress_bar
+from verifier.cli.progress import progress_bar
 from verifier.errors import UsageError
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def evaluate_of(depth: str, base: str | None, options: dict[str, Any]) -> Evalua
     corpus = used.pop("corpus", None if task else WIKITEXT)
 
     def evaluate(candidate: Checkpoint, reference: Checkpoint) -> Evaluation:
-        with progress_bar("scoring") as progress:
+        with progress_bar("scoring", unit="document") as progress:
             score = evaluator(corpus, **used, scorer=scorer, say=say, progress=progress)
             return score(candidate, reference)
 

@@ -16,8 +16,8 @@ import click
 
 from verifier import gate as gate_api
 from verifier.checkpoint import local_directory, open_checkpoint
-from verifier.cli.common import progress_bar
 from verifier.cli.options import FORMAT
+from verifier.cli.progress import progress_bar
 from verifier.cli.recording import Recording, record, recording_options, require_recordable
 from verifier.errors import MissingExtra, UsageError
 from verifier.evaluation import GateResult
@@ -236,7 +236,7 @@ def gate(
         raise UsageError("--plan has no result to record; leave out --history, --label, --golden")
     require_recordable(recording)
     options["scorer"] = _scorer_of(options)
-    with progress_bar("scoring") as progress:
+    with progress_bar("scoring", unit="document") as progress:
         options |= {"progress": progress, "say": say}
         if plan:
             _print_plan(gate_api.plan(candidate, base=base, **options), format_)
@@ -298,7 +298,7 @@ def score(
     part, ranks = Path(f"{output}.part"), _ranks()
     if ranks is not None and options["device"] == "cuda":
         options["device"] = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-    with progress_bar("scoring") as progress:
+    with progress_bar("scoring", unit="document") as progress:
         run = gate_api.score_run(
             open_checkpoint(local_directory(checkpoint)),
             corpus_of(protocol, corpus, metric).head(documents),

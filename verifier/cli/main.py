@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NoReturn, TextIO
 import click
 
 from verifier import __version__
+from verifier.cli.terminal import TERMINAL_OPTIONS, add_terminal_options
 from verifier.errors import CkptgateError
 from verifier.text import printable
 
@@ -83,9 +84,11 @@ class LazyGroup(click.Group):
             command: click.Command = getattr(
                 importlib.import_module(module), cmd_name.replace("-", "_")
             )
+            add_terminal_options(command)
             return command
         for entry in entry_points(group="ckptgate.commands", name=cmd_name):
             loaded: click.Command = entry.load()
+            add_terminal_options(loaded)
             return loaded
         return None
 
@@ -106,13 +109,16 @@ class LazyGroup(click.Group):
     cls=LazyGroup,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
-@click.version_option(__version__, prog_name="ckptgate")
+@click.version_option(__version__, "-V", "--version", prog_name="ckptgate")
 def cli() -> None:
     """Validate quantized LLM checkpoints before you ship them.
 
     Exit codes: 0 passed, 1 failed, 2 usage error, 3 inconclusive, 4 I/O or internal error; see
     docs/exit-codes.md.
     """
+
+
+cli.params += TERMINAL_OPTIONS
 
 
 def run(argv: Sequence[str]) -> int:

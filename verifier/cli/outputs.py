@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import click
 
 from verifier.cli.options import together
+from verifier.cli.terminal import note, terminal
 from verifier.errors import MachineError, UsageError
 from verifier.files import require_writable, write_atomic
 from verifier.findings import Report
@@ -148,7 +149,7 @@ def write_files(report: Report, targets: Sequence[Output]) -> None:
         if output.file != STDOUT:
             write_atomic(output.file, _rendered(report, output.format))
             if sys.stderr.isatty():
-                click.echo(f"wrote {output.file}", err=True)
+                note(f"wrote {output.file}")
     if any(o.format == "github" for o in targets):
         _append_summary(report)
 
@@ -157,13 +158,11 @@ def write_stdout(report: Report, targets: Sequence[Output]) -> None:
     """Write the report that goes to stdout, if any."""
     for output in targets:
         if output.file == STDOUT:
-            click.echo(_rendered(report, output.format, color=colored()), nl=False, color=True)
-
-
-def colored() -> bool:
-    """Whether stdout is a terminal with colors; $NO_COLOR and TERM=dumb turn them off."""
-    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
-    return sys.stdout.isatty() and not plain
+            click.echo(
+                _rendered(report, output.format, color=terminal().color_of(sys.stdout)),
+                nl=False,
+                color=True,
+            )
 
 
 def _rendered(report: Report, format_: str, *, color: bool = False) -> str:

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 
 import click
 
-from verifier.cli.common import progress_bar
+from verifier.cli.progress import progress_bar
 from verifier.cli.recording import print_notes
 from verifier.errors import ContentError, MissingExtra, UsageError
 from verifier.evaluation import Drift, GateResult, Margin
@@ -97,7 +97,7 @@ def _with_drift(result: Result, file: str) -> GateResult:
 def _of_weights(result: Result) -> list[Figure]:
     if not result.base:
         raise UsageError("--weights compares with a base, and the run has none")
-    with progress_bar("decoding", in_bytes=True) as progress:
+    with progress_bar("decoding", unit="module") as progress:
         measured = noise(_uri(result), result.base, progress)
     words = f"10 log10 of signal over quantization error, {measured.weights:,} weights."
     if measured.left_out:

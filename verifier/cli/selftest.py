@@ -7,6 +7,7 @@ import json
 
 import click
 
+from verifier.cli.progress import progress_bar
 from verifier.selftest.runner import as_json, lines
 from verifier.selftest.runner import selftest as run
 
@@ -24,7 +25,8 @@ def selftest(ctx: click.Context, rules: tuple[str, ...], json_: bool) -> None:
     Nothing is downloaded and no file is left behind. Exit codes: 0 all verified, 1 otherwise, 2
     usage error.
     """
-    result = run([r.upper() for r in rules])
+    with progress_bar("verifying rules", unit="checkpoint") as progress:
+        result = run([r.upper() for r in rules], progress=progress)
     text = json.dumps(as_json(result), indent=2) if json_ else "\n".join(lines(result))
     click.echo(text)
     ctx.exit(0 if result.passed else 1)

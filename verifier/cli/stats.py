@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import click
 
-from verifier.cli.common import errors_as, progress_bar
+from verifier.cli.common import errors_as
 from verifier.cli.options import FORMAT, depth
+from verifier.cli.progress import progress_bar
 from verifier.inspect.render import stats_json, stats_text
 from verifier.inspect.stats import stats as count
 
@@ -26,7 +27,7 @@ def stats(ctx: click.Context, path: str, depth: str, format_: str) -> None:
 
     Exit codes: 0, or 1 if a part of the checkpoint cannot be read.
     """
-    with errors_as(format_), progress_bar("reading scales", in_bytes=True) as progress:
+    with errors_as(format_), progress_bar("reading scales", unit="byte") as progress:
         result = count(path, depth=depth, progress=progress)
     click.echo(stats_json(result) if format_ == "json" else stats_text(result), nl=False)
     ctx.exit(1 if result.problems else 0)

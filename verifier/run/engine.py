@@ -16,6 +16,7 @@ from verifier.checkpoint import Checkpoint, Source, open_checkpoint
 from verifier.errors import ContainerError
 from verifier.evaluation import Evaluate, Evaluation
 from verifier.findings import Coverage, Finding, Report, Verdict, Where
+from verifier.progress import Progress, no_progress
 from verifier.quantized import QuantizedCheckpoint
 from verifier.rules import DEPTHS, Context, Depth, Rule, all_rules
 from verifier.rules.context import Inputs
@@ -55,6 +56,7 @@ def check(
     sample: str | float | None = None,
     seed: int = 0,
     evaluate: Evaluate | None = None,
+    progress: Progress = no_progress,
 ) -> Report:
     """Check a checkpoint and return the report; nothing is written.
 
@@ -94,6 +96,7 @@ def check(
         seed: which modules a sample takes.
         evaluate: scores text at depth eval: ``verifier.gate.evaluator(corpus=…)``; the default uses
             ``wikitext2-test``.
+        progress: called while bytes are read, with the bytes that are checked and all that will be.
 
     Raises:
         UsageError: a directory that does not exist or holds no safetensors checkpoint, an unknown
@@ -121,6 +124,7 @@ def check(
         sample=sample,
         seed=seed,
         evaluate=evaluate,
+        progress=progress,
     )
     return run_check(uri, options)
 
@@ -154,7 +158,7 @@ def run_check(uri: Path, options: CheckOptions) -> Report:
     evaluation = _evaluation(plan, running, candidate, base)
     inputs = Inputs(options.tp, options.ep, plan.loader, evaluation)
     ctx = Context.of(candidate, base, merged_from, inputs)
-    outcomes = run_rules(ctx, running, plan.reading, plan.severities.apply)
+    outcomes = run_rules(ctx, running, plan.reading, plan.severities.apply, options.progress)
     findings, coverage = _results(plan, outcomes, not_run)
     baseline: BaselineSummary | None = None
     if known is not None and options.baseline is not None:

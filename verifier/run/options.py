@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from verifier.errors import UsageError
 from verifier.evaluation import Evaluate
+from verifier.progress import Progress, no_progress
 from verifier.rules import DEPTHS, Depth
 from verifier.run.sample import Sample, sample_of
 from verifier.run.select import Prefixes
@@ -42,6 +43,7 @@ class CheckOptions:
     sample: str | float | None = None
     seed: int = 0
     evaluate: Evaluate | None = None
+    progress: Progress = no_progress
 
     def validate(self) -> None:
         """Refuse options that are wrong by themselves or contradict one another.

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -23,14 +24,19 @@ from verifier.findings import Finding
 from verifier.payload.cache import ResultKey
 from verifier.payload.reader import scanned_tensors
 from verifier.processes import can_fork, forked
+from verifier.progress import Progress, no_progress
 from verifier.rules import Context, Rule, Tally
 from verifier.run.group import group
 from verifier.run.options import Reading
 from verifier.run.subset import Subset, file_of, subset_numbers
 from verifier.schemes import Module
+from verifier.text import counted
 
 Rate = Callable[[Finding], Finding]
 """Sets the severity of a finding in this run."""
+Advance = Callable[[float], None]
+"""Reports which share of a task is done, from 0 to 1."""
+Run = Callable[["_Task", Advance], list["Outcome"]]
 WORTH_COPIES = 64 << 20
 """Bytes of weights to compare from which on copies of this process are worth the tens of
 milliseconds that they cost."""
@@ -63,7 +69,11 @@ class Outcome:
 
 
 def run_rules(
-    ctx: Context, rules: Sequence[Rule], reading: Reading, rate: Rate
+    ctx: Context,
+    rules: Sequence[Rule],
+    reading: Reading,
+    rate: Rate,
+    progress: Progress = no_progress,
 ) -> dict[str, Outcome]:
     """Return the outcome of each rule, by id.
 
@@ -73,12 +83,14 @@ def run_rules(
         reading: how bytes are read. Rules of depth header run in every subset; those that compare
             modules, and those that load the model, in the first one only.
         rate: sets the severity of each finding, before equal findings are grouped.
+        progress: called with the bytes that are checked and all that will be.
     """
     outcomes = {r.id: _run(r, ctx, rate) for r in rules if r.depth == "header"}
     payload = [r for r in rules if r.depth == "payload"]
     if payload:
-        outcomes |= _run_payload(ctx, payload, reading, rate)
+        outcomes |= _run_payload(ctx, payload, reading, rate, progress)
     for rule in (r for r in rules if r.depth not in ("header", "payload")):
+        progress(0, 0, f"{rule.id}: {rule.title}")
         outcomes[rule.id] = (
             _run(rule, ctx, rate)
             if reading.in_first_subset
@@ -93,7 +105,7 @@ def _deferred(reading: Reading, reason: str) -> Outcome:
 
 
 def _run_payload(
-    ctx: Context, rules: Sequence[Rule], reading: Reading, rate: Rate
+    ctx: Context, rules: Sequence[Rule], reading: Reading, rate: Rate, progress: Progress
 ) -> dict[str, Outcome]:
     """Return the outcome of each rule of depth payload."""
     outcomes = {rule.id: Outcome() for rule in rules}
@@ -106,7 +118,8 @@ def _run_payload(
     parts = reading.sample.choose(modules) if reading.sample else _by_shard(ctx, reading.subset)
     tasks = [_Task(split, part, of) for part, of in parts if split and part]
     comparing = [_Task([rule], modules, len(modules)) for rule in whole]
-    results = _results(ctx, tasks, comparing, reading.workers, rate)
+    amounts = _Amounts([_bytes_read(ctx, task) for task in tasks], progress)
+    results = _results(ctx, tasks, comparing, reading.workers, rate, amounts)
     for task, of_task in zip([*tasks, *comparing], results, strict=True):
         for rule, outcome in zip(task.rules, of_task, strict=True):
             outcome.tally.of = task.scaled(outcome.tally.of)
@@ -120,23 +133,60 @@ def _run_payload(
 
 
 def _results(
-    ctx: Context, tasks: Sequence[_Task], comparing: Sequence[_Task], workers: int, rate: Rate
+    ctx: Context,
+    tasks: Sequence[_Task],
+    comparing: Sequence[_Task],
+    workers: int,
+    rate: Rate,
+    amounts: _Amounts,
 ) -> Iterator[list[Outcome]]:
     """Yield the outcomes of each task, in order."""
 
-    def run(task: _Task) -> list[Outcome]:
+    def run(task: _Task, advance: Advance) -> list[Outcome]:
         part = ctx.part(task.modules)
         if all(rule.split for rule in task.rules):
             part.payload.announce(task.modules)
-        return [_run(rule, part, rate) for rule in task.rules]
+        outcomes = []
+        for number, rule in enumerate(task.rules, 1):
+            outcomes.append(_run(rule, part, rate))
+            advance(number / len(task.rules))
+        return outcomes
+
+    def compare(task: _Task, _advance: Advance) -> list[Outcome]:
+        amounts.detail(f"comparing modules, {task.rules[0].id}")
+        return run(task, lambda _share: None)
 
     _keep_freed_memory()
     ctx.prepare()
     # Shards first: rules that compare modules then find cached what they ask for. At the same time
     # it would be worked out twice.
     copied = workers > 1 and _worth_copies(ctx, tasks) and can_fork()
-    shards = _by_copies(ctx, run, tasks, workers) if copied else _each(run, tasks, workers)
-    return chain(shards, _each(run, comparing, workers))
+    split = _by_copies if copied else _by_threads
+    return chain(
+        split(ctx, run, tasks, workers, amounts),
+        _by_threads(ctx, compare, comparing, workers, amounts),
+    )
+
+
+class _Amounts:
+    """Sums up how much of each task is done; several threads may report."""
+
+    def __init__(self, sizes: Sequence[int], progress: Progress) -> None:
+        self._sizes, self._shares = sizes, [0.0] * len(sizes)
+        self._progress, self._total = progress, sum(sizes)
+        if self._total:
+            progress(0, self._total)
+
+    def advance(self, task: int, share: float) -> None:
+        """Note that a share of a task is done."""
+        self._shares[task] = share
+        finished = sum(share == 1 for share in self._shares)
+        self.detail(f"{finished:,} of {counted(len(self._sizes), 'shard')}")
+
+    def detail(self, text: str) -> None:
+        """Report what is done, and a remark."""
+        pairs = zip(self._sizes, self._shares, strict=True)
+        self._progress(int(sum(nbytes * share for nbytes, share in pairs)), self._total, text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +205,15 @@ class _Task:
     def scaled(self, count: int) -> int:
         """Return a count over the modules as one over those that they represent."""
         return count if self.of == len(self.modules) else count * self.of // len(self.modules)
+
+
+def _bytes_read(ctx: Context, task: _Task) -> int:
+    """Return the bytes that the rules of a task read: with another checkpoint to compare with, all;
+    without one, the scales and unquantized tensors.
+    """
+    if ctx.base is not None or ctx.merged_from is not None:
+        return task.nbytes
+    return sum(t.nbytes for m in task.modules for t in scanned_tensors(m))
 
 
 def _by_shard(ctx: Context, subset: Subset | None) -> list[tuple[list[Module], int]]:
@@ -197,15 +256,19 @@ def _largest_first(tasks: Sequence[_Task]) -> list[int]:
     return sorted(range(len(tasks)), key=lambda i: -tasks[i].nbytes)
 
 
-def _each(
-    run: Callable[[_Task], list[Outcome]], tasks: Sequence[_Task], workers: int
+def _by_threads(
+    _ctx: Context, run: Run, tasks: Sequence[_Task], workers: int, amounts: _Amounts
 ) -> Iterator[list[Outcome]]:
     """Yield the outcomes of each task, in order."""
+
+    def run_task(number: int) -> list[Outcome]:
+        return run(tasks[number], partial(amounts.advance, number))
+
     if workers == 1 or len(tasks) < 2:
-        yield from map(run, tasks)
+        yield from map(run_task, range(len(tasks)))
         return
     with ThreadPoolExecutor(workers, "ckptgate") as pool:
-        futures = {i: pool.submit(run, tasks[i]) for i in _largest_first(tasks)}
+        futures = {i: pool.submit(run_task, i) for i in _largest_first(tasks)}
         try:
             for i in range(len(tasks)):
                 yield futures[i].result()
@@ -228,19 +291,21 @@ def _worth_copies(ctx: Context, tasks: Sequence[_Task]) -> bool:
 
 
 def _by_copies(
-    ctx: Context, run: Callable[[_Task], list[Outcome]], tasks: Sequence[_Task], workers: int
+    ctx: Context, run: Run, tasks: Sequence[_Task], workers: int, amounts: _Amounts
 ) -> Iterator[list[Outcome]]:
     """Yield the outcomes of each task, in order, worked out by copies of this process."""
     results = ctx.payload.results
 
-    def run_in_copy(number: int) -> tuple[list[Outcome], dict[ResultKey, Any]]:
+    def run_in_copy(number: int, send: Advance) -> tuple[list[Outcome], dict[ResultKey, Any]]:
         known = results.keys()
-        outcomes = run(tasks[number])
+        outcomes = run(tasks[number], send)
         return outcomes, results.exported(known)
 
     waiting: dict[int, list[Outcome]] = {}
     done = 0
-    for number, (outcomes, exported) in forked(run_in_copy, _largest_first(tasks), workers):
+    for number, (outcomes, exported) in forked(
+        run_in_copy, _largest_first(tasks), workers, amounts.advance
+    ):
         results.imported(exported)
         waiting[number] = outcomes
         while done in waiting:

@@ -15,6 +15,7 @@ from typing import Literal
 
 from verifier.errors import UsageError
 from verifier.findings import Report, rules_of
+from verifier.progress import Progress, no_progress
 from verifier.rules import all_rules
 from verifier.run import check
 from verifier.selftest.corruptor import KINDS, Corruptor, traits_of
@@ -126,12 +127,18 @@ def _why_unverified(trials: list[Trial]) -> str:
     return skipped[0] if skipped else "its defects suit no built-in checkpoint"
 
 
-def selftest(rules: Collection[str] = (), *, checkpoints: Collection[str] = ()) -> SelftestResult:
+def selftest(
+    rules: Collection[str] = (),
+    *,
+    checkpoints: Collection[str] = (),
+    progress: Progress = no_progress,
+) -> SelftestResult:
     """Make the tiny checkpoints in a temporary directory, and every defect in each that it suits.
 
     Args:
         rules: the rules to verify; all if empty.
         checkpoints: the names of the tiny checkpoints to use; all if empty.
+        progress: called with the tiny checkpoints that are done and their number.
 
     Raises:
         UsageError: an unknown rule or checkpoint.
@@ -149,9 +156,9 @@ def selftest(rules: Collection[str] = (), *, checkpoints: Collection[str] = ()) 
     trials = [Trial(c.rule, c.name) for c in corruptors]
     clean: list[CleanResult] = []
     with tempfile.TemporaryDirectory(prefix="ckptgate-selftest-") as directory:
-        for spec in TINY:
-            if checkpoints and spec.name not in checkpoints:
-                continue
+        used = [spec for spec in TINY if not checkpoints or spec.name in checkpoints]
+        for number, spec in enumerate(used):
+            progress(number, len(used), spec.name)
             tiny = make(Path(directory), spec)
             traits = traits_of(CheckpointEditor(tiny.path))
             clean.append(_check_clean(tiny))

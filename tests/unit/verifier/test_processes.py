@@ -28,7 +28,7 @@ WAITING = """
 import os, sys, time
 from verifier.processes import can_fork, forked
 assert can_fork()
-for count, (_, pid) in enumerate(forked(lambda n: os.getpid(), range(9), 3), 1):
+for count, (_, pid) in enumerate(forked(lambda n, send: os.getpid(), range(9), 3), 1):
     print(pid, flush=True)
     if count == 4:
         time.sleep(60)
@@ -50,7 +50,7 @@ def gone(pid: int) -> bool:
 
 @pytest.mark.parametrize("workers", [1, 3, 20])
 def test_each_number_is_worked_on_once_and_elsewhere(workers: int) -> None:
-    found = dict(forked(lambda n: (n * n, os.getpid()), [4, 2, 9, 7, 0], workers))
+    found = dict(forked(lambda n, send: (n * n, os.getpid()), [4, 2, 9, 7, 0], workers))
     assert {n: square for n, (square, _) in found.items()} == {n: n * n for n in (4, 2, 9, 7, 0)}
     pids = {pid for _, pid in found.values()}
     assert os.getpid() not in pids
@@ -59,17 +59,17 @@ def test_each_number_is_worked_on_once_and_elsewhere(workers: int) -> None:
 
 
 def test_nothing_to_do() -> None:
-    assert list(forked(lambda n: n, [], 2)) == []
+    assert list(forked(lambda n, send: n, [], 2)) == []
 
 
 def test_errors_of_a_copy_are_those_of_the_work() -> None:
-    def content(n: int) -> int:
+    def content(n: int, send: object) -> int:
         raise ContentError(f"file {n} is short")
 
     with pytest.raises(ContentError, match="file 3 is short"):
         list(forked(content, [3], 2))
 
-    def defect(n: int) -> int:
+    def defect(n: int, send: object) -> int:
         return {0: 0}[n]
 
     with pytest.raises(RuntimeError, match="KeyError: 5") as caught:
@@ -79,7 +79,7 @@ def test_errors_of_a_copy_are_those_of_the_work() -> None:
 
 
 def test_a_copy_that_is_killed_is_an_error_of_the_machine() -> None:
-    def die(n: int) -> int:
+    def die(n: int, send: object) -> int:
         if n == 2:
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(0.05)
@@ -91,7 +91,7 @@ def test_a_copy_that_is_killed_is_an_error_of_the_machine() -> None:
 
 
 def test_who_stops_listening_leaves_no_copy_behind() -> None:
-    def slow(n: int) -> int:
+    def slow(n: int, send: object) -> int:
         time.sleep(0.05 * n)
         return os.getpid()
 
@@ -129,7 +129,7 @@ def test_copies_end_with_their_parent(how: signal.Signals) -> None:
 
 
 def test_a_copy_makes_no_copies() -> None:
-    assert dict(forked(lambda n: can_fork(), [0], 1)) == {0: False}
+    assert dict(forked(lambda n, send: can_fork(), [0], 1)) == {0: False}
 
 
 def in_parts(task: tuple[str, int], send: Callable[[int], None]) -> str:
@@ -194,3 +194,13 @@ def test_errors_travel_between_processes() -> None:
     error = pickle.loads(pickle.dumps(MissingExtra("the gate", "gate")))  # noqa: S301  (our own bytes)
     assert str(error) == str(MissingExtra("the gate", "gate"))
     assert error.exit_code == 2
+
+
+def test_a_copy_sends_parts_before_its_result() -> None:
+    def halves(n: int, send: Callable[[float], None]) -> int:
+        send(n / 2)
+        return n
+
+    parts: dict[int, float] = {}
+    results = dict(forked(halves, [4, 6], 2, parts.__setitem__))
+    assert (results, parts) == ({4: 4, 6: 6}, {4: 2.0, 6: 3.0})

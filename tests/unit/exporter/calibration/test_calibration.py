@@ -37,7 +37,7 @@ from exporter.cli.calibrate import calibrate as command
 from exporter.recipes import Recipe, RecipeRule
 from tests.paths import ROOT
 from verifier.checkpoint import open_checkpoint
-from verifier.errors import ContainerError, MachineError, PlanError, UsageError
+from verifier.errors import MachineError, NotACheckpointError, PlanError, UsageError
 from verifier.load.model import load_model
 
 NVFP4 = "nvfp4_experts_only"
@@ -980,7 +980,7 @@ def test_wrong_paths(kit, ids: Path, tmp_path: Path) -> None:
     run(source, out, ids, overwrite=True)
     assert maxima(out) and sorted(p.name for p in tmp_path.iterdir()) == ["source", "stats"]
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ContainerError, match="is empty"):
+    with pytest.raises(NotACheckpointError, match="is empty"):
         run(tmp_path / "empty", tmp_path / "s", ids)
 
 

@@ -116,10 +116,13 @@ def test_nor_on_processes(
     copied = []
 
     def counted(
-        work: Callable[[int], object], order: list[int], workers: int
+        work: Callable[..., object],
+        order: list[int],
+        workers: int,
+        on_part: Callable[[int, object], None],
     ) -> Iterator[tuple[int, object]]:
         copied.append((len(order), workers))
-        return processes.forked(work, order, workers)
+        return processes.forked(work, order, workers, on_part)
 
     monkeypatch.setattr(schedule, "forked", counted)
     monkeypatch.setattr(
