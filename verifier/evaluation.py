@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Outcome = Literal["passed", "failed", "inconclusive"]
 LossStatus = Literal["within", "beyond", "open"]
 EXIT_OF_OUTCOME: dict[Outcome, int] = {"passed": 0, "failed": 1, "inconclusive": 3}
-SCHEMA_VERSION = "1.1"
+SCHEMA_VERSION = "1.2"
 
 
 class _NullIsNan:
@@ -170,10 +170,13 @@ class GateResult:
 
     ``interval`` is None where logits were not finite: then there are no statistics. Intervals are
     those that decide: widened by the noise floor where ``unlike`` names environment keys that
-    differ. ``documents`` holds the base's nats, the candidate's nats and the tokens of each.
-    ``nonfinite`` are the documents in which a logit of any run is not finite, ``nonfinite_base``
-    those of a reference. ``needed`` is about how many documents would decide. ``looks`` counts this
-    attempt and those before it; the level of each one-sided bound is 1 - 0.05 / looks.
+    differ. ``documents`` holds the base's nats, the candidate's nats and the tokens of each;
+    ``clusters`` the sampling unit of each, -1 for one that repeats an earlier one, and is empty
+    where every document is its own. ``nonfinite`` are the documents in which a logit of either run
+    is not finite, ``nonfinite_base`` those of the base. ``needed`` is about how many documents
+    would decide. ``looks`` counts this attempt and those before it, None where they are not known;
+    ``alpha`` is the error of each one-sided bound. ``doubts`` are reasons why the result is not
+    passed whatever the intervals show.
     """
 
     outcome: Outcome
@@ -194,10 +197,13 @@ class GateResult:
     experts: tuple[ExpertReach, ...] = ()
     floor: float | None = None
     unlike: tuple[str, ...] = ()
-    looks: int = 1
+    looks: int | None = None
+    alpha: float = 0.05
     notes: tuple[str, ...] = ()
     nonfinite_base: tuple[int, ...] = ()
     accuracy: Accuracy | None = None
+    doubts: tuple[str, ...] = ()
+    clusters: list[int] = field(default_factory=list)
 
     @property
     def unit(self) -> str:
@@ -277,7 +283,8 @@ def evaluation_json(evaluation: Evaluation) -> dict[str, Any]:
     """
     if isinstance(evaluation, NotScored):
         return {}
-    return {k: v for k, v in evaluation.as_json().items() if k != "documents"}
+    without = ("documents", "clusters")
+    return {k: v for k, v in evaluation.as_json().items() if k not in without}
 
 
 def evaluation_of(value: Mapping[str, Any]) -> Evaluation:

@@ -486,9 +486,9 @@ def test_two_torchrun_ranks_give_the_same_bits(runs: dict[str, Path], tmp_path: 
 def test_attempts_are_remembered_and_not_drawn_again(mixed: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     rows = CORPUS.read_text().splitlines(keepends=True)
-    few, others = tmp_path / "few.jsonl", tmp_path / "others.jsonl"
+    few, part = tmp_path / "few.jsonl", tmp_path / "part.jsonl"
     few.write_text("".join(rows[1:5]))
-    others.write_text("".join(rows[5:9]))
+    part.write_text("".join(rows[3:7]))
     said: list[str] = []
 
     def gate(corpus: Path, **options: str) -> verifier.gate.GateResult:
@@ -509,9 +509,9 @@ def test_attempts_are_remembered_and_not_drawn_again(mixed: Path, tmp_path: Path
     assert (again.looks, again.documents) == (1, first.documents)
     assert any("taken from the cache" in s for s in said)
     with pytest.raises(
-        UsageError, match=r"inconclusive on 'few\.jsonl', and 4 of those 4 documents"
+        UsageError, match=r"inconclusive on 'few\.jsonl', and 2 of those 4 documents"
     ):
-        gate(others)
+        gate(part)
     found = verifier.gate.plan(mixed, base=BF16, corpus=str(CORPUS), cache=cache)
     assert found.source == "the last attempt on this base (4 documents of 'few.jsonl')"
     assert found.documents == 72

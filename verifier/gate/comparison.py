@@ -21,17 +21,22 @@ from verifier.evaluation import (
     Margin,
     Measures,
 )
-from verifier.gate.decision import documents_for, outcome_of
+from verifier.gate.clusters import FEWEST, Clusters, clusters_of
+from verifier.gate.decision import alpha_of, documents_for, outcome_of
 from verifier.gate.jobs import Array
 from verifier.gate.measures import measure
+from verifier.gate.plausibility import doubts_about
 from verifier.gate.run_file import Run, require_same_key, require_same_protocol, unlike_environment
 from verifier.gate.statistics import LEVEL, accuracy_loss, p_of_loss, paired, perplexity
+from verifier.text import counted
 
 UNLIKE_FLOOR = 0.0005
 """Nats per token that two environments may differ by where nothing was measured: BF16 and FP16 on
 one engine differ by 0.0004 (ggml-org/llama.cpp#7150)."""
-ERROR = 0.05
-"""The error of one-sided bounds, shared by all looks at a pair."""
+UNKNOWN_ATTEMPTS = (
+    "earlier attempts are unknown: the error is 5% only if this is the first look (--cache DIR of "
+    "ckptgate gate records attempts)"
+)
 MAX_NAMED = 10
 Losses = Sequence[tuple[Interval, Margin]]
 
@@ -44,8 +49,9 @@ def compare_runs(
     drift_against: Run | None = None,
     drift_margin: Margin | None = None,
     kl: Array | None = None,
-    looks: int = 1,
+    looks: int | None = None,
     floor_runs: Sequence[Run] = (),
+    base_record: float | None = None,
 ) -> GateResult:
     """Return the result for a candidate's run.
 
@@ -56,19 +62,32 @@ def compare_runs(
         drift_against: an accepted run on the same text, to evaluate the drift as well.
         drift_margin: the largest tolerated loss over it.
         kl: KL(base || candidate) of each token, nats, where both ran in lockstep.
-        looks: this attempt and those before it on the same pair; each gets its share of the 5%
-            error.
+        looks: which look this is, 1 for the first; each has its share of the 5% error. None
+            where earlier attempts are not known, which the result says.
         floor_runs: the base as other engines score it; what it differs by there is noise too.
+        base_record: the base's loss on these documents in an earlier attempt, nats per token.
 
     Raises:
-        UsageError: the candidate is the base, or a floor run is not the base's.
-        ContentError: the runs have different protocol keys.
+        UsageError: the candidate is the base or the accepted run, or a floor run is not the base's.
+        ContentError: the runs have different protocol keys, or the accepted run has logits that are
+            not finite.
     """
     if base.header.weights_sha256 == candidate.header.weights_sha256:
         raise UsageError(f"{candidate.header.model}: the candidate is the base itself")
     references = [base] if drift_against is None else [base, drift_against]
+    if drift_against is not None and _same_model(drift_against, candidate):
+        raise UsageError(
+            f"{candidate.header.model}: the accepted run is of the candidate itself; a drift from "
+            "itself proves nothing"
+        )
     for reference in references:
         require_same_protocol(reference.header, candidate.header)
+    if drift_against is not None and drift_against.header.nonfinite:
+        raise IncomparableError(
+            f"{drift_against.header.model}: the accepted run has logits that are not finite; "
+            "drift cannot be measured from it"
+        )
+    clusters = clusters_of(base.header.documents, base.header.groups)
     engine_floors = [floor_between(base, run) for run in floor_runs]
     unlike = _unlike(references, candidate)
     floor = _floor([*references, candidate], engine_floors, unlike=bool(unlike))
@@ -84,43 +103,84 @@ def compare_runs(
         key=dict(candidate.header.key),
         environment=dict(base.header.environment),
         documents=_documents(base, candidate),
-        nonfinite=_nonfinite([*references, candidate]),
+        nonfinite=_nonfinite([base, candidate]),
         experts=expert_reach(candidate),
         floor=floor,
         unlike=unlike,
         looks=looks,
-        nonfinite_base=tuple(_nonfinite(references)),
+        alpha=alpha_of(looks),
+        clusters=clusters.numbers.tolist() if clusters.count < len(base) else [],
+        nonfinite_base=tuple(_nonfinite([base])),
     )
     if without_statistics.nonfinite:
         return without_statistics
     task = candidate.header.key.get("protocol") == "task"
     widening = floor if unlike and floor else 0.0
-    level = 1 - ERROR / looks
-    losses = [(loss_over(base, candidate, level).widened(widening), margin)]
+    level = 1 - without_statistics.alpha
+    plain = loss_over(base, candidate, clusters, level)
+    losses = [(plain.widened(widening), margin)]
     drift = None
     if drift_against is not None and drift_margin is not None:
-        interval = loss_over(drift_against, candidate, level).widened(widening)
+        interval = loss_over(drift_against, candidate, clusters, level).widened(widening)
         drift = Drift(drift_against.header.model, drift_margin, interval)
         losses.append((interval, drift_margin))
     outcome = outcome_of(losses, floor=floor, widening=widening, alpha=1 - level)
-    measures = Measures() if task else measure(base, candidate, kl, level)
+    doubts = [
+        *_few_documents(plain.documents, grouped=clusters.grouped),
+        *doubts_about(base, candidate, plain, clusters.distinct, base_record),
+    ]
+    if outcome == "passed" and doubts:
+        outcome = "inconclusive"
+    measures = Measures() if task else measure(base, candidate, kl, level, clusters)
     notes = [_floor_note(run, f) for run, f in zip(floor_runs, engine_floors, strict=True)]
     if outcome == "inconclusive":
         notes += _low_margin_note(losses, floor)
+    notes += _cluster_notes(clusters)
+    if looks is None:
+        notes.append(UNKNOWN_ATTEMPTS)
     notes += _outlier_note(measures)
     notes += _coverage_notes(0 if task else losses[0][0].documents)
     return replace(
         without_statistics,
         outcome=outcome,
         interval=losses[0][0],
-        perplexity_base=math.nan if task else _perplexity(base),
-        perplexity_candidate=math.nan if task else _perplexity(candidate),
+        perplexity_base=math.nan if task else _perplexity(base, clusters),
+        perplexity_candidate=math.nan if task else _perplexity(candidate, clusters),
         drift=drift,
         measures=measures,
-        needed=documents_for(losses) if outcome == "inconclusive" else None,
+        needed=documents_for(losses, widening) if outcome == "inconclusive" else None,
         notes=tuple(notes),
-        accuracy=_accuracy(base, candidate) if task else None,
+        doubts=tuple(doubts),
+        accuracy=_accuracy(base, candidate, clusters) if task else None,
     )
+
+
+def _same_model(run: Run, other: Run) -> bool:
+    """Whether two runs are of one checkpoint; an old run that records only weights may be."""
+    header, other_header = run.header, other.header
+    configs = {header.config_sha256, other_header.config_sha256} - {None}
+    return header.weights_sha256 == other_header.weights_sha256 and len(configs) < 2
+
+
+def _few_documents(count: int, *, grouped: bool) -> list[str]:
+    if count >= FEWEST:
+        return []
+    noun = "group" if grouped else "distinct document"
+    return [
+        f"{counted(count, noun)}: fewer than {FEWEST} show too little of how documents "
+        "differ to pass"
+    ]
+
+
+def _cluster_notes(clusters: Clusters) -> list[str]:
+    notes = []
+    if clusters.repeated:
+        noun = counted(clusters.repeated, "document")
+        verb = "repeats" if clusters.repeated == 1 else "repeat"
+        notes.append(f"{noun} {verb} an earlier one and {verb.replace('repeat', 'count')} once")
+    if clusters.grouped:
+        notes.append(f"documents are clustered by their group: {counted(clusters.count, 'group')}")
+    return notes
 
 
 def _documents(base: Run, candidate: Run) -> list[tuple[float, float, int]]:
@@ -148,8 +208,9 @@ def _nonfinite(runs: Sequence[Run]) -> list[int]:
     return sorted(documents)
 
 
-def _perplexity(run: Run) -> float:
-    return perplexity(run.sums.tolist(), run.tokens.tolist())
+def _perplexity(run: Run, clusters: Clusters) -> float:
+    distinct = clusters.distinct
+    return perplexity(run.sums[distinct].tolist(), run.tokens[distinct].tolist())
 
 
 def require_floor_run(run: Run, model: str, weights_sha256: str, key: Mapping[str, Any]) -> None:
@@ -197,7 +258,8 @@ def floor_between(base: Run, other: Run) -> float:
         raise IncomparableError(
             f"--floor: {other.header.model} has logits that are not finite: a defect, not noise"
         )
-    interval = loss_over(base, other, LEVEL)
+    clusters = clusters_of(base.header.documents, base.header.groups)
+    interval = loss_over(base, other, clusters, LEVEL)
     return max(abs(interval.low), abs(interval.high))
 
 
@@ -208,29 +270,37 @@ def _floor_note(run: Run, floor: float) -> str:
     return f"under {engine} on {device} the base differs from itself by up to {floor:.6f}"
 
 
-def loss_over(base: Run, candidate: Run, level: float) -> Interval:
+def loss_over(base: Run, candidate: Run, clusters: Clusters, level: float) -> Interval:
     """Return the paired loss of a run over another: a mean per token, or for a task the exact loss
     of accuracy.
     """
     if candidate.header.key.get("protocol") != "task":
-        return paired(base.sums, candidate.sums, base.tokens, level)
-    lost, won = _discordant(base, candidate)
-    return accuracy_loss(lost, won, len(candidate), level)
+        return paired(
+            clusters.sums(base.sums),
+            clusters.sums(candidate.sums),
+            clusters.sums(base.tokens),
+            level,
+        )
+    lost, won = _discordant(base, candidate, clusters)
+    return accuracy_loss(lost, won, int(clusters.distinct.sum()), level)
 
 
-def _discordant(base: Run, candidate: Run) -> tuple[int, int]:
+def _discordant(base: Run, candidate: Run, clusters: Clusters) -> tuple[int, int]:
     """Return how many documents only the base gets right, and how many only the candidate."""
-    return int((base.sums < candidate.sums).sum()), int((base.sums > candidate.sums).sum())
+    distinct = clusters.distinct
+    wrong_base, wrong_candidate = base.sums[distinct], candidate.sums[distinct]
+    lost, won = wrong_base < wrong_candidate, wrong_base > wrong_candidate
+    return int(lost.sum()), int(won.sum())
 
 
-def _accuracy(base: Run, candidate: Run) -> Accuracy:
-    lost, won = _discordant(base, candidate)
-    p_value = p_of_loss(lost, won, len(base), 0.0, "beyond")
-    return Accuracy(_right(base), _right(candidate), lost, won, p_value)
-
-
-def _right(run: Run) -> int:
-    return len(run) - round(float(run.sums.sum()))
+def _accuracy(base: Run, candidate: Run, clusters: Clusters) -> Accuracy:
+    lost, won = _discordant(base, candidate, clusters)
+    documents = int(clusters.distinct.sum())
+    p_value = p_of_loss(lost, won, documents, 0.0, "beyond")
+    right = [
+        documents - round(float(run.sums[clusters.distinct].sum())) for run in (base, candidate)
+    ]
+    return Accuracy(right[0], right[1], lost, won, p_value)
 
 
 def expert_reach(run: Run) -> tuple[ExpertReach, ...]:

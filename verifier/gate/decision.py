@@ -11,6 +11,8 @@ from verifier.errors import UsageError
 from verifier.evaluation import Interval, Margin, Outcome
 from verifier.gate.statistics import documents_needed, holm, p_beyond
 
+ERROR = 0.05
+"""The error of all looks together: the chance that a candidate beyond its margin passes."""
 NORMALS = {"NVFP4": 0.0642, "W4A16_NVFP4": 0.0642}
 """Published loss of a good export, nats per token: MiniMax-M3, experts in NVFP4, 5.083 to 5.420."""
 DRIFT = 0.003
@@ -111,8 +113,24 @@ def outcome_of(
     return "inconclusive"
 
 
-def documents_for(losses: Sequence[tuple[Interval, Margin]]) -> int | None:
-    """Return about how many documents would decide what is open; None where no number would."""
-    counts = [documents_needed(i, margin.nats) for i, margin in losses if i.high > margin.nats]
+def alpha_of(look: int | None) -> float:
+    """Return the error of each one-sided bound at a look: 5% / (k (k + 1)) at look k.
+
+    The shares of any number of looks add up to less than 5%. Where earlier attempts are not known,
+    it is 5%, which is right only for the first look.
+    """
+    return ERROR if look is None else ERROR / (look * (look + 1))
+
+
+def documents_for(losses: Sequence[tuple[Interval, Margin]], widening: float = 0.0) -> int | None:
+    """Return about how many documents would decide what is open; None where no number would.
+
+    Args:
+        losses: intervals, already widened, and margins.
+        widening: by how much they were widened, which more documents do not change.
+    """
+    counts = [
+        documents_needed(i, margin.nats, widening) for i, margin in losses if i.high > margin.nats
+    ]
     known = [count for count in counts if count is not None]
     return max(known) if known and len(known) == len(counts) else None

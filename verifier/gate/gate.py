@@ -193,7 +193,7 @@ def run_gate(candidate: PathLike, base: PathLike, options: GateOptions) -> GateR
     accepted = _accepted_run(pair.candidate, plan.key, options)
     floor_runs = _floor_runs(pair.base, plan.key, options)
     attempts = Attempts(Path(options.cache)) if options.cache is not None else None
-    looks = attempts.looks(pair) if attempts is not None else 1
+    look = attempts.look(pair, margins) if attempts is not None else None
     scored = score(plan, strategy)
     candidate_run, base_run = scored.runs
     result = compare_runs(
@@ -203,12 +203,15 @@ def run_gate(candidate: PathLike, base: PathLike, options: GateOptions) -> GateR
         drift_against=accepted,
         drift_margin=margins[1],
         kl=scored.kl,
-        looks=looks,
+        looks=look.number if look is not None else None,
         floor_runs=floor_runs,
+        base_record=look.base_record if look is not None else None,
     )
-    if attempts is not None:
-        seconds = candidate_run.header.seconds + base_run.header.seconds
-        attempts.record(pair, result, seconds)
+    if attempts is None or look is None:
+        return result
+    result = replace(result, notes=(*look.notes, *result.notes))
+    seconds = candidate_run.header.seconds + base_run.header.seconds
+    attempts.record(pair, result, seconds, margins)
     return result
 
 

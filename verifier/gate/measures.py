@@ -9,13 +9,13 @@ from dataclasses import replace
 import numpy as np
 
 from verifier.evaluation import Kl, Measures
+from verifier.gate.clusters import Clusters, clusters_of
 from verifier.gate.jobs import Array
 from verifier.gate.run_file import Run
 from verifier.gate.statistics import (
     FEW,
     block_error,
     bootstrap,
-    moments,
     ratio,
     tail_quantile,
     token_error,
@@ -28,7 +28,13 @@ _SMALLEST_MASS = 1e-7
 _ROWS = 1024
 
 
-def measure(base: Run, candidate: Run, kl: Array | None = None, level: float = 0.95) -> Measures:
+def measure(
+    base: Run,
+    candidate: Run,
+    kl: Array | None = None,
+    level: float = 0.95,
+    clusters: Clusters | None = None,
+) -> Measures:
     """Return the diagnostics of two runs.
 
     Args:
@@ -36,29 +42,32 @@ def measure(base: Run, candidate: Run, kl: Array | None = None, level: float = 0
         candidate: the run that is compared with it.
         kl: KL(base || candidate) of each token, nats, where both ran in lockstep.
         level: of each one-sided bound.
+        clusters: the sampling units; by default those of the base's header.
     """
+    units = clusters or clusters_of(base.header.documents, base.header.groups)
     tokens, difference = base.tokens, candidate.sums - base.sums
-    measures = _of_documents(difference, tokens, level)
+    measures = _of_documents(difference, tokens, units, level)
     if "nats" not in base.arrays or "nats" not in candidate.arrays:
         return measures
     each = candidate.arrays["nats"].astype(np.float64) - base.arrays["nats"]
-    measures = _with_token_errors(measures, each, difference, tokens)
+    measures = _with_token_errors(measures, each, base, units)
     if "top1" not in base.arrays or "top1" not in candidate.arrays:
         return measures
     same = base.arrays["top1"] == candidate.arrays["top1"]
     confident = base.arrays["sure"] > math.log(CONFIDENT)
     return replace(
         measures,
-        top1=ratio(by_document(same, tokens), tokens, level),
+        top1=ratio(units.sums(by_document(same, tokens)), units.sums(tokens), level),
         sure=int(confident.sum()),
         flips=int((confident & ~same).sum()),
-        kl=_kl(base, candidate, kl, level),
+        kl=_kl(base, candidate, kl, units, level),
     )
 
 
-def _of_documents(difference: Array, tokens: Array, level: float) -> Measures:
-    measures = Measures(bootstrap=bootstrap(difference, tokens, level))
-    scored = np.flatnonzero(tokens > 0)
+def _of_documents(difference: Array, tokens: Array, units: Clusters, level: float) -> Measures:
+    sums = units.sums(difference), units.sums(tokens)
+    measures = Measures(bootstrap=bootstrap(*sums, level))
+    scored = np.flatnonzero((tokens > 0) & units.distinct)
     if len(scored) < 3:
         return measures
     means, bound = worst(difference[scored], tokens[scored].astype(np.float64))
@@ -70,16 +79,14 @@ def _of_documents(difference: Array, tokens: Array, level: float) -> Measures:
     )
 
 
-def _with_token_errors(
-    measures: Measures, each: Array, difference: Array, tokens: Array
-) -> Measures:
+def _with_token_errors(measures: Measures, each: Array, base: Run, units: Clusters) -> Measures:
+    """Return measures with the standard errors that ``each``, a difference per token, has."""
     se_tokens = token_error(each)
-    scored = np.flatnonzero(tokens > 0)
     design_effect = None
-    if len(scored) > 1 and se_tokens > 0:
-        _, clustered, _, _ = moments(difference[scored], tokens[scored].astype(np.float64))
-        design_effect = float(clustered / se_tokens) ** 2
-    se_blocks = block_error(each, tokens) if len(scored) < FEW else None
+    interval = ratio(units.sums(by_document(each, base.tokens)), units.sums(base.tokens))
+    if interval.documents > 1 and se_tokens > 0:
+        design_effect = float(interval.se / se_tokens) ** 2
+    se_blocks = block_error(each, base.tokens) if interval.documents < FEW else None
     return replace(measures, se_tokens=se_tokens, design_effect=design_effect, se_blocks=se_blocks)
 
 
@@ -91,7 +98,7 @@ def by_document(values: Array, tokens: Array) -> Array:
     return sums
 
 
-def _kl(base: Run, candidate: Run, kl: Array | None, level: float) -> Kl | None:
+def _kl(base: Run, candidate: Run, kl: Array | None, units: Clusters, level: float) -> Kl | None:
     kind = "lockstep"
     if kl is None:
         if "top_ids" not in base.arrays or "top_ids" not in candidate.arrays:
@@ -101,7 +108,7 @@ def _kl(base: Run, candidate: Run, kl: Array | None, level: float) -> Kl | None:
         kind = f"a lower bound, from the top {top_k} tokens and the rest"
     return Kl(
         kind,
-        ratio(by_document(kl, base.tokens), base.tokens, level),
+        ratio(units.sums(by_document(kl, base.tokens)), units.sums(base.tokens), level),
         tail_quantile(kl, base.tokens, level=level),
     )
 

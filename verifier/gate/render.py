@@ -8,10 +8,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from verifier.evaluation import Accuracy, ExpertReach, GateResult, Interval, Kl
+from verifier.evaluation import Accuracy, ExpertReach, GateResult, Interval, Kl, Measures
 from verifier.gate.run_file import Run
 from verifier.gate.statistics import perplexity
-from verifier.text import printable
+from verifier.text import counted, printable
 
 _ACTIVATIONS = {
     "bf16": "bf16 (weight-only error)",
@@ -33,7 +33,7 @@ def render_text(result: GateResult) -> str:
     ]
     interval = result.interval
     if interval is None:
-        lines.append(_nonfinite_line(result))
+        lines += _nonfinite_lines(result)
     else:
         if result.accuracy is not None:
             lines += _accuracy_lines(result, result.accuracy, interval)
@@ -42,6 +42,7 @@ def render_text(result: GateResult) -> str:
         lines += _margin_lines(result)
         lines += _measure_lines(result) if result.accuracy is None else []
         lines += _note_lines(result)
+        lines += [f"doubt    {doubt}" for doubt in result.doubts]
     lines.append(f"verdict: {result.outcome.upper()}")
     return _text(lines)
 
@@ -60,22 +61,36 @@ def _activations(key: Mapping[str, Any]) -> str:
     return _ACTIVATIONS.get(name, name)
 
 
-def _nonfinite_line(result: GateResult) -> str:
-    count = len(result.nonfinite)
-    numbers = ", ".join(f"#{number}" for number in result.nonfinite[:MAX_DOCUMENTS])
-    more = ", …" if count > MAX_DOCUMENTS else ""
-    noun = "1 document" if count == 1 else f"{count} documents"
-    return f"error    logits are not finite in {noun} ({numbers}{more}); no statistics"
+def _nonfinite_lines(result: GateResult) -> list[str]:
+    lines = []
+    for documents, owner in (
+        (result.nonfinite_candidate, "the candidate's"),
+        (result.nonfinite_base, "the base's"),
+    ):
+        if documents:
+            numbers = ", ".join(f"#{number}" for number in documents[:MAX_DOCUMENTS])
+            more = ", …" if len(documents) > MAX_DOCUMENTS else ""
+            lines.append(
+                f"error    {owner} logits are not finite in {counted(len(documents), 'document')} "
+                f"({numbers}{more}); no statistics"
+            )
+    return lines
 
 
 def _loss_lines(result: GateResult, interval: Interval) -> list[str]:
     unit = "word" if result.key["protocol"] == "lm-eval" else "token"
+    if interval.documents < 2:
+        loss = f"{interval.delta:+.5f} nats/{unit}; one document has no interval"
+    else:
+        loss = (
+            f"{interval.delta:+.5f} nats/{unit} (perplexity {math.expm1(interval.delta):+.2%}), "
+            f"{_interval(interval, result.alpha)}, standard error {interval.se:.5f} over "
+            f"{_units(result, interval)}"
+        )
     return [
         f"base     {unit} perplexity {result.perplexity_base:.4f}   ({interval.tokens:,} {unit}s)",
         f"cand     {unit} perplexity {result.perplexity_candidate:.4f}",
-        f"Δloss    {interval.delta:+.5f} nats/{unit} (perplexity "
-        f"{math.expm1(interval.delta):+.2%}), {_interval(interval, result.looks)}, standard error "
-        f"{interval.se:.5f} over {interval.documents} documents",
+        f"Δloss    {loss}",
     ]
 
 
@@ -85,7 +100,7 @@ def _accuracy_lines(result: GateResult, accuracy: Accuracy, interval: Interval) 
         f"base     accuracy {accuracy.base / count:.4f}   ({accuracy.base:,} of {count:,})",
         f"cand     accuracy {accuracy.candidate / count:.4f}   ({accuracy.candidate:,} of "
         f"{count:,})",
-        f"Δloss    {interval.delta:+.5f} of accuracy, exact {_interval(interval, result.looks)}",
+        f"Δloss    {interval.delta:+.5f} of accuracy, exact {_interval(interval, result.alpha)}",
         f"McNemar  {accuracy.lost:,} right by the base alone, {accuracy.won:,} by the candidate "
         f"alone; exact p-value of no loss {accuracy.p_value:.4g}",
     ]
@@ -97,14 +112,22 @@ def _margin_lines(result: GateResult) -> list[str]:
     if (drift := result.drift) is not None:
         lines += [
             f"drift    {drift.interval.delta:+.5f} {result.unit} over {drift.accepted}, "
-            f"{_interval(drift.interval, result.looks)}",
+            f"{_interval(drift.interval, result.alpha)}",
             f"margin   {drift.margin.nats:.5f} {unit} of drift ({drift.margin.source})",
         ]
     return lines
 
 
-def _interval(interval: Interval, looks: int) -> str:
-    return f"{100 - 10 / looks:.4g}% interval [{interval.low:+.5f}, {interval.high:+.5f}]"
+def _interval(interval: Interval, alpha: float) -> str:
+    if not math.isfinite(interval.se) and interval.exact is None:
+        return "no interval"
+    level = 100 * (1 - 2 * alpha)
+    return f"{level:.4g}% interval [{interval.low:+.5f}, {interval.high:+.5f}]"
+
+
+def _units(result: GateResult, interval: Interval) -> str:
+    grouped = len(set(result.clusters)) < len(result.clusters) and -1 not in result.clusters
+    return counted(interval.documents, "group" if grouped else "document")
 
 
 def _measure_lines(result: GateResult) -> list[str]:
@@ -112,11 +135,8 @@ def _measure_lines(result: GateResult) -> list[str]:
     lines = _cross_check_lines(result)
     if measures.kl is not None:
         lines.append(_kl_line(measures.kl))
-    if (top1 := measures.top1) is not None:
-        lines.append(
-            f"top-1    agreement {top1.delta:.2%} [{top1.low:.2%}, {top1.high:.2%}]; confident "
-            f"flips (p_base > 0.9): {measures.flips:,} of {measures.sure:,}"
-        )
+    if measures.top1 is not None:
+        lines.append(_top1_line(measures, measures.top1))
     if measures.worst is not None:
         number, mean, bound = measures.worst
         lines.append(f"worst    document #{number}: {mean:+.5f} nats, outlier bound {bound:+.5f}")
@@ -141,12 +161,22 @@ def _cross_check_lines(result: GateResult) -> list[str]:
     return [line]
 
 
+def _top1_line(measures: Measures, top1: Interval) -> str:
+    bounds = f" [{top1.low:.2%}, {top1.high:.2%}]" if top1.documents > 1 else ""
+    return (
+        f"top-1    agreement {top1.delta:.2%}{bounds}; confident flips (p_base > 0.9): "
+        f"{measures.flips:,} of {measures.sure:,}"
+    )
+
+
 def _kl_line(kl: Kl) -> str:
     quantile, low, high = kl.tail
-    return (
-        f"KL       mean {kl.mean.delta:.5f} nats [{kl.mean.low:.5f}, {kl.mean.high:.5f}], 99.9% "
-        f"quantile {quantile:.4f} [{low:.4f}, {high:.4f}] ({kl.kind})"
-    )
+    mean = f"{kl.mean.delta:.5f} nats"
+    tail = f"{quantile:.4f}"
+    if kl.mean.documents > 1:
+        mean += f" [{kl.mean.low:.5f}, {kl.mean.high:.5f}]"
+        tail += f" [{low:.4f}, {high:.4f}]"
+    return f"KL       mean {mean}, 99.9% quantile {tail} ({kl.kind})"
 
 
 def _expert_lines(result: GateResult) -> list[str]:
@@ -180,10 +210,12 @@ def _note_lines(result: GateResult) -> list[str]:
             f"scored in different environments ({'; '.join(result.unlike)}): intervals are widened "
             "by the floor on each side"
         )
-    if result.looks > 1:
-        level = 1 - 0.05 / result.looks
-        notes.append(f"look {result.looks} at this pair: each one-sided bound is at {level:.4g}")
-    if result.outcome == "inconclusive":
+    if result.looks is not None and result.looks > 1:
+        notes.append(
+            f"look {result.looks} at candidates of this base: each one-sided bound is at "
+            f"{1 - result.alpha:.4g}"
+        )
+    if any(loss.status == "open" for loss in result.losses):
         count = f"about {result.needed:,}" if result.needed else "more"
         notes.append(f"the interval straddles the margin; {count} such documents would decide")
     return [f"note     {note}" for note in (*notes, *result.notes)]
@@ -203,7 +235,7 @@ def render_run(run: Run, file: str) -> str:
     ]
     if header.nonfinite:
         count = len(header.nonfinite)
-        noun = "1 document" if count == 1 else f"{count} documents"
+        noun = counted(count, "document")
         lines.append(f"error    logits are not finite in {noun}; a comparison will fail")
     return _text([*lines, f"wrote    {file}"])
 

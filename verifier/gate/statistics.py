@@ -292,12 +292,15 @@ def tail_quantile(
     values: Array, tokens: Array, share: float = 0.999, level: float = LEVEL, seed: int = SEED
 ) -> tuple[float, float, float]:
     """Return a high quantile over tokens and its percentile-bootstrap bounds over documents; NaN
-    without a token.
+    without a token, and for the bounds below two documents.
     """
     tokens = np.asarray(tokens, np.int64)
     if not len(values):
         return math.nan, math.nan, math.nan
     owner = np.repeat(np.arange(len(tokens)), tokens)
+    estimate = float(np.quantile(values, share))
+    if np.count_nonzero(tokens) < 2:
+        return estimate, math.nan, math.nan
     # Only the upper end of the tokens can hold the quantile, whichever documents are drawn.
     upper = np.argsort(values)[::-1][: max(1, math.ceil(len(values) * (1 - share) * 20))]
     rng = np.random.default_rng(seed)
@@ -309,17 +312,23 @@ def tail_quantile(
     ]
     quantiles = values[upper][np.minimum(places, len(upper) - 1)]
     low, high = np.quantile(quantiles, [1 - level, level])
-    return float(np.quantile(values, share)), float(low), float(high)
+    return estimate, min(float(low), estimate), max(float(high), estimate)
 
 
-def documents_needed(interval: Interval, margin: float) -> int | None:
+def documents_needed(interval: Interval, margin: float, widening: float = 0.0) -> int | None:
     """Return about how many documents would decide, at this difference and spread; None where no
     number would.
+
+    Args:
+        interval: of some documents.
+        margin: the margin that it contains.
+        widening: by how much both its ends were moved outwards; a difference that is nearer to the
+            margin than this stays open.
     """
     if interval.exact is not None:
         return _answers_needed(*interval.exact, margin)
-    gap = abs(margin - interval.delta)
-    if not math.isfinite(interval.se) or gap == 0:
+    gap = abs(margin - interval.delta) - widening
+    if not math.isfinite(interval.se) or gap <= 0:
         return None
     return max(
         interval.documents + 1,

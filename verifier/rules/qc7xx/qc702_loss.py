@@ -25,7 +25,8 @@ def check(ctx: Context) -> Iterator[Finding]:
     """The loss increase over the base, and over an accepted run if given, is within its margin.
 
     **What it does.** Compares one-sided 95% bounds, clustered by document, with the margin. If the
-    interval contains the margin, nothing is decided: the rule has then examined none of its
+    interval contains the margin, or a result is not plausible (a candidate that is far better than
+    its base, scores that are constant), nothing is decided: the rule has then examined none of its
     margins, and the verdict is inconclusive.
 
     **Why it happens.** Some loss is expected: 6.6% of perplexity for MiniMax-M3 with its experts in
@@ -44,7 +45,7 @@ def check(ctx: Context) -> Iterator[Finding]:
     losses = result.losses
     yield from _measurements(ctx, result)
     beyond = [loss for loss in losses if loss.status == "beyond"]
-    if beyond or all(loss.status == "within" for loss in losses):
+    if beyond or result.outcome == "passed":
         ctx.tally.see(len(losses))
     else:
         ctx.tally.miss(len(losses), _why_inconclusive(result))
@@ -73,6 +74,8 @@ def _measurements(ctx: Context, result: GateResult) -> Iterator[Finding]:
 
 def _why_inconclusive(result: GateResult) -> str:
     """Return the first loss that is neither within nor beyond its margin, and what would decide."""
+    if result.doubts:
+        return f"inconclusive: {'; '.join(result.doubts)}"
     loss = next(loss for loss in result.losses if loss.status == "open")
     about = f"about {result.needed:,}" if result.needed else "more"
     return (
