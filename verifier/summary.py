@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from verifier.evaluation import Evaluation, evaluation_json, evaluation_of
+from verifier.text import counted
 
 FailOn = Literal["error", "warning"]
 FAIL_ON: tuple[FailOn, ...] = ("error", "warning")
@@ -105,6 +106,38 @@ class BaselineSummary:
     not_judged: int
 
 
+NotCheckedKind = Literal["modules", "scales", "values", "declarations"]
+
+
+@dataclass(frozen=True, slots=True)
+class NotChecked:
+    """What a check left unexamined, so that it cannot pass.
+
+    Attributes:
+        kind: quantized modules; scale tensors; the values of scale tensors; statements of a
+            declaration.
+        count: how many.
+        example: the first module, tensor or file.
+        why: the reason, which all of them have in common.
+        settle: what settles it, as an instruction.
+    """
+
+    kind: NotCheckedKind
+    count: int
+    example: str
+    why: str
+    settle: str
+
+    @property
+    def subject(self) -> str:
+        """What was left unexamined, with its number: ``3 scale tensors``."""
+        if self.kind == "declarations":
+            return f"{counted(self.count, 'statement')} of the declaration"
+        noun = "quantized module" if self.kind == "modules" else "scale tensor"
+        text = counted(self.count, noun)
+        return f"the values of {text}" if self.kind == "values" else text
+
+
 @dataclass(frozen=True, slots=True)
 class Summary:
     """What a report says apart from findings and coverage.
@@ -122,6 +155,8 @@ class Summary:
         evaluation: what depth eval measured, None at other depths.
         error: why there is no report of the checkpoint, or ''.
         different_base: why the base is a different model, or ''.
+        not_checked: what was left unexamined, by kind and reason.
+        scale_bytes_read: of the scales whose values were read; None where no rule reads all.
     """
 
     contents: Contents | None = None
@@ -136,6 +171,8 @@ class Summary:
     evaluation: Evaluation | None = None
     error: str = ""
     different_base: str = ""
+    not_checked: tuple[NotChecked, ...] = ()
+    scale_bytes_read: int | None = None
 
     @property
     def reason(self) -> str:
@@ -158,6 +195,8 @@ class Summary:
             "stopped": dict(self.stopped) or None,
             "seconds": self.seconds,
             "inconclusive": self.inconclusive or None,
+            "not_checked": [asdict(entry) for entry in self.not_checked] or None,
+            "scale_bytes_read": self.scale_bytes_read,
             "eval": evaluation_json(self.evaluation) if self.evaluation is not None else None,
             "error": self.error or None,
             "different_base": self.different_base or None,
@@ -187,6 +226,8 @@ def summary_of(stats: Mapping[str, Any]) -> Summary:
         stopped=stats.get("stopped", {}),
         seconds=stats.get("seconds"),
         inconclusive=stats.get("inconclusive", stats.get("unproven", "")),
+        not_checked=tuple(NotChecked(**entry) for entry in stats.get("not_checked", ())),
+        scale_bytes_read=stats.get("scale_bytes_read"),
         evaluation=evaluation_of(stats["eval"]) if "eval" in stats else None,
         error=stats.get("error", ""),
         different_base=stats.get("different_base", ""),

@@ -291,14 +291,17 @@ def test_a_clean_checkpoint(call) -> None:
     ):
         code, out, err = call("check", *argv)
         assert (code, err) == (0, "")
-        assert out.endswith("verdict: PASSED (0 errors, 0 warnings)\n")
+        depth = "payload" if "payload" in argv else "header"
+        last = out.splitlines()[-1]
+        assert re.fullmatch(rf"verdict: PASSED at depth {depth} \(\d+ rules; [^;]+\)", last)
 
 
 def test_an_unquantized_checkpoint_is_unproven(call) -> None:
     for depth in ("header", "payload"):
         code, out, err = call("check", LLAMA, "--depth", depth)
         assert (code, err) == (3, "")
-        assert "verdict: INCONCLUSIVE (0 errors, 0 warnings; no quantized tensor)" in out
+        assert "(0 errors, 0 warnings; no quantized tensor; " in out
+        assert f"verdict: INCONCLUSIVE at depth {depth} (" in out
 
 
 def test_a_required_rule_that_did_not_run_is_unproven(call) -> None:
@@ -320,10 +323,10 @@ def test_fail_on_warning(call, candidate: Path) -> None:
     shard.write_bytes(shard.read_bytes() + b"\0" * 8)
     code, out, _ = call("check", candidate)
     assert code == 0
-    assert "verdict: PASSED (0 errors, 1 warning)" in out
+    assert "verdict: PASSED at depth header (0 errors, 1 warning; " in out
     code, out, _ = call("check", candidate, "--fail-on", "warning")
     assert code == 1
-    assert "verdict: FAILED (0 errors, 1 warning)" in out
+    assert "verdict: FAILED at depth header (0 errors, 1 warning; " in out
     assert call("check", QWEN_NVFP4, "--fail-on", "warning")[0] == 0
 
 
@@ -520,7 +523,7 @@ def test_o_belongs_to_the_format_before_it(call, tmp_path: Path) -> None:
     assert json.loads(out)["verdict"] == "passed"
     assert json.loads(sarif.read_text())["version"] == "2.1.0"
     assert ElementTree.parse(junit).getroot().tag == "testsuites"  # noqa: S314
-    assert text.read_text().endswith("verdict: PASSED (0 errors, 0 warnings)\n")
+    assert "\nverdict: PASSED at depth header (" in text.read_text()
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["a", "out.sarif", "out.txt", "out.xml"]
     code, out, _ = call("check", QWEN_NVFP4, "--format", "text", "--format", "sarif", "-o", sarif)
     assert out.startswith("checked 213 tensors")
@@ -850,7 +853,7 @@ def test_an_export_ends_with_a_check(call, tmp_path: Path) -> None:
     assert (code, err) == (0, "")
     assert out.startswith(f"wrote {tmp_path / 'out'}: 213 tensors")
     assert "48 modules (48 quantized now, 0 kept)" in out
-    assert out.endswith("verdict: PASSED (0 errors, 0 warnings)\n")
+    assert "\nverdict: PASSED at depth payload (" in out
     again = call("check", tmp_path / "out", "--base", QWEN, "--depth", "payload")
     assert again[0] == 0
     assert out.endswith(again[1])

@@ -98,8 +98,8 @@ def check(
     """Check the checkpoint at PATH: a directory, hf://ORG/MODEL[@REVISION][/DIRECTORY], ORG/MODEL,
     https://..., s3://... or gs://... (docs/remote.md).
 
-    Exit codes: 0 passed, 1 failed, 2 usage error, 3 inconclusive (nothing quantized, or a required
-    rule checked nothing), 4 I/O or internal error.
+    Exit codes: 0 passed, 1 failed, 2 usage error, 3 inconclusive (nothing quantized, something not
+    checked, or a required rule checked nothing), 4 I/O or internal error.
     """
     from verifier.checkpoint.opening import sources_kept  # noqa: PLC0415  (numpy, as below)
 

@@ -26,6 +26,9 @@ class PayloadReader:
         checkpoint: with the experts of its stacks one by one.
         pass_through: what each scan is compared with; None without a base and an overlay.
         whole: the reader of which this one is a `part`.
+
+    Attributes:
+        examined: the names of the tensors whose values rules asked this reader for.
     """
 
     def __init__(
@@ -37,6 +40,7 @@ class PayloadReader:
         self.checkpoint, self.pass_through = checkpoint, pass_through
         self.results: ResultCache = whole.results if whole else ResultCache()
         self._small: dict[str, Bytes] = whole._small if whole else {}
+        self.examined: set[str] = set()
         self._scans: dict[str, TensorScan] = {}
         self._flaws: dict[str, FlawHits] = {}
 
@@ -73,6 +77,7 @@ class PayloadReader:
 
     def array(self, tensor: Tensor) -> npt.NDArray[Any]:
         """Return a whole tensor in its own dtype and shape."""
+        self.examined.add(tensor.name)
         dtype = NUMPY_DTYPES.get(tensor.dtype)
         if dtype is None or tensor.nbytes > SMALL:
             return self.checkpoint.array(tensor)
@@ -82,12 +87,14 @@ class PayloadReader:
         """Yield (start, bytes) of a tensor, 1 MiB at a time; each piece overwrites the one before
         it.
         """
+        self.examined.add(tensor.name)
         return self.checkpoint.pieces(tensor)
 
     def scan(self, tensor: Tensor) -> TensorScan:
         """Return the result of one pass over a tensor's bytes, compared with its source's where it
         passes through.
         """
+        self.examined.add(tensor.name)
         result = self._scans.get(tensor.name)
         if result is None:
             result = self._scans[tensor.name] = scan(
@@ -119,6 +126,7 @@ class PayloadReader:
             tensor: a scale.
             dtype: of its values, a key of `SCALE_BITS`; differs from its own where U8 holds E4M3.
         """
+        self.examined.add(tensor.name)
         found = self._flaws.get(tensor.name)
         if found is None:
             pieces = self._scanned(tensor) if self._may_have_flaws(tensor, dtype) else iter(())

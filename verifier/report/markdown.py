@@ -15,6 +15,7 @@ from verifier.report.wording import (
     by_engine,
     cell,
     location,
+    not_checked,
     observation,
     partial,
     remarks,
@@ -61,6 +62,8 @@ def _render(report: Report, rows: int) -> str:
         lines += [f"{counted(len(ordered) - rows, 'more finding')} not shown.", ""]
     lines += _engines(report)
     lines += [_words(footer(report)), ""]
+    left_out = [f"* {_words(text)}" for text in not_checked(report)]
+    lines += ["Not checked:", "", *left_out, ""] if left_out else []
     lines += _rules("Partly checked", partial(report))
     lines += _rules("Skipped", skipped(report))
     baseline = baseline_line(report)

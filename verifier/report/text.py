@@ -19,6 +19,7 @@ from verifier.report.wording import (
     by_rules,
     cell,
     location,
+    not_checked,
     observation,
     partial,
     remarks,
@@ -54,6 +55,7 @@ def render_text(report: Report, *, color: bool = False) -> str:
         "configuration": printable(report.summary.config or ""),
     }
     lines += [f"{label}: {text}" for label, text in optional.items() if text]
+    lines += [f"not checked: {text}" for text in not_checked(report)]
     lines.append(f"verdict: {_styled(verdict_line(report), report.verdict, color)}")
     warning = base_warning(report)
     head = f"{_styled('base', 'warning', color)}    {warning}\n" if warning else ""
@@ -117,10 +119,8 @@ def footer(report: Report) -> str:
     formats = ", ".join(f"{n:,} {name}" for name, n in sorted(contents.formats.items())) or "none"
     tensors, shards = counted(contents.tensors, "tensor"), counted(contents.shards, "shard")
     amounts = f"{tensors} in {shards}, {size(contents.bytes)}"
-    options = report.summary.options
-    reads_scales = any(c.ran and "scales" in c.unit for c in report.coverage)
-    if reads_scales and options is not None and options.depth != "header":
-        amounts += f", {size(contents.scale_bytes)} of scales read"
+    if report.summary.scale_bytes_read:
+        amounts += f", {size(report.summary.scale_bytes_read)} of scales read"
     return f"checked {_extent(report)}{amounts}; quantized modules: {formats}"
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 
 from verifier.findings import SEVERITIES, Effect, Finding, Report, Severity
@@ -10,6 +11,7 @@ from verifier.text import counted, printable, size
 
 MAX_PER_RULE = 10
 """How many findings of one rule a text report shows."""
+_NEEDS = "needs "
 PARENTHESES = "(in parentheses: the rule's default severity; the engine's behavior is not known)"
 
 
@@ -65,13 +67,50 @@ def worst_first(findings: Iterable[Finding]) -> list[Finding]:
 
 
 def verdict_line(report: Report) -> str:
-    """Return ``FAILED (1 error, 0 warnings, 3 known; reason)``."""
-    parts = [counted(report.count("error"), "error"), counted(report.count("warning"), "warning")]
+    """Return ``FAILED at depth header (1 error, 0 warnings; reason; 50 rules; 25 more need
+    --depth payload)``, without the findings where a check passed and has none.
+    """
+    parts = [_findings(report), reason(report), *_extent(report)]
+    options = report.summary.options
+    depth = f" at depth {options.depth}" if options is not None else ""
+    return f"{report.verdict.upper()}{depth} ({'; '.join(p for p in parts if p)})"
+
+
+def _findings(report: Report) -> str:
+    """Return the number of findings by severity, '' where a check passed without any."""
+    errors, warnings = report.count("error"), report.count("warning")
     known = sum(f.standing == "known" for f in report.findings)
-    if known:
-        parts.append(f"{known:,} known")
-    why = reason(report)
-    return f"{report.verdict.upper()} ({', '.join(parts)}{f'; {why}' if why else ''})"
+    if report.verdict == "passed" and not (errors or warnings or known):
+        return ""
+    parts = [counted(errors, "error"), counted(warnings, "warning")]
+    return ", ".join([*parts, f"{known:,} known"] if known else parts)
+
+
+def _extent(report: Report) -> list[str]:
+    """Return how many rules ran, what the others need, and what part of the checkpoint was read."""
+    parts = []
+    if report.coverage:
+        parts = [counted(sum(c.ran for c in report.coverage), "rule"), *_not_run(report)]
+    options = report.summary.options
+    if options is not None and options.sample:
+        parts.append(f"a sample of {options.sample:g}%")
+    if options is not None and options.subset:
+        parts.append(f"subset {options.subset}")
+    return parts
+
+
+def _not_run(report: Report) -> list[str]:
+    """Return how many rules need an option, and how many were left out for other reasons."""
+    reasons = [c.reason for c in report.coverage if not c.ran]
+    needs = Counter(printable(r.removeprefix(_NEEDS)) for r in reasons if r.startswith(_NEEDS))
+    parts = []
+    if needs:
+        (option, count), *rest = needs.most_common()
+        more = [f"{n:,} {need}" for need, n in rest]
+        verb = "needs" if count == 1 else "need"
+        parts.append(", ".join([f"{count:,} more {verb} {option}", *more]))
+    others = len(reasons) - needs.total()
+    return [*parts, f"{others:,} skipped"] if others else parts
 
 
 def reason(report: Report) -> str:
@@ -86,6 +125,17 @@ def base_warning(report: Report) -> str:
         return ""
     base = printable(report.base or "")
     return f"the base {base} is a different model: {printable(why)}; check --base first"
+
+
+def not_checked(report: Report) -> list[str]:
+    """Return one line for each thing that was left unexamined: how many, the first, why, and what
+    would settle it.
+    """
+    return [
+        f"{e.subject}, {printable(e.example)} first: {printable(e.why)};"
+        f" to settle it, {printable(e.settle)}"
+        for e in report.summary.not_checked
+    ]
 
 
 def skipped(report: Report) -> list[tuple[str, list[str]]]:

@@ -25,11 +25,19 @@ from verifier.run.fingerprints import fingerprinted
 from verifier.run.loading import default_evaluate, default_loader
 from verifier.run.options import CheckOptions, Path, Reading, reading_of
 from verifier.run.provenance import commits_of, fetched_from
-from verifier.run.schedule import Outcome, run_rules
+from verifier.run.schedule import Outcome, Outcomes, run_rules
 from verifier.run.select import Prefixes, Selection
 from verifier.run.severity import Levels, Severities
+from verifier.run.unchecked import not_checked
 from verifier.run.verdict import finish_rule, severity_rank, verdict_of
-from verifier.summary import BaselineSummary, Contents, FailOn, ReportedOptions, Summary
+from verifier.summary import (
+    BaselineSummary,
+    Contents,
+    FailOn,
+    NotChecked,
+    ReportedOptions,
+    Summary,
+)
 
 if TYPE_CHECKING:
     from verifier.run.baseline import Baseline
@@ -159,12 +167,13 @@ def run_check(uri: Path, options: CheckOptions) -> Report:
     inputs = Inputs(options.tp, options.ep, plan.loader, evaluation)
     ctx = Context.of(candidate, base, merged_from, inputs)
     outcomes = run_rules(ctx, running, plan.reading, plan.severities.apply, options.progress)
-    findings, coverage = _results(plan, outcomes, not_run)
+    findings, coverage = _results(plan, outcomes.by_rule, not_run)
     baseline: BaselineSummary | None = None
     if known is not None and options.baseline is not None:
         compared = known.compare(findings, coverage)
         findings, baseline = compared.findings, compared.summary(os.fspath(options.baseline))
-    verdict, reason = _verdict(plan, ctx, findings, coverage)
+    left_out = _not_checked(plan, ctx, findings, outcomes)
+    verdict, reason = _verdict(plan, ctx, findings, coverage, left_out)
     sources = _sources(base=base, checkpoint=candidate, merged_from=merged_from)
     summary = Summary(
         contents=contents_of(candidate, ctx.candidate),
@@ -172,9 +181,11 @@ def run_check(uri: Path, options: CheckOptions) -> Report:
         commits=commits_of(sources),
         fetched=fetched_from(sources.values()),
         baseline=baseline,
-        stopped={rule: outcome.stopped for rule, outcome in outcomes.items() if outcome.stopped},
+        stopped={rule: o.stopped for rule, o in outcomes.by_rule.items() if o.stopped},
         seconds=round(time.perf_counter() - started, 3),
         inconclusive=reason,
+        not_checked=left_out,
+        scale_bytes_read=sum(s.nbytes for s in outcomes.scales) if outcomes.scales else None,
         evaluation=evaluation,
         different_base=_different_base(ctx),
     )
@@ -305,13 +316,28 @@ def _results(
     return fingerprinted(sorted(findings, key=severity_rank)), coverage
 
 
+def _not_checked(
+    plan: CheckPlan, ctx: Context, findings: Sequence[Finding], outcomes: Outcomes
+) -> tuple[NotChecked, ...]:
+    """Return what was left unexamined."""
+    of_headers = (f for f in findings if plan.rules[f.rule].depth == "header")
+    unread = (u for scales in outcomes.scales for u in scales.unread)
+    reads_bytes = _reaches(plan.options.depth, "payload")
+    return not_checked(ctx, of_headers, unread, reads_bytes=reads_bytes)
+
+
 def _verdict(
-    plan: CheckPlan, ctx: Context, findings: Sequence[Finding], coverage: Sequence[Coverage]
+    plan: CheckPlan,
+    ctx: Context,
+    findings: Sequence[Finding],
+    coverage: Sequence[Coverage],
+    left_out: Sequence[NotChecked],
 ) -> tuple[Verdict, str]:
     # What a subset need not have examined is required of all subsets together.
     required = () if plan.reading.subset else plan.selection.required
     quantized = bool(ctx.candidate.quantized_modules)
-    return verdict_of(quantized, findings, coverage, required, plan.options.fail_on)
+    fail_on = plan.options.fail_on
+    return verdict_of(quantized, findings, coverage, required, fail_on, left_out)
 
 
 def _different_base(ctx: Context) -> str:

@@ -23,8 +23,9 @@ from verifier.rules import Rule, all_rules
 from verifier.run.fingerprints import fingerprinted
 from verifier.run.group import group
 from verifier.run.subset import subset_of
+from verifier.run.unchecked import totals
 from verifier.run.verdict import severity_rank, verdict_of
-from verifier.summary import Fetched, ReportedOptions, Summary, summary_of
+from verifier.summary import Fetched, NotChecked, ReportedOptions, Summary, summary_of
 
 
 def report_of(value: Any) -> Report:
@@ -81,7 +82,10 @@ def merge_reports(reports: Iterable[Report]) -> Report:
     options = replace(_options(first), subset=None)
     contents = first.summary.contents
     quantized = contents is not None and bool(contents.formats)
-    verdict, reason = verdict_of(quantized, findings, coverage, options.require, options.fail_on)
+    left_out = _not_checked(parts)
+    verdict, reason = verdict_of(
+        quantized, findings, coverage, options.require, options.fail_on, left_out
+    )
     summary = replace(
         first.summary,
         options=options,
@@ -89,6 +93,8 @@ def merge_reports(reports: Iterable[Report]) -> Report:
         seconds=round(sum(p.summary.seconds or 0.0 for p in parts), 3),
         fetched=_fetched(parts),
         inconclusive=reason,
+        not_checked=left_out,
+        scale_bytes_read=_scale_bytes(parts),
     )
     return Report(verdict, first.uri, first.base, tuple(findings), tuple(coverage), summary)
 
@@ -117,6 +123,21 @@ def _fetched(parts: Sequence[Report]) -> Fetched | None:
     amounts = [p.summary.fetched for p in parts if p.summary.fetched is not None]
     requests, nbytes = sum(a.requests for a in amounts), sum(a.bytes for a in amounts)
     return Fetched(requests, nbytes) if amounts else None
+
+
+def _not_checked(parts: Sequence[Report]) -> tuple[NotChecked, ...]:
+    """Return what all subsets left unexamined: every one has read all headers, and the values of
+    its own shards.
+    """
+    of_headers = [e for e in parts[0].summary.not_checked if e.kind != "values"]
+    values = (e for p in parts for e in p.summary.not_checked if e.kind == "values")
+    return totals([*of_headers, *values])
+
+
+def _scale_bytes(parts: Sequence[Report]) -> int | None:
+    """Return the bytes of the scales that were read in all subsets, None where none reads all."""
+    amounts = [p.summary.scale_bytes_read for p in parts if p.summary.scale_bytes_read is not None]
+    return sum(amounts) if amounts else None
 
 
 def _in_order(reports: list[Report]) -> list[Report]:
@@ -188,6 +209,8 @@ def _common(summary: Summary) -> Summary:
         stopped={},
         seconds=None,
         inconclusive="",
+        not_checked=(),
+        scale_bytes_read=None,
         evaluation=None,
     )
 

@@ -29,6 +29,7 @@ from verifier.rules import Context, Rule, Tally
 from verifier.run.group import group
 from verifier.run.options import Reading
 from verifier.run.subset import Subset, file_of, subset_numbers
+from verifier.run.unchecked import INPUT_SCALE_RULES, SCALE_RULES, ReadScales, read_scales
 from verifier.schemes import Module
 from verifier.text import counted
 
@@ -36,7 +37,7 @@ Rate = Callable[[Finding], Finding]
 """Sets the severity of a finding in this run."""
 Advance = Callable[[float], None]
 """Reports which share of a task is done, from 0 to 1."""
-Run = Callable[["_Task", Advance], list["Outcome"]]
+Run = Callable[["_Task", Advance], "_Result"]
 WORTH_COPIES = 64 << 20
 """Bytes of weights to compare from which on copies of this process are worth the tens of
 milliseconds that they cost."""
@@ -68,14 +69,22 @@ class Outcome:
         self.stopped = self.stopped or other.stopped
 
 
+@dataclass(slots=True)
+class Outcomes:
+    """The outcome of each rule by id, and the scale tensors that they read, shard by shard."""
+
+    by_rule: dict[str, Outcome] = field(default_factory=dict)
+    scales: list[ReadScales] = field(default_factory=list)
+
+
 def run_rules(
     ctx: Context,
     rules: Sequence[Rule],
     reading: Reading,
     rate: Rate,
     progress: Progress = no_progress,
-) -> dict[str, Outcome]:
-    """Return the outcome of each rule, by id.
+) -> Outcomes:
+    """Return the outcome of each rule.
 
     Args:
         ctx: of the whole checkpoint.
@@ -85,13 +94,13 @@ def run_rules(
         rate: sets the severity of each finding, before equal findings are grouped.
         progress: called with the bytes that are checked and all that will be.
     """
-    outcomes = {r.id: _run(r, ctx, rate) for r in rules if r.depth == "header"}
+    outcomes = Outcomes({r.id: _run(r, ctx, rate) for r in rules if r.depth == "header"})
     payload = [r for r in rules if r.depth == "payload"]
     if payload:
-        outcomes |= _run_payload(ctx, payload, reading, rate, progress)
+        outcomes.scales = _run_payload(ctx, payload, reading, rate, progress, outcomes.by_rule)
     for rule in (r for r in rules if r.depth not in ("header", "payload")):
         progress(0, 0, f"{rule.id}: {rule.title}")
-        outcomes[rule.id] = (
+        outcomes.by_rule[rule.id] = (
             _run(rule, ctx, rate)
             if reading.in_first_subset
             else _deferred(reading, "loads the whole model")
@@ -105,10 +114,15 @@ def _deferred(reading: Reading, reason: str) -> Outcome:
 
 
 def _run_payload(
-    ctx: Context, rules: Sequence[Rule], reading: Reading, rate: Rate, progress: Progress
-) -> dict[str, Outcome]:
-    """Return the outcome of each rule of depth payload."""
-    outcomes = {rule.id: Outcome() for rule in rules}
+    ctx: Context,
+    rules: Sequence[Rule],
+    reading: Reading,
+    rate: Rate,
+    progress: Progress,
+    outcomes: dict[str, Outcome],
+) -> list[ReadScales]:
+    """Add the outcome of each rule of depth payload, and return the scales that they read."""
+    outcomes |= {rule.id: Outcome() for rule in rules}
     split, whole = [r for r in rules if r.split], [r for r in rules if not r.split]
     if not reading.in_first_subset:
         deferred = _deferred(reading, "compares modules of all shards")
@@ -119,17 +133,25 @@ def _run_payload(
     tasks = [_Task(split, part, of) for part, of in parts if split and part]
     comparing = [_Task([rule], modules, len(modules)) for rule in whole]
     amounts = _Amounts([_bytes_read(ctx, task) for task in tasks], progress)
+    scales: list[ReadScales] = []
+    examined: set[str] = set()
     results = _results(ctx, tasks, comparing, reading.workers, rate, amounts)
-    for task, of_task in zip([*tasks, *comparing], results, strict=True):
-        for rule, outcome in zip(task.rules, of_task, strict=True):
+    for task, result in zip([*tasks, *comparing], results, strict=True):
+        for rule, outcome in zip(task.rules, result.outcomes, strict=True):
             outcome.tally.of = task.scaled(outcome.tally.of)
             outcomes[rule.id].add(outcome)
+        if result.scales is not None:
+            scales.append(result.scales.scaled(task.scaled))
+        if not INPUT_SCALE_RULES.isdisjoint(rule.id for rule in task.rules):
+            examined |= result.examined
+    if {rule.id for rule in whole} >= INPUT_SCALE_RULES:
+        scales.append(read_scales(ctx.candidate, examined, inputs=True))
     if reading.sample is not None:
         for rule in split:
             tally = outcomes[rule.id].tally
             reasons = filter(None, (str(reading.sample), tally.reason))
             tally.reason = "; ".join(reasons)
-    return outcomes
+    return scales
 
 
 def _results(
@@ -139,22 +161,25 @@ def _results(
     workers: int,
     rate: Rate,
     amounts: _Amounts,
-) -> Iterator[list[Outcome]]:
-    """Yield the outcomes of each task, in order."""
+) -> Iterator[_Result]:
+    """Yield the result of each task, in order."""
 
-    def run(task: _Task, advance: Advance) -> list[Outcome]:
+    def run(task: _Task, advance: Advance) -> _Result:
         part = ctx.part(task.modules)
-        if all(rule.split for rule in task.rules):
-            part.payload.announce(task.modules)
+        part.payload.announce(task.modules)
         outcomes = []
         for number, rule in enumerate(task.rules, 1):
             outcomes.append(_run(rule, part, rate))
             advance(number / len(task.rules))
-        return outcomes
+        if not {rule.id for rule in task.rules} >= SCALE_RULES:
+            return _Result(outcomes)
+        scales = read_scales(part.candidate, part.payload.examined, inputs=False)
+        return _Result(outcomes, scales=scales)
 
-    def compare(task: _Task, _advance: Advance) -> list[Outcome]:
+    def compare(task: _Task, _advance: Advance) -> _Result:
         amounts.detail(f"comparing modules, {task.rules[0].id}")
-        return run(task, lambda _share: None)
+        part = ctx.part(task.modules)
+        return _Result([_run(rule, part, rate) for rule in task.rules], part.payload.examined)
 
     _keep_freed_memory()
     ctx.prepare()
@@ -205,6 +230,19 @@ class _Task:
     def scaled(self, count: int) -> int:
         """Return a count over the modules as one over those that they represent."""
         return count if self.of == len(self.modules) else count * self.of // len(self.modules)
+
+
+@dataclass(frozen=True, slots=True)
+class _Result:
+    """The outcome of each rule of a task.
+
+    ``examined`` are the tensors that rules read which compare modules. ``scales`` are those of rules
+    that check each module by itself; None where rules that read scales did not run.
+    """
+
+    outcomes: list[Outcome]
+    examined: set[str] = field(default_factory=set)
+    scales: ReadScales | None = None
 
 
 def _bytes_read(ctx: Context, task: _Task) -> int:
@@ -258,10 +296,10 @@ def _largest_first(tasks: Sequence[_Task]) -> list[int]:
 
 def _by_threads(
     _ctx: Context, run: Run, tasks: Sequence[_Task], workers: int, amounts: _Amounts
-) -> Iterator[list[Outcome]]:
-    """Yield the outcomes of each task, in order."""
+) -> Iterator[_Result]:
+    """Yield the result of each task, in order."""
 
-    def run_task(number: int) -> list[Outcome]:
+    def run_task(number: int) -> _Result:
         return run(tasks[number], partial(amounts.advance, number))
 
     if workers == 1 or len(tasks) < 2:
@@ -292,22 +330,22 @@ def _worth_copies(ctx: Context, tasks: Sequence[_Task]) -> bool:
 
 def _by_copies(
     ctx: Context, run: Run, tasks: Sequence[_Task], workers: int, amounts: _Amounts
-) -> Iterator[list[Outcome]]:
-    """Yield the outcomes of each task, in order, worked out by copies of this process."""
+) -> Iterator[_Result]:
+    """Yield the result of each task, in order, worked out by copies of this process."""
     results = ctx.payload.results
 
-    def run_in_copy(number: int, send: Advance) -> tuple[list[Outcome], dict[ResultKey, Any]]:
+    def run_in_copy(number: int, send: Advance) -> tuple[_Result, dict[ResultKey, Any]]:
         known = results.keys()
-        outcomes = run(tasks[number], send)
-        return outcomes, results.exported(known)
+        result = run(tasks[number], send)
+        return result, results.exported(known)
 
-    waiting: dict[int, list[Outcome]] = {}
+    waiting: dict[int, _Result] = {}
     done = 0
-    for number, (outcomes, exported) in forked(
+    for number, (result, exported) in forked(
         run_in_copy, _largest_first(tasks), workers, amounts.advance
     ):
         results.imported(exported)
-        waiting[number] = outcomes
+        waiting[number] = result
         while done in waiting:
             yield waiting.pop(done)
             done += 1

@@ -9,7 +9,8 @@ from verifier.findings import SEVERITIES, Coverage, Finding, Verdict, failing
 from verifier.rules import Rule
 from verifier.run.group import MAX_GROUPS, group
 from verifier.run.schedule import MAX_KINDS, Outcome
-from verifier.summary import FailOn
+from verifier.summary import FailOn, NotChecked
+from verifier.text import counted
 
 
 def severity_rank(finding: Finding) -> int:
@@ -44,6 +45,7 @@ def verdict_of(
     coverage: Sequence[Coverage],
     require: Collection[str],
     fail_on: FailOn,
+    not_checked: Sequence[NotChecked] = (),
 ) -> tuple[Verdict, str]:
     """Return the verdict, and the reason where it is inconclusive.
 
@@ -53,16 +55,26 @@ def verdict_of(
         coverage: of every rule.
         require: ids of the rules that must have examined something.
         fail_on: the lowest severity that fails.
+        not_checked: what was left unexamined.
     """
     if failing(findings, fail_on):
         return "failed", ""
     reason = "" if quantized else "no quantized tensor"
+    reason = reason or _left_out(not_checked)
     reason = reason or next(filter(None, (_gap(c, c.rule in require) for c in coverage)), "")
     if not reason and not any(c.checked for c in coverage):
         ran = any(c.ran for c in coverage)
         nothing = "the selected rules found nothing to examine"
         reason = nothing if ran else "none of the selected rules ran"
     return ("inconclusive", reason) if reason else ("passed", "")
+
+
+def _left_out(entries: Sequence[NotChecked]) -> str:
+    """Return what was left unexamined and why, of the first entry, and how many more there are."""
+    if not entries:
+        return ""
+    text = f"{entries[0].subject} not checked: {entries[0].why}"
+    return f"{text}; and {counted(len(entries) - 1, 'more reason')}" if entries[1:] else text
 
 
 def _gap(c: Coverage, required: bool) -> str:

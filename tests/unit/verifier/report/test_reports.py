@@ -160,7 +160,9 @@ def test_text_says_what_where_how_many_and_why() -> None:
         "partial: QC201 (1 of 10 tensors not checked: one cannot be read)\n"
         "skipped: QC501 (depth payload)\n" in text
     )
-    assert text.endswith("verdict: FAILED (1 error, 1 warning)\n")
+    assert text.endswith(
+        "verdict: FAILED at depth header (1 error, 1 warning; 2 rules; 1 skipped)\n"
+    )
     assert text.index("error ") < text.index("warning ") < text.index("info ")
 
 
@@ -479,7 +481,7 @@ def test_html_shows_hostile_names_as_text() -> None:
 def test_html_shows_findings_known_ones_and_what_was_examined() -> None:
     text = page(FAILED).text
     for words in (
-        "FAILED (1 error, 1 warning)",
+        "FAILED at depth header (1 error, 1 warning; 2 rules; 1 skipped)",
         "no tensor of this layout",
         "vllm: stops",
         "9",

@@ -280,13 +280,13 @@ def test_adopt_today_fail_on_what_is_new_or_worse_and_prune(
     assert "known   QC301" in out
     assert "(calibration set of v1)" in out
     assert f"baseline: {file}: 1 known, 0 grown, 0 stale" in out
-    assert out.endswith("verdict: PASSED (0 errors, 0 warnings, 1 known)\n")
+    assert "verdict: PASSED at depth header (0 errors, 0 warnings, 1 known; " in out
 
     drop(candidate, scale(0, 3))
     code, out, _ = call("check", candidate, "--baseline", file)
     assert code == 1
     assert "grown: 2 error now, 1 error accepted (calibration set of v1)" in out
-    assert out.endswith("verdict: FAILED (1 error, 0 warnings)\n")
+    assert "verdict: FAILED at depth header (1 error, 0 warnings; " in out
     assert call("baseline", "write", candidate, "--baseline", file, "--reason", "again")[
         1
     ].endswith("(0 new, 1 raised)\n")
@@ -295,7 +295,7 @@ def test_adopt_today_fail_on_what_is_new_or_worse_and_prune(
     drop(candidate, scale(1, 3, "down_proj"))
     code, out, _ = call("check", candidate, "--baseline", file)
     assert code == 1
-    assert out.endswith("verdict: FAILED (1 error, 0 warnings, 1 known)\n")
+    assert "verdict: FAILED at depth header (1 error, 0 warnings, 1 known; " in out
 
     whole = Path(shutil.copytree(QWEN_NVFP4, tmp_path / "whole"))
     code, out, _ = call("check", whole, "--baseline", file)
