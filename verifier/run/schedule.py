@@ -236,8 +236,8 @@ class _Task:
 class _Result:
     """The outcome of each rule of a task.
 
-    ``examined`` are the tensors that rules read which compare modules. ``scales`` are those of rules
-    that check each module by itself; None where rules that read scales did not run.
+    ``examined`` are the tensors that rules read which compare modules. ``scales`` are those that
+    rules read which check each module by itself; None where not all of `SCALE_RULES` ran.
     """
 
     outcomes: list[Outcome]
