@@ -26,7 +26,8 @@ EXIT_CODES = {
     "that depends on the checkpoint's contents",
     2: "usage error: rejected before any tensor is read (missing path, not a checkpoint, unknown "
     "recipe, output exists, missing extra)",
-    3: "inconclusive: nothing quantized, a required rule checked nothing, an inconclusive gate",
+    3: "inconclusive: nothing quantized, something not checked, a required rule checked nothing, an"
+    " inconclusive gate",
     4: "error: I/O or internal error (nothing is known about the checkpoint)",
     130: "interrupted (SIGINT)",
     143: "terminated (SIGTERM)",
