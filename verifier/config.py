@@ -22,7 +22,7 @@ from verifier.report import FORMATS
 from verifier.rules import all_rules
 from verifier.run.select import nearest, prefixes
 from verifier.run.severity import PROFILES, Severities
-from verifier.summary import FailOn
+from verifier.summary import WEIGHTS, FailOn
 
 NAME, PYPROJECT = "ckptgate.toml", "pyproject.toml"
 MAX_BYTES = 1 << 20
@@ -40,6 +40,7 @@ class Config(BaseModel):
     profile: str | None = None
     severity: dict[str, Severity | dict[str, Severity]] = {}
     baseline: str | None = None
+    weights: str | None = None
     formats: list[str] = ["text"]
 
 
@@ -131,6 +132,9 @@ def _check_values(config: Config) -> None:
         raise UsageError(
             f"profile: unknown profile {config.profile!r}; {near}one of {_list(PROFILES)}"
         )
+    if config.weights is not None and config.weights not in WEIGHTS:
+        near = nearest(config.weights, WEIGHTS)
+        raise UsageError(f"weights: {config.weights!r}; {near}one of {_list(WEIGHTS)}")
     Severities(rules, None, config.severity)
     for text in config.formats:
         name = text.partition("=")[0]

@@ -13,7 +13,9 @@ from verifier.text import counted
 FailOn = Literal["error", "warning"]
 FAIL_ON: tuple[FailOn, ...] = ("error", "warning")
 """What ``fail_on`` may be: the lowest severity that fails a check."""
-_IF_SET = ("subset", "sample", "seed")
+WEIGHTS = ("base", "moved", "rotated", "folded")
+"""What ``weights`` may be: as in the base, or how a method moved them."""
+_IF_SET = ("subset", "sample", "seed", "weights")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +37,7 @@ class ReportedOptions:
     subset: str | None = None
     sample: float | None = None
     seed: int | None = None
+    weights: str | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Return the options as JSON values; `_IF_SET` only where they are set."""

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m tests.formats``: the whole matrix (results.json and docs/formats.md), or single
-formats.
+"""``python -m tests.formats``: the whole matrix (results.json and docs/formats.md), single formats,
+or the methods (methods.json and docs/methods.md).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from tests.formats import render
+from tests.formats import methods, methods_page, render
 from tests.formats.matrix import Row, grade_of, run, shortfalls
 from tests.formats.table import FORMATS
 
@@ -25,7 +25,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("formats", nargs="*", metavar="FORMAT", help="these only, with every cell")
     parser.add_argument("--write", action="store_true", help="write results.json and the page")
     parser.add_argument("--render", action="store_true", help="write the page from results.json")
+    parser.add_argument("--methods", action="store_true", help="check the methods; write both")
     options = parser.parse_args(argv)
+    if options.methods:
+        return _methods()
     if options.render:
         render.PAGE.write_text(render.render(), encoding="utf-8")
         return 0
@@ -40,6 +43,16 @@ def main(argv: list[str]) -> int:
     if options.write:
         render.write({"command": "python -m tests.formats --write", "versions": _versions()}, rows)
     return bool(any(shortfalls(row) for row in rows))
+
+
+def _methods() -> int:
+    """Check all methods and their twins, write the results and the page."""
+    with tempfile.TemporaryDirectory(prefix="ckptgate-methods-") as home:
+        results = [methods.run(method, Path(home)) for method in methods.METHODS.values()]
+    methods_page.write(results)
+    wrong = [r.name for r in results if methods.shortfalls(r)]
+    print(f"{len(results)} methods; wrong: {', '.join(wrong) or 'none'}")
+    return bool(wrong)
 
 
 def _print(row: Row, *, whole: bool) -> None:

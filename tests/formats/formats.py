@@ -58,7 +58,7 @@ class Format:
         symmetric: whether its declaration says that zero points are constant.
         kv: its KV scales.
         move: what it makes of the model's weights before it quantizes them.
-        moves: whether its weights are not the base's rounded to the nearest.
+        weights: what ``--weights`` states of it; '' where its weights are the base's, rounded.
         unknowable: corruptions that cannot be told from its method.
         finish: what is left to do on the whole checkpoint.
     """
@@ -77,7 +77,7 @@ class Format:
     symmetric: bool = False
     kv: KVScales | None = None
     move: Move | None = None
-    moves: bool = False
+    weights: str = ""
     unknowable: tuple[str, ...] = ()
     finish: Callable[[Checkpoint, list[str]], None] | None = None
 

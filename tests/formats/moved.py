@@ -32,26 +32,29 @@ def _layers(model: Model) -> list[str]:
     return list(dict.fromkeys(m[0] for m in found if m))
 
 
-def folded(model: Model, plain: Tensors) -> Tensors:
-    """Scale input channels as AWQ and SmoothQuant do: into the norm, or the layer, before."""
+def folded(model: Model, plain: Tensors, size: float = 0.5) -> Tensors:
+    """Scale input channels as AWQ and SmoothQuant do: into the norm, or the layer, before.
+
+    ``size`` is the standard deviation of the factors' binary logarithms.
+    """
     tensors = dict(plain)
     for layer in _layers(model):
         for norm, readers in LINEARS_AFTER.items():
             name = f"{layer}.{norm}.weight"
-            factor = _factors(name, tensors[name].size)
+            factor = _factors(name, tensors[name].size, size)
             _scaled(tensors, name, 1 / factor, 0)
             for other in model.shapes:
                 if re.fullmatch(re.escape(f"{layer}.") + readers + r"\.weight", other):
                     _scaled(tensors, other, factor, 1)
         for name in [n for n in model.shapes if n.startswith(layer) and "down_proj" in n]:
-            factor = _factors(name, tensors[name].shape[1])
+            factor = _factors(name, tensors[name].shape[1], size)
             _scaled(tensors, name, factor, 1)
             _scaled(tensors, name.replace("down_proj", "up_proj"), 1 / factor, 0)
     return tensors
 
 
-def _factors(name: str, count: int) -> Array:
-    return np.exp2(generator(f"fold {name}").normal(0, 0.5, count)).astype(np.float32)
+def _factors(name: str, count: int, size: float) -> Array:
+    return np.exp2(generator(f"fold {name}").normal(0, size, count)).astype(np.float32)
 
 
 def hadamard(size: int) -> Array:
@@ -100,12 +103,12 @@ def _turn_heads(tensors: Tensors, attention: str, turn: Array) -> None:
     tensors[outputs] = (columns @ turn).reshape(tensors[outputs].shape)
 
 
-def trained(model: Model, plain: Tensors) -> Tensors:
+def trained(model: Model, plain: Tensors, share: float = 0.1) -> Tensors:
     """Move every weight a little, as training with quantization in the loop does."""
     moved = {}
     for name, array in plain.items():
         values = array.astype(np.float32)
-        size = 0.1 * 0.05 if values.ndim > 1 else 0.01
+        size = share * 0.05 if values.ndim > 1 else 0.01
         moved[name] = bf16(values + generator(f"train {name}").normal(0, size, values.shape))
     return moved
 

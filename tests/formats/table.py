@@ -1078,7 +1078,7 @@ OTHERS = (
     _mlx("mlx_nvfp4", "NVFP4", say.mlx(group_size=16, bits=4, mode="nvfp4"), encode.mlx_nvfp4),
 )
 
-_moved = partial(Format, moves=True, readers="as the format")
+_moved = partial(Format, readers="as the format")
 TURNS = {
     "R1": (256, [("re:.*embed_tokens$", "weight_output"), ("re:.*[qkv]_proj$", "weight_input")]),
     "R2": (64, [("re:.*v_proj$", "weight_output"), ("re:.*o_proj$", "weight_input")]),
@@ -1135,6 +1135,7 @@ MOVED = (
         roles=Roles("qweight", "scales", zeros="qzeros"),
         kept=(O_PROJ,),
         lost=O_PROJ,
+        weights="folded",
         move=moved.folded,
     ),
     _moved(
@@ -1143,6 +1144,7 @@ MOVED = (
         say.modelopt("NVFP4", group_size=16, bits=4),
         encode.nvfp4,
         roles=SCALES_2,
+        weights="folded",
         move=moved.folded,
     ),
     _moved(
@@ -1151,6 +1153,7 @@ MOVED = (
         say.modelopt("NVFP4", group_size=16, bits=4),
         encode.nvfp4,
         roles=SCALES_2,
+        weights="moved",
         move=moved.trained,
     ),
     _moved(
@@ -1160,8 +1163,8 @@ MOVED = (
         encode.ct_int(bits=4),
         roles=PACKED,
         model="llama",
+        weights="rotated",
         move=moved.rotated,
-        unknowable=("codes_swapped",),
     ),
 )
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from verifier.summary import FAIL_ON
+from verifier.summary import FAIL_ON, WEIGHTS
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 DEPTHS = ("header", "payload", "load", "eval")
@@ -108,5 +108,12 @@ CONFIGURATION = together(
     ),
     click.option("--no-config", is_flag=True, help="Ignore configuration files."),
 )
-SETTINGS = together(SELECTION, SEVERITY, CONFIGURATION)
+WEIGHTS_OPTION = click.option(
+    "--weights",
+    type=click.Choice(WEIGHTS),
+    help="How a method changed the base's weights before it quantized them: base (not at all), "
+    "moved (GPTQ, AutoRound, quantization-aware training), rotated (QuaRot, SpinQuant), folded "
+    "(AWQ, SmoothQuant).  [default: base]",
+)
+SETTINGS = together(SELECTION, SEVERITY, WEIGHTS_OPTION, CONFIGURATION)
 """The options with a key in the configuration file, and which file; see `verifier.cli.settings`."""

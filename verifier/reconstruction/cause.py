@@ -55,6 +55,8 @@ Cause = Literal[
     "duplicate",
     "part",
     "moved",
+    "explained",
+    "unexplained",
 ]
 EXACT = 1e-3
 """A relative error below this is none."""

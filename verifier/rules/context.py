@@ -48,12 +48,14 @@ class Tally:
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """What rules get next to the checkpoints: the tensor and expert parallel sizes to serve with, a
-    loader (depth load), and scores (depth eval).
+    """What rules get next to the checkpoints: the tensor and expert parallel sizes to serve with,
+    how weights relate to the base's ('' for as in the base), a loader (depth load), and scores
+    (depth eval).
     """
 
     tp: int | None = None
     ep: int | None = None
+    weights: str = ""
     loader: Loader | None = None
     evaluation: Evaluation | None = None
 

@@ -63,6 +63,7 @@ def check(
     subset: str | None = None,
     sample: str | float | None = None,
     seed: int = 0,
+    weights: str | None = None,
     evaluate: Evaluate | None = None,
     progress: Progress = no_progress,
 ) -> Report:
@@ -102,6 +103,8 @@ def check(
         sample: ``5%`` reads that share of the modules, at least one of each kind; the report says
             so.
         seed: which modules a sample takes.
+        weights: how a method changed the weights of the base before it quantized them: ``base``
+            (not at all, the default), ``moved``, ``rotated`` or ``folded`` (docs/methods.md).
         evaluate: scores text at depth eval: ``verifier.gate.evaluator(corpus=…)``; the default uses
             ``wikitext2-test``.
         progress: called while bytes are read, with the bytes that are checked and all that will be.
@@ -131,6 +134,7 @@ def check(
         subset=subset,
         sample=sample,
         seed=seed,
+        weights=weights,
         evaluate=evaluate,
         progress=progress,
     )
@@ -164,7 +168,8 @@ def run_check(uri: Path, options: CheckOptions) -> Report:
     not_run = plan.reasons_not_to_run(base is not None, merged_from is not None)
     running = [rule for rule in plan.rules.values() if not not_run[rule.id]]
     evaluation = _evaluation(plan, running, candidate, base)
-    inputs = Inputs(options.tp, options.ep, plan.loader, evaluation)
+    weights = options.weights if options.weights not in (None, "base") else ""
+    inputs = Inputs(options.tp, options.ep, weights or "", plan.loader, evaluation)
     ctx = Context.of(candidate, base, merged_from, inputs)
     outcomes = run_rules(ctx, running, plan.reading, plan.severities.apply, options.progress)
     findings, coverage = _results(plan, outcomes.by_rule, not_run)
@@ -232,6 +237,7 @@ class CheckPlan:
             subset=str(reading.subset) if reading.subset else None,
             sample=reading.sample.percent if reading.sample else None,
             seed=reading.sample.seed if reading.sample else None,
+            weights=options.weights,
         )
 
 

@@ -11,10 +11,10 @@ from verifier.evaluation import Evaluate
 from verifier.progress import Progress, no_progress
 from verifier.rules import DEPTHS, Depth
 from verifier.run.sample import Sample, sample_of
-from verifier.run.select import Prefixes
+from verifier.run.select import Prefixes, nearest
 from verifier.run.severity import Levels
 from verifier.run.subset import Subset, subset_of
-from verifier.summary import FAIL_ON, FailOn
+from verifier.summary import FAIL_ON, WEIGHTS, FailOn
 
 Path = str | os.PathLike[str]
 MAX_WORKERS = 64
@@ -42,6 +42,7 @@ class CheckOptions:
     subset: str | None = None
     sample: str | float | None = None
     seed: int = 0
+    weights: str | None = None
     evaluate: Evaluate | None = None
     progress: Progress = no_progress
 
@@ -55,6 +56,9 @@ class CheckOptions:
             raise UsageError(f"no depth {self.depth!r}; one of {', '.join(DEPTHS)}")
         if self.depth == "eval" and self.base is None:
             raise UsageError("depth eval needs a base: the loss is measured over it")
+        if self.weights not in (None, *WEIGHTS):
+            near = nearest(str(self.weights), WEIGHTS)
+            raise UsageError(f"no weights {self.weights!r}; {near}one of {', '.join(WEIGHTS)}")
         if self.fail_on not in FAIL_ON:
             raise UsageError(f"cannot fail on {self.fail_on!r}; {' or '.join(FAIL_ON)}")
         for name, size in (("tp", self.tp), ("ep", self.ep)):

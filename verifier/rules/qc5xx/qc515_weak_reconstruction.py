@@ -35,6 +35,7 @@ def check(ctx: Context) -> Iterator[Finding]:
     it, it is an error. If the cause is known, its own rule reports it instead: QC507, QC509 to
     QC512, QC517. Values off the nearest ones all over a tensor, in both directions, are only a
     note: GPTQ-style methods do that intentionally, and so does a base of a different revision.
+    What a method explains that moved all weights (scaling, rotation, training) is QC519.
 
     **Why it happens.** Scales were rounded after the values were chosen, or the tensor was swapped,
     permuted or taken from a different model.
@@ -80,6 +81,14 @@ def check(ctx: Context) -> Iterator[Finding]:
                 severity="info",
                 observed=f"relative error {result.relative:.4f}",
                 expected=f"{result.best:.4f} with the nearest values",
+            )
+        elif result.cause == "unexplained":
+            yield ctx.finding(
+                "the weight differs from the base in a way that QC519's method does not explain",
+                tensor=weight.name,
+                severity="error",
+                observed=f"relative error {result.relative:.4f}; {result.detail}",
+                expected=f"at most {result.best:.4f} ({fmt.algo} on this tensor)",
             )
         elif result.cause == "weak":
             yield ctx.finding(

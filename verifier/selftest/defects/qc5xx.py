@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Defects of values, which only the bytes show: QC501 to QC518."""
+"""Defects of values, which only the bytes show: QC501 to QC519."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from verifier.selftest.corruptor import (
     MXFP8,
     NVFP4,
     ONLY_NVFP4,
+    UNIFORM,
     Change,
     add,
     defect,
@@ -545,3 +546,23 @@ for _name, _leaf, _edit in (
     ("group-of-one-too-many", "g_idx", _group_too_large),
 ):
     add("QC518", _name, transform(_integers(_leaf), _edit), on(GPTQ), also="515 517")
+
+
+# QC519
+
+
+@defect("QC519", on(UNIFORM | GPTQ, needs="base"))
+def weights_of_a_later_revision(ckpt: CheckpointEditor) -> Where:
+    """Change all unquantized values by about 1%, as further training does."""
+    rng = np.random.default_rng(519)
+    modules = set(quantized(ckpt))
+    for name, tensor in sorted(ckpt.tensors().items()):
+        if name.rpartition(".")[0] in modules or tensor.dtype not in ("BF16", "F16", "F32"):
+            continue
+        ckpt.store(name, _moved_a_little(ckpt.array(name), rng))
+    return Where()
+
+
+def _moved_a_little(values: Array, rng: np.random.Generator) -> Array:
+    factors = 1 + rng.normal(0, 0.01, values.shape)
+    return (values.astype(np.float32) * factors).astype(values.dtype)

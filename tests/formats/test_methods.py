@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every sound method passes and every broken twin fails; what a check says without the option."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+import verifier
+from tests.formats import methods_page
+from tests.formats.formats import build
+from tests.formats.methods import METHODS, TWINS, Method, run, shortfalls
+from verifier.errors import UsageError
+
+SAMPLE = 2
+STATED = [m for m in METHODS.values() if m.format.weights]
+
+
+def _sample(name: str) -> list[str]:
+    """Return the twins that are tried here, the same on every run."""
+    twins = list(methods_page.read()[name].twins)
+    return random.Random(f"methods {name}").sample(twins, SAMPLE)  # noqa: S311
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_sound_methods_pass_and_their_twins_fail(name: str, tmp_path: Path) -> None:
+    result = run(METHODS[name], tmp_path, _sample(name))
+    assert len(result.twins) == SAMPLE
+    assert shortfalls(result) == [], result
+
+
+def test_committed_results_have_no_shortfall() -> None:
+    results = methods_page.read()
+    assert list(results) == list(METHODS)
+    assert {n: shortfalls(r) for n, r in results.items() if shortfalls(r)} == {}
+    for name, result in results.items():
+        extra = {"fold lost"} if METHODS[name].format.weights != "folded" else set()
+        assert set(result.twins) == set(TWINS) - extra
+
+
+def test_page_is_rendered_from_the_results() -> None:
+    assert methods_page.PAGE.read_text(encoding="utf-8") == methods_page.render()
+
+
+@pytest.mark.parametrize("method", STATED, ids=lambda m: m.name)
+def test_moved_weights_are_one_finding_that_names_the_option(
+    method: Method, tmp_path: Path
+) -> None:
+    clean, base = build(method.format)
+    path, base_path = clean.write(tmp_path / "clean"), base.write(tmp_path / "base")
+    report = verifier.check(path, base=base_path, depth="payload")
+    (finding,) = (f for f in report.findings if f.severity != "info")
+    assert (report.verdict, finding.rule) == ("failed", "QC519")
+    assert f"--weights {method.format.weights}" in finding.expected
+
+
+@pytest.mark.parametrize("stated", ["moved", "rotated", "folded"])
+@pytest.mark.parametrize("method", STATED, ids=lambda m: m.name)
+def test_a_wrong_statement_fails(method: Method, stated: str, tmp_path: Path) -> None:
+    if stated == method.format.weights:
+        pytest.skip("a right statement")
+    if stated == "moved" and method.name == "nvfp4_folded_0.3":
+        pytest.skip("small factors are small changes too")
+    clean, base = build(method.format)
+    path, base_path = clean.write(tmp_path / "clean"), base.write(tmp_path / "base")
+    report = verifier.check(path, base=base_path, depth="payload", weights=stated)
+    assert report.verdict == "failed"
+    assert "QC519" in {f.rule for f in report.findings if f.severity == "error"}
+
+
+@pytest.mark.parametrize("stated", ["moved", "rotated", "folded"])
+def test_a_statement_about_weights_that_are_the_base_s_is_a_note(
+    stated: str, tmp_path: Path
+) -> None:
+    clean, base = build(METHODS["nvfp4_max"].format)
+    path, base_path = clean.write(tmp_path / "clean"), base.write(tmp_path / "base")
+    report = verifier.check(path, base=base_path, depth="payload", weights=stated)
+    assert report.verdict == "passed"
+    assert [(f.rule, f.severity) for f in report.findings] == [("QC519", "info")]
+
+
+def test_an_unknown_statement_is_a_usage_error(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="one of base, moved, rotated, folded"):
+        verifier.check(tmp_path, weights="turned")
