@@ -22,7 +22,7 @@ from exporter.plan import Action, Constant, Copy, Decode, Encode, Plan, Restack,
 from exporter.stream.load import load, load_parts, naming, region
 from exporter.stream.stacks import write_restack
 from exporter.stream.summary import EncodeSummary, scale_range
-from verifier.checkpoint import DTYPE_BITS, MAX_HEADER
+from verifier.checkpoint import DTYPE_BITS, MAX_HEADER, Checkpoint, Tensor
 from verifier.errors import EncodeError
 
 SHARD_BYTES = 5_000_000_000
@@ -118,6 +118,7 @@ def write_shard(
     try:
         _put(fd, head, 0)
         os.ftruncate(fd, end)
+        _announce(task, plan)
         writer = _ShardWriter(plan, fd, offsets)
         for action in task.actions:
             if stop.is_set():
@@ -133,6 +134,29 @@ def write_shard(
     os.close(fd)
     temporary.rename(folder / task.file)
     return digest, end, encoded
+
+
+def _announce(task: Task, plan: Plan) -> None:
+    """Announce to remote sources the tensors that a shard reads whole, in the order of reading."""
+    announced: dict[int, list[Tensor]] = {}
+    origins: dict[int, Checkpoint] = {}
+    for action in task.actions:
+        origin, tensors = _whole_reads(action, plan)
+        origins[id(origin)] = origin
+        announced.setdefault(id(origin), []).extend(tensors)
+    for key, origin in origins.items():
+        origin.expect(announced[key])
+
+
+def _whole_reads(action: Action, plan: Plan) -> tuple[Checkpoint, list[Tensor]]:
+    """Return the tensors that an action reads whole, and where from."""
+    if isinstance(action, Encode):
+        return plan.source, [t for weight in action.weights for t in weight.parts.values()]
+    if isinstance(action, Decode):
+        return plan.origin(action.origin), list(action.weight.parts.values())
+    if isinstance(action, Copy) or (isinstance(action, Take) and action.whole):
+        return plan.origin(action.origin), [action.tensor]
+    return plan.source, []
 
 
 class _ShardWriter:

@@ -92,7 +92,7 @@ def test_a_file_that_changes_between_requests(
     server.fault(model__safetensors={"etag": "changes"})
     code, _, err = call("stats", server.url, "--depth", "payload")
     assert code == 4
-    assert "changed while it was read (another ETag)" in err
+    assert "changed while it was read (its ETag changed)" in err
 
 
 def test_what_is_no_checkpoint(serve: Serve, tmp_path: Path, folder: Path, call: Call) -> None:

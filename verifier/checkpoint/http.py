@@ -176,7 +176,7 @@ class HttpSource(RemoteSource):
             return
         first = self._versions.setdefault(name, tag)
         if first != tag:
-            raise MachineError(f"{label}: changed while it was read (another ETag); run again")
+            raise MachineError(f"{label}: changed while it was read (its ETag changed); run again")
 
     def _body(
         self, response: httpx2.Response, skip: int, length: int, label: str
