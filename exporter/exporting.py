@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from exporter.layout import ExpertLayout, unstacked
-from exporter.plan import ExportChoices, Plan, Rest, build, parse_layers, read_stats
+from exporter.plan import (
+    DEFAULT_ENGINES,
+    ExportChoices,
+    Plan,
+    Rest,
+    build,
+    parse_layers,
+    read_stats,
+)
 from exporter.plan import merge as plan_merge
 from exporter.plan.repair import logical
 from exporter.recipes import KvName, Recipe
@@ -16,8 +24,10 @@ from exporter.writing import PathLike, Progress, WriteOptions, prepare_out, writ
 from verifier.checkpoint import Checkpoint, open_checkpoint
 from verifier.errors import UsageError
 from verifier.manifest import Manifest
+from verifier.schemes import Engine
 
 InputScale = Literal["one", "stats"]
+EngineChoice = Literal["vllm", "sglang", "trtllm", "none"]
 
 
 def plan_export(
@@ -31,6 +41,7 @@ def plan_export(
     rest: Rest | None = None,
     kv_cache: KvName | None = None,
     expert_layout: ExpertLayout | None = None,
+    engine: EngineChoice | None = None,
 ) -> Plan:
     """Return the plan of an export without writing anything; the arguments are those of `export`.
 
@@ -57,8 +68,16 @@ def plan_export(
         rest=rest,
         kv_cache=kv_cache,
         expert_layout=expert_layout,
+        engines=_engines(engine),
     )
     return build(checkpoint, loaded, onto=target, choices=choices)
+
+
+def _engines(choice: EngineChoice | None) -> tuple[Engine, ...]:
+    """Return the engines that have to load an export."""
+    if choice is None:
+        return DEFAULT_ENGINES
+    return () if choice == "none" else (choice,)
 
 
 def export(
@@ -73,6 +92,7 @@ def export(
     rest: Rest | None = None,
     kv_cache: KvName | None = None,
     expert_layout: ExpertLayout | None = None,
+    engine: EngineChoice | None = None,
     overwrite: bool = False,
     workers: int | None = None,
     shard_bytes: int | None = None,
@@ -95,6 +115,8 @@ def export(
             the recipe's.
         expert_layout: of a source that holds experts in stacks: write them ``per-expert`` or as the
             ``hub`` has them; by default what engines read of its family (docs/expert-layouts.md).
+        engine: the engine that has to load the result; ``none`` writes what the recipe says, even
+            if no engine loads it. By default both vLLM and SGLang have to.
         overwrite: replace an existing checkpoint at ``out``.
         workers: shards written at a time; by default the number of processors, at most 4.
         shard_bytes: the size at which a new shard begins, in bytes.
@@ -118,6 +140,7 @@ def export(
         rest=rest,
         kv_cache=kv_cache,
         expert_layout=expert_layout,
+        engine=engine,
     )
     return write_plan(plan, target, options)
 
@@ -133,6 +156,7 @@ def export_model(
     stats: PathLike | None = None,
     kv_cache: KvName | None = None,
     expert_layout: ExpertLayout | None = None,
+    engine: EngineChoice | None = None,
     overwrite: bool = False,
     workers: int | None = None,
     shard_bytes: int | None = None,
@@ -154,6 +178,7 @@ def export_model(
         stats: a safetensors file of input maxima by hub module.
         kv_cache: ``fp8`` or ``fp8_cast``, instead of the recipe's.
         expert_layout: as for `export`.
+        engine: as for `export`.
         overwrite: replace an existing checkpoint at ``out``.
         workers: shards written at a time.
         shard_bytes: the size at which a new shard begins, in bytes.
@@ -180,6 +205,7 @@ def export_model(
         stats=stats,
         kv_cache=kv_cache,
         expert_layout=expert_layout,
+        engine=engine,
     )
     return write_plan(plan, target, options, auxiliary=origin)
 

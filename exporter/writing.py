@@ -97,7 +97,9 @@ def write_plan(
         if encoded != planned:
             raise EncodeError(f"quantized {encoded:,} of {counted(planned, 'linear layer')}")
         emit.write_index(folder, written.digests)
-        files = [*emit.write_configs(folder, plan.kept.config or {}, kv_cache=kv_cache), INDEX]
+        config = plan.kept.config or {}
+        configs = emit.write_configs(folder, config, kv_cache=kv_cache, engines=plan.engines)
+        files = [*configs, INDEX]
         origins = [plan.source, plan.kept] if plan.kind == "repair" else [plan.kept, plan.source]
         origins += [auxiliary] if auxiliary is not None else []
         files += emit.copy_auxiliary_files(folder, origins)

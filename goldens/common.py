@@ -15,10 +15,10 @@ import math
 import random
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
@@ -42,7 +42,7 @@ class Family:
     family's correction bias (DeepSeek-V3, arXiv 2412.19437, section 2.1.2), ``loss`` adds a
     balancing loss of each layer (Switch Transformers, arXiv 2101.03961, section 2.2). ``frozen``:
     parts of names of parameters that text does not train. ``float32``: hub names that are float32
-    in the release. ``spelled``: the release's spelling of config.json keys, by transformers' name.
+    in the release. ``as_released``: makes config.json as the release writes it of transformers'.
     ``attention``, ``experts``: transformers' implementations to train with.
     """
 
@@ -53,7 +53,7 @@ class Family:
     specials: tuple[str, ...] = SPECIALS
     frozen: tuple[str, ...] = ()
     float32: re.Pattern[str] | None = None
-    spelled: Mapping[str, str] = field(default_factory=dict)
+    as_released: Callable[[dict[str, Any]], dict[str, Any]] = dict
     attention: str = "sdpa"
     experts: str = "grouped_mm"
 
@@ -191,10 +191,9 @@ def hub_tensors(model: PreTrainedModel, float32: re.Pattern[str] | None) -> dict
     }
 
 
-def config_of(config: PretrainedConfig, spelled: Mapping[str, str]) -> dict[str, object]:
-    """Return the contents of config.json."""
-    saved = json.loads(config.to_json_string(use_diff=True))
-    return dict(sorted((spelled.get(k, k), v) for k, v in saved.items())) if spelled else saved
+def config_of(family: Family, config: PretrainedConfig) -> dict[str, Any]:
+    """Return the contents of config.json, as the release of the family spells them."""
+    return family.as_released(json.loads(config.to_json_string(use_diff=True)))
 
 
 def write(
@@ -285,7 +284,7 @@ def main(family: Family, description: str, **defaults: float) -> None:
     n = sum(q.numel() for q in model.parameters())
     print(f"{n:,} parameters, {ids.numel():,} tokens", flush=True)
     loss = train(family, model, ids, args)
-    write(hub_tensors(model, family.float32), config_of(config, family.spelled), tok, args.out)
+    write(hub_tensors(model, family.float32), config_of(family, config), tok, args.out)
     arguments_ = {k: str(v) for k, v in vars(args).items()}
     seconds = time.perf_counter() - args.t0
     print(

@@ -120,7 +120,10 @@ def m3_config() -> dict[str, object]:
             "moe_layer_freq": sparse,
             "sparse_attention_config": {"sparse_attention_freq": sparse},
         },
-        "vision_config": {"hidden_size": 1280},
+        "vision_config": {
+            "hidden_size": 1280,
+            "img_token_compression_config": {"spatial_merge_size": 2, "temporal_patch_size": 2},
+        },
         "projector_hidden_size": 6144,
     }
 

@@ -62,6 +62,13 @@ if TYPE_CHECKING:
     help="How to write experts that SOURCE holds in stacks. [default: as engines read its family]",
 )
 @click.option(
+    "--for",
+    "engine",
+    type=click.Choice(["vllm", "sglang", "trtllm", "none"]),
+    help="The engine that has to load OUT; none: write what the recipe says, whether any engine "
+    "loads it or not. [default: vLLM and SGLang]",
+)
+@click.option(
     "--calibrate-texts",
     metavar="FILE",
     multiple=True,
@@ -189,9 +196,11 @@ def _merged_bytes(experts: str, onto: str) -> int:
 
 
 def describe_plan(plan: Plan) -> str:
-    """Return a plan as text: what is quantized, kept and skipped, and the exact size of the
-    result.
+    """Return a plan as text: what is quantized, kept and skipped, what is adapted for engines, and
+    the exact size of the result.
     """
+    import exporter.emit  # noqa: PLC0415  (torch)
+
     layers = {m.split(".layers.")[1].split(".")[0] for m in plan.modules if ".layers." in m}
     onto = f" onto {plan.onto.uri}" if plan.onto else ""
     lines = [f"{plan.kind} {plan.name}: {plan.source.uri}{onto}"]
@@ -207,6 +216,7 @@ def describe_plan(plan: Plan) -> str:
     if "expert_layout" in plan.options:
         hub = plan.options["expert_layout"] == "hub"
         lines.append(f"  experts   {'in stacks, as on the hub' if hub else 'individually'}")
+    lines += [f"  adapted   {note}" for note in exporter.emit.adaptations(plan)]
     copies = sum(1 for action in plan.actions if hasattr(action, "origin"))
     lines.append(f"  copy      {counted(copies, 'tensor')} byte for byte from {plan.kept.uri}")
     reasons = Counter((origin, reason) for origin, _, reason in plan.skipped)
@@ -239,6 +249,7 @@ def describe_result(manifest: Manifest, out: str) -> list[str]:
     for pair, count in notes["requantized"].items():
         verb = "decoded" if pair.endswith("BF16") else "re-quantized"
         lines.append(f"  {verb:12} {counted(count, 'module')} from {pair}")
+    lines += [f"  adapted      {note}" for note in notes["adapted"]]
     for equal, blocks in notes["mxfp4_blocks"].values():
         lines.append(
             f"  {'MXFP4':12} {equal:,} of {counted(blocks, 'block')} converted without loss, "

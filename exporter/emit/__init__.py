@@ -3,10 +3,11 @@
 
 from exporter.emit.configs import PRODUCER, declare, with_quantization
 from exporter.emit.files import copy_auxiliary_files, write_configs, write_index, write_json
-from exporter.emit.manifest import declares_kv_cache, manifest_of
+from exporter.emit.manifest import adaptations, declares_kv_cache, manifest_of
 
 __all__ = [
     "PRODUCER",
+    "adaptations",
     "copy_auxiliary_files",
     "declare",
     "declares_kv_cache",

@@ -5,28 +5,32 @@ A uniform checkpoint is declared as ModelOpt 0.47 declares it; a mixed one as th
 nvidia/MiniMax-M3-NVFP4: one ``quantized_layers`` entry per module, ``group_size`` on NVFP4 entries
 only (SGLang refuses unequal ones). 128x128 block FP8 is declared in config.json only, as
 DeepSeek-V3 does: engines read nothing else of it. Exclusions are the full hub name of every
-unquantized module whose weight has two dimensions or more.
+unquantized module whose weight has two dimensions or more, and of a head that has no tensor, since
+engines build it. A module that an engine looks up without a name can be left unquantized only where
+each quantized module is declared by itself, as in a mixed checkpoint.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from exporter.layout import unstacked
 from verifier import __version__
 from verifier.checkpoint import Checkpoint
 from verifier.errors import PlanError
+from verifier.layouts.engine_needs import asked_names, untensored_heads
 from verifier.layouts.expert_stacks import UnstackedCheckpoint
-from verifier.schemes import Format, Module, gather
+from verifier.schemes import ENGINE_NAMES, Engine, Format, Module, gather
 
 PRODUCER = {"name": "ckptgate", "version": __version__}
 KV_SCHEME = {"dynamic": False, "num_bits": 8, "type": "float"}
 
 
 def declare(
-    ckpt: Checkpoint, *, kv_cache: bool = False
+    ckpt: Checkpoint, *, kv_cache: bool = False, engines: Iterable[Engine] = ()
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """Return (quantization_config, hf_quant_config) for what a checkpoint's headers hold; None for
     the second where engines read none.
@@ -35,6 +39,7 @@ def declare(
         ckpt: the checkpoint, with the config that it will have: its model type decides how its
             experts are stacked.
         kv_cache: declare an FP8 KV cache also where no KV scale is on disk.
+        engines: the engines that have to find every module.
 
     Raises:
         PlanError: a quantized module whose format cannot be inferred, or nothing quantized at all;
@@ -44,11 +49,13 @@ def declare(
     algos = {f.algo for f in formats.values()}
     if not algos:
         raise PlanError("nothing is quantized")
-    excluded.sort()
+    needs = needs_of([*formats, *excluded], ckpt.config, engines)
+    excluded = sorted({*excluded, *needs.excluded})
     kv_cache = kv_cache or any(n.endswith((".k_scale", ".v_scale")) for n in ckpt.tensors)
-    if len(algos) > 1:
-        return _mixed(formats, excluded, kv_cache=kv_cache)
     fmt = next(iter(formats.values()))
+    by_module = needs.by_module and fmt.name != "fp8_block"
+    if len(algos) > 1 or by_module:
+        return _mixed(formats, excluded, kv_cache=kv_cache)
     if fmt.name == "fp8_block":
         if kv_cache:
             raise PlanError(
@@ -57,6 +64,51 @@ def declare(
             )
         return _block_fp8(excluded), None
     return _uniform(fmt, excluded, kv_cache=kv_cache)
+
+
+@dataclass(frozen=True)
+class DeclarationNeeds:
+    """What a declaration needs so that engines find every module.
+
+    Attributes:
+        excluded: exclusions of modules that have no tensor, or that engines ask for by a different
+            name.
+        by_module: whether each quantized module has to be declared by itself.
+        notes: the reasons.
+    """
+
+    excluded: tuple[str, ...] = ()
+    by_module: bool = False
+    notes: tuple[str, ...] = ()
+
+
+def needs_of(
+    modules: Iterable[str], config: Mapping[str, Any] | None, engines: Iterable[Engine]
+) -> DeclarationNeeds:
+    """Return what the declaration of a checkpoint needs.
+
+    Args:
+        modules: its modules with a weight of two dimensions or more, quantized or not.
+        config: its config.json.
+        engines: who has to find them.
+    """
+    names, family = list(modules), (config or {}).get("model_type")
+    heads = untensored_heads(names, config)
+    excluded = list(heads)
+    notes = [
+        f"{head} is excluded by name: it has no tensor, and engines build it" for head in heads
+    ]
+    by_module = False
+    for module in (*names, *heads):
+        for name in asked_names(module, family, engines):
+            if name.asked:
+                excluded.append(module.removesuffix(name.stored) + name.asked)
+                note = f"asks for {name.stored} as {name.asked}, which is excluded, too"
+            else:
+                by_module = True
+                note = f"asks for {name.stored} without a name: modules are declared one by one"
+            notes.append(f"{ENGINE_NAMES[name.engine]} {note} ({name.source})")
+    return DeclarationNeeds(tuple(excluded), by_module, tuple(dict.fromkeys(notes)))
 
 
 def _formats(ckpt: Checkpoint) -> tuple[dict[str, Format], list[str]]:

@@ -12,6 +12,7 @@ from typing import Any
 from exporter.emit.configs import declare, with_quantization
 from verifier.checkpoint import INDEX, Checkpoint, open_checkpoint
 from verifier.manifest import MANIFEST
+from verifier.schemes import Engine
 
 AUXILIARY_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
 WRITTEN_HERE = {INDEX, "config.json", "hf_quant_config.json", MANIFEST}
@@ -34,14 +35,20 @@ def write_index(folder: Path, files: Iterable[str]) -> None:
     )
 
 
-def write_configs(folder: Path, config: Mapping[str, Any], *, kv_cache: bool = False) -> list[str]:
-    """Write config.json and hf_quant_config.json from the tensors on disk and the config that is
-    kept; return their names.
+def write_configs(
+    folder: Path,
+    config: Mapping[str, Any],
+    *,
+    kv_cache: bool = False,
+    engines: Iterable[Engine] = (),
+) -> list[str]:
+    """Write config.json and hf_quant_config.json, for these engines, from the tensors on disk and
+    the config that is kept; return their names.
 
     An old hf_quant_config.json is removed where the format has none.
     """
     ckpt = replace(open_checkpoint(folder), config=config)
-    inline, nested = declare(ckpt, kv_cache=kv_cache)
+    inline, nested = declare(ckpt, kv_cache=kv_cache, engines=engines)
     write_json(folder / "config.json", with_quantization(config, inline))
     if nested is None:
         (folder / "hf_quant_config.json").unlink(missing_ok=True)

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
+from exporter.emit.configs import needs_of
 from exporter.layout import unstacked
 from exporter.plan import Plan, header_digest
 from exporter.stream import Written
@@ -16,7 +17,7 @@ from verifier import __version__
 from verifier.checkpoint import Checkpoint, open_checkpoint
 from verifier.errors import PlanError
 from verifier.manifest import File, Manifest, SourceRecord, digest
-from verifier.schemes import gather, read_declarations
+from verifier.schemes import gather, read_declarations, split
 
 Role = Literal["source", "onto", "experts", "base"]
 
@@ -39,6 +40,12 @@ def declares_kv_cache(plan: Plan) -> bool:
             "fp8_cast"
         )
     return kv is not None
+
+
+def adaptations(plan: Plan) -> list[str]:
+    """Return what a plan and the declaration of its result change so that engines load it."""
+    modules = {split(spec.name)[0]: None for spec in plan.specs if len(spec.shape) >= 2}
+    return [*plan.adapted, *needs_of(modules, plan.kept.config, plan.engines).notes]
 
 
 def manifest_of(
@@ -104,4 +111,5 @@ def _notes(plan: Plan, written: Written) -> dict[str, Any]:
             a: [e.blocks - e.changed, e.blocks] for a, e in encoded.items() if e.blocks
         },
         "resumed_shards": written.resumed,
+        "adapted": adaptations(plan),
     }

@@ -4,6 +4,7 @@
 from exporter.plan.build import ExportChoices, build
 from exporter.plan.merge import merge
 from exporter.plan.model import (
+    DEFAULT_ENGINES,
     Action,
     Constant,
     Copy,
@@ -21,6 +22,7 @@ from exporter.plan.sources import Reader, Rest
 from exporter.plan.stats_file import ActivationStats, read_stats
 
 __all__ = [
+    "DEFAULT_ENGINES",
     "Action",
     "ActivationStats",
     "Constant",

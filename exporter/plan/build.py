@@ -11,6 +11,7 @@ from typing import Literal
 
 from exporter.layout import ExpertLayout
 from exporter.plan.model import (
+    DEFAULT_ENGINES,
     Action,
     Constant,
     Copy,
@@ -21,7 +22,7 @@ from exporter.plan.model import (
     Skipped,
 )
 from exporter.plan.restack import any_expert, restack
-from exporter.plan.select import groups, select
+from exporter.plan.select import fit_groups, select
 from exporter.plan.sound import (
     refuse_stacked,
     require_every_tensor_once,
@@ -34,7 +35,16 @@ from exporter.recipes import KvName, Recipe
 from verifier.checkpoint import Checkpoint
 from verifier.errors import PlanError, UsageError
 from verifier.layouts.expert_stacks import UnstackedCheckpoint
-from verifier.schemes import FORMATS, KV_LEAVES, Format, Module, gather, role
+from verifier.schemes import (
+    ENGINE_VERSIONS,
+    FORMATS,
+    KV_LEAVES,
+    Engine,
+    Format,
+    Module,
+    gather,
+    role,
+)
 
 InputScale = Literal["one", "stats"]
 RANGES = {"nvfp4": 2688.0, "fp8": 448.0}
@@ -56,6 +66,7 @@ class ExportChoices:
         kv_cache: instead of the recipe's.
         expert_layout: how experts that the source holds in stacks are written; the family's default
             where None.
+        engines: the engines that have to load the result.
     """
 
     layers: frozenset[int] | None = None
@@ -64,6 +75,7 @@ class ExportChoices:
     rest: Rest | None = None
     kv_cache: KvName | None = None
     expert_layout: ExpertLayout | None = None
+    engines: tuple[Engine, ...] = DEFAULT_ENGINES
 
     def shared_input_scale(self, members: Iterable[str], fmt: Format) -> float:
         """Return the ``input_scale`` that the members of a fused group share.
@@ -113,8 +125,10 @@ def build(
     targets = gather(onto.tensors.values()) if onto is not None else modules
     if onto is not None:
         require_same_experts(modules, targets, onto)
+    present = {**modules, **targets}
+    fit = fit_groups(selected, present, recipe, source.model_type, choices.engines)
+    selected, fused = fit.formats, fit.groups
     _check_targets(modules, selected, targets, onto)
-    fused = groups(selected, {**modules, **targets})
     if onto is None:
         selected = _without_done(selected, fused, reader, recipe)
     if choices.input_scale is None and any(f in RANGES for f in selected.values()):
@@ -148,10 +162,21 @@ def build(
         "mxfp8_scale": scale_leaf,
         "kv_cache": kv,
         "rest": choices.rest,
+        "engines": {engine: ENGINE_VERSIONS[engine] for engine in choices.engines},
     }
     if layout is not None:
         options["expert_layout"] = layout
-    plan = Plan("export", recipe.name, written, onto, tuple(actions), tuple(skipped), options)
+    plan = Plan(
+        "export",
+        recipe.name,
+        written,
+        onto,
+        tuple(actions),
+        tuple(skipped),
+        options,
+        fit.notes,
+        choices.engines,
+    )
     require_every_tensor_once(plan)
     return plan
 

@@ -15,11 +15,13 @@ from typing import Literal
 from exporter.layout import Cut
 from verifier.checkpoint import DTYPE_BITS, Checkpoint, Tensor
 from verifier.layouts.expert_stacks import StoredStack
-from verifier.schemes import Format, fused_groups
+from verifier.schemes import Engine, Format, fused_groups
 
 Origin = Literal["source", "onto"]
 Skipped = tuple[Origin, str, str]
 """A tensor that is not read: its checkpoint, its name, the reason."""
+DEFAULT_ENGINES: tuple[Engine, ...] = ("vllm", "sglang")
+"""The engines that have to load what is written, unless others are requested."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,7 +241,8 @@ Action = Copy | Constant | Decode | Encode | Restack | Take
 @dataclass(frozen=True)
 class Plan:
     """One action per tensor to be written; ``skipped`` lists every tensor that is not read, as
-    (checkpoint, name, reason).
+    (checkpoint, name, reason); ``adapted`` says what was changed so that ``engines`` load the
+    result.
     """
 
     kind: Literal["export", "merge", "repair"]
@@ -249,6 +252,8 @@ class Plan:
     actions: tuple[Action, ...]
     skipped: tuple[Skipped, ...]
     options: dict[str, object] = field(default_factory=dict)
+    adapted: tuple[str, ...] = ()
+    engines: tuple[Engine, ...] = DEFAULT_ENGINES
 
     @property
     def kept(self) -> Checkpoint:
@@ -300,7 +305,7 @@ class Plan:
         """
         algo = {m: f.algo for m, f in self.modules.items()}
         counts = Counter(algo.values())
-        for _, members in fused_groups(algo):
+        for _, members in fused_groups(algo, self.source.model_type):
             counts[algo[members[0]]] -= len(members) - 1
         return counts
 

@@ -6,10 +6,24 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 from exporter.recipes import Recipe
 from verifier.errors import PlanError, UsageError
-from verifier.schemes import Module, collapse, expert_key, fused_groups, layer_of, role
+from verifier.schemes import (
+    ENGINE_NAMES,
+    FORMATS,
+    PACKED,
+    Engine,
+    Fusion,
+    Module,
+    collapse,
+    engine_groups,
+    expert_key,
+    fused_groups,
+    layer_of,
+    role,
+)
 
 
 def parse_layers(text: str) -> frozenset[int]:
@@ -122,7 +136,90 @@ def _no_match(pattern: str, roles: Iterable[str], linears: Iterable[str]) -> str
     return f"nothing matches {pattern}{among}; the nearest names are {', '.join(nearest)}"
 
 
-def groups(selected: Mapping[str, str], present: Iterable[str]) -> dict[str, tuple[str, ...]]:
+@dataclass(frozen=True)
+class Selection:
+    """What an export quantizes.
+
+    Attributes:
+        formats: the format of each module, by name.
+        groups: the fused group of each module that has one.
+        notes: what was changed so that engines can load the result.
+    """
+
+    formats: dict[str, str]
+    groups: dict[str, tuple[str, ...]]
+    notes: tuple[str, ...] = ()
+
+
+def fit_groups(
+    selected: Mapping[str, str],
+    present: Mapping[str, Module],
+    recipe: Recipe,
+    family: str | None,
+    engines: Iterable[Engine],
+) -> Selection:
+    """Return a selection in which every fused group has one format, or is left alone.
+
+    Projections that only one engine fuses follow the others of their group where no rule of the
+    recipe names them. A group that this engine cannot hold in the format is not quantized.
+
+    Args:
+        selected: format by module, as the recipe says.
+        present: every module of the checkpoint that is written.
+        recipe: whose rules may name single projections.
+        family: the ``model_type``.
+        engines: the engines that the export is for.
+
+    Raises:
+        PlanError: a group with two formats, or of which a part is not selected.
+    """
+    fitted = dict(selected)
+    notes: dict[str, None] = {}
+    linears = [name for name, module in present.items() if module.dims is not None]
+    for engine in engines:
+        for fusion, members in engine_groups(linears, family, engine):
+            note = _fit_group(fitted, fusion, members, recipe)
+            if note:
+                notes[f"{ENGINE_NAMES[engine]}: {note}"] = None
+            _require_one_format(members, fitted)
+    if not fitted:
+        raise PlanError(f"recipe {recipe.name} quantizes nothing: {'; '.join(notes)}")
+    return Selection(fitted, _groups(fitted, present, family), tuple(notes))
+
+
+def _fit_group(
+    formats: dict[str, str], fusion: Fusion, members: Iterable[str], recipe: Recipe
+) -> str:
+    """Give the projections that one engine alone fuses the format of their group, or leave the
+    group unquantized; return what was done, '' for nothing.
+    """
+    usual = [m for m in members if m.rpartition(".")[2] in PACKED[fusion.parameter]]
+    others = [m for m in members if m not in usual]
+    chosen = {formats.get(m) for m in usual}
+    name = next(iter(chosen))
+    if len(chosen) != 1 or name is None:
+        return ""
+    leaves = ", ".join(m.rpartition(".")[2] for m in others)
+    if not fusion.holds(FORMATS[name], members):
+        for member in members:
+            formats.pop(member, None)
+        kept = ", ".join(m.rpartition(".")[2] for m in usual)
+        return (
+            f"{kept} next to {leaves} are not quantized: its {fusion.parameter} takes all of them "
+            f"and has no place for the per-tensor scales of {leaves} in {FORMATS[name].algo}"
+        )
+    followers = [m for m in others if m not in formats and recipe.deciding(m) is None]
+    formats |= dict.fromkeys(followers, name)
+    return (
+        f"{leaves} are quantized to {FORMATS[name].algo} as well: its {fusion.parameter} takes them"
+        if followers
+        else ""
+    )
+
+
+def _groups(
+    selected: Mapping[str, str], present: Iterable[str], family: str | None
+) -> dict[str, tuple[str, ...]]:
     """Return the fused group of each selected module that has one; a group is selected whole, in
     one format.
 
@@ -130,11 +227,14 @@ def groups(selected: Mapping[str, str], present: Iterable[str]) -> dict[str, tup
         PlanError: a group with two formats, or of which a part is not selected.
     """
     by_module: dict[str, tuple[str, ...]] = {}
-    for _, members in fused_groups(present):
-        formats = {selected.get(m) for m in members}
-        if len(formats) > 1:
-            text = ", ".join(f"{m} {selected.get(m, 'not selected')}" for m in members)
-            raise PlanError(f"engines fuse these modules and need one format for all: {text}")
-        if None not in formats:
+    for _, members in fused_groups(present, family):
+        _require_one_format(members, selected)
+        if members[0] in selected:
             by_module |= dict.fromkeys(members, members)
     return by_module
+
+
+def _require_one_format(members: Iterable[str], selected: Mapping[str, str]) -> None:
+    if len({selected.get(m) for m in members}) > 1:
+        text = ", ".join(f"{m} {selected.get(m, 'not selected')}" for m in members)
+        raise PlanError(f"engines fuse these modules and need one format for all: {text}")

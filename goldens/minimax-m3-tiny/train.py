@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 from transformers import MiniMaxM3SparseForConditionalGeneration, MiniMaxM3VLConfig
 
@@ -77,6 +78,110 @@ def model_config() -> MiniMaxM3VLConfig:
     )
 
 
+def as_released(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the contents of config.json with the release's fields, which engines read.
+
+    transformers reads both spellings and saves its own, which vLLM and SGLang do not read: they
+    need ``sparse_attention_config``, ``moe_layer_freq`` and ``img_token_compression_config``.
+    """
+    text, vision = config["text_config"], config["vision_config"]
+    same = (
+        "bos_token_id",
+        "dense_intermediate_size",
+        "eos_token_id",
+        "head_dim",
+        "hidden_size",
+        "intermediate_size",
+        "max_position_embeddings",
+        "num_attention_heads",
+        "num_experts_per_tok",
+        "num_hidden_layers",
+        "num_key_value_heads",
+        "num_local_experts",
+        "rms_norm_eps",
+        "rotary_dim",
+        "routed_scaling_factor",
+        "shared_intermediate_size",
+        "swiglu_alpha",
+        "swiglu_limit",
+        "tie_word_embeddings",
+        "vocab_size",
+    )
+    sparse = [int(kind == "minimax_m3_sparse") for kind in text["layer_types"]]
+    compression = {
+        "image_token_compression_method": "patch_merge",
+        "spatial_merge_size": vision["spatial_merge_size"],
+        "temporal_patch_size": vision["temporal_patch_size"],
+    }
+    released_text = {
+        **{key: text[key] for key in same},
+        "architectures": ["MiniMaxM3SparseForCausalLM"],
+        "attention_output_gate": False,
+        "dtype": config["dtype"],
+        "hidden_act": "swigluoai",
+        "moe_layer_freq": [int(kind == "sparse") for kind in text["mlp_layer_types"]],
+        "n_shared_experts": 1,
+        "num_mtp_modules": 0,
+        "partial_rotary_factor": text["rope_parameters"]["partial_rotary_factor"],
+        "qk_norm_type": "per_head",
+        "rope_theta": text["rope_parameters"]["rope_theta"],
+        "scoring_func": "sigmoid",
+        "sparse_attention_config": {
+            "sparse_attention_freq": sparse,
+            "sparse_block_size": text["index_block_size"],
+            "sparse_disable_index_value": sparse,
+            "sparse_index_dim": text["index_head_dim"],
+            "sparse_init_block": 0,
+            "sparse_local_block": text["index_local_blocks"],
+            "sparse_num_index_heads": text["index_n_heads"],
+            "sparse_score_type": "max",
+            "sparse_topk_blocks": text["index_topk_blocks"],
+            "use_sparse_attention": True,
+        },
+        "use_gemma_norm": True,
+        "use_qk_norm": True,
+        "use_routing_bias": True,
+    }
+    kept = (
+        "attention_dropout",
+        "hidden_act",
+        "hidden_size",
+        "image_size",
+        "initializer_range",
+        "intermediate_size",
+        "layer_norm_eps",
+        "num_attention_heads",
+        "num_channels",
+        "num_hidden_layers",
+        "patch_size",
+    )
+    released_vision = {
+        **{key: vision[key] for key in kept},
+        "img_token_compression_config": compression,
+        "model_type": "clip_vision_model",
+        "position_embedding_type": "rope",
+        "projection_dim": text["hidden_size"],
+        "rope_mode": "3d",
+        "rope_theta": vision["rope_parameters"]["rope_theta"],
+    }
+    return {
+        "architectures": config["architectures"],
+        "image_token_index": config["image_token_index"],
+        "img_token_compression_config": compression,
+        "model_type": config["model_type"],
+        "multimodal_projector_bias": True,
+        "projector_hidden_act": "gelu",
+        "projector_hidden_size": config["projector_hidden_size"],
+        "text_config": dict(sorted(released_text.items())),
+        "tie_word_embeddings": config["tie_word_embeddings"],
+        "torch_dtype": config["dtype"],
+        "video_token_index": config["video_token_index"],
+        "vision_config": dict(sorted(released_vision.items())),
+        "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "full",
+    }
+
+
 FAMILY = Family(
     config=model_config,
     model=MiniMaxM3SparseForConditionalGeneration,
@@ -84,6 +189,7 @@ FAMILY = Family(
     balance="bias",
     specials=(*SPECIALS, "<|image|>", "<|video|>"),
     frozen=("vision", "projector", "indexer"),
+    as_released=as_released,
     float32=re.compile(
         r"block_sparse_moe\.(gate\.weight|e_score_correction_bias)$|patch_embedding\.weight$"
     ),

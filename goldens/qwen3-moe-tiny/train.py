@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -46,12 +47,18 @@ def model_config() -> Qwen3MoeConfig:
     )
 
 
+def as_released(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the contents of config.json with the release's name for the number of experts."""
+    spelling = {"num_local_experts": "num_experts"}
+    return dict(sorted((spelling.get(k, k), v) for k, v in config.items()))
+
+
 FAMILY = Family(
     config=model_config,
     model=Qwen3MoeForCausalLM,
     text=lambda m: m.model,
     balance="loss",
-    spelled={"num_local_experts": "num_experts"},
+    as_released=as_released,
 )
 
 if __name__ == "__main__":

@@ -23,7 +23,16 @@ from verifier.schemes.declared import (
 )
 from verifier.schemes.dialects.common import CLASS_NAME
 from verifier.schemes.dialects.compressed_tensors import ROUTERS_BY_CONFIG
-from verifier.schemes.engines import ENGINES, READS, Engine, Reads, reading, refusal
+from verifier.schemes.engines import (
+    ENGINE_NAMES,
+    ENGINE_VERSIONS,
+    ENGINES,
+    READS,
+    Engine,
+    Reads,
+    reading,
+    refusal,
+)
 from verifier.schemes.exclusions import READERS, Exclusions, Reader
 from verifier.schemes.formats import (
     FORMAT_OF_ALGO,
@@ -37,7 +46,7 @@ from verifier.schemes.formats import (
     same_layout,
     symmetric_zero,
 )
-from verifier.schemes.groups import PACKED, fused_groups, packed_name
+from verifier.schemes.groups import PACKED, Fusion, engine_groups, fused_groups, packed_name
 from verifier.schemes.modules import (
     CACHE_LEAVES,
     KV_LEAVES,
@@ -64,6 +73,8 @@ __all__ = [
     "CACHE_LEAVES",
     "CLASS_NAME",
     "ENGINES",
+    "ENGINE_NAMES",
+    "ENGINE_VERSIONS",
     "FLOATS",
     "FORMATS",
     "FORMAT_OF_ALGO",
@@ -85,6 +96,7 @@ __all__ = [
     "Exclusions",
     "ExpertKey",
     "Format",
+    "Fusion",
     "Group",
     "Module",
     "Names",
@@ -100,6 +112,7 @@ __all__ = [
     "classes_of",
     "collapse",
     "declared_formats",
+    "engine_groups",
     "expert_key",
     "fitting",
     "format_of",

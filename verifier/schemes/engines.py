@@ -14,6 +14,21 @@ from verifier.schemes.declared import Declaration, Scheme
 
 Engine = Literal["vllm", "sglang", "trtllm", "transformers", "mlx"]
 ENGINES: tuple[Engine, ...] = ("vllm", "sglang", "trtllm", "transformers", "mlx")
+ENGINE_NAMES: dict[Engine, str] = {
+    "vllm": "vLLM",
+    "sglang": "SGLang",
+    "trtllm": "TensorRT-LLM",
+    "transformers": "transformers",
+    "mlx": "mlx-lm",
+}
+ENGINE_VERSIONS: dict[Engine, str] = {
+    "vllm": "0.32",
+    "sglang": "0.5.23",
+    "trtllm": "2edf354d",
+    "transformers": "5.23",
+    "mlx": "0.32",
+}
+"""The release, or the commit, that statements about an engine were read from or run with."""
 _FP8 = ("fp8", "fp8_per_channel", "fp8_block")
 
 

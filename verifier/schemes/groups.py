@@ -14,6 +14,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
+from verifier.schemes.formats import Format
+
 PACKED: Mapping[str, tuple[str, ...]] = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "gate_up_proj": ("gate_proj", "up_proj"),
@@ -31,14 +33,31 @@ class Fusion:
         parameter: what they call it.
         members: the projections on disk, in order.
         families: the ``model_type`` of the families whose projections it takes; empty for all.
-        shared_scales: the members whose global scales have to be equal; formats have to be equal
-            in all.
+        engines: who builds it; empty for all.
+        with_tensor_scales: the members whose per-tensor scales the loader has a place for; None
+            for all.
+        source: where this is written, for what a single engine does.
     """
 
     parameter: str
     members: tuple[str, ...]
     families: frozenset[str] = frozenset()
-    shared_scales: tuple[str, ...] | None = None
+    engines: frozenset[str] = frozenset()
+    with_tensor_scales: frozenset[str] | None = None
+    source: str = ""
+
+    def holds(self, fmt: Format, modules: Iterable[str]) -> bool:
+        """Whether the parameter can hold modules in a format: a format with per-tensor scales
+        needs a place for those of each.
+        """
+        if self.with_tensor_scales is None or not has_tensor_scales(fmt):
+            return True
+        return all(m.rpartition(".")[2] in self.with_tensor_scales for m in modules)
+
+
+def has_tensor_scales(fmt: Format) -> bool:
+    """Whether a format has a scale of one value for the whole weight, or for its inputs."""
+    return any(sibling.scalar for sibling in fmt.siblings)
 
 
 _LATENT = frozenset(
@@ -69,13 +88,18 @@ FUSIONS: tuple[Fusion, ...] = (
     Fusion("fused_wqa_wkv", ("wq_a", "wkv"), _DEEPSEEK_V4),
 )
 """The fused parameters of all engines."""
-SPARSE_ATTENTION = Fusion(
-    "qkv_proj",
-    ("q_proj", "k_proj", "v_proj", "index_q_proj", "index_k_proj"),
-    _MINIMAX_M3,
-    ("q_proj", "k_proj", "v_proj"),
+ENGINE_FUSIONS: tuple[Fusion, ...] = (
+    Fusion(
+        "qkv_proj",
+        ("q_proj", "k_proj", "v_proj", "index_q_proj", "index_k_proj"),
+        _MINIMAX_M3,
+        frozenset({"vllm"}),
+        frozenset({"q_proj", "k_proj", "v_proj"}),
+        "vLLM 0.32 linear.py MinimaxM3QKVParallelLinearWithIndexer, parameter.py "
+        "PerTensorScaleParameter",
+    ),
 )
-"""What vLLM builds in MiniMax-M3's layers with an indexer: one format for all five."""
+"""The fused parameters of single engines: more projections in one than others fuse."""
 _BY_LEAF: dict[str, list[Fusion]] = {}
 for _fusion in FUSIONS:
     for _leaf in _fusion.members:
@@ -127,5 +151,26 @@ def fused_groups(
             orders[name] = fusion.members
     for name, members in groups.items():
         if len(members) > 1:
-            order = orders[name]
-            yield name, tuple(sorted(members, key=lambda m: order.index(m.rpartition(".")[2])))
+            yield name, _in_order(members, orders[name])
+
+
+def engine_groups(
+    modules: Iterable[str], family: str | None, engine: str
+) -> Iterator[tuple[Fusion, tuple[str, ...]]]:
+    """Yield (parameter, members present) of the groups that one engine alone fuses, where members
+    that no other engine fuses are present.
+    """
+    fusions = [f for f in ENGINE_FUSIONS if engine in f.engines and family in f.families]
+    for fusion in fusions:
+        groups: dict[str, list[str]] = {}
+        for module in modules:
+            head, _, leaf = module.rpartition(".")
+            if leaf in fusion.members and head:
+                groups.setdefault(head, []).append(module)
+        for members in groups.values():
+            if {m.rpartition(".")[2] for m in members} - set(PACKED[fusion.parameter]):
+                yield fusion, _in_order(members, fusion.members)
+
+
+def _in_order(modules: Iterable[str], leaves: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(sorted(modules, key=lambda m: leaves.index(m.rpartition(".")[2])))

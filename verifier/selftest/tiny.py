@@ -92,10 +92,13 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
             "shared_intermediate_size": 64,
             "num_local_experts": 4,
             "num_experts_per_tok": 2,
-            "index_head_dim": 32,
-            "index_n_heads": 2,
-            "mlp_layer_types": ["dense", "sparse", "sparse"],
-            "layer_types": ["full_attention", "full_attention", "minimax_m3_sparse"],
+            "moe_layer_freq": [0, 1, 1],
+            "sparse_attention_config": {
+                "use_sparse_attention": True,
+                "sparse_index_dim": 32,
+                "sparse_num_index_heads": 2,
+                "sparse_attention_freq": [0, 0, 1],
+            },
         },
         "vision_config": {
             "hidden_size": 32,
@@ -105,8 +108,7 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
             "num_hidden_layers": 1,
             "patch_size": 4,
             "image_size": 16,
-            "spatial_merge_size": 2,
-            "temporal_patch_size": 2,
+            "img_token_compression_config": {"spatial_merge_size": 2, "temporal_patch_size": 2},
         },
     },
 }
@@ -126,6 +128,7 @@ class TinySpec:
         index: whether a single shard has one, too.
         merged: whether it keeps the bytes of an overlay checkpoint.
         mtp: whether it has an unquantized draft head.
+        tied: whether its head is tied to the embedding, and so has no tensor.
         sizes: replace sizes of the family's config.
     """
 
@@ -138,6 +141,7 @@ class TinySpec:
     index: bool = True
     merged: bool = False
     mtp: bool = False
+    tied: bool = False
     sizes: tuple[tuple[str, int], ...] = ()
 
 
@@ -165,7 +169,7 @@ class Content:
         return sorted({split(n)[0] for n in weights} - self.formats.keys())
 
 
-_LINEAR = ("routed_expert", "shared_expert", "attention", "mlp")
+_LINEAR = ("routed_expert", "shared_expert", "attention", "indexer", "mlp")
 
 
 def _all(fmt: str) -> tuple[tuple[str, str], ...]:
@@ -193,6 +197,7 @@ TINY: tuple[TinySpec, ...] = (
     TinySpec("mixtral-nvfp4", "mixtral", "nvfp4", _EXPERTS, shards=2),
     TinySpec("mixtral-w4a16", "mixtral", "w4a16_nvfp4", (("routed_expert", "w4a16_nvfp4"),)),
     TinySpec("qwen3-moe-nvfp4", "qwen3_moe", "nvfp4", _EXPERTS, index=False),
+    TinySpec("qwen3-moe-tied", "qwen3_moe", "nvfp4", _EXPERTS, tied=True),
     TinySpec("qwen3-moe-mxfp8", "qwen3_moe", "mxfp8", _all("mxfp8"), shards=2),
     TinySpec("qwen3-moe-mixed", "qwen3_moe", "mixed", _MIXED, shards=3, merged=True),
     TinySpec("minimax-m3-mxfp8", "minimax_m3_vl", "mxfp8", _all("mxfp8"), shards=2, mtp=True),
@@ -214,6 +219,8 @@ _OVERLAY = TinySpec("overlay", "", "mxfp8", (), index=False)
 def make(root: Path, spec: TinySpec, seed: int = 0) -> TinyCheckpoint:
     """Write a tiny checkpoint, its BF16 base and, for a merged one, its overlay, below ``root``."""
     config = copy.deepcopy(dict(CONFIGS[spec.family])) | dict(spec.sizes)
+    if spec.tied:
+        config["tie_word_embeddings"] = True
     values = dict(_values(config, seed))
     if spec.mtp:
         text = config.get("text_config", config)
@@ -354,7 +361,8 @@ def _write(
         _write_json(path / INDEX, index)
     declared = dict(config)
     if spec:
-        inline, nested = _DECLARE[spec.dialect](content.formats, content.unquantized)
+        plain = sorted([*content.unquantized, "lm_head"]) if spec.tied else content.unquantized
+        inline, nested = _DECLARE[spec.dialect](content.formats, plain)
         declared["quantization_config"] = inline
         if nested is not None:
             _write_json(path / QUANT_CONFIG, nested)

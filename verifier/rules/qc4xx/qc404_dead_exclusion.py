@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from verifier.findings import Finding, Where
+from verifier.layouts.engine_needs import HEAD, untensored_heads
 from verifier.rules.context import Context
 from verifier.rules.registry import rule
 from verifier.schemes import CLASS_NAME, Declaration, Names
@@ -40,13 +41,12 @@ def check(ctx: Context) -> Iterator[Finding]:
     ctx.tally.see(len(declaration.exclude))
     modules = set(ctx.candidate.modules)
     parents = {m.rpartition(".")[0] for m in modules}
+    tied = bool(untensored_heads(modules, ctx.checkpoint.config))
     for pattern in declaration.exclusions.dead(modules | parents):
         if pattern in ctx.expectations.wrapped_exclusions:
             continue  # QC209
-        # Exporters list the head by habit, tied or not, and an exclusion of a missing module does
-        # no harm.
-        tied = bool((ctx.checkpoint.config or {}).get("tie_word_embeddings"))
-        if pattern.endswith("lm_head") and tied:
+        # Engines build a tied head, although it has no tensor.
+        if pattern.endswith(HEAD) and tied:
             continue
         absent = ctx.expectations.family is not None and ctx.expectations.family.optional(
             pattern.lstrip("*.")

@@ -536,3 +536,51 @@ def _declare_kv(fields: dict[str, str]) -> Change:
 
 add("QC415", "nested-field-in-flat-form", _declare_kv(_KV_FP8), severity="warning")
 add("QC415", "scheme-as-text", _declare_kv({"kv_cache_scheme": "FP8"}), severity="warning")
+
+
+# QC416 and QC417: what engines need besides the tensors
+
+
+@defect("QC416", on(ONLY_NVFP4), severity="warning", also="205")
+def head_tied_and_not_excluded(ckpt: CheckpointEditor) -> Where:
+    """Tie the head to the embedding: its tensor and its exclusion go."""
+
+    def tie(config: dict[str, Any]) -> None:
+        config["tie_word_embeddings"] = True
+
+    ckpt.edit_json(CONFIG, tie)
+    ckpt.drop([name for name in ckpt.tensors() if name.endswith("lm_head.weight")])
+    edit_exclusions(ckpt, lambda listed: [p for p in listed if not p.endswith("lm_head")])
+    return Where()
+
+
+def _spell_as_transformers(config: dict[str, Any]) -> None:
+    """Write the fields of MiniMax-M3 as transformers saves them."""
+    text, vision = config["text_config"], config["vision_config"]
+    sparse, dense = text.pop("sparse_attention_config"), text.pop("moe_layer_freq")
+    kinds = ("full_attention", "minimax_m3_sparse")
+    text["layer_types"] = [kinds[flag] for flag in sparse["sparse_attention_freq"]]
+    text["mlp_layer_types"] = [("dense", "sparse")[flag] for flag in dense]
+    text["index_head_dim"] = sparse["sparse_index_dim"]
+    text["index_n_heads"] = sparse["sparse_num_index_heads"]
+    vision |= vision.pop("img_token_compression_config")
+
+
+add(
+    "QC417",
+    "spelled-as-transformers-does",
+    edit_config(_spell_as_transformers),
+    on(traits="vision"),
+    severity="warning",
+)
+
+
+@defect("QC409", on(MXFP8, traits="vision"), severity="warning", also="605")
+def indexer_unquantized(ckpt: CheckpointEditor) -> Where:
+    """Leave one projection of the indexer in BF16, correctly declared, next to quantized q/k/v."""
+    module = next(m for m in ckpt.modules() if m.endswith(".index_k_proj"))
+    shape = ckpt.modules()[module]["weight"].unpacked
+    replace_parts(ckpt, module, {"weight": np.full(shape, 0.01, ml_dtypes.bfloat16)})
+    unlist(ckpt, [module])
+    exclude_sorted(ckpt, [module])
+    return ckpt.where(f"{module}.weight")

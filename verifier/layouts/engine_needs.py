@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What engines need to load a family besides its tensors, as data with the source of each entry:
+names by which they ask for a module, heads that have no tensor, fields of config.json.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from verifier.schemes import Engine, role
+
+HEAD = "lm_head"
+"""The name by which every engine finds the output head: alone, as a part or as a substring."""
+_MINIMAX_M3 = frozenset({"minimax_m3_vl"})
+
+
+@dataclass(frozen=True, slots=True)
+class AskedName:
+    """A module that an engine looks up in the declaration by a name that is not on disk.
+
+    Attributes:
+        engine: who asks.
+        families: the ``model_type`` of the families.
+        stored: how the module's name on disk ends.
+        asked: how the name ends that the engine asks by; '' where it asks without a name, so that
+            no exclusion can match.
+        source: where this is written.
+    """
+
+    engine: Engine
+    families: frozenset[str]
+    stored: str
+    asked: str
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class RequiredField:
+    """A field of config.json that an engine reads and that transformers spells differently.
+
+    Attributes:
+        engine: who reads it.
+        families: the ``model_type`` of the families.
+        path: its dotted path.
+        effect: what the engine does without it.
+        source: where this is written.
+    """
+
+    engine: Engine
+    families: frozenset[str]
+    path: str
+    effect: str
+    source: str
+
+    def present(self, config: Mapping[str, Any]) -> bool:
+        """Whether a config has the field."""
+        node: Any = config
+        for part in self.path.split("."):
+            if not isinstance(node, Mapping) or part not in node:
+                return False
+            node = node[part]
+        return True
+
+
+ASKED_NAMES: tuple[AskedName, ...] = (
+    AskedName(
+        "vllm",
+        frozenset({"exaone_moe", "afmoe"}),
+        "lm_head",
+        "",
+        "vLLM 0.32 exaone_moe.py and afmoe.py build ParallelLMHead without a prefix",
+    ),
+)
+REQUIRED_FIELDS: tuple[RequiredField, ...] = (
+    RequiredField(
+        "vllm",
+        _MINIMAX_M3,
+        "vision_config.img_token_compression_config",
+        "stops: the vision tower has no attribute img_token_compression_config",
+        "vLLM 0.32 models/minimax_m3/common/vision_tower.py, run on a CPU",
+    ),
+    RequiredField(
+        "vllm",
+        _MINIMAX_M3,
+        "text_config.sparse_attention_config",
+        "builds the indexer of the released model: in all layers from the fourth on",
+        "vLLM 0.32 transformers_utils/configs/minimax_m3.py",
+    ),
+    RequiredField(
+        "vllm",
+        _MINIMAX_M3,
+        "text_config.moe_layer_freq",
+        "builds the layers of the released model: 3 dense, the others with experts",
+        "vLLM 0.32 transformers_utils/configs/minimax_m3.py",
+    ),
+)
+
+
+def untensored_heads(modules: Iterable[str], config: Mapping[str, Any] | None) -> tuple[str, ...]:
+    """Return the heads that engines build although no tensor of theirs is stored: the output head
+    of a model that ties it to the embedding.
+
+    Args:
+        modules: the stored modules.
+        config: config.json; a model whose config unties the head has a different one.
+    """
+    text = (config or {}).get("text_config")
+    levels = (config or {}, text if isinstance(text, Mapping) else {})
+    flags = [level["tie_word_embeddings"] for level in levels if "tie_word_embeddings" in level]
+    roles = {role(name) for name in modules}
+    untied = bool(flags) and not any(flags)
+    return (HEAD,) if "embedding" in roles and "lm_head" not in roles and not untied else ()
+
+
+def asked_names(module: str, family: str | None, engines: Iterable[Engine]) -> Iterator[AskedName]:
+    """Yield the names by which engines ask for a module, where they are not the one on disk."""
+    for name in ASKED_NAMES:
+        if name.engine in engines and family in name.families:
+            if module == name.stored or module.endswith(f".{name.stored}"):
+                yield name
