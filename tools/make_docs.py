@@ -42,12 +42,6 @@ DAMAGE = ("<!-- damage: rendered by tools/make_docs.py -->", "<!-- end of damage
 NOT_YET = {
     "QC108 shared storage at save": "cannot occur in a file; the key that it loses is reported by "
     "QC301 or QC302",
-    "QC601 an engine's loader rejects the checkpoint": "needs the engine; the causes in the file "
-    "are QC2xx, QC3xx, QC4xx and QC604",
-    "QC602 a parameter is never written": "needs the engine's loader, run twice on different "
-    "initial values; in the file QC205, QC207, QC301 and QC302, with transformers QC608",
-    "QC603 a tensor is read and not used": "needs the engine's loader, observed; in the file "
-    "QC201 to QC204, with transformers QC608",
     "QC607 the export depends on the form of the path": "needs a second export; missing MTP "
     "tensors are QC206",
     "QC706 draft acceptance": "needs an engine with speculative decoding and a GPU; defects of the "

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from verifier.cli.evaluating import eval_options, evaluate_of
+from verifier.cli.loading import engine_of, engine_options
 from verifier.cli.main import explain_failure, wants_traceback
 from verifier.cli.options import (
     BASE,
@@ -59,7 +60,8 @@ DIRECT = (
     *DEPTHS,
     explanation="header: names, shapes, dtypes, configs. payload: also every scale and "
     "pass-through tensor, and with --base every quantized weight. load: also load the model with "
-    "transformers. eval: also score text with candidate and base, as `ckptgate gate` does.",
+    "transformers. engine: load it with vLLM's own loader instead, on a CPU. eval: also score "
+    "text with candidate and base, as `ckptgate gate` does.",
 )
 @click.option(
     "--tp", metavar="N", type=click.IntRange(1, 65536), help="Tensor-parallel size you serve with."
@@ -82,6 +84,7 @@ DIRECT = (
     "--sample", metavar="P%", help="Check a random P% of modules, at least one of each kind."
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Random seed of --sample.")
+@engine_options
 @eval_options
 @SETTINGS
 @output_options
@@ -103,6 +106,7 @@ def check(
     """
     from verifier.checkpoint.opening import sources_kept  # noqa: PLC0415  (numpy, as below)
 
+    engine = engine_of(options["depth"], options)
     evaluate = evaluate_of(options["depth"], options["base"], options)
     settings, file = effective_settings(options)
     targets = outputs(settings["formats"].value, files)
@@ -111,7 +115,7 @@ def check(
     arguments = {name: options[name] for name in DIRECT} | check_arguments(settings)
     sources = ctx.with_resource(sources_kept())
     with progress_bar("checking", unit="byte", more=traffic_of(sources)) as progress:
-        more = {"evaluate": evaluate, "progress": progress}
+        more = {"evaluate": evaluate, "engine": engine, "progress": progress}
         report, failure = _report(path, arguments | more)
     if file is not None:
         report = replace(report, summary=replace(report.summary, config=str(file)))

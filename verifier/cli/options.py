@@ -14,7 +14,7 @@ import click
 from verifier.summary import FAIL_ON, WEIGHTS
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
-DEPTHS = ("header", "payload", "load", "eval")
+DEPTHS = ("header", "payload", "load", "engine", "eval")
 
 
 def together(*decorators: Decorator) -> Decorator:

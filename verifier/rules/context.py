@@ -17,6 +17,7 @@ from verifier.payload.pass_through import PassThrough
 from verifier.payload.reader import PayloadReader
 from verifier.quantized import QuantizedCheckpoint
 from verifier.rules.deprecated import moved_attribute
+from verifier.rules.engine_loading import EngineLoader, EngineLoads
 from verifier.rules.expectations import Expectations
 from verifier.rules.loading import Loaded, Loader
 from verifier.schemes import Module
@@ -49,14 +50,15 @@ class Tally:
 @dataclass(frozen=True, slots=True)
 class Inputs:
     """What rules get next to the checkpoints: the tensor and expert parallel sizes to serve with,
-    how weights relate to the base's ('' for as in the base), a loader (depth load), and scores
-    (depth eval).
+    how weights relate to the base's ('' for as in the base), a loader (depth load), an engine's
+    loader (depth engine), and scores (depth eval).
     """
 
     tp: int | None = None
     ep: int | None = None
     weights: str = ""
     loader: Loader | None = None
+    engine_loader: EngineLoader | None = None
     evaluation: Evaluation | None = None
 
 
@@ -135,9 +137,20 @@ class Context:
         loader = self.inputs.loader
         if loader is None:
             raise ValueError("a rule of depth load was run without a loader")
+        return self.cached("loaded", lambda: loader(self.checkpoint, self._related_base))
+
+    @property
+    def engine_loads(self) -> EngineLoads:
+        """What an engine's loader made of the candidate, and of a related base; loaded once."""
+        loader = self.inputs.engine_loader
+        if loader is None:
+            raise ValueError("a rule of depth engine was run without an engine")
+        return self.cached("engine", lambda: loader(self.checkpoint, self._related_base))
+
+    @property
+    def _related_base(self) -> Checkpoint | None:
         related = self.base is not None and not self.expectations.unrelated_base
-        base = self.base.checkpoint if self.base is not None and related else None
-        return self.cached("loaded", lambda: loader(self.checkpoint, base))
+        return self.base.checkpoint if self.base is not None and related else None
 
     def cached(self, key: str, make: Callable[[], T]) -> T:
         """Return a small result of the whole checkpoint; ``make`` is called on first use."""

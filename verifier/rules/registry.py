@@ -19,8 +19,17 @@ from typing import Literal
 from verifier.findings import Finding, Severity
 from verifier.rules.context import Context
 
-Depth = Literal["header", "payload", "load", "eval"]
-DEPTHS: tuple[Depth, ...] = ("header", "payload", "load", "eval")
+Depth = Literal["header", "payload", "load", "engine", "eval"]
+DEPTHS: tuple[Depth, ...] = ("header", "payload", "load", "engine", "eval")
+INCLUDED: Mapping[Depth, tuple[Depth, ...]] = {
+    "header": ("header",),
+    "payload": ("header", "payload"),
+    "load": ("header", "payload", "load"),
+    "engine": ("header", "payload", "engine"),
+    "eval": ("header", "payload", "load", "eval"),
+}
+"""The depths whose rules run at each depth: an engine has its own interpreter, and needs neither
+torch nor transformers here."""
 Engine = Literal["vllm", "sglang", "trtllm", "transformers"]
 Check = Callable[[Context], Iterator[Finding]]
 

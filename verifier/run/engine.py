@@ -18,12 +18,13 @@ from verifier.evaluation import Evaluate, Evaluation
 from verifier.findings import Coverage, Finding, Report, Verdict, Where
 from verifier.progress import Progress, no_progress
 from verifier.quantized import QuantizedCheckpoint
-from verifier.rules import DEPTHS, Context, Depth, Rule, all_rules
+from verifier.rules import INCLUDED, Context, Depth, Rule, all_rules
 from verifier.rules.context import Inputs
+from verifier.rules.engine_loading import EngineLoader
 from verifier.rules.loading import Loader
 from verifier.run.fingerprints import fingerprinted
-from verifier.run.loading import default_evaluate, default_loader
-from verifier.run.options import CheckOptions, Path, Reading, reading_of
+from verifier.run.loading import default_evaluate, default_loader, engine_loader
+from verifier.run.options import CheckOptions, EngineOptions, Path, Reading, reading_of
 from verifier.run.provenance import commits_of, fetched_from
 from verifier.run.schedule import Outcome, Outcomes, run_rules
 from verifier.run.select import Prefixes, Selection
@@ -66,6 +67,7 @@ def check(
     weights: str | None = None,
     evaluate: Evaluate | None = None,
     progress: Progress = no_progress,
+    engine: EngineOptions | None = None,
 ) -> Report:
     """Check a checkpoint and return the report; nothing is written.
 
@@ -77,7 +79,8 @@ def check(
         merged_from: the overlay checkpoint whose bytes a mixed export keeps.
         depth: ``header`` reads headers and configs; ``payload`` also every scale and unquantized
             tensor, and with a base or ``merged_from`` every weight; ``load`` also builds the model
-            with transformers (docs/reload.md); ``eval`` also scores text with candidate and base
+            with transformers (docs/reload.md); ``engine`` loads it with an engine's own loader
+            instead (docs/engines.md); ``eval`` also scores text with candidate and base
             (docs/gate.md).
         require: rules, by id or prefix, that must run; one that did not makes the verdict
             inconclusive.
@@ -108,6 +111,7 @@ def check(
         evaluate: scores text at depth eval: ``verifier.gate.evaluator(corpus=…)``; the default uses
             ``wikitext2-test``.
         progress: called while bytes are read, with the bytes that are checked and all that will be.
+        engine: the engine of depth engine, and the interpreter that has it.
 
     Raises:
         UsageError: a directory that does not exist or holds no safetensors checkpoint, an unknown
@@ -137,6 +141,7 @@ def check(
         weights=weights,
         evaluate=evaluate,
         progress=progress,
+        engine=engine,
     )
     return run_check(uri, options)
 
@@ -169,7 +174,9 @@ def run_check(uri: Path, options: CheckOptions) -> Report:
     running = [rule for rule in plan.rules.values() if not not_run[rule.id]]
     evaluation = _evaluation(plan, running, candidate, base)
     weights = options.weights if options.weights not in (None, "base") else ""
-    inputs = Inputs(options.tp, options.ep, weights or "", plan.loader, evaluation)
+    inputs = Inputs(
+        options.tp, options.ep, weights or "", plan.loader, plan.engine_loader, evaluation
+    )
     ctx = Context.of(candidate, base, merged_from, inputs)
     outcomes = run_rules(ctx, running, plan.reading, plan.severities.apply, options.progress)
     findings, coverage = _results(plan, outcomes.by_rule, not_run)
@@ -208,6 +215,7 @@ class CheckPlan:
     severities: Severities
     reading: Reading
     loader: Loader | None
+    engine_loader: EngineLoader | None
 
     def reasons_not_to_run(self, has_base: bool, has_merged_from: bool) -> dict[str, str]:
         """Return for each rule why it does not run, '' where it does."""
@@ -256,11 +264,12 @@ def plan_of(options: CheckOptions) -> CheckPlan:
     selected = (rule for rule in rules.values() if not selection.why_not(rule.id))
     loads = _reaches(options.depth, "load") and any(r.depth == "load" for r in selected)
     loader = default_loader() if loads else None
-    return CheckPlan(options, rules, selection, severities, reading, loader)
+    engine = engine_loader(options.engine) if options.engine is not None else None
+    return CheckPlan(options, rules, selection, severities, reading, loader, engine)
 
 
 def _reaches(depth: Depth, needed: Depth) -> bool:
-    return DEPTHS.index(depth) >= DEPTHS.index(needed)
+    return needed in INCLUDED[depth]
 
 
 def _lacks(rule: Rule, depth: Depth, inputs: set[str]) -> str:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loader of depth load and the scorer of depth eval, found by name: importing them takes torch,
-transformers and seconds, which no other depth may cost.
+"""The loaders of depths load and engine and the scorer of depth eval, found by name: importing them
+takes torch, transformers and seconds, which no other depth may cost.
 """
 
 from __future__ import annotations
@@ -8,9 +8,12 @@ from __future__ import annotations
 from importlib import import_module
 
 from verifier.evaluation import Evaluate
+from verifier.rules.engine_loading import EngineLoader
 from verifier.rules.loading import Loader
+from verifier.run.options import EngineOptions
 
 LOADER = "verifier.load.reload"
+ENGINE_LOADER = "verifier.engines.loader"
 SCORER = "verifier.gate.as_depth"
 
 
@@ -21,6 +24,14 @@ def default_loader() -> Loader:
         MissingExtra: torch or transformers is not installed.
     """
     loader: Loader = import_module(LOADER).reload
+    return loader
+
+
+def engine_loader(options: EngineOptions) -> EngineLoader:
+    """Return the loader of an engine."""
+    loader: EngineLoader = import_module(ENGINE_LOADER).VllmLoader(
+        options.python, options.layers, options.timeout
+    )
     return loader
 
 

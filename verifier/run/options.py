@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Literal
 
 from verifier.errors import UsageError
 from verifier.evaluation import Evaluate
@@ -19,6 +20,37 @@ from verifier.summary import FAIL_ON, WEIGHTS, FailOn
 Path = str | os.PathLike[str]
 MAX_WORKERS = 64
 DEFAULT_WORKERS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """The engine of depth engine.
+
+    Args:
+        python: an interpreter in which the engine is installed; ckptgate need not be.
+        name: ``vllm``.
+        layers: build only the first layers; by default all of them, or where they do not fit into
+            memory the fewest that show every kind of layer.
+        timeout: seconds that the engine may take for each checkpoint.
+    """
+
+    python: str
+    name: Literal["vllm"] = "vllm"
+    layers: int | None = None
+    timeout: float = 1800.0
+
+    def validate(self) -> None:
+        """Refuse values that are out of range.
+
+        Raises:
+            UsageError: the first that is wrong.
+        """
+        if self.name != "vllm":
+            raise UsageError(f"no engine {self.name!r}; available: vllm")
+        if self.layers is not None and self.layers < 1:
+            raise UsageError(f"cannot build {self.layers} layers; 1 or more")
+        if not 0 < self.timeout <= 86_400:
+            raise UsageError("--engine-timeout must be above 0 and at most 86400 seconds")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +77,7 @@ class CheckOptions:
     weights: str | None = None
     evaluate: Evaluate | None = None
     progress: Progress = no_progress
+    engine: EngineOptions | None = None
 
     def validate(self) -> None:
         """Refuse options that are wrong by themselves or contradict one another.
@@ -59,6 +92,15 @@ class CheckOptions:
         if self.weights not in (None, *WEIGHTS):
             near = nearest(str(self.weights), WEIGHTS)
             raise UsageError(f"no weights {self.weights!r}; {near}one of {', '.join(WEIGHTS)}")
+        if (self.depth == "engine") != (self.engine is not None):
+            needs = "an interpreter with the engine (--engine-python)"
+            raise UsageError(
+                f"depth engine needs {needs}"
+                if self.engine is None
+                else "--engine-python needs --depth engine: no other depth loads with an engine"
+            )
+        if self.engine is not None:
+            self.engine.validate()
         if self.fail_on not in FAIL_ON:
             raise UsageError(f"cannot fail on {self.fail_on!r}; {' or '.join(FAIL_ON)}")
         for name, size in (("tp", self.tp), ("ep", self.ep)):

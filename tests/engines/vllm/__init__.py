@@ -10,6 +10,7 @@ import os
 import time
 from dataclasses import dataclass
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 from formula import row  # type: ignore[import-not-found]
@@ -41,14 +42,24 @@ class LLM:
         print("INFO engine starts", model)
         if options.pop("fail", False):
             raise RuntimeError("no kernel for this format on this card")
+        if options.pop("hide", False):
+            os.write(
+                2, b"(EngineCore pid=7) ERROR 11-29 23:02:14 [core.py:1120] ValueError: no room\n"
+            )
+            raise RuntimeError("Engine core initialization failed. See root cause above.")
         if options.pop("die", False):
             os.write(2, b"CUDA error: out of memory\n")
             os._exit(7)
         self.mode = options.pop("mode", "")
+        speculative = object() if self.mode == "speculates" else None
+        self.llm_engine = SimpleNamespace(
+            vllm_config=SimpleNamespace(speculative_config=speculative)
+        )
         known = {
             "max_model_len",
             "max_logprobs",
             "enable_prefix_caching",
+            "skip_tokenizer_init",
             "disable_log_stats",
             "trust_remote_code",
         }

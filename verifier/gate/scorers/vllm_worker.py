@@ -63,6 +63,18 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
+def context_length(model: str) -> int | None:
+    """Return the context length of a local model, if its config.json has it."""
+    try:
+        with open(os.path.join(model, "config.json"), encoding="utf-8") as file:
+            config = json.load(file)
+    except (OSError, ValueError):
+        return None
+    text = config.get("text_config") or config
+    length = text.get("max_position_embeddings") if isinstance(text, dict) else None
+    return length if isinstance(length, int) else None
+
+
 def main() -> int:
     """Serve until stdin ends."""
     # What vLLM prints goes to stderr: stdout is for the lines.
@@ -77,18 +89,24 @@ def main() -> int:
         hello = json.loads(sys.stdin.readline())
         if hello.get("ckptgate") != 1:
             raise ValueError(f"expected protocol version 1, got {hello.get('ckptgate')!r}")
+        window, top_k = int(hello["window"]), int(hello["top_k"])
+        if window == context_length(hello["model"]):
+            # vLLM counts the token that it must generate, which is never read.
+            os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
         import vllm  # type: ignore[import-not-found,unused-ignore]  # noqa: PLC0415  (takes seconds)
 
-        top_k = int(hello["top_k"])
         count = max(1, top_k)
         options = {
-            "max_model_len": int(hello["window"]) + 1,
+            "max_model_len": window + 1,
             "max_logprobs": count,
+            "skip_tokenizer_init": True,
             "enable_prefix_caching": False,
             "disable_log_stats": True,
             **hello["options"],
         }
         model = vllm.LLM(model=hello["model"], trust_remote_code=False, **options)
+        if model.llm_engine.vllm_config.speculative_config is not None:
+            raise ValueError("vLLM speculates with a draft model here; score without it")
         params = vllm.SamplingParams(
             max_tokens=1, temperature=0.0, prompt_logprobs=count, detokenize=False
         )

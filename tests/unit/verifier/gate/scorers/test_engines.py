@@ -135,12 +135,14 @@ def test_vllm_with_logits_that_are_not_finite(interpreter: str) -> None:
     ("options", "message"),
     [
         ({"fail": True}, "no kernel for this format on this card"),
+        ({"hide": True}, r"ValueError: no room \(RuntimeError: Engine core"),
+        ({"mode": "speculates"}, "vLLM speculates"),
         ({"die": True}, "CUDA error: out of memory"),
         ({"mode": "hang", "timeout": 1.0}, r"within 1 s \(--engine-timeout\)"),
         ({"mode": "short"}, "KeyError|ValueError"),
         ({"nonsense": "x"}, "AssertionError"),
     ],
-    ids=["raises", "dies", "hangs", "answers-less", "option"],
+    ids=["raises", "hides-the-cause", "speculates", "dies", "hangs", "answers-less", "option"],
 )
 def test_vllm_that_fails_is_one_message(
     interpreter: str, options: dict[str, object], message: str
