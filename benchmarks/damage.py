@@ -199,7 +199,7 @@ def scored(folder: Path, corpus: Corpus) -> Run:
 
 def row(damage: str, base: Run, good: Run, damaged: Run) -> dict[str, Any]:
     """Return each measure of a damaged export."""
-    margin, drift_margin = margin_of(None, damaged.header.formats), drift_margin_of(None)
+    margin, drift_margin = margin_of(None, damaged.header.parameters), drift_margin_of(None)
     result = compare_runs(base, damaged, margin, drift_against=good, drift_margin=drift_margin)
     alone, own = compare_runs(base, damaged, margin), compare_runs(good, damaged, margin)
     if (
@@ -259,7 +259,7 @@ def examine(subject: Subject, work: Path, only: str, before: dict[str, Any]) -> 
         print(rows[-1], flush=True)
     elif UNREACHED in earlier:
         rows.append(earlier[UNREACHED])
-    first = compare_runs(base, good, margin_of(None, good.header.formats))
+    first = compare_runs(base, good, margin_of(None, good.header.parameters))
     return {
         "golden": subject.golden,
         "layer": LAYER,

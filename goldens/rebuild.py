@@ -211,7 +211,8 @@ def row_of(build: Build, golden: str, base: Checkpoint) -> dict[str, Any]:
     g = store.load(RECORDS, name)
     base_nats, nats, tokens = zip(*g.documents, strict=True)
     loss = paired(base_nats, nats, tokens)
-    margin = margin_of(None, {k.split(".")[1] for k in g.facts if k.startswith("scales.")})
+    formats = {k.split(".")[1] for k in g.facts if k.startswith("scales.")}
+    margin = g.margin if g.margin is not None else margin_of(None, formats).nats
     counts = {
         k.removeprefix("scales."): v
         for k, v in g.facts.items()
@@ -224,7 +225,7 @@ def row_of(build: Build, golden: str, base: Checkpoint) -> dict[str, Any]:
         "se": loss.se,
         "documents": len(g.documents),
         "tokens": loss.tokens,
-        "margin": margin.nats,
+        "margin": margin,
         "verdict": g.verdict,
         "perplexity": math.exp(sum(nats) / loss.tokens),
         "bytes": g.facts["bytes"],
@@ -274,7 +275,7 @@ class Rebuilder:
             self._base_run = self.score(self.base)
         ckpt = open_checkpoint(name)
         run = self.score(ckpt)
-        result = compare_runs(self._base_run, run, margin_of(None, run.header.formats))
+        result = compare_runs(self._base_run, run, margin_of(None, run.header.parameters))
         new = record_of(result, ckpt, self.base)
         comparison = compare_rebuilt(old, new)
         pending = None

@@ -3,7 +3,8 @@
 
 ``vllm`` knows prompt_logprobs; ``ids`` and ``text`` know echo only, and name tokens by number or by
 text; ``busy`` fails twice before each answer; ``broken`` answers no JSON; ``slow`` never answers;
-``long`` answers too much; ``short`` leaves a token out.
+``long`` answers too much; ``short`` leaves a token out; ``drafts`` and ``eagle`` speculate, as
+vLLM's counters and SGLang's server information have it; ``zeros`` answers 0 for every token.
 """
 
 from __future__ import annotations
@@ -41,6 +42,12 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(200, {"data": [{"id": n} for n in names]})
         elif self.path == "/version" and MODE == "vllm":
             self.answer(200, {"version": "0.0-stand-in"})
+        elif self.path == "/metrics" and MODE in ("vllm", "drafts"):
+            name = "spec_decode_num_drafts" if MODE == "drafts" else "num_requests_running"
+            self.answer(200, f"# TYPE vllm:{name} counter\nvllm:{name} 0.0\n".encode())
+        elif self.path == "/get_server_info" and MODE in ("ids", "eagle"):
+            algorithm = "EAGLE3" if MODE == "eagle" else None
+            self.answer(200, {"speculative_algorithm": algorithm})
         else:
             self.answer(404, {"error": "not found"})
 
@@ -100,7 +107,7 @@ class Handler(BaseHTTPRequestHandler):
         return sorted(range(len(values)), key=lambda i: (-values[i], i))
 
     def entry(self, previous: int, token: int, count: int) -> dict[str, Any]:
-        values = row(previous)
+        values = [0.0] * len(row(previous)) if MODE == "zeros" else row(previous)
         if token == 13:
             values = [-9999.0] * len(values)  # as vLLM's server writes an infinity
         ranked = self.ranked(values)

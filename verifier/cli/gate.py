@@ -351,7 +351,7 @@ def compare(
     result = gate_api.compare_runs(
         base_run,
         candidate_run,
-        gate_api.margin_of(max_increase, header.formats, task=task),
+        gate_api.margin_of(max_increase, header.parameters or header.formats, task=task),
         drift_against=gate_api.read_run(drift_against) if drift_against is not None else None,
         drift_margin=gate_api.drift_margin_of(max_drift, task=task),
         floor_runs=[gate_api.read_run(file) for file in floor],

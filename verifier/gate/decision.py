@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from verifier.errors import UsageError
 from verifier.evaluation import Interval, Margin, Outcome
@@ -29,14 +29,19 @@ BUDGETS = {
 6.6% (NVIDIA/Model-Optimizer#1719); MXFP8 and FP8: an order of magnitude below."""
 
 
-def margin_of(option: str | float | None, formats: Iterable[str], *, task: bool = False) -> Margin:
-    """Return the margin: ``8%`` of perplexity, ``0.05`` nats, or the widest default budget of the
-    formats present.
+def margin_of(
+    option: str | float | None, formats: Iterable[str] | Mapping[str, int], *, task: bool = False
+) -> Margin:
+    """Return the margin: ``8%`` of perplexity, ``0.05`` nats, or the default budgets of the formats
+    present, weighed by their parameters.
+
+    Formats without a default budget, and linear layers that are not quantized, weigh with 0.
 
     Args:
         option: the value of ``--max-increase``. For a task it is in points of accuracy, ``1%`` or
             ``0.01``.
-        formats: the candidate's.
+        formats: the candidate's; with the parameters of each (`format_parameters`) their budgets
+            are weighed, without them the narrowest counts.
         task: whether the protocol is a task, which has no default.
 
     Raises:
@@ -49,11 +54,25 @@ def margin_of(option: str | float | None, formats: Iterable[str], *, task: bool 
     budgets = {name: BUDGETS[name] for name in formats if name in BUDGETS}
     if not budgets:
         raise UsageError("no quantized format with a default budget; give --max-increase, e.g. 8%")
-    widest = max(budgets, key=lambda name: budgets[name])
+    parameters = dict(formats) if isinstance(formats, Mapping) else {}
+    if len(parameters) > 1 and any(parameters.values()):
+        return _weighed(parameters)
+    narrowest = min(budgets, key=lambda name: budgets[name])
     return Margin(
-        math.log1p(budgets[widest]),
-        f"default budget of {widest}, {budgets[widest]:.0%} of perplexity",
+        math.log1p(budgets[narrowest]),
+        f"default budget of {narrowest}, {budgets[narrowest]:.0%} of perplexity",
     )
+
+
+def _weighed(parameters: Mapping[str, int]) -> Margin:
+    """Return the mean default budget of formats over the parameters of each."""
+    total = sum(parameters.values())
+    nats = sum(math.log1p(BUDGETS.get(name, 0.0)) * n for name, n in parameters.items()) / total
+    largest_first = sorted(parameters.items(), key=lambda item: -item[1])
+    shares = ", ".join(
+        f"{n / total:.1%} {name} at {BUDGETS.get(name, 0):.0%}" for name, n in largest_first
+    )
+    return Margin(nats, f"default budgets by share of parameters, {math.expm1(nats):.2%}: {shares}")
 
 
 def drift_margin_of(option: str | float | None, *, task: bool = False) -> Margin:

@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from verifier.errors import UsageError
 from verifier.evaluation import Margin
 from verifier.gate.attempts import Attempts, Pair, Spread
-from verifier.gate.decision import NORMALS, drift_margin_of, margin_of
-from verifier.gate.gate import gate_options, open_pair
+from verifier.gate.decision import NORMALS, alpha_of
+from verifier.gate.gate import accepted_run, gate_options, margins_of, open_pair
 from verifier.gate.options import PathLike
+from verifier.gate.run_file import Run
 from verifier.gate.score import formats_of, score
-from verifier.gate.statistics import LEVEL, paired, scipy_stats
+from verifier.gate.statistics import paired, scipy_stats
 from verifier.gate.windows import plan_scoring
 from verifier.text import printable
 
@@ -28,12 +30,28 @@ POWER = 0.8
 
 
 @dataclass(frozen=True)
+class DriftForecast:
+    """What a gate over all documents would show of the drift from an accepted run; the fields are
+    those of `GatePlan`.
+    """
+
+    margin: Margin
+    se: float
+    passes: float | None
+    fails: float
+    seen: float
+    chance_seen: float
+
+
+@dataclass(frozen=True)
 class GatePlan:
-    """What a gate over all documents would do; losses in nats per token.
+    """What a gate over all documents would do; losses in ``unit``.
 
     ``passes``: the largest true loss that passes with a chance of 80%, None where none above zero
     does; ``fails``: the smallest that fails with it. ``seen`` is the loss in ``source``, ``normal``
     the published loss of the format; ``chance_seen`` and ``chance`` are those of a pass there.
+    ``seconds`` is the time of the whole gate, of which ``loading`` does not grow with the
+    documents; None where it was not measured.
     """
 
     source: str
@@ -47,13 +65,42 @@ class GatePlan:
     normal: float | None
     chance: float | None
     seconds: float
+    unit: str = "nats per token"
+    loading: float | None = None
+    drift: DriftForecast | None = None
+
+
+@dataclass
+class _Clock:
+    """When the first and the last unit of work were done: what is before the first is loading."""
+
+    started: float = field(default_factory=time.monotonic)
+    marks: list[tuple[int, float]] = field(default_factory=list)
+
+    def __call__(self, done: int, _total: int) -> None:
+        self.marks.append((done, time.monotonic() - self.started))
+
+    def cost(self, work: int) -> tuple[float, float | None]:
+        """Return the seconds of scoring ``work`` windows or documents, and those of loading.
+
+        With a single unit nothing can be told apart: all of it grows with the work.
+        """
+        if not self.marks:
+            return 0.0, None
+        (first, first_at), (last, last_at) = self.marks[0], self.marks[-1]
+        if last == first:
+            return last_at * work / max(1, last), None
+        rate = (last_at - first_at) / (last - first)
+        loading = max(0.0, first_at - rate * first)
+        return loading + rate * work, loading
 
 
 def plan(candidate: PathLike, *, base: PathLike, **options: Any) -> GatePlan:
     """Return what a gate with these options would do.
 
     The spread of documents is taken from the last attempt on this base and sequence length that the
-    cache has, else from the first ten documents, which are scored.
+    cache has, else from the first ten documents, which are scored; so they are for a task, and for
+    a drift.
 
     Args:
         candidate: as `verifier.gate.run` takes it, as is everything else.
@@ -64,50 +111,104 @@ def plan(candidate: PathLike, *, base: PathLike, **options: Any) -> GatePlan:
         UsageError: fewer than two documents.
         ContentError: a checkpoint cannot be scored.
     """
-    # Nothing is compared with an accepted run, and no KL is computed.
-    options = options | {"drift_against": None, "kl": "auto", "floor": ()}
-    max_drift = options.pop("max_drift", None)
-    request = gate_options(**options)
-    task = request.scoring.protocol == "task"
-    drift_margin_of(max_drift, task=task)
+    request = gate_options(**options | {"kl": "auto", "floor": ()})
     pair = open_pair(candidate, base, request.scoring)
-    formats = formats_of(pair.candidate)
-    margin = margin_of(request.max_increase, formats, task=task)
     documents = len(request.scoring.corpus)
     if documents < 2:
         raise UsageError("one document has no interval; a gate on it is always inconclusive")
-    spread = None
+    margins = margins_of(pair, request)
+    whole = plan_scoring((pair.candidate, pair.base), request.scoring)
+    accepted = accepted_run(pair.candidate, whole.key, request)
+    task, spread, look = request.scoring.protocol == "task", None, None
     if request.cache is not None:
-        spread = Attempts(Path(request.cache)).last_spread(pair)
+        attempts = Attempts(Path(request.cache))
+        look = attempts.look(pair, margins).number
+        spread = attempts.last_spread(pair) if accepted is None and not task else None
+    formats = set() if task else formats_of(pair.candidate)
     if spread is not None:
         source = f"the last attempt on this base ({spread.scored} documents of {spread.corpus!r})"
-    else:
-        spread = _first_documents(pair)
-        source = f"the first {min(FIRST, documents)} documents, scored now"
-    return foresee(spread, source, documents, margin, set() if task else formats)
-
-
-def _first_documents(pair: Pair) -> Spread:
-    """Score the first documents and return how they differ."""
-    first = replace(pair.options, corpus=pair.options.corpus.head(FIRST))
-    candidate, base = score(plan_scoring((pair.candidate, pair.base), first)).runs
-    interval = paired(base.sums, candidate.sums, base.tokens)
-    if interval.documents < 2:
-        raise UsageError(
-            f"only {interval.documents} of the first {len(first.corpus)} documents has a token to "
-            "score"
-        )
-    return Spread(
-        corpus=first.corpus.name,
-        scored=interval.documents,
-        se=interval.se,
-        delta=interval.delta,
-        seconds=candidate.header.seconds + base.header.seconds,
+        return foresee(spread, source, documents, margins[0], formats, look=look)
+    source = f"the first {min(FIRST, documents)} documents, scored now"
+    clock = _Clock()
+    runs = _first_documents(pair, clock)
+    result = foresee(_spread(*runs), source, documents, margins[0], formats, look=look)
+    drift = None
+    if accepted is not None:
+        drift = _foresee_drift(accepted, runs[0], documents, margins[1], look)
+    seconds, loading = clock.cost(2 * sum(len(unit) for unit in whole.units))
+    return replace(
+        result,
+        unit="of accuracy" if task else result.unit,
+        seconds=seconds,
+        loading=loading,
+        drift=drift,
     )
 
 
+def _first_documents(pair: Pair, clock: _Clock) -> tuple[Run, Run]:
+    """Score the first documents with the candidate and the base."""
+    first = replace(pair.options, corpus=pair.options.corpus.head(FIRST), progress=clock)
+    candidate, base = score(plan_scoring((pair.candidate, pair.base), first)).runs
+    scored = int((base.tokens > 0).sum())
+    if scored < 2:
+        raise UsageError(
+            f"only {scored} of the first {len(first.corpus)} documents has a token to score"
+        )
+    return candidate, base
+
+
+def _head(run: Run, documents: int) -> Run:
+    """Return the sums of a run's first documents."""
+    arrays = {name: run.arrays[name][:documents] for name in ("sums", "tokens")}
+    header = run.header.model_copy(update={"documents": run.header.documents[:documents]})
+    return Run(header, arrays)
+
+
+def _spread(candidate: Run, base: Run) -> Spread:
+    """Return how documents differ in the loss of a run over another."""
+    corpus = str(base.header.key["corpus"])
+    if candidate.header.key["protocol"] != "task":
+        interval = paired(base.sums, candidate.sums, base.tokens)
+        return Spread(
+            corpus=corpus,
+            scored=interval.documents,
+            se=interval.se,
+            delta=interval.delta,
+            seconds=0.0,
+        )
+    count = len(base)
+    lost = int((base.sums < candidate.sums).sum())
+    won = int((base.sums > candidate.sums).sum())
+    # Documents that all agree do not show that none would differ: one of each kind is added.
+    discordant = (lost + won + 2) / (count + 2)
+    se = math.sqrt(discordant / count)
+    return Spread(corpus=corpus, scored=count, se=se, delta=(lost - won) / count, seconds=0.0)
+
+
+def _foresee_drift(
+    accepted: Run, candidate: Run, documents: int, margin: Margin, look: int | None
+) -> DriftForecast:
+    """Return the forecast of the drift; the last of the first documents may have other windows in
+    the whole text, and is left out.
+    """
+    count = len(candidate)
+    same = accepted.tokens[:count] == candidate.tokens
+    parts = [
+        Run(run.header, {name: values[same] for name, values in run.arrays.items()})
+        for run in (_head(candidate, count), _head(accepted, count))
+    ]
+    seen = foresee(_spread(*parts), "", documents, margin, set(), look=look)
+    return DriftForecast(margin, seen.se, seen.passes, seen.fails, seen.seen, seen.chance_seen)
+
+
 def foresee(
-    spread: Spread, source: str, documents: int, margin: Margin, formats: Iterable[str]
+    spread: Spread,
+    source: str,
+    documents: int,
+    margin: Margin,
+    formats: Iterable[str],
+    *,
+    look: int | None = None,
 ) -> GatePlan:
     """Return the plan for ``documents`` documents from how some of them differ.
 
@@ -117,10 +218,11 @@ def foresee(
         documents: how many the gate would score.
         margin: of the gate.
         formats: the candidate's.
+        look: which look it would be; None where earlier attempts are not known.
     """
     stats = scipy_stats()
     error = spread.se * math.sqrt(spread.scored / documents)
-    quantile = float(stats.t.ppf(LEVEL, documents - 1))
+    quantile = float(stats.t.ppf(1 - alpha_of(look), documents - 1))
     reach = (quantile + float(stats.norm.ppf(POWER))) * error
 
     def chance(loss: float) -> float:
@@ -146,25 +248,38 @@ def foresee(
 
 def render_plan_text(plan: GatePlan) -> str:
     """Return a plan as a few lines of text."""
-    passes = "no true loss passes"
-    if plan.passes is not None:
-        passes = f"true loss ≤ {plan.passes:.5f} passes"
     lines = [
         f"plan     {plan.documents} documents; the spread is from {plan.source}",
-        f"margin   {plan.margin.nats:.5f} nats ({plan.margin.source}); expected standard error "
-        f"{plan.se:.5f}",
-        f"detects  with 80% power: {passes}, ≥ {plan.fails:.5f} fails",
-        f"chance   {plan.chance_seen:.0%} to pass at the loss seen there, {plan.seen:+.5f} nats",
+        *_forecast_lines(plan, plan.unit),
     ]
     if plan.normal is not None and plan.chance is not None:
         lines.append(
             f"         {plan.chance:.0%} to pass at the published normal of the format, "
             f"{plan.normal:+.5f} nats"
         )
-    lines.append(f"cost     about {plan.seconds:,.0f} s here, loading included")
+    if plan.drift is not None:
+        lines += ["drift    from the accepted run:", *_forecast_lines(plan.drift, plan.unit)]
+    lines.append("note     a standard error from few documents may be half or twice the real one")
+    loading = "loading included"
+    if plan.loading is not None:
+        loading = f"{plan.loading:,.0f} s of it to load"
+    lines.append(f"cost     about {plan.seconds:,.0f} s here, {loading}")
     return "".join(printable(line, 2000) + "\n" for line in lines)
+
+
+def _forecast_lines(forecast: GatePlan | DriftForecast, unit: str) -> list[str]:
+    passes = "no true loss passes"
+    if forecast.passes is not None:
+        passes = f"true loss ≤ {forecast.passes:.5f} passes"
+    return [
+        f"margin   {forecast.margin.nats:.5f} {unit} ({forecast.margin.source}); expected standard "
+        f"error {forecast.se:.5f}",
+        f"detects  with 80% power: {passes}, ≥ {forecast.fails:.5f} fails",
+        f"chance   {forecast.chance_seen:.0%} to pass at the loss seen there, "
+        f"{forecast.seen:+.5f} {unit}",
+    ]
 
 
 def render_plan_json(plan: GatePlan) -> str:
     """Return a plan as one JSON object."""
-    return json.dumps({"schema_version": "1.0", **asdict(plan)}, indent=2) + "\n"
+    return json.dumps({"schema_version": "1.1", **asdict(plan)}, indent=2) + "\n"

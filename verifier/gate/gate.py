@@ -32,7 +32,7 @@ from verifier.gate.options import (
     silent,
 )
 from verifier.gate.run_file import Run, read_run, require_same_key
-from verifier.gate.score import Strategy, apart, formats_of, lockstep, score
+from verifier.gate.score import Strategy, apart, format_parameters, lockstep, score
 from verifier.gate.scorers.lm_eval_task import task_corpus
 from verifier.gate.windows import fits_twice, plan_scoring
 
@@ -185,12 +185,12 @@ def corpus_of(protocol: str, corpus: str | None, metric: str | None) -> Corpus:
 def run_gate(candidate: PathLike, base: PathLike, options: GateOptions) -> GateResult:
     """Compare a candidate with its base; see `run`."""
     pair = open_pair(candidate, base, options.scoring)
-    margins = _margins(pair, options)
+    margins = margins_of(pair, options)
     strategy, top_k = _strategy(pair.base, options)
     checkpoints = (pair.candidate, pair.base)
     plan = plan_scoring(checkpoints, replace(options.scoring, top_k=top_k))
     # Everything that can be refused is, before any model runs.
-    accepted = _accepted_run(pair.candidate, plan.key, options)
+    accepted = accepted_run(pair.candidate, plan.key, options)
     floor_runs = _floor_runs(pair.base, plan.key, options)
     attempts = Attempts(Path(options.cache)) if options.cache is not None else None
     look = attempts.look(pair, margins) if attempts is not None else None
@@ -242,13 +242,15 @@ def _same(candidate: Checkpoint, base: Checkpoint) -> bool:
     )
 
 
-def _margins(pair: Pair, options: GateOptions) -> tuple[Margin, Margin]:
+def margins_of(pair: Pair, options: GateOptions) -> tuple[Margin, Margin]:
+    """Return the margins of the loss over the base, and over an accepted run."""
     task = options.scoring.protocol == "task"
-    margin = margin_of(options.max_increase, formats_of(pair.candidate), task=task)
+    margin = margin_of(options.max_increase, format_parameters(pair.candidate), task=task)
     return margin, drift_margin_of(options.max_drift, task=task)
 
 
-def _accepted_run(candidate: Checkpoint, key: dict[str, Any], options: GateOptions) -> Run | None:
+def accepted_run(candidate: Checkpoint, key: dict[str, Any], options: GateOptions) -> Run | None:
+    """Return the run to measure drift from, of the same protocol; None where there is none."""
     if options.drift_against is None:
         return None
     run = read_run(options.drift_against)

@@ -60,10 +60,10 @@ class RunHeader(BaseModel):
 
     The digests of weights, configuration and tokenizer say which checkpoint was scored (version 1.0
     recorded the weights only). ``documents`` are digests; ``groups`` holds the number of each
-    document's group, and is empty where every document is its own. ``vocab_size`` is that of
-    config.json, ``chance`` the share of right answers that guessing gives in a task. ``floor``: the
-    model against itself in other batches, nats per token; ``experts``: tokens of each expert by
-    layer.
+    document's group, and is empty where every document is its own. ``parameters`` counts those of
+    linear layers by format. ``vocab_size`` is that of config.json, ``chance`` the share of right
+    answers that guessing gives in a task. ``floor``: the model against itself in other batches,
+    nats per token; ``experts``: tokens of each expert by layer.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -79,6 +79,7 @@ class RunHeader(BaseModel):
         max_length=MAX_DOCUMENTS
     )
     groups: list[Annotated[int, Field(ge=0)]] = Field(default=[], max_length=MAX_DOCUMENTS)
+    parameters: dict[_Text, Annotated[int, Field(ge=0)]] = Field(default={}, max_length=100)
     vocab_size: Annotated[int, Field(ge=1)] | None = None
     chance: Annotated[float, Field(ge=0, le=1)] | None = None
     sampled_from: _Text | None = None

@@ -7,6 +7,7 @@ Strategies differ in who scores which units and what is kept on the way: `apart`
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -33,8 +34,13 @@ from verifier.gate.windows import ScoringPlan, plan_scoring, share, slices_of
 from verifier.layouts.expert_stacks import unstacked
 from verifier.processes import spawned
 from verifier.quantized import config_value
-from verifier.schemes import gather
+from verifier.schemes import gather, role
 
+UNQUANTIZED = "unquantized"
+"""What `format_parameters` calls the linear layers without a format."""
+_LINEAR = frozenset({"routed_expert", "shared_expert", "attention", "mlp"})
+"""The roles whose unquantized weights count: embeddings, heads, routers and norms are not quantized
+by the recipes that the budgets are from."""
 _DIED = "a scoring process died ({how}); is there enough memory for the model?"
 
 
@@ -341,6 +347,7 @@ def run_of(
         environment=scores.environment,
         documents=document_digests(corpus),
         groups=list(corpus.group_numbers),
+        parameters=format_parameters(ckpt),
         vocab_size=config_value(ckpt.config, "vocab_size"),
         chance=corpus.task.chance if corpus.task is not None else None,
         sampled_from=corpus.sampled_from,
@@ -356,6 +363,21 @@ def formats_of(ckpt: Checkpoint) -> set[str]:
     """Return the algorithms of a checkpoint's modules, as its tensors show them."""
     modules = gather(unstacked(ckpt).tensors.values()).values()
     return {m.inferred_format.algo for m in modules if m.inferred_format}
+
+
+def format_parameters(ckpt: Checkpoint) -> dict[str, int]:
+    """Return how many parameters of linear layers have each format, `UNQUANTIZED` among them."""
+    counts: dict[str, int] = {}
+    for module in gather(unstacked(ckpt).tensors.values()).values():
+        fmt, weight = module.inferred_format, module.weight
+        if weight is None:
+            continue
+        if fmt is None and (role(module.name) not in _LINEAR or len(weight.shape) < 2):
+            continue
+        name = fmt.algo if fmt is not None else UNQUANTIZED
+        elements = math.prod(module.dims) if module.dims else weight.elements
+        counts[name] = counts.get(name, 0) + elements
+    return counts
 
 
 def assemble(

@@ -59,8 +59,9 @@ class Acceptance(BaseModel):
 class Golden(BaseModel):
     """The result of a run, as later runs are compared with it.
 
-    ``documents``: the base's nats, the candidate's nats and the tokens of each. ``drift`` is the
-    margin of later runs, nats per token; ``facts`` are counts and digests.
+    ``documents``: the base's nats, the candidate's nats and the tokens of each. ``margin`` is that
+    of the loss over the base, ``drift`` that of later runs, nats per token; ``facts`` are counts
+    and digests.
     """
 
     model_config = _CONFIG
@@ -80,6 +81,7 @@ class Golden(BaseModel):
     loss: Number | None = None
     low: Number | None = None
     high: Number | None = None
+    margin: Number | None = None
     floor: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     drift: Annotated[float, Field(gt=0, allow_inf_nan=False)] = DRIFT_NATS
     facts: dict[Text, Scalar] = Field(default={}, max_length=2000)
@@ -153,7 +155,7 @@ def _gate_fields(result: GateResult, record: Record) -> dict[str, Any]:
     loss = record.measures.get("loss")
     if loss is not None:
         fields |= {"loss": loss.value, "low": loss.low, "high": loss.high}
-    return fields | {"documents": result.documents}
+    return fields | {"documents": result.documents, "margin": result.margin.nats}
 
 
 def _check_facts(report: Report, record: Record) -> dict[str, Scalar]:

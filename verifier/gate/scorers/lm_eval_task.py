@@ -74,7 +74,21 @@ def _info(spec: str, task: Any, metric: str | None) -> TaskInfo:
         int(config.num_fewshot or 0),
         chosen,
         str(filters[0].name) if filters else "none",
+        _chance(task),
     )
+
+
+def _chance(task: Any) -> float | None:
+    """Return the share of right answers that guessing gives: by the number of choices of each
+    document, 0 where the answer is written freely, None where the choices cannot be read.
+    """
+    if task.config.output_type != "multiple_choice":
+        return 0.0
+    try:
+        counts: list[int] = [len(task.doc_to_choice(document)) for document in task.eval_docs]
+    except Exception:  # noqa: BLE001  (whatever a task's own functions raise)
+        return None
+    return sum(1 / count for count in counts) / len(counts) if counts and all(counts) else None
 
 
 @lru_cache(maxsize=4)
@@ -128,10 +142,13 @@ def score_task(model: Any, job: Job, unit: Unit) -> UnitScores:
     info = job.task
     if info is None:
         raise ValueError("a job of another protocol")
+    # torch comes with an extra, and only a scoring process needs it.
     from lm_eval.evaluator import evaluate  # type: ignore[import-untyped]  # noqa: PLC0415
 
+    from verifier.gate.scorers.nonfinite import watching  # noqa: PLC0415
+
     numbers = [number for number, _ in unit.texts]
-    with quiet():
+    with quiet(), watching(model) as watch:
         task = _load(info.spec)
         task.set_fewshot_seed(seed=SEED)
         results = evaluate(
@@ -152,7 +169,11 @@ def score_task(model: Any, job: Job, unit: Unit) -> UnitScores:
                 " choose another with --metric"
             )
     wrong = np.array([1.0 - float(right[number]) for number in numbers])
-    return UnitScores(unit.number, {"nats": wrong, "words": np.ones(len(numbers), np.int64)})
+    return UnitScores(
+        unit.number,
+        {"nats": wrong, "words": np.ones(len(numbers), np.int64)},
+        watch.documents([s for s in samples if s["filter"] == info.filter], numbers),
+    )
 
 
 def language_model(model: Any, job: Job) -> Any:

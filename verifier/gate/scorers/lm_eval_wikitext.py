@@ -36,9 +36,12 @@ def score_texts(model: Any, job: Job, unit: Unit) -> UnitScores:
         from lm_eval.tasks import TaskManager  # type: ignore[import-untyped]  # noqa: PLC0415
     except ImportError as error:
         raise MissingExtra("the protocol lm-eval", "gate") from error
+    # torch comes with an extra, and only a scoring process needs it.
+    from verifier.gate.scorers.nonfinite import watching  # noqa: PLC0415
+
     texts = [text for _, text in unit.texts]
     adapter = language_model(model, job)
-    with quiet():
+    with quiet(), watching(model) as watch:
         results = simple_evaluate(
             model=adapter,
             tasks=[_task(texts)],
@@ -57,6 +60,8 @@ def score_texts(model: Any, job: Job, unit: Unit) -> UnitScores:
             nats[place], words[place] = -float(likelihood), int(count)
         else:
             nonfinite.append(unit.texts[place][0])
+    if watch.nonfinite and not nonfinite:
+        nonfinite = [document for document, _ in unit.texts]
     return UnitScores(unit.number, {"nats": nats, "words": words}, sorted(nonfinite))
 
 

@@ -26,7 +26,9 @@ from verifier.gate.scorers.engine import (
 
 ATTEMPTS = 3
 MAX_REQUESTS = 64
-_SMALL_ANSWER, _LIST_ANSWER = 1 << 16, 1 << 20
+_SMALL_ANSWER, _LIST_ANSWER, _METRICS_ANSWER = 1 << 16, 1 << 20, 1 << 24
+_DRAFT_COUNTER = b"vllm:spec_decode"
+_SERVER_INFO = ("/get_server_info", "/server_info")
 _TOKEN_PREFIX = "token_id:"  # noqa: S105  (not a password)
 
 
@@ -40,13 +42,15 @@ class ServerEngine:
         """Look for the model and for how the server gives log-probabilities.
 
         Raises:
-            UsageError: the endpoint is not a URL, or the server does not serve the model.
+            UsageError: the endpoint is not a URL, or the server does not serve the model, or it
+                decodes speculatively.
             MachineError: the server does not answer.
         """
         self._host, self._port, self._tls, self._path = _endpoint(job.scorer.endpoint)
         self._timeout, self._top_k, self._batch = job.scorer.timeout, job.top_k, job.batch
         self._who = f"the server at {self._host}:{self._port}"
         self._model = self._served(job.scorer.served)
+        self._refuse_speculation()
         self._echo = not self._has_prompt_logprobs()
         self.environment = {"engine": self._version(), "device": "of the server"}
 
@@ -111,6 +115,41 @@ class ServerEngine:
         if not model and len(names) != 1:
             raise UsageError(f"{self._who} serves {len(names)} models; name one with --served")
         return model or names[0]
+
+    def _refuse_speculation(self) -> None:
+        """Refuse a server that decodes speculatively, as far as it says so.
+
+        Log-probabilities of such a server may be those of another token, or 0
+        (vllm-project/vllm#53488, ggml-org/llama.cpp#27972). vLLM has the counters of its drafts in
+        ``/metrics`` only where it speculates; SGLang names its algorithm.
+
+        Raises:
+            UsageError: the server speculates.
+        """
+        how = ""
+        if _DRAFT_COUNTER in self._text_of("/metrics"):
+            how = f"its /metrics has {_DRAFT_COUNTER.decode()} counters"
+        for target in _SERVER_INFO:
+            try:
+                info = json.loads(self._text_of(target))
+            except (ValueError, RecursionError):
+                continue
+            algorithm = info.get("speculative_algorithm") if isinstance(info, dict) else None
+            if algorithm and str(algorithm).upper() != "NONE":
+                how = f"its speculative_algorithm is {str(algorithm)[:80]}"
+        if how:
+            raise UsageError(
+                f"{self._who} decodes speculatively ({how}); its log-probabilities are not those "
+                "of the model: serve it without speculation"
+            )
+
+    def _text_of(self, target: str) -> bytes:
+        """Return what the server answers to GET, b"" where it has no answer."""
+        try:
+            status, raw = self._once("GET", target, None, _METRICS_ANSWER)
+        except (OSError, http.client.HTTPException, MachineError):
+            return b""
+        return raw if status == 200 else b""
 
     def _version(self) -> str:
         try:

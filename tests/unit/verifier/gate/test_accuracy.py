@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import shutil
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -21,7 +22,7 @@ from verifier.errors import ContentError, IncomparableError, UsageError
 from verifier.evaluation import Margin
 from verifier.gate.comparison import compare_runs
 from verifier.gate.decision import margin_of
-from verifier.gate.jobs import UnitScores
+from verifier.gate.jobs import Job, UnitScores
 from verifier.gate.options import ScoringOptions
 from verifier.gate.render import render_json, render_run, render_text
 from verifier.gate.run_file import Run, RunHeader, read_run, write_run
@@ -214,6 +215,19 @@ def task_files(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     return found
 
 
+def nonfinite_answers(job: Job, folder: Path) -> list[int]:
+    """Return the documents that a model with a NaN in its last norm answers without a number."""
+    broken = shutil.copytree(job.model, folder / "nan")
+    norm = open_checkpoint(broken).tensors["language_model.model.norm.weight"]
+    with (broken / norm.file).open("r+b") as handle:
+        handle.seek(norm.offset)
+        handle.write(b"\xc0\x7f")
+    two = replace(job.units[0], texts=job.units[0].texts[:2])
+    scores: list[UnitScores] = []
+    score(replace(job, model=str(broken), units=(two,)), scores.append)
+    return scores[0].nonfinite
+
+
 @pytest.mark.xdist_group("gate")
 def test_tasks_from_yaml_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -240,6 +254,9 @@ def test_tasks_from_yaml_files(
         assert read_run(tmp_path / name).header.key["task"] == name
         assert found.tokens.tolist() == [1] * 18
         if name == "tiny_choice":
+            assert found.header.chance == pytest.approx(1 / 3)
+            assert found.header.nonfinite == []
+            assert nonfinite_answers(job, tmp_path) == [0, 1]
             assert 0 < found.sums.sum() < 18
             assert f"{18 - int(found.sums.sum())} of 18 right" in render_run(found, "x")
     with pytest.raises(UsageError, match="no metric 'f1'; available: acc"):

@@ -14,12 +14,14 @@ import pytest
 from scipy import stats
 
 from tests.paths import ROOT
+from tests.results import KEY, scored_run
 from verifier.evaluation import Interval, Margin
 from verifier.gate.attempts import Spread
 from verifier.gate.comparison import coverage_note
 from verifier.gate.decision import documents_for, drift_margin_of, outcome_of
-from verifier.gate.forecast import foresee
+from verifier.gate.forecast import _Clock, _foresee_drift, _spread, foresee
 from verifier.gate.measures import by_document, kl_lower_bound
+from verifier.gate.run_file import Run
 from verifier.gate.statistics import (
     block_error,
     bootstrap,
@@ -272,6 +274,49 @@ def test_a_plan_says_what_more_documents_buy() -> None:
     assert many.passes < 0.077 < many.fails
     wide = spread.model_copy(update={"se": 0.5})
     assert foresee(wide, "x", 20, Margin(0.077, ""), set()).passes is None
+
+
+def task_runs(lost: int, won: int, count: int) -> list[Run]:
+    wrong = np.zeros((2, count))
+    wrong[1, :lost] = wrong[0, lost : lost + won] = 1  # the base gets the first ones right
+    runs = []
+    for weights, sums in zip("ab", wrong, strict=True):
+        run = scored_run(0, weights, documents=count, key=KEY | {"protocol": "task"})
+        runs.append(Run(run.header, {"sums": sums, "tokens": np.ones(count, np.int64)}))
+    return runs
+
+
+def test_a_plan_of_a_task_whose_documents_agree_is_not_certain() -> None:
+    base, candidate = task_runs(0, 0, 10)
+    spread = _spread(candidate, base)
+    assert spread.se > 0.1
+    plan = foresee(spread, "x", 100, Margin(0.01, ""), set())
+    assert plan.passes is None
+    assert plan.chance_seen < 0.2
+    base, candidate = task_runs(30, 10, 100)
+    assert _spread(candidate, base).delta == pytest.approx(0.2)
+
+
+def test_a_plan_of_a_drift_leaves_out_documents_with_other_windows() -> None:
+    accepted, candidate = scored_run(1, "a", documents=10), scored_run(2, "b", 0.02, documents=10)
+    accepted.tokens[9] += 3
+    drift = _foresee_drift(accepted, candidate, 100, Margin(0.003, ""), None)
+    expected = (candidate.sums - accepted.sums)[:9].sum() / candidate.tokens[:9].sum()
+    assert drift.seen == pytest.approx(expected)
+    assert drift.fails > 0.003
+
+
+def test_a_plan_at_a_later_look_needs_more() -> None:
+    spread = Spread(scored=10, se=0.02, delta=0.07, seconds=5.0)
+    first, third = (foresee(spread, "x", 100, Margin(0.077, ""), set(), look=k) for k in (1, 3))
+    assert third.fails > first.fails
+    assert third.chance_seen < first.chance_seen
+
+
+def test_loading_does_not_grow_with_the_documents() -> None:
+    clock = _Clock(started=0.0, marks=[(2, 30.0), (4, 31.0), (10, 34.0)])
+    assert clock.cost(100) == (79.0, 29.0)
+    assert _Clock(started=0.0, marks=[(2, 30.0)]).cost(4) == (60.0, None)
 
 
 def test_interval_against_the_textbook() -> None:

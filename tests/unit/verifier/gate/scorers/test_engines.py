@@ -212,6 +212,31 @@ def test_a_server_that_fails_is_one_message(
         scored(Scorer("server", endpoint=url, timeout=0.3 if mode == "slow" else 30.0))
 
 
+@pytest.mark.parametrize(
+    ("mode", "message"),
+    [("drafts", "vllm:spec_decode counters"), ("eagle", "speculative_algorithm is EAGLE3")],
+)
+def test_a_server_that_speculates_is_refused(mode: str, message: str) -> None:
+    with serving(mode) as url, pytest.raises(UsageError, match=message):
+        scored(Scorer("server", endpoint=url))
+
+
+def test_a_server_that_answers_zero_for_every_token_does_not_pass(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    corpus = tmp_path / "c.jsonl"
+    corpus.write_text("".join(json.dumps({"ids": [i, 1, 2, 3, 4]}) + "\n" for i in range(9)))
+    runs = {}
+    for mode, model in (("vllm", QWEN), ("zeros", QWEN.with_name("qwen3moe_nvfp4_experts_max"))):
+        runs[mode] = str(tmp_path / f"{mode}.run")
+        with serving(mode) as url:
+            score = ["score", str(model), "--corpus", str(corpus), "--scorer", "server"]
+            assert run([*score, "--endpoint", url, "-o", runs[mode]]) == 0
+    capsys.readouterr()
+    assert run(["compare", runs["vllm"], runs["zeros"]]) == 3
+    assert "100% of the candidate's tokens have one and the same" in capsys.readouterr().out
+
+
 def test_a_busy_server_is_asked_again_and_an_absent_one_is_named(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
