@@ -81,9 +81,7 @@ def test_relative_error_on_normal_weights(
     assert error.item() == pytest.approx(expected, rel=0.01)
 
 
-@pytest.mark.parametrize(
-    "method", ["sweep", "four_over_six"]
-)  # the multipliers of `mse` hold no exact 1.0
+@pytest.mark.parametrize("method", ["mse", "sweep", "four_over_six"])
 def test_no_search_is_worse_than_max_in_any_block(method: weights.Method) -> None:
     x = torch.from_numpy(np.random.default_rng(4).standard_t(3, (32, 256)).astype(np.float32))
     top = codecs.amax(x, "nvfp4")
@@ -95,6 +93,22 @@ def test_no_search_is_worse_than_max_in_any_block(method: weights.Method) -> Non
         return (codecs.decode(parts, "nvfp4") - x).square().reshape(32, 16, 16).sum(-1)
 
     assert bool((loss(method) <= loss("max") * (1 + 1e-5) + 1e-12).all())
+
+
+@pytest.mark.parametrize("size", [1e-23, 1e20])
+@pytest.mark.parametrize("method", ["mse", "sweep", "four_over_six"])
+def test_values_whose_squares_float32_cannot_hold_are_searched_too(
+    method: weights.Method, size: float
+) -> None:
+    """Squares of 1e-23 and 1e20 under- and overflow; a power of two changes no code."""
+    plain = torch.from_numpy(np.random.default_rng(6).standard_normal((64, 256)).astype(np.float32))
+    power = 2.0 ** float(np.round(np.log2(size)))
+    usual, extreme = (weights.encode(x, "nvfp4", method=method) for x in (plain, plain * power))
+    for leaf in ("weight", "weight_scale"):
+        assert torch.equal(usual[leaf].view(torch.uint8), extreme[leaf].view(torch.uint8)), leaf
+    x = plain * size
+    values = codecs.decode(weights.encode(x, "nvfp4", method=method), "nvfp4").double()
+    assert float((values - x.double()).norm() / x.double().norm()) < 0.09
 
 
 def test_a_stack_is_each_matrix_alone_and_zero_experts_are_defined() -> None:
