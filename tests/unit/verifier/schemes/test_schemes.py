@@ -782,15 +782,42 @@ def released(released_files: list[Path]) -> dict[str, Declaration]:
     found = {}
     for file in released_files:
         raw = json.loads(file.read_bytes())
-        body = raw if file.name.endswith("hf_quant_config.json") else raw.get("quantization_config")
+        body = _quantization(raw, file.name)
         if body is not None:
-            found[file.name] = parse(body, file.name)
+            config = raw if body is not raw else None
+            found[file.name] = parse(body, file.name, config)
     return found
+
+
+def _quantization(raw: dict[str, Any], name: str) -> dict[str, Any] | None:
+    """Return the quantization config of a file: nested, in the text model's config, or the file."""
+    if name.endswith("hf_quant_config.json") or "quant_method" in raw:
+        return raw
+    nested = raw.get("quantization_config", raw.get("compression_config"))
+    body = nested or (raw.get("text_config") or {}).get("quantization_config")
+    return body if isinstance(body, dict) else None
 
 
 NOT_UNDERSTOOD = {
     "unknown--Kimi-K2.5-Quark-W4A8_quantization.json",  # FP8 over INT4
 }
+WITHOUT = {
+    "MiniMaxAI--MiniMax-M3_config.json",
+    "nvidia--DeepSeek-V3.2-NVFP4_config.json",  # in hf_quant_config.json alone, like the next two
+    "nvidia--NVIDIA-Nemotron-3-Super-120B-A12B-FP8_config.json",
+    "nvidia--NVIDIA-Nemotron-3-Ultra-550B-A55B-NVFP4_config.json",
+    "nvidia--Llama-3_3-Nemotron-Super-49B-v1_config.json",
+    "nvidia--NVIDIA-Nemotron-3-Nano-30B-A3B-BF16_config.json",
+    "nvidia--NVIDIA-Nemotron-3-Ultra-550B-A55B-BF16_config.json",
+    "nvidia--Nemotron-H-56B-Base-8K_config.json",
+}
+"""Files that hold no quantization config."""
+
+
+def test_every_released_config_is_parsed(
+    released: dict[str, Declaration], released_files: list[Path]
+) -> None:
+    assert {f.name for f in released_files} - released.keys() == WITHOUT
 
 
 def test_configs_of_released_checkpoints_parse(released: dict[str, Declaration]) -> None:
