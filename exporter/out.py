@@ -37,3 +37,8 @@ def check_out(out: Path, *, overwrite: bool, inputs: tuple[str, ...]) -> None:
 def out_exists(out: Path) -> UsageError:
     """Return the error of an OUT that exists."""
     return UsageError(f"{out}: already exists; use --overwrite to replace it")
+
+
+def work_folder(out: Path) -> Path:
+    """Return the work directory of an output, next to it."""
+    return out.with_name(f".{out.name}.ckptgate-work")

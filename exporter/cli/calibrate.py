@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from verifier.cli.progress import progress_bar
+from verifier.cli.terminal import on_interrupt
 from verifier.errors import MissingExtra, UsageError
 
 FALLBACK = click.Choice(["fallback", "error"])
@@ -119,6 +120,7 @@ def calibrate(source: str, out: str, samples: str, **options: Any) -> None:
             raise MissingExtra("calibrate", "load")
     from exporter import calibration  # noqa: PLC0415  (torch and transformers cost seconds)
 
+    on_interrupt("no stats file was written")
     with progress_bar("calibrating", unit="sequence") as progress:
         report = calibration.calibrate(source, out, samples=counts, progress=progress, **options)
     click.echo(calibration.render_text(report), nl=False)

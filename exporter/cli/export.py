@@ -173,8 +173,9 @@ def merge(
     require_report_file(report_file, out)
     import exporter  # noqa: PLC0415  (as above)
 
+    write = exporter.merge  # refuses where torch is missing
     with writing_bar(_merged_bytes(experts, onto)) as progress:
-        manifest = exporter.merge(
+        manifest = write(
             experts,
             out,
             onto=onto,

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from exporter.out import check_out
+from exporter.out import check_out, work_folder
 from verifier.cli.progress import progress_bar
+from verifier.cli.terminal import on_interrupt
 from verifier.errors import UsageError
 from verifier.files import require_writable
 from verifier.progress import Progress
@@ -69,6 +70,8 @@ def require_inputs(
     if recipe is not None:
         load(recipe)
     check_out(Path(out), overwrite=overwrite, inputs=tuple(uris))
+    folder = work_folder(Path(out))
+    on_interrupt(f"finished shards are kept in {folder}; run the same command again to resume")
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from exporter.out import out_exists
+from exporter.out import out_exists, work_folder
 from exporter.plan import Plan
 from exporter.stream.shards import Task, write_shard
 from exporter.stream.summary import EncodeSummary, combine
@@ -40,11 +40,6 @@ class Written:
     digests: dict[str, tuple[str, int]] = field(default_factory=dict)
     encoded: dict[str, EncodeSummary] = field(default_factory=dict)
     resumed: int = 0
-
-
-def work_folder(out: Path) -> Path:
-    """Return the work directory of an output, next to it."""
-    return out.with_name(f".{out.name}.ckptgate-work")
 
 
 def fingerprint(plan: Plan, todo: list[Task]) -> str:

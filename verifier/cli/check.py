@@ -32,6 +32,7 @@ from verifier.cli.outputs import (
 from verifier.cli.progress import progress_bar, traffic_of
 from verifier.cli.recording import Recording, record, recording_options, require_recordable
 from verifier.cli.settings import check_arguments, effective_settings
+from verifier.cli.terminal import on_interrupt
 from verifier.errors import ContentError, MachineError, NotACheckpointError, UsageError
 from verifier.findings import Finding, Report
 from verifier.summary import Summary
@@ -113,6 +114,7 @@ def check(
     require(targets)
     require_recordable(recording)
     arguments = {name: options[name] for name in DIRECT} | check_arguments(settings)
+    on_interrupt("no report was written")
     sources = ctx.with_resource(sources_kept())
     with progress_bar("checking", unit="byte", more=traffic_of(sources)) as progress:
         more = {"evaluate": evaluate, "engine": engine, "progress": progress}

@@ -19,6 +19,7 @@ from verifier.checkpoint import local_directory, open_checkpoint
 from verifier.cli.options import FORMAT
 from verifier.cli.progress import progress_bar
 from verifier.cli.recording import Recording, record, recording_options, require_recordable
+from verifier.cli.terminal import on_interrupt
 from verifier.errors import MissingExtra, UsageError
 from verifier.evaluation import GateResult
 from verifier.files import require_writable
@@ -236,6 +237,11 @@ def gate(
         raise UsageError("--plan has no result to record; leave out --history, --label, --golden")
     require_recordable(recording)
     options["scorer"] = _scorer_of(options)
+    on_interrupt(
+        f"finished work is kept in {options['cache']}; run the same command again to resume"
+        if options["cache"]
+        else "nothing is kept; --cache DIR keeps finished work"
+    )
     with progress_bar("scoring", unit="document") as progress:
         options |= {"progress": progress, "say": say}
         if plan:
@@ -296,6 +302,7 @@ def score(
     require_writable(output)
     options["scorer"] = _scorer_of(options)
     part, ranks = Path(f"{output}.part"), _ranks()
+    on_interrupt(f"finished work is kept in {part}; run the same command again to resume")
     if ranks is not None and options["device"] == "cuda":
         options["device"] = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     with progress_bar("scoring", unit="document") as progress:

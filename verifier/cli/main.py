@@ -19,7 +19,12 @@ from typing import TYPE_CHECKING, NoReturn, TextIO
 import click
 
 from verifier import __version__
-from verifier.cli.terminal import TERMINAL_OPTIONS, add_terminal_options
+from verifier.cli.terminal import (
+    TERMINAL_OPTIONS,
+    add_terminal_options,
+    interrupted,
+    on_interrupt,
+)
 from verifier.errors import CkptgateError
 from verifier.text import printable
 
@@ -123,6 +128,7 @@ cli.params += TERMINAL_OPTIONS
 
 def run(argv: Sequence[str]) -> int:
     """Run a command line in this process and return its exit code; messages go to stderr."""
+    on_interrupt("")
     try:
         result = cli.main(args=list(argv), prog_name="ckptgate", standalone_mode=False)
         return result if isinstance(result, int) else 0
@@ -132,7 +138,7 @@ def run(argv: Sequence[str]) -> int:
         error.show()
         return 2
     except (click.Abort, KeyboardInterrupt):
-        return _fail("interrupted", 130)
+        return _fail(interrupted(), 130)
     except CkptgateError as error:
         return _fail(str(error), error.exit_code)
     except Exception as error:

@@ -67,6 +67,23 @@ def note(message: str) -> None:
         click.echo(message, err=True)
 
 
+_kept = ""
+
+
+def on_interrupt(kept: str) -> None:
+    """Set what a user who interrupts the running command is told: what is kept, and how to resume.
+
+    ``''`` says nothing but that it was interrupted.
+    """
+    global _kept
+    _kept = kept
+
+
+def interrupted() -> str:
+    """Return the message of an interrupted command."""
+    return f"interrupted; {_kept}" if _kept else "interrupted"
+
+
 def _set(ctx: click.Context, param: click.Parameter, value: Any) -> None:
     if value not in (None, False):
         settings: Terminal = ctx.meta.get(_KEY, Terminal())
