@@ -19,6 +19,7 @@ SEVERITIES: tuple[Severity, ...] = ("error", "warning", "info")
 SCHEMA_VERSION = "2.0"
 FINGERPRINT_VERSION = "ckptgate/v1"
 """How `Finding.fingerprint` is made (`verifier.run.fingerprints`)."""
+MAX_PLACES = 4096
 READABLE_VERSIONS = ("1.1", SCHEMA_VERSION)
 EXIT_OF_VERDICT: dict[str, int] = {"passed": 0, "failed": 1, "inconclusive": 3, "error": 4}
 OLD_VERDICTS = {"unproven": "inconclusive", "broken": "error"}
@@ -70,6 +71,8 @@ class Finding:
         standing: ``known`` for a finding that the baseline accepts, ``grown`` for one that got
             worse than its entry.
         note: why it was accepted, or how it grew.
+        places: tensors of the group, at most `MAX_PLACES`, where there are several; in a report
+            that was read from a file with numbers as ranges.
     """
 
     rule: str
@@ -85,6 +88,7 @@ class Finding:
     fingerprint: str = ""
     standing: Standing = ""
     note: str = ""
+    places: tuple[str, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -142,6 +142,21 @@ class NotChecked:
 
 
 @dataclass(frozen=True, slots=True)
+class Advice:
+    """What to do about the findings of a rule.
+
+    Attributes:
+        title: of the rule.
+        fix: how the defect is fixed, in a sentence or two.
+        repairable: whether `ckptgate repair` fixes such defects.
+    """
+
+    title: str
+    fix: str
+    repairable: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Summary:
     """What a report says apart from findings and coverage.
 
@@ -160,6 +175,7 @@ class Summary:
         different_base: why the base is a different model, or ''.
         not_checked: what was left unexamined, by kind and reason.
         scale_bytes_read: of the scales whose values were read; None where no rule reads all.
+        advice: what to do about the findings, by rule.
     """
 
     contents: Contents | None = None
@@ -176,6 +192,7 @@ class Summary:
     different_base: str = ""
     not_checked: tuple[NotChecked, ...] = ()
     scale_bytes_read: int | None = None
+    advice: Mapping[str, Advice] = field(default_factory=dict)
 
     @property
     def reason(self) -> str:
@@ -203,6 +220,7 @@ class Summary:
             "eval": evaluation_json(self.evaluation) if self.evaluation is not None else None,
             "error": self.error or None,
             "different_base": self.different_base or None,
+            "advice": {rule: asdict(advice) for rule, advice in self.advice.items()} or None,
         }
         return contents | {name: value for name, value in others.items() if value is not None}
 
@@ -234,6 +252,7 @@ def summary_of(stats: Mapping[str, Any]) -> Summary:
         evaluation=evaluation_of(stats["eval"]) if "eval" in stats else None,
         error=stats.get("error", ""),
         different_base=stats.get("different_base", ""),
+        advice={rule: Advice(**value) for rule, value in stats.get("advice", {}).items()},
     )
 
 

@@ -534,10 +534,8 @@ def test_o_belongs_to_the_format_before_it(call, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (("-o", "x.sarif"), "the --format that it applies to is missing"),
-        (("-o", "x.sarif", "--format", "sarif"), "the --format that it applies to is missing"),
-        (("--format", "sarif", "-o", "x", "-o", "y"), "already has a file"),
-        (("--format", "sarif=x", "-o", "y"), "already has a file"),
+        (("-o", "x"), "-o x: its ending says no format (.txt, .json,"),
+        (("--format", "sarif=x", "-o", "y"), "-o y: its ending says no format"),
         (("--format", "text", "--format", "json"), "text and json both go to stdout"),
         (("--format", "json=x", "--format", "sarif=./x"), "both go to"),
         (("--format", "sarif", "-o", "."), "is a directory"),
@@ -551,6 +549,67 @@ def test_reports_that_cannot_be_placed(
     assert (code, out) == (2, "")
     assert words in err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("file", "beginning"),
+    [
+        ("x.json", "{"),
+        ("x.SARIF", "{"),
+        ("x.xml", "<?xml"),
+        ("x.md", "## ckptgate"),
+        ("x.html", "<!doctype html>"),
+        ("x.txt", "checked 213 tensors"),
+    ],
+)
+def test_a_file_alone_says_its_format(call, tmp_path: Path, file: str, beginning: str) -> None:
+    assert call("check", QWEN_NVFP4, "-o", tmp_path / file) == (0, "", "")
+    assert (tmp_path / file).read_text().startswith(beginning)
+
+
+def test_a_line_per_finding(call) -> None:
+    code, out, _ = call("check", LLAMA_MXFP8, "--base", QWEN, "--format", "concise")
+    *findings, verdict = out.splitlines()
+    assert code == 1
+    assert findings[0].startswith(f"{LLAMA_MXFP8}: error QC201 the base is a different model")
+    assert verdict.startswith(f"{LLAMA_MXFP8}: FAILED")
+
+
+def test_statistics_count_findings_per_rule(call, candidate: Path) -> None:
+    edit_header(
+        candidate / "model.safetensors",
+        lambda header: {k.replace("model.layers", "layers"): v for k, v in header.items()},
+    )
+    code, out, _ = call("check", candidate, "--statistics")
+    assert code == 1
+    counts = [line.split()[:3] for line in out.splitlines()[:-1]]
+    assert ["62", "QC201", "error"] in counts
+    assert out.splitlines()[-1].startswith("verdict: FAILED")
+    one_message(call("check", candidate, "--statistics", "--format", "json"), 2, "--statistics")
+
+
+def test_several_checkpoints_end_with_the_most_severe_code(call, tmp_path: Path) -> None:
+    code, out, err = call("check", QWEN_NVFP4, LLAMA, LLAMA_MXFP8, "--format", "concise")
+    assert (code, err) == (3, "")
+    assert [line.partition(": ")[0] for line in out.splitlines()] == [
+        str(QWEN_NVFP4),
+        str(LLAMA),
+        str(LLAMA_MXFP8),
+    ]
+    json_of_each = ("--format", f"json={tmp_path}/{{name}}.json")
+    assert call("check", QWEN_NVFP4, LLAMA, *json_of_each)[0] == 3
+    assert json.loads((tmp_path / f"{LLAMA.name}.json").read_text())["verdict"] == "inconclusive"
+    both = ("check", QWEN_NVFP4, LLAMA)
+    one_message(call(*both, "--format", "json"), 2, "one document for one checkpoint")
+    one_message(call(*both, "-o", tmp_path / "x.json"), 2, "{name}")
+    one_message(call(*both, "--golden", tmp_path / "x.golden.json"), 2, "--golden")
+
+
+def test_exit_zero_hides_findings_only(call, tmp_path: Path, failing: None) -> None:
+    assert call("check", LLAMA, "--exit-zero")[0] == 0
+    assert call("check", LLAMA_MXFP8, "--base", QWEN, "--exit-zero")[0] == 0
+    assert call("check", tmp_path, "--exit-zero")[0] == 2
+    assert call("check", "failing://read", "--exit-zero")[0] == 4
 
 
 @pytest.mark.parametrize("text", ["yaml", "sarif=", "=x", ""])

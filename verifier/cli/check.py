@@ -3,15 +3,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import click
 
 from verifier.cli.evaluating import eval_options, evaluate_of
 from verifier.cli.loading import engine_of, engine_options
-from verifier.cli.main import explain_failure, wants_traceback
+from verifier.cli.main import explain_failure, print_failure, wants_traceback
 from verifier.cli.options import (
     BASE,
     DEPTHS,
@@ -22,15 +23,25 @@ from verifier.cli.options import (
 )
 from verifier.cli.outputs import (
     STDOUT,
+    TEXT,
+    Output,
     Paired,
     output_options,
     outputs,
     require,
+    require_several,
+    targets_of,
     write_files,
     write_stdout,
 )
 from verifier.cli.progress import progress_bar, traffic_of
-from verifier.cli.recording import Recording, record, recording_options, require_recordable
+from verifier.cli.recording import (
+    Recording,
+    record,
+    recording_options,
+    require_recordable,
+    worst_code,
+)
 from verifier.cli.settings import check_arguments, effective_settings
 from verifier.cli.terminal import on_interrupt
 from verifier.errors import ContentError, MachineError, NotACheckpointError, UsageError
@@ -53,7 +64,7 @@ DIRECT = (
 
 
 @click.command(cls=Paired)
-@click.argument("path")
+@click.argument("paths", metavar="PATH...", nargs=-1, required=True)
 @BASE
 @MERGED_FROM
 @PLUGIN
@@ -85,6 +96,10 @@ DIRECT = (
     "--sample", metavar="P%", help="Check a random P% of modules, at least one of each kind."
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Random seed of --sample.")
+@click.option("--statistics", is_flag=True, help="Print the number of findings per rule instead.")
+@click.option(
+    "--exit-zero", is_flag=True, help="Exit with 0 also where a check failed or is inconclusive."
+)
 @engine_options
 @eval_options
 @SETTINGS
@@ -94,16 +109,20 @@ DIRECT = (
 def check(
     ctx: click.Context,
     /,
-    path: str,
+    paths: tuple[str, ...],
     files: tuple[str, ...],
     recording: Recording,
+    *,
+    statistics: bool,
+    exit_zero: bool,
     **options: Any,
 ) -> None:
-    """Check the checkpoint at PATH: a directory, hf://ORG/MODEL[@REVISION][/DIRECTORY], ORG/MODEL,
-    https://..., s3://... or gs://... (docs/remote.md).
+    """Check the checkpoint at each PATH: a directory, hf://ORG/MODEL[@REVISION][/DIRECTORY],
+    ORG/MODEL, https://..., s3://... or gs://... (docs/remote.md).
 
     Exit codes: 0 passed, 1 failed, 2 usage error, 3 inconclusive (nothing quantized, something not
-    checked, or a required rule checked nothing), 4 I/O or internal error.
+    checked, or a required rule checked nothing), 4 I/O or internal error. Of several checkpoints
+    the most severe counts.
     """
     from verifier.checkpoint.opening import sources_kept  # noqa: PLC0415  (numpy, as below)
 
@@ -111,26 +130,70 @@ def check(
     evaluate = evaluate_of(options["depth"], options["base"], options)
     settings, file = effective_settings(options)
     targets = outputs(settings["formats"].value, files)
+    if len(paths) > 1:
+        require_several(targets)
+        if recording.golden is not None:
+            raise UsageError("--golden is a record of one checkpoint; give one PATH")
+    if statistics and any(t.format not in TEXT for t in targets if t.file == STDOUT):
+        raise UsageError("--statistics prints text; give the other --format a file")
     require(targets)
     require_recordable(recording)
     arguments = {name: options[name] for name in DIRECT} | check_arguments(settings)
     on_interrupt("no report was written")
     sources = ctx.with_resource(sources_kept())
-    with progress_bar("checking", unit="byte", more=traffic_of(sources)) as progress:
-        more = {"evaluate": evaluate, "engine": engine, "progress": progress}
-        report, failure = _report(path, arguments | more)
-    if file is not None:
-        report = replace(report, summary=replace(report.summary, config=str(file)))
+    codes = []
+    for path in paths:
+        with progress_bar("checking", unit="byte", more=traffic_of(sources)) as progress:
+            more = {"evaluate": evaluate, "engine": engine, "progress": progress}
+            result = _checked(path, arguments | more, file)
+        own_targets = targets_of(targets, path) if len(paths) > 1 else targets
+        codes.append(_written(result, own_targets, recording, statistics, alone=len(paths) == 1))
+    code = worst_code(*codes)
+    ctx.exit(0 if exit_zero and code in (1, 3) else code)
+
+
+@dataclass(frozen=True, slots=True)
+class _Result:
+    """A report, and the error where no check could be made."""
+
+    report: Report
+    failure: Exception | None = None
+
+
+def _checked(path: str, arguments: Mapping[str, Any], config: Path | None) -> _Result:
+    report, failure = _report(path, arguments)
+    if config is not None:
+        report = replace(report, summary=replace(report.summary, config=str(config)))
+    return _Result(report, failure)
+
+
+def _written(
+    result: _Result,
+    targets: Sequence[Output],
+    recording: Recording,
+    statistics: bool,
+    *,
+    alone: bool,
+) -> int:
+    """Write and record the report, and return the exit code.
+
+    Raises:
+        Exception: no check could be made of the only checkpoint, and no program reads stdout.
+    """
+    report, failure = result.report, result.failure
     try:
         write_files(report, targets)
     except MachineError as error:
-        report, failure = _without_findings(path, options["base"], str(error)), error
-    if failure is not None and not any(t.file == STDOUT and t.format != "text" for t in targets):
+        report, failure = _without_findings(report.uri, report.base, str(error)), error
+    if failure is not None and not any(t.file == STDOUT and t.format not in TEXT for t in targets):
         # The message goes to stderr; a program that parses stdout gets a report in any case.
         record(report, report.exit_code, replace(recording, golden=None))
-        raise failure
-    write_stdout(report, targets)
-    ctx.exit(record(report, report.exit_code, recording))
+        if alone:
+            raise failure
+        print_failure(explain_failure(failure))
+        return report.exit_code
+    write_stdout(report, targets, statistics=statistics)
+    return record(report, report.exit_code, recording)
 
 
 def _report(path: str, arguments: Mapping[str, Any]) -> tuple[Report, Exception | None]:

@@ -170,8 +170,13 @@ def explain_failure(error: Exception) -> str:
     return f"internal error: {type(error).__name__}: {error} ({hint})"
 
 
-def _fail(message: str, code: int) -> int:
+def print_failure(message: str) -> None:
+    """Print why a command, or a part of it, failed."""
     click.echo(f"ckptgate: {printable(message, 2000)}", err=True)
+
+
+def _fail(message: str, code: int) -> int:
+    print_failure(message)
     return code
 
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where reports go: ``--format F [-o FILE]``, ``--format F=FILE``, and ``formats`` of a
+"""Where reports go: ``--format F [-o FILE]``, ``--format F=FILE``, ``-o FILE`` and ``formats`` of a
 configuration file.
 
-``-o`` applies to the ``--format`` before it. At most one report may use stdout, so that stdout
-stays machine-readable.
+``-o`` applies to the ``--format`` before it; without one, the file's ending says the format. At
+most one report may use stdout, so that stdout stays machine-readable.
 """
 
 from __future__ import annotations
@@ -22,8 +22,20 @@ from verifier.files import require_writable, write_atomic
 from verifier.findings import Report
 
 STDOUT = "-"
-NAMES = ("text", "json", "junit", "sarif", "github", "markdown", "html")
+NAMES = ("text", "concise", "json", "junit", "sarif", "github", "markdown", "html")
 """`verifier.report.FORMATS`, which --help must not import; a test compares them."""
+TEXT = ("text", "concise")
+"""Formats for people."""
+LINES = (*TEXT, "github")
+"""Formats of which several reports may follow one another."""
+ENDINGS = {
+    ".txt": "text",
+    ".json": "json",
+    ".xml": "junit",
+    ".sarif": "sarif",
+    ".md": "markdown",
+    ".html": "html",
+}
 _ORDER = "ckptgate.order"
 
 
@@ -72,7 +84,8 @@ output_options = together(
         "files",
         metavar="FILE",
         multiple=True,
-        help="Write the preceding --format to FILE.  [default: stdout]",
+        help="Write the preceding --format to FILE; alone, in the format of its ending "
+        f"({', '.join(ENDINGS)}).  [default: stdout]",
     ),
 )
 """``--format`` and ``-o``; the command is a `Paired` one."""
@@ -86,7 +99,8 @@ def outputs(formats: Sequence[str], files: Sequence[str] = ()) -> tuple[Output, 
         files: the values of ``-o``, in order.
 
     Raises:
-        UsageError: ``-o`` without a format before it, or two reports for one target.
+        UsageError: ``-o`` without a format before it and with an unknown ending, or two reports for
+            one target.
     """
     pending_formats, pending_files = iter(formats), iter(files)
     ctx = click.get_current_context(silent=True)
@@ -100,13 +114,55 @@ def outputs(formats: Sequence[str], files: Sequence[str] = ()) -> tuple[Output, 
             takes_file = not file
             continue
         file = next(pending_files)
-        if not takes_file or not file:
-            problem = "already has a file" if result else "is missing"
-            raise UsageError(f"-o {file}: the --format that it applies to {problem}")
-        result[-1] = Output(result[-1].format, file)
+        if takes_file and file:
+            result[-1] = Output(result[-1].format, file)
+        else:
+            result.append(Output(format_of(file), file))
         takes_file = False
     _require_distinct(result)
     return tuple(result) or (Output("text"),)
+
+
+def format_of(file: str) -> str:
+    """Return the format that a file's ending stands for.
+
+    Raises:
+        UsageError: the ending is unknown.
+    """
+    ending = os.path.splitext(file)[1].lower()
+    if ending not in ENDINGS:
+        known = ", ".join(ENDINGS)
+        raise UsageError(f"-o {file}: its ending says no format ({known}); put --format before it")
+    return ENDINGS[ending]
+
+
+NAME = "{name}"
+"""Stands for the checkpoint's directory name in the files of a check of several checkpoints."""
+
+
+def require_several(targets: Sequence[Output]) -> None:
+    """Refuse outputs that hold one report only, for a check of several checkpoints.
+
+    Raises:
+        UsageError: a document on stdout, or a file without ``{name}``.
+    """
+    for output in targets:
+        if output.file == STDOUT and output.format not in LINES:
+            raise UsageError(
+                f"--format {output.format} is one document for one checkpoint; for several, give "
+                f"it files: --format {output.format}=report-{NAME}"
+            )
+        if output.file != STDOUT and NAME not in output.file:
+            raise UsageError(
+                f"{output.file}: the reports of several checkpoints need a file each; {NAME} in "
+                "its name stands for the directory"
+            )
+
+
+def targets_of(targets: Sequence[Output], path: str) -> tuple[Output, ...]:
+    """Return the targets of one of several checkpoints."""
+    name = os.path.basename(path.rstrip("/")) or "checkpoint"
+    return tuple(Output(o.format, o.file.replace(NAME, name)) for o in targets)
 
 
 def _require_distinct(targets: Sequence[Output]) -> None:
@@ -154,21 +210,27 @@ def write_files(report: Report, targets: Sequence[Output]) -> None:
         _append_summary(report)
 
 
-def write_stdout(report: Report, targets: Sequence[Output]) -> None:
-    """Write the report that goes to stdout, if any."""
+def write_stdout(report: Report, targets: Sequence[Output], *, statistics: bool = False) -> None:
+    """Write the report that goes to stdout, if any; with ``statistics``, counts per rule in its
+    place.
+    """
     for output in targets:
-        if output.file == STDOUT:
-            click.echo(
-                _rendered(report, output.format, color=terminal().color_of(sys.stdout)),
-                nl=False,
-                color=True,
-            )
+        if output.file != STDOUT:
+            continue
+        if statistics:
+            from verifier.report.text import statistics as counts  # noqa: PLC0415  (numpy)
+
+            text = counts(report)
+        else:
+            color = terminal().color_of(sys.stdout)
+            text = _rendered(report, output.format, color=color, verbose=terminal().verbose)
+        click.echo(text, nl=False, color=True)
 
 
-def _rendered(report: Report, format_: str, *, color: bool = False) -> str:
+def _rendered(report: Report, format_: str, *, color: bool = False, verbose: bool = False) -> str:
     from verifier.report import render  # noqa: PLC0415  (numpy; --help needs it not)
 
-    return render(report, format_, color=color)
+    return render(report, format_, color=color, verbose=verbose)
 
 
 def _append_summary(report: Report) -> None:

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 
 from verifier.errors import MissingExtra
 from verifier.findings import Report
+from verifier.report.concise import render_concise
 from verifier.report.github import render_github
 from verifier.report.json_ import render_json, schema
 from verifier.report.markdown import render_markdown
@@ -40,6 +41,7 @@ def _html(report: Report) -> str:
 
 REPORTERS = {
     "text": Reporter(render_text),
+    "concise": Reporter(render_concise),
     "json": Reporter(render_json),
     "junit": Reporter(_junit, package="junitparser"),
     "sarif": Reporter(render_sarif),
@@ -57,13 +59,13 @@ def require(format_: str) -> None:
         raise MissingExtra(f"--format {format_}", "report")
 
 
-def render(report: Report, format_: str, *, color: bool = False) -> str:
-    """Return the report in one of `FORMATS`; ``color`` applies to text only.
+def render(report: Report, format_: str, *, color: bool = False, verbose: bool = False) -> str:
+    """Return the report in one of `FORMATS`; ``color`` and ``verbose`` apply to text only.
 
     Raises:
         MissingExtra: the format needs a package that is not installed.
     """
     require(format_)
     if format_ == "text":
-        return render_text(report, color=color)
+        return render_text(report, color=color, verbose=verbose)
     return REPORTERS[format_].render(report)

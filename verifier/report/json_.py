@@ -9,6 +9,7 @@ from importlib import resources
 from typing import Any
 
 from verifier.findings import SCHEMA_VERSION, Finding, Report
+from verifier.inspect.names import gathered
 
 
 def render_json(report: Report) -> str:
@@ -31,7 +32,9 @@ def report_value(report: Report) -> dict[str, Any]:
 
 def _finding(finding: Finding) -> dict[str, Any]:
     effects = {e.engine: {"severity": e.severity, "what": e.what} for e in finding.effects}
-    return {**asdict(finding), "effects": effects}
+    places = [names.label for names in gathered(finding.places)]
+    value = {**asdict(finding), "effects": effects, "places": places}
+    return value if places else {k: v for k, v in value.items() if k != "places"}
 
 
 def schema() -> dict[str, Any]:

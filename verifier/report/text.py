@@ -5,25 +5,29 @@ verdict.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import partial as bound
 from itertools import groupby
 
-from verifier.findings import Finding, Report
+from verifier.findings import SEVERITIES, Finding, Report
 from verifier.report.wording import (
     MAX_PER_RULE,
     PARENTHESES,
+    advice_line,
     amount,
     base_warning,
     baseline_line,
     by_engine,
     by_rules,
     cell,
-    location,
     not_checked,
     observation,
     partial,
+    places,
     remarks,
     remote_line,
+    repair_line,
     skipped,
     verdict_line,
     worst_first,
@@ -31,6 +35,8 @@ from verifier.report.wording import (
 from verifier.text import counted, printable, size
 
 MAX_KNOWN = 20
+MAX_DETAILS = 3
+"""Findings of one message whose observed and expected values are listed."""
 _STYLE = {
     "error": "\x1b[1;31m",
     "warning": "\x1b[33m",
@@ -42,50 +48,101 @@ _STYLE = {
 _PLAIN = "\x1b[0m"
 
 
-def render_text(report: Report, *, color: bool = False) -> str:
-    """Return the report as lines of text; with ``color``, severities and the verdict are
-    colored.
+def render_text(report: Report, *, color: bool = False, verbose: bool = False) -> str:
+    """Return the report as lines of text.
+
+    Args:
+        report: the report.
+        color: color severities and the verdict.
+        verbose: list every finding and every skipped rule.
     """
-    lines = [*_engines(report), footer(report)]
     optional = {
         "partial": by_rules(partial(report)),
-        "skipped": by_rules(skipped(report)),
+        "skipped": by_rules(skipped(report)) if verbose else "",
         "baseline": baseline_line(report),
         "remote": remote_line(report),
         "configuration": printable(report.summary.config or ""),
+        "repair": repair_line(report),
     }
+    lines = [*_engines(report), footer(report)]
     lines += [f"{label}: {text}" for label, text in optional.items() if text]
     lines += [f"not checked: {text}" for text in not_checked(report)]
     lines.append(f"verdict: {_styled(verdict_line(report), report.verdict, color)}")
     warning = base_warning(report)
     head = f"{_styled('base', 'warning', color)}    {warning}\n" if warning else ""
-    return head + findings_text(report.findings, color=color) + "\n".join(lines) + "\n"
+    return head + findings_of(report, color=color, verbose=verbose) + "\n".join(lines) + "\n"
 
 
-def findings_text(findings: Iterable[Finding], *, color: bool = False) -> str:
-    """Return the findings as lines of text, the worst first, known ones last."""
+def findings_of(report: Report, *, color: bool = False, verbose: bool = False) -> str:
+    """Return the findings of a report as lines of text, each rule with its fix."""
+    return findings_text(
+        report.findings,
+        bound(advice_line, report),
+        color=color,
+        limit=None if verbose else MAX_PER_RULE,
+    )
+
+
+def findings_text(
+    findings: Iterable[Finding],
+    advice: Callable[[str], str] = lambda _rule: "",
+    *,
+    color: bool = False,
+    limit: int | None = MAX_PER_RULE,
+) -> str:
+    """Return findings as lines of text, the worst first, known ones last.
+
+    Findings of one rule with the same message are one entry, with all their places.
+
+    Args:
+        findings: of a report.
+        advice: returns how the findings of a rule are fixed, or ''.
+        color: color the severities.
+        limit: places to list per rule; None for all.
+    """
     ordered = worst_first(findings)
     lines: list[str] = []
     new = [f for f in ordered if f.standing != "known"]
     for (_, rule), group in groupby(new, key=lambda f: (f.severity, f.rule)):
-        lines += _of_a_rule(rule, list(group), color)
+        lines += _of_a_rule(rule, list(group), color, limit)
+        lines += [f"        {text}" for text in (advice(rule),) if text]
     lines += _known([f for f in ordered if f.standing == "known"])
     return "".join(f"{line}\n" for line in lines)
 
 
-def _of_a_rule(rule: str, findings: list[Finding], color: bool) -> list[str]:
-    lines = [line for f in findings[:MAX_PER_RULE] for line in _finding(f, color)]
-    rest = len(findings) - MAX_PER_RULE
-    if rest > 0:
-        more = counted(rest, "more finding")
-        lines.append(f"        and {more} of {rule}; --format json lists them")
+def _of_a_rule(rule: str, findings: list[Finding], color: bool, limit: int | None) -> list[str]:
+    by_message: dict[tuple[str, str], list[Finding]] = {}
+    for f in findings:
+        by_message.setdefault((f.message, f.standing), []).append(f)
+    lines: list[str] = []
+    left = len(findings) if limit is None else limit
+    for group in by_message.values():
+        if left > 0:
+            lines += _entry(group, left, color)
+        left -= len(group)
+    if left < 0:
+        more = counted(-left, "more finding")
+        lines.append(f"        and {more} of {rule}; --verbose lists them")
     return lines
 
 
-def _finding(f: Finding, color: bool) -> list[str]:
-    severity = _styled(f"{f.severity:7}", f.severity, color)
-    details = (location(f), observation(f), *remarks(f))
-    return [f"{severity} {_headline(f)}", *(f"        {line}" for line in details if line)]
+def _entry(findings: list[Finding], limit: int, color: bool) -> list[str]:
+    """Return a headline over all findings of one message, the places of at most ``limit`` of them,
+    and once what they have in common.
+    """
+    first = findings[0]
+    severity = _styled(f"{first.severity:7}", first.severity, color)
+    count = sum(f.count for f in findings)
+    head = replace(first, count=count, of=max(first.of or 0, count))
+    lines = [f"{severity} {_headline(head)}"]
+    same = {(observation(f), *remarks(f)) for f in findings}
+    for number, f in enumerate(findings[:limit]):
+        shown = len(same) > 1 and number < MAX_DETAILS
+        details = (observation(f), *remarks(f)) if shown else ()
+        lines += [f"        {place}" for place in places(f)]
+        lines += [f"        {text}" for text in details if text]
+    common = next(iter(same)) if len(same) == 1 else ()
+    return lines + [f"        {text}" for text in common if text]
 
 
 def _headline(f: Finding) -> str:
@@ -134,3 +191,20 @@ def _extent(report: Report) -> str:
 
 def _styled(text: str, kind: str, color: bool) -> str:
     return f"{_STYLE[kind]}{text}{_PLAIN}" if color else text
+
+
+def statistics(report: Report) -> str:
+    """Return the number of findings per rule, worst and most frequent first, and the verdict."""
+    counts: dict[tuple[int, str, str], int] = {}
+    for f in report.findings:
+        if f.standing != "known":
+            key = (SEVERITIES.index(f.severity), f.severity, f.rule)
+            counts[key] = counts.get(key, 0) + f.count
+    titles = {c.rule: c.title for c in report.coverage}
+    lines = [
+        f"{count:>12,}  {rule:8}  {severity:7}  {printable(titles.get(rule, ''))}"
+        for (rank, severity, rule), count in sorted(
+            counts.items(), key=lambda item: (item[0][0], -item[1], item[0][2])
+        )
+    ]
+    return "\n".join([*lines, f"verdict: {verdict_line(report)}"]) + "\n"

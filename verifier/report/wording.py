@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Iterable
 
 from verifier.findings import SEVERITIES, Effect, Finding, Report, Severity
-from verifier.text import counted, printable, size
+from verifier.inspect.names import gathered
+from verifier.text import counted, listed, printable, size
 
+MAX_RANGES = 3
 MAX_PER_RULE = 10
 """How many findings of one rule a text report shows."""
 _NEEDS = "needs "
@@ -33,6 +36,19 @@ def location(finding: Finding) -> str:
     if where.file and where.tensor:
         details.append(f"{'of' if where.byte is not None else 'in'} {printable(where.file)}")
     return f"{printable(name)}{' [' + ', '.join(details) + ']' if details else ''}"
+
+
+def places(finding: Finding) -> list[str]:
+    """Return where a finding is: its tensors with layer and expert numbers as ranges; before them
+    the first location, where that has a row, block or byte.
+    """
+    first, ranges = location(finding), [names.label for names in gathered(finding.places)]
+    if not ranges:
+        return [first] if first else []
+    folded = listed((printable(text) for text in ranges), MAX_RANGES)
+    where = finding.where
+    exact = any(value is not None for value in (where.row, where.block, where.byte))
+    return [first, f"in {folded}"] if exact else [folded]
 
 
 def observation(finding: Finding) -> str:
@@ -136,6 +152,28 @@ def not_checked(report: Report) -> list[str]:
         f" to settle it, {printable(e.settle)}"
         for e in report.summary.not_checked
     ]
+
+
+def advice_line(report: Report, rule: str) -> str:
+    """Return how the findings of a rule are fixed, and the command that explains it, or ''."""
+    advice = report.summary.advice.get(rule)
+    if advice is None or not advice.fix or report.summary.different_base:
+        return ""
+    return f"fix: {printable(advice.fix)} (ckptgate explain {printable(rule, 20)})"
+
+
+def repair_line(report: Report) -> str:
+    """Return the command that fixes failing findings without re-quantizing, or ''."""
+    failing = dict.fromkeys(f.rule for f in report.failing)
+    advice = report.summary.advice
+    rules = [rule for rule in failing if rule in advice and advice[rule].repairable]
+    if not rules or report.summary.different_base or report.summary.contents is None:
+        return ""
+    base = report.base or "BASE"
+    command = shlex.join(["ckptgate", "repair", report.uri, "REPAIRED", "--base", base])
+    which = "all errors" if len(rules) == len(failing) else f"{', '.join(rules)}"
+    unknown = "" if report.base else " (BASE: what it was made from)"
+    return f"{printable(command, 2000)} fixes {which} without re-quantizing{unknown}"
 
 
 def skipped(report: Report) -> list[tuple[str, list[str]]]:

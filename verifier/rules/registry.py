@@ -55,6 +55,7 @@ class Rule:
         origin: the plugin it comes from, '' for a built-in rule.
         split: whether each module is checked by itself, so that the check may be run on parts of
             the modules (`Context.part`), in several processes and on several machines.
+        repairable: whether `ckptgate repair` fixes what the rule finds, or most of it.
     """
 
     id: str
@@ -70,6 +71,7 @@ class Rule:
     engines: Mapping[Engine, tuple[Severity, str]] = field(default_factory=dict)
     origin: str = ""
     split: bool = False
+    repairable: bool = False
 
 
 _RULES: dict[str, Rule] = {}
@@ -98,6 +100,7 @@ def rule(
     sources: tuple[str, ...] = (),
     engines: Mapping[Engine, tuple[Severity, str]] | None = None,
     split: bool = False,
+    repairable: bool = False,
 ) -> Callable[[Check], Check]:
     """Register the decorated function as the check of a rule; ``explain`` prints its docstring.
 
@@ -121,6 +124,7 @@ def rule(
             check,
             engines or {},
             split=split,
+            repairable=repairable,
         )
         return check
 

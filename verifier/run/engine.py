@@ -22,6 +22,7 @@ from verifier.rules import INCLUDED, Context, Depth, Rule, all_rules
 from verifier.rules.context import Inputs
 from verifier.rules.engine_loading import EngineLoader
 from verifier.rules.loading import Loader
+from verifier.rules.texts import fix
 from verifier.run.fingerprints import fingerprinted
 from verifier.run.loading import default_evaluate, default_loader, engine_loader
 from verifier.run.options import CheckOptions, EngineOptions, Path, Reading, reading_of
@@ -32,6 +33,7 @@ from verifier.run.severity import Levels, Severities
 from verifier.run.unchecked import not_checked
 from verifier.run.verdict import finish_rule, severity_rank, verdict_of
 from verifier.summary import (
+    Advice,
     BaselineSummary,
     Contents,
     FailOn,
@@ -200,6 +202,7 @@ def run_check(uri: Path, options: CheckOptions) -> Report:
         scale_bytes_read=sum(s.nbytes for s in outcomes.scales) if outcomes.scales else None,
         evaluation=evaluation,
         different_base=_different_base(ctx),
+        advice=_advice(plan, findings),
     )
     base_uri = _text(options.base)
     return Report(verdict, os.fspath(uri), base_uri, tuple(findings), tuple(coverage), summary)
@@ -353,6 +356,12 @@ def _verdict(
     quantized = bool(ctx.candidate.quantized_modules)
     fail_on = plan.options.fail_on
     return verdict_of(quantized, findings, coverage, required, fail_on, left_out)
+
+
+def _advice(plan: CheckPlan, findings: Sequence[Finding]) -> dict[str, Advice]:
+    """Return what to do about the findings, by rule."""
+    rules = [plan.rules[rule_id] for rule_id in sorted({f.rule for f in findings})]
+    return {rule.id: Advice(rule.title, fix(rule.doc), rule.repairable) for rule in rules}
 
 
 def _different_base(ctx: Context) -> str:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from verifier.findings import SEVERITIES, Finding, Severity
+from verifier.findings import MAX_PLACES, SEVERITIES, Finding, Severity
 from verifier.schemes import collapse
 
 MAX_GROUPS = 40
@@ -23,6 +23,7 @@ def group(findings: Iterable[Finding], of: int, limit: int = MAX_GROUPS) -> list
     """
     first: dict[tuple[str, ...], Finding] = {}
     counts: dict[tuple[str, ...], int] = {}
+    places: dict[tuple[str, ...], dict[str, None]] = {}
     dropped = 0
     severity: Severity = "info"
     for f in findings:
@@ -32,11 +33,27 @@ def group(findings: Iterable[Finding], of: int, limit: int = MAX_GROUPS) -> list
             counts[key] += f.count
         elif len(first) < limit:
             first[key], counts[key] = f, f.count
+            places[key] = {}
         else:
             dropped += f.count
             severity = min(severity, f.severity, key=SEVERITIES.index)
-    groups = [replace(f, count=counts[k], of=max(of, counts[k])) for k, f in first.items()]
+            continue
+        if len(places[key]) < MAX_PLACES:
+            places[key] |= dict.fromkeys(_places_of(f))
+    groups = [
+        replace(f, count=counts[k], of=max(of, counts[k]), places=_several(places[k]))
+        for k, f in first.items()
+    ]
     if dropped:
         rule, total = groups[-1].rule, max(of, dropped)
         groups.append(Finding(rule, severity, "and more of other names", count=dropped, of=total))
     return groups
+
+
+def _places_of(finding: Finding) -> tuple[str, ...]:
+    return finding.places or ((finding.where.tensor,) if finding.where.tensor else ())
+
+
+def _several(places: Iterable[str]) -> tuple[str, ...]:
+    names = tuple(places)[:MAX_PLACES]
+    return names if len(names) > 1 else ()

@@ -59,7 +59,9 @@ def _finding(value: Any) -> Finding:
     effects = tuple(
         Effect(engine, e["severity"], e["what"]) for engine, e in value["effects"].items()
     )
-    return Finding(**{**value, "where": Where(**value["where"]), "effects": effects})
+    places = tuple(value.get("places", ()))
+    where = Where(**value["where"])
+    return Finding(**{**value, "where": where, "effects": effects, "places": places})
 
 
 def merge_reports(reports: Iterable[Report]) -> Report:
@@ -95,6 +97,7 @@ def merge_reports(reports: Iterable[Report]) -> Report:
         inconclusive=reason,
         not_checked=left_out,
         scale_bytes_read=_scale_bytes(parts),
+        advice={rule: advice for part in parts for rule, advice in part.summary.advice.items()},
     )
     return Report(verdict, first.uri, first.base, tuple(findings), tuple(coverage), summary)
 
@@ -212,6 +215,7 @@ def _common(summary: Summary) -> Summary:
         not_checked=(),
         scale_bytes_read=None,
         evaluation=None,
+        advice={},
     )
 
 

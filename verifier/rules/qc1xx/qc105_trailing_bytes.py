@@ -16,6 +16,7 @@ from verifier.rules.registry import rule
     severity="warning",
     depth="header",
     unit="shards",
+    repairable=True,
     consumers=("transformers",),
     sources=("Comfy-Org/ComfyUI#15602",),
     engines={"vllm": ("error", "stops: safetensors 0.8 refuses the file (run on a CPU)")},

@@ -17,6 +17,7 @@ from verifier.rules.registry import rule
     severity="warning",
     depth="header",
     unit="indexes",
+    repairable=True,
     consumers=("transformers",),
     sources=("ml-explore/mlx-examples#413",),
     engines={

@@ -23,6 +23,7 @@ TRUNCATED = range(99_994, 100_001)
     severity="warning",
     depth="header",
     unit="shards",
+    repairable=True,
     consumers=("huggingface_hub", "transformers", "vLLM"),
     sources=("huggingface/huggingface_hub#4602", "safetensors/safetensors#668"),
     engines={

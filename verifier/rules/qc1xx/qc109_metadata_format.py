@@ -16,6 +16,7 @@ from verifier.rules.registry import rule
     severity="warning",
     depth="header",
     unit="shards",
+    repairable=True,
     consumers=("transformers",),
     sources=("NVIDIA/Model-Optimizer#1422",),
     engines={

@@ -62,6 +62,7 @@ _IMPORT = re.compile(r"^[ \t]*from[ \t]+\.(\w+)[ \t]+import\b", re.MULTILINE)
     severity="error",
     depth="header",
     unit="auxiliary files",
+    repairable=True,
     consumers=("vLLM", "SGLang", "TensorRT-LLM", "transformers"),
     sources=(
         "NVIDIA/Model-Optimizer#2060",

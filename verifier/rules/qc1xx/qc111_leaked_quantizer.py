@@ -17,6 +17,7 @@ from verifier.rules.registry import rule
     severity="error",
     depth="header",
     unit="tensors",
+    repairable=True,
     consumers=("vLLM", "SGLang"),
     sources=("NVIDIA/Model-Optimizer#2038",),
     engines={

@@ -16,6 +16,7 @@ from verifier.rules.registry import rule
     severity="error",
     depth="header",
     unit="tensors",
+    repairable=True,
     consumers=("vLLM", "SGLang", "TensorRT-LLM", "transformers"),
     sources=("NVIDIA/Model-Optimizer#1833",),
     engines={

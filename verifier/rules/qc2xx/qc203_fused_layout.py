@@ -17,6 +17,7 @@ from verifier.text import counted
     severity="error",
     depth="header",
     unit="tensors",
+    repairable=True,
     consumers=("vLLM", "SGLang", "TensorRT-LLM"),
     sources=(
         "NVIDIA/Model-Optimizer#1833",

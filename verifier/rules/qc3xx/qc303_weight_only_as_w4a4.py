@@ -18,6 +18,7 @@ from verifier.schemes import Module
     severity="error",
     depth="header",
     unit="modules",
+    repairable=True,
     consumers=("vLLM", "TensorRT-LLM"),
     sources=("vllm-project/vllm#54189",),
     engines={

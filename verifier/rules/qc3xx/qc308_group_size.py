@@ -18,6 +18,7 @@ from verifier.schemes import Format
     severity="error",
     depth="header",
     unit="modules",
+    repairable=True,
     consumers=("vLLM", "SGLang", "TensorRT-LLM"),
     sources=("NVIDIA/Model-Optimizer#1552",),
     engines={

@@ -18,6 +18,7 @@ from verifier.schemes import FLOATS, Declaration, Module
     severity="error",
     depth="header",
     unit="quantized modules",
+    repairable=True,
     consumers=("vLLM", "SGLang", "TensorRT-LLM"),
     sources=("vllm-project/vllm#45102", "vllm-project/vllm#45132", "vllm-project/vllm#35660"),
     engines={

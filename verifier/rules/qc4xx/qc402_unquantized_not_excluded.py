@@ -18,6 +18,7 @@ from verifier.schemes import ROUTERS_BY_CONFIG, Declaration, Module, role
     severity="error",
     depth="header",
     unit="unquantized linear layers",
+    repairable=True,
     consumers=("vLLM", "SGLang", "TensorRT-LLM"),
     sources=("NVIDIA/Model-Optimizer#1858", "vllm-project/vllm#52501"),
     engines={

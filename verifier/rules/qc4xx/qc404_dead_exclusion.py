@@ -18,6 +18,7 @@ from verifier.schemes import CLASS_NAME, Declaration, Names
     severity="error",
     depth="header",
     unit="patterns",
+    repairable=True,
     consumers=("vLLM", "SGLang", "TensorRT-LLM"),
     sources=("NVIDIA/Model-Optimizer#479", "NVIDIA/Model-Optimizer#470", "vllm-project/vllm#54547"),
 )

@@ -26,6 +26,7 @@ _EXCLUDES: tuple[Severity, str] = ("info", "excludes the layer")
     severity="warning",
     depth="header",
     unit="unquantized linear layers",
+    repairable=True,
     consumers=("vLLM", "SGLang", "TensorRT-LLM"),
     sources=("vllm-project/vllm#48508", "NVIDIA/Model-Optimizer#1313"),
     engines={

@@ -17,6 +17,7 @@ from verifier.schemes import PACKED, Declaration
     severity="error",
     depth="header",
     unit="fields",
+    repairable=True,
     consumers=("vLLM", "SGLang", "TensorRT-LLM"),
     sources=("https://huggingface.co/nvidia/Qwen3.6-35B-A3B-NVFP4",),
     engines={

@@ -17,6 +17,7 @@ from verifier.text import counted
     severity="error",
     depth="header",
     unit="quantized modules",
+    repairable=True,
     consumers=("vLLM", "SGLang", "TensorRT-LLM", "transformers"),
     sources=("sgl-project/sglang#13919",),
     engines={

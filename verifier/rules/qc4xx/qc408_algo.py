@@ -32,6 +32,7 @@ _INTEGER_METHODS = frozenset(
     severity="error",
     depth="header",
     unit="modules",
+    repairable=True,
     consumers=("vLLM", "SGLang", "TensorRT-LLM"),
     sources=("NVIDIA/Model-Optimizer changelog (nvfp4_mlp_only)",),
 )

@@ -25,6 +25,7 @@ _STRING_OR_NULL, _LIST, _OBJECT = "a string or null", "a list of strings", "an o
     severity="error",
     depth="header",
     unit="fields",
+    repairable=True,
     consumers=("vLLM", "SGLang", "TensorRT-LLM"),
     sources=("vLLM ModelOptNvFp4Config.from_config", "vLLM ModelOptMxFp8Config.from_config"),
     engines={

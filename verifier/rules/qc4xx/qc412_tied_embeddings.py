@@ -20,6 +20,7 @@ FLAG = "tie_word_embeddings"
     severity="warning",
     depth="header",
     unit="flags",
+    repairable=True,
     consumers=("vLLM", "SGLang", "transformers"),
     sources=(
         "vllm-project/vllm#51063",

@@ -33,6 +33,7 @@ _MISSING = object()
     severity="warning",
     depth="header",
     unit="fields",
+    repairable=True,
     needs=("base",),
     consumers=("vLLM", "SGLang", "TensorRT-LLM", "transformers"),
     sources=("NVIDIA/Model-Optimizer#1693",),

@@ -17,6 +17,7 @@ from verifier.text import json_text
     severity="warning",
     depth="header",
     unit="declarations",
+    repairable=True,
     consumers=("vLLM", "SGLang", "TensorRT-LLM"),
     sources=("vLLM ModelOptQuantConfigBase.from_config", "SGLang ModelOptFp4Config.from_config"),
     engines={

@@ -17,6 +17,7 @@ from verifier.schemes import CACHE_LEAVES, FLOATS, SIBLING_LEAVES
     severity="error",
     depth="payload",
     unit="unquantized tensors",
+    repairable=True,
     split=True,
     consumers=("vLLM", "SGLang", "TensorRT-LLM", "transformers"),
     sources=("vllm-project/llm-compressor#2101",),

@@ -16,6 +16,7 @@ from verifier.rules.registry import rule
     severity="error",
     depth="header",
     unit="pass-through tensors",
+    repairable=True,
     needs=("base|merged_from",),
     consumers=("vLLM", "SGLang", "TensorRT-LLM", "transformers"),
     sources=("NVIDIA/Model-Optimizer export of a float32 router, reproduced",),

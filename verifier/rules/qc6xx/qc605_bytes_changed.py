@@ -17,6 +17,7 @@ from verifier.rules.registry import rule
     severity="error",
     depth="payload",
     unit="pass-through tensors",
+    repairable=True,
     split=True,
     needs=("base|merged_from",),
     consumers=("vLLM", "SGLang", "TensorRT-LLM", "transformers"),

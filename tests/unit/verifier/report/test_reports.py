@@ -27,7 +27,7 @@ from verifier.report.markdown import MAX_BYTES as MAX_MARKDOWN
 from verifier.report.markdown import code
 from verifier.report.text import render_text
 from verifier.run.fingerprints import fingerprinted
-from verifier.summary import BaselineSummary, Contents, ReportedOptions, StaleEntry, Summary
+from verifier.summary import Advice, BaselineSummary, Contents, ReportedOptions, StaleEntry, Summary
 
 HOSTILE = (
     "a.\x1b[31mred\x1b]0;t\x07\r\n::error title=x::owned\r::stop-commands::y\n\x9b2J\u202egpj\ud800"
@@ -156,10 +156,9 @@ def test_text_says_what_where_how_many_and_why() -> None:
     assert text.startswith("error   QC201  no tensor of this layout has this name   4 of 10\n")
     assert "        model.x.weight [row 3, block 2, byte 77, of model.safetensors]\n" in text
     assert "        observed A, expected B\n        vllm: stops\n" in text
-    assert (
-        "partial: QC201 (1 of 10 tensors not checked: one cannot be read)\n"
-        "skipped: QC501 (depth payload)\n" in text
-    )
+    assert "partial: QC201 (1 of 10 tensors not checked: one cannot be read)\n" in text
+    assert "skipped:" not in text
+    assert "skipped: QC501 (depth payload)\n" in render_text(FAILED, verbose=True)
     assert text.endswith(
         "verdict: FAILED at depth header (1 error, 1 warning; 2 rules; 1 skipped)\n"
     )
@@ -169,8 +168,11 @@ def test_text_says_what_where_how_many_and_why() -> None:
 def test_text_bounds_the_findings_of_a_rule_and_counts_the_rest() -> None:
     many = report(*(replace(ERROR, where=Where(f"t{i}x")) for i in range(30)), WARNING)
     text = render_text(many)
-    assert text.count("error   QC201") == 10
-    assert "and 20 more findings of QC201; --format json lists them" in text
+    assert text.count("error   QC201") == 1
+    assert "error   QC201  no tensor of this layout has this name   120 of 120" in text
+    assert len(re.findall(r"^        t\d+x$", text, re.M)) == 10
+    assert "and 20 more findings of QC201; --verbose lists them" in text
+    assert len(re.findall(r"^        t\d+x$", render_text(many, verbose=True), re.M)) == 30
     assert "warning QC101" in text
     known = report(
         *(replace(ERROR, where=Where(f"t{i}x"), standing="known", note="n") for i in range(30))
@@ -554,3 +556,38 @@ def test_a_format_without_its_package_names_the_extra(
         render(CLEAN, format_)
     for other in set(FORMATS) - {"junit", "html"}:
         assert render(CLEAN, other)
+
+
+# fixes
+
+
+def test_text_names_the_fix_of_each_rule_once() -> None:
+    advice = {"QC201": Advice("unknown tensor name", "Rename it.", repairable=True)}
+    text = render_text(report(ERROR, replace(ERROR, message="other"), WARNING, advice=advice))
+    assert text.count("        fix: Rename it. (ckptgate explain QC201)\n") == 1
+    assert "fix:" not in render_text(
+        report(ERROR, advice=advice, different_base="its model_type is llama")
+    )
+
+
+def test_text_gives_the_command_that_repairs() -> None:
+    advice = {"QC201": Advice("unknown tensor name", "Rename it.", repairable=True)}
+    command = "repair: ckptgate repair /data/ckpt REPAIRED --base BASE fixes all errors without"
+    assert command in render_text(report(ERROR, advice=advice))
+    other = replace(ERROR, rule="QC501")
+    assert "fixes QC201 without" in render_text(report(ERROR, other, advice=advice))
+    assert "repair:" not in render_text(report(other, advice=advice))
+    assert "repair:" not in render_text(report(replace(ERROR, severity="info"), advice=advice))
+
+
+def test_text_folds_the_places_of_a_finding() -> None:
+    names = [f"model.layers.{i}.mlp.experts.{j}.w1.weight" for i in (1, 2, 3) for j in range(8)]
+    first = Where(names[0])
+    folded = "model.layers.{1-3}.mlp.experts.{0-7}.w1.weight"
+    finding = Finding("QC201", "error", "x", first, count=24, places=tuple(names))
+    assert f"        {folded}\n" in render_text(report(finding))
+    exact = render_text(report(replace(finding, where=replace(first, row=3))))
+    assert f"        {names[0]} [row 3]\n        in {folded}\n" in exact
+    value = json.loads(render_json(report(finding)))
+    jsonschema.validate(value, schema())
+    assert value["findings"][0]["places"] == [folded]

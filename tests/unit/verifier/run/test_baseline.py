@@ -344,8 +344,8 @@ def test_a_baseline_never_proves_what_was_not_examined(call: Call, tmp_path: Pat
     code, _, err = call(
         "baseline", "write", tmp_path / "empty", "--baseline", known, "--reason", "x"
     )
-    assert code == 1
-    assert "nothing was checked" in err
+    assert code == 2
+    assert "the directory is empty" in err
     assert not known.exists()
     save(Baseline(entries=(entry(ONE),)), known)
     assert (
@@ -359,7 +359,7 @@ def test_a_baseline_never_proves_what_was_not_examined(call: Call, tmp_path: Pat
             "--ignore",
             "QC104",
         )[0]
-        == 1
+        == 2
     )
 
 
