@@ -583,7 +583,7 @@ def test_statistics_count_findings_per_rule(call, candidate: Path) -> None:
     code, out, _ = call("check", candidate, "--statistics")
     assert code == 1
     counts = [line.split()[:3] for line in out.splitlines()[:-1]]
-    assert ["62", "QC201", "error"] in counts
+    assert ["66", "QC201", "error"] in counts
     assert out.splitlines()[-1].startswith("verdict: FAILED")
     one_message(call("check", candidate, "--statistics", "--format", "json"), 2, "--statistics")
 

@@ -242,19 +242,23 @@ def test_the_sessions_of_a_page_show_the_real_output(page: str, session: Path, t
             matches(done.stdout.replace(str(session), "/work/release").splitlines(), shown, command)
 
 
+def _is_shown(line: str, shown: str) -> bool:
+    return line.startswith(shown[:-1]) if shown.endswith("…") else line == shown
+
+
 def matches(lines: list[str], shown: list[str], command: str) -> None:
-    """Assert that the shown lines are the output; a line ``…`` stands for any number of lines."""
+    """Assert that the shown lines are the output; a line ``…`` stands for any number of lines, and
+    ``…`` at the end of a line for the rest of it.
+    """
     at = 0
     skip = False
     for line in shown:
         if line == "…":
             skip = True
             continue
-        if skip:
-            assert line in lines[at:], f"{command}: {line!r} is not printed"
-            at = lines.index(line, at)
-        assert at < len(lines), f"{command}: {line!r} is not printed"
-        assert lines[at] == line, command
-        at += 1
+        candidates = lines[at:] if skip else lines[at : at + 1]
+        matching = [i for i, text in enumerate(candidates, at) if _is_shown(text, line)]
+        assert matching, f"{command}: {line!r} is not printed: {lines[at:]}"
+        at = matching[0] + 1
         skip = False
     assert skip or at == len(lines), f"{command}: also prints {lines[at:]}"

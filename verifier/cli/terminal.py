@@ -71,10 +71,7 @@ _kept = ""
 
 
 def on_interrupt(kept: str) -> None:
-    """Set what a user who interrupts the running command is told: what is kept, and how to resume.
-
-    ``''`` says nothing but that it was interrupted.
-    """
+    """Set what an interrupt of the running command prints: what is kept, and how to resume."""
     global _kept
     _kept = kept
 
