@@ -109,7 +109,16 @@ class BaselineSummary:
     not_judged: int
 
 
-NotCheckedKind = Literal["modules", "scales", "values", "declarations"]
+NotCheckedKind = Literal["modules", "scales", "values", "weights", "declarations"]
+
+
+_NOUNS: dict[NotCheckedKind, str] = {
+    "modules": "quantized module",
+    "scales": "scale tensor",
+    "values": "scale tensor",
+    "weights": "quantized weight",
+    "declarations": "statement",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,8 +126,8 @@ class NotChecked:
     """What a check left unexamined, so that it cannot pass.
 
     Attributes:
-        kind: quantized modules; scale tensors; the values of scale tensors; statements of a
-            declaration.
+        kind: quantized modules; scale tensors; the values of scale tensors; quantized weights that
+            could not be compared with the base; statements of a declaration.
         count: how many.
         example: the first module, tensor or file.
         why: the reason, which all of them have in common.
@@ -135,9 +144,8 @@ class NotChecked:
     def subject(self) -> str:
         """What was left unexamined, with its number: ``3 scale tensors``."""
         if self.kind == "declarations":
-            return f"{counted(self.count, 'statement')} of the declaration"
-        noun = "quantized module" if self.kind == "modules" else "scale tensor"
-        text = counted(self.count, noun)
+            return f"{counted(self.count, _NOUNS[self.kind])} of the declaration"
+        text = counted(self.count, _NOUNS[self.kind])
         return f"the values of {text}" if self.kind == "values" else text
 
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -39,6 +39,13 @@ class ResultCache:
     def of_checkpoint(self, kind: str, make: Callable[[], T]) -> T:
         """Return a result of the whole checkpoint; ``make`` is called on first use."""
         return _get(self._whole, kind, make)
+
+    def named(self, kind: str) -> Iterator[tuple[str, Any]]:
+        """Yield name and result of the results of one kind that are of a module or tensor, by
+        name.
+        """
+        names = sorted(key.name for key in self._by_name if key.kind == kind)
+        return ((name, self._by_name[ResultKey(kind, name)]) for name in names)
 
     def keys(self) -> frozenset[ResultKey]:
         """Return the keys of the results of single modules and tensors."""

@@ -139,7 +139,7 @@ class PayloadReader:
         if bits.float:
             return True
         low, high = self.extremes(tensor)
-        return high >= bits.nan or (bits.zero and low == 0)
+        return high >= (bits.huge or bits.nan) or (bits.zero and low == 0)
 
     def digest(self, tensor: Tensor) -> bytes:
         """Return a 16-byte BLAKE2b digest of a tensor's bytes."""

@@ -46,6 +46,7 @@ Cause = Literal[
     "bad scale",
     "zero base",
     "nan codes",
+    "overflow",
     "lost",
     "weak",
     "inverted",
@@ -58,6 +59,8 @@ Cause = Literal[
     "explained",
     "unexplained",
 ]
+UNDECODED = "the values cannot be decoded"
+NO_NUMBERS = "the base has NaN or infinite values"
 EXACT = 1e-3
 """A relative error below this is none."""
 WEAK = 1.25
@@ -135,8 +138,8 @@ def reconstruct(pair: CheckpointPair, module: Module) -> Reconstruction:
         return Reconstruction("unjudged", f"weights in {fmt.algo} are not compared with the base")
     try:
         near = near_base(pair, module, fmt)
-    except ContentError:  # the shape rules report why
-        return Reconstruction("unjudged", "the values cannot be decoded")
+    except ContentError:  # QC302, QC306, QC208 and QC518 report why
+        return Reconstruction("unjudged", UNDECODED)
     return near if near is not None else _compare(pair, module, base_module, fmt)
 
 
@@ -171,9 +174,9 @@ def _compare(
     try:
         decoded = decode(parts, fmt)
     except ContentError:
-        decoded = None  # its parts do not fit one another: the shape rules report that
+        decoded = None
     if base is None or decoded is None or base.shape != decoded.shape:
-        return Reconstruction("unjudged", "the values cannot be decoded")
+        return Reconstruction("unjudged", UNDECODED)
     if fmt.weight.codes == "e4m3" and module.weight is not None:
         codes = (
             np.ascontiguousarray(parts[module.signature.weight or ""]).view(np.uint8).reshape(-1)
@@ -182,8 +185,16 @@ def _compare(
         if nan.size:
             return Reconstruction("nan codes", place=(int(nan[0]), 0), count=int(nan.size))
     size = norm(base)
-    if not np.isfinite(size) or not np.isfinite(decoded).all() or _has_negative_scale(pair, module):
-        return Reconstruction("bad scale")  # QC502 and QC508 report those
+    if not np.isfinite(size):
+        return Reconstruction("unjudged", NO_NUMBERS)
+    if _has_bad_scale(pair, module):
+        return Reconstruction("bad scale")  # QC502
+    infinite = np.flatnonzero(~np.isfinite(decoded))
+    if infinite.size:
+        place = np.unravel_index(int(infinite[0]), decoded.shape)
+        return Reconstruction(
+            "overflow", place=(int(place[-2]), int(place[-1])), count=int(infinite.size)
+        )
     error = norm(decoded - base)
     if size == 0:
         return Reconstruction("zero base" if error > 0 else "")
@@ -192,15 +203,22 @@ def _compare(
     return _with_cause(pair, module, WeightPair(fmt, parts, decoded, base))
 
 
-def _has_negative_scale(pair: CheckpointPair, module: Module) -> bool:
-    """Whether a scale that has to be positive is negative: QC502 reports it."""
+def _has_bad_scale(pair: CheckpointPair, module: Module) -> bool:
+    """Whether a scale is NaN or infinite, or negative where it has to be positive, or zero where it
+    is a divisor.
+    """
     for _, fmt, sibling, tensor in pair.candidate.part([module]).scales_of(
-        "scale", "tensor_scale", "pre_quant"
+        "scale", "tensor_scale", "pre_quant", "bias", "lora"
     ):
         dtype = sibling.values_in(tensor.dtype)
-        if sibling.signed or fmt.weight.codes == "int" or dtype not in SCALE_BITS:
-            continue  # integers under a negative scale decode as well
-        if pair.payload.flaws(tensor, dtype).negative.count:
+        if dtype not in SCALE_BITS:
+            continue
+        flaws = pair.payload.flaws(tensor, dtype)
+        if flaws.nan.count or flaws.infinite.count or (sibling.divisor and flaws.zero.count):
+            return True
+        # Integers under a negative scale decode as well.
+        signed = sibling.signed or sibling.role in ("bias", "lora") or fmt.weight.codes == "int"
+        if flaws.negative.count and not signed:
             return True
     return False
 

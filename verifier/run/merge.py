@@ -132,9 +132,11 @@ def _not_checked(parts: Sequence[Report]) -> tuple[NotChecked, ...]:
     """Return what all subsets left unexamined: every one has read all headers, and the values of
     its own shards.
     """
-    of_headers = [e for e in parts[0].summary.not_checked if e.kind != "values"]
-    values = (e for p in parts for e in p.summary.not_checked if e.kind == "values")
-    return totals([*of_headers, *values])
+    of_headers = [e for e in parts[0].summary.not_checked if e.kind not in ("values", "weights")]
+    entries = [e for p in parts for e in p.summary.not_checked]
+    values = (e for e in entries if e.kind == "values")
+    weights = (e for e in entries if e.kind == "weights")
+    return totals([*of_headers, *values, *weights])
 
 
 def _scale_bytes(parts: Sequence[Report]) -> int | None:

@@ -15,6 +15,7 @@ from itertools import chain
 from verifier.checkpoint import Tensor
 from verifier.findings import Finding
 from verifier.quantized import ModuleGroup, QuantizedCheckpoint
+from verifier.reconstruction.cause import NO_NUMBERS, UNDECODED
 from verifier.rules import Context
 from verifier.rules.kept import stored_alike
 from verifier.schemes import (
@@ -40,6 +41,8 @@ _SETTLE_SCALE = "declare the algorithm that has the tensor, or remove it"
 _SETTLE_VALUES = "store it in a dtype that its format has"
 _SETTLE_FORMAT = "declare the format of the tensors; docs/formats.md lists those that are read"
 _SETTLE_NAMED = "load the checkpoint with the tool that wrote it"
+_SETTLE_BASE = "pass a base whose values are finite"
+_SETTLE_PARTS = "store the weight's tensors in shapes and dtypes that fit one another"
 _SETTLE_DECLARATION = "declare it in a form that docs/formats.md lists"
 
 
@@ -77,7 +80,8 @@ def not_checked(
     places = {collapse(f.where.tensor) for f in reported if f.where.tensor}
     files = {f.where.file for f in reported if f.rule in _DECLARATION_RULES}
     declared = [e.entry for e in _declarations(ctx.candidate) if e.place not in files]
-    entries = chain(_modules(ctx, reads_bytes=reads_bytes), _foreign_scales(ctx), unread)
+    headers = chain(_modules(ctx, reads_bytes=reads_bytes), _foreign_scales(ctx))
+    entries = chain(headers, unread, _not_compared(ctx))
     return totals([*declared, *(e.entry for e in entries if collapse(e.place) not in places)])
 
 
@@ -151,6 +155,16 @@ def _named_like_scales(ctx: Context) -> Iterator[Tensor]:
             continue
         if name not in ctx.expectations.shapes:
             yield tensor
+
+
+def _not_compared(ctx: Context) -> Iterator[Unchecked]:
+    """Yield the quantized weights that the base has and that could not be compared with it."""
+    for name, result in ctx.payload.results.named("reconstruction"):
+        module = ctx.candidate.modules[name]
+        if result.reason in (UNDECODED, NO_NUMBERS) and module.weight is not None:
+            settle = _SETTLE_BASE if result.reason == NO_NUMBERS else _SETTLE_PARTS
+            entry = NotChecked("weights", 1, module.weight.name, result.reason, settle)
+            yield Unchecked(module.weight.name, entry)
 
 
 def _scale(kind: NotCheckedKind, tensor: Tensor, why: str) -> Unchecked:

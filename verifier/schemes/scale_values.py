@@ -51,8 +51,8 @@ class ScaleBits:
 
 SCALE_BITS: dict[str, ScaleBits] = {
     "F8_E4M3": ScaleBits(1, 0x80, nan=0x7F, least="2^-9", largest="448"),
-    "F8_E8M0": ScaleBits(1, 0, nan=0xFF, zero=False, least="2^-127", largest="2^127"),
-    "U8": ScaleBits(1, 0, nan=0xFF, zero=False, least="2^-127", largest="2^127"),
+    "F8_E8M0": ScaleBits(1, 0, nan=0xFF, zero=False, least="2^-127", largest="2^127", huge=0x9A),
+    "U8": ScaleBits(1, 0, nan=0xFF, zero=False, least="2^-127", largest="2^127", huge=0x9A),
     "BF16": ScaleBits(
         2, 0x8000, 0x7F80, least="9.2e-41", largest="3.4e38", huge=0x4CBF, tiny=0x322B
     ),

@@ -9,7 +9,7 @@ from verifier.findings import Finding, Severity, Where
 from verifier.rules.context import Context
 from verifier.rules.kept import is_kept
 from verifier.rules.registry import rule
-from verifier.schemes import FLOATS, Declaration, Module
+from verifier.schemes import Declaration, Module
 
 
 @rule(
@@ -77,8 +77,8 @@ def _by_other_means(ctx: Context, declaration: Declaration, module: Module) -> I
     if declared.algo is not None or declaration.mixed or not declaration.schemes():
         return  # QC410
     weight = module.weight
-    if weight is None or weight.dtype in FLOATS:
-        return  # QC313
+    if weight is None:
+        return
     if declared.via == "excluded":
         message = f"excluded by {declared.entry!r}, but has scales"
     else:

@@ -36,8 +36,8 @@ def check(ctx: Context) -> Iterator[Finding]:
     """Weight scales, ``pre_quant_scale`` and KV scales are finite, not negative and below 10^8.
 
     **What it does.** Scans these scales in every format: E4M3 bytes must be below 0x7F, E8M0 bytes
-    below 0xFF, floats finite and not negative. Block scales of W4A8_NVFP4_FP8 are at most 448/6.
-    MLX's affine scales may be negative, and so may those of integer codes where more than a
+    below 0x9A (2^27), floats finite and not negative. Block scales of W4A8_NVFP4_FP8 are at most
+    448/6. MLX's affine scales may be negative, and so may those of integer codes where more than a
     twentieth of them is, as AutoRound writes them; additive terms and low-rank factors only have to
     be finite.
 
@@ -82,13 +82,14 @@ def _has_signs(fmt: Format, sibling: Sibling, flaws: FlawHits, tensor: Tensor) -
 
 
 def _invalid_bytes(ctx: Context, tensor: Tensor, flaws: FlawHits, dtype: str) -> Iterator[Finding]:
-    for problem, hits in (("NaN", flaws.nan), ("negative", flaws.negative)):
+    problems = ("NaN", flaws.nan), ("negative", flaws.negative), ("implausibly large", flaws.huge)
+    for problem, hits in problems:
         if hits.count:
             yield ctx.finding(
                 f"{problem} block scales",
                 where=ctx.at_byte(tensor, hits.first),
                 observed=f"0x{hits.value:02X}",
-                expected=_BYTES.get(dtype, "0x00..0xFE"),
+                expected=_BYTES.get(dtype, "0x00..0x99"),
                 count=hits.count,
             )
 
@@ -128,8 +129,7 @@ def _invalid_floats(
         ctx, tensor, bad, f"{leaf} is not a finite positive number", "finite and > 0"
     )
     kind, bound = (flaws.tiny, "at least 1e-08") if divisor else (flaws.huge, "at most 1e+08")
-    if not (sibling is not None and sibling.role == "tensor_scale"):  # QC509
-        yield from _at_floats(ctx, tensor, [kind], f"{leaf} is implausibly large", bound)
+    yield from _at_floats(ctx, tensor, [kind], f"{leaf} is implausibly large", bound)
 
 
 def _not_finite(ctx: Context, tensor: Tensor) -> Iterator[Finding]:

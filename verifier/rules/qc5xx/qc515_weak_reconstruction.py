@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from verifier.findings import Finding
+from verifier.findings import Finding, Where
 from verifier.rules.comparing import compared
 from verifier.rules.context import Context
 from verifier.rules.registry import rule
@@ -57,6 +57,15 @@ def check(ctx: Context) -> Iterator[Finding]:
                 count=result.count,
                 observed=f"0x{first:02X}",
                 expected="0x00..0x7E or 0x80..0xFE",
+            )
+        elif result.cause == "overflow" and result.place is not None:
+            yield ctx.finding(
+                "the dequantized values overflow",
+                where=Where(weight.name, weight.file, *result.place),
+                severity="error",
+                count=result.count,
+                observed="infinity",
+                expected="finite values",
             )
         elif result.cause == "zero base":
             yield ctx.finding(

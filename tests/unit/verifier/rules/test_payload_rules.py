@@ -310,9 +310,16 @@ def ct(tmp_path: Path) -> CheckpointEditor:
             names[name] = f"{new}_packed" if new.endswith(".weight") else new
     folder.rename(names)
     folder.remove("hf_quant_config.json")
+    args = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}
+    group = {
+        "targets": ["re:.*experts.*"],
+        "weights": args,
+        "input_activations": args | {"dynamic": "local"},
+    }
     declared = {
         "quant_method": "compressed-tensors",
         "format": "nvfp4-pack-quantized",
+        "config_groups": {"group_0": group},
         "ignore": ["lm_head"],
     }
     folder.edit_json("config.json", lambda value: value.update({"quantization_config": declared}))
