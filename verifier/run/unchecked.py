@@ -35,6 +35,8 @@ SCALE_RULES = frozenset({"QC501", "QC502", "QC518"})
 INPUT_SCALE_RULES = frozenset({"QC503"})
 """The rules that read every scale of activations, over all modules."""
 _SCALE_NAME = re.compile(r"(?:^|_)(?:scales?|scale_inv|scale_\d|absmax|amax|zero_points?|zeros)$")
+_IGNORED = frozenset({("w4a16_nvfp4", "input_scale")})
+"""Scales, by format, that all engines ignore: QC303 warns of them."""
 _DECLARATION_RULES = frozenset({"QC407", "QC408", "QC410", "QC411"})
 _NO_READER = "no format has a tensor of this name"
 _SETTLE_SCALE = "declare the algorithm that has the tensor, or remove it"
@@ -136,7 +138,8 @@ def _foreign_scales(ctx: Context) -> Iterator[Unchecked]:
 
 def _why_foreign(fmt: Format | None, module: Module, leaf: str) -> str:
     if fmt is not None:
-        return "" if fmt.sibling(leaf) is not None else f"{fmt.algo} has no {leaf}"
+        known = fmt.sibling(leaf) is not None or (fmt.name, leaf) in _IGNORED
+        return "" if known else f"{fmt.algo} has no {leaf}"
     return "" if module.weight is not None else "no weight is stored next to it"
 
 
