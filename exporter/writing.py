@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from exporter import emit, stream
-from exporter.out import check_out
+from exporter.out import check_out, work_folder
 from exporter.plan import Plan
 from verifier.checkpoint import INDEX, Checkpoint
-from verifier.errors import EncodeError
+from verifier.errors import EncodeError, MachineError
 from verifier.manifest import MANIFEST, Manifest
 from verifier.text import counted
 
@@ -79,8 +79,25 @@ def write_plan(
         PlanError, EncodeError: what the checkpoints do not allow, or a weight that cannot be
             encoded.
         UsageError: another export is writing the same directory.
-        OSError: the disk.
+        MachineError: the disk; or a source changed while it was read.
     """
+    try:
+        return _write_plan(plan, out, options, prove, auxiliary)
+    except OSError as error:
+        raise MachineError(
+            f"cannot write {error.filename or work_folder(out)}: {error.strerror or error}; run "
+            "the same command again when that is fixed: it keeps finished shards"
+        ) from error
+
+
+def _write_plan(
+    plan: Plan,
+    out: Path,
+    options: WriteOptions,
+    prove: Callable[[Path], dict[str, Any]] | None,
+    auxiliary: Checkpoint | None,
+) -> Manifest:
+    versions = [(ckpt, ckpt.versions()) for ckpt in (plan.source, plan.onto) if ckpt is not None]
     kv_cache = emit.declares_kv_cache(plan)
     tasks = stream.tasks(plan, options.shard_bytes or stream.SHARD_BYTES)
     fingerprint = stream.fingerprint(plan, tasks)
@@ -92,6 +109,8 @@ def write_plan(
             workers=options.workers or min(4, os.cpu_count() or 1),
             progress=options.progress or (lambda _nbytes: None),
         )
+        for ckpt, before in versions:
+            ckpt.require_unchanged(before)
         encoded = sum(summary.linears for summary in written.encoded.values())
         planned = sum(plan.formats().values())
         if encoded != planned:

@@ -146,6 +146,7 @@ def check_result(
     import verifier  # noqa: PLC0415  (numpy)
     from verifier.report import render_text  # noqa: PLC0415
 
+    on_interrupt(f"{out} is complete, but its check was not finished")
     with progress_bar("checking", unit="byte") as progress:
         report = verifier.check(
             out, base=base, merged_from=merged_from, depth="payload", progress=progress

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterable
@@ -91,7 +92,7 @@ def _sources(plan: Plan) -> list[SourceRecord]:
     return [
         SourceRecord(
             role=role,
-            uri=ckpt.uri,
+            uri=_address(ckpt),
             tensors=sum(len(s.tensors) for s in ckpt.shards),
             header_sha256=header_digest(ckpt),
         )
@@ -110,6 +111,10 @@ def _notes(plan: Plan, written: Written) -> dict[str, Any]:
         "mxfp4_blocks": {
             a: [e.blocks - e.changed, e.blocks] for a, e in encoded.items() if e.blocks
         },
-        "resumed_shards": written.resumed,
         "adapted": adaptations(plan),
     }
+
+
+def _address(ckpt: Checkpoint) -> str:
+    """Return where a checkpoint is, whatever the current directory."""
+    return os.path.abspath(ckpt.uri) if os.path.exists(ckpt.uri) else ckpt.uri

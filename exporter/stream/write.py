@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run a plan: a work directory next to OUT, shards under temporary names, and the final name as the
 last step.
+
+The work directory holds the checkpoint in `RESULT`, and next to it the lock and the state: the
+checkpoint gets its name in one step, and takes nothing with it that does not belong to it.
 """
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import hashlib
 import json
@@ -25,21 +29,22 @@ from exporter.plan import Plan
 from exporter.stream.shards import Task, write_shard
 from exporter.stream.summary import EncodeSummary, combine
 from verifier.checkpoint import Checkpoint
-from verifier.errors import UsageError
+from verifier.errors import MachineError, UsageError
+from verifier.text import size
 
-STATE = "ckptgate-work.json"
-LOCK = ".lock"
+STATE = "state.json"
+LOCK = "lock"
+RESULT = "checkpoint"
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+"""Constants of Linux's renameat2(2)."""
 
 
 @dataclass
 class Written:
-    """What was written: SHA-256 and size in bytes by file, what was encoded by algorithm, and how
-    many shards an earlier run had finished.
-    """
+    """What was written: SHA-256 and size in bytes by file, and what was encoded by algorithm."""
 
     digests: dict[str, tuple[str, int]] = field(default_factory=dict)
     encoded: dict[str, EncodeSummary] = field(default_factory=dict)
-    resumed: int = 0
 
 
 def fingerprint(plan: Plan, todo: list[Task]) -> str:
@@ -58,24 +63,25 @@ def _identity(ckpt: Checkpoint) -> list[tuple[str | int, ...]]:
 
 @contextmanager
 def working(out: Path, fingerprint: str, *, overwrite: bool) -> Iterator[Path]:
-    """Lock the work directory of ``out``: that of an interrupted run of the same plan, else an
-    empty one.
+    """Lock the work directory of ``out`` and yield the directory of its result: that of an
+    interrupted run of the same plan, else an empty one.
 
     Raises:
         UsageError: another export to the same OUT is running, or has just finished.
     """
     folder = work_folder(out)
+    result = folder / RESULT
     lock = _lock(folder, out)
     try:
         if not overwrite and os.path.lexists(out):  # another export finished since `check_out`
-            if not (folder / STATE).exists():  # made above; one with a state can be resumed
-                _clear(folder)
-                folder.rmdir()
+            if not result.exists():  # made above, or all that is left of that export
+                shutil.rmtree(folder)
             raise out_exists(out)
         if _state(folder).get("plan") != fingerprint:
             _clear(folder, keep={LOCK})
             _save_state(folder, {"plan": fingerprint, "shards": {}})
-        yield folder
+        result.mkdir(exist_ok=True)
+        yield result
     finally:
         os.close(lock)
 
@@ -88,7 +94,7 @@ def _lock(folder: Path, out: Path) -> int:
     folder.mkdir(exist_ok=True)
     try:
         lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    except FileNotFoundError as error:  # the directory has just become OUT
+    except FileNotFoundError as error:  # the export that made it has just finished
         raise busy from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -136,13 +142,17 @@ def write(
     Args:
         plan: what to write.
         todo: its shards.
-        folder: the work directory, locked by `working` under their fingerprint.
+        folder: what `working` yields for their fingerprint.
         workers: shards at a time; each works with one intra-op thread.
         progress: called with the bytes of each finished action.
+
+    Raises:
+        MachineError: the disk has no room for the shards.
     """
     run = _Run(folder)
     remaining = [t for t in todo if not run.resume(t, progress)]
-    _clear(folder, keep={LOCK, STATE, *run.finished})
+    _clear(folder, keep=run.finished)
+    _require_space(folder, sum(spec.nbytes for task in remaining for spec in task.specs))
     stop = threading.Event()
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -162,15 +172,24 @@ def write(
     return run.result
 
 
+def _require_space(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise MachineError(
+            f"{folder.parent.parent}: {size(needed)} are to be written and {size(free)} are free; "
+            "free some space and run the same command again: it keeps finished shards"
+        )
+
+
 class _Run:
-    """The finished shards of an export, in memory and in the state file of its directory."""
+    """The finished shards of an export, in memory and in the state file of its work directory."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.result = Written()
         self.finished: dict[str, list[Any]] = {}
         self._lock = threading.Lock()
-        self._state = _state(folder)
+        self._state = _state(folder.parent)
         earlier = self._state.get("shards")
         self._earlier: dict[str, list[Any]] = earlier if isinstance(earlier, dict) else {}
 
@@ -181,15 +200,14 @@ class _Run:
         entry = self._earlier.get(task.file)
         if not entry or not _intact(self.folder / task.file, entry):
             return False
-        digest, size, summaries = entry
+        digest, nbytes, summaries = entry
         try:
             encoded = [EncodeSummary(**fields) for fields in summaries]
         except TypeError:  # another version of ckptgate wrote it
             return False
         self.finished[task.file] = entry
-        self.result.digests[task.file] = (digest, size)
+        self.result.digests[task.file] = (digest, nbytes)
         self.result.encoded = combine([*self.result.encoded.values(), *encoded])
-        self.result.resumed += 1
         progress(sum(s.nbytes for s in task.specs))
         return True
 
@@ -197,13 +215,13 @@ class _Run:
         self, task: Task, plan: Plan, progress: Callable[[int], None], stop: threading.Event
     ) -> None:
         """Write a shard and record it, in a worker: no signal comes between the two there."""
-        digest, size, encoded = write_shard(task, plan, self.folder, progress, stop)
+        digest, nbytes, encoded = write_shard(task, plan, self.folder, progress, stop)
         summaries = [asdict(summary) for summary in combine(encoded).values()]
         with self._lock:
-            self.result.digests[task.file] = (digest, size)
+            self.result.digests[task.file] = (digest, nbytes)
             self.result.encoded = combine([*self.result.encoded.values(), *encoded])
-            self.finished[task.file] = [digest, size, summaries]
-            _save_state(self.folder, {**self._state, "shards": self.finished})
+            self.finished[task.file] = [digest, nbytes, summaries]
+            _save_state(self.folder.parent, {**self._state, "shards": self.finished})
 
 
 def _intact(path: Path, entry: list[Any]) -> bool:
@@ -213,31 +231,34 @@ def _intact(path: Path, entry: list[Any]) -> bool:
         return bool(hashlib.file_digest(handle, "sha256").hexdigest() == entry[0])
 
 
-def finish(folder: Path, out: Path, *, overwrite: bool) -> None:
-    """Rename the work directory to its final name; with ``overwrite``, in place of an old OUT.
-
-    The lock of `working` guards the directory until it has its name; its file is removed last.
+def finish(result: Path, out: Path, *, overwrite: bool) -> None:
+    """Give a result its final name and remove the work directory; with ``overwrite``, in place of
+    an old OUT.
 
     Raises:
         UsageError: OUT was made meanwhile; the work directory stays.
     """
-    for entry in folder.iterdir():
+    for entry in result.iterdir():
         _sync(entry)
-    _sync(folder)
-    old = out.with_name(f".{out.name}.ckptgate-old")
-    if overwrite and os.path.lexists(out):
-        if old.exists():
-            shutil.rmtree(old)
-        out.rename(old)
-    if os.path.lexists(out):
+    _sync(result)
+    if not os.path.lexists(out):
+        result.rename(out)
+    elif overwrite:
+        _exchange(result, out)
+    else:
         raise out_exists(out)
-    (folder / STATE).unlink()
-    folder.rename(out)
-    (out / LOCK).unlink(missing_ok=True)
-    _sync(out)
     _sync(out.parent)
-    if old.exists() and overwrite:
-        shutil.rmtree(old)
+    # OUT is complete: an export that waits for the lock may make its file here at any time.
+    shutil.rmtree(result.parent, ignore_errors=True)
+
+
+def _exchange(result: Path, out: Path) -> None:
+    """Exchange two directories in one step, or where the system cannot, in two."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    names = _AT_FDCWD, os.fsencode(result), _AT_FDCWD, os.fsencode(out)
+    if rename is None or rename(*names, _RENAME_EXCHANGE) != 0:
+        out.rename(result.with_name("replaced"))
+        result.rename(out)
 
 
 def _sync(path: Path) -> None:

@@ -27,7 +27,7 @@ from verifier.checkpoint.index import FIRST_GUESS, INDEX, Index, header_guesses,
 from verifier.checkpoint.kinds import require_checkpoint
 from verifier.checkpoint.opening import open_source
 from verifier.checkpoint.source import Bytes, Source
-from verifier.errors import ContainerError
+from verifier.errors import ContainerError, MachineError
 
 CONFIGS = ("config.json", "hf_quant_config.json")
 NUMPY_DTYPES: dict[str, npt.DTypeLike] = {
@@ -88,6 +88,37 @@ class Checkpoint:
             for name in shard.tensors:
                 files.setdefault(name, []).append(shard.file)
         return {name: tuple(f) for name, f in files.items() if len(f) > 1}
+
+    def versions(self) -> dict[str, tuple[str | int, ...]]:
+        """Return for each shard what changes when it is rewritten, as far as the source knows.
+
+        Raises:
+            MachineError: a shard cannot be read any more.
+        """
+        return {shard.file: self._version(shard.file) for shard in self.shards}
+
+    def _version(self, file: str) -> tuple[str | int, ...]:
+        try:
+            return self.source.version(file)
+        except OSError as error:
+            raise MachineError(
+                f"{self.uri}/{file}: {error.strerror or error}; it was there before"
+            ) from error
+
+    def require_unchanged(self, versions: Mapping[str, tuple[str | int, ...]]) -> None:
+        """Refuse what was read of shards that were rewritten meanwhile.
+
+        Args:
+            versions: the result of `versions` before the first read.
+
+        Raises:
+            MachineError: naming the first shard that changed.
+        """
+        for file, version in self.versions().items():
+            if version != versions[file]:
+                raise MachineError(
+                    f"{self.uri}/{file}: changed while it was read; run the same command again"
+                )
 
     @cached_property
     def weights_sha256(self) -> str:

@@ -22,7 +22,7 @@ from verifier import __version__
 from verifier.cli.terminal import (
     TERMINAL_OPTIONS,
     add_terminal_options,
-    interrupted,
+    ended,
     on_interrupt,
 )
 from verifier.errors import CkptgateError
@@ -138,7 +138,7 @@ def run(argv: Sequence[str]) -> int:
         error.show()
         return 2
     except (click.Abort, KeyboardInterrupt):
-        return _fail(interrupted(), 130)
+        return _fail(ended("interrupted"), INTERRUPTED)
     except CkptgateError as error:
         return _fail(str(error), error.exit_code)
     except Exception as error:
@@ -180,8 +180,22 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
+INTERRUPTED, TERMINATED = 130, 143
+"""Exit codes of a command that SIGINT or SIGTERM ended."""
+
+
 def _terminated(_number: int, _frame: FrameType | None) -> NoReturn:
-    raise SystemExit(143)
+    raise SystemExit(TERMINATED)
+
+
+def _interrupted(_number: int, _frame: FrameType | None) -> NoReturn:
+    signal.signal(signal.SIGINT, _interrupted_again)
+    raise KeyboardInterrupt
+
+
+def _interrupted_again(_number: int, _frame: FrameType | None) -> NoReturn:
+    """End at once; what is left is what a kill leaves, which every command can take up."""
+    os._exit(INTERRUPTED)
 
 
 class _Output(io.FileIO):
@@ -211,5 +225,11 @@ def _unbreakable(stream: TextIO) -> TextIO:
 def main() -> NoReturn:
     """Run the command line of this process and exit."""
     signal.signal(signal.SIGTERM, _terminated)
+    signal.signal(signal.SIGINT, _interrupted)
     sys.stdout, sys.stderr = _unbreakable(sys.stdout), _unbreakable(sys.stderr)
-    sys.exit(run(sys.argv[1:]))
+    try:
+        sys.exit(run(sys.argv[1:]))
+    except SystemExit as stop:
+        if stop.code == TERMINATED:
+            _fail(ended("terminated"), TERMINATED)
+        raise

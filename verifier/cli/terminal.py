@@ -76,9 +76,9 @@ def on_interrupt(kept: str) -> None:
     _kept = kept
 
 
-def interrupted() -> str:
-    """Return the message of an interrupted command."""
-    return f"interrupted; {_kept}" if _kept else "interrupted"
+def ended(how: str) -> str:
+    """Return the message of a command that a signal ended: ``interrupted`` or ``terminated``."""
+    return f"{how}; {_kept}" if _kept else how
 
 
 def _set(ctx: click.Context, param: click.Parameter, value: Any) -> None:

@@ -37,7 +37,7 @@ def check(ctx: Context) -> Iterator[Finding]:
     config = ctx.checkpoint.config
     if config is None:
         return
-    fields = [f for f in REQUIRED_FIELDS if config.get("model_type") in f.families]
+    fields = [f for f in REQUIRED_FIELDS if ctx.checkpoint.model_type in f.families]
     ctx.tally.see(len(fields))
     for field in fields:
         if not field.present(config):

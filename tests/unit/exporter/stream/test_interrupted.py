@@ -14,7 +14,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,10 +23,11 @@ import numpy as np
 import pytest
 
 import exporter
+from exporter.out import work_folder
 from exporter.stream import tasks
-from exporter.stream.write import STATE, work_folder
+from exporter.stream.write import RESULT, STATE
 from verifier.cli import run
-from verifier.errors import UsageError
+from verifier.errors import MachineError, UsageError
 from verifier.manifest import Manifest
 
 NVFP4 = "nvfp4_experts_only"
@@ -35,7 +37,8 @@ SCRIPT = """
 import json, os, signal, sys, time
 from pathlib import Path
 import exporter
-from exporter.stream.write import STATE, work_folder
+from exporter.out import work_folder
+from exporter.stream.write import STATE
 
 source, out, shard, calls = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 seen = 0
@@ -99,11 +102,23 @@ def finished(out: Path) -> list[str]:
     return sorted(json.loads((work_folder(out) / STATE).read_text())["shards"])
 
 
+@contextmanager
+def begun(out: Path) -> Iterator[Callable[[], int]]:
+    """Hold the shards of an unfinished export open, and yield a function that counts those that OUT
+    has taken over: a shard that is written again is another file.
+    """
+    with ExitStack() as stack:
+        shards = (work_folder(out) / RESULT).glob("model-*.safetensors")
+        files = [stack.enter_context(path.open("rb")) for path in shards]
+        before = {os.fstat(file.fileno()).st_ino for file in files}
+        yield lambda: len(before & {p.stat().st_ino for p in out.glob("model-*.safetensors")})
+
+
 def test_a_killed_export_does_not_look_finished(killed_once: Path) -> None:
     assert not killed_once.exists()
     assert [p.name for p in killed_once.parent.iterdir()] == [work_folder(killed_once).name]
-    left = work_folder(killed_once)
-    assert left.name.startswith(".")
+    assert work_folder(killed_once).name.startswith(".")
+    left = work_folder(killed_once) / RESULT
     assert not (left / "config.json").exists()
     assert not (left / "model.safetensors.index.json").exists()
     done = finished(killed_once)
@@ -116,16 +131,10 @@ def test_a_killed_export_does_not_look_finished(killed_once: Path) -> None:
 
 def test_a_killed_export_resumes_to_the_same_bytes(big: Path, whole: Path, killed: Path) -> None:
     count = len(finished(killed))
-    manifest = export(big, killed)
-    assert manifest.notes["resumed_shards"] == count > 0
-    expected, actual = digests(whole), digests(killed)
-    for found in (expected, actual):
-        found.pop("ckptgate_manifest.json")
-    assert actual == expected
-    undisturbed = Manifest.model_validate_json((whole / "ckptgate_manifest.json").read_text())
-    assert undisturbed.notes["resumed_shards"] == 0
-    notes = {**manifest.notes, "resumed_shards": 0}
-    assert manifest.model_copy(update={"notes": notes}) == undisturbed
+    with begun(killed) as taken_over:
+        export(big, killed)
+        assert taken_over() == count > 0
+    assert digests(killed) == digests(whole)
     assert [p.name for p in killed.parent.iterdir()] == ["out"]
 
 
@@ -140,7 +149,7 @@ def test_a_finished_shard_that_was_damaged_is_redone(
     big: Path, whole: Path, killed: Path, damage: str, kit
 ) -> None:
     done = finished(killed)
-    shard = work_folder(killed) / done[-1]
+    shard = work_folder(killed) / RESULT / done[-1]
     blob = bytearray(shard.read_bytes())
     if damage == "flipped bit":
         blob[-1] ^= 1
@@ -149,8 +158,9 @@ def test_a_finished_shard_that_was_damaged_is_redone(
         shard.unlink()
     else:
         shard.write_bytes(blob[:-7] if damage == "shorter" else blob + b"\0")
-    manifest = export(big, killed)
-    assert manifest.notes["resumed_shards"] == len(done) - 1
+    with begun(killed) as taken_over:
+        export(big, killed)
+        assert taken_over() == len(done) - 1
     assert kit.read(killed) == kit.read(whole)
 
 
@@ -159,23 +169,26 @@ def test_a_damaged_note_of_what_was_done_starts_afresh(
     big: Path, whole: Path, killed: Path, text: str, kit
 ) -> None:
     (work_folder(killed) / STATE).write_text(text)
-    manifest = export(big, killed)
-    assert manifest.notes["resumed_shards"] == 0
+    with begun(killed) as taken_over:
+        export(big, killed)
+        assert taken_over() == 0
     assert kit.read(killed) == kit.read(whole)
 
 
 def test_other_options_start_afresh(big: Path, killed: Path, kit, tmp_path: Path) -> None:
     maxima = {n.removesuffix(".weight"): 26.88 for n in kit.read(big) if ".experts." in n}
     stats = kit.stats(tmp_path / "stats.safetensors", maxima)
-    manifest = export(big, killed, input_scale="stats", stats=stats)
-    assert manifest.notes["resumed_shards"] == 0
+    with begun(killed) as taken_over:
+        export(big, killed, input_scale="stats", stats=stats)
+        assert taken_over() == 0
     scales = {r.array().item() for n, r in kit.read(killed).items() if n.endswith(".input_scale")}
     assert scales == {np.float32(np.float32(26.88) / 2688)}
 
 
 def test_another_recipe_starts_afresh(big: Path, killed: Path, kit, tmp_path: Path) -> None:
-    manifest = export(big, killed, recipe="mxfp8_default", input_scale=None)
-    assert manifest.notes["resumed_shards"] == 0
+    with begun(killed) as taken_over:
+        manifest = export(big, killed, recipe="mxfp8_default", input_scale=None)
+        assert taken_over() == 0
     assert manifest.formats == {"MXFP8": 392}
     assert {p.name for p in killed.iterdir()} == set(manifest.files) | {"ckptgate_manifest.json"}
 
@@ -222,6 +235,57 @@ def test_a_source_that_changed_since_starts_afresh(
         kit.read(killed)["model.embed_tokens.weight"]
         == kit.read(source)["model.embed_tokens.weight"]
     )
+
+
+def rewrite(source: Path) -> None:
+    """Rewrite a shard, as a training run that goes on would."""
+    shard = source / "model.safetensors"
+    copy = source / "copy"
+    copy.write_bytes(shard.read_bytes())
+    copy.rename(shard)
+
+
+@pytest.mark.parametrize(
+    "change", [rewrite, lambda source: (source / "model.safetensors").unlink()]
+)
+def test_a_source_that_changes_during_the_export_is_named(
+    big: Path, tmp_path: Path, change: Callable[[Path], object]
+) -> None:
+    source = shutil.copytree(big, tmp_path / "source")
+    changed: list[None] = []
+
+    def progress(_count: int) -> None:
+        if not changed:
+            changed.append(None)
+            change(source)
+
+    with pytest.raises(MachineError, match=r"source/model\.safetensors: "):
+        export(source, tmp_path / "out", progress=progress)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_overwritten_out_is_there_at_every_moment(
+    big: Path, whole: Path, tmp_path: Path, kit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = shutil.copytree(big, tmp_path / "out")
+    rename = Path.rename
+
+    def never_away(path: Path, target: Path) -> Path:
+        assert path != out, "OUT is absent until the next rename"
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", never_away)
+    export(big, out, overwrite=True)
+    assert kit.read(out) == kit.read(whole)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_manifest_does_not_depend_on_the_current_directory(
+    big: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(big.parent)
+    export(Path(big.name), tmp_path / "out")
+    assert digests(tmp_path / "out") == digests(whole)
 
 
 # signals
@@ -286,7 +350,7 @@ def stopped(
     process = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         for _ in range(20_000):
-            if list(work_folder(out).glob("model-*.part")) or process.poll() is not None:
+            if list(work_folder(out).glob(f"{RESULT}/model-*.part")) or process.poll() is not None:
                 break
             time.sleep(0.002)
         process.send_signal(number)
@@ -301,19 +365,22 @@ def test_a_signal_ends_an_export_with_its_exit_code(stopped: Stopped) -> None:
     assert stopped.code == stopped.expected, stopped.stderr
     assert stopped.stdout == ""
     assert "Traceback" not in stopped.stderr
+    how = "interrupted" if stopped.expected == 130 else "terminated"
+    kept = f"finished shards are kept in {work_folder(stopped.out)}; run the same command again"
+    assert f"ckptgate: {how}; {kept} to resume\n" in stopped.stderr
     assert len([line for line in stopped.stderr.splitlines() if line]) <= 1, (
         "click writes a blank line after ^C"
     )
     assert not stopped.out.exists()
     assert [p.name for p in stopped.out.parent.iterdir()] == [work_folder(stopped.out).name]
-    assert not list(work_folder(stopped.out).glob("*.part"))
+    assert not list(work_folder(stopped.out).rglob("*.part"))
 
 
 def test_what_a_stopped_export_finished_is_noted_for_the_next(stopped: Stopped) -> None:
     """A shard that was written to its end after the signal must not be thrown away: it may be 5
     GB.
     """
-    shards = sorted(p.name for p in work_folder(stopped.out).glob("*.safetensors"))
+    shards = sorted(p.name for p in work_folder(stopped.out).rglob("*.safetensors"))
     assert shards == finished(stopped.out)
 
 
@@ -344,7 +411,6 @@ def test_a_second_export_to_the_same_out_is_refused(
         go.set()
         first.join(60)
     assert len(results) == 1
-    assert results[0].notes["resumed_shards"] == 0
     assert kit.read(tmp_path / "out") == kit.read(whole)
 
 
@@ -357,7 +423,7 @@ def test_a_second_export_while_the_first_gets_its_final_name(
     out, real, tried = tmp_path / "out", os.fsync, []
 
     def fsync(fd: int) -> None:
-        if not tried and (work_folder(out) / "ckptgate_manifest.json").exists():
+        if not tried and (work_folder(out) / RESULT / "ckptgate_manifest.json").exists():
             tried.append(fd)
             with pytest.raises(UsageError, match="another export is writing it"):
                 exporter.export(kit.qwen, out, recipe=NVFP4, input_scale="one")
@@ -399,18 +465,34 @@ def test_a_full_disk_is_exit_4_with_one_message(
     stdout, stderr = capsys.readouterr()
     assert stdout == ""
     assert len(stderr.splitlines()) == 1
-    assert "no space left on the disk" in stderr
+    assert "are to be written and 1.0 MB are free; free some space" in stderr
     assert not out.exists()
-    assert not list(work_folder(out).glob("*.part"))
+    assert not list(work_folder(out).rglob("*.part"))
 
 
 def test_after_room_was_made_the_export_goes_through(
     big: Path, whole: Path, small_disk: Path, kit
 ) -> None:
     out = small_disk / "out"
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(MachineError, match="are free; free some space"):
         export(big, out)
     subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    export(big, out)
+    assert kit.read(out) == kit.read(whole)
+
+
+def test_a_disk_that_others_fill_meanwhile(big: Path, whole: Path, small_disk: Path, kit) -> None:
+    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    out, other = small_disk / "out", small_disk / "other"
+
+    def fill(_count: int) -> None:
+        with other.open("ab") as handle, suppress(OSError):
+            handle.write(bytes(64 << 20))
+
+    with pytest.raises(MachineError, match=r"cannot write .*No space left on device; run the same"):
+        export(big, out, progress=fill)
+    assert not out.exists()
+    other.unlink()
     export(big, out)
     assert kit.read(out) == kit.read(whole)
 
