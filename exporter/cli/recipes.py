@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from verifier.cli.groups import CommandGroup
 from verifier.errors import PlanError
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 NOT_SELECTED = "not quantized"
 
 
-@click.group()
+@click.group(cls=CommandGroup)
 def recipes() -> None:
     """List recipes, show one, or explain their effect on a module."""
 

@@ -751,7 +751,9 @@ def test_explain_prints_the_docstring(call) -> None:
     assert "Clamp the scale to 2^-9 before the cast" in out
     assert call("explain", "qc501")[1] == out
     for rule in all_rules().values():
-        assert rule.doc in call("explain", rule.id)[1]
+        words = re.sub(r"`+|\*\*(\w[\w ]*)\.\*\*", r"\1", rule.doc).split()
+        printed = call("explain", rule.id)[1].replace("`", "").split()
+        assert [w for w in words if w not in printed] == []
 
 
 def test_every_command_is_listed_and_has_help(call) -> None:

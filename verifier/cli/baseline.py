@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from verifier.cli.groups import CommandGroup
 from verifier.cli.options import BASE, MERGED_FROM, SETTINGS, depth, together
 from verifier.cli.settings import check_arguments, effective_settings
 from verifier.errors import ContentError, UsageError
@@ -25,7 +26,7 @@ CHECKPOINT = together(
 )
 
 
-@click.group()
+@click.group(cls=CommandGroup)
 def baseline() -> None:
     """Accept known findings with a reason, so that a check fails on new ones only."""
 

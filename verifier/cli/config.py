@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from verifier.cli.groups import CommandGroup
 from verifier.cli.options import SETTINGS
 from verifier.cli.outputs import output_options
 from verifier.cli.settings import effective_settings
@@ -17,7 +18,7 @@ from verifier.run.severity import Severities
 from verifier.text import printable
 
 
-@click.group()
+@click.group(cls=CommandGroup)
 def config() -> None:
     """Show the effective configuration."""
 

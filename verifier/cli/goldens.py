@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
+from verifier.cli.groups import CommandGroup
 from verifier.cli.recording import worst_code
 from verifier.errors import ContentError, UsageError
 from verifier.goldens import Golden, compare, compare_with_golden, store
@@ -34,7 +35,7 @@ def _folder(command: Command) -> Command:
     )(command)
 
 
-@click.group()
+@click.group(cls=CommandGroup)
 def goldens() -> None:
     """Review and accept golden records.
 

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
+from verifier.cli.groups import CommandGroup
 from verifier.cli.options import FORMAT
 from verifier.cli.recording import print_notes, print_warnings
 from verifier.errors import ContentError, UsageError
@@ -42,7 +43,7 @@ def _file(command: Command) -> Command:
     )(command)
 
 
-@click.group()
+@click.group(cls=CommandGroup)
 def history() -> None:
     """Record runs; show trends and change points.
 

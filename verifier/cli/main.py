@@ -17,8 +17,10 @@ from types import FrameType
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
 import click
+from click.shell_completion import CompletionItem
 
 from verifier import __version__
+from verifier.cli.groups import CommandGroup
 from verifier.cli.terminal import (
     TERMINAL_OPTIONS,
     add_terminal_options,
@@ -31,49 +33,66 @@ from verifier.text import printable
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
-BUILT_IN = {
-    "baseline": (
-        "verifier.cli.baseline",
-        "Accept known findings, so that a check fails on new ones only.",
-    ),
-    "check": ("verifier.cli.check", "Check a checkpoint."),
-    "compare": ("verifier.cli.gate", "Compare a candidate's run with its base's run."),
-    "config": ("verifier.cli.config", "Show the effective configuration."),
-    "diff": (
-        "verifier.cli.diff",
-        "Compare two checkpoints: names, dtypes, shapes, configs.",
-    ),
-    "doctor": (
-        "verifier.cli.doctor",
-        "Show the environment: versions, extras, what each enables.",
-    ),
-    "explain": ("verifier.cli.rules", "Explain a rule: cause, impact, fix."),
-    "gate": ("verifier.cli.gate", "Test a candidate's loss over its base against a margin."),
-    "goldens": ("verifier.cli.goldens", "Review and accept golden records."),
-    "history": ("verifier.cli.history", "Record runs; show trends and change points."),
-    "manifest": ("verifier.cli.manifest", "Compare published files with an export's manifest."),
-    "merge-reports": (
-        "verifier.cli.merge_reports",
-        "Merge the JSON reports of a check that ran in subsets.",
-    ),
-    "report": ("verifier.cli.report", "Render runs and history as one HTML page."),
-    "rules": ("verifier.cli.rules", "List the rules."),
-    "score": ("verifier.cli.gate", "Score a checkpoint once, to compare later."),
-    "selftest": (
-        "verifier.cli.selftest",
-        "Verify every rule: inject known defects and expect findings.",
-    ),
-    "show": (
-        "verifier.cli.show",
-        "Inspect one block: raw bytes, scale, decoded values, expected values.",
-    ),
-    "stats": ("verifier.cli.stats", "Count formats, bits per parameter and scale values."),
+SECTIONS = {
+    "Check": {
+        "check": (
+            "verifier.cli.check",
+            "Check checkpoints: names, configs, scales, values.",
+        ),
+        "baseline": (
+            "verifier.cli.baseline",
+            "Accept known findings; only new ones fail.",
+        ),
+        "merge-reports": (
+            "verifier.cli.merge_reports",
+            "Merge the reports of a check in subsets.",
+        ),
+        "manifest": ("verifier.cli.manifest", "Compare published files with an export's manifest."),
+        "selftest": (
+            "verifier.cli.selftest",
+            "Verify every rule on injected defects.",
+        ),
+    },
+    "Export": {
+        name: ("", "") for name in ("export", "calibrate", "merge", "repair", "detect", "recipes")
+    },
+    "Measure": {
+        "gate": ("verifier.cli.gate", "Test a candidate's loss over its base against a margin."),
+        "score": ("verifier.cli.gate", "Score a checkpoint once, to compare later."),
+        "compare": ("verifier.cli.gate", "Compare a candidate's run with its base's run."),
+        "report": ("verifier.cli.report", "Render runs and history as one HTML page."),
+    },
+    "Record": {
+        "history": ("verifier.cli.history", "Record runs; show trends and change points."),
+        "goldens": ("verifier.cli.goldens", "Review and accept golden records."),
+    },
+    "Explain": {
+        "explain": ("verifier.cli.rules", "Explain rules: cause, impact, fix."),
+        "rules": ("verifier.cli.rules", "List the rules."),
+        "show": (
+            "verifier.cli.show",
+            "Inspect one block: bytes, scale, values.",
+        ),
+        "stats": ("verifier.cli.stats", "Count formats, bits per parameter and scale values."),
+        "diff": ("verifier.cli.diff", "Compare two checkpoints: names, dtypes, shapes, configs."),
+        "doctor": (
+            "verifier.cli.doctor",
+            "Show versions, extras, and what each enables.",
+        ),
+        "config": ("verifier.cli.config", "Show the effective configuration."),
+        "help": ("verifier.cli.help", "Show the help of a command."),
+    },
 }
-"""Command -> (module, help). ``--help`` imports none of these modules."""
+"""Section of the help -> command -> (module, help). ``--help`` imports none of these modules; a
+command without a module comes from an entry point.
+"""
+BUILT_IN = {
+    name: entry for section in SECTIONS.values() for name, entry in section.items() if entry[0]
+}
 HIDDEN = {"pre-commit": "verifier.cli.pre_commit"}
 
 
-class LazyGroup(click.Group):
+class LazyGroup(CommandGroup):
     """A group that imports a command when it runs; the help of built-in commands is in the
     table.
     """
@@ -98,16 +117,28 @@ class LazyGroup(click.Group):
         return None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the list of commands without importing the built-in ones."""
-        rows = []
-        for name in self.list_commands(ctx):
-            if name in BUILT_IN:
-                rows.append((name, BUILT_IN[name][1]))
-            else:
-                command = self.get_command(ctx, name)
-                rows.append((name, command.get_short_help_str(80) if command else ""))
-        with formatter.section("Commands"):
-            formatter.write_dl(rows)
+        """Write the commands by section, without importing the built-in ones."""
+        others = [n for n in self.list_commands(ctx) if n not in BUILT_IN]
+        for title, commands in SECTIONS.items():
+            rows = [(n, self._help(ctx, n)) for n in commands if n in BUILT_IN or n in others]
+            others = [n for n in others if n not in commands]
+            with formatter.section(title):
+                formatter.write_dl(rows)
+        if others:
+            with formatter.section("More"):
+                formatter.write_dl([(n, self._help(ctx, n)) for n in others])
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Return the commands and options that complete a word, without importing the commands."""
+        names = [n for n in self.list_commands(ctx) if n.startswith(incomplete)]
+        items = [CompletionItem(n, help=BUILT_IN.get(n, ("", ""))[1]) for n in names]
+        return [*items, *click.Command.shell_complete(self, ctx, incomplete)]
+
+    def _help(self, ctx: click.Context, name: str) -> str:
+        if name in BUILT_IN:
+            return BUILT_IN[name][1]
+        command = self.get_command(ctx, name)
+        return command.get_short_help_str(80) if command else ""
 
 
 @click.group(
@@ -117,6 +148,8 @@ class LazyGroup(click.Group):
 @click.version_option(__version__, "-V", "--version", prog_name="ckptgate")
 def cli() -> None:
     """Validate quantized LLM checkpoints before you ship them.
+
+    `ckptgate check PATH` checks a checkpoint; `ckptgate help COMMAND` describes a command.
 
     Exit codes: 0 passed, 1 failed, 2 usage error, 3 inconclusive, 4 I/O or internal error; see
     docs/exit-codes.md.

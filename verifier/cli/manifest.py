@@ -6,11 +6,12 @@ from __future__ import annotations
 import click
 
 from verifier.cli.common import errors_as
+from verifier.cli.groups import CommandGroup
 from verifier.cli.options import FORMAT
 from verifier.published import compare_published, published_json, published_text, read_manifest
 
 
-@click.group()
+@click.group(cls=CommandGroup)
 def manifest() -> None:
     """Compare published files with the manifest of an export."""
 

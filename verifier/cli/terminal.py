@@ -94,17 +94,18 @@ def _option(*names: str, **attributes: Any) -> click.Option:
 TERMINAL_OPTIONS = (
     _option(
         "--color",
+        metavar="WHEN",
         type=click.Choice(["auto", "always", "never"]),
-        help="Color the output.  [default: auto; NO_COLOR and FORCE_COLOR are honored]",
+        help="auto, always or never.",
     ),
     _option(
         "--progress",
+        metavar="HOW",
         type=click.Choice(["auto", "bar", "plain", "json", "none"]),
-        help="How long work shows progress on stderr.  [default: a bar on a terminal, else a line "
-        "every 30 seconds]",
+        help="auto, bar, plain, json or none.",
     ),
-    _option("-q", "--quiet", is_flag=True, help="Print results only: no progress, no notes."),
-    _option("-v", "--verbose", is_flag=True, help="Print details that are otherwise summed up."),
+    _option("-q", "--quiet", is_flag=True, help="Print results only."),
+    _option("-v", "--verbose", is_flag=True, help="Print more details."),
 )
 
 

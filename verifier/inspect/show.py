@@ -23,6 +23,7 @@ from verifier.layouts.expert_stacks import UnstackedCheckpoint, file_offset, uns
 from verifier.quantized import QuantizedCheckpoint
 from verifier.reconstruction.yardstick import max_scales, nearest
 from verifier.schemes import FLOATS, SCALE_LEAVES, Format, Module, collapse, role, split
+from verifier.suggest import with_numbers_of
 from verifier.text import printable
 
 WINDOW = 16  # elements shown of a tensor without blocks
@@ -215,7 +216,8 @@ def _find(checkpoint: Checkpoint, text: str) -> tuple[Tensor, Location]:
     for name in tensors:
         patterns.setdefault(collapse(name), name)
     near = difflib.get_close_matches(collapse(location.name), list(patterns), n=3, cutoff=0.5)
-    hint = f". Did you mean {', '.join(patterns[n] for n in near)}?" if near else ""
+    names = [with_numbers_of(location.name, n, tensors) or patterns[n] for n in near]
+    hint = f". Did you mean {', '.join(names)}?" if names else ""
     missing = printable(location.name, 200)
     raise ContentError(f"{checkpoint.uri}: no tensor {missing!r}{printable(hint, 600)}")
 

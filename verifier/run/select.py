@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from difflib import get_close_matches
 
 from verifier.errors import UsageError
+from verifier.suggest import suggestions
 
 ALL = "ALL"
 Prefixes = str | Iterable[str]
@@ -43,7 +43,7 @@ def prefixes(texts: Prefixes, known: Iterable[str], option: str) -> tuple[str, .
 
 def nearest(name: str, among: Iterable[str]) -> str:
     """Return the names similar to ``name``, as the beginning of a hint, or ''."""
-    near = get_close_matches(name, list(among), n=3, cutoff=0.6)
+    near = suggestions(name, among)
     return f"nearest: {', '.join(near)}; " if near else ""
 
 
