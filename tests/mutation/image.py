@@ -28,6 +28,8 @@ DTYPES: dict[str, Any] = {
     "F8_E4M3": ml_dtypes.float8_e4m3fn,
     "F8_E8M0": ml_dtypes.float8_e8m0fnu,
     "F8_E5M2": ml_dtypes.float8_e5m2,
+    "I32": np.int32,
+    "I64": np.int64,
 }
 NAME_OF = {np.dtype(v): k for k, v in DTYPES.items()}
 LEAVES = (

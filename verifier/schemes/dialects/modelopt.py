@@ -146,6 +146,18 @@ class DeepseekV4(Dialect):
         return _of_expert(module)
 
 
+class Fp8WithMxfp4Experts(Fp8):
+    """FP8 whose routed experts are MXFP4 (``store_dtype: mxfp4``); exclusions are those of FP8."""
+
+    def cover(self, declaration: Declaration, module: str) -> DeclaredFormat:
+        """Return MXFP4 for a routed expert that is not excluded, else what FP8 says."""
+        result = super().cover(declaration, module)
+        if result.algo is None or not _of_expert(module):
+            return result
+        scheme = Scheme("MXFP4", FORMATS["mxfp4"], "dynamic", group_size=32)
+        return DeclaredFormat(scheme.algo, "implied", "", scheme.group_size, scheme)
+
+
 def _of_expert(module: str) -> bool:
     return ".experts." in module and ".shared_experts." not in module
 
@@ -245,7 +257,7 @@ def parse_fp8(
         kv_of(body),
         tuple(problems),
         groups,
-        scheme if dialect in (FP8, MODELOPT) else base,
+        base if isinstance(dialect, DeepseekV4) else scheme,
         dialect,
         (f"quant_algo {stated!r} is not known",) if stated and stated not in KNOWN_ALGOS else (),
     )
@@ -255,7 +267,9 @@ def _fp8_dialect(
     method: str, body: Mapping[str, Any], config: Mapping[str, Any], exclude: tuple[str, ...]
 ) -> Dialect:
     experts = text(body.get("moe_quant_algo")).upper()
-    fp4 = text(config.get("expert_dtype")) == "fp4" or text(body.get("store_dtype")) == "mxfp4"
+    fp4 = text(config.get("expert_dtype")) == "fp4"
+    if not experts and not fp4 and text(body.get("store_dtype")) == "mxfp4":
+        return Fp8WithMxfp4Experts()
     if not experts and not fp4:
         return FP8 if method == "fp8" else MODELOPT
     native = Scheme("MXFP4", FORMATS["mxfp4"], "dynamic", group_size=32)

@@ -229,7 +229,7 @@ UNCLEAR: dict[str, tuple[dict[str, Any], str]] = {
     "a strategy": (ct(group(args(8, "float", "token"))), "float 8 token"),
     "a preset": (
         {"quant_method": "compressed-tensors", "config_groups": {"W9A9": ["Linear"]}},
-        "no preset",
+        "is not a preset",
     ),
     "sparse": (
         ct(group(NVFP4), sparsity_config={"format": "sparse-24-bitmask", "targets": ["Linear"]}),
@@ -417,6 +417,21 @@ def test_deepseek_v4_in_nvfp4_excludes_nothing_from_fp8() -> None:
     declaration = parse(config, "config.json", V4)
     assert not declaration.exclusions.loose(WQ)
     assert declaration.exclusions.dead(["a"]) == []
+
+
+def test_store_dtype_is_that_of_routed_experts() -> None:
+    """As vLLM 0.32 reads it: excluded layers stay plain, all other linear layers are FP8."""
+    config = fp8(
+        weight_block_size=[128, 128], store_dtype="mxfp4", modules_to_not_convert=[Q, "lm_head"]
+    )
+    expert = "model.layers.1.mlp.experts.3.down_proj"
+    shared = "model.layers.1.mlp.shared_experts.down_proj"
+    assert answer(config, expert) == ("implied", "mxfp4", 4, (1, 32))
+    assert answer(config, shared)[1:] == ("fp8_block", 8, (128, 128))
+    assert answer(config, Q) == ("excluded", None)
+    declaration = parse(config, "config.json")
+    assert declaration.understood
+    assert [m for m in (expert, shared, Q, "lm_head") if declaration.expects(m)] == [expert, shared]
 
 
 # GPTQ, AWQ, AutoRound
