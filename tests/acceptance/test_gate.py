@@ -102,7 +102,7 @@ def test_a_good_export_passes(mixed: Path, capsys: pytest.CaptureFixture[str]) -
     code = run(["gate", str(mixed), "--base", str(BF16), "--corpus", str(CORPUS)])
     text = capsys.readouterr().out
     assert code == 0, text
-    assert "default budget of NVFP4, 8% of perplexity" in text
+    assert "default budgets by share of parameters" in text
     assert "estimates KL(base || candidate)" in text
     loss = float(re.search(r"loss\s+([+-][\d.]+) nats", text)[1])  # type: ignore[index]
     assert 0 < loss < 0.03
