@@ -45,6 +45,8 @@ from verifier.inspect.stats import bins, shares, stats
 HERE = Path(__file__).resolve().parent
 RECORDS, RESULTS = HERE / "records", HERE / "results.json"
 BASE, VENDOR, CORPUS = "bf16", "mxfp8", "corpus.jsonl"
+TOP_K = 64
+"""How many top tokens the KL divergence in a record is computed from."""
 MADE_WITH = ("torch", "transformers", "numpy")
 """The packages whose version may change bytes or sums."""
 
@@ -248,7 +250,7 @@ class Rebuilder:
 
     def score(self, ckpt: Checkpoint) -> Run:
         """Score a checkpoint on the golden's corpus."""
-        run = score_run(ckpt, self.corpus, workers=self.workers)
+        run = score_run(ckpt, self.corpus, workers=self.workers, top_k=TOP_K)
         if run is None:
             raise SystemExit("no run")
         return run

@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from verifier.checkpoint import Checkpoint
 
 Outcome = Literal["passed", "failed", "inconclusive"]
+LossMeasure = Literal["loss", "KL", "KL ratio"]
 LossStatus = Literal["within", "beyond", "open"]
+EXACT_KL = "lockstep"
+"""The kind of a KL divergence over the whole vocabulary."""
 EXIT_OF_OUTCOME: dict[Outcome, int] = {"passed": 0, "failed": 1, "inconclusive": 3}
 SCHEMA_VERSION = "1.2"
 
@@ -84,12 +87,33 @@ class Margin:
 
 
 @dataclass(frozen=True)
+class KlRatio:
+    """How far the candidate's predictions are from the base's, relative to an accepted run's:
+    KL(base || candidate) / KL(base || accepted).
+
+    ``kind`` says how both were computed, alike. ``candidate`` and ``accepted`` are the means, nats
+    per token. ``interval`` and ``margin`` are of the logarithm of the ratio, with 1 - alpha / 5
+    bounds, since KL is skewed.
+    """
+
+    kind: str
+    candidate: float
+    accepted: float
+    interval: Interval
+    margin: Margin
+
+
+@dataclass(frozen=True)
 class Drift:
-    """The loss over an accepted run on the same tokens, and its margin."""
+    """The loss over an accepted run on the same tokens, and its margin.
+
+    Where ``kl`` is given, its ratio decides, and the loss is information.
+    """
 
     accepted: str
     margin: Margin
     interval: Interval
+    kl: KlRatio | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,12 +121,24 @@ class Loss:
     """A loss over one reference.
 
     ``status``: shown to be ``within`` the margin, shown to be ``beyond`` it, or ``open``.
+    ``measure`` is what the interval and the margin are of: a loss, a KL divergence in nats per
+    token, or the logarithm of a ratio of two.
     """
 
     over: str
     interval: Interval
     margin: Margin
     status: LossStatus
+    measure: LossMeasure = "loss"
+
+    @property
+    def title(self) -> str:
+        """What was measured, for messages."""
+        if self.measure == "loss":
+            return f"loss increase over {self.over}"
+        if self.measure == "KL":
+            return f"KL divergence from {self.over}"
+        return f"KL divergence from the base relative to {self.over}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,11 +169,20 @@ class Accuracy:
 class Kl:
     """Mean KL(base || candidate), and its 99.9% quantile over tokens with bounds, in nats; ``kind``
     says how it was computed.
+
+    ``mean`` has 1 - alpha / 5 bounds, since KL is skewed. ``margin`` is the largest tolerated mean;
+    None where there is none.
     """
 
     kind: str
     mean: Interval
     tail: tuple[Number, Number, Number]
+    margin: Margin | None = None
+
+    @property
+    def exact(self) -> bool:
+        """Whether it is the divergence itself, and not a lower bound of it."""
+        return self.kind == EXACT_KL
 
 
 @dataclass(frozen=True)
@@ -172,7 +217,8 @@ class GateResult:
     those that decide: widened by the noise floor where ``unlike`` names environment keys that
     differ. ``documents`` holds the base's nats, the candidate's nats and the tokens of each;
     ``clusters`` the sampling unit of each, -1 for one that repeats an earlier one, and is empty
-    where every document is its own. ``nonfinite`` are the documents in which a logit of either run
+    where every document is its own; ``kl_documents`` the sum of KL(base || candidate) of each,
+    where it was computed. ``nonfinite`` are the documents in which a logit of either run
     is not finite, ``nonfinite_base`` those of the base. ``needed`` is about how many documents
     would decide. ``looks`` counts this attempt and those before it, None where they are not known;
     ``alpha`` is the error of each one-sided bound. ``doubts`` are reasons why the result is not
@@ -204,6 +250,7 @@ class GateResult:
     accuracy: Accuracy | None = None
     doubts: tuple[str, ...] = ()
     clusters: list[int] = field(default_factory=list)
+    kl_documents: list[float] = field(default_factory=list)
 
     @property
     def unit(self) -> str:
@@ -218,21 +265,36 @@ class GateResult:
 
     @property
     def losses(self) -> tuple[Loss, ...]:
-        """The loss over the base, and over an accepted run; empty without statistics."""
+        """What decides, the loss over the base first: then the KL divergence from it where that
+        has a margin, and the drift from an accepted run; empty without statistics.
+        """
         losses = []
         if self.interval is not None:
             losses.append(self._loss("the base", self.interval, self.margin))
+        kl = self.measures.kl
+        if kl is not None and kl.margin is not None:
+            losses.append(self._loss("the base", kl.mean, kl.margin, "KL"))
         if self.drift is not None:
-            losses.append(self._loss("the accepted run", self.drift.interval, self.drift.margin))
+            ratio = self.drift.kl
+            if ratio is not None:
+                losses.append(
+                    self._loss("the accepted run", ratio.interval, ratio.margin, "KL ratio")
+                )
+            else:
+                loss = self.drift.interval, self.drift.margin
+                losses.append(self._loss("the accepted run", *loss))
         return tuple(losses)
 
-    def _loss(self, over: str, interval: Interval, margin: Margin) -> Loss:
+    def _loss(
+        self, over: str, interval: Interval, margin: Margin, measure: LossMeasure = "loss"
+    ) -> Loss:
         status: LossStatus = "open"
+        above_noise = measure != "loss" or self.floor is None or margin.nats > self.floor
         if self.outcome == "failed" and interval.low > margin.nats:
             status = "beyond"
-        elif interval.high <= margin.nats and (self.floor is None or margin.nats > self.floor):
+        elif interval.high <= margin.nats and above_noise:
             status = "within"
-        return Loss(over, interval, margin, status)
+        return Loss(over, interval, margin, status, measure)
 
     @property
     def collapse(self) -> float:
@@ -283,7 +345,7 @@ def evaluation_json(evaluation: Evaluation) -> dict[str, Any]:
     """
     if isinstance(evaluation, NotScored):
         return {}
-    without = ("documents", "clusters")
+    without = ("documents", "clusters", "kl_documents")
     return {k: v for k, v in evaluation.as_json().items() if k not in without}
 
 

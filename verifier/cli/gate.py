@@ -23,6 +23,8 @@ from verifier.cli.terminal import on_interrupt
 from verifier.errors import MissingExtra, UsageError
 from verifier.evaluation import GateResult
 from verifier.files import require_writable
+from verifier.gate.comparison import require_top_tokens
+from verifier.gate.decision import kl_margin_of, kl_ratio_of
 from verifier.gate.gate import corpus_of
 from verifier.gate.jobs import Scorer, protocol_of
 from verifier.gate.options import BATCH, SEQ_LEN
@@ -59,8 +61,15 @@ _DRIFT = click.option(
 )
 _MAX_DRIFT = click.option(
     "--max-drift",
+    metavar="RATIO|NATS",
+    help="Largest tolerated drift: 1.15x the accepted run's KL divergence from the base, or nats "
+    "per token of loss.  [default: 1.15x; 0.003 without top tokens]",
+)
+_MAX_KL = click.option(
+    "--max-kl",
     metavar="NATS",
-    help="Largest tolerated drift.  [default: 0.003 nats per token]",
+    help="Largest tolerated KL divergence from the base, nats per token.  [default: twice the "
+    "formats' budgets]",
 )
 _FLOOR = click.option(
     "--floor",
@@ -188,6 +197,7 @@ def _scalar(text: str) -> str | int | float | bool:
 @_MARGIN
 @_DRIFT
 @_MAX_DRIFT
+@_MAX_KL
 @_FLOOR
 @click.option(
     "--kl",
@@ -330,6 +340,7 @@ def score(
 @_MARGIN
 @_DRIFT
 @_MAX_DRIFT
+@_MAX_KL
 @_FLOOR
 @FORMAT
 @recording_options
@@ -339,6 +350,7 @@ def compare(
     max_increase: str | None,
     drift_against: str | None,
     max_drift: str | None,
+    max_kl: str | None,
     floor: tuple[str, ...],
     format_: str,
     recording: Recording,
@@ -353,14 +365,19 @@ def compare(
         raise UsageError("--max-drift needs --drift-against RUN")
     require_recordable(recording)
     base_run, candidate_run = gate_api.read_run(base), gate_api.read_run(candidate)
+    accepted = gate_api.read_run(drift_against) if drift_against is not None else None
+    if accepted is not None:
+        require_top_tokens(max_drift, [base_run, candidate_run, accepted])
     header = candidate_run.header
     task = header.key.get("protocol") == "task"
     result = gate_api.compare_runs(
         base_run,
         candidate_run,
         gate_api.margin_of(max_increase, header.parameters or header.formats, task=task),
-        drift_against=gate_api.read_run(drift_against) if drift_against is not None else None,
+        drift_against=accepted,
         drift_margin=gate_api.drift_margin_of(max_drift, task=task),
+        kl_margin=None if task else kl_margin_of(max_kl, header.parameters),
+        max_kl_ratio=None if task else kl_ratio_of(max_drift),
         floor_runs=[gate_api.read_run(file) for file in floor],
     )
     raise click.exceptions.Exit(_finish(result, format_, recording, started))

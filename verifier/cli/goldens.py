@@ -80,7 +80,11 @@ def show(name: str, folder: str) -> None:
     if golden.documents:
         tokens = sum(count for _, _, count in golden.documents)
         documents = counted(len(golden.documents), "document")
-        lines.append(f"         {documents}, {tokens:,} tokens, drift margin {golden.drift:g} nats")
+        margin = f"drift margin {golden.drift:g} nats"
+        if golden.kl:
+            kl = sum(golden.kl) / max(1, tokens)
+            margin = f"KL {kl:.6f} nats per token, margin {golden.kl_ratio:g} times"
+        lines.append(f"         {documents}, {tokens:,} tokens, {margin}")
     sections: dict[str, Mapping[str, object]] = {
         "key": golden.key,
         "env": golden.environment,

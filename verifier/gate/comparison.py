@@ -22,9 +22,9 @@ from verifier.evaluation import (
     Measures,
 )
 from verifier.gate.clusters import FEWEST, Clusters, clusters_of
-from verifier.gate.decision import alpha_of, documents_for, outcome_of
+from verifier.gate.decision import Divergence, alpha_of, documents_for, outcome_of
 from verifier.gate.jobs import Array
-from verifier.gate.measures import measure
+from verifier.gate.measures import by_document, kl_of_tokens, kl_ratio, measure, top_k_of
 from verifier.gate.plausibility import doubts_about
 from verifier.gate.run_file import Run, require_same_key, require_same_protocol, unlike_environment
 from verifier.gate.statistics import LEVEL, accuracy_loss, p_of_loss, paired, perplexity
@@ -52,6 +52,8 @@ def compare_runs(
     looks: int | None = None,
     floor_runs: Sequence[Run] = (),
     base_record: float | None = None,
+    kl_margin: Margin | None = None,
+    max_kl_ratio: Margin | None = None,
 ) -> GateResult:
     """Return the result for a candidate's run.
 
@@ -65,6 +67,10 @@ def compare_runs(
         looks: which look this is, 1 for the first; each has its share of the 5% error. None
             where earlier attempts are not known, which the result says.
         floor_runs: the base as other engines score it; what it differs by there is noise too.
+        kl_margin: the largest tolerated KL(base || candidate).
+        max_kl_ratio: the largest tolerated KL(base || candidate) / KL(base || accepted), as a
+            logarithm (`kl_ratio_of`); where all runs have top tokens it decides the drift in place
+            of the loss.
         base_record: the base's loss on these documents in an earlier attempt, nats per token.
 
     Raises:
@@ -119,23 +125,35 @@ def compare_runs(
     level = 1 - without_statistics.alpha
     plain = loss_over(base, candidate, clusters, level)
     losses = [(plain.widened(widening), margin)]
+    measures = Measures()
+    if not task:
+        measures = _with_kl_margin(measure(base, candidate, kl, level, clusters), kl_margin)
     drift = None
     if drift_against is not None and drift_margin is not None:
         interval = loss_over(drift_against, candidate, clusters, level).widened(widening)
-        drift = Drift(drift_against.header.model, drift_margin, interval)
-        losses.append((interval, drift_margin))
-    outcome = outcome_of(losses, floor=floor, widening=widening, alpha=1 - level)
+        ratio = None
+        if max_kl_ratio is not None:
+            ratio = kl_ratio(base, candidate, drift_against, clusters, max_kl_ratio, level)
+        drift = Drift(drift_against.header.model, drift_margin, interval, ratio)
+        if ratio is None:
+            losses.append((interval, drift_margin))
+    outcome = outcome_of(
+        losses,
+        floor=floor,
+        widening=widening,
+        alpha=1 - level,
+        divergences=_divergences(measures, drift),
+    )
     doubts = [
         *_few_documents(plain.documents, grouped=clusters.grouped),
         *doubts_about(base, candidate, plain, clusters.distinct, base_record),
     ]
     if outcome == "passed" and doubts:
         outcome = "inconclusive"
-    measures = Measures() if task else measure(base, candidate, kl, level, clusters)
     notes = [_floor_note(run, f) for run, f in zip(floor_runs, engine_floors, strict=True)]
     if outcome == "inconclusive":
         notes += _low_margin_note(losses, floor)
-    notes += _cluster_notes(clusters)
+    notes += [*_cluster_notes(clusters), *_drift_notes(drift, candidate.header.key)]
     if looks is None:
         notes.append(UNKNOWN_ATTEMPTS)
     notes += _outlier_note(measures)
@@ -151,8 +169,50 @@ def compare_runs(
         needed=documents_for(losses, widening) if outcome == "inconclusive" else None,
         notes=tuple(notes),
         doubts=tuple(doubts),
+        kl_documents=_kl_documents(base, candidate, kl),
         accuracy=_accuracy(base, candidate, clusters) if task else None,
     )
+
+
+def require_top_tokens(max_drift: str | float | None, runs: Sequence[Run]) -> None:
+    """Refuse runs without top tokens where the margin of the drift is a ratio of KL divergences.
+
+    Raises:
+        UsageError: naming the run.
+    """
+    if max_drift is None or not str(max_drift).strip().endswith("x"):
+        return
+    for run in runs:
+        if not top_k_of(run):
+            raise UsageError(
+                f"--max-drift {max_drift}: {run.header.model} was scored without top tokens; use "
+                "`ckptgate score --top-k 64`"
+            )
+
+
+def _with_kl_margin(measures: Measures, margin: Margin | None) -> Measures:
+    if measures.kl is None or margin is None:
+        return measures
+    return replace(measures, kl=replace(measures.kl, margin=margin))
+
+
+def _divergences(measures: Measures, drift: Drift | None) -> list[Divergence]:
+    """Return the divergences that decide."""
+    divergences = []
+    if measures.kl is not None and measures.kl.margin is not None:
+        kl = measures.kl
+        divergences.append(Divergence(kl.mean, measures.kl.margin, shows_within=kl.exact))
+    if drift is not None and drift.kl is not None:
+        divergences.append(Divergence(drift.kl.interval, drift.kl.margin))
+    return divergences
+
+
+def _kl_documents(base: Run, candidate: Run, kl: Array | None) -> list[float]:
+    computed = kl_of_tokens(base, candidate, kl)
+    if computed is None:
+        return []
+    sums: list[float] = by_document(computed[0], base.tokens).tolist()
+    return sums
 
 
 def _same_model(run: Run, other: Run) -> bool:
@@ -169,6 +229,23 @@ def _few_documents(count: int, *, grouped: bool) -> list[str]:
     return [
         f"{counted(count, noun)}: fewer than {FEWEST} show too little of how documents "
         "differ to pass"
+    ]
+
+
+def _drift_notes(drift: Drift | None, key: Mapping[str, Any]) -> list[str]:
+    """Return what decides the drift, in a sentence each."""
+    if drift is None or key.get("protocol") != "tokens":
+        return []
+    if drift.kl is None:
+        return [
+            "drift is decided by the loss over the accepted run; runs with top tokens (score "
+            "--top-k 64) decide it by the KL divergence, which sees smaller damage"
+        ]
+    return [
+        "the loss is how much worse the candidate predicts this text than its base: it can be zero "
+        "although predictions changed, and decides against the margin of the format",
+        "the KL ratio is how far the candidate's predictions are from the base's, relative to the "
+        "accepted run's: it counts every change of a prediction, and decides the drift",
     ]
 
 

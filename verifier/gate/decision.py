@@ -6,9 +6,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from verifier.errors import UsageError
 from verifier.evaluation import Interval, Margin, Outcome
+from verifier.gate.measures import KL_STRICTER
 from verifier.gate.statistics import documents_needed, holm, p_beyond
 
 ERROR = 0.05
@@ -17,6 +19,11 @@ NORMALS = {"NVFP4": 0.0642, "W4A16_NVFP4": 0.0642}
 """Published loss of a good export, nats per token: MiniMax-M3, experts in NVFP4, 5.083 to 5.420."""
 DRIFT = 0.003
 """The loss over an accepted run that is tolerated by default, nats per token."""
+KL_RATIO = 1.15
+"""The largest tolerated KL(base || candidate) / KL(base || accepted). On the goldens, damages that
+matter have 1.3 to 25, those that do not 0.99 to 1.09 (docs/gate.md)."""
+KL_FACTOR = 2
+"""The default margin of a KL divergence, in default budgets of the loss."""
 BUDGETS = {
     "NVFP4": 0.08,
     "W4A16_NVFP4": 0.08,
@@ -75,6 +82,44 @@ def _weighed(parameters: Mapping[str, int]) -> Margin:
     return Margin(nats, f"default budgets by share of parameters, {math.expm1(nats):.2%}: {shares}")
 
 
+def kl_margin_of(option: str | float | None, parameters: Mapping[str, int]) -> Margin | None:
+    """Return the largest tolerated KL(base || candidate): nats per token, or by default twice the
+    default budgets of the formats, weighed by their parameters; None where no format has one.
+
+    On text sampled from the base, the loss estimates that divergence; on other text the divergence
+    is larger, since it counts changes that the loss adds up to nothing.
+
+    Raises:
+        UsageError: not a number above zero.
+    """
+    if option is not None:
+        margin = _parse(str(option).strip(), "--max-kl", task=False)
+        return Margin(margin.nats, margin.source)
+    if not parameters.keys() & BUDGETS.keys():
+        return None
+    budget = margin_of(None, parameters)
+    return Margin(KL_FACTOR * budget.nats, f"{KL_FACTOR} times the {budget.source}")
+
+
+def kl_ratio_of(option: str | float | None) -> Margin | None:
+    """Return the largest tolerated ratio of KL divergences, as a logarithm: ``1.2x``, or 1.15 by
+    default; None where the option is a margin of the loss.
+
+    Raises:
+        UsageError: a ratio that is not above 1.
+    """
+    if option is None:
+        return Margin(math.log(KL_RATIO), f"default, {KL_RATIO} times the accepted run's")
+    text = str(option).strip()
+    if not text.endswith("x"):
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)x", text)
+    value = float(match[1]) if match else 0.0
+    if not 1 < value < 1000:
+        raise UsageError(f"--max-drift {text}: give a ratio above 1 like 1.15x, or nats per token")
+    return Margin(math.log(value), f"given, {value:g} times the accepted run's")
+
+
 def drift_margin_of(option: str | float | None, *, task: bool = False) -> Margin:
     """Return the margin over an accepted run: nats, ``0.3%`` of perplexity, or 0.003 nats by
     default.
@@ -82,7 +127,7 @@ def drift_margin_of(option: str | float | None, *, task: bool = False) -> Margin
     Raises:
         UsageError: not a number above zero.
     """
-    if option is None:
+    if option is None or (not task and kl_ratio_of(option) is not None):
         return Margin(DRIFT, f"default, {DRIFT} {'of accuracy' if task else 'nats per token'}")
     return _parse(str(option).strip(), "--max-drift", task=task)
 
@@ -104,12 +149,25 @@ def _parse(text: str, option: str, *, task: bool) -> Margin:
     return Margin(value, f"given, {text} nats per token")
 
 
+@dataclass(frozen=True)
+class Divergence:
+    """A KL divergence or the logarithm of a ratio of two, and its margin.
+
+    A lower bound of a divergence can show that it is beyond its margin, and not that it is within.
+    """
+
+    interval: Interval
+    margin: Margin
+    shows_within: bool = True
+
+
 def outcome_of(
     losses: Sequence[tuple[Interval, Margin]],
     *,
     floor: float | None,
     widening: float,
     alpha: float,
+    divergences: Sequence[Divergence] = (),
 ) -> Outcome:
     """Return the outcome for a family of losses.
 
@@ -123,10 +181,17 @@ def outcome_of(
         widening: by how much the intervals were widened; a mean must be beyond its margin by as
             much.
         alpha: the error of the family.
+        divergences: KL divergences, or logarithms of their ratios, which decide as well.
     """
-    if any(holm([p_beyond(i, margin.nats + widening) for i, margin in losses], alpha)):
+    p_values = [p_beyond(interval, margin.nats + widening) for interval, margin in losses]
+    p_values += [
+        min(1.0, KL_STRICTER * p_beyond(each.interval, each.margin.nats)) for each in divergences
+    ]
+    if any(holm(p_values, alpha)):
         return "failed"
-    within = all(interval.high <= margin.nats for interval, margin in losses)
+    within = all(interval.high <= margin.nats for interval, margin in losses) and all(
+        each.interval.high <= each.margin.nats for each in divergences if each.shows_within
+    )
     if within and all(floor is None or margin.nats > floor for _, margin in losses):
         return "passed"
     return "inconclusive"

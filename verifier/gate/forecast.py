@@ -13,15 +13,19 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from verifier.errors import UsageError
 from verifier.evaluation import Margin
 from verifier.gate.attempts import Attempts, Pair, Spread
+from verifier.gate.clusters import clusters_of
 from verifier.gate.decision import NORMALS, alpha_of
-from verifier.gate.gate import accepted_run, gate_options, margins_of, open_pair
+from verifier.gate.gate import Margins, accepted_run, gate_options, margins_of, open_pair
+from verifier.gate.measures import kl_ratio, top_k_of
 from verifier.gate.options import PathLike
-from verifier.gate.run_file import Run
+from verifier.gate.run_file import Run, require_same_key
 from verifier.gate.score import formats_of, score
-from verifier.gate.statistics import paired, scipy_stats
+from verifier.gate.statistics import LEVEL, paired, scipy_stats
 from verifier.gate.windows import plan_scoring
 from verifier.text import printable
 
@@ -32,7 +36,7 @@ POWER = 0.8
 @dataclass(frozen=True)
 class DriftForecast:
     """What a gate over all documents would show of the drift from an accepted run; the fields are
-    those of `GatePlan`.
+    those of `GatePlan`, in ``unit``: of the loss, or the logarithm of a ratio of KL divergences.
     """
 
     margin: Margin
@@ -41,6 +45,7 @@ class DriftForecast:
     fails: float
     seen: float
     chance_seen: float
+    unit: str = "nats per token"
 
 
 @dataclass(frozen=True)
@@ -118,23 +123,26 @@ def plan(candidate: PathLike, *, base: PathLike, **options: Any) -> GatePlan:
         raise UsageError("one document has no interval; a gate on it is always inconclusive")
     margins = margins_of(pair, request)
     whole = plan_scoring((pair.candidate, pair.base), request.scoring)
-    accepted = accepted_run(pair.candidate, whole.key, request)
+    accepted = accepted_run(request)
+    if accepted is not None:
+        require_same_key(accepted.header.model, accepted.header.key, pair.candidate.uri, whole.key)
     task, spread, look = request.scoring.protocol == "task", None, None
     if request.cache is not None:
         attempts = Attempts(Path(request.cache))
-        look = attempts.look(pair, margins).number
+        look = attempts.look(pair, margins.decisive).number
         spread = attempts.last_spread(pair) if accepted is None and not task else None
     formats = set() if task else formats_of(pair.candidate)
     if spread is not None:
         source = f"the last attempt on this base ({spread.scored} documents of {spread.corpus!r})"
-        return foresee(spread, source, documents, margins[0], formats, look=look)
+        return foresee(spread, source, documents, margins.loss, formats, look=look)
     source = f"the first {min(FIRST, documents)} documents, scored now"
     clock = _Clock()
-    runs = _first_documents(pair, clock)
-    result = foresee(_spread(*runs), source, documents, margins[0], formats, look=look)
+    top_k = top_k_of(accepted) if accepted is not None and margins.kl_ratio is not None else 0
+    runs = _first_documents(pair, clock, top_k)
+    result = foresee(_spread(*runs), source, documents, margins.loss, formats, look=look)
     drift = None
     if accepted is not None:
-        drift = _foresee_drift(accepted, runs[0], documents, margins[1], look)
+        drift = _foresee_drift(accepted, runs, documents, margins, look)
     seconds, loading = clock.cost(2 * sum(len(unit) for unit in whole.units))
     return replace(
         result,
@@ -145,9 +153,10 @@ def plan(candidate: PathLike, *, base: PathLike, **options: Any) -> GatePlan:
     )
 
 
-def _first_documents(pair: Pair, clock: _Clock) -> tuple[Run, Run]:
+def _first_documents(pair: Pair, clock: _Clock, top_k: int) -> tuple[Run, Run]:
     """Score the first documents with the candidate and the base."""
-    first = replace(pair.options, corpus=pair.options.corpus.head(FIRST), progress=clock)
+    corpus = pair.options.corpus.head(FIRST)
+    first = replace(pair.options, corpus=corpus, progress=clock, top_k=top_k)
     candidate, base = score(plan_scoring((pair.candidate, pair.base), first)).runs
     scored = int((base.tokens > 0).sum())
     if scored < 2:
@@ -159,7 +168,11 @@ def _first_documents(pair: Pair, clock: _Clock) -> tuple[Run, Run]:
 
 def _head(run: Run, documents: int) -> Run:
     """Return the sums of a run's first documents."""
-    arrays = {name: run.arrays[name][:documents] for name in ("sums", "tokens")}
+    tokens = int(run.tokens[:documents].sum())
+    arrays = {
+        name: values[: documents if name in ("sums", "tokens") else tokens]
+        for name, values in run.arrays.items()
+    }
     header = run.header.model_copy(update={"documents": run.header.documents[:documents]})
     return Run(header, arrays)
 
@@ -186,19 +199,33 @@ def _spread(candidate: Run, base: Run) -> Spread:
 
 
 def _foresee_drift(
-    accepted: Run, candidate: Run, documents: int, margin: Margin, look: int | None
+    accepted: Run, runs: tuple[Run, Run], documents: int, margins: Margins, look: int | None
 ) -> DriftForecast:
-    """Return the forecast of the drift; the last of the first documents may have other windows in
-    the whole text, and is left out.
+    """Return the forecast of the drift from an accepted run.
+
+    The last of the first documents may have other windows in the whole text, and is left out.
     """
-    count = len(candidate)
-    same = accepted.tokens[:count] == candidate.tokens
-    parts = [
-        Run(run.header, {name: values[same] for name, values in run.arrays.items()})
-        for run in (_head(candidate, count), _head(accepted, count))
-    ]
-    seen = foresee(_spread(*parts), "", documents, margin, set(), look=look)
-    return DriftForecast(margin, seen.se, seen.passes, seen.fails, seen.seen, seen.chance_seen)
+    count = _same_documents(runs[0], accepted)
+    candidate, base, reference = (_head(run, count) for run in (*runs, accepted))
+    margin, spread = margins.drift, _spread(candidate, reference)
+    unit = "of accuracy" if base.header.key["protocol"] == "task" else "nats per token"
+    if margins.kl_ratio is not None:
+        units = clusters_of(base.header.documents)
+        ratio = kl_ratio(base, candidate, reference, units, margins.kl_ratio, LEVEL)
+        if ratio is not None:
+            margin, unit = margins.kl_ratio, "of the logarithm of the KL ratio"
+            interval = ratio.interval
+            spread = spread.model_copy(update={"se": interval.se, "delta": interval.delta})
+    plan = foresee(spread, "", documents, margin, set(), look=look)
+    return DriftForecast(
+        margin, plan.se, plan.passes, plan.fails, plan.seen, plan.chance_seen, unit
+    )
+
+
+def _same_documents(run: Run, whole: Run) -> int:
+    """Return how many first documents of two runs have as many tokens."""
+    different = np.flatnonzero(run.tokens != whole.tokens[: len(run)])
+    return int(different[0]) if len(different) else len(run)
 
 
 def foresee(
@@ -258,7 +285,7 @@ def render_plan_text(plan: GatePlan) -> str:
             f"{plan.normal:+.5f} nats"
         )
     if plan.drift is not None:
-        lines += ["drift    from the accepted run:", *_forecast_lines(plan.drift, plan.unit)]
+        lines += ["drift    from the accepted run:", *_forecast_lines(plan.drift, plan.drift.unit)]
     lines.append("note     a standard error from few documents may be half or twice the real one")
     loading = "loading included"
     if plan.loading is not None:

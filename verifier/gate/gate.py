@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,11 @@ from verifier.errors import UsageError
 from verifier.evaluation import GateResult, Margin
 from verifier.gate.attempts import Attempts, Pair
 from verifier.gate.cache import Cached
-from verifier.gate.comparison import compare_runs, require_floor_run
+from verifier.gate.comparison import compare_runs, require_floor_run, require_top_tokens
 from verifier.gate.corpora import Corpus, load_corpus
-from verifier.gate.decision import drift_margin_of, margin_of
+from verifier.gate.decision import drift_margin_of, kl_margin_of, kl_ratio_of, margin_of
 from verifier.gate.jobs import HF, Scorer, protocol_of
+from verifier.gate.measures import top_k_of
 from verifier.gate.options import (
     BATCH,
     SEQ_LEN,
@@ -63,6 +64,7 @@ def run(
     metric: str | None = None,
     floor: Sequence[PathLike] = (),
     window: int | None = None,
+    max_kl: str | float | None = None,
 ) -> GateResult:
     """Compare a candidate with its base on a corpus.
 
@@ -88,13 +90,17 @@ def run(
             top-k.
         cache: directory for the base's run, for unfinished work, and for attempts; none by default.
         drift_against: file of an accepted run, to evaluate the drift as well.
-        max_drift: its margin, 0.003 nats by default.
+        max_drift: its margin: a ratio of KL divergences from the base like ``1.15x``, the default,
+            or a loss over the accepted run in nats; a run without top tokens, and a task, has only
+            the loss, 0.003 by default.
         say: called with messages for the user.
         scorer: what turns tokens into log-probabilities, for both.
         metric: which metric of a task marks answers right or wrong; its first by default.
         floor: files of runs of the base that other engines scored: the noise floor is at least what
             they differ by.
         window: the former name of ``seq_len``.
+        max_kl: the largest tolerated KL(base || candidate), nats per token; by default twice the
+            default budget of the candidate's formats.
 
     Raises:
         UsageError: the candidate is the base, a floor run is not the base's, an option out of
@@ -123,6 +129,7 @@ def run(
             metric=metric,
             floor=floor,
             window=window,
+            max_kl=max_kl,
         ),
     )
 
@@ -186,32 +193,38 @@ def run_gate(candidate: PathLike, base: PathLike, options: GateOptions) -> GateR
     """Compare a candidate with its base; see `run`."""
     pair = open_pair(candidate, base, options.scoring)
     margins = margins_of(pair, options)
+    accepted = accepted_run(options)
     strategy, top_k = _strategy(pair.base, options)
+    if accepted is not None and margins.kl_ratio is not None:
+        top_k = max(top_k, top_k_of(accepted))
     checkpoints = (pair.candidate, pair.base)
     plan = plan_scoring(checkpoints, replace(options.scoring, top_k=top_k))
     # Everything that can be refused is, before any model runs.
-    accepted = accepted_run(pair.candidate, plan.key, options)
+    if accepted is not None:
+        require_same_key(accepted.header.model, accepted.header.key, pair.candidate.uri, plan.key)
     floor_runs = _floor_runs(pair.base, plan.key, options)
     attempts = Attempts(Path(options.cache)) if options.cache is not None else None
-    look = attempts.look(pair, margins) if attempts is not None else None
+    look = attempts.look(pair, margins.decisive) if attempts is not None else None
     scored = score(plan, strategy)
     candidate_run, base_run = scored.runs
     result = compare_runs(
         base_run,
         candidate_run,
-        margins[0],
+        margins.loss,
         drift_against=accepted,
-        drift_margin=margins[1],
+        drift_margin=margins.drift,
         kl=scored.kl,
         looks=look.number if look is not None else None,
         floor_runs=floor_runs,
+        kl_margin=margins.kl,
+        max_kl_ratio=margins.kl_ratio,
         base_record=look.base_record if look is not None else None,
     )
     if attempts is None or look is None:
         return result
     result = replace(result, notes=(*look.notes, *result.notes))
     seconds = candidate_run.header.seconds + base_run.header.seconds
-    attempts.record(pair, result, seconds, margins)
+    attempts.record(pair, result, seconds, margins.decisive)
     return result
 
 
@@ -242,19 +255,51 @@ def _same(candidate: Checkpoint, base: Checkpoint) -> bool:
     )
 
 
-def margins_of(pair: Pair, options: GateOptions) -> tuple[Margin, Margin]:
-    """Return the margins of the loss over the base, and over an accepted run."""
+@dataclass(frozen=True)
+class Margins:
+    """What a gate tolerates: of the loss over the base, of the drift as a loss over an accepted run
+    and as a ratio of KL divergences, and of KL(base || candidate); None where it does not decide.
+    """
+
+    loss: Margin
+    drift: Margin
+    kl_ratio: Margin | None = None
+    kl: Margin | None = None
+
+    @property
+    def decisive(self) -> list[Margin]:
+        """All of them, the loss first."""
+        return [self.loss, self.drift, *filter(None, (self.kl_ratio, self.kl))]
+
+
+def margins_of(pair: Pair, options: GateOptions) -> Margins:
+    """Return the margins of a gate: as given, or the defaults of the candidate's formats.
+
+    Raises:
+        UsageError: an option is not a margin, or has no default.
+    """
     task = options.scoring.protocol == "task"
-    margin = margin_of(options.max_increase, format_parameters(pair.candidate), task=task)
-    return margin, drift_margin_of(options.max_drift, task=task)
+    parameters = format_parameters(pair.candidate)
+    return Margins(
+        margin_of(options.max_increase, parameters, task=task),
+        drift_margin_of(options.max_drift, task=task),
+        None if task else kl_ratio_of(options.max_drift),
+        None if task else kl_margin_of(options.max_kl, parameters),
+    )
 
 
-def accepted_run(candidate: Checkpoint, key: dict[str, Any], options: GateOptions) -> Run | None:
-    """Return the run to measure drift from, of the same protocol; None where there is none."""
+def accepted_run(options: GateOptions) -> Run | None:
+    """Return the run to measure drift from; None where there is none.
+
+    Raises:
+        UsageError: no such file, or a ratio of KL divergences is the margin and it has no top
+            tokens.
+        ContentError: it is not a run.
+    """
     if options.drift_against is None:
         return None
     run = read_run(options.drift_against)
-    require_same_key(run.header.model, run.header.key, candidate.uri, key)
+    require_top_tokens(options.max_drift, [run])
     return run
 
 

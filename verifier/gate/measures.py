@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from verifier.evaluation import Kl, Measures
+from verifier.evaluation import EXACT_KL, Kl, KlRatio, Margin, Measures
 from verifier.gate.clusters import Clusters, clusters_of
 from verifier.gate.jobs import Array
 from verifier.gate.run_file import Run
@@ -16,6 +16,7 @@ from verifier.gate.statistics import (
     FEW,
     block_error,
     bootstrap,
+    log_ratio,
     ratio,
     tail_quantile,
     token_error,
@@ -24,6 +25,8 @@ from verifier.gate.statistics import (
 
 CONFIDENT = 0.9
 """The base is confident where it gives its top token a higher probability than this."""
+KL_STRICTER = 5
+"""The bounds of a KL divergence have a fifth of the error: 99% where those of a loss have 95%."""
 _SMALLEST_MASS = 1e-7
 _ROWS = 1024
 
@@ -99,18 +102,81 @@ def by_document(values: Array, tokens: Array) -> Array:
 
 
 def _kl(base: Run, candidate: Run, kl: Array | None, units: Clusters, level: float) -> Kl | None:
-    kind = "lockstep"
-    if kl is None:
-        if "top_ids" not in base.arrays or "top_ids" not in candidate.arrays:
-            return None
-        kl = kl_lower_bound(base.arrays, candidate.arrays)
-        top_k = base.arrays["top_ids"].shape[1]
-        kind = f"a lower bound, from the top {top_k} tokens and the rest"
+    computed = kl_of_tokens(base, candidate, kl)
+    if computed is None:
+        return None
+    per_token, kind = computed
     return Kl(
         kind,
-        ratio(units.sums(by_document(kl, base.tokens)), units.sums(base.tokens), level),
-        tail_quantile(kl, base.tokens, level=level),
+        ratio(
+            units.sums(by_document(per_token, base.tokens)),
+            units.sums(base.tokens),
+            kl_level(level),
+        ),
+        tail_quantile(per_token, base.tokens, level=level),
     )
+
+
+def kl_level(level: float) -> float:
+    """Return the level of bounds of a KL divergence: a fifth of the error, since it is skewed."""
+    return 1 - (1 - level) / KL_STRICTER
+
+
+def kl_of_tokens(base: Run, candidate: Run, kl: Array | None = None) -> tuple[Array, str] | None:
+    """Return KL(base || candidate) at each token, nats, and how it was computed; None where a run
+    has no top tokens.
+
+    Args:
+        base: the reference.
+        candidate: the run that is compared with it.
+        kl: the exact divergence, where both ran in lockstep.
+    """
+    if kl is not None:
+        return kl, EXACT_KL
+    top_k = min(top_k_of(base), top_k_of(candidate))
+    if not top_k:
+        return None
+    kind = f"a lower bound, from the top {top_k} tokens and the rest"
+    return kl_lower_bound(_top(base, top_k), _top(candidate, top_k)), kind
+
+
+def top_k_of(run: Run) -> int:
+    """Return how many top tokens a run has at each position, 0 for none."""
+    top = run.arrays.get("top_ids")
+    return top.shape[1] if top is not None else 0
+
+
+def _top(run: Run, top_k: int) -> dict[str, Array]:
+    return {name: run.arrays[name][:, :top_k] for name in ("top_ids", "top_logprobs")}
+
+
+def kl_ratio(
+    base: Run, candidate: Run, accepted: Run, units: Clusters, margin: Margin, level: float
+) -> KlRatio | None:
+    """Return KL(base || candidate) / KL(base || accepted), both from the same number of top tokens;
+    None where a run has none, or the accepted run does not differ from the base.
+
+    Args:
+        base: the reference.
+        candidate: the run to evaluate.
+        accepted: the run that is known to be good.
+        units: the sampling units.
+        margin: the largest tolerated ratio, as a logarithm.
+        level: of the loss's bounds; those of the ratio are stricter (`kl_level`).
+    """
+    runs = (base, candidate, accepted)
+    top_k = min(map(top_k_of, runs))
+    if not top_k:
+        return None
+    tops = [_top(run, top_k) for run in runs]
+    sums = [units.sums(by_document(kl_lower_bound(tops[0], top), base.tokens)) for top in tops[1:]]
+    total = float(units.sums(base.tokens).sum())
+    interval = log_ratio(sums[0], sums[1], units.sums(base.tokens), kl_level(level))
+    if interval is None:
+        return None
+    kind = f"lower bounds, from the top {top_k} tokens and the rest of both"
+    means = [float(values.sum()) / total for values in sums]
+    return KlRatio(kind, means[0], means[1], interval, margin)
 
 
 def kl_lower_bound(base: dict[str, Array], candidate: dict[str, Array]) -> Array:

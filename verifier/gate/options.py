@@ -116,6 +116,7 @@ class GateOptions:
     floor: Sequence[PathLike] = ()
     kl: KlChoice = "auto"
     cache: PathLike | None = None
+    max_kl: str | float | None = None
 
     def check(self) -> None:
         """Refuse values that do not go together.
@@ -136,6 +137,8 @@ class GateOptions:
     def _check_kl(self) -> None:
         if self.kl not in get_args(KlChoice):
             raise UsageError(f"unknown --kl {self.kl!r}; available: auto, lockstep, top-k, off")
+        if self.max_kl is not None and (self.kl == "off" or self.scoring.protocol != "tokens"):
+            raise UsageError("--max-kl needs a KL divergence: protocol tokens, and not --kl off")
         protocol, scorer = self.scoring.protocol, self.scoring.scorer.name
         if protocol != "tokens" and self.kl in ("lockstep", "top-k"):
             raise UsageError(

@@ -8,7 +8,16 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from verifier.evaluation import Accuracy, ExpertReach, GateResult, Interval, Kl, Measures
+from verifier.evaluation import (
+    Accuracy,
+    Drift,
+    ExpertReach,
+    GateResult,
+    Interval,
+    Kl,
+    KlRatio,
+    Measures,
+)
 from verifier.gate.run_file import Run
 from verifier.gate.statistics import perplexity
 from verifier.text import counted, printable
@@ -109,13 +118,26 @@ def _accuracy_lines(result: GateResult, accuracy: Accuracy, interval: Interval) 
 def _margin_lines(result: GateResult) -> list[str]:
     unit = "nats" if result.accuracy is None else "of accuracy"
     lines = [f"margin   {result.margin.nats:.5f} {unit} ({result.margin.source})"]
-    if (drift := result.drift) is not None:
+    if (drift := result.drift) is not None and drift.kl is not None:
+        lines += _kl_ratio_lines(drift, drift.kl)
+    elif drift is not None:
         lines += [
             f"drift    {drift.interval.delta:+.5f} {result.unit} over {drift.accepted}, "
             f"{_interval(drift.interval, result.alpha)}",
             f"margin   {drift.margin.nats:.5f} {unit} of drift ({drift.margin.source})",
         ]
     return lines
+
+
+def _kl_ratio_lines(drift: Drift, kl: KlRatio) -> list[str]:
+    low, high = (math.exp(end) for end in (kl.interval.low, kl.interval.high))
+    return [
+        f"drift    {kl.interval.ratio:.3f} times the KL divergence of {drift.accepted}, bounds "
+        f"[{low:.3f}, {high:.3f}] ({kl.candidate:.6f} and {kl.accepted:.6f} nats; {kl.kind})",
+        f"margin   {math.exp(kl.margin.nats):.4g} times ({kl.margin.source})",
+        f"         loss over the accepted run {drift.interval.delta:+.5f} nats per token "
+        f"[{drift.interval.low:+.5f}, {drift.interval.high:+.5f}]; does not decide",
+    ]
 
 
 def _interval(interval: Interval, alpha: float) -> str:
@@ -134,7 +156,7 @@ def _measure_lines(result: GateResult) -> list[str]:
     measures = result.measures
     lines = _cross_check_lines(result)
     if measures.kl is not None:
-        lines.append(_kl_line(measures.kl))
+        lines += _kl_lines(measures.kl)
     if measures.top1 is not None:
         lines.append(_top1_line(measures, measures.top1))
     if measures.worst is not None:
@@ -169,14 +191,17 @@ def _top1_line(measures: Measures, top1: Interval) -> str:
     )
 
 
-def _kl_line(kl: Kl) -> str:
+def _kl_lines(kl: Kl) -> list[str]:
     quantile, low, high = kl.tail
     mean = f"{kl.mean.delta:.5f} nats"
     tail = f"{quantile:.4f}"
     if kl.mean.documents > 1:
         mean += f" [{kl.mean.low:.5f}, {kl.mean.high:.5f}]"
         tail += f" [{low:.4f}, {high:.4f}]"
-    return f"KL       mean {mean}, 99.9% quantile {tail} ({kl.kind})"
+    lines = [f"KL       mean {mean}, 99.9% quantile {tail} ({kl.kind})"]
+    if kl.margin is not None:
+        lines.append(f"margin   {kl.margin.nats:.5f} nats of KL ({kl.margin.source})")
+    return lines
 
 
 def _expert_lines(result: GateResult) -> list[str]:

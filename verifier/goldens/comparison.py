@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether a run agrees with an accepted record.
 
-Of a gate: the loss over the base, run against record, document by document
-(`verifier.gate.statistics.paired`). The difference of losses is used and not that of candidates
-alone, so an environment that moves base and candidate alike does not show. Of a check: every count,
-exactly.
+Of a gate: the KL divergence from the base, run against record, document by document, where both
+have it (`verifier.gate.statistics.log_ratio`): it sees damage that the loss does not. Else the loss
+over the base (`verifier.gate.statistics.paired`): the difference of losses is used and not that of
+candidates alone, so an environment that moves base and candidate alike does not show. Of a check:
+every count, exactly.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Literal
 
@@ -51,17 +53,24 @@ NOISE_OF_DRIFT = 0.1
 """An improvement below this part of the drift margin counts as noise where the noise floor was not
 measured."""
 MAX_NAMED = 8
+KL_LEVEL = 0.99
+"""The level of each bound of a ratio of KL divergences, which are skewed."""
+BETTER_KL = 0.95
+"""A ratio that is shown to be below this is an improvement."""
+WORSE_BASE = 1.05
+"""The perplexity that a base may have, relative to its record's."""
 
 
 @dataclass(frozen=True)
 class GoldenComparison:
     """The outcome of comparing a run with a record, in one sentence; ``interval`` is the paired
-    drift of a gate.
+    drift of a gate's loss, ``kl`` the logarithm of the ratio of its KL divergence to the record's.
     """
 
     outcome: Outcome
     sentence: str
     interval: Interval | None = None
+    kl: Interval | None = None
 
     @property
     def exit_code(self) -> int:
@@ -114,7 +123,7 @@ def compare_with_golden(result: Result, file: str | os.PathLike[str]) -> GoldenC
     )
     store.write_pending(folder, name, pending)
     sentence = f"{comparison.sentence}; pending in {name}{store.PENDING}"
-    return GoldenComparison(comparison.outcome, sentence, comparison.interval)
+    return replace(comparison, sentence=sentence)
 
 
 def _compare_gates(old: Golden, new: Golden) -> GoldenComparison:
@@ -126,7 +135,16 @@ def _compare_gates(old: Golden, new: Golden) -> GoldenComparison:
     if old.documents == new.documents:
         documents = counted(len(tokens), "document")
         return GoldenComparison("agrees", f"identical to the golden: the sums of {documents}")
+    worse = sum(base for base, _, _ in new.documents) - sum(base for base, _, _ in old.documents)
+    if old.key.get("protocol") == "tokens" and worse > math.log(WORSE_BASE) * sum(tokens):
+        return GoldenComparison(
+            "unlike",
+            f"the base is worse than in the record, by {worse / sum(tokens):.4f} nats per token; "
+            "is it the same base?",
+        )
     drift, unit = _drift(old, new)
+    if (ratio := _kl_ratio(old, new)) is not None:
+        return replace(_compare_kl(old, ratio), interval=drift)
     sentence = (
         f"drift {drift.delta:+.6f} {unit} [{drift.low:+.6f}, {drift.high:+.6f}], margin "
         f"{old.drift:g}"
@@ -140,6 +158,36 @@ def _compare_gates(old: Golden, new: Golden) -> GoldenComparison:
     if drift.low > old.drift:
         return GoldenComparison("worse", f"{sentence}: a significant regression", drift)
     return GoldenComparison("inconclusive", f"{sentence}: the interval straddles the margin", drift)
+
+
+def _kl_ratio(old: Golden, new: Golden) -> Interval | None:
+    """Return the logarithm of the ratio of a run's KL divergence from the base to a record's; None
+    where one has none, or they were not computed alike.
+    """
+    if not old.kl or len(old.kl) != len(new.kl) or old.kl_kind != new.kl_kind:
+        return None
+    from verifier.gate.statistics import log_ratio  # noqa: PLC0415  (an extra)
+
+    tokens = [count for _, _, count in old.documents]
+    return log_ratio(new.kl, old.kl, tokens, KL_LEVEL)
+
+
+def _compare_kl(old: Golden, ratio: Interval) -> GoldenComparison:
+    low, high = math.exp(ratio.low), math.exp(ratio.high)
+    sentence = (
+        f"KL divergence from the base {ratio.ratio:.3f} times the golden's "
+        f"[{low:.3f}, {high:.3f}], margin {old.kl_ratio:g}"
+    )
+    if high < BETTER_KL:
+        why = f"better by more than noise ({BETTER_KL:g}); the golden is stale, review and accept"
+        return GoldenComparison("stale", f"{sentence}: {why}", kl=ratio)
+    if high <= old.kl_ratio:
+        return GoldenComparison("within", f"{sentence}: within the margin", kl=ratio)
+    if low > old.kl_ratio:
+        return GoldenComparison("worse", f"{sentence}: a significant regression", kl=ratio)
+    return GoldenComparison(
+        "inconclusive", f"{sentence}: the interval straddles the margin", kl=ratio
+    )
 
 
 def _drift(old: Golden, new: Golden) -> tuple[Interval, str]:

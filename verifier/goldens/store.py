@@ -41,6 +41,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 MAX_BYTES = 64 << 20
 MAX_EARLIER = 200
 DRIFT_NATS = 0.003
+MAX_KL_RATIO = 1.15
 PathLike = str | os.PathLike[str]
 _Model = TypeVar("_Model", bound=BaseModel)
 _CONFIG = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -59,9 +60,11 @@ class Acceptance(BaseModel):
 class Golden(BaseModel):
     """The result of a run, as later runs are compared with it.
 
-    ``documents``: the base's nats, the candidate's nats and the tokens of each. ``margin`` is that
-    of the loss over the base, ``drift`` that of later runs, nats per token; ``facts`` are counts
-    and digests.
+    ``documents``: the base's nats, the candidate's nats and the tokens of each. ``kl``: the sum of
+    KL(base || candidate) of each, nats, computed as ``kl_kind`` says; ``kl_ratio`` is the largest
+    tolerated ratio of a later run's to it. ``margin`` is that of the loss over the base, ``drift``
+    that of later runs, nats per token, which decides where there is no KL; ``facts`` are counts and
+    digests.
     """
 
     model_config = _CONFIG
@@ -77,6 +80,8 @@ class Golden(BaseModel):
     documents: list[
         Annotated[tuple[Number, Number, Annotated[int, Field(ge=0)]], Field(strict=False)]
     ] = Field(default=[], max_length=2_000_000)
+    kl: list[Number] = Field(default=[], max_length=2_000_000)
+    kl_kind: Text = ""
     nonfinite: int = 0
     loss: Number | None = None
     low: Number | None = None
@@ -84,6 +89,7 @@ class Golden(BaseModel):
     margin: Number | None = None
     floor: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     drift: Annotated[float, Field(gt=0, allow_inf_nan=False)] = DRIFT_NATS
+    kl_ratio: Annotated[float, Field(gt=1, allow_inf_nan=False)] = MAX_KL_RATIO
     facts: dict[Text, Scalar] = Field(default={}, max_length=2000)
     accepted: Acceptance | None = None
     earlier: list[Acceptance] = Field(default=[], max_length=MAX_EARLIER)
@@ -155,6 +161,9 @@ def _gate_fields(result: GateResult, record: Record) -> dict[str, Any]:
     loss = record.measures.get("loss")
     if loss is not None:
         fields |= {"loss": loss.value, "low": loss.low, "high": loss.high}
+    kl = result.measures.kl
+    if kl is not None and result.kl_documents:
+        fields |= {"kl": result.kl_documents, "kl_kind": kl.kind}
     return fields | {"documents": result.documents, "margin": result.margin.nats}
 
 
@@ -277,7 +286,7 @@ def accept(folder: PathLike, name: str, reason: str) -> Golden:
     if pending.against is not None:
         old = load(folder, name)
         earlier = [*old.earlier, *([old.accepted] if old.accepted else [])]
-        update |= {"earlier": earlier[-MAX_EARLIER:], "drift": old.drift}
+        update |= {"earlier": earlier[-MAX_EARLIER:], "drift": old.drift, "kl_ratio": old.kl_ratio}
     accepted = new.model_copy(update=update)
     text = accepted.model_dump_json(indent=1) + "\n"
     write_atomic(_own(Path(folder) / f"{name}{ACCEPTED}"), text)

@@ -259,10 +259,12 @@ def _manifest_of(uri: str) -> _Manifest:
 def _gate_measures(result: GateResult) -> dict[str, dict[str, float | None]]:
     measures: dict[str, dict[str, float | None]] = {}
     drift, kl = result.drift, result.measures.kl
+    ratio = drift.kl if drift else None
     intervals = {
         "loss": (result.interval, result.margin),
         "drift": (drift.interval, drift.margin) if drift else (None, None),
-        "kl": (kl.mean if kl else None, None),
+        "kl": (kl.mean if kl else None, kl.margin if kl else None),
+        "log_kl_ratio": (ratio.interval, ratio.margin) if ratio else (None, None),
         "top1": (result.measures.top1, None),
     }
     for name, (interval, margin) in intervals.items():

@@ -22,9 +22,12 @@ from verifier.rules.registry import rule
     sources=("NVIDIA/Model-Optimizer#1719",),
 )
 def check(ctx: Context) -> Iterator[Finding]:
-    """The loss increase over the base, and over an accepted run if given, is within its margin.
+    """The loss increase over the base, the KL divergence from it, and the drift from an accepted
+    run if given, are within their margins.
 
-    **What it does.** Compares one-sided 95% bounds, clustered by document, with the margin. If the
+    **What it does.** Compares one-sided bounds, clustered by document, with the margins: 95% for a
+    loss, 99% for a KL divergence. Drift is decided by the ratio of the candidate's and the accepted
+    run's KL divergences from the base, where both have top tokens, else by the loss. If the
     interval contains the margin, or a result is not plausible (a candidate that is far better than
     its base, scores that are constant), nothing is decided: the rule has then examined none of its
     margins, and the verdict is inconclusive.
@@ -53,7 +56,7 @@ def check(ctx: Context) -> Iterator[Finding]:
         if loss is losses[0] and loss.interval.low > result.collapse:
             continue  # QC701
         yield ctx.finding(
-            f"loss increase over {loss.over} exceeds its margin",
+            f"{loss.title} exceeds its margin",
             observed=_estimate(loss, result.unit),
             expected=f"at most {loss.margin.nats:.5f} ({loss.margin.source})",
         )
@@ -63,7 +66,7 @@ def _measurements(ctx: Context, result: GateResult) -> Iterator[Finding]:
     """Yield what was measured, for information."""
     for loss in result.losses:
         yield ctx.finding(
-            f"measured loss increase over {loss.over} ({result.unit})",
+            f"measured {loss.title} ({_unit(loss, result.unit)})",
             severity="info",
             observed=_estimate(loss, result.unit),
             expected=f"at most {loss.margin.nats:.5f} ({loss.margin.source})",
@@ -79,11 +82,17 @@ def _why_inconclusive(result: GateResult) -> str:
     loss = next(loss for loss in result.losses if loss.status == "open")
     about = f"about {result.needed:,}" if result.needed else "more"
     return (
-        f"inconclusive: loss increase over {loss.over} {_estimate(loss, result.unit)}, margin "
+        f"inconclusive: {loss.title} {_estimate(loss, result.unit)}, margin "
         f"{loss.margin.nats:.5f}; {about} documents like these would decide"
     )
 
 
+def _unit(loss: Loss, unit: str) -> str:
+    """Return the unit of what was measured, where ``unit`` is that of a loss."""
+    units = {"KL": "nats per token", "KL ratio": "logarithm of the ratio"}
+    return units.get(loss.measure, unit)
+
+
 def _estimate(loss: Loss, unit: str) -> str:
     interval = loss.interval
-    return f"{interval.delta:+.5f} {unit} [{interval.low:+.5f}, {interval.high:+.5f}]"
+    return f"{interval.delta:+.5f} {_unit(loss, unit)} [{interval.low:+.5f}, {interval.high:+.5f}]"

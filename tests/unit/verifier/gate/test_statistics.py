@@ -20,6 +20,7 @@ from verifier.gate.attempts import Spread
 from verifier.gate.comparison import coverage_note
 from verifier.gate.decision import documents_for, drift_margin_of, outcome_of
 from verifier.gate.forecast import _Clock, _foresee_drift, _spread, foresee
+from verifier.gate.gate import Margins
 from verifier.gate.measures import by_document, kl_lower_bound
 from verifier.gate.run_file import Run
 from verifier.gate.statistics import (
@@ -300,7 +301,8 @@ def test_a_plan_of_a_task_whose_documents_agree_is_not_certain() -> None:
 def test_a_plan_of_a_drift_leaves_out_documents_with_other_windows() -> None:
     accepted, candidate = scored_run(1, "a", documents=10), scored_run(2, "b", 0.02, documents=10)
     accepted.tokens[9] += 3
-    drift = _foresee_drift(accepted, candidate, 100, Margin(0.003, ""), None)
+    base, margins = scored_run(0, "c", documents=10), Margins(Margin(1, ""), Margin(0.003, ""))
+    drift = _foresee_drift(accepted, (candidate, base), 100, margins, None)
     expected = (candidate.sums - accepted.sums)[:9].sum() / candidate.tokens[:9].sum()
     assert drift.seen == pytest.approx(expected)
     assert drift.fails > 0.003
