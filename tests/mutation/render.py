@@ -30,9 +30,11 @@ SCORES = (("score", "tiny, and two of ModelOpt's"), ("modelopt_score", "five of 
 def render() -> str:
     """Return the page."""
     results = json.loads((HERE / "results.json").read_text())
-    fuzz = HERE.parent / "fuzz" / "results.json"
+    formats, fuzz = HERE / "formats.json", HERE.parent / "fuzz" / "results.json"
     lines = [INTRO, *_scores(results), "", *_kinds(results["kinds"])]
     lines += ["", *_survivors(results["survivors"])]
+    if formats.exists():
+        lines += ["", *_formats(json.loads(formats.read_text()))]
     if fuzz.exists():
         lines += ["", *_fuzz(json.loads(fuzz.read_text()))]
     return "\n".join(lines) + "\n"
@@ -100,6 +102,27 @@ def _survivors(survivors: list[dict[str, Any]]) -> list[str]:
         caught = ", ".join("yes" if t else "no" for t in s["caught"])
         edit = s["what"][:110].replace("|", "/")
         lines.append(f"| {s['seed']} | `{s['kind']}` | {s['checkpoint']} | {edit} | {caught} |")
+    return lines
+
+
+def _formats(results: dict[str, Any]) -> list[str]:
+    lines = [
+        "## Mutations of every format",
+        "",
+        f"`{results['command']}`: {results['n']:,} mutations of clean checkpoints in"
+        f" {len(results['formats'])} formats (docs/formats.md) and {results['harmless']:,}"
+        f" harmless rewrites. Survivors: {len(results['survivors'])}. New findings on rewrites:"
+        f" {len(results['alarms'])}. Crashes: {len(results['crashes'])}.",
+        "",
+        "| kind | edit | needs | number | caught | without base |",
+        "| --- | --- | --- | ---: | ---: | ---: |",
+    ]
+    for name, row in results["kinds"].items():
+        without = row["caught_without"] if row["knows"] == "nothing" else ""
+        cells = (row["edit"], row["knows"], row["n"], row["caught"], without)
+        lines.append(f"| `{name}` | {' | '.join(map(str, cells))} |")
+    for m in results["survivors"]:
+        lines.append(f"* seed {m['seed']} survives: `{m['kind']}` in {m['format']}, {m['what']}")
     return lines
 
 
