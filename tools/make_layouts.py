@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from verifier.layouts.expert_stacks import StackLayout, stack_layouts
+from verifier.schemes import ENGINE_NAMES
 
 PAGE = Path(__file__).parent.parent / "docs" / "expert-layouts.md"
 HEAD = """# Experts in stacks
@@ -64,6 +65,23 @@ def page() -> str:
         "|---|---|---|",
     ]
     lines += [f"| {row.name} | {row.why} | {row.source} |" for row in rows]
+    lines += [
+        "",
+        "## What engines load",
+        "",
+        "`export` writes a layout that vLLM and SGLang load, or the engine that `--for` names. If",
+        "there is none, it refuses quantized experts of the family; `--for none` writes them anyway.",
+        "For other families and engines only the reason of the default is known.",
+        "",
+        "| family | engine | loads quantized experts | reason | source |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {row.name} | {ENGINE_NAMES[engine]} | {' or '.join(forms.layouts) or 'in no layout'} "
+        f"| {forms.why} | {forms.source} |"
+        for row in rows
+        for engine, forms in row.engines.items()
+    ]
     lines += ["", "## Refused", "", "| family | reason |", "|---|---|"]
     refused = (row for row in stack_layouts() if row.refused)
     lines += [f"| {', '.join(row.model_types)} | {row.refused} |" for row in refused]

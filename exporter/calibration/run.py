@@ -191,7 +191,10 @@ def static_modules(checkpoint: Checkpoint, recipe: Recipe, *, kv: bool = False) 
             module, and no KV scale either.
     """
     refuse_outside(checkpoint)
-    choices = ExportChoices(input_scale="one", kv_cache="fp8_cast", expert_layout="per-expert")
+    # Whatever the engine: what one of them leaves unquantized, another may read.
+    choices = ExportChoices(
+        input_scale="one", kv_cache="fp8_cast", expert_layout="per-expert", engines=()
+    )
     plan = build(unstacked(checkpoint), recipe, choices=choices)
     modules = tuple(m for e in plan.encodes if e.input_scales is not None for m in e.modules)
     if not modules and not kv and recipe.kv_cache != "fp8":

@@ -102,7 +102,7 @@ def needs_of(
     for module in (*names, *heads):
         for name in asked_names(module, family, engines):
             if name.asked:
-                excluded.append(module.removesuffix(name.stored) + name.asked)
+                excluded.append(name.in_full(module))
                 note = f"asks for {name.stored} as {name.asked}, which is excluded, too"
             else:
                 by_module = True

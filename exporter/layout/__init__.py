@@ -4,9 +4,16 @@
 from exporter.layout.layout import HubPart, Layout, take
 from exporter.layout.regions import Cut, read_region
 from exporter.layout.siblings import Transfer
-from exporter.layout.stacks import ExpertLayout, scale_groups, stacks_of, unstacked
+from exporter.layout.stacks import (
+    EXPERT_LAYOUTS,
+    ExpertLayout,
+    scale_groups,
+    stacks_of,
+    unstacked,
+)
 
 __all__ = [
+    "EXPERT_LAYOUTS",
     "Cut",
     "ExpertLayout",
     "HubPart",

@@ -23,6 +23,7 @@ from verifier.layouts.expert_stacks import (
 )
 
 ExpertLayout = Literal["per-expert", "hub"]
+EXPERT_LAYOUTS: tuple[ExpertLayout, ...] = ("per-expert", "hub")
 _CODES = ("weight", "blocks", "scales")
 
 

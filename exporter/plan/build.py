@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from exporter.layout import ExpertLayout
+from exporter.layout import EXPERT_LAYOUTS, ExpertLayout
 from exporter.plan.model import (
     DEFAULT_ENGINES,
     Action,
@@ -34,8 +34,9 @@ from exporter.plan.stats_file import ActivationStats
 from exporter.recipes import KvName, Recipe
 from verifier.checkpoint import Checkpoint
 from verifier.errors import PlanError, UsageError
-from verifier.layouts.expert_stacks import UnstackedCheckpoint
+from verifier.layouts.expert_stacks import StackLayout, UnstackedCheckpoint
 from verifier.schemes import (
+    ENGINE_NAMES,
     ENGINE_VERSIONS,
     FORMATS,
     KV_LEAVES,
@@ -148,7 +149,7 @@ def build(
     if onto is not None:
         used = {t.name for u in units.values() for w in u.weights for t in w.parts.values()}
         skipped += [("source", n, "kept from onto") for n in source.tensors if n not in used]
-    layout = _layout(source, onto, choices.expert_layout)
+    layout = _layout(source, onto, choices, [*units, *decoded])
     written: Checkpoint = source
     if isinstance(source, UnstackedCheckpoint) and onto is None:
         if layout == "hub" or not any_expert(source.stacks, [*units, *decoded]):
@@ -237,13 +238,24 @@ def _tensors_read(unit: Encode | Decode | None, kept: Origin) -> set[str]:
 
 
 def _layout(
-    source: Checkpoint, onto: Checkpoint | None, requested: ExpertLayout | None
+    source: Checkpoint,
+    onto: Checkpoint | None,
+    choices: ExportChoices,
+    changed: Iterable[str],
 ) -> ExpertLayout | None:
     """Return how the experts of the source's stacks are written, None where it has none.
 
+    Args:
+        source: the checkpoint that is read.
+        onto: the checkpoint whose bytes everything else keeps.
+        choices: the layout that is requested, and the engines that have to load it.
+        changed: the modules that are quantized or decoded.
+
     Raises:
         UsageError: stacks are requested, and there are none, or another checkpoint is kept.
+        PlanError: an engine loads quantized experts of the family in no layout, or not in this.
     """
+    requested = choices.expert_layout
     if not isinstance(source, UnstackedCheckpoint):
         if requested == "hub":
             raise UsageError(
@@ -253,12 +265,41 @@ def _layout(
         return None
     family = source.stacks[0].layout
     layout = requested or family.default
+    if any_expert(source.stacks, changed):
+        layout = _loaded_layout(family, requested, choices.engines)
     if onto is not None and layout == "hub":
         raise UsageError(
             f"--onto: the stacks of {family.name} cannot be written into another checkpoint's; "
             "--expert-layout per-expert writes the experts individually"
         )
     return layout
+
+
+def _loaded_layout(
+    family: StackLayout, requested: ExpertLayout | None, engines: Iterable[Engine]
+) -> ExpertLayout:
+    """Return the layout of quantized experts that every engine loads: the one that is requested,
+    the default, or another.
+
+    Raises:
+        PlanError: there is none.
+    """
+    possible = [requested] if requested else [family.default, *EXPERT_LAYOUTS]
+    for engine in engines:
+        forms = family.engines.get(engine)
+        if forms is None:
+            continue
+        possible = [layout for layout in possible if layout in forms.layouts]
+        if not possible:
+            form = f" with --expert-layout {requested}" if requested and forms.layouts else ""
+            others = [e for e, f in family.engines.items() if f.layouts and e != engine]
+            ways = [f"--for {other}" for other in others] + ["--for none"]
+            raise PlanError(
+                f"{ENGINE_NAMES[engine]} {ENGINE_VERSIONS[engine]} does not load quantized experts "
+                f"of {family.name}{form}: {forms.why} ({forms.source}); {' or '.join(ways)} writes "
+                "them anyway"
+            )
+    return possible[0]
 
 
 def _check_targets(

@@ -157,7 +157,7 @@ def _recipe(
     recipe: str, built: Any, saved: Path, folder: Path, detection: Detection
 ) -> dict[str, str]:
     disk, memory = folder / f"{recipe}-disk", folder / f"{recipe}-memory"
-    given: dict[str, Any] = {"recipe": recipe, "input_scale": "one", "workers": 1}
+    given: dict[str, Any] = {"recipe": recipe, "input_scale": "one", "workers": 1, "engine": "none"}
     steps = {"disk": _attempt(lambda: export(saved, disk, **given))}
     steps["memory"] = _attempt(
         lambda: _same_as(disk, lambda: export_model(built, memory, **given), memory)

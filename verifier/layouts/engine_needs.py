@@ -35,6 +35,10 @@ class AskedName:
     asked: str
     source: str
 
+    def in_full(self, module: str) -> str:
+        """Return the whole name by which the engine asks for a module on disk, '' for none."""
+        return module.removesuffix(self.stored) + self.asked if self.asked else ""
+
 
 @dataclass(frozen=True, slots=True)
 class RequiredField:
@@ -65,6 +69,13 @@ class RequiredField:
 
 
 ASKED_NAMES: tuple[AskedName, ...] = (
+    AskedName(
+        "vllm",
+        frozenset({"phimoe"}),
+        "block_sparse_moe.gate",
+        "mlp.router",
+        "vLLM 0.32 builds PhimoeForCausalLM of transformers' modules",
+    ),
     AskedName(
         "vllm",
         frozenset({"exaone_moe", "afmoe"}),

@@ -14,7 +14,7 @@ import math
 import threading
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cache, cached_property
 from importlib import resources
 from types import MappingProxyType
@@ -25,6 +25,7 @@ import numpy as np
 from verifier.checkpoint import NUMPY_DTYPES, Bytes, Checkpoint, Source, Tensor
 from verifier.checkpoint.source import DerivedSource
 from verifier.schemes.declared import Declaration
+from verifier.schemes.engines import Engine
 from verifier.schemes.modules import LEAVES
 
 Shape = tuple[int, ...]
@@ -46,6 +47,25 @@ _VIRTUAL = 1 << 60
 _SLICE_BITS = 40
 
 
+Form = Literal["per-expert", "hub"]
+"""How experts are stored: individually, or in stacks as the hub has them."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineForms:
+    """The forms in which an engine loads the quantized experts of a family.
+
+    Attributes:
+        layouts: the forms, the best first; none where it loads no quantized experts.
+        why: the reason that it loads no others.
+        source: where this was read.
+    """
+
+    layouts: tuple[Form, ...]
+    why: str
+    source: str
+
+
 @dataclass(frozen=True, slots=True)
 class StackLayout:
     """How a family stacks experts; a table of ``expert_stacks.toml``.
@@ -64,6 +84,7 @@ class StackLayout:
         source: where it was read.
         refused: why the exporter refuses the family, '' where it does not.
         refused_names: the tensors, after the layer's prefix, that show a refused layout.
+        engines: how engines load its quantized experts, where that is known.
     """
 
     name: str
@@ -73,11 +94,12 @@ class StackLayout:
     transposed: bool | None
     interleaved: bool
     one_scale: bool
-    default: Literal["per-expert", "hub"]
+    default: Form
     why: str
     source: str
     refused: str
     refused_names: tuple[str, ...]
+    engines: Mapping[Engine, EngineForms] = field(default_factory=dict)
 
     def expert_linear(self, head: str, expert: int, leaf: str) -> str:
         """Return the name of one expert's projection; ``head`` is the layer's prefix."""
@@ -104,6 +126,10 @@ def stack_layouts() -> tuple[StackLayout, ...]:
             source=table.get("source", ""),
             refused=table.get("refused", ""),
             refused_names=tuple(table.get("refused_names", ())),
+            engines={
+                engine: EngineForms(tuple(forms["layouts"]), forms["why"], forms["source"])
+                for engine, forms in table.get("engines", {}).items()
+            },
         )
         for name, table in tables.items()
     )

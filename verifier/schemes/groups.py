@@ -56,8 +56,8 @@ class Fusion:
 
 
 def has_tensor_scales(fmt: Format) -> bool:
-    """Whether a format has a scale of one value for the whole weight, or for its inputs."""
-    return any(sibling.scalar for sibling in fmt.siblings)
+    """Whether a format always has a scale of one value for the whole weight, or for its inputs."""
+    return any(sibling.scalar and sibling.when == "always" for sibling in fmt.siblings)
 
 
 _LATENT = frozenset(

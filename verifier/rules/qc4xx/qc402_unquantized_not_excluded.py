@@ -5,7 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from verifier.checkpoint import Tensor
 from verifier.findings import Finding, Severity, Where
+from verifier.layouts.engine_needs import asked_names
 from verifier.rules.context import Context
 from verifier.rules.mtp import mtp_modules
 from verifier.rules.registry import rule
@@ -30,7 +32,9 @@ def check(ctx: Context) -> Iterator[Finding]:
 
     **What it does.** Matches each unquantized linear layer against the exclusions. With
     MIXED_PRECISION, a module without an entry is unquantized by definition, and the rule does not
-    apply. MTP heads are QC403; a layer that only some engines read as excluded is QC405.
+    apply. MTP heads are QC403; a layer that only some engines read as excluded is QC405. A layer
+    that vLLM looks up by a different name than the one on disk is an error for vLLM, and a warning
+    otherwise.
 
     **Why it happens.** Routers are not nn.Linear in transformers 5 and are easily forgotten, or the
     patterns use names of a different namespace.
@@ -59,6 +63,8 @@ def check(ctx: Context) -> Iterator[Finding]:
                 expected="an exclusion, or scales",
                 engines=some,
             )
+        elif weight is not None:
+            yield from _asked_differently(ctx, declaration, module, weight)
 
 
 Effects = dict[str, tuple[Severity, str]]
@@ -71,6 +77,28 @@ _FROM_HEADERS: Effects = {
 }
 _BY_CONFIG: Effects = {"vllm": ("error", "builds the family's routers as the config says")}
 _BLOCK = frozenset({"attention", "mlp", "routed_expert", "shared_expert"})
+
+
+def _asked_differently(
+    ctx: Context, declaration: Declaration, module: Module, weight: Tensor
+) -> Iterator[Finding]:
+    """Yield an excluded layer that an engine looks up by a name that no exclusion matches."""
+    if declaration.form not in ("flat", "nested"):
+        return
+    for name in asked_names(module.name, ctx.checkpoint.model_type, ("vllm",)):
+        asked = name.in_full(module.name)
+        if asked and declaration.exclusions.excludes("vllm", asked):
+            continue
+        yield ctx.finding(
+            f"vLLM asks for it as {name.asked}, which no exclusion names"
+            if asked
+            else "vLLM asks for it without a name, which no exclusion matches",
+            where=Where(weight.name, weight.file),
+            observed=module.name,
+            expected=asked or "MIXED_PRECISION, with an entry for each quantized module",
+            severity="warning",
+            engines={name.engine: ("error", f"builds a quantized layer ({name.source})")},
+        )
 
 
 def _of_some_engines(ctx: Context, declaration: Declaration, module: Module) -> Effects | None:

@@ -6,10 +6,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from verifier.findings import Finding, Where
-from verifier.layouts.engine_needs import HEAD, untensored_heads
+from verifier.layouts.engine_needs import HEAD, asked_names, untensored_heads
 from verifier.rules.context import Context
 from verifier.rules.registry import rule
-from verifier.schemes import CLASS_NAME, Declaration, Names
+from verifier.schemes import CLASS_NAME, ENGINES, Declaration, Names
 
 
 @rule(
@@ -43,11 +43,13 @@ def check(ctx: Context) -> Iterator[Finding]:
     modules = set(ctx.candidate.modules)
     parents = {m.rpartition(".")[0] for m in modules}
     tied = bool(untensored_heads(modules, ctx.checkpoint.config))
+    family = ctx.checkpoint.model_type
+    asked = {n.in_full(m) for m in modules for n in asked_names(m, family, ENGINES)}
     for pattern in declaration.exclusions.dead(modules | parents):
         if pattern in ctx.expectations.wrapped_exclusions:
             continue  # QC209
         # Engines build a tied head, although it has no tensor.
-        if pattern.endswith(HEAD) and tied:
+        if (pattern.endswith(HEAD) and tied) or pattern in asked:
             continue
         absent = ctx.expectations.family is not None and ctx.expectations.family.optional(
             pattern.lstrip("*.")

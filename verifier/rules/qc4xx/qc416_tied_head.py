@@ -6,9 +6,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from verifier.findings import Finding, Where
-from verifier.layouts.engine_needs import untensored_heads
+from verifier.layouts.engine_needs import asked_names, untensored_heads
 from verifier.rules.context import Context
 from verifier.rules.registry import rule
+from verifier.schemes import ENGINES
 
 
 @rule(
@@ -46,7 +47,8 @@ def check(ctx: Context) -> Iterator[Finding]:
         return
     for head in untensored_heads(ctx.candidate.modules, ctx.checkpoint.config):
         ctx.tally.see()
-        if declaration.expects(head):
+        names = asked_names(head, ctx.checkpoint.model_type, ENGINES)
+        if declaration.expects(head) or any(not name.asked for name in names):
             yield ctx.finding(
                 "the head is tied to the embedding and not excluded",
                 where=Where(head, declaration.file),

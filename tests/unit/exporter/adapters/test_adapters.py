@@ -269,7 +269,10 @@ def test_a_load_asks_for_what_is_on_disk(mxfp8: State, m3: StateDictAdapter, nat
 
 def test_the_text_model_alone(mxfp8: State, native: State) -> None:
     config = adapting.mtp_config()
-    text = config["text_config"] | {"quantization_config": config["quantization_config"]}
+    text = config["text_config"] | {
+        "model_type": "minimax_m3_vl_text",
+        "quantization_config": config["quantization_config"],
+    }
     beside = ("vision", "multi", "patch")
     given = {
         n.removeprefix("language_model."): t for n, t in mxfp8.items() if not n.startswith(beside)

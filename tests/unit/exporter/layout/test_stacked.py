@@ -12,6 +12,7 @@ import json
 import re
 import runpy
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ from verifier.inspect.stats import stats
 from verifier.layouts.expert_stacks import stack_layouts
 from verifier.load.model import decoded_tensors, load_model
 
+export = partial(exporter.export, engine="none")
+export_model = partial(exporter.export_model, engine="none")
 E, H, F = 4, 64, 96
 TEXT: dict[str, Any] = {
     "hidden_size": H,
@@ -225,7 +228,7 @@ class Zoo:
         out = self._folder / f"{family}-{layout}-{name}"
         if not out.exists():
             source = transposed(kit, self) if family == TRANSPOSED else self.source(family)
-            exporter.export(source, out, recipe=recipe, input_scale="one", expert_layout=layout)
+            export(source, out, recipe=recipe, input_scale="one", expert_layout=layout)
         return out
 
 
@@ -436,8 +439,8 @@ def test_tiles_are_cut_where_gate_and_up_meet_on_128_only(kit, zoo: Zoo, tmp_pat
         with pytest.raises(
             PlanError, match=f"{said}, inside a block of 128 x 128; --expert-layout per-expert"
         ):
-            exporter.export(zoo.source(family), tmp_path / "out", expert_layout="hub", **given)
-        exporter.export(zoo.source(family), tmp_path / family, expert_layout="per-expert", **given)
+            export(zoo.source(family), tmp_path / "out", expert_layout="hub", **given)
+        export(zoo.source(family), tmp_path / family, expert_layout="per-expert", **given)
         assert (
             verifier.check(tmp_path / family, base=zoo.source(family), depth="payload").verdict
             == "passed"
@@ -453,7 +456,7 @@ def test_a_stack_in_small_chunks_and_small_shards_holds_the_same_bytes(
     monkeypatch.setattr("exporter.stream.shards.COPY_BYTES", 1000)
     for family, tensors in wanted.items():
         out = tmp_path / family
-        exporter.export(
+        export(
             zoo.source(family),
             out,
             recipe=EXPERTS,
@@ -476,7 +479,7 @@ def test_a_model_in_memory_gives_its_checkpoints_bytes(
     kit, zoo: Zoo, family: str, layout: str, tmp_path: Path
 ) -> None:
     source = source_of(kit, zoo, family)
-    exporter.export_model(
+    export_model(
         zoo.model(family),
         tmp_path / "out",
         recipe=EXPERTS,
@@ -496,7 +499,7 @@ def test_a_model_whose_vision_tower_is_permuted(kit, zoo: Zoo, tmp_path: Path) -
         "source": zoo.source("step3p7"),
     }
     try:
-        exporter.export_model(zoo.model("step3p7"), tmp_path / "out", **given)
+        export_model(zoo.model("step3p7"), tmp_path / "out", **given)
     except UnsupportedConversion as error:
         assert "vision_model" in str(error) and "PermuteForRope (step3p7)" in str(error)
     else:
@@ -506,9 +509,7 @@ def test_a_model_whose_vision_tower_is_permuted(kit, zoo: Zoo, tmp_path: Path) -
 @needs("gemma4_text")
 def test_a_model_without_a_source(kit, zoo: Zoo, tmp_path: Path) -> None:
     for family in ("gpt_oss", "gemma4_text"):
-        exporter.export_model(
-            zoo.model(family), tmp_path / family, recipe=EXPERTS, input_scale="one"
-        )
+        export_model(zoo.model(family), tmp_path / family, recipe=EXPERTS, input_scale="one")
         assert kit.read(tmp_path / family) == kit.read(zoo.export(kit, family, None))
 
 
@@ -608,7 +609,7 @@ def test_mxfp4_stacks_become_nvfp4_without_loss(
 ) -> None:
     source, plain = packed
     out = tmp_path / "out"
-    manifest = exporter.export(source, out, recipe=EXPERTS, input_scale="one", expert_layout=layout)
+    manifest = export(source, out, recipe=EXPERTS, input_scale="one", expert_layout=layout)
     assert manifest.notes["requantized"] == {"MXFP4 to NVFP4": 24}
     blocks = 2 * E * 3 * H * F // 16
     assert manifest.notes["mxfp4_blocks"] == {"NVFP4": [blocks, blocks]}
@@ -631,9 +632,9 @@ def test_mxfp4_stacks_in_chunks_share_their_exponent(
             tensors[name] = kit.raw(values)
 
     source = kit.edit(packed[0], tmp_path / "source", grow)
-    exporter.export(source, tmp_path / "whole", **given)
+    export(source, tmp_path / "whole", **given)
     monkeypatch.setattr("exporter.stream.stacks.CHUNK", 1)
-    exporter.export(source, tmp_path / "chunks", **given)
+    export(source, tmp_path / "chunks", **given)
     assert kit.read(tmp_path / "chunks") == kit.read(tmp_path / "whole")
     assert verifier.check(tmp_path / "whole", base=source, depth="payload").verdict == "passed"
 
@@ -644,7 +645,7 @@ def test_mxfp4_stacks_to_other_formats_are_decoded(
     source, plain = packed
     for layout in ("per-expert", "hub"):
         for name, base in (("a", source), ("b", plain)):
-            exporter.export(
+            export(
                 base, tmp_path / f"{layout}-{name}", recipe=recipe_of("mxfp8"), expert_layout=layout
             )
         assert kit.read(tmp_path / f"{layout}-a") == kit.read(tmp_path / f"{layout}-b")
@@ -658,7 +659,7 @@ def test_mxfp4_stacks_that_a_recipe_leaves_are_decoded(
         {"name": "attention", "rules": [{"roles": ["attention"], "format": "mxfp8"}]}
     )
     source, plain = packed
-    exporter.export(source, tmp_path / "out", recipe=attention, expert_layout=layout)
+    export(source, tmp_path / "out", recipe=attention, expert_layout=layout)
     made, wanted = kit.read(tmp_path / "out"), kit.read(plain)
     if layout == "hub":
         stacks = [n for n in wanted if ".experts." in n]
@@ -694,9 +695,9 @@ def test_128_by_128_fp8_stacks_are_decoded(kit, zoo: Zoo, layout: str, tmp_path:
     )
     base = kit.folder(tmp_path / "plain", plain, config)
     given: dict[str, Any] = {"recipe": EXPERTS, "input_scale": "one", "expert_layout": layout}
-    manifest = exporter.export(source, tmp_path / "out", **given)
+    manifest = export(source, tmp_path / "out", **given)
     assert manifest.notes["requantized"] == {"FP8_PB_WO to NVFP4": 24}
-    exporter.export(base, tmp_path / "wanted", **given)
+    export(base, tmp_path / "wanted", **given)
     assert kit.read(tmp_path / "out") == kit.read(tmp_path / "wanted")
     report = verifier.check(tmp_path / "out", base=source, depth="payload")
     assert report.verdict == "passed", report.findings
@@ -709,7 +710,7 @@ def test_stacks_that_nothing_is_wanted_of_keep_their_bytes(kit, zoo: Zoo, tmp_pa
     )
     for layout in ("per-expert", "hub"):
         out = tmp_path / layout
-        exporter.export(zoo.source("gemma4_text"), out, recipe=attention, expert_layout=layout)
+        export(zoo.source("gemma4_text"), out, recipe=attention, expert_layout=layout)
         made, wanted = kit.read(out), kit.read(zoo.source("gemma4_text"))
         assert all(made[n] == t for n, t in wanted.items() if "experts" in n)
         assert (
@@ -729,13 +730,11 @@ def test_a_quantized_stack_is_taken_apart_without_quantizing(kit, zoo: Zoo, tmp_
     rules = [{"roles": [r], "format": "nvfp4"} for r in ("routed_expert", "attention")]
     attention = Recipe.model_validate({"name": "both", "rules": rules})
     source = zoo.export(kit, "granitemoe", "hub")
-    exporter.export(
-        source, tmp_path / "hub", recipe=attention, input_scale="one", expert_layout="hub"
-    )
+    export(source, tmp_path / "hub", recipe=attention, input_scale="one", expert_layout="hub")
     made, was = kit.read(tmp_path / "hub"), kit.read(source)
     assert all(made[n] == t for n, t in was.items() if "linear" in n)
     with pytest.raises(PlanError, match="all 24 modules that it selects are nvfp4 already"):
-        exporter.export(source, tmp_path / "again", recipe=EXPERTS, input_scale="one")
+        export(source, tmp_path / "again", recipe=EXPERTS, input_scale="one")
 
 
 # calibrated
@@ -777,7 +776,7 @@ def test_inputs_are_read_expert_by_expert(
             )
         for layout in ("per-expert", "hub"):
             out = tmp_path / f"{family}-{layout}"
-            exporter.export(source, out, recipe=EXPERTS, stats=stats, expert_layout=layout)
+            export(source, out, recipe=EXPERTS, stats=stats, expert_layout=layout)
             scales = {n: t.array() for n, t in kit.read(out).items() if n.endswith("input_scale")}
             if layout == "per-expert":
                 wanted = singles(scales)
@@ -846,29 +845,23 @@ def test_depth_load(kit, zoo: Zoo, family: str, layout: str) -> None:
 
 def test_a_part_of_a_stack_is_not_written_as_a_stack(zoo: Zoo, tmp_path: Path) -> None:
     gates = {"name": "some", "rules": [{"modules": ["*.experts.[0-1].*"], "format": "mxfp8"}]}
+    given: dict[str, Any] = {"recipe": Recipe.model_validate(gates)}
     with pytest.raises(
         PlanError,
         match=r"feed_forward.experts.gate_up_proj: a stack is written as a whole.*per-expert",
     ):
-        exporter.export(
-            zoo.source("llama4_text"), tmp_path / "out", recipe=Recipe.model_validate(gates)
-        )
-    given: dict[str, Any] = {"recipe": Recipe.model_validate(gates), "expert_layout": "per-expert"}
-    assert exporter.export(zoo.source("llama4_text"), tmp_path / "out", **given).formats == {
-        "MXFP8": 12
-    }
+        export(zoo.source("llama4_text"), tmp_path / "out", expert_layout="hub", **given)
+    assert export(zoo.source("llama4_text"), tmp_path / "out", **given).formats == {"MXFP8": 12}
 
 
 def test_layouts_that_are_not_there(kit, zoo: Zoo, tmp_path: Path) -> None:
     given: dict[str, Any] = {"recipe": EXPERTS, "input_scale": "one"}
     with pytest.raises(UsageError, match="holds no stacks of experts"):
-        exporter.export(kit.qwen, tmp_path / "out", expert_layout="hub", **given)
+        export(kit.qwen, tmp_path / "out", expert_layout="hub", **given)
     with pytest.raises(
         UsageError, match="--expert-layout per-expert writes the experts individually"
     ):
-        exporter.export(
-            zoo.source("gpt_oss"), tmp_path / "out", recipe=EXPERTS, onto=zoo.source("gpt_oss")
-        )
+        export(zoo.source("gpt_oss"), tmp_path / "out", recipe=EXPERTS, onto=zoo.source("gpt_oss"))
 
 
 def test_stacks_are_not_merged(zoo: Zoo, kit, tmp_path: Path) -> None:
@@ -888,7 +881,7 @@ def test_a_vendors_stacks_are_taken_apart_for_single_experts(kit, zoo: Zoo, tmp_
         {"name": "attention", "rules": [{"roles": ["attention"], "format": "mxfp8"}]}
     )
     vendor = zoo.export(kit, "granitemoe", None, attention)
-    exporter.export(zoo.source("granitemoe"), tmp_path / "out", recipe=EXPERTS, onto=vendor)
+    export(zoo.source("granitemoe"), tmp_path / "out", recipe=EXPERTS, onto=vendor)
     made, single = kit.read(tmp_path / "out"), kit.read(zoo.export(kit, "granitemoe", "per-expert"))
     assert all(made[n] == t for n, t in single.items() if ".experts." in n)
     assert all(made[n] == t for n, t in kit.read(vendor).items() if "linear" not in n)
@@ -916,7 +909,7 @@ def test_families_that_are_refused_say_why(kit, family: str, tmp_path: Path) -> 
     with pytest.raises(
         PlanError, match=re.escape(f"{name}: {row.name} cannot be exported: {row.refused}")
     ):
-        exporter.export(source, tmp_path / "out", recipe="mxfp8_default")
+        export(source, tmp_path / "out", recipe="mxfp8_default")
 
 
 def test_stacks_that_are_not_what_the_family_has(kit, zoo: Zoo, tmp_path: Path) -> None:
@@ -932,10 +925,10 @@ def test_stacks_that_are_not_what_the_family_has(kit, zoo: Zoo, tmp_path: Path) 
         match=r"gate_up_proj \[4, 192, 64\].* are not stacks \[experts, in, out\], "
         r"which gpt_oss has",
     ):
-        exporter.export(odd, tmp_path / "out", **given)
+        export(odd, tmp_path / "out", **given)
     lost = kit.edit(zoo.source("gpt_oss"), tmp_path / "lost", lambda tensors: tensors.pop(key))
     with pytest.raises(PlanError, match=rf"{key} is missing next to"):
-        exporter.export(lost, tmp_path / "out", **given)
+        export(lost, tmp_path / "out", **given)
 
     def spoil(tensors: dict[str, Any]) -> None:
         values = tensors[key].array().copy()
@@ -944,9 +937,9 @@ def test_stacks_that_are_not_what_the_family_has(kit, zoo: Zoo, tmp_path: Path) 
 
     spoilt = kit.edit(zoo.source("gpt_oss"), tmp_path / "nan", spoil)
     with pytest.raises(EncodeError, match=rf"{key} \[experts 0 to 3\]: NaN at index \[3, 7, 5\]"):
-        exporter.export(spoilt, tmp_path / "out", **given)
+        export(spoilt, tmp_path / "out", **given)
     with pytest.raises(EncodeError, match=r"experts\.3\.up_proj"):
-        exporter.export(spoilt, tmp_path / "out", expert_layout="per-expert", **given)
+        export(spoilt, tmp_path / "out", expert_layout="per-expert", **given)
     assert not (tmp_path / "out").exists()
 
 
@@ -960,10 +953,13 @@ def test_the_command_says_how_experts_are_written(
         EXPERTS,
         "--input-scale",
         "one",
+        "--for",
+        "sglang",
     ]
     assert run(["export", *words, "--dry-run"]) == 0
     assert "experts   in stacks, as on the hub" in capsys.readouterr().out
-    assert run(["export", *words, "--expert-layout", "per-expert", "--dry-run"]) == 0
+    individually = [*words[:-1], "none", "--expert-layout", "per-expert"]
+    assert run(["export", *individually, "--dry-run"]) == 0
     assert "experts   individually" in capsys.readouterr().out
     assert run(["export", *words]) == 0
     text = capsys.readouterr().out

@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an export changes so that engines load it, and what it refuses.
+
+What vLLM 0.32 loads was seen by running its loader on a CPU; the expectations here are written by
+hand from that.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import exporter
+import verifier
+from tests.paths import ROOT
+from verifier.errors import PlanError
+from verifier.selftest.editor import RawShard, write_shard
+
+M3 = ROOT / "goldens" / "minimax-m3-tiny"
+GPT_OSS = ROOT / "goldens" / "gpt-oss-tiny" / "bf16"
+LAYER = "language_model.model.layers.1.self_attn"
+QKV = ("q_proj", "k_proj", "v_proj")
+INDEXER = ("index_q_proj", "index_k_proj")
+
+
+def make(folder: Path, config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> Path:
+    """Write a BF16 checkpoint of random values."""
+    folder.mkdir()
+    shard, rng = RawShard({"format": "pt"}), np.random.default_rng(1)
+    for name, shape in shapes.items():
+        values = rng.standard_normal(shape).astype(ml_dtypes.bfloat16)
+        shard.entries[name] = ("BF16", shape, values.tobytes())
+    write_shard(folder / "model.safetensors", shard)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def attention(head: str, *leaves: str) -> dict[str, tuple[int, ...]]:
+    return {f"{head}.{leaf}.weight": (64, 64) for leaf in leaves}
+
+
+def tied(folder: Path, model_type: str = "qwen3") -> Path:
+    shapes = {"model.embed_tokens.weight": (96, 64), "model.norm.weight": (64,)}
+    shapes |= attention("model.layers.0.self_attn", *QKV, "o_proj")
+    return make(folder, {"model_type": model_type, "tie_word_embeddings": True}, shapes)
+
+
+def exclusions(folder: Path) -> list[str]:
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    nested = json.loads((folder / "hf_quant_config.json").read_text())["quantization"]
+    listed: list[str] = config["ignore"]
+    assert listed == nested["exclude_modules"]
+    return listed
+
+
+def formats(plan: exporter.Plan) -> dict[str, str]:
+    return {name: fmt.name for name, fmt in plan.modules.items()}
+
+
+@pytest.mark.parametrize("recipe", ["nvfp4_default", "mxfp8_default"])
+def test_a_tied_head_is_excluded(tmp_path: Path, recipe: str) -> None:
+    source, out = tied(tmp_path / "source"), tmp_path / "out"
+    manifest = exporter.export(source, out, recipe=recipe, input_scale="one")
+    assert exclusions(out) == ["lm_head", "model.embed_tokens"]
+    assert any("lm_head is excluded by name" in note for note in manifest.notes["adapted"])
+    assert manifest.options["engines"] == {"vllm": "0.32", "sglang": "0.5.23"}
+    report = verifier.check(out, base=source, profile="vllm", select=["QC4"])
+    assert (report.verdict, [f.rule for f in report.findings]) == ("passed", [])
+
+
+def test_a_tied_head_that_is_not_excluded_is_an_error_for_vllm(tmp_path: Path) -> None:
+    source, out = tied(tmp_path / "source"), tmp_path / "out"
+    exporter.export(source, out, recipe="mxfp8_default")
+    for file in ("config.json", "hf_quant_config.json"):
+        text = (out / file).read_text()
+        (out / file).write_text(text.replace('"lm_head",', ""))
+    for profile, severity in (("vllm", "error"), (None, "warning")):
+        findings = verifier.check(out, profile=profile).findings
+        assert [(f.rule, f.severity) for f in findings if f.rule == "QC416"] == [
+            ("QC416", severity)
+        ]
+
+
+def test_minimax_m3s_indexer_follows_in_formats_without_tensor_scales() -> None:
+    for recipe, name in (("mxfp8_default", "mxfp8"), ("fp8_block128", "fp8_block")):
+        plan = exporter.plan_export(M3 / "bf16", recipe=recipe)
+        chosen = formats(plan)
+        assert {chosen[f"{LAYER}.{leaf}"] for leaf in (*QKV, *INDEXER)} == {name}
+        assert any("index_q_proj, index_k_proj are quantized" in note for note in plan.adapted)
+
+
+def test_minimax_m3s_group_is_left_alone_in_formats_with_tensor_scales() -> None:
+    for recipe in ("nvfp4_default", "fp8_default"):
+        plan = exporter.plan_export(M3 / "bf16", recipe=recipe, input_scale="one")
+        chosen = formats(plan)
+        assert not any(f"{LAYER}.{leaf}" in chosen for leaf in (*QKV, *INDEXER))
+        assert f"{LAYER}.o_proj" in chosen
+        # The first layer has no indexer.
+        assert LAYER.replace("1", "0") + ".q_proj" in chosen
+        assert any("no place for the per-tensor scales" in note for note in plan.adapted)
+
+
+@pytest.mark.parametrize("engine", ["sglang", "trtllm", "none"])
+def test_other_engines_do_not_fuse_minimax_m3s_indexer(engine: Any) -> None:
+    plan = exporter.plan_export(
+        M3 / "bf16", recipe="nvfp4_default", input_scale="one", engine=engine
+    )
+    chosen = formats(plan)
+    assert {f"{LAYER}.{leaf}" for leaf in QKV} <= chosen.keys()
+    assert not {f"{LAYER}.{leaf}" for leaf in INDEXER} & chosen.keys()
+    assert plan.adapted == ()
+
+
+def test_a_quantized_group_with_an_unquantized_indexer_is_an_error_for_vllm(tmp_path: Path) -> None:
+    for recipe in ("mxfp8_default", "nvfp4_default"):
+        out = tmp_path / recipe
+        exporter.export(M3 / "bf16", out, recipe=recipe, input_scale="one", engine="none")
+        for profile, severity in (("vllm", "error"), ("sglang", "warning")):
+            found = [f for f in verifier.check(out, profile=profile).findings if f.rule == "QC409"]
+            assert {(f.severity, f.where.tensor) for f in found} == {
+                (severity, f"{LAYER}.index_q_proj.weight")
+            }
+
+
+def test_latent_projections_share_their_global_scale(tmp_path: Path, kit: Any) -> None:
+    shapes = {"model.embed_tokens.weight": (96, 64), "lm_head.weight": (96, 64)}
+    shapes |= attention("model.layers.0.self_attn", "q_a_proj", "kv_a_proj_with_mqa", "o_proj")
+    source = make(tmp_path / "source", {"model_type": "deepseek_v3"}, shapes)
+    exporter.export(source, tmp_path / "out", recipe="nvfp4_default", input_scale="one")
+    tensors = kit.read(tmp_path / "out")
+    scales = {
+        leaf: tensors[f"model.layers.0.self_attn.{leaf}.weight_scale_2"]
+        for leaf in ("q_a_proj", "kv_a_proj_with_mqa", "o_proj")
+    }
+    assert scales["q_a_proj"] == scales["kv_a_proj_with_mqa"] != scales["o_proj"]
+
+
+def test_a_head_that_vllm_asks_for_without_a_name(tmp_path: Path) -> None:
+    shapes = {"model.embed_tokens.weight": (96, 64), "lm_head.weight": (96, 64)}
+    shapes |= attention("model.layers.0.self_attn", *QKV, "o_proj")
+    source = make(tmp_path / "source", {"model_type": "exaone_moe"}, shapes)
+    exporter.export(source, tmp_path / "out", recipe="mxfp8_default")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert config["quant_algo"] == "MIXED_PRECISION"
+    assert set(config["quantized_layers"]) == {
+        f"model.layers.0.self_attn.{leaf}" for leaf in (*QKV, "o_proj")
+    }
+    exporter.export(source, tmp_path / "other", recipe="mxfp8_default", engine="sglang")
+    findings = verifier.check(tmp_path / "other", profile="vllm").findings
+    assert [(f.rule, f.severity) for f in findings if f.rule == "QC402"] == [("QC402", "error")]
+    assert exclusions(tmp_path / "other") == ["lm_head", "model.embed_tokens"]
+
+
+def test_a_router_that_vllm_asks_for_by_another_name(tmp_path: Path) -> None:
+    gate = "model.layers.0.block_sparse_moe.gate"
+    shapes = {"model.embed_tokens.weight": (96, 64), "lm_head.weight": (96, 64)}
+    shapes |= attention("model.layers.0.self_attn", *QKV, "o_proj")
+    source = make(
+        tmp_path / "source", {"model_type": "phimoe"}, {**shapes, f"{gate}.weight": (8, 64)}
+    )
+    exporter.export(source, tmp_path / "out", recipe="mxfp8_default")
+    assert {gate, "model.layers.0.mlp.router"} <= set(exclusions(tmp_path / "out"))
+    rules = {f.rule for f in verifier.check(tmp_path / "out", profile="vllm").findings}
+    assert not rules & {"QC402", "QC404"}
+
+
+def test_experts_that_no_layout_makes_loadable_are_refused(tmp_path: Path) -> None:
+    choices: dict[str, Any] = {"recipe": "nvfp4_experts_only", "input_scale": "one"}
+    with pytest.raises(
+        PlanError, match=r"vLLM 0\.32 does not load quantized experts of gpt_oss.*--for none writes"
+    ):
+        exporter.plan_export(GPT_OSS, **choices)
+    assert exporter.plan_export(GPT_OSS, engine="sglang", **choices).modules
+    with pytest.raises(PlanError, match=r"SGLang .* with --expert-layout per-expert"):
+        exporter.plan_export(GPT_OSS, engine="sglang", expert_layout="per-expert", **choices)
+    assert exporter.plan_export(GPT_OSS, engine="none", **choices).options["engines"] == {}
+
+
+def test_unquantized_experts_are_not_refused(tmp_path: Path) -> None:
+    recipe = tmp_path / "attention.yaml"
+    recipe.write_text("name: attention\nrules:\n  - roles: [attention]\n    format: mxfp8\n")
+    assert exporter.plan_export(GPT_OSS, recipe=recipe).modules
