@@ -70,7 +70,7 @@ def page() -> str:
         "## What engines load",
         "",
         "`export` writes a layout that vLLM and SGLang load, or the engine that `--for` names. If",
-        "there is none, it refuses quantized experts of the family; `--for none` writes them anyway.",
+        "there is none, it refuses quantized experts of the family; `--for none` writes them.",
         "For other families and engines only the reason of the default is known.",
         "",
         "| family | engine | loads quantized experts | reason | source |",
