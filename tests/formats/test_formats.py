@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import verifier
 from tests.formats import render
 from tests.formats.corruptions import CORRUPTIONS
 from tests.formats.files import Checkpoint
@@ -22,7 +23,6 @@ from tests.formats.matrix import (
     NEEDS_BASE,
     OTHER,
     PASSED,
-    check,
     corrupted,
     differs,
     grade_of,
@@ -30,6 +30,7 @@ from tests.formats.matrix import (
     shortfalls,
 )
 from tests.formats.table import FORMATS
+from verifier.rules import all_rules
 
 SAMPLE = 3
 ORDER = (CRASH, MISSED, NEEDS_BASE, INCONCLUSIVE, OTHER, EXACT)
@@ -76,23 +77,35 @@ def test_every_clean_format_passes_and_every_corruption_is_named() -> None:
     assert {name: found for name, found in wrong.items() if found} == {}
 
 
-RAISES: dict[str, str] = {}
-
-
 @pytest.mark.parametrize("name", FORMATS)
 def test_no_rule_raises_over_a_format_clean_or_corrupted(name: str, tmp_path: Path) -> None:
-    fmt = FORMATS[name]
-    clean, base = build(fmt)
-    base_folder = base.write(tmp_path / "base")
-    crashes = {}
-    for number, broken in enumerate(corrupted(fmt, clean, CORRUPTIONS)):
-        outcome = check(broken.checkpoint.write(tmp_path / str(number)), base_folder)
-        if outcome.crash:
-            crashes[broken.corruption.name] = outcome.crash
-    if name in RAISES:
-        assert crashes, f"{name} raises no longer: remove it from RAISES"
-        pytest.xfail(RAISES[name])
-    assert crashes == {}
+    """Every rule that reads headers or bytes, with a base, and with an overlay on several ranks."""
+    clean, base = build(FORMATS[name])
+    base_folder, overlay = base.write(tmp_path / "base"), clean.write(tmp_path / "clean")
+    folders = {"clean": overlay}
+    for broken in corrupted(FORMATS[name], clean, CORRUPTIONS):
+        kind = broken.corruption.name
+        folders[kind] = broken.checkpoint.write(tmp_path / "broken" / kind)
+    for kind, folder in folders.items():
+        with_base = verifier.check(folder, base=base_folder, depth="payload")
+        alone = verifier.check(folder, merged_from=overlay, depth="payload", tp=2, ep=2)
+        for report in (with_base, alone):
+            assert report.summary.stopped == {}, kind
+        ran = {c.rule for r in (with_base, alone) for c in r.coverage if c.ran}
+        assert ran == {r.id for r in all_rules().values() if r.depth in ("header", "payload")}
+
+
+def test_a_stack_of_zero_scales_is_corrupted_with_its_base(tmp_path: Path) -> None:
+    """A stack of gpt-oss whose scales are all zero once stopped the comparison with the base."""
+    clean, base = build(FORMATS["gpt_oss_mxfp4"])
+    zero = [c for c in CORRUPTIONS if c.name == "scale_zero"]
+    (broken,) = (b.checkpoint for b in corrupted(FORMATS["gpt_oss_mxfp4"], clean, zero))
+    stacks = [n for n, a in broken.tensors.items() if n.endswith("_scales") and not a.any()]
+    assert stacks
+    folder, base_folder = broken.write(tmp_path / "ckpt"), base.write(tmp_path / "base")
+    report = verifier.check(folder, base=base_folder, depth="payload")
+    assert report.verdict == FAILED
+    assert any(f.rule == "QC512" for f in report.findings)
 
 
 @pytest.mark.parametrize("name", FORMATS)
