@@ -5,15 +5,17 @@ detect.
     python benchmarks/damage.py [--golden minimax-m3-tiny] [--wikitext]
 
 Bytes of a real export are edited; each damaged copy is scored once on the golden's own corpus and
-compared with the base (absolute margin, the default budget) and with the undamaged export (drift
-margin, the default), and checked at depth payload against the base. ``--wikitext`` scores one
-damage also on documents of WikiText-2's test split: more text, a narrower interval.
+compared with the base (absolute margin, the default budget) and with the undamaged export (by the
+loss and by the KL ratio, default margins), and checked at depth payload against the base; so are
+two better exports. ``--wikitext`` scores one damage also on documents of WikiText-2's test split:
+more text, a narrower interval.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import re
 import shutil
@@ -33,11 +35,17 @@ import verifier
 from verifier.checkpoint import open_checkpoint
 from verifier.gate import Run, compare_runs, drift_margin_of, load_corpus, margin_of, score_run
 from verifier.gate.corpora import WIKITEXT, Corpus
+from verifier.gate.decision import kl_margin_of, kl_ratio_of
 from verifier.selftest.editor import CheckpointEditor
 
 ROOT = Path(__file__).parents[1]
 LAYER = 2
 WIKI_DOCUMENTS = 24
+OTHERS = {
+    "no damage: scales by mse": "nvfp4_experts_only_mse",
+    "no damage: FP8": "fp8_default",
+}
+"""Exports that are better than the accepted one, by their recipe."""
 UNREACHED = "an expert that the text never reaches outputs zeros"
 
 
@@ -57,14 +65,16 @@ class Subject:
         """The golden's directory."""
         return ROOT / "goldens" / self.golden
 
-    def export(self, base: Path, vendor: Path | None, out: Path) -> None:
+    def export(
+        self, base: Path, vendor: Path | None, out: Path, recipe: str = "nvfp4_experts_only"
+    ) -> None:
         """Write the export to damage: routed experts in NVFP4, onto the vendor's checkpoint where
-        there is one.
+        there is one; or another one.
         """
         how: dict[str, Any] = (
             {"onto": vendor} if vendor else {"input_scale": "one", "expert_layout": self.layout}
         )
-        exporter.export(base, out, recipe="nvfp4_experts_only", engine="none", **how)
+        exporter.export(base, out, recipe=recipe, engine="none", **how)
 
 
 SUBJECTS = (
@@ -210,12 +220,26 @@ def row(damage: str, base: Run, good: Run, damaged: Run) -> dict[str, Any]:
     ):
         raise SystemExit(f"{damage}: no statistics")
     d = result.drift.interval
+    by_kl = compare_runs(
+        base,
+        damaged,
+        margin,
+        drift_against=good,
+        drift_margin=drift_margin,
+        max_kl_ratio=kl_ratio_of(None),
+        kl_margin=kl_margin_of(None, damaged.header.parameters),
+    )
+    ratio = by_kl.drift.kl.interval if by_kl.drift and by_kl.drift.kl else None
+    if ratio is None:
+        raise SystemExit(f"{damage}: no KL ratio")
     return {
         "damage": damage,
         "loss": round(result.interval.delta, 5),
         "absolute": alone.outcome,
         "drift": [round(x, 5) for x in (d.delta, d.low, d.high)],
         "with_drift": result.outcome,
+        "kl_ratio": [round(math.exp(x), 4) for x in (ratio.delta, ratio.low, ratio.high)],
+        "with_kl": by_kl.outcome,
         "kl_to_good": round(own.measures.kl.mean.delta, 5),
         "top1_to_good": round(own.measures.top1.delta, 4),
         "beyond": len(own.measures.beyond),
@@ -254,6 +278,18 @@ def examine(subject: Subject, work: Path, only: str, before: dict[str, Any]) -> 
         )
         print(rows[-1], flush=True)
         shutil.rmtree(folder)
+    for description, recipe in OTHERS.items():
+        if not fnmatch(description, only):
+            rows += [earlier[description]] if description in earlier else []
+            continue
+        out = work / recipe
+        subject.export(base_dir, vendor, out, recipe)
+        rows.append(
+            row(description, base, good, scored(out, corpus))
+            | {"check": checked(out, base_dir, vendor)}
+        )
+        print(rows[-1], flush=True)
+        shutil.rmtree(out)
     if subject.bias and fnmatch(UNREACHED, only):
         rows.append(unreached(subject, work, corpus, counts))
         print(rows[-1], flush=True)

@@ -238,6 +238,7 @@ def row_of(build: Build, golden: str, base: Checkpoint) -> dict[str, Any]:
         "low": g.low,
         "high": g.high,
         "se": loss.se,
+        "kl": sum(g.kl) / loss.tokens if g.kl else None,
         "documents": len(g.documents),
         "tokens": loss.tokens,
         "margin": margin,
@@ -294,7 +295,10 @@ class Rebuilder:
         new = record_of(result, ckpt, self.base)
         comparison = compare_rebuilt(old, new)
         pending = None
-        if comparison.outcome not in ("agrees", "within"):
+        if old is not None and not old.kl:
+            sentence = f"{comparison.sentence}; the record has no KL divergence"
+            comparison = replace(comparison, sentence=sentence)
+        if comparison.outcome not in ("agrees", "within") or (old is not None and not old.kl):
             pending = Pending(
                 proposed=new,
                 against=store.digest_of(records, name),

@@ -84,7 +84,9 @@ DAMAGE_COLUMNS = (
     "loss",
     "absolute",
     "drift [90%]",
-    "with drift margin",
+    "by the loss",
+    "KL ratio [98%]",
+    "by the KL ratio",
     "KL",
     "top-1",
     "worst",
@@ -148,13 +150,14 @@ def _verdict_table(made: list[dict[str, Any]], perplexity: float) -> list[str]:
         f"({tokens:,} tokens, perplexity {perplexity:.2f}), with a 90% interval over documents,",
         "and the format's default margin.",
         "",
-        *_head(("format", "loss [90%]", "of perplexity", "margin", "verdict", "size")),
+        *_head(("format", "loss [90%]", "of perplexity", "KL", "margin", "verdict", "size")),
     ]
     for x in made:
         cells = (
             FORMATS[x["format"]],
             f"{x['loss']:+.4f} [{x['low']:+.4f}, {x['high']:+.4f}]",
             f"{math.expm1(x['loss']):+.2%}",
+            f"{x['kl']:.5f}" if x.get("kl") is not None else "",
             f"{x['margin']:.4f}",
             x["verdict"],
             f"{x['share_of_base']:.0%}",
@@ -171,7 +174,7 @@ def damage_lines() -> list[str]:
     lines: list[str] = []
     for golden in results["goldens"]:
         good = golden["good"]
-        undamaged = ("none", f"{good['loss']:+.4f}", good["absolute"], *[""] * 5)
+        undamaged = ("none", f"{good['loss']:+.4f}", good["absolute"], *[""] * 7)
         lines += [
             f"`{golden['golden']}`, {golden['export']}; layer {golden['layer']}, "
             f"{golden['documents']} documents of its own text, {golden['tokens']:,} tokens.",
@@ -191,9 +194,11 @@ def damage_lines() -> list[str]:
                 "",
             ]
     lines += [
-        "KL and top-1 compare with the undamaged export (KL: the lower bound from the top 64",
-        "tokens); worst: outlier documents; check: the rules that find it at depth payload with",
-        "`--base` (and `--merged-from`).",
+        "Drift and KL ratio are over the undamaged export, each decided together with the absolute",
+        "margin; rows without a KL ratio were measured before it decided. KL and top-1 compare",
+        "with the undamaged export (KL: the lower bound from the top 64 tokens); worst: outlier",
+        "documents; check: the rules that find it at depth payload with `--base` (and",
+        "`--merged-from`).",
         "",
     ]
     return [*lines, _command(results)]
@@ -223,12 +228,21 @@ def _damage(x: dict[str, Any]) -> str:
         x["absolute"],
         drift,
         outcome,
+        *_kl_ratio(x),
         f"{x['kl_to_good']:.4f}",
         f"{x['top1_to_good']:.1%}",
         worst,
         _rules(x["check"]),
     )
     return _row(cells)
+
+
+def _kl_ratio(x: dict[str, Any]) -> tuple[str, str]:
+    """Return the KL ratio with its bounds, and what it decides; empty where it was not measured."""
+    if "kl_ratio" not in x:
+        return "", ""
+    ratio, low, high = x["kl_ratio"]
+    return f"{ratio:.3f} [{low:.3f}, {high:.3f}]", x["with_kl"]
 
 
 def _rules(rules: list[str]) -> str:

@@ -240,7 +240,8 @@ def _note_lines(result: GateResult) -> list[str]:
             f"look {result.looks} at candidates of this base: each one-sided bound is at "
             f"{1 - result.alpha:.4g}"
         )
-    if any(loss.status == "open" for loss in result.losses):
+    straddles = any(loss.status == "open" for loss in result.losses)
+    if result.outcome == "inconclusive" and straddles:
         count = f"about {result.needed:,}" if result.needed else "more"
         notes.append(f"the interval straddles the margin; {count} such documents would decide")
     return [f"note     {note}" for note in (*notes, *result.notes)]

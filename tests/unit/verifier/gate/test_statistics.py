@@ -351,6 +351,26 @@ def test_documents_needed_grows_with_the_square() -> None:
     assert documents_needed(wide, 0.05) is None
 
 
+def test_more_documents_do_not_change_what_environments_add() -> None:
+    wide = Interval(0.05, 0.02, 0.0, 0.1, 20, 1000, 1.7)
+    assert documents_needed(wide, 0.06, 0.005) == math.ceil(20 * (1.7 * 0.02 / 0.005) ** 2)
+    assert documents_needed(wide, 0.06, 0.01) is None
+
+
+def test_a_quantile_lies_within_its_bounds() -> None:
+    rng = np.random.default_rng(2)
+    for count in (2, 5, 40):
+        tokens = np.full(count, 100)
+        values = rng.exponential(1, 100 * count)
+        values[:100] *= 30  # one document holds the whole tail
+        estimate, low, high = tail_quantile(values, tokens)
+        assert low <= estimate <= high
+    estimate, low, high = tail_quantile(values[:100], np.array([100, 0]))
+    assert math.isnan(low)
+    assert math.isnan(high)
+    assert estimate > 0
+
+
 def test_perplexity() -> None:
     assert perplexity([4.0, 2.0], [5, 2]) == pytest.approx(math.exp(6 / 7))
     assert math.isnan(perplexity([], []))

@@ -25,6 +25,7 @@ from verifier.evaluation import (
     Evaluation,
     ExpertReach,
     GateResult,
+    KlRatio,
     Margin,
     Measures,
     NotScored,
@@ -101,6 +102,14 @@ def test_a_loss_within_its_margin_passes_and_is_told() -> None:
     assert report.summary.evaluation == GOOD
 
 
+def by_kl(log_ratio: float, half: float, outcome: str) -> GateResult:
+    """Return a result whose drift is decided by the KL ratio, while its loss is far beyond."""
+    margin = Margin(math.log(1.15), "default")
+    ratio = KlRatio("lower bounds", 0.003, 0.002, interval(log_ratio, half), margin)
+    accepted = Drift("accepted", Margin(0.003, "default"), interval(0.02), ratio)
+    return result(outcome=outcome, drift=accepted)
+
+
 CASES: dict[str, tuple[Evaluation, str, set[tuple[str, str]]]] = {
     "beyond": (result(0.1, outcome="failed"), "failed", {("QC702", "error")}),
     "collapsed": (result(2.0, outcome="failed"), "failed", {("QC701", "error")}),
@@ -140,6 +149,13 @@ CASES: dict[str, tuple[Evaluation, str, set[tuple[str, str]]]] = {
         "inconclusive",
         set(),
     ),
+    "doubtful": (
+        result(outcome="inconclusive", doubts=("the base is a uniform guess",)),
+        "inconclusive",
+        set(),
+    ),
+    "drift by KL": (by_kl(0.3, 0.01, "failed"), "failed", {("QC702", "error")}),
+    "drift by KL inconclusive": (by_kl(0.14, 0.01, "inconclusive"), "inconclusive", set()),
     "drift inconclusive": (drift(0.002, "inconclusive"), "inconclusive", set()),
     "collapse inconclusive": (
         result(0.7, 0.2, margin=Margin(0.95, "given")),
@@ -167,6 +183,11 @@ def test_the_reason_of_an_open_verdict_names_numbers_and_documents() -> None:
         in why
     )
     assert "about 90 documents" in why
+    assert "the base is a uniform guess" in judged(CASES["doubtful"][0]).summary.inconclusive
+    assert (
+        "relative to the accepted run"
+        in judged(CASES["drift by KL inconclusive"][0]).summary.inconclusive
+    )
     assert "8 keys of the model are missing" in judged(CASES["not scored"][0]).summary.inconclusive
 
 
