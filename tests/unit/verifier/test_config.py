@@ -247,6 +247,7 @@ def test_config_show_prints_every_value_and_where_it_comes_from(call: Call, proj
         ('[severity.QC105]\n"*" = "fatal"', ("severity", "QC105")),
         ('[severity]\n"QC1,QC2" = "info"', ("severity", "one rule")),
         ("baseline = 3", ("baseline",)),
+        ('weights = "fold"', ("weights", "nearest: folded")),
         ("select = [", ("invalid TOML", "--no-config")),
         ("a = 1\na = 2", ("invalid TOML",)),
         ('profile = "\\u0000"', ("profile",)),
@@ -265,6 +266,19 @@ def test_what_is_wrong_in_a_file_is_named(
         for word in (str(file), *words):
             assert word in err
     assert call("check", QWEN_NVFP4, "--no-config")[0] == 0
+
+
+def test_weights_come_from_the_file_or_the_command_line(call: Call, project: Path) -> None:
+    (project / "ckptgate.toml").write_text('weights = "folded"\n')
+    _, out, _ = call("check", QWEN_NVFP4, "--format", "json")
+    assert json.loads(out)["stats"]["options"]["weights"] == "folded"
+    _, out, _ = call("check", QWEN_NVFP4, "--weights", "base", "--format", "json")
+    assert json.loads(out)["stats"]["options"]["weights"] == "base"
+    _, out, _ = call("check", QWEN_NVFP4, "--no-config", "--format", "json")
+    assert "weights" not in json.loads(out)["stats"]["options"]
+    code, _, err = call("check", QWEN_NVFP4, "--weights", "turned")
+    assert code == 2
+    assert "rotated" in err
 
 
 def test_a_key_of_pyproject_is_named_with_its_table(project: Path) -> None:
