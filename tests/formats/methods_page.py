@@ -42,8 +42,9 @@ def render() -> str:
     failed = sum(t[0] == "failed" for r in read().values() for t in r.twins.values())
     sound = sum(r.verdict == "passed" and not r.rules for r in read().values())
     summary = (
-        f"{sound} of {len(body)} sound methods pass without an error;"
-        f" {failed} of {count} broken twins fail."
+        f"{sound} of {len(body)} sound methods pass without an error; {failed} of {count} broken"
+        " twins fail. One wrong scale among many is not seen where values are other than the"
+        " nearest throughout."
     )
     page = PAGE.read_text(encoding="utf-8").partition(BEGIN)[0]
     return page + "\n".join([BEGIN, "", summary, "", *lines]) + "\n"

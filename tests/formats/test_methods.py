@@ -11,7 +11,7 @@ import pytest
 import verifier
 from tests.formats import methods_page
 from tests.formats.formats import build
-from tests.formats.methods import METHODS, TWINS, Method, run, shortfalls
+from tests.formats.methods import METHODS, ONE_BLOCK, TWINS, Method, run, shortfalls
 from verifier.errors import UsageError
 
 SAMPLE = 2
@@ -37,7 +37,7 @@ def test_committed_results_have_no_shortfall() -> None:
     assert {n: shortfalls(r) for n, r in results.items() if shortfalls(r)} == {}
     for name, result in results.items():
         extra = {"fold lost"} if METHODS[name].format.weights != "folded" else set()
-        assert set(result.twins) == set(TWINS) - extra
+        assert set(TWINS) - set(result.twins) <= extra | {ONE_BLOCK}, name
 
 
 def test_page_is_rendered_from_the_results() -> None:

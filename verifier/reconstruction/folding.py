@@ -6,15 +6,22 @@ before, or the layer after, undoes (AWQ, SmoothQuant).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from verifier.decoding import Float32
 from verifier.payload.cache import ResultCache
-from verifier.reconstruction.blocks import relative_error
+from verifier.reconstruction.blocks import (
+    WeightPair,
+    foreign_blocks,
+    relative_error,
+    rescaled_blocks,
+)
 from verifier.reconstruction.explanation import Explanation
 from verifier.reconstruction.neighbours import Neighbours, Pair, layer_of
 from verifier.reconstruction.transforms import Scaling, fit_scaling
+from verifier.reconstruction.yardstick import by_max, nearest
 from verifier.schemes import Module, fused_groups, role
 
 ONE = 0.03
@@ -35,18 +42,37 @@ class FoldedScales:
 
     def scaling(self, module: Module) -> Scaling | None:
         """Return the factors of a module's rows and columns, worked out once."""
+        return self.results.of_name("scaling", module.name, lambda: self._fit(module))
 
-        def fit() -> Scaling | None:
-            values = self.near.values(module)
-            return fit_scaling(*values) if values is not None else None
+    def _fit(self, module: Module) -> Scaling | None:
+        values = self.near.values(module)
+        fit = fit_scaling(*values) if values is not None else None
+        if values is None or fit is None or not (fit.intact and module.quantized):
+            return fit
+        scaled = np.asarray(fit.rows[:, None] * values[1] * fit.columns, np.float32)
+        return replace(fit, intact=not self._has_wrong_blocks(module, values[0], scaled))
 
-        return self.results.of_name("scaling", module.name, fit)
+    def _has_wrong_blocks(self, module: Module, values: Float32, base: Float32) -> bool:
+        """Whether some blocks are not the base's although their scales could hold it, or belong to
+        a different scale, as QC517 finds them.
+        """
+        fmt = self.near.candidate.stored_format(module)
+        if fmt is None:
+            return False
+        parts = {leaf: self.near.pair.payload.array(t) for leaf, t in module.parts.items()}
+        pair = WeightPair(fmt, parts, values, base)
+        best, encoded = nearest(base, parts, fmt), by_max(base, parts, fmt)
+        if foreign_blocks(pair, best).count:
+            return True
+        return encoded is not None and rescaled_blocks(pair, encoded, best).count > 0
 
     def of_module(self, module: Module, limit: float) -> Explanation:
         """Return whether factors that something undoes explain a weight, up to a relative error."""
         fit = None if role(module.name) == "embedding" else self.scaling(module)
-        if fit is None or fit.error > limit or not fit.intact:
+        if fit is None or fit.error > limit:
             return Explanation(False)
+        if not fit.intact:
+            return Explanation(False, fit.error, "some of its rows or blocks are not the base's")
         columns = _is_constant(fit.columns, fit.column_noise)
         if columns and _is_constant(fit.rows, fit.row_noise):
             return Explanation(False, fit.error)

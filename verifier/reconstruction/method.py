@@ -255,7 +255,7 @@ def _moved(values: Pair, *, check_bias: bool = False) -> Explanation:
     if not error < LOST:
         return Explanation(False, error)
     if not is_intact(own, base):
-        return Explanation(False, error, "some of its rows or blocks are not the base's at all")
+        return Explanation(False, error, "some of its rows or blocks are not the base's")
     bias = along(own, base) / norm2(base)
     if check_bias and abs(bias) > BIAS:
         return Explanation(False, error, f"its values are {1 + bias:.3f} of the base's as a whole")

@@ -23,8 +23,8 @@ from verifier.schemes import Module, role
 
 ANCHORS = 64
 """Rows of the embedding that a weight's rows are multiplied with."""
-WIDEST = 5120
-"""Inputs up to which the rotation itself is worked out; it takes seconds."""
+WIDEST = 4096
+"""Inputs up to which the rotation itself is worked out, once per process; it takes a minute."""
 
 
 class RotatedWeights:

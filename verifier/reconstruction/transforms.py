@@ -16,8 +16,9 @@ import numpy.typing as npt
 from verifier.decoding import Float32
 from verifier.reconstruction.distance import block_norms2
 
-STEPS = 6
-"""Rounds of the fit of rows and columns; each takes two passes over the weight."""
+STEPS, SETTLED = 8, 2e-3
+"""Rounds of the fit of rows and columns at most, each of two passes over the weight, and the change
+of a row's factor below which another round is not needed."""
 PROBES = 16
 """Random inputs that a rotated weight is applied to."""
 FAR, FAR_BLOCK = 0.8, 1.2
@@ -59,7 +60,9 @@ def fit_scaling(values: Float32, base: Float32) -> Scaling | None:
         rows, columns = np.ones(len(base), np.float32), np.ones(base.shape[1], np.float32)
         for _ in range(STEPS):
             columns = _ratio(rows @ cross, (rows * rows) @ square)
-            rows = _ratio(cross @ columns, square @ (columns * columns))
+            before, rows = rows, _ratio(cross @ columns, square @ (columns * columns))
+            if np.abs(rows - before).max(initial=0) <= SETTLED * np.abs(rows).max(initial=0):
+                break
         scale = np.median(rows[rows != 0]) if rows.any() else np.float32(0)
         if not np.isfinite(scale) or scale == 0:
             return None
