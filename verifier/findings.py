@@ -17,7 +17,7 @@ Verdict = Literal["passed", "failed", "inconclusive", "error"]
 Standing = Literal["", "known", "grown"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "info")
 SCHEMA_VERSION = "2.0"
-FINGERPRINT_VERSION = "ckptgate/v1"
+FINGERPRINT_VERSION = "ckptgate/v2"
 """How `Finding.fingerprint` is made (`verifier.run.fingerprints`)."""
 MAX_PLACES = 4096
 READABLE_VERSIONS = ("1.1", SCHEMA_VERSION)
@@ -73,6 +73,7 @@ class Finding:
         note: why it was accepted, or how it grew.
         places: tensors of the group, at most `MAX_PLACES`, where there are several; in a report
             that was read from a file with numbers as ranges.
+        cause: what is wrong, in words that never change; '' where the rule reports one kind.
     """
 
     rule: str
@@ -89,6 +90,7 @@ class Finding:
     standing: Standing = ""
     note: str = ""
     places: tuple[str, ...] = field(default=(), compare=False)
+    cause: str = ""
 
 
 @dataclass(frozen=True, slots=True)

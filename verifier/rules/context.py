@@ -168,6 +168,7 @@ class Context:
         self,
         message: str,
         *,
+        cause: str = "",
         tensor: str | None = None,
         severity: Severity | None = None,
         where: Where | None = None,
@@ -178,6 +179,9 @@ class Context:
     ) -> Finding:
         """Return a finding of the running rule.
 
+        ``message`` says what is wrong in words that may change. ``cause`` says it in words that
+        never change, with the name that it is about where the finding has no tensor: a baseline
+        recognizes the finding by it, and a rule that reports one kind of defect needs none.
         ``engines`` is as in `verifier.rules.Rule`, for this finding alone.
         """
         if where is None:
@@ -196,6 +200,7 @@ class Context:
             str(expected),
             count,
             effects=effects,
+            cause=cause,
         )
 
     def at_byte(self, tensor: Tensor, flat: int) -> Where:

@@ -19,10 +19,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from verifier.errors import UsageError
 from verifier.files import write_atomic
 from verifier.findings import SEVERITIES, Coverage, Finding, Severity
-from verifier.run.fingerprints import kind, place
+from verifier.run.fingerprints import place
 from verifier.summary import BaselineSummary, StaleEntry
 
 MAX_BYTES = 64 << 20
+MAX_WHAT = 2_000
+"""The most characters of a message that an entry holds."""
+_OTHER_VERSION = (
+    "not of version 2: older fingerprints contain messages, so its entries match no finding; accept"
+    " the findings again with `ckptgate baseline write` and a new file"
+)
 Path = str | os.PathLike[str]
 
 
@@ -49,7 +55,7 @@ class Baseline(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    version: Literal[1] = 1
+    version: Literal[2] = 2
     entries: tuple[BaselineEntry, ...] = Field(default=(), strict=False)
 
     def compare(self, findings: Iterable[Finding], coverage: Sequence[Coverage]) -> BaselineResult:
@@ -103,6 +109,8 @@ def load(file: Path) -> Baseline:
         baseline = Baseline.model_validate_json(raw)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
+        if first["loc"] == ("version",):
+            raise UsageError(f"baseline {os.fspath(file)}: {_OTHER_VERSION}") from error
         at = ".".join(str(p) for p in first["loc"])
         raise UsageError(
             f"baseline {os.fspath(file)}: {at + ': ' if at else ''}{first['msg']}"
@@ -145,7 +153,7 @@ def accept(
             rule=first.rule,
             severity=severity,
             count=count,
-            what=_whole(kind(first)),
+            what=_whole(first.message[:MAX_WHAT]),
             place=_whole(place(first)),
             witness=_whole(first.where.tensor or ""),
             reason=_whole(reason),

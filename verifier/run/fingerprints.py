@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fingerprints: what stays the same about a finding from one run to the next.
 
-A fingerprint identifies a rule, a kind of defect and a kind of place. Shard names, layer and expert
-numbers, counts and offsets are not part of it: they change with the sharding, with the order in a
-header, and with other findings. Nor is the severity, so that a profile does not turn a known
-finding into a new one.
+A fingerprint identifies a rule, a kind of defect and a kind of place. The kind is the rule's own
+cause, so that a message may be reworded. Shard names, layer and expert numbers, counts and offsets
+are not part of it: they change with the sharding, with the order in a header, and with other
+findings. Nor is the severity, so that a profile does not turn a known finding into a new one.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from dataclasses import replace
 from verifier.findings import FINGERPRINT_VERSION, Finding
 from verifier.schemes import collapse
 
+BUILT_IN = "QC"
+"""What the ids of ckptgate's own rules begin with."""
 MAX_MESSAGE = 2_000
 _SHARD = re.compile(r"[^\s'\"]*\.safetensors\b")
 _SHARDS = re.compile(r"<shard>(, <shard>)+")
@@ -25,12 +27,13 @@ _NUMBER = re.compile(r"(?<![A-Za-z0-9_])[-+]?\d[\d,]*(\.\d+)?(e[-+]?\d+)?(?![A-Z
 
 
 def kind(finding: Finding) -> str:
-    """Return the message, its first `MAX_MESSAGE` characters, without file names of shards and
-    without numbers.
+    """Return the finding's cause, or the message of a plugin's finding that states none; the first
+    `MAX_MESSAGE` characters, without file names of shards and without numbers.
     """
-    # Messages contain names, and a hostile one can be as long as a header: the patterns below are
-    # not linear.
-    text = finding.message[:MAX_MESSAGE]
+    # They contain names, and a hostile one can be as long as a header: the patterns below are not
+    # linear.
+    own = finding.rule.startswith(BUILT_IN)
+    text = (finding.cause or ("" if own else finding.message))[:MAX_MESSAGE]
     if finding.where.file and finding.where.file.endswith(".safetensors"):
         text = text.replace(finding.where.file, "<shard>")
     return _NUMBER.sub("#", _SHARDS.sub("<shard>", _SHARD.sub("<shard>", text)))

@@ -94,6 +94,7 @@ class Severities:
             f.of,
             effects,
             because,
+            cause=f.cause,
         )
 
     def _effects(self, finding: Finding) -> tuple[Effect, ...]:

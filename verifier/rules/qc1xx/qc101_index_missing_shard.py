@@ -45,6 +45,7 @@ def check(ctx: Context) -> Iterator[Finding]:
             ctx.tally.see(len(ckpt.shards))
             yield ctx.finding(
                 f"{len(ckpt.shards)} shards but no model.safetensors.index.json",
+                cause="no index",
                 severity="warning",
                 engines={"transformers": ("error", "does not find the shards without an index")},
             )
@@ -52,7 +53,9 @@ def check(ctx: Context) -> Iterator[Finding]:
     for problem in index.problems:
         ctx.tally.see()
         yield ctx.finding(
-            f"{problem.file}: {problem.message}", where=Where(problem.tensor, problem.file)
+            f"{problem.file}: {problem.message}",
+            cause=problem.kind,
+            where=Where(problem.tensor, problem.file),
         )
     names_by_file: dict[str, list[str]] = {}
     for name, file in index.weight_map.items():
@@ -63,6 +66,7 @@ def check(ctx: Context) -> Iterator[Finding]:
             yield ctx.finding(
                 f"the index names {file}, which does not exist:"
                 f" {counted(len(names), 'tensor')} cannot be loaded",
+                cause=f"missing shard {file}",
                 where=Where(names[0], file),
                 observed="absent",
                 expected="present",
@@ -70,6 +74,7 @@ def check(ctx: Context) -> Iterator[Finding]:
         elif not file.endswith(".safetensors"):
             yield ctx.finding(
                 f"the index names {file}, which is not a safetensors file",
+                cause=f"not a shard {file}",
                 where=Where(names[0], file),
                 observed=file,
                 expected="*.safetensors",

@@ -43,6 +43,7 @@ def check(ctx: Context) -> Iterator[Finding]:
     for name, files in ckpt.duplicates.items():
         yield ctx.finding(
             f"{len(files)} files contain this tensor name: {', '.join(files[:3])}",
+            cause="duplicate",
             where=Where(name, files[-1]),
             observed=f"{len(files)} copies",
             expected="1",
@@ -54,6 +55,7 @@ def check(ctx: Context) -> Iterator[Finding]:
         if not index.problems and ckpt.tensors:
             yield ctx.finding(
                 "the index lists no tensor",
+                cause="empty index",
                 where=Where(None, INDEX),
                 observed="0 tensors",
                 expected=f"{len(ckpt.tensors):,}",
@@ -67,6 +69,7 @@ def check(ctx: Context) -> Iterator[Finding]:
             yield ctx.finding(
                 f"{counted(len(unindexed), 'tensor')} in {shard.file}"
                 f" {'is' if len(unindexed) == 1 else 'are'} not in the index, which {scope}",
+                cause="unindexed",
                 where=Where(unindexed[0], shard.file),
                 count=len(unindexed),
             )

@@ -44,6 +44,7 @@ def check(ctx: Context) -> Iterator[Finding]:
                 continue
             yield ctx.finding(
                 f"{shard.file}: {problem.message}",
+                cause=problem.kind,
                 where=Where(problem.tensor, shard.file),
                 observed=problem.observed,
                 expected=problem.expected,
@@ -51,4 +52,8 @@ def check(ctx: Context) -> Iterator[Finding]:
     for problem in ctx.checkpoint.problems:
         if problem.kind == "link":
             ctx.tally.see()
-            yield ctx.finding(f"{problem.file}: {problem.message}", where=Where(None, problem.file))
+            yield ctx.finding(
+                f"{problem.file}: {problem.message}",
+                cause=problem.kind,
+                where=Where(None, problem.file),
+            )

@@ -124,6 +124,7 @@ def _check_tokenizer(ctx: Context, tokenizer: Mapping[str, Any]) -> Iterator[Fin
     if processor and multimodal and not any(n in ckpt.files for n in (PROCESSOR, *PROCESSORS)):
         yield ctx.finding(
             "tokenizer_config.json names a processor, but there is no processor config",
+            cause="no processor config",
             where=Where(None, PROCESSOR),
             observed="absent",
             expected=str(processor)[:80],
@@ -190,6 +191,7 @@ def _parse(ctx: Context, name: str, parsed: dict[str, Any]) -> Iterator[Finding]
     if problem:
         yield ctx.finding(
             f"{name} is not a JSON object",
+            cause="not an object",
             where=Where(None, name),
             observed=problem,
             expected="a JSON object",
@@ -230,6 +232,7 @@ def _check_not_placeholders(ctx: Context) -> Iterator[Finding]:
         if size == 0 or head.startswith(b"version https://git-lfs"):
             yield ctx.finding(
                 f"{name} is {'a Git LFS pointer' if size else 'empty'}",
+                cause="empty",
                 where=Where(None, name),
                 observed=counted(size, "byte"),
                 expected="the file",
@@ -260,6 +263,7 @@ def _check_code(ctx: Context, parsed: Mapping[str, Any]) -> Iterator[Finding]:
             )
             yield ctx.finding(
                 f"{source} {verb} code that is missing{' (also in the base)' * same_in_base}",
+                cause="missing code",
                 where=Where(None, file),
                 observed="absent",
                 expected=file,
@@ -322,4 +326,6 @@ def _json_object(ckpt: Checkpoint, name: str) -> Mapping[str, Any]:
 
 
 def _absent(ctx: Context, file: str, message: str, expected: str) -> Finding:
-    return ctx.finding(message, where=Where(None, file), observed="absent", expected=expected)
+    return ctx.finding(
+        message, cause="absent", where=Where(None, file), observed="absent", expected=expected
+    )

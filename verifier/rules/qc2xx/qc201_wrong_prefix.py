@@ -47,6 +47,7 @@ def check(ctx: Context) -> Iterator[Finding]:
     if ctx.expectations.unrelated_base:
         yield ctx.finding(
             "the base is a different model",
+            cause="different model",
             observed=ctx.expectations.unrelated_base,
             expected="the same architecture and sizes",
         )
@@ -56,10 +57,13 @@ def check(ctx: Context) -> Iterator[Finding]:
         message = "transformers module name instead of the checkpoint key"
         yield ctx.finding(
             message if in_memory else "wrong prefix",
+            cause="prefix",
             tensor=name,
             observed=name,
             expected=expected_name,
         )
     for name in ctx.expectations.naming.unknown:
         if name not in ctx.candidate.tied_heads:
-            yield ctx.finding("the layout has no such tensor", tensor=name, observed=name)
+            yield ctx.finding(
+                "the layout has no such tensor", cause="unknown name", tensor=name, observed=name
+            )

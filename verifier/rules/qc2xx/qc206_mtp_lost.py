@@ -56,7 +56,9 @@ def check(ctx: Context) -> Iterator[Finding]:
         if expectations.unrelated_base:
             return
         for name in missing:
-            yield ctx.finding("missing MTP tensor", where=Where(name), observed="absent")
+            yield ctx.finding(
+                "missing MTP tensor", cause="missing", where=Where(name), observed="absent"
+            )
         return
     if not declared:
         return
@@ -76,6 +78,7 @@ def check(ctx: Context) -> Iterator[Finding]:
         first = first_tensors[min(first_tensors)]
         yield ctx.finding(
             "fewer MTP modules than config.json declares",
+            cause="fewer modules",
             where=Where(first.name, first.file),
             severity="warning",
             observed=len(first_tensors),

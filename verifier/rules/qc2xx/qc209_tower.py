@@ -41,6 +41,7 @@ def check(ctx: Context) -> Iterator[Finding]:
         ctx.tally.see()
         yield ctx.finding(
             "the name contains the part of a wrapper module",
+            cause="wrapper",
             tensor=name,
             observed=name,
             expected=expected_name,
@@ -50,6 +51,7 @@ def check(ctx: Context) -> Iterator[Finding]:
     for pattern, plain in ctx.expectations.wrapped_exclusions.items():
         yield ctx.finding(
             "the exclusion matches a module only without the part of a wrapper module",
+            cause=f"exclusion {pattern}",
             where=Where(None, declaration.file if declaration else None),
             observed=pattern,
             expected=plain,
@@ -64,6 +66,7 @@ def check(ctx: Context) -> Iterator[Finding]:
         if not _excluded(ctx, module) and not _quantized_in_source(ctx, module):
             yield ctx.finding(
                 "a module of the vision or audio tower is quantized",
+                cause="tower",
                 tensor=weight.name,
                 observed=fmt.algo if fmt else weight.dtype,
                 expected="the source's dtype",

@@ -49,6 +49,7 @@ def check(ctx: Context) -> Iterator[Finding]:
             "NVFP4 with quantized activations is declared, but no module has an input_scale"
             if nvfp4
             else f"{fmt.algo} with scaled activations is declared, but no module has an {leaf}",
+            cause="scales missing",
             where=Where(f"{module.name}.{leaf}"),
             observed="0 input scales",
             expected="W4A16_NVFP4" if nvfp4 else f"{leaf}, or activations without a stored scale",
@@ -60,6 +61,7 @@ def check(ctx: Context) -> Iterator[Finding]:
     if unused:
         yield ctx.finding(
             "weight-only NVFP4 is declared, so engines ignore the stored input scales",
+            cause="scales unused",
             tensor=unused[0],
             severity="warning",
             observed="W4A16_NVFP4",

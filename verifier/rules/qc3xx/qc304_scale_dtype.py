@@ -43,6 +43,7 @@ def check(ctx: Context) -> Iterator[Finding]:
     for fmt, tensor, expected in wrong_dtypes(kinds):
         yield ctx.finding(
             f"{fmt.algo}: {tensor.name.rpartition('.')[2]} is stored as {tensor.dtype}",
+            cause="dtype",
             tensor=tensor.name,
             observed=tensor.dtype,
             expected=expected,
@@ -60,6 +61,7 @@ def _cast_by_value(ctx: Context, kinds: list[ScaleKind]) -> Iterator[Finding]:
         tensor = typed[0].group.first.parts[typed[0].leaf]
         yield ctx.finding(
             "MXFP8: E8M0 scales are typed, not plain bytes",
+            cause="typed exponents",
             tensor=tensor.name,
             observed="F8_E8M0",
             expected="U8",

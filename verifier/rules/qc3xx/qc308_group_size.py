@@ -54,6 +54,7 @@ def check(ctx: Context) -> Iterator[Finding]:
         for scale in (m.scale for m in group.modules if m.scale is not None):
             yield ctx.finding(
                 f"{fmt.algo} is declared with group_size {declared}{stored}",
+                cause="group size",
                 where=Where(scale.name, scale.file),
                 observed=declared,
                 expected=fmt.group_size,
@@ -72,6 +73,7 @@ def _other_tiles(ctx: Context, group: ModuleGroup, fmt: Format) -> Iterator[Find
     for scale in (m.scale for m in group.modules if m.scale is not None):
         yield ctx.finding(
             f"{fmt.algo} is declared with other tiles than the stored scales have",
+            cause="tiles",
             where=Where(scale.name, scale.file),
             observed=list(declared.block or ()),
             expected=list(fmt.block or ()),

@@ -46,6 +46,7 @@ _STOPS: tuple[Severity, str] = (
 class Indivisible(NamedTuple):
     """One dimension that does not divide: the fields of its finding."""
 
+    cause: str
     message: str
     severity: Severity
     observed: str
@@ -104,6 +105,7 @@ def check(ctx: Context) -> Iterator[Finding]:
         if module.dims[1] % fmt.group_size and module.weight is not None:
             yield ctx.finding(
                 f"{fmt.algo}: the input width is not a multiple of the block size",
+                cause="block",
                 tensor=module.weight.name,
                 observed=module.dims[1],
                 expected=f"a multiple of {fmt.group_size}",
@@ -132,9 +134,14 @@ def _check_ranks(ctx: Context) -> Iterator[Finding]:
             unknown += 1
             continue
         ctx.tally.see()
-        for message, severity, observed, expected in indivisible:
+        for cause, message, severity, observed, expected in indivisible:
             yield ctx.finding(
-                message, tensor=weight.name, severity=severity, observed=observed, expected=expected
+                message,
+                cause=cause,
+                tensor=weight.name,
+                severity=severity,
+                observed=observed,
+                expected=expected,
             )
     ctx.tally.miss(unknown, "how engines shard linear layers of this name is not known")
 
@@ -145,6 +152,7 @@ def _check_heads(ctx: Context, heads: int, kv: int, tp: int) -> Iterator[Finding
     if heads and heads % tp:
         yield ctx.finding(
             "num_attention_heads is not divisible by the TP size",
+            cause="heads",
             where=where,
             observed=heads,
             expected=f"a multiple of {tp}",
@@ -152,6 +160,7 @@ def _check_heads(ctx: Context, heads: int, kv: int, tp: int) -> Iterator[Finding
     elif kv and kv % tp and tp % kv:
         yield ctx.finding(
             "num_key_value_heads neither divides the TP size nor is divisible by it",
+            cause="key/value heads",
             where=where,
             observed=kv,
             expected=f"a multiple or a divisor of {tp}",
@@ -170,12 +179,17 @@ def _check_experts(ctx: Context, ep: int) -> Iterator[Finding]:
     where = Where(None, "config.json")
     if count < ep:
         yield ctx.finding(
-            "fewer experts than EP ranks", where=where, observed=count, expected=f"at least {ep}"
+            "fewer experts than EP ranks",
+            cause="fewer experts than ranks",
+            where=where,
+            observed=count,
+            expected=f"at least {ep}",
         )
     elif count % ep:
         yield ctx.finding(
             "the number of experts is not divisible by the EP size:"
             " vLLM gives some ranks one more, SGLang refuses",
+            cause="experts",
             where=where,
             observed=count,
             expected=f"a multiple of {ep}",
@@ -205,7 +219,9 @@ def _indivisible(
     size, side = (dims[0], "rows") if leaf in COLUMN else (dims[1], "columns")
     if size % count:
         message = f"the number of {side} is not divisible by the number of ranks"
-        return (Indivisible(message, "error", f"{size} / {count}", f"a multiple of {count}"),)
+        return (
+            Indivisible("ranks", message, "error", f"{size} / {count}", f"a multiple of {count}"),
+        )
     if not format_name:
         return ()
     return tuple(_split_blocks(leaf, side, size // count, count, FORMATS[format_name]))
@@ -226,11 +242,15 @@ def _split_blocks(
         if count > 1 and share % block_columns:
             what = "block and a packed byte" if fmt.packed and share % 2 else "block"
             message = f"{fmt.algo}: TP shard boundary splits a quantization {what}"
-            yield Indivisible(message, "error", observed, f"a multiple of {block_columns}")
+            yield Indivisible(
+                "shard of a block", message, "error", observed, f"a multiple of {block_columns}"
+            )
     elif block_rows > 1:
         if share % block_rows and (count > 1 or leaf in NOT_LAST):
             message = f"{fmt.algo}: TP shard boundary splits a tile of {block_rows} rows"
-            yield Indivisible(message, "error", observed, f"a multiple of {block_rows}")
+            yield Indivisible(
+                "shard of a tile", message, "error", observed, f"a multiple of {block_rows}"
+            )
     elif count > 1 and share % TILE:
         message = f"{fmt.algo}: kernels pad a shard to tiles of {TILE} rows"
-        yield Indivisible(message, "warning", observed, f"a multiple of {TILE}")
+        yield Indivisible("padded", message, "warning", observed, f"a multiple of {TILE}")

@@ -64,6 +64,7 @@ def check(ctx: Context) -> Iterator[Finding]:
         if INVERSE in module.parts:
             yield ctx.finding(
                 "the module stores its scale under both names",
+                cause="both names",
                 tensor=module.parts[INVERSE].name,
                 observed=f"{PLAIN} and {INVERSE}",
                 expected=expected or "one of them",
@@ -75,6 +76,7 @@ def check(ctx: Context) -> Iterator[Finding]:
             if not (PLAIN in module.parts and INVERSE in module.parts):
                 yield ctx.finding(
                     "most MXFP8 scales of the checkpoint have a different name",
+                    cause="minority",
                     tensor=module.parts[leaf].name,
                     observed=leaf,
                     expected=PLAIN if leaf == INVERSE else INVERSE,
@@ -83,6 +85,7 @@ def check(ctx: Context) -> Iterator[Finding]:
         leaf = INVERSE if inverse else PLAIN
         yield ctx.finding(
             "MXFP8 scales do not have the name that this family and declaration use",
+            cause="family name",
             tensor=modules[0].parts[leaf].name,
             observed=leaf,
             expected=expected,
@@ -108,6 +111,7 @@ def _unread_leaves(ctx: Context) -> Iterator[Finding]:
         stored = scale.name.rpartition(".")[2]
         yield ctx.finding(
             f"scales are called {stored}, but readers of this declaration look for {leaf}",
+            cause="unread name",
             tensor=scale.name,
             observed=stored,
             expected=leaf,

@@ -62,6 +62,7 @@ def check(ctx: Context) -> Iterator[Finding]:
         if last not in KV_MODULES[leaf]:
             yield ctx.finding(
                 f"{leaf} belongs to a module that loaders do not look at",
+                cause="module",
                 tensor=tensor.name,
                 observed=last,
                 expected=f"{leaf[0]}_proj.{leaf}, or the attention module",
@@ -71,6 +72,7 @@ def check(ctx: Context) -> Iterator[Finding]:
         if not _is_cache_shape(ctx, tensor.shape):
             yield ctx.finding(
                 f"{leaf} is neither a scalar nor one value for each head",
+                cause="shape",
                 tensor=tensor.name,
                 observed=list(tensor.shape),
                 expected="[], [1] or [heads, 1, 1]",
@@ -85,6 +87,7 @@ def check(ctx: Context) -> Iterator[Finding]:
             name = "output_scale" if example.endswith(".output_scale") else leaf
             yield ctx.finding(
                 f"an attention layer has no {leaf}, but others have KV scales",
+                cause="missing",
                 where=Where(f"{layer}.{inner}{name}"),
                 observed="absent",
                 expected="F32 scalar",
@@ -94,6 +97,7 @@ def check(ctx: Context) -> Iterator[Finding]:
     if example and known and not any(d.kv for d in known):
         yield ctx.finding(
             "KV scales are stored, but no config declares a quantized cache",
+            cause="undeclared",
             tensor=example,
             observed="KV scales",
             expected="kv_cache_scheme",

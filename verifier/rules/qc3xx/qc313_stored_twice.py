@@ -51,6 +51,7 @@ def check(ctx: Context) -> Iterator[Finding]:
         if len(stored) > 1:
             yield ctx.finding(
                 "the weight is stored twice, packed and unpacked",
+                cause="two weights",
                 tensor=parts[stored[0]].name,
                 observed=" and ".join(stored),
                 expected="one of them",
@@ -61,6 +62,7 @@ def check(ctx: Context) -> Iterator[Finding]:
         if weight.dtype in FLOATS and scales and (declared is None or declared.algo is not None):
             yield ctx.finding(
                 "scales next to an unquantized weight",
+                cause="plain weight with scales",
                 tensor=weight.name,
                 observed=f"{weight.dtype} {list(weight.shape)} with {', '.join(scales)}",
                 expected="quantized values, or no scales",
@@ -71,6 +73,7 @@ def check(ctx: Context) -> Iterator[Finding]:
         if head.quantized and head.weight is not None:
             yield ctx.finding(
                 "the head is tied to the embedding, but a quantized head is stored",
+                cause="quantized tied head",
                 tensor=head.weight.name,
                 observed=head.weight.dtype,
                 expected="absent, or tie_word_embeddings: false",
@@ -78,6 +81,7 @@ def check(ctx: Context) -> Iterator[Finding]:
         elif head.weight is not None and (ctx.base is None or name not in ctx.base.tied_heads):
             yield ctx.finding(
                 "the head is tied to the embedding, but a separate head is stored",
+                cause="tied head",
                 tensor=head.weight.name,
                 observed="tie_word_embeddings: true",
                 expected="absent, or tie_word_embeddings: false",

@@ -48,6 +48,7 @@ def check(ctx: Context) -> Iterator[Finding]:
         ctx.tally.see()
         yield ctx.finding(
             "linear layer without its bias",
+            cause="bias",
             where=Where(name),
             observed="absent",
             expected="present",
@@ -94,6 +95,7 @@ def _compare_counterparts(ctx: Context, leaf: str, having: set[str]) -> Iterator
             for module in without:
                 yield ctx.finding(
                     f"no {leaf}, but {others} have one",
+                    cause=leaf,
                     where=Where(f"{module.name}.{leaf}"),
                     observed="absent",
                     expected="present",

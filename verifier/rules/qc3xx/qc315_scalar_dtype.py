@@ -51,6 +51,7 @@ def check(ctx: Context) -> Iterator[Finding]:
     for fmt, tensor, expected in wrong_dtypes(kinds):
         yield ctx.finding(
             f"{fmt.algo}: {tensor.name.rpartition('.')[2]} is stored as {tensor.dtype}",
+            cause="format",
             tensor=tensor.name,
             observed=tensor.dtype,
             expected=expected,
@@ -62,6 +63,7 @@ def check(ctx: Context) -> Iterator[Finding]:
         if tensor.dtype != "F32" and not (third_party and tensor.dtype in FLOATS):
             yield ctx.finding(
                 f"{leaf} of the KV cache is stored as {tensor.dtype}",
+                cause="cache",
                 tensor=tensor.name,
                 observed=tensor.dtype,
                 expected="F32",

@@ -57,13 +57,17 @@ def check(ctx: Context) -> Iterator[Finding]:
         where = Where(part.name, part.file) if part else Where(module.name)
         if declaration.exclusions.strict(module.name):
             yield ctx.finding(
-                f"excluded by {pattern!r}, but has scales", where=where, observed=pattern
+                f"excluded by {pattern!r}, but has scales",
+                cause=f"excluded {pattern}",
+                where=where,
+                observed=pattern,
             )
         else:
             also = ", although quantized_layers lists it" if listed else ""
             yield ctx.finding(
                 f"has scales, but engines that match parts of names exclude it by"
                 f" {pattern!r}{also}",
+                cause=f"excluded by some {pattern}",
                 where=where,
                 observed=pattern,
                 severity="warning",
@@ -85,6 +89,7 @@ def _by_other_means(ctx: Context, declaration: Declaration, module: Module) -> I
         message = "has scales, but no target or block of the config covers it"
     yield ctx.finding(
         message,
+        cause=f"not covered {declared.entry}",
         where=Where(weight.name, weight.file),
         observed=declared.entry or "no target",
         expected="a recipe for the module, or an unquantized weight",

@@ -58,6 +58,7 @@ def check(ctx: Context) -> Iterator[Finding]:
             algo = declaration.declared_for(module.name).algo
             yield ctx.finding(
                 f"{weight.dtype} weight without an exclusion: engines expect {algo}",
+                cause="no exclusion",
                 where=Where(weight.name, weight.file),
                 observed=weight.dtype,
                 expected="an exclusion, or scales",
@@ -93,6 +94,7 @@ def _asked_differently(
             f"vLLM asks for it as {name.asked}, which no exclusion names"
             if asked
             else "vLLM asks for it without a name, which no exclusion matches",
+            cause="name that vLLM asks for",
             where=Where(weight.name, weight.file),
             observed=module.name,
             expected=asked or "MIXED_PRECISION, with an entry for each quantized module",

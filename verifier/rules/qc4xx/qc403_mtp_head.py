@@ -62,6 +62,7 @@ def check(ctx: Context) -> Iterator[Finding]:
                 yield ctx.finding(
                     "unquantized linear layer of the MTP head without an exclusion:"
                     f" engines expect {algo}",
+                    cause="no exclusion",
                     where=_where(module),
                     observed=_dtype(module),
                     expected="an exclusion, or scales",
@@ -91,6 +92,7 @@ def _partly_quantized(ctx: Context, modules: list[Module]) -> Iterator[Finding]:
             if plain and len(plain) < len(members):
                 yield ctx.finding(
                     "only some experts of an MTP layer are quantized",
+                    cause="some experts",
                     where=_where(plain[0]),
                     observed=f"{_dtype(plain[0])}, {len(plain)} of {len(members)}",
                     expected="one format for all",
@@ -99,6 +101,7 @@ def _partly_quantized(ctx: Context, modules: list[Module]) -> Iterator[Finding]:
             elif plain and kind in quantized_kinds:
                 yield ctx.finding(
                     "unquantized in a partly quantized MTP head, but quantized in the model",
+                    cause="partly quantized",
                     where=_where(plain[0]),
                     observed=_dtype(plain[0]),
                     severity="warning",

@@ -57,6 +57,7 @@ def check(ctx: Context) -> Iterator[Finding]:
         harmless = absent or declaration.form not in ("flat", "nested")
         yield ctx.finding(
             f"the exclusion {pattern!r} matches no module in any engine's dialect",
+            cause=f"exclusion {pattern}",
             where=Where(None, declaration.file),
             observed=pattern,
             severity="warning" if harmless else None,
@@ -80,6 +81,7 @@ def _dead_targets(ctx: Context, declaration: Declaration) -> Iterator[Finding]:
                 continue
             yield ctx.finding(
                 f"the target {target!r} of {group.name} matches no module",
+                cause=f"target {target}",
                 where=Where(None, declaration.file),
                 observed=target,
                 severity="warning",

@@ -58,6 +58,7 @@ def check(ctx: Context) -> Iterator[Finding]:
             yield ctx.finding(
                 f"{name} of config.json and hf_quant_config.json differ:"
                 f" {_difference(in_config, in_file)}",
+                cause=name,
                 where=Where(None, file.file),
                 observed=_summary(in_file),
                 expected=_summary(in_config),
@@ -79,6 +80,7 @@ def _groups_against_the_rest(ctx: Context, declaration: Declaration | None) -> I
         if weights_alone and group.scheme.inputs != "none" and not declaration.mixed:
             yield ctx.finding(
                 f"config_groups: {group.name} quantizes activations, {declaration.algo} does not",
+                cause=f"inputs of {group.name}",
                 where=where,
                 observed=group.scheme.inputs,
                 expected="no input_activations",
@@ -88,6 +90,7 @@ def _groups_against_the_rest(ctx: Context, declaration: Declaration | None) -> I
         if fused:
             yield ctx.finding(
                 f"config_groups: targets of {group.name} name fused projections, not those stored",
+                cause=f"targets of {group.name}",
                 where=where,
                 observed=fused[0],
                 expected=", ".join(_members(fused[0], modules, named)),

@@ -40,18 +40,27 @@ def check(ctx: Context) -> Iterator[Finding]:
     for problem in ctx.checkpoint.problems:
         if problem.kind == "json":
             ctx.tally.see()
-            yield ctx.finding(f"{problem.file}: {problem.message}", where=Where(None, problem.file))
+            yield ctx.finding(
+                f"{problem.file}: {problem.message}",
+                cause=problem.kind,
+                where=Where(None, problem.file),
+            )
     if ctx.checkpoint.config is None and "config.json" not in ctx.checkpoint.files:
         ctx.tally.see()
         yield ctx.finding(
-            "config.json is missing", where=Where(None, "config.json"), observed="absent"
+            "config.json is missing",
+            cause="no config.json",
+            where=Where(None, "config.json"),
+            observed="absent",
         )
     declarations = ctx.candidate.declarations
     for declaration in (declarations.inline, declarations.file):
         if declaration is not None:
             for text in declaration.problems:
                 yield ctx.finding(
-                    f"{declaration.file}: {text}", where=Where(None, declaration.file)
+                    f"{declaration.file}: {text}",
+                    cause=f"malformed {text.partition(' ')[0]}",
+                    where=Where(None, declaration.file),
                 )
     quantized = ctx.candidate.quantized_modules
     ctx.tally.see(len(quantized))
@@ -60,6 +69,7 @@ def check(ctx: Context) -> Iterator[Finding]:
         yield ctx.finding(
             f"{counted(len(quantized), 'quantized module')}, but no declaration in config.json"
             " or hf_quant_config.json",
+            cause="no declaration",
             where=Where(weight.name, weight.file) if weight else Where(quantized[0].name),
             observed="no declaration",
         )

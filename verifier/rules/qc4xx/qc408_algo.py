@@ -62,6 +62,7 @@ def check(ctx: Context) -> Iterator[Finding]:
         ctx.tally.see()
         yield ctx.finding(
             "quant_algo is null, but the checkpoint is quantized",
+            cause="null",
             where=where,
             observed=f"null, with {counted(len(quantized), 'quantized module')}",
         )
@@ -70,6 +71,7 @@ def check(ctx: Context) -> Iterator[Finding]:
         ctx.tally.see()
         yield ctx.finding(
             f"engines do not know the quant_algo {declaration.algo!r}",
+            cause=f"unknown {declaration.algo}",
             where=where,
             observed=declaration.algo,
         )
@@ -78,7 +80,11 @@ def check(ctx: Context) -> Iterator[Finding]:
     yield from _scaled_inputs(ctx, declaration)
     for conflict in declaration.conflicts:
         ctx.tally.see()
-        yield ctx.finding(f"the config contradicts itself: {conflict}", where=where)
+        yield ctx.finding(
+            f"the config contradicts itself: {conflict}",
+            cause=f"conflict {conflict.partition(' ')[0]}",
+            where=where,
+        )
     for module in quantized:
         entry, inferred = declaration.declared_for(module.name), module.inferred_format
         algo, declared = entry.algo, entry.format
@@ -95,6 +101,7 @@ def check(ctx: Context) -> Iterator[Finding]:
             if module.weight.dtype not in allowed and not declared.packed:
                 yield ctx.finding(
                     f"{algo} is declared, but the weight is {module.weight.dtype}",
+                    cause="weight dtype",
                     tensor=module.weight.name,
                     observed=module.weight.dtype,
                     expected=declared.weight_dtype,
@@ -106,6 +113,7 @@ def check(ctx: Context) -> Iterator[Finding]:
         if not same_layout(declared, inferred) and not unpacked:
             yield ctx.finding(
                 f"{algo} is declared, but the tensors are {inferred.algo}",
+                cause="format",
                 tensor=module.weight.name,
                 observed=inferred.algo,
                 expected=algo,
@@ -113,6 +121,7 @@ def check(ctx: Context) -> Iterator[Finding]:
         elif declared.name == inferred.name and declared.bits != inferred.bits:
             yield ctx.finding(
                 f"{declared.bits} bits are declared, but the tensors hold {inferred.bits}",
+                cause="bits",
                 tensor=module.weight.name,
                 observed=inferred.bits,
                 expected=declared.bits,
@@ -131,6 +140,7 @@ def _refused(ctx: Context, declaration: Declaration) -> Iterator[Finding]:
         ctx.tally.see()
         yield ctx.finding(
             f"vLLM does not read {scheme.algo}",
+            cause=f"unread {scheme.algo}",
             where=Where(None, declaration.file),
             observed=scheme.algo,
             severity="info",
@@ -150,6 +160,7 @@ def _scaled_inputs(ctx: Context, declaration: Declaration) -> Iterator[Finding]:
     if tensors:
         yield ctx.finding(
             "pre_quant_scale is stored, but the declared algorithm has none",
+            cause="pre_quant_scale",
             tensor=tensors[0].name,
             observed=declaration.algo or "no pre_quant_scale",
             expected="NVFP4_AWQ, or another algorithm that scales inputs",
@@ -173,6 +184,7 @@ def _other_codes(
     if (scheme.bits, scheme.kind) != (inferred.bits, kind):
         yield ctx.finding(
             f"{scheme.algo} is declared, but the tensors are {inferred.algo}",
+            cause="codes",
             tensor=module.weight.name,
             observed=f"{kind} of {inferred.bits} bits",
             expected=f"{scheme.kind} of {scheme.bits} bits",
@@ -199,6 +211,7 @@ def _integer_method_over_fp8(ctx: Context) -> Iterator[Finding]:
     if algos:
         yield ctx.finding(
             f"quant_method {declaration.method!r} is declared, but the tensors are {algos[0]}",
+            cause=f"method {declaration.method}",
             where=Where(None, declaration.file),
             observed=declaration.method,
             expected=algos[0],

@@ -61,6 +61,7 @@ def check(ctx: Context) -> Iterator[Finding]:
         if mismatch is not None and mismatch.weight is not None:
             yield ctx.finding(
                 "format differs from the other projections of a fused group",
+                cause="format",
                 where=Where(mismatch.weight.name, mismatch.weight.file),
                 observed=_name(ctx, mismatch),
                 expected=f"{_name(ctx, modules[0])} like {modules[0].name}",
@@ -86,6 +87,7 @@ def _of_one_engine(
     if mismatch is not None and mismatch.weight is not None:
         yield ctx.finding(
             f"format differs from the other projections of {name}'s {fusion.parameter}",
+            cause=f"format {name}",
             where=Where(mismatch.weight.name, mismatch.weight.file),
             observed=_name(ctx, mismatch),
             expected=f"{first.algo} like {modules[0].name}",
@@ -96,6 +98,7 @@ def _of_one_engine(
         odd = next(m for m in modules if not fusion.holds(first, [m.name]))
         yield ctx.finding(
             f"{name}'s {fusion.parameter} has no place for its per-tensor scales",
+            cause=f"tensor scales {name}",
             where=Where(f"{odd.name}.weight"),
             observed=first.algo,
             expected="MXFP8 or FP8 in blocks, or the whole group unquantized",

@@ -59,12 +59,14 @@ def _check_module(ctx: Context, module: Module, declaration: Declaration) -> Ite
     if declared.algo is None:
         yield ctx.finding(
             "quantized module without an entry in quantized_layers",
+            cause="no entry",
             where=where,
             observed="no entry",
         )
     elif declared.format is not None and fmt is not None and not same_layout(declared.format, fmt):
         yield ctx.finding(
             f"quantized_layers declares {declared.algo}, but the tensors are {fmt.algo}",
+            cause="format",
             where=where,
             observed=fmt.algo,
             expected=declared.algo,
@@ -74,6 +76,7 @@ def _check_module(ctx: Context, module: Module, declaration: Declaration) -> Ite
         effect = "matches names exactly and drops the scales of unlisted modules"
         yield ctx.finding(
             f"listed only through {entry}: TensorRT-LLM matches exactly and drops its scales",
+            cause="container",
             where=where,
             observed=declared.entry,
             expected=module.name,
@@ -95,6 +98,7 @@ def _check_entries(ctx: Context, declaration: Declaration) -> Iterator[Finding]:
             dtype = module.weight.dtype
             yield ctx.finding(
                 f"quantized_layers declares {entry.algo}, but the weight is {dtype}",
+                cause="plain weight",
                 tensor=module.weight.name,
                 observed=dtype,
                 expected=entry.algo,
@@ -108,6 +112,7 @@ def _check_entries(ctx: Context, declaration: Declaration) -> Iterator[Finding]:
             ctx.tally.see()
             yield ctx.finding(
                 f"quantized_layers names {name!r}, which does not exist",
+                cause=f"entry {name}",
                 where=Where(None, declaration.file),
                 observed=name,
                 severity="warning",

@@ -66,6 +66,7 @@ def check(ctx: Context) -> Iterator[Finding]:
                 if key not in body:
                     yield ctx.finding(
                         f"{declaration.algo} requires {key}",
+                        cause=f"missing {key}",
                         where=where,
                         observed="absent",
                         expected=key,
@@ -76,6 +77,7 @@ def check(ctx: Context) -> Iterator[Finding]:
             if not fits:
                 yield ctx.finding(
                     f"{key} has the wrong type",
+                    cause=f"type {key}",
                     where=where,
                     observed=json_text(body[key], 60),
                     expected=expected,

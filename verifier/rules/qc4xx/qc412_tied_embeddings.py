@@ -64,12 +64,16 @@ def check(ctx: Context) -> Iterator[Finding]:
             ctx.tally.see()
         if value is not None and not isinstance(value, bool):
             yield ctx.finding(
-                f"{FLAG} is neither true nor false", where=where, observed=json_text(value, 60)
+                f"{FLAG} is neither true nor false",
+                cause="not a flag",
+                where=where,
+                observed=json_text(value, 60),
             )
             return
     if top is not None and inner is not None and top != inner:
         yield ctx.finding(
             f"{FLAG} differs between text_config and the top level, which engines read",
+            cause="levels differ",
             where=where,
             observed=f"top level {json_text(top)}, text_config {json_text(inner)}; {stored}",
             expected=json_text(head is None),
@@ -81,6 +85,7 @@ def check(ctx: Context) -> Iterator[Finding]:
     ):
         yield ctx.finding(
             f"{FLAG} is false, but there is no lm_head",
+            cause="no head",
             where=where,
             observed=stored,
             expected="an lm_head, or true",
@@ -88,6 +93,7 @@ def check(ctx: Context) -> Iterator[Finding]:
     elif head is None and top is None and inner is True:
         yield ctx.finding(
             f"{FLAG} is true only in text_config: engines that read the top level expect a head",
+            cause="text_config only",
             where=where,
             observed=stored,
             expected="true at both levels",

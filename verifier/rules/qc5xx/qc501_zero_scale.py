@@ -99,6 +99,7 @@ def _zero_blocks(ctx: Context, module: Module, fmt: Format, tensor: Tensor) -> I
         if hits.count:
             yield ctx.finding(
                 message,
+                cause="zero",
                 where=ctx.at_byte(tensor, hits.first),
                 observed=f"0x{hits.value:02X}",
                 expected="0x01..0x7E",
@@ -113,6 +114,7 @@ def _zero_floats(ctx: Context, tensor: Tensor, effect: str) -> Iterator[Finding]
         leaf = tensor.name.rpartition(".")[2]
         yield ctx.finding(
             f"zero {leaf}: {effect}",
+            cause="zero",
             where=ctx.at_byte(tensor, SCALE_BITS[tensor.dtype].width * zero.first),
             observed=0.0,
             expected="> 0",

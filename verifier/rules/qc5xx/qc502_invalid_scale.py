@@ -87,6 +87,7 @@ def _invalid_bytes(ctx: Context, tensor: Tensor, flaws: FlawHits, dtype: str) ->
         if hits.count:
             yield ctx.finding(
                 f"{problem} block scales",
+                cause=problem,
                 where=ctx.at_byte(tensor, hits.first),
                 observed=f"0x{hits.value:02X}",
                 expected=_BYTES.get(dtype, "0x00..0x99"),
@@ -106,6 +107,7 @@ def _beyond(ctx: Context, tensor: Tensor, largest: float) -> Iterator[Finding]:
     if hits.count:
         yield ctx.finding(
             f"block scales above {largest:.4g}: the values they scale do not fit into FP8",
+            cause="beyond the algorithm",
             where=ctx.at_byte(tensor, hits.first),
             observed=float(step[hits.value]),
             expected=f"at most {largest:.4g}, which is 448 / 6",
@@ -126,10 +128,10 @@ def _invalid_floats(
     bad = [flaws.nan, flaws.infinite] + ([] if signed else [flaws.negative])
     leaf = tensor.name.rpartition(".")[2]
     yield from _at_floats(
-        ctx, tensor, bad, f"{leaf} is not a finite positive number", "finite and > 0"
+        ctx, tensor, bad, "unusable", f"{leaf} is not a finite positive number", "finite and > 0"
     )
     kind, bound = (flaws.tiny, "at least 1e-08") if divisor else (flaws.huge, "at most 1e+08")
-    yield from _at_floats(ctx, tensor, [kind], f"{leaf} is implausibly large", bound)
+    yield from _at_floats(ctx, tensor, [kind], "implausible", f"{leaf} is implausibly large", bound)
 
 
 def _not_finite(ctx: Context, tensor: Tensor) -> Iterator[Finding]:
@@ -139,17 +141,18 @@ def _not_finite(ctx: Context, tensor: Tensor) -> Iterator[Finding]:
     flaws = ctx.payload.flaws(tensor, tensor.dtype)
     leaf = tensor.name.rpartition(".")[2]
     bad = [flaws.nan, flaws.infinite]
-    yield from _at_floats(ctx, tensor, bad, f"{leaf} is not finite", "finite")
+    yield from _at_floats(ctx, tensor, bad, "unusable", f"{leaf} is not finite", "finite")
 
 
 def _at_floats(
-    ctx: Context, tensor: Tensor, kinds: list[Hits], message: str, expected: str
+    ctx: Context, tensor: Tensor, kinds: list[Hits], cause: str, message: str, expected: str
 ) -> Iterator[Finding]:
     found = [hits for hits in kinds if hits.count]
     if found:
         first = min(found, key=lambda hits: hits.first)
         yield ctx.finding(
             message,
+            cause=cause,
             where=ctx.at_byte(tensor, SCALE_BITS[tensor.dtype].width * first.first),
             observed=pattern_value(first.value, tensor.dtype),
             expected=expected,

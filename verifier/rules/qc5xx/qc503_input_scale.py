@@ -57,6 +57,7 @@ def check(ctx: Context) -> Iterator[Finding]:
             bound = f" and <= {1 / SMALLEST:g}" if sibling.divisor else ""
             yield ctx.finding(
                 f"{leaf} is zero, too {'large' if sibling.divisor else 'small'} or not finite",
+                cause="unusable",
                 where=Where(tensor.name, tensor.file, byte=tensor.offset),
                 observed=value,
                 expected=f"finite and >= {SMALLEST:g}{bound}",
@@ -72,6 +73,7 @@ def check(ctx: Context) -> Iterator[Finding]:
             if not median / FAR <= value <= median * FAR:
                 yield ctx.finding(
                     f"{leaf} is far from the median of its siblings",
+                    cause="far from the median",
                     where=Where(tensor.name, tensor.file, byte=tensor.offset),
                     observed=f"{value:.3e}",
                     expected=f"about {median:.3e}",

@@ -95,6 +95,7 @@ def _default_scales(ctx: Context) -> Iterator[Finding]:
         yield ctx.finding(
             "every weight_scale is 1.0, and the values fill the range of FP8: a default, not the"
             " scale of the weights",
+            cause="default scales",
             tensor=weights[0].name,
             observed="weights up to 448",
             expected="amax / 448",
@@ -115,6 +116,7 @@ def _inverted(ctx: Context, tensor: Tensor, reason: str, observed: str) -> Findi
     problem = "a factor instead of a divisor" if divisor else "a divisor instead of a factor"
     return ctx.finding(
         f"{leaf} is {problem}: {reason}",
+        cause="inverted",
         where=Where(tensor.name, tensor.file, byte=tensor.offset),
         observed=observed,
         expected="2688 / amax" if divisor else "a factor: amax over the format's range",
@@ -192,6 +194,7 @@ def _check_activations(ctx: Context) -> Iterator[Finding]:
             yield ctx.finding(
                 f"{leaf} may be inverted: it implies activations above 10^6 as stored, and ordinary"
                 " ones under 1/x",
+                cause="inverted activations",
                 where=Where(tensors[0].name, tensors[0].file, byte=tensors[0].offset),
                 observed=f"median {float(np.median(good)):.3e}",
                 expected="2688 / amax" if divisor else "amax / 2688",

@@ -52,6 +52,7 @@ def check(ctx: Context) -> Iterator[Finding]:
             first = int(ctx.payload.bytes_of(weight)[result.place[0]])
             yield ctx.finding(
                 "NaN among the quantized values",
+                cause="nan codes",
                 where=ctx.at_byte(weight, result.place[0]),
                 severity="error",
                 count=result.count,
@@ -61,6 +62,7 @@ def check(ctx: Context) -> Iterator[Finding]:
         elif result.cause == "overflow" and result.place is not None:
             yield ctx.finding(
                 "the dequantized values overflow",
+                cause="overflow",
                 where=Where(weight.name, weight.file, *result.place),
                 severity="error",
                 count=result.count,
@@ -70,6 +72,7 @@ def check(ctx: Context) -> Iterator[Finding]:
         elif result.cause == "zero base":
             yield ctx.finding(
                 "the base is all zero, but the dequantized weight is not",
+                cause="zero base",
                 tensor=weight.name,
                 severity="error",
             )
@@ -77,6 +80,7 @@ def check(ctx: Context) -> Iterator[Finding]:
             similar = f"; it begins like {result.detail} of the base" if result.detail else ""
             yield ctx.finding(
                 "the dequantized weight does not match the base",
+                cause="lost",
                 tensor=weight.name,
                 severity="error",
                 observed=f"relative error {result.relative:.3f}{similar}",
@@ -86,6 +90,7 @@ def check(ctx: Context) -> Iterator[Finding]:
             yield ctx.finding(
                 "quantized values are not the nearest ones throughout, in both directions:"
                 " a GPTQ-style method, or a different revision of the base",
+                cause="moved",
                 tensor=weight.name,
                 severity="info",
                 observed=f"relative error {result.relative:.4f}",
@@ -94,6 +99,7 @@ def check(ctx: Context) -> Iterator[Finding]:
         elif result.cause == "unexplained":
             yield ctx.finding(
                 "the weight differs from the base in a way that QC519's method does not explain",
+                cause="unexplained",
                 tensor=weight.name,
                 severity="error",
                 observed=f"relative error {result.relative:.4f}; {result.detail}",
@@ -102,6 +108,7 @@ def check(ctx: Context) -> Iterator[Finding]:
         elif result.cause == "weak":
             yield ctx.finding(
                 "less accurate than the format allows",
+                cause="weak",
                 tensor=weight.name,
                 observed=f"relative error {result.relative:.4f}{result.as_a_whole}",
                 expected=f"at most {result.best:.4f} ({fmt.algo} on this tensor)",

@@ -86,6 +86,7 @@ def _zero_points(ctx: Context, module: Module, fmt: Format, tensor: Tensor) -> I
         "zero points of another version of the format than the one declared"
         if other
         else "zero points differ from the one zero point of symmetric codes",
+        cause="zero points",
         where=ctx.at_byte(tensor, 4 * int(wrong[0])),
         observed=f"0x{stored:08X}",
         expected=f"0x{right:08X} ({fmt.algo}, symmetric)",
@@ -106,6 +107,7 @@ def _group_index(ctx: Context, fmt: Format, in_: int, tensor: Tensor) -> Iterato
     if beyond.size:
         yield ctx.finding(
             "inputs belong to groups that do not exist",
+            cause="group out of range",
             where=ctx.at_byte(tensor, 4 * int(beyond[0])),
             observed=int(index[beyond[0]]),
             expected=f"0..{groups - 1}",
@@ -117,6 +119,7 @@ def _group_index(ctx: Context, fmt: Format, in_: int, tensor: Tensor) -> Iterato
     if odd.size:
         yield ctx.finding(
             "groups have more inputs than the group size",
+            cause="group too large",
             tensor=tensor.name,
             observed=f"{int(counts[odd[0]])} inputs in group {int(odd[0])}",
             expected=f"{size}",
@@ -132,6 +135,7 @@ def _shape(ctx: Context, fmt: Format, dims: tuple[int, int], tensor: Tensor) -> 
     if not fits:
         yield ctx.finding(
             "the stored shape is not that of the weight as declared",
+            cause="stored shape",
             tensor=tensor.name,
             observed=stated,
             expected=[out, held],

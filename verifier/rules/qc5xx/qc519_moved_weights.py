@@ -75,6 +75,7 @@ def check(ctx: Context) -> Iterator[Finding]:
     if survey.method:
         yield ctx.finding(
             _ROUNDING if survey.is_rounding else _MESSAGES[survey.method],
+            cause=survey.method,
             where=where,
             severity=_severity(survey),
             observed=observed,
@@ -83,6 +84,7 @@ def check(ctx: Context) -> Iterator[Finding]:
     elif survey.different or survey.different_tensors:
         yield ctx.finding(
             f"--weights {survey.stated} does not explain how the weights differ from the base",
+            cause="not explained",
             where=where,
             observed=observed,
             expected=f"{survey.stated} weights",
@@ -90,6 +92,7 @@ def check(ctx: Context) -> Iterator[Finding]:
     else:
         yield ctx.finding(
             f"--weights {survey.stated} is stated, but the weights are as in the base",
+            cause="as in the base",
             severity="info",
             observed=observed,
         )

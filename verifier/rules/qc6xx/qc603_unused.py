@@ -48,6 +48,7 @@ def check(ctx: Context) -> Iterator[Finding]:
         if warning not in in_base:
             yield ctx.finding(
                 "vLLM warns of lost values",
+                cause="lost values",
                 where=Where(),
                 observed=f"{warning} ({load.engine})",
             )
@@ -59,6 +60,7 @@ def _unused(ctx: Context, load: EngineLoad, in_base: set[str]) -> Iterator[Findi
         if name not in in_base and not expected:
             yield ctx.finding(
                 "vLLM reads the tensor into no parameter",
+                cause="unused",
                 tensor=name,
                 observed=f"unused ({load.engine})",
                 expected="a parameter of this name",
@@ -69,6 +71,7 @@ def _degraded(ctx: Context, load: EngineLoad) -> Iterator[Finding]:
     for cast in load.casts:
         yield ctx.finding(
             "vLLM casts values to another kind of number",
+            cause="cast",
             tensor=cast.tensor,
             observed=f"{cast.have} into {cast.want} ({cast.name}, {load.engine})",
             expected=cast.want,
@@ -77,6 +80,7 @@ def _degraded(ctx: Context, load: EngineLoad) -> Iterator[Finding]:
     for scale in load.bad_scales:
         yield ctx.finding(
             "a scale is zero or not finite after vLLM loaded it",
+            cause="scale after loading",
             tensor=scale.tensor or scale.name,
             observed=f"{scale.name}: {scale.zeros:,} zero and {scale.nonfinite:,} non-finite"
             f" of {scale.of:,} ({load.engine})",

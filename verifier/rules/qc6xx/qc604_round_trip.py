@@ -113,6 +113,7 @@ def _check_experts(ctx: Context, group: Fused, mixed: set[str]) -> Iterator[Find
         elif _as_declared(ctx, module) and _as_declared(ctx, first):
             yield _finding(
                 ctx,
+                "formats",
                 "experts of one layer have different formats",
                 module.weight,
                 _format_name(ctx, module),
@@ -153,6 +154,7 @@ def _check_geometry(
             if not _have_expected_shapes(ctx, first, module):  # QC208
                 yield _finding(
                     ctx,
+                    "shapes",
                     "parts of one parameter have different shapes",
                     module.weight,
                     list(module.dims),
@@ -166,6 +168,7 @@ def _check_geometry(
                 module = next(m for m in modules if leaf not in m.parts)
                 yield ctx.finding(
                     "only some parts of one parameter have a pre_quant_scale",
+                    cause="some pre_quant_scales",
                     where=Where(f"{module.name}.{leaf}"),
                     observed="absent",
                     expected=f"that of {having[0].name}",
@@ -184,6 +187,7 @@ def _check_leaf(ctx: Context, leaf: str, modules: Sequence[Module]) -> Iterator[
         loss = _cast_loss(ctx, first, mismatch) if is_scale else ""
         yield _finding(
             ctx,
+            "dtypes",
             f"{'scales' if is_scale else 'weights'} of one parameter have different dtypes",
             mismatch,
             f"{mismatch.dtype}{loss}",
@@ -196,6 +200,7 @@ def _check_leaf(ctx: Context, leaf: str, modules: Sequence[Module]) -> Iterator[
             mismatch = next(t for t in tensors if len(t.shape) != len(first.shape))
             yield _finding(
                 ctx,
+                "ranks",
                 "parts of one parameter have scales of different ranks",
                 mismatch,
                 list(mismatch.shape),
@@ -259,6 +264,7 @@ def _check_boundaries(
     total = sum(a.size for a in arrays)
     yield _finding(
         ctx,
+        "tile",
         f"{fmt.algo}: a block of {tile} rows extends into the next part of a fused parameter",
         modules[short].parts[leaf],
         f"{heights[short]} rows; {count:,} of {total:,} scales are lost",
@@ -286,6 +292,7 @@ def _check_pre_quant_scales(ctx: Context, modules: Sequence[Module]) -> Iterator
         observed = f"different values from channel {int(unequal[0]) // size:,} on"
     yield _finding(
         ctx,
+        "pre_quant_scale",
         "pre_quant_scale differs between parts of one parameter that read the same input",
         mismatch,
         observed,
@@ -307,6 +314,7 @@ def _check_numbers(ctx: Context, stacks: Sequence[Fused]) -> Iterator[Finding]:
             gap = next(n for n in range(size) if n not in numbers)
             yield ctx.finding(
                 "experts of one layer are not numbered consecutively",
+                cause="numbers",
                 where=Where(_numbered(group.modules[0].name, gap)),
                 observed=f"{missing:,} of {size:,} missing, {gap} first",
                 expected=f"0 to {size - 1}",
@@ -331,6 +339,7 @@ def _format_name(ctx: Context, module: Module) -> str:
 
 def _finding(
     ctx: Context,
+    cause: str,
     message: str,
     tensor: Tensor | None,
     observed: object,
@@ -341,6 +350,7 @@ def _finding(
     where = Where(tensor.name, tensor.file) if tensor is not None else None
     return ctx.finding(
         message,
+        cause=cause,
         where=where,
         observed=observed,
         expected=expected,

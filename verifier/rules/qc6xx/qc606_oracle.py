@@ -66,6 +66,7 @@ def check(ctx: Context) -> Iterator[Finding]:
             yield ctx.finding(
                 f"{fmt.algo}: transformers loses the global scale of experts;"
                 " dequantized here instead",
+                cause="global scale",
                 tensor=f"{experts[0].name}.weight_packed",
                 observed=counted(len(experts), "expert projection"),
                 engines=_LOSES_GLOBAL_SCALE,
@@ -73,6 +74,7 @@ def check(ctx: Context) -> Iterator[Finding]:
         elif not loaded.native:
             yield ctx.finding(
                 f"{fmt.algo}: transformers has no quantizer for it; dequantized here instead",
+                cause="no quantizer",
                 tensor=modules[0].weight.name if modules[0].weight else None,
                 observed=f"{loaded.loader}, quant_method {method or 'not declared'}",
                 engines=_NO_QUANTIZER,
@@ -82,12 +84,14 @@ def check(ctx: Context) -> Iterator[Finding]:
         yield ctx.finding(
             "transformers cannot build this model; names and shapes are checked only against"
             " the layout files and the base",
+            cause="not built",
             where=Where(None, "config.json"),
             observed=loaded.reason,
         )
     if loaded.dropped:
         yield ctx.finding(
             "transformers drops these tensors on purpose; its load does not check them",
+            cause="dropped",
             tensor=loaded.dropped[0],
             observed=counted(len(loaded.dropped), "tensor"),
         )
@@ -95,6 +99,7 @@ def check(ctx: Context) -> Iterator[Finding]:
         first = loaded.shared[0]
         yield ctx.finding(
             "does not fit in the base's own load either; not reported as an error",
+            cause="does not fit in the base",
             where=Where(first.name),
             observed=f"{counted(len(loaded.shared), 'name')}, {first.kind}",
         )

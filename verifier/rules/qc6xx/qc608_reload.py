@@ -84,6 +84,7 @@ def _finding(ctx: Context, misfit: Misfit) -> Finding:
     tensor = ctx.checkpoint.tensors.get(misfit.name)
     return ctx.finding(
         message,
+        cause=misfit.kind,
         where=Where(misfit.name, tensor.file if tensor else None),
         observed=misfit.have or ("absent" if misfit.kind == "missing" else "left over"),
         expected=misfit.want or expected,
@@ -94,6 +95,7 @@ def _check_logits(ctx: Context, forward: Forward) -> Iterator[Finding]:
     if forward.broken:
         yield ctx.finding(
             "the logits of the fixed prompt are not finite",
+            cause="not finite",
             observed=f"at {forward.broken} of {forward.positions} positions",
             expected="finite logits",
         )
@@ -101,6 +103,7 @@ def _check_logits(ctx: Context, forward: Forward) -> Iterator[Finding]:
         far = not forward.distance <= LOST
         yield ctx.finding(
             "the logits of the fixed prompt are far from the base's",
+            cause="far",
             observed=f"relative distance {forward.distance:.3f},"
             f" top-1 agreement at {forward.agree} of {forward.positions} positions",
             expected=f"at most {LOST if far else FAR}",

@@ -299,7 +299,7 @@ def test_sarif_places_a_finding_in_the_users_checkpoint() -> None:
 
 def test_sarif_fingerprints_are_the_baselines() -> None:
     (fingerprint,) = {f.fingerprint for f in FAILED.by_rule("QC201")}
-    assert sarif(FAILED)["results"][0]["partialFingerprints"] == {"ckptgate/v1": fingerprint}
+    assert sarif(FAILED)["results"][0]["partialFingerprints"] == {"ckptgate/v2": fingerprint}
     moved = replace(FAILED, uri="/elsewhere")
     assert [r["partialFingerprints"] for r in sarif(moved)["results"]] == [
         r["partialFingerprints"] for r in sarif(FAILED)["results"]

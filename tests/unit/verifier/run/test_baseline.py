@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import shutil
 from collections.abc import Callable
@@ -108,7 +109,7 @@ def test_container_findings_do_not_name_their_shard(candidate: Path) -> None:
 
 
 def found(rule: str, message: str, where: Where | None = None) -> Finding:
-    return Finding(rule, "error", message, where or Where())
+    return Finding(rule, "error", message, where or Where(), cause=message)
 
 
 @pytest.mark.parametrize(
@@ -152,6 +153,30 @@ def test_what_is_not_part_of_a_fingerprint(one: Finding, other: Finding) -> None
 )
 def test_what_is_part_of_a_fingerprint(one: Finding, other: Finding) -> None:
     assert fingerprint(one) != fingerprint(other)
+
+
+def test_a_message_may_be_reworded() -> None:
+    one = found("QC301", "no input_scale", Where("a.0.b"))
+    other = replace(one, message="the module has no scale of its inputs")
+    assert fingerprint(one) == fingerprint(other)
+    plugin = replace(one, rule="ACME101", cause="")
+    assert fingerprint(plugin) != fingerprint(replace(plugin, message="other words"))
+    assert fingerprint(replace(plugin, cause="x")) == fingerprint(
+        replace(other, rule="ACME101", cause="x")
+    )
+
+
+def test_every_finding_of_a_rule_that_reports_several_kinds_states_its_cause() -> None:
+    for file in sorted((Path(verifier.__file__).parent / "rules").glob("qc[1-6]xx/qc*.py")):
+        calls = [
+            node
+            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+            if isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Attribute)
+            and node.func.attr == "finding"
+        ]
+        without = [c.lineno for c in calls if "cause" not in {k.arg for k in c.keywords}]
+        assert len(calls) < 2 or not without, (file.name, without)
 
 
 def test_a_hostile_name_has_a_fingerprint_and_an_entry(tmp_path: Path) -> None:
@@ -386,7 +411,7 @@ def written(count: int = 1, reason: str = "x", times: int = 1) -> str:
         "count": count,
         "reason": reason,
     }
-    return json.dumps({"version": 1, "entries": [one] * times})
+    return json.dumps({"version": 2, "entries": [one] * times})
 
 
 @pytest.mark.parametrize(
@@ -394,9 +419,10 @@ def written(count: int = 1, reason: str = "x", times: int = 1) -> str:
     [
         ("", ""),
         ("[]", ""),
-        ('{"version": 2, "entries": []}', "version"),
-        ('{"version": 1, "entries": [], "more": 1}', "more"),
-        ('{"version": 1, "entries": [{"fingerprint": "x"}]}', "entries.0.fingerprint"),
+        ('{"version": 3, "entries": []}', "version"),
+        ('{"version": 1, "entries": []}', "not of version 2"),
+        ('{"version": 2, "entries": [], "more": 1}', "more"),
+        ('{"version": 2, "entries": [{"fingerprint": "x"}]}', "entries.0.fingerprint"),
         (written(count=0), "entries.0.count"),
         (written(reason=""), "entries.0.reason"),
         (written(times=2), "two entries"),
