@@ -40,8 +40,13 @@ _OPTIONS = {
     ),
     "max_drift": click.option(
         "--max-drift",
+        metavar="RATIO|NATS",
+        help="Largest tolerated drift, as in `gate`.  [default: 1.15x]",
+    ),
+    "max_kl": click.option(
+        "--max-kl",
         metavar="NATS",
-        help="Largest tolerated drift.  [default: 0.003 nats per token]",
+        help="Largest tolerated KL divergence, as in `gate`.",
     ),
     "seq_len": click.option(
         "--seq-len",

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -78,26 +78,111 @@ def compare_runs(
         ContentError: the runs have different protocol keys, or the accepted run has logits that are
             not finite.
     """
+    _require_comparable(base, candidate, drift_against)
+    references = [base] if drift_against is None else [base, drift_against]
+    engine_floors = [floor_between(base, run) for run in floor_runs]
+    unlike = _unlike(references, candidate)
+    floor = _floor([*references, candidate], engine_floors, unlike=bool(unlike))
+    result = _without_statistics(base, candidate, margin, looks)
+    result = replace(result, floor=floor, unlike=unlike)
+    if result.nonfinite:
+        return result
+    pair = _Pair(
+        base,
+        candidate,
+        clusters_of(base.header.documents, base.header.groups),
+        level=1 - result.alpha,
+        widening=floor if unlike and floor else 0.0,
+        unlike=bool(unlike),
+    )
+    plain = loss_over(base, candidate, pair.clusters, pair.level)
+    losses = [(plain.widened(pair.widening), margin)]
+    measures = _measures(pair, kl, kl_margin)
+    drift = None
+    if drift_against is not None and drift_margin is not None:
+        drift = _drift(pair, drift_against, drift_margin, max_kl_ratio)
+        losses += [(drift.interval, drift.margin)] if drift.kl is None else []
+    outcome = outcome_of(
+        losses,
+        floor=floor,
+        widening=pair.widening,
+        alpha=result.alpha,
+        divergences=_divergences(measures, drift),
+    )
+    doubts = [
+        *_few_documents(plain.documents, grouped=pair.clusters.grouped),
+        *doubts_about(base, candidate, plain, pair.clusters.distinct, base_record),
+    ]
+    if outcome == "passed" and doubts:
+        outcome = "inconclusive"
+    notes = [_floor_note(run, f) for run, f in zip(floor_runs, engine_floors, strict=True)]
+    if outcome == "inconclusive":
+        notes += _low_margin_note(losses, floor)
+    notes += _notes(pair, looks, drift, measures, plain.documents)
+    return replace(
+        result,
+        outcome=outcome,
+        interval=losses[0][0],
+        perplexity_base=math.nan if pair.task else _perplexity(base, pair.clusters),
+        perplexity_candidate=math.nan if pair.task else _perplexity(candidate, pair.clusters),
+        drift=drift,
+        measures=measures,
+        needed=documents_for(losses, pair.widening) if outcome == "inconclusive" else None,
+        notes=tuple(notes),
+        doubts=tuple(doubts),
+        kl_documents=_kl_documents(base, candidate, kl),
+        accuracy=_accuracy(base, candidate, pair.clusters) if pair.task else None,
+    )
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """Two runs, and how they are compared: the sampling units, the level of each one-sided bound,
+    and by how much intervals of losses are widened where environments are ``unlike``.
+    """
+
+    base: Run
+    candidate: Run
+    clusters: Clusters
+    level: float
+    widening: float
+    unlike: bool
+
+    @property
+    def task(self) -> bool:
+        """Whether right and wrong answers are compared."""
+        return self.candidate.header.key.get("protocol") == "task"
+
+
+def _require_comparable(base: Run, candidate: Run, accepted: Run | None) -> None:
+    """Refuse runs that show nothing about each other.
+
+    Raises:
+        UsageError: the candidate is the base or the accepted run.
+        IncomparableError: the protocols differ, or the accepted run has logits that are not finite.
+    """
     if base.header.weights_sha256 == candidate.header.weights_sha256:
         raise UsageError(f"{candidate.header.model}: the candidate is the base itself")
-    references = [base] if drift_against is None else [base, drift_against]
-    if drift_against is not None and _same_model(drift_against, candidate):
+    require_same_protocol(base.header, candidate.header)
+    if accepted is None:
+        return
+    if _same_model(accepted, candidate):
         raise UsageError(
             f"{candidate.header.model}: the accepted run is of the candidate itself; a drift from "
             "itself proves nothing"
         )
-    for reference in references:
-        require_same_protocol(reference.header, candidate.header)
-    if drift_against is not None and drift_against.header.nonfinite:
+    require_same_protocol(accepted.header, candidate.header)
+    if accepted.header.nonfinite:
         raise IncomparableError(
-            f"{drift_against.header.model}: the accepted run has logits that are not finite; "
-            "drift cannot be measured from it"
+            f"{accepted.header.model}: the accepted run has logits that are not finite; drift "
+            "cannot be measured from it"
         )
+
+
+def _without_statistics(base: Run, candidate: Run, margin: Margin, looks: int | None) -> GateResult:
+    """Return the result of runs whose logits are not finite, to which others add statistics."""
     clusters = clusters_of(base.header.documents, base.header.groups)
-    engine_floors = [floor_between(base, run) for run in floor_runs]
-    unlike = _unlike(references, candidate)
-    floor = _floor([*references, candidate], engine_floors, unlike=bool(unlike))
-    without_statistics = GateResult(
+    return GateResult(
         "failed",
         candidate=candidate.header.model,
         base=base.header.model,
@@ -110,68 +195,50 @@ def compare_runs(
         environment=dict(base.header.environment),
         documents=_documents(base, candidate),
         nonfinite=_nonfinite([base, candidate]),
+        nonfinite_base=tuple(_nonfinite([base])),
         experts=expert_reach(candidate),
-        floor=floor,
-        unlike=unlike,
         looks=looks,
         alpha=alpha_of(looks),
         clusters=clusters.numbers.tolist() if clusters.count < len(base) else [],
-        nonfinite_base=tuple(_nonfinite([base])),
     )
-    if without_statistics.nonfinite:
-        return without_statistics
-    task = candidate.header.key.get("protocol") == "task"
-    widening = floor if unlike and floor else 0.0
-    level = 1 - without_statistics.alpha
-    plain = loss_over(base, candidate, clusters, level)
-    losses = [(plain.widened(widening), margin)]
-    measures = Measures()
-    if not task:
-        measures = _with_kl_margin(measure(base, candidate, kl, level, clusters), kl_margin)
-    drift = None
-    if drift_against is not None and drift_margin is not None:
-        interval = loss_over(drift_against, candidate, clusters, level).widened(widening)
-        ratio = None
-        if max_kl_ratio is not None:
-            ratio = kl_ratio(base, candidate, drift_against, clusters, max_kl_ratio, level)
-        drift = Drift(drift_against.header.model, drift_margin, interval, ratio)
-        if ratio is None:
-            losses.append((interval, drift_margin))
-    outcome = outcome_of(
-        losses,
-        floor=floor,
-        widening=widening,
-        alpha=1 - level,
-        divergences=_divergences(measures, drift),
-    )
-    doubts = [
-        *_few_documents(plain.documents, grouped=clusters.grouped),
-        *doubts_about(base, candidate, plain, clusters.distinct, base_record),
-    ]
-    if outcome == "passed" and doubts:
-        outcome = "inconclusive"
-    notes = [_floor_note(run, f) for run, f in zip(floor_runs, engine_floors, strict=True)]
-    if outcome == "inconclusive":
-        notes += _low_margin_note(losses, floor)
-    notes += [*_cluster_notes(clusters), *_drift_notes(drift, candidate.header.key)]
+
+
+def _measures(pair: _Pair, kl: Array | None, kl_margin: Margin | None) -> Measures:
+    """Return the diagnostics; a KL divergence has a margin where environments add nothing to it."""
+    if pair.task:
+        return Measures()
+    measures = measure(pair.base, pair.candidate, kl, pair.level, pair.clusters)
+    if measures.kl is None or kl_margin is None or pair.unlike:
+        return measures
+    return replace(measures, kl=replace(measures.kl, margin=kl_margin))
+
+
+def _drift(pair: _Pair, accepted: Run, margin: Margin, max_kl_ratio: Margin | None) -> Drift:
+    """Return the drift from an accepted run.
+
+    Its KL ratio decides where environments are alike: what they add to one of the divergences would
+    be read as damage, or hide it.
+    """
+    loss = loss_over(accepted, pair.candidate, pair.clusters, pair.level)
+    ratio = None
+    if max_kl_ratio is not None and not pair.unlike:
+        ratio = kl_ratio(
+            pair.base, pair.candidate, accepted, pair.clusters, max_kl_ratio, pair.level
+        )
+    return Drift(accepted.header.model, margin, loss.widened(pair.widening), ratio)
+
+
+def _notes(
+    pair: _Pair, looks: int | None, drift: Drift | None, measures: Measures, documents: int
+) -> list[str]:
+    """Return what the user should know of a comparison."""
+    notes = _cluster_notes(pair.clusters)
+    if drift is not None and pair.candidate.header.key.get("protocol") == "tokens":
+        notes += _drift_notes(drift, unlike=pair.unlike)
     if looks is None:
         notes.append(UNKNOWN_ATTEMPTS)
     notes += _outlier_note(measures)
-    notes += _coverage_notes(0 if task else losses[0][0].documents)
-    return replace(
-        without_statistics,
-        outcome=outcome,
-        interval=losses[0][0],
-        perplexity_base=math.nan if task else _perplexity(base, clusters),
-        perplexity_candidate=math.nan if task else _perplexity(candidate, clusters),
-        drift=drift,
-        measures=measures,
-        needed=documents_for(losses, widening) if outcome == "inconclusive" else None,
-        notes=tuple(notes),
-        doubts=tuple(doubts),
-        kl_documents=_kl_documents(base, candidate, kl),
-        accuracy=_accuracy(base, candidate, clusters) if task else None,
-    )
+    return notes + ([] if pair.task else _coverage_notes(documents))
 
 
 def require_top_tokens(max_drift: str | float | None, runs: Sequence[Run]) -> None:
@@ -188,12 +255,6 @@ def require_top_tokens(max_drift: str | float | None, runs: Sequence[Run]) -> No
                 f"--max-drift {max_drift}: {run.header.model} was scored without top tokens; use "
                 "`ckptgate score --top-k 64`"
             )
-
-
-def _with_kl_margin(measures: Measures, margin: Margin | None) -> Measures:
-    if measures.kl is None or margin is None:
-        return measures
-    return replace(measures, kl=replace(measures.kl, margin=margin))
 
 
 def _divergences(measures: Measures, drift: Drift | None) -> list[Divergence]:
@@ -232,10 +293,13 @@ def _few_documents(count: int, *, grouped: bool) -> list[str]:
     ]
 
 
-def _drift_notes(drift: Drift | None, key: Mapping[str, Any]) -> list[str]:
+def _drift_notes(drift: Drift, *, unlike: bool) -> list[str]:
     """Return what decides the drift, in a sentence each."""
-    if drift is None or key.get("protocol") != "tokens":
-        return []
+    if drift.kl is None and unlike:
+        return [
+            "drift is decided by the loss over the accepted run: the runs are from different "
+            "environments, which a KL divergence would count; score them in one"
+        ]
     if drift.kl is None:
         return [
             "drift is decided by the loss over the accepted run; runs with top tokens (score "

@@ -136,6 +136,14 @@ def test_runs_without_top_tokens_are_decided_by_the_loss() -> None:
     assert equal.drift.kl is None
 
 
+def test_runs_from_different_environments_are_decided_by_the_loss() -> None:
+    header = ACCEPTED.header.model_copy(update={"environment": {"device": "H200"}})
+    result = drift(model(2, "c", 0.12), replace(ACCEPTED, header=header))
+    assert result.drift is not None
+    assert result.drift.kl is None
+    assert "the runs are from different environments" in "; ".join(result.notes)
+
+
 def test_margins_of_the_divergence() -> None:
     assert RATIO == Margin(math.log(1.15), "default, 1.15 times the accepted run's")
     given = kl_ratio_of("1.3x")
