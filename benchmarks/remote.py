@@ -58,7 +58,7 @@ def commands(out: Path) -> list[tuple[str, tuple[str, ...]]]:
         ("tiny", ("check", EXPORT, "--depth", "payload", "--base", BF16)),
         ("tiny", ("check", EXPORT, "--depth", "load", "--base", BF16)),
         ("tiny", ("stats", EXPORT, "--depth", "payload")),
-        ("tiny", ("diff", EXPORT, EXPORT, "--payload")),
+        ("tiny", ("diff", EXPORT, EXPORT, "--depth", "payload")),
         ("tiny", ("show", EXPORT, EXPERT)),
         ("tiny", ("detect", BF16)),
         ("tiny", ("manifest", "verify", EXPORT, "--manifest", manifest)),

@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from verifier.cli.options import OVERWRITE
 from verifier.cli.progress import progress_bar
 from verifier.cli.terminal import on_interrupt
 from verifier.errors import MissingExtra, UsageError
@@ -107,7 +108,7 @@ SET_BY_EXPORT = ("--recipe", "--texts", "-o", "--output", "--overwrite", "--kv")
     is_flag=True,
     help="Measure KV maxima also for a recipe without static activation scales.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace an existing stats file.")
+@OVERWRITE
 def calibrate(source: str, out: str, samples: str, **options: Any) -> None:
     """Run texts through the model SOURCE and write each module's largest input, by hub name.
 

@@ -11,6 +11,7 @@ import click
 
 from exporter.cli.calibrate import calibrate_within_export
 from exporter.cli.output import (
+    WRITING_RENAMED,
     check_result,
     require_inputs,
     require_report_file,
@@ -18,6 +19,7 @@ from exporter.cli.output import (
     writing_options,
 )
 from exporter.cli.preview import print_preview, read_prompts
+from verifier.cli.spellings import RenamedOptions
 from verifier.errors import UsageError
 from verifier.text import counted
 
@@ -26,7 +28,11 @@ if TYPE_CHECKING:
     from verifier.manifest import Manifest
 
 
-@click.command(short_help="Quantize a checkpoint file to file, and check the result.")
+@click.command(
+    cls=RenamedOptions,
+    renamed=WRITING_RENAMED,
+    short_help="Quantize a checkpoint file to file, and check the result.",
+)
 @click.argument("source")
 @click.argument("out")
 @click.option("--recipe", required=True, help="Name of a recipe, or a YAML file.")
@@ -137,7 +143,9 @@ def export(
 
 
 @click.command(
-    short_help="Combine quantized experts with another checkpoint, without re-quantizing."
+    cls=RenamedOptions,
+    renamed=WRITING_RENAMED,
+    short_help="Combine quantized experts with another checkpoint, without re-quantizing.",
 )
 @click.argument("experts")
 @click.argument("out")

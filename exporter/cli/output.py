@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from exporter.out import check_out, work_folder
+from verifier.cli.options import OVERWRITE
 from verifier.cli.progress import progress_bar
 from verifier.cli.terminal import on_interrupt
 from verifier.errors import UsageError
@@ -27,12 +28,15 @@ if TYPE_CHECKING:
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
+WRITING_RENAMED = {"--report": ("--json-report",)}
+"""Former spellings of `writing_options`."""
+
+
 def writing_options(command: Command) -> Command:
     """Add the options of every command that writes a checkpoint."""
     for option in (
         click.option(
             "--json-report",
-            "--report",
             "report_file",
             metavar="FILE",
             type=click.Path(path_type=Path),
@@ -44,7 +48,7 @@ def writing_options(command: Command) -> Command:
             type=click.IntRange(1, 64),
             help="Shards written at a time. [default: number of CPUs, max 4]",
         ),
-        click.option("--overwrite", is_flag=True, help="Replace an existing OUT."),
+        OVERWRITE,
     ):
         command = option(command)
     return command

@@ -9,16 +9,22 @@ from typing import Any
 import click
 
 from exporter.cli.output import (
+    WRITING_RENAMED,
     check_result,
     require_inputs,
     require_report_file,
     writing_bar,
     writing_options,
 )
+from verifier.cli.spellings import RenamedOptions
 from verifier.text import counted
 
 
-@click.command(short_help="Fix names, expert layout and configs without re-quantizing.")
+@click.command(
+    cls=RenamedOptions,
+    renamed=WRITING_RENAMED,
+    short_help="Fix names, expert layout and configs without re-quantizing.",
+)
 @click.argument("broken")
 @click.argument("out")
 @click.option(

@@ -16,7 +16,9 @@ from exporter.plan.sound import (
     require_sound,
 )
 from verifier.checkpoint import Checkpoint
+from verifier.checkpoint.header import read_json
 from verifier.errors import PlanError
+from verifier.manifest import MANIFEST
 from verifier.schemes import Module, expert_key, gather
 
 
@@ -64,10 +66,23 @@ def merge(
             skipped += [("source", t.name, "kept from onto") for t in module.parts.values()]
     if input_scale == "keep":
         _require_input_scales(moved)
-    options: dict[str, object] = {"input_scale": input_scale}
+    options: dict[str, object] = {"input_scale": _policy(experts, input_scale)}
     plan = Plan("merge", "merge", experts, onto, tuple(actions), tuple(skipped), options)
     require_every_tensor_once(plan)
     return plan
+
+
+def _policy(experts: Checkpoint, input_scale: Literal["keep", "one"]) -> str:
+    """Return the policy of the activation scales: kept scales that the exporter of the experts
+    recorded as 1.0 by policy are so here too.
+    """
+    size = experts.files.get(MANIFEST)
+    if size is None:
+        return input_scale
+    value, _ = read_json(experts.source, MANIFEST, size)
+    options = value.get("options") if value else None
+    recorded = options.get("input_scale") if isinstance(options, dict) else None
+    return "one" if recorded == "one" else input_scale
 
 
 def _is_packed(module: Module) -> bool:

@@ -933,7 +933,7 @@ def nan_in_a_norm(folder: Path) -> Path:
 def test_an_export_that_fails_its_check_returns_the_checks_exit_code(call, tmp_path: Path) -> None:
     source = nan_in_a_norm(Path(shutil.copytree(QWEN, tmp_path / "source")))
     code, out, err = call(
-        "export", source, tmp_path / "out", *NVFP4, "--report", tmp_path / "report.json"
+        "export", source, tmp_path / "out", *NVFP4, "--json-report", tmp_path / "report.json"
     )
     assert (code, err) == (1, "")
     assert "QC508" in out
@@ -945,7 +945,7 @@ def test_an_export_that_fails_its_check_returns_the_checks_exit_code(call, tmp_p
 
 def test_the_report_is_written_into_a_folder_that_is_made(call, tmp_path: Path) -> None:
     file = tmp_path / "a" / "b" / "report.json"
-    assert call("export", QWEN, tmp_path / "out", *NVFP4, "--report", file)[0] == 0
+    assert call("export", QWEN, tmp_path / "out", *NVFP4, "--json-report", file)[0] == 0
     value = json.loads(file.read_text())
     assert set(value) == {"manifest", "check"}
     jsonschema.validate(value["check"], schema())
@@ -956,7 +956,8 @@ def test_the_report_is_written_into_a_folder_that_is_made(call, tmp_path: Path) 
     assert Manifest.model_validate(value["manifest"]) == written
     merged = tmp_path / "c" / "merge.json"
     assert (
-        call("merge", QWEN_NVFP4, tmp_path / "merged", "--onto", QWEN, "--report", merged)[0] == 0
+        call("merge", QWEN_NVFP4, tmp_path / "merged", "--onto", QWEN, "--json-report", merged)[0]
+        == 0
     )
     assert json.loads(merged.read_text())["manifest"]["kind"] == "merge"
 
@@ -970,7 +971,7 @@ def test_a_report_that_cannot_be_written_is_refused_before_the_work(
     """
     (tmp_path / "file").write_text("x")
     report = tmp_path / "file" / "report.json" if place == "below a file" else tmp_path
-    code, _, err = call("export", QWEN, tmp_path / "out", *NVFP4, "--report", report)
+    code, _, err = call("export", QWEN, tmp_path / "out", *NVFP4, "--json-report", report)
     assert code == 2
     assert len(err.splitlines()) == 1
     assert not (tmp_path / "out").exists()

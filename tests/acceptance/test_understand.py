@@ -61,7 +61,7 @@ def test_help_imports_no_torch(command: str) -> None:
 @pytest.mark.parametrize(
     "argv",
     [
-        ("diff", QWEN, QWEN_NVFP4, "--payload"),
+        ("diff", QWEN, QWEN_NVFP4, "--depth", "payload"),
         ("stats", QWEN_NVFP4, "--depth", "payload"),
         ("show", QWEN_NVFP4, EXPERT),
     ],
@@ -95,9 +95,17 @@ def test_a_missing_folder_is_a_wrong_call(
     assert err == f"ckptgate: {tmp_path / 'missing'}: no such directory\n"
 
 
-@pytest.mark.parametrize(
-    "line", ["diff {no} {ok}", "diff {ok} {no}", "stats {no}", "show {no} x", "show {ok} x"]
-)
+@pytest.mark.parametrize("line", ["diff {no} {ok}", "diff {ok} {no}", "stats {no}", "show {no} x"])
+def test_a_folder_without_a_checkpoint_is_a_wrong_call(
+    call: Call, tmp_path: Path, line: str
+) -> None:
+    argv = [w.format(no=tmp_path, ok=QWEN) for w in line.split()]
+    code, out, err = call(*argv)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"ckptgate: {tmp_path}: the directory is empty")
+
+
+@pytest.mark.parametrize("line", ["show {ok} x"])
 def test_contents_that_do_not_allow_it_are_exit_1(call: Call, tmp_path: Path, line: str) -> None:
     argv = [w.format(no=tmp_path, ok=QWEN) for w in line.split()]
     code, out, err = call(*argv)
@@ -109,7 +117,7 @@ def test_contents_that_do_not_allow_it_are_exit_1(call: Call, tmp_path: Path, li
 
 
 def test_diff_ends_with_whether_they_differ(call: Call) -> None:
-    assert call("diff", LLAMA, LLAMA, "--payload")[0] == 0
+    assert call("diff", LLAMA, LLAMA, "--depth", "payload")[0] == 0
     code, out, err = call("diff", LLAMA, LLAMA_MXFP8)
     assert (code, err) == (1, "")
     assert re.search(r"^  attention +8 BF16 → 8 MXFP8$", out, re.M)
@@ -148,7 +156,7 @@ def test_everything_works_behind_an_address(call: Call) -> None:
         system.put(f"{folder}/", f"/ckptgate-understand/{folder.name}/", recursive=True)
     try:
         base, candidate = (f"memory://ckptgate-understand/{f.name}" for f in (QWEN, QWEN_NVFP4))
-        assert call("diff", candidate, QWEN_NVFP4, "--payload")[0] == 0
+        assert call("diff", candidate, QWEN_NVFP4, "--depth", "payload")[0] == 0
         assert call("diff", base, candidate)[0] == 1
         near, far = (call("stats", u, "--depth", "payload") for u in (QWEN_NVFP4, candidate))
         assert near[1].splitlines()[1:] == far[1].splitlines()[1:]

@@ -53,7 +53,7 @@ def golden(hub: Server) -> Server:
         ("check", CANDIDATE, "--depth", "payload", "--merged-from", BASE),
         ("check", CANDIDATE, "--depth", "load", "--base", BASE),
         ("diff", BASE, CANDIDATE),
-        ("diff", CANDIDATE, CANDIDATE, "--payload"),
+        ("diff", CANDIDATE, CANDIDATE, "--depth", "payload"),
         ("stats", CANDIDATE, "--depth", "payload"),
         ("show", CANDIDATE, EXPERT, "--row", "3", "--base", BASE),
         ("detect", BASE),

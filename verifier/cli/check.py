@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from verifier.cli.evaluating import eval_options, evaluate_of
+from verifier.cli.evaluating import EVAL_RENAMED, eval_options, evaluate_of
 from verifier.cli.loading import engine_of, engine_options
 from verifier.cli.main import explain_failure, print_failure, wants_traceback
 from verifier.cli.options import (
@@ -63,7 +63,7 @@ DIRECT = (
 """Options that `verifier.check` takes as they are; others may come from a configuration file."""
 
 
-@click.command(cls=Paired)
+@click.command(cls=Paired, renamed=EVAL_RENAMED)
 @click.argument("paths", metavar="PATH...", nargs=-1, required=True)
 @BASE
 @MERGED_FROM

@@ -50,8 +50,6 @@ _OPTIONS = {
     ),
     "seq_len": click.option(
         "--seq-len",
-        "--window",
-        "seq_len",
         type=click.IntRange(2, 1_000_000),
         help="Context length: tokens in a window.  [default: 512]",
     ),
@@ -59,7 +57,10 @@ _OPTIONS = {
         "--documents", type=click.IntRange(min=1), help="Score only the first N documents."
     ),
     "batch": click.option(
-        "--batch", type=click.IntRange(1, 4096), help="Windows at a time.  [default: 8]"
+        "--batch-size",
+        "batch",
+        type=click.IntRange(1, 4096),
+        help="Windows at a time.  [default: 8]",
     ),
     "cache": click.option(
         "--cache", metavar="DIR", help="Keep the base's run, unfinished work and attempts here."
@@ -70,6 +71,15 @@ _OPTIONS = {
         help="Where models run: cpu, cuda, cuda:1 …  [default: cpu]",
     ),
 }
+
+
+EVAL_RENAMED = {"--window": ("--seq-len",), "--batch": ("--batch-size",)}
+"""Former spellings of the options of depth eval."""
+
+
+def _spelled(name: str) -> str:
+    """Return the spelling of an option by its parameter."""
+    return "batch-size" if name == "batch" else name.replace("_", "-")
 
 
 def eval_options(command: Command) -> Command:
@@ -96,18 +106,19 @@ def evaluate_of(depth: str, base: str | None, options: dict[str, Any]) -> Evalua
     if depth != "eval":
         if used:
             raise UsageError(
-                f"--{min(used).replace('_', '-')} needs --depth eval: no other depth scores text"
+                f"--{_spelled(min(used))} needs --depth eval: no other depth scores text"
             )
         return None
     if base is None:
         raise UsageError("--depth eval needs --base REF: the loss is measured over it")
     # Only this depth needs what scores.
-    from verifier.cli.gate import require_installed, say  # noqa: PLC0415
+    from verifier.cli.gate import require_device, require_installed, say  # noqa: PLC0415
     from verifier.gate import evaluator  # noqa: PLC0415
     from verifier.gate.corpora import WIKITEXT  # noqa: PLC0415
     from verifier.gate.jobs import Scorer, protocol_of  # noqa: PLC0415
 
     require_installed("torch", "transformers", "scipy")
+    require_device(used.get("device", "cpu"))
     scorer = Scorer(activations=used.pop("activations", "bf16"))
     task = protocol_of(used.get("protocol", "tokens")) == "task"
     corpus = used.pop("corpus", None if task else WIKITEXT)

@@ -16,9 +16,10 @@ import click
 
 from verifier import gate as gate_api
 from verifier.checkpoint import local_directory, open_checkpoint
-from verifier.cli.options import FORMAT
+from verifier.cli.options import FORMAT, OVERWRITE
 from verifier.cli.progress import progress_bar
 from verifier.cli.recording import Recording, record, recording_options, require_recordable
+from verifier.cli.spellings import RenamedOptions
 from verifier.cli.terminal import on_interrupt
 from verifier.errors import MissingExtra, UsageError
 from verifier.evaluation import GateResult
@@ -31,6 +32,12 @@ from verifier.gate.options import BATCH, SEQ_LEN
 from verifier.text import printable
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+_RENAMED = {
+    "--window": ("--seq-len",),
+    "--batch": ("--batch-size",),
+    "--max-loss": ("--max-increase",),
+    "--force": ("--overwrite",),
+}
 _CORPUS = click.option(
     "--corpus",
     metavar="NAME|FILE",
@@ -50,8 +57,6 @@ _METRIC = click.option(
 )
 _MARGIN = click.option(
     "--max-increase",
-    "--max-loss",
-    "max_increase",
     metavar="8%",
     help="Largest tolerated loss: % of perplexity, or nats per token; points of accuracy for a "
     "task.",
@@ -79,8 +84,6 @@ _FLOOR = click.option(
 )
 _SEQ_LEN = click.option(
     "--seq-len",
-    "--window",
-    "seq_len",
     type=click.IntRange(2, 1_000_000),
     default=SEQ_LEN,
     show_default=True,
@@ -91,7 +94,8 @@ _DOCUMENTS = click.option(
 )
 _DEVICE = click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 …")
 _BATCH = click.option(
-    "--batch",
+    "--batch-size",
+    "batch",
     type=click.IntRange(1, 4096),
     default=BATCH,
     show_default=True,
@@ -188,7 +192,7 @@ def _scalar(text: str) -> str | int | float | bool:
     return value if isinstance(value, int | float | bool | str) else text
 
 
-@click.command()
+@click.command(cls=RenamedOptions, renamed=_RENAMED)
 @click.argument("candidate")
 @click.option("--base", metavar="REF", required=True, help="The checkpoint to compare with.")
 @_CORPUS
@@ -247,6 +251,7 @@ def gate(
         raise UsageError("--plan has no result to record; leave out --history, --label, --golden")
     require_recordable(recording)
     options["scorer"] = _scorer_of(options)
+    require_device(options["device"])
     on_interrupt(
         f"finished work is kept in {options['cache']}; run the same command again to resume"
         if options["cache"]
@@ -266,7 +271,7 @@ def _print_plan(plan: gate_api.GatePlan, format_: str) -> None:
     click.echo(render(plan), nl=False)
 
 
-@click.command()
+@click.command(cls=RenamedOptions, renamed=_RENAMED)
 @click.argument("checkpoint")
 @_CORPUS
 @_PROTOCOL
@@ -285,7 +290,7 @@ def _print_plan(plan: gate_api.GatePlan, format_: str) -> None:
 @_BATCH
 @_WORKERS
 @_scorer_options
-@click.option("--force", is_flag=True, help="Replace RUN if it exists.")
+@OVERWRITE
 def score(
     checkpoint: str,
     corpus: str | None,
@@ -294,7 +299,7 @@ def score(
     output: str,
     documents: int | None,
     *,
-    force: bool,
+    overwrite: bool,
     **options: Any,
 ) -> None:
     """Score CHECKPOINT once, to compare later: `ckptgate compare BASE.run CANDIDATE.run`.
@@ -303,8 +308,8 @@ def score(
     torchrun each rank scores its share, and the last one to finish writes RUN.
     """
     require_installed("torch", "transformers", "scipy")
-    if Path(output).exists() and not force:
-        raise UsageError(f"{output} already exists; use --force to replace it")
+    if Path(output).exists() and not overwrite:
+        raise UsageError(f"{output} already exists; use --overwrite to replace it")
     if options["top_k"] and protocol != "tokens":
         raise UsageError(
             f"--top-k needs the protocol tokens; {protocol} gives only sums of documents"
@@ -315,6 +320,7 @@ def score(
     on_interrupt(f"finished work is kept in {part}; run the same command again to resume")
     if ranks is not None and options["device"] == "cuda":
         options["device"] = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    require_device(options["device"])
     with progress_bar("scoring", unit="document") as progress:
         run = gate_api.score_run(
             open_checkpoint(local_directory(checkpoint)),
@@ -334,7 +340,7 @@ def score(
     click.echo(gate_api.render_run(run, output), nl=False)
 
 
-@click.command()
+@click.command(cls=RenamedOptions, renamed=_RENAMED)
 @click.argument("base", metavar="BASE.run")
 @click.argument("candidate", metavar="CANDIDATE.run")
 @_MARGIN
@@ -409,6 +415,21 @@ def require_installed(*modules: str) -> None:
     for module in modules:
         if find_spec(module) is None:
             raise MissingExtra("gate", "gate")
+
+
+def require_device(device: str) -> None:
+    """Refuse a CUDA device that this machine does not have.
+
+    Raises:
+        UsageError: naming the option.
+    """
+    if not device.startswith("cuda"):
+        return
+    import torch  # noqa: PLC0415  (an extra, and only a device needs it here)
+
+    number = device.partition(":")[2]
+    if torch.cuda.device_count() <= (int(number) if number.isdecimal() else 0):
+        raise UsageError(f"--device {device}: torch finds no such device here; use cpu")
 
 
 def say(message: str) -> None:

@@ -28,11 +28,16 @@ def _folder(command: Command) -> Command:
         "--dir",
         "folder",
         metavar="DIR",
-        default="goldens",
+        default=_default_folder,
         envvar="CKPTGATE_GOLDENS",
-        show_default=True,
-        help="Directory of the records.",
+        help="Directory of the records.  [default: goldens/records if it exists, else goldens]",
     )(command)
+
+
+def _default_folder() -> str:
+    """Return where records are by default: a project may keep data next to them in goldens/."""
+    records = Path("goldens", "records")
+    return str(records) if records.is_dir() else "goldens"
 
 
 @click.group(cls=CommandGroup)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -12,6 +13,7 @@ import click
 from verifier.cli.groups import CommandGroup
 from verifier.cli.options import FORMAT
 from verifier.cli.recording import print_notes, print_warnings
+from verifier.cli.spellings import RenamedOptions
 from verifier.errors import ContentError, UsageError
 from verifier.files import require_writable, write_atomic
 from verifier.history import Record, append, load, read_result, recorded
@@ -29,12 +31,14 @@ from verifier.history.render import (
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 FILE = "ckptgate-history.jsonl"
+_RENAMED = {"--file": ("--history",), "--to": ("--format",)}
 
 
 def _file(command: Command) -> Command:
     return click.option(
         "-f",
-        "--file",
+        "--history",
+        "file",
         metavar="FILE",
         default=FILE,
         envvar="CKPTGATE_HISTORY",
@@ -52,7 +56,7 @@ def history() -> None:
     """
 
 
-@history.command()
+@history.command(cls=RenamedOptions, renamed=_RENAMED)
 @click.argument("runs", metavar="RUN.json...", nargs=-1, required=True)
 @click.option(
     "--name",
@@ -70,7 +74,7 @@ def add(runs: tuple[str, ...], name: str, label: str, file: str) -> None:
     print_warnings(file)
 
 
-@history.command()
+@history.command(cls=RenamedOptions, renamed=_RENAMED)
 @click.option("--name", help="Only runs with this name.")
 @click.option(
     "--kind", type=click.Choice(["gate", "check", "golden"]), help="Only runs of this kind."
@@ -111,7 +115,9 @@ def log(
     click.echo("\n".join([*lines, *trend_lines(records, window)]))
 
 
-@history.command(context_settings={"ignore_unknown_options": True})
+@history.command(
+    cls=RenamedOptions, renamed=_RENAMED, context_settings={"ignore_unknown_options": True}
+)
 @click.argument("run", metavar="RUN")
 @FORMAT
 @_file
@@ -123,7 +129,9 @@ def show(run: str, format_: str, file: str) -> None:
     click.echo(dumps(record) if format_ == "json" else "\n".join(show_lines(record)))
 
 
-@history.command(context_settings={"ignore_unknown_options": True})
+@history.command(
+    cls=RenamedOptions, renamed=_RENAMED, context_settings={"ignore_unknown_options": True}
+)
 @click.argument("a", metavar="A")
 @click.argument("b", metavar="B")
 @_file
@@ -144,33 +152,51 @@ def compare(a: str, b: str, file: str) -> None:
     click.echo("\n".join(compare_lines(old, new)))
 
 
-@history.command()
+@history.command(cls=RenamedOptions, renamed=_RENAMED)
 @click.option("--measure", default="loss", show_default=True, help="Measure to plot.")
 @click.option("--name", help="Only runs with this name.")
-@click.option("-o", "--output", metavar="FILE.svg", required=True, help="File to write.")
+@click.option("-o", "--output", metavar="FILE.svg", required=True, help="The SVG file to write.")
 @_file
 def plot(measure: str, name: str | None, output: str, file: str) -> None:
     """Plot a measure over the runs as SVG: lines with intervals, golden steps, change points."""
+    if Path(output).suffix.lower() != ".svg":
+        raise UsageError(f"-o {output}: the plot is SVG; give a name that ends in .svg")
     require_writable(output)
     write_atomic(output, draw(_records(file, name), measure, standalone=True))
     click.echo(f"wrote {output}")
 
 
-@history.command()
-@click.option("--to", type=click.Choice(FORMATS), required=True, help="Format of the export.")
+@history.command(cls=RenamedOptions, renamed=_RENAMED)
+@click.option(
+    "--format", "to", type=click.Choice(FORMATS), help="Format of the export.  [default: by -o]"
+)
 @click.option("--name", help="Only runs with this name.")
 @click.option("-o", "--output", metavar="FILE", help="File to write.  [default: stdout]")
 @_file
-def export(to: str, name: str | None, output: str | None, file: str) -> None:
+def export(to: str | None, name: str | None, output: str | None, file: str) -> None:
     """Export the history: bmf (Bencher, the newest run of each series), csv (one row per measure),
     json.
     """
-    text = export_records(_records(file, name), to)
+    text = export_records(_records(file, name), to or _format_of(output))
     if output is None:
         click.echo(text, nl=False)
         return
     require_writable(output)
     write_atomic(output, text)
+
+
+def _format_of(output: str | None) -> str:
+    """Return the format that the ending of a file stands for.
+
+    Raises:
+        UsageError: no file, or an ending that does not name a format.
+    """
+    ending = Path(output or "").suffix.removeprefix(".").lower()
+    if ending not in FORMATS:
+        raise UsageError(
+            f"--format is required, or -o FILE with the ending .{' or .'.join(FORMATS)}"
+        )
+    return ending
 
 
 def _records(file: str, name: str | None = None, kind: str | None = None) -> list[Record]:

@@ -8,28 +8,39 @@ from pathlib import Path
 import click
 
 from verifier.checkpoint import strict_json
-from verifier.cli.options import FORMAT
+from verifier.cli.outputs import (
+    Paired,
+    output_options,
+    outputs,
+    require,
+    write_files,
+    write_stdout,
+)
 from verifier.errors import ContentError, UsageError
 from verifier.findings import Report
-from verifier.report import render_json, render_text
 from verifier.run import merge_reports as merge
 from verifier.run import report_of
 
 MAX_REPORT = 1_000_000_000
 
 
-@click.command("merge-reports")
+@click.command("merge-reports", cls=Paired)
 @click.argument("reports", metavar="REPORT…", nargs=-1, required=True)
-@FORMAT
+@output_options
 @click.pass_context
-def merge_reports(ctx: click.Context, reports: tuple[str, ...], format_: str) -> None:
+def merge_reports(
+    ctx: click.Context, reports: tuple[str, ...], formats: tuple[str, ...], files: tuple[str, ...]
+) -> None:
     """Merge the JSON reports of a check that ran in subsets.
 
     Each REPORT is the output of `check --subset K/N --format json`, one for each K. Result and exit
     code are those of one check of all shards.
     """
+    targets = outputs(formats, files)
+    require(targets)
     report = merge([_read(name) for name in reports])
-    click.echo(render_json(report) if format_ == "json" else render_text(report), nl=False)
+    write_files(report, targets)
+    write_stdout(report, targets)
     ctx.exit(report.exit_code)
 
 

@@ -62,13 +62,15 @@ PLUGIN = click.option(
     multiple=True,
     help="Python file with custom rules; repeatable.",
 )
+OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace an existing output.")
+SELECT = click.option(
+    "--select",
+    metavar="RULES",
+    multiple=True,
+    help="Only these rules or prefixes: QC5, QC501,QC3, ALL.",
+)
 SELECTION = together(
-    click.option(
-        "--select",
-        metavar="RULES",
-        multiple=True,
-        help="Run only these rules or prefixes: QC5, QC501,QC3, ALL.",
-    ),
+    SELECT,
     click.option(
         "--ignore",
         metavar="RULES",

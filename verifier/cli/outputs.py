@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import click
 
 from verifier.cli.options import together
+from verifier.cli.spellings import RenamedOptions
 from verifier.cli.terminal import note, terminal
 from verifier.errors import MachineError, UsageError
 from verifier.files import require_writable, write_atomic
@@ -47,13 +48,14 @@ class Output:
     file: str = STDOUT
 
 
-class Paired(click.Command):
+class Paired(RenamedOptions):
     """A command that remembers the order of ``--format`` and ``-o``; click keeps the order of each
     option only.
     """
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Store the order, then parse."""
+        args = list(self._current(args))
         _, _, order = self.make_parser(ctx).parse_args(list(args))
         ctx.meta[_ORDER] = [p.name for p in order if p.name in ("formats", "files")]
         return super().parse_args(ctx, args)

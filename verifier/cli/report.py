@@ -9,6 +9,7 @@ from importlib.util import find_spec
 
 import click
 
+from verifier.checkpoint import open_checkpoint
 from verifier.cli.progress import progress_bar
 from verifier.cli.recording import print_notes
 from verifier.errors import ContentError, MissingExtra, UsageError
@@ -54,9 +55,9 @@ def report(
 
     require_writable(output)
     results = [read_result(run) for run in runs]
-    if golden is not None:
-        results[0] = _with_drift(results[0], golden)
     figures: list[Figure] = []
+    if golden is not None:
+        results[0], figures = _with_drift(results[0], golden)
     if history is not None:
         figures.append(_over_time(history, results, measure))
     if weights:
@@ -84,19 +85,41 @@ def _over_time(file: str, results: Sequence[Result], measure: str) -> Figure:
     return Figure(f"{measure} over time", words or "No change point.", draw(records, measure))
 
 
-def _with_drift(result: Result, file: str) -> GateResult:
-    """Return a gate's result with its paired drift over an accepted record."""
+def _with_drift(result: Result, file: str) -> tuple[Result, list[Figure]]:
+    """Return a gate's result with its paired drift over an accepted record; where the two are
+    equal, the result and a remark.
+    """
     accepted = store.load(*store.split_path(file))
     comparison = compare(accepted, golden_of(result))
+    if comparison.outcome == "agrees" and comparison.interval is None:
+        return result, [Figure("Identical to the accepted record", comparison.sentence, "")]
     if comparison.interval is None or not isinstance(result, GateResult):
         raise ContentError(f"{file}: no drift to show: {comparison.sentence}")
     margin = Margin(accepted.drift, "of the golden")
-    return replace(result, drift=Drift(file, margin, comparison.interval))
+    return replace(result, drift=Drift(file, margin, comparison.interval)), []
+
+
+def _require_same_checkpoint(result: Result) -> None:
+    """Refuse a directory whose headers are not those of the run.
+
+    Raises:
+        ContentError: it holds a different number of tensors or bytes.
+    """
+    contents = None if isinstance(result, GateResult) else result.summary.contents
+    if contents is None:
+        return
+    stored = open_checkpoint(_uri(result))
+    if (len(stored.tensors), stored.nbytes) != (contents.tensors, contents.bytes):
+        raise ContentError(
+            f"{_uri(result)} is not the checkpoint of the run: {len(stored.tensors):,} tensors of "
+            f"{stored.nbytes:,} bytes, the run had {contents.tensors:,} of {contents.bytes:,}"
+        )
 
 
 def _of_weights(result: Result) -> list[Figure]:
     if not result.base:
         raise UsageError("--weights compares with a base, and the run has none")
+    _require_same_checkpoint(result)
     with progress_bar("decoding", unit="module") as progress:
         measured = noise(_uri(result), result.base, progress)
     words = f"10 log10 of signal over quantization error, {measured.weights:,} weights."

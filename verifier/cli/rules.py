@@ -11,7 +11,8 @@ from typing import Any
 
 import click
 
-from verifier.cli.options import FORMAT, PLUGIN
+from verifier.cli.options import FORMAT, PLUGIN, SELECT
+from verifier.cli.spellings import RenamedOptions
 from verifier.cli.terminal import terminal
 from verifier.rules import Rule, all_rules, texts
 from verifier.run.select import ALL, match, prefixes
@@ -28,17 +29,12 @@ FIELDS = (
     "doc",
     "origin",
     "split",
+    "repairable",
 )
 
 
-SELECT = click.option(
-    "--select", metavar="RULES", multiple=True, help="Only these rules or prefixes: QC5, QC501,QC3."
-)
-
-
-@click.command()
+@click.command(cls=RenamedOptions, renamed={"--json": ("--format", "json")})
 @FORMAT
-@click.option("--json", "format_", flag_value="json", help="Same as --format json.")
 @SELECT
 @PLUGIN
 def rules(format_: str, select: tuple[str, ...], plugins: tuple[str, ...]) -> None:
@@ -101,7 +97,7 @@ def _explained(rule: Rule, color: bool) -> str:
         f"{rule.severity}, depth {rule.depth}, counts {rule.unit}",
     ]
     if rule.origin:
-        parts.append(f"defined by {rule.origin}")
+        parts.append(f"Defined by {rule.origin}")
     parts += ["", _wrapped(texts.plain(texts.summary(rule.doc)))]
     for title, text in texts.sections(rule.doc).items():
         parts += ["", bold(title), *(_wrapped(texts.plain(p), "  ") for p in text.split("\n\n"))]

@@ -7,18 +7,20 @@ import json
 
 import click
 
+from verifier.cli.options import FORMAT
 from verifier.cli.progress import progress_bar
+from verifier.cli.spellings import RenamedOptions
 from verifier.selftest.runner import as_json, lines
 from verifier.selftest.runner import selftest as run
 
 
-@click.command()
+@click.command(cls=RenamedOptions, renamed={"--json": ("--format", "json")})
 @click.option(
     "--rule", "rules", metavar="RULE", multiple=True, help="Verify this rule only; repeatable."
 )
-@click.option("--json", "json_", is_flag=True, help="Print JSON.")
+@FORMAT
 @click.pass_context
-def selftest(ctx: click.Context, rules: tuple[str, ...], json_: bool) -> None:
+def selftest(ctx: click.Context, rules: tuple[str, ...], format_: str) -> None:
     """Verify every rule on this machine: valid tiny checkpoints pass, and every injected defect is
     caught.
 
@@ -27,6 +29,6 @@ def selftest(ctx: click.Context, rules: tuple[str, ...], json_: bool) -> None:
     """
     with progress_bar("verifying rules", unit="checkpoint") as progress:
         result = run([r.upper() for r in rules], progress=progress)
-    text = json.dumps(as_json(result), indent=2) if json_ else "\n".join(lines(result))
+    text = json.dumps(as_json(result), indent=2) if format_ == "json" else "\n".join(lines(result))
     click.echo(text)
     ctx.exit(0 if result.passed else 1)

@@ -259,11 +259,12 @@ def _manifest_of(uri: str) -> _Manifest:
 def _gate_measures(result: GateResult) -> dict[str, dict[str, float | None]]:
     measures: dict[str, dict[str, float | None]] = {}
     drift, kl = result.drift, result.measures.kl
+    bound = "" if kl is None or kl.kind == "lockstep" else "_lower"  # of KL, not KL itself
     ratio = drift.kl if drift else None
     intervals = {
         "loss": (result.interval, result.margin),
         "drift": (drift.interval, drift.margin) if drift else (None, None),
-        "kl": (kl.mean if kl else None, kl.margin if kl else None),
+        f"kl{bound}": (kl.mean if kl else None, kl.margin if kl else None),
         "log_kl_ratio": (ratio.interval, ratio.margin) if ratio else (None, None),
         "top1": (result.measures.top1, None),
     }
@@ -278,7 +279,7 @@ def _gate_measures(result: GateResult) -> dict[str, dict[str, float | None]]:
             }
     if kl is not None and all(map(math.isfinite, kl.tail)):
         value, low, high = kl.tail
-        measures["kl_999"] = {"value": value, "low": low, "high": high}
+        measures[f"kl_999{bound}"] = {"value": value, "low": low, "high": high}
     values = {
         "flips": _share(result.measures.flips, result.measures.sure),
         "perplexity_base": _finite(result.perplexity_base),

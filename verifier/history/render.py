@@ -21,13 +21,19 @@ def log_lines(records: Sequence[Record]) -> list[str]:
 def _log_line(record: Record) -> str:
     leading = next((name for name in _LEADING if name in record.measures), None)
     parts = [
-        f"{record.id[:8]}  {record.time[:16]}Z  {record.kind:6} {record.verdict:12} "
+        f"{record.id[:8]}  {record.time[:16]}Z  {_kind(record):13} {record.verdict:12} "
         f"{printable(record.name, 60)}",
         f"{leading} {measured(record.measures[leading])}" if leading else "",
         record.commit[:10],
         printable(record.label, 60),
     ]
     return "   ".join(part for i, part in enumerate(parts) if part or i == 1)
+
+
+def _kind(record: Record) -> str:
+    """Return ``check header``, or the kind alone where runs have no depth."""
+    depth = record.key.get("depth") if record.kind == "check" else None
+    return f"{record.kind} {printable(depth, 8)}" if isinstance(depth, str) else record.kind
 
 
 def show_lines(record: Record) -> list[str]:

@@ -21,6 +21,8 @@ LEAST_DIFFERENCE = {
     "drift": 0.001,
     "kl": 0.001,
     "kl_999": 0.05,
+    "kl_lower": 0.001,
+    "kl_999_lower": 0.05,
     "top1": 0.002,
     "flips": 0.001,
     "errors": 0.0,

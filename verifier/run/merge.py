@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from verifier.errors import ContentError
+from verifier.errors import ContentError, UsageError
 from verifier.findings import (
     READABLE_VERSIONS,
     Coverage,
@@ -26,6 +26,7 @@ from verifier.run.subset import subset_of
 from verifier.run.unchecked import totals
 from verifier.run.verdict import severity_rank, verdict_of
 from verifier.summary import Fetched, NotChecked, ReportedOptions, Summary, summary_of
+from verifier.text import counted, listed
 
 
 def report_of(value: Any) -> Report:
@@ -74,7 +75,8 @@ def merge_reports(reports: Iterable[Report]) -> Report:
         reports: of `verifier.check` with ``subset``, in any order.
 
     Raises:
-        ContentError: a subset is missing or is there twice, a report is not of a subset or the
+        UsageError: a subset is missing.
+        ContentError: a subset is there twice, a report is not of a subset or the
             checkpoint could not be read, or two are of different checkpoints or options.
     """
     parts = _in_order(list(reports))
@@ -148,7 +150,7 @@ def _scale_bytes(parts: Sequence[Report]) -> int | None:
 def _in_order(reports: list[Report]) -> list[Report]:
     """Return the reports in the order of their subsets, all of which are there once."""
     if not reports:
-        raise ContentError("no report to merge")
+        raise UsageError("no report to merge")
     by_number: dict[int, Report] = {}
     of = 0
     for report in reports:
@@ -160,9 +162,8 @@ def _in_order(reports: list[Report]) -> list[Report]:
         by_number[subset.number], of = report, subset.of
     missing = [n for n in range(1, of + 1) if n not in by_number]
     if missing:
-        raise ContentError(
-            f"{len(missing)} of {of} subsets have no report, {missing[0]}/{of} first"
-        )
+        names = listed((f"{number}/{of}" for number in missing), 4)
+        raise UsageError(f"no report for {names}: {counted(len(missing), 'subset')} missing")
     if any(r.summary.contents is None for r in reports):
         raise ContentError("a report of a checkpoint that could not be read")
     return [by_number[n] for n in sorted(by_number)]

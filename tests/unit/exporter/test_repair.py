@@ -587,7 +587,7 @@ def test_a_dry_run_says_what_a_run_would_do_and_writes_nothing(kit, tmp_path: Pa
     assert not out.exists()
     report = tmp_path / "report.json"
     done = CliRunner().invoke(
-        command, [str(broken), str(out), "--base", str(kit.qwen), "--report", str(report)]
+        command, [str(broken), str(out), "--base", str(kit.qwen), "--json-report", str(report)]
     )
     assert done.exit_code == 0, done.output
     shared = [

@@ -190,7 +190,7 @@ def test_a_preview_shows_both_models(tmp_path: Path, capsys: pytest.CaptureFixtu
         "--recipe",
         "w4a16_nvfp4_experts_only",
     ]
-    assert run([*arguments, "--preview", str(prompts), "--report", str(report)]) == 0
+    assert run([*arguments, "--preview", str(prompts), "--json-report", str(report)]) == 0
     text = capsys.readouterr().out
     assert "preview    the town of" in text and "tokens identical" in text
     (row,) = json.loads(report.read_text())["preview"]

@@ -263,7 +263,7 @@ def test_tasks_from_yaml_files(
         task_corpus(files["tiny_choice"], "f1")
     with pytest.raises(UsageError, match="loglikelihood_rolling"):
         task_corpus(files["tiny_rolling"])
-    gate = ["gate", str(GOLDEN / "mxfp8"), "--base", str(GOLDEN / "bf16"), "--max-loss", "1%"]
+    gate = ["gate", str(GOLDEN / "mxfp8"), "--base", str(GOLDEN / "bf16"), "--max-increase", "1%"]
     task = ["--protocol", files["tiny_choice"]]
     for args, message in (
         ([*task, "--corpus", "x"], "has its own documents"),

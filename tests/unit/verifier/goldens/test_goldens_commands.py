@@ -300,3 +300,12 @@ def test_sums_come_back_to_the_last_bit(tmp_path: Path, accepted: Path) -> None:
     kept = load_pending(accepted, "M3-NVFP4.gate").proposed.documents
     assert list(kept) == gate(0.01).documents
     assert compare_with_golden(gate(), accepted / "M3-NVFP4.gate.golden.json").outcome == "agrees"
+
+
+def test_records_below_goldens_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(ROOT / "goldens" / "records", tmp_path / "goldens" / "records")
+    monkeypatch.chdir(tmp_path)
+    assert run(["goldens", "list"]) == 0
+    assert "minimax-m3-tiny.mixed" in capsys.readouterr().out

@@ -133,18 +133,15 @@ def test_check_appends_by_itself_and_tells_digests(
     assert run(["check", str(GOLDEN / "mxfp8"), "--label", "x"]) == 2
 
 
-def test_a_check_that_could_not_be_made_is_on_record(tmp_path: Path) -> None:
-    (tmp_path / "base").mkdir()
-    args = [
-        "check",
-        str(GOLDEN / "mxfp8"),
-        "--base",
-        str(tmp_path / "base"),
-        "--history",
-        str(tmp_path / "h"),
-    ]
-    assert run(args) == 1
-    assert [r.verdict for r in load(tmp_path / "h").records] == ["failed"]
+def test_a_check_that_could_not_be_made_is_on_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(_: object) -> None:
+        raise MachineError("disk")
+
+    monkeypatch.setattr("verifier.run.engine.open_checkpoint", failing)
+    assert run(["check", str(GOLDEN / "mxfp8"), "--history", str(tmp_path / "h")]) == 4
+    assert [r.verdict for r in load(tmp_path / "h").records] == ["error"]
 
 
 @pytest.mark.xdist_group("gate")
@@ -463,7 +460,7 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "+0.03000 [+0.02900, +0.03100], margin 0.07700" in capsys.readouterr().out
     assert run(["history", "compare", "-2", "-1", "-f", str(file)]) == 0
     assert "b - a +0.023" in capsys.readouterr().out
-    assert run(["history", "export", "--to", "json", "-f", str(file)]) == 0
+    assert run(["history", "export", "--format", "json", "-f", str(file)]) == 0
     assert len(json.loads(capsys.readouterr().out)) == 4
     assert run(["history", "show", "zz", "-f", str(file)]) == 2
     assert run(["history", "show", "-9", "-f", str(file)]) == 2
@@ -526,3 +523,36 @@ def test_a_check_of_version_0_1_is_read(tmp_path: Path, old: str, new: str) -> N
     (tmp_path / "c.json").write_text(json.dumps(value))
     found = recorded(read_result(tmp_path / "c.json"))
     assert (found.kind, found.verdict, found.measures["tensors"].value) == ("check", new, 3)
+
+
+def test_a_plot_is_svg_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "h"
+    assert run(["check", str(GOLDEN / "mxfp8"), "--history", str(file)]) == 0
+    plot = ["history", "plot", "--history", str(file), "--measure", "errors", "-o"]
+    assert run([*plot, str(tmp_path / "p.png")]) == 2
+    assert "give a name that ends in .svg" in capsys.readouterr().err
+    assert run([*plot, str(tmp_path / "p.svg")]) == 0
+    assert (tmp_path / "p.svg").read_text().startswith("<svg")
+
+
+def test_a_history_tells_depths_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "h"
+    for depth in ("header", "payload"):
+        check = ["check", str(GOLDEN / "mxfp8"), "--depth", depth, "--history", str(file)]
+        assert run(check) == 0
+    capsys.readouterr()
+    assert run(["history", "log", "--history", str(file)]) == 0
+    out = capsys.readouterr().out
+    assert "check header" in out
+    assert "check payload" in out
+    assert len({record.series for record in load(file).records}) == 2
+
+
+def test_an_export_takes_its_format_from_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "h"
+    assert run(["check", str(GOLDEN / "mxfp8"), "--history", str(file)]) == 0
+    export = ["history", "export", "--history", str(file)]
+    assert run([*export, "-o", str(tmp_path / "x.csv")]) == 0
+    assert (tmp_path / "x.csv").read_text().startswith("id,")
+    assert run(export) == 2
+    assert run([*export, "-o", str(tmp_path / "x.txt")]) == 2

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import html.parser
+import json
 import math
 import random
 import re
@@ -315,7 +316,8 @@ def test_the_drift_against_a_golden_is_a_row_of_the_forest(
     assert "margin 0.003" in words(first)
     assert "failed" in words(first)
     write_result(file, gate())
-    assert run(args) == 1  # identical: there is no interval
+    assert run(args) == 0
+    assert "Identical to the accepted record" in (tmp_path / "r.html").read_text()
 
 
 def test_a_check_is_a_page_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -324,6 +326,12 @@ def test_a_check_is_a_page_too(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert (
         run(["report", str(tmp_path / "c.json"), "-o", str(tmp_path / "r.html"), "--weights"]) == 0
     )
+    value = json.loads((tmp_path / "c.json").read_text())
+    value["stats"]["bytes"] += 1
+    (tmp_path / "other.json").write_text(json.dumps(value))
+    other = ["report", str(tmp_path / "other.json"), "-o", str(tmp_path / "o.html"), "--weights"]
+    assert run(other) == 1
+    assert "is not the checkpoint of the run" in capsys.readouterr().err
     page = (tmp_path / "r.html").read_text()
     harmless(page)
     assert "check PASSED" in page

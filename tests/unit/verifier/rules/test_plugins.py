@@ -91,7 +91,7 @@ def test_a_rule_of_a_plugin_can_be_required(tmp_path: Path) -> None:
 
 
 def test_rules_and_explain_know_a_file(capsys: Capture) -> None:
-    assert run(["rules", "--json", "--plugin", str(MODULE)]) == 0
+    assert run(["rules", "--format", "json", "--plugin", str(MODULE)]) == 0
     row = json.loads(capsys.readouterr().out)[-1]
     assert (row["id"], row["origin"], row["engines"]) == ("ACME101", str(MODULE), {})
     assert run(["explain", "acme101", "--plugin", str(MODULE)]) == 0
@@ -101,7 +101,7 @@ def test_rules_and_explain_know_a_file(capsys: Capture) -> None:
 
 
 def test_every_field_of_every_rule_is_listed(capsys: Capture) -> None:
-    assert run(["rules", "--json"]) == 0
+    assert run(["rules", "--format", "json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert [r["id"] for r in rows] == list(all_rules())
     for row, rule in zip(rows, all_rules().values(), strict=True):
@@ -255,7 +255,7 @@ def test_an_installed_package_joins_by_itself(installed: Path) -> None:
 def test_a_package_that_was_imported_before_joins_once(installed: Path) -> None:
     done = call(installed, "check", str(QWEN_NVFP4), script="import ckptgate_example_rules")
     assert (done.returncode, done.stderr) == (1, "")
-    assert done.stdout.count("ACME101") == 1
+    assert done.stdout.count("error   ACME101") == 1
 
 
 def test_a_package_and_a_file_of_one_id_collide(installed: Path) -> None:

@@ -158,8 +158,6 @@ def test_reports_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     strange = verifier.check(other, depth="payload", subset="2/3")
     against = verifier.check(path, base=BASE, depth="payload", subset="2/3")
     for parts, words in [
-        ([], "no report"),
-        ([one, three], "1 of 3 subsets have no report, 2/3 first"),
         ([one, one, two], "two reports are of"),
         ([one, verifier.check(path, depth="payload", subset="1/2")], "among those of n = 3"),
         ([verifier.check(path, depth="payload")], "is not of a subset"),
@@ -167,6 +165,9 @@ def test_reports_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         ([one, against, three], "different checkpoints"),
     ]:
         with pytest.raises(ContentError, match=words):
+            merge_reports(parts)
+    for parts, words in (([], "no report"), ([one, three], "no report for 2/3: 1 subset missing")):
+        with pytest.raises(UsageError, match=words):
             merge_reports(parts)
     assert merge_reports([three, one, two]).verdict == "passed"
 
@@ -206,8 +207,13 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert _untimed(merged) == _untimed(verifier.check(path, depth="payload"))
     assert run(["merge-reports", *map(str, files)]) == 1
     assert "verdict: FAILED" in capsys.readouterr().out
-    assert run(["merge-reports", str(files[0])]) == 1
-    assert "1 of 2 subsets have no report" in capsys.readouterr().err
+    assert run(["merge-reports", str(files[0])]) == 2
+    assert "no report for 1/2: 1 subset missing" in capsys.readouterr().err
+    junit = tmp_path / "merged.xml"
+    merge = ["merge-reports", *map(str, files)]
+    assert run([*merge, "--format", "concise", "-o", "-", "-o", str(junit)]) == 1
+    assert capsys.readouterr().out.splitlines()[-1].startswith(f"{path}: FAILED")
+    assert junit.read_text().startswith("<?xml")
     assert run(["merge-reports", str(tmp_path / "absent.json")]) == 2
     capsys.readouterr()
     odd = (

@@ -75,7 +75,7 @@ def test_a_seeded_part_of_it(rule: str) -> None:
 
 
 def test_command_prints_json_and_exits_0() -> None:
-    done = CliRunner().invoke(cli, ["selftest", "--rule", "qc501", "--json"])
+    done = CliRunner().invoke(cli, ["selftest", "--rule", "qc501", "--format", "json"])
     assert done.exit_code == 0, done.output
     said = json.loads(done.output)
     assert said["passed"] is True
