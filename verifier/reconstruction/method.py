@@ -42,6 +42,8 @@ DIFFERENT = ("lost", "part", "weak", "moved")
 MODULES, PER_KIND = 24, 4
 """Modules that decide about the checkpoint; of each kind (last part of the name)."""
 TENSORS = 16
+DIFFERS = "differs from its source"
+"""The kind of result that says of a pass-through tensor whether its bytes differ."""
 HEAD_BYTES = 1 << 16
 """Of a larger pass-through tensor the beginning decides whether it differs."""
 SHARE = 0.25
@@ -232,6 +234,12 @@ class WeightMethod:
         return _spread(kinds, 2)[:TENSORS]
 
     def _differs(self, own: Tensor, other: Tensor) -> bool:
+        """Whether a pass-through tensor differs from its source: QC605 knows it where it ran."""
+        return self.pair.payload.results.of_name(
+            DIFFERS, own.name, lambda: self._starts_differently(own, other)
+        )
+
+    def _starts_differently(self, own: Tensor, other: Tensor) -> bool:
         size = min(own.nbytes, HEAD_BYTES)
         mine = self.pair.candidate.checkpoint.read_range(own, 0, size)
         return not np.array_equal(mine, self.pair.base.checkpoint.read_range(other, 0, size))

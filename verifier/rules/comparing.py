@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from verifier.checkpoint import Tensor
 from verifier.reconstruction.cause import CheckpointPair, Reconstruction, reconstruct
-from verifier.reconstruction.method import DIFFERENT, WeightMethod
+from verifier.reconstruction.method import DIFFERENT, DIFFERS, WeightMethod
 from verifier.rules.context import Context
 from verifier.schemes import Format, Module
 
@@ -44,6 +44,15 @@ def reconstruction(ctx: Context, module: Module) -> Reconstruction:
     if result.cause in ("weak", "moved") and explanation.against:
         return replace(result, cause="unexplained", detail=explanation.against)
     return result
+
+
+def differing_bytes(ctx: Context, tensor: Tensor) -> int:
+    """Return how many bytes of a pass-through tensor differ from its source, and note for the
+    survey of QC519 whether any do.
+    """
+    count = ctx.payload.scan(tensor).differing.count
+    ctx.payload.results.of_name(DIFFERS, tensor.name, lambda: count > 0)
+    return count
 
 
 def is_explained(ctx: Context, tensor: Tensor, source: Tensor) -> bool:

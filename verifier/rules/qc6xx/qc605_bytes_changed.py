@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from verifier.findings import Finding
-from verifier.rules.comparing import is_explained
+from verifier.rules.comparing import differing_bytes, is_explained
 from verifier.rules.context import Context
 from verifier.rules.registry import rule
 
@@ -41,8 +41,8 @@ def check(ctx: Context) -> Iterator[Finding]:
         if tensor.dtype != source.dtype or tensor.shape != source.shape:
             continue
         ctx.tally.see()
-        facts = ctx.payload.scan(tensor)
-        if facts.differing.count and not is_explained(ctx, tensor, source):
+        if differing_bytes(ctx, tensor) and not is_explained(ctx, tensor, source):
+            facts = ctx.payload.scan(tensor)
             yield ctx.finding(
                 "bytes differ from the source",
                 where=ctx.at_byte(tensor, facts.differing.first),
