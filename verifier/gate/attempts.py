@@ -124,8 +124,10 @@ class Pair:
         """Sequence length and series, on which the spread of documents depends."""
         return [self.options.seq_len, self.options.series]
 
-    def look_key(self, margins: Sequence[Margin]) -> str:
-        """Return a digest of everything that decides the numbers of a look, and of its margins."""
+    def look_key(self, margins: Sequence[Margin], terms: Sequence[str] = ()) -> str:
+        """Return a digest of everything that decides the numbers of a look, of its margins, and of
+        its further terms.
+        """
         corpus = self.options.corpus
         parts = [
             asdict(identity_of(self.candidate)),
@@ -134,6 +136,7 @@ class Pair:
             corpus.digest,
             corpus.group_numbers,
             [margin.nats for margin in margins],
+            list(terms),
         ]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -144,19 +147,20 @@ class Attempts:
     def __init__(self, folder: Path) -> None:
         self.path = folder / FILE
 
-    def look(self, pair: Pair, margins: Sequence[Margin] = ()) -> Look:
+    def look(self, pair: Pair, margins: Sequence[Margin] = (), terms: Sequence[str] = ()) -> Look:
         """Return which look this is; an attempt that gives the same numbers as an earlier one is
         that one again.
 
         Args:
             pair: what is scored.
-            margins: of the loss, and of the drift.
+            margins: all that decide, that of the loss first.
+            terms: what else decides, such as the accepted run that drift is measured from.
 
         Raises:
             UsageError: an earlier attempt did not pass, and only some of its documents are among
                 these.
         """
-        key = pair.look_key(margins)
+        key = pair.look_key(margins, terms)
         attempts = [attempt for attempt in self._attempts() if attempt.of == pair.family]
         record = self._base_record(attempts, pair)
         again = next((attempt for attempt in attempts if attempt.key == key), None)
@@ -200,7 +204,12 @@ class Attempts:
         return next((spread for spread in reversed(spreads) if spread is not None), None)
 
     def record(
-        self, pair: Pair, result: GateResult, seconds: float, margins: Sequence[Margin] = ()
+        self,
+        pair: Pair,
+        result: GateResult,
+        seconds: float,
+        margins: Sequence[Margin] = (),
+        terms: Sequence[str] = (),
     ) -> None:
         """Append an attempt and sync.
 
@@ -210,7 +219,7 @@ class Attempts:
         corpus = pair.options.corpus
         row: dict[str, Any] = {
             "family": pair.family,
-            "look_key": pair.look_key(margins),
+            "look_key": pair.look_key(margins, terms),
             "look": result.looks or 1,
             "seq_len": pair.options.seq_len,
             "series": pair.options.series,

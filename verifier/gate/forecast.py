@@ -20,7 +20,7 @@ from verifier.evaluation import Margin
 from verifier.gate.attempts import Attempts, Pair, Spread
 from verifier.gate.clusters import clusters_of
 from verifier.gate.decision import NORMALS, alpha_of
-from verifier.gate.gate import Margins, accepted_run, gate_options, margins_of, open_pair
+from verifier.gate.gate import Margins, accepted_run, gate_options, margins_of, open_pair, terms_of
 from verifier.gate.measures import kl_ratio, top_k_of
 from verifier.gate.options import PathLike
 from verifier.gate.run_file import Run, require_same_key
@@ -129,7 +129,8 @@ def plan(candidate: PathLike, *, base: PathLike, **options: Any) -> GatePlan:
     task, spread, look = request.scoring.protocol == "task", None, None
     if request.cache is not None:
         attempts = Attempts(Path(request.cache))
-        look = attempts.look(pair, margins.decisive).number
+        terms = terms_of(pair.base, request, accepted)
+        look = attempts.look(pair, margins.decisive, terms).number
         spread = attempts.last_spread(pair) if accepted is None and not task else None
     formats = set() if task else formats_of(pair.candidate)
     if spread is not None:

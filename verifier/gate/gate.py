@@ -203,8 +203,9 @@ def run_gate(candidate: PathLike, base: PathLike, options: GateOptions) -> GateR
     if accepted is not None:
         require_same_key(accepted.header.model, accepted.header.key, pair.candidate.uri, plan.key)
     floor_runs = _floor_runs(pair.base, plan.key, options)
+    terms = terms_of(pair.base, options, accepted, floor_runs)
     attempts = Attempts(Path(options.cache)) if options.cache is not None else None
-    look = attempts.look(pair, margins.decisive) if attempts is not None else None
+    look = attempts.look(pair, margins.decisive, terms) if attempts is not None else None
     scored = score(plan, strategy)
     candidate_run, base_run = scored.runs
     result = compare_runs(
@@ -224,7 +225,7 @@ def run_gate(candidate: PathLike, base: PathLike, options: GateOptions) -> GateR
         return result
     result = replace(result, notes=(*look.notes, *result.notes))
     seconds = candidate_run.header.seconds + base_run.header.seconds
-    attempts.record(pair, result, seconds, margins.decisive)
+    attempts.record(pair, result, seconds, margins.decisive, terms)
     return result
 
 
@@ -286,6 +287,16 @@ def margins_of(pair: Pair, options: GateOptions) -> Margins:
         None if task else kl_ratio_of(options.max_drift),
         None if task else kl_margin_of(options.max_kl, parameters),
     )
+
+
+def terms_of(
+    base: Checkpoint, options: GateOptions, accepted: Run | None, floor_runs: Sequence[Run] = ()
+) -> list[str]:
+    """Return what decides a gate besides its margins: how KL is computed, and the runs that drift
+    and noise are measured from. A gate without them is another look, not the same one.
+    """
+    runs = [accepted, *floor_runs]
+    return [_kl_choice(base, options), *(run.header.weights_sha256 if run else "" for run in runs)]
 
 
 def accepted_run(options: GateOptions) -> Run | None:

@@ -42,16 +42,16 @@ def doubts_about(
             token.
     """
     if base.header.key.get("protocol") == "task":
-        found = [_gain_of_accuracy(interval), _chance(base, distinct)]
+        doubts = [_gain_of_accuracy(interval), _chance(base, distinct)]
     else:
-        found = [
+        doubts = [
             _gain(interval),
             _uniform(base),
             _same_scores(base, candidate),
             _worse_than_before(base, base_record),
             *(_constant(run, name) for run, name in ((base, "base"), (candidate, "candidate"))),
         ]
-    return [doubt for doubt in found if doubt]
+    return [doubt for doubt in doubts if doubt]
 
 
 def _gain(interval: Interval) -> str:

@@ -90,13 +90,27 @@ def _forest(gates: Sequence[GateResult]) -> list[Figure]:
     return [Figure("Loss and margin", words, picture)]
 
 
+def _kl_drift(gate: GateResult) -> str:
+    """Return the drift of a gate that is decided by a ratio of KL divergences, '' for another."""
+    ratio = gate.drift.kl if gate.drift is not None else None
+    if ratio is None:
+        return ""
+    low, high = math.exp(ratio.interval.low), math.exp(ratio.interval.high)
+    return (
+        f"{ratio.interval.ratio:.3f} times the accepted run's KL divergence from the base "
+        f"[{low:.3f}, {high:.3f}], margin {math.exp(ratio.margin.nats):.4g} times ({ratio.kind})"
+    )
+
+
 def _rows(gate: GateResult) -> list[Row]:
-    """Return a row for the loss over the base, and one for the loss over an accepted run."""
+    """Return a row for the loss over the base, and one for the loss over an accepted run where it
+    decides the drift.
+    """
     name = f"{_name(gate)} (accuracy)" if gate.accuracy else _name(gate)
     rows = []
     if gate.interval is not None:
         rows.append(Row(name, gate.interval, gate.margin.nats, gate.outcome))
-    if (drift := gate.drift) is not None:
+    if (drift := gate.drift) is not None and drift.kl is None:
         verdict = _verdict(drift.interval, drift.margin.nats)
         rows.append(Row(f"drift of {name}", drift.interval, drift.margin.nats, verdict))
     return [row for row in rows if _drawable(row.interval)]
@@ -178,7 +192,11 @@ def _gate_section(gate: GateResult) -> dict[str, Any]:
         facts.append(("top-1 agreement", _interval(top1)))
     if gate.nonfinite:
         documents = counted(len(gate.nonfinite), "document")
-        facts.append(("not finite", f"logits in {documents}; no statistics"))
+        owner = "the base's " if gate.nonfinite_base else ""
+        facts.append(("not finite", f"{owner}logits in {documents}; no statistics"))
+    if drift := _kl_drift(gate):
+        facts.append(("drift", drift))
+    facts += [("doubt", doubt) for doubt in gate.doubts]
     facts += [("note", note) for note in gate.notes[:20]]
     environment = [f"{name} {value}" for name, value in gate.environment.items()]
     facts.append(("environment", ", ".join(environment)))
@@ -206,7 +224,9 @@ def _interval(interval: Interval) -> str:
 
 
 def _kl(kl: Kl) -> str:
-    return f"mean {_interval(kl.mean)}, 99.9% quantile {_number(kl.tail[0])} nats ({kl.kind})"
+    margin = f", margin {_number(kl.margin.nats)}" if kl.margin is not None else ""
+    tail = f"99.9% quantile {_number(kl.tail[0])} nats"
+    return f"mean {_interval(kl.mean)}{margin}, {tail} ({kl.kind})"
 
 
 def _check_section(check: Report, limit: int) -> dict[str, Any]:

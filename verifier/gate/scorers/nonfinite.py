@@ -26,10 +26,10 @@ class LogitsWatch:
             samples: lm-eval's, each with ``doc_id`` and ``resps``.
             numbers: the documents that were scored.
         """
-        shown = {int(sample["doc_id"]) for sample in samples if _has_nonfinite(sample["resps"])}
-        if self.nonfinite and not shown:
+        documents = {int(sample["doc_id"]) for sample in samples if _has_nonfinite(sample["resps"])}
+        if self.nonfinite and not documents:
             return sorted(numbers)
-        return sorted(shown)
+        return sorted(documents)
 
 
 @contextmanager

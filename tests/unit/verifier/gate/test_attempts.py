@@ -73,6 +73,14 @@ def test_a_second_look_has_its_share_whatever_changed(
     assert attempts.look(pair("a", "b", "x", "y", "c"), [margin]).number == 3
 
 
+def test_a_gate_without_the_drift_of_the_first_is_a_look_of_its_own(tmp_path: Path) -> None:
+    attempts = Attempts(tmp_path)
+    attempts.record(pair("a", "b"), FAILED, 3.0, [MARGIN], ["top-k", "accepted"])
+    assert attempts.look(pair("a", "b"), [MARGIN], ["top-k", "accepted"]).number == 1
+    for terms in (["top-k", ""], ["top-k", "another run"], ["off", "accepted"]):
+        assert attempts.look(pair("a", "b"), [MARGIN], terms).number == 2
+
+
 def test_the_same_numbers_are_not_a_new_look(attempts: Attempts) -> None:
     assert attempts.look(pair("a", "b"), [MARGIN]) == Look(base_record=FAILED.base_nats)
     attempts.record(pair("a", "b"), FAILED, 3.0, [MARGIN])

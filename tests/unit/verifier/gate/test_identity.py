@@ -68,12 +68,12 @@ def run_of(plan: ScoringPlan, **changed: object) -> Run:
 def test_a_cached_base_is_used_only_while_its_configuration_and_tokenizer_are_the_same(
     base: Path, tmp_path: Path
 ) -> None:
-    said: list[str] = []
-    plan = plan_of(base, said.append)
+    messages: list[str] = []
+    plan = plan_of(base, messages.append)
     file = cached_file(plan, tmp_path / "cache")
     (run,) = Cached(tmp_path / "cache")(plan).runs
     assert run.header == read_run(file).header
-    assert said == [f"{base}: taken from the cache, {file}"]
+    assert messages == [f"{base}: taken from the cache, {file}"]
     for change in (change_config, change_tokenizer):
         change(base)
         plan = plan_of(base)

@@ -20,7 +20,7 @@ from tests.results import gate_result, interval, summary, write_result
 from verifier.checkpoint import open_checkpoint
 from verifier.cli import run
 from verifier.errors import ContentError
-from verifier.evaluation import Drift, ExpertReach, GateResult, Kl, Margin, Measures
+from verifier.evaluation import Drift, ExpertReach, GateResult, Kl, KlRatio, Margin, Measures
 from verifier.findings import Finding, Report, Where
 from verifier.goldens import compare_with_golden
 from verifier.history import append, recorded
@@ -130,6 +130,19 @@ def test_a_result_with_more_has_more_pictures() -> None:
     assert "failed" in words(shown[0])
     assert "worst: layers.1, 1" in words(shown[2])
     assert "99.9% quantile 1 nats (lockstep)" in page
+
+
+def test_a_drift_by_the_kl_ratio_and_doubts_are_facts() -> None:
+    ratio = KlRatio(
+        "lower bounds", 0.003, 0.002, interval(math.log(1.5), 0.1), Margin(math.log(1.15), "")
+    )
+    drift = Drift("old", Margin(0.003, "default"), interval(0.02, 0.01), ratio)
+    page = render_page([gate(drift=drift, doubts=("the base is a uniform guess",))])
+    assert "1.500 times the accepted run" in page
+    assert "margin 1.15 times (lower bounds)" in page
+    assert "the base is a uniform guess" in page
+    # The loss over the accepted run does not decide: it is not drawn against a margin.
+    assert "drift of M3-NVFP4" not in words(pictures(page)[0])
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, 1e300])
