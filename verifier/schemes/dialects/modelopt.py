@@ -299,7 +299,7 @@ def _algo(body: Mapping[str, Any], problems: list[str]) -> str | None:
     if algo is not None and not isinstance(algo, str):
         problems.append(f"quant_algo is {algo!r}, not a string")
         return None
-    return algo.upper() if algo is not None else None
+    return algo.upper() if algo else None  # '' is none to vLLM too
 
 
 def _layers(value: Any, problems: list[str]) -> dict[str, Entry]:
