@@ -4,15 +4,19 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import verifier
 from tests.formats import methods_page
 from tests.formats.formats import build
-from tests.formats.methods import METHODS, ONE_BLOCK, TWINS, Method, run, shortfalls
+from tests.formats.methods import METHODS, ONE_BLOCK, TWINS, Method, rows_swapped, run, shortfalls
+from tests.mutation import harmless, image
 from verifier.errors import UsageError
+from verifier.run.merge import merge_reports
 
 SAMPLE = 2
 STATED = [m for m in METHODS.values() if m.format.weights]
@@ -68,6 +72,26 @@ def test_a_wrong_statement_fails(method: Method, stated: str, tmp_path: Path) ->
     report = verifier.check(path, base=base_path, depth="payload", weights=stated)
     assert report.verdict == "failed"
     assert "QC519" in {f.rule for f in report.findings if f.severity == "error"}
+
+
+@pytest.mark.parametrize("name", ["nvfp4_folded_0.3", "ct_rotated", "nvfp4_trained_20"])
+def test_findings_depend_neither_on_workers_nor_on_subsets(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("verifier.run.schedule.WORTH_COPIES", 1)
+    fmt = METHODS[name].format
+    clean, base = build(fmt)
+    rows_swapped(clean, fmt)
+    whole = image.read(clean.write(tmp_path / "whole"))
+    harmless.cut_into_shards(whole, np.random.default_rng(0))
+    path, base_path = whole.write(tmp_path / "shards"), base.write(tmp_path / "base")
+    check = partial(
+        verifier.check, path, base=base_path, depth="payload", weights=fmt.weights or None
+    )
+    one, copied = check(workers=1), check(workers=3)
+    merged = merge_reports([check(subset=f"{n}/2") for n in (1, 2)])
+    assert {"QC519"} < {f.rule for f in one.findings}
+    assert one.findings == copied.findings == merged.findings
 
 
 @pytest.mark.parametrize("stated", ["moved", "rotated", "folded"])
