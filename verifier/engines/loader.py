@@ -54,29 +54,49 @@ class VllmLoader:
             UsageError: the interpreter cannot be started.
             MachineError: it has no vLLM, or the process fails or does not answer in time.
         """
-        with closing(LineProcess(self.python, WORKER, _WHO, self.timeout)) as process:
-            engine = _ready(process)
-            candidate = self._load(process, engine, checkpoint, checkpoint)
-            if base is None or candidate.reason:
-                return EngineLoads(candidate)
-            return EngineLoads(candidate, self._load(process, engine, base, checkpoint))
+        with closing(VllmSession(self)) as session:
+            return session(checkpoint, base)
 
-    def _load(
-        self, process: LineProcess, engine: str, checkpoint: Checkpoint, sized: Checkpoint
-    ) -> EngineLoad:
+
+class VllmSession:
+    """A running vLLM process that loads any number of checkpoints."""
+
+    def __init__(self, loader: VllmLoader) -> None:
+        """Start the process; errors are those of `VllmLoader`."""
+        self._loader = loader
+        self._process = LineProcess(loader.python, WORKER, _WHO, loader.timeout)
+        try:
+            self.engine = _ready(self._process)
+        except BaseException:
+            self.close()
+            raise
+
+    def __call__(self, checkpoint: Checkpoint, base: Checkpoint | None = None) -> EngineLoads:
+        """Load a checkpoint and its base."""
+        candidate = self.load(checkpoint, checkpoint)
+        if base is None or candidate.reason:
+            return EngineLoads(candidate)
+        return EngineLoads(candidate, self.load(base, checkpoint))
+
+    def load(self, checkpoint: Checkpoint, sized: Checkpoint) -> EngineLoad:
         """Return what vLLM makes of a checkpoint; ``sized`` decides how many layers are built."""
         if checkpoint.source.remote or not os.path.isdir(checkpoint.uri):
-            return EngineLoad(engine, reason=f"{checkpoint.uri} is not a local directory")
-        layers = self.layers if self.layers is not None else layers_that_fit(sized)
+            return EngineLoad(self.engine, reason=f"{checkpoint.uri} is not a local directory")
+        layers = self._loader.layers
+        layers = layers if layers is not None else layers_that_fit(sized)
         if layers == 0:
             need = MEMORY * sized.nbytes / 1e9
-            return EngineLoad(engine, reason=f"loading takes {need:,.1f} GB of memory")
+            return EngineLoad(self.engine, reason=f"loading takes {need:,.1f} GB of memory")
         question = {"id": 1, "model": os.path.abspath(checkpoint.uri), "layers": layers}
-        answer = process.ask(question, _ANSWER_BYTES)
+        answer = self._process.ask(question, _ANSWER_BYTES)
         loaded = answer.get("loaded")
         if answer.get("id") != 1 or not isinstance(loaded, dict):
             raise MachineError(f"{_WHO}: an answer to another question")
-        return load_of(engine, loaded, layers)
+        return load_of(self.engine, loaded, layers)
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.close()
 
 
 def _ready(process: LineProcess) -> str:

@@ -80,6 +80,9 @@ NO_CPU = (
     "amx",
     "only supported on",
     "flashinfer",
+    "sparse mla backend",
+    "dummy base class",
+    "model runner v1 does not support",
     "get_device_capability",
     "device capability",
 )
@@ -96,6 +99,7 @@ EXPERT_KERNELS = (
     ("nvfp4_emulation_moe", "Nvfp4QuantizationEmulationTritonExperts"),
     ("mxfp8_emulation_moe", "Mxfp8EmulationTritonExperts"),
     ("triton_moe", "TritonExperts"),
+    ("cpu_moe", "CPUUnquantizedExperts"),
 )
 TORCHVISION = (
     "torchvision",
@@ -131,7 +135,7 @@ class Refusal(Exception):
             "stage": self.stage,
             "error": message,
             "place": place,
-            "unbuildable": no_cpu and self.stage in ("model construction", "post-processing"),
+            "unbuildable": no_cpu and self.stage != "weight loading",
         }
 
 
@@ -216,8 +220,18 @@ def _emulate_kernels(platform: Any) -> None:
         with contextlib.suppress(ImportError, AttributeError):
             path = f"vllm.model_executor.layers.fused_moe.experts.{module}"
             experts = getattr(import_module(path), name)
-            experts.is_supported_config = staticmethod(lambda *_: (True, None))
+            experts.is_supported_config = staticmethod(_for_any_config(experts))
     vars(import_module("vllm._custom_ops"))["scaled_fp8_quant"] = _fp8_by_scale
+
+
+def _for_any_config(experts: Any) -> Callable[..., Any]:
+    """Return what a class answers whether it supports a config; its subclasses answer as before."""
+    original = experts.is_supported_config
+
+    def supported(cls: Any, *arguments: Any) -> Any:
+        return (True, None) if cls is experts else original(cls, *arguments)
+
+    return supported
 
 
 def _fp8_by_scale(values: Any, scale: Any = None, **_: Any) -> tuple[Any, Any]:
@@ -315,19 +329,20 @@ def _load(config: Any, layers: int | None) -> dict[str, Any]:
             weights = _weights(loader, model_config, model, layers)
             with recorder:
                 model.load_weights(recorder.watched(weights))
+        optional = _optional(model, config)
         answer = {
             "architecture": type(model).__name__,
             "parameters": recorder.parameters,
             "bytes": recorder.bytes,
             "tensors": recorder.read,
-            "unwritten": recorder.unwritten(_optional(model, config)),
+            "unwritten": recorder.unwritten(optional),
             "unused": recorder.unused(),
             "casts": recorder.casts(),
         }
         sources = recorder.sources()
         with stage("post-processing"):
             utils.process_weights_after_loading(model, model_config, torch.device("cpu"))
-        return answer | {"bad_scales": bad_scales(model, sources)}
+        return answer | {"bad_scales": bad_scales(model, sources, optional)}
 
 
 def _init_distributed() -> None:
@@ -524,7 +539,7 @@ def _dtype(dtype: Any) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def bad_scales(model: Any, sources: dict[str, str]) -> list[dict[str, Any]]:
+def bad_scales(model: Any, sources: dict[str, str], optional: set[str]) -> list[dict[str, Any]]:
     """Return the scales that are zero or not finite after loading, with a tensor of each."""
     torch = import_module("torch")
     found = []
@@ -533,7 +548,7 @@ def bad_scales(model: Any, sources: dict[str, str]) -> list[dict[str, Any]]:
         data = parameter.data
         if "scale" not in leaf or not data.numel() or data.dtype == torch.uint8:
             continue
-        if leaf in OPTIONAL or "e8m0" in str(data.dtype):
+        if name in optional or leaf in OPTIONAL or "e8m0" in str(data.dtype):
             continue
         values = data.float()
         zeros, broken = int((values == 0).sum()), int((~torch.isfinite(values)).sum())

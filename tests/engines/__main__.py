@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m tests.engines``: our exports, broken checkpoints and reported ones in vLLM's own
+loader on a CPU; ``--write`` writes results.json and docs/engines.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from contextlib import closing
+from pathlib import Path
+
+from tests.engines import page
+from tests.engines.environment import default_version, interpreter
+from tests.engines.loads import SECTIONS, Engine, Row
+from verifier.engines.loader import VllmLoader, VllmSession
+
+
+def main(argv: list[str]) -> int:
+    """Run the sections; 1 if `check` passes an export that fails in the engine."""
+    parser = argparse.ArgumentParser(prog="python -m tests.engines", description=__doc__)
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help=", ".join(SECTIONS))
+    parser.add_argument("--vllm", default=default_version(), help="the version to install")
+    parser.add_argument("--home", type=Path, default=Path(".tox/engines"), help="where")
+    parser.add_argument("--write", action="store_true", help="write results.json and the page")
+    options = parser.parse_args(argv)
+    python = interpreter(options.vllm, options.home)
+    results = page.read()
+    with closing(VllmSession(VllmLoader(python))) as session:
+        results["engine"] = session.engine.partition(" (")[0]
+        engine = Engine(session)
+        for name in options.sections or SECTIONS:
+            results[name] = _run(name, engine)
+            if options.write:
+                page.write(results)
+    wrong = page.violations(results)
+    for row in wrong:
+        print(f"passes check and fails in vLLM: {row.name} {row.recipe}: {row.why}")
+    return bool(wrong)
+
+
+def _run(name: str, engine: Engine) -> list[Row]:
+    started, rows = time.monotonic(), []
+    with tempfile.TemporaryDirectory(prefix="ckptgate-engines-") as home:
+        for row in SECTIONS[name](engine, Path(home)):
+            rows.append(row)
+            print(
+                f"{name}: {row.name} {row.recipe}: {row.check} / {row.engine} {row.why}", flush=True
+            )
+    print(f"{name}: {len(rows)} rows in {time.monotonic() - started:.0f} s", flush=True)
+    return rows
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""results.json, and docs/engines.md from it."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tests.engines.loads import ACCEPTED, FAILURES, NOT_CHECKED, REFUSED, SECTIONS, WARNS, Row
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results.json"
+PAGE = HERE.parents[1] / "docs" / "engines.md"
+OURS = ("goldens", "zoo")
+"""The sections with exports of ours."""
+
+
+def read() -> dict[str, Any]:
+    """Return the committed results: rows by section, and the engine."""
+    if not RESULTS.exists():
+        return {}
+    results: dict[str, Any] = json.loads(RESULTS.read_text(encoding="utf-8"))
+    for name in SECTIONS:
+        results[name] = [Row(**row) for row in results.get(name, ())]
+    return results
+
+
+def violations(results: dict[str, Any]) -> list[Row]:
+    """Return our exports that `check` passes and that fail in the engine."""
+    return [row for name in OURS for row in results.get(name, ()) if row.violates]
+
+
+def write(results: dict[str, Any]) -> None:
+    """Write the results, a line per row, and the page."""
+    parts = [f' "engine": {json.dumps(results["engine"])}']
+    for name in SECTIONS:
+        rows = [json.dumps(asdict(row), ensure_ascii=False) for row in results.get(name, ())]
+        parts.append(
+            f' "{name}": [\n  ' + ",\n  ".join(rows) + "\n ]" if rows else f' "{name}": []'
+        )
+    if "scores" in results:
+        parts.append(f' "scores": {json.dumps(results["scores"])}')
+    RESULTS.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
+    PAGE.write_text(render(results), encoding="utf-8")
+
+
+def render(results: dict[str, Any] | None = None) -> str:
+    """Return docs/engines.md."""
+    results = results or read()
+    sections = [
+        INTRODUCTION.format(engine=results["engine"]),
+        _summary(results),
+        _violations(results),
+        "## Goldens\n\n" + _exports(results["goldens"]),
+        ZOO + _families(results["zoo"]),
+        CLAIMS + _claims(results["claims"]),
+        CASES + _cases(results["cases"]),
+        _scores(results.get("scores", [])),
+    ]
+    return "\n\n".join(section.strip() for section in sections if section) + "\n"
+
+
+INTRODUCTION = """\
+# Engines
+
+```console
+$ ckptgate check ./OUT --base ./BF16 --depth engine --engine-python /opt/vllm/bin/python
+```
+
+The checkpoint goes through vLLM's own configuration parsing, name mapping, model construction,
+weight loading and post-processing, on a CPU, in a process of the interpreter that you name;
+ckptgate need not be installed there. QC601 reports what vLLM rejects, QC602 the parameters that the
+checkpoint never writes, and QC603 what is dropped or degraded. The base goes through the same
+loader as a control: what also happens to the base is not reported. What cannot be built on a CPU is
+not checked, and the verdict is then inconclusive. Where a CPU has no kernel, vLLM's emulation or a
+Triton class is selected, and none of them is run: this checks a load, not the numbers of kernels.
+
+A model is built in memory, which takes about {memory} times the bytes of the checkpoint. If that
+does not fit, the fewest first layers are built that show every kind of layer, and the report says
+so; `--engine-layers N` chooses. `--depth engine` runs the rules of depths header and payload too,
+and does not load with transformers.
+
+Everything that depends on vLLM's internals is in `verifier/engines/vllm_worker.py`. The tables
+below are from `python -m tests.engines --write` (`tox -e engines`) with {{engine}}.
+""".format(memory="2.5")
+ZOO = """\
+## Families
+
+Small random models of the classes with fused experts in transformers, in three recipes. "Source"
+is the unquantized model: where vLLM does not load it, the exports are not tried. Some classes are
+not in vLLM and are loaded through its Transformers backend.
+
+"""
+CLAIMS = """\
+## What rules say of vLLM
+
+The defects of the self-test for rules that state a severity for vLLM, in the tiny checkpoints that
+vLLM loads. "Stated" is the rule's severity under `--profile vllm`; "seen" counts the outcomes.
+An error that vLLM accepts is a wrong value that no loader can see, or a refuted statement.
+
+"""
+CASES = """\
+## Reported checkpoints
+
+The tiny checkpoints rebuilt from public reports, with `check --profile vllm` and with vLLM.
+
+"""
+
+
+def _summary(results: dict[str, Any]) -> str:
+    lines = ["| | checkpoints | " + " | ".join(OUTCOMES) + " |", "| --- |" + " --- |" * 8]
+    for name in SECTIONS:
+        counts = Counter(row.engine or REFUSED for row in results[name])
+        cells = " | ".join(str(counts[o] or "") for o in OUTCOMES)
+        lines.append(f"| {name} | {len(results[name])} | {cells} |")
+    return "\n".join(lines)
+
+
+OUTCOMES = (ACCEPTED, WARNS, *FAILURES, NOT_CHECKED, REFUSED)
+
+
+def _violations(results: dict[str, Any]) -> str:
+    rows = violations(results)
+    if not rows:
+        return (
+            "Every export of ours that `check` passes loads in vLLM, or cannot be built on a CPU."
+        )
+    text = f"{len(rows)} exports of ours pass `check` and fail in vLLM:\n\n"
+    return text + "\n".join(f"* {row.name}, {row.recipe}: {_why(row)}" for row in rows)
+
+
+def _why(row: Row) -> str:
+    return (
+        f"{row.engine}: {row.why}".replace("|", "\\|").replace("<", "&lt;")
+        if row.why
+        else row.engine
+    )
+
+
+def _exports(rows: Sequence[Row]) -> str:
+    lines = ["| golden | export | check | vLLM |", "| --- | --- | --- | --- |"]
+    for row in rows:
+        vllm = _why(row) if row.engine else f"refused by `export`: {row.why}"
+        lines.append(f"| {row.name} | {row.recipe} | {row.check} | {vllm} |")
+    return "\n".join(lines)
+
+
+def _families(rows: Sequence[Row]) -> str:
+    """Return a row per family: equal outcomes of its recipes are one."""
+    lines = ["| family | export | check | vLLM |", "| --- | --- | --- | --- |"]
+    groups: dict[tuple[str, str, str, str], list[str]] = {}
+    for row in rows:
+        vllm = _why(row) if row.engine else f"refused by `export`: {row.why}"
+        recipe = "source" if row.recipe.startswith("as it is") else row.recipe
+        groups.setdefault((row.name, row.check, row.engine, vllm), []).append(recipe)
+    for (name, check, _, vllm), recipes in groups.items():
+        lines.append(f"| {name} | {', '.join(filter(None, recipes))} | {check} | {vllm} |")
+    return "\n".join(lines)
+
+
+def _claims(rows: Sequence[Row]) -> str:
+    lines = ["| defect | stated | seen | check |", "| --- | --- | --- | --- |"]
+    by_defect: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.claim:
+            by_defect.setdefault(row.name, []).append(row)
+    for name, of_defect in sorted(by_defect.items()):
+        seen = Counter(row.engine for row in of_defect)
+        check = Counter(row.check for row in of_defect)
+        cells = (", ".join(f"{kind} {count}" for kind, count in c.items()) for c in (seen, check))
+        lines.append(f"| {name} | {of_defect[0].claim} | {' | '.join(cells)} |")
+    invalid = [f"{row.recipe} ({_why(row)})" for row in rows if not row.claim]
+    if invalid:
+        lines += ["", "Valid tiny checkpoints that vLLM does not load: " + "; ".join(invalid) + "."]
+    return "\n".join(lines)
+
+
+def _cases(rows: Sequence[Row]) -> str:
+    lines = ["| case | kind | check | vLLM |", "| --- | --- | --- | --- |"]
+    lines += [f"| {row.name} | {row.recipe} | {row.check} | {_why(row)} |" for row in rows]
+    return "\n".join(lines)
+
+
+def _scores(scores: Sequence[dict[str, Any]]) -> str:
+    if not scores:
+        return ""
+    lines = ["## Scores", "", SCORES, "", "| checkpoint | ours | vLLM | difference |"]
+    lines.append("| --- | --- | --- | --- |")
+    for s in scores:
+        difference = s["vllm"] - s["ours"]
+        lines.append(f"| {s['name']} | {s['ours']:.5f} | {s['vllm']:.5f} | {difference:+.5f} |")
+    return "\n".join(lines)
+
+
+SCORES = """\
+Mean nats per token over the first documents of the corpus of each golden: `score` with its default
+scorer, and with `--scorer vllm`."""
