@@ -2,8 +2,7 @@
 """What every engine gives: for each window of token ids, the arrays of `WindowScores`.
 
 Answers are bounded in size and checked for their lengths and values, and an answer that does not
-come in time ends the run. No engine runs where this project is built: the adapters are tested
-against other processes with the same protocols.
+come in time ends the run.
 """
 
 from __future__ import annotations
