@@ -27,7 +27,7 @@ _OPTIONS = {
     ),
     "activations": click.option(
         "--activations",
-        type=click.Choice(["bf16", "declared"]),
+        type=click.Choice(["bf16", "declared", "shared"]),
         help="As in `gate`.  [default: bf16]",
     ),
     "max_increase": click.option(

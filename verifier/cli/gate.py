@@ -116,11 +116,11 @@ _SCORER = (
     ),
     click.option(
         "--activations",
-        type=click.Choice(["bf16", "declared"]),
+        type=click.Choice(["bf16", "declared", "shared"]),
         default="bf16",
         show_default=True,
-        help="bf16: weight-only error. declared: round activations too, as the checkpoint declares "
-        "(hf only).",
+        help="bf16: weight-only error. declared: round activations too, as the checkpoint "
+        "declares. shared: with one input scale for all experts of a layer, as vLLM has (hf only).",
     ),
     click.option(
         "--engine-python", metavar="PATH", default="", help="The interpreter that has vLLM."

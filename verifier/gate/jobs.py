@@ -45,7 +45,8 @@ class Scorer:
     """What turns token ids into log-probabilities.
 
     ``hf``: transformers in a worker process, with weights decoded by the verifier; with
-    ``activations="declared"``, inputs are rounded as the checkpoint declares. ``vllm``: vLLM under
+    ``activations="declared"``, inputs are rounded as the checkpoint declares; with ``shared``,
+    the experts of a layer share the largest input scale, as vLLM loads them. ``vllm``: vLLM under
     the interpreter ``python``, with ``options`` for its ``LLM``. ``server``: the model ``served``
     at the OpenAI-style ``endpoint``. Engines round activations in their own way, which is called
     ``engine``.
@@ -55,7 +56,7 @@ class Scorer:
     """
 
     name: Literal["hf", "vllm", "server"] = "hf"
-    activations: Literal["bf16", "declared"] = "bf16"
+    activations: Literal["bf16", "declared", "shared"] = "bf16"
     python: str = ""
     endpoint: str = ""
     served: str = ""
@@ -78,8 +79,10 @@ class Scorer:
         """
         if self.name not in ("hf", "vllm", "server"):
             raise UsageError(f"unknown scorer {self.name!r}; available: hf, vllm, server")
-        if self.activations not in ("bf16", "declared"):
-            raise UsageError(f"unknown activations {self.activations!r}; available: bf16, declared")
+        if self.activations not in ("bf16", "declared", "shared"):
+            raise UsageError(
+                f"unknown activations {self.activations!r}; available: bf16, declared, shared"
+            )
         if self.name != "hf" and self.activations != "bf16":
             raise UsageError(
                 f"--activations needs --scorer hf; {self.name} rounds activations as the engine "

@@ -25,6 +25,7 @@ from verifier.text import counted, printable
 _ACTIVATIONS = {
     "bf16": "bf16 (weight-only error)",
     "declared": "declared (rounded as each checkpoint declares)",
+    "shared": "shared (as declared; the experts of a layer share the largest input scale)",
     "engine": "engine (rounded as the engine does)",
 }
 MAX_LAYERS = 8

@@ -58,6 +58,16 @@ class _StackRoundings:
     gate_up: dict[int, Rounding] = field(default_factory=dict)
     down: dict[int, Rounding] = field(default_factory=dict)
 
+    def share(self) -> None:
+        """Round the inputs of all experts by the largest scale."""
+        for by_expert in (self.gate_up, self.down):
+            largest = max(by_expert.values(), key=_scale, default=None)
+            by_expert.update(dict.fromkeys(by_expert, largest) if largest else {})
+
+
+def _scale(rounding: Rounding) -> float:
+    return rounding.scale
+
 
 def rounding_of(
     checkpoint: Checkpoint, module: Module, fmt: Format, declaration: Declaration | None
@@ -134,7 +144,9 @@ def roundings(checkpoint: Checkpoint) -> dict[str, Rounding]:
 
 
 @contextmanager
-def declared_activations(model: Any, checkpoint: Checkpoint) -> Iterator[dict[str, int]]:
+def declared_activations(
+    model: Any, checkpoint: Checkpoint, *, shared: bool = False
+) -> Iterator[dict[str, int]]:
     """Round the inputs of quantized modules while the context is open; yield how many modules are
     rounded, by kind.
 
@@ -144,6 +156,7 @@ def declared_activations(model: Any, checkpoint: Checkpoint) -> Iterator[dict[st
     Args:
         model: what `load_model` made of the checkpoint.
         checkpoint: the checkpoint.
+        shared: whether the experts of a layer share the largest input scale, as vLLM loads them.
 
     Raises:
         ContentError: a scale that is missing, or a module whose input cannot be reached; it is
@@ -151,6 +164,9 @@ def declared_activations(model: Any, checkpoint: Checkpoint) -> Iterator[dict[st
     """
     by_module = roundings(checkpoint)
     linears, stacks = _by_path(model, checkpoint, by_module)
+    if shared:
+        for of_stack in stacks.values():
+            of_stack.share()
     with ExitStack() as stack:
         for path, rounding in linears.items():
             module = model.get_submodule(path)

@@ -41,10 +41,12 @@ def score(job: Job, send: Callable[[UnitScores], None]) -> dict[str, str]:
     base = load_model(job.base, device=job.device).model if job.base else None
     _check_vocabulary(model, job)
     with ExitStack() as stack:
-        if job.scorer.activations == "declared":
+        if job.scorer.activations != "bf16":
+            shared = job.scorer.activations == "shared"
             for loaded, uri in ((model, job.model), (base, job.base)):
                 if loaded is not None and uri is not None:
-                    stack.enter_context(declared_activations(loaded, open_checkpoint(uri)))
+                    rounded = declared_activations(loaded, open_checkpoint(uri), shared=shared)
+                    stack.enter_context(rounded)
         experts = stack.enter_context(counting(model))
         stack.enter_context(torch.inference_mode())
         for unit in job.units:

@@ -156,6 +156,29 @@ def test_fused_experts_see_what_the_oracle_rounds() -> None:
     near_and_far(found, plain, wanted)
 
 
+def test_experts_share_the_largest_scale_where_asked() -> None:
+    ckpt, model = open_checkpoint(QWEN), load_model(str(QWEN)).model
+    experts = model.model.layers[1].mlp.experts
+    largest = {
+        leaf: max(
+            float(ckpt.array(t).reshape(-1)[0])
+            for n, t in ckpt.tensors.items()
+            if "layers.1." in n and n.endswith(tuple(f"{p}_proj.input_scale" for p in leaves))
+        )
+        for leaf, leaves in {"gate_up": ("gate", "up"), "down": ("down",)}.items()
+    }
+    x = torch.randn(4, 128, generator=torch.Generator().manual_seed(3)).to(torch.bfloat16)
+    index, weight = torch.full((4, 1), 5), torch.ones((4, 1), dtype=torch.bfloat16)
+    with torch.inference_mode():
+        with declared_activations(model, ckpt, shared=True):
+            found = experts(x, index, weight)
+        plain = experts(x, index, weight)
+        rounded = oracle_nvfp4(x, largest["gate_up"])
+        gate, up = linear(rounded, experts.gate_up_proj[5]).chunk(2, -1)
+        between = oracle_nvfp4(torch.nn.functional.silu(gate) * up, largest["down"])
+        near_and_far(found, plain, linear(between, experts.down_proj[5]))
+
+
 def test_every_quantized_linear_of_the_golden_is_reached() -> None:
     ckpt, model = open_checkpoint(GOLDEN / "mxfp8"), load_model(str(GOLDEN / "mxfp8")).model
     seen: dict[str, torch.Tensor] = {}
