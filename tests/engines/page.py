@@ -21,9 +21,9 @@ OURS = ("goldens", "zoo")
 
 def read() -> dict[str, Any]:
     """Return the committed results: rows by section, and the engine."""
-    if not RESULTS.exists():
-        return {}
-    results: dict[str, Any] = json.loads(RESULTS.read_text(encoding="utf-8"))
+    results: dict[str, Any] = {"engine": ""}
+    if RESULTS.exists():
+        results |= json.loads(RESULTS.read_text(encoding="utf-8"))
     for name in SECTIONS:
         results[name] = [Row(**row) for row in results.get(name, ())]
     return results
