@@ -110,8 +110,18 @@ TORCHVISION = (
     "torchvision.transforms.v2",
     "torchvision.transforms.v2.functional",
 )
-OPTIONAL = ("q_scale", "k_scale", "v_scale", "prob_scale")
-"""Parameters that vLLM itself replaces by 1 where no quantized KV cache is declared."""
+OPTIONAL = (
+    "q_scale",
+    "k_scale",
+    "v_scale",
+    "prob_scale",
+    "q_zero_point",
+    "k_zero_point",
+    "v_zero_point",
+)
+"""Parameters of the KV cache that vLLM itself replaces by 1 or 0, with a warning where a quantized
+cache is declared.
+"""
 
 
 class Refusal(Exception):
@@ -329,7 +339,7 @@ def _load(config: Any, layers: int | None) -> dict[str, Any]:
             weights = _weights(loader, model_config, model, layers)
             with recorder:
                 model.load_weights(recorder.watched(weights))
-        optional = _optional(model, config)
+        optional = _optional(model)
         answer = {
             "architecture": type(model).__name__,
             "parameters": recorder.parameters,
@@ -363,17 +373,11 @@ def _weights(
             yield name, tensor
 
 
-def _optional(model: Any, config: Any) -> set[str]:
+def _optional(model: Any) -> set[str]:
     """Return the parameters that vLLM does without."""
-    optional = set(OPTIONAL)
-    quantized = import_module("vllm.utils.torch_utils").is_quantized_kv_cache
-    if quantized(config.cache_config.cache_dtype):
-        optional -= {"k_scale", "v_scale"}
-    names = {n for n, _ in model.named_parameters() if n.rpartition(".")[2] in optional}
+    names = {n for n, _ in model.named_parameters() if n.rpartition(".")[2] in OPTIONAL}
     for prefix, module in model.named_modules():
-        method = getattr(module, "quant_method", None)
-        weight_only = bool(getattr(method, "use_a16", False) or getattr(method, "is_w4a16", False))
-        if weight_only:
+        if getattr(getattr(module, "quant_method", None), "use_a16", False):
             names |= {f"{prefix}.{n}" for n, _ in module.named_parameters() if "input_scale" in n}
     return names
 
