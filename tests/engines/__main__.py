@@ -11,17 +11,24 @@ import tempfile
 import time
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 from tests.engines import page
 from tests.engines.environment import default_version, interpreter
 from tests.engines.loads import SECTIONS, Engine, Row
+from tests.engines.scores import RECIPES, scores
 from verifier.engines.loader import VllmLoader, VllmSession
+
+SCORES = "scores"
+DOCUMENTS = 8
 
 
 def main(argv: list[str]) -> int:
     """Run the sections; 1 if `check` passes an export that fails in the engine."""
     parser = argparse.ArgumentParser(prog="python -m tests.engines", description=__doc__)
-    parser.add_argument("sections", nargs="*", metavar="SECTION", help=", ".join(SECTIONS))
+    parser.add_argument(
+        "sections", nargs="*", metavar="SECTION", help=", ".join((*SECTIONS, SCORES))
+    )
     parser.add_argument("--vllm", default=default_version(), help="the version to install")
     parser.add_argument("--home", type=Path, default=Path(".tox/engines"), help="where")
     parser.add_argument("--write", action="store_true", help="write results.json and the page")
@@ -31,14 +38,23 @@ def main(argv: list[str]) -> int:
     with closing(VllmSession(VllmLoader(python))) as session:
         results["engine"] = session.engine.partition(" (")[0]
         engine = Engine(session)
-        for name in options.sections or SECTIONS:
+        for name in [s for s in SECTIONS if s in (options.sections or SECTIONS)]:
             results[name] = _run(name, engine)
             if options.write:
                 page.write(results)
+    if not options.sections or SCORES in options.sections:
+        results[SCORES] = [_scored(python, recipe) for recipe in RECIPES]
+        if options.write:
+            page.write(results)
     wrong = page.violations(results)
     for row in wrong:
         print(f"passes check and fails in vLLM: {row.name} {row.recipe}: {row.why}")
     return bool(wrong)
+
+
+def _scored(python: str, recipe: str) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory(prefix="ckptgate-engines-") as home:
+        return scores(python, recipe, Path(home), DOCUMENTS)
 
 
 def _run(name: str, engine: Engine) -> list[Row]:

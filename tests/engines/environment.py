@@ -40,3 +40,11 @@ def interpreter(version: str, home: Path) -> str:
         subprocess.run([*uv, "pip", "uninstall", "--python", str(python), *UNUSED], check=True)
         (folder / "complete").touch()
     return str(python)
+
+
+def with_plugin(python: str, folder: Path) -> str:
+    """Return an interpreter with a plugin that lets vLLM select its own emulation on a CPU."""
+    path = folder / "python"
+    path.write_text(f'#!/bin/sh\nPYTHONPATH="{HERE / "plugin"}" exec "{python}" "$@"\n')
+    path.chmod(0o755)
+    return str(path)

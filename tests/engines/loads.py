@@ -42,7 +42,7 @@ CASES = Path(os.environ.get("CKPTGATE_TEST_DATA", "/nonexistent")) / "cases"
 
 
 COMPLETED: Mapping[str, Mapping[str, Any]] = {
-    "afmoe": {"score_func": "sigmoid"},
+    "afmoe": {"score_func": "sigmoid", "route_norm": True, "route_scale": 1.0},
     "deepseek_v3": {"topk_method": "noaux_tc"},
     "glm4_moe": {"head_dim": 32},
     "glm4_moe_lite": {"first_k_dense_replace": 1},

@@ -197,5 +197,6 @@ def _scores(scores: Sequence[dict[str, Any]]) -> str:
 
 
 SCORES = """\
-Mean nats per token over the first documents of the corpus of each golden: `score` with its default
-scorer, and with `--scorer vllm`."""
+Mean nats per token over 8 documents of the corpus of a golden: `score` with its default scorer, and
+with `--scorer vllm` on a CPU. NVFP4 with `--activations shared`; vLLM emulates MXFP8 by its weights
+alone, so that row is without activations. Experts need Triton, so only attention is quantized."""
