@@ -189,10 +189,11 @@ def _row(engine: Engine, name: str, recipe: str, path: Path, base: Path) -> Row:
 
 
 def claims(engine: Engine, home: Path) -> Iterator[Row]:
-    """Yield a row for each defect of a rule that says what vLLM does, in each tiny checkpoint that
-    vLLM loads.
+    """Yield a row for each defect of a rule that says what vLLM does, in the first tiny checkpoint
+    that vLLM loads and that the defect suits.
     """
     rules = {r.id: r.engines["vllm"][0] for r in all_rules().values() if "vllm" in r.engines}
+    left = [c for c in CORRUPTORS if c.rule in rules]
     for spec in TINY:
         tiny = make(home, spec)
         kind, why = outcome(engine, tiny.path, tiny.base)
@@ -200,11 +201,11 @@ def claims(engine: Engine, home: Path) -> Iterator[Row]:
             yield Row("valid", spec.name, "passed", kind, why)
             continue
         traits = traits_of(CheckpointEditor(tiny.path))
-        for corruptor in CORRUPTORS:
-            if corruptor.rule in rules and corruptor.on.met_by(spec.kind, traits):
-                row = _broken(engine, tiny, corruptor, rules[corruptor.rule])
-                if row is not None:
-                    yield row
+        for corruptor in [c for c in left if c.on.met_by(spec.kind, traits)]:
+            row = _broken(engine, tiny, corruptor, rules[corruptor.rule])
+            if row is not None:
+                left.remove(corruptor)
+                yield row
 
 
 def _broken(engine: Engine, tiny: TinyCheckpoint, corruptor: Corruptor, claim: str) -> Row | None:

@@ -98,8 +98,8 @@ not in vLLM and are loaded through its Transformers backend.
 CLAIMS = """\
 ## What rules say of vLLM
 
-The defects of the self-test for rules that state a severity for vLLM, in the tiny checkpoints that
-vLLM loads. "Stated" is the rule's severity under `--profile vllm`; "seen" counts the outcomes.
+The defects of the self-test for rules that state a severity for vLLM, each in a tiny checkpoint
+that vLLM loads. "Stated" is the rule's severity under `--profile vllm`, "seen" what vLLM does.
 An error that vLLM accepts is a wrong value that no loader can see, or a refuted statement.
 
 """
@@ -163,16 +163,11 @@ def _families(rows: Sequence[Row]) -> str:
 
 
 def _claims(rows: Sequence[Row]) -> str:
-    lines = ["| defect | stated | seen | check |", "| --- | --- | --- | --- |"]
-    by_defect: dict[str, list[Row]] = {}
-    for row in rows:
+    lines = ["| defect | checkpoint | stated | seen | check |", "| --- | --- | --- | --- | --- |"]
+    for row in sorted(rows, key=lambda row: row.name):
         if row.claim:
-            by_defect.setdefault(row.name, []).append(row)
-    for name, of_defect in sorted(by_defect.items()):
-        seen = Counter(row.engine for row in of_defect)
-        check = Counter(row.check for row in of_defect)
-        cells = (", ".join(f"{kind} {count}" for kind, count in c.items()) for c in (seen, check))
-        lines.append(f"| {name} | {of_defect[0].claim} | {' | '.join(cells)} |")
+            cells = (row.name, row.recipe, row.claim, _why(row), row.check)
+            lines.append(f"| {' | '.join(cells)} |")
     invalid = [f"{row.recipe} ({_why(row)})" for row in rows if not row.claim]
     if invalid:
         lines += ["", "Valid tiny checkpoints that vLLM does not load: " + "; ".join(invalid) + "."]
