@@ -109,6 +109,48 @@ def test_every_example_is_one_that_is_run_below() -> None:
     assert [name for name, _ in BLOCKS if name != "yaml"] == ["makefile", "shell", "python"]
 
 
+EXAMPLES = {
+    "github/checkpoint.yml": ".github/workflows/checkpoint.yml",
+    "github/checkpoint-plain.yml": ".github/workflows/checkpoint-plain.yml",
+    "gitlab/gitlab-ci.yml": ".gitlab-ci.yml",
+    "pre-commit/pre-commit-config.yaml": ".pre-commit-config.yaml",
+    "make/Makefile": "makefile",
+    "pytest/test_release.py": "python",
+}
+"""The files of examples/ that the page shows, and the block that each is."""
+
+
+@pytest.mark.parametrize("file", EXAMPLES)
+def test_the_page_shows_the_examples_as_they_are(file: str) -> None:
+    text = (ROOT / "examples" / file).read_text()
+    shown = [block for _, block in BLOCKS if block in text]
+    name = EXAMPLES[file]
+    assert len(shown) == 1
+    assert shown[0].startswith(f"# {name}\n") or name in ("makefile", "python")
+
+
+def test_every_example_is_listed_and_has_no_placeholder() -> None:
+    page = (ROOT / "examples" / "README.md").read_text()
+    for file in (ROOT / "examples").rglob("*"):
+        known = "ckptgate-example-rules" in file.parts or file.name == "README.md"
+        if file.is_file() and not known and "__pycache__" not in file.parts:
+            assert f"({file.relative_to(ROOT / 'examples')})" in page
+            assert "your-org" not in file.read_text()
+    assert "your-org" not in PAGE
+
+
+def test_the_python_script(project: Path) -> None:
+    script = shlex.quote(str(ROOT / "examples" / "python" / "check_release.py"))
+    line = f"{shlex.quote(sys.executable)} {script} models/m3-nvfp4 out/m3-bf16"
+    done = shell(project, line)
+    assert (done.returncode, done.stdout) == (0, "passed\n"), done.stderr
+    damage(project / "models/m3-nvfp4")
+    done = shell(project, line)
+    assert done.returncode == 1
+    assert "QC501: zero block scales" in done.stdout
+    assert "  fix: Clamp the scale to 2^-9" in done.stdout
+
+
 def test_the_page_lists_every_exit_code() -> None:
     listed = {int(code) for code in re.findall(r"^\| (\d) [\w ]+ \|", PAGE, re.M)}
     assert listed == {c for c in EXIT_CODES if c < 10}
@@ -125,7 +167,7 @@ def test_a_job_that_lets_inconclusive_pass(project: Path) -> None:
 
 def test_the_workflow_uses_the_action_as_it_is() -> None:
     steps = documents()[".github/workflows/checkpoint.yml"]["jobs"]["ckptgate"]["steps"]
-    step = next(s for s in steps if "/ckptgate@" in s.get("uses", ""))
+    step = next(s for s in steps if s.get("uses", "").endswith("/ckptgate"))
     assert set(step["with"]) <= set(ACTION["inputs"])
     required = {k for k, v in ACTION["inputs"].items() if v.get("required")}
     assert required <= set(step["with"])
@@ -256,7 +298,10 @@ def test_the_hook_judges_each_folder_once(project: Path) -> None:
 
 def test_the_hook_ends_with_the_worst_code(project: Path) -> None:
     both = ["out/m3-bf16/config.json", "models/m3-nvfp4/config.json"]
-    assert hook(project, files=both).returncode == 3  # a base has nothing quantized
+    done = hook(project, files=both)
+    assert done.returncode == 0
+    assert "skipped: nothing in it is quantized" in done.stdout
+    assert hook(project, "--require-quantized", files=both).returncode == 3
     CheckpointEditor(project / "models/m3-nvfp4").drop([SCALE])
     assert hook(project, files=both).returncode == 1
     assert hook(project, "--depth", "abyss", files=both).returncode == 2

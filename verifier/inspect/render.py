@@ -171,7 +171,7 @@ def _verdict(result: Diff) -> str:
         return f"different: {counted(len(result.changes), 'group')} of differences"
     tensors = f"names, dtypes and shapes of {counted(result.common, 'tensor')}, both configs"
     if result.compared is None:
-        return f"equal: {tensors} (--payload also compares bytes)"
+        return f"equal: {tensors} (--depth payload also compares bytes)"
     return f"equal: {tensors}, and the bytes of {result.compared:,}"
 
 
