@@ -234,6 +234,85 @@ def test_a_sample_counts_the_scales_that_it_read(tmp_path: Path) -> None:
     assert "of scales read" not in render(only, "text")
 
 
+def nan_in(checkpoint: Checkpoint, module: str) -> None:
+    name = f"{module}.weight"
+    values = checkpoint.tensors[name].copy()
+    values.reshape(-1)[5] = np.nan
+    checkpoint.tensors[name] = values
+
+
+def test_a_base_with_nan_leaves_weights_unchecked_in_every_subset(tmp_path: Path) -> None:
+    checkpoint, base = build(FORMATS["modelopt_nvfp4"])
+    for leaf in ("q_proj", "v_proj", "o_proj"):
+        nan_in(base, f"model.layers.0.self_attn.{leaf}")
+    path, other = split(checkpoint, tmp_path / "ckpt", 4), base.write(tmp_path / "base")
+    lenient = {"QC1": "info"}
+    whole = verifier.check(path, base=other, depth="payload", severity=lenient)
+    assert whole.verdict == INCONCLUSIVE
+    assert [(e.kind, e.count) for e in whole.summary.not_checked] == [("weights", 3)]
+    assert "NaN" in whole.summary.inconclusive
+    parts = [
+        verifier.check(path, base=other, depth="payload", severity=lenient, subset=f"{k}/2")
+        for k in (1, 2)
+    ]
+    merged = merge_reports(report_of(json.loads(render_json(p))) for p in parts)
+    assert [(e.kind, e.count) for e in merged.summary.not_checked] == [("weights", 3)]
+    assert merged.verdict == INCONCLUSIVE
+
+
+# values that no rule asked for
+
+
+OUT = "model.layers.0.self_attn.o_proj"
+
+
+def one_byte(value: int) -> Callable[[Array], Array]:
+    def change(array: Array) -> Array:
+        changed = array.copy()
+        changed.view(np.uint8).reshape(-1)[3] = value
+        return changed
+
+    return change
+
+
+def to(value: float) -> Callable[[Array], Array]:
+    return lambda array: np.full_like(array, value)
+
+
+REPORTED: dict[str, tuple[str, str, Callable[[Array], Array], str, bool]] = {
+    "a huge tensor scale": ("modelopt_nvfp4", "weight_scale_2", to(1e20), "QC502", False),
+    "a tiny divisor": ("ct_nvfp4", "weight_global_scale", to(1e-20), "QC502", False),
+    "a huge exponent": ("modelopt_mxfp8", "weight_scale", one_byte(254), "QC502", False),
+    "an overflow": ("modelopt_nvfp4", "weight_scale_2", to(3e38), "QC515", True),
+    "an overflow of one block": ("modelopt_mxfp8", "weight_scale", one_byte(254), "QC515", True),
+}
+
+
+@pytest.mark.parametrize("case", REPORTED)
+def test_a_scale_that_makes_the_weight_unusable_is_an_error(case: str, tmp_path: Path) -> None:
+    name, leaf, change, rule, with_base = REPORTED[case]
+    checkpoint, base = build(FORMATS[name])
+    tensor = f"{OUT}.{leaf}"
+    checkpoint.tensors[tensor] = change(checkpoint.tensors[tensor])
+    path = checkpoint.write(tmp_path / "ckpt")
+    other = base.write(tmp_path / "base") if with_base else None
+    report = verifier.check(path, base=other, depth="payload")
+    assert report.verdict == FAILED
+    assert any(f.where.tensor.startswith(OUT) for f in report.by_rule(rule) if f.where.tensor)
+
+
+def test_a_plain_weight_with_scales_that_no_target_covers_is_an_error(tmp_path: Path) -> None:
+    checkpoint = clean("ct_fp8_tensor")
+    groups = checkpoint.config["quantization_config"]["config_groups"]
+    groups["group_0"]["targets"] = ["re:.*experts.*"]
+    for leaf in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        name = f"model.layers.0.self_attn.{leaf}.weight"
+        checkpoint.tensors[name] = checkpoint.tensors[name].astype(np.float32).astype(BF16)
+    report = verifier.check(checkpoint.write(tmp_path / "ckpt"))
+    assert report.verdict == FAILED
+    assert sum(f.count for f in report.by_rule("QC401")) == 4
+
+
 # everything that has values
 
 
