@@ -33,8 +33,9 @@ def check(ctx: Context) -> Iterator[Finding]:
     **Why it happens.** Shards of an older export were left in the directory, or overlay files
     repeat names.
 
-    **Impact.** vLLM reads every tensor of the files it selects, and the last one wins: wrong
-    weights, silently. Readers that follow the index never see a tensor that it does not list.
+    **Impact.** vLLM reads every tensor of the files that the index names, and the last one wins:
+    wrong weights, silently; it does not read a file that the index omits. Readers that follow the
+    index never see a tensor that it does not list.
 
     **Fix.** Remove the stray files, then rebuild the index from the shard headers.
     """
@@ -65,11 +66,13 @@ def check(ctx: Context) -> Iterator[Finding]:
     for shard in ckpt.shards:
         unindexed = [n for n in shard.tensors if n not in index.weight_map]
         if unindexed:
-            scope = "lists only some of its tensors" if shard.file in indexed_files else "omits it"
+            omitted = shard.file not in indexed_files
+            scope = "omits it" if omitted else "lists only some of its tensors"
             yield ctx.finding(
                 f"{counted(len(unindexed), 'tensor')} in {shard.file}"
                 f" {'is' if len(unindexed) == 1 else 'are'} not in the index, which {scope}",
                 cause="unindexed",
                 where=Where(unindexed[0], shard.file),
                 count=len(unindexed),
+                engines={"vllm": ("warning", "does not read the file")} if omitted else None,
             )

@@ -20,7 +20,10 @@ from verifier.rules.registry import rule
     consumers=("vLLM", "SGLang", "TensorRT-LLM", "transformers"),
     sources=("NVIDIA/Model-Optimizer#876",),
     engines={
-        "vllm": ("error", "starts silently with the parameter uninitialized"),
+        "vllm": (
+            "error",
+            "starts silently with the parameter uninitialized; stops at a scale of a linear layer",
+        ),
     },
 )
 def check(ctx: Context) -> Iterator[Finding]:

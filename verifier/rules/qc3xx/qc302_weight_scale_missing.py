@@ -22,7 +22,11 @@ from verifier.schemes import Module, required_siblings
     consumers=("vLLM", "SGLang", "TensorRT-LLM", "transformers"),
     sources=("vllm-project/vllm#54444", "charlie12345/ROCmFPX#85"),
     engines={
-        "vllm": ("error", "multiplies by uninitialized memory"),
+        "vllm": (
+            "error",
+            "stops at a missing NVFP4 scale of a linear layer; scales of experts stay unset, and "
+            "FP8 keeps a default",
+        ),
     },
 )
 def check(ctx: Context) -> Iterator[Finding]:
@@ -33,7 +37,9 @@ def check(ctx: Context) -> Iterator[Finding]:
 
     **Why it happens.** An exporter or a merge dropped scalars, or a filter on "weight" did.
 
-    **Impact.** vLLM silently multiplies by uninitialized memory.
+    **Impact.** vLLM stops at a missing block scale of a linear layer. Without a scale of an expert
+    or a ``weight_scale_2`` it silently multiplies by uninitialized memory, and FP8 without a scale
+    keeps a default.
 
     **Fix.** Take the scale from the exporter's state; it cannot be recovered from the quantized
     values.

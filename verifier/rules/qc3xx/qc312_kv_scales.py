@@ -33,7 +33,8 @@ _ATTENTION = re.compile(r"^(.+?\.(?:self_attn|attn|attention|mixer))(?:\.|$)")
     engines={
         "vllm": (
             "error",
-            "warns and uses 1.0 for a missing scale; KeyError for one on a module it does not map",
+            "AssertionError where a layer has one of the two; warns and uses 1.0 where it has "
+            "none; KeyError for one on a module that it does not map",
         )
     },
 )
@@ -49,7 +50,8 @@ def check(ctx: Context) -> Iterator[Finding]:
     **Why it happens.** A layer was not calibrated, a merge took it from a different checkpoint, or
     scales were written on the wrong projection.
 
-    **Impact.** vLLM uses 1.0 for a missing scale: values above 448 are clipped in that layer only.
+    **Impact.** vLLM stops at a layer with only one of the two scales. It uses 1.0 in a layer
+    without both: values above 448 are clipped in that layer only.
     A scale on a module that the loader does not map raises KeyError or is lost.
 
     **Fix.** Calibrate the cache in all layers, or drop all KV scales and keep the declaration.

@@ -22,7 +22,7 @@ from verifier.schemes import FLOATS
     engines={
         "vllm": (
             "error",
-            "loads whichever fits the parameter; skips a tied lm_head",
+            "loads whichever fits the parameter; unties and loads a stored head (0.32)",
         )
     },
 )

@@ -9,7 +9,7 @@ from verifier.findings import Finding, Severity, Where
 from verifier.rules.context import Context
 from verifier.rules.kept import is_kept
 from verifier.rules.registry import rule
-from verifier.schemes import Declaration, Module
+from verifier.schemes import Declaration, Module, expert_key
 
 
 @rule(
@@ -97,7 +97,14 @@ def _by_other_means(ctx: Context, declaration: Declaration, module: Module) -> I
 
 
 def _substring_effect(pattern: str, module: str) -> dict[str, tuple[Severity, str]] | None:
-    """Return what vLLM does if it excludes the module, as it matches substrings."""
+    """Return what vLLM does with a module that a pattern excludes as a substring. Of experts it
+    asks for their container alone.
+    """
+    key = expert_key(module)
+    if key is not None and pattern not in key.container:
+        return {
+            "vllm": ("info", "asks for the container of the experts, which it does not exclude")
+        }
     if pattern not in module:
         return None
     effect = "excludes every name that contains the pattern, and stops at the first scale"

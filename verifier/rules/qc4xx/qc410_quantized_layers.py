@@ -5,10 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from verifier.findings import Finding, Where
+from verifier.findings import Finding, Severity, Where
 from verifier.rules.context import Context
 from verifier.rules.registry import rule
-from verifier.schemes import Declaration, Module, packed_name, same_layout
+from verifier.schemes import Declaration, Module, expert_key, packed_name, same_layout
 
 
 @rule(
@@ -62,6 +62,7 @@ def _check_module(ctx: Context, module: Module, declaration: Declaration) -> Ite
             cause="no entry",
             where=where,
             observed="no entry",
+            engines=_from_its_group(ctx, module, declaration),
         )
     elif declared.format is not None and fmt is not None and not same_layout(declared.format, fmt):
         yield ctx.finding(
@@ -83,6 +84,20 @@ def _check_module(ctx: Context, module: Module, declaration: Declaration) -> Ite
             severity="warning",
             engines={"trtllm": ("error", effect)},
         )
+
+
+def _from_its_group(
+    ctx: Context, module: Module, declaration: Declaration
+) -> dict[str, tuple[Severity, str]] | None:
+    """Return what vLLM does with a module whose fused group has other members with an entry."""
+    packed = packed_name(module.name, ctx.checkpoint.model_type)
+    if packed is None or expert_key(module.name):
+        return None
+    head = module.name.rpartition(".")[0]
+    siblings = (n for n in declaration.layers if n.rpartition(".")[0] == head)
+    if any(packed_name(n, ctx.checkpoint.model_type) == packed for n in siblings):
+        return {"vllm": ("warning", "takes the format of the other projections of the group")}
+    return None
 
 
 def _check_entries(ctx: Context, declaration: Declaration) -> Iterator[Finding]:

@@ -30,7 +30,7 @@ FLAG = "tie_word_embeddings"
     engines={
         "vllm": (
             "warning",
-            "prefers the top level to text_config and ignores a real lm_head (vllm#51063)",
+            "prefers the top level to text_config; 0.32 loads a stored head all the same",
         ),
         "transformers": (
             "warning",
@@ -47,8 +47,8 @@ def check(ctx: Context) -> Iterator[Finding]:
     **Why it happens.** A composite config was written from its text part, or with the default of
     its class.
 
-    **Impact.** The top level wins: a separate ``lm_head`` is ignored and logits are computed from
-    the embedding, or an engine expects a head that does not exist.
+    **Impact.** The top level wins: releases of vLLM before 0.32 ignore a separate ``lm_head`` and
+    compute logits from the embedding (vllm#51063), or an engine expects a head that does not exist.
 
     **Fix.** Write the same flag at both levels: true without a separate head, false with one.
     """

@@ -22,8 +22,8 @@ from verifier.text import json_text
     sources=("vLLM ModelOptQuantConfigBase.from_config", "SGLang ModelOptFp4Config.from_config"),
     engines={
         "vllm": (
-            "warning",
-            "in the flat form reads only kv_cache_scheme as an object; the KV cache stays BF16",
+            "info",
+            "0.32 reads kv_cache_quant_algo in the flat form, too, and gives an FP8 cache",
         ),
         "sglang": (
             "info",
@@ -39,8 +39,9 @@ def check(ctx: Context) -> Iterator[Finding]:
 
     **Why it happens.** hf_quant_config.json was copied into ``quantization_config``, or vice versa.
 
-    **Impact.** vLLM reads only the field that belongs to the form: the KV cache stays in BF16, at
-    twice the memory and without the stored scales. SGLang reads both.
+    **Impact.** A reader that knows only the field of the form keeps the KV cache in BF16, at twice
+    the memory and without the stored scales. vLLM 0.32 and SGLang read ``kv_cache_quant_algo`` in
+    both forms.
 
     **Fix.** Flat: ``"kv_cache_scheme": {"type": "float", "num_bits": 8, "dynamic": false}``.
     Nested: ``"kv_cache_quant_algo": "FP8"``.
@@ -63,10 +64,10 @@ def check(ctx: Context) -> Iterator[Finding]:
             message = "kv_cache_scheme in the nested form, where engines read kv_cache_quant_algo"
             fits, expected = bool(algo), "kv_cache_quant_algo"
         elif not scheme:
-            message = "kv_cache_quant_algo in the flat form, where vLLM reads only kv_cache_scheme"
+            message = "kv_cache_quant_algo in the flat form, where kv_cache_scheme belongs"
             fits, expected = False, "kv_cache_scheme, an object"
         else:
-            message = "kv_cache_scheme is a string in the flat form, where vLLM reads an object"
+            message = "kv_cache_scheme is a string in the flat form, where an object belongs"
             # There is no object for the other forms: ModelOpt writes their name.
             named = isinstance(scheme, str) and scheme.upper() != "FP8"
             fits, expected = named or isinstance(scheme, Mapping), "kv_cache_scheme, an object"

@@ -43,6 +43,7 @@ def check(ctx: Context) -> Iterator[Finding]:
         if not field.present(config):
             yield ctx.finding(
                 f"{field.path} is missing",
+                cause=field.path,
                 where=Where(None, "config.json"),
                 observed="absent",
                 expected=field.path,
