@@ -108,6 +108,21 @@ def shell(command: str, directory: Path, tools: Path) -> Done:
     )
 
 
+def test_the_quick_start_runs_in_an_empty_folder(tmp_path: Path, tools: Path) -> None:
+    page = PAGES["docs/index.md"]
+    blocks = [text for language, text in FENCE.findall(page) if language == "console"]
+    assert len(blocks) == 2
+    lines = re.findall(r"^\$ (.*)$", "".join(blocks), re.M)
+    script = f"set -e; CKPTGATE={shlex.quote(str(ROOT))}\n" + "\n".join(lines)
+    done = shell(script, tmp_path, tools)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("verdict: PASSED at depth") == 3
+    assert "exit code 1" in done.stdout
+    assert "/model-00001-of-00002.safetensors: error QC402" in done.stdout
+    assert "QC402  " in done.stdout
+    assert (tmp_path / "report.json").is_file()
+
+
 @pytest.fixture
 def session(tmp_path: Path) -> Path:
     """Return a project with the checkpoint and the configuration that the pages describe."""
