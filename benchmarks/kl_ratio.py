@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Simulate how often a candidate whose KL ratio is exactly the margin passes, for three bounds.
+"""Simulate how often a candidate whose KL ratio is exactly the margin passes, for three bounds, and
+how often others pass or fail as they should.
 
     python benchmarks/kl_ratio.py [--rounds 20000] [--out benchmarks/results/kl_ratio.json]
 
@@ -25,7 +26,10 @@ from verifier.gate.statistics import moments
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = (8, 20, 72)
-SPREADS = ((0.3, 0.2), (0.6, 0.4), (1.0, 0.6))
+SPREADS = ((0.3, 0.08), (0.3, 0.2), (0.6, 0.4), (1.0, 0.6))
+HARMLESS, HARMFUL = 1.05, 1.35
+"""About the largest ratio of damage that does not matter, and the smallest of damage that does, on
+the goldens."""
 HIT_SHARE, HIT = 0.03, 6.0
 Draw = tuple[np.ndarray, np.ndarray, float]
 
@@ -43,6 +47,19 @@ def rare(rng: np.random.Generator, shape: tuple[int, int]) -> Draw:
     hit = rng.random(shape) < HIT_SHARE
     candidate = accepted * np.where(hit, HIT, 1.0) * np.exp(0.2 * rng.standard_normal(shape) - 0.02)
     return accepted, candidate, 1 + HIT_SHARE * (HIT - 1)
+
+
+def power(spread: float, ratios: float, shape: tuple[int, int]) -> dict[str, float]:
+    """Return how often a harmless ratio passes and a harmful one fails."""
+    shares: dict[str, float] = {}
+    for truth in (HARMLESS, HARMFUL):
+        accepted, candidate, _ = even(np.random.default_rng(99), shape, spread, ratios)
+        ratio, se, _, freedom = moments(candidate * truth / KL_RATIO, accepted)
+        t99 = stats.t.ppf(0.99, freedom)
+        sign = 1 if truth < KL_RATIO else -1
+        shown = sign * np.log(ratio / KL_RATIO) + t99 * se / ratio <= 0
+        shares[f"{'passes' if sign > 0 else 'fails'}_{truth}"] = round(float(shown.mean()), 4)
+    return shares
 
 
 def wrong(draw: Draw) -> dict[str, float]:
@@ -71,7 +88,9 @@ def main() -> None:
     for seed, (count, (spread, ratios)) in enumerate(itertools.product(DOCUMENTS, SPREADS)):
         rng = np.random.default_rng(seed)
         row = {"documents": count, "spread": spread, "ratios": ratios}
-        rows.append(row | wrong(even(rng, (args.rounds, count), spread, ratios)))
+        shape = (args.rounds, count)
+        row |= wrong(even(rng, shape, spread, ratios))
+        rows.append(row | power(spread, ratios, shape))
     for count in DOCUMENTS:
         row = {"documents": count, "spread": None, "ratios": f"{HIT_SHARE:.0%} six times"}
         rows.append(row | wrong(rare(np.random.default_rng(count), (args.rounds, count))))
