@@ -227,7 +227,9 @@ def row_of(build: Build, golden: str, base: Checkpoint) -> dict[str, Any]:
     base_nats, nats, tokens = zip(*g.documents, strict=True)
     loss = paired(base_nats, nats, tokens)
     formats = {k.split(".")[1] for k in g.facts if k.startswith("scales.")}
-    margin = g.margin if g.margin is not None else margin_of(None, formats).nats
+    # Records of version 0.1 do not have their margin, which was that of the widest format.
+    widest = max(margin_of(None, [name]).nats for name in formats)
+    margin = g.margin if g.margin is not None else widest
     counts = {
         k.removeprefix("scales."): v
         for k, v in g.facts.items()
