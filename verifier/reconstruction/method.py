@@ -118,8 +118,8 @@ class WeightMethod:
             different_tensors=len(changed),
             first=min(names, default=""),
         )
-        enough = len(moved) >= SHARE * len(modules) or len(changed) * 2 >= len(tensors)
-        if not names or not (enough or self.stated):
+        many = len(moved) >= SHARE * len(modules) or 0 < len(tensors) <= 2 * len(changed)
+        if not names or not (many or self.stated):
             return seen
         methods: list[Method] = ["folded", "rotated", "moved"]
         methods.sort(key=lambda m: m != self.stated)
