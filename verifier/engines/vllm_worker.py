@@ -110,6 +110,7 @@ TORCHVISION = (
     "torchvision.transforms.v2",
     "torchvision.transforms.v2.functional",
 )
+E8M0_NAN = 255
 OPTIONAL = (
     "q_scale",
     "k_scale",
@@ -550,12 +551,13 @@ def bad_scales(model: Any, sources: dict[str, str], optional: set[str]) -> list[
     for name, parameter in model.named_parameters():
         leaf = name.rpartition(".")[2]
         data = parameter.data
-        if "scale" not in leaf or not data.numel() or data.dtype == torch.uint8:
+        if "scale" not in leaf or not data.numel() or name in optional or leaf in OPTIONAL:
             continue
-        if name in optional or leaf in OPTIONAL or "e8m0" in str(data.dtype):
-            continue
-        values = data.float()
-        zeros, broken = int((values == 0).sum()), int((~torch.isfinite(values)).sum())
+        if data.dtype == torch.uint8 or "e8m0" in str(data.dtype):  # exponents: 0 is 2^-127
+            zeros, broken = 0, int((data.view(torch.uint8) == E8M0_NAN).sum())
+        else:
+            values = data.float()
+            zeros, broken = int((values == 0).sum()), int((~torch.isfinite(values)).sum())
         if zeros or broken:
             found.append(
                 {
