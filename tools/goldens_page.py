@@ -163,8 +163,16 @@ def _verdict_table(made: list[dict[str, Any]], perplexity: float) -> list[str]:
             f"{x['share_of_base']:.0%}",
         )
         lines.append(_row(cells))
-    note = "The text was sampled from the BF16 model, so the loss estimates KL(base || candidate)."
-    return [*lines, "", note, ""]
+    note = [
+        "The text was sampled from the BF16 model, so the loss estimates KL(base || candidate)."
+    ]
+    if any(x.get("kl") is not None for x in made):
+        note += [
+            "KL is that divergence itself, nats per token (a lower bound, from the top 64 tokens): it",
+            "has the same expectation and far less variance. It shows that the scales of `mse` are",
+            "better than those of `max`, which the loss of this many documents does not.",
+        ]
+    return [*lines, "", *note, ""]
 
 
 def damage_lines() -> list[str]:
