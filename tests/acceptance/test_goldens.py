@@ -130,7 +130,13 @@ def test_a_rebuilt_export_is_told_from_its_record() -> None:
         rebuild.compare_rebuilt(old, newer.model_copy(update={"checkpoint": header})).outcome
         == "changed"
     )
-    # A drift of 0.01 nats per token, not the same in every document.
+    for factor, outcome in ((1.3, "worse"), (1.1, "within"), (0.7, "stale")):
+        divergences = {"kl": [factor * kl for kl in old.kl], "documents": old.documents[:]}
+        divergences["documents"][0] = (1.0, 1.0, old.documents[0][2])
+        changed = old.model_copy(update=divergences)
+        assert rebuild.compare_rebuilt(old, changed).outcome == outcome
+    # Without divergences: a drift of 0.01 nats per token, not the same in every document.
+    old, newer = (golden.model_copy(update={"kl": []}) for golden in (old, newer))
     noise = np.random.default_rng(7).normal(0.01, 0.002, len(old.documents))
     worse = [(b, q + float(d) * t, t) for (b, q, t), d in zip(old.documents, noise, strict=True)]
     drifted = rebuild.compare_rebuilt(
