@@ -170,7 +170,7 @@ def _verdict_table(made: list[dict[str, Any]], perplexity: float) -> list[str]:
         note += [
             "KL is that divergence itself, nats per token (a lower bound, from the top 64 tokens):",
             "it has the same expectation and far less variance. It shows that the scales of `mse`",
-            "are better than those of `max`, which the loss of this many documents does not.",
+            "are better than those of `max`, which the loss does not show on every golden.",
         ]
     return [*lines, "", *note, ""]
 
