@@ -59,11 +59,13 @@ class EngineForms:
         layouts: the forms, the best first; none where it loads no quantized experts.
         why: the reason that it loads no others.
         source: where this was read.
+        partly: forms that it loads of some formats or model classes only.
     """
 
     layouts: tuple[Form, ...]
     why: str
     source: str
+    partly: tuple[Form, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +129,12 @@ def stack_layouts() -> tuple[StackLayout, ...]:
             refused=table.get("refused", ""),
             refused_names=tuple(table.get("refused_names", ())),
             engines={
-                engine: EngineForms(tuple(forms["layouts"]), forms["why"], forms["source"])
+                engine: EngineForms(
+                    tuple(forms["layouts"]),
+                    forms["why"],
+                    forms["source"],
+                    tuple(forms.get("partly", ())),
+                )
                 for engine, forms in table.get("engines", {}).items()
             },
         )

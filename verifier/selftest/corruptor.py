@@ -136,7 +136,7 @@ def traits_of(ckpt: CheckpointEditor) -> frozenset[str]:
     """Return what a clean checkpoint has.
 
     ``index``, ``shards`` (several), ``experts``, ``f32`` (a float32 weight), ``vision`` (a tower),
-    ``mtp``, ``tokenizer``.
+    ``mtp``, ``mixtral`` (experts as Mixtral names them), ``tokenizer``.
     """
     modules = ckpt.modules()
     weights = [parts["weight"] for parts in modules.values() if "weight" in parts]
@@ -147,6 +147,7 @@ def traits_of(ckpt: CheckpointEditor) -> frozenset[str]:
         "f32": any(weight.dtype == "F32" for weight in weights),
         "vision": any("vision_tower." in m for m in modules),
         "mtp": any(m.startswith("mtp.") for m in modules),
+        "mixtral": any(m.endswith(".block_sparse_moe.experts.0.w1") for m in modules),
         "tokenizer": (ckpt.path / "tokenizer.json").is_file(),
     }
     return frozenset(name for name, present in traits.items() if present)

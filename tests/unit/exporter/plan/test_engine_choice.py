@@ -185,3 +185,12 @@ def test_unquantized_experts_are_not_refused(tmp_path: Path) -> None:
     recipe = tmp_path / "attention.yaml"
     recipe.write_text("name: attention\nrules:\n  - roles: [attention]\n    format: mxfp8\n")
     assert exporter.plan_export(GPT_OSS, recipe=recipe).modules
+
+
+def test_a_layout_that_an_engine_does_not_load_is_reported(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    exporter.export(GPT_OSS, out, recipe="nvfp4_experts_only", input_scale="one", engine="sglang")
+    for profile, severity in (("vllm", "error"), ("sglang", "info"), (None, "info")):
+        found = [f for f in verifier.check(out, profile=profile).findings if f.rule == "QC418"]
+        assert [f.severity for f in found] == [severity]
+        assert "vLLM loads no quantized experts of gpt_oss stored in stacks" in found[0].message
