@@ -13,14 +13,17 @@ from verifier.findings import Report
 from verifier.report.text import footer
 from verifier.report.wording import (
     PARENTHESES,
+    advice_line,
     amount,
+    base_warning,
     baseline_line,
     by_engine,
     cell,
-    location,
     not_checked,
     observation,
+    places,
     remarks,
+    repair_line,
     verdict_line,
     worst_first,
 )
@@ -63,7 +66,7 @@ def _values(report: Report, rows: int) -> dict[str, Any]:
             {
                 "message": f.message,
                 "amount": amount(f),
-                "location": location(f),
+                "places": places(f),
                 "details": [t for t in (observation(f), *remarks(f)) if t],
                 "fingerprint": f.fingerprint,
             }
@@ -75,6 +78,9 @@ def _values(report: Report, rows: int) -> dict[str, Any]:
         "verdict": verdict_line(report),
         "groups": groups,
         "titles": titles,
+        "fixes": {rule: advice_line(report, rule) for _, rule in groups},
+        "base_warning": base_warning(report),
+        "repair": repair_line(report),
         "hidden": max(0, len(ordered) - rows),
         "footer": footer(report),
         "not_checked": not_checked(report),

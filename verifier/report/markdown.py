@@ -9,6 +9,7 @@ from verifier.findings import Finding, Report
 from verifier.report.text import footer
 from verifier.report.wording import (
     PARENTHESES,
+    advice_line,
     amount,
     base_warning,
     baseline_line,
@@ -19,6 +20,7 @@ from verifier.report.wording import (
     observation,
     partial,
     remarks,
+    repair_line,
     skipped,
     verdict_line,
     worst_first,
@@ -58,6 +60,7 @@ def _render(report: Report, rows: int) -> str:
         ]
         lines += [_row(f) for f in ordered[:rows]]
         lines.append("")
+    lines += _fixes(report)
     if len(ordered) > rows:
         lines += [f"{counted(len(ordered) - rows, 'more finding')} not shown.", ""]
     lines += _engines(report)
@@ -70,6 +73,16 @@ def _render(report: Report, rows: int) -> str:
     if baseline:
         lines += [f"Baseline {_words(baseline)}", ""]
     return "\n".join(lines)
+
+
+def _fixes(report: Report) -> list[str]:
+    """Return how the findings of each rule are fixed, as a list."""
+    rules = dict.fromkeys(f.rule for f in report.findings if f.standing != "known")
+    fixes = [(rule, advice_line(report, rule)) for rule in rules]
+    rows = [f"* {_words(rule)}: {_words(text)}" for rule, text in fixes if text]
+    repair = repair_line(report)
+    rows += [f"* {_words(repair)}"] if repair else []
+    return [*rows, ""] if rows else []
 
 
 def code(text: str, limit: int = 400) -> str:

@@ -591,3 +591,11 @@ def test_text_folds_the_places_of_a_finding() -> None:
     value = json.loads(render_json(report(finding)))
     jsonschema.validate(value, schema())
     assert value["findings"][0]["places"] == [folded]
+
+
+@pytest.mark.parametrize("format_", ["markdown", "html"])
+def test_pages_name_fixes_and_the_repair_command(format_: str) -> None:
+    advice = {"QC201": Advice("unknown tensor name", "Rename it.", repairable=True)}
+    text = render(report(ERROR, ERROR, advice=advice), format_)
+    assert text.count("fix: Rename it.") == 1
+    assert "ckptgate repair /data/ckpt REPAIRED --base BASE" in text
