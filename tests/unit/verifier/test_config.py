@@ -110,7 +110,7 @@ def test_a_deselected_rule_is_listed(call: Call) -> None:
     assert (reasons["QC104"], reasons["QC301"]) == ("ignored by QC104", "not selected")
     assert {c.rule[:3] for c in report.coverage if c.ran} == {"QC1", "QC2"}
     assert report.summary.options.select == ("QC1", "QC2")
-    code, out, _ = call("check", QWEN_NVFP4, "--ignore", "QC104,QC3")
+    code, out, _ = call("check", QWEN_NVFP4, "--ignore", "QC104,QC3", "--verbose")
     assert code == 0
     assert "QC104 (ignored by QC104)" in out
     assert "(ignored by QC3)" in out
