@@ -45,6 +45,7 @@ def interpreter(version: str, home: Path) -> str:
 def with_plugin(python: str, folder: Path) -> str:
     """Return an interpreter with a plugin that lets vLLM select its own emulation on a CPU."""
     path = folder / "python"
-    path.write_text(f'#!/bin/sh\nPYTHONPATH="{HERE / "plugin"}" exec "{python}" "$@"\n')
+    variables = f'PYTHONPATH="{HERE / "plugin"}" VLLM_CPU_KVCACHE_SPACE=1 VLLM_NO_USAGE_STATS=1'
+    path.write_text(f'#!/bin/sh\n{variables} exec "{python}" "$@"\n')
     path.chmod(0o755)
     return str(path)

@@ -36,7 +36,8 @@ def scores(python: str, recipe: str, home: Path, documents: int) -> dict[str, An
         # vLLM emulates MXFP8 by its weights alone.
         rounding = "shared" if recipe.startswith("nvfp4") else "bf16"
     engine = ["--scorer", "vllm", "--engine-python", with_plugin(python, home)]
-    engine += ["--engine-option", "enforce_eager=true"]
+    for option in ("enforce_eager=true", "gpu_memory_utilization=0.2"):  # of the CPU's memory
+        engine += ["--engine-option", option]
     nats = {}
     for name, scorer in (("ours", ["--activations", rounding]), ("vllm", engine)):
         file = home / f"{name}.run"
