@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Collection, Iterable
 
@@ -40,6 +39,8 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 def suggestions(name: str, known: Iterable[str], limit: int = 3) -> list[str]:
     """Return the known names that a name probably means, best first."""
+    import difflib  # noqa: PLC0415  (only a mistake needs it)
+
     names = list(known)
     lowered = name.lower()
     for meant in (SYNONYMS.get(lowered), name.upper().translate(_DIGITS)):

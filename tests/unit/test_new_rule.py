@@ -59,7 +59,7 @@ def test_stubs_run_and_say_that_they_are_not_written(copy: Path, run: Run, tmp_p
     assert made.stdout.splitlines()[:3] == [*files, f"tests/unit/verifier/rules/test_{name}.py"]
 
     explained = run("-m", "verifier", "explain", rule)
-    assert "What it does" in explained.stdout and "**Fix.**" in explained.stdout
+    assert "What it does" in explained.stdout and "\nFix\n" in explained.stdout
 
     checkpoint = make(tmp_path, TINY[0]).path
     check = run("-m", "verifier", "check", checkpoint, "--select", rule, "--depth", "payload")

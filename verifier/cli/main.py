@@ -17,7 +17,6 @@ from types import FrameType
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
 import click
-from click.shell_completion import CompletionItem
 
 from verifier import __version__
 from verifier.cli.groups import CommandGroup
@@ -32,6 +31,7 @@ from verifier.text import printable
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
+    from click.shell_completion import CompletionItem
 
 SECTIONS = {
     "Check": {
@@ -54,7 +54,12 @@ SECTIONS = {
         ),
     },
     "Export": {
-        name: ("", "") for name in ("export", "calibrate", "merge", "repair", "detect", "recipes")
+        "export": ("", "Quantize a checkpoint file to file, and check the result."),
+        "calibrate": ("", "Measure activation maxima of the modules that a recipe quantizes."),
+        "merge": ("", "Combine quantized experts with another checkpoint as they are."),
+        "repair": ("", "Fix names, expert layout and configs without re-quantizing."),
+        "detect": ("", "Show fused experts and what each recipe would quantize."),
+        "recipes": ("", "List recipes, show one, or explain their effect on a module."),
     },
     "Measure": {
         "gate": ("verifier.cli.gate", "Test a candidate's loss over its base against a margin."),
@@ -130,13 +135,16 @@ class LazyGroup(CommandGroup):
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         """Return the commands and options that complete a word, without importing the commands."""
+        from click.shell_completion import CompletionItem  # noqa: PLC0415  (for a shell only)
+
         names = [n for n in self.list_commands(ctx) if n.startswith(incomplete)]
         items = [CompletionItem(n, help=BUILT_IN.get(n, ("", ""))[1]) for n in names]
         return [*items, *click.Command.shell_complete(self, ctx, incomplete)]
 
     def _help(self, ctx: click.Context, name: str) -> str:
-        if name in BUILT_IN:
-            return BUILT_IN[name][1]
+        texts = {n: text for section in SECTIONS.values() for n, (_, text) in section.items()}
+        if name in texts:
+            return texts[name]
         command = self.get_command(ctx, name)
         return command.get_short_help_str(80) if command else ""
 
