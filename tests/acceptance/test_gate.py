@@ -397,7 +397,7 @@ def test_check_at_depth_eval_with_activations_as_declared(
     assert found["environment"]["experts"] == "ckptgate"
     assert {c["rule"]: c["checked"] for c in report["coverage"] if c["ran"]} == {
         "QC701": 1,
-        "QC702": 1,
+        "QC702": 2,  # the loss, and the KL divergence
         "QC703": 12 + 24,
         "QC704": 1,
         "QC705": len(found["key"]) + len(found["environment"]),
