@@ -26,7 +26,7 @@ def check(ctx: Context) -> Iterator[Finding]:
     **What it does.** Records each operation of vLLM's loader that writes into a parameter, and
     reports the parameters of which elements were never written, with the share of these elements.
     Parameters that stay unwritten when the base is loaded are not reported, nor are the scales of
-    a KV cache that is not quantized.
+    the KV cache, which vLLM replaces by 1 (QC603 has its warning).
 
     **Why it happens.** A scale or a projection is missing, has a name that the loader skips, or is
     left unquantized within a parameter that the engine fuses.
