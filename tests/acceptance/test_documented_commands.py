@@ -166,7 +166,9 @@ def test_the_console_blocks_of_readme_run(project: Path, tools: Path) -> None:
             project,
             tools,
         )
-        assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+        # Three documents decide nothing: a gate over them is inconclusive.
+        expected = (0, 3) if re.search("ckptgate (gate|compare) ", line) else (0,)
+        assert done.returncode in expected, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
     assert (project / "report.html").is_file()
 
 

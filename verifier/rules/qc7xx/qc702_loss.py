@@ -22,8 +22,7 @@ from verifier.rules.registry import rule
     sources=("NVIDIA/Model-Optimizer#1719",),
 )
 def check(ctx: Context) -> Iterator[Finding]:
-    """The loss increase over the base, the KL divergence from it, and the drift from an accepted
-    run if given, are within their margins.
+    """The loss increase over the base, the KL divergence and the drift are within their margins.
 
     **What it does.** Compares one-sided bounds, clustered by document, with the margins: 95% for a
     loss, 99% for a KL divergence. Drift is decided by the ratio of the candidate's and the accepted
