@@ -32,7 +32,7 @@ def _no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_two_thousand_seeded_inputs(seed: int) -> None:
     tally = engine.seeded(seed, 2000 // CHUNKS)
     assert tally.wrong == {}
-    assert set(tally.codes) <= {0, 1, 3}
+    assert set(tally.codes) <= {0, 1, 2, 3}  # 2: the directory holds no checkpoint
     assert tally.reached * 5 > tally.runs
 
 

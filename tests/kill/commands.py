@@ -16,7 +16,7 @@ from verifier.selftest import CORRUPTORS
 GOLDEN = ROOT / "goldens" / "qwen3-moe-tiny"
 SOURCE = GOLDEN / "bf16"
 SHARD = 200_000
-TEXT = ("--corpus", str(GOLDEN / "corpus.jsonl"), "--documents", "24")
+TEXT = ("--corpus", str(GOLDEN / "corpus.jsonl"), "--documents", "8")
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from verifier.errors import ContentError
+
 Codes = npt.NDArray[np.uint8]
 
 
@@ -16,7 +18,12 @@ def unpacked(packed: Codes, bits: int, count: int) -> Codes:
         packed: bytes, contiguous; of words, in the order of their bytes from low to high.
         bits: the width of a code, 1 to 8.
         count: the number of codes in a row, at most ``8 * bytes / bits``.
+
+    Raises:
+        ContentError: a row has fewer codes.
     """
+    if count * bits > 8 * packed.shape[-1]:
+        raise ContentError(f"{packed.shape[-1]} bytes do not hold {count} codes of {bits} bits")
     if bits == 8:
         return packed[..., :count]
     if 8 % bits == 0:

@@ -94,8 +94,12 @@ class Neighbours:
         """Return a weight's values, decoded where it is quantized; None where they cannot be, or
         are of different shapes.
         """
-        own, other = self.candidate.values(module), self.base.values(self.base.modules[module.name])
-        return (own, other) if own is not None and other is not None else None
+        base = self.base.modules.get(module.name)
+        own = self.candidate.values(module)
+        other = self.base.values(base) if base is not None else None
+        if own is None or other is None or own.shape != other.shape:
+            return None
+        return own, other
 
     def chunks(self, module: Module) -> Iterator[Pair]:
         """Yield some rows of a weight at a time."""

@@ -138,11 +138,13 @@ class RotatedWeights:
             pairs.append(self.near.values(module) if module is not None else None)
         first, second = pairs
         size = self.near.head_size
-        if first is None or second is None or len(first[0]) % size or second[0].shape[1] % size:
+        if first is None or second is None:
             return Explanation(False)
-        shared = second[0].shape[1] // len(first[0])
-        if not shared:
+        (rows, width), (out, columns) = first[0].shape, second[0].shape
+        turned = rotation.anchors.shape[1]
+        if rows % size or not rows or columns % rows or (width, out) != (turned, turned):
             return Explanation(False)
+        shared = columns // rows
         best = Explanation(False, float("inf"))
         for option in self._norm_options(f"{container}.v_proj", first[0].shape[1]):
             heads = _heads(first, second, size, shared, option)

@@ -586,7 +586,7 @@ def indexer_unquantized(ckpt: CheckpointEditor) -> Where:
     return ckpt.where(f"{module}.weight")
 
 
-@defect("QC418", on(ONLY_NVFP4, traits="mixtral"), severity="info", also="208")
+@defect("QC418", on(ONLY_NVFP4, traits="mixtral"), severity="info", also="201 205 208")
 def family_whose_experts_no_loader_reads(ckpt: CheckpointEditor) -> Where:
     """Name a family whose experts have the same names, but whose loader reads stacks alone."""
     ckpt.edit_json(CONFIG, lambda config: config.update({"model_type": "granitemoe"}))

@@ -226,7 +226,7 @@ def test_silent_where_no_layout_is_known(spec: TinySpec, tmp_path: Path) -> None
 
 
 def test_every_defect_of_the_catalog_has_a_rule_or_a_reason() -> None:
-    rows = {1: 11, 2: 9, 3: 15, 4: 15, 5: 19, 6: 8, 7: 6}
+    rows = {1: 11, 2: 9, 3: 15, 4: 18, 5: 19, 6: 8, 7: 6}
     catalogue = {
         f"QC{family}{number:02}" for family, count in rows.items() for number in range(1, count + 1)
     }

@@ -51,11 +51,18 @@ CLEAN = {
         "nvfp4", frozenset({"index", "experts", "f32"}), only=frozenset({"router-recast"})
     ),
     "gptq": Spec("gptq", frozenset({"index", "tokenizer"})),
+    "mixtral": Spec(
+        "nvfp4",
+        frozenset({"index", "experts", "shards", "tokenizer", "mixtral"}),
+        only=frozenset({"family-whose-experts-no-loader-reads"}),
+    ),
     "golden": Spec(
         "mxfp8",
-        frozenset({"index", "experts", "shards", "f32", "vision", "tokenizer"}),
+        frozenset({"index", "experts", "shards", "f32", "vision", "tokenizer", "mixtral"}),
         only=frozenset(
             {
+                "indexer-unquantized",
+                "spelled-as-transformers-does",
                 "vocabulary-lost",
                 "tokenizer-lost",
                 "template-lost",
@@ -68,7 +75,7 @@ CLEAN = {
     ),
     "mtp": Spec(
         "mxfp8",
-        frozenset({"index", "experts", "shards", "f32", "vision", "tokenizer", "mtp"}),
+        frozenset({"index", "experts", "shards", "f32", "vision", "tokenizer", "mixtral", "mtp"}),
         only=frozenset({"mtp-lost", "mtp-tensor-lost"}),
     ),
 }
@@ -133,8 +140,10 @@ def clean(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Clean]:
     )
     export(routed, root / "f32_router", recipe="nvfp4_experts_only", input_scale="one")
     gptq = make(root, next(t for t in TINY if t.kind == "gptq"))
+    mixtral = make(root, next(t for t in TINY if t.name == "mixtral-nvfp4"))
     return {
         "gptq": Clean(gptq.path, gptq.base),
+        "mixtral": Clean(mixtral.path, mixtral.base),
         "modelopt_nvfp4": Clean(DATA / "qwen3moe_nvfp4_experts_max", qwen),
         "modelopt_mxfp8": Clean(DATA / "llama_mxfp8", llama),
         "nvfp4": Clean(root / "nvfp4", qwen),
