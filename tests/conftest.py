@@ -10,6 +10,7 @@ absence a failure.
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,9 @@ from hypothesis import HealthCheck, settings
 if TYPE_CHECKING:
     import torch
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell starts background commands so, and the processes of these tests would inherit it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 EXAMPLES = int(os.environ.get("CKPTGATE_EXAMPLES", "60"))
 SLOW_MACHINE = [HealthCheck.too_slow]
 

@@ -266,7 +266,8 @@ def _unbreakable(stream: TextIO) -> TextIO:
 def main() -> NoReturn:
     """Run the command line of this process and exit."""
     signal.signal(signal.SIGTERM, _terminated)
-    signal.signal(signal.SIGINT, _interrupted)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # shells have it ignored in "… &"
+        signal.signal(signal.SIGINT, _interrupted)
     sys.stdout, sys.stderr = _unbreakable(sys.stdout), _unbreakable(sys.stderr)
     try:
         sys.exit(run(sys.argv[1:]))
