@@ -137,7 +137,7 @@ def _no_match(pattern: str, roles: Iterable[str], linears: Iterable[str]) -> str
 
 
 @dataclass(frozen=True)
-class Selection:
+class RecipeSelection:
     """What an export quantizes.
 
     Attributes:
@@ -157,7 +157,7 @@ def fit_groups(
     recipe: Recipe,
     family: str | None,
     engines: Iterable[Engine],
-) -> Selection:
+) -> RecipeSelection:
     """Return a selection in which every fused group has one format, or is left alone.
 
     Projections that only one engine fuses follow the others of their group where no rule of the
@@ -184,7 +184,7 @@ def fit_groups(
             _require_one_format(members, fitted)
     if not fitted:
         raise PlanError(f"recipe {recipe.name} quantizes nothing: {'; '.join(notes)}")
-    return Selection(fitted, _groups(fitted, present, family), tuple(notes))
+    return RecipeSelection(fitted, _groups(fitted, present, family), tuple(notes))
 
 
 def _fit_group(

@@ -155,9 +155,6 @@ VERDICTS = {
 }
 """Verdicts that are right besides the one that ``case.json`` gives, with the reason."""
 
-EXPECTED_FAILURES: dict[str, str] = {}
-"""Cases that the product gets wrong, with what it lacks; once it gets one right, the test fails."""
-
 
 def wanted_verdicts(name: str, case: dict[str, Any]) -> set[str]:
     """Return the verdicts that are right for a case."""
@@ -197,14 +194,11 @@ def test_case_gets_its_verdict_and_the_cause_is_named(name: str) -> None:
         fail_on="warning" if name in FAIL_ON_WARNING else "error",
     )
     found = problems(name, case, report)
-    if name in EXPECTED_FAILURES:
-        assert found, f"{name} is right now: remove it from EXPECTED_FAILURES"
-        pytest.xfail(EXPECTED_FAILURES[name])
     assert not found, "\n".join(found)
 
 
 def test_every_case_of_the_tables_exists(shared_data: Path) -> None:
-    listed = {*CAUSES, *ALONE, *FAIL_ON_WARNING, *VERDICTS, *EXPECTED_FAILURES}
+    listed = {*CAUSES, *ALONE, *FAIL_ON_WARNING, *VERDICTS}
     assert listed <= set(NAMES)
     assert len(NAMES) == 98
 

@@ -153,22 +153,22 @@ def check(
 
 
 @dataclass(frozen=True, slots=True)
-class _Result:
+class _CheckedPath:
     """A report, and the error where no check could be made."""
 
     report: Report
     failure: Exception | None = None
 
 
-def _checked(path: str, arguments: Mapping[str, Any], config: Path | None) -> _Result:
+def _checked(path: str, arguments: Mapping[str, Any], config: Path | None) -> _CheckedPath:
     report, failure = _report(path, arguments)
     if config is not None:
         report = replace(report, summary=replace(report.summary, config=str(config)))
-    return _Result(report, failure)
+    return _CheckedPath(report, failure)
 
 
 def _written(
-    result: _Result,
+    result: _CheckedPath,
     targets: Sequence[Output],
     recording: Recording,
     statistics: bool,

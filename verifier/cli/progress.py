@@ -33,7 +33,7 @@ _MIN_SECONDS = 1.0
 
 
 @dataclass
-class Job:
+class TrackedJob:
     """One piece of long work.
 
     Attributes:
@@ -125,10 +125,10 @@ class Display(Protocol):
 
     every: float
 
-    def draw(self, job: Job) -> None:
+    def draw(self, job: TrackedJob) -> None:
         """Draw a job as it is now."""
 
-    def close(self, job: Job) -> None:
+    def close(self, job: TrackedJob) -> None:
         """Draw for the last time, or remove what was drawn."""
 
 
@@ -140,13 +140,13 @@ class Lines:
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
-    def draw(self, job: Job) -> None:
+    def draw(self, job: TrackedJob) -> None:
         """Print a line."""
         remarks = job.remarks() or [duration(job.seconds)]
         self._stream.write(f"ckptgate: {job.label}: {', '.join(remarks)}\n")
         self._stream.flush()
 
-    def close(self, job: Job) -> None:
+    def close(self, job: TrackedJob) -> None:
         """Print nothing."""
 
 
@@ -158,12 +158,12 @@ class JsonLines:
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
-    def draw(self, job: Job) -> None:
+    def draw(self, job: TrackedJob) -> None:
         """Print an object."""
         self._stream.write(json.dumps(job.as_json()) + "\n")
         self._stream.flush()
 
-    def close(self, job: Job) -> None:
+    def close(self, job: TrackedJob) -> None:
         """Print the last object."""
         self.draw(job)
 
@@ -187,7 +187,7 @@ class Bar:
         self._task = self._bar.add_task("", total=None, remarks="")
         self._bar.start()
 
-    def draw(self, job: Job) -> None:
+    def draw(self, job: TrackedJob) -> None:
         """Draw the bar."""
         remarks = ", ".join(job.remarks() or [duration(job.seconds)])
         total = job.total or None
@@ -196,7 +196,7 @@ class Bar:
         )
         self._bar.refresh()
 
-    def close(self, job: Job) -> None:
+    def close(self, job: TrackedJob) -> None:
         """Remove the bar."""
         self._bar.stop()
 
@@ -205,7 +205,7 @@ class Ticker:
     """Draws the innermost of the running jobs, at most once per interval."""
 
     def __init__(self, display: Display, clock: Callable[[], float] = time.monotonic) -> None:
-        self.display, self.jobs = display, list[Job]()
+        self.display, self.jobs = display, list[TrackedJob]()
         self._clock, self._lock = clock, threading.Lock()
         self._due = clock() + (0.0 if display.every < 1 else display.every)
 
@@ -221,7 +221,7 @@ class Ticker:
         finally:
             self._lock.release()
 
-    def progress_of(self, job: Job) -> Progress:
+    def progress_of(self, job: TrackedJob) -> Progress:
         """Return the callback for a job."""
 
         def update(done: int, total: int, detail: str = "", /) -> None:
@@ -248,7 +248,7 @@ def progress_bar(
         more: returns a further remark.
     """
     global _ticker
-    job, outer = Job(label, unit, more), _ticker
+    job, outer = TrackedJob(label, unit, more), _ticker
     display = None if outer else _display()
     if outer is None and display is None:
         yield job.update

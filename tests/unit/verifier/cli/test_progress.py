@@ -16,7 +16,7 @@ import pytest
 import verifier
 from tests.paths import ROOT, TESTS
 from verifier.cli import run
-from verifier.cli.progress import Job, JsonLines, Lines, Ticker, duration, progress_bar
+from verifier.cli.progress import JsonLines, Lines, Ticker, TrackedJob, duration, progress_bar
 from verifier.selftest.runner import selftest
 
 DATA = TESTS / "data" / "modelopt"
@@ -37,7 +37,7 @@ def clock() -> Clock:
 
 
 def test_a_line_has_amount_detail_rate_and_time_left(clock: Clock) -> None:
-    job, stream = Job("checking", "byte", clock=clock), io.StringIO()
+    job, stream = TrackedJob("checking", "byte", clock=clock), io.StringIO()
     job.update(0, 250_000_000_000)
     clock.now += 25
     job.update(12_500_000_000, 250_000_000_000, "3 of 52 shards")
@@ -48,14 +48,14 @@ def test_a_line_has_amount_detail_rate_and_time_left(clock: Clock) -> None:
 
 
 def test_work_of_an_unknown_size_shows_its_time(clock: Clock) -> None:
-    job, stream = Job("building the model", clock=clock), io.StringIO()
+    job, stream = TrackedJob("building the model", clock=clock), io.StringIO()
     clock.now += 90
     Lines(stream).draw(job)
     assert stream.getvalue() == "ckptgate: building the model: 2 min\n"
 
 
 def test_what_a_resumed_job_finds_done_is_no_speed(clock: Clock) -> None:
-    job = Job("scoring", "window", clock=clock)
+    job = TrackedJob("scoring", "window", clock=clock)
     job.update(900, 1000)
     clock.now += 10
     job.update(910, 1000)
@@ -63,7 +63,7 @@ def test_what_a_resumed_job_finds_done_is_no_speed(clock: Clock) -> None:
 
 
 def test_json_lines(clock: Clock) -> None:
-    job, stream = Job("scoring", "window", clock=clock), io.StringIO()
+    job, stream = TrackedJob("scoring", "window", clock=clock), io.StringIO()
     job.update(0, 10)
     clock.now += 2
     job.update(4, 10, "base")
@@ -83,7 +83,7 @@ def test_json_lines(clock: Clock) -> None:
 def test_a_log_gets_a_line_every_30_seconds(clock: Clock) -> None:
     stream = io.StringIO()
     ticker = Ticker(Lines(stream), clock)
-    ticker.jobs.append(job := Job("checking", "byte", clock=clock))
+    ticker.jobs.append(job := TrackedJob("checking", "byte", clock=clock))
     progress = ticker.progress_of(job)
     for second in range(0, 100, 5):
         clock.now = 100.0 + second
