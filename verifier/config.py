@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
-
-from pydantic import BaseModel, ConfigDict, ValidationError
+from typing import Any, ClassVar
 
 from verifier.errors import UsageError
 from verifier.findings import Severity
@@ -28,20 +26,24 @@ NAME, PYPROJECT = "ckptgate.toml", "pyproject.toml"
 MAX_BYTES = 1 << 20
 
 
-class Config(BaseModel):
+@dataclass(frozen=True, slots=True)
+class Config:
     """The keys of a configuration file, with their defaults."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
-    select: list[str] = []
-    ignore: list[str] = []
-    require: list[str] = []
+    select: list[str] = field(default_factory=list)
+    ignore: list[str] = field(default_factory=list)
+    require: list[str] = field(default_factory=list)
     fail_on: FailOn = "error"
     profile: str | None = None
-    severity: dict[str, Severity | dict[str, Severity]] = {}
+    severity: dict[str, Severity | dict[str, Severity]] = field(default_factory=dict)
     baseline: str | None = None
     weights: str | None = None
-    formats: list[str] = ["text"]
+    formats: list[str] = field(default_factory=lambda: ["text"])
+
+
+KEYS = tuple(f.name for f in fields(Config))
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,21 +76,29 @@ def load(file: Path) -> Config:
         UsageError: it cannot be read; an unknown key, rule, profile, severity or format. The
             message names file and key.
     """
+    return _validated(file, _stated(file))
+
+
+def _stated(file: Path) -> dict[str, Any]:
+    """Return the keys that a file states, with their values as they are there."""
     table = _table(file)
     if table is None:
         raise UsageError(f"{file} has no table [tool.ckptgate]")
-    known = list(Config.model_fields)
     for key in table:
-        if key not in known:
+        if key not in KEYS:
             at = "tool.ckptgate." if file.name == PYPROJECT else ""
-            hint = nearest(key, known)
+            hint = nearest(key, KEYS)
             if key == "tool":
                 hint = "keys are at the top level of ckptgate.toml, without [tool.ckptgate]; "
-            raise UsageError(
-                f"{file}: unknown key {at + key!r}; {hint}the keys are {', '.join(known)}"
-            )
+            raise UsageError(f"{file}: unknown key {at + key!r}; {hint}the keys are {_list(KEYS)}")
+    return table
+
+
+def _validated(file: Path, table: dict[str, Any]) -> Config:
+    from pydantic import TypeAdapter, ValidationError  # noqa: PLC0415  (only to read a file)
+
     try:
-        config = Config.model_validate(table)
+        config = TypeAdapter(Config).validate_python(table)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         keys = [
@@ -111,12 +121,13 @@ def effective(options: Mapping[str, Any], file: Path | None) -> dict[str, Settin
         options: values of the command line by key; None and () mean that the option is not used.
         file: the configuration file, or None.
     """
-    config = load(file) if file is not None else Config()
+    stated = _stated(file) if file is not None else {}
+    config = _validated(file, stated) if file is not None else Config()
     settings = {}
-    for key in Config.model_fields:
+    for key in KEYS:
         if options.get(key) not in (None, ()):
             settings[key] = Setting(options[key], "command line")
-        elif file is not None and key in config.model_fields_set:
+        elif file is not None and key in stated:
             settings[key] = Setting(_resolved(key, getattr(config, key), file.parent), str(file))
         else:
             settings[key] = Setting(getattr(config, key), "default")

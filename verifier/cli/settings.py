@@ -23,7 +23,7 @@ def effective_settings(options: Mapping[str, Any]) -> tuple[dict[str, Setting], 
         UsageError: a configuration file is missing or invalid, or --config is used with
             --no-config.
     """
-    from verifier.config import effective, find  # noqa: PLC0415  (pydantic; --help needs it not)
+    from verifier.config import effective, find  # noqa: PLC0415  (numpy, which --help does not need)
 
     file, without = options.get("config"), options.get("no_config")
     if file and without:
