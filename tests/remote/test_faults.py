@@ -214,6 +214,7 @@ def test_an_interrupted_command_does_not_wait(
     line = [sys.executable, "-W", "ignore", "-m", "verifier", "check", URI]
     process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True)
     while not any(r["path"].endswith("config.json") for r in server.requests()):
+        assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=20)  # the drip would take minutes
