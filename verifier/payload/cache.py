@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -47,13 +48,13 @@ class ResultCache:
         names = sorted(key.name for key in self._by_name if key.kind == kind)
         return ((name, self._by_name[ResultKey(kind, name)]) for name in names)
 
-    def keys(self) -> frozenset[ResultKey]:
-        """Return the keys of the results of single modules and tensors."""
-        return frozenset(self._by_name)
+    def __len__(self) -> int:
+        """Return the number of results of single modules and tensors."""
+        return len(self._by_name)
 
-    def exported(self, known: Collection[ResultKey]) -> dict[ResultKey, Any]:
-        """Return the results of single modules and tensors whose keys are not ``known``."""
-        return {key: value for key, value in self._by_name.items() if key not in known}
+    def exported(self, known: int) -> dict[ResultKey, Any]:
+        """Return the results of single modules and tensors but the ``known`` oldest."""
+        return dict(islice(self._by_name.items(), known, None))
 
     def imported(self, results: Mapping[ResultKey, Any]) -> None:
         """Add what another process exported."""

@@ -10,7 +10,7 @@ squares float32 cannot hold, take `verifier.decoding` and float64 sums.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -26,6 +26,7 @@ from verifier.decoding import (
     e4m3_table,
     e8m0_table,
 )
+from verifier.reconstruction import compiled
 from verifier.reconstruction.yardstick import by_max, is_sliced
 from verifier.schemes import FORMATS, Format
 
@@ -66,6 +67,11 @@ class Distance:
         self.by_max += other.by_max
         self.along += other.along
         self.suspect = self.suspect or other.suspect
+
+
+Pass = Callable[[npt.NDArray[Any], npt.NDArray[Any], Float32, np.float32], Distance]
+"""Compares some blocks: codes and base values in pairs, the whole scale of each block, and ``max``
+calibration's scale of the tensor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,12 +216,13 @@ def _fast(chunk: RowChunk, layout: Format, amax: float) -> Distance | None:
     codes = weight.view(np.uint8 if packed else np.uint16).reshape(-1, block // 2)
     pair = np.uint64 if reference.dtype == np.float32 else np.uint32
     values = np.ascontiguousarray(reference).view(pair).reshape(-1, block // 2)
-    lanes, total = _Lanes(block, packed, values.dtype), Distance()
+    run = _compiled_pass(block, packed, values)
+    run, total = run or _Lanes(block, packed, values.dtype).run, Distance()
     count = LANE // block
     with np.errstate(all="ignore"):
         for i in range(0, len(values), count):
             rows = slice(i, i + count)
-            total.add(lanes.run(codes[rows], values[rows], step[rows], top))
+            total.add(run(codes[rows], values[rows], step[rows], top))
     finite = np.isfinite(total.error) and np.isfinite(total.by_max)
     return total if TINY < total.size / reference.size < HUGE and finite else None
 
@@ -273,10 +280,7 @@ class _Lanes:
             base[...] = pairs.view(np.float32)
         decoded *= np.repeat(step, 2)
         decoded -= base
-        sizes, errors = _by_block(base), _by_block(decoded)
-        result = Distance(float(sizes.sum(dtype=np.float64)), float(errors.sum(dtype=np.float64)))
-        dots = np.einsum("ij,ij->j", decoded, base, optimize=False)
-        result.along = float(dots.sum(dtype=np.float64))
+        sums = [_columns(base, base), _columns(decoded, decoded), _columns(decoded, base)]
         peak = self._peak(pairs, base)
         max_step = self._max_step(peak, top)
         wide = np.repeat(max_step, 2)
@@ -287,10 +291,7 @@ class _Lanes:
             np.clip(decoded, -6, 6, out=decoded)
         base -= decoded
         base *= wide
-        best = _by_block(base)
-        result.by_max = float(best.sum(dtype=np.float64))
-        result.suspect = bool(beyond(errors, best, sizes).any())
-        return result
+        return _summed(*sums, _columns(base, base))
 
     def _peak(self, pairs: npt.NDArray[Any], base: Float32) -> Float32:
         """Return the largest magnitude of each block; overwrites the pairs."""
@@ -327,7 +328,36 @@ def _round(values: Float32, out: Float32, grid: Float32, bits: int, least: float
     out -= grid
 
 
-def _by_block(values: Float32) -> Float32:
-    """Return the sum of squares of each block, from lanes of [block / 2, 2 x blocks]."""
-    columns = np.einsum("ij,ij->j", values, values, optimize=False)
-    return np.asarray(columns[0::2] + columns[1::2], np.float32)
+def _columns(values: Float32, others: Float32) -> Float32:
+    """Return the sum of products of each column of lanes of [block / 2, 2 x blocks]."""
+    sums: Float32 = np.einsum("ij,ij->j", values, others, optimize=False)
+    return sums
+
+
+def _summed(size: Float32, error: Float32, along: Float32, best: Float32) -> Distance:
+    """Return the distance of some blocks from the sums of their even and of their odd values,
+    [2 x blocks].
+    """
+    sizes, errors, bests = (x[0::2] + x[1::2] for x in (size, error, best))
+    return Distance(
+        *(float(x.sum(dtype=np.float64)) for x in (sizes, errors, bests, along)),
+        suspect=bool(beyond(errors, bests, sizes).any()),
+    )
+
+
+def _compiled_pass(block: int, packed: bool, values: npt.NDArray[Any]) -> Pass | None:
+    """Return the compiled form of `_Lanes.run`, None where there is none for these values."""
+    compare = compiled.compare()
+    if compare is None or values.dtype != np.uint32 or not values.flags.aligned:
+        return None
+    pairs = _code_pairs(True) if packed else e4m3_table().view(np.uint32).astype(np.uint64)
+    buffer = np.empty(8 * (LANE // block), np.float32)
+
+    def run(
+        codes: npt.NDArray[Any], values: npt.NDArray[Any], step: Float32, top: np.float32
+    ) -> Distance:
+        sums = buffer[: 8 * len(values)].reshape(4, -1)
+        compare(codes.view(np.uint8), values, step, top, pairs, packed, sums)
+        return _summed(*sums)
+
+    return run

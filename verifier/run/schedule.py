@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs rules: first those that read headers, then those that read bytes, shard by shard, in
-several processes or threads.
+"""Runs rules: first those that read headers, then those that read bytes, some modules of a shard at
+a time, in several processes or threads.
 
-A rule that checks each module by itself (`Rule.split`) is run on the modules of one shard at a
-time. Its findings are put together in the order of the shards, so the report does not depend on the
-number of workers and machines. A rule that compares modules is run once, on all of them. Rules that
+A rule that checks each module by itself (`Rule.split`) is run on one unit of work at a time: the
+modules of a shard, or of a large shard some that lie next to one another. Its findings are put
+together in the order of the shards, so the report does not depend on the number of workers and
+machines. A rule that compares modules is run once, on all of them. Rules that
 load the model come last, one by one.
 """
 
@@ -25,6 +26,7 @@ from verifier.payload.cache import ResultKey
 from verifier.payload.reader import scanned_tensors
 from verifier.processes import can_fork, forked
 from verifier.progress import Progress, no_progress
+from verifier.reconstruction import compiled
 from verifier.rules import Context, Rule, Tally
 from verifier.run.group import group
 from verifier.run.options import Reading
@@ -41,6 +43,10 @@ Run = Callable[["_Task", Advance], "_Result"]
 WORTH_COPIES = 64 << 20
 """Bytes of weights to compare from which on copies of this process are worth the tens of
 milliseconds that they cost."""
+UNIT_BYTES = 64 << 20
+"""A shard of more bytes is several units of work: as many as all workers need to end together."""
+MAX_UNITS = 1024
+"""Units of a checkpoint, one per shard aside: each costs milliseconds."""
 SCAN_SPEED = 16
 """Bytes that are only scanned take this many times less than bytes that are compared."""
 MAX_KINDS = 5_000
@@ -129,7 +135,7 @@ def _run_payload(
         outcomes |= {rule.id: deferred for rule in whole}
         whole = []
     modules = list(ctx.candidate.modules.values())
-    parts = reading.sample.choose(modules) if reading.sample else _by_shard(ctx, reading.subset)
+    parts = reading.sample.choose(modules) if reading.sample else _units(ctx, reading.subset)
     tasks = [_Task(split, part, of) for part, of in parts if split and part]
     comparing = [_Task([rule], modules, len(modules)) for rule in whole]
     amounts = _Amounts([_bytes_read(ctx, task) for task in tasks], progress)
@@ -183,6 +189,8 @@ def _results(
 
     _keep_freed_memory()
     ctx.prepare()
+    if ctx.base is not None:
+        compiled.prepare(sum(task.nbytes for task in tasks))
     # Shards first: rules that compare modules then find cached what they ask for. At the same time
     # it would be worked out twice.
     copied = workers > 1 and _worth_copies(ctx, tasks) and can_fork()
@@ -206,7 +214,7 @@ class _Amounts:
         """Note that a share of a task is done."""
         self._shares[task] = share
         finished = sum(share == 1 for share in self._shares)
-        self.detail(f"{finished:,} of {counted(len(self._sizes), 'shard')}")
+        self.detail(f"{finished:,} of {counted(len(self._sizes), 'part')}")
 
     def detail(self, text: str) -> None:
         """Report what is done, and a remark."""
@@ -254,15 +262,34 @@ def _bytes_read(ctx: Context, task: _Task) -> int:
     return sum(t.nbytes for m in task.modules for t in scanned_tensors(m))
 
 
-def _by_shard(ctx: Context, subset: Subset | None) -> list[tuple[list[Module], int]]:
-    """Return the modules of each shard, in the shards' order, and their number."""
+def _units(ctx: Context, subset: Subset | None) -> list[tuple[list[Module], int]]:
+    """Return the modules of each unit of work, in the shards' order, and their number."""
+    units: list[list[Module]] = []
+    shards = _by_shard(ctx, subset)
+    sizes = {m.name: sum(t.nbytes for t in m.parts.values()) for shard in shards for m in shard}
+    limit = max(UNIT_BYTES, sum(sizes.values()) // MAX_UNITS)
+    for shard in shards:
+        unit: list[Module] = []
+        size = 0
+        for module in shard:
+            if unit and size + sizes[module.name] > limit:
+                units.append(unit)
+                unit, size = [], 0
+            unit.append(module)
+            size += sizes[module.name]
+        units.append(unit)
+    return [(unit, len(unit)) for unit in units]
+
+
+def _by_shard(ctx: Context, subset: Subset | None) -> list[list[Module]]:
+    """Return the modules of each shard, in the shards' order."""
     modules: dict[str, list[Module]] = {s.file: [] for s in ctx.checkpoint.shards}
     for module in ctx.candidate.modules.values():
         modules[file_of(module)].append(module)
     if subset is not None:
         numbers = subset_numbers(ctx.checkpoint, subset.of)
         modules = {f: m for f, m in modules.items() if numbers[f] == subset.number}
-    return [(part, len(part)) for part in modules.values()]
+    return list(modules.values())
 
 
 def _run(rule: Rule, ctx: Context, rate: Rate) -> Outcome:
@@ -335,7 +362,7 @@ def _by_copies(
     results = ctx.payload.results
 
     def run_in_copy(number: int, send: Advance) -> tuple[_Result, dict[ResultKey, Any]]:
-        known = results.keys()
+        known = len(results)
         result = run(tasks[number], send)
         return result, results.exported(known)
 

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,9 +15,13 @@ from verifier.quantized import QuantizedCheckpoint
 from verifier.reconstruction.cause import near_base
 from verifier.rules.comparing import CheckpointPair
 from verifier.rules.context import Context
+from verifier.selftest.editor import RawShard, write_shard
 
 exporter = pytest.importorskip("exporter", exc_type=ImportError)
-pytest.importorskip("torch")
+codecs = pytest.importorskip("exporter.codecs", exc_type=ImportError)
+torch = pytest.importorskip("torch")
+
+DTYPES = {"weight": "U8", "weight_scale": "F8_E4M3", "weight_scale_2": "F32"}
 
 GOLDENS = ("gpt-oss-tiny", "minimax-m3-tiny", "qwen3-moe-tiny")
 RECIPES = ("nvfp4_default", "nvfp4_experts_only_mse", "mxfp8_default", "fp8_default")
@@ -28,15 +34,56 @@ def test_no_sound_weight_of_a_golden_is_decoded_whole(
 ) -> None:
     base = ROOT / "goldens" / golden / "bf16"
     exporter.export(base, tmp_path / "out", recipe=recipe, input_scale="one", engine="none")
-    ctx = Context.of(open_checkpoint(tmp_path / "out"), open_checkpoint(base))
+    slow, count = decoded_whole(tmp_path / "out", base)
+    assert slow == [] and count > 50
+
+
+def decoded_whole(path: Path, base: Path) -> tuple[list[str], int]:
+    """Return the quantized weights that the fast comparison leaves, and how many there are."""
+    ctx = Context.of(open_checkpoint(path), open_checkpoint(base))
     assert isinstance(ctx.base, QuantizedCheckpoint)
     pair = CheckpointPair(ctx.candidate, ctx.base, ctx.payload)
     quantized = ctx.candidate.quantized_modules
-    assert len(quantized) > 50
     slow = []
     for module in quantized:
         fmt = ctx.candidate.format_of(module)
         assert fmt is not None
         if near_base(pair, module, fmt) is None:
             slow.append(module.name)
-    assert slow == []
+    return slow, len(quantized)
+
+
+def test_no_weight_of_a_fused_group_of_real_shape_is_decoded_whole(tmp_path: Path) -> None:
+    # The partner with the smaller maximum: its own would give finer scales than the group's.
+    generator = torch.Generator().manual_seed(0)
+    weights = {
+        leaf: (torch.randn(3072, 6144, generator=generator) * size).bfloat16()
+        for leaf, size in (("gate_proj", 0.03), ("up_proj", 0.011))
+    }
+    shared = torch.stack([codecs.amax(w, "nvfp4") for w in weights.values()]).amax()
+    stored, plain = {}, {}
+    for leaf, weight in weights.items():
+        name = f"a.mlp.experts.0.{leaf}"
+        plain[f"{name}.weight"] = ("BF16", (3072, 6144), raw(weight))
+        for part, value in codecs.encode(weight, "nvfp4", amax=shared).items():
+            stored[f"{name}.{part}"] = (DTYPES[part], tuple(value.shape), raw(value))
+    for folder, entries in (("out", stored), ("base", plain)):
+        (tmp_path / folder).mkdir()
+        write_shard(tmp_path / folder / "model.safetensors", RawShard({}, entries))
+        (tmp_path / folder / "config.json").write_text("{}")
+    declared = {"quant_algo": "NVFP4", "quant_method": "modelopt"}
+    config = json.dumps({"quantization_config": declared})
+    (tmp_path / "out" / "config.json").write_text(config)
+    assert decoded_whole(tmp_path / "out", tmp_path / "base") == ([], 2)
+    checkpoint = open_checkpoint(tmp_path / "out")
+    scale = checkpoint.tensors["a.mlp.experts.0.up_proj.weight_scale"]
+    with (tmp_path / "out" / scale.file).open("r+b") as handle:
+        handle.seek(scale.offset + 5 * 384)
+        handle.write(bytes([0x70] * 384))  # one row's scales, larger than any of this weight
+    slow, _ = decoded_whole(tmp_path / "out", tmp_path / "base")
+    assert slow == ["a.mlp.experts.0.up_proj"]
+
+
+def raw(value: Any) -> bytes:
+    """Return the bytes of a tensor."""
+    return bytes(value.contiguous().reshape(-1).view(torch.uint8).numpy())

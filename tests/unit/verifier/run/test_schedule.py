@@ -136,6 +136,28 @@ def test_nor_on_processes(
     assert copied == [(5, 2), (5, 7)]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are copied on Linux only")
+@pytest.mark.parametrize("base", [None, BASE], ids=["alone", "base"])
+def test_nor_on_the_division_of_shards(
+    damaged: Path, base: Path | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = verifier.check(damaged, base=base, depth="payload", workers=1)
+    units: list[int] = []
+    by_copies = schedule._by_copies
+
+    def counted(ctx, run, tasks, workers, amounts):  # type: ignore[no-untyped-def]
+        units.append(len(tasks))
+        return by_copies(ctx, run, tasks, workers, amounts)
+
+    monkeypatch.setattr(schedule, "UNIT_BYTES", 20_000)
+    monkeypatch.setattr(schedule, "WORTH_COPIES", 1)
+    monkeypatch.setattr(schedule, "can_fork", lambda: True)
+    monkeypatch.setattr(schedule, "_by_copies", counted)
+    for workers in (1, 2, 3):
+        assert same(whole, verifier.check(damaged, base=base, depth="payload", workers=workers))
+    assert len(units) == 2 and units[0] > 15  # five files
+
+
 def test_the_report_does_not_depend_on_the_number_of_files(damaged: Path, tmp_path: Path) -> None:
     whole = damage(Path(shutil.copytree(NVFP4, tmp_path / "whole")))
     one, five = (verifier.check(p, base=BASE, depth="payload") for p in (whole, damaged))

@@ -1,0 +1,304 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Check, export and merge of a MiniMax-M3 layer of real size, beside what the machine can do.
+
+    python benchmarks/real.py [--experts 128] [--rounds 3] [--label after] [--scratch DIR]
+
+One MoE layer as released (128 experts of w1, w3 [3072, 6144] and w2 [6144, 3072], attention, norms
+and router), BF16 from a seeded generator, 15.3 GB; ``--experts 16`` is 1.9 GB. Every command is a
+process of its own. Within a round everything runs in turn, `cp`, `sha256sum` and plain reads too:
+on a machine that other work shares, only ratios within a round mean anything. ``--label before``
+keeps the figures of another checkout (``--tree``) in the same results file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from tests import sparse  # noqa: E402
+
+RESULTS = Path(__file__).parent / "results" / "real.json"
+LAYER = "language_model.model.layers.3."
+SHARD_BYTES = 4_000_000_000
+PIECE = 16 << 20
+READ = """
+import sys
+buffer = memoryview(bytearray(16 << 20))
+for name in sys.argv[1:]:
+    with open(name, "rb", buffering=0) as handle:
+        while handle.readinto(buffer):
+            pass
+"""
+EXPORT = """
+import sys
+from exporter import export
+source, out, recipe, workers = sys.argv[1:]
+export(source, out, recipe=recipe, input_scale="one", workers=int(workers))
+"""
+MERGE = """
+import sys
+from exporter import merge
+experts, out, onto, workers = sys.argv[1:]
+merge(experts, out, onto=onto, workers=int(workers))
+"""
+CODEC = """
+import sys, time, numpy, torch
+from exporter import weights
+torch.set_num_threads(1)
+method, seconds = sys.argv[1], float(sys.argv[2])
+x = torch.randn(3072, 6144).bfloat16()
+weights.encode(x, "nvfp4", method=method, threads=1)
+started = time.perf_counter()
+done = 0
+while time.perf_counter() - started < seconds:
+    weights.encode(x, "nvfp4", method=method, threads=1)
+    done += 1
+print((time.perf_counter() - started) / (done * x.numel() * 2))
+"""
+
+
+def rows(experts: int) -> list[sparse.Row]:
+    """Return the tensors of the layer with as many experts, in the order of the file."""
+    found = []
+    for name, dtype, shape in sparse.bf16(sparse.rows()):
+        expert = name.partition(".experts.")[2].partition(".")[0]
+        if name.startswith(LAYER) and (not expert.isdecimal() or int(expert) < experts):
+            found.append((name, dtype, shape))
+    return found
+
+
+def make_source(folder: Path, experts: int) -> None:
+    """Write the layer: normal values times 0.02, each tensor with a factor of its own."""
+    text: Any = sparse.m3_config()["text_config"]
+    config = sparse.m3_config() | {
+        "text_config": text
+        | {
+            "num_local_experts": experts,
+            "num_hidden_layers": 4,
+            "moe_layer_freq": [0, 0, 0, 1],
+            "sparse_attention_config": {"sparse_attention_freq": [0, 0, 0, 1]},
+        }
+    }
+    tensors = rows(experts)
+    nbytes = sum(int(np.prod(shape)) * (4 if dtype == "F32" else 2) for _, dtype, shape in tensors)
+    sparse.write(folder, tensors, config, -(-nbytes // SHARD_BYTES))
+    rng = np.random.default_rng(0)
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("r+b") as handle:
+            length = int.from_bytes(handle.read(8), "little")
+            header = json.loads(handle.read(length))
+            for name, entry in header.items():
+                if name != "__metadata__":
+                    begin, end = entry["data_offsets"]
+                    handle.seek(8 + length + begin)
+                    _fill(handle, end - begin, entry["dtype"], rng)
+
+
+def _fill(handle: Any, nbytes: int, dtype: str, rng: np.random.Generator) -> None:
+    factor = np.float32(0.02 * rng.uniform(0.7, 1.4))
+    width = 4 if dtype == "F32" else 2
+    while nbytes:
+        count = min(nbytes, PIECE) // width
+        values = rng.standard_normal(count, np.float32) * factor
+        data = values if dtype == "F32" else (values.view(np.uint32) >> 16).astype(np.uint16)
+        handle.write(data.tobytes())
+        nbytes -= count * width
+
+
+def private_kb(pid: int) -> int:
+    """Return the private kilobytes of a process and its children; 0 where it has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+        children = Path(f"/proc/{pid}/task").glob("*/children")
+        pids = [int(child) for file in children for child in file.read_text().split()]
+    except OSError:
+        return 0
+    own = sum(int(line.split()[1]) for line in lines if line.startswith("Private_"))
+    return own + sum(map(private_kb, pids))
+
+
+class Bench:
+    """Runs commands one after another, with the package of one checkout."""
+
+    def __init__(self, tree: Path, scratch: Path, experts: int, workers: int) -> None:
+        self.tree, self.scratch, self.workers = tree, scratch, workers
+        self.source, self.export = scratch / "source", scratch / "export"
+        self.experts = experts
+        self.whole = scratch / "whole"
+        self.onto = scratch / "onto"
+        self.environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
+
+    def run(self, *command: object, codes: tuple[int, ...] = (0,)) -> dict[str, Any]:
+        """Return seconds, processor seconds and peak private megabytes of a process, and its
+        output.
+        """
+        started = time.perf_counter()
+        child = subprocess.Popen(
+            [str(c) for c in command],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=self.environment,
+            cwd=self.scratch,
+        )
+        peak = 0
+        while (found := os.wait4(child.pid, os.WNOHANG))[0] == 0:
+            peak = max(peak, private_kb(child.pid))
+            time.sleep(0.25)
+        seconds, usage = time.perf_counter() - started, found[2]
+        child.returncode = os.waitstatus_to_exitcode(found[1])
+        assert child.stdout is not None
+        output = child.stdout.read()
+        if child.returncode not in codes:
+            raise SystemExit(f"{command} ended with {child.returncode}:\n{output[-3000:]}")
+        cpu = usage.ru_utime + usage.ru_stime
+        return {"s": seconds, "cpu_s": cpu, "private_mb": peak / 1000, "output": output}
+
+    def python(self, script: str, *arguments: object) -> dict[str, Any]:
+        """Run a script."""
+        return self.run(sys.executable, "-c", script, *arguments)
+
+    def command(self, *arguments: object) -> dict[str, Any]:
+        """Run ckptgate; findings about a slice of a model are no failure."""
+        return self.run(sys.executable, "-m", "ckptgate", *arguments, codes=(0, 1, 3))
+
+    def removed(self, name: str) -> Path:
+        """Return a path of the scratch folder that does not exist."""
+        path = self.scratch / name
+        shutil.rmtree(path, ignore_errors=True)
+        return path
+
+    def steps(self) -> dict[str, Callable[[], dict[str, Any]]]:
+        """Return what is measured, in the order in which it runs."""
+        shards = sorted(self.source.glob("*.safetensors"))
+        check = ("check", self.export, "--depth", "payload", "--quiet")
+        based = (*check, "--base", self.source)
+        plain = ("--recipe", "nvfp4_experts_only", "--input-scale", "one", "--dry-run")
+
+        def results() -> list[Path]:
+            return sorted(self.export.glob("*.safetensors"))
+
+        def written(script: str, source: Path, *rest: object) -> dict[str, Any]:
+            return self.python(script, source, self.removed("out"), *rest, self.workers)
+
+        def copied() -> dict[str, Any]:
+            target = self.removed("copy")
+            target.mkdir()
+            return self.run("sh", "-c", 'cp "$@" && sync "$0"/*', target, *results(), target)
+
+        def codec(method: str) -> dict[str, Any]:
+            found = self.python(CODEC, method, 2)
+            nbytes = sum(f.stat().st_size for f in shards)
+            return found | {"s": float(found["output"]) * nbytes}
+
+        return {
+            "read": lambda: self.python(READ, *shards),
+            "read_export": lambda: self.python(READ, *results()),
+            "codec_max": lambda: codec("max"),
+            "codec_sweep": lambda: codec("sweep"),
+            "sha256": lambda: self.run("sha256sum", *results()),
+            "cp_sync": copied,
+            "export_max": lambda: written(EXPORT, self.source, "nvfp4_experts_only"),
+            "export_sweep_1": lambda: self.python(
+                EXPORT, self.source, self.removed("out"), "nvfp4_experts_only_mse", 1
+            ),
+            "export_sweep": lambda: written(EXPORT, self.source, "nvfp4_experts_only_mse"),
+            "export_command": lambda: self.command(
+                *("export", self.source, self.removed("out"), *plain[:-1])
+            ),
+            "merge": lambda: self.python(
+                MERGE, self.export, self.removed("out"), self.source, self.workers
+            ),
+            "check_header": lambda: self.command("check", self.export, "--quiet"),
+            "check_payload": lambda: self.command(*check),
+            "check_base_1": lambda: self.command(*based, "--workers", "1"),
+            "check_base": lambda: self.command(*based, "--workers", str(self.workers)),
+            "dry_run_whole": lambda: self.command("export", self.whole, "never", *plain),
+            "dry_run_onto": lambda: self.command(
+                *("export", self.whole, "never", "--onto", self.onto, *plain)
+            ),
+        }
+
+
+def make_whole(bench: Bench) -> None:
+    """Write the whole model, in BF16 and as the vendor has it, as sparse files."""
+    vendor = sparse.rows()
+    sparse.write(bench.whole, sparse.bf16(vendor), sparse.m3_config(), 60)
+    declared = {"quantization_config": sparse.vendor_quantization()}
+    sparse.write(bench.onto, vendor, sparse.m3_config() | declared, 60)
+
+
+def measure(bench: Bench, rounds: int) -> dict[str, Any]:
+    """Return the figures of every step, round by round."""
+    make_source(bench.source, bench.experts)
+    make_whole(bench)
+    bench.python(EXPORT, bench.source, bench.export, "nvfp4_experts_only", bench.workers)
+    steps = bench.steps()
+    raw: dict[str, list[dict[str, float]]] = {name: [] for name in steps}
+    for number in range(rounds):
+        for name, step in steps.items():
+            found = step()
+            del found["output"]
+            raw[name].append({key: round(value, 3) for key, value in found.items()})
+            print(number + 1, name, raw[name][-1], flush=True)
+    return {
+        "source_bytes": sum(f.stat().st_size for f in bench.source.glob("*.safetensors")),
+        "export_bytes": sum(f.stat().st_size for f in bench.export.glob("*.safetensors")),
+        "rounds": raw,
+        "median": {
+            name: {key: statistics.median(one[key] for one in found) for key in found[0]}
+            for name, found in raw.items()
+        },
+    }
+
+
+def main() -> None:
+    """Measure and write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--experts", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--label", default="after", help="the name of these figures in the results")
+    parser.add_argument("--tree", type=Path, default=ROOT, help="the checkout to measure")
+    parser.add_argument("--scratch", type=Path, help="where the files go; on a disk, not in memory")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="ckptgate-real-", dir=args.scratch) as folder:
+        bench = Bench(args.tree.resolve(), Path(folder), args.experts, args.workers)
+        started = time.perf_counter()
+        result = measure(bench, args.rounds)
+    result |= {
+        "command": "python benchmarks/real.py",
+        "arguments": {"experts": args.experts, "rounds": args.rounds, "workers": args.workers},
+        "versions": {
+            "python": platform.python_version(),
+            **{p: version(p) for p in ("numpy", "torch", "numba")},
+        },
+        "machine": f"{platform.machine()}, {os.cpu_count()} processors, shared",
+        "load": os.getloadavg(),
+        "seconds": round(time.perf_counter() - started),
+    }
+    results = json.loads(args.out.read_text()) if args.out.exists() else {}
+    args.out.parent.mkdir(exist_ok=True)
+    args.out.write_text(json.dumps(results | {args.label: result}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
