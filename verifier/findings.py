@@ -74,6 +74,7 @@ class Finding:
         places: tensors of the group, at most `MAX_PLACES`, where there are several; in a report
             that was read from a file with numbers as ranges.
         cause: what is wrong, in words that never change; '' where the rule reports one kind.
+        explained_by: the fingerprint of the finding that this one follows from; '' for none.
     """
 
     rule: str
@@ -91,6 +92,7 @@ class Finding:
     note: str = ""
     places: tuple[str, ...] = field(default=(), compare=False)
     cause: str = ""
+    explained_by: str = ""
 
 
 @dataclass(frozen=True, slots=True)

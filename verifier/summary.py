@@ -157,11 +157,15 @@ class Advice:
         title: of the rule.
         fix: how the defect is fixed, in a sentence or two.
         repairable: whether `ckptgate repair` fixes such defects.
+        why: how the defect comes about.
+        impact: what it does to the engines that load the checkpoint.
     """
 
     title: str
     fix: str
     repairable: bool = False
+    why: str = ""
+    impact: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from importlib import resources
 from typing import Any
 
 from jinja2 import DictLoader, Environment, StrictUndefined
 
 from verifier import __version__
-from verifier.findings import Report
+from verifier.findings import Finding, Report
 from verifier.report.text import footer
 from verifier.report.wording import (
     PARENTHESES,
@@ -18,14 +19,15 @@ from verifier.report.wording import (
     base_warning,
     baseline_line,
     by_engine,
+    causes_first,
     cell,
+    explains_line,
     not_checked,
     observation,
     places,
     remarks,
     repair_line,
     verdict_line,
-    worst_first,
 )
 from verifier.text import counted, printable
 
@@ -57,28 +59,18 @@ def render_html(report: Report) -> str:
 
 
 def _values(report: Report, rows: int) -> dict[str, Any]:
-    ordered = worst_first(report.findings)
-    titles = {c.rule: c.title for c in report.coverage}
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for f in ordered[:rows]:
-        key = ("known" if f.standing == "known" else f.severity, f.rule)
-        groups.setdefault(key, []).append(
-            {
-                "message": f.message,
-                "amount": amount(f),
-                "places": places(f),
-                "details": [t for t in (observation(f), *remarks(f)) if t],
-                "fingerprint": f.fingerprint,
-            }
-        )
+    ordered = causes_first(report.findings)
+    # Findings that follow from another come last, but none is ever left out before the others.
+    ordered.sort(key=lambda f: bool(f.explained_by))
     table = by_engine(report)
     return {
         "report": report,
         "version": __version__,
         "verdict": verdict_line(report),
-        "groups": groups,
-        "titles": titles,
-        "fixes": {rule: advice_line(report, rule) for _, rule in groups},
+        "groups": _groups(ordered[:rows], {f.fingerprint: f.rule for f in ordered}),
+        "titles": {c.rule: c.title for c in report.coverage},
+        "advice": report.summary.advice,
+        "fix": partial(advice_line, report),
         "base_warning": base_warning(report),
         "repair": repair_line(report),
         "hidden": max(0, len(ordered) - rows),
@@ -92,3 +84,35 @@ def _values(report: Report, rows: int) -> dict[str, Any]:
         "engines": list(next(iter(table.values()))) if table else [],
         "options": report.summary.options_json(),
     }
+
+
+def _groups(findings: list[Finding], rules: dict[str, str]) -> list[dict[str, Any]]:
+    """Return the findings by severity, rule, and the rule of what explains them.
+
+    Args:
+        findings: in the order of the page.
+        rules: the rule of each fingerprint.
+    """
+    groups: dict[tuple[str, str, str], list[Finding]] = {}
+    for f in findings:
+        severity = "known" if f.standing == "known" else f.severity
+        groups.setdefault((severity, f.rule, rules.get(f.explained_by, "")), []).append(f)
+    return [
+        {
+            "severity": severity,
+            "rule": rule,
+            "cause": cause,
+            "explains": explains_line(members, findings),
+            "findings": [
+                {
+                    "message": f.message,
+                    "amount": amount(f),
+                    "places": places(f),
+                    "details": [t for t in (observation(f), *remarks(f)) if t],
+                    "fingerprint": f.fingerprint,
+                }
+                for f in members
+            ],
+        }
+        for (severity, rule, cause), members in groups.items()
+    ]

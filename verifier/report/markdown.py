@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from verifier.findings import Finding, Report
 from verifier.report.text import footer
@@ -14,7 +15,9 @@ from verifier.report.wording import (
     base_warning,
     baseline_line,
     by_engine,
+    causes_first,
     cell,
+    explains_line,
     location,
     not_checked,
     observation,
@@ -23,7 +26,6 @@ from verifier.report.wording import (
     repair_line,
     skipped,
     verdict_line,
-    worst_first,
 )
 from verifier.text import counted, printable
 
@@ -52,15 +54,14 @@ def _render(report: Report, rows: int) -> str:
     ]
     if base_warning(report):
         lines += [f"**{_words(base_warning(report))}**", ""]
-    ordered = worst_first(report.findings)
-    if ordered[:rows]:
-        lines += [
-            "| severity | rule | finding | amount | where |",
-            "| --- | --- | --- | --- | --- |",
-        ]
-        lines += [_row(f) for f in ordered[:rows]]
-        lines.append("")
+    ordered = causes_first(report.findings)
+    own = [f for f in ordered if not f.explained_by]
+    following = [f for f in ordered if f.explained_by]
+    lines += _table(own[:rows], following)
     lines += _fixes(report)
+    if folded := following[: max(0, rows - len(own))]:
+        summary = f"{counted(len(folded), 'finding')} that these explain"
+        lines += [f"<details><summary>{summary}</summary>", "", *_table(folded), "</details>", ""]
     if len(ordered) > rows:
         lines += [f"{counted(len(ordered) - rows, 'more finding')} not shown.", ""]
     lines += _engines(report)
@@ -77,7 +78,9 @@ def _render(report: Report, rows: int) -> str:
 
 def _fixes(report: Report) -> list[str]:
     """Return how the findings of each rule are fixed, as a list."""
-    rules = dict.fromkeys(f.rule for f in report.findings if f.standing != "known")
+    rules = dict.fromkeys(
+        f.rule for f in report.findings if f.standing != "known" and not f.explained_by
+    )
     fixes = [(rule, advice_line(report, rule)) for rule in rules]
     rows = [f"* {_words(rule)}: {_words(text)}" for rule, text in fixes if text]
     repair = repair_line(report)
@@ -98,8 +101,17 @@ def _words(text: str) -> str:
     return text if _PLAIN.fullmatch(text) else code(text, 2000)
 
 
-def _row(f: Finding) -> str:
-    texts = [printable(f.message), *(t for t in (observation(f), *remarks(f)) if t)]
+def _table(findings: Sequence[Finding], following: Sequence[Finding] = ()) -> list[str]:
+    """Return a table of findings, each with what it explains of those that follow from others."""
+    if not findings:
+        return []
+    head = ["| severity | rule | finding | amount | where |", "| --- | --- | --- | --- | --- |"]
+    return [*head, *(_row(f, explains_line([f], following)) for f in findings), ""]
+
+
+def _row(f: Finding, explains: str) -> str:
+    details = (observation(f), *remarks(f), explains)
+    texts = [printable(f.message), *(t for t in details if t)]
     severity = f"{f.severity} (known)" if f.standing == "known" else f.severity
     where = code(location(f), 900) if location(f) else ""
     cells = (severity, _words(f.rule), "<br>".join(map(_words, texts)), amount(f), where)

@@ -20,7 +20,9 @@ from verifier.report.wording import (
     baseline_line,
     by_engine,
     by_rules,
+    causes_first,
     cell,
+    explains_line,
     not_checked,
     observation,
     partial,
@@ -30,7 +32,6 @@ from verifier.report.wording import (
     repair_line,
     skipped,
     verdict_line,
-    worst_first,
 )
 from verifier.text import counted, printable, size
 
@@ -92,7 +93,8 @@ def findings_text(
 ) -> str:
     """Return findings as lines of text, the worst first, known ones last.
 
-    Findings of one rule with the same message are one entry, with all their places.
+    Findings of one rule with the same message are one entry, with all their places. Those that
+    follow from another finding are counted at that one, unless there is no limit.
 
     Args:
         findings: of a report.
@@ -100,12 +102,18 @@ def findings_text(
         color: color the severities.
         limit: places to list per rule; None for all.
     """
-    ordered = worst_first(findings)
+    ordered = causes_first(findings)
     lines: list[str] = []
     new = [f for f in ordered if f.standing != "known"]
-    for (_, rule), group in groupby(new, key=lambda f: (f.severity, f.rule)):
-        lines += _of_a_rule(rule, list(group), color, limit)
-        lines += [f"        {text}" for text in (advice(rule),) if text]
+    causes = {f.fingerprint for f in new} if limit is not None else set()
+    shown = [f for f in new if not f.explained_by or f.explained_by not in causes]
+    for (_, rule), members in groupby(shown, key=lambda f: (f.severity, f.rule)):
+        group = list(members)
+        lines += _of_a_rule(rule, group, color, limit)
+        explains = explains_line(group, new)
+        if explains and limit is not None:
+            explains += "; --verbose lists them"
+        lines += [f"        {text}" for text in (explains, advice(rule)) if text]
     lines += _known([f for f in ordered if f.standing == "known"])
     return "".join(f"{line}\n" for line in lines)
 

@@ -82,6 +82,24 @@ def worst_first(findings: Iterable[Finding]) -> list[Finding]:
     return sorted(findings, key=lambda f: (f.standing == "known", SEVERITIES.index(f.severity)))
 
 
+def causes_first(findings: Iterable[Finding]) -> list[Finding]:
+    """Return `worst_first` with the rules that explain other findings first among equally severe
+    ones.
+    """
+    ordered = worst_first(findings)
+    causes = {f.explained_by for f in ordered if f.explained_by}
+    rules = {f.rule for f in ordered if f.fingerprint in causes}
+    return worst_first(sorted(ordered, key=lambda f: f.rule not in rules))
+
+
+def explains_line(causes: Iterable[Finding], findings: Iterable[Finding]) -> str:
+    """Return ``explains 24 findings of QC205, QC207``, or ''."""
+    own = {f.fingerprint for f in causes if f.fingerprint}
+    rules = [f.rule for f in findings if f.explained_by in own]
+    names = listed(printable(rule, 20) for rule in sorted(set(rules)))
+    return f"explains {counted(len(rules), 'finding')} of {names}" if rules else ""
+
+
 def verdict_line(report: Report) -> str:
     """Return ``FAILED at depth header (1 error, 0 warnings; reason; 50 rules; 25 more need
     --depth payload)``, without the findings where a check passed and has none.
@@ -164,7 +182,7 @@ def advice_line(report: Report, rule: str) -> str:
 
 def repair_line(report: Report) -> str:
     """Return the command that fixes failing findings without re-quantizing, or ''."""
-    failing = dict.fromkeys(f.rule for f in report.failing)
+    failing = dict.fromkeys(f.rule for f in report.failing if not f.explained_by)
     advice = report.summary.advice
     rules = [rule for rule in failing if rule in advice and advice[rule].repairable]
     if not rules or report.summary.different_base or report.summary.contents is None:

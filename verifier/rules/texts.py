@@ -26,6 +26,6 @@ def plain(text: str) -> str:
     return " ".join(_CODE.sub(r"`\1`", text).split())
 
 
-def fix(doc: str) -> str:
-    """Return the section *Fix* in one line, '' where a rule has none."""
-    return plain(sections(doc).get("Fix", ""))
+def section(doc: str, heading: str) -> str:
+    """Return one of the sections `HEADINGS` in one line, '' where a rule has none."""
+    return plain(sections(doc).get(heading, ""))

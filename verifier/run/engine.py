@@ -22,7 +22,8 @@ from verifier.rules import INCLUDED, Context, Depth, Rule, all_rules
 from verifier.rules.context import Inputs
 from verifier.rules.engine_loading import EngineLoader
 from verifier.rules.loading import Loader
-from verifier.rules.texts import fix
+from verifier.rules.texts import section
+from verifier.run.causes import explained
 from verifier.run.fingerprints import fingerprinted
 from verifier.run.loading import default_evaluate, default_loader, engine_loader
 from verifier.run.options import CheckOptions, EngineOptions, Path, Reading, reading_of
@@ -186,6 +187,7 @@ def run_check(uri: Path, options: CheckOptions) -> Report:
     if known is not None and options.baseline is not None:
         compared = known.compare(findings, coverage)
         findings, baseline = compared.findings, compared.summary(os.fspath(options.baseline))
+    findings = explained(findings, ctx.candidate)
     left_out = _not_checked(plan, ctx, findings, outcomes)
     verdict, reason = _verdict(plan, ctx, findings, coverage, left_out)
     sources = _sources(base=base, checkpoint=candidate, merged_from=merged_from)
@@ -361,7 +363,12 @@ def _verdict(
 def _advice(plan: CheckPlan, findings: Sequence[Finding]) -> dict[str, Advice]:
     """Return what to do about the findings, by rule."""
     rules = [plan.rules[rule_id] for rule_id in sorted({f.rule for f in findings})]
-    return {rule.id: Advice(rule.title, fix(rule.doc), rule.repairable) for rule in rules}
+    return {rule.id: _advice_of(rule) for rule in rules}
+
+
+def _advice_of(rule: Rule) -> Advice:
+    fix, why, impact = (section(rule.doc, h) for h in ("Fix", "Why it happens", "Impact"))
+    return Advice(rule.title, fix, rule.repairable, why, impact)
 
 
 def _different_base(ctx: Context) -> str:

@@ -16,7 +16,7 @@ from tests.paths import ROOT, TESTS
 from verifier.cli import run
 from verifier.cli.main import SECTIONS, cli
 from verifier.rules import Rule, all_rules
-from verifier.rules.texts import HEADINGS, fix, sections, summary
+from verifier.rules.texts import HEADINGS, section, sections, summary
 from verifier.suggest import suggestions, with_numbers_of
 
 QWEN_NVFP4 = TESTS / "data" / "modelopt" / "qwen3moe_nvfp4_experts_max"
@@ -88,7 +88,7 @@ def test_suggestions() -> None:
 def test_every_rule_has_its_sections(rule: Rule) -> None:
     assert tuple(sections(rule.doc)) == HEADINGS
     assert summary(rule.doc)
-    assert fix(rule.doc)
+    assert section(rule.doc, "Fix")
     assert "**" not in " ".join([summary(rule.doc), *sections(rule.doc).values()])
 
 
