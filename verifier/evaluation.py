@@ -222,7 +222,8 @@ class GateResult:
     is not finite, ``nonfinite_base`` those of the base. ``needed`` is about how many documents
     would decide. ``looks`` counts this attempt and those before it, None where they are not known;
     ``alpha`` is the error of each one-sided bound. ``doubts`` are reasons why the result is not
-    passed whatever the intervals show.
+    passed whatever the intervals show. ``weights_sha256`` is the digest of the candidate's weights,
+    '' in files of earlier versions.
     """
 
     outcome: Outcome
@@ -251,6 +252,7 @@ class GateResult:
     doubts: tuple[str, ...] = ()
     clusters: list[int] = field(default_factory=list)
     kl_documents: list[float] = field(default_factory=list)
+    weights_sha256: str = ""
 
     @property
     def unit(self) -> str:

@@ -100,15 +100,23 @@ def _with_drift(result: Result, file: str) -> tuple[Result, list[Figure]]:
 
 
 def _require_same_checkpoint(result: Result) -> None:
-    """Refuse a directory whose headers are not those of the run.
+    """Refuse a directory that holds a different checkpoint than the run was of.
 
     Raises:
-        ContentError: it holds a different number of tensors or bytes.
+        ContentError: the digest of its weights is not that of a gate's candidate; or it holds a
+            different number of tensors or bytes than the checked one.
     """
-    contents = None if isinstance(result, GateResult) else result.summary.contents
+    stored = open_checkpoint(_uri(result))
+    if isinstance(result, GateResult):
+        if result.weights_sha256 not in ("", stored.weights_sha256):
+            raise ContentError(
+                f"{_uri(result)} is not the checkpoint of the run: the SHA-256 of its weights is "
+                f"{stored.weights_sha256[:16]}…, the run had {result.weights_sha256[:16]}…"
+            )
+        return
+    contents = result.summary.contents
     if contents is None:
         return
-    stored = open_checkpoint(_uri(result))
     if (len(stored.tensors), stored.nbytes) != (contents.tensors, contents.bytes):
         raise ContentError(
             f"{_uri(result)} is not the checkpoint of the run: {len(stored.tensors):,} tensors of "

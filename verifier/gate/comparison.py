@@ -200,6 +200,7 @@ def _without_statistics(base: Run, candidate: Run, margin: Margin, looks: int | 
         looks=looks,
         alpha=alpha_of(looks),
         clusters=clusters.numbers.tolist() if clusters.count < len(base) else [],
+        weights_sha256=candidate.header.weights_sha256,
     )
 
 

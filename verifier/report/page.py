@@ -186,6 +186,10 @@ def _gate_section(gate: GateResult) -> dict[str, Any]:
         ("margin", f"{gate.margin.nats:.6g} {unit} ({gate.margin.source})"),
         _score_fact(gate),
     ]
+    if gate.interval is not None:
+        facts.append(
+            ("accuracy lost" if gate.accuracy else "Δloss", _loss_fact(gate.interval, gate.unit))
+        )
     if gate.measures.kl is not None:
         facts.append(("KL", _kl(gate.measures.kl)))
     if (top1 := gate.measures.top1) is not None:
@@ -212,6 +216,11 @@ def _score_fact(gate: GateResult) -> tuple[str, str]:
         )
     base, candidate = _number(gate.perplexity_base), _number(gate.perplexity_candidate)
     return "perplexity", f"base {base}, candidate {candidate}"
+
+
+def _loss_fact(loss: Interval, unit: str) -> str:
+    """Return the loss over the base, which the margin decides, with its interval."""
+    return f"{loss.delta:+.5f} [{loss.low:+.5f}, {loss.high:+.5f}] {unit}, candidate - base"
 
 
 def _number(value: float) -> str:

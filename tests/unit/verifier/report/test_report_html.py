@@ -10,6 +10,7 @@ import random
 import re
 import shutil
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -331,6 +332,22 @@ def test_the_drift_against_a_golden_is_a_row_of_the_forest(
     write_result(file, gate())
     assert run(args) == 0
     assert "Identical to the accepted record" in (tmp_path / "r.html").read_text()
+
+
+def test_weights_of_a_gate_are_those_that_it_scored(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = GOLDEN / "mxfp8"
+    scored = gate(candidate=str(folder), base=str(GOLDEN / "bf16"))
+    page, file = tmp_path / "r.html", tmp_path / "g.json"
+    args = ["report", str(file), "-o", str(page), "--weights"]
+    write_result(file, replace(scored, weights_sha256=open_checkpoint(folder).weights_sha256))
+    assert run(args) == 0
+    assert "+0.01050 [+0.00850, +0.01250] nats per token" in page.read_text()
+    assert "Signal to quantization noise" in page.read_text()
+    write_result(file, replace(scored, weights_sha256="0" * 64))
+    assert run(args) == 1
+    assert "is not the checkpoint of the run: the SHA-256" in capsys.readouterr().err
 
 
 def test_a_check_is_a_page_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

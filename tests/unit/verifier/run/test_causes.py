@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Findings that follow from another one: told once, in every report for people, and never lost."""
+"""Findings that follow from another one: reported once to people, and never lost."""
 
 from __future__ import annotations
 
