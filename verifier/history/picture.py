@@ -47,7 +47,8 @@ def _point(at: int, record: Record, measure: str) -> Point:
         f"{record.time[:16]}Z {record.id[:8]} {record.verdict} {measured(m)} {record.label} "
         f"{record.commit[:10]}"
     )
-    return Point(at, m.value, m.low, m.high, record.verdict, title)
+    label = f"{record.label} {record.time[:10]}".strip()
+    return Point(at, m.value, m.low, m.high, record.verdict, title, label)
 
 
 def _add_goldens(lines: dict[str, Series], having: Sequence[Record], measure: str) -> None:

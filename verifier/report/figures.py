@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -19,7 +20,10 @@ MAX_CELLS = 5_000
 MAX_COLUMNS = 512
 MAX_SERIES = 6
 MAX_POINTS = 500
+MAX_LABELS = 8
 WORST = 10
+STANDS_OUT = 0.05
+"""How far the worst cell is from the median, as a share of a fixed scale, to be framed."""
 ROW_HEIGHT = 36
 Cells = Mapping[tuple[str, str], float]
 
@@ -46,7 +50,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Point:
-    """One run of a time series; ``low`` and ``high`` are its interval where it has one."""
+    """One run of a time series; ``low`` and ``high`` are its interval, if any, and ``label`` is
+    below the axis.
+    """
 
     at: int
     value: float
@@ -54,6 +60,7 @@ class Point:
     high: float | None
     verdict: str
     title: str
+    label: str = ""
 
 
 @dataclass
@@ -161,7 +168,7 @@ def _horizontal_grid(y: svg.Axis, low: float, high: float, left: float, right: f
 
 def _bar(x: float, width: float, y: svg.Axis, name: str, value: float, *, worst: bool) -> list[str]:
     top, height = min(y(0), y(value)), abs(y(value) - y(0))
-    kind, title = "failed" if worst else "info", f"{name}: {value:+.5f}"
+    kind, title = "worst" if worst else "info", f"{name}: {value:+.5f}"
     parts = [svg.rect(x + width * 0.1, top, width * 0.8, height, kind, title)]
     if worst and width >= 9:
         at_x, at_y = x + width / 2 + 3.5, y(max(value, 0)) - 4
@@ -170,13 +177,22 @@ def _bar(x: float, width: float, y: svg.Axis, name: str, value: float, *, worst:
     return parts
 
 
-def heat(cells: Cells, title: str, unit: str, *, low_is_bad: bool = True) -> str:
-    """Return a heat map, rows by columns; strong is high, and the worst cell is framed in red.
+def heat(
+    cells: Cells,
+    title: str,
+    unit: str,
+    *,
+    ends: tuple[float, float] | None = None,
+    low_is_bad: bool = True,
+) -> str:
+    """Return a heat map, rows by columns; strong is high, and the worst cell is framed where it
+    stands out.
 
     Args:
         cells: (row, column) -> value; a map of more than 5,000 cells keeps its worst rows.
         title: what is shown.
         unit: of the values.
+        ends: the values of the palest and the strongest color; those of the cells by default.
         low_is_bad: which end is the worst.
     """
     finite = {place: value for place, value in cells.items() if math.isfinite(value)}
@@ -186,11 +202,18 @@ def heat(cells: Cells, title: str, unit: str, *, low_is_bad: bool = True) -> str
     if not grid.values:
         return ""
     least, most = min(grid.values.values()), max(grid.values.values())
+    pale, strong = ends or (least, most)
+    span = (strong - pale) or 1.0
     parts = [*grid.column_labels(), *grid.row_labels()]
     for place, value in grid.values.items():
-        parts += grid.cell(place, 0.12 + 0.5 * (value - least) / ((most - least) or 1.0), unit)
-    if least == most:
+        share = min(1.0, max(0.0, (value - pale) / span))
+        parts += grid.cell(place, 0.12 + 0.5 * share, unit)
+    middle = statistics.median(grid.values.values())
+    away = middle - least if low_is_bad else most - middle
+    if least == most or (ends and away < STANDS_OUT * span):
         summary = f"{unit}; all {least:.4g}"
+        if least != most:
+            summary = f"{unit} ({least:.3g} to {most:.3g}); none stands out"
     else:
         pick = min if low_is_bad else max
         worst = pick(grid.values, key=lambda place: grid.values[place])
@@ -304,14 +327,47 @@ def time_series(lines: Sequence[Series], measure: str, *, standalone: bool = Fal
         parts += _change_points(s, x, top, bottom)
         parts += _line(s, i, x, y)
         parts.append(svg.text(left, 16 + 18 * i, f"● {s.name}", f"key s{i}"))
-    caption = f"{measure} over runs; ribbon: interval; dashed: accepted golden"
-    parts.append(svg.text((left + right) / 2, bottom + 20, caption, "soft", "middle"))
+    parts += _run_labels(points, x, bottom)
+    caption = f"{measure} over runs, oldest first; {_legend(lines)}"
+    parts.append(svg.text((left + right) / 2, bottom + 36, caption, "soft", "middle"))
     alt = "; ".join(_series_in_words(s) for s in lines if s.points)
-    return svg.plot(parts, bottom + 30, f"{measure} over runs", alt, standalone=standalone)
+    return svg.plot(parts, bottom + 46, f"{measure} over runs", alt, standalone=standalone)
+
+
+def _run_labels(points: Sequence[Point], x: svg.Axis, bottom: float) -> list[str]:
+    """Return the labels of runs below the axis, as many as there is room for."""
+    labels = {p.at: p.label for p in points if p.label}
+    every = max(1, math.ceil(len(labels) / MAX_LABELS))
+    shown = [at for n, at in enumerate(sorted(labels)) if n % every == 0]
+    width = (svg.WIDTH - 100) / max(1, len(shown))
+    parts = []
+    for n, at in enumerate(shown):
+        anchor = "start" if n == 0 else "end" if x(at) > svg.WIDTH - 60 else "middle"
+        parts.append(
+            svg.text(x(at), bottom + 16, labels[at], "soft tiny", anchor, int(width / 6) or 1)
+        )
+    return parts
+
+
+def _legend(lines: Sequence[Series]) -> str:
+    """Return what the marks mean that are drawn."""
+    verdicts = {p.verdict for s in lines for p in s.points}
+    marks = {
+        "ribbon: interval": any(len(_known_ends(s)) > 1 for s in lines),
+        "dashed: accepted golden": any(s.goldens for s in lines),
+        "dotted: change": any(s.changes for s in lines),
+        "red: failed": bool(verdicts & {"failed", "error"}),
+        "amber: inconclusive": "inconclusive" in verdicts,
+    }
+    return "; ".join(words for words, drawn in marks.items() if drawn) or "dots: runs"
+
+
+def _known_ends(s: Series) -> list[tuple[int, float, float]]:
+    return [(p.at, p.low, p.high) for p in s.points if p.low is not None and p.high is not None]
 
 
 def _ribbon(s: Series, i: int, x: svg.Axis, y: svg.Axis) -> list[str]:
-    known = [(x(p.at), p.low, p.high) for p in s.points if p.low is not None and p.high is not None]
+    known = [(x(at), low, high) for at, low, high in _known_ends(s)]
     if len(known) < 2:
         return []
     upper = [(at, y(high)) for at, _, high in known]

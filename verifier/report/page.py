@@ -18,6 +18,7 @@ from verifier.evaluation import ExpertReach, GateResult, Interval, Kl
 from verifier.findings import SEVERITIES, Finding, Report
 from verifier.report import figures, svg
 from verifier.report.figures import Figure, Row
+from verifier.schemes import layer_of
 from verifier.text import counted, listed, printable
 
 MAX_BYTES = 2_000_000
@@ -26,6 +27,7 @@ MAX_FINDINGS = 200
 MAX_RESULTS = 60
 MAX_LAYERS, MAX_EXPERTS = 512, 4096
 LARGEST = 1e15
+MAX_NAME = 30
 
 
 def render_page(results: Sequence[GateResult | Report], extra: Sequence[Figure] = ()) -> str:
@@ -83,8 +85,8 @@ def _forest(gates: Sequence[GateResult]) -> list[Figure]:
     if not rows:
         return []
     words = (
-        "Loss over the base with its two-sided 90% interval; the red mark is the margin. Green: "
-        "within the margin."
+        "Loss over the base with its two-sided 90% interval; the upright mark is the margin. "
+        "Green: the interval ends before it; red: it begins beyond it; amber: it spans it."
     )
     picture = figures.forest(rows, "nats per token, candidate - base")
     return [Figure("Loss and margin", words, picture)]
@@ -137,7 +139,8 @@ def _figures_of(gate: GateResult) -> list[Figure]:
         made.append(_documents_figure(gate, deltas))
     if gate.experts:
         words = "Experts that this text reaches (1). One that no token reaches was not evaluated."
-        picture = figures.heat(_cells(gate.experts), "Experts by layer", "reached (1) or not (0)")
+        cells, unit = _cells(gate.experts), "reached (1) or not (0)"
+        picture = figures.heat(cells, "Experts by layer", unit, ends=(0, 1))
         made.append(Figure(f"Experts of {_name(gate)}", words, picture))
     return made
 
@@ -161,8 +164,8 @@ def _documents_figure(gate: GateResult, deltas: Sequence[tuple[str, float]]) -> 
         *((name, f"{v:+.5f}", f"{v / mean:.1f}" if mean else "") for name, v in worst),
     )
     words = (
-        "Per-document Δloss (candidate - base). A damaged expert can show as a few documents far "
-        "above the rest."
+        "Per-document Δloss (candidate - base), the largest ten in amber with their numbers. A "
+        "damaged expert can show as a few documents far above the rest."
     )
     return Figure(f"Documents of {_name(gate)}", words, figures.documents(deltas, mean), table)
 
@@ -170,11 +173,19 @@ def _documents_figure(gate: GateResult, deltas: Sequence[tuple[str, float]]) -> 
 def _cells(layers: Sequence[ExpertReach]) -> dict[tuple[str, str], float]:
     """Return 1 for each expert that was reached and 0 for the others, by (layer, expert)."""
     cells: dict[tuple[str, str], float] = {}
-    for layer in layers[:MAX_LAYERS]:
+    shown = layers[:MAX_LAYERS]
+    numbers = {layer_of(layer.layer) for layer in shown}
+    numbered = None not in numbers and len(numbers) == len(shown)
+    for layer in shown:
+        name = f"layer {layer_of(layer.layer)}" if numbered else _tail(layer.layer)
         unreached = set(layer.unreached)
         for expert in range(min(layer.experts, MAX_EXPERTS)):
-            cells[layer.layer[:60], str(expert)] = float(expert not in unreached)
+            cells[name, str(expert)] = float(expert not in unreached)
     return cells
+
+
+def _tail(name: str) -> str:
+    return name if len(name) <= MAX_NAME else f"…{name[1 - MAX_NAME :]}"
 
 
 def _gate_section(gate: GateResult) -> dict[str, Any]:

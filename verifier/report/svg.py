@@ -23,9 +23,10 @@ svg.plot { font: 12px system-ui, sans-serif; max-width: 100%; height: auto }
 .plot .passed { fill: var(--passed); stroke: var(--passed) }
 .plot .failed { fill: var(--error); stroke: var(--error) }
 .plot .inconclusive { fill: var(--warning); stroke: var(--warning) }
+.plot .worst { fill: var(--warning); stroke: var(--warning) }
 .plot .info { fill: var(--info); stroke: var(--info) }
 .plot .golden { fill: none; stroke: var(--warning); stroke-dasharray: 5 3 }
-.plot .margin { stroke: var(--error); stroke-width: 2 }
+.plot .margin { stroke: var(--ink); stroke-width: 2 }
 .plot .change { stroke: var(--soft); stroke-dasharray: 2 3 }
 .plot .ribbon { fill: var(--c); fill-opacity: .16; stroke: none }
 .plot .line { fill: none; stroke: var(--c); stroke-width: 1.6 }

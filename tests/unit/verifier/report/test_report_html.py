@@ -85,7 +85,7 @@ def test_the_page_has_a_forest_and_the_worst_ten_documents() -> None:
     first, second = pictures(page)
     assert "margin 0.012" in words(first)
     assert "inconclusive" in words(first)
-    assert len([e for e in second.iter("rect") if e.get("class") == "failed"]) == 10
+    assert len([e for e in second.iter("rect") if e.get("class") == "worst"]) == 10
     table = re.search(r"The worst 10.*?</details>", page, re.S)
     assert table is not None
     assert table[0].index("document 7<") < table[0].index("+0.10000")
