@@ -155,7 +155,8 @@ class Accuracy:
     """Right answers of a task: the base's, the candidate's, the base's alone, the candidate's
     alone.
 
-    ``p_value`` is McNemar's exact one, one-sided, of no loss.
+    ``p_value`` is McNemar's exact one, one-sided, of no loss; of documents in groups, that of
+    Student's t over the groups.
     """
 
     base: int

@@ -92,8 +92,8 @@ _SEQ_LEN = click.option(
 _DOCUMENTS = click.option(
     "--documents", type=click.IntRange(min=1), help="Score only the first N documents."
 )
-_DEVICE = click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 …")
-_BATCH = click.option(
+DEVICE = click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 …")
+BATCH_SIZE = click.option(
     "--batch-size",
     "batch",
     type=click.IntRange(1, 4096),
@@ -101,7 +101,7 @@ _BATCH = click.option(
     show_default=True,
     help="Windows at a time.",
 )
-_WORKERS = click.option(
+WORKERS = click.option(
     "--workers",
     type=click.IntRange(1, 64),
     help="Processes.  [default: number of CPUs, max 4; 1 on another device]",
@@ -223,9 +223,9 @@ def _scalar(text: str) -> str | int | float | bool:
 )
 @_SEQ_LEN
 @_DOCUMENTS
-@_DEVICE
-@_BATCH
-@_WORKERS
+@DEVICE
+@BATCH_SIZE
+@WORKERS
 @_scorer_options
 @FORMAT
 @recording_options
@@ -286,9 +286,9 @@ def _print_plan(plan: gate_api.GatePlan, format_: str) -> None:
 )
 @_SEQ_LEN
 @_DOCUMENTS
-@_DEVICE
-@_BATCH
-@_WORKERS
+@DEVICE
+@BATCH_SIZE
+@WORKERS
 @_scorer_options
 @OVERWRITE
 def score(

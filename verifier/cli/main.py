@@ -65,6 +65,7 @@ SECTIONS = {
         "gate": ("verifier.cli.gate", "Test a candidate's loss over its base against a margin."),
         "score": ("verifier.cli.gate", "Score a checkpoint once, to compare later."),
         "compare": ("verifier.cli.gate", "Compare a candidate's run with its base's run."),
+        "suite": ("verifier.cli.suite", "Decide a release over several corpora and tasks."),
         "report": ("verifier.cli.report", "Render runs and history as one HTML page."),
     },
     "Record": {

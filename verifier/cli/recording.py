@@ -48,11 +48,13 @@ def recording_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return with_recording
 
 
+HISTORY = click.option(
+    "--history", metavar="FILE", help="Append the run to this history; see `ckptgate history`."
+)
+LABEL = click.option("--label", default="", metavar="TEXT", help="Label recorded with this run.")
 _OPTIONS = (
-    click.option(
-        "--history", metavar="FILE", help="Append the run to this history; see `ckptgate history`."
-    ),
-    click.option("--label", default="", metavar="TEXT", help="Label recorded with this run."),
+    HISTORY,
+    LABEL,
     click.option(
         "--golden", metavar="FILE", help="Accepted record to agree with; see `ckptgate goldens`."
     ),

@@ -50,7 +50,8 @@ class _Attempt(BaseModel):
     """One line of the file.
 
     ``family``: the base's weights and the question, which attempts share the error of. ``look`` is
-    the number that it had. Lines of version 0.1 have ``pair`` instead: the candidate's weights, the
+    the number that it had. The entries of one run of a suite share ``suite``, and are one look at
+    their question. Lines of version 0.1 have ``pair`` instead: the candidate's weights, the
     base's, the sequence length and the protocol.
     """
 
@@ -67,6 +68,7 @@ class _Attempt(BaseModel):
     margin: float | None = None
     corpus_sha256: str = ""
     base_nats: float | None = None
+    suite: str = ""
 
     @property
     def key(self) -> str:
@@ -170,7 +172,7 @@ class Attempts:
         for attempt in attempts:
             if attempt.outcome != "passed":
                 self._require_all_or_none(attempt, pair)
-                spent[attempt.key] = attempt
+                spent[attempt.suite or attempt.key] = attempt
         return Look(1 + len(spent), tuple(_notes(list(spent.values()), margins)), record)
 
     def _require_all_or_none(self, attempt: _Attempt, pair: Pair) -> None:
@@ -210,8 +212,17 @@ class Attempts:
         seconds: float,
         margins: Sequence[Margin] = (),
         terms: Sequence[str] = (),
+        suite: str = "",
     ) -> None:
         """Append an attempt and sync.
+
+        Args:
+            pair: what was scored.
+            result: of the gate.
+            seconds: of scoring both.
+            margins: as for `look`.
+            terms: as for `look`.
+            suite: names the run of a suite that it is a part of.
 
         Raises:
             MachineError: it could not be written.
@@ -231,6 +242,8 @@ class Attempts:
             "base_nats": result.base_nats,
             "documents": sorted(document_digests(corpus)),
         }
+        if suite:
+            row["suite"] = suite
         interval = result.interval
         if interval is not None and math.isfinite(interval.se) and interval.exact is None:
             row |= {

@@ -24,15 +24,21 @@ class Cached:
 
     A file is named by a digest of weights, configuration, tokenizer, protocol key, batch, device,
     top-k and versions. A file that is damaged, or whose contents are of another checkpoint, is
-    scored again.
+    scored again. With ``keep_all`` the candidate's run is kept as well.
     """
 
     folder: Path
+    keep_all: bool = False
 
     def __call__(self, plan: ScoringPlan) -> Scored:
         """Score a plan's checkpoints one after another; the last one, the base, is kept."""
         base = plan.checkpoints[-1]
-        return Scored(tuple(self._run(plan, ckpt, keep=ckpt is base) for ckpt in plan.checkpoints))
+        return Scored(
+            tuple(
+                self._run(plan, ckpt, keep=self.keep_all or ckpt is base)
+                for ckpt in plan.checkpoints
+            )
+        )
 
     def _run(self, plan: ScoringPlan, ckpt: Checkpoint, *, keep: bool) -> Run:
         file = self.folder / f"{_name(plan, ckpt)}.run"

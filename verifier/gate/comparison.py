@@ -27,7 +27,14 @@ from verifier.gate.jobs import Array
 from verifier.gate.measures import by_document, kl_of_tokens, kl_ratio, measure, top_k_of
 from verifier.gate.plausibility import doubts_about
 from verifier.gate.run_file import Run, require_same_key, require_same_protocol, unlike_environment
-from verifier.gate.statistics import LEVEL, accuracy_loss, p_of_loss, paired, perplexity
+from verifier.gate.statistics import (
+    LEVEL,
+    accuracy_loss,
+    p_beyond,
+    paired,
+    perplexity,
+    repeated_answers_loss,
+)
 from verifier.text import counted
 
 UNLIKE_FLOOR = 0.0005
@@ -131,7 +138,7 @@ def compare_runs(
         notes=tuple(notes),
         doubts=tuple(doubts),
         kl_documents=_kl_documents(base, candidate, kl),
-        accuracy=_accuracy(base, candidate, pair.clusters) if pair.task else None,
+        accuracy=_accuracy(base, candidate, pair.clusters, plain) if pair.task else None,
     )
 
 
@@ -413,10 +420,14 @@ def _floor_note(run: Run, floor: float) -> str:
 
 
 def loss_over(base: Run, candidate: Run, clusters: Clusters, level: float) -> Interval:
-    """Return the paired loss of a run over another: a mean per token, or for a task the exact loss
-    of accuracy.
+    """Return the paired loss of a run over another: a mean per token, or for a task the loss of
+    accuracy, exact unless documents were answered several times.
     """
-    if candidate.header.key.get("protocol") != "task":
+    task = candidate.header.key.get("protocol") == "task"
+    if task and clusters.grouped and clusters.count > 1:
+        difference = clusters.sums(candidate.sums - base.sums) / clusters.sums(base.tokens)
+        return repeated_answers_loss(difference, level)
+    if not task:
         return paired(
             clusters.sums(base.sums),
             clusters.sums(candidate.sums),
@@ -435,10 +446,10 @@ def _discordant(base: Run, candidate: Run, clusters: Clusters) -> tuple[int, int
     return int(lost.sum()), int(won.sum())
 
 
-def _accuracy(base: Run, candidate: Run, clusters: Clusters) -> Accuracy:
+def _accuracy(base: Run, candidate: Run, clusters: Clusters, loss: Interval) -> Accuracy:
     lost, won = _discordant(base, candidate, clusters)
     documents = int(clusters.distinct.sum())
-    p_value = p_of_loss(lost, won, documents, 0.0, "beyond")
+    p_value = p_beyond(loss, 0.0)
     right = [
         documents - round(float(run.sums[clusters.distinct].sum())) for run in (base, candidate)
     ]

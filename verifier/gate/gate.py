@@ -194,7 +194,7 @@ def run_gate(candidate: PathLike, base: PathLike, options: GateOptions) -> GateR
     pair = open_pair(candidate, base, options.scoring)
     margins = margins_of(pair, options)
     accepted = accepted_run(options)
-    strategy, top_k = _strategy(pair.base, options)
+    strategy, top_k = strategy_of(pair.base, options)
     if accepted is not None and margins.kl_ratio is not None:
         top_k = max(top_k, top_k_of(accepted))
     checkpoints = (pair.candidate, pair.base)
@@ -321,7 +321,7 @@ def _floor_runs(base: Checkpoint, key: dict[str, Any], options: GateOptions) -> 
     return runs
 
 
-def _strategy(base: Checkpoint, options: GateOptions) -> tuple[Strategy, int]:
+def strategy_of(base: Checkpoint, options: GateOptions) -> tuple[Strategy, int]:
     """Return how a pair is scored, and how many top tokens are kept for KL."""
     kl = _kl_choice(base, options)
     if kl == "lockstep":

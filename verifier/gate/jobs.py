@@ -111,6 +111,8 @@ class TaskInfo:
     answers right or wrong.
 
     ``chance`` is the share of right answers that guessing gives; None where it is not known.
+    ``digest`` is that of prompts, metrics, filters and generation options. ``repeats``: how often
+    each document is answered, every answer a document of the corpus.
     """
 
     spec: str
@@ -120,6 +122,8 @@ class TaskInfo:
     metric: str
     filter: str
     chance: float | None = None
+    digest: str = ""
+    repeats: int = 1
 
 
 @dataclass(frozen=True)
@@ -150,10 +154,12 @@ class UnitScores:
     """The scores of one unit.
 
     Protocol ``tokens``: arrays over its scored tokens, window by window: ``nats`` float32, ``top1``
-    int32 (the top token), ``sure`` float32 (its log-probability); with ``top_k``, ``top_ids``
-    int32 and ``top_logprobs`` float32, both [tokens, k]; in lockstep ``kl`` float64 (KL(base ||
-    model), nats) and the base's arrays as ``base_nats`` and so on. ``lm-eval``: ``nats`` float64
-    and ``words`` int64 per document. A task: ``nats`` 1 for wrong and 0 for right, ``words`` 1.
+    int32 (the top token), ``sure`` float32 (its log-probability); with ``top_k``, ``top_ids`` int32
+    and ``top_logprobs`` float32, both [tokens, k]; in lockstep ``kl`` float64 (KL(base || model),
+    nats) and the base's arrays as ``base_nats`` and so on. ``lm-eval``: ``nats`` float64 and
+    ``words`` int64 per document. A task: ``nats`` 1 for wrong and 0 for right, ``words`` 1; where
+    it generates, ``completion`` int64 (tokens) and ``finish`` int32 (how it ends, numbered as in
+    `verifier.gate.scorers.completions`).
 
     ``nonfinite`` and ``nonfinite_base`` are documents with logits that are not finite; ``experts``
     counts the tokens of each expert by layer.

@@ -8,6 +8,8 @@ in corpus order:
 
     sums          F64 [D]     nats of each document (a task: 1 for wrong, 0 for right)
     tokens        I64 [D]     scored tokens of each document (lm-eval: words, a task: 1)
+    completion    I64 [D]     generated tokens of each document; tasks that generate
+    finish        I32 [D]     how it ends: 0 end token, 1 stop sequence, 2 cut off at the limit
     nats          F32 [T]     nats of each token; this and the rest only for the protocol tokens
     top1, sure    I32, F32    the top token at each position and its log-probability; not
                               from every engine
@@ -43,6 +45,8 @@ MAX_TOKENS = 2**40
 DTYPES = {
     "sums": ("F64", np.float64),
     "tokens": ("I64", np.int64),
+    "completion": ("I64", np.int64),
+    "finish": ("I32", np.int32),
     "nats": ("F32", np.float32),
     "top1": ("I32", np.int32),
     "sure": ("F32", np.float32),
@@ -51,6 +55,7 @@ DTYPES = {
 }
 PER_TOKEN = ("nats", "top1", "sure")
 TOP = ("top_ids", "top_logprobs")
+COMPLETION = ("completion", "finish")
 _Text = Annotated[str, Field(max_length=4096)]
 
 
@@ -206,6 +211,8 @@ def _fault(header: RunHeader, arrays: dict[str, Array]) -> str | None:
         np.isin(sums, (0.0, 1.0)).all() and (tokens == 1).all()
     ):
         return "a document of a task that is neither right (0) nor wrong (1)"
+    if "finish" in arrays and (fault := _completion_fault(arrays, count)):
+        return fault
     for name, values in arrays.items():
         if values.dtype.kind == "f" and not np.isfinite(values).all():
             return f"{name} has values that are not finite"
@@ -217,10 +224,19 @@ def _required(header: RunHeader, arrays: dict[str, Array]) -> set[str]:
     required = {"sums", "tokens"}
     if header.key.get("protocol") == "tokens":
         required.add("nats")
-    for together in (TOP, PER_TOKEN[1:]):
+    for together in (TOP, PER_TOKEN[1:], COMPLETION):
         if any(name in arrays for name in together):
             required.update(together)
     return required
+
+
+def _completion_fault(arrays: dict[str, Array], count: int) -> str | None:
+    completion, finish = (arrays[name] for name in COMPLETION)
+    if completion.shape != (count,) or finish.shape != (count,):
+        return f"{count} documents, but other numbers of completions"
+    if (completion < 0).any() or (completion > MAX_TOKENS).any():
+        return "a completion with an impossible number of tokens"
+    return None if np.isin(finish, (0, 1, 2)).all() else "a completion that ends in no known way"
 
 
 def _token_fault(arrays: dict[str, Array], total: int) -> str | None:

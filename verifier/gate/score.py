@@ -27,7 +27,7 @@ from verifier.gate.identity import identity_of
 from verifier.gate.jobs import HF, Array, Job, Protocol, Scorer, Unit, UnitScores
 from verifier.gate.journal import Journal, units_in
 from verifier.gate.options import BATCH, SEQ_LEN, Progress, Say, ScoringOptions, silent
-from verifier.gate.run_file import PER_TOKEN, TOP, Run, RunHeader, sums_of
+from verifier.gate.run_file import COMPLETION, PER_TOKEN, TOP, Run, RunHeader, sums_of
 from verifier.gate.scorers.dispatch import score_job
 from verifier.gate.statistics import ratio
 from verifier.gate.windows import ScoringPlan, plan_scoring, share, slices_of
@@ -409,7 +409,11 @@ def _assemble_texts(
         places = [document for document, _ in unit.texts]
         sums[places] = scores[unit.number].arrays["nats"]
         tokens[places] = scores[unit.number].arrays["words"]
-    return {"sums": sums, "tokens": tokens}
+    arrays = {"sums": sums, "tokens": tokens}
+    if units and all(COMPLETION[0] in scores[unit.number].arrays for unit in units):
+        for name in COMPLETION:
+            arrays[name] = np.concatenate([scores[unit.number].arrays[name] for unit in units])
+    return arrays
 
 
 def _assemble_tokens(

@@ -88,6 +88,7 @@ def _plan(
             "num_fewshot": task.shots,
             "metric": task.metric,
             "filter": task.filter,
+            "task_sha256": task.digest,
         }
         return key | {"tokenizer_sha256": _one_tokenizer(checkpoints)}, _text_units(corpus)
     if protocol == "lm-eval":

@@ -2,7 +2,7 @@
 """Runs over time: an append-only file of JSON lines, trends and change points."""
 
 from verifier.history.journal import History, append, load
-from verifier.history.record import Measure, Record, recorded
+from verifier.history.record import Measure, Record, recorded, recorded_suite
 from verifier.history.results import Result, read_result
 
 __all__ = [
@@ -14,4 +14,5 @@ __all__ = [
     "load",
     "read_result",
     "recorded",
+    "recorded_suite",
 ]

@@ -12,18 +12,21 @@ import re
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from verifier import __version__
 from verifier.checkpoint import open_checkpoint
 from verifier.errors import CkptgateError, ContentError
-from verifier.evaluation import GateResult
+from verifier.evaluation import GateResult, Interval, Margin
 from verifier.findings import Report, Verdict, current_verdict
 from verifier.history.results import Result
 from verifier.manifest import MANIFEST
 from verifier.summary import ReportedOptions
+
+if TYPE_CHECKING:
+    from verifier.gate.suite import SuiteResult
 
 MAX_MANIFEST = 16 << 20
 Text = Annotated[str, Field(max_length=2000)]
@@ -54,7 +57,7 @@ class Record(BaseModel):
     schema_version: SchemaVersion = "1.1"
     id: Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
     time: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?Z$")]
-    kind: Literal["gate", "check", "golden"]
+    kind: Literal["gate", "check", "golden", "suite"]
     name: Annotated[str, Field(min_length=1, max_length=400)]
     label: Text = ""
     verdict: Annotated[Verdict | Literal["accepted"], BeforeValidator(current_verdict)]
@@ -93,18 +96,57 @@ def recorded(
         ContentError: a value cannot be recorded.
     """
     uri = result.candidate if isinstance(result, GateResult) else result.uri
-    fields: dict[str, Any] = {
+    of_kind = _of_gate(result) if isinstance(result, GateResult) else _of_check(result)
+    return build({"seconds": seconds, **_of_checkpoints(uri, result.base, name, label), **of_kind})
+
+
+def recorded_suite(result: SuiteResult, *, label: str = "") -> Record:
+    """Return the record of a suite, with a measure for the recovery of each entry and for
+    everything that decides it: ``ENTRY.recovery``, ``ENTRY.loss``, ``ENTRY.kl``, ``ENTRY.length``.
+
+    Args:
+        result: of the suite.
+        label: a note that stays with the run.
+
+    Raises:
+        ContentError: a value cannot be recorded.
+    """
+    measures = {}
+    for entry in result.entries:
+        if (recovery := entry.recovery) is not None:
+            measures[f"{entry.name}.recovery"] = {
+                "value": recovery.value,
+                "low": _finite(recovery.low),
+                "high": _finite(recovery.high),
+            }
+        for criterion in entry.criteria:
+            name = f"{entry.name}.{criterion.measure.lower()}"
+            measures[name] = _measure(criterion.interval, criterion.margin)
+    return build(
+        {
+            "kind": "suite",
+            "verdict": result.outcome,
+            "seconds": result.seconds,
+            **_of_checkpoints(result.candidate.uri, result.base.uri, "", label),
+            "measures": measures,
+            "key": {"suite": result.name, "suite_sha256": result.sha256},
+            "versions": result.versions,
+        }
+    )
+
+
+def _of_checkpoints(uri: str, base: str | None, name: str, label: str) -> dict[str, Any]:
+    """Return the fields of a record that every kind has."""
+    return {
         "label": label,
         "time": now(),
         "commit": commit_here(),
         "name": name or uri.rstrip("/").rpartition("/")[2] or uri,
         "versions": {"ckptgate": __version__},
         "checkpoint": identity(uri),
-        "base": identity(result.base) if result.base else {},
+        "base": identity(base) if base else {},
         "recipe": recipe_of(uri),
     }
-    of_kind = _of_gate(result) if isinstance(result, GateResult) else _of_check(result)
-    return build({"seconds": seconds, **fields, **of_kind})
 
 
 def _of_gate(result: GateResult) -> dict[str, Any]:
@@ -270,13 +312,7 @@ def _gate_measures(result: GateResult) -> dict[str, dict[str, float | None]]:
     }
     for name, (interval, margin) in intervals.items():
         if interval is not None and math.isfinite(interval.delta):
-            measures[name] = {
-                "value": interval.delta,
-                "low": _finite(interval.low),
-                "high": _finite(interval.high),
-                "se": _finite(interval.se),
-                "margin": margin.nats if margin else None,
-            }
+            measures[name] = _measure(interval, margin)
     if kl is not None and all(map(math.isfinite, kl.tail)):
         value, low, high = kl.tail
         measures[f"kl_999{bound}"] = {"value": value, "low": low, "high": high}
@@ -291,6 +327,16 @@ def _gate_measures(result: GateResult) -> dict[str, dict[str, float | None]]:
         values["accuracy_candidate"] = _share(right.candidate, result.interval.documents)
     values["nonfinite"] = float(len(result.nonfinite))
     return measures | {n: {"value": v} for n, v in values.items() if v is not None}
+
+
+def _measure(interval: Interval, margin: Margin | None) -> dict[str, float | None]:
+    return {
+        "value": interval.delta,
+        "low": _finite(interval.low),
+        "high": _finite(interval.high),
+        "se": _finite(interval.se),
+        "margin": margin.nats if margin else None,
+    }
 
 
 def _share(count: int | None, of: int | None) -> float | None:

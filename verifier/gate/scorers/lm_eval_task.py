@@ -8,12 +8,14 @@ lm-eval runs the Python functions that a YAML file names: use files that you tru
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -23,27 +25,34 @@ import numpy as np
 from verifier.errors import ContentError, MissingExtra, UsageError
 from verifier.gate.corpora import MAX_BYTES, Corpus, documents_digest
 from verifier.gate.jobs import Job, TaskInfo, Unit, UnitScores
+from verifier.gate.scorers.completions import Completion, CompletionRecorder
 
 SEED = 1234
 """lm-eval's own default for few-shot examples."""
 KINDS = ("multiple_choice", "generate_until", "loglikelihood")
+_ELSEWHERE = frozenset({"task", "dataset_path", "dataset_name", "dataset_kwargs", "metadata"})
+"""What of a task's configuration its documents and its name stand for."""
 
 
-def task_corpus(spec: str, metric: str | None = None) -> Corpus:
+def task_corpus(spec: str, metric: str | None = None, repeats: int = 1) -> Corpus:
     """Return a task's documents as a corpus that knows its task.
 
     Args:
         spec: its name, or its YAML file.
         metric: which of its metrics marks answers right or wrong; the first by default.
+        repeats: how often each document is answered; above 1, each answer is a document of the
+            corpus, and the answers to one document are a group.
 
     Raises:
         MissingExtra: lm-eval is not installed.
-        UsageError: no such task, a group of tasks, a task of another kind, no such metric, or data
-            that does not exist.
+        UsageError: no such task, a group of tasks, a task of another kind, no such metric, data
+            that does not exist, or repeats of answers that are all the same.
     """
     with quiet():
         task = _load(spec)
-        info = _info(spec, task, metric)
+        info = replace(_info(spec, task, metric), repeats=repeats)
+        if repeats > 1:
+            _require_sampled(spec, task)
         try:
             documents = [json.dumps(d, sort_keys=True, default=str) for d in task.eval_docs]
         except (ValueError, OSError, KeyError) as error:
@@ -51,7 +60,37 @@ def task_corpus(spec: str, metric: str | None = None) -> Corpus:
     if not documents:
         raise UsageError(f"{spec}: the task has no document")
     rule = f"lm-eval {info.name} {info.version}, {info.shots}-shot"
-    return Corpus(info.name, rule, documents_digest(documents), texts=tuple(documents), task=info)
+    if repeats == 1:
+        return Corpus(
+            info.name, rule, documents_digest(documents), texts=tuple(documents), task=info
+        )
+    numbered = [f"{text} answer {n}" for text in documents for n in range(repeats)]
+    return Corpus(
+        info.name,
+        f"{rule}, {repeats} answers each",
+        documents_digest(numbered),
+        texts=tuple(numbered),
+        task=info,
+        groups=tuple(str(number // repeats) for number in range(len(numbered))),
+    )
+
+
+def _require_sampled(spec: str, task: Any) -> None:
+    """Refuse repeats of a task whose answers would all be the same, or which repeats by itself.
+
+    Raises:
+        UsageError: naming the reason.
+    """
+    options = task.config.generation_kwargs or {}
+    if task.config.output_type != "generate_until" or not options.get("do_sample"):
+        raise UsageError(
+            f"{spec}: repeats need answers that are sampled (generation_kwargs of the task with "
+            "do_sample: true and a temperature); greedy ones are all the same"
+        )
+    if task.config.repeats > 1:
+        raise UsageError(
+            f"{spec}: the task itself has repeats: {task.config.repeats}; leave out one"
+        )
 
 
 def _info(spec: str, task: Any, metric: str | None) -> TaskInfo:
@@ -75,7 +114,17 @@ def _info(spec: str, task: Any, metric: str | None) -> TaskInfo:
         chosen,
         str(filters[0].name) if filters else "none",
         _chance(task),
+        _digest(task.config),
     )
+
+
+def _digest(config: Any) -> str:
+    """Return the SHA-256 of what decides a task's prompts, answers and metrics, functions as their
+    source.
+    """
+    parts = {k: v for k, v in config.to_dict().items() if k not in _ELSEWHERE}
+    text = re.sub(r" at 0x[0-9a-f]+", "", json.dumps(parts, sort_keys=True, default=str))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _chance(task: Any) -> float | None:
@@ -134,7 +183,7 @@ def _name_of(spec: str) -> tuple[str, str | None]:
 
 def score_task(model: Any, job: Job, unit: Unit) -> UnitScores:
     """Return which documents of a unit the model gets wrong: ``nats`` is 1 for wrong and 0 for
-    right, ``words`` is 1.
+    right, ``words`` is 1; and the length and end of what it generates.
 
     Raises:
         ContentError: the tokenizer cannot be loaded, or the metric is not 0 or 1.
@@ -143,37 +192,91 @@ def score_task(model: Any, job: Job, unit: Unit) -> UnitScores:
     if info is None:
         raise ValueError("a job of another protocol")
     # torch comes with an extra, and only a scoring process needs it.
-    from lm_eval.evaluator import evaluate  # type: ignore[import-untyped]  # noqa: PLC0415
+    from transformers import set_seed  # noqa: PLC0415
 
     from verifier.gate.scorers.nonfinite import watching  # noqa: PLC0415
 
     numbers = [number for number, _ in unit.texts]
-    with quiet(), watching(model) as watch:
-        task = _load(info.spec)
-        task.set_fewshot_seed(seed=SEED)
-        results = evaluate(
-            lm=language_model(model, job),
-            task_dict={info.name: task},
-            samples={info.name: numbers},
-            log_samples=True,
-            bootstrap_iters=0,
-        )
-    samples = results["samples"][info.name] if results else []
-    right = {int(s["doc_id"]): s.get(info.metric) for s in samples if s["filter"] == info.filter}
-    if sorted(right) != sorted(numbers):
-        raise ContentError(f"{info.name}: lm-eval scored {len(right)} of {len(numbers)} documents")
-    for value in right.values():
-        if not isinstance(value, int | float | np.generic) or float(value) not in (0.0, 1.0):
-            raise ContentError(
-                f"{info.name}: {info.metric} is {str(value)[:40]}, neither right (1) nor wrong (0);"
-                " choose another with --metric"
-            )
-    wrong = np.array([1.0 - float(right[number]) for number in numbers])
-    return UnitScores(
-        unit.number,
-        {"nats": wrong, "words": np.ones(len(numbers), np.int64)},
-        watch.documents([s for s in samples if s["filter"] == info.filter], numbers),
+    answers: dict[int, _Answer] = {}
+    nonfinite: list[int] = []
+    with quiet():
+        for repeat in sorted({number % info.repeats for number in numbers}):
+            its_numbers = [number for number in numbers if number % info.repeats == repeat]
+            # What is sampled depends on the unit alone, so that a resumed run gives the same bits;
+            # base and candidate draw alike.
+            set_seed(SEED + unit.number * info.repeats + repeat)
+            with watching(model) as watch:
+                its_answers = _answers(model, job, info, its_numbers)
+            answers |= its_answers
+            responses = [{"doc_id": n, "resps": a.responses} for n, a in its_answers.items()]
+            nonfinite += watch.documents(responses, its_numbers)
+    wrong = np.array([1.0 - answers[number].right for number in numbers])
+    arrays = {"nats": wrong, "words": np.ones(len(numbers), np.int64)}
+    found = [answers[number].completion for number in numbers]
+    completions = [completion for completion in found if completion is not None]
+    if len(completions) == len(numbers):
+        arrays["completion"] = np.array([each.tokens for each in completions], np.int64)
+        arrays["finish"] = np.array([each.finish for each in completions], np.int32)
+    return UnitScores(unit.number, arrays, sorted(nonfinite))
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """An answer of lm-eval's: its responses, 1 for right and 0 for wrong, what was generated."""
+
+    responses: list[Any]
+    right: float
+    completion: Completion | None
+
+
+def _answers(model: Any, job: Job, info: TaskInfo, numbers: Sequence[int]) -> dict[int, _Answer]:
+    """Return the answers to some documents of the corpus, by number.
+
+    Raises:
+        ContentError: as `score_task`.
+    """
+    # torch comes with an extra, and only a scoring process needs it.
+    from lm_eval.evaluator import evaluate  # type: ignore[import-untyped]  # noqa: PLC0415
+
+    task = _load(info.spec)
+    task.set_fewshot_seed(seed=SEED)
+    adapter = language_model(model, job)
+    recorder = CompletionRecorder(adapter)
+    items = {number // info.repeats: number for number in numbers}
+    results = evaluate(
+        lm=adapter,
+        task_dict={info.name: task},
+        samples={info.name: list(items)},
+        log_samples=True,
+        bootstrap_iters=0,
     )
+    samples = results["samples"][info.name] if results else []
+    chosen = {int(s["doc_id"]): s for s in samples if s["filter"] == info.filter}
+    if sorted(chosen) != sorted(items):
+        raise ContentError(f"{info.name}: lm-eval scored {len(chosen)} of {len(items)} documents")
+    once = task.config.output_type == "generate_until" and task.config.repeats == 1
+    return {
+        items[item]: _Answer(
+            sample["resps"],
+            _right(info, sample.get(info.metric)),
+            recorder.take(sample["arguments"][0][0]) if once else None,
+        )
+        for item, sample in chosen.items()
+    }
+
+
+def _right(info: TaskInfo, value: Any) -> float:
+    """Return a metric's value for one document: 1 for right, 0 for wrong.
+
+    Raises:
+        ContentError: it is something else.
+    """
+    if not isinstance(value, int | float | np.generic) or float(value) not in (0.0, 1.0):
+        raise ContentError(
+            f"{info.name}: {info.metric} is {str(value)[:40]}, neither right (1) nor wrong (0); "
+            "choose another with --metric"
+        )
+    return float(value)
 
 
 def language_model(model: Any, job: Job) -> Any:
