@@ -207,7 +207,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "suite.json")
     args = parser.parse_args()
     result = {
-        "command": "python benchmarks/suite.py",
+        "command": f"python benchmarks/suite.py --rounds {args.rounds}",
         "rounds": args.rounds,
         "items": item_rows(args.rounds),
         "families": family_rows(args.rounds),

@@ -38,6 +38,7 @@ FAMILIES = {
     "7": "Quality on text",
 }
 MARK = ("<!-- coverage: rendered by tools/make_docs.py -->", "<!-- end of coverage -->")
+SUITE = ("<!-- suite: rendered by tools/make_docs.py -->", "<!-- end of suite -->")
 DAMAGE = ("<!-- damage: rendered by tools/make_docs.py -->", "<!-- end of damage -->")
 NOT_YET = {
     "QC108 shared storage at save": "cannot occur in a file; the key that it loses is reported by "
@@ -480,6 +481,76 @@ def gate_page() -> str:
     )
 
 
+def suite_page() -> str:
+    """Return docs/suite.md with its tables, from the results of the simulation."""
+    text = (DOCS / "suite.md").read_text(encoding="utf-8")
+    before, after = text.index(SUITE[0]), text.index(SUITE[1])
+    return text[:before] + "\n".join([SUITE[0], "", *suite_lines(), "", ""]) + text[after:]
+
+
+def suite_lines() -> list[str]:
+    """Return what benchmarks/suite.py simulated, as tables."""
+    file = DOCS.parent / "benchmarks" / "results" / "suite.json"
+    r = json.loads(file.read_text(encoding="utf-8"))
+    lines = [
+        "Items that show a loss of accuracy with 80% power at a one-sided error of 5%: by "
+        "McNemar's test on the same answers (paired), and",
+        "by the unpaired rule of TensorRT-LLM's accuracy tests, a difference beyond z(0.05) "
+        "sqrt(2 * 50^2 / n) points. *Planned*: what",
+        "that rule's own formula asks for (β = 0.2, independent answers); *unpaired*: what it "
+        "needs on answers to the same items. *False*: how",
+        "often a candidate without a loss is called a regression.",
+        "",
+        "| answers that differ | loss | planned | unpaired | paired | unpaired / paired | false, "
+        "unpaired | false, paired |",
+        "| --- " * 8 + "|",
+    ]
+    lines += [
+        f"| {x['discordant']:.0%} | {x['loss']:.1%} | {x['unpaired_planned']:,} | "
+        f"{x['unpaired']:,} | {x['paired']:,} | {x['unpaired'] / x['paired']:.1f} | "
+        f"{x['false_unpaired']:.1%} | {x['false_paired']:.1%} |"
+        for x in r["items"]
+    ]
+    lines += [
+        "",
+        "Criteria that are all at their margin (corpora of 62 documents, tasks of 1,000 items, "
+        "lengths of 500 completions): how often one is called",
+        "beyond it, each at 5% and by Holm; and how often a suite passes with one criterion at its "
+        "margin.",
+        "",
+        "| criteria | wrong failure, each at 5% | wrong failure, Holm | wrong pass |",
+        "| --- " * 4 + "|",
+    ]
+    lines += [
+        f"| {x['criteria']} | {x['uncorrected']:.1%} | {x['holm']:.1%} | {x['wrong_pass']:.1%} |"
+        for x in r["families"]
+    ]
+    lines += [
+        "",
+        "A candidate at its margin that is tried again on other text until it passes:",
+        "",
+        "| looks | each at 5% | as the suite counts |",
+        "| --- " * 3 + "|",
+    ]
+    lines += [f"| {x['looks']} | {x['each_5']:.1%} | {x['suite']:.1%} |" for x in r["looks"]]
+    lines += [
+        "",
+        "Repeated answers at a margin that is the truth, where one item in 20 loses 70% of its "
+        "chance to be answered right; *naive*: all answers",
+        "taken as independent.",
+        "",
+        "| items | repeats | wrong pass | wrong failure | naive wrong pass | naive wrong failure |",
+        "| --- " * 6 + "|",
+    ]
+    lines += [
+        f"| {x['items']:,} | {x['repeats']} | {x['pass']:.1%} | {x['fail']:.1%} | "
+        f"{x['naive_pass']:.1%} | {x['naive_fail']:.1%} |"
+        for x in r["repeats"]
+    ]
+    versions = ", ".join(f"{k} {v}" for k, v in r["versions"].items())
+    return [*lines, "", f"`{r['command']}`, {r['rounds']:,} rounds per row; {versions}."]
+
+
 def damage_table() -> str:
     """Return the table of damaged exports and the measures that catch them, from the results of the
     benchmark.
@@ -628,7 +699,7 @@ def main() -> int:
         "remote.md": remote_page(),
     }
     pages |= {"gate.md": gate_page(), "../verifier/gate/coverage.json": coverage_table()}
-    pages |= {"families.md": families_page()}
+    pages |= {"suite.md": suite_page(), "families.md": families_page()}
     pages |= {"goldens.md": goldens_page()}
     for name, text in pages.items():
         file = DOCS / name

@@ -77,7 +77,9 @@ def add(runs: tuple[str, ...], name: str, label: str, file: str) -> None:
 @history.command(cls=RenamedOptions, renamed=_RENAMED)
 @click.option("--name", help="Only runs with this name.")
 @click.option(
-    "--kind", type=click.Choice(["gate", "check", "golden"]), help="Only runs of this kind."
+    "--kind",
+    type=click.Choice(["gate", "check", "golden", "suite"]),
+    help="Only runs of this kind.",
 )
 @click.option("--measure", help="Only change points of this measure.")
 @click.option(

@@ -170,6 +170,7 @@ def _length_criteria(compared: Compared) -> list[Criterion]:
     needed = None
     if gap > 0:
         needed = math.ceil(interval.documents * (interval.t * interval.se / gap) ** 2)
+        needed = max(interval.documents + 1, needed)
     residual = (
         compared.candidate.arrays["completion"]
         - interval.ratio * compared.base.arrays["completion"]
