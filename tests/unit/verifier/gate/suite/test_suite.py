@@ -23,7 +23,6 @@ from verifier.gate.suite import SuiteOptions, SuiteResult, run_suite
 from verifier.history import load
 
 BASE = ROOT / "goldens" / "qwen3-moe-tiny" / "bf16"
-CORPUS = BASE.parent / "corpus.jsonl"
 SCHEMA = ROOT / "verifier" / "report" / "schemas" / "suite-1.0.json"
 TASK = """task: {name}
 dataset_path: json
@@ -43,11 +42,11 @@ metric_list:
     aggregation: mean
     higher_is_better: true
     regexes_to_ignore: ["(?s).+"]"""
-SUITE = f"""name: release
+SUITE = """name: release
 entries:
-  - {{name: own, corpus: {CORPUS}, documents: 12}}
-  - {{name: choice, task: choice.yaml, max_increase: 30%, seq_len: 128}}
-  - {{name: write, task: write.yaml, max_increase: 30%, seq_len: 128, documents: 16}}
+  - {name: own, corpus: own.jsonl, documents: 8}
+  - {name: choice, task: choice.yaml, max_increase: 30%, seq_len: 128}
+  - {name: write, task: write.yaml, max_increase: 30%, seq_len: 128, documents: 16}
   - name: sampled
     task: sampled.yaml
     max_increase: 50%
@@ -96,11 +95,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, kind, target, more in (
         ("choice", "multiple_choice", "gold", CHOICE),
         ("write", "generate_until", "t", WRITE.format(limit=2, sample="false")),
-        ("sampled", "generate_until", "t", WRITE.format(limit=24, sample="true, temperature: 1.0")),
+        ("sampled", "generate_until", "t", WRITE.format(limit=12, sample="true, temperature: 1.0")),
     ):
         text = TASK.format(name=name, data=data, kind=kind, target=target, more=more)
         (folder / f"{name}.yaml").write_text(text)
     (folder / "suite.yaml").write_text(SUITE)
+    lines = (BASE.parent / "corpus.jsonl").read_text().splitlines()[1:]
+    ids = [json.loads(line)["ids"][:96] for line in lines]
+    (folder / "own.jsonl").write_text("".join(json.dumps({"ids": row}) + "\n" for row in ids))
     return folder
 
 
@@ -198,15 +200,15 @@ def test_a_sound_export_a_damaged_one_and_what_is_kept(
     [
         ("max_increase: 30%", "max_increse: 30%", "unknown key. Did you mean max_increase?"),
         ("name: choice", "name: own", "two entries are named own"),
-        ("documents: 12", "task: choice.yaml", "give corpus or task, one of both"),
-        ("documents: 12", "metric: acc", "metric does not go with a corpus"),
-        ("documents: 12", "documents: 0", "greater than or equal to 1"),
-        ("documents: 12", "documents: 12, documents: 13", "the key 'documents' is given twice"),
+        ("documents: 8", "task: choice.yaml", "give corpus or task, one of both"),
+        ("documents: 8", "metric: acc", "metric does not go with a corpus"),
+        ("documents: 8", "documents: 0", "greater than or equal to 1"),
+        ("documents: 8", "documents: 8, documents: 9", "the key 'documents' is given twice"),
         ("max_increase: 30%, ", "", "a task has no default margin"),
-        ("documents: 12", "max_increase: 1, max_kl: much", "max-kl much"),
+        ("documents: 8", "max_increase: 1, max_kl: much", "max-kl much"),
         ("max_length_change: 0.9", "max_length_change: 200%", "give a percentage of tokens"),
         ("task: choice.yaml", "task: none.yaml", "no such file"),
-        (f"corpus: {CORPUS}", "corpus: none.jsonl", "no corpus"),
+        ("own.jsonl", "none.jsonl", "no corpus"),
         ("sampled.yaml", "write.yaml", "repeats need answers that are sampled"),
         ("entries:", "entries: [", "not YAML"),
     ],
