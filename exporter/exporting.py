@@ -240,5 +240,13 @@ def merge(
     """
     options = WriteOptions(overwrite, workers, shard_bytes, progress)
     target = prepare_out(out, options, experts, onto)
-    plan = plan_merge(open_checkpoint(experts), open_checkpoint(onto), input_scale=input_scale)
-    return write_plan(plan, target, options)
+    return write_plan(plan_merge_of(experts, onto, input_scale), target, options)
+
+
+def plan_merge_of(
+    experts: PathLike, onto: PathLike, input_scale: Literal["keep", "one"] = "keep"
+) -> Plan:
+    """Return the plan of a merge without writing anything; arguments and errors are those of
+    `merge`.
+    """
+    return plan_merge(open_checkpoint(experts), open_checkpoint(onto), input_scale=input_scale)

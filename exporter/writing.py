@@ -6,7 +6,8 @@ end.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,15 @@ class WriteOptions:
     workers: int | None = None
     shard_bytes: int | None = None
     progress: Progress | None = None
+
+    def tasks(self, plan: Plan) -> list[stream.Task]:
+        """Return the shards of a plan."""
+        return stream.tasks(plan, self.shard_bytes or stream.SHARD_BYTES)
+
+    @property
+    def threads(self) -> int:
+        """How many shards are written at a time."""
+        return self.workers or min(4, os.cpu_count() or 1)
 
 
 def prepare_out(out: PathLike, options: WriteOptions, *inputs: PathLike | None) -> Path:
@@ -81,8 +91,24 @@ def write_plan(
         UsageError: another export is writing the same directory.
         MachineError: the disk; or a source changed while it was read.
     """
+    tasks = options.tasks(plan)
+    fingerprint = stream.fingerprint(plan, tasks)
+    with (
+        disk_failures(out),
+        stream.working(out, fingerprint, overwrite=options.overwrite) as folder,
+    ):
+        return write_result(plan, out, folder, options, prove=prove, auxiliary=auxiliary)
+
+
+@contextmanager
+def disk_failures(out: Path) -> Iterator[None]:
+    """Turn errors of the disk into one that says how to go on.
+
+    Raises:
+        MachineError: naming the file.
+    """
     try:
-        return _write_plan(plan, out, options, prove, auxiliary)
+        yield
     except OSError as error:
         raise MachineError(
             f"cannot write {error.filename or work_folder(out)}: {error.strerror or error}; run "
@@ -90,41 +116,43 @@ def write_plan(
         ) from error
 
 
-def _write_plan(
+def write_result(
     plan: Plan,
     out: Path,
+    folder: Path,
     options: WriteOptions,
-    prove: Callable[[Path], dict[str, Any]] | None,
-    auxiliary: Checkpoint | None,
+    *,
+    prove: Callable[[Path], dict[str, Any]] | None = None,
+    auxiliary: Checkpoint | None = None,
 ) -> Manifest:
+    """Write what a locked work directory does not have yet, and give it its final name; arguments
+    and errors are those of `write_plan`.
+    """
     versions = [(ckpt, ckpt.versions()) for ckpt in (plan.source, plan.onto) if ckpt is not None]
     kv_cache = emit.declares_kv_cache(plan)
-    tasks = stream.tasks(plan, options.shard_bytes or stream.SHARD_BYTES)
-    fingerprint = stream.fingerprint(plan, tasks)
-    with stream.working(out, fingerprint, overwrite=options.overwrite) as folder:
-        written = stream.write(
-            plan,
-            tasks,
-            folder,
-            workers=options.workers or min(4, os.cpu_count() or 1),
-            progress=options.progress or (lambda _nbytes: None),
-        )
-        for ckpt, before in versions:
-            ckpt.require_unchanged(before)
-        encoded = sum(summary.linears for summary in written.encoded.values())
-        planned = sum(plan.formats().values())
-        if encoded != planned:
-            raise EncodeError(f"quantized {encoded:,} of {counted(planned, 'linear layer')}")
-        emit.write_index(folder, written.digests)
-        config = plan.kept.config or {}
-        configs = emit.write_configs(folder, config, kv_cache=kv_cache, engines=plan.engines)
-        files = [*configs, INDEX]
-        origins = [plan.source, plan.kept] if plan.kind == "repair" else [plan.kept, plan.source]
-        origins += [auxiliary] if auxiliary is not None else []
-        files += emit.copy_auxiliary_files(folder, origins)
-        manifest = emit.manifest_of(plan, out.name, folder, written, files)
-        if prove is not None:
-            manifest.notes.update(prove(folder))
-        (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
-        stream.finish(folder, out, overwrite=options.overwrite)
+    written = stream.write(
+        plan,
+        options.tasks(plan),
+        folder,
+        workers=options.threads,
+        progress=options.progress or (lambda _nbytes: None),
+    )
+    for ckpt, before in versions:
+        ckpt.require_unchanged(before)
+    encoded = sum(summary.linears for summary in written.encoded.values())
+    planned = sum(plan.formats().values())
+    if encoded != planned:
+        raise EncodeError(f"quantized {encoded:,} of {counted(planned, 'linear layer')}")
+    emit.write_index(folder, written.digests)
+    config = plan.kept.config or {}
+    configs = emit.write_configs(folder, config, kv_cache=kv_cache, engines=plan.engines)
+    files = [*configs, INDEX]
+    origins = [plan.source, plan.kept] if plan.kind == "repair" else [plan.kept, plan.source]
+    origins += [auxiliary] if auxiliary is not None else []
+    files += emit.copy_auxiliary_files(folder, origins)
+    manifest = emit.manifest_of(plan, out.name, folder, written, files)
+    if prove is not None:
+        manifest.notes.update(prove(folder))
+    (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
+    stream.finish(folder, out, overwrite=options.overwrite)
     return manifest

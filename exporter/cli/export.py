@@ -15,10 +15,13 @@ from exporter.cli.output import (
     check_result,
     require_inputs,
     require_report_file,
+    share_given,
+    write_in_units,
     writing_bar,
     writing_options,
 )
 from exporter.cli.preview import print_preview, read_prompts
+from verifier.cli.options import UNITS
 from verifier.cli.spellings import RenamedOptions
 from verifier.errors import UsageError
 from verifier.text import counted
@@ -88,6 +91,7 @@ if TYPE_CHECKING:
 )
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
 @writing_options
+@UNITS
 @click.argument("more", nargs=-1, metavar="[-- CALIBRATE OPTIONS]", type=click.UNPROCESSED)
 @click.pass_context
 def export(
@@ -102,6 +106,7 @@ def export(
     **options: Any,
 ) -> None:
     """Quantize the checkpoint SOURCE into the directory OUT, file to file, and check the result."""
+    share = share_given(options.pop("units"), overwrite=options["overwrite"])
     writing = {name: options.pop(name) for name in ("overwrite", "workers")}
     report_file: Path | None = options.pop("report_file")
     if more and not calibrate_texts:
@@ -131,11 +136,21 @@ def export(
     if dry_run:
         click.echo(describe_plan(exporter.plan_export(source, **options)), nl=False)
         return
-    with writing_bar(exporter.plan_export(source, **options).nbytes) as progress:
-        manifest = exporter.export(source, out, progress=progress, **writing, **options)
+    if share is not None:
+        arguments = {"source": source, **options}
+        manifest = write_in_units(share, exporter.plan_export, arguments, out, writing["workers"])
+    else:
+        with writing_bar(exporter.plan_export(source, **options).nbytes) as progress:
+            manifest = exporter.export(source, out, progress=progress, **writing, **options)
+    if manifest is None:
+        return
     click.echo("\n".join(describe_result(manifest, out)))
     result = check_result(
-        manifest, out, base=source, merged_from=options["onto"], report_file=report_file
+        manifest,
+        out,
+        base=source,
+        merged_from=options["onto"],
+        report_file=report_file,
     )
     if prompt_list:
         result.write(preview=print_preview(source, out, prompt_list))
@@ -163,6 +178,7 @@ def export(
     help="Activation scales of the experts: keep them, or write 1.0.",
 )
 @writing_options
+@UNITS
 @click.pass_context
 def merge(
     ctx: click.Context,
@@ -173,25 +189,36 @@ def merge(
     overwrite: bool,
     workers: int | None,
     report_file: Path | None,
+    units: str | None,
 ) -> None:
     """Copy the quantized routed experts of EXPERTS onto the checkpoint BASE, byte for byte, into
     OUT.
     """
+    share = share_given(units, overwrite=overwrite)
     require_inputs(out, experts, onto, overwrite=overwrite)
     require_report_file(report_file, out)
     import exporter  # noqa: PLC0415  (as above)
 
     write = exporter.merge  # refuses where torch is missing
-    with writing_bar(_merged_bytes(experts, onto)) as progress:
-        manifest = write(
-            experts,
-            out,
-            onto=onto,
-            input_scale=input_scale,  # type: ignore[arg-type]
-            overwrite=overwrite,
-            workers=workers,
-            progress=progress,
-        )
+    manifest: Manifest | None
+    if share is not None:
+        from exporter.exporting import plan_merge_of  # noqa: PLC0415  (as above)
+
+        arguments = {"experts": experts, "onto": onto, "input_scale": input_scale}
+        manifest = write_in_units(share, plan_merge_of, arguments, out, workers)
+    else:
+        with writing_bar(_merged_bytes(experts, onto)) as progress:
+            manifest = write(
+                experts,
+                out,
+                onto=onto,
+                input_scale=input_scale,  # type: ignore[arg-type]
+                overwrite=overwrite,
+                workers=workers,
+                progress=progress,
+            )
+    if manifest is None:
+        return
     click.echo("\n".join(describe_result(manifest, out)))
     result = check_result(manifest, out, merged_from=onto, report_file=report_file)
     ctx.exit(result.report.exit_code)

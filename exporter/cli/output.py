@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +16,14 @@ import click
 from exporter.out import check_out, work_folder
 from verifier.cli.options import OVERWRITE
 from verifier.cli.progress import progress_bar
-from verifier.cli.terminal import on_interrupt
+from verifier.cli.terminal import note, on_interrupt
 from verifier.errors import UsageError
 from verifier.files import require_writable
 from verifier.progress import Progress
+from verifier.units import Share, share_of
 
 if TYPE_CHECKING:
+    from exporter.plan import Plan
     from verifier.findings import Report
     from verifier.manifest import Manifest
 
@@ -98,6 +100,43 @@ def _accumulating(progress: Progress, total: int) -> Callable[[int], None]:
             progress(written, total)
 
     return add
+
+
+def share_given(units: str | None, *, overwrite: bool) -> Share | None:
+    """Return the share that ``--units`` names, None without it.
+
+    Raises:
+        UsageError: no such share; ``--overwrite``, which several writers of one OUT cannot do.
+    """
+    if units is None:
+        return None
+    if overwrite:
+        raise UsageError("--units makes a new OUT; remove the old one, not --overwrite")
+    return share_of(units)
+
+
+def write_in_units(
+    share: Share,
+    function: Callable[..., Plan],
+    arguments: Mapping[str, Any],
+    out: str,
+    workers: int | None,
+) -> Manifest | None:
+    """Write the shards of a plan that a function makes, or some of them.
+
+    Returns:
+        The manifest; None where other processes have shards left.
+    """
+    from exporter.units import PlanCall, WriteJob  # noqa: PLC0415  (torch)
+    from exporter.writing import WriteOptions  # noqa: PLC0415
+
+    call = PlanCall(function, tuple(arguments.items()))
+    with progress_bar("writing", unit="byte") as progress:
+        options = WriteOptions(workers=workers, progress=_accumulating(progress, 0))
+        manifest = share(WriteJob(call, Path(out), options))
+    if manifest is None:
+        note(f"part {share} is written; the last part to end makes {out}")
+    return manifest
 
 
 def require_report_file(report_file: Path | None, out: str) -> None:

@@ -3,16 +3,20 @@
 
 from exporter.stream.load import load, load_stack
 from exporter.stream.shards import SHARD_BYTES, Task, tasks
-from exporter.stream.write import Written, fingerprint, finish, working, write
+from exporter.stream.shared import Writers, sharing
+from exporter.stream.write import RESULT, Written, fingerprint, finish, working, write
 
 __all__ = [
+    "RESULT",
     "SHARD_BYTES",
     "Task",
+    "Writers",
     "Written",
     "fingerprint",
     "finish",
     "load",
     "load_stack",
+    "sharing",
     "tasks",
     "working",
     "write",

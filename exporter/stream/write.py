@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -35,6 +35,7 @@ from verifier.text import size
 STATE = "state.json"
 LOCK = "lock"
 RESULT = "checkpoint"
+RECORDS = "records"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 """Constants of Linux's renameat2(2)."""
 
@@ -71,39 +72,50 @@ def working(out: Path, fingerprint: str, *, overwrite: bool) -> Iterator[Path]:
     """
     folder = work_folder(out)
     result = folder / RESULT
-    lock = _lock(folder, out)
+    fd = lock(folder, out)
     try:
         if not overwrite and os.path.lexists(out):  # another export finished since `check_out`
             if not result.exists():  # made above, or all that is left of that export
                 shutil.rmtree(folder)
             raise out_exists(out)
-        if _state(folder).get("plan") != fingerprint:
+        if state_of(folder).get("plan") != fingerprint:
             _clear(folder, keep={LOCK})
             _save_state(folder, {"plan": fingerprint, "shards": {}})
         result.mkdir(exist_ok=True)
         yield result
     finally:
-        os.close(lock)
+        os.close(fd)
 
 
-def _lock(folder: Path, out: Path) -> int:
+def lock(folder: Path, out: Path, kind: int = fcntl.LOCK_EX) -> int:
     """Make the work directory and return its lock; it is released when the process ends, however it
     ends.
+
+    Raises:
+        UsageError: another export holds it.
     """
     busy = UsageError(f"{out}: another export is writing it")
     folder.mkdir(exist_ok=True)
     try:
-        lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        fd = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     except FileNotFoundError as error:  # the export that made it has just finished
         raise busy from error
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not os.path.samestat(os.fstat(lock), os.stat(folder / LOCK)):
+        fcntl.flock(fd, kind | fcntl.LOCK_NB)
+        if not holds(fd, folder):
             raise FileNotFoundError(folder)
     except (BlockingIOError, FileNotFoundError) as error:
-        os.close(lock)
+        os.close(fd)
         raise busy from error
-    return lock
+    return fd
+
+
+def holds(fd: int, folder: Path) -> bool:
+    """Whether a lock is that of the work directory that exists now."""
+    try:
+        return os.path.samestat(os.fstat(fd), os.stat(folder / LOCK))
+    except FileNotFoundError:
+        return False
 
 
 def _clear(folder: Path, keep: Collection[str] = ()) -> None:
@@ -112,7 +124,8 @@ def _clear(folder: Path, keep: Collection[str] = ()) -> None:
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
 
-def _state(folder: Path) -> dict[str, object]:
+def state_of(folder: Path) -> dict[str, object]:
+    """Return the state of a work directory; nothing where it has none."""
     try:
         value = json.loads((folder / STATE).read_text())
     except (OSError, ValueError):
@@ -153,13 +166,23 @@ def write(
     remaining = [t for t in todo if not run.resume(t, progress)]
     _clear(folder, keep=run.finished)
     _require_space(folder, sum(spec.nbytes for task in remaining for spec in task.specs))
+    write_all(lambda task, stop: run.write(task, plan, progress, stop), remaining, workers)
+    return run.result
+
+
+def write_all(
+    write_one: Callable[[Task, threading.Event], None], todo: Sequence[Task], workers: int
+) -> None:
+    """Write shards in threads; when one fails, or a signal comes, the others stop between two
+    actions.
+    """
     stop = threading.Event()
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(max(1, workers)) as pool:
             try:
-                running = {pool.submit(run.write, t, plan, progress, stop) for t in remaining}
+                running = {pool.submit(write_one, task, stop) for task in todo}
                 while running:
                     done, running = wait(running, timeout=0.2, return_when=FIRST_EXCEPTION)
                     for future in done:
@@ -169,7 +192,6 @@ def write(
                 raise
     finally:
         torch.set_num_threads(before)
-    return run.result
 
 
 def _require_space(folder: Path, needed: int) -> None:
@@ -189,9 +211,10 @@ class _Run:
         self.result = Written()
         self.finished: dict[str, list[Any]] = {}
         self._lock = threading.Lock()
-        self._state = _state(folder.parent)
+        self._state = state_of(folder.parent)
         earlier = self._state.get("shards")
         self._earlier: dict[str, list[Any]] = earlier if isinstance(earlier, dict) else {}
+        self._earlier |= records_of(folder.parent)
 
     def resume(self, task: Task, progress: Callable[[int], None]) -> bool:
         """Take over a shard that an earlier run finished; False where there is none, or it was
@@ -216,12 +239,24 @@ class _Run:
     ) -> None:
         """Write a shard and record it, in a worker: no signal comes between the two there."""
         digest, nbytes, encoded = write_shard(task, plan, self.folder, progress, stop)
-        summaries = [asdict(summary) for summary in combine(encoded).values()]
         with self._lock:
             self.result.digests[task.file] = (digest, nbytes)
             self.result.encoded = combine([*self.result.encoded.values(), *encoded])
-            self.finished[task.file] = [digest, nbytes, summaries]
+            self.finished[task.file] = record(digest, nbytes, encoded)
             _save_state(self.folder.parent, {**self._state, "shards": self.finished})
+
+
+def record(digest: str, nbytes: int, encoded: list[EncodeSummary]) -> list[Any]:
+    """Return the completion record of a shard: its digest, its bytes, and what was encoded."""
+    return [digest, nbytes, [asdict(summary) for summary in combine(encoded).values()]]
+
+
+def records_of(folder: Path) -> dict[str, list[Any]]:
+    """Return the completion records of shards that several machines wrote, by shard."""
+    records = {}
+    for path in (folder / RECORDS).glob("*.json"):
+        records[path.stem] = json.loads(path.read_bytes())
+    return records
 
 
 def _intact(path: Path, entry: list[Any]) -> bool:

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m tests.kill``: 200 seeded ``kill -9`` over export, merge, repair and score."""
+"""``python -m tests.kill``: 200 seeded ``kill -9`` over export, merge, repair, score and
+calibrate.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +11,12 @@ import shutil
 import sys
 import tempfile
 from collections import Counter
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
 from tests.kill.commands import COMMANDS, make_inputs
-from tests.kill.run import killed, undisturbed
+from tests.kill.run import Outcome, killed, undisturbed
 
 RESULTS = Path(__file__).with_name("results.json")
 
@@ -28,16 +31,17 @@ def main(argv: list[str]) -> int:
         folder = Path(name)
         inputs = make_inputs(folder)
         known = {c.name: undisturbed(c, inputs, folder / "undisturbed" / c.name) for c in COMMANDS}
-        outcomes = []
-        for seed in range(options.seeds):
-            outcomes.append(killed(seed, known, inputs, folder / "killed"))
-            shutil.rmtree(folder / "killed")
-            if outcomes[-1].wrong:
-                print(outcomes[-1], file=sys.stderr)
+        print({name: round(run.seconds, 2) for name, run in known.items()}, file=sys.stderr)
+        outcomes: list[Outcome] = []
+        with suppress(KeyboardInterrupt):  # what was done until then counts
+            for seed in range(options.seeds):
+                outcomes.append(killed(seed, known, inputs, folder / "killed"))
+                shutil.rmtree(folder / "killed")
+                print(outcomes[-1], file=sys.stderr, flush=True)
     wrong = [o for o in outcomes if o.wrong]
     result = {
-        "command": f"python -m tests.kill --seeds {options.seeds} --write",
-        "seeds": options.seeds,
+        "command": f"python -m tests.kill --seeds {len(outcomes)} --write",
+        "seeds": len(outcomes),
         "kills": dict(sorted(Counter(o.command for o in outcomes for _ in range(o.kills)).items())),
         "wrong": [o.as_json() for o in wrong],
         "versions": {p: version(p) for p in ("ckptgate", "torch", "numpy")},

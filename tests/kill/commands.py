@@ -53,6 +53,7 @@ def make_inputs(folder: Path) -> Inputs:
     shutil.copytree(inputs.experts, inputs.renamed)
     next(c for c in CORRUPTORS if c.name == "expert-leaves").apply(inputs.renamed)
     inputs.texts.write_text("One line of text for each sequence.\n" * 200)
+    _calibrate(inputs, folder / "stats")  # imports what every fork then has
     return inputs
 
 
@@ -85,7 +86,15 @@ def _repair(inputs: Inputs, out: Path) -> None:
 
 
 def _score(inputs: Inputs, out: Path) -> None:
-    _succeed("score", str(inputs.experts), *TEXT, "-o", str(out), "--workers", "1", "--batch", "2")
+    _succeed(
+        "score", str(inputs.experts), *TEXT, "-o", str(out), "--workers", "1", "--batch-size", "2"
+    )
+
+
+def _calibrate(inputs: Inputs, out: Path) -> None:
+    exporter.calibrate(
+        SOURCE, out, recipe="nvfp4_experts_only", texts=[inputs.texts], samples=[4], seq_len=32
+    )
 
 
 def _succeed(*argv: str) -> None:
@@ -102,5 +111,6 @@ COMMANDS = tuple(
         ("merge", _merge),
         ("repair", _repair),
         ("score", _score),
+        ("calibrate", _calibrate),
     )
 )

@@ -19,6 +19,7 @@ from verifier.cli.options import (
     MERGED_FROM,
     PLUGIN,
     SETTINGS,
+    UNITS,
     depth,
 )
 from verifier.cli.outputs import (
@@ -43,10 +44,12 @@ from verifier.cli.recording import (
     worst_code,
 )
 from verifier.cli.settings import check_arguments, effective_settings
-from verifier.cli.terminal import on_interrupt
+from verifier.cli.terminal import note, on_interrupt
+from verifier.cli.units import CheckJob, require_records
 from verifier.errors import ContentError, MachineError, NotACheckpointError, UsageError
 from verifier.findings import Finding, Report
 from verifier.summary import Summary
+from verifier.units import share_of
 
 DIRECT = (
     "base",
@@ -91,6 +94,12 @@ DIRECT = (
     "--subset",
     metavar="K/N",
     help="Read part K of N of the shards; merge-reports combines the N reports.",
+)
+@UNITS
+@click.option(
+    "--records",
+    metavar="PLACE",
+    help="Folder or object store that all machines see; keeps the reports of --units.",
 )
 @click.option(
     "--sample", metavar="P%", help="Check a random P% of modules, at least one of each kind."
@@ -139,13 +148,26 @@ def check(
     require(targets)
     require_recordable(recording)
     arguments = {name: options[name] for name in DIRECT} | check_arguments(settings)
-    on_interrupt("no report was written")
+    share = share_of(options["units"]) if options["units"] is not None else None
+    records = require_records(paths, options) if share is not None else None
+    on_interrupt(
+        "no report was written"
+        if records is None
+        else f"finished parts are kept in {records}; run the same command again to resume"
+    )
     sources = ctx.with_resource(sources_kept())
     codes = []
     for path in paths:
         with progress_bar("checking", unit="byte", more=traffic_of(sources)) as progress:
             more = {"evaluate": evaluate, "engine": engine, "progress": progress}
-            result = _checked(path, arguments | more, file)
+            if share is not None and records is not None:
+                report = share(CheckJob.of_share(share, path, arguments | more, records))
+                if report is None:
+                    note(f"part {share} is done; the last part to end writes the report")
+                    ctx.exit(0)
+                result = _CheckedPath(_configured(report, file))
+            else:
+                result = _checked(path, arguments | more, file)
         own_targets = targets_of(targets, path) if len(paths) > 1 else targets
         codes.append(_written(result, own_targets, recording, statistics, alone=len(paths) == 1))
     code = worst_code(*codes)
@@ -162,9 +184,13 @@ class _CheckedPath:
 
 def _checked(path: str, arguments: Mapping[str, Any], config: Path | None) -> _CheckedPath:
     report, failure = _report(path, arguments)
-    if config is not None:
-        report = replace(report, summary=replace(report.summary, config=str(config)))
-    return _CheckedPath(report, failure)
+    return _CheckedPath(_configured(report, config), failure)
+
+
+def _configured(report: Report, config: Path | None) -> Report:
+    if config is None:
+        return report
+    return replace(report, summary=replace(report.summary, config=str(config)))
 
 
 def _written(

@@ -16,11 +16,12 @@ import click
 
 from verifier import gate as gate_api
 from verifier.checkpoint import local_directory, open_checkpoint
-from verifier.cli.options import FORMAT, OVERWRITE
+from verifier.cli.options import FORMAT, OVERWRITE, UNITS
 from verifier.cli.progress import progress_bar
 from verifier.cli.recording import Recording, record, recording_options, require_recordable
 from verifier.cli.spellings import RenamedOptions
 from verifier.cli.terminal import on_interrupt
+from verifier.cli.units import ScoreJob
 from verifier.errors import MissingExtra, UsageError
 from verifier.evaluation import GateResult
 from verifier.files import require_writable
@@ -30,6 +31,7 @@ from verifier.gate.gate import corpus_of
 from verifier.gate.jobs import Scorer, protocol_of
 from verifier.gate.options import BATCH, SEQ_LEN
 from verifier.text import printable
+from verifier.units import share_of
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 _RENAMED = {
@@ -291,6 +293,7 @@ def _print_plan(plan: gate_api.GatePlan, format_: str) -> None:
 @WORKERS
 @_scorer_options
 @OVERWRITE
+@UNITS
 def score(
     checkpoint: str,
     corpus: str | None,
@@ -300,6 +303,7 @@ def score(
     documents: int | None,
     *,
     overwrite: bool,
+    units: str | None,
     **options: Any,
 ) -> None:
     """Score CHECKPOINT once, to compare later: `ckptgate compare BASE.run CANDIDATE.run`.
@@ -321,19 +325,18 @@ def score(
     if ranks is not None and options["device"] == "cuda":
         options["device"] = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     require_device(options["device"])
+    divided = share_of(units) if units is not None else None
+    texts = corpus_of(protocol, corpus, metric).head(documents)
+    options |= {"journal": part, "protocol": protocol_of(protocol), "say": say}
     with progress_bar("scoring", unit="document") as progress:
-        run = gate_api.score_run(
-            open_checkpoint(local_directory(checkpoint)),
-            corpus_of(protocol, corpus, metric).head(documents),
-            journal=part,
-            protocol=protocol_of(protocol),
-            progress=progress,
-            say=say,
-            ranks=ranks,
-            **options,
-        )
+        if divided is not None:
+            options["progress"] = progress
+            run = divided(ScoreJob(checkpoint, texts, options, divided.of))
+        else:
+            opened = open_checkpoint(local_directory(checkpoint))
+            run = gate_api.score_run(opened, texts, progress=progress, ranks=ranks, **options)
     if run is None:
-        return  # the rank that finishes last writes the run
+        return  # the rank or part that finishes last writes the run
     gate_api.write_run(output, run)
     for file in (part, *part.parent.glob(f"{glob.escape(part.name)}.*-of-*")):
         file.unlink(missing_ok=True)

@@ -62,6 +62,11 @@ PLUGIN = click.option(
     multiple=True,
     help="Python file with custom rules; repeatable.",
 )
+UNITS = click.option(
+    "--units",
+    metavar="K/N",
+    help="Do part K of N of the work, as a job array does; the last part to end completes it.",
+)
 OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 SELECT = click.option(
     "--select",
