@@ -280,7 +280,8 @@ class _Lanes:
             base[...] = pairs.view(np.float32)
         decoded *= np.repeat(step, 2)
         decoded -= base
-        sums = [_columns(base, base), _columns(decoded, decoded), _columns(decoded, base)]
+        size, error = _columns(base, base), _columns(decoded, decoded)
+        along = _columns(decoded, base)
         peak = self._peak(pairs, base)
         max_step = self._max_step(peak, top)
         wide = np.repeat(max_step, 2)
@@ -291,7 +292,7 @@ class _Lanes:
             np.clip(decoded, -6, 6, out=decoded)
         base -= decoded
         base *= wide
-        return _summed(*sums, _columns(base, base))
+        return _summed(size, error, along, _columns(base, base))
 
     def _peak(self, pairs: npt.NDArray[Any], base: Float32) -> Float32:
         """Return the largest magnitude of each block; overwrites the pairs."""
@@ -340,9 +341,16 @@ def _summed(size: Float32, error: Float32, along: Float32, best: Float32) -> Dis
     """
     sizes, errors, bests = (x[0::2] + x[1::2] for x in (size, error, best))
     return Distance(
-        *(float(x.sum(dtype=np.float64)) for x in (sizes, errors, bests, along)),
+        size=_total(sizes),
+        error=_total(errors),
+        by_max=_total(bests),
+        along=_total(along),
         suspect=bool(beyond(errors, bests, sizes).any()),
     )
+
+
+def _total(values: Float32) -> float:
+    return float(values.sum(dtype=np.float64))
 
 
 def _compiled_pass(block: int, packed: bool, values: npt.NDArray[Any]) -> Pass | None:
