@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -201,15 +202,25 @@ def p_of_loss(
 
     if margin == 0:
         return binomial(0.5) if discordant else 1.0
-    shares = stats.binomtest(discordant, documents).proportion_ci(1 - NUISANCE, "exact")
+    shares = _discordant_share(discordant, documents)
     # A loss of that size needs as many discordant documents; where there cannot be as many, only
     # one side can be true.
-    if shares.high < abs(margin):
+    if shares[1] < abs(margin):
         return NUISANCE if (margin > 0) == (side == "within") else 1.0
     if not discordant:
         return 1.0
-    ends = [(1 + margin / max(x, abs(margin))) / 2 for x in (shares.low, shares.high)]
+    ends = [(1 + margin / max(x, abs(margin))) / 2 for x in shares]
     return min(1.0, max(map(binomial, ends)) + NUISANCE)
+
+
+@lru_cache(maxsize=64)
+def _discordant_share(discordant: int, documents: int) -> tuple[float, float]:
+    """Return the Clopper-Pearson interval of the share of discordant documents, of confidence
+    1 - `NUISANCE`; a bisection asks for one many times.
+    """
+    test = scipy_stats().binomtest(discordant, documents)
+    interval = test.proportion_ci(1 - NUISANCE, "exact")
+    return float(interval.low), float(interval.high)
 
 
 def accuracy_loss(lost: int, won: int, documents: int, level: float = LEVEL) -> Interval:
