@@ -135,14 +135,14 @@ def to_bf16(_name: str, values: np.ndarray) -> bytes:
     return values.astype(ml_dtypes.bfloat16).astype(np.float32).tobytes()
 
 
-def recast(folder: Path, pattern: str) -> None:
-    """Store tensors of the layer whose name matches in BF16."""
+def recast(folder: Path, pattern: str, layer: int = LAYER) -> None:
+    """Store tensors of a layer whose name matches in BF16."""
     editor = CheckpointEditor(folder)
-    for name in [n for n in editor.tensors() if f".layers.{LAYER}." in n and re.search(pattern, n)]:
+    for name in [n for n in editor.tensors() if f".layers.{layer}." in n and re.search(pattern, n)]:
         editor.store(name, editor.array(name).astype(ml_dtypes.bfloat16))
 
 
-def swap(subject: Subject, folder: Path, expert: str) -> None:
+def swap(subject: Subject, folder: Path, expert: str, layer: int = LAYER) -> None:
     """Exchange gate and up of some experts, with their scales."""
     gate, up, _ = subject.names
     ckpt = open_checkpoint(folder)
@@ -155,35 +155,36 @@ def swap(subject: Subject, folder: Path, expert: str) -> None:
         )
         return ckpt.read(ckpt.tensors[twin]).tobytes()
 
-    edit(folder, rf"experts\.{expert}\.({gate}|{up})\.", other)
+    edit(folder, rf"experts\.{expert}\.({gate}|{up})\.", other, layers=(layer,))
 
 
 def damages(
-    subject: Subject, counts: list[int], layers: list[int]
+    subject: Subject, counts: list[int], layers: list[int], layer: int = LAYER
 ) -> dict[str, Callable[[Path], None]]:
-    """Return functions that damage a copy, by description; ``counts`` are the tokens of each expert
-    of the layer.
+    """Return functions that damage a layer of a copy, by description; ``counts`` are the tokens of
+    each of its experts, ``layers`` all layers with experts.
     """
+    here = (layer,)
     busiest, least_used = int(np.argmax(counts)), int(np.argmin(counts))
     down = subject.names[2]
     every = "|".join(subject.names)
 
-    def scaled(
-        expert: str, factor: float, where: Sequence[int] = (LAYER,)
-    ) -> Callable[[Path], None]:
+    def scaled(expert: str, factor: float, where: Sequence[int] = here) -> Callable[[Path], None]:
         return lambda f: edit(
             f, rf"experts\.{expert}\.({every})\.weight_scale_2$", times(factor), layers=where
         )
 
     functions: dict[str, Callable[[Path], None]] = {
         "busiest expert of a layer outputs zeros": lambda f: edit(
-            f, rf"experts\.{busiest}\.{down}\.weight_scale$", zero
+            f, rf"experts\.{busiest}\.{down}\.weight_scale$", zero, layers=here
         ),
         "least-used expert of a layer outputs zeros": lambda f: edit(
-            f, rf"experts\.{least_used}\.{down}\.weight_scale$", zero
+            f, rf"experts\.{least_used}\.{down}\.weight_scale$", zero, layers=here
         ),
-        "gate and up swapped in the busiest expert": lambda f: swap(subject, f, str(busiest)),
-        "gate and up swapped in a layer": lambda f: swap(subject, f, r"\d+"),
+        "gate and up swapped in the busiest expert": lambda f: swap(
+            subject, f, str(busiest), layer
+        ),
+        "gate and up swapped in a layer": lambda f: swap(subject, f, r"\d+", layer),
         "scales of a layer's experts a quarter too large": scaled(r"\d+", 5 / 4),
         "scales of a layer's experts 1/16 too large": scaled(r"\d+", 17 / 16),
         "scales of a layer's experts 1/16 too small": scaled(r"\d+", 15 / 16),
@@ -192,9 +193,9 @@ def damages(
         "scales of all layers' experts 1/16 too large": scaled(r"\d+", 17 / 16, layers),
     }
     if subject.router:
-        functions["router stored in BF16"] = lambda f: recast(f, subject.router)
+        functions["router stored in BF16"] = lambda f: recast(f, subject.router, layer)
         functions["router of BF16 values, stored in float32"] = lambda f: edit(
-            f, subject.router, to_bf16
+            f, subject.router, to_bf16, layers=here
         )
     return functions
 

@@ -40,6 +40,7 @@ FAMILIES = {
 MARK = ("<!-- coverage: rendered by tools/make_docs.py -->", "<!-- end of coverage -->")
 SUITE = ("<!-- suite: rendered by tools/make_docs.py -->", "<!-- end of suite -->")
 DAMAGE = ("<!-- damage: rendered by tools/make_docs.py -->", "<!-- end of damage -->")
+LOCATED = ("<!-- located: rendered by tools/make_docs.py -->", "<!-- end of located -->")
 NOT_YET = {
     "QC108 shared storage at save": "cannot occur in a file; the key that it loses is reported by "
     "QC301 or QC302",
@@ -689,6 +690,53 @@ def _layout(words: str) -> str:
     return re.sub(r"^\w+: \d+ experts, |, hidden .*$", "", words)
 
 
+def locate_page() -> str:
+    """Return docs/locate.md, with what the benchmark found."""
+    page = (DOCS / "locate.md").read_text(encoding="utf-8")
+    file = DOCS.parent / "benchmarks" / "results" / "locate.json"
+    r = json.loads(file.read_text(encoding="utf-8"))
+    rows = [
+        row | {"golden": e["golden"], "scales": e["scales"]}
+        for e in r["exports"]
+        for row in e["rows"]
+    ]
+    start, end = LOCATED
+    before, _, rest = page.partition(start)
+    body = "\n".join(located_lines(r, rows))
+    return f"{before}{start}\n\n{body}\n\n{end}{rest.partition(end)[2]}"
+
+
+def located_lines(r: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
+    """Return what the benchmark of `ckptgate locate` found."""
+    damaged = [row for row in rows if row["damage"] != "no damage"]
+    beyond = [row for row in damaged if row["outcome"] == "failed"]
+    open_ = [row for row in damaged if row["outcome"] == "inconclusive"]
+    goldens = sorted({row["golden"] for row in rows})
+    lines = [
+        f"`{r['command']}`, {r['documents']} documents of {r['tokens']} tokens; run on: "
+        f"{', '.join(goldens)}. {len(damaged)} damaged exports: {len(beyond)} failed, "
+        f"{len(open_)} inconclusive, {len(damaged) - len(beyond) - len(open_)} within the margin. "
+        f"Of the failed, the first blame is right in {sum(row['right'] for row in beyond)} of "
+        f"{len(beyond)}; the largest cost is {max(row['cost'] for row in rows):.2f} gates.",
+        "",
+        "| golden, scales | damage | layer | KL ratio | verdict | first blame | right | gates |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        cells = [
+            f"{row['golden']}, {row['scales']}",
+            row["damage"],
+            str(row["layer"]) if row["layer"] >= 0 else "",
+            f"{row['ratio']:.2f}",
+            row["outcome"],
+            row["first"],
+            ("yes" if row["right"] else "no") if row["first"] else "",
+            f"{row['cost']:.1f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
 def main() -> int:
     """Write or compare the pages."""
     stale = []
@@ -700,7 +748,7 @@ def main() -> int:
     }
     pages |= {"gate.md": gate_page(), "../verifier/gate/coverage.json": coverage_table()}
     pages |= {"suite.md": suite_page(), "families.md": families_page()}
-    pages |= {"goldens.md": goldens_page()}
+    pages |= {"goldens.md": goldens_page(), "locate.md": locate_page()}
     for name, text in pages.items():
         file = DOCS / name
         if "--check" in sys.argv:

@@ -145,7 +145,11 @@ def roundings(checkpoint: Checkpoint) -> dict[str, Rounding]:
 
 @contextmanager
 def declared_activations(
-    model: Any, checkpoint: Checkpoint, *, shared: bool = False
+    model: Any,
+    checkpoint: Checkpoint,
+    *,
+    shared: bool = False,
+    by_module: Mapping[str, Rounding] | None = None,
 ) -> Iterator[dict[str, int]]:
     """Round the inputs of quantized modules while the context is open; yield how many modules are
     rounded, by kind.
@@ -157,12 +161,14 @@ def declared_activations(
         model: what `load_model` made of the checkpoint.
         checkpoint: the checkpoint.
         shared: whether the experts of a layer share the largest input scale, as vLLM loads them.
+        by_module: the rounding of each module's input by hub name, where it is not the declared one
+            (`roundings`).
 
     Raises:
         ContentError: a scale that is missing, or a module whose input cannot be reached; it is
             named.
     """
-    by_module = roundings(checkpoint)
+    by_module = roundings(checkpoint) if by_module is None else by_module
     linears, stacks = _by_path(model, checkpoint, by_module)
     if shared:
         for of_stack in stacks.values():
@@ -190,7 +196,7 @@ def _by_path(
     linears: dict[str, Rounding] = {}
     stacks: dict[str, _StackRoundings] = {}
     modules, state = dict(model.named_modules()), set(model.state_dict())
-    stacked = _stack_names(checkpoint)
+    stacked = stack_names(checkpoint)
     sources = {hub: stacked.get(f"{hub}.weight", f"{hub}.weight") for hub in by_module}
     keys = parameter_keys(model, set(sources.values()))
     for hub, source in sources.items():
@@ -214,7 +220,7 @@ def _by_path(
     return linears, stacks
 
 
-def _stack_names(checkpoint: Checkpoint) -> dict[str, str]:
+def stack_names(checkpoint: Checkpoint) -> dict[str, str]:
     """Return by name of an expert's weight the stack that transformers is given, where the family's
     hub layout has stacks.
     """

@@ -275,6 +275,84 @@ def load_shapes(uri: str, cls: Any, config: Any, state: Mapping[str, Any]) -> tu
     return model, report
 
 
+def empty_model(uri: str, cls: Any, config: Any, attention: str) -> Any:
+    """Return a model in evaluation mode whose parameters are on the meta device; what its modules
+    compute for themselves, such as rotary frequencies, is on the CPU.
+
+    Args:
+        uri: the checkpoint's, for messages.
+        cls: the model's class.
+        config: its config.
+        attention: transformers' attention implementation.
+
+    Raises:
+        ContentError: the model cannot be built.
+    """
+    with quiet():
+        try:
+            config._attn_implementation = attention
+            with _default_dtype(torch.bfloat16), torch.device("meta"):
+                model = cls(config)
+            stored = model.state_dict().keys()
+            for path, module in model.named_modules():
+                own = [n for n in module._buffers if f"{path}.{n}".lstrip(".") not in stored]
+                for name in own:
+                    if module._buffers[name] is not None:
+                        module._buffers[name] = torch.empty_like(
+                            module._buffers[name], device="cpu"
+                        )
+                if own:
+                    model._init_weights(module)
+        except BUILD_ERRORS as error:
+            raise ContentError(
+                f"{uri}: transformers cannot build the model: {one_line(error)}"
+            ) from error
+    return model.eval()
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def fill(uri: str, model: Any, state: Mapping[str, Any], device: str) -> None:
+    """Give parameters of an `empty_model` their values, in BF16, by the steps of
+    ``PreTrainedModel.from_pretrained``.
+
+    Args:
+        uri: the checkpoint's, for messages.
+        model: the model.
+        state: some tensors by hub name; each gives its values when it is sliced.
+        device: where the parameters go.
+
+    Raises:
+        ContentError: a tensor that cannot be converted, or has a different shape.
+    """
+    mapping: list[Any] = list(conversion_mapping.get_model_conversion_mapping(model))
+    settings = LoadStateDictConfig(
+        ignore_mismatched_sizes=True,
+        device_map={"": device},
+        dtype=torch.bfloat16,
+        dtype_plan=model._get_dtype_plan(torch.bfloat16),
+        weight_mapping=mapping,
+    )
+    with quiet():
+        try:
+            report, _ = type(model)._load_pretrained_model(model, state, None, settings)
+        except BUILD_ERRORS as error:
+            raise ContentError(
+                f"{uri}: transformers cannot load a part of the model: {one_line(error)}"
+            ) from error
+    faults = [*map(str, report.mismatched_keys), *map(str, report.conversion_errors)]
+    if faults:
+        raise ContentError(f"{uri}: {min(faults)} cannot be loaded: a different shape")
+
+
 def require_complete(uri: str, info: Mapping[str, Any]) -> None:
     """Refuse a model of which transformers' loading report lists missing or mismatched keys.
 

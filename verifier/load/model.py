@@ -9,6 +9,7 @@ reads them, so memory holds the model and a few tensors.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +37,10 @@ except ImportError as error:
     raise MissingExtra("loading a model", "load") from error
 
 
+Change = Callable[[str, torch.Tensor], torch.Tensor]
+"""Takes a module's name and its decoded weight; returns the weight that the model gets."""
+
+
 @dataclass(frozen=True)
 class LoadedModel:
     """A model in evaluation mode, and what transformers' loading report said."""
@@ -49,9 +54,15 @@ class _LazyTensor:
     """Represents a tensor that is decoded when transformers slices it."""
 
     def __init__(
-        self, checkpoint: Checkpoint, module: Module, leaf: str, fmt: Format | None
+        self,
+        checkpoint: Checkpoint,
+        module: Module,
+        leaf: str,
+        fmt: Format | None,
+        change: Change | None = None,
     ) -> None:
         self._checkpoint, self._module, self._leaf, self._format = checkpoint, module, leaf, fmt
+        self._change = change
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -69,6 +80,10 @@ class _LazyTensor:
         return (shape[0], shape[2], shape[1]) if len(shape) == 3 else shape
 
     def __getitem__(self, _index: Any) -> torch.Tensor:
+        values = self._values()
+        return values if self._change is None else self._change(self._module.name, values)
+
+    def _values(self) -> torch.Tensor:
         if self._format is None:
             return hf.plain_tensor(self._checkpoint, self._module.parts[self._leaf])
         parts = {leaf: self._checkpoint.array(t) for leaf, t in self._module.parts.items()}
@@ -116,11 +131,17 @@ class _LazyStack:
         return torch.stack(experts).contiguous()
 
 
-def decoded_tensors(checkpoint: Checkpoint) -> dict[str, _LazyTensor | _LazyStack]:
+def decoded_tensors(
+    checkpoint: Checkpoint, change: Change | None = None
+) -> dict[str, _LazyTensor | _LazyStack]:
     """Return every weight of a checkpoint by its unquantized hub name, decoded on access.
 
     Experts that a family's hub keeps in stacks are stacked, also where the checkpoint holds them
     individually.
+
+    Args:
+        checkpoint: the checkpoint.
+        change: what is done to each module's weight after decoding.
 
     Raises:
         ContentError: a quantized weight whose format cannot be inferred, or transforms that a
@@ -151,7 +172,8 @@ def decoded_tensors(checkpoint: Checkpoint) -> dict[str, _LazyTensor | _LazyStac
                     )
             elif tensor.dtype not in FLOATS and _is_metadata(tensor):
                 continue
-            tensors[name] = _LazyTensor(checkpoint, module, leaf, fmt)
+            its_change = change if tensor is module.weight else None
+            tensors[name] = _LazyTensor(checkpoint, module, leaf, fmt, its_change)
     return _restacked(tensors, checkpoint)
 
 

@@ -93,7 +93,7 @@ def score_windows(
     scores = UnitScores(unit.number, {})
     if not windows:
         return scores
-    ids, real = _padded(windows, job.device)
+    ids, real = padded(windows, job.device)
     experts.real = real.reshape(-1)
     logits = model(input_ids=ids, use_cache=False).logits
     base_logits = base(input_ids=ids, use_cache=False).logits if base is not None else None
@@ -119,7 +119,7 @@ def score_windows(
     return scores
 
 
-def _padded(windows: Sequence[Window], device: str) -> tuple[torch.Tensor, torch.Tensor]:
+def padded(windows: Sequence[Window], device: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Return token ids, int64 [windows, longest], and which of them are not padding, bool.
 
     Padding follows the text, and attention is causal: no scored token sees it.

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``ckptgate locate``."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import click
+
+from verifier.cli.common import errors_as
+from verifier.cli.gate import require_device, require_installed
+from verifier.cli.options import OVERWRITE
+from verifier.cli.progress import progress_bar
+from verifier.cli.terminal import on_interrupt
+from verifier.errors import MissingExtra, UsageError
+from verifier.files import require_writable, write_atomic
+from verifier.gate import load_corpus
+from verifier.gate.options import SEQ_LEN
+from verifier.locate import LocateOptions, LocateResult
+from verifier.locate import locate as search
+from verifier.locate.options import BATCH
+from verifier.locate.page import render_page
+from verifier.locate.render import render_json, render_text
+
+RENDERERS = {"text": render_text, "json": render_json, "html": render_page}
+
+
+@click.command()
+@click.argument("candidate")
+@click.option("--base", metavar="REF", required=True, help="The checkpoint to compare with.")
+@click.option(
+    "--corpus",
+    metavar="NAME|FILE",
+    required=True,
+    help="wikitext2-test, a text file, or .jsonl of ids or text.",
+)
+@click.option(
+    "--drift-against",
+    metavar="RUN",
+    help="Explain the excess over this accepted run (score --top-k 64).  [default: over what plain "
+    "rounding of the base to the candidate's formats gives]",
+)
+@click.option(
+    "--max-ratio",
+    metavar="RATIO",
+    help="Largest tolerated KL divergence, relative to the reference.  [default: 1.15x]",
+)
+@click.option(
+    "--activations",
+    type=click.Choice(["bf16", "declared", "shared"]),
+    default="bf16",
+    show_default=True,
+    help="As in `ckptgate gate`.",
+)
+@click.option(
+    "--seq-len",
+    type=click.IntRange(2, 1_000_000),
+    default=SEQ_LEN,
+    show_default=True,
+    help="Context length: tokens in a window.",
+)
+@click.option("--documents", type=click.IntRange(min=1), help="Use only the first N documents.")
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 …")
+@click.option(
+    "--batch-size",
+    "batch",
+    type=click.IntRange(1, 4096),
+    default=BATCH,
+    show_default=True,
+    help="Windows at a time.",
+)
+@click.option(
+    "--scratch",
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    help="Keep hidden states in files here.  [default: in memory]",
+)
+@click.option(
+    "--format",
+    "format_",
+    type=click.Choice(list(RENDERERS)),
+    default="text",
+    show_default=True,
+    help="Output format.",
+)
+@click.option("-o", "--output", metavar="FILE", help="The file to write.  [default: stdout]")
+@OVERWRITE
+@click.pass_context
+def locate(
+    ctx: click.Context,
+    /,
+    candidate: str,
+    base: str,
+    format_: str,
+    output: str | None,
+    *,
+    overwrite: bool,
+    **options: Any,
+) -> None:
+    """Find which layer and module of CANDIDATE explain its KL divergence from the base.
+
+    The models run layer by layer: memory holds one layer of each. Exit 0: nothing to blame. 1:
+    modules are blamed. 3: inconclusive.
+    """
+    require_installed("torch", "transformers", "scipy")
+    if format_ == "html" and find_spec("jinja2") is None:
+        raise MissingExtra("an HTML page", "report")
+    if output is not None:
+        if Path(output).exists() and not overwrite:
+            raise UsageError(f"{output} already exists; use --overwrite to replace it")
+        require_writable(output)
+    require_device(options["device"])
+    on_interrupt("nothing is kept")
+    with errors_as(format_):
+        result = _search(candidate, base, options)
+    text = RENDERERS[format_](result)
+    if output is None:
+        click.echo(text, nl=False)
+    else:
+        write_atomic(output, text)
+    ctx.exit(result.exit_code)
+
+
+def _search(candidate: str, base: str, options: dict[str, Any]) -> LocateResult:
+    corpus = load_corpus(options.pop("corpus")).head(options.pop("documents"))
+    with progress_bar("locating", unit="token pass") as progress:
+        return search(candidate, base, LocateOptions(corpus, progress=progress, **options))
