@@ -65,11 +65,8 @@ SECTIONS = {
         "gate": ("verifier.cli.gate", "Test a candidate's loss over its base against a margin."),
         "score": ("verifier.cli.gate", "Score a checkpoint once, to compare later."),
         "compare": ("verifier.cli.gate", "Compare a candidate's run with its base's run."),
-<<<<<<< HEAD
         "suite": ("verifier.cli.suite", "Decide a release over several corpora and tasks."),
-=======
         "locate": ("verifier.cli.locate", "Find the layer and module that break a candidate."),
->>>>>>> 20b9122 (ckptgate locate: which layer and module explain a candidate's divergence from its base)
         "report": ("verifier.cli.report", "Render runs and history as one HTML page."),
     },
     "Record": {

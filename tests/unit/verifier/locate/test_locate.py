@@ -22,7 +22,11 @@ import exporter
 from tests.paths import ROOT
 from verifier.checkpoint import open_checkpoint
 from verifier.cli import run
+from verifier.gate import load_corpus
 from verifier.load.model import load_model
+from verifier.locate import LocateOptions, locate
+from verifier.locate.page import render_page
+from verifier.locate.render import place, render_text, value_of
 from verifier.locate.stream import StreamedModel
 from verifier.selftest.editor import CheckpointEditor
 
@@ -77,22 +81,20 @@ def test_the_damaged_module_is_blamed(
     for name in editor.tensors():
         if ".layers.1." in name and name.endswith("weight_scale_2"):
             editor.store(name, (editor.array(name) * np.float32(1.5)).astype(np.float32))
-    page = tmp_path / "page.html"
-    code, value = located(folder, corpus, capsys, "--scratch", str(tmp_path))
-    assert code == 1
-    first = value["blamed"][0]
-    assert (first["layer"], first["module"]) == ("layer 1", "experts")
-    assert len(value["blamed"]) == 1
-    assert value["explained"] > 0.99  # putting it back gives the sound export
-    assert value["cost_in_gates"] <= 3
-    assert "layers.1.mlp.experts" in first["show"][0]
-    assert run([*first["show"][0].split()[1:]]) == 0
+    result = locate(folder, BASE, LocateOptions(load_corpus(str(corpus)), scratch=tmp_path))
+    assert result.exit_code == 1
+    assert [place(blame) for blame in result.blames] == ["layer 1 experts"]
+    assert result.explained > 0.99  # putting it back gives the sound export
+    assert 1.5 < result.cost <= 3
+    (command, *_) = result.blames[0].commands
+    assert "layers.1.mlp.experts" in command
+    assert run(command.split()[1:]) == 0
     capsys.readouterr()
-    argv = ["locate", str(folder), "--base", str(BASE), "--corpus", str(corpus)]
-    assert run([*argv, "--format", "html", "-o", str(page)]) == 1
-    assert "layer 1 experts" in page.read_text()
-    assert run([*argv, "--format", "html", "-o", str(page)]) == 2
-    assert "already exists" in capsys.readouterr().err
+    jsonschema.Draft202012Validator(json.loads(SCHEMA.read_text())).validate(value_of(result))
+    assert "verdict: FAILED (layer 1 experts: 100%" in render_text(result)
+    page = render_page(result)
+    assert 'class="failed" fill-opacity="1.00"><title>layer 1 experts: +' in page
+    assert page.count('class="failed" fill-opacity="1.00"') == 2  # the cell and the legend
 
 
 def test_a_damaged_router_is_blamed(
@@ -144,6 +146,14 @@ def test_bad_options_are_usage_errors(
     argv = ["locate", str(export), "--base", str(BASE), "--corpus", str(corpus)]
     assert run([*argv, *options]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_file_is_not_replaced(export: Path, corpus: Path, tmp_path: Path) -> None:
+    file = tmp_path / "report.json"
+    file.write_text("kept")
+    argv = ["locate", str(export), "--base", str(BASE), "--corpus", str(corpus), "-o", str(file)]
+    assert run(argv) == 2
+    assert file.read_text() == "kept"
 
 
 def test_the_base_itself_is_a_usage_error(corpus: Path, capsys: Capture) -> None:
