@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from exporter.layout import unstacked
@@ -49,13 +49,12 @@ def declare(
     algos = {f.algo for f in formats.values()}
     if not algos:
         raise PlanError("nothing is quantized")
-    needs = needs_of([*formats, *excluded], ckpt.config, engines)
+    needs = needs_of(formats, excluded, ckpt.config, engines)
     excluded = sorted({*excluded, *needs.excluded})
     kv_cache = kv_cache or any(n.endswith((".k_scale", ".v_scale")) for n in ckpt.tensors)
     fmt = next(iter(formats.values()))
-    by_module = needs.by_module and fmt.name != "fp8_block"
-    if len(algos) > 1 or by_module:
-        return _mixed(formats, excluded, kv_cache=kv_cache)
+    if len(algos) > 1 or (needs.by_module and fmt.name != "fp8_block"):
+        return _mixed({**formats, **needs.renamed}, excluded, kv_cache=kv_cache)
     if fmt.name == "fp8_block":
         if kv_cache:
             raise PlanError(
@@ -73,42 +72,51 @@ class DeclarationNeeds:
     Attributes:
         excluded: exclusions of modules that have no tensor, or that engines ask for by a different
             name.
+        renamed: formats of quantized modules that engines ask for by a different name.
         by_module: whether each quantized module has to be declared by itself.
         notes: the reasons.
     """
 
     excluded: tuple[str, ...] = ()
+    renamed: Mapping[str, Format] = field(default_factory=dict)
     by_module: bool = False
     notes: tuple[str, ...] = ()
 
 
 def needs_of(
-    modules: Iterable[str], config: Mapping[str, Any] | None, engines: Iterable[Engine]
+    formats: Mapping[str, Format],
+    unquantized: Iterable[str],
+    config: Mapping[str, Any] | None,
+    engines: Iterable[Engine],
 ) -> DeclarationNeeds:
     """Return what the declaration of a checkpoint needs.
 
     Args:
-        modules: its modules with a weight of two dimensions or more, quantized or not.
+        formats: of its quantized modules.
+        unquantized: its other modules with a weight of two dimensions or more.
         config: its config.json.
         engines: who has to find them.
     """
-    names, family = list(modules), (config or {}).get("model_type")
+    names, family = [*formats, *unquantized], (config or {}).get("model_type")
     heads = untensored_heads(names, config)
-    excluded = list(heads)
+    excluded, renamed = list(heads), {}
     notes = [
         f"{head} is excluded by name: it has no tensor, and engines build it" for head in heads
     ]
     by_module = False
     for module in (*names, *heads):
         for name in asked_names(module, family, engines):
-            if name.asked:
+            if name.asked and module in formats:
+                renamed[name.in_full(module)] = formats[module]
+                note = f"asks for {name.stored} as {name.asked}, which is declared, too"
+            elif name.asked:
                 excluded.append(name.in_full(module))
                 note = f"asks for {name.stored} as {name.asked}, which is excluded, too"
             else:
                 by_module = True
                 note = f"asks for {name.stored} without a name: modules are declared one by one"
             notes.append(f"{ENGINE_NAMES[name.engine]} {note} ({name.source})")
-    return DeclarationNeeds(tuple(excluded), by_module, tuple(dict.fromkeys(notes)))
+    return DeclarationNeeds(tuple(excluded), renamed, by_module, tuple(dict.fromkeys(notes)))
 
 
 def _formats(ckpt: Checkpoint) -> tuple[dict[str, Format], list[str]]:

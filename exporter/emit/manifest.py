@@ -46,7 +46,10 @@ def declares_kv_cache(plan: Plan) -> bool:
 def adaptations(plan: Plan) -> list[str]:
     """Return what a plan and the declaration of its result change so that engines load it."""
     modules = {split(spec.name)[0]: None for spec in plan.specs if len(spec.shape) >= 2}
-    return [*plan.adapted, *needs_of(modules, plan.kept.config, plan.engines).notes]
+    formats = plan.modules
+    unquantized = [name for name in modules if name not in formats]
+    needs = needs_of(formats, unquantized, plan.kept.config, plan.engines)
+    return [*plan.adapted, *needs.notes]
 
 
 def manifest_of(

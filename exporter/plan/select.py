@@ -10,10 +10,13 @@ from dataclasses import dataclass
 
 from exporter.recipes import Recipe
 from verifier.errors import PlanError, UsageError
+from verifier.layouts.engine_needs import unread_formats
 from verifier.schemes import (
     ENGINE_NAMES,
+    ENGINE_VERSIONS,
     FORMATS,
     PACKED,
+    WHOLE_TILES,
     Engine,
     Fusion,
     Module,
@@ -23,6 +26,7 @@ from verifier.schemes import (
     fused_groups,
     layer_of,
     role,
+    split_tiles,
 )
 
 
@@ -171,7 +175,9 @@ def fit_groups(
         engines: the engines that the export is for.
 
     Raises:
-        PlanError: a group with two formats, or of which a part is not selected.
+        PlanError: a group with two formats, of which a part is not selected, or in which a tile of
+            scales reaches from one projection into the next; a format that an engine does not load
+            in this family.
     """
     fitted = dict(selected)
     notes: dict[str, None] = {}
@@ -184,7 +190,41 @@ def fit_groups(
             _require_one_format(members, fitted)
     if not fitted:
         raise PlanError(f"recipe {recipe.name} quantizes nothing: {'; '.join(notes)}")
+    for unread in unread_formats(fitted.values(), family, engines):
+        raise PlanError(
+            f"{ENGINE_NAMES[unread.engine]} {ENGINE_VERSIONS[unread.engine]} does not load "
+            f"{FORMATS[unread.format].algo} in blocks of {family}: {unread.why} ({unread.source}); "
+            "--for none writes it anyway"
+        )
+    _require_whole_tiles(fitted, present, family, engines)
     return RecipeSelection(fitted, _groups(fitted, present, family), tuple(notes))
+
+
+def _require_whole_tiles(
+    formats: Mapping[str, str],
+    present: Mapping[str, Module],
+    family: str | None,
+    engines: Iterable[Engine],
+) -> None:
+    """Check that no tile of scales reaches from one projection of a fused group into the next.
+
+    Raises:
+        PlanError: naming the projection.
+    """
+    readers = [ENGINE_NAMES[engine] for engine in engines if engine in WHOLE_TILES]
+    tiled: dict[int, dict[str, int]] = {}
+    for name, fmt in formats.items():
+        block, dims = FORMATS[fmt].block, present[name].dims
+        if readers and block is not None and block[0] > 1 and dims is not None:
+            tiled.setdefault(block[0], {})[name] = dims[0]
+    for tile, rows in tiled.items():
+        for name, fused in split_tiles(rows, tile, family):
+            raise PlanError(
+                f"{name} has {rows[name]} rows, not a multiple of {tile}: "
+                f"{' and '.join(readers)} does not load such blocks, because the next projection "
+                f"of {fused.rpartition('.')[2]} follows within a tile of scales; use a different "
+                "format, or --for none to write them anyway"
+            )
 
 
 def _fit_group(

@@ -68,6 +68,25 @@ class RequiredField:
         return True
 
 
+@dataclass(frozen=True, slots=True)
+class UnreadFormat:
+    """A format that an engine reads, but not in these families.
+
+    Attributes:
+        engine: who does not load it.
+        families: the ``model_type`` of the families.
+        format: its name in `verifier.schemes.FORMATS`.
+        why: what the engine does with it.
+        source: where this is written.
+    """
+
+    engine: Engine
+    families: frozenset[str]
+    format: str
+    why: str
+    source: str
+
+
 ASKED_NAMES: tuple[AskedName, ...] = (
     AskedName(
         "vllm",
@@ -82,6 +101,13 @@ ASKED_NAMES: tuple[AskedName, ...] = (
         "lm_head",
         "",
         "vLLM 0.32 exaone_moe.py and afmoe.py build ParallelLMHead without a prefix",
+    ),
+    AskedName(
+        "vllm",
+        frozenset({"axk2"}),
+        "self_attn.q_b_proj",
+        "self_attn.q_gate_proj",
+        "vLLM 0.32 builds AXK2ForCausalLM of transformers' modules",
     ),
 )
 REQUIRED_FIELDS: tuple[RequiredField, ...] = (
@@ -109,6 +135,17 @@ REQUIRED_FIELDS: tuple[RequiredField, ...] = (
 )
 
 
+UNREAD_FORMATS: tuple[UnreadFormat, ...] = (
+    UnreadFormat(
+        "vllm",
+        _MINIMAX_M3,
+        "fp8_block",
+        "its loader renames weight_scale_inv to weight_scale, and every block scale stays unset",
+        "vLLM 0.32 models/minimax_m3/nvidia/model.py, run on a CPU",
+    ),
+)
+
+
 def untensored_heads(modules: Iterable[str], config: Mapping[str, Any] | None) -> tuple[str, ...]:
     """Return the heads that engines build although no tensor of theirs is stored: the output head
     of a model that ties it to the embedding.
@@ -131,3 +168,13 @@ def asked_names(module: str, family: str | None, engines: Iterable[Engine]) -> I
         if name.engine in engines and family in name.families:
             if module == name.stored or module.endswith(f".{name.stored}"):
                 yield name
+
+
+def unread_formats(
+    formats: Iterable[str], family: str | None, engines: Iterable[Engine]
+) -> Iterator[UnreadFormat]:
+    """Yield what keeps engines from loading the formats of a checkpoint of a family."""
+    names, readers = set(formats), set(engines)
+    for unread in UNREAD_FORMATS:
+        if unread.format in names and family in unread.families and unread.engine in readers:
+            yield unread

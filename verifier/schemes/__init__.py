@@ -46,7 +46,15 @@ from verifier.schemes.formats import (
     same_layout,
     symmetric_zero,
 )
-from verifier.schemes.groups import PACKED, Fusion, engine_groups, fused_groups, packed_name
+from verifier.schemes.groups import (
+    PACKED,
+    WHOLE_TILES,
+    Fusion,
+    engine_groups,
+    fused_groups,
+    packed_name,
+    split_tiles,
+)
 from verifier.schemes.modules import (
     CACHE_LEAVES,
     KV_LEAVES,
@@ -88,6 +96,7 @@ __all__ = [
     "SCALE_BITS",
     "SCALE_LEAVES",
     "SIBLING_LEAVES",
+    "WHOLE_TILES",
     "Declaration",
     "Declarations",
     "DeclaredFormat",
@@ -133,5 +142,6 @@ __all__ = [
     "same_layout",
     "scale_flaws",
     "split",
+    "split_tiles",
     "symmetric_zero",
 ]

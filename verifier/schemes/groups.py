@@ -4,8 +4,8 @@ scales.
 
 Sources: ``packed_modules_mapping`` and ``stacked_params_mapping`` of vLLM 0.32's models:
 ``deepseek_v2.py``, ``glm4_moe_lite.py``, ``longcat_flash.py``, ``qwen3_5.py``,
-``models/deepseek_v4``, ``models/minimax_m3``; SGLang 0.5.23 and TensorRT-LLM fuse q_a with kv_a
-alike (NVIDIA/Model-Optimizer#582).
+``models/deepseek_v4``, ``models/minimax_m3``, and ``fp8_utils.py`` ``validate_fp8_block_shape``;
+SGLang 0.5.23 and TensorRT-LLM fuse q_a with kv_a alike (NVIDIA/Model-Optimizer#582).
 """
 
 from __future__ import annotations
@@ -100,6 +100,9 @@ ENGINE_FUSIONS: tuple[Fusion, ...] = (
     ),
 )
 """The fused parameters of single engines: more projections in one than others fuse."""
+WHOLE_TILES = frozenset({"vllm"})
+"""The engines that stop where a tile of block scales reaches into the next projection of a fused
+parameter."""
 _BY_LEAF: dict[str, list[Fusion]] = {}
 for _fusion in FUSIONS:
     for _leaf in _fusion.members:
@@ -170,6 +173,21 @@ def engine_groups(
         for members in groups.values():
             if {m.rpartition(".")[2] for m in members} - set(PACKED[fusion.parameter]):
                 yield fusion, _in_order(members, fusion.members)
+
+
+def split_tiles(
+    rows: Mapping[str, int], tile: int, family: str | None
+) -> Iterator[tuple[str, str]]:
+    """Yield (projection, fused name) where a tile of block scales reaches into the projection that
+    follows in the fused parameter.
+
+    Args:
+        rows: the rows of each projection.
+        tile: the rows of a tile.
+        family: the ``model_type``.
+    """
+    for name, members in fused_groups(rows, family):
+        yield from ((member, name) for member in members[:-1] if rows[member] % tile)
 
 
 def _in_order(modules: Iterable[str], leaves: tuple[str, ...]) -> tuple[str, ...]:

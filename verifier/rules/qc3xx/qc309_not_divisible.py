@@ -12,7 +12,7 @@ from verifier.findings import Finding, Severity, Where
 from verifier.quantized import config_value
 from verifier.rules.context import Context
 from verifier.rules.registry import rule
-from verifier.schemes import FORMATS, Format, Module, expert_key, role
+from verifier.schemes import FORMATS, Format, Module, expert_key, role, split_tiles
 
 TILE = 128
 """Rows of a tile of block scales in the kernels' layout; other shard heights are padded to it."""
@@ -34,8 +34,6 @@ COLUMN = frozenset(
 ROW = frozenset({"o_proj", "down_proj", "w2"})
 """Leaves that vLLM shards by rows (ColumnParallelLinear) and by columns (RowParallelLinear)."""
 REPLICATED = frozenset({"q_a_proj", "kv_a_proj_with_mqa", "eh_proj", "gate", "shared_expert_gate"})
-NOT_LAST = frozenset({"q_proj", "k_proj", "gate_proj", "w1"})
-"""Leaves that another projection follows in the engine's fused parameter."""
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _STOPS: tuple[Severity, str] = (
     "error",
@@ -82,7 +80,9 @@ def check(ctx: Context) -> Iterator[Finding]:
     """Quantized dimensions are divisible by the block size, with --tp and --ep also on each rank.
 
     **What it does.** Checks that the input width of each quantized weight is a multiple of the
-    block size: 16 for NVFP4, 32 for MXFP8.
+    block size: 16 for NVFP4, 32 for MXFP8; and with blocks of 128x128 that each projection of a
+    fused parameter but the last has a multiple of 128 rows (an error for vLLM, which stops while
+    loading, and a warning otherwise).
 
     With ``--tp N``, every linear layer is sharded as vLLM shards it: q, k, v, gate and up by rows,
     o and down by columns. A shard must consist of whole blocks (and so of whole packed bytes), with
@@ -110,8 +110,31 @@ def check(ctx: Context) -> Iterator[Finding]:
                 observed=module.dims[1],
                 expected=f"a multiple of {fmt.group_size}",
             )
+    yield from _check_tiles(ctx)
     if ctx.inputs.tp is not None or ctx.inputs.ep is not None:
         yield from _check_ranks(ctx)
+
+
+def _check_tiles(ctx: Context) -> Iterator[Finding]:
+    """Yield the projections in whose last tile of scales the next one of a fused group begins."""
+    tiled: dict[int, dict[str, int]] = {}
+    tensors: dict[str, str] = {}
+    for module, fmt in ctx.candidate.formatted:
+        if fmt.block and fmt.block[0] > 1 and module.dims is not None and module.weight is not None:
+            tiled.setdefault(fmt.block[0], {})[module.name] = module.dims[0]
+            tensors[module.name] = module.weight.name
+    for tile, rows in tiled.items():
+        ctx.tally.see(len(rows))
+        for name, fused in split_tiles(rows, tile, ctx.checkpoint.model_type):
+            yield ctx.finding(
+                f"a tile of scales reaches into the next projection of {fused.rpartition('.')[2]}",
+                cause="fused tile",
+                tensor=tensors[name],
+                observed=f"{rows[name]} rows",
+                expected=f"a multiple of {tile}",
+                severity="warning",
+                engines={"vllm": ("error", "RuntimeError while loading (vLLM 0.32, run on a CPU)")},
+            )
 
 
 def _check_ranks(ctx: Context) -> Iterator[Finding]:
@@ -246,7 +269,7 @@ def _split_blocks(
                 "shard of a block", message, "error", observed, f"a multiple of {block_columns}"
             )
     elif block_rows > 1:
-        if share % block_rows and (count > 1 or leaf in NOT_LAST):
+        if count > 1 and share % block_rows:
             message = f"{fmt.algo}: TP shard boundary splits a tile of {block_rows} rows"
             yield Indivisible(
                 "shard of a tile", message, "error", observed, f"a multiple of {block_rows}"

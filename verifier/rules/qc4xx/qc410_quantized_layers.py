@@ -6,9 +6,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from verifier.findings import Finding, Severity, Where
+from verifier.layouts.engine_needs import asked_names
 from verifier.rules.context import Context
 from verifier.rules.registry import rule
-from verifier.schemes import Declaration, Module, expert_key, packed_name, same_layout
+from verifier.schemes import ENGINES, Declaration, Module, expert_key, packed_name, same_layout
 
 
 @rule(
@@ -84,6 +85,26 @@ def _check_module(ctx: Context, module: Module, declaration: Declaration) -> Ite
             severity="warning",
             engines={"trtllm": ("error", effect)},
         )
+    else:
+        yield from _asked_differently(ctx, module, where, declaration)
+
+
+def _asked_differently(
+    ctx: Context, module: Module, where: Where, declaration: Declaration
+) -> Iterator[Finding]:
+    """Yield a module that vLLM looks up by a name that has no entry."""
+    for name in asked_names(module.name, ctx.checkpoint.model_type, ("vllm",)):
+        asked = name.in_full(module.name)
+        if asked and declaration.declared_for(asked).algo is None:
+            yield ctx.finding(
+                f"vLLM asks for it as {name.asked}, which has no entry",
+                cause="name that vLLM asks for",
+                where=where,
+                observed=module.name,
+                expected=asked,
+                severity="warning",
+                engines={"vllm": ("error", f"builds an unquantized layer ({name.source})")},
+            )
 
 
 def _from_its_group(
@@ -120,8 +141,10 @@ def _check_entries(ctx: Context, declaration: Declaration) -> Iterator[Finding]:
             )
     if not unmatched:
         return
+    family = ctx.checkpoint.model_type
     parents = {m.rpartition(".")[0] for m in modules}
     parents.update(filter(None, map(packed_name, modules)))
+    parents.update(n.in_full(m) for m in modules for n in asked_names(m, family, ENGINES))
     for name in unmatched:
         if name not in parents and not any(p.startswith(f"{name}.") for p in parents):
             ctx.tally.see()

@@ -87,11 +87,10 @@ def test_a_tied_head_that_is_not_excluded_is_an_error_for_vllm(tmp_path: Path) -
 
 
 def test_minimax_m3s_indexer_follows_in_formats_without_tensor_scales() -> None:
-    for recipe, name in (("mxfp8_default", "mxfp8"), ("fp8_block128", "fp8_block")):
-        plan = exporter.plan_export(M3 / "bf16", recipe=recipe)
-        chosen = formats(plan)
-        assert {chosen[f"{LAYER}.{leaf}"] for leaf in (*QKV, *INDEXER)} == {name}
-        assert any("index_q_proj, index_k_proj are quantized" in note for note in plan.adapted)
+    plan = exporter.plan_export(M3 / "bf16", recipe="mxfp8_default")
+    chosen = formats(plan)
+    assert {chosen[f"{LAYER}.{leaf}"] for leaf in (*QKV, *INDEXER)} == {"mxfp8"}
+    assert any("index_q_proj, index_k_proj are quantized" in note for note in plan.adapted)
 
 
 def test_minimax_m3s_group_is_left_alone_in_formats_with_tensor_scales() -> None:
@@ -194,3 +193,55 @@ def test_a_layout_that_an_engine_does_not_load_is_reported(tmp_path: Path) -> No
         found = [f for f in verifier.check(out, profile=profile).findings if f.rule == "QC418"]
         assert [f.severity for f in found] == [severity]
         assert "vLLM loads no quantized experts of gpt_oss stored in stacks" in found[0].message
+
+
+def test_a_projection_that_vllm_asks_for_by_the_name_in_transformers(tmp_path: Path) -> None:
+    """Quantized, it has an entry by that name in a mixed checkpoint; unquantized, an exclusion."""
+    attention_head = "model.layers.0.self_attn"
+    asked = f"{attention_head}.q_gate_proj"
+    shapes = {"model.embed_tokens.weight": (96, 64), "lm_head.weight": (96, 64)}
+    shapes |= attention(attention_head, "q_b_proj", "o_proj")
+    source = make(tmp_path / "source", {"model_type": "axk2"}, shapes)
+    recipe = tmp_path / "mixed.yaml"
+    both = "mixed\nrules:\n  - roles: [attention]\n    format: mxfp8\n"
+    recipe.write_text(f"name: {both}  - modules: ['*.o_proj']\n    format: w4a16_nvfp4\n")
+    exporter.export(source, tmp_path / "out", recipe=recipe)
+    exporter.export(source, tmp_path / "other", recipe=recipe, engine="sglang")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert config["quantized_layers"][asked] == {"quant_algo": "MXFP8"}
+    assert verifier.check(tmp_path / "out", profile="vllm", select=["QC4"]).findings == ()
+    found = verifier.check(tmp_path / "other", profile="vllm", select=["QC4"]).findings
+    assert [(f.rule, f.severity, f.expected) for f in found] == [("QC410", "error", asked)]
+    recipe.write_text("name: o\nrules:\n  - modules: ['*.o_proj']\n    format: mxfp8\n")
+    exporter.export(source, tmp_path / "plain", recipe=recipe)
+    assert asked in exclusions(tmp_path / "plain")
+
+
+def test_block_fp8_of_minimax_m3_is_refused_for_vllm(tmp_path: Path) -> None:
+    with pytest.raises(
+        PlanError, match=r"vLLM 0\.32 does not load .* every block scale stays unset"
+    ):
+        exporter.plan_export(M3 / "bf16", recipe="fp8_block128", engine="vllm")
+    exporter.export(M3 / "bf16", tmp_path / "out", recipe="fp8_block128", engine="none")
+    for profile, severity in (("vllm", "error"), ("sglang", "info")):
+        found = verifier.check(tmp_path / "out", profile=profile, select=["QC418"]).findings
+        assert [(f.rule, f.severity) for f in found] == [("QC418", severity)]
+        assert "vLLM loads no modules of this family" in found[0].message
+
+
+def test_a_tile_of_scales_that_reaches_into_the_next_projection(tmp_path: Path) -> None:
+    shapes = {"model.embed_tokens.weight": (96, 128), "lm_head.weight": (96, 128)}
+    for leaf in ("gate_proj", "up_proj"):
+        shapes[f"model.layers.0.mlp.{leaf}.weight"] = (192, 128)
+        shapes[f"model.layers.1.mlp.{leaf}.weight"] = (256, 128)
+    source = make(tmp_path / "source", {"model_type": "qwen3"}, shapes)
+    with pytest.raises(
+        PlanError, match=r"gate_proj has 192 rows, not a multiple of 128: vLLM does not"
+    ):
+        exporter.plan_export(source, recipe="fp8_block128")
+    exporter.export(source, tmp_path / "out", recipe="fp8_block128", engine="none")
+    for profile, severity in (("vllm", "error"), ("sglang", "warning")):
+        findings = verifier.check(tmp_path / "out", profile=profile, select=["QC309"]).findings
+        assert [(f.severity, f.where.tensor) for f in findings] == [
+            (severity, "model.layers.0.mlp.gate_proj.weight")
+        ]
