@@ -193,7 +193,7 @@ def fit_groups(
     for unread in unread_formats(fitted.values(), family, engines):
         raise PlanError(
             f"{ENGINE_NAMES[unread.engine]} {ENGINE_VERSIONS[unread.engine]} does not load "
-            f"{FORMATS[unread.format].algo} in blocks of {family}: {unread.why} ({unread.source}); "
+            f"{FORMATS[unread.format].algo} of {family}: {unread.why} ({unread.source}); "
             "--for none writes it anyway"
         )
     _require_whole_tiles(fitted, present, family, engines)
