@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Check, export and merge of a MiniMax-M3 layer of real size, beside what the machine can do.
 
-    python benchmarks/real.py [--experts 128] [--rounds 3] [--label after] [--scratch DIR]
+    python benchmarks/real.py [--experts 128] [--rounds 3] [--before TREE] [--scratch DIR]
 
 One MoE layer as released (128 experts of w1, w3 [3072, 6144] and w2 [6144, 3072], attention, norms
 and router), BF16 from a seeded generator, 15.3 GB; ``--experts 16`` is 1.9 GB. Every command is a
 process of its own. Within a round everything runs in turn, `cp`, `sha256sum` and plain reads too:
-on a machine that other work shares, only ratios within a round mean anything. ``--label before``
-keeps the figures of another checkout (``--tree``) in the same results file.
+on a machine that other work shares, only ratios within a round mean anything. ``--before`` measures
+another checkout in turn with this one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import json
 import os
 import platform
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -36,6 +35,14 @@ from tests import sparse  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "real.json"
 LAYER = "language_model.model.layers.3."
+MACHINE = ("read", "read_export", "codec_max", "codec_sweep", "sha256", "cp_sync")
+"""Steps that say what the machine can do, whatever the checkout."""
+STEPS = (
+    *MACHINE,
+    *("export_max", "export_sweep_1", "export_sweep", "export_command", "merge"),
+    *("check_header", "check_payload", "check_base_1", "check_base"),
+    *("dry_run_whole", "dry_run_onto"),
+)
 SHARD_BYTES = 4_000_000_000
 PIECE = 16 << 20
 READ = """
@@ -57,6 +64,11 @@ import sys
 from exporter import merge
 experts, out, onto, workers = sys.argv[1:]
 merge(experts, out, onto=onto, workers=int(workers))
+"""
+WARM = """
+import contextlib, importlib
+with contextlib.suppress(ImportError):
+    importlib.import_module("verifier.reconstruction.kernels")
 """
 CODEC = """
 import sys, time, numpy, torch
@@ -245,28 +257,33 @@ def make_whole(bench: Bench) -> None:
     sparse.write(bench.onto, vendor, sparse.m3_config() | declared, 60)
 
 
-def measure(bench: Bench, rounds: int) -> dict[str, Any]:
-    """Return the figures of every step, round by round."""
-    make_source(bench.source, bench.experts)
-    make_whole(bench)
-    bench.python(EXPORT, bench.source, bench.export, "nvfp4_experts_only", bench.workers)
-    steps = bench.steps()
-    raw: dict[str, list[dict[str, float]]] = {name: [] for name in steps}
+def measure(benches: dict[str, Bench], rounds: int, only: list[str]) -> dict[str, Any]:
+    """Return the figures of every step of every checkout, round by round."""
+    first = next(iter(benches.values()))
+    make_source(first.source, first.experts)
+    if any(name.startswith("dry_run") for name in only):
+        make_whole(first)
+    first.python(EXPORT, first.source, first.export, "nvfp4_experts_only", first.workers)
+    for bench in benches.values():  # compile
+        bench.python(f"{CODEC}\n{WARM}", "sweep", 0.01)
+        bench.python(CODEC, "max", 0.01)
+    steps = {label: bench.steps() for label, bench in benches.items()}
+    raw: dict[str, dict[str, list[dict[str, float]]]] = {label: {} for label in benches}
     for number in range(rounds):
-        for name, step in steps.items():
-            found = step()
-            del found["output"]
-            raw[name].append({key: round(value, 3) for key, value in found.items()})
-            print(number + 1, name, raw[name][-1], flush=True)
-    return {
-        "source_bytes": sum(f.stat().st_size for f in bench.source.glob("*.safetensors")),
-        "export_bytes": sum(f.stat().st_size for f in bench.export.glob("*.safetensors")),
-        "rounds": raw,
-        "median": {
-            name: {key: statistics.median(one[key] for one in found) for key in found[0]}
-            for name, found in raw.items()
-        },
+        for name in only:
+            for label in benches:
+                if name in MACHINE and label != next(iter(benches)):
+                    continue
+                found = steps[label][name]()
+                del found["output"]
+                figures = {key: round(value, 3) for key, value in found.items()}
+                raw[label].setdefault(name, []).append(figures)
+                print(number + 1, label, name, figures, flush=True)
+    sizes = {
+        name: sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+        for name, folder in (("source", first.source), ("export", first.export))
     }
+    return {"bytes": sizes, "rounds": raw}
 
 
 def main() -> None:
@@ -275,15 +292,19 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--label", default="after", help="the name of these figures in the results")
-    parser.add_argument("--tree", type=Path, default=ROOT, help="the checkout to measure")
+    parser.add_argument("--only", default=",".join(STEPS), help="the steps to measure")
+    parser.add_argument("--before", type=Path, help="another checkout, measured in turn with this")
     parser.add_argument("--scratch", type=Path, help="where the files go; on a disk, not in memory")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
+    trees = {"after": ROOT} | ({"before": args.before.resolve()} if args.before else {})
+    started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="ckptgate-real-", dir=args.scratch) as folder:
-        bench = Bench(args.tree.resolve(), Path(folder), args.experts, args.workers)
-        started = time.perf_counter()
-        result = measure(bench, args.rounds)
+        benches = {
+            label: Bench(tree, Path(folder), args.experts, args.workers)
+            for label, tree in trees.items()
+        }
+        result = measure(benches, args.rounds, args.only.split(","))
     result |= {
         "command": "python benchmarks/real.py",
         "arguments": {"experts": args.experts, "rounds": args.rounds, "workers": args.workers},
@@ -295,9 +316,8 @@ def main() -> None:
         "load": os.getloadavg(),
         "seconds": round(time.perf_counter() - started),
     }
-    results = json.loads(args.out.read_text()) if args.out.exists() else {}
     args.out.parent.mkdir(exist_ok=True)
-    args.out.write_text(json.dumps(results | {args.label: result}, indent=1) + "\n")
+    args.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -97,6 +98,7 @@ def export(
     workers: int | None = None,
     shard_bytes: int | None = None,
     progress: Progress | None = None,
+    notes: Mapping[str, Any] | None = None,
 ) -> Manifest:
     """Quantize a checkpoint, file to file, and return the manifest that was written.
 
@@ -118,9 +120,10 @@ def export(
         engine: the engine that has to load the result; ``none`` writes what the recipe says, even
             if no engine loads it. By default both vLLM and SGLang have to.
         overwrite: replace an existing checkpoint at ``out``.
-        workers: shards written at a time; by default the number of processors, at most 4.
+        workers: threads that encode and copy; by default the number of processors, at most 4.
         shard_bytes: the size at which a new shard begins, in bytes.
         progress: called with the bytes of each finished step.
+        notes: added to the manifest's notes.
 
     Raises:
         UsageError: options that contradict, an unknown recipe, ``out`` in use or existing.
@@ -128,7 +131,7 @@ def export(
             encoded.
         OSError: the disk.
     """
-    options = WriteOptions(overwrite, workers, shard_bytes, progress)
+    options = WriteOptions(overwrite, workers, shard_bytes, progress, notes or {})
     target = prepare_out(out, options, source, onto)
     plan = plan_export(
         source,
@@ -180,7 +183,7 @@ def export_model(
         expert_layout: as for `export`.
         engine: as for `export`.
         overwrite: replace an existing checkpoint at ``out``.
-        workers: shards written at a time.
+        workers: threads that encode and copy.
         shard_bytes: the size at which a new shard begins, in bytes.
         progress: called with the bytes of each finished step.
 
@@ -220,6 +223,7 @@ def merge(
     workers: int | None = None,
     shard_bytes: int | None = None,
     progress: Progress | None = None,
+    notes: Mapping[str, Any] | None = None,
 ) -> Manifest:
     """Move routed experts that another tool quantized onto a checkpoint in a different format; no
     byte is re-quantized.
@@ -230,15 +234,16 @@ def merge(
         onto: directory of the checkpoint that everything else is kept from.
         input_scale: ``keep`` the experts' activation scales, or write ``one``.
         overwrite: replace an existing checkpoint at ``out``.
-        workers: shards written at a time.
+        workers: threads that encode and copy.
         shard_bytes: the size at which a new shard begins, in bytes.
         progress: called with the bytes of each finished step.
+        notes: added to the manifest's notes.
 
     Raises:
         UsageError: a missing directory, ``out`` in use or existing.
         PlanError: what the checkpoints do not allow.
     """
-    options = WriteOptions(overwrite, workers, shard_bytes, progress)
+    options = WriteOptions(overwrite, workers, shard_bytes, progress, notes or {})
     target = prepare_out(out, options, experts, onto)
     return write_plan(plan_merge_of(experts, onto, input_scale), target, options)
 

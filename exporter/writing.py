@@ -6,9 +6,9 @@ end.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +30,17 @@ class WriteOptions:
 
     Attributes:
         overwrite: replace an existing checkpoint at OUT.
-        workers: shards written at a time; by default the number of processors, at most 4.
+        workers: threads that encode and copy; by default the number of processors, at most 4.
         shard_bytes: the size at which a new shard begins, in bytes.
         progress: called with the bytes of each finished step.
+        notes: added to the manifest's notes.
     """
 
     overwrite: bool = False
     workers: int | None = None
     shard_bytes: int | None = None
     progress: Progress | None = None
+    notes: Mapping[str, Any] = field(default_factory=dict)
 
     def tasks(self, plan: Plan) -> list[stream.Task]:
         """Return the shards of a plan."""
@@ -46,7 +48,7 @@ class WriteOptions:
 
     @property
     def threads(self) -> int:
-        """How many shards are written at a time."""
+        """How many threads encode and copy."""
         return self.workers or min(4, os.cpu_count() or 1)
 
 
@@ -151,6 +153,7 @@ def write_result(
     origins += [auxiliary] if auxiliary is not None else []
     files += emit.copy_auxiliary_files(folder, origins)
     manifest = emit.manifest_of(plan, out.name, folder, written, files)
+    manifest.notes.update(options.notes)
     if prove is not None:
         manifest.notes.update(prove(folder))
     (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")

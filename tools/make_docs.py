@@ -25,7 +25,7 @@ from goldens_page import page as goldens_page
 from verifier.errors import EXIT_CODES
 from verifier.layouts.family import known
 from verifier.rules import all_rules
-from verifier.text import size
+from verifier.text import counted, size
 
 DOCS = Path(__file__).parent.parent / "docs"
 FAMILIES = {
@@ -108,6 +108,8 @@ def performance_page() -> str:
     results = DOCS.parent / "benchmarks" / "results"
     page = ["# Performance", "", "Rendered from `benchmarks/results/` by `tools/make_docs.py`.", ""]
     page += verify_section(json.loads((results / "verify.json").read_text(encoding="utf-8")))
+    if (results / "real.json").is_file():
+        page += real_section(json.loads((results / "real.json").read_text(encoding="utf-8")))
     if (results / "codecs.json").is_file():
         page += codecs_section(json.loads((results / "codecs.json").read_text(encoding="utf-8")))
     page += scoring_section()
@@ -186,6 +188,63 @@ def verify_section(r: dict[str, Any]) -> list[str]:
         "",
     ]
     return lines
+
+
+REAL_STEPS = {
+    "read": "plain read of the source",
+    "codec_max": "encoding the source by `max` alone, one thread",
+    "codec_sweep": "encoding the source by the sweep alone, one thread",
+    "sha256": "`sha256sum` of the export",
+    "cp_sync": "`cp` and `sync` of the export",
+    "export_max": "export, `max`, without the check",
+    "export_sweep_1": "export, sweep, without the check, one worker",
+    "export_sweep": "export, sweep, without the check",
+    "export_command": "`ckptgate export`, `max`, with the check",
+    "merge": "merge of the export onto the source, without the check",
+    "check_header": "check, depth header",
+    "check_payload": "check, depth payload",
+    "check_base_1": "check, depth payload, with the source as base, one worker",
+    "check_base": "check, depth payload, with the source as base",
+    "dry_run_whole": "export `--dry-run` of the whole model, 854 GB in sparse files",
+    "dry_run_onto": "the same with `--onto` the vendor's",
+}
+
+
+def real_section(r: dict[str, Any]) -> list[str]:
+    """Return the section on a layer of real size."""
+    arguments, nbytes = r["arguments"], r["bytes"]
+    before, after = r["rounds"].get("before", {}), r["rounds"]["after"]
+    rounds = len(next(iter(after.values())))
+
+    def middle(steps: dict[str, Any], name: str, key: str) -> float:
+        return statistics.median(one[key] for one in steps[name])
+
+    def cell(name: str, key: str, digits: int = 1) -> str:
+        own = f"{middle(after, name, key):.{digits}f}"
+        return f"{middle(before, name, key):.{digits}f} to {own}" if name in before else own
+
+    lines = [
+        "## A layer of real size",
+        "",
+        f"`{r['command']} --experts {arguments['experts']}`: one MoE layer of MiniMax-M3, "
+        f"{nbytes['source'] / 1e9:.1f} GB of BF16, and its NVFP4 export of",
+        f"{nbytes['export'] / 1e9:.1f} GB; {arguments['workers']} workers; medians of "
+        f"{counted(rounds, 'round')} in which everything runs in turn. The machine was shared: "
+        f"load {r['load'][0]:.1f} at the",
+        "end on two processors, so only the ratios within the table mean anything, and those of "
+        "processor time more than",
+        "those of seconds. *A to B*: version 0.1.0, then this one. Private memory is sampled "
+        "four times a second.",
+        "",
+        "| step | seconds | CPU seconds | private MB |",
+        "| --- | --- | --- | --- |",
+    ]
+    for name, text in REAL_STEPS.items():
+        if name in after:
+            cells = cell(name, "s"), cell(name, "cpu_s"), cell(name, "private_mb", 0)
+            lines.append(f"| {text} | {' | '.join(cells)} |")
+    versions = ", ".join(f"{k} {v}" for k, v in r["versions"].items())
+    return [*lines, "", f"{versions}; {r['machine']}.", ""]
 
 
 PEERS = ("modelopt", "torchao", "compressed-tensors")

@@ -11,8 +11,11 @@ import click
 
 from exporter.cli.calibrate import calibrate_within_export
 from exporter.cli.output import (
+    NO_CHECK,
+    UNCHECKED,
     WRITING_RENAMED,
     check_result,
+    left_out,
     require_inputs,
     require_report_file,
     share_given,
@@ -90,6 +93,7 @@ if TYPE_CHECKING:
     help="Print greedy completions of these prompts by SOURCE and OUT, side by side.",
 )
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
+@NO_CHECK
 @writing_options
 @UNITS
 @click.argument("more", nargs=-1, metavar="[-- CALIBRATE OPTIONS]", type=click.UNPROCESSED)
@@ -102,6 +106,7 @@ def export(
     calibrate_texts: tuple[str, ...],
     prompts: str | None,
     dry_run: bool,
+    no_check: bool,
     more: tuple[str, ...],
     **options: Any,
 ) -> None:
@@ -136,25 +141,29 @@ def export(
     if dry_run:
         click.echo(describe_plan(exporter.plan_export(source, **options)), nl=False)
         return
+    notes = UNCHECKED if no_check else {}
     if share is not None:
         arguments = {"source": source, **options}
-        manifest = write_in_units(share, exporter.plan_export, arguments, out, writing["workers"])
+        manifest = write_in_units(
+            share, exporter.plan_export, arguments, out, writing["workers"], notes
+        )
     else:
         with writing_bar(exporter.plan_export(source, **options).nbytes) as progress:
-            manifest = exporter.export(source, out, progress=progress, **writing, **options)
+            manifest = exporter.export(
+                source, out, progress=progress, notes=notes, **writing, **options
+            )
     if manifest is None:
         return
     click.echo("\n".join(describe_result(manifest, out)))
-    result = check_result(
-        manifest,
-        out,
-        base=source,
-        merged_from=options["onto"],
-        report_file=report_file,
-    )
+    if no_check:
+        result = left_out(manifest, out, base=source, report_file=report_file)
+    else:
+        result = check_result(
+            manifest, out, base=source, merged_from=options["onto"], report_file=report_file
+        )
     if prompt_list:
         result.write(preview=print_preview(source, out, prompt_list))
-    ctx.exit(result.report.exit_code)
+    ctx.exit(result.exit_code)
 
 
 @click.command(
@@ -177,6 +186,7 @@ def export(
     show_default=True,
     help="Activation scales of the experts: keep them, or write 1.0.",
 )
+@NO_CHECK
 @writing_options
 @UNITS
 @click.pass_context
@@ -186,6 +196,7 @@ def merge(
     out: str,
     onto: str,
     input_scale: str,
+    no_check: bool,
     overwrite: bool,
     workers: int | None,
     report_file: Path | None,
@@ -201,11 +212,12 @@ def merge(
 
     write = exporter.merge  # refuses where torch is missing
     manifest: Manifest | None
+    notes = UNCHECKED if no_check else {}
     if share is not None:
         from exporter.exporting import plan_merge_of  # noqa: PLC0415  (as above)
 
         arguments = {"experts": experts, "onto": onto, "input_scale": input_scale}
-        manifest = write_in_units(share, plan_merge_of, arguments, out, workers)
+        manifest = write_in_units(share, plan_merge_of, arguments, out, workers, notes)
     else:
         with writing_bar(_merged_bytes(experts, onto)) as progress:
             manifest = write(
@@ -216,12 +228,16 @@ def merge(
                 overwrite=overwrite,
                 workers=workers,
                 progress=progress,
+                notes=notes,
             )
     if manifest is None:
         return
     click.echo("\n".join(describe_result(manifest, out)))
-    result = check_result(manifest, out, merged_from=onto, report_file=report_file)
-    ctx.exit(result.report.exit_code)
+    if no_check:
+        result = left_out(manifest, out, report_file=report_file)
+    else:
+        result = check_result(manifest, out, merged_from=onto, report_file=report_file)
+    ctx.exit(result.exit_code)
 
 
 def _merged_bytes(experts: str, onto: str) -> int:

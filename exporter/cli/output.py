@@ -48,12 +48,19 @@ def writing_options(command: Command) -> Command:
             "--workers",
             metavar="N",
             type=click.IntRange(1, 64),
-            help="Shards written at a time. [default: number of CPUs, max 4]",
+            help="Threads that encode and copy. [default: number of CPUs, max 4]",
         ),
         OVERWRITE,
     ):
         command = option(command)
     return command
+
+
+NO_CHECK = click.option(
+    "--no-check", is_flag=True, help="Leave out the check of OUT; output and manifest say so."
+)
+UNCHECKED = {"check": "left out (--no-check)"}
+"""What the manifest of an output says that was not checked."""
 
 
 def require_inputs(
@@ -121,8 +128,10 @@ def write_in_units(
     arguments: Mapping[str, Any],
     out: str,
     workers: int | None,
+    notes: Mapping[str, Any],
 ) -> Manifest | None:
-    """Write the shards of a plan that a function makes, or some of them.
+    """Write the shards of a plan that a function makes, or some of them; ``notes`` are added to
+    those of the manifest.
 
     Returns:
         The manifest; None where other processes have shards left.
@@ -132,7 +141,7 @@ def write_in_units(
 
     call = PlanCall(function, tuple(arguments.items()))
     with progress_bar("writing", unit="byte") as progress:
-        options = WriteOptions(workers=workers, progress=_accumulating(progress, 0))
+        options = WriteOptions(workers=workers, progress=_accumulating(progress, 0), notes=notes)
         manifest = share(WriteJob(call, Path(out), options))
     if manifest is None:
         note(f"part {share} is written; the last part to end makes {out}")
@@ -156,11 +165,18 @@ def require_report_file(report_file: Path | None, out: str) -> None:
 
 @dataclass
 class Result:
-    """A written checkpoint: its manifest, the check of it, and the file that gets both as JSON."""
+    """A written checkpoint: its manifest, the check of it if there was one, and the file that gets
+    both as JSON.
+    """
 
     manifest: Manifest
-    report: Report
+    report: Report | None
     file: Path | None
+
+    @property
+    def exit_code(self) -> int:
+        """That of the check."""
+        return self.report.exit_code if self.report is not None else 0
 
     def write(self, **more: Any) -> None:
         """Write the JSON file, with further entries."""
@@ -170,11 +186,22 @@ class Result:
             return
         value = {
             "manifest": self.manifest.model_dump(mode="json"),
-            "check": json.loads(render_json(self.report)),
+            "check": json.loads(render_json(self.report)) if self.report is not None else None,
             **more,
         }
         self.file.parent.mkdir(parents=True, exist_ok=True)  # it may be in OUT
         self.file.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def left_out(
+    manifest: Manifest, out: str, *, base: str | None = None, report_file: Path | None = None
+) -> Result:
+    """Say that an output was not checked and how to check it, and write its manifest as JSON."""
+    against = f" --base {base}" if base is not None else ""
+    click.echo(f"not checked (--no-check): ckptgate check {out} --depth payload{against}")
+    result = Result(manifest, None, report_file)
+    result.write()
+    return result
 
 
 def check_result(

@@ -81,7 +81,7 @@ def repair(
         )
     click.echo("\n".join(lines))
     result = check_result(manifest, out, base=base, report_file=report_file)
-    ctx.exit(result.report.exit_code)
+    ctx.exit(result.exit_code)
 
 
 def describe(summary: dict[str, Any]) -> list[str]:

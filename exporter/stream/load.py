@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -24,7 +25,33 @@ _DTYPES = {
     "F16": torch.float16,
     "F8_E8M0": torch.float8_e8m0fnu,
 }
+HELD = 128 << 20
+"""Bytes that a thread keeps for the tensors of its next action."""
 _NOT_DECODED = ("bias", "input_scale", "input_global_scale", "pre_quant_scale")
+
+
+class Buffers(threading.local):
+    """Memory that a thread reads the tensors of one action into, and then those of the next:
+    filling fresh memory takes longer than reading the file.
+    """
+
+    def __init__(self) -> None:
+        self._memory = np.empty(0, np.uint8)
+        self._used = 0
+
+    def take(self, nbytes: int) -> npt.NDArray[np.uint8]:
+        """Return uint8 [nbytes], valid until this thread calls `release`."""
+        start = self._used
+        self._used += -(-nbytes // 64) * 64
+        if self._used <= self._memory.size:
+            return self._memory[start : start + nbytes]
+        return np.empty(nbytes, np.uint8)
+
+    def release(self) -> None:
+        """Let the next action overwrite all that was taken."""
+        if self._memory.size < min(self._used, HELD):
+            self._memory = np.empty(min(self._used, HELD), np.uint8)
+        self._used = 0
 
 
 @contextmanager
@@ -46,22 +73,25 @@ def region(ckpt: Checkpoint, take: Take) -> npt.NDArray[Any]:
     return read_region(ckpt, take.tensor, take.cuts, take.order)
 
 
-def load(ckpt: Checkpoint, weight: SourceWeight) -> torch.Tensor:
-    """Return the values of a weight, [out, in]: as stored, or decoded to float32.
+def load(ckpt: Checkpoint, weight: SourceWeight, buffers: Buffers | None = None) -> torch.Tensor:
+    """Return the values of a weight, [out, in]: as stored (in ``buffers``, or in fresh memory), or
+    decoded to float32.
 
     Raises:
         EncodeError: the tensors of a quantized weight do not fit one another.
     """
-    parts = load_parts(ckpt, weight)
+    parts = load_parts(ckpt, weight, buffers)
     if weight.format is None:
         return parts["weight"]
     with naming(weight.name):
         return codecs.decode(parts, weight.format.name)
 
 
-def load_parts(ckpt: Checkpoint, weight: SourceWeight) -> codecs.Parts:
+def load_parts(
+    ckpt: Checkpoint, weight: SourceWeight, buffers: Buffers | None = None
+) -> codecs.Parts:
     """Return the tensors of a weight by leaf; FP8 values as their bytes."""
-    return {leaf: _tensor(ckpt, t) for leaf, t in weight.parts.items()}
+    return {leaf: _tensor(ckpt, t, buffers) for leaf, t in weight.parts.items()}
 
 
 def load_stack(
@@ -93,10 +123,9 @@ def load_stack_parts(ckpt: Checkpoint, stack: StoredStack, start: int, stop: int
     return parts
 
 
-def _tensor(ckpt: Checkpoint, tensor: Tensor) -> torch.Tensor:
-    raw = ckpt.read(tensor)
-    if not raw.flags.writeable:  # a remote read is bytes, and torch warns of every view on them
-        raw = raw.copy()
+def _tensor(ckpt: Checkpoint, tensor: Tensor, buffers: Buffers | None) -> torch.Tensor:
+    raw = np.empty(tensor.nbytes, np.uint8) if buffers is None else buffers.take(tensor.nbytes)
+    ckpt.source.read_into(tensor.file, tensor.offset, raw)
     return _view(raw, tensor, tensor.shape)
 
 

@@ -9,17 +9,18 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 
 from exporter import codecs, weights
 from exporter.plan import Action, Constant, Copy, Decode, Encode, Plan, Restack, Spec, Take
-from exporter.stream.load import load, load_parts, naming, region
+from exporter.stream.load import Buffers, load, load_parts, naming, region
 from exporter.stream.stacks import write_restack
 from exporter.stream.summary import EncodeSummary, scale_range
 from verifier.checkpoint import DTYPE_BITS, MAX_HEADER, Checkpoint, Tensor
@@ -28,6 +29,11 @@ from verifier.errors import EncodeError
 SHARD_BYTES = 5_000_000_000
 SHARD_TENSORS = 200_000
 COPY_BYTES = 16 << 20
+PART_BYTES = 32 << 20
+"""Bytes of a shard from which on its next actions are work of their own."""
+SMALL_BYTES = 1 << 16
+"""Fewer are digested faster than handed to another thread."""
+_BUFFERS = Buffers()
 
 
 class StoppedError(Exception):
@@ -96,10 +102,23 @@ def header(specs: list[Spec]) -> bytes:
 
 
 def write_shard(
-    task: Task, plan: Plan, folder: Path, progress: Callable[[int], None], stop: threading.Event
+    task: Task,
+    plan: Plan,
+    folder: Path,
+    progress: Callable[[int], None],
+    stop: threading.Event,
+    pool: Executor,
 ) -> tuple[str, int, list[EncodeSummary]]:
     """Write one shard under a temporary name, sync and rename it; return its digest, its size in
     bytes, and what was encoded.
+
+    Args:
+        task: the shard.
+        plan: its plan.
+        folder: where the file goes.
+        progress: called with the bytes of each finished action, in threads of the pool.
+        stop: set when no further action may begin.
+        pool: does the actions; this thread only waits for them, and makes the digest.
 
     Raises:
         EncodeError: a weight that cannot be encoded, by name.
@@ -113,20 +132,26 @@ def write_shard(
         offsets[s.name] = end
         end += s.nbytes
     temporary = folder / f"{task.file}.part"
-    encoded: list[EncodeSummary] = []
     fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
     try:
         _put(fd, head, 0)
         os.ftruncate(fd, end)
         _announce(task, plan)
-        writer = _ShardWriter(plan, fd, offsets)
-        for action in task.actions:
-            if stop.is_set():
-                raise StoppedError
-            encoded += writer.write(action)
-            progress(sum(s.nbytes for s in action.specs))
-        os.fsync(fd)
-        digest = _digest(fd)
+        encoded: list[EncodeSummary] = []
+        copied = _copied(task.actions, plan)
+        if len(copied) == len(task.actions):
+            copier = _Copier(plan, fd, pool, hashlib.sha256(head))
+            for action in sorted(copied, key=lambda a: offsets[a.specs[0].name]):
+                _require_running(stop)
+                copier.copy(action, offsets[action.specs[0].name])
+                progress(action.specs[0].nbytes)
+            digest = copier.digest()
+            os.fsync(fd)
+        else:
+            work = _Work(_ShardWriter(plan, fd, offsets), progress, stop)
+            encoded = work.run(task.actions, pool)
+            os.fsync(fd)
+            digest = _digest(fd)
     except BaseException:
         os.close(fd)
         temporary.unlink(missing_ok=True)
@@ -134,6 +159,98 @@ def write_shard(
     os.close(fd)
     temporary.rename(folder / task.file)
     return digest, end, encoded
+
+
+def _require_running(*stops: threading.Event) -> None:
+    if any(stop.is_set() for stop in stops):
+        raise StoppedError
+
+
+def _copied(actions: Sequence[Action], plan: Plan) -> list[Copy | Take]:
+    """Return the actions that copy a tensor as it is from a file of this machine; others are read
+    in the order in which they are announced.
+    """
+    whole = [a for a in actions if isinstance(a, Copy) or (isinstance(a, Take) and a.whole)]
+    return [a for a in whole if not plan.origin(a.origin).source.remote]
+
+
+class _Copier:
+    """Copies whole tensors in the order of their shard, whose digest is made on the way: a piece is
+    digested in the pool while it is written and the next one is read.
+    """
+
+    def __init__(self, plan: Plan, fd: int, pool: Executor, state: Any) -> None:
+        self._plan, self._fd, self._pool, self._state = plan, fd, pool, state
+        self._free, self._other = (np.empty(COPY_BYTES, np.uint8) for _ in range(2))
+        self._digested: Future[None] | None = None
+
+    def copy(self, action: Copy | Take, offset: int) -> None:
+        """Copy the tensor of a `Copy`, or of a `Take` of all of it, to a byte of the shard."""
+        source, tensor = self._plan.origin(action.origin).source, action.tensor
+        for start in range(0, tensor.nbytes, COPY_BYTES):
+            piece = self._free[: min(COPY_BYTES, tensor.nbytes - start)]
+            source.read_into(tensor.file, tensor.offset + start, piece)
+            self._wait()
+            if piece.size >= SMALL_BYTES:
+                self._digested = self._pool.submit(self._state.update, piece.data)
+                self._free, self._other = self._other, self._free
+            else:
+                self._state.update(piece.data)
+            _put(self._fd, piece.data, offset + start)
+
+    def digest(self) -> str:
+        """Return the SHA-256 of the header and all tensors."""
+        self._wait()
+        digest: str = self._state.hexdigest()
+        return digest
+
+    def _wait(self) -> None:
+        """Wait until the last piece is digested: its buffer is read into next."""
+        if self._digested is not None:
+            self._digested.result()
+            self._digested = None
+
+
+class _Work:
+    """The actions of an open shard, shared among the threads of a pool."""
+
+    def __init__(
+        self, writer: _ShardWriter, progress: Callable[[int], None], stop: threading.Event
+    ) -> None:
+        self._writer, self._progress, self._stop = writer, progress, stop
+        self._failed = threading.Event()
+
+    def run(self, actions: Sequence[Action], pool: Executor) -> list[EncodeSummary]:
+        """Do all actions and return what was encoded, in their order."""
+        futures = [pool.submit(self._do, part) for part in _parts(actions)]
+        try:
+            return [summary for future in futures for summary in future.result()]
+        except BaseException:
+            self._failed.set()
+            raise
+        finally:
+            wait(futures)  # the file is closed next
+
+    def _do(self, actions: Sequence[Action]) -> list[EncodeSummary]:
+        encoded: list[EncodeSummary] = []
+        for action in actions:
+            _require_running(self._stop, self._failed)
+            try:
+                encoded += self._writer.write(action)
+            finally:
+                _BUFFERS.release()
+            self._progress(sum(s.nbytes for s in action.specs))
+        return encoded
+
+
+def _parts(actions: Sequence[Action]) -> Iterator[Sequence[Action]]:
+    """Yield consecutive actions of `PART_BYTES` and more together."""
+    start = size = 0
+    for i, action in enumerate(actions, 1):
+        size += sum(s.nbytes for s in action.specs)
+        if size >= PART_BYTES or i == len(actions):
+            yield actions[start:i]
+            start, size = i, 0
 
 
 def _announce(task: Task, plan: Plan) -> None:
@@ -174,7 +291,7 @@ class _ShardWriter:
         if isinstance(action, Constant):
             self._put_tensor(action.name, torch.tensor(action.value))
         elif isinstance(action, Decode):
-            values = load(self._plan.origin(action.origin), action.weight)
+            values = load(self._plan.origin(action.origin), action.weight, _BUFFERS)
             self._put_tensor(action.name, values.to(torch.bfloat16))
         elif isinstance(action, Take) and not action.whole:
             raw = region(self._plan.origin(action.origin), action)
@@ -190,9 +307,11 @@ class _ShardWriter:
     def _copy(self, action: Copy | Take) -> None:
         (spec,) = action.specs
         source, tensor = self._plan.origin(action.origin).source, action.tensor
+        buffer = _BUFFERS.take(min(COPY_BYTES, tensor.nbytes))
         for start in range(0, tensor.nbytes, COPY_BYTES):
             length = min(COPY_BYTES, tensor.nbytes - start)
-            raw = source.read(tensor.file, tensor.offset + start, length)
+            raw = buffer[:length]
+            source.read_into(tensor.file, tensor.offset + start, raw)
             _put(self._fd, raw.data, self._offsets[spec.name] + start)
 
     def _encode(self, action: Encode) -> EncodeSummary:
@@ -218,8 +337,8 @@ class _ShardWriter:
         source = self._plan.source
         if action.method == "exact":
             with naming(action.weights[0].name):
-                return weights.exact([load_parts(source, w) for w in action.weights])
-        values = [load(source, w) for w in action.weights]
+                return weights.exact([load_parts(source, w, _BUFFERS) for w in action.weights])
+        values = [load(source, w, _BUFFERS) for w in action.weights]
         shared = _shared_amax(action, values)
         method = cast(weights.Method, action.method)
         encoded = []
@@ -250,14 +369,8 @@ def _put(fd: int, data: bytes | memoryview, offset: int) -> None:
 
 
 def _digest(fd: int) -> str:
-    state = hashlib.sha256()
-    for block in _blocks(fd):
-        state.update(block)
+    state, buffer, offset = hashlib.sha256(), memoryview(bytearray(1 << 20)), 0
+    while count := os.preadv(fd, [buffer], offset):
+        state.update(buffer[:count])
+        offset += count
     return state.hexdigest()
-
-
-def _blocks(fd: int) -> Iterator[bytes]:
-    offset = 0
-    while block := os.pread(fd, COPY_BYTES, offset):
-        yield block
-        offset += len(block)

@@ -14,6 +14,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,8 +71,10 @@ class Writers:
         mine = [task for task in self.left() if task.file in set(files)]
         with tempfile.TemporaryDirectory(dir=self.folder, prefix="writer-") as name:
 
-            def write_one(task: Task, stop: threading.Event) -> None:
-                digest, nbytes, encoded = write_shard(task, self.plan, Path(name), progress, stop)
+            def write_one(task: Task, stop: threading.Event, pool: Executor) -> None:
+                digest, nbytes, encoded = write_shard(
+                    task, self.plan, Path(name), progress, stop, pool
+                )
                 for source, before in versions:
                     source.require_unchanged(before)
                 Path(name, task.file).rename(self.folder / RESULT / task.file)

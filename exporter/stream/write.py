@@ -16,9 +16,10 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Executor, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ from verifier.text import size
 
 STATE = "state.json"
 LOCK = "lock"
+OPEN = 2
+"""Shards that are written at a time."""
 RESULT = "checkpoint"
 RECORDS = "records"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
@@ -156,7 +159,9 @@ def write(
         plan: what to write.
         todo: its shards.
         folder: what `working` yields for their fingerprint.
-        workers: shards at a time; each works with one intra-op thread.
+        workers: threads that encode and copy, each with one intra-op thread. They take the actions
+            of one shard after the other; while one is synced and its digest made, they work on the
+            next.
         progress: called with the bytes of each finished action.
 
     Raises:
@@ -166,23 +171,29 @@ def write(
     remaining = [t for t in todo if not run.resume(t, progress)]
     _clear(folder, keep=run.finished)
     _require_space(folder, sum(spec.nbytes for task in remaining for spec in task.specs))
-    write_all(lambda task, stop: run.write(task, plan, progress, stop), remaining, workers)
+    write_all(partial(run.write, plan, progress), remaining, workers)
     return run.result
 
 
 def write_all(
-    write_one: Callable[[Task, threading.Event], None], todo: Sequence[Task], workers: int
+    write_one: Callable[[Task, threading.Event, Executor], None], todo: Sequence[Task], workers: int
 ) -> None:
     """Write shards in threads; when one fails, or a signal comes, the others stop between two
     actions.
+
+    Args:
+        write_one: calls `write_shard`; it gets a shard, and what `write_shard` takes as ``stop``
+            and ``pool``.
+        todo: the shards.
+        workers: threads of the pool.
     """
     stop = threading.Event()
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(max(1, workers)) as pool:
+        with ThreadPoolExecutor(max(1, workers)) as pool, ThreadPoolExecutor(OPEN) as shards:
             try:
-                running = {pool.submit(write_one, task, stop) for task in todo}
+                running = {shards.submit(write_one, task, stop, pool) for task in todo}
                 while running:
                     done, running = wait(running, timeout=0.2, return_when=FIRST_EXCEPTION)
                     for future in done:
@@ -235,10 +246,15 @@ class _Run:
         return True
 
     def write(
-        self, task: Task, plan: Plan, progress: Callable[[int], None], stop: threading.Event
+        self,
+        plan: Plan,
+        progress: Callable[[int], None],
+        task: Task,
+        stop: threading.Event,
+        pool: Executor,
     ) -> None:
-        """Write a shard and record it, in a worker: no signal comes between the two there."""
-        digest, nbytes, encoded = write_shard(task, plan, self.folder, progress, stop)
+        """Write a shard and record it, in a thread: no signal comes between the two there."""
+        digest, nbytes, encoded = write_shard(task, plan, self.folder, progress, stop, pool)
         with self._lock:
             self.result.digests[task.file] = (digest, nbytes)
             self.result.encoded = combine([*self.result.encoded.values(), *encoded])

@@ -10,7 +10,7 @@ import importlib
 import os
 from typing import Any
 
-WORTH_COMPILING = 1 << 30
+WORTH_COMPILING = 512 << 20
 """Bytes of a checkpoint to compare with its base from which on numba is worth its import, or the
 seconds of compiling where its cache cannot be written."""
 _kernels: list[Any] = []

@@ -223,3 +223,22 @@ def test_continuations_are_compared_from_the_start() -> None:
         0,
         0,
     ]
+
+
+def test_an_unchecked_export_says_so(
+    kit, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--recipe", "nvfp4_experts_only", "--input-scale", "one", "--for", "none"]
+    out, report = tmp_path / "out", tmp_path / "report.json"
+    command = ["export", str(kit.qwen), str(out), *arguments]
+    assert run([*command, "--no-check", "--json-report", str(report)]) == 0
+    printed = capsys.readouterr().out
+    assert f"not checked (--no-check): ckptgate check {out} --depth payload" in printed
+    assert "verdict" not in printed
+    assert json.loads(report.read_text())["check"] is None
+    manifest = json.loads((out / "ckptgate_manifest.json").read_text())
+    assert manifest["notes"]["check"] == "left out (--no-check)"
+    assert run([*command, "--overwrite"]) == 0
+    assert "not checked" not in capsys.readouterr().out
+    manifest = json.loads((out / "ckptgate_manifest.json").read_text())
+    assert "check" not in manifest["notes"]
