@@ -104,7 +104,7 @@ def write_plan(
 
 @contextmanager
 def disk_failures(out: Path) -> Iterator[None]:
-    """Turn errors of the disk into one that says how to go on.
+    """Turn errors of the disk into one that says how to resume.
 
     Raises:
         MachineError: naming the file.
