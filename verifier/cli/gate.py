@@ -91,7 +91,7 @@ _SEQ_LEN = click.option(
     show_default=True,
     help="Context length: tokens in a window.",
 )
-_DOCUMENTS = click.option(
+DOCUMENTS = click.option(
     "--documents", type=click.IntRange(min=1), help="Score only the first N documents."
 )
 DEVICE = click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 …")
@@ -224,7 +224,7 @@ def _scalar(text: str) -> str | int | float | bool:
     help="Score ten documents, and estimate the detectable loss and the cost; no verdict.",
 )
 @_SEQ_LEN
-@_DOCUMENTS
+@DOCUMENTS
 @DEVICE
 @BATCH_SIZE
 @WORKERS
@@ -287,7 +287,7 @@ def _print_plan(plan: gate_api.GatePlan, format_: str) -> None:
     help="Log-probabilities to keep per token.",
 )
 @_SEQ_LEN
-@_DOCUMENTS
+@DOCUMENTS
 @DEVICE
 @BATCH_SIZE
 @WORKERS

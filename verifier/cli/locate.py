@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from verifier.cli.common import errors_as
-from verifier.cli.gate import require_device, require_installed
+from verifier.cli.gate import DEVICE, DOCUMENTS, require_device, require_installed
 from verifier.cli.options import OVERWRITE
 from verifier.cli.progress import progress_bar
 from verifier.cli.terminal import on_interrupt
@@ -61,8 +61,8 @@ RENDERERS = {"text": render_text, "json": render_json, "html": render_page}
     show_default=True,
     help="Context length: tokens in a window.",
 )
-@click.option("--documents", type=click.IntRange(min=1), help="Use only the first N documents.")
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 …")
+@DOCUMENTS
+@DEVICE
 @click.option(
     "--batch-size",
     "batch",

@@ -113,7 +113,7 @@ def test_a_check_reports_all_its_bytes(workers: int) -> None:
     assert calls[0] == (0, total)
     assert calls[-1][:2] == (total, total)
     assert [done for done, *_ in calls] == sorted(done for done, *_ in calls)
-    assert (total, total, "1 of 1 shard") in calls
+    assert (total, total, "1 of 1 part") in calls
 
 
 def test_a_header_check_reports_nothing() -> None:
