@@ -156,7 +156,9 @@ def export(
         return
     click.echo("\n".join(describe_result(manifest, out)))
     if no_check:
-        result = left_out(manifest, out, base=source, report_file=report_file)
+        result = left_out(
+            manifest, out, base=source, merged_from=options["onto"], report_file=report_file
+        )
     else:
         result = check_result(
             manifest, out, base=source, merged_from=options["onto"], report_file=report_file
@@ -234,7 +236,7 @@ def merge(
         return
     click.echo("\n".join(describe_result(manifest, out)))
     if no_check:
-        result = left_out(manifest, out, report_file=report_file)
+        result = left_out(manifest, out, merged_from=onto, report_file=report_file)
     else:
         result = check_result(manifest, out, merged_from=onto, report_file=report_file)
     ctx.exit(result.exit_code)

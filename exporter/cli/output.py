@@ -194,10 +194,16 @@ class Result:
 
 
 def left_out(
-    manifest: Manifest, out: str, *, base: str | None = None, report_file: Path | None = None
+    manifest: Manifest,
+    out: str,
+    *,
+    base: str | None = None,
+    merged_from: str | None = None,
+    report_file: Path | None = None,
 ) -> Result:
     """Say that an output was not checked and how to check it, and write its manifest as JSON."""
-    against = f" --base {base}" if base is not None else ""
+    inputs = {"--base": base, "--merged-from": merged_from}
+    against = "".join(f" {name} {uri}" for name, uri in inputs.items() if uri is not None)
     click.echo(f"not checked (--no-check): ckptgate check {out} --depth payload{against}")
     result = Result(manifest, None, report_file)
     result.write()

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,9 @@ import click
 
 from verifier.cli.common import errors_as
 from verifier.cli.gate import DEVICE, DOCUMENTS, require_device, require_installed
-from verifier.cli.options import OVERWRITE
+from verifier.cli.outputs import Paired, on_stdout, result_options, result_outputs, write_result
 from verifier.cli.progress import progress_bar
 from verifier.cli.terminal import on_interrupt
-from verifier.errors import MissingExtra, UsageError
-from verifier.files import require_writable, write_atomic
 from verifier.gate import load_corpus
 from verifier.gate.options import SEQ_LEN
 from verifier.locate import LocateOptions, LocateResult
@@ -27,7 +24,7 @@ from verifier.locate.render import render_json, render_text
 RENDERERS = {"text": render_text, "json": render_json, "html": render_page}
 
 
-@click.command()
+@click.command(cls=Paired)
 @click.argument("candidate")
 @click.option("--base", metavar="REF", required=True, help="The checkpoint to compare with.")
 @click.option(
@@ -77,24 +74,15 @@ RENDERERS = {"text": render_text, "json": render_json, "html": render_page}
     type=click.Path(path_type=Path),
     help="Keep hidden states in files here.  [default: in memory]",
 )
-@click.option(
-    "--format",
-    "format_",
-    type=click.Choice(list(RENDERERS)),
-    default="text",
-    show_default=True,
-    help="Output format.",
-)
-@click.option("-o", "--output", metavar="FILE", help="The file to write.  [default: stdout]")
-@OVERWRITE
+@result_options(*RENDERERS)
 @click.pass_context
 def locate(
     ctx: click.Context,
     /,
     candidate: str,
     base: str,
-    format_: str,
-    output: str | None,
+    formats: tuple[str, ...],
+    files: tuple[str, ...],
     *,
     overwrite: bool,
     **options: Any,
@@ -105,21 +93,12 @@ def locate(
     modules are blamed. 3: inconclusive.
     """
     require_installed("torch", "transformers", "scipy")
-    if format_ == "html" and find_spec("jinja2") is None:
-        raise MissingExtra("an HTML page", "report")
-    if output is not None:
-        if Path(output).exists() and not overwrite:
-            raise UsageError(f"{output} already exists; use --overwrite to replace it")
-        require_writable(output)
+    targets = result_outputs(tuple(RENDERERS), formats, files, overwrite=overwrite)
     require_device(options["device"])
     on_interrupt("nothing is kept")
-    with errors_as(format_):
+    with errors_as(on_stdout(targets)):
         result = _search(candidate, base, options)
-    text = RENDERERS[format_](result)
-    if output is None:
-        click.echo(text, nl=False)
-    else:
-        write_atomic(output, text)
+    write_result(targets, lambda name: RENDERERS[name](result))
     ctx.exit(result.exit_code)
 
 

@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
 
 import click
 
-from verifier.cli.options import together
+from verifier.cli.options import OVERWRITE, together
 from verifier.cli.spellings import RenamedOptions
 from verifier.cli.terminal import note, terminal
-from verifier.errors import MachineError, UsageError
+from verifier.errors import MachineError, MissingExtra, UsageError
 from verifier.files import require_writable, write_atomic
 from verifier.findings import Report
 
@@ -91,6 +93,73 @@ output_options = together(
     ),
 )
 """``--format`` and ``-o``; the command is a `Paired` one."""
+
+
+def result_options(*formats: str) -> Callable[[Any], Any]:
+    """Return ``--format``, ``-o`` and ``--overwrite`` of a result in some formats, the default
+    first; the command is a `Paired` one.
+    """
+    endings = ", ".join(ending for ending, name in ENDINGS.items() if name in formats)
+    return together(
+        click.option(
+            "--format",
+            "formats",
+            metavar="F[=FILE]",
+            multiple=True,
+            help=f"{', '.join(formats)}; repeatable.  [default: {formats[0]}]",
+        ),
+        click.option(
+            "-o",
+            "--output",
+            "files",
+            metavar="FILE",
+            multiple=True,
+            help="Write the preceding --format to FILE; alone, in the format of its ending "
+            f"({endings}).  [default: stdout]",
+        ),
+        OVERWRITE,
+    )
+
+
+def result_outputs(
+    known: Sequence[str], formats: Sequence[str], files: Sequence[str], *, overwrite: bool
+) -> tuple[Output, ...]:
+    """Return where a result in some of the ``known`` formats goes, checked before any work is done.
+
+    Raises:
+        UsageError: an unknown format, or a file that exists or cannot be written.
+        MissingExtra: the page needs jinja2.
+    """
+    targets = outputs(formats, files)
+    for target in targets:
+        if target.format not in known:
+            raise UsageError(f"unknown format {target.format!r}; one of {', '.join(known)}")
+        if target.format == "html" and find_spec("jinja2") is None:
+            raise MissingExtra("--format html", "report")
+        if target.file != STDOUT:
+            if os.path.exists(target.file) and not overwrite:
+                raise UsageError(f"{target.file} already exists; use --overwrite to replace it")
+            require_writable(target.file)
+    return targets
+
+
+def on_stdout(targets: Sequence[Output]) -> str:
+    """Return the format that goes to stdout, empty where none does."""
+    return next((target.format for target in targets if target.file == STDOUT), "")
+
+
+def write_result(targets: Sequence[Output], render: Callable[[str], str]) -> None:
+    """Write what ``render`` returns for each target's format.
+
+    Raises:
+        MachineError: a file could not be written.
+    """
+    for target in targets:
+        text = render(target.format)
+        if target.file == STDOUT:
+            click.echo(text, nl=False)
+        else:
+            write_atomic(target.file, text)
 
 
 def outputs(formats: Sequence[str], files: Sequence[str] = ()) -> tuple[Output, ...]:

@@ -3,21 +3,16 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
-from importlib.util import find_spec
+from functools import partial
 from typing import Literal
 
 import click
 
 from verifier.cli.gate import BATCH_SIZE, DEVICE, WORKERS, require_device, require_installed, say
-from verifier.cli.options import OVERWRITE
-from verifier.cli.outputs import STDOUT, Output, Paired, outputs
+from verifier.cli.outputs import Paired, result_options, result_outputs, write_result
 from verifier.cli.progress import progress_bar
 from verifier.cli.recording import HISTORY, LABEL, Recording, print_warnings, require_recordable
 from verifier.cli.terminal import on_interrupt
-from verifier.errors import MissingExtra, UsageError
-from verifier.files import require_writable, write_atomic
 from verifier.gate.jobs import Scorer
 from verifier.gate.suite import SuiteOptions, SuiteResult, read_suite, run_suite
 from verifier.gate.suite.render import render_json, render_markdown, render_text
@@ -50,23 +45,7 @@ FORMATS = ("text", "markdown", "json", "html")
 @DEVICE
 @BATCH_SIZE
 @WORKERS
-@click.option(
-    "--format",
-    "formats",
-    metavar="F[=FILE]",
-    multiple=True,
-    help=f"{', '.join(FORMATS)}; repeatable.  [default: text]",
-)
-@click.option(
-    "-o",
-    "--output",
-    "files",
-    metavar="FILE",
-    multiple=True,
-    help="Write the preceding --format to FILE; alone, in the format of its ending "
-    "(.txt, .md, .json, .html).  [default: stdout]",
-)
-@OVERWRITE
+@result_options(*FORMATS)
 @HISTORY
 @LABEL
 @click.pass_context
@@ -94,7 +73,7 @@ def suite(
     inconclusive.
     """
     require_installed("torch", "transformers", "scipy")
-    targets = _targets(formats, files, overwrite=overwrite)
+    targets = result_outputs(FORMATS, formats, files, overwrite=overwrite)
     require_recordable(Recording(history, label))
     require_device(device)
     on_interrupt(
@@ -106,40 +85,13 @@ def suite(
         scorer = Scorer(activations=activations)
         options = SuiteOptions(device, batch, workers, scorer, cache, progress, say)
         result = run_suite(candidate, base, read_suite(suite_file), options)
-    for target in targets:
-        text = _rendered(result, target.format)
-        if target.file == STDOUT:
-            click.echo(text, nl=False)
-        else:
-            write_atomic(target.file, text)
+    write_result(targets, partial(_rendered, result))
     if history is not None:
         from verifier.history import append, recorded_suite  # noqa: PLC0415  (pydantic, for few runs)
 
         append(history, recorded_suite(result, label=label))
         print_warnings(history)
     ctx.exit(result.exit_code)
-
-
-def _targets(
-    formats: Sequence[str], files: Sequence[str], *, overwrite: bool
-) -> tuple[Output, ...]:
-    """Return the reports to write, checked before any work is done.
-
-    Raises:
-        UsageError: an unknown format, or a file that exists or cannot be written.
-        MissingExtra: the page needs jinja2.
-    """
-    targets = outputs(formats, files)
-    for target in targets:
-        if target.format not in FORMATS:
-            raise UsageError(f"unknown format {target.format!r}; one of {', '.join(FORMATS)}")
-        if target.format == "html" and find_spec("jinja2") is None:
-            raise MissingExtra("--format html", "report")
-        if target.file != STDOUT:
-            if os.path.exists(target.file) and not overwrite:
-                raise UsageError(f"{target.file} already exists; use --overwrite to replace it")
-            require_writable(target.file)
-    return targets
 
 
 def _rendered(result: SuiteResult, format_: str) -> str:

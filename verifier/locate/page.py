@@ -38,7 +38,7 @@ def _verdict(result: LocateResult) -> Iterator[Figure]:
     ratio = ""
     if result.ratio is not None:
         low, high = math.exp(result.ratio.low), math.exp(result.ratio.high)
-        ratio = f", {result.ratio.ratio:.3f} times [{low:.3f}, {high:.3f}]"
+        ratio = f", {result.ratio.ratio:.3f} times (99% bounds {low:.3f} and {high:.3f})"
     words = (
         f"{result.candidate} against {result.base}: KL {result.kl:.6f} nats per token{ratio} the "
         f"reference {result.reference:.6f} ({result.source}); margin {math.exp(result.margin):.4g} "

@@ -56,14 +56,21 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def located(candidate: Path, corpus: Path, capsys: Capture, *options: str) -> tuple[int, Any]:
     argv = ["locate", str(candidate), "--base", str(BASE), "--corpus", str(corpus)]
-    code = run([*argv, "--format", "json", *options])
+    code = run([*argv, *options, "--format", "json"])
     value = json.loads(capsys.readouterr().out)
     jsonschema.Draft202012Validator(json.loads(SCHEMA.read_text())).validate(value)
     return code, value
 
 
-def test_a_sound_export_blames_nothing(export: Path, corpus: Path, capsys: Capture) -> None:
-    code, value = located(export, corpus, capsys)
+def test_a_sound_export_blames_nothing(
+    export: Path, corpus: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    page = tmp_path / "page.html"
+    code, value = located(export, corpus, capsys, "-o", str(page))
+    text = page.read_text(encoding="utf-8")
+    assert text.startswith("<!doctype html>")
+    assert "99% bounds" in text
+    assert "two-sided 90%" not in text
     assert code == 0
     assert value["verdict"] == "passed"
     assert value["blamed"] == []
@@ -138,6 +145,7 @@ def test_layers_one_by_one_compute_what_the_whole_model_does() -> None:
         (["--drift-against", "absent.run"], "no such file"),
         (["--scratch", "absent"], "no such directory"),
         (["--corpus", "absent.txt"], "no corpus"),
+        (["-o", "page.md"], "unknown format 'markdown'; one of text, json, html"),
     ],
 )
 def test_bad_options_are_usage_errors(
