@@ -169,8 +169,11 @@ class StreamedModel:
         else:
             empty = [name for name, p in _tensors(self.layers[stage - 1]) if p.is_meta]
         if empty:
-            where = self._prefixes[stage - 1] if stage else ""
-            raise ContentError(f"{self.checkpoint.uri}: no values for {where}{min(empty)}")
+            prefix = self._prefixes[stage - 1] if stage else "embeddings or head, "
+            raise ContentError(
+                f"{self.checkpoint.uri} has no tensor for {prefix}{min(empty)}; `ckptgate check` "
+                "names what is missing"
+            )
 
     def run(self, stage: int, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         """Return the hidden states after a stage, BF16 [windows, tokens, width] on the CPU; after
