@@ -3,8 +3,10 @@
 
 ``vllm`` knows prompt_logprobs; ``ids`` and ``text`` know echo only, and name tokens by number or by
 text; ``busy`` fails twice before each answer; ``broken`` answers no JSON; ``slow`` never answers;
-``long`` answers too much; ``short`` leaves a token out; ``drafts`` and ``eagle`` speculate, as
-vLLM's counters and SGLang's server information have it; ``zeros`` answers 0 for every token.
+``long`` answers too much; ``short`` leaves a token out; ``drafts``, ``eagle`` and ``slots``
+speculate, as vLLM's counters, SGLang's server information and llama.cpp's slots have it; ``zeros``
+answers 0 for every token. ``wavers`` answers 0 for every other token where it may generate more
+than one, and does not say whether it speculates; ``denies`` is the same with slots that do not.
 """
 
 from __future__ import annotations
@@ -48,6 +50,8 @@ class Handler(BaseHTTPRequestHandler):
         elif self.path == "/get_server_info" and MODE in ("ids", "eagle"):
             algorithm = "EAGLE3" if MODE == "eagle" else None
             self.answer(200, {"speculative_algorithm": algorithm})
+        elif self.path == "/slots" and MODE in ("slots", "denies"):
+            self.answer(200, [{"id": i, "speculative": MODE == "slots"} for i in range(2)])
         else:
             self.answer(404, {"error": "not found"})
 
@@ -71,6 +75,10 @@ class Handler(BaseHTTPRequestHandler):
         if "prompt_logprobs" in body and MODE not in ("ids", "text"):
             count = body["prompt_logprobs"]
             entries = [None, *(self.entry(a, b, count) for a, b in pairwise(ids))]
+            if MODE in ("wavers", "denies") and body["max_tokens"] > 1:
+                entries[1::2] = [
+                    {i: {"logprob": 0.0} for i in entry or {}} for entry in entries[1::2]
+                ]
             self.answer(
                 200,
                 {"choices": [{"prompt_logprobs": entries[:-1] if MODE == "short" else entries}]},

@@ -14,6 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import urlsplit
 
+import numpy as np
+
 from verifier.errors import ContentError, MachineError, UsageError
 from verifier.gate.jobs import Job
 from verifier.gate.scorers.engine import (
@@ -28,7 +30,13 @@ ATTEMPTS = 3
 MAX_REQUESTS = 64
 _SMALL_ANSWER, _LIST_ANSWER, _METRICS_ANSWER = 1 << 16, 1 << 20, 1 << 24
 _DRAFT_COUNTER = b"vllm:spec_decode"
+_VLLM_METRICS = b"vllm:"
 _SERVER_INFO = ("/get_server_info", "/server_info")
+DRAFTED = 8
+"""Tokens to generate in the second request to a server that may speculate: drafts need some."""
+SAME = 0.1
+"""The largest mean difference between two scores of the same tokens, nats per token. Other batches
+change BF16 scores by a few hundredths."""
 _TOKEN_PREFIX = "token_id:"  # noqa: S105  (not a password)
 
 
@@ -36,6 +44,7 @@ class ServerEngine:
     """The model that a server with an OpenAI-style endpoint serves.
 
     Plain ``echo`` names tokens only by their text; then there is no top-1 and no KL, only the loss.
+    A server that does not say whether it decodes speculatively scores everything twice.
     """
 
     def __init__(self, job: Job) -> None:
@@ -50,20 +59,39 @@ class ServerEngine:
         self._timeout, self._top_k, self._batch = job.scorer.timeout, job.top_k, job.batch
         self._who = f"the server at {self._host}:{self._port}"
         self._model = self._served(job.scorer.served)
-        self._refuse_speculation()
+        self._twice = not self._says_no_speculation()
         self._echo = not self._has_prompt_logprobs()
         self.environment = {"engine": self._version(), "device": "of the server"}
 
     def score(self, windows: Sequence[Sequence[int]]) -> list[WindowScores]:
-        """Return the scores of each window, with several requests at a time."""
-        with ThreadPoolExecutor(max(1, min(self._batch, MAX_REQUESTS))) as pool:
-            return list(pool.map(self._window, windows))
+        """Return the scores of each window, with several requests at a time.
+
+        Raises:
+            MachineError: a wrong answer, or other scores the second time.
+        """
+        scores = self._windows(windows, 1)
+        if self._twice:
+            self._require_same(scores, self._windows(windows, DRAFTED))
+        return scores
 
     def close(self) -> None:
         """Do nothing: no connection is kept between requests."""
 
-    def _window(self, window: Sequence[int]) -> WindowScores:
-        choice = self._complete(window, echo=self._echo)
+    def _windows(self, windows: Sequence[Sequence[int]], generated: int) -> list[WindowScores]:
+        with ThreadPoolExecutor(max(1, min(self._batch, MAX_REQUESTS))) as pool:
+            return list(pool.map(lambda window: self._window(window, generated), windows))
+
+    def _require_same(self, first: Sequence[WindowScores], second: Sequence[WindowScores]) -> None:
+        one, two = (np.concatenate([w.arrays["nats"] for w in s]) for s in (first, second))
+        difference = float(np.abs(one - two).mean())
+        if difference > SAME:
+            raise MachineError(
+                f"{self._who} gives the same tokens other log-probabilities the second time, by "
+                f"{difference:.2f} nats per token; if it decodes speculatively, serve it without"
+            )
+
+    def _window(self, window: Sequence[int], generated: int) -> WindowScores:
+        choice = self._complete(window, echo=self._echo, generated=generated)
         read = _from_echo if self._echo else _from_prompt_logprobs
         try:
             lists = read(window, choice, self._top_k)
@@ -77,19 +105,19 @@ class ServerEngine:
             )
         return scores_of(window, lists, self._top_k, self._who)
 
-    def _complete(self, window: Sequence[int], *, echo: bool) -> dict[str, Any]:
+    def _complete(self, window: Sequence[int], *, echo: bool, generated: int = 1) -> dict[str, Any]:
         count = max(1, self._top_k)
         body: dict[str, Any] = {
             "model": self._model,
             "prompt": list(window),
-            "max_tokens": 1,
+            "max_tokens": generated,
             "temperature": 0,
         }
         if echo:
             body |= {"echo": True, "logprobs": count, "return_tokens_as_token_ids": True}
         else:
             body |= {"prompt_logprobs": count}
-        limit = _SMALL_ANSWER + len(window) * (count + 2) * BYTES_PER_NUMBER
+        limit = _SMALL_ANSWER + (len(window) + generated) * (count + 2) * BYTES_PER_NUMBER
         answer = self._request("POST", f"{self._path}/completions", body, limit)
         choices = answer.get("choices")
         if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
@@ -116,32 +144,62 @@ class ServerEngine:
             raise UsageError(f"{self._who} serves {len(names)} models; name one with --served")
         return model or names[0]
 
-    def _refuse_speculation(self) -> None:
-        """Refuse a server that decodes speculatively, as far as it says so.
+    def _says_no_speculation(self) -> bool:
+        """Return whether the server says that it does not decode speculatively.
 
-        Log-probabilities of such a server may be those of another token, or 0
-        (vllm-project/vllm#53488, ggml-org/llama.cpp#27972). vLLM has the counters of its drafts in
-        ``/metrics`` only where it speculates; SGLang names its algorithm.
+        Log-probabilities of a server that does may be those of another token, or 0
+        (vllm-project/vllm#53488, ggml-org/llama.cpp#27972).
 
         Raises:
             UsageError: the server speculates.
         """
-        how = ""
-        if _DRAFT_COUNTER in self._text_of("/metrics"):
-            how = f"its /metrics has {_DRAFT_COUNTER.decode()} counters"
-        for target in _SERVER_INFO:
-            try:
-                info = json.loads(self._text_of(target))
-            except (ValueError, RecursionError):
-                continue
-            algorithm = info.get("speculative_algorithm") if isinstance(info, dict) else None
-            if algorithm and str(algorithm).upper() != "NONE":
-                how = f"its speculative_algorithm is {str(algorithm)[:80]}"
-        if how:
-            raise UsageError(
-                f"{self._who} decodes speculatively ({how}); its log-probabilities are not those "
-                "of the model: serve it without speculation"
-            )
+        answers = [self._speculation_of_vllm(), self._speculation_of_llama_cpp()]
+        answers += [self._speculation_of_sglang(target) for target in _SERVER_INFO]
+        for how in answers:
+            if how:
+                raise UsageError(
+                    f"{self._who} decodes speculatively ({how}); its log-probabilities are not "
+                    "those of the model: serve it without speculation"
+                )
+        return any(how is not None for how in answers)
+
+    def _speculation_of_vllm(self) -> str | None:
+        """Return how the server speculates, "" where it does not, None where it does not say.
+
+        vLLM has the counters of its drafts in ``/metrics`` only where it speculates.
+        """
+        metrics = self._text_of("/metrics")
+        if _DRAFT_COUNTER in metrics:
+            return f"its /metrics has {_DRAFT_COUNTER.decode()} counters"
+        return "" if _VLLM_METRICS in metrics else None
+
+    def _speculation_of_llama_cpp(self) -> str | None:
+        """Return the same of llama.cpp's slots."""
+        slots = self._json_of("/slots")
+        stated = [
+            slot["speculative"]
+            for slot in (slots if isinstance(slots, list) else [])
+            if isinstance(slot, dict) and isinstance(slot.get("speculative"), bool)
+        ]
+        if any(stated):
+            return "its /slots are speculative"
+        return "" if stated else None
+
+    def _speculation_of_sglang(self, target: str) -> str | None:
+        """Return the same of SGLang's server information."""
+        info = self._json_of(target)
+        if not isinstance(info, dict) or "speculative_algorithm" not in info:
+            return None
+        algorithm = str(info["speculative_algorithm"] or "none")
+        return (
+            "" if algorithm.upper() == "NONE" else f"its speculative_algorithm is {algorithm[:80]}"
+        )
+
+    def _json_of(self, target: str) -> Any:
+        try:
+            return json.loads(self._text_of(target))
+        except (ValueError, RecursionError):
+            return None
 
     def _text_of(self, target: str) -> bytes:
         """Return what the server answers to GET, b"" where it has no answer."""

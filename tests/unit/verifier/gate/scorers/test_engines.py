@@ -214,11 +214,23 @@ def test_a_server_that_fails_is_one_message(
 
 @pytest.mark.parametrize(
     ("mode", "message"),
-    [("drafts", "vllm:spec_decode counters"), ("eagle", "speculative_algorithm is EAGLE3")],
+    [
+        ("drafts", "vllm:spec_decode counters"),
+        ("eagle", "speculative_algorithm is EAGLE3"),
+        ("slots", "its /slots are speculative"),
+    ],
 )
 def test_a_server_that_speculates_is_refused(mode: str, message: str) -> None:
     with serving(mode) as url, pytest.raises(UsageError, match=message):
         scored(Scorer("server", endpoint=url))
+
+
+def test_a_server_that_does_not_say_whether_it_speculates_scores_twice() -> None:
+    with serving("wavers") as url:
+        with pytest.raises(MachineError, match=r"the second time, by \d\.\d\d nats per token"):
+            scored(Scorer("server", endpoint=url))
+    with serving("denies") as url:  # the same answers, from a server that says: no drafts
+        same(scored(Scorer("server", endpoint=url))[0], ALL)
 
 
 def test_a_server_that_answers_zero_for_every_token_does_not_pass(
