@@ -172,7 +172,17 @@ def test_logits_that_are_not_finite_fail_without_statistics(mixed: Path, tmp_pat
     with (broken / t.file).open("r+b") as handle:
         handle.seek(t.offset)
         handle.write(b"\xc0\x7f")  # a BF16 NaN
-    result = verifier.gate.run(broken, base=BF16, corpus=str(CORPUS), documents=2, workers=1)
+    calls: list[tuple[int, int, str]] = []
+    result = verifier.gate.run(
+        broken,
+        base=BF16,
+        corpus=str(CORPUS),
+        documents=2,
+        workers=1,
+        progress=lambda *call: calls.append(call),
+    )
+    assert calls[0] == (0, 0, "loading candidate and base")
+    assert calls[-1] == (2, 2, "candidate and base")
     assert (result.outcome, result.interval, result.nonfinite) == ("failed", None, [0, 1])
     assert "not finite in 2 documents" in verifier.gate.render_text(result)
     assert json.loads(verifier.gate.render_json(result))["perplexity_candidate"] is None

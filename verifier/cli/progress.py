@@ -58,8 +58,10 @@ class TrackedJob:
 
     def update(self, done: int, total: int, detail: str = "") -> None:
         """Take how much is done."""
-        if self._first is None:
-            self._first = (self.clock(), done)  # what a resumed job finds done is no speed
+        # What a resumed job finds done is no speed, nor is the time before the total is known; a
+        # smaller number begins another stage.
+        if total and (not self.total or done < self.done):
+            self._first = (self.clock(), done)
         self.done, self.total, self.detail = done, total, detail
 
     @property

@@ -35,12 +35,16 @@ class Cached:
         base = plan.checkpoints[-1]
         return Scored(
             tuple(
-                self._run(plan, ckpt, keep=self.keep_all or ckpt is base)
-                for ckpt in plan.checkpoints
+                self._run(
+                    replace(plan, checkpoints=(ckpt,), model=model),
+                    keep=self.keep_all or ckpt is base,
+                )
+                for ckpt, model in zip(plan.checkpoints, plan.models, strict=True)
             )
         )
 
-    def _run(self, plan: ScoringPlan, ckpt: Checkpoint, *, keep: bool) -> Run:
+    def _run(self, plan: ScoringPlan, *, keep: bool) -> Run:
+        (ckpt,) = plan.checkpoints
         file = self.folder / f"{_name(plan, ckpt)}.run"
         if keep and file.is_file():
             try:
@@ -54,7 +58,7 @@ class Cached:
                     return run
                 plan.options.say(f"{file}: its {difference} differs from {ckpt.uri}; scoring again")
         journal = file.with_name(f"{file.name}.part")
-        (run,) = Journaled(journal)(replace(plan, checkpoints=(ckpt,))).runs
+        (run,) = Journaled(journal)(plan).runs
         if keep:
             write_run(file, run)
         journal.unlink(missing_ok=True)

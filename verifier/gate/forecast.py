@@ -77,13 +77,17 @@ class GatePlan:
 
 @dataclass
 class _Clock:
-    """When the first and the last unit of work were done: what is before the first is loading."""
+    """When the first and the last unit of work were done: what is before the first is loading.
+
+    ``marks`` are windows or documents that were done, and the seconds until then.
+    """
 
     started: float = field(default_factory=time.monotonic)
     marks: list[tuple[int, float]] = field(default_factory=list)
 
-    def __call__(self, done: int, _total: int) -> None:
-        self.marks.append((done, time.monotonic() - self.started))
+    def __call__(self, size: int) -> None:
+        before = self.marks[-1][0] if self.marks else 0
+        self.marks.append((before + size, time.monotonic() - self.started))
 
     def cost(self, work: int) -> tuple[float, float | None]:
         """Return the seconds of scoring ``work`` windows or documents, and those of loading.
@@ -157,7 +161,7 @@ def plan(candidate: PathLike, *, base: PathLike, **options: Any) -> GatePlan:
 def _first_documents(pair: Pair, clock: _Clock, top_k: int) -> tuple[Run, Run]:
     """Score the first documents with the candidate and the base."""
     corpus = pair.options.corpus.head(FIRST)
-    first = replace(pair.options, corpus=corpus, progress=clock, top_k=top_k)
+    first = replace(pair.options, corpus=corpus, on_unit=clock, top_k=top_k)
     candidate, base = score(plan_scoring((pair.candidate, pair.base), first)).runs
     scored = int((base.tokens > 0).sum())
     if scored < 2:

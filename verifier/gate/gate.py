@@ -27,7 +27,6 @@ from verifier.gate.options import (
     GateOptions,
     KlChoice,
     PathLike,
-    Progress,
     Say,
     ScoringOptions,
     silent,
@@ -36,6 +35,7 @@ from verifier.gate.run_file import Run, read_run, require_same_key
 from verifier.gate.score import Strategy, apart, format_parameters, lockstep, score
 from verifier.gate.scorers.lm_eval_task import task_corpus
 from verifier.gate.windows import fits_twice, plan_scoring
+from verifier.progress import Progress
 
 TOP_K = 64
 """How many top tokens of both runs a lower bound of KL is computed from."""
@@ -84,7 +84,7 @@ def run(
         batch: windows at a time.
         workers: processes; by default one per CPU (at most 4), or one on another device. They
             change no bit of a result.
-        progress: called with (done, total) windows or documents.
+        progress: called with (done, total, detail) documents, of both checkpoints.
         kl: ``lockstep`` (both models in each process), ``top-k`` (a lower bound from both runs),
             ``off``; ``auto`` is lockstep where both fit in memory and there is no cache, else
             top-k.

@@ -13,10 +13,9 @@ from typing import Literal, get_args
 from verifier.errors import UsageError
 from verifier.gate.corpora import Corpus
 from verifier.gate.jobs import HF, Job, Protocol, Scorer
+from verifier.progress import Progress
 
 PathLike = str | os.PathLike[str]
-Progress = Callable[[int, int], None]
-"""Called with (done, total) windows or documents."""
 Say = Callable[[str], None]
 """Called with a message for the user."""
 KlChoice = Literal["auto", "lockstep", "top-k", "off"]
@@ -27,6 +26,10 @@ MAX_DEFAULT_WORKERS = 4
 
 def silent(_message: str) -> None:
     """Say nothing."""
+
+
+def _uncounted(_size: int) -> None:
+    """Count nothing."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,9 @@ class ScoringOptions:
             change no bit of a result.
         top_k: log-probabilities to keep per token; 0 keeps only the top one.
         scorer: what turns tokens into log-probabilities.
-        progress: called with (done, total) windows or documents.
+        progress: called with (done, total, detail) documents; one of several windows counts by the
+            share of them that is scored.
+        on_unit: called with the windows or documents of each unit that is scored.
         say: called with messages for the user.
     """
 
@@ -56,6 +61,7 @@ class ScoringOptions:
     top_k: int = 0
     scorer: Scorer = HF
     progress: Progress | None = field(default=None, compare=False)
+    on_unit: Callable[[int], None] = field(default=_uncounted, compare=False)
     say: Say = field(default=silent, compare=False)
 
     def check(self) -> None:

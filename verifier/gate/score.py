@@ -26,13 +26,15 @@ from verifier.gate.corpora import Corpus, document_digests
 from verifier.gate.identity import identity_of
 from verifier.gate.jobs import HF, Array, Job, Protocol, Scorer, Unit, UnitScores
 from verifier.gate.journal import Journal, units_in
-from verifier.gate.options import BATCH, SEQ_LEN, Progress, Say, ScoringOptions, silent
+from verifier.gate.meter import ModelMeter, report, report_start
+from verifier.gate.options import BATCH, SEQ_LEN, Say, ScoringOptions, silent
 from verifier.gate.run_file import COMPLETION, PER_TOKEN, TOP, Run, RunHeader, sums_of
 from verifier.gate.scorers.dispatch import score_job
 from verifier.gate.statistics import ratio
 from verifier.gate.windows import ScoringPlan, plan_scoring, share, slices_of
 from verifier.layouts.expert_stacks import unstacked
 from verifier.processes import spawned
+from verifier.progress import Progress, no_progress
 from verifier.quantized import config_value
 from verifier.schemes import gather, role
 
@@ -54,6 +56,14 @@ class Scored:
     kl: Array | None = None
 
 
+@dataclass(frozen=True)
+class ModelJobs:
+    """The jobs of one model, or of two in lockstep, and how far they are."""
+
+    jobs: Sequence[Job]
+    meter: ModelMeter
+
+
 @dataclass
 class JobScores:
     """The scores of one checkpoint's units, by number, and the environment of those who scored."""
@@ -72,11 +82,11 @@ def apart(plan: ScoringPlan) -> Scored:
     workers = max(1, options.processes // len(plan.checkpoints))
     # The noise floor is the base's.
     units = [plan.units] * (len(plan.checkpoints) - 1) + [plan.all_units]
-    groups = [
-        share(options.job(ckpt.uri), its_units, workers)
-        for ckpt, its_units in zip(plan.checkpoints, units, strict=True)
+    models = [
+        ModelJobs(share(options.job(ckpt.uri), its_units, workers), ModelMeter(name, its_units))
+        for ckpt, its_units, name in zip(plan.checkpoints, units, plan.models, strict=True)
     ]
-    scores = score_jobs(groups, options, options.processes)
+    scores = score_jobs(models, options, options.processes)
     seconds = _since(started, len(plan.checkpoints))
     return Scored(
         tuple(
@@ -94,7 +104,8 @@ def lockstep(plan: ScoringPlan) -> Scored:
     candidate, base = plan.checkpoints
     job = options.job(candidate.uri, base=base.uri)
     jobs = share(job, plan.all_units, options.processes)
-    (scores,) = score_jobs([jobs], options, options.processes)
+    meter = ModelMeter(" and ".join(plan.models), plan.all_units)
+    (scores,) = score_jobs([ModelJobs(jobs, meter)], options, options.processes)
     seconds = _since(started, 2)
     runs = (
         run_of(plan, candidate, scores, seconds),
@@ -213,7 +224,7 @@ def score_run(
         top_k: log-probabilities to keep per token (0: only the top one).
         journal: where finished units are kept until the run is complete; a run that finds them
             resumes.
-        progress: called with (done, total) windows or documents.
+        progress: called with (done, total, detail) documents.
         say: called with messages for the user.
         ranks: this process's number and how many there are (torchrun): each scores its share into a
             journal of its own, and every one that finds all journals complete returns the run.
@@ -240,15 +251,15 @@ def score_run(
 
 
 def score_jobs(
-    groups: Sequence[Sequence[Job]],
+    models: Sequence[ModelJobs],
     options: ScoringOptions,
     workers: int,
     journal: Journal | None = None,
 ) -> list[JobScores]:
-    """Run the jobs of each group, and return the scores of each.
+    """Run the jobs of each model, and return the scores of each.
 
     Args:
-        groups: the jobs of each checkpoint.
+        models: the jobs of each.
         options: for progress.
         workers: processes at a time.
         journal: gets each unit as soon as it is scored.
@@ -257,28 +268,30 @@ def score_jobs(
         CkptgateError: what a scorer raised.
         MachineError: a process died.
     """
-    scores = [JobScores() for _ in groups]
+    scores = [JobScores() for _ in models]
+    meters = [model.meter for model in models]
     jobs: list[Job] = []
-    owners: list[JobScores] = []
-    for its_jobs, its_scores in zip(groups, scores, strict=True):
-        with_units = [job for job in its_jobs if job.units]
+    owners: list[int] = []
+    for number, model in enumerate(models):
+        with_units = [job for job in model.jobs if job.units]
         jobs += with_units
-        owners += [its_scores] * len(with_units)
-    sizes = [{unit.number: len(unit) for unit in job.units} for job in jobs]
-    done, total = 0, sum(sum(of_job.values()) for of_job in sizes)
+        owners += [number] * len(with_units)
+    units = [{unit.number: unit for unit in job.units} for job in jobs]
+    progress = options.progress or no_progress
 
     def on_unit(job: int, unit: UnitScores) -> None:
-        nonlocal done
-        owners[job].units[unit.unit] = unit
+        scores[owners[job]].units[unit.unit] = unit
         if journal is not None:
             journal.add(unit)
-        done += sizes[job][unit.unit]
-        if options.progress is not None:
-            options.progress(done, total)
+        scored = units[job][unit.unit]
+        options.on_unit(len(scored))
+        meters[owners[job]].add(scored)
+        report(meters, progress)
 
+    report_start(meters, progress)
     environments = spawned(score_job, jobs, workers, on_unit, _DIED)
     for owner, environment in zip(owners, environments, strict=True):
-        owner.environment |= environment
+        scores[owner].environment |= environment
     return scores
 
 
@@ -291,7 +304,8 @@ def _score_left(
     # environment.
     left = [u for u in units if u.number not in journal.done] or plan.all_units[-1:]
     jobs = share(plan.options.job(ckpt.uri), left, workers)
-    (scores,) = score_jobs([jobs], plan.options, workers, journal)
+    meter = ModelMeter(plan.model, units, journal.done)
+    (scores,) = score_jobs([ModelJobs(jobs, meter)], plan.options, workers, journal)
     return JobScores(journal.done | scores.units, scores.environment)
 
 

@@ -30,6 +30,7 @@ class ScoringPlan:
     ``key`` is the protocol key, which runs must share to be compared. ``floor_units`` are windows
     of the first documents in other batches: what a model scores on them differs from what it scores
     in ``units`` only by noise. Where a candidate and its base are scored, the base comes last.
+    ``model`` is what progress calls a checkpoint that is scored by itself.
     """
 
     checkpoints: tuple[Checkpoint, ...]
@@ -37,11 +38,17 @@ class ScoringPlan:
     key: dict[str, Any]
     units: tuple[Unit, ...]
     floor_units: tuple[Unit, ...]
+    model: str = ""
 
     @property
     def all_units(self) -> tuple[Unit, ...]:
         """The units, and those of the noise floor."""
         return (*self.units, *self.floor_units)
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """What progress calls the checkpoints."""
+        return ("candidate", "base") if len(self.checkpoints) > 1 else (self.model,)
 
 
 def plan_scoring(checkpoints: Sequence[Checkpoint], options: ScoringOptions) -> ScoringPlan:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from verifier.gate.corpora import Corpus
 from verifier.gate.jobs import Scorer
-from verifier.gate.options import SEQ_LEN, Progress, ScoringOptions
+from verifier.gate.options import SEQ_LEN, ScoringOptions
+from verifier.progress import Progress
 
 BATCH = 4
 """Windows at a time: parts of the search use some batches only, so small ones divide the work

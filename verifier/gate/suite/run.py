@@ -30,7 +30,6 @@ from verifier.gate.options import (
     BATCH,
     GateOptions,
     PathLike,
-    Progress,
     Say,
     ScoringOptions,
     silent,
@@ -41,6 +40,7 @@ from verifier.gate.suite.decision import Compared, decided, measured, outcome_of
 from verifier.gate.suite.file import Suite, SuiteEntry, read_suite
 from verifier.gate.suite.result import EntryResult, Scored, SuiteResult
 from verifier.gate.windows import ScoringPlan, plan_scoring
+from verifier.progress import Progress
 
 UNKNOWN_LOOKS = (
     "earlier attempts are unknown: the error is 5% only if this is the first look (--cache DIR "

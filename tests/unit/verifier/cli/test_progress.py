@@ -62,6 +62,22 @@ def test_what_a_resumed_job_finds_done_is_no_speed(clock: Clock) -> None:
     assert (job.rate, job.left) == (1.0, 90.0)
 
 
+def test_a_second_stage_has_a_rate_of_its_own(clock: Clock) -> None:
+    job = TrackedJob("scoring", "document", clock=clock)
+    job.update(0, 0, "loading candidate")
+    clock.now += 500
+    job.update(1, 10, "candidate")
+    clock.now += 9
+    job.update(10, 10, "candidate")
+    job.update(0, 0, "loading base")
+    assert (job.left, job.amount()) == (None, "")
+    clock.now += 500
+    job.update(2, 10, "base")
+    clock.now += 4
+    job.update(4, 10, "base")
+    assert (job.rate, job.left) == (0.5, 12.0)
+
+
 def test_json_lines(clock: Clock) -> None:
     job, stream = TrackedJob("scoring", "window", clock=clock), io.StringIO()
     job.update(0, 10)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from verifier.gate.jobs import Unit, UnitScores
+from verifier.gate.meter import ModelMeter, report
 from verifier.gate.score import assemble, floor_of
 from verifier.gate.scorers.expert_counts import ExpertCounter
 from verifier.gate.windows import floor_units, units_of
@@ -44,6 +45,25 @@ def test_scores_fall_into_their_places_whatever_the_batch() -> None:
     assert whole[0]["nats"].tolist()[:5] == [0, 1, 2, 3, 200]
     for other in whole[1:]:
         assert all(np.array_equal(other[k], v) for k, v in whole[0].items())
+
+
+def test_progress_counts_documents_of_each_model() -> None:
+    units = units_of(windows([20] * 12), 4)
+    other = [((0,) * 4, (0,) * 4)] * 6  # one document in six windows
+    candidate = ModelMeter("candidate", units, kept=[units[0].number])
+    base = ModelMeter("base", units_of(other, 3))
+    calls: list[tuple[int, int, str]] = []
+    report([candidate, base], lambda *call: calls.append(call))
+    candidate.add(units[1])
+    base.add(units_of(other, 3)[0])
+    report([candidate, base], lambda *call: calls.append(call))
+    base.add(units_of(other, 3)[1])
+    report([base], lambda *call: calls.append(call))
+    assert calls == [
+        (4, 13, "candidate 4 of 12, base 0 of 1"),
+        (8, 13, "candidate 8 of 12, base 0 of 1"),
+        (1, 1, "base"),
+    ]
 
 
 def test_the_floor_is_what_other_batches_change() -> None:
