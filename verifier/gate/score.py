@@ -239,7 +239,16 @@ def score_run(
         warnings.warn("window is now called seq_len", DeprecationWarning, stacklevel=2)
         seq_len = window
     options = ScoringOptions(
-        corpus, protocol, seq_len, batch, device, workers, top_k, scorer, progress, say or silent
+        corpus,
+        protocol,
+        seq_len,
+        batch,
+        device,
+        workers,
+        top_k,
+        scorer,
+        progress=progress,
+        say=say or silent,
     )
     strategy: Strategy = apart
     if ranks is not None and journal is None:
