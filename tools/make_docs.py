@@ -19,8 +19,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from draw_formats import drawings
 from goldens_page import damage_lines
 from goldens_page import page as goldens_page
+from reference_pages import command_line_page, python_page
 
 from verifier.errors import EXIT_CODES
 from verifier.layouts.family import known
@@ -808,6 +810,7 @@ def main() -> int:
     pages |= {"gate.md": gate_page(), "../verifier/gate/coverage.json": coverage_table()}
     pages |= {"suite.md": suite_page(), "families.md": families_page()}
     pages |= {"goldens.md": goldens_page(), "locate.md": locate_page()}
+    pages |= {"command-line.md": command_line_page(), "python.md": python_page(), **drawings()}
     for name, text in pages.items():
         file = DOCS / name
         if "--check" in sys.argv:

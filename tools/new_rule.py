@@ -4,7 +4,7 @@
     python tools/new_rule.py QC518 quantized_bias
     python tools/new_rule.py QC5xx quantized_bias    # the next free number of the family
 
-Each stub runs, and fails with "not written yet". verifier/rules/README.md says how to fill them in.
+Each stub runs, and fails with "not written yet". docs/add-a-rule.md says how to fill them in.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def main(arguments: list[str]) -> int:
         parser.error(f"{rule_id} exists already")
     for file in write_stubs(rule_id, options.name):
         print(file.relative_to(ROOT))
-    print("Fill them in (verifier/rules/README.md), then run python tools/make_docs.py")
+    print("Fill them in (docs/add-a-rule.md), then run python tools/make_docs.py")
     return 0
 
 

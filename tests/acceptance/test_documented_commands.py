@@ -17,6 +17,7 @@ from pathlib import Path
 import click
 import pytest
 
+from tests.acceptance import newcomer
 from tests.paths import ROOT
 from verifier.cli import cli
 from verifier.selftest.editor import CheckpointEditor
@@ -29,7 +30,6 @@ PAGES = {
         ROOT / "README.md",
         ROOT / "CONTRIBUTING.md",
         ROOT / "goldens" / "README.md",
-        ROOT / "verifier" / "rules" / "README.md",
         *sorted((ROOT / "docs").glob("*.md")),
     )
 }
@@ -81,11 +81,12 @@ def test_there_are_commands_on_every_page_that_describes_commands() -> None:
 
 @pytest.fixture(scope="module")
 def tools(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a directory with ckptgate as an executable."""
+    """Return a directory with ckptgate and this Python as executables."""
     directory = tmp_path_factory.mktemp("bin")
-    script = directory / "ckptgate"
-    script.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m ckptgate "$@"\n')
-    script.chmod(0o755)
+    for name, module in (("ckptgate", "-m ckptgate"), ("python", "")):
+        script = directory / name
+        script.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {module} "$@"\n')
+        script.chmod(0o755)
     return directory
 
 
@@ -108,19 +109,44 @@ def shell(command: str, directory: Path, tools: Path) -> Done:
     )
 
 
-def test_the_quick_start_runs_in_an_empty_folder(tmp_path: Path, tools: Path) -> None:
-    page = PAGES["docs/index.md"]
-    blocks = [text for language, text in FENCE.findall(page) if language == "console"]
-    assert len(blocks) == 2
-    lines = re.findall(r"^\$ (.*)$", "".join(blocks), re.M)
-    script = f"set -e; CKPTGATE={shlex.quote(str(ROOT))}\n" + "\n".join(lines)
-    done = shell(script, tmp_path, tools)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("verdict: PASSED at depth") == 3
-    assert "exit code 1" in done.stdout
-    assert "/model-00001-of-00002.safetensors: error QC402" in done.stdout
-    assert "QC402  " in done.stdout
-    assert (tmp_path / "report.json").is_file()
+WALKS = {
+    "docs/index.md": 9,
+    "docs/find.md": 16,
+    "docs/recipes.md": 4,
+    "docs/large.md": 8,
+    "docs/review.md": 9,
+    "docs/add-a-format.md": 1,
+}
+"""Pages whose console blocks run in an empty folder, and how many commands each has."""
+
+
+@pytest.mark.parametrize("page", WALKS)
+def test_the_commands_of_a_page_run_in_an_empty_folder(
+    page: str, tmp_path: Path, tools: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", os.pathsep.join([str(tools), os.environ["PATH"]]))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    assert newcomer.walk(PAGES[page], tmp_path) == WALKS[page]
+
+
+def test_the_code_of_a_page_is_that_of_the_repository() -> None:
+    files = ("verifier/schemes/formats.py", "verifier/decoding/floats.py")
+    sources = [(ROOT / f).read_text() for f in (*files, "tests/formats/encoders.py")]
+    blocks = [t for language, t in FENCE.findall(PAGES["docs/add-a-format.md"])]
+    shown = [t for t in blocks if not t.startswith("$ ")]
+    assert [sum(t in source for source in sources) for t in shown] == [1, 1, 1]
+
+
+def test_a_newcomer_notices_what_a_page_does_not_show(tmp_path: Path) -> None:
+    page = "```console\n$ printf 'a\\nb\\n'\n{}\n```\n"
+    for shown in ("a\nb", "…\nb", "a\n…", "…"):
+        assert newcomer.walk(page.format(shown), tmp_path) == 1
+    for shown in ("a", "b", "a\nb\nc", "…\na"):
+        with pytest.raises(AssertionError, match="printed:"):
+            newcomer.walk(page.format(shown), tmp_path)
+    assert newcomer.walk("```console\n$ echo no; false\nno\n```\n", tmp_path) == 1
+    with pytest.raises(AssertionError, match="false"):
+        newcomer.walk("```console\n$ false\n```\n", tmp_path)
 
 
 @pytest.fixture

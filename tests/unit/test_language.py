@@ -83,10 +83,7 @@ def helps(command: click.Command, context: click.Context) -> Iterator[tuple[str,
 
 
 HELPS = dict(helps(cli, click.Context(cli, info_name="ckptgate")))
-DOCS = sorted(
-    str(p.relative_to(ROOT))
-    for p in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "verifier/rules/README.md")
-)
+DOCS = sorted(str(p.relative_to(ROOT)) for p in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")))
 SOURCES = sorted(
     str(p.relative_to(ROOT))
     for package in ("ckptgate", "verifier", "exporter")

@@ -127,7 +127,7 @@ def _require_same_checkpoint(result: Result) -> None:
 _SQNR = (0.0, 40.0)
 """The palest and the strongest color of a heat map: noise as large as the weights, and more than
 8-bit formats keep."""
-_SQNR_WORDS = "Pale is noise; in the goldens NVFP4 keeps about 21 dB, MXFP8 about 31 dB."
+_SQNR_WORDS = "Pale is noise; in the goldens NVFP4 keeps 20 to 22 dB, MXFP8 about 31 dB."
 
 
 def _of_weights(result: Result) -> list[Figure]:

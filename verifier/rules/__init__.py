@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rules. `all_rules` is the table; README.md in this directory explains how to add one."""
+"""The rules. `all_rules` is the table; docs/add-a-rule.md explains how to add one."""
 
 from verifier.rules.context import Context, Tally
 from verifier.rules.plugins import all_rules

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The severity of a finding in this run. Rules know nothing of it; verifier/rules/README.md states
+"""The severity of a finding in this run. Rules know nothing of it; docs/add-a-rule.md states
 the precedence.
 """
 

@@ -2,7 +2,7 @@
 """What each quantization format puts on disk: one entry a format, as data.
 
 An entry says how the weight's codes are stored, which siblings stand next to it (names, dtypes,
-shapes, meaning) and how configs declare it. ``verifier/schemes/README.md`` says how to add one.
+shapes, meaning) and how configs declare it. ``docs/add-a-format.md`` says how to add one.
 Which engine reads which format is in `verifier.schemes.engines`; what a zero or NaN scale looks
 like in `verifier.schemes.scale_values`.
 
