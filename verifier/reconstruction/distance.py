@@ -69,9 +69,23 @@ class Distance:
         self.suspect = self.suspect or other.suspect
 
 
-Pass = Callable[[npt.NDArray[Any], npt.NDArray[Any], Float32, np.float32], Distance]
-"""Compares some blocks: codes and base values in pairs, the whole scale of each block, and ``max``
+Pass = Callable[[npt.NDArray[Any], npt.NDArray[Any], "Steps", np.float32], Distance]
+"""Compares some blocks: codes and base values in pairs, the scales of the blocks, and ``max``
 calibration's scale of the tensor."""
+
+
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """The scales of some blocks: their bytes, uint8 [blocks], and the whole scale that each byte
+    stands for, float32 [256].
+    """
+
+    codes: npt.NDArray[np.uint8]
+    table: Float32
+
+    def of(self, rows: slice) -> Steps:
+        """Return those of some of the blocks."""
+        return Steps(self.codes[rows], self.table)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +145,8 @@ def beyond(far: Float32, near: Float32, size: Float32) -> npt.NDArray[np.bool_]:
     if not size.size:
         return np.zeros(size.shape, np.bool_)
     with np.errstate(over="ignore", invalid="ignore"):
-        floor = np.float32(2**-12) * np.maximum(size, np.float32(float(size.mean()) / 16))
+        mean = size.mean(dtype=np.float64)
+        floor = np.float32(2**-12) * np.maximum(size, np.float32(mean / 16))
         result: npt.NDArray[np.bool_] = (far > np.float32(2.25) * near) & (far > floor)
     return result
 
@@ -209,9 +224,9 @@ def _fast(chunk: RowChunk, layout: Format, amax: float) -> Distance | None:
     shape = (reference.shape[0], reference.shape[1] // (2 if packed else 1))
     if weight is None or weight.shape != shape or not weight.flags.c_contiguous:
         return None
-    step = _block_steps(chunk, block, packed)
+    steps = _block_steps(chunk, block, packed)
     top = np.float32(amax) / np.float32(6 * 448) if packed else np.float32(0)
-    if step is None or (packed and not TINY < top < HUGE):
+    if steps is None or (packed and not TINY < top < HUGE):
         return None
     codes = weight.view(np.uint8 if packed else np.uint16).reshape(-1, block // 2)
     pair = np.uint64 if reference.dtype == np.float32 else np.uint32
@@ -222,29 +237,30 @@ def _fast(chunk: RowChunk, layout: Format, amax: float) -> Distance | None:
     with np.errstate(all="ignore"):
         for i in range(0, len(values), count):
             rows = slice(i, i + count)
-            total.add(run(codes[rows], values[rows], step[rows], top))
+            total.add(run(codes[rows], values[rows], steps.of(rows), top))
     finite = np.isfinite(total.error) and np.isfinite(total.by_max)
     return total if TINY < total.size / reference.size < HUGE and finite else None
 
 
-def _block_steps(chunk: RowChunk, block: int, packed: bool) -> Float32 | None:
-    """Return the whole scale of each block, one dimension; None where the stored scales are not one
-    byte per block.
+def _block_steps(chunk: RowChunk, block: int, packed: bool) -> Steps | None:
+    """Return the scales of the blocks; None where those that are stored are not one byte per
+    block.
     """
     rows, columns = chunk.reference.shape
     scale = chunk.parts.get("weight_scale", chunk.parts.get("weight_scale_inv"))
     if scale is None or scale.shape != (rows, columns // block) or scale.dtype.itemsize != 1:
         return None
-    step: Float32 = (e4m3_table() if packed else e8m0_table())[scale.view(np.uint8).reshape(-1)]
+    codes = scale.view(np.uint8).reshape(-1)
     if not packed:
-        return step
+        return Steps(codes, e8m0_table())
     scale_2 = chunk.parts.get("weight_scale_2", chunk.parts.get("weight_global_scale"))
     if scale_2 is None or scale_2.size != 1 or scale_2.dtype != np.float32:
         return None
     factor = scale_2.reshape(())
     with np.errstate(all="ignore"):
         divided = "weight_scale_2" not in chunk.parts
-        return np.asarray(step / factor if divided else step * factor, np.float32)
+        table = e4m3_table() / factor if divided else e4m3_table() * factor
+    return Steps(codes, np.asarray(table, np.float32))
 
 
 class _Lanes:
@@ -260,11 +276,9 @@ class _Lanes:
         self.decoded, self.base, self.grid = (np.empty(2 * count, np.float32) for _ in range(3))
 
     def run(
-        self, codes: npt.NDArray[Any], values: npt.NDArray[Any], step: Float32, top: np.float32
+        self, codes: npt.NDArray[Any], values: npt.NDArray[Any], steps: Steps, top: np.float32
     ) -> Distance:
-        """Return the distance of some blocks: codes and values [blocks, block / 2] in pairs, step
-        [blocks].
-        """
+        """Return the distance of some blocks: codes and values [blocks, block / 2] in pairs."""
         n, half = len(values), self.half
         index = self.index[: half * n].reshape(half, n)
         pairs = self.pairs[: half * n].reshape(half, n)
@@ -278,7 +292,7 @@ class _Lanes:
             np.left_shift(pairs.view(np.uint16), 16, out=base.view(np.uint32), dtype=np.uint32)
         else:
             base[...] = pairs.view(np.float32)
-        decoded *= np.repeat(step, 2)
+        decoded *= np.repeat(steps.table[steps.codes], 2)
         decoded -= base
         size, error = _columns(base, base), _columns(decoded, decoded)
         along = _columns(decoded, base)
@@ -359,13 +373,24 @@ def _compiled_pass(block: int, packed: bool, values: npt.NDArray[Any]) -> Pass |
     if compare is None or values.dtype != np.uint32 or not values.flags.aligned:
         return None
     pairs = _code_pairs(True) if packed else e4m3_table().view(np.uint32).astype(np.uint64)
-    buffer = np.empty(8 * (LANE // block), np.float32)
+    buffer, totals = np.empty(8 * (LANE // block), np.float32), np.empty(4)
 
     def run(
-        codes: npt.NDArray[Any], values: npt.NDArray[Any], step: Float32, top: np.float32
+        codes: npt.NDArray[Any], values: npt.NDArray[Any], steps: Steps, top: np.float32
     ) -> Distance:
         sums = buffer[: 8 * len(values)].reshape(4, -1)
-        compare(codes.view(np.uint8), values, step, top, pairs, packed, sums)
-        return _summed(*sums)
+        suspect = compare(
+            codes.view(np.uint8),
+            values,
+            steps.codes,
+            steps.table,
+            top,
+            pairs,
+            packed,
+            sums,
+            totals,
+        )
+        size, error, along, best = totals.tolist()
+        return Distance(size, error, best, along, suspect)
 
     return run

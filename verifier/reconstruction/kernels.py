@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The loop of `verifier.reconstruction.distance`, compiled by numba (the extra ``fast``).
 
-IEEE float32 throughout, no contraction, and the same order of summation: its sums equal those of
-the numpy code bit for bit on x86-64.
+IEEE float32 throughout, no contraction, and the same order of summation: the sums of a block equal
+those of the numpy code bit for bit on x86-64. Sums over blocks are float64 in both, and differ in
+the order of summation.
 """
 
 from __future__ import annotations
@@ -22,10 +23,14 @@ _TILE = 64
 """Blocks per tile: its buffers stay in the first-level cache."""
 _CODES = types.Array(types.uint8, 2, "C", readonly=True)
 _VALUES = types.Array(types.uint32, 2, "C", readonly=True)
-_STEPS = types.Array(types.float32, 1, "C", readonly=True)
+_SCALES = types.Array(types.uint8, 1, "C", readonly=True)
+_TABLE = types.Array(types.float32, 1, "C", readonly=True)
 _PAIRS = types.Array(types.uint64, 1, "C", readonly=True)
 _SUMS = types.Array(types.float32, 2, "C")
-_SIGNATURE = types.void(_CODES, _VALUES, _STEPS, types.float32, _PAIRS, types.boolean, _SUMS)
+_TOTALS = types.Array(types.float64, 1, "C")
+_SIGNATURE = types.boolean(
+    _CODES, _VALUES, _SCALES, _TABLE, types.float32, _PAIRS, types.boolean, _SUMS, _TOTALS
+)
 
 
 def _compiled(*signature: Any) -> Any:
@@ -64,32 +69,40 @@ def _spread(codes: Any, values: Any, pairs: Any, packed: bool, decoded: Any, bas
     blocks].
     """
     count, half = values.shape
-    for b in range(count):
-        for i in range(half):
+    for i in range(half):
+        for b in range(count):
             pair = U64(values[b, i])
             base[i, b] = ((pair << U64(16)) & U64(0xFFFF0000)) | ((pair >> U64(16)) << U64(48))
         if packed:
-            for i in range(half):
+            for b in range(count):
                 decoded[i, b] = pairs[codes[b, i]]
         else:
-            for i in range(half):
+            for b in range(count):
                 decoded[i, b] = pairs[codes[b, 2 * i]] | (pairs[codes[b, 2 * i + 1]] << U64(32))
 
 
+# LLVM uses vector instructions for a loop over few arrays only: these two are not one.
 @_compiled()
-def _add_errors(
-    decoded: Any, base: Any, step: Any, size: Any, error: Any, along: Any, peak: Any
-) -> None:
-    """Add up the squares of a row of base values, of their errors, and their products; raise the
-    bits of the largest magnitudes.
+def _add_errors(decoded: Any, base: Any, step: Any, error: Any, along: Any) -> None:
+    """Add up the squared errors of each column, and their products with the base values."""
+    for i in range(base.shape[0]):
+        for j in range(step.size):
+            value = base[i, j]
+            left = decoded[i, j] * step[j] - value
+            error[j] += left * left
+            along[j] += left * value
+
+
+@_compiled()
+def _add_sizes(base: Any, size: Any, peak: Any) -> None:
+    """Add up the squares of each column of base values; raise the bits of the largest
+    magnitudes.
     """
-    for j in range(step.size):
-        value = base[j]
-        left = decoded[j] * step[j] - value
-        size[j] += value * value
-        error[j] += left * left
-        along[j] += left * value
-        peak[j] = max(peak[j], I32(_bits(value) & I32(0x7FFFFFFF)))
+    for i in range(base.shape[0]):
+        for j in range(size.size):
+            value = base[i, j]
+            size[j] += value * value
+            peak[j] = max(peak[j], I32(_bits(value) & I32(0x7FFFFFFF)))
 
 
 @_compiled()
@@ -111,37 +124,67 @@ def _max_step(peak: Any, top: Any, packed: bool) -> Any:
 def _add_rounding(
     base: Any, step: Any, inverse: Any, least: Any, unit: Any, limit: Any, error: Any
 ) -> None:
-    """Add up the squared errors of a row that is rounded to a grid, as `_round` rounds."""
-    for j in range(step.size):
-        value = base[j] * inverse[j]
-        grid = _real(I32(max(I32(_bits(value) & _EXPONENT), least))) * unit
-        nearest = min(max((value + grid) - grid, -limit), limit)
-        left = (value - nearest) * step[j]
-        error[j] += left * left
+    """Add up the squared errors of columns that are rounded to a grid, as `_round` rounds."""
+    for i in range(base.shape[0]):
+        for j in range(step.size):
+            value = base[i, j] * inverse[j]
+            grid = _real(I32(max(I32(_bits(value) & _EXPONENT), least))) * unit
+            nearest = min(max((value + grid) - grid, -limit), limit)
+            left = (value - nearest) * step[j]
+            error[j] += left * left
+
+
+@_compiled()
+def _any_beyond(sums: Any, totals: Any) -> bool:
+    """Add up the sums of all blocks; return whether the error of one is `distance.beyond` that of
+    ``max``.
+    """
+    size, error, along, best = sums
+    count = size.size // 2
+    totals[:] = 0.0
+    for b in range(count):
+        totals[0] += size[2 * b] + size[2 * b + 1]
+        totals[1] += error[2 * b] + error[2 * b + 1]
+        totals[2] += along[2 * b]
+        totals[2] += along[2 * b + 1]
+        totals[3] += best[2 * b] + best[2 * b + 1]
+    mean = F32(totals[0] / count / 16)
+    beyond = 0
+    for b in range(count):
+        far = error[2 * b] + error[2 * b + 1]
+        near = best[2 * b] + best[2 * b + 1]
+        floor = F32(2**-12) * max(size[2 * b] + size[2 * b + 1], mean)
+        beyond += (far > F32(2.25) * near) & (far > floor)
+    return beyond > 0
 
 
 @_compiled(_SIGNATURE)
 def compare(
     codes: Any,
     values: Any,
-    step: Any,
+    scales: Any,
+    table: Any,
     top: Any,
     pairs: Any,
     packed: bool,
     sums: Any,
-) -> None:
-    """Compare blocks of a weight with those of its base.
+    totals: Any,
+) -> bool:
+    """Compare blocks of a weight with those of its base; return whether the error of one is
+    `distance.beyond` that of ``max``.
 
     Args:
         codes: uint8 [blocks, block / 2] of two E2M1 codes, or [blocks, block] of E4M3.
         values: the base, BF16 in pairs, uint32 [blocks, block / 2].
-        step: the whole scale of each block, float32.
+        scales: the bytes of the blocks' scales, uint8 [blocks].
+        table: the whole scale that each byte stands for, float32 [256].
         top: ``max`` calibration's scale of the tensor; 0 for E8M0 scales.
         pairs: by byte, the bits of the float32 of two E2M1 codes or of one of E4M3, uint64 [256].
         packed: whether codes are E2M1.
         sums: float32 [4, 2 x blocks]; written: for the even and the odd values of each block the
             sums of base squared, of error squared, of error times base, and of the squared error
             of ``max``.
+        totals: float64 [4]; written: the four sums over all blocks.
     """
     half, count = values.shape[1], values.shape[0]
     wide = 2 * _TILE
@@ -157,16 +200,16 @@ def compare(
         stop = start + n
         _spread(codes[start:stop], values[start:stop], pairs, packed, codes_spread, base_spread)
         for b in range(n):
-            steps[2 * b] = steps[2 * b + 1] = step[start + b]
+            steps[2 * b] = steps[2 * b + 1] = table[scales[start + b]]
         size, error = sums[0, 2 * start : 2 * stop], sums[1, 2 * start : 2 * stop]
         along, best = sums[2, 2 * start : 2 * stop], sums[3, 2 * start : 2 * stop]
         peak[:] = I32(0)
-        for i in range(half):
-            _add_errors(decoded[i], base[i], steps[: 2 * n], size, error, along, peak)
+        _add_errors(decoded, base, steps[: 2 * n], error, along)
+        _add_sizes(base, size, peak)
         for b in range(n):
             largest = _real(I32(max(peak[2 * b], peak[2 * b + 1])))
             by_max = _max_step(largest, top, packed)
             steps[2 * b] = steps[2 * b + 1] = by_max
             inverse[2 * b] = inverse[2 * b + 1] = F32(1) / by_max
-        for i in range(half):
-            _add_rounding(base[i], steps[: 2 * n], inverse, least, unit, limit, best)
+        _add_rounding(base, steps[: 2 * n], inverse, least, unit, limit, best)
+    return bool(_any_beyond(sums, totals))

@@ -30,6 +30,8 @@ SHARED = 64.0
 """A tensor scale shared with other weights may be this many times what the weight's own amax asks
 for. Block scales then stay normal numbers of E4M3, and the yardstick stays as fine, for all blocks
 above 1/448 of the weight's amax."""
+ONE_MORE = 1 + 2**-20
+"""A scale is rounded: the amax that it stands for may be this much less than the true one."""
 HELD = 64 << 20
 """A remote base weight of at most this many bytes is kept in memory for its second reading."""
 _DECODED = frozenset(
@@ -60,7 +62,8 @@ class WeightRows:
         self.base, self.base_module = base, base_module
         self._held: list[npt.NDArray[Any]] = []
         self._sliced = True
-        # The base is read twice. A local file is cheaper to read again than fresh memory is.
+        self._peak = 0.0
+        # The base may be read twice. A local file is cheaper to read again than fresh memory is.
         weight = base_module.weight
         small = weight is not None and weight.nbytes <= HELD
         self._holds = base.checkpoint.source.remote and small
@@ -72,14 +75,13 @@ class WeightRows:
 
     def __iter__(self) -> Iterator[RowChunk]:
         checkpoint = self.candidate.checkpoint
+        whole: Parts = {}
         if not self._sliced:
-            parts = {leaf: checkpoint.array(t) for leaf, t in self.module.parts.items()}
-            for _, _, reference in self._base_rows():
-                yield RowChunk(parts, reference)
-            return
+            whole = {leaf: checkpoint.array(t) for leaf, t in self.module.parts.items()}
+        self._peak = 0.0
         for start, stop, reference in self._base_rows():
-            parts = stored_rows(checkpoint, self.module, start, stop)
-            yield RowChunk(parts, reference)
+            self._peak = max(self._peak, peak_of(reference))
+            yield RowChunk(whole or stored_rows(checkpoint, self.module, start, stop), reference)
 
     def distance(self, fmt: Format) -> tuple[Distance, bool]:
         """Return the distance of the decoded weight from the base, and whether ``max`` calibration
@@ -91,12 +93,19 @@ class WeightRows:
         self.base.checkpoint.expect(self.base_module.parts.values())
         self.candidate.checkpoint.expect(self.module.parts.values())
         self._sliced = _by_rows(fmt, self.module)
+        stored = self._stored_amax(fmt)
+        # One pass, if the weight turns out to be within the range of its stored tensor scale.
+        if stored is None or 0 < stored < np.inf:
+            result = distance(self, fmt, 1.0 if stored is None else stored)
+            if _covers(stored, self._peak):
+                return result
         amax = max((peak_of(rows) for _, _, rows in self._base_rows()), default=0.0)
-        return distance(self, fmt, max(amax, self._stored_amax(fmt, amax)))
+        plausible = stored is not None and stored <= SHARED * amax
+        return distance(self, fmt, max(amax, stored or 0.0) if plausible else amax)
 
-    def _stored_amax(self, fmt: Format, amax: float) -> float:
+    def _stored_amax(self, fmt: Format) -> float | None:
         """Return the amax that the stored tensor scale stands for: that of all weights that share
-        the scale. 0 where it is not plausible next to this weight's own.
+        the scale. None where the weight has no tensor scale.
         """
         factors = {"weight_scale_2": 6 * 448.0, "weight_global_scale": 6 * 448.0}
         factors |= {"weight_scale": 448.0} if fmt.name == "fp8" else {}
@@ -107,8 +116,8 @@ class WeightRows:
             scale = float(self.candidate.checkpoint.array(tensor).reshape(()))
             if leaf == "weight_global_scale":
                 scale = 1 / scale if scale else 0.0
-            return scale * factor if scale * factor <= SHARED * amax else 0.0
-        return 0.0
+            return scale * factor
+        return None
 
     def _base_rows(self) -> Iterator[tuple[int, int, npt.NDArray[Any]]]:
         out, in_ = self.module.dims or (0, 0)
@@ -158,6 +167,15 @@ def stored_rows(checkpoint: Checkpoint, module: Module, start: int, stop: int) -
         values = data.view(NUMPY_DTYPES[tensor.dtype])
         parts[leaf] = values.reshape(last - first, *tensor.shape[1:])
     return parts
+
+
+def _covers(stored: float | None, peak: float) -> bool:
+    """Whether the largest magnitude of a weight is one that a stored amax may stand for; any finite
+    one but 0 where there is none.
+    """
+    if stored is None:
+        return 0 < peak < np.inf
+    return peak <= stored * ONE_MORE and stored <= SHARED * peak
 
 
 def _by_rows(fmt: Format, module: Module) -> bool:
