@@ -40,7 +40,7 @@ MACHINE = ("read", "read_export", "codec_max", "codec_sweep", "sha256", "cp_sync
 STEPS = (
     *MACHINE,
     *("export_max", "export_sweep_1", "export_sweep", "export_command", "merge"),
-    *("check_header", "check_payload", "check_base_1", "check_base"),
+    *("check_header", "check_payload", "check_base_numpy", "check_base_1", "check_base"),
     *("dry_run_whole", "dry_run_onto"),
 )
 SHARD_BYTES = 4_000_000_000
@@ -157,9 +157,11 @@ class Bench:
         self.onto = scratch / "onto"
         self.environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
 
-    def run(self, *command: object, codes: tuple[int, ...] = (0,)) -> dict[str, Any]:
+    def run(
+        self, *command: object, codes: tuple[int, ...] = (0,), **variables: str
+    ) -> dict[str, Any]:
         """Return seconds, processor seconds and peak private megabytes of a process, and its
-        output.
+        output; ``variables`` are added to its environment.
         """
         started = time.perf_counter()
         child = subprocess.Popen(
@@ -167,7 +169,7 @@ class Bench:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
-            env=self.environment,
+            env=self.environment | variables,
             cwd=self.scratch,
         )
         peak = 0
@@ -187,9 +189,10 @@ class Bench:
         """Run a script."""
         return self.run(sys.executable, "-c", script, *arguments)
 
-    def command(self, *arguments: object) -> dict[str, Any]:
+    def command(self, *arguments: object, **variables: str) -> dict[str, Any]:
         """Run ckptgate; findings about a slice of a model are no failure."""
-        return self.run(sys.executable, "-m", "ckptgate", *arguments, codes=(0, 1, 3))
+        command = (sys.executable, "-m", "ckptgate", *arguments)
+        return self.run(*command, codes=(0, 1, 3), **variables)
 
     def removed(self, name: str) -> Path:
         """Return a path of the scratch folder that does not exist."""
@@ -240,6 +243,7 @@ class Bench:
             ),
             "check_header": lambda: self.command("check", self.export, "--quiet"),
             "check_payload": lambda: self.command(*check),
+            "check_base_numpy": lambda: self.command(*based, "--workers", "1", CKPTGATE_FAST="0"),
             "check_base_1": lambda: self.command(*based, "--workers", "1"),
             "check_base": lambda: self.command(*based, "--workers", str(self.workers)),
             "dry_run_whole": lambda: self.command("export", self.whole, "never", *plain),
