@@ -7,7 +7,7 @@ One MoE layer as released (128 experts of w1, w3 [3072, 6144] and w2 [6144, 3072
 and router), BF16 from a seeded generator, 15.3 GB; ``--experts 16`` is 1.9 GB. Every command is a
 process of its own. Within a round everything runs in turn, `cp`, `sha256sum` and plain reads too:
 on a machine that other work shares, only ratios within a round mean anything. ``--before`` measures
-another checkout in turn with this one.
+another checkout in turn with this one, with the Python of its ``.venv`` if it has one.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ RESULTS = Path(__file__).parent / "results" / "real.json"
 LAYER = "language_model.model.layers.3."
 MACHINE = ("read", "read_export", "codec_max", "codec_sweep", "sha256", "cp_sync")
 """Steps that say what the machine can do, whatever the checkout."""
+ONCE = (*MACHINE, "check_base_numpy")
+"""Steps that are measured with this checkout only."""
 STEPS = (
     *MACHINE,
     *("export_max", "export_sweep_1", "export_sweep", "export_command", "merge"),
@@ -151,6 +153,8 @@ class Bench:
 
     def __init__(self, tree: Path, scratch: Path, experts: int, workers: int) -> None:
         self.tree, self.scratch, self.workers = tree, scratch, workers
+        own = tree / ".venv" / "bin" / "python"
+        self.interpreter = own if own.exists() else Path(sys.executable)
         self.source, self.export = scratch / "source", scratch / "export"
         self.experts = experts
         self.whole = scratch / "whole"
@@ -172,10 +176,11 @@ class Bench:
             env=self.environment | variables,
             cwd=self.scratch,
         )
-        peak = 0
+        peak, sampled = 0, 0.0
         while (found := os.wait4(child.pid, os.WNOHANG))[0] == 0:
-            peak = max(peak, private_kb(child.pid))
-            time.sleep(0.05)
+            if time.perf_counter() - sampled >= 0.5:  # a sample takes processor time itself
+                peak, sampled = max(peak, private_kb(child.pid)), time.perf_counter()
+            time.sleep(0.02)
         seconds, usage = time.perf_counter() - started, found[2]
         child.returncode = os.waitstatus_to_exitcode(found[1])
         assert child.stdout is not None
@@ -187,11 +192,11 @@ class Bench:
 
     def python(self, script: str, *arguments: object) -> dict[str, Any]:
         """Run a script."""
-        return self.run(sys.executable, "-c", script, *arguments)
+        return self.run(self.interpreter, "-c", script, *arguments)
 
     def command(self, *arguments: object, **variables: str) -> dict[str, Any]:
         """Run ckptgate; findings about a slice of a model are no failure."""
-        command = (sys.executable, "-m", "ckptgate", *arguments)
+        command = (self.interpreter, "-m", "ckptgate", *arguments)
         return self.run(*command, codes=(0, 1, 3), **variables)
 
     def removed(self, name: str) -> Path:
@@ -203,7 +208,7 @@ class Bench:
     def steps(self) -> dict[str, Callable[[], dict[str, Any]]]:
         """Return what is measured, in the order in which it runs."""
         shards = sorted(self.source.glob("*.safetensors"))
-        check = ("check", self.export, "--depth", "payload", "--quiet")
+        check = ("check", self.export, "--depth", "payload")
         based = (*check, "--base", self.source)
         plain = ("--recipe", "nvfp4_experts_only", "--input-scale", "one", "--dry-run")
 
@@ -241,7 +246,7 @@ class Bench:
             "merge": lambda: self.python(
                 MERGE, self.export, self.removed("out"), self.source, self.workers
             ),
-            "check_header": lambda: self.command("check", self.export, "--quiet"),
+            "check_header": lambda: self.command("check", self.export, "--depth", "header"),
             "check_payload": lambda: self.command(*check),
             "check_base_numpy": lambda: self.command(*based, "--workers", "1", CKPTGATE_FAST="0"),
             "check_base_1": lambda: self.command(*based, "--workers", "1"),
@@ -276,7 +281,7 @@ def measure(benches: dict[str, Bench], rounds: int, only: list[str]) -> dict[str
     for number in range(rounds):
         for name in only:
             for label in benches:
-                if name in MACHINE and label != next(iter(benches)):
+                if name in ONCE and label != next(iter(benches)):
                     continue
                 found = steps[label][name]()
                 del found["output"]

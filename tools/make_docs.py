@@ -205,6 +205,7 @@ REAL_STEPS = {
     "merge": "merge of the export onto the source, without the check",
     "check_header": "check, depth header",
     "check_payload": "check, depth payload",
+    "check_base_numpy": "check, depth payload, with the source as base, one worker, without numba",
     "check_base_1": "check, depth payload, with the source as base, one worker",
     "check_base": "check, depth payload, with the source as base",
     "dry_run_whole": "export `--dry-run` of the whole model, 854 GB in sparse files",
@@ -236,7 +237,7 @@ def real_section(r: dict[str, Any]) -> list[str]:
         "end on two processors, so only the ratios within the table mean anything, and those of "
         "processor time more than",
         "those of seconds. *A to B*: version 0.1.0, then this one. Private memory is sampled "
-        "four times a second.",
+        "twice a second.",
         "",
         "| step | seconds | CPU seconds | private MB |",
         "| --- | --- | --- | --- |",

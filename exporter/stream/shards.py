@@ -150,8 +150,9 @@ def write_shard(
         else:
             work = _Work(_ShardWriter(plan, fd, offsets), progress, stop)
             encoded = work.run(task.actions, pool)
-            os.fsync(fd)
+            synced = pool.submit(os.fsync, fd)
             digest = _digest(fd)
+            synced.result()
     except BaseException:
         os.close(fd)
         temporary.unlink(missing_ok=True)
