@@ -94,12 +94,14 @@ class WeightRows:
         self.candidate.checkpoint.expect(self.module.parts.values())
         self._sliced = _by_rows(fmt, self.module)
         stored = self._stored_amax(fmt)
-        # One pass, if the weight turns out to be within the range of its stored tensor scale.
         if stored is None or 0 < stored < np.inf:
+            # One pass, where the weight turns out to be within the range of its tensor scale.
             result = distance(self, fmt, 1.0 if stored is None else stored)
             if _covers(stored, self._peak):
                 return result
-        amax = max((peak_of(rows) for _, _, rows in self._base_rows()), default=0.0)
+            amax = self._peak
+        else:
+            amax = max((peak_of(rows) for _, _, rows in self._base_rows()), default=0.0)
         plausible = stored is not None and stored <= SHARED * amax
         return distance(self, fmt, max(amax, stored or 0.0) if plausible else amax)
 

@@ -84,6 +84,43 @@ def test_no_weight_of_a_fused_group_of_real_shape_is_decoded_whole(tmp_path: Pat
     assert slow == ["a.mlp.experts.0.up_proj"]
 
 
+@pytest.mark.parametrize(("scale", "passes"), [(1.0, 1), (0.5, 2), (200.0, 2)])
+@pytest.mark.parametrize("fmt", ["nvfp4", "mxfp8"])
+def test_a_base_is_read_once_where_the_stored_scale_covers_it(
+    fmt: str, scale: float, passes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    parts = codecs.encode(weight, fmt)
+    if fmt == "nvfp4":
+        parts["weight_scale_2"] = parts["weight_scale_2"] * scale
+    dtypes = {"weight": "U8" if fmt == "nvfp4" else "F8_E4M3", "weight_scale_2": "F32"}
+    dtypes["weight_scale"] = "F8_E4M3" if fmt == "nvfp4" else "U8"
+    stored = {f"a.{k}": (dtypes[k], tuple(v.shape), raw(v)) for k, v in parts.items()}
+    plain = {"a.weight": ("BF16", (64, 64), raw(weight))}
+    for folder, entries in (("out", stored), ("base", plain)):
+        (tmp_path / folder).mkdir()
+        write_shard(tmp_path / folder / "model.safetensors", RawShard({}, entries))
+    declared = {"quant_algo": fmt.upper(), "quant_method": "modelopt"}
+    (tmp_path / "out" / "config.json").write_text(json.dumps({"quantization_config": declared}))
+    (tmp_path / "base" / "config.json").write_text("{}")
+    base = open_checkpoint(tmp_path / "base")
+    ctx = Context.of(open_checkpoint(tmp_path / "out"), base)
+    assert isinstance(ctx.base, QuantizedCheckpoint)
+    (module,) = ctx.candidate.quantized_modules
+    known = ctx.candidate.format_of(module)
+    assert known is not None
+    lengths: list[int] = []
+    read = base.source.read_into
+
+    def counted(name: str, offset: int, out: Any) -> None:
+        lengths.append(out.size)
+        read(name, offset, out)
+
+    monkeypatch.setattr(base.source, "read_into", counted)
+    near_base(CheckpointPair(ctx.candidate, ctx.base, ctx.payload), module, known)
+    assert sum(lengths) == weight.numel() * 2 * (passes if fmt == "nvfp4" else 1)
+
+
 def raw(value: Any) -> bytes:
     """Return the bytes of a tensor."""
     return bytes(value.contiguous().reshape(-1).view(torch.uint8).numpy())
