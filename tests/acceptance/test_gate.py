@@ -189,7 +189,8 @@ def test_logits_that_are_not_finite_fail_without_statistics(mixed: Path, tmp_pat
 
 
 def test_the_candidate_is_not_the_base(tmp_path: Path) -> None:
-    for same in (BF16, shutil.copytree(BF16, tmp_path / "copy")):
+    (tmp_path / "link").symlink_to(BF16)
+    for same in (BF16, shutil.copytree(BF16, tmp_path / "copy"), tmp_path / "link"):
         with pytest.raises(UsageError, match="the base itself"):
             verifier.gate.run(same, base=BF16, corpus=str(CORPUS), max_increase="8%")
 

@@ -37,6 +37,10 @@ from verifier.locate.stream import Place
 from verifier.locate.tracks import Survey, Tracks
 
 NOTHING = "every weight is that of plain rounding: there is no excess to explain"
+ELSEWHERE = (
+    "every weight is that of plain rounding: the excess is from what is not in the weights "
+    "(config.json), or the accepted run has better scales"
+)
 UNEXPLAINED = (
     "putting back all modules that differ explains {:.0%} of the excess, which is not enough: it "
     "may be from what is not in the weights (config.json), or the weights were changed before they "
@@ -136,6 +140,9 @@ class _Locator:
             if outcome == "failed" and found.explained < ENOUGH:
                 outcome = "inconclusive"
                 notes.append(UNEXPLAINED.format(found.explained))
+        elif outcome == "failed":
+            outcome = "inconclusive"
+            notes.append(ELSEWHERE)
         if self.tracks.meter.gates > LIMIT:
             notes.append("too few windows to stay within the budget; give more documents")
         cells, layers = self._cells(survey, found, excess), self._layers(survey, found, excess)
@@ -219,7 +226,7 @@ class _Locator:
 
     def _outcome(self, survey: Survey, measured: _Measured) -> tuple[Outcome, list[str]]:
         ratio = measured.ratio
-        if not any(survey.differing.values()):
+        if not any(survey.differing.values()) and measured.kl == measured.reference:
             return "passed", [NOTHING]
         if ratio is None or ratio.documents < FEWEST:
             count = ratio.documents if ratio is not None else 0

@@ -10,11 +10,18 @@ from verifier.locate.render import evidence, place, summary
 from verifier.locate.result import Cell, LocateResult
 from verifier.report import svg
 from verifier.report.figures import Figure
+from verifier.text import counted
 
 STEPS = (0.05, 0.15, 0.5, 1.0)
 """Where colours change, in shares of the format's norm."""
 OPACITIES = (0.06, 0.3, 0.5, 0.75, 1.0)
-LEFT, TOP, ROW, MAX_LAYERS, MAX_MODULES = 90.0, 130.0, 22.0, 400, 40
+LEFT, RIGHT, ROW, MAX_LAYERS, MAX_MODULES = 90.0, 80.0, 22.0, 400, 40
+TOP, LONGEST = 170.0, 32
+"""Room for the names of modules, and how much of one is shown."""
+NARROW, NARROWEST = 44.0, 32.0
+"""Widths of a cell below which its number is small, and left to the title."""
+STRONG = 0.75
+"""The opacity from which words on a cell have the colour of the page."""
 READ = (
     "Each cell is a module of a layer; its colour is by how much the divergence from the base "
     "falls when that module alone is put back to plain rounding, as a share of what the whole "
@@ -49,16 +56,19 @@ def _verdict(result: LocateResult) -> Iterator[Figure]:
         facts = "; ".join(f"{label}: {words}" for label, words in evidence(blame))
         share = "" if math.isnan(blame.share) else f"{blame.share:.0%}"
         cost = "" if math.isnan(blame.cost) else f"{blame.cost:.6f}"
-        rows.append((place(blame), cost, share, facts, " ; ".join(blame.commands)))
+        first, *more = blame.commands or ("",)
+        rows.append((place(blame), cost, share, facts, first))
+        rows += [("", "", "", "", command) for command in more]
     table = tuple(rows) if result.blames else ()
-    yield Figure(f"locate {result.outcome.upper()}: {summary(result)}", words, "", table)
+    heading = f"locate {result.outcome.upper()}: {summary(result)}"
+    yield Figure(heading, words, "", table, counted(len(result.blames), "blamed module"))
 
 
 def _map(result: LocateResult) -> Figure:
     layers = [layer for layer in result.layers][:MAX_LAYERS]
     names = list(dict.fromkeys(cell.name for cell in result.cells))[:MAX_MODULES]
     cells = {(cell.place.stage, cell.name): cell for cell in result.cells}
-    width = (svg.WIDTH - LEFT - 10) / max(1, len(names))
+    width = (svg.WIDTH - LEFT - RIGHT) / max(1, len(names))
     parts = [_column(name, LEFT + (i + 0.5) * width) for i, name in enumerate(names)]
     for j, layer in enumerate(layers):
         y = TOP + j * ROW
@@ -75,7 +85,7 @@ def _map(result: LocateResult) -> Figure:
 
 
 def _column(name: str, x: float) -> str:
-    turned = svg.text(x, TOP - 8, name)
+    turned = svg.text(x, TOP - 8, name, limit=LONGEST)
     return turned.replace("<text ", f'<text transform="rotate(-45 {x:.1f} {TOP - 8:.1f})" ', 1)
 
 
@@ -89,9 +99,10 @@ def _square(cell: Cell, box: tuple[float, float, float], layer: str, norm: float
     title = f"{layer} {cell.name}: {cell.cost:+.6f} nats per token, {share:+.1%} of the norm"
     kind, opacity = shade(share)
     square = svg.rect(x + 1, y + 1, width - 2, ROW - 2, kind, title, opacity)
-    if abs(share) < STEPS[0]:
+    if abs(share) < STEPS[0] or width < NARROWEST:
         return [square]
-    return [square, svg.text(x + width / 2, y + 15, f"{share:+.0%}", "label", "middle")]
+    ink = "label" + " tiny" * (width < NARROW) + " on" * (opacity >= STRONG)
+    return [square, svg.text(x + width / 2, y + 15, f"{share:+.0%}", ink, "middle")]
 
 
 def shade(share: float) -> tuple[str, float]:

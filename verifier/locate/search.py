@@ -70,18 +70,19 @@ class Search:
         effects = self._effects(list(groups.values()), sample)
         result.stages = dict(zip(groups, effects, strict=True))
         stages = sorted(groups, key=lambda stage: -result.stages[stage])
-        first, _ = self._fewest([groups[stage] for stage in stages], effects, sample)
+        first, result.explained = self._fewest([groups[stage] for stage in stages], effects, sample)
         modules = [frozenset({place}) for swap in first for place in swap]
-        if len(modules) == 1 or len(first) == len(modules):
-            alone = [result.stages[next(iter(m)).stage] for m in modules]
+        if len(modules) == len(first):  # one module each: they are measured already
+            for swap in first:
+                result.places |= dict.fromkeys(swap, result.stages[next(iter(swap)).stage])
         else:
             sample = self._sample(modules, _SHARE_OF_MODULES)
             alone = self._effects(modules, sample)
-        for module, effect in zip(modules, alone, strict=True):
-            result.places |= dict.fromkeys(module, effect)
-        modules.sort(key=lambda module: -result.places[next(iter(module))])
-        fewest, result.explained = self._fewest(modules, alone, sample)
-        result.blamed = [place for module in fewest for place in module]
+            for module, effect in zip(modules, alone, strict=True):
+                result.places |= dict.fromkeys(module, effect)
+            modules.sort(key=lambda module: -result.places[next(iter(module))])
+            modules, result.explained = self._fewest(modules, alone, sample)
+        result.blamed = [place for module in modules for place in module]
         self._others(groups, result)
         return result
 

@@ -30,12 +30,13 @@ Cells = Mapping[tuple[str, str], float]
 
 @dataclass(frozen=True)
 class Figure:
-    """A picture with its heading, what it shows in words, and a table below it."""
+    """A picture with its heading, what it shows in words, and a table below it with a caption."""
 
     heading: str
     words: str
     picture: str
     table: tuple[tuple[str, ...], ...] = ()
+    caption: str = ""
 
 
 @dataclass(frozen=True)

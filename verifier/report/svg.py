@@ -37,6 +37,8 @@ svg.plot { font: 12px system-ui, sans-serif; max-width: 100%; height: auto }
 .plot .s3 { --c: var(--error) }
 .plot .s4 { --c: var(--soft) }
 .plot .s5 { --c: var(--ink) }
+.plot rect.passed[fill-opacity], .plot rect.failed[fill-opacity] { stroke: var(--line) }
+.plot text.on { fill: var(--ground) }
 .plot .cell { fill: var(--info); stroke: var(--ground); stroke-width: 1 }
 """
 COLORS = """\

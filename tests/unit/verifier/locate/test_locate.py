@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,15 @@ BASE = GOLDEN / "bf16"
 SCHEMA = ROOT / "verifier" / "report" / "schemas" / "locate-1.0.json"
 DOCUMENTS, TOKENS = 9, 24
 Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Keep threads of torch from waiting for one another where other tests run too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -118,8 +128,32 @@ def test_a_damaged_router_is_blamed(
     assert first["router_agreement"] < 0.2
 
 
+def test_few_documents_are_inconclusive(
+    export: Path, corpus: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    folder, few = shutil.copytree(export, tmp_path / "damaged"), tmp_path / "few.jsonl"
+    editor = CheckpointEditor(folder)
+    name = "model.layers.3.mlp.gate.weight"
+    editor.store(name, np.roll(editor.array(name), 1, axis=0))
+    few.write_text("".join(corpus.read_text().splitlines(keepends=True)[:7]))
+    code, value = located(folder, few, capsys)
+    assert (code, value["verdict"]) == (3, "inconclusive")
+    assert "7 documents: fewer than 8" in value["notes"][0]
+    assert value["blamed"][0]["module"] == "router"
+
+
+def test_damage_outside_the_weights_is_inconclusive(
+    export: Path, corpus: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    folder = shutil.copytree(export, tmp_path / "damaged")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_experts_per_tok": 1}))
+    code, value = located(folder, corpus, capsys)
+    assert (code, value["verdict"], value["blamed"]) == (3, "inconclusive", [])
+    assert "not in the weights (config.json)" in value["notes"][0]
+
+
 def test_layers_one_by_one_compute_what_the_whole_model_does() -> None:
-    torch.set_num_threads(1)
     checkpoint = open_checkpoint(BASE)
     whole = load_model(checkpoint).model
     streamed = StreamedModel(checkpoint)
