@@ -9,12 +9,13 @@ from contextlib import contextmanager
 
 import click
 
+from verifier.cli.results import is_on_stdout
 from verifier.errors import CkptgateError, UsageError
 
 
 @contextmanager
 def errors_as(format_: str) -> Iterator[None]:
-    """With the format ``json``, print an error as ``{"error": …}`` on stdout; exit with its code.
+    """Where JSON goes to stdout, print an error there as ``{"error": …}``; exit with its code.
 
     A usage error stays a message on stderr.
     """
@@ -23,7 +24,7 @@ def errors_as(format_: str) -> Iterator[None]:
     except UsageError:
         raise
     except CkptgateError as error:
-        if format_ != "json":
+        if format_ != "json" or not is_on_stdout():
             raise
         click.echo(json.dumps({"error": str(error)}, indent=2))
         raise click.exceptions.Exit(error.exit_code) from error

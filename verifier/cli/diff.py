@@ -6,8 +6,9 @@ from __future__ import annotations
 import click
 
 from verifier.cli.common import errors_as
-from verifier.cli.options import FORMAT, depth
+from verifier.cli.options import depth
 from verifier.cli.progress import progress_bar
+from verifier.cli.results import RESULT, write_result
 from verifier.cli.spellings import RenamedOptions
 from verifier.inspect.diff import diff as compare
 from verifier.inspect.render import diff_json, diff_text
@@ -21,7 +22,7 @@ from verifier.inspect.render import diff_json, diff_text
     "payload",
     explanation="header: names, shapes, dtypes, configs. payload: also bytes of common tensors.",
 )
-@FORMAT
+@RESULT
 @click.pass_context
 def diff(ctx: click.Context, a: str, b: str, depth: str, format_: str) -> None:
     """Compare the checkpoints A and B: names, dtypes, shapes, configs, sizes, precision.
@@ -31,5 +32,5 @@ def diff(ctx: click.Context, a: str, b: str, depth: str, format_: str) -> None:
     """
     with errors_as(format_), progress_bar("comparing", unit="byte") as progress:
         result = compare(a, b, payload=depth == "payload", progress=progress)
-    click.echo(diff_json(result) if format_ == "json" else diff_text(result), nl=False)
+    write_result(diff_json(result) if format_ == "json" else diff_text(result))
     ctx.exit(0 if result.equal else 1)

@@ -16,9 +16,10 @@ import click
 
 from verifier import gate as gate_api
 from verifier.checkpoint import local_directory, open_checkpoint
-from verifier.cli.options import FORMAT, OVERWRITE, UNITS
+from verifier.cli.options import OVERWRITE, UNITS
 from verifier.cli.progress import progress_bar
 from verifier.cli.recording import Recording, record, recording_options, require_recordable
+from verifier.cli.results import RESULT, write_result
 from verifier.cli.spellings import RenamedOptions
 from verifier.cli.terminal import on_interrupt
 from verifier.cli.units import ScoreJob
@@ -229,7 +230,7 @@ def _scalar(text: str) -> str | int | float | bool:
 @BATCH_SIZE
 @WORKERS
 @_scorer_options
-@FORMAT
+@RESULT
 @recording_options
 @click.pass_context
 def gate(
@@ -270,7 +271,7 @@ def gate(
 
 def _print_plan(plan: gate_api.GatePlan, format_: str) -> None:
     render = gate_api.render_plan_json if format_ == "json" else gate_api.render_plan_text
-    click.echo(render(plan), nl=False)
+    write_result(render(plan))
 
 
 @click.command(cls=RenamedOptions, renamed=_RENAMED)
@@ -351,7 +352,7 @@ def score(
 @_MAX_DRIFT
 @_MAX_KL
 @_FLOOR
-@FORMAT
+@RESULT
 @recording_options
 def compare(
     base: str,
@@ -405,7 +406,7 @@ def _finish(result: GateResult, format_: str, recording: Recording, started: flo
     """Print the result, put it on record where that is asked for, and return the exit code."""
     seconds = time.monotonic() - started
     render = gate_api.render_json if format_ == "json" else gate_api.render_text
-    click.echo(render(result), nl=False)
+    write_result(render(result))
     return record(result, result.exit_code, recording, seconds)
 
 

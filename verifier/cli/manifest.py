@@ -7,7 +7,7 @@ import click
 
 from verifier.cli.common import errors_as
 from verifier.cli.groups import CommandGroup
-from verifier.cli.options import FORMAT
+from verifier.cli.results import RESULT, write_result
 from verifier.published import compare_published, published_json, published_text, read_manifest
 
 
@@ -30,7 +30,7 @@ def manifest() -> None:
     is_flag=True,
     help="Read large files too where the server knows no SHA-256 (object stores, web servers).",
 )
-@FORMAT
+@RESULT
 @click.pass_context
 def verify(ctx: click.Context, path: str, file: str, read_all: bool, format_: str) -> None:
     """Compare the files at PATH, usually an address, with a manifest.
@@ -43,5 +43,5 @@ def verify(ctx: click.Context, path: str, file: str, read_all: bool, format_: st
     """
     with errors_as(format_):
         result = compare_published(path, read_manifest(file), read_all=read_all)
-    click.echo(published_json(result) if format_ == "json" else published_text(result), nl=False)
+    write_result(published_json(result) if format_ == "json" else published_text(result))
     ctx.exit(result.exit_code)

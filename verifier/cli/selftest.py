@@ -7,8 +7,8 @@ import json
 
 import click
 
-from verifier.cli.options import FORMAT
 from verifier.cli.progress import progress_bar
+from verifier.cli.results import RESULT, write_result
 from verifier.cli.spellings import RenamedOptions
 from verifier.selftest.runner import as_json, lines
 from verifier.selftest.runner import selftest as run
@@ -18,7 +18,7 @@ from verifier.selftest.runner import selftest as run
 @click.option(
     "--rule", "rules", metavar="RULE", multiple=True, help="Verify this rule only; repeatable."
 )
-@FORMAT
+@RESULT
 @click.pass_context
 def selftest(ctx: click.Context, rules: tuple[str, ...], format_: str) -> None:
     """Verify every rule on this machine: valid tiny checkpoints pass, and every injected defect is
@@ -30,5 +30,5 @@ def selftest(ctx: click.Context, rules: tuple[str, ...], format_: str) -> None:
     with progress_bar("verifying rules", unit="checkpoint") as progress:
         result = run([r.upper() for r in rules], progress=progress)
     text = json.dumps(as_json(result), indent=2) if format_ == "json" else "\n".join(lines(result))
-    click.echo(text)
+    write_result(f"{text}\n")
     ctx.exit(0 if result.passed else 1)

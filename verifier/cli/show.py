@@ -6,7 +6,7 @@ from __future__ import annotations
 import click
 
 from verifier.cli.common import errors_as
-from verifier.cli.options import FORMAT
+from verifier.cli.results import RESULT, write_result
 from verifier.errors import UsageError
 from verifier.inspect.render import show_json, show_text
 from verifier.inspect.show import show as inspect_block
@@ -23,7 +23,7 @@ INDEX = click.IntRange(0, 2**62)
 @click.option(
     "--base", metavar="PATH", help="Also show this checkpoint's values and the nearest codes."
 )
-@FORMAT
+@RESULT
 def show(
     path: str,
     tensor: str,
@@ -42,4 +42,4 @@ def show(
         raise UsageError("use --byte, or --row and --block, not both")
     with errors_as(format_):
         result = inspect_block(path, tensor, row=row, block=block, byte=byte, base=base)
-    click.echo(show_json(result) if format_ == "json" else show_text(result), nl=False)
+    write_result(show_json(result) if format_ == "json" else show_text(result))

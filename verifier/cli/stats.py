@@ -6,8 +6,9 @@ from __future__ import annotations
 import click
 
 from verifier.cli.common import errors_as
-from verifier.cli.options import FORMAT, depth
+from verifier.cli.options import depth
 from verifier.cli.progress import progress_bar
+from verifier.cli.results import RESULT, write_result
 from verifier.inspect.render import stats_json, stats_text
 from verifier.inspect.stats import stats as count
 
@@ -20,7 +21,7 @@ from verifier.inspect.stats import stats as count
     explanation="header: formats, sizes, bits per parameter. payload: also the values of every "
     "scale.",
 )
-@FORMAT
+@RESULT
 @click.pass_context
 def stats(ctx: click.Context, path: str, depth: str, format_: str) -> None:
     """Count formats, sizes, bits per parameter and scale values of the checkpoint at PATH.
@@ -29,5 +30,5 @@ def stats(ctx: click.Context, path: str, depth: str, format_: str) -> None:
     """
     with errors_as(format_), progress_bar("reading scales", unit="byte") as progress:
         result = count(path, depth=depth, progress=progress)
-    click.echo(stats_json(result) if format_ == "json" else stats_text(result), nl=False)
+    write_result(stats_json(result) if format_ == "json" else stats_text(result))
     ctx.exit(1 if result.problems else 0)
