@@ -18,7 +18,7 @@ from verifier import __version__
 from verifier.checkpoint import Checkpoint, open_checkpoint
 from verifier.errors import PlanError
 from verifier.manifest import File, Manifest, SourceRecord, digest
-from verifier.schemes import gather, read_declarations, split
+from verifier.schemes import Format, gather, read_declarations, split
 
 Role = Literal["source", "onto", "experts", "base"]
 
@@ -46,10 +46,22 @@ def declares_kv_cache(plan: Plan) -> bool:
 def adaptations(plan: Plan) -> list[str]:
     """Return what a plan and the declaration of its result change so that engines load it."""
     modules = {split(spec.name)[0]: None for spec in plan.specs if len(spec.shape) >= 2}
-    formats = plan.modules
+    formats = {**_kept_formats(plan), **plan.modules}
     unquantized = [name for name in modules if name not in formats]
     needs = needs_of(formats, unquantized, plan.kept.config, plan.engines)
     return [*plan.adapted, *needs.notes]
+
+
+def _kept_formats(plan: Plan) -> dict[str, Format]:
+    """Return the formats of the quantized modules that a plan copies."""
+    dtypes = {spec.name: spec.dtype for spec in plan.specs}
+    return {
+        module.name: module.inferred_format
+        for module in gather(plan.kept.tensors.values()).values()
+        if module.inferred_format is not None
+        and module.weight is not None
+        and dtypes.get(module.weight.name) == module.weight.dtype
+    }
 
 
 def manifest_of(

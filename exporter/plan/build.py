@@ -5,7 +5,7 @@ read.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -34,6 +34,7 @@ from exporter.plan.stats_file import ActivationStats
 from exporter.recipes import KvName, Recipe
 from verifier.checkpoint import Checkpoint
 from verifier.errors import PlanError, UsageError
+from verifier.layouts.engine_needs import unread_kv_scales
 from verifier.layouts.expert_stacks import StackLayout, UnstackedCheckpoint
 from verifier.schemes import (
     ENGINE_NAMES,
@@ -175,7 +176,7 @@ def build(
         tuple(actions),
         tuple(skipped),
         options,
-        fit.notes,
+        (*fit.notes, *_kv_notes(kv_scales, source.model_type, choices.engines)),
         choices.engines,
     )
     require_every_tensor_once(plan)
@@ -447,3 +448,14 @@ def _kv_scales(
             )
         scales.append(Constant(f"{name}.{kind}_scale", amax / KV_RANGE))
     return scales
+
+
+def _kv_notes(
+    scales: Sequence[Constant], family: str | None, engines: Iterable[Engine]
+) -> Iterator[str]:
+    """Yield which KV scales an engine does not read."""
+    for unread in unread_kv_scales(family, engines) if scales else ():
+        yield (
+            f"{ENGINE_NAMES[unread.engine]}: does not read the KV scales of {unread.layers} and "
+            f"uses 1.0 there ({unread.source})"
+        )

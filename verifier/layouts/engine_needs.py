@@ -87,6 +87,23 @@ class UnreadFormat:
     source: str
 
 
+@dataclass(frozen=True, slots=True)
+class UnreadKvScales:
+    """KV scales that an engine does not read, although it quantizes the cache.
+
+    Attributes:
+        engine: who does not read them.
+        families: the ``model_type`` of the families.
+        layers: which layers' scales.
+        source: where this is written.
+    """
+
+    engine: Engine
+    families: frozenset[str]
+    layers: str
+    source: str
+
+
 ASKED_NAMES: tuple[AskedName, ...] = (
     AskedName(
         "vllm",
@@ -144,6 +161,14 @@ UNREAD_FORMATS: tuple[UnreadFormat, ...] = (
         "vLLM 0.32 models/minimax_m3/nvidia/model.py, run on a CPU",
     ),
 )
+UNREAD_KV_SCALES: tuple[UnreadKvScales, ...] = (
+    UnreadKvScales(
+        "vllm",
+        _MINIMAX_M3,
+        "layers with sparse attention",
+        "vLLM 0.32 models/minimax_m3/nvidia/model.py, run on a CPU",
+    ),
+)
 
 
 def untensored_heads(modules: Iterable[str], config: Mapping[str, Any] | None) -> tuple[str, ...]:
@@ -177,4 +202,12 @@ def unread_formats(
     names, readers = set(formats), set(engines)
     for unread in UNREAD_FORMATS:
         if unread.format in names and family in unread.families and unread.engine in readers:
+            yield unread
+
+
+def unread_kv_scales(family: str | None, engines: Iterable[Engine]) -> Iterator[UnreadKvScales]:
+    """Yield the KV scales of a family that engines do not read."""
+    readers = set(engines)
+    for unread in UNREAD_KV_SCALES:
+        if family in unread.families and unread.engine in readers:
             yield unread

@@ -21,7 +21,11 @@ from verifier.text import counted
     consumers=("vLLM", "transformers"),
     sources=("vllm-project/vllm#54230", "Blaizzy/mlx-vlm#1464", "JustVugg/colibri#1479"),
     engines={
-        "vllm": ("error", "reads every tensor of the files it selects, and the last one wins"),
+        "vllm": (
+            "error",
+            "reads every tensor of the files that the index names, in order; the last one wins, "
+            "silently",
+        ),
     },
 )
 def check(ctx: Context) -> Iterator[Finding]:
@@ -33,9 +37,10 @@ def check(ctx: Context) -> Iterator[Finding]:
     **Why it happens.** Shards of an older export were left in the directory, or overlay files
     repeat names.
 
-    **Impact.** vLLM reads every tensor of the files that the index names, and the last one wins:
-    wrong weights, silently; it does not read a file that the index omits. Readers that follow the
-    index never see a tensor that it does not list.
+    **Impact.** vLLM reads every tensor of the files that the index names, listed or not, and the
+    last one of a name wins: wrong weights, silently. A file that the index omits it does not read;
+    without an index it reads every file. Readers that follow the index never see a tensor that it
+    does not list.
 
     **Fix.** Remove the stray files, then rebuild the index from the shard headers.
     """

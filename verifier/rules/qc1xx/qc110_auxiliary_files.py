@@ -73,7 +73,8 @@ _IMPORT = re.compile(r"^[ \t]*from[ \t]+\.(\w+)[ \t]+import\b", re.MULTILINE)
     engines={
         "vllm": (
             "error",
-            "does not start without a tokenizer (vllm-project/vllm#46641)",
+            "loads the weights, but its server does not start without a tokenizer "
+            "(vllm-project/vllm#46641), and a lost template or end token is silent",
         )
     },
 )
@@ -90,8 +91,9 @@ def check(ctx: Context) -> Iterator[Finding]:
     **Why it happens.** The exporter saved only the weights; an upload filter took ``*.safetensors``
     and ``config.json``; or Git LFS left a pointer in place of a file.
 
-    **Impact.** The server does not start, or starts with the wrong chat template or without the
-    end-of-turn token.
+    **Impact.** Engines load weights without these files. Without a tokenizer, a processor or the
+    code that an ``auto_map`` names the server does not start; without a chat template or generation
+    config it does, with the wrong prompt or without the end-of-turn token.
 
     **Fix.** Copy the files from the source checkpoint.
     """

@@ -52,7 +52,8 @@ def check(ctx: Context) -> Iterator[Finding]:
 
     **Impact.** vLLM stops at a layer with only one of the two scales. It uses 1.0 in a layer
     without both: values above 448 are clipped in that layer only.
-    A scale on a module that the loader does not map raises KeyError or is lost.
+    A scale on a module that the loader does not map raises KeyError or is lost: vLLM 0.32 reads
+    none in layers of MiniMax-M3 with sparse attention, and uses 1.0 there.
 
     **Fix.** Calibrate the cache in all layers, or drop all KV scales and keep the declaration.
     """

@@ -21,7 +21,11 @@ from verifier.schemes import ENGINES, Declaration, Module, expert_key, packed_na
     consumers=("TensorRT-LLM", "vLLM", "SGLang"),
     sources=("kekzl/imp#1385",),
     engines={
-        "vllm": ("error", "builds a module without an entry unquantized"),
+        "vllm": (
+            "error",
+            "builds a linear layer unquantized if its fused group has no entry; the experts of a "
+            "layer take their first entry",
+        ),
         "trtllm": ("error", "drops the scales of unlisted modules, and activations explode"),
     },
 )
@@ -37,7 +41,10 @@ def check(ctx: Context) -> Iterator[Finding]:
     exporter's in-memory model.
 
     **Impact.** TensorRT-LLM matches names exactly and drops the scales of unlisted modules, so that
-    activations explode; vLLM builds a module without any entry unquantized.
+    activations explode. vLLM builds a linear layer unquantized if no projection that it fuses with
+    it has an entry, and then stops at the scales. It gives all experts of a layer the format of the
+    first entry below them, so that a missing or wrong entry after it has no effect, and an
+    entry without a module has none either.
 
     **Fix.** Write one entry per stored module.
     """

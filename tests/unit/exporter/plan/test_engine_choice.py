@@ -58,6 +58,12 @@ def exclusions(folder: Path) -> list[str]:
     return listed
 
 
+def adapted(folder: Path) -> list[str]:
+    manifest = json.loads((folder / "ckptgate_manifest.json").read_text())
+    notes: list[str] = manifest["notes"]["adapted"]
+    return notes
+
+
 def formats(plan: exporter.Plan) -> dict[str, str]:
     return {name: fmt.name for name, fmt in plan.modules.items()}
 
@@ -215,6 +221,11 @@ def test_a_projection_that_vllm_asks_for_by_the_name_in_transformers(tmp_path: P
     recipe.write_text("name: o\nrules:\n  - modules: ['*.o_proj']\n    format: mxfp8\n")
     exporter.export(source, tmp_path / "plain", recipe=recipe)
     assert asked in exclusions(tmp_path / "plain")
+    (note,) = adapted(tmp_path / "plain")
+    assert "self_attn.q_gate_proj, which is excluded, too" in note
+    exporter.export(source, tmp_path / "onto", recipe=recipe, onto=tmp_path / "out")
+    (note,) = adapted(tmp_path / "onto")
+    assert "self_attn.q_gate_proj, which is declared, too" in note
 
 
 def test_block_fp8_of_minimax_m3_is_refused_for_vllm(tmp_path: Path) -> None:
@@ -244,3 +255,26 @@ def test_a_tile_of_scales_that_reaches_into_the_next_projection(tmp_path: Path) 
     assert [(f.severity, f.where.tensor) for f in findings] == [
         ("error", "model.layers.0.mlp.gate_proj.weight")
     ]
+
+
+def test_kv_scales_that_vllm_does_not_read_are_reported(tmp_path: Path) -> None:
+    stats = RawShard({"format": "pt"})
+    for layer in range(4):
+        for kind in "kv":
+            name = f"language_model.model.layers.{layer}.self_attn.{kind}_proj.{kind}_amax"
+            stats.entries[name] = ("F32", (), np.float32(8).tobytes())
+    write_shard(tmp_path / "stats", stats)
+    for engine, words in (
+        ("vllm", "the KV scales of layers with sparse attention"),
+        ("sglang", ""),
+    ):
+        plan = exporter.plan_export(
+            M3 / "bf16",
+            recipe="mxfp8_default",
+            kv_cache="fp8",
+            stats=tmp_path / "stats",
+            engine=engine,  # type: ignore[arg-type]
+        )
+        notes = [note for note in plan.adapted if "KV scales" in note]
+        assert len(notes) == bool(words)
+        assert all(words in note for note in notes)
