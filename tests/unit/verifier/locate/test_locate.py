@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,12 @@ import exporter
 from tests.paths import ROOT
 from verifier.checkpoint import open_checkpoint
 from verifier.cli import run
-from verifier.gate import load_corpus
+from verifier.gate import load_corpus, write_run
+from verifier.gate.jobs import UnitScores
+from verifier.gate.options import ScoringOptions
+from verifier.gate.score import JobScores, run_of
+from verifier.gate.scorers.transformers import score
+from verifier.gate.windows import plan_scoring
 from verifier.load.model import load_model
 from verifier.locate import LocateOptions, locate
 from verifier.locate.page import render_page
@@ -112,6 +118,27 @@ def test_the_damaged_module_is_blamed(
     page = render_page(result)
     assert 'class="failed" fill-opacity="1.00"><title>layer 1 experts: +' in page
     assert page.count('class="failed" fill-opacity="1.00"') == 2  # the cell and the legend
+
+
+def test_an_accepted_run_is_the_reference(export: Path, corpus: Path, tmp_path: Path) -> None:
+    checkpoint, scores = open_checkpoint(export), list[UnitScores]()
+    options = ScoringOptions(load_corpus(str(corpus)), top_k=64)
+    plan = plan_scoring([checkpoint], options)
+    environment = score(replace(options.job(str(export)), units=plan.units), scores.append)
+    accepted = run_of(plan, checkpoint, JobScores({s.unit: s for s in scores}, environment), 0.0)
+    write_run(tmp_path / "accepted.run", accepted)
+    asked = LocateOptions(options.corpus, drift_against=tmp_path / "accepted.run")
+    assert locate(export, BASE, asked).exit_code == 0
+    folder = shutil.copytree(export, tmp_path / "damaged")
+    editor = CheckpointEditor(folder)
+    for name in editor.tensors():
+        if ".layers.2." in name and name.endswith("weight_scale_2"):
+            editor.store(name, (editor.array(name) * np.float32(1.5)).astype(np.float32))
+    result = locate(folder, BASE, asked)
+    assert result.exit_code == 1
+    assert "the accepted run of" in result.source
+    assert place(result.blames[0]) == "layer 2 experts"
+    assert result.cost <= 3
 
 
 def test_a_damaged_router_is_blamed(
