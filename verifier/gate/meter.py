@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from verifier.gate.jobs import Unit
 from verifier.progress import Progress
@@ -21,7 +21,7 @@ class ModelMeter:
         kept: numbers of the units that are scored already.
     """
 
-    def __init__(self, model: str, units: Sequence[Unit], kept: Sequence[int] = ()) -> None:
+    def __init__(self, model: str, units: Sequence[Unit], kept: Collection[int] = ()) -> None:
         self.model = model
         owners = {owner for u in units for window in u.windows for owner in window[1]}
         self.documents = len(owners | {number for u in units for number, _ in u.texts})
