@@ -84,7 +84,7 @@ def gate_page(work: Path) -> None:
     result = ckptgate(work, "gate", "M3-NVFP4", "--base", "bf16", *corpus, "--format", "json")
     (work / "gate.json").write_text(result, encoding="utf-8")
     ckptgate(work, "report", "gate.json", "--golden", "M3-NVFP4.golden.json", "-o", "gate.html")
-    screenshot(work / "gate.html", "report-gate-light.png", LIGHT, "900,1000")
+    screenshot(work / "gate.html", "report-gate-light.png", LIGHT, "900,880")
 
 
 def main() -> None:

@@ -81,8 +81,9 @@ def _over_time(file: str, results: Sequence[Result], measure: str) -> Figure:
             f"{file}: no run of {', '.join(sorted(names))} among {len(history.records):,}"
         )
     lines = [*change_lines(records, measure), *trend_lines(records)][:10]
-    words = " ".join(f"{line.strip()}." for line in lines)
-    return Figure(f"{measure} over time", words or "No change point.", draw(records, measure))
+    changes = "; ".join(line.strip() for line in lines) or "no change point"
+    words = f"A dot is a run, the ribbon its interval, a dotted line a change; {changes}."
+    return Figure(f"{measure} over time", words, draw(records, measure))
 
 
 def _with_drift(result: Result, file: str) -> tuple[Result, list[Figure]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -212,14 +213,25 @@ def _find(checkpoint: Checkpoint, text: str) -> tuple[Tensor, Location]:
     for name, tensor in tensors.items():
         if not name.isprintable() and printable(name) == location.name:
             return tensor, replace(location, name=name)
-    patterns: dict[str, str] = {}
-    for name in tensors:
-        patterns.setdefault(collapse(name), name)
-    near = difflib.get_close_matches(collapse(location.name), list(patterns), n=3, cutoff=0.5)
-    names = [with_numbers_of(location.name, n, tensors) or patterns[n] for n in near]
+    names = _near(location.name, tensors)
     hint = f". Did you mean {', '.join(names)}?" if names else ""
     missing = printable(location.name, 200)
     raise ContentError(f"{checkpoint.uri}: no tensor {missing!r}{printable(hint, 600)}")
+
+
+def _near(name: str, tensors: Collection[str]) -> list[str]:
+    """Return the tensors that a mistyped name probably means: a whole name, or the end of one."""
+    patterns: dict[str, str] = {}
+    ends: dict[str, str] = {}
+    parts = name.count(".") + 1
+    for known in tensors:
+        patterns.setdefault(collapse(known), known)
+        for length in (parts, parts + 1):  # of the module, or of one of its tensors
+            ends.setdefault(".".join(known.split(".")[-length:]), known)
+    near = difflib.get_close_matches(collapse(name), list(patterns), n=3, cutoff=0.5)
+    if near:
+        return [with_numbers_of(name, n, tensors) or patterns[n] for n in near]
+    return [ends[end] for end in difflib.get_close_matches(name, list(ends), n=3, cutoff=0.5)]
 
 
 def _whole(module: Module, fmt: Format) -> bool:

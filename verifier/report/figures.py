@@ -20,7 +20,7 @@ MAX_CELLS = 5_000
 MAX_COLUMNS = 512
 MAX_SERIES = 6
 MAX_POINTS = 500
-MAX_LABELS = 8
+MAX_LABELS = 6
 WORST = 10
 STANDS_OUT = 0.05
 """How far the worst cell is from the median, as a share of a fixed scale, to be framed."""
@@ -113,7 +113,7 @@ def _forest_row(row: Row, x: svg.Axis, y: float, left: float, right: float) -> l
         svg.line(x(i.high), y - 5, x(i.high), y + 5, row.verdict),
         svg.dot(x(i.delta), y, row.verdict, f"{i.delta:+.6f} [{i.low:+.6f}, {i.high:+.6f}]"),
         svg.line(x(row.margin), y - 13, x(row.margin), y + 13, "margin"),
-        svg.text(x(row.margin) + offset, y - 10, f"margin {row.margin:.4g}", "soft", anchor),
+        svg.text(x(row.margin) + offset, y - 10, f"margin {row.margin:.3g}", "soft", anchor),
         svg.text(svg.WIDTH - 4, y + 4, label, f"{row.verdict} label", "end"),
     ]
 
@@ -126,17 +126,23 @@ def _in_words(row: Row) -> str:
     )
 
 
+def worst_of(deltas: Sequence[tuple[str, float]]) -> int:
+    """Return how many documents are shown as the worst: a fifth of them, at most ten."""
+    return min(WORST, max(1, len(deltas) // 5))
+
+
 def documents(deltas: Sequence[tuple[str, float]], mean: float) -> str:
-    """Return the loss of each document, smallest first; the worst ten are numbered.
+    """Return the loss of each document, smallest first; the worst are numbered.
 
     Args:
         deltas: (name of the document, its mean loss in nats per token).
         mean: the loss over all tokens; NaN where there is none.
     """
     ordered = sorted((d for d in deltas if math.isfinite(d[1])), key=lambda d: d[1])
-    worst = {name for name, _ in ordered[-WORST:]}
+    last = ordered[-worst_of(ordered) :]
+    worst = {name for name, _ in last}
     step = max(1, math.ceil(len(ordered) / MAX_BARS))
-    # Of many documents every step-th is drawn, and the worst ten always.
+    # Of many documents every step-th is drawn, and the worst always.
     bars = [d for i, d in enumerate(ordered) if i % step == 0 or d[0] in worst]
     low, high = svg.bounds([*(value for _, value in bars), 0.0])
     left, right, top, bottom = 70.0, svg.WIDTH - 10.0, 24.0, 250.0
@@ -152,7 +158,7 @@ def documents(deltas: Sequence[tuple[str, float]], mean: float) -> str:
         ]
     caption = f"{len(ordered):,} documents, smallest first; nats per token"
     parts.append(svg.text((left + right) / 2, bottom + 22, caption, "soft", "middle"))
-    names = ", ".join(f"{name} {value:+.5f}" for name, value in reversed(ordered[-WORST:]))
+    names = ", ".join(f"{name} {value:+.5f}" for name, value in reversed(last))
     alt = f"The mean is {mean:+.5f}. The worst documents: {names}"
     return svg.plot(parts, bottom + 32, "Loss by document", alt)
 

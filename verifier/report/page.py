@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib import resources
 from typing import Any
 
@@ -14,7 +16,7 @@ from jinja2 import DictLoader, Environment, StrictUndefined, Template
 from markupsafe import Markup
 
 from verifier import __version__
-from verifier.evaluation import ExpertReach, GateResult, Interval, Kl
+from verifier.evaluation import Drift, ExpertReach, GateResult, Interval, Kl
 from verifier.findings import SEVERITIES, Finding, Report
 from verifier.report import figures, svg
 from verifier.report.figures import Figure, Row
@@ -81,7 +83,11 @@ def _template() -> Template:
 
 
 def _forest(gates: Sequence[GateResult]) -> list[Figure]:
-    rows = [row for gate in gates for row in _rows(gate)]
+    names = Counter(map(_name, gates))
+    rows = []
+    for gate in gates:
+        corpus = f", {gate.key.get('corpus', '?')}" if names[_name(gate)] > 1 else ""
+        rows += [replace(row, label=row.label + corpus) for row in _rows(gate)]
     if not rows:
         return []
     words = (
@@ -158,13 +164,13 @@ def _deltas(gate: GateResult) -> list[tuple[str, float]]:
 def _documents_figure(gate: GateResult, deltas: Sequence[tuple[str, float]]) -> Figure:
     # Without an interval there is no mean loss: logits were not finite.
     mean = gate.interval.delta if gate.interval is not None else math.nan
-    worst = sorted(deltas, key=lambda item: -item[1])[: figures.WORST]
+    worst = sorted(deltas, key=lambda item: -item[1])[: figures.worst_of(deltas)]
     table = (
         ("document", "nats per token", "times the mean"),
         *((name, f"{v:+.5f}", f"{v / mean:.1f}" if mean else "") for name, v in worst),
     )
     words = (
-        "Per-document Δloss (candidate - base), the largest ten in amber with their numbers. A "
+        "Per-document Δloss (candidate - base), the largest in amber with their numbers. A "
         "damaged expert can show as a few documents far above the rest."
     )
     return Figure(f"Documents of {_name(gate)}", words, figures.documents(deltas, mean), table)
@@ -194,7 +200,7 @@ def _gate_section(gate: GateResult) -> dict[str, Any]:
         ("corpus", f"{key.get('corpus', '?')}, {key.get('documents', '?')} documents"),
         ("protocol", f"{key.get('protocol', '?')}, seq-len {key.get('window', '?')}"),
         ("activations", str(key.get("activations", "bf16"))),
-        ("margin", f"{gate.margin.nats:.6g} {unit} ({gate.margin.source})"),
+        ("margin", f"{gate.margin.nats:.3g} {unit} ({gate.margin.source})"),
         _score_fact(gate),
     ]
     if gate.interval is not None:
@@ -204,18 +210,41 @@ def _gate_section(gate: GateResult) -> dict[str, Any]:
     if gate.measures.kl is not None:
         facts.append(("KL", _kl(gate.measures.kl)))
     if (top1 := gate.measures.top1) is not None:
-        facts.append(("top-1 agreement", _interval(top1)))
+        bounds = f"[{top1.low:.2%}, {top1.high:.2%}]"
+        facts.append(("top-1 agreement", f"{top1.delta:.2%} {bounds}"))
     if gate.nonfinite:
         documents = counted(len(gate.nonfinite), "document")
         owner = "the base's " if gate.nonfinite_base else ""
         facts.append(("not finite", f"{owner}logits in {documents}; no statistics"))
-    if drift := _kl_drift(gate):
-        facts.append(("drift", drift))
+    if gate.drift is not None:
+        facts.append(("drift", _kl_drift(gate) or _loss_drift(gate.drift, unit)))
     facts += [("doubt", doubt) for doubt in gate.doubts]
     facts += [("note", note) for note in gate.notes[:20]]
     environment = [f"{name} {value}" for name, value in gate.environment.items()]
     facts.append(("environment", ", ".join(environment)))
-    return {"name": gate.candidate, "base": gate.base, "verdict": gate.outcome, "facts": facts}
+    return {
+        "name": gate.candidate,
+        "base": gate.base,
+        "verdict": gate.outcome,
+        "drift": _drift_verdict(gate),
+        "facts": facts,
+    }
+
+
+def _drift_verdict(gate: GateResult) -> str:
+    """Return the verdict over a record that the gate itself was not decided by, '' for none."""
+    drift = gate.drift
+    if drift is None or drift.kl is not None:
+        return ""
+    return _verdict(drift.interval, drift.margin.nats)
+
+
+def _loss_drift(drift: Drift, unit: str) -> str:
+    loss, verdict = drift.interval, _verdict(drift.interval, drift.margin.nats)
+    return (
+        f"{loss.delta:+.5f} [{loss.low:+.5f}, {loss.high:+.5f}] {unit} over the accepted record, "
+        f"margin {drift.margin.nats:.3g}: {verdict}"
+    )
 
 
 def _score_fact(gate: GateResult) -> tuple[str, str]:
@@ -235,18 +264,13 @@ def _loss_fact(loss: Interval, unit: str) -> str:
 
 
 def _number(value: float) -> str:
-    return f"{value:.6g}" if math.isfinite(value) else "?"
-
-
-def _interval(interval: Interval) -> str:
-    low, high = _number(interval.low), _number(interval.high)
-    return f"{_number(interval.delta)} [{low}, {high}]"
+    return f"{value:,.4f}" if math.isfinite(value) else "?"
 
 
 def _kl(kl: Kl) -> str:
-    margin = f", margin {_number(kl.margin.nats)}" if kl.margin is not None else ""
-    tail = f"99.9% quantile {_number(kl.tail[0])} nats"
-    return f"mean {_interval(kl.mean)}{margin}, {tail} ({kl.kind})"
+    mean = f"mean {kl.mean.delta:.5f} [{kl.mean.low:.5f}, {kl.mean.high:.5f}]"
+    margin = f", margin {kl.margin.nats:.3g}" if kl.margin is not None else ""
+    return f"{mean}{margin}, 99.9% quantile {_number(kl.tail[0])} nats ({kl.kind})"
 
 
 def _check_section(check: Report, limit: int) -> dict[str, Any]:

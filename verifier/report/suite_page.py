@@ -48,7 +48,7 @@ def render_suite_page(result: SuiteResult) -> str:
                 if f is not None
             ],
             style=Markup(svg.COLORS + svg.STYLE),  # noqa: S704  (a constant)
-            level=f"{1 - 2 * result.alpha:.4g}",
+            level=f"{100 - 200 * result.alpha:.4g}%",
         )
         + "\n"
     )
@@ -65,7 +65,11 @@ def _picture(result: SuiteResult, measure: str) -> Figure | None:
     if not rows:
         return None
     title, unit = _TITLES[measure]
-    return Figure(title, f"The red mark is the margin; {unit}.", figures.forest(rows, unit))
+    words = (
+        "Each entry with its interval; the upright mark is the margin. Green: the interval ends "
+        "before it; red: it is shown to be beyond it; amber: open."
+    )
+    return Figure(title, words, figures.forest(rows, unit))
 
 
 def _drawable(entry: EntryResult) -> list[Criterion]:

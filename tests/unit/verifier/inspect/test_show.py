@@ -289,6 +289,11 @@ def test_locations(text: str, place: Location) -> None:
     ("argv", "code", "words"),
     [
         (
+            ["experts.5.up_prj"],
+            1,
+            "no tensor 'experts.5.up_prj'. Did you mean model.layers.0.mlp.experts.5.up_proj.",
+        ),
+        (
             ["model.layer.0.mlp.gate"],
             1,
             "no tensor 'model.layer.0.mlp.gate'. Did you mean model.layers.0.mlp.gate.weight",
