@@ -229,9 +229,12 @@ def _near(name: str, tensors: Collection[str]) -> list[str]:
         for length in (parts, parts + 1):  # of the module, or of one of its tensors
             ends.setdefault(".".join(known.split(".")[-length:]), known)
     near = difflib.get_close_matches(collapse(name), list(patterns), n=3, cutoff=0.5)
-    if near:
-        return [with_numbers_of(name, n, tensors) or patterns[n] for n in near]
-    return [ends[end] for end in difflib.get_close_matches(name, list(ends), n=3, cutoff=0.5)]
+    numbered = [with_numbers_of(name, pattern, tensors) for pattern in near]
+    if not any(numbered):
+        near_ends = difflib.get_close_matches(name, list(ends), n=3, cutoff=0.5)
+        if near_ends:
+            return [ends[end] for end in near_ends]
+    return [known or patterns[n] for known, n in zip(numbered, near, strict=True)]
 
 
 def _whole(module: Module, fmt: Format) -> bool:
