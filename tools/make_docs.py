@@ -23,6 +23,7 @@ from draw_formats import drawings
 from goldens_page import damage_lines
 from goldens_page import page as goldens_page
 from reference_pages import command_line_page, python_page
+from scale_page import scale_lines
 
 from verifier.errors import EXIT_CODES
 from verifier.layouts.family import known
@@ -42,6 +43,7 @@ FAMILIES = {
 MARK = ("<!-- coverage: rendered by tools/make_docs.py -->", "<!-- end of coverage -->")
 SUITE = ("<!-- suite: rendered by tools/make_docs.py -->", "<!-- end of suite -->")
 DAMAGE = ("<!-- damage: rendered by tools/make_docs.py -->", "<!-- end of damage -->")
+COSTS = ("<!-- costs: rendered by tools/make_docs.py -->", "<!-- end of costs -->")
 LOCATED = ("<!-- located: rendered by tools/make_docs.py -->", "<!-- end of located -->")
 NOT_YET = {
     "QC108 shared storage at save": "cannot occur in a file; the key that it loses is reported by "
@@ -508,6 +510,17 @@ def remote_page() -> str:
     return text[:before] + table + text[after:]
 
 
+def scale_page() -> str:
+    """Return docs/scale.md with its costs, from what benchmarks/real.py measured."""
+    text = (DOCS / "scale.md").read_text(encoding="utf-8")
+    results = DOCS.parent / "benchmarks" / "results" / "real.json"
+    if not results.is_file():
+        return text
+    before, after = text.index(COSTS[0]), text.index(COSTS[1])
+    lines = scale_lines(json.loads(results.read_text(encoding="utf-8")))
+    return text[:before] + "\n".join([COSTS[0], "", *lines, ""]) + text[after:]
+
+
 def gate_page() -> str:
     """Return docs/gate.md with its table of coverage, from the results that the benchmark wrote."""
     r = json.loads(
@@ -812,6 +825,7 @@ def main() -> int:
     pages |= {"suite.md": suite_page(), "families.md": families_page()}
     pages |= {"goldens.md": goldens_page(), "locate.md": locate_page()}
     pages |= {"command-line.md": command_line_page(), "python.md": python_page(), **drawings()}
+    pages |= {"scale.md": scale_page()}
     for name, text in pages.items():
         file = DOCS / name
         if "--check" in sys.argv:

@@ -40,6 +40,7 @@ EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
     "hub": (("huggingface_hub", "httpx2"), "hf:// and https:// addresses"),
     "s3": (("s3fs",), "s3:// addresses"),
     "gs": (("gcsfs",), "gs:// addresses"),
+    "ray": (("ray",), "--ray: work on the nodes of a cluster"),
     "report": (("jinja2", "junitparser"), "HTML and JUnit reports"),
 }
 """Every extra of pyproject.toml: its packages and what they enable."""

@@ -36,6 +36,34 @@ class Job(Protocol[Result_co]):
         ...
 
 
+class Runner(Protocol):
+    """Who does the units of a job."""
+
+    @property
+    def of(self) -> int | None:
+        """Into how many units a job is divided; None: as its kind is best divided."""
+        ...
+
+    @property
+    def workers(self) -> int | None:
+        """Threads or processes of each unit; None: as many as the command is given."""
+        ...
+
+    @property
+    def slots(self) -> int:
+        """How many units are done at a time."""
+        ...
+
+    @property
+    def here(self) -> bool:
+        """Whether this process does units: it can show how each advances."""
+        ...
+
+    def __call__(self, job: Job[Result]) -> Result | None:
+        """Do units; return the job's result, None where another process has it or units left."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Share:
     """Every ``of``-th unit from the ``number``-th on, from 1; whoever does the last one finishes
@@ -44,6 +72,9 @@ class Share:
 
     number: int
     of: int
+    workers: int | None = None
+    slots: int = 1
+    here: bool = True
 
     def __str__(self) -> str:
         return f"{self.number}/{self.of}"

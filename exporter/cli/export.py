@@ -18,13 +18,13 @@ from exporter.cli.output import (
     left_out,
     require_inputs,
     require_report_file,
-    share_given,
     write_in_units,
+    writers_given,
     writing_bar,
     writing_options,
 )
 from exporter.cli.preview import print_preview, read_prompts
-from verifier.cli.options import UNITS
+from verifier.cli.options import RUNNERS
 from verifier.cli.spellings import RenamedOptions
 from verifier.errors import UsageError
 from verifier.text import counted
@@ -95,7 +95,7 @@ if TYPE_CHECKING:
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
 @NO_CHECK
 @writing_options
-@UNITS
+@RUNNERS
 @click.argument("more", nargs=-1, metavar="[-- CALIBRATE OPTIONS]", type=click.UNPROCESSED)
 @click.pass_context
 def export(
@@ -111,8 +111,9 @@ def export(
     **options: Any,
 ) -> None:
     """Quantize the checkpoint SOURCE into the directory OUT, file to file, and check the result."""
-    share = share_given(options.pop("units"), overwrite=options["overwrite"])
+    dividing = {name: options.pop(name) for name in ("units", "ray")}
     writing = {name: options.pop(name) for name in ("overwrite", "workers")}
+    writers = writers_given(dividing, writing)
     report_file: Path | None = options.pop("report_file")
     if more and not calibrate_texts:
         raise UsageError(
@@ -142,11 +143,9 @@ def export(
         click.echo(describe_plan(exporter.plan_export(source, **options)), nl=False)
         return
     notes = UNCHECKED if no_check else {}
-    if share is not None:
+    if writers is not None:
         arguments = {"source": source, **options}
-        manifest = write_in_units(
-            share, exporter.plan_export, arguments, out, writing["workers"], notes
-        )
+        manifest = write_in_units(writers, exporter.plan_export, arguments, out, notes)
     else:
         with writing_bar(exporter.plan_export(source, **options).nbytes) as progress:
             manifest = exporter.export(
@@ -190,10 +189,11 @@ def export(
 )
 @NO_CHECK
 @writing_options
-@UNITS
+@RUNNERS
 @click.pass_context
 def merge(
     ctx: click.Context,
+    /,
     experts: str,
     out: str,
     onto: str,
@@ -202,12 +202,12 @@ def merge(
     overwrite: bool,
     workers: int | None,
     report_file: Path | None,
-    units: str | None,
+    **dividing: str | None,
 ) -> None:
     """Copy the quantized routed experts of EXPERTS onto the checkpoint BASE, byte for byte, into
     OUT.
     """
-    share = share_given(units, overwrite=overwrite)
+    writers = writers_given(dividing, {"overwrite": overwrite, "workers": workers})
     require_inputs(out, experts, onto, overwrite=overwrite)
     require_report_file(report_file, out)
     import exporter  # noqa: PLC0415  (as above)
@@ -215,11 +215,11 @@ def merge(
     write = exporter.merge  # refuses where torch is missing
     manifest: Manifest | None
     notes = UNCHECKED if no_check else {}
-    if share is not None:
+    if writers is not None:
         from exporter.exporting import plan_merge_of  # noqa: PLC0415  (as above)
 
         arguments = {"experts": experts, "onto": onto, "input_scale": input_scale}
-        manifest = write_in_units(share, plan_merge_of, arguments, out, workers, notes)
+        manifest = write_in_units(writers, plan_merge_of, arguments, out, notes)
     else:
         with writing_bar(_merged_bytes(experts, onto)) as progress:
             manifest = write(

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -16,18 +16,21 @@ import click
 from exporter.out import check_out, work_folder
 from verifier.cli.options import OVERWRITE
 from verifier.cli.progress import progress_bar
+from verifier.cli.runners import runner_given
 from verifier.cli.terminal import note, on_interrupt
 from verifier.errors import UsageError
 from verifier.files import require_writable
 from verifier.progress import Progress
-from verifier.units import Share, share_of
 
 if TYPE_CHECKING:
     from exporter.plan import Plan
     from verifier.findings import Report
     from verifier.manifest import Manifest
+    from verifier.units import Runner
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+MAX_WORKERS = 4
+"""Threads that encode and copy, where the user gives no number."""
 
 
 WRITING_RENAMED = {"--report": ("--json-report",)}
@@ -109,25 +112,29 @@ def _accumulating(progress: Progress, total: int) -> Callable[[int], None]:
     return add
 
 
-def share_given(units: str | None, *, overwrite: bool) -> Share | None:
-    """Return the share that ``--units`` names, None without it.
+def writers_given(
+    options: Mapping[str, Any], writing: Mapping[str, Any]
+) -> AbstractContextManager[Runner] | None:
+    """Return what enters the runner that ``--units`` or ``--ray`` names, None without both.
 
     Raises:
-        UsageError: no such share; ``--overwrite``, which several writers of one OUT cannot do.
+        UsageError: as `runner_given`; ``--overwrite``, which several writers of one OUT cannot do.
     """
-    if units is None:
-        return None
-    if overwrite:
-        raise UsageError("--units makes a new OUT; remove the old one, not --overwrite")
-    return share_of(units)
+    units, ray = options["units"], options["ray"]
+    given = runner_given(
+        units, ray, label="writing", workers=writing["workers"], default=MAX_WORKERS
+    )
+    if given is not None and writing["overwrite"]:
+        name = "--units" if units is not None else "--ray"
+        raise UsageError(f"{name} makes a new OUT; remove the old one, not --overwrite")
+    return given
 
 
 def write_in_units(
-    share: Share,
+    given: AbstractContextManager[Runner],
     function: Callable[..., Plan],
     arguments: Mapping[str, Any],
     out: str,
-    workers: int | None,
     notes: Mapping[str, Any],
 ) -> Manifest | None:
     """Write the shards of a plan that a function makes, or some of them; ``notes`` are added to
@@ -140,11 +147,12 @@ def write_in_units(
     from exporter.writing import WriteOptions  # noqa: PLC0415
 
     call = PlanCall(function, tuple(arguments.items()))
-    with progress_bar("writing", unit="byte") as progress:
-        options = WriteOptions(workers=workers, progress=_accumulating(progress, 0), notes=notes)
-        manifest = share(WriteJob(call, Path(out), options))
+    with given as runner, progress_bar("writing", unit="byte") as bar:
+        progress = _accumulating(bar, 0) if runner.here else None
+        options = WriteOptions(workers=runner.workers, progress=progress, notes=notes)
+        manifest = runner(WriteJob(call, Path(out), options))
     if manifest is None:
-        note(f"part {share} is written; the last part to end makes {out}")
+        note(f"this part is written; the last part to end makes {out}")
     return manifest
 
 

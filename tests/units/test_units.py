@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import numpy as np
 import pytest
 
 import exporter
@@ -22,16 +23,20 @@ from exporter.units import PlanCall, WriteJob
 from exporter.writing import WriteOptions
 from tests.kill.run import files_of
 from tests.paths import ROOT
-from tests.units.runners import RUNNERS, SHARES, result_of
-from verifier import check
+from tests.units.runners import RAY, RUNNERS, SHARES, one_after_the_other, result_of
+from verifier import check, ray_runner
+from verifier.checkpoint import open_checkpoint
 from verifier.cli import run as ckptgate
-from verifier.cli.units import CheckJob
+from verifier.cli.units import CheckJob, ScoreJob
 from verifier.errors import CkptgateError, UsageError
 from verifier.findings import Report
+from verifier.gate import score_run
+from verifier.gate.corpora import load_corpus
 from verifier.selftest import CORRUPTORS
 from verifier.units import share_of
 
 SOURCE = ROOT / "goldens" / "qwen3-moe-tiny" / "bf16"
+CORPUS = SOURCE.parent / "corpus.jsonl"
 SHARD = 200_000
 EXPORT = {"recipe": "nvfp4_experts_only", "input_scale": "one"}
 Run = Callable[[Any], list[Any]]
@@ -61,7 +66,7 @@ def export_job(out: Path, source: Path = SOURCE) -> WriteJob:
 
 def check_job(path: Path, place: str, of: int = 3) -> CheckJob:
     options = {"base": str(SOURCE), "depth": "payload"}
-    job = CheckJob.of_share(SHARES[0], str(path), options, place)
+    job = CheckJob.for_runner(SHARES[0], str(path), options, place)
     return replace(job, of=of)
 
 
@@ -102,6 +107,35 @@ def test_a_check_in_units_gives_the_report_of_one_machine(
     alone = check(broken, base=str(SOURCE), depth="payload", workers=1)
     assert "QC501" in {f.rule for f in report.findings}
     assert timeless(report) == timeless(alone)
+
+
+@pytest.mark.parametrize("run", [one_after_the_other, RAY])
+def test_a_score_in_units_is_that_of_one_machine(run: Run, tmp_path: Path) -> None:
+    checkpoint, corpus = open_checkpoint(SOURCE), load_corpus(str(CORPUS)).head(3)
+    options = {"journal": tmp_path / "run.part", "workers": 1, "seq_len": 32, "batch": 1}
+    scored = result_of(run, ScoreJob(str(SOURCE), corpus, options, 2))
+    whole = score_run(checkpoint, corpus, workers=1, seq_len=32, batch=1)
+    assert whole is not None
+    assert all(np.array_equal(scored.arrays[k], v) for k, v in whole.arrays.items())
+    header = scored.header.model_copy(update={"seconds": whole.header.seconds})
+    assert header == whole.header
+
+
+def test_parts_of_a_score_are_those_of_the_run_before(tmp_path: Path) -> None:
+    class Nodes:
+        of, workers, slots, here = None, 1, 5, False
+
+    corpus, part = load_corpus(str(CORPUS)), tmp_path / "run.part"
+    of = ScoreJob.for_runner(Nodes(), str(SOURCE), corpus, {"journal": part}, print).of
+    (tmp_path / "run.part.0-of-7").touch()
+    again = ScoreJob.for_runner(Nodes(), str(SOURCE), corpus, {"journal": part}, print).of
+    assert (of, again) == (5, 7)
+
+
+def test_without_ray(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(ray_runner, "find_spec", lambda _name: None)
+    assert ckptgate(["check", str(SOURCE), "--records", "R", "--ray"]) == 2
+    assert "--ray needs the extra 'ray': pip install 'ckptgate[ray]'" in capsys.readouterr().err
 
 
 def test_records_in_an_object_store(broken: Path) -> None:
@@ -163,9 +197,11 @@ def test_no_such_share(text: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["check", "A", "--units", "1/2"], "--units needs --records"),
-        (["check", "A", "B", "--units", "1/2", "--records", "R"], "takes one PATH"),
+        (["check", "A", "--units", "1/2"], "--units and --ray need --records"),
+        (["check", "A", "B", "--units", "1/2", "--records", "R"], "take one PATH"),
         (["export", "A", "B", "--recipe", "R", "--overwrite", "--units", "1/2"], "not --overwrite"),
+        (["merge", "A", "B", "--onto", "C", "--units", "1/2", "--ray"], "exclude each other"),
+        (["check", "--ray", "A"], "'A' is not HOST:PORT"),
     ],
 )
 def test_options_that_do_not_go_together(

@@ -18,8 +18,8 @@ from verifier.cli.options import (
     DEPTHS,
     MERGED_FROM,
     PLUGIN,
+    RUNNERS,
     SETTINGS,
-    UNITS,
     depth,
 )
 from verifier.cli.outputs import (
@@ -43,13 +43,13 @@ from verifier.cli.recording import (
     require_recordable,
     worst_code,
 )
+from verifier.cli.runners import runner_given
 from verifier.cli.settings import check_arguments, effective_settings
 from verifier.cli.terminal import note, on_interrupt
 from verifier.cli.units import CheckJob, require_records
 from verifier.errors import ContentError, MachineError, NotACheckpointError, UsageError
 from verifier.findings import Finding, Report
 from verifier.summary import Summary
-from verifier.units import share_of
 
 DIRECT = (
     "base",
@@ -95,11 +95,11 @@ DIRECT = (
     metavar="K/N",
     help="Read part K of N of the shards; merge-reports combines the N reports.",
 )
-@UNITS
+@RUNNERS
 @click.option(
     "--records",
     metavar="PLACE",
-    help="Folder or object store that all machines see; keeps the reports of --units.",
+    help="Folder or object store that all machines see; keeps the reports of --units and --ray.",
 )
 @click.option(
     "--sample", metavar="P%", help="Check a random P% of modules, at least one of each kind."
@@ -148,22 +148,25 @@ def check(
     require(targets)
     require_recordable(recording)
     arguments = {name: options[name] for name in DIRECT} | check_arguments(settings)
-    share = share_of(options["units"]) if options["units"] is not None else None
-    records = require_records(paths, options) if share is not None else None
+    given = runner_given(
+        options["units"], options["ray"], label="checking", workers=options["workers"]
+    )
+    records = require_records(paths, options) if given is not None else None
     on_interrupt(
         "no report was written"
         if records is None
         else f"finished parts are kept in {records}; run the same command again to resume"
     )
+    runner = ctx.with_resource(given) if given is not None else None
     sources = ctx.with_resource(sources_kept())
     codes = []
     for path in paths:
         with progress_bar("checking", unit="byte", more=traffic_of(sources)) as progress:
             more = {"evaluate": evaluate, "engine": engine, "progress": progress}
-            if share is not None and records is not None:
-                report = share(CheckJob.of_share(share, path, arguments | more, records))
+            if runner is not None and records is not None:
+                report = runner(CheckJob.for_runner(runner, path, arguments | more, records))
                 if report is None:
-                    note(f"part {share} is done; the last part to end writes the report")
+                    note(f"part {options['units']} is done; the last part to end writes the report")
                     ctx.exit(0)
                 result = _CheckedPath(_configured(report, file))
             else:

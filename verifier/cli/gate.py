@@ -8,6 +8,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,10 +17,11 @@ import click
 
 from verifier import gate as gate_api
 from verifier.checkpoint import local_directory, open_checkpoint
-from verifier.cli.options import OVERWRITE, UNITS
+from verifier.cli.options import OVERWRITE, RUNNERS
 from verifier.cli.progress import progress_bar
 from verifier.cli.recording import Recording, record, recording_options, require_recordable
 from verifier.cli.results import RESULT, write_result
+from verifier.cli.runners import runner_given
 from verifier.cli.spellings import RenamedOptions
 from verifier.cli.terminal import on_interrupt
 from verifier.cli.units import ScoreJob
@@ -32,7 +34,6 @@ from verifier.gate.gate import corpus_of
 from verifier.gate.jobs import Scorer, protocol_of
 from verifier.gate.options import BATCH, SEQ_LEN
 from verifier.text import printable
-from verifier.units import share_of
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 _RENAMED = {
@@ -294,7 +295,7 @@ def _print_plan(plan: gate_api.GatePlan, format_: str) -> None:
 @WORKERS
 @_scorer_options
 @OVERWRITE
-@UNITS
+@RUNNERS
 def score(
     checkpoint: str,
     corpus: str | None,
@@ -305,6 +306,7 @@ def score(
     *,
     overwrite: bool,
     units: str | None,
+    ray: str | None,
     **options: Any,
 ) -> None:
     """Score CHECKPOINT once, to compare later: `ckptgate compare BASE.run CANDIDATE.run`.
@@ -325,14 +327,20 @@ def score(
     on_interrupt(f"finished work is kept in {part}; run the same command again to resume")
     if ranks is not None and options["device"] == "cuda":
         options["device"] = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-    require_device(options["device"])
-    divided = share_of(units) if units is not None else None
+    if ray is None:
+        require_device(options["device"])
+    given = runner_given(
+        units,
+        ray,
+        label="scoring",
+        workers=options["workers"],
+        gpus=int(options["device"].startswith("cuda")),
+    )
     texts = corpus_of(protocol, corpus, metric).head(documents)
     options |= {"journal": part, "protocol": protocol_of(protocol), "say": say}
-    with progress_bar("scoring", unit="document") as progress:
-        if divided is not None:
-            options["progress"] = progress
-            run = divided(ScoreJob(checkpoint, texts, options, divided.of))
+    with given or nullcontext() as runner, progress_bar("scoring", unit="document") as progress:
+        if runner is not None:
+            run = runner(ScoreJob.for_runner(runner, checkpoint, texts, options, progress))
         else:
             opened = open_checkpoint(local_directory(checkpoint))
             run = gate_api.score_run(opened, texts, progress=progress, ranks=ranks, **options)

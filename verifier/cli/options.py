@@ -6,6 +6,7 @@ Importing this module costs nothing but click: `ckptgate check --help` imports i
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -67,6 +68,29 @@ UNITS = click.option(
     metavar="K/N",
     help="Do part K of N of the work, as a job array does; the last part to end completes it.",
 )
+LOCAL_RAY = "local"
+"""The address of ``--ray`` without one."""
+
+
+def _ray_address(_ctx: click.Context, _param: click.Parameter, value: str | None) -> str | None:
+    if value in (None, LOCAL_RAY) or re.fullmatch(r"[^\s/:]+:[0-9]{1,5}", str(value)):
+        return value
+    raise click.BadParameter(
+        f"{value!r} is not HOST:PORT of a head node; without an address, write --ray last or "
+        "before another option"
+    )
+
+
+RAY = click.option(
+    "--ray",
+    callback=_ray_address,
+    metavar="[HOST:PORT]",
+    is_flag=False,
+    flag_value=LOCAL_RAY,
+    help="Divide the work among the nodes of a Ray cluster; without an address, the one that runs "
+    "here, else this machine.",
+)
+RUNNERS = together(UNITS, RAY)
 OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 SELECT = click.option(
     "--select",

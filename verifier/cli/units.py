@@ -3,14 +3,17 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from verifier.errors import UsageError
-from verifier.units import Records, Share
+from verifier.progress import Progress
+from verifier.units import Records, Runner
 
 if TYPE_CHECKING:
     from verifier.findings import Report
@@ -19,18 +22,18 @@ if TYPE_CHECKING:
 
 
 def require_records(paths: Sequence[str], options: Mapping[str, Any]) -> str:
-    """Return where the records of a check are kept.
+    """Return where the records of a check in units are kept.
 
     Raises:
         UsageError: options that do not go together.
     """
     place: str | None = options["records"]
     if place is None:
-        raise UsageError("--units needs --records PLACE, which all machines see")
+        raise UsageError("--units and --ray need --records PLACE, which all machines see")
     if len(paths) > 1 or options["subset"] is not None:
-        raise UsageError("--units takes one PATH, and no --subset")
+        raise UsageError("--units and --ray take one PATH, and no --subset")
     if options["depth"] == "eval":
-        raise UsageError("--units and --depth eval: divide `ckptgate score` instead")
+        raise UsageError("--depth eval is not divided: use `ckptgate score` with --units or --ray")
     return place
 
 
@@ -51,9 +54,11 @@ class CheckJob:
     place: str
 
     @classmethod
-    def of_share(cls, share: Share, uri: str, options: Mapping[str, Any], place: str) -> CheckJob:
-        """Return the check of a checkpoint, in as many subsets as there are shares; its records
-        are those of these files, options and this version.
+    def for_runner(
+        cls, runner: Runner, uri: str, options: Mapping[str, Any], place: str
+    ) -> CheckJob:
+        """Return the check of a checkpoint, in as many subsets as the runner has parts, else as
+        there are shards; its records are those of these files, options and this version.
 
         Raises:
             CkptgateError: a checkpoint cannot be opened.
@@ -64,11 +69,16 @@ class CheckJob:
         given = {k: v for k, v in options.items() if k not in ("workers", "progress", "subset")}
         identity: list[Any] = [__version__, repr(sorted(given.items(), key=lambda item: item[0]))]
         others = [options[name] for name in ("base", "merged_from") if options.get(name)]
-        for opened in map(open_checkpoint, [uri, *others]):
+        checkpoints = [open_checkpoint(address) for address in (uri, *others)]
+        for opened in checkpoints:
             versions = opened.versions()
             identity.append([(s.file, s.size, *versions[s.file]) for s in opened.shards])
         digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
-        return cls(uri, options, share.of, f"{place.rstrip('/')}/{digest}")
+        options = {**options, "workers": runner.workers}
+        if not runner.here:
+            options.pop("progress", None)
+        of = runner.of or max(1, len(checkpoints[0].shards))
+        return cls(uri, options, of, f"{place.rstrip('/')}/{digest}")
 
     def units(self) -> list[str]:
         """Return the names of all subsets."""
@@ -111,6 +121,22 @@ class ScoreJob:
     options: Mapping[str, Any]
     of: int
 
+    @classmethod
+    def for_runner(
+        cls,
+        runner: Runner,
+        checkpoint: str,
+        corpus: Corpus,
+        options: Mapping[str, Any],
+        progress: Progress,
+    ) -> ScoreJob:
+        """Return the score of a checkpoint in as many parts as the runner has; else as an earlier
+        run began, or as are scored at a time.
+        """
+        more = {"workers": runner.workers, "progress": progress if runner.here else None}
+        of = runner.of or _parts_begun(options["journal"]) or runner.slots
+        return cls(checkpoint, corpus, {**options, **more}, of)
+
     def units(self) -> list[str]:
         """Return the names of all parts."""
         return [str(number) for number in range(1, self.of + 1)]
@@ -126,3 +152,10 @@ class ScoreJob:
             checkpoint = open_checkpoint(local_directory(self.checkpoint))
             run = score_run(checkpoint, self.corpus, ranks=ranks, **self.options) or run
         return run
+
+
+def _parts_begun(journal: Path) -> int | None:
+    """Return into how many parts an earlier run divided a score; None where there is none."""
+    journals = journal.parent.glob(f"{glob.escape(journal.name)}.*-of-*")
+    numbers = [path.name.rpartition("-of-")[2] for path in journals]
+    return max((int(number) for number in numbers if number.isdecimal()), default=None)

@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A Ray cluster of two nodes on this machine: what they write is what one machine writes, even
+where a node or the driver is killed.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import exporter
+from exporter.out import work_folder
+from tests.kill.run import files_of
+from tests.paths import ROOT
+from tests.ray.jobs import OPTIONS, SHARD, SOURCE, Deadly, Slow, export_job
+from verifier.errors import MachineError
+from verifier.ray_runner import on_ray
+
+pytest.importorskip("ray", reason="needs the extra 'ray': tox -e ray")
+
+
+def ignore(_done: int, _total: int) -> None:
+    """Show no progress."""
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[Any]:
+    from ray.cluster_utils import Cluster
+
+    one = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    yield one
+    one.shutdown()
+
+
+@pytest.fixture
+def cluster(head: Any) -> Any:
+    """Return a cluster of two nodes, where an earlier test killed one, too."""
+    if not head.worker_nodes:
+        head.add_node(num_cpus=1)
+    return head
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Export on one machine."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    exporter.export(SOURCE, out, **OPTIONS, shard_bytes=SHARD)
+    return out
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 300
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in five minutes"
+        time.sleep(0.05)
+
+
+def begun(log: Path) -> list[tuple[str, str]]:
+    """Return (node, unit) for each unit that was begun."""
+    lines = log.read_text().splitlines() if log.exists() else []
+    return [(node, unit) for node, unit in (line.split(maxsplit=1) for line in lines)]
+
+
+def recorded(out: Path) -> set[str]:
+    return {p.stem for p in (work_folder(out) / "records").glob("*.json")}
+
+
+def test_a_killed_node_loses_nothing(cluster: Any, whole: Path, tmp_path: Path) -> None:
+    (second,) = cluster.worker_nodes
+    job = Slow(export_job(tmp_path / "out"), tmp_path / "log")
+    lost: list[str] = []
+
+    def kill_it_at_work() -> None:
+        def at_work() -> list[str]:
+            done = recorded(job.job.out)
+            return [u for node, u in begun(job.log) if node == second.node_id and u not in done]
+
+        wait_for(lambda: len(recorded(job.job.out)) >= 2 and bool(at_work()))
+        lost.extend(at_work())
+        cluster.remove_node(second, allow_graceful=False)
+
+    killer = threading.Thread(target=kill_it_at_work)
+    killer.start()
+    with on_ray(cluster.address, 1, ignore) as runner:
+        assert runner.slots == 2
+        manifest = runner(job)
+    killer.join()
+    assert manifest is not None
+    assert files_of(job.job.out) == files_of(whole)
+    again = {unit for node, unit in begun(job.log) if node != second.node_id}
+    assert lost
+    assert again.issuperset(lost)
+    assert {p.name for p in tmp_path.iterdir()} == {"out", "log"}
+
+
+def test_a_killed_driver_resumes(cluster: Any, whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "tests.ray.jobs", cluster.address, str(out)]
+    driver = subprocess.Popen(command, cwd=ROOT)
+    wait_for(lambda: len(recorded(out)) >= 2)
+    driver.send_signal(signal.SIGKILL)
+    assert driver.wait() == -signal.SIGKILL
+    assert not out.exists()
+    kept = {unit: (work_folder(out) / "checkpoint" / unit).stat().st_ino for unit in recorded(out)}
+    subprocess.run(command, cwd=ROOT, check=True, timeout=300)
+    assert files_of(out) == files_of(whole)
+    assert {unit: (out / unit).stat().st_ino for unit in kept} == kept
+
+
+def test_a_command_on_two_nodes(cluster: Any, whole: Path, tmp_path: Path) -> None:
+    def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "ckptgate", *arguments, "--ray", cluster.address, "-q"],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+
+    options = ["--recipe", OPTIONS["recipe"], "--input-scale", OPTIONS["input_scale"]]
+    done = command("export", str(SOURCE), "out", *options)
+    assert (done.returncode, done.stderr) == (0, "")
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    exporter.export(SOURCE, alone / "out", **OPTIONS)
+    assert files_of(tmp_path / "out") == files_of(alone / "out")
+    done = command("export", str(SOURCE), "out", *options)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "already exists" in done.stderr
+    done = command("check", "out", "--records", "records", "--depth", "payload")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "verdict: PASSED" in done.stdout
+    nan = tmp_path / "nan"
+    _with_a_nan(nan)
+    done = command("export", str(nan), "other", *options)
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1
+    assert "NaN" in done.stderr
+
+
+def _with_a_nan(folder: Path) -> None:
+    """Copy the source with a NaN in one expert."""
+    import json
+    import shutil
+
+    shutil.copytree(SOURCE, folder)
+    shard = next(folder.glob("*.safetensors"))
+    with shard.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        entry = next(e for n, e in header.items() if ".experts." in n and n.endswith(".weight"))
+        file.seek(8 + length + entry["data_offsets"][0])
+        file.write(b"\xc0\x7f")
+
+
+def test_a_unit_that_is_always_lost_is_one_message(cluster: Any) -> None:
+    with (
+        on_ray(cluster.address, 1, ignore) as runner,
+        pytest.raises(MachineError, match="keeps finished units") as error,
+    ):
+        runner(Deadly())
+    assert "\n" not in str(error.value)
+
+
+def test_nothing_listens_there() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    with pytest.raises(MachineError, match="cannot reach Ray"), on_ray(address, 1, ignore):
+        pass
