@@ -27,7 +27,7 @@ _chosen: list[Backend | None] = [None]
 def _kernels() -> Any:
     try:
         return importlib.import_module("exporter.codecs.kernels")
-    except ImportError:
+    except (ImportError, OSError):  # not installed, or no memory for it
         return None
 
 

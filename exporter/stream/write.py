@@ -168,7 +168,7 @@ def write(
         MachineError: the disk has no room for the shards.
     """
     run = _Run(folder)
-    remaining = [t for t in todo if not run.resume(t, progress)]
+    remaining = run.resume(todo, workers, progress)
     _clear(folder, keep=run.finished)
     _require_space(folder, sum(spec.nbytes for task in remaining for spec in task.specs))
     write_all(partial(run.write, plan, progress), remaining, workers)
@@ -227,14 +227,26 @@ class _Run:
         self._earlier: dict[str, list[Any]] = earlier if isinstance(earlier, dict) else {}
         self._earlier |= records_of(folder.parent)
 
-    def resume(self, task: Task, progress: Callable[[int], None]) -> bool:
-        """Take over a shard that an earlier run finished; False where there is none, or it was
-        damaged.
+    def resume(
+        self, todo: Sequence[Task], workers: int, progress: Callable[[int], None]
+    ) -> list[Task]:
+        """Take over the shards that an earlier run finished, and return the others: those that it
+        did not, and those that were damaged. Digests are made in threads.
         """
-        entry = self._earlier.get(task.file)
-        if not entry or not _intact(self.folder / task.file, entry):
-            return False
-        digest, nbytes, summaries = entry
+
+        def check(task: Task) -> bool:
+            return _intact(self.folder / task.file, self._earlier.get(task.file))
+
+        with ThreadPoolExecutor(max(1, workers)) as pool:
+            try:
+                intact = zip(todo, pool.map(check, todo), strict=True)
+                return [task for task, ok in intact if not (ok and self._take(task, progress))]
+            except BaseException:  # a signal
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def _take(self, task: Task, progress: Callable[[int], None]) -> bool:
+        digest, nbytes, summaries = entry = self._earlier[task.file]
         try:
             encoded = [EncodeSummary(**fields) for fields in summaries]
         except TypeError:  # another version of ckptgate wrote it
@@ -275,11 +287,14 @@ def records_of(folder: Path) -> dict[str, list[Any]]:
     return records
 
 
-def _intact(path: Path, entry: list[Any]) -> bool:
-    if not path.is_file() or path.stat().st_size != entry[1]:
+def _intact(path: Path, entry: list[Any] | None) -> bool:
+    if not entry or not path.is_file() or path.stat().st_size != entry[1]:
         return False
-    with path.open("rb") as handle:
-        return bool(hashlib.file_digest(handle, "sha256").hexdigest() == entry[0])
+    try:
+        with path.open("rb") as handle:
+            return bool(hashlib.file_digest(handle, "sha256").hexdigest() == entry[0])
+    except OSError:  # a shard that cannot be read is written again
+        return False
 
 
 def finish(result: Path, out: Path, *, overwrite: bool) -> None:

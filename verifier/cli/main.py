@@ -209,6 +209,8 @@ def explain_failure(error: Exception) -> str:
         return f"{message}: {error.filename}" if error.filename else message
     if isinstance(error, MemoryError):
         return "out of memory"
+    if isinstance(error, ImportError) and "failed to map segment" in str(error):
+        return f"out of memory: {error}"
     hint = "please report it with the traceback that CKPTGATE_DEBUG=1 shows"
     return f"internal error: {type(error).__name__}: {error} ({hint})"
 

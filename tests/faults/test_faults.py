@@ -1,0 +1,310 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A machine that fails: one message, the documented exit code, and the same command again ends
+well.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import exporter
+import verifier
+from exporter.out import work_folder
+from tests.faults.conditions import RECIPE, SOURCE, Conditions
+from tests.kill.run import files_of
+from verifier.cli import run
+from verifier.errors import MachineError
+from verifier.manifest import MANIFEST
+
+TORCH = pytest.mark.skipif(
+    not os.environ.get("CKPTGATE_FAULTS"), reason="several seconds each: tox -e faults"
+)
+NORMAL = Conditions()
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Compile what makes reads fail."""
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("needs a C compiler")
+    library = tmp_path_factory.mktemp("library") / "unreadable.so"
+    source = Path(__file__).with_name("unreadable.c")
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
+    return library
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Export on a sound machine."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    exporter.export(SOURCE, out, recipe=RECIPE[1], input_scale="one")
+    return out
+
+
+def unreadable(library: Path, path: str, first: int = 0) -> Conditions:
+    """Return conditions under which files whose path contains ``path`` cannot be read from a byte
+    on.
+    """
+    names = {"UNREADABLE": path, "UNREADABLE_FROM": str(first)}
+    return Conditions(environment={"LD_PRELOAD": str(library), **names})
+
+
+def one_message(stderr: str) -> str:
+    (line,) = stderr.splitlines()
+    assert line.startswith("ckptgate: ")
+    assert "Traceback" not in line
+    assert "internal error" not in line
+    return line
+
+
+def alike(out: Path, whole: Path) -> bool:
+    """Whether all files are those of an export with its check; its manifest has no --no-check."""
+    digests = {n: d for n, d in files_of(out).items() if n != MANIFEST}
+    return digests == {n: d for n, d in files_of(whole).items() if n != MANIFEST}
+
+
+def resumes(out: Path, whole: Path) -> bool:
+    """Whether the same export ends with the files of an undisturbed one, and nothing is left."""
+    assert NORMAL.export(out) == (0, "")
+    return alike(out, whole) and [p.name for p in out.parent.iterdir()] == [out.name]
+
+
+# reads that fail
+
+
+@pytest.mark.parametrize("file", ["model-00001-of-00001.safetensors", "config.json"])
+def test_a_checkpoint_that_cannot_be_read(
+    library: Path, whole: Path, tmp_path: Path, file: str
+) -> None:
+    checkpoint = shutil.copytree(whole, tmp_path / "unsound")
+    conditions = unreadable(library, f"unsound/{file}")
+    code, stderr = conditions.run("check", str(checkpoint), "--depth", "payload")
+    assert code == 4
+    assert f"cannot read {checkpoint / file}: Input/output error" in one_message(stderr)
+    code, _ = NORMAL.run("check", str(checkpoint), "--depth", "payload")
+    assert code == 0
+
+
+@TORCH
+@pytest.mark.parametrize("first", [0, 2_000_000])
+def test_a_source_that_cannot_be_read(
+    library: Path, whole: Path, tmp_path: Path, first: int
+) -> None:
+    source = shutil.copytree(SOURCE, tmp_path / "in" / "unsound")
+    (tmp_path / "to").mkdir()
+    out = tmp_path / "to" / "out"
+    file = "model-00002-of-00002.safetensors"
+    code, stderr = unreadable(library, f"unsound/{file}", first).export(out, source)
+    assert code == 4
+    assert f"cannot read {source / file}: Input/output error" in one_message(stderr)
+    assert not out.exists()
+    shutil.rmtree(source)
+    assert resumes(out, whole)
+
+
+def test_a_finished_shard_that_cannot_be_read_is_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest, failed = hashlib.file_digest, []
+
+    def unreadable_once(file: Any, name: str) -> Any:
+        if not failed:
+            failed.append(file.name)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return digest(file, name)
+
+    def export(out: Path, **options: Any) -> None:
+        exporter.export(
+            SOURCE, out, recipe=RECIPE[1], input_scale="one", shard_bytes=200_000, **options
+        )
+
+    def stop(_nbytes: int) -> None:
+        if list(work_folder(tmp_path / "out").glob("checkpoint/model-*.safetensors")):
+            raise OSError(errno.EIO, "stopped")
+
+    with pytest.raises(MachineError, match="stopped"):
+        export(tmp_path / "out", progress=stop, workers=1)
+    monkeypatch.setattr(hashlib, "file_digest", unreadable_once)
+    export(tmp_path / "out")
+    assert failed
+    (tmp_path / "whole").mkdir()
+    export(tmp_path / "whole" / "out")
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole" / "out")
+
+
+# limits
+
+
+@TORCH
+@pytest.mark.parametrize("nbytes", [30_000, 1_000_000])
+def test_a_quota(whole: Path, tmp_path: Path, nbytes: int) -> None:
+    """A file that may not grow is what a full quota is, on every file system."""
+    out = tmp_path / "out"
+    code, stderr = Conditions(limits={resource.RLIMIT_FSIZE: nbytes}).export(out)
+    assert code == 4
+    message = one_message(stderr)
+    assert "cannot write" in message
+    assert "File too large; run the same command again" in message
+    assert not out.exists()
+    assert resumes(out, whole)
+
+
+@TORCH
+@pytest.mark.parametrize("files", [8, 12, 16])
+def test_few_descriptors(whole: Path, tmp_path: Path, files: int) -> None:
+    out = tmp_path / "out"
+    code, stderr = Conditions(limits={resource.RLIMIT_NOFILE: files}).export(out)
+    assert code == 4
+    assert "Too many open files" in one_message(stderr)
+    assert not out.exists()
+    assert resumes(out, whole)
+
+
+@TORCH
+def test_memory_for_torch_only(whole: Path, tmp_path: Path) -> None:
+    """900 MB of addresses are too few for numba, and enough without it."""
+    out = tmp_path / "out"
+    assert Conditions(limits={resource.RLIMIT_AS: 900_000 << 10}).export(out) == (0, "")
+    assert alike(out, whole)
+
+
+@TORCH
+def test_too_little_memory(whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    code, stderr = Conditions(limits={resource.RLIMIT_AS: 300_000 << 10}).export(out)
+    assert code == 4
+    assert "out of memory" in one_message(stderr)
+    assert resumes(out, whole)
+
+
+# signals
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write a source of 800 MB of holes, which takes seconds."""
+    rows, width, count = 4096, 4096, 24
+    folder = tmp_path_factory.mktemp("large")
+    (folder / "config.json").write_text('{"model_type": "qwen3_moe"}')
+    size = rows * width * 2
+    header = {
+        f"model.layers.0.mlp.experts.{i}.down_proj.weight": {
+            "dtype": "BF16",
+            "shape": [rows, width],
+            "data_offsets": [i * size, (i + 1) * size],
+        }
+        for i in range(count)
+    }
+    raw = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        file.truncate(8 + len(raw) + count * size)
+    return folder
+
+
+@TORCH
+@pytest.mark.parametrize(
+    ("signals", "code"),
+    [
+        ([signal.SIGINT], 130),
+        ([signal.SIGINT] * 2, 130),
+        ([signal.SIGINT] * 5, 130),
+        ([signal.SIGTERM], 143),
+        ([signal.SIGTERM] * 2, 143),
+    ],
+    ids=lambda value: "" if isinstance(value, int) else f"{len(value)} {value[0].name}",
+)
+def test_signals(large: Path, tmp_path: Path, signals: list[signal.Signals], code: int) -> None:
+    out = tmp_path / "out"
+    process = NORMAL.start(["export", str(large), str(out), *RECIPE, "--progress", "none"])
+    deadline = time.monotonic() + 120
+    while not list(work_folder(out).glob("checkpoint/*.part")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    for number in signals:
+        process.send_signal(number)
+        time.sleep(0.05)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == code
+    assert "Traceback" not in stderr
+    assert not out.exists()
+    if len(signals) == 1:
+        assert "run the same command again to resume" in stderr
+
+
+def test_an_interrupted_check_of_an_export_says_that_out_is_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_arguments: object, **_options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(verifier, "check", interrupted)
+    out = tmp_path / "out"
+    assert run(["export", str(SOURCE), str(out), *RECIPE, "-q"]) == 130
+    expected = f"ckptgate: interrupted; {out} is complete, but its check was not finished\n"
+    assert capsys.readouterr().err.lstrip("\n") == expected
+    assert out.is_dir()
+
+
+# two at once, and what must not change bytes
+
+
+@TORCH
+def test_two_commands_into_one_out(large: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    first = NORMAL.start(["export", str(large), str(out), *RECIPE, "--no-check", "-q"])
+    while not list(work_folder(out).glob("checkpoint/*.part")):
+        assert first.poll() is None
+        time.sleep(0.005)
+    code, stderr = NORMAL.export(out, large)
+    assert code == 2
+    assert f"{out}: another export is writing it" in one_message(stderr)
+    _, stderr = first.communicate(timeout=300)
+    assert (first.returncode, stderr) == (0, "")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_same_bytes_with_any_number_of_workers(tmp_path: Path) -> None:
+    written = []
+    for workers in range(1, 9):
+        out = tmp_path / str(workers) / "out"
+        out.parent.mkdir()
+        exporter.export(
+            SOURCE, out, recipe=RECIPE[1], input_scale="one", workers=workers, shard_bytes=200_000
+        )
+        written.append(files_of(out))
+    assert all(files == written[0] for files in written)
+
+
+@TORCH
+@pytest.mark.parametrize(
+    "conditions",
+    [
+        Conditions(environment={"PYTHONHASHSEED": "1"}, umask=0o077),
+        Conditions(environment={"PYTHONHASHSEED": "2", "LC_ALL": "C"}, folder=Path("/")),
+        Conditions(environment={"LC_ALL": "C.UTF-8", "TZ": "Asia/Tokyo"}, umask=0),
+        Conditions(environment={"CKPTGATE_FAST": "0", "OMP_NUM_THREADS": "3"}),
+    ],
+    ids=["seed and umask", "C locale and directory", "time zone", "torch"],
+)
+def test_the_same_bytes_under_any_conditions(conditions: Conditions, tmp_path: Path) -> None:
+    plain, other = tmp_path / "plain" / "out", tmp_path / "other" / "out"
+    for out, under in ((plain, NORMAL), (other, conditions)):
+        out.parent.mkdir()
+        assert under.export(out) == (0, "")
+    assert files_of(plain) == files_of(other)
+    assert [oct(p.stat().st_mode & 0o600) for p in other.iterdir()].count("0o600") > 0
