@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,13 +16,12 @@ from verifier.cli.progress import progress_bar
 from verifier.cli.terminal import on_interrupt
 from verifier.gate import load_corpus
 from verifier.gate.options import SEQ_LEN
-from verifier.locate import LocateOptions, LocateResult
-from verifier.locate import locate as search
-from verifier.locate.options import BATCH
-from verifier.locate.page import render_page
-from verifier.locate.render import render_json, render_text
+from verifier.locate.options import BATCH, LocateOptions
 
-RENDERERS = {"text": render_text, "json": render_json, "html": render_page}
+if TYPE_CHECKING:
+    from verifier.locate import LocateResult
+
+FORMATS = ("text", "json", "html")
 
 
 @click.command(cls=Paired)
@@ -74,7 +74,7 @@ RENDERERS = {"text": render_text, "json": render_json, "html": render_page}
     type=click.Path(path_type=Path),
     help="Keep hidden states in files here.  [default: in memory]",
 )
-@result_options(*RENDERERS)
+@result_options(*FORMATS)
 @click.pass_context
 def locate(
     ctx: click.Context,
@@ -93,16 +93,26 @@ def locate(
     modules are blamed. 3: inconclusive.
     """
     require_installed("torch", "transformers", "scipy")
-    targets = result_outputs(tuple(RENDERERS), formats, files, overwrite=overwrite)
+    targets = result_outputs(FORMATS, formats, files, overwrite=overwrite)
     require_device(options["device"])
     on_interrupt("nothing is kept")
     with errors_as(on_stdout(targets)):
         result = _search(candidate, base, options)
-    write_result(targets, lambda name: RENDERERS[name](result))
+    write_result(targets, partial(_rendered, result))
     ctx.exit(result.exit_code)
 
 
 def _search(candidate: str, base: str, options: dict[str, Any]) -> LocateResult:
+    from verifier.locate.run import locate as search  # noqa: PLC0415  (torch; --help needs it not)
+
     corpus = load_corpus(options.pop("corpus")).head(options.pop("documents"))
     with progress_bar("locating", unit="token pass") as progress:
         return search(candidate, base, LocateOptions(corpus, progress=progress, **options))
+
+
+def _rendered(result: LocateResult, format_: str) -> str:
+    from verifier.locate.page import render_page  # noqa: PLC0415  (as in _search)
+    from verifier.locate.render import render_json, render_text  # noqa: PLC0415
+
+    renderers = {"text": render_text, "json": render_json, "html": render_page}
+    return renderers[format_](result)

@@ -756,6 +756,15 @@ def test_merge_of_weight_only_experts(kit, vendor, tmp_path: Path) -> None:
     } == {1.0}
 
 
+@pytest.mark.parametrize("policy", ["one", "keep"])
+def test_a_merge_keeps_the_recorded_policy(kit, vendor, tmp_path: Path, policy: str) -> None:
+    experts = tmp_path / "experts"
+    exporter.merge(kit.qwen_nvfp4, experts, onto=vendor.path, input_scale=policy)
+    exporter.merge(experts, tmp_path / "out", onto=vendor.path)
+    manifest = json.loads((tmp_path / "out" / "ckptgate_manifest.json").read_text())
+    assert manifest["options"]["input_scale"] == policy
+
+
 def test_merge_where_one_expert_has_no_input_scale(kit, vendor, tmp_path: Path) -> None:
     experts = kit.edit(
         kit.qwen_nvfp4, tmp_path / "experts", lambda t: t.pop(f"{EXPERT}.up_proj.input_scale")

@@ -548,6 +548,15 @@ def test_a_history_tells_depths_apart(tmp_path: Path, capsys: pytest.CaptureFixt
     assert len({record.series for record in load(file).records}) == 2
 
 
+def test_an_exact_divergence_and_a_lower_bound_are_two_measures() -> None:
+    names = set()
+    for kind in ("lockstep", "a lower bound, from the top 64 tokens"):
+        kl = Kl(kind, interval(0.01), (1.0, 0.9, 1.2))
+        measures = recorded(gate_result(measures=Measures(kl=kl))).measures
+        names.add(frozenset(name for name in measures if name.startswith("kl")))
+    assert names == {frozenset({"kl", "kl_999"}), frozenset({"kl_lower", "kl_999_lower"})}
+
+
 def test_an_export_takes_its_format_from_the_file(tmp_path: Path) -> None:
     file = tmp_path / "h"
     assert run(["check", str(GOLDEN / "mxfp8"), "--history", str(file)]) == 0
