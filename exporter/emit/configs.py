@@ -116,7 +116,9 @@ def needs_of(
                 by_module = True
                 note = f"asks for {name.stored} without a name: modules are declared one by one"
             notes.append(f"{ENGINE_NAMES[name.engine]} {note} ({name.source})")
-    return DeclarationNeeds(tuple(excluded), renamed, by_module, tuple(dict.fromkeys(notes)))
+    return DeclarationNeeds(
+        tuple(dict.fromkeys(excluded)), renamed, by_module, tuple(dict.fromkeys(notes))
+    )
 
 
 def _formats(ckpt: Checkpoint) -> tuple[dict[str, Format], list[str]]:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from verifier.schemes import Engine, role
+from verifier.schemes import Engine, expert_key, role
 
 HEAD = "lm_head"
 """The name by which every engine finds the output head: alone, as a part or as a substring."""
@@ -23,7 +23,7 @@ class AskedName:
     Attributes:
         engine: who asks.
         families: the ``model_type`` of the families.
-        stored: how the module's name on disk ends.
+        stored: how the module's name on disk ends; for experts, the name of all of a layer.
         asked: how the name ends that the engine asks by; '' where it asks without a name, so that
             no exclusion can match.
         source: where this is written.
@@ -37,7 +37,7 @@ class AskedName:
 
     def in_full(self, module: str) -> str:
         """Return the whole name by which the engine asks for a module on disk, '' for none."""
-        return module.removesuffix(self.stored) + self.asked if self.asked else ""
+        return _as_asked(module).removesuffix(self.stored) + self.asked if self.asked else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +126,23 @@ ASKED_NAMES: tuple[AskedName, ...] = (
         "self_attn.q_gate_proj",
         "vLLM 0.32 builds AXK2ForCausalLM of transformers' modules",
     ),
+    AskedName(
+        "vllm",
+        frozenset({"minimax_m2"}),
+        "block_sparse_moe.experts",
+        "mlp.experts",
+        "vLLM 0.32 minimax_m2.py, run on a CPU",
+    ),
+    *(
+        AskedName(
+            "vllm",
+            frozenset({"longcat_flash"}),
+            stored,
+            "fused_qkv_a_proj",
+            "vLLM 0.32 longcat_flash.py has no packed_modules_mapping of it",
+        )
+        for stored in ("q_a_proj", "kv_a_proj_with_mqa")
+    ),
 )
 REQUIRED_FIELDS: tuple[RequiredField, ...] = (
     RequiredField(
@@ -191,8 +208,15 @@ def asked_names(module: str, family: str | None, engines: Iterable[Engine]) -> I
     """Yield the names by which engines ask for a module, where they are not the one on disk."""
     for name in ASKED_NAMES:
         if name.engine in engines and family in name.families:
-            if module == name.stored or module.endswith(f".{name.stored}"):
+            whole = _as_asked(module)
+            if whole == name.stored or whole.endswith(f".{name.stored}"):
                 yield name
+
+
+def _as_asked(module: str) -> str:
+    """Return the name of all experts of a layer for one of them; engines ask for all at once."""
+    expert = expert_key(module)
+    return expert.container if expert is not None else module
 
 
 def unread_formats(

@@ -47,7 +47,7 @@ _PATTERNS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
         ("indexer", r"\.(indexer\.|index_[qk]_(proj|norm))"),
         (
             "router",
-            r"\.(gate|router|shared_expert_gate|e_score_correction_bias)(\.(proj|layer|e_score_correction_bias))?$",
+            r"\.(gate|router|shared_expert_gate|e_score_correction_bias)(\.(proj|layer|classifier|e_score_correction_bias))?$",
         ),
         ("attention", r"\.(self_attn|attn|attention|linear_attn)\."),
         ("embedding", r"(^|\.)(embed_tokens|wte|word_embeddings|embeddings)$"),

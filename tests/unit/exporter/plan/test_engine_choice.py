@@ -228,6 +228,43 @@ def test_a_projection_that_vllm_asks_for_by_the_name_in_transformers(tmp_path: P
     assert "self_attn.q_gate_proj, which is declared, too" in note
 
 
+def test_experts_that_vllm_asks_for_by_another_name(tmp_path: Path) -> None:
+    layer = "model.layers.0"
+    shapes = {"model.embed_tokens.weight": (96, 64), "lm_head.weight": (96, 64)}
+    shapes |= attention(f"{layer}.self_attn", *QKV, "o_proj")
+    for expert in range(2):
+        shapes |= attention(f"{layer}.block_sparse_moe.experts.{expert}", "w1", "w2", "w3")
+    source = make(tmp_path / "source", {"model_type": "minimax_m2"}, shapes)
+    for engine in ("vllm", "sglang"):
+        exporter.export(
+            source,
+            tmp_path / engine,
+            recipe="mxfp8_nvfp4_experts",
+            input_scale="one",
+            engine=engine,  # type: ignore[arg-type]
+        )
+    asked = f"{layer}.mlp.experts"
+    config = json.loads((tmp_path / "vllm" / "config.json").read_text())["quantization_config"]
+    assert config["quantized_layers"][asked] == {"quant_algo": "NVFP4", "group_size": 16}
+    assert verifier.check(tmp_path / "vllm", profile="vllm", select=["QC4"]).findings == ()
+    found = verifier.check(tmp_path / "sglang", profile="vllm", select=["QC4"]).findings
+    assert {(f.rule, f.severity, f.expected) for f in found} == {("QC410", "error", asked)}
+
+
+def test_longcats_router_and_latent_projections_stay_unquantized(tmp_path: Path) -> None:
+    head = "model.layers.0.self_attn.0"
+    shapes = {"model.embed_tokens.weight": (96, 64), "lm_head.weight": (96, 64)}
+    shapes |= attention(head, "q_a_proj", "kv_a_proj_with_mqa", "o_proj")
+    experts = "model.layers.0.mlp.experts.{}"
+    for expert in range(2):
+        shapes |= attention(experts.format(expert), "gate_proj", "up_proj", "down_proj")
+    router = "model.layers.0.mlp.router.classifier"
+    shapes[f"{router}.weight"] = (6, 64)
+    source = make(tmp_path / "source", {"model_type": "longcat_flash"}, shapes)
+    exporter.export(source, tmp_path / "out", recipe="nvfp4_mlp_only", input_scale="one")
+    assert {router, f"{head}.fused_qkv_a_proj"} <= set(exclusions(tmp_path / "out"))
+
+
 def test_block_fp8_of_minimax_m3_is_refused_for_vllm(tmp_path: Path) -> None:
     with pytest.raises(
         PlanError, match=r"vLLM 0\.32 does not load .* every block scale stays unset"
