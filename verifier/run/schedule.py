@@ -105,7 +105,7 @@ def run_rules(
     if payload:
         outcomes.scales = _run_payload(ctx, payload, reading, rate, progress, outcomes.by_rule)
     for rule in (r for r in rules if r.depth not in ("header", "payload")):
-        progress(0, 0, f"{rule.id}: {rule.title}")
+        progress(0, 0, f"running {rule.id}")
         outcomes.by_rule[rule.id] = (
             _run(rule, ctx, rate)
             if reading.in_first_subset
