@@ -150,6 +150,11 @@ def _load(spec: str) -> Any:
     try:
         manager = TaskManager(include_path=folder, include_defaults=folder is None)
         tasks = get_task_dict([name], manager)
+    except ConnectionError as error:
+        raise UsageError(
+            f"the task {spec!r} needs a network, or a YAML file with its data next to it: "
+            f"{short(error)}"
+        ) from error
     except Exception as error:  # whatever its YAML, its data sets and their libraries raise
         raise UsageError(f"the task {spec!r} cannot be loaded: {short(error)}") from error
     if len(tasks) != 1 or isinstance(next(iter(tasks.values())), dict):

@@ -99,6 +99,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ):
         text = TASK.format(name=name, data=data, kind=kind, target=target, more=more)
         (folder / f"{name}.yaml").write_text(text)
+    remote = f"task: remote\ndataset_path: nobody/nothing\noutput_type: multiple_choice\n{CHOICE}"
+    (folder / "remote.yaml").write_text(remote)
     (folder / "suite.yaml").write_text(SUITE)
     lines = (BASE.parent / "corpus.jsonl").read_text().splitlines()[1:]
     ids = [json.loads(line)["ids"][:96] for line in lines]
@@ -208,6 +210,7 @@ def test_a_sound_export_a_damaged_one_and_what_is_kept(
         ("documents: 8", "max_increase: 1, max_kl: much", "max-kl much"),
         ("max_length_change: 0.9", "max_length_change: 200%", "give a percentage of tokens"),
         ("task: choice.yaml", "task: none.yaml", "no such file"),
+        ("task: choice.yaml", "task: remote.yaml", "needs a network, or a YAML file with its data"),
         ("own.jsonl", "none.jsonl", "no corpus"),
         ("sampled.yaml", "write.yaml", "repeats need answers that are sampled"),
         ("entries:", "entries: [", "not YAML"),
