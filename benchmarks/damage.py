@@ -2,13 +2,13 @@
 """Damage exports of the goldens in known ways, and measure what the gate's measures and the check
 detect.
 
-    python benchmarks/damage.py [--golden minimax-m3-tiny] [--wikitext]
+    python benchmarks/damage.py [--golden minimax-m3-tiny]
 
-Bytes of a real export are edited; each damaged copy is scored once on the golden's own corpus and
-compared with the base (absolute margin, the default budget) and with the undamaged export (by the
-loss and by the KL ratio, default margins), and checked at depth payload against the base; so are
-two better exports. ``--wikitext`` scores one damage also on documents of WikiText-2's test split:
-more text, a narrower interval.
+Bytes of a real export are edited; each damaged copy is scored on the golden's own corpus and on
+WikiText-2's test split, and compared with the base (absolute margin, the default budget) and with
+the undamaged export (by the loss and by the KL ratio, default margins), and checked at depth
+payload against the base; so are two better exports. What the results file has already is not
+measured again.
 """
 
 from __future__ import annotations
@@ -20,9 +20,8 @@ import platform
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from fnmatch import fnmatch
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -33,14 +32,19 @@ import numpy as np
 import exporter
 import verifier
 from verifier.checkpoint import open_checkpoint
-from verifier.gate import Run, compare_runs, drift_margin_of, load_corpus, margin_of, score_run
-from verifier.gate.corpora import WIKITEXT, Corpus
+from verifier.gate import Run, compare_runs, drift_margin_of, load_corpus, margin_of
+from verifier.gate.corpora import WIKITEXT, Corpus, documents_digest
 from verifier.gate.decision import kl_margin_of, kl_ratio_of
+from verifier.gate.jobs import UnitScores
+from verifier.gate.options import ScoringOptions
+from verifier.gate.score import JobScores, run_of
+from verifier.gate.scorers.transformers import score
+from verifier.gate.windows import plan_scoring
 from verifier.selftest.editor import CheckpointEditor
 
 ROOT = Path(__file__).parents[1]
 LAYER = 2
-WIKI_DOCUMENTS = 24
+WIKI_CHARACTERS = 1_250
 OTHERS = {
     "no damage: scales by mse": "nvfp4_experts_only_mse",
     "no damage: FP8": "fp8_default",
@@ -201,11 +205,14 @@ def damages(
 
 
 def scored(folder: Path, corpus: Corpus) -> Run:
-    """Score a checkpoint."""
-    run = score_run(open_checkpoint(folder), corpus, top_k=64)
-    if run is None:
-        raise SystemExit("no run")
-    return run
+    """Score a checkpoint in this process; a process of its own would import torch each time."""
+    checkpoint = open_checkpoint(folder)
+    options = ScoringOptions(corpus, top_k=64)
+    plan = plan_scoring([checkpoint], options)
+    scores: list[UnitScores] = []
+    units = (*plan.units, *plan.floor_units)
+    environment = score(replace(options.job(checkpoint.uri), units=units), scores.append)
+    return run_of(plan, checkpoint, JobScores({s.unit: s for s in scores}, environment), 0.0)
 
 
 def row(damage: str, base: Run, good: Run, damaged: Run) -> dict[str, Any]:
@@ -254,65 +261,110 @@ def checked(folder: Path, base: Path, vendor: Path | None) -> list[str]:
     return sorted({f.rule for f in report.findings if f.severity in ("error", "warning")})
 
 
-def examine(subject: Subject, work: Path, only: str, before: dict[str, Any]) -> dict[str, Any]:
-    """Damage, score and check one golden's export; damages that ``only`` does not match keep their
-    earlier results.
-    """
-    earlier = {r["damage"]: r for r in before.get("rows", [])}
-    base_dir = subject.folder / "bf16"
-    vendor = subject.folder / subject.vendor if subject.vendor else None
-    corpus = load_corpus(str(subject.folder / "corpus.jsonl"))
-    subject.export(base_dir, vendor, work / "good")
-    base, good = scored(base_dir, corpus), scored(work / "good", corpus)
-    counts = next(c for n, c in good.header.experts.items() if f"layers.{LAYER}." in n)
-    layers = sorted(int(re.search(r"layers\.(\d+)\.", n)[1]) for n in good.header.experts)  # type: ignore[index]
-    rows = []
-    for description, damage in damages(subject, counts, layers).items():
-        if not fnmatch(description, only):
-            rows += [earlier[description]] if description in earlier else []
-            continue
-        folder = shutil.copytree(work / "good", work / "damaged")
-        damage(folder)
-        rows.append(
-            row(description, base, good, scored(folder, corpus))
-            | {"check": checked(folder, base_dir, vendor)}
-        )
-        print(rows[-1], flush=True)
-        shutil.rmtree(folder)
-    for description, recipe in OTHERS.items():
-        if not fnmatch(description, only):
-            rows += [earlier[description]] if description in earlier else []
-            continue
-        out = work / recipe
-        subject.export(base_dir, vendor, out, recipe)
-        rows.append(
-            row(description, base, good, scored(out, corpus))
-            | {"check": checked(out, base_dir, vendor)}
-        )
-        print(rows[-1], flush=True)
-        shutil.rmtree(out)
-    if subject.bias and fnmatch(UNREACHED, only):
-        rows.append(unreached(subject, work, corpus, counts))
-        print(rows[-1], flush=True)
-    elif UNREACHED in earlier:
-        rows.append(earlier[UNREACHED])
-    first = compare_runs(base, good, margin_of(None, good.header.parameters))
-    return {
-        "golden": subject.golden,
-        "layer": LAYER,
-        "export": "nvfp4_experts_only"
-        + " over MXFP8" * bool(vendor)
-        + f", experts {subject.layout}" * bool(subject.layout),
-        "documents": len(corpus),
-        "tokens": int(good.tokens.sum()),
-        "tokens_of_experts": counts,
-        "rows": rows,
-        "good": {
+@dataclass(frozen=True)
+class Text:
+    """A corpus, and what the base and the undamaged export score on it."""
+
+    corpus: Corpus
+    base: Run
+    good: Run
+
+    @classmethod
+    def scored(cls, corpus: Corpus, base: Path, good: Path) -> Text:
+        """Score the base and the undamaged export."""
+        return cls(corpus, scored(base, corpus), scored(good, corpus))
+
+    def row(self, damage: str, folder: Path) -> dict[str, Any]:
+        """Return each measure of a damaged export."""
+        return row(damage, self.base, self.good, scored(folder, self.corpus))
+
+    def undamaged(self) -> dict[str, Any]:
+        """Return the size of the corpus, and the loss of the undamaged export."""
+        first = compare_runs(self.base, self.good, margin_of(None, self.good.header.parameters))
+        good = {
             "loss": round(first.interval.delta, 5) if first.interval else None,
             "absolute": first.outcome,
-            "check": checked(work / "good", base_dir, vendor),
-        },
+        }
+        tokens = int(self.good.tokens.sum())
+        return {"documents": len(self.corpus), "tokens": tokens, "good": good}
+
+
+def wikitext() -> Corpus:
+    """Return the start of each document of WikiText-2's test split."""
+    corpus = load_corpus(WIKITEXT)
+    texts = tuple(text[:WIKI_CHARACTERS] for text in corpus.texts)
+    name = f"{corpus.name}, the first {WIKI_CHARACTERS:,} characters of each document"
+    return replace(corpus, name=name, digest=documents_digest(texts), texts=texts)
+
+
+def exports(
+    subject: Subject, vendor: Path | None, good: Path, run: Run
+) -> dict[str, Callable[[Path], None]]:
+    """Return functions that write an export into a folder, by description: damaged copies, and
+    better exports.
+    """
+    counts = {
+        int(n.partition("layers.")[2].partition(".")[0]): c for n, c in run.header.experts.items()
     }
+
+    def copied(damage: Callable[[Path], None]) -> Callable[[Path], None]:
+        return lambda folder: damage(shutil.copytree(good, folder))
+
+    def exported(recipe: str) -> Callable[[Path], None]:
+        return lambda folder: subject.export(subject.folder / "bf16", vendor, folder, recipe)
+
+    broken = damages(subject, counts[LAYER], sorted(counts))
+    return {name: copied(damage) for name, damage in broken.items()} | {
+        name: exported(recipe) for name, recipe in OTHERS.items()
+    }
+
+
+def examine(subject: Subject, work: Path, before: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Damage, score and check one golden's export, and yield the results after each damage; rows of
+    earlier results are kept.
+    """
+    base = subject.folder / "bf16"
+    vendor = subject.folder / subject.vendor if subject.vendor else None
+    good = work / "good"
+    subject.export(base, vendor, good)
+    own = Text.scored(load_corpus(str(subject.folder / "corpus.jsonl")), base, good)
+    wiki = Text.scored(wikitext(), base, good)
+    rows = {r["damage"]: r for r in before.get("rows", [])}
+    on_wiki = {r["damage"]: r for r in before.get("wikitext", {}).get("rows", [])}
+    formats = "nvfp4_experts_only" + " over MXFP8" * bool(vendor)
+
+    sizes = own.undamaged()
+    sizes["good"]["check"] = checked(good, base, vendor)
+    head = {
+        "golden": subject.golden,
+        "layer": LAYER,
+        "export": formats + f", experts {subject.layout}" * bool(subject.layout),
+        **sizes,
+    }
+    wiki_head = {"corpus": wiki.corpus.name, **wiki.undamaged()}
+
+    def result() -> dict[str, Any]:
+        more = wiki_head | {"rows": list(on_wiki.values())}
+        return head | {"rows": list(rows.values()), "wikitext": more}
+
+    for description, write in exports(subject, vendor, good, own.good).items():
+        if description in rows and description in on_wiki:
+            continue
+        folder = work / "damaged"
+        write(folder)
+        if description not in rows:
+            rules = checked(folder, base, vendor)
+            rows[description] = own.row(description, folder) | {"check": rules}
+        if description not in on_wiki:
+            on_wiki[description] = wiki.row(description, folder)
+        print(rows[description], on_wiki[description], flush=True)
+        shutil.rmtree(folder)
+        yield result()
+    if subject.bias and UNREACHED not in rows:
+        counts = next(c for n, c in own.good.header.experts.items() if f"layers.{LAYER}." in n)
+        rows[UNREACHED] = unreached(subject, work, own.corpus, counts)
+        print(rows[UNREACHED], flush=True)
+        yield result()
 
 
 def unreached(subject: Subject, work: Path, corpus: Corpus, counts: list[int]) -> dict[str, Any]:
@@ -340,38 +392,14 @@ def unreached(subject: Subject, work: Path, corpus: Corpus, counts: list[int]) -
     return measures | {"check": checked(places["damaged"], places["bf16"], vendor)}
 
 
-def more_text(subject: Subject, work: Path) -> dict[str, Any]:
-    """Return the drift of one damage on WikiText-2's test split."""
-    corpus = load_corpus(WIKITEXT).head(WIKI_DOCUMENTS)
-    folder = shutil.copytree(work / "good", work / "damaged")
-    edit(folder, r"experts\.\d+\..*\.weight_scale_2$", times(17 / 16))
-    runs = [scored(p, corpus) for p in (subject.folder / "bf16", work / "good", folder)]
-    shutil.rmtree(folder)
-    measures = row("scales of a layer's experts 1/16 too large", *runs)
-    return measures | {
-        "corpus": corpus.name,
-        "documents": len(corpus),
-        "tokens": int(runs[0].tokens.sum()),
-    }
-
-
 def main() -> None:
-    """Damage, score, write; goldens that are not selected keep their earlier results."""
+    """Damage, score, write after each damage; goldens that are not selected keep their earlier
+    results.
+    """
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "damage.json")
     parser.add_argument(
         "--golden", action="append", choices=[s.golden for s in SUBJECTS], help="only these goldens"
-    )
-    parser.add_argument(
-        "--only",
-        default="*",
-        metavar="GLOB",
-        help="only these damages; the others keep their results",
-    )
-    parser.add_argument(
-        "--wikitext",
-        action="store_true",
-        help="also score one damage of the first golden on WikiText-2",
     )
     args = parser.parse_args()
     earlier = json.loads(args.out.read_text()) if args.out.is_file() else {}
@@ -379,25 +407,26 @@ def main() -> None:
     for subject in SUBJECTS:
         if args.golden and subject.golden not in args.golden:
             continue
-        work = Path(tempfile.mkdtemp(prefix="ckptgate-damage-"))
-        try:
-            old = goldens.get(subject.golden, {})
-            wikitext = old.get("more_text")
-            new = examine(subject, work, args.only, old)
-            if args.wikitext and subject is SUBJECTS[0]:
-                wikitext = more_text(subject, work)
-            goldens[subject.golden] = new | ({"more_text": wikitext} if wikitext else {})
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
+        before = goldens.get(subject.golden, {})
+        with tempfile.TemporaryDirectory(prefix="ckptgate-damage-") as work:
+            for result in examine(subject, Path(work), before):
+                goldens[subject.golden] = result
+                write_results(
+                    args.out, [goldens[s.golden] for s in SUBJECTS if s.golden in goldens]
+                )
+
+
+def write_results(file: Path, goldens: list[dict[str, Any]]) -> None:
+    """Write the results so far."""
     result = {
-        "command": "python benchmarks/damage.py --wikitext",
-        "goldens": [goldens[s.golden] for s in SUBJECTS if s.golden in goldens],
+        "command": "python benchmarks/damage.py",
+        "goldens": goldens,
         "versions": {
             "python": platform.python_version(),
             **{p: version(p) for p in ("torch", "transformers", "numpy")},
         },
     }
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    file.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

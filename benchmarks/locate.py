@@ -5,8 +5,8 @@
 
 The damages are those of benchmarks/damage.py, applied to each layer with experts. Exports with
 scales by ``max`` are those that plain rounding gives, so that only the damaged layer differs; those
-with scales by ``mse`` differ in every layer, and are damaged in one layer. A blame is right if the
-first module is the damaged one of the damaged layer.
+with scales by ``mse`` differ in every layer. A blame is right if the first module is the damaged
+one of the damaged layer.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from damage import LAYER, SUBJECTS, Subject, damages, scored
+from damage import SUBJECTS, Subject, damages, scored
 
 from verifier.gate import load_corpus
 from verifier.locate import LocateOptions, locate
@@ -30,7 +30,6 @@ from verifier.locate import LocateOptions, locate
 ROOT = Path(__file__).parents[1]
 DOCUMENTS, TOKENS = 16, 32
 RECIPES = {"max": "nvfp4_experts_only", "mse": "nvfp4_experts_only_mse"}
-OF_MSE = ("gate and up swapped in a layer", "scales of a layer's experts a quarter too large")
 ALL = "scales of all layers' experts 1/16 too large"
 Damage = tuple[str, int, Callable[[Path], None]]
 
@@ -43,12 +42,12 @@ def write_corpus(subject: Subject, file: Path) -> None:
     file.write_text("".join(json.dumps({"ids": ids}) + "\n" for ids in documents))
 
 
-def cases(subject: Subject, counts: dict[int, list[int]], scales: str) -> Iterator[Damage]:
+def cases(subject: Subject, counts: dict[int, list[int]]) -> Iterator[Damage]:
     """Yield the damages of an export: description, layer, function."""
     layers = sorted(counts)
-    for layer in layers if scales == "max" else [LAYER]:
+    for layer in layers:
         for name, damage in damages(subject, counts[layer], layers, layer).items():
-            if (name != ALL or layer == layers[0]) and (scales == "max" or name in OF_MSE):
+            if name != ALL or layer == layers[0]:
                 yield name, layer, damage
 
 
@@ -90,7 +89,7 @@ def examine(subject: Subject, scales: str, rows: list[dict[str, Any]]) -> Iterat
         experts = scored(work / "good", corpus).header.experts
         counts = {int(n.partition("layers.")[2].partition(".")[0]): c for n, c in experts.items()}
         clean = ("no damage", -1, lambda _folder: None)
-        for case in [clean, *cases(subject, counts, scales)]:
+        for case in [clean, *cases(subject, counts)]:
             if case[:2] in done:
                 continue
             folder = shutil.copytree(work / "good", work / "damaged")

@@ -181,32 +181,28 @@ def damage_lines() -> list[str]:
     results = json.loads(file.read_text(encoding="utf-8"))
     lines: list[str] = []
     for golden in results["goldens"]:
-        good = golden["good"]
-        undamaged = ("none", f"{good['loss']:+.4f}", good["absolute"], *[""] * 7)
+        more = golden["wikitext"]
         lines += [
             f"`{golden['golden']}`, {golden['export']}; layer {golden['layer']}, "
             f"{golden['documents']} documents of its own text, {golden['tokens']:,} tokens.",
             "",
             *_head(DAMAGE_COLUMNS),
-            _row((*undamaged, _rules(good["check"]))),
-            *(_damage(x) for x in golden["rows"]),
+            _row((*_undamaged(golden), "", "", "", _rules(golden["good"]["check"]))),
+            *(_row((*_decided(x), *_seen(x))) for x in golden["rows"]),
+            "",
+            f"The same on {more['corpus']}: {more['documents']} documents, {more['tokens']:,} "
+            "tokens.",
+            "",
+            *_head(DAMAGE_COLUMNS[:7]),
+            _row(_undamaged(more)),
+            *(_row(_decided(x)) for x in more["rows"]),
             "",
         ]
-        more = golden.get("more_text")
-        if more is not None:
-            middle, low, high = more["drift"]
-            lines += [
-                f"On {more['corpus']} ({more['documents']} documents, {more['tokens']:,} tokens), "
-                f"*{more['damage']}* drifts by {middle:+.4f} [{low:+.4f}, {high:+.4f}]: "
-                f"{more['with_drift']}.",
-                "",
-            ]
     lines += [
         "Drift and KL ratio are over the undamaged export, each decided together with the absolute",
-        "margin; rows without a KL ratio were measured before it decided. KL and top-1 compare",
-        "with the undamaged export (KL: the lower bound from the top 64 tokens); worst: outlier",
-        "documents; check: the rules that find it at depth payload with `--base` (and",
-        "`--merged-from`).",
+        "margin. KL and top-1 compare with the undamaged export (KL: the lower bound from the top",
+        "64 tokens); worst: outlier documents; check: the rules that find it at depth payload with",
+        "`--base` (and `--merged-from`).",
         "",
     ]
     return [*lines, _command(results)]
@@ -225,32 +221,32 @@ def _row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _damage(x: dict[str, Any]) -> str:
+def _undamaged(text: dict[str, Any]) -> tuple[str, ...]:
+    """Return the first cells of the undamaged export on a text."""
+    good = text["good"]
+    return "none", f"{good['loss']:+.4f}", good["absolute"], "", "", "", ""
+
+
+def _decided(x: dict[str, Any]) -> tuple[str, ...]:
+    """Return what each margin decides of a damage."""
     middle, low, high = x["drift"]
-    worst = "none" if not x["beyond"] else str(x["beyond"])
-    drift = f"{middle:+.4f} [{low:+.4f}, {high:+.4f}]"
-    outcome = f"{x['with_drift']}{', lists the expert' if x['unreached'] else ''}"
-    cells = (
+    ratio, ratio_low, ratio_high = x["kl_ratio"]
+    lists = ", lists the expert" if x["unreached"] else ""
+    return (
         x["damage"],
         f"{x['loss']:+.4f}",
         x["absolute"],
-        drift,
-        outcome,
-        *_kl_ratio(x),
-        f"{x['kl_to_good']:.4f}",
-        f"{x['top1_to_good']:.1%}",
-        worst,
-        _rules(x["check"]),
+        f"{middle:+.4f} [{low:+.4f}, {high:+.4f}]",
+        x["with_drift"] + lists,
+        f"{ratio:.3f} [{ratio_low:.3f}, {ratio_high:.3f}]",
+        x["with_kl"] + lists,
     )
-    return _row(cells)
 
 
-def _kl_ratio(x: dict[str, Any]) -> tuple[str, str]:
-    """Return the KL ratio with its bounds, and what it decides; empty where it was not measured."""
-    if "kl_ratio" not in x:
-        return "", ""
-    ratio, low, high = x["kl_ratio"]
-    return f"{ratio:.3f} [{low:.3f}, {high:.3f}]", x["with_kl"]
+def _seen(x: dict[str, Any]) -> tuple[str, ...]:
+    """Return what else is seen of a damage."""
+    worst = "none" if not x["beyond"] else str(x["beyond"])
+    return f"{x['kl_to_good']:.4f}", f"{x['top1_to_good']:.1%}", worst, _rules(x["check"])
 
 
 def _rules(rules: list[str]) -> str:

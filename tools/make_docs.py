@@ -44,6 +44,8 @@ MARK = ("<!-- coverage: rendered by tools/make_docs.py -->", "<!-- end of covera
 SUITE = ("<!-- suite: rendered by tools/make_docs.py -->", "<!-- end of suite -->")
 DAMAGE = ("<!-- damage: rendered by tools/make_docs.py -->", "<!-- end of damage -->")
 COSTS = ("<!-- costs: rendered by tools/make_docs.py -->", "<!-- end of costs -->")
+LAYERS = range(4)
+"""The layers of the goldens."""
 LOCATED = ("<!-- located: rendered by tools/make_docs.py -->", "<!-- end of located -->")
 NOT_YET = {
     "QC108 shared storage at save": "cannot occur in a file; the key that it loses is reported by "
@@ -781,34 +783,41 @@ def locate_page() -> str:
     return f"{before}{start}\n\n{body}\n\n{end}{rest.partition(end)[2]}"
 
 
+def located_cell(row: dict[str, Any]) -> str:
+    """Return the KL ratio of a damage, and whether the first blame is right."""
+    blame = ("right" if row["right"] else "wrong") if row["first"] else ""
+    notes = [blame] * bool(blame) + ["open"] * (row["outcome"] == "inconclusive")
+    return f"{row['ratio']:.2f}" + f" ({', '.join(notes)})" * bool(notes)
+
+
 def located_lines(r: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
     """Return what the benchmark of `ckptgate locate` found."""
     damaged = [row for row in rows if row["damage"] != "no damage"]
     beyond = [row for row in damaged if row["outcome"] == "failed"]
     open_ = [row for row in damaged if row["outcome"] == "inconclusive"]
     goldens = sorted({row["golden"] for row in rows})
+    with_blame = [row for row in open_ if row["first"]]
+    right, right_open = (sum(row["right"] for row in group) for group in (beyond, with_blame))
     lines = [
         f"`{r['command']}`, {r['documents']} documents of {r['tokens']} tokens; run on: "
         f"{', '.join(goldens)}. {len(damaged)} damaged exports: {len(beyond)} failed, "
         f"{len(open_)} inconclusive, {len(damaged) - len(beyond) - len(open_)} within the margin. "
-        f"Of the failed, the first blame is right in {sum(row['right'] for row in beyond)} of "
-        f"{len(beyond)}; the largest cost is {max(row['cost'] for row in rows):.2f} gates.",
+        f"The first blame is right in {right} of the {len(beyond)} that failed, and in "
+        f"{right_open} of the {len(with_blame)} inconclusive ones that diverge more than the norm; "
+        f"the largest cost is {max(row['cost'] for row in rows):.2f} gates.",
         "",
-        "| golden, scales | damage | layer | KL ratio | verdict | first blame | right | gates |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "A cell has the KL ratio and, in brackets, whether the first blame is right; *open*: the "
+        "search is inconclusive; without brackets the ratio is within the margin.",
+        "",
+        f"| golden, scales | damage | {' | '.join(f'layer {n}' for n in LAYERS)} |",
+        "| --- " * (2 + len(LAYERS)) + "|",
     ]
+    by_layer: dict[tuple[str, str], dict[int, str]] = {}
     for row in rows:
-        cells = [
-            f"{row['golden']}, {row['scales']}",
-            row["damage"],
-            str(row["layer"]) if row["layer"] >= 0 else "",
-            f"{row['ratio']:.2f}",
-            row["outcome"],
-            row["first"],
-            ("yes" if row["right"] else "no") if row["first"] else "",
-            f"{row['cost']:.1f}",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
+        key = f"{row['golden']}, {row['scales']}", row["damage"]
+        by_layer.setdefault(key, {})[max(row["layer"], 0)] = located_cell(row)
+    for key, cells in by_layer.items():
+        lines.append(f"| {' | '.join([*key, *(cells.get(n, '') for n in LAYERS)])} |")
     return lines
 
 
