@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import click
 
 from verifier.cli.groups import CommandGroup
-from verifier.cli.options import FORMAT
+from verifier.cli.options import FORMAT, REPLACED
 from verifier.cli.recording import print_notes, print_warnings
 from verifier.cli.spellings import RenamedOptions
 from verifier.errors import ContentError, UsageError
@@ -158,6 +158,7 @@ def compare(a: str, b: str, file: str) -> None:
 @click.option("--measure", default="loss", show_default=True, help="Measure to plot.")
 @click.option("--name", help="Only runs with this name.")
 @click.option("-o", "--output", metavar="FILE.svg", required=True, help="The SVG file to write.")
+@REPLACED
 @_file
 def plot(measure: str, name: str | None, output: str, file: str) -> None:
     """Plot a measure over the runs as SVG: lines with intervals, golden steps, change points."""
@@ -174,6 +175,7 @@ def plot(measure: str, name: str | None, output: str, file: str) -> None:
 )
 @click.option("--name", help="Only runs with this name.")
 @click.option("-o", "--output", metavar="FILE", help="File to write.  [default: stdout]")
+@REPLACED
 @_file
 def export(to: str | None, name: str | None, output: str | None, file: str) -> None:
     """Export the history: bmf (Bencher, the newest run of each series), csv (one row per measure),

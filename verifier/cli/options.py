@@ -92,6 +92,14 @@ RAY = click.option(
 )
 RUNNERS = together(UNITS, RAY)
 OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace an existing output.")
+REPLACED = click.option(
+    "--overwrite",
+    is_flag=True,
+    expose_value=False,
+    hidden=True,
+    help="Replace an existing output.",
+)
+"""For commands that replace their output in any case: whoever says so is not refused."""
 SELECT = click.option(
     "--select",
     metavar="RULES",

@@ -17,7 +17,7 @@ from typing import Any
 
 import click
 
-from verifier.cli.options import OVERWRITE, together
+from verifier.cli.options import OVERWRITE, REPLACED, together
 from verifier.cli.spellings import RenamedOptions
 from verifier.cli.terminal import note, terminal
 from verifier.errors import MachineError, MissingExtra, UsageError
@@ -91,6 +91,7 @@ output_options = together(
         help="Write the preceding --format to FILE; alone, in the format of its ending "
         f"({', '.join(ENDINGS)}).  [default: stdout]",
     ),
+    REPLACED,
 )
 """``--format`` and ``-o``; the command is a `Paired` one."""
 

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 import click
 
 from verifier.checkpoint import open_checkpoint
+from verifier.cli.options import REPLACED
 from verifier.cli.progress import progress_bar
 from verifier.cli.recording import print_notes
 from verifier.errors import ContentError, MissingExtra, UsageError
@@ -36,6 +37,7 @@ from verifier.report.figures import Figure, heat
     is_flag=True,
     help="Read the checkpoints of the first run, and show signal to quantization noise.",
 )
+@REPLACED
 def report(
     runs: tuple[str, ...],
     output: str,

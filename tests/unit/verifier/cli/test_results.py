@@ -51,3 +51,11 @@ def test_an_error_goes_to_stderr_where_the_result_goes_to_a_file(
     out, err = capsys.readouterr()
     assert (out, bool(err)) == ("", True)
     assert not (tmp_path / "out.json").exists()
+
+
+def test_reports_are_replaced_and_may_be_asked_to(tmp_path: Path) -> None:
+    file = tmp_path / "report.json"
+    for option in ([], [], ["--overwrite"]):
+        assert run(["check", CKPT, "-o", str(file), *option]) == 0
+        assert json.loads(file.read_text())["verdict"] == "passed"
+        file.write_text("old")
