@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``python -m tests.engines``: our exports, broken checkpoints and reported ones in vLLM's own
-loader on a CPU; ``--write`` writes results.json and docs/engines.md.
+loader on a CPU, and our declarations in SGLang's; ``--write`` writes results.json and
+docs/engines.md.
 """
 
 from __future__ import annotations
@@ -9,14 +10,17 @@ import argparse
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tests.engines import page
-from tests.engines.environment import default_version, interpreter
+from tests.engines.environment import default_version, interpreter, sglang_interpreter
 from tests.engines.loads import SECTIONS, Engine, Row
-from tests.engines.scores import RECIPES, scores
+from tests.engines.matching import sglang
+from tests.engines.scores import RECIPES, refused_speculation, scores
 from verifier.engines.loader import VllmLoader, VllmSession
 
 SCORES = "scores"
@@ -27,7 +31,7 @@ def main(argv: list[str]) -> int:
     """Run the sections; 1 if `check` passes an export that fails in the engine."""
     parser = argparse.ArgumentParser(prog="python -m tests.engines", description=__doc__)
     parser.add_argument(
-        "sections", nargs="*", metavar="SECTION", help=", ".join((*SECTIONS, SCORES))
+        "sections", nargs="*", metavar="SECTION", help=", ".join((*SECTIONS, page.SGLANG, SCORES))
     )
     parser.add_argument("--vllm", default=default_version(), help="the version to install")
     parser.add_argument("--home", type=Path, default=Path(".tox/engines"), help="where")
@@ -39,16 +43,23 @@ def main(argv: list[str]) -> int:
         results["engine"] = session.engine.partition(" (")[0]
         engine = Engine(session)
         for name in [s for s in SECTIONS if s in (options.sections or SECTIONS)]:
-            results[name] = _run(name, engine)
+            results[name] = _run(name, partial(SECTIONS[name], engine))
             if options.write:
                 page.write(results)
+    if not options.sections or page.SGLANG in options.sections:
+        python_of_sglang = sglang_interpreter(options.home)
+        results[page.SGLANG] = _run(page.SGLANG, partial(sglang, python_of_sglang))
+        if options.write:
+            page.write(results)
     if not options.sections or SCORES in options.sections:
         results[SCORES] = [_scored(python, recipe) for recipe in RECIPES]
+        with tempfile.TemporaryDirectory(prefix="ckptgate-engines-") as home:
+            results["speculation"] = refused_speculation(python, Path(home))
         if options.write:
             page.write(results)
     wrong = page.violations(results)
     for row in wrong:
-        print(f"passes check and fails in vLLM: {row.name} {row.recipe}: {row.why}")
+        print(f"passes check and fails in an engine: {row.name} {row.recipe}: {row.why}")
     return bool(wrong)
 
 
@@ -57,10 +68,10 @@ def _scored(python: str, recipe: str) -> dict[str, Any]:
         return scores(python, recipe, Path(home), DOCUMENTS)
 
 
-def _run(name: str, engine: Engine) -> list[Row]:
+def _run(name: str, section: Callable[[Path], Iterator[Row]]) -> list[Row]:
     started, rows = time.monotonic(), []
     with tempfile.TemporaryDirectory(prefix="ckptgate-engines-") as home:
-        for row in SECTIONS[name](engine, Path(home)):
+        for row in section(Path(home)):
             rows.append(row)
             print(
                 f"{name}: {row.name} {row.recipe}: {row.check} / {row.engine} {row.why}", flush=True

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An interpreter with vLLM's CPU build, in a virtual environment of its own."""
+"""Interpreters with vLLM's CPU build and with SGLang, in virtual environments of their own."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 CONSTRAINTS = HERE / "constraints.txt"
+SGLANG_REQUIREMENTS = HERE / "sglang-requirements.txt"
 PYTHON = "CKPTGATE_ENGINE_PYTHON"
 """An interpreter that has vLLM, in place of an environment that is made here."""
 UNUSED = ("torchvision", "torchaudio", "torchcodec")
@@ -38,6 +39,22 @@ def interpreter(version: str, home: Path) -> str:
             install += ["--constraints", str(CONSTRAINTS)]
         subprocess.run(install, check=True)
         subprocess.run([*uv, "pip", "uninstall", "--python", str(python), *UNUSED], check=True)
+        (folder / "complete").touch()
+    return str(python)
+
+
+def sglang_interpreter(home: Path) -> str:
+    """Return an interpreter with SGLang's Python code; it is installed once, below ``home``."""
+    needed = SGLANG_REQUIREMENTS.read_text(encoding="utf-8").splitlines()
+    package, *others = [line for line in needed if not line.startswith("#")]
+    folder = home / package.replace("==", "-")
+    python = folder / "bin" / "python"
+    if not (folder / "complete").exists():
+        uv = [sys.executable, "-m", "uv"]
+        subprocess.run([*uv, "venv", "--clear", "-p", sys.executable, str(folder)], check=True)
+        install = [*uv, "pip", "install", "--python", str(python)]
+        subprocess.run([*install, *others], check=True)
+        subprocess.run([*install, "--no-deps", package], check=True)
         (folder / "complete").touch()
     return str(python)
 

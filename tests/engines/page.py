@@ -15,7 +15,8 @@ from tests.engines.loads import ACCEPTED, FAILURES, NOT_CHECKED, REFUSED, SECTIO
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.json"
 PAGE = HERE.parents[1] / "docs" / "engines.md"
-OURS = ("goldens", "zoo")
+SGLANG = "sglang"
+OURS = ("goldens", "zoo", SGLANG)
 """The sections with exports of ours."""
 
 
@@ -24,7 +25,7 @@ def read() -> dict[str, Any]:
     results: dict[str, Any] = {"engine": ""}
     if RESULTS.exists():
         results |= json.loads(RESULTS.read_text(encoding="utf-8"))
-    for name in SECTIONS:
+    for name in (*SECTIONS, SGLANG):
         results[name] = [Row(**row) for row in results.get(name, ())]
     return results
 
@@ -37,13 +38,13 @@ def violations(results: dict[str, Any]) -> list[Row]:
 def write(results: dict[str, Any]) -> None:
     """Write the results, a line per row, and the page."""
     parts = [f' "engine": {json.dumps(results["engine"])}']
-    for name in SECTIONS:
+    for name in (*SECTIONS, SGLANG):
         rows = [json.dumps(asdict(row), ensure_ascii=False) for row in results.get(name, ())]
         parts.append(
             f' "{name}": [\n  ' + ",\n  ".join(rows) + "\n ]" if rows else f' "{name}": []'
         )
-    if "scores" in results:
-        parts.append(f' "scores": {json.dumps(results["scores"])}')
+    more = [name for name in ("scores", "speculation") if name in results]
+    parts += [f' "{name}": {json.dumps(results[name])}' for name in more]
     RESULTS.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
     PAGE.write_text(render(results), encoding="utf-8")
 
@@ -59,7 +60,8 @@ def render(results: dict[str, Any] | None = None) -> str:
         ZOO + _families(results["zoo"]),
         CLAIMS + _claims(results["claims"]),
         CASES + _cases(results["cases"]),
-        _scores(results.get("scores", [])),
+        SGLANG_TEXT + _exports(results[SGLANG], "SGLang"),
+        _scores(results.get("scores", []), results.get("speculation", "")),
     ]
     return "\n\n".join(section.strip() for section in sections if section) + "\n"
 
@@ -85,14 +87,20 @@ so; `--engine-layers N` chooses. `--depth engine` runs the rules of depths heade
 and does not load with transformers.
 
 Everything that depends on vLLM's internals is in `verifier/engines/vllm_worker.py`. The tables
-below are from `python -m tests.engines --write` (`tox -e engines`) with {{engine}}.
+below are from `python -m tests.engines --write` (`tox -e engines`) with {{engine}}. vLLM 0.31.0
+gives the same outcomes for the goldens.
 """.format(memory="2.5")
 ZOO = """\
 ## Families
 
 Small random models of the classes with fused experts in transformers, in three recipes. "Source"
 is the unquantized model: where vLLM does not load it, the exports are not tried. Some classes are
-not in vLLM and are loaded through its Transformers backend.
+not in vLLM and are loaded through its Transformers backend. config.json is what transformers
+writes, with keys that vLLM reads and that releases have (`COMPLETED` in `tests/engines/loads.py`).
+vLLM rejects a source for one of these reasons: the transformers of its environment does not know
+the class; the tiny config lacks a key or a file that vLLM reads; transformers' own class of the
+config drops keys that vLLM reads (Step 3.7); or transformers writes stacks of experts in the other
+orientation (Qwen3-VL).
 
 """
 CLAIMS = """\
@@ -107,6 +115,16 @@ CASES = """\
 ## Reported checkpoints
 
 The tiny checkpoints rebuilt from public reports, with `check --profile vllm` and with vLLM.
+
+"""
+SGLANG_TEXT = """\
+## SGLang
+
+SGLang 0.5.23 does not build a model without a GPU: its CUDA libraries are left out of its
+environment here, and torchvision is a stub. Its own configuration classes import, parse the
+declaration of an export `--for sglang`, and select a class for each module: by the names on disk,
+with those of fused projections, and one name for all experts of a layer. "Accepted" is that each
+class is the one for the format of the module's tensors. No weight is loaded.
 
 """
 
@@ -129,7 +147,7 @@ def _violations(results: dict[str, Any]) -> str:
         return (
             "Every export of ours that `check` passes loads in vLLM, or cannot be built on a CPU."
         )
-    text = f"{len(rows)} exports of ours pass `check` and fail in vLLM:\n\n"
+    text = f"{len(rows)} exports of ours pass `check` and fail in an engine:\n\n"
     return text + "\n".join(f"* {row.name}, {row.recipe}: {_why(row)}" for row in rows)
 
 
@@ -141,8 +159,8 @@ def _why(row: Row) -> str:
     )
 
 
-def _exports(rows: Sequence[Row]) -> str:
-    lines = ["| golden | export | check | vLLM |", "| --- | --- | --- | --- |"]
+def _exports(rows: Sequence[Row], engine: str = "vLLM") -> str:
+    lines = [f"| golden | export | check | {engine} |", "| --- | --- | --- | --- |"]
     for row in rows:
         vllm = _why(row) if row.engine else f"refused by `export`: {row.why}"
         lines.append(f"| {row.name} | {row.recipe} | {row.check} | {vllm} |")
@@ -180,18 +198,22 @@ def _cases(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def _scores(scores: Sequence[dict[str, Any]]) -> str:
+def _scores(scores: Sequence[dict[str, Any]], speculation: str) -> str:
     if not scores:
         return ""
-    lines = ["## Scores", "", SCORES, "", "| checkpoint | ours | vLLM | difference |"]
-    lines.append("| --- | --- | --- | --- |")
+    lines = ["## Scores", "", SCORES, "", "| checkpoint | ours | vLLM | difference | server |"]
+    lines.append("| --- | --- | --- | --- | --- |")
     for s in scores:
-        difference = s["vllm"] - s["ours"]
-        lines.append(f"| {s['name']} | {s['ours']:.5f} | {s['vllm']:.5f} | {difference:+.5f} |")
+        numbers = f"{s['ours']:.5f} | {s['vllm']:.5f} | {s['vllm'] - s['ours']:+.5f}"
+        lines.append(f"| {s['name']} | {numbers} | {s['server']:.5f} |")
+    lines += ["", SPECULATION, "", f"    {speculation}"]
     return "\n".join(lines)
 
 
 SCORES = """\
-Mean nats per token over 8 documents of the corpus of a golden: `score` with its default scorer, and
-with `--scorer vllm` on a CPU. NVFP4 with `--activations shared`; vLLM emulates MXFP8 by its weights
-alone, so that row is without activations. Experts need Triton, so only attention is quantized."""
+Mean nats per token over 8 documents of the corpus of a golden: `score` with its default scorer,
+with `--scorer vllm` on a CPU, and with `--scorer server` and vLLM's own server on a CPU. NVFP4 with
+`--activations shared`; vLLM emulates MXFP8 by its weights alone, so that row is without
+activations. Experts need Triton, so only attention is quantized."""
+SPECULATION = """\
+The same server with `--speculative-config`, to which `score` says:"""

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """An OpenAI-style server with made-up log-probabilities: python server.py MODE; prints its port.
 
-``vllm`` knows prompt_logprobs; ``ids`` and ``text`` know echo only, and name tokens by number or by
-text; ``busy`` fails twice before each answer; ``broken`` answers no JSON; ``slow`` never answers;
-``long`` answers too much; ``short`` leaves a token out; ``drafts``, ``eagle`` and ``slots``
-speculate, as vLLM's counters, SGLang's server information and llama.cpp's slots have it; ``zeros``
-answers 0 for every token. ``wavers`` answers 0 for every other token where it may generate more
-than one, and does not say whether it speculates; ``denies`` is the same with slots that do not.
+``vllm`` knows prompt_logprobs and states its context; ``ids`` and ``text`` know echo only, and name
+tokens by number or by text; ``busy`` fails twice before each answer; ``broken`` answers no JSON;
+``slow`` never answers; ``long`` answers too much; ``short`` leaves a token out; ``drafts``,
+``eagle`` and ``slots`` speculate, as vLLM's counters, SGLang's server information and llama.cpp's
+slots have it; ``zeros`` answers 0 for every token. ``wavers`` answers 0 for every other token where
+it may generate more than one, and does not say whether it speculates; ``denies`` is the same with
+slots that do not.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any, ClassVar
 from formula import row  # type: ignore[import-not-found]
 
 MODE = sys.argv[1]
+CONTEXT, MAX_LOGPROBS = 600, 20
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -41,7 +43,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.path == "/v1/models":
             names = ["one", "two"] if MODE == "text" else ["one"]
-            self.answer(200, {"data": [{"id": n} for n in names]})
+            limit = {"max_model_len": CONTEXT} if MODE == "vllm" else {}
+            self.answer(200, {"data": [{"id": n} | limit for n in names]})
         elif self.path == "/version" and MODE == "vllm":
             self.answer(200, {"version": "0.0-stand-in"})
         elif self.path == "/metrics" and MODE in ("vllm", "drafts"):
@@ -74,6 +77,9 @@ class Handler(BaseHTTPRequestHandler):
             return
         if "prompt_logprobs" in body and MODE not in ("ids", "text"):
             count = body["prompt_logprobs"]
+            if count > MAX_LOGPROBS:
+                self.answer(400, {"error": f"greater than max allowed: {MAX_LOGPROBS}"})
+                return
             entries = [None, *(self.entry(a, b, count) for a, b in pairwise(ids))]
             if MODE in ("wavers", "denies") and body["max_tokens"] > 1:
                 entries[1::2] = [

@@ -300,6 +300,8 @@ def _engine_config(path: str, layers: int | None) -> Any:
         "load_format": "safetensors",
         "linear_backend": "emulation",
         "disable_log_stats": True,
+        # On a CPU, vLLM switches it off for MLA after it has adapted Mamba layers to it.
+        "enable_prefix_caching": False,
         "max_num_seqs": 1,
     }
     if layers is not None:

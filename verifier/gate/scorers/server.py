@@ -51,15 +51,16 @@ class ServerEngine:
         """Look for the model and for how the server gives log-probabilities.
 
         Raises:
-            UsageError: the endpoint is not a URL, or the server does not serve the model, or it
-                decodes speculatively.
+            UsageError: the endpoint is not a URL, or the server does not serve the model, decodes
+                speculatively, or takes shorter prompts or gives fewer log-probabilities than asked.
             MachineError: the server does not answer.
         """
         self._host, self._port, self._tls, self._path = _endpoint(job.scorer.endpoint)
         self._timeout, self._top_k, self._batch = job.scorer.timeout, job.top_k, job.batch
         self._who = f"the server at {self._host}:{self._port}"
-        self._model = self._served(job.scorer.served)
+        self._model, entry = self._served(job.scorer.served)
         self._twice = not self._says_no_speculation()
+        self._refuse_long_windows(entry.get("max_model_len"), job)
         self._echo = not self._has_prompt_logprobs()
         self.environment = {"engine": self._version(), "device": "of the server"}
 
@@ -91,7 +92,7 @@ class ServerEngine:
             )
 
     def _window(self, window: Sequence[int], generated: int) -> WindowScores:
-        choice = self._complete(window, echo=self._echo, generated=generated)
+        choice = self._complete(window, max(1, self._top_k), echo=self._echo, generated=generated)
         read = _from_echo if self._echo else _from_prompt_logprobs
         try:
             lists = read(window, choice, self._top_k)
@@ -105,8 +106,9 @@ class ServerEngine:
             )
         return scores_of(window, lists, self._top_k, self._who)
 
-    def _complete(self, window: Sequence[int], *, echo: bool, generated: int = 1) -> dict[str, Any]:
-        count = max(1, self._top_k)
+    def _complete(
+        self, window: Sequence[int], count: int, *, echo: bool, generated: int = 1
+    ) -> dict[str, Any]:
         body: dict[str, Any] = {
             "model": self._model,
             "prompt": list(window),
@@ -126,23 +128,50 @@ class ServerEngine:
         return choice
 
     def _has_prompt_logprobs(self) -> bool:
+        """Whether the server knows ``prompt_logprobs``.
+
+        Raises:
+            UsageError: it does, but does not give as many as asked.
+        """
         try:
-            answer = self._complete([1, 2], echo=False)
+            answer = self._complete([1, 2], 1, echo=False)
         except ContentError:
             return False  # status 400: the server does not know the field
-        return isinstance(answer.get("prompt_logprobs"), list)
+        known = isinstance(answer.get("prompt_logprobs"), list)
+        if known and self._top_k > 1:
+            try:
+                self._complete([1, 2], self._top_k, echo=False)
+            except ContentError as error:
+                raise UsageError(f"{error}; serve with --max-logprobs {self._top_k}") from error
+        return known
 
-    def _served(self, model: str) -> str:
-        """Return the name of the model to ask for: as given, else the only one there is."""
+    def _served(self, model: str) -> tuple[str, dict[str, Any]]:
+        """Return the model to ask for, as named or else the only one, and the server's entry."""
         listed = self._request("GET", f"{self._path}/models", None, _LIST_ANSWER).get("data")
         entries = listed if isinstance(listed, list) else []
-        names = [str(entry.get("id")) for entry in entries if isinstance(entry, dict)]
-        if model and model not in names:
-            served = ", ".join(name[:80] for name in names[:5]) or "nothing"
+        by_name = {str(entry.get("id")): entry for entry in entries if isinstance(entry, dict)}
+        if model and model not in by_name:
+            served = ", ".join(name[:80] for name in list(by_name)[:5]) or "nothing"
             raise UsageError(f"{self._who} serves {served}, not {model!r}")
-        if not model and len(names) != 1:
-            raise UsageError(f"{self._who} serves {len(names)} models; name one with --served")
-        return model or names[0]
+        if not model and len(by_name) != 1:
+            raise UsageError(f"{self._who} serves {len(by_name)} models; name one with --served")
+        name = model or next(iter(by_name))
+        return name, by_name[name]
+
+    def _refuse_long_windows(self, context: object, job: Job) -> None:
+        """Refuse windows that leave no room for what the server must generate.
+
+        Raises:
+            UsageError: a window is too long.
+        """
+        room = context - (DRAFTED if self._twice else 1) if isinstance(context, int) else None
+        longest = max((len(ids) for ids, _ in job.windows), default=0)
+        if room is not None and longest > room:
+            raise UsageError(
+                f"{self._who} has a context of {context:,} tokens, too short for a window of "
+                f"{longest:,} and what it must generate; give --seq-len {room}, or serve with a "
+                "larger --max-model-len"
+            )
 
     def _says_no_speculation(self) -> bool:
         """Return whether the server says that it does not decode speculatively.

@@ -182,6 +182,12 @@ def test_a_server_with_prompt_logprobs() -> None:
         assert found[0].nonfinite == [1]
         with pytest.raises(UsageError, match="serves one, not 'other'"):
             scored(Scorer("server", endpoint=url, served="other"))
+        long = (3,) * 599
+        assert len(scored(Scorer("server", endpoint=url), [long])[0][0].arrays["nats"]) == 598
+        with pytest.raises(UsageError, match=r"context of 600 tokens.* give --seq-len 599"):
+            scored(Scorer("server", endpoint=url), [(*long, 3)])
+        with pytest.raises(UsageError, match=r"max allowed: 20.*serve with --max-logprobs 21"):
+            scored(Scorer("server", endpoint=url), top_k=21)
 
 
 def test_a_server_with_echo_only() -> None:
