@@ -46,7 +46,6 @@ from verifier.cli.recording import (
 from verifier.cli.runners import runner_given
 from verifier.cli.settings import check_arguments, effective_settings
 from verifier.cli.terminal import note, on_interrupt
-from verifier.cli.units import CheckJob, require_records
 from verifier.errors import ContentError, MachineError, NotACheckpointError, UsageError
 from verifier.findings import Finding, Report
 from verifier.summary import Summary
@@ -151,7 +150,11 @@ def check(
     given = runner_given(
         options["units"], options["ray"], label="checking", workers=options["workers"]
     )
-    records = require_records(paths, options) if given is not None else None
+    records = None
+    if given is not None:
+        from verifier.cli.units import CheckJob, require_records  # noqa: PLC0415  (few are divided)
+
+        records = require_records(paths, options)
     on_interrupt(
         "no report was written"
         if records is None

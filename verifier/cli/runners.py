@@ -6,12 +6,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from verifier.cli.options import LOCAL_RAY
 from verifier.cli.progress import progress_bar
 from verifier.errors import UsageError
-from verifier.ray_runner import on_ray, require_ray
-from verifier.units import Runner, share_of
+
+if TYPE_CHECKING:
+    from verifier.units import Runner
 
 
 def runner_given(
@@ -39,15 +41,21 @@ def runner_given(
     if units is not None and ray is not None:
         raise UsageError("--units and --ray exclude each other")
     if units is not None:
+        from verifier.units import share_of  # noqa: PLC0415  (few commands are divided)
+
         return nullcontext(replace(share_of(units), workers=workers))
     if ray is None:
         return None
+    from verifier.ray_runner import require_ray  # noqa: PLC0415  (as above)
+
     require_ray()
     return _on_ray(None if ray == LOCAL_RAY else ray, label, workers or default, gpus)
 
 
 @contextmanager
 def _on_ray(address: str | None, label: str, workers: int, gpus: int) -> Iterator[Runner]:
+    from verifier.ray_runner import on_ray  # noqa: PLC0415  (as above)
+
     with (
         progress_bar(label, unit="part") as progress,
         on_ray(address, workers, progress, gpus=gpus) as runner,
