@@ -89,7 +89,7 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
             "num_hidden_layers": 3,
             "dense_intermediate_size": 192,
             "intermediate_size": 96,
-            "shared_intermediate_size": 64,
+            "shared_intermediate_size": 96,
             "num_local_experts": 4,
             "num_experts_per_tok": 2,
             "moe_layer_freq": [0, 1, 1],

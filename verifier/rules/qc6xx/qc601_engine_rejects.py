@@ -10,6 +10,9 @@ from verifier.rules.context import Context
 from verifier.rules.engine_loading import EngineLoads
 from verifier.rules.registry import rule
 
+PARAMETERS_OF_THE_MODEL = "The available parameters"
+"""What follows in a message of vLLM are other parameters than the one it rejects."""
+
 
 @rule(
     "QC601",
@@ -45,7 +48,8 @@ def check(ctx: Context) -> Iterator[Finding]:
     ctx.tally.see()
     load = loads.candidate
     if load.rejected:
-        tensor = next((name for name in ctx.checkpoint.tensors if name in load.error), None)
+        about = load.error.partition(PARAMETERS_OF_THE_MODEL)[0]
+        tensor = next((name for name in ctx.checkpoint.tensors if name in about), None)
         file = None if load.stage == "weight loading" else "config.json"
         yield ctx.finding(
             f"vLLM rejects the checkpoint during {load.stage}",

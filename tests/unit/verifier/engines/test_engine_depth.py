@@ -97,6 +97,13 @@ def test_what_the_engine_does_is_a_finding(
     assert all("vllm 0.32.0" in f.observed for f in report.findings)
 
 
+def test_a_rejection_names_the_tensor_it_is_about(tmp_path: Path) -> None:
+    listed = "There is no module named 'mtp'. The available parameters are: {'lm_head.weight'}"
+    for error, tensor in ((listed, None), ("KeyError: 'lm_head.weight'", "lm_head.weight")):
+        report = checked(tmp_path, REJECTED | {"error": error})
+        assert report.findings[0].where.tensor == tensor
+
+
 def test_what_also_happens_to_the_base_is_not_reported(tmp_path: Path) -> None:
     same = {"unwritten": [WHOLE], "unused": ["x.weight"], "warnings": ["a must match b"]}
     assert found(checked(tmp_path, CLEAN | same, CLEAN | same)) == []
