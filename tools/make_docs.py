@@ -23,7 +23,7 @@ from draw_formats import drawings
 from goldens_page import damage_lines
 from goldens_page import page as goldens_page
 from reference_pages import command_line_page, python_page
-from scale_page import scale_lines
+from scale_page import faults_lines, scale_lines
 
 from verifier.errors import EXIT_CODES
 from verifier.layouts.family import known
@@ -43,6 +43,7 @@ FAMILIES = {
 MARK = ("<!-- coverage: rendered by tools/make_docs.py -->", "<!-- end of coverage -->")
 SUITE = ("<!-- suite: rendered by tools/make_docs.py -->", "<!-- end of suite -->")
 DAMAGE = ("<!-- damage: rendered by tools/make_docs.py -->", "<!-- end of damage -->")
+FAULTS = ("<!-- faults: rendered by tools/make_docs.py -->", "<!-- end of faults -->")
 COSTS = ("<!-- costs: rendered by tools/make_docs.py -->", "<!-- end of costs -->")
 LAYERS = range(4)
 """The layers of the goldens."""
@@ -513,14 +514,16 @@ def remote_page() -> str:
 
 
 def scale_page() -> str:
-    """Return docs/scale.md with its costs, from what benchmarks/real.py measured."""
+    """Return docs/scale.md with its costs and faults, from committed results."""
     text = (DOCS / "scale.md").read_text(encoding="utf-8")
     results = DOCS.parent / "benchmarks" / "results" / "real.json"
     if not results.is_file():
         return text
     before, after = text.index(COSTS[0]), text.index(COSTS[1])
     lines = scale_lines(json.loads(results.read_text(encoding="utf-8")))
-    return text[:before] + "\n".join([COSTS[0], "", *lines, ""]) + text[after:]
+    text = text[:before] + "\n".join([COSTS[0], "", *lines, ""]) + text[after:]
+    before, after = text.index(FAULTS[0]), text.index(FAULTS[1])
+    return text[:before] + "\n".join([FAULTS[0], "", *faults_lines(), ""]) + text[after:]
 
 
 def gate_page() -> str:

@@ -30,6 +30,15 @@ GPU_MACHINE_HOUR = 25.0
 """US dollars for an hour of a machine with 8 GPUs; no step uses the GPUs."""
 
 
+FAULTS = {
+    "faults": "files that cannot be read, full disks, quotas, few descriptors, little memory, "
+    "signals once and repeated, two commands into one OUT, a source that changes; the same bytes "
+    "with 1 to 8 workers, other hash seeds, umask, directory, locale and time zone",
+    "ray": "units on Ray and as shares; a killed node, a killed driver",
+}
+"""Folders of tests, and what they do."""
+
+
 @dataclass(frozen=True)
 class Model:
     """A model by its parameters: in routed experts, which are quantized, and all."""
@@ -177,9 +186,10 @@ def scale_lines(results: dict[str, Any]) -> list[str]:
             lines.append(_row(model, setup, rate))
     lines += [
         "",
-        "Assumed: "
-        + "; ".join(f"*{s.name}*: {text}" for s, text in zip(SETUPS, EXPLAINED, strict=True))
-        + ".",
+        "Assumed:",
+        "",
+        *(f"* {s.name}: {text}" for s, text in zip(SETUPS, EXPLAINED, strict=True)),
+        "",
         f"Prices: {CORE_HOUR} US dollars for a core and hour, {GPU_MACHINE_HOUR:.0f} for an hour "
         "with 8 GPUs; traffic within a region is free.",
         "*Read* and *written* are those of export and check together. *Digests*: the node that "
@@ -190,6 +200,34 @@ def scale_lines(results: dict[str, Any]) -> list[str]:
         "",
     ]
     return lines
+
+
+def faults_lines() -> list[str]:
+    """Return the table of docs/scale.md on faults, from the results of their tests."""
+    kill, soak = _results("kill/results.json"), _results("faults/soak.json")
+    lines = ["| what was done | how often | ended otherwise than it must |", "| --- | --- | --- |"]
+    kills = ", ".join(f"{name} {count}" for name, count in kill["kills"].items())
+    lines.append(
+        f"| `kill -9` at a random moment, then the same command again ({kills}) "
+        f"| {sum(kill['kills'].values())} kills, {kill['seeds']} seeds | {len(kill['wrong'])} |"
+    )
+    for folder, what in FAULTS.items():
+        outcomes = _results(f"{folder}/results.json")["tests"].values()
+        failed = sum(outcome == "failed" for outcome in outcomes)
+        lines.append(
+            f"| {what} | {sum(o != 'skipped' for o in outcomes)} tests, `{folder}` | {failed} |"
+        )
+    first, last = (soak["after"][number] for number in (*soak["after"],)[-2:])
+    lines.append(
+        f"| exports and checks in one process; private memory {first['private_kb'] / 1000:.0f} MB "
+        f"after {(*soak['after'],)[-2]} and {last['private_kb'] / 1000:.0f} MB at the end "
+        f"| {(*soak['after'],)[-1]} | {len(soak['grown'])} |"
+    )
+    return [*lines, ""]
+
+
+def _results(name: str) -> Any:
+    return json.loads((ROOT / "tests" / name).read_text(encoding="utf-8"))
 
 
 def _row(model: Model, setup: Setup, rate: Rates) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
+from types import FrameType
 from typing import Any
 
 from verifier.errors import CkptgateError, MachineError, MissingExtra
@@ -107,15 +108,36 @@ def on_ray(
                 log_to_driver=False,
                 logging_level=logging.ERROR,
             )
-        signal.signal(signal.SIGTERM, handler)  # Ray's own ends without a message
         nodes = [n["Resources"] for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU")]
         each = int(min([workers, *(n["CPU"] for n in nodes)]))
         slots = sum(_room(node, each, gpus) for node in nodes) if each else 0
         if not slots:
             raise MachineError(f"Ray: no node has {each or 1} CPU and {gpus} GPU for a task")
-        yield RayRunner(each, slots, gpus, progress)
+        with _terminable(handler):
+            yield RayRunner(each, slots, gpus, progress)
     finally:
+        signal.signal(signal.SIGTERM, handler)  # Ray has set its own
         ray.shutdown()
+
+
+@contextmanager
+def _terminable(handler: Any) -> Iterator[None]:
+    """Call a handler of SIGTERM outside Ray's functions: inside, they pass on nothing that it
+    raises but KeyboardInterrupt.
+    """
+    received: list[int] = []
+
+    def interrupt(number: int, _frame: FrameType | None) -> None:
+        received.append(number)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    except KeyboardInterrupt:
+        if received and callable(handler):
+            handler(received[0], None)
+        raise
 
 
 def _room(node: dict[str, float], cpus: int, gpus: int) -> int:
@@ -153,7 +175,7 @@ def _failures() -> Iterator[None]:
     except RayTaskError as error:
         cause: Any = error.cause
         raise cause from (None if isinstance(cause, CkptgateError) else error)
-    except (RayError, ConnectionError) as error:
+    except (RayError, ConnectionError, RuntimeError) as error:
         first = str(error).strip().partition("\n")[0]
         raise MachineError(
             f"Ray: {type(error).__name__}: {first} Run the same command again when that is fixed: "

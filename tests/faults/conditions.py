@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import subprocess
@@ -59,3 +60,23 @@ class Conditions:
     def _limit(self) -> None:
         for name, value in self.limits.items():
             resource.setrlimit(name, (value, value))
+
+
+def write_large(folder: Path) -> Path:
+    """Write a source of 800 MB of holes, which takes seconds to export, and return its folder."""
+    rows, width, count = 4096, 4096, 24
+    (folder / "config.json").write_text('{"model_type": "qwen3_moe"}')
+    size = rows * width * 2
+    header = {
+        f"model.layers.0.mlp.experts.{i}.down_proj.weight": {
+            "dtype": "BF16",
+            "shape": [rows, width],
+            "data_offsets": [i * size, (i + 1) * size],
+        }
+        for i in range(count)
+    }
+    raw = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        file.truncate(8 + len(raw) + count * size)
+    return folder

@@ -21,12 +21,12 @@ import pytest
 
 import exporter
 import verifier
+from exporter.cli.output import UNCHECKED
 from exporter.out import work_folder
-from tests.faults.conditions import RECIPE, SOURCE, Conditions
+from tests.faults.conditions import RECIPE, SOURCE, Conditions, write_large
 from tests.kill.run import files_of
 from verifier.cli import run
 from verifier.errors import MachineError
-from verifier.manifest import MANIFEST
 
 TORCH = pytest.mark.skipif(
     not os.environ.get("CKPTGATE_FAULTS"), reason="several seconds each: tox -e faults"
@@ -48,9 +48,9 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Export on a sound machine."""
+    """Export on a sound machine, without a check."""
     out = tmp_path_factory.mktemp("whole") / "out"
-    exporter.export(SOURCE, out, recipe=RECIPE[1], input_scale="one")
+    exporter.export(SOURCE, out, recipe=RECIPE[1], input_scale="one", notes=UNCHECKED)
     return out
 
 
@@ -70,16 +70,10 @@ def one_message(stderr: str) -> str:
     return line
 
 
-def alike(out: Path, whole: Path) -> bool:
-    """Whether all files are those of an export with its check; its manifest has no --no-check."""
-    digests = {n: d for n, d in files_of(out).items() if n != MANIFEST}
-    return digests == {n: d for n, d in files_of(whole).items() if n != MANIFEST}
-
-
 def resumes(out: Path, whole: Path) -> bool:
     """Whether the same export ends with the files of an undisturbed one, and nothing is left."""
     assert NORMAL.export(out) == (0, "")
-    return alike(out, whole) and [p.name for p in out.parent.iterdir()] == [out.name]
+    return files_of(out) == files_of(whole) and [*out.parent.iterdir()] == [out]
 
 
 # reads that fail
@@ -178,7 +172,7 @@ def test_memory_for_torch_only(whole: Path, tmp_path: Path) -> None:
     """900 MB of addresses are too few for numba, and enough without it."""
     out = tmp_path / "out"
     assert Conditions(limits={resource.RLIMIT_AS: 900_000 << 10}).export(out) == (0, "")
-    assert alike(out, whole)
+    assert files_of(out) == files_of(whole)
 
 
 @TORCH
@@ -195,24 +189,16 @@ def test_too_little_memory(whole: Path, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write a source of 800 MB of holes, which takes seconds."""
-    rows, width, count = 4096, 4096, 24
-    folder = tmp_path_factory.mktemp("large")
-    (folder / "config.json").write_text('{"model_type": "qwen3_moe"}')
-    size = rows * width * 2
-    header = {
-        f"model.layers.0.mlp.experts.{i}.down_proj.weight": {
-            "dtype": "BF16",
-            "shape": [rows, width],
-            "data_offsets": [i * size, (i + 1) * size],
-        }
-        for i in range(count)
-    }
-    raw = json.dumps(header).encode()
-    with (folder / "model.safetensors").open("wb") as file:
-        file.write(len(raw).to_bytes(8, "little") + raw)
-        file.truncate(8 + len(raw) + count * size)
-    return folder
+    return write_large(tmp_path_factory.mktemp("large"))
+
+
+def wait_for_a_shard(process: subprocess.Popen[str], out: Path) -> None:
+    """Wait until an export writes its shard."""
+    deadline = time.monotonic() + 120
+    while not list(work_folder(out).glob("checkpoint/*.part")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 @TORCH
@@ -230,11 +216,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_signals(large: Path, tmp_path: Path, signals: list[signal.Signals], code: int) -> None:
     out = tmp_path / "out"
     process = NORMAL.start(["export", str(large), str(out), *RECIPE, "--progress", "none"])
-    deadline = time.monotonic() + 120
-    while not list(work_folder(out).glob("checkpoint/*.part")):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+    wait_for_a_shard(process, out)
     for number in signals:
         process.send_signal(number)
         time.sleep(0.05)
@@ -260,6 +242,15 @@ def test_an_interrupted_check_of_an_export_says_that_out_is_complete(
     assert out.is_dir()
 
 
+def test_a_check_of_an_export_shows_its_progress(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["export", str(SOURCE), str(tmp_path / "out"), *RECIPE, "--progress", "json"]
+    assert run(arguments) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert {line["task"] for line in lines} >= {"writing", "checking"}
+
+
 # two at once, and what must not change bytes
 
 
@@ -267,13 +258,15 @@ def test_an_interrupted_check_of_an_export_says_that_out_is_complete(
 def test_two_commands_into_one_out(large: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     first = NORMAL.start(["export", str(large), str(out), *RECIPE, "--no-check", "-q"])
-    while not list(work_folder(out).glob("checkpoint/*.part")):
-        assert first.poll() is None
-        time.sleep(0.005)
-    code, stderr = NORMAL.export(out, large)
-    assert code == 2
-    assert f"{out}: another export is writing it" in one_message(stderr)
-    _, stderr = first.communicate(timeout=300)
+    try:
+        wait_for_a_shard(first, out)
+        first.send_signal(signal.SIGSTOP)
+        code, stderr = NORMAL.export(out, large)
+        assert code == 2
+        assert f"{out}: another export is writing it" in one_message(stderr)
+    finally:
+        first.send_signal(signal.SIGCONT)
+        _, stderr = first.communicate(timeout=300)
     assert (first.returncode, stderr) == (0, "")
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
@@ -301,10 +294,8 @@ def test_the_same_bytes_with_any_number_of_workers(tmp_path: Path) -> None:
     ],
     ids=["seed and umask", "C locale and directory", "time zone", "torch"],
 )
-def test_the_same_bytes_under_any_conditions(conditions: Conditions, tmp_path: Path) -> None:
-    plain, other = tmp_path / "plain" / "out", tmp_path / "other" / "out"
-    for out, under in ((plain, NORMAL), (other, conditions)):
-        out.parent.mkdir()
-        assert under.export(out) == (0, "")
-    assert files_of(plain) == files_of(other)
-    assert [oct(p.stat().st_mode & 0o600) for p in other.iterdir()].count("0o600") > 0
+def test_the_same_bytes_under_any_conditions(
+    conditions: Conditions, whole: Path, tmp_path: Path
+) -> None:
+    assert conditions.export(tmp_path / "out") == (0, "")
+    assert files_of(tmp_path / "out") == files_of(whole)

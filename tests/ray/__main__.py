@@ -11,5 +11,5 @@ from tests.outcomes import run_and_write
 RESULTS = Path(__file__).with_name("results.json")
 
 if __name__ == "__main__":
-    tests = ["tests/ray", "tests/units"]
+    tests = ["tests/ray", "tests/units", "-k", "ray"]
     sys.exit(run_and_write("python -m tests.ray", tests, RESULTS, ("ckptgate", "ray", "torch")))

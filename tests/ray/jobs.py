@@ -64,7 +64,6 @@ class Deadly:
 def main(address: str, out: Path) -> None:
     job = Slow(export_job(out), out.with_name("log"))
     with on_ray(address, 1, lambda _done, _total: None) as runner:
-        print(job.units(), file=sys.stderr)
         runner(job)
 
 

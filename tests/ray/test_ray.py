@@ -20,6 +20,7 @@ import pytest
 
 import exporter
 from exporter.out import work_folder
+from tests.faults.conditions import RECIPE, Conditions, write_large
 from tests.kill.run import files_of
 from tests.paths import ROOT
 from tests.ray.jobs import OPTIONS, SHARD, SOURCE, Deadly, Slow, export_job
@@ -27,6 +28,8 @@ from verifier.errors import MachineError
 from verifier.ray_runner import on_ray
 
 pytest.importorskip("ray", reason="needs the extra 'ray': tox -e ray")
+
+NORMAL = Conditions()
 
 
 def ignore(_done: int, _total: int) -> None:
@@ -163,6 +166,26 @@ def _with_a_nan(folder: Path) -> None:
         entry = next(e for n, e in header.items() if ".experts." in n and n.endswith(".weight"))
         file.seek(8 + length + entry["data_offsets"][0])
         file.write(b"\xc0\x7f")
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "how"),
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
+)
+def test_a_signal(
+    cluster: Any, tmp_path: Path, number: signal.Signals, code: int, how: str
+) -> None:
+    (tmp_path / "large").mkdir()
+    source, out = write_large(tmp_path / "large"), tmp_path / "out"
+    address = ["--ray", cluster.address]
+    command = NORMAL.start(["export", str(source), str(out), *RECIPE, *address, "-q"])
+    wait_for(lambda: work_folder(out).exists())
+    command.send_signal(number)
+    _, stderr = command.communicate(timeout=120)
+    assert command.returncode == code
+    kept = f"finished shards are kept in {work_folder(out)}; run the same command again to resume"
+    assert stderr.strip() == f"ckptgate: {how}; {kept}"
+    assert not out.exists()
 
 
 def test_a_unit_that_is_always_lost_is_one_message(cluster: Any) -> None:

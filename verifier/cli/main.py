@@ -229,18 +229,19 @@ INTERRUPTED, TERMINATED = 130, 143
 """Exit codes of a command that SIGINT or SIGTERM ended."""
 
 
-def _terminated(_number: int, _frame: FrameType | None) -> NoReturn:
+def _terminated(number: int, _frame: FrameType | None) -> NoReturn:
+    signal.signal(number, _again)
     raise SystemExit(TERMINATED)
 
 
-def _interrupted(_number: int, _frame: FrameType | None) -> NoReturn:
-    signal.signal(signal.SIGINT, _interrupted_again)
+def _interrupted(number: int, _frame: FrameType | None) -> NoReturn:
+    signal.signal(number, _again)
     raise KeyboardInterrupt
 
 
-def _interrupted_again(_number: int, _frame: FrameType | None) -> NoReturn:
+def _again(number: int, _frame: FrameType | None) -> NoReturn:
     """End at once; what is left is what a kill leaves, which every command can take up."""
-    os._exit(INTERRUPTED)
+    os._exit(INTERRUPTED if number == signal.SIGINT else TERMINATED)
 
 
 class _Output(io.FileIO):
@@ -278,4 +279,8 @@ def main() -> NoReturn:
     except SystemExit as stop:
         if stop.code == TERMINATED:
             _fail(ended("terminated"), TERMINATED)
+        if stop.code in (INTERRUPTED, TERMINATED):
+            # The interpreter restores the default on its way out: one more would change the code.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise

@@ -27,7 +27,7 @@ from exporter.out import work_folder
 from exporter.stream import tasks
 from exporter.stream.write import RESULT, STATE
 from verifier.cli import run
-from verifier.errors import MachineError, UsageError
+from verifier.errors import CkptgateError, MachineError, UsageError
 from verifier.manifest import Manifest
 
 NVFP4 = "nvfp4_experts_only"
@@ -245,9 +245,16 @@ def rewrite(source: Path) -> None:
     copy.rename(shard)
 
 
-@pytest.mark.parametrize(
-    "change", [rewrite, lambda source: (source / "model.safetensors").unlink()]
-)
+def truncate(source: Path) -> None:
+    shard = source / "model.safetensors"
+    os.truncate(shard, shard.stat().st_size // 2)
+
+
+def remove(source: Path) -> None:
+    (source / "model.safetensors").unlink()
+
+
+@pytest.mark.parametrize("change", [rewrite, truncate, remove])
 def test_a_source_that_changes_during_the_export_is_named(
     big: Path, tmp_path: Path, change: Callable[[Path], object]
 ) -> None:
@@ -259,7 +266,7 @@ def test_a_source_that_changes_during_the_export_is_named(
             changed.append(None)
             change(source)
 
-    with pytest.raises(MachineError, match=r"source/model\.safetensors: "):
+    with pytest.raises(CkptgateError, match=r"model\.safetensors: "):
         export(source, tmp_path / "out", progress=progress)
     assert not (tmp_path / "out").exists()
 
