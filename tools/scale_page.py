@@ -34,7 +34,7 @@ FAULTS = {
     "faults": "files that cannot be read, full disks, quotas, few descriptors, little memory, "
     "signals once and repeated, two commands into one OUT, a source that changes; the same bytes "
     "with 1 to 8 workers, other hash seeds, umask, directory, locale and time zone",
-    "ray": "units on Ray and as shares; a killed node, a killed driver",
+    "ray": "export, merge, check and score on Ray; a killed node, a killed driver, signals",
 }
 """Folders of tests, and what they do."""
 
