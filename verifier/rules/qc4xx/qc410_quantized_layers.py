@@ -4,12 +4,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
 
 from verifier.findings import Finding, Severity, Where
 from verifier.layouts.engine_needs import asked_names
 from verifier.rules.context import Context
 from verifier.rules.registry import rule
-from verifier.schemes import ENGINES, Declaration, Module, expert_key, packed_name, same_layout
+from verifier.schemes import (
+    ENGINES,
+    Declaration,
+    Format,
+    Module,
+    expert_key,
+    packed_name,
+    same_layout,
+)
 
 
 @rule(
@@ -51,16 +61,61 @@ def check(ctx: Context) -> Iterator[Finding]:
     declaration = ctx.candidate.declaration
     if declaration is None or not declaration.mixed:
         return
+    entries = _Entries(declaration, ctx.checkpoint.model_type)
     for group in ctx.candidate.module_groups:
         ctx.tally.see(len(group.modules))
-        if any(_check_module(ctx, group.first, declaration)):
+        if any(_check_module(ctx, group.first, entries)):
             for module in group.modules:
-                yield from _check_module(ctx, module, declaration)
+                yield from _check_module(ctx, module, entries)
     yield from _check_entries(ctx, declaration)
 
 
-def _check_module(ctx: Context, module: Module, declaration: Declaration) -> Iterator[Finding]:
+@dataclass(frozen=True)
+class _Entries:
+    """The entries of a declaration, as vLLM looks at them.
+
+    Attributes:
+        declaration: holds them.
+        family: the ``model_type`` of the checkpoint.
+    """
+
+    declaration: Declaration
+    family: str | None
+
+    def effect_on(self, module: Module) -> dict[str, tuple[Severity, str]] | None:
+        """Return what vLLM does with a module whose own entry is missing or wrong, where others
+        give it its format.
+        """
+        key, fmt = expert_key(module.name), module.inferred_format
+        if key is not None:
+            first = self._first_of_experts.get(key.container)
+            if first is None or fmt is None or not same_layout(first, fmt):
+                return None
+            return {"vllm": ("warning", "gives all experts of a layer the format of the first")}
+        packed = packed_name(module.name, self.family)
+        if packed is not None and packed in self._packed:
+            return {"vllm": ("warning", "takes the format of the other projections of the group")}
+        return None
+
+    @cached_property
+    def _first_of_experts(self) -> dict[str, Format | None]:
+        """The format of the first entry below each container of experts."""
+        first: dict[str, Format | None] = {}
+        for name in self.declaration.layers:
+            if (key := expert_key(name)) is not None and key.container not in first:
+                first[key.container] = self.declaration.declared_for(name).format
+        return first
+
+    @cached_property
+    def _packed(self) -> frozenset[str]:
+        """The fused modules of which a projection has an entry."""
+        names = (packed_name(name, self.family) for name in self.declaration.layers)
+        return frozenset(name for name in names if name is not None)
+
+
+def _check_module(ctx: Context, module: Module, entries: _Entries) -> Iterator[Finding]:
     """Yield a quantized module without an entry of its own, or with one of the wrong format."""
+    declaration = entries.declaration
     tensor = module.weight or next(iter(module.parts.values()))
     where = Where(tensor.name, tensor.file)
     declared, fmt = declaration.declared_for(module.name), module.inferred_format
@@ -70,7 +125,7 @@ def _check_module(ctx: Context, module: Module, declaration: Declaration) -> Ite
             cause="no entry",
             where=where,
             observed="no entry",
-            engines=_from_its_group(ctx, module, declaration),
+            engines=entries.effect_on(module),
         )
     elif declared.format is not None and fmt is not None and not same_layout(declared.format, fmt):
         yield ctx.finding(
@@ -79,6 +134,7 @@ def _check_module(ctx: Context, module: Module, declaration: Declaration) -> Ite
             where=where,
             observed=fmt.algo,
             expected=declared.algo,
+            engines=entries.effect_on(module) if expert_key(module.name) else None,
         )
     elif declared.via in ("container", "packed"):
         entry = "its container" if declared.via == "container" else "the engine's fused name"
@@ -112,20 +168,6 @@ def _asked_differently(
                 severity="warning",
                 engines={"vllm": ("error", f"builds an unquantized layer ({name.source})")},
             )
-
-
-def _from_its_group(
-    ctx: Context, module: Module, declaration: Declaration
-) -> dict[str, tuple[Severity, str]] | None:
-    """Return what vLLM does with a module whose fused group has other members with an entry."""
-    packed = packed_name(module.name, ctx.checkpoint.model_type)
-    if packed is None or expert_key(module.name):
-        return None
-    head = module.name.rpartition(".")[0]
-    siblings = (n for n in declaration.layers if n.rpartition(".")[0] == head)
-    if any(packed_name(n, ctx.checkpoint.model_type) == packed for n in siblings):
-        return {"vllm": ("warning", "takes the format of the other projections of the group")}
-    return None
 
 
 def _check_entries(ctx: Context, declaration: Declaration) -> Iterator[Finding]:

@@ -194,6 +194,40 @@ def test_a_parent_container_is_a_warning_and_an_error_under_trtllm(containers: P
     assert verifier.check(containers, profile="all").verdict == "failed"
 
 
+@pytest.mark.parametrize(
+    ("change", "severity"),
+    [
+        ("last lost", "warning"),
+        ("first lost", "warning"),
+        ("last wrong", "warning"),
+        ("first wrong", "error"),
+        ("all lost", "error"),
+    ],
+)
+def test_vllm_gives_all_experts_of_a_layer_their_first_entry(
+    candidate: Path, change: str, severity: str
+) -> None:
+    leaves = [f"{e}.{p}_proj" for e in range(8) for p in ("gate", "up", "down")]
+    names = [f"model.layers.{i}.mlp.experts.{leaf}" for i in (0, 1) for leaf in leaves]
+    layers = {name: {"quant_algo": "NVFP4", "group_size": 16} for name in names}
+    mixed = {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers}
+    declare(candidate, mixed)
+    assert not verifier.check(candidate, profile="vllm").by_rule("QC410")
+    which, what = change.split()
+    changed = {"first": names[:1], "last": names[-1:], "all": names[:24]}[which]
+    for name in changed:
+        if what == "lost":
+            del layers[name]
+        else:
+            layers[name] = {"quant_algo": "FP8"}
+    declare(candidate, mixed)
+    findings = verifier.check(candidate, profile="vllm").by_rule("QC410")
+    assert {f.severity for f in findings if (f.where.tensor or "").startswith(changed[0])} == {
+        severity
+    }
+    assert verifier.check(candidate).verdict == "failed"
+
+
 def test_a_missing_input_scale_is_a_warning_under_sglang(holed: Path) -> None:
     assert verifier.check(holed).verdict == "failed"
     found = verifier.check(holed, profile="sglang")
