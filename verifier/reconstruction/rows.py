@@ -94,7 +94,7 @@ class WeightRows:
         self.candidate.checkpoint.expect(self.module.parts.values())
         self._sliced = _by_rows(fmt, self.module)
         stored = self._stored_amax(fmt)
-        if stored is None or 0 < stored < np.inf:
+        if stored is None or 0 < stored < np.finfo(np.float32).max:
             # One pass, where the weight turns out to be within the range of its tensor scale.
             result = distance(self, fmt, 1.0 if stored is None else stored)
             if _covers(stored, self._peak):
