@@ -30,6 +30,7 @@ SHARED = 64.0
 """A tensor scale shared with other weights may be this many times what the weight's own amax asks
 for. Block scales then stay normal numbers of E4M3, and the yardstick stays as fine, for all blocks
 above 1/448 of the weight's amax."""
+MOST = float(np.finfo(np.float32).max)
 ONE_MORE = 1 + 2**-20
 """A scale is rounded: the amax that it stands for may be this much less than the true one."""
 HELD = 64 << 20
@@ -94,7 +95,7 @@ class WeightRows:
         self.candidate.checkpoint.expect(self.module.parts.values())
         self._sliced = _by_rows(fmt, self.module)
         stored = self._stored_amax(fmt)
-        if stored is None or 0 < stored < np.finfo(np.float32).max:
+        if stored is None or 0 < stored < MOST:
             # One pass, where the weight turns out to be within the range of its tensor scale.
             result = distance(self, fmt, 1.0 if stored is None else stored)
             if _covers(stored, self._peak):
