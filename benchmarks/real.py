@@ -5,7 +5,7 @@
 
 One MoE layer as released (128 experts of w1, w3 [3072, 6144] and w2 [6144, 3072], attention, norms
 and router), BF16 from a seeded generator, 15.3 GB; ``--experts 16`` is 1.9 GB. Every command is a
-process of its own. Within a round everything runs in turn, `cp`, `sha256sum` and plain reads too:
+process of its own. Within a round everything runs in turn, `cp`, SHA-256 and plain reads too:
 on a machine that other work shares, only ratios within a round mean anything. ``--before`` measures
 another checkout in turn with this one, with the Python of its ``.venv`` if it has one.
 """
@@ -54,6 +54,12 @@ for name in sys.argv[1:]:
     with open(name, "rb", buffering=0) as handle:
         while handle.readinto(buffer):
             pass
+"""
+SHA256 = """
+import hashlib, sys
+for name in sys.argv[1:]:
+    with open(name, "rb") as handle:
+        hashlib.file_digest(handle, "sha256")
 """
 EXPORT = """
 import sys
@@ -233,7 +239,7 @@ class Bench:
             "read_export": lambda: self.python(READ, *results()),
             "codec_max": lambda: codec("max"),
             "codec_sweep": lambda: codec("sweep"),
-            "sha256": lambda: self.run("sha256sum", *results()),
+            "sha256": lambda: self.python(SHA256, *results()),
             "cp_sync": copied,
             "export_max": lambda: written(EXPORT, self.source, "nvfp4_experts_only"),
             "export_sweep_1": lambda: self.python(

@@ -201,7 +201,7 @@ REAL_STEPS = {
     "read": "plain read of the source",
     "codec_max": "encoding the source by `max` alone, one thread",
     "codec_sweep": "encoding the source by the sweep alone, one thread",
-    "sha256": "`sha256sum` of the export",
+    "sha256": "SHA-256 of the export, by hashlib",
     "cp_sync": "`cp` and `sync` of the export",
     "export_max": "export, `max`, without the check",
     "export_sweep_1": "export, sweep, without the check, one worker",
