@@ -354,17 +354,23 @@ def stopped(
         "--input-scale",
         "one",
     ]
-    process = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        for _ in range(20_000):
-            if list(work_folder(out).glob(f"{RESULT}/model-*.part")) or process.poll() is not None:
-                break
-            time.sleep(0.002)
-        process.send_signal(number)
-        stdout, stderr = process.communicate(timeout=60)
-    finally:
-        process.kill()
-        process.wait()
+    environment = {**os.environ, "PYTHONFAULTHANDLER": "1"}
+    with subprocess.Popen(
+        args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        try:
+            for _ in range(20_000):
+                parts = list(work_folder(out).glob(f"{RESULT}/model-*.part"))
+                if parts or process.poll() is not None:
+                    break
+                time.sleep(0.002)
+            process.send_signal(number)
+            stdout, stderr = process.communicate(timeout=60)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGABRT)  # prints the stack of every thread
+            pytest.fail(process.communicate()[1])
+        finally:
+            process.kill()
     return Stopped(code, process.returncode, stdout, stderr, out)
 
 
