@@ -28,6 +28,7 @@ import torch
 from exporter.out import out_exists, work_folder
 from exporter.plan import Plan
 from exporter.stream.shards import Task, write_shard
+from exporter.stream.signals import signals_held
 from exporter.stream.summary import EncodeSummary, combine
 from verifier.checkpoint import Checkpoint
 from verifier.errors import MachineError, UsageError
@@ -191,14 +192,19 @@ def write_all(
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(max(1, workers)) as pool, ThreadPoolExecutor(OPEN) as shards:
+        with (
+            signals_held() as act,
+            ThreadPoolExecutor(max(1, workers)) as pool,
+            ThreadPoolExecutor(OPEN) as shards,
+        ):
             try:
                 running = {shards.submit(write_one, task, stop, pool) for task in todo}
                 while running:
+                    act()
                     done, running = wait(running, timeout=0.2, return_when=FIRST_EXCEPTION)
                     for future in done:
                         future.result()
-            except BaseException:  # a signal can come at any point above, even inside `submit`
+            except BaseException:
                 stop.set()
                 raise
     finally:

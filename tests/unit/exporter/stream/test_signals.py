@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Signals are held back while threads are started and waited for."""
+
+from __future__ import annotations
+
+import signal
+import threading
+
+import pytest
+
+from exporter.stream.signals import signals_held
+
+
+@pytest.fixture(params=[signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+def number(request: pytest.FixtureRequest) -> signal.Signals:
+    return signal.Signals(request.param)
+
+
+@pytest.fixture
+def received(number: signal.Signals):
+    """Record the signals that reach the handler of before."""
+    came: list[int] = []
+    before = signal.signal(number, lambda n, _: came.append(n))
+    yield came
+    signal.signal(number, before)
+
+
+def test_a_signal_acts_when_it_is_let(number: signal.Signals, received: list[int]) -> None:
+    with signals_held() as act:
+        act()
+        signal.raise_signal(number)
+        signal.raise_signal(number)
+        assert received == []
+        act()
+        assert received == [number]
+        signal.raise_signal(number)  # what comes now is no longer held
+        assert received == [number] * 2
+
+
+def test_a_signal_acts_at_the_end(number: signal.Signals, received: list[int]) -> None:
+    with signals_held():
+        signal.raise_signal(number)
+        assert received == []
+    assert received == [number]
+
+
+def test_the_handlers_are_those_of_before(number: signal.Signals, received: list[int]) -> None:
+    before = signal.getsignal(number)
+    with pytest.raises(ValueError, match="x"), signals_held():
+        assert signal.getsignal(number) is not before
+        raise ValueError("x")
+    assert signal.getsignal(number) is before
+    assert received == []
+
+
+def test_an_interrupt_ends_the_context() -> None:
+    with pytest.raises(KeyboardInterrupt), signals_held() as act:
+        signal.raise_signal(signal.SIGINT)
+        act()
+        pytest.fail("the interrupt was lost")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_another_thread_holds_nothing(number: signal.Signals, received: list[int]) -> None:
+    before, seen = signal.getsignal(number), []
+
+    def work() -> None:
+        with signals_held() as act:
+            act()
+            seen.append(signal.getsignal(number))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [before]
+    assert received == []
