@@ -21,7 +21,7 @@ from verifier.reconstruction.distance import (
     distance,
     peak_of,
 )
-from verifier.reconstruction.yardstick import is_sliced
+from verifier.reconstruction.yardstick import has_tensor_scale, is_sliced
 from verifier.schemes import FLOATS, SCALE_LEAVES, Format, Module
 
 TILE = 128
@@ -94,7 +94,7 @@ class WeightRows:
         self.base.checkpoint.expect(self.base_module.parts.values())
         self.candidate.checkpoint.expect(self.module.parts.values())
         self._sliced = _by_rows(fmt, self.module)
-        stored = self._stored_amax(fmt)
+        stored = self._stored_amax(fmt) if has_tensor_scale(fmt) else None
         if stored is None or 0 < stored < MOST:
             # One pass, where the weight turns out to be within the range of its tensor scale.
             result = distance(self, fmt, 1.0 if stored is None else stored)
@@ -106,9 +106,9 @@ class WeightRows:
         plausible = stored is not None and stored <= SHARED * amax
         return distance(self, fmt, max(amax, stored or 0.0) if plausible else amax)
 
-    def _stored_amax(self, fmt: Format) -> float | None:
+    def _stored_amax(self, fmt: Format) -> float:
         """Return the amax that the stored tensor scale stands for: that of all weights that share
-        the scale. None where the weight has no tensor scale.
+        the scale. 0 where no such scale can be read.
         """
         factors = {"weight_scale_2": 6 * 448.0, "weight_global_scale": 6 * 448.0}
         factors |= {"weight_scale": 448.0} if fmt.name == "fp8" else {}
@@ -120,7 +120,7 @@ class WeightRows:
             if leaf == "weight_global_scale":
                 scale = 1 / scale if scale else 0.0
             return scale * factor
-        return None
+        return 0.0
 
     def _base_rows(self) -> Iterator[tuple[int, int, npt.NDArray[Any]]]:
         out, in_ = self.module.dims or (0, 0)

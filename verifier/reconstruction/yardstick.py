@@ -47,6 +47,11 @@ def is_sliced(fmt: Format) -> bool:
     return fmt.name in COMPARED and fmt is FORMATS[fmt.name]
 
 
+def has_tensor_scale(fmt: Format) -> bool:
+    """Whether `max_scales` of a format depend on the amax of the tensor."""
+    return is_sliced(fmt) and (fmt.name == "fp8" or (fmt.packed and fmt.layout != "mxfp4"))
+
+
 def nearest(values: Float32, parts: Mapping[str, npt.NDArray[Any]], fmt: str | Format) -> Float32:
     """Return the best that a format can do under the stored scales: for each value the nearest that
     it can represent, decoded.

@@ -13,8 +13,10 @@ from tests.paths import ROOT
 from verifier.checkpoint import open_checkpoint
 from verifier.quantized import QuantizedCheckpoint
 from verifier.reconstruction.cause import near_base
+from verifier.reconstruction.rows import WeightRows
 from verifier.rules.comparing import CheckpointPair
 from verifier.rules.context import Context
+from verifier.schemes import FORMATS
 from verifier.selftest.editor import RawShard, write_shard
 
 exporter = pytest.importorskip("exporter", exc_type=ImportError)
@@ -119,6 +121,29 @@ def test_a_base_is_read_once_where_the_stored_scale_covers_it(
     monkeypatch.setattr(base.source, "read_into", counted)
     near_base(CheckpointPair(ctx.candidate, ctx.base, ctx.payload), module, known)
     assert sum(lengths) == weight.numel() * 2 * (passes if fmt == "nvfp4" else 1)
+
+
+@pytest.mark.parametrize("dtype", ["F32", "BF16"])
+def test_the_yardstick_is_the_weights_own_where_the_scale_is_not_float32(
+    dtype: str, tmp_path: Path
+) -> None:
+    weight = (torch.randn(64, 64, generator=torch.Generator().manual_seed(2)) * 1e-5).bfloat16()
+    scale = torch.tensor(2.0**-23)
+    codes = (weight.float() / scale).to(torch.float8_e4m3fn)
+    value = scale if dtype == "F32" else scale.bfloat16()
+    stored = {"a.weight": ("F8_E4M3", (64, 64), raw(codes))}
+    stored["a.weight_scale"] = (dtype, (), raw(value))
+    plain = {"a.weight": ("BF16", (64, 64), raw(weight))}
+    for folder, entries in (("out", stored), ("base", plain)):
+        (tmp_path / folder).mkdir()
+        write_shard(tmp_path / folder / "model.safetensors", RawShard({}, entries))
+        (tmp_path / folder / "config.json").write_text("{}")
+    ctx = Context.of(open_checkpoint(tmp_path / "out"), open_checkpoint(tmp_path / "base"))
+    assert isinstance(ctx.base, QuantizedCheckpoint)
+    module, of_base = ctx.candidate.modules["a"], ctx.base.modules["a"]
+    d, defined = WeightRows(ctx.candidate, module, ctx.base, of_base).distance(FORMATS["fp8"])
+    assert defined
+    assert d.by_max / d.size < 0.04**2  # 1.0 as amax: 0.1 and more
 
 
 def raw(value: Any) -> bytes:
