@@ -9,7 +9,7 @@ one.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import ml_dtypes
 import numpy as np
@@ -27,7 +27,7 @@ from verifier import decoding
 from verifier.errors import EncodeError
 from verifier.reconstruction import yardstick
 
-pytestmark = pytest.mark.usefixtures("back_end")
+pytestmark = pytest.mark.usefixtures("back_end", "one_thread")
 Array = np.ndarray
 BF16 = ml_dtypes.bfloat16
 F32_MAX = float(np.finfo(np.float32).max)
@@ -36,15 +36,6 @@ FP8 = ["fp8", "fp8_per_channel", "fp8_block"]
 EVERY = ["nvfp4", "w4a16_nvfp4", "mxfp8", *FP8]
 MIDPOINTS = np.array([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0], np.float32)
 MAGNITUDES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Hold torch to one thread: many small operations on a busy machine collapse with two."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # --- what is drawn

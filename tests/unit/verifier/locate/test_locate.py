@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,20 +36,12 @@ from verifier.locate.render import place, render_text, value_of
 from verifier.locate.stream import StreamedModel
 from verifier.selftest.editor import CheckpointEditor
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 GOLDEN = ROOT / "goldens" / "qwen3-moe-tiny"
 BASE = GOLDEN / "bf16"
 SCHEMA = ROOT / "verifier" / "report" / "schemas" / "locate-1.0.json"
 DOCUMENTS, TOKENS = 9, 24
 Capture = pytest.CaptureFixture[str]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Keep threads of torch from waiting for one another where other tests run too."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
