@@ -36,7 +36,9 @@ def steps_of(block: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def shell(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run a command in a folder, with both streams in stdout."""
+    """Run a command in a folder as on the newcomer's own machine, with both streams in stdout."""
+    settings = {"CKPTGATE": str(CHECKOUT), "NO_COLOR": "1", "HF_HUB_OFFLINE": "1"}
+    own = {name: value for name, value in os.environ.items() if name != "CI"}
     return subprocess.run(
         ["bash", "--noprofile", "--norc", "-c", command],
         cwd=folder,
@@ -45,7 +47,7 @@ def shell(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
         text=True,
         check=False,
         timeout=300,
-        env={**os.environ, "CKPTGATE": str(CHECKOUT), "NO_COLOR": "1", "HF_HUB_OFFLINE": "1"},
+        env={**own, **settings},
     )
 
 
