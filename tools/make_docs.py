@@ -120,6 +120,7 @@ def performance_page() -> str:
     if (results / "codecs.json").is_file():
         page += codecs_section(json.loads((results / "codecs.json").read_text(encoding="utf-8")))
     page += scoring_section()
+    page += busy_section()
     page += ["", "## Remote checkpoints", "", *remote_table()]
     return "\n".join(page)
 
@@ -446,6 +447,36 @@ def scoring_section() -> list[str]:
     lines += [
         f"| {text} | {cells(small, key)} | {cells(wide, key)} |" for key, text in ways.items()
     ]
+    return [*lines, ""]
+
+
+def busy_section() -> list[str]:
+    """Return what another process costs a command, and calibration next to a forward pass."""
+    path = DOCS.parent / "benchmarks" / "results" / "busy.json"
+    r = json.loads(path.read_text(encoding="utf-8"))
+    rounds, ratios = r["rounds"], r["ratios"]
+    versions = ", ".join(f"{k} {v}" for k, v in r["versions"].items())
+    passes = [row["calibrated"] / row["forward"] for row in rounds]
+    lines = [
+        "## With other work on the machine",
+        "",
+        f"`{r['command']}`: each command on the golden MiniMax-M3, alone and next to a process",
+        f"that holds one processor, in turn; medians of {len(rounds)} rounds. `calibrate` is one",
+        "process; `score` and `gate` start one for each processor, and two processes that share",
+        "two processors with a third take 1.5 times as long at best. A sequence of 512 tokens",
+        f"costs `calibrate` {ratios['calibrated']:.2f} ({min(passes):.2f} to {max(passes):.2f}) of "
+        "a plain forward pass, on one thread.",
+        "",
+        f"{versions}; {r['machine']}.",
+        "",
+        "| command | alone, s | next to it, s | ratio |",
+        "| --- | --- | --- | --- |",
+    ]
+    for command in ("calibrate", "score", "gate"):
+        alone, beside = (
+            statistics.median(row[command][key] for row in rounds) for key in ("quiet_s", "busy_s")
+        )
+        lines.append(f"| `{command}` | {alone:.1f} | {beside:.1f} | {ratios[command]:.2f} |")
     return [*lines, ""]
 
 

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Statistics of a module's inputs: maximum, token count and, for percentiles, a histogram.
 
-Everything stays on the device of the activations, maxima in float32 and counts in int64, until
-`collect`.
+Maxima, in float32, and histograms, in int64, stay on the device of the activations until `collect`.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 
@@ -38,7 +38,7 @@ class Site:
         self.slots, self.percentile = slots, percentile
         self.called = False
         self._amax: torch.Tensor | None = None
-        self._tokens: torch.Tensor | None = None
+        self._tokens = [0] * slots
         self._counts: torch.Tensor | None = None
 
     def update(self, slot: int, rows: torch.Tensor) -> None:
@@ -48,30 +48,33 @@ class Site:
         self.called = True
         if rows.numel() == 0:
             return
-        if self._amax is None or self._tokens is None:
+        if self._amax is None:
             self._amax = torch.zeros(self.slots, dtype=torch.float32, device=rows.device)
-            self._tokens = torch.zeros(self.slots, dtype=torch.int64, device=rows.device)
             if self.percentile is not None:
                 self._counts = torch.zeros(
                     (self.slots, BINS), dtype=torch.int64, device=rows.device
                 )
         rows = rows.detach().to(self._amax.device)
         low, high = rows.aminmax()
-        self._amax[slot] = torch.maximum(self._amax[slot], torch.maximum(high, -low).float())
+        amax = self._amax[slot]
+        torch.maximum(amax, torch.maximum(high, -low).float(), out=amax)
         self._tokens[slot] += rows.numel() // rows.shape[-1]
         if self._counts is not None:
             for chunk in torch.split(rows.reshape(-1), CHUNK):
                 self._counts[slot] += torch.bincount(_bins(chunk), minlength=BINS)
 
-    def reduced(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Return the statistic (float32) and the tokens (int64) of each slot on the site's device;
-        None before the first update.
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """The tokens of each slot."""
+        return tuple(self._tokens)
+
+    def reduced(self) -> torch.Tensor | None:
+        """Return the statistic of each slot, float32 on the site's device; None before the first
+        update.
         """
-        if self._amax is None or self._tokens is None:
-            return None
-        if self._counts is None or self.percentile is None:
-            return self._amax, self._tokens
-        return _quantile(self._counts, self._amax, self.percentile), self._tokens
+        if self._amax is None or self._counts is None or self.percentile is None:
+            return self._amax
+        return _quantile(self._counts, self._amax, self.percentile)
 
 
 def _bins(values: torch.Tensor) -> torch.Tensor:
@@ -99,23 +102,19 @@ def _quantile(counts: torch.Tensor, amax: torch.Tensor, percentile: float) -> to
 
 
 def collect(sites: Iterable[Site]) -> dict[Site, SiteStatistics]:
-    """Return the statistics of each site, copied to the host with one copy per kind and device."""
-    groups: dict[torch.device, list[tuple[Site, torch.Tensor, torch.Tensor]]] = {}
+    """Return the statistics of each site, copied to the host with one copy per device."""
+    groups: dict[torch.device, list[tuple[Site, torch.Tensor]]] = {}
     statistics: dict[Site, SiteStatistics] = {}
     for site in sites:
         reduced = site.reduced()
         if reduced is None:
-            statistics[site] = SiteStatistics((0.0,) * site.slots, (0,) * site.slots)
+            statistics[site] = SiteStatistics((0.0,) * site.slots, site.tokens)
         else:
-            groups.setdefault(reduced[0].device, []).append((site, *reduced))
+            groups.setdefault(reduced.device, []).append((site, reduced))
     for group in groups.values():
-        amax = torch.cat([a for _, a, _ in group]).cpu().tolist()
-        tokens = torch.cat([t for _, _, t in group]).cpu().tolist()
-        start = 0
-        for site, _, _ in group:
-            stop = start + site.slots
-            statistics[site] = SiteStatistics(tuple(amax[start:stop]), tuple(tokens[start:stop]))
-            start = stop
+        amax = iter(torch.cat([values for _, values in group]).cpu().tolist())
+        for site, _ in group:
+            statistics[site] = SiteStatistics(tuple(islice(amax, site.slots)), site.tokens)
     return statistics
 
 

@@ -270,6 +270,9 @@ def _unbreakable(stream: TextIO) -> TextIO:
 
 def main() -> NoReturn:
     """Run the command line of this process and exit."""
+    # OpenMP reads it when torch is loaded. Threads that spin for one another lose a third of a
+    # command's time where another process holds a core.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     signal.signal(signal.SIGTERM, _terminated)
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # shells have it ignored in "… &"
         signal.signal(signal.SIGINT, _interrupted)
