@@ -154,6 +154,8 @@ def near_base(pair: CheckpointPair, module: Module, fmt: Format) -> Reconstructi
     if not rows.same_shape:
         raise ContentError(f"{module.name}: the base's weight has a different shape")
     d, defined = rows.distance(fmt)
+    if d.size == d.error == 0:
+        return Reconstruction("")
     if not defined or d.size == 0 or not (np.isfinite(d.error) and np.isfinite(d.size)):
         return None
     relative, by_max = float(np.sqrt(d.error / d.size)), float(np.sqrt(d.by_max / d.size))

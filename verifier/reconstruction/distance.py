@@ -238,8 +238,13 @@ def _fast(chunk: RowChunk, layout: Format, amax: float) -> Distance | None:
         for i in range(0, len(values), count):
             rows = slice(i, i + count)
             total.add(run(codes[rows], values[rows], steps.of(rows), top))
-    finite = np.isfinite(total.error) and np.isfinite(total.by_max)
-    return total if TINY < total.size / reference.size < HUGE and finite else None
+    if not np.isfinite(total.error) or not np.isfinite(total.by_max):
+        return None
+    if total.size == total.error == 0:  # also of values whose squares underflow
+        magnitude = np.uint8(0x77 if packed else 0x7F)
+        zero = peak_of(reference) == 0 and not (weight.view(np.uint8) & magnitude).any()
+        return total if zero else None
+    return total if TINY < total.size / reference.size < HUGE else None
 
 
 def _block_steps(chunk: RowChunk, block: int, packed: bool) -> Steps | None:

@@ -174,10 +174,10 @@ def stored_rows(checkpoint: Checkpoint, module: Module, start: int, stop: int) -
 
 def _covers(stored: float | None, peak: float) -> bool:
     """Whether the largest magnitude of a weight is one that a stored amax may stand for; any finite
-    one but 0 where there is none.
+    one where there is none. Zeros are encoded alike under every amax.
     """
-    if stored is None:
-        return 0 < peak < np.inf
+    if stored is None or peak == 0:
+        return peak < np.inf
     return peak <= stored * ONE_MORE and stored <= SHARED * peak
 
 

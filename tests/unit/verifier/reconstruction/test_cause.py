@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.paths import ROOT
@@ -17,7 +19,7 @@ from verifier.reconstruction.rows import WeightRows
 from verifier.rules.comparing import CheckpointPair
 from verifier.rules.context import Context
 from verifier.schemes import FORMATS
-from verifier.selftest.editor import RawShard, write_shard
+from verifier.selftest.editor import RawShard, read_shard, write_shard
 
 exporter = pytest.importorskip("exporter", exc_type=ImportError)
 codecs = pytest.importorskip("exporter.codecs", exc_type=ImportError)
@@ -27,6 +29,8 @@ DTYPES = {"weight": "U8", "weight_scale": "F8_E4M3", "weight_scale_2": "F32"}
 
 GOLDENS = ("gpt-oss-tiny", "minimax-m3-tiny", "qwen3-moe-tiny")
 RECIPES = ("nvfp4_default", "nvfp4_experts_only_mse", "mxfp8_default", "fp8_default")
+PRUNED = (np.s_[:], np.s_[:64], np.s_[:, 32:64])
+"""What is zero in the experts 0, 1 and 2 of a layer: all, rows, groups of a row."""
 
 
 @pytest.mark.parametrize("golden", GOLDENS)
@@ -37,6 +41,26 @@ def test_no_sound_weight_of_a_golden_is_decoded_whole(
     base = ROOT / "goldens" / golden / "bf16"
     exporter.export(base, tmp_path / "out", recipe=recipe, input_scale="one", engine="none")
     slow, count = decoded_whole(tmp_path / "out", base)
+    assert slow == [] and count > 50
+
+
+@pytest.mark.parametrize("recipe", [*RECIPES, "fp8_block128", "w4a16_nvfp4_experts_only"])
+def test_no_pruned_weight_is_decoded_whole(recipe: str, tmp_path: Path) -> None:
+    base, zeroed = tmp_path / "base", 0
+    shutil.copytree(ROOT / "goldens" / "minimax-m3-tiny" / "bf16", base)
+    for file in base.glob("*.safetensors"):
+        shard = read_shard(file)
+        for name, (dtype, shape, data) in shard.entries.items():
+            expert = name.partition(".experts.")[2].partition(".")[0]
+            if expert in ("0", "1", "2"):
+                values = np.frombuffer(data, np.uint16).reshape(shape).copy()
+                values[PRUNED[int(expert)]] = 0
+                shard.entries[name] = (dtype, shape, values.tobytes())
+                zeroed += 1
+        write_shard(file, shard)
+    exporter.export(base, tmp_path / "out", recipe=recipe, input_scale="one", engine="none")
+    slow, count = decoded_whole(tmp_path / "out", base)
+    assert zeroed >= 18
     assert slow == [] and count > 50
 
 

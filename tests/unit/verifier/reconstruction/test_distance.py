@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from verifier.decoding import decode
-from verifier.reconstruction.distance import RowChunk, distance, norm2, peak_of
+from verifier.reconstruction.distance import Distance, RowChunk, _fast, distance, norm2, peak_of
 from verifier.reconstruction.yardstick import COMPARED, max_scales, nearest
 from verifier.schemes import FORMATS
 
@@ -62,3 +62,23 @@ def test_a_chunk_that_is_not_finite_is_reported() -> None:
     assert peak_of(values.view(np.uint16)) == np.inf
     values[2, 2] = -np.inf
     assert peak_of(values.view(np.uint16)) == np.inf
+
+
+@pytest.mark.parametrize("fmt", ["nvfp4", "nvfp4_ct", "mxfp8"])
+@pytest.mark.parametrize("scale", [0, 1, 0x38])
+@pytest.mark.parametrize("wide", [False, True], ids=["bf16", "f32"])
+def test_rows_of_zeros_take_the_fast_pass(fmt: str, scale: int, wide: bool) -> None:
+    values, parts = _encoded(fmt, 4, 64, 1.0)
+    reference = np.zeros(values.shape, np.float32 if wide else np.uint16)
+    reference[1] = -0.0 if wide else 0x8000
+    parts["weight_scale"] = np.full(parts["weight_scale"].shape, scale, np.uint8)
+    parts["weight"][...] = 0
+    parts["weight"][2] = 0x88 if FORMATS[fmt].packed else 0x80
+    chunk = RowChunk(parts, reference)
+    assert _fast(chunk, FORMATS[fmt], 1.0) == Distance()
+    parts["weight"][3, 5] = 1
+    reached = decode(parts, fmt)[3].any()
+    assert (distance([chunk], fmt, 1.0)[0].error > 0) == reached
+    parts["weight"][3, 5] = 0
+    chunk.reference[0, 0] = 1e-30 if wide else 0x0001
+    assert distance([chunk], fmt, 1.0)[0].size > 0
