@@ -243,13 +243,17 @@ class _Run:
         def check(task: Task) -> bool:
             return _intact(self.folder / task.file, self._earlier.get(task.file))
 
-        with ThreadPoolExecutor(max(1, workers)) as pool:
+        left = []
+        with signals_held() as act, ThreadPoolExecutor(max(1, workers)) as pool:
             try:
-                intact = zip(todo, pool.map(check, todo), strict=True)
-                return [task for task, ok in intact if not (ok and self._take(task, progress))]
+                for task, intact in zip(todo, pool.map(check, todo), strict=True):
+                    act()
+                    if not (intact and self._take(task, progress)):
+                        left.append(task)
             except BaseException:  # a signal
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
+        return left
 
     def _take(self, task: Task, progress: Callable[[int], None]) -> bool:
         digest, nbytes, summaries = entry = self._earlier[task.file]

@@ -3,12 +3,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import signal
 import threading
+from pathlib import Path
 
 import pytest
 
+from exporter.stream.shards import Task
 from exporter.stream.signals import signals_held
+from exporter.stream.write import RESULT, STATE, _Run, record
 
 
 @pytest.fixture(params=[signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
@@ -74,3 +79,22 @@ def test_another_thread_holds_nothing(number: signal.Signals, received: list[int
     thread.join()
     assert seen == [before]
     assert received == []
+
+
+def test_shards_are_verified_with_signals_held(tmp_path: Path) -> None:
+    todo = [Task(f"model-{i}.safetensors", ()) for i in range(3)]
+    (tmp_path / RESULT).mkdir()
+    for task in todo:
+        (tmp_path / RESULT / task.file).touch()
+    entry = record(hashlib.sha256().hexdigest(), 0, [])
+    (tmp_path / STATE).write_text(json.dumps({"shards": {task.file: entry for task in todo}}))
+    taken: list[int] = []
+
+    def progress(nbytes: int) -> None:
+        signal.raise_signal(signal.SIGINT)
+        taken.append(nbytes)
+
+    with pytest.raises(KeyboardInterrupt):
+        _Run(tmp_path / RESULT).resume(todo, 2, progress)
+    assert taken == [0]
+    assert _Run(tmp_path / RESULT).resume(todo, 2, taken.append) == []
