@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Commands that run a model, on a quiet machine and next to a process that holds one processor; and
-calibration next to a plain forward pass.
+"""Commands that run a model, on a quiet machine and next to a process that holds one processor.
 
     python benchmarks/busy.py [--rounds 3] [--out benchmarks/results/busy.json]
 
 The golden MiniMax-M3 on its own corpus. In each round every command runs once alone and once next
 to an endless loop, each time as a process of its own with the default number of threads: seconds
-from start to end. Then calibration and the forward pass of the same model over sequences of the
-same length, in one process: seconds between the first sequence and the last. About 6 minutes.
+from start to end. About 5 minutes.
 """
 
 from __future__ import annotations
@@ -31,23 +29,6 @@ ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "goldens" / "minimax-m3-tiny"
 CORPUS = GOLDEN / "corpus.jsonl"
 SEQUENCES, LENGTH = 64, 512
-PASSES = f"""
-import sys, time, torch
-from exporter import calibrate
-from verifier.load.model import load_model
-source, corpus, out = sys.argv[1:]
-ends = []
-calibrate(source, out, recipe="nvfp4_experts_only", texts=[corpus], samples=[{SEQUENCES}],
-          seq_len={LENGTH}, overwrite=True, progress=lambda *_: ends.append(time.perf_counter()))
-observed = (ends[-1] - ends[0]) / (len(ends) - 1)
-model = load_model(source).model
-ends = []
-with torch.inference_mode():
-    for _ in range({SEQUENCES}):
-        model(input_ids=torch.randint(3, 300, (1, {LENGTH})), use_cache=False, logits_to_keep=1)
-        ends.append(time.perf_counter())
-print(observed, (ends[-1] - ends[0]) / (len(ends) - 1))
-"""
 
 
 def commands(folder: Path) -> dict[str, list[str]]:
@@ -96,19 +77,6 @@ def busy() -> Iterator[None]:
         loop.wait()
 
 
-def passes(folder: Path) -> dict[str, float]:
-    """Return the seconds of a sequence, calibrated and in a plain forward pass, on one thread."""
-    done = subprocess.run(
-        [sys.executable, "-c", PASSES, GOLDEN / "bf16", CORPUS, folder / "passes.safetensors"],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    observed, plain = map(float, done.stdout.split())
-    return {"calibrated": round(observed, 5), "forward": round(plain, 5)}
-
-
 def main() -> None:
     """Measure, write, and print the ratios."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -129,16 +97,13 @@ def main() -> None:
                 with busy():
                     beside = ckptgate(*arguments)
                 row[command] = {"quiet_s": round(quiet, 2), "busy_s": round(beside, 2)}
-            rounds.append(row | passes(folder))
+            rounds.append(row)
     ratios = {
         command: round(
             statistics.median(r[command]["busy_s"] / r[command]["quiet_s"] for r in rounds), 2
         )
         for command in commands(Path())
     }
-    ratios["calibrated"] = round(
-        statistics.median(r["calibrated"] / r["forward"] for r in rounds), 2
-    )
     result = {
         "command": "python benchmarks/busy.py",
         "rounds": rounds,

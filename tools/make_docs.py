@@ -120,6 +120,7 @@ def performance_page() -> str:
     if (results / "codecs.json").is_file():
         page += codecs_section(json.loads((results / "codecs.json").read_text(encoding="utf-8")))
     page += scoring_section()
+    page += device_section()
     page += busy_section()
     page += ["", "## Remote checkpoints", "", *remote_table()]
     return "\n".join(page)
@@ -450,33 +451,63 @@ def scoring_section() -> list[str]:
     return [*lines, ""]
 
 
+def device_section() -> list[str]:
+    """Return the rates of codecs and searches on each device that was measured, and calibration
+    next to a plain forward pass.
+    """
+    folder = DOCS.parent / "benchmarks" / "results"
+    results = [json.loads(p.read_text(encoding="utf-8")) for p in folder.glob("device-*.json")]
+    lines = ["## By device", ""]
+    for r in sorted(results, key=lambda r: str(r["command"])):
+        versions = ", ".join(f"{k} {v}" for k, v in r["versions"].items())
+        medians = {n: statistics.median(row[n] for row in r["rounds"]) for n in r["rounds"][0]}
+        ratios = [row["calibrate"] / row["forward"] for row in r["rounds"]]
+        rates = {name: nbytes / medians[name] / 1e9 for name, nbytes in r["nbytes"].items()}
+        sentence = (
+            f"`{r['command']}`: {r['machine']}; {versions}; medians of {len(r['rounds'])} "
+            "rounds in which everything runs in turn. Encoding and decoding of a BF16 weight: "
+            "bytes in and out. Searches: bytes in. `calibrate` takes "
+            f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) of the "
+            "plain forward pass of the golden MiniMax-M3, 512 tokens at a time."
+        )
+        lines += [
+            *textwrap.wrap(sentence, 120, break_on_hyphens=False),
+            "",
+            "| operation | GB/s | share of a copy |",
+            "| --- | --- | --- |",
+            *(f"| {n} | {v:#.3g} | {v / rates['copy']:.3f} |" for n, v in rates.items()),
+            "",
+        ]
+    if not any("cuda" in r["command"] for r in results):
+        lines += ["No GPU has been measured: `python benchmarks/device.py` does it.", ""]
+    return lines
+
+
 def busy_section() -> list[str]:
-    """Return what another process costs a command, and calibration next to a forward pass."""
+    """Return what another process costs a command that runs a model."""
     path = DOCS.parent / "benchmarks" / "results" / "busy.json"
     r = json.loads(path.read_text(encoding="utf-8"))
-    rounds, ratios = r["rounds"], r["ratios"]
+    rounds = r["rounds"]
     versions = ", ".join(f"{k} {v}" for k, v in r["versions"].items())
-    passes = [row["calibrated"] / row["forward"] for row in rounds]
+    sentence = (
+        f"`{r['command']}`: each command on the golden MiniMax-M3, alone and next to a process "
+        f"that holds one processor, in turn; medians of {len(rounds)} rounds. `calibrate` is one "
+        "process; `score` and `gate` start one for each processor, and two processes that share "
+        f"two processors with a third take 1.5 times as long at best. {versions}; {r['machine']}."
+    )
     lines = [
         "## With other work on the machine",
         "",
-        f"`{r['command']}`: each command on the golden MiniMax-M3, alone and next to a process",
-        f"that holds one processor, in turn; medians of {len(rounds)} rounds. `calibrate` is one",
-        "process; `score` and `gate` start one for each processor, and two processes that share",
-        "two processors with a third take 1.5 times as long at best. A sequence of 512 tokens",
-        f"costs `calibrate` {ratios['calibrated']:.2f} ({min(passes):.2f} to {max(passes):.2f}) of "
-        "a plain forward pass, on one thread.",
-        "",
-        f"{versions}; {r['machine']}.",
+        *textwrap.wrap(sentence, 120, break_on_hyphens=False),
         "",
         "| command | alone, s | next to it, s | ratio |",
         "| --- | --- | --- | --- |",
     ]
-    for command in ("calibrate", "score", "gate"):
+    for command, ratio in r["ratios"].items():
         alone, beside = (
             statistics.median(row[command][key] for row in rounds) for key in ("quiet_s", "busy_s")
         )
-        lines.append(f"| `{command}` | {alone:.1f} | {beside:.1f} | {ratios[command]:.2f} |")
+        lines.append(f"| `{command}` | {alone:.1f} | {beside:.1f} | {ratio:.2f} |")
     return [*lines, ""]
 
 

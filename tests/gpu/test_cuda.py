@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The codecs and the gate on a CUDA device: the bytes of the CPU, the scores of the CPU within
-BF16's noise.
+"""The codecs, calibration and the gate on a CUDA device: the bytes of the CPU; maxima and scores
+within BF16's noise.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 
 import exporter
 import verifier
@@ -61,6 +62,27 @@ def test_the_gate_passes_there_too(tmp_path: Path) -> None:
         tmp_path / "mixed", base=GOLDEN / "bf16", corpus=corpus, device="cuda"
     )
     assert result.outcome == "passed"
+
+
+def test_calibration_reads_what_it_reads_on_the_cpu(tmp_path: Path) -> None:
+    maxima = {}
+    for device in ("cpu", "cuda"):
+        exporter.calibrate(
+            GOLDEN / "bf16",
+            tmp_path / device,
+            recipe="nvfp4_experts_only",
+            texts=[GOLDEN / "corpus.jsonl"],
+            samples=[16],
+            seq_len=256,
+            device=device,
+        )
+        with safe_open(tmp_path / device, "np") as stats:
+            names = [name for name in stats.keys() if name.endswith("amax")]
+            maxima[device] = {name: float(stats.get_tensor(name)) for name in names}
+    here, there = maxima.values()
+    assert here.keys() == there.keys()
+    near = [there[name] == pytest.approx(value, rel=0.05) for name, value in here.items()]
+    assert sum(near) >= 0.9 * len(near)  # a token may go to another expert there
 
 
 @pytest.fixture(scope="module")
