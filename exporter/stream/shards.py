@@ -29,7 +29,7 @@ from verifier.errors import EncodeError
 SHARD_BYTES = 5_000_000_000
 SHARD_TENSORS = 200_000
 COPY_BYTES = 16 << 20
-PART_BYTES = 32 << 20
+PART_BYTES = 8 << 20
 """Bytes of a shard from which on its next actions are work of their own."""
 SMALL_BYTES = 1 << 16
 """Fewer are digested faster than handed to another thread."""
