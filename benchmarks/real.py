@@ -6,8 +6,10 @@
 One MoE layer as released (128 experts of w1, w3 [3072, 6144] and w2 [6144, 3072], attention, norms
 and router), BF16 from a seeded generator, 15.3 GB; ``--experts 16`` is 1.9 GB. Every command is a
 process of its own. Within a round everything runs in turn, `cp`, SHA-256 and plain reads too:
-on a machine that other work shares, only ratios within a round mean anything. ``--before`` measures
-another checkout in turn with this one, with the Python of its ``.venv`` if it has one.
+on a machine that other work shares, only ratios within a round mean anything. What the machine
+gains with two processors at a time is measured with two processes that share nothing.
+``--before`` measures another checkout in turn with this one, with the Python of its ``.venv`` if it
+has one.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -35,14 +37,18 @@ from tests import sparse  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "real.json"
 LAYER = "language_model.model.layers.3."
-MACHINE = ("read", "read_export", "codec_max", "codec_sweep", "sha256", "cp_sync")
+MACHINE = (
+    *("read", "read_export", "codec_max", "codec_max_2", "codec_sweep", "codec_sweep_2"),
+    *("sha256", "cp_sync"),
+)
 """Steps that say what the machine can do, whatever the checkout."""
-ONCE = (*MACHINE, "check_base_numpy")
+ONCE = (*MACHINE, "check_base_numpy", "check_base_pair")
 """Steps that are measured with this checkout only."""
 STEPS = (
     *MACHINE,
     *("export_max", "export_sweep_1", "export_sweep", "export_command", "merge"),
-    *("check_header", "check_payload", "check_base_numpy", "check_base_1", "check_base"),
+    *("check_header", "check_payload", "check_base_numpy"),
+    *("check_base_1", "check_base_pair", "check_base"),
     *("dry_run_whole", "dry_run_onto"),
 )
 SHARD_BYTES = 4_000_000_000
@@ -79,18 +85,26 @@ with contextlib.suppress(ImportError):
     importlib.import_module("verifier.reconstruction.kernels")
 """
 CODEC = """
-import sys, time, numpy, torch
+import multiprocessing, sys, time, torch
 from exporter import weights
 torch.set_num_threads(1)
-method, seconds = sys.argv[1], float(sys.argv[2])
+method, seconds, processes = sys.argv[1], float(sys.argv[2]), int(sys.argv[3])
 x = torch.randn(3072, 6144).bfloat16()
 weights.encode(x, "nvfp4", method=method, threads=1)
-started = time.perf_counter()
-done = 0
-while time.perf_counter() - started < seconds:
-    weights.encode(x, "nvfp4", method=method, threads=1)
-    done += 1
-print((time.perf_counter() - started) / (done * x.numel() * 2))
+def rate(_):
+    started = time.perf_counter()
+    done = 0
+    while time.perf_counter() - started < seconds:
+        weights.encode(x, "nvfp4", method=method, threads=1)
+        done += 1
+    return done * x.numel() * 2 / (time.perf_counter() - started)
+with multiprocessing.get_context("fork").Pool(processes) as pool:
+    print(sum(pool.map(rate, range(processes), chunksize=1)))
+"""
+PAIR = """
+import subprocess, sys
+for one in [subprocess.Popen(sys.argv[1:]) for _ in range(2)]:
+    assert one.wait() in (0, 1, 3)
 """
 
 
@@ -143,7 +157,10 @@ def _fill(handle: Any, nbytes: int, dtype: str, rng: np.random.Generator) -> Non
 
 
 def private_kb(pid: int) -> int:
-    """Return the private kilobytes of a process and its children; 0 where it has ended."""
+    """Return the private kilobytes of a process and its children; 0 where it has ended.
+
+    Pages of libraries count where no other process maps them.
+    """
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
         children = Path(f"/proc/{pid}/task").glob("*/children")
@@ -229,16 +246,18 @@ class Bench:
             target.mkdir()
             return self.run("sh", "-c", 'cp "$@" && sync "$0"/*', target, *results(), target)
 
-        def codec(method: str) -> dict[str, Any]:
-            found = self.python(CODEC, method, 2)
+        def codec(method: str, processes: int = 1) -> dict[str, Any]:
+            found = self.python(CODEC, method, 2, processes)
             nbytes = sum(f.stat().st_size for f in shards)
-            return found | {"s": float(found["output"]) * nbytes}
+            return found | {"s": nbytes / float(found["output"])}
 
         return {
             "read": lambda: self.python(READ, *shards),
             "read_export": lambda: self.python(READ, *results()),
             "codec_max": lambda: codec("max"),
+            "codec_max_2": lambda: codec("max", 2),
             "codec_sweep": lambda: codec("sweep"),
+            "codec_sweep_2": lambda: codec("sweep", 2),
             "sha256": lambda: self.python(SHA256, *results()),
             "cp_sync": copied,
             "export_max": lambda: written(EXPORT, self.source, "nvfp4_experts_only"),
@@ -256,6 +275,9 @@ class Bench:
             "check_payload": lambda: self.command(*check),
             "check_base_numpy": lambda: self.command(*based, "--workers", "1", CKPTGATE_FAST="0"),
             "check_base_1": lambda: self.command(*based, "--workers", "1"),
+            "check_base_pair": lambda: self.python(
+                *(PAIR, self.interpreter, "-m", "ckptgate", *based, "--workers", "1")
+            ),
             "check_base": lambda: self.command(*based, "--workers", str(self.workers)),
             "dry_run_whole": lambda: self.command("export", self.whole, "never", *plain),
             "dry_run_onto": lambda: self.command(
@@ -272,7 +294,9 @@ def make_whole(bench: Bench) -> None:
     sparse.write(bench.onto, vendor, sparse.m3_config() | declared, 60)
 
 
-def measure(benches: dict[str, Bench], rounds: int, only: list[str]) -> dict[str, Any]:
+def measure(
+    benches: dict[str, Bench], rounds: Mapping[str, int], only: list[str]
+) -> dict[str, Any]:
     """Return the figures of every step of every checkout, round by round."""
     first = next(iter(benches.values()))
     make_source(first.source, first.experts)
@@ -280,14 +304,14 @@ def measure(benches: dict[str, Bench], rounds: int, only: list[str]) -> dict[str
         make_whole(first)
     first.python(EXPORT, first.source, first.export, "nvfp4_experts_only", first.workers)
     for bench in benches.values():  # compile
-        bench.python(f"{CODEC}\n{WARM}", "sweep", 0.01)
-        bench.python(CODEC, "max", 0.01)
+        bench.python(f"{CODEC}\n{WARM}", "sweep", 0.01, 1)
+        bench.python(CODEC, "max", 0.01, 1)
     steps = {label: bench.steps() for label, bench in benches.items()}
     raw: dict[str, dict[str, list[dict[str, float]]]] = {label: {} for label in benches}
-    for number in range(rounds):
+    for number in range(max(rounds.values())):
         for name in only:
             for label in benches:
-                if name in ONCE and label != next(iter(benches)):
+                if number >= rounds[label] or (name in ONCE and label != next(iter(benches))):
                     continue
                 found = steps[label][name]()
                 del found["output"]
@@ -309,17 +333,19 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--only", default=",".join(STEPS), help="the steps to measure")
     parser.add_argument("--before", type=Path, help="another checkout, measured in turn with this")
+    parser.add_argument("--before-rounds", type=int, help="rounds that it takes part in [all]")
     parser.add_argument("--scratch", type=Path, help="where the files go; on a disk, not in memory")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     trees = {"after": ROOT} | ({"before": args.before.resolve()} if args.before else {})
+    rounds = {"after": args.rounds, "before": args.before_rounds or args.rounds}
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="ckptgate-real-", dir=args.scratch) as folder:
         benches = {
             label: Bench(tree, Path(folder), args.experts, args.workers)
             for label, tree in trees.items()
         }
-        result = measure(benches, args.rounds, args.only.split(","))
+        result = measure(benches, rounds, args.only.split(","))
     result |= {
         "command": "python benchmarks/real.py",
         "arguments": {"experts": args.experts, "rounds": args.rounds, "workers": args.workers},
