@@ -151,7 +151,7 @@ def write_shard(
             work = _Work(_ShardWriter(plan, fd, offsets), progress, stop)
             encoded = work.run(task.actions, pool)
             synced = pool.submit(os.fsync, fd)
-            digest = _digest(fd)
+            digest = digest_of(fd, stop)
             synced.result()
     except BaseException:
         os.close(fd)
@@ -369,9 +369,16 @@ def _put(fd: int, data: bytes | memoryview, offset: int) -> None:
         view, offset = view[written:], offset + written
 
 
-def _digest(fd: int) -> str:
+def digest_of(fd: int, stop: threading.Event) -> str:
+    """Return the SHA-256 of an open file.
+
+    Raises:
+        StoppedError: ``stop`` was set meanwhile.
+        OSError: the disk.
+    """
     state, buffer, offset = hashlib.sha256(), memoryview(bytearray(1 << 20)), 0
     while count := os.preadv(fd, [buffer], offset):
+        _require_running(stop)
         state.update(buffer[:count])
         offset += count
     return state.hexdigest()

@@ -27,7 +27,7 @@ import torch
 
 from exporter.out import out_exists, work_folder
 from exporter.plan import Plan
-from exporter.stream.shards import Task, write_shard
+from exporter.stream.shards import Task, digest_of, write_shard
 from exporter.stream.signals import signals_held
 from exporter.stream.summary import EncodeSummary, combine
 from verifier.checkpoint import Checkpoint
@@ -239,19 +239,22 @@ class _Run:
         """Take over the shards that an earlier run finished, and return the others: those that it
         did not, and those that were damaged. Digests are made in threads.
         """
+        stop = threading.Event()
 
-        def check(task: Task) -> bool:
-            return _intact(self.folder / task.file, self._earlier.get(task.file))
+        def intact(task: Task) -> bool:
+            return _intact(self.folder / task.file, self._earlier.get(task.file), stop)
 
         left = []
         with signals_held() as act, ThreadPoolExecutor(max(1, workers)) as pool:
             try:
-                for task, intact in zip(todo, pool.map(check, todo), strict=True):
+                for task, future in [(task, pool.submit(intact, task)) for task in todo]:
                     act()
-                    if not (intact and self._take(task, progress)):
+                    while wait([future], timeout=0.2).not_done:
+                        act()
+                    if not (future.result() and self._take(task, progress)):
                         left.append(task)
-            except BaseException:  # a signal
-                pool.shutdown(wait=False, cancel_futures=True)
+            except BaseException:
+                stop.set()
                 raise
         return left
 
@@ -297,12 +300,12 @@ def records_of(folder: Path) -> dict[str, list[Any]]:
     return records
 
 
-def _intact(path: Path, entry: list[Any] | None) -> bool:
+def _intact(path: Path, entry: list[Any] | None, stop: threading.Event) -> bool:
     if not entry or not path.is_file() or path.stat().st_size != entry[1]:
         return False
     try:
         with path.open("rb") as handle:
-            return bool(hashlib.file_digest(handle, "sha256").hexdigest() == entry[0])
+            return digest_of(handle.fileno(), stop) == entry[0]
     except OSError:  # a shard that cannot be read is written again
         return False
 

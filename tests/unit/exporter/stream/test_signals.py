@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from exporter.stream.shards import Task
+from exporter.stream.shards import StoppedError, Task, digest_of
 from exporter.stream.signals import signals_held
 from exporter.stream.write import RESULT, STATE, _Run, record
 
@@ -98,3 +98,13 @@ def test_shards_are_verified_with_signals_held(tmp_path: Path) -> None:
         _Run(tmp_path / RESULT).resume(todo, 2, progress)
     assert taken == [0]
     assert _Run(tmp_path / RESULT).resume(todo, 2, taken.append) == []
+
+
+def test_a_digest_ends_when_it_must_stop(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"x" * (3 << 20))
+    stop = threading.Event()
+    with (tmp_path / "file").open("rb") as handle:
+        assert digest_of(handle.fileno(), stop) == hashlib.sha256(b"x" * (3 << 20)).hexdigest()
+        stop.set()
+        with pytest.raises(StoppedError):
+            digest_of(handle.fileno(), stop)
