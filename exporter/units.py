@@ -9,10 +9,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from exporter import stream
+from exporter import emit, stream
 from exporter.plan import Plan
 from exporter.writing import WriteOptions, disk_failures, write_result
-from verifier.manifest import Manifest
+from verifier.errors import UsageError
+from verifier.manifest import MANIFEST, Manifest
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,14 @@ class WriteJob:
         call: makes the plan.
         out: the directory to make, on a file system that all machines share.
         options: how each process writes.
+        new: OUT did not exist when the job was made. A unit that finds it made by the same plan was
+            lost after the last one was done, and is done.
     """
 
     call: PlanCall
     out: Path
     options: WriteOptions
+    new: bool = False
 
     def units(self) -> list[str]:
         """Return the names of all shards."""
@@ -52,8 +56,17 @@ class WriteJob:
         Raises:
             EncodeError, MachineError, UsageError: as `exporter.export`.
         """
-        plan, progress = _plan_of(self.call), self.options.progress
-        tasks = self.options.tasks(plan)
+        plan = _plan_of(self.call)
+        try:
+            return self._written(plan, units)
+        except UsageError:
+            made = self._made_by(plan) if self.new else None
+            if made is None:
+                raise
+            return made
+
+    def _written(self, plan: Plan, units: Sequence[str]) -> Manifest | None:
+        tasks, progress = self.options.tasks(plan), self.options.progress
         with disk_failures(self.out), stream.sharing(plan, tasks, self.out) as writers:
             writers.write(
                 units, workers=self.options.threads, progress=progress or (lambda _nbytes: None)
@@ -63,3 +76,20 @@ class WriteJob:
             # The bytes of each shard were reported.
             quiet = replace(self.options, progress=None)
             return write_result(plan, self.out, writers.folder / stream.RESULT, quiet)
+
+    def _made_by(self, plan: Plan) -> Manifest | None:
+        """Return the manifest of OUT where the plan made it."""
+        file = self.out / MANIFEST
+        if not file.exists():
+            return None
+        found = Manifest.model_validate_json(file.read_bytes())
+        wanted = Manifest(
+            kind=plan.kind,
+            name=self.out.name,
+            made_by={},
+            sources=emit.sources_of(plan),
+            options=plan.options,
+        )
+        same = {"kind", "name", "sources", "options"}
+        equal = found.model_dump_json(include=same) == wanted.model_dump_json(include=same)
+        return found if equal else None

@@ -12,6 +12,7 @@ import click
 from exporter.cli.calibrate import calibrate_within_export
 from exporter.cli.output import (
     NO_CHECK,
+    SHARD_SIZE,
     UNCHECKED,
     WRITING_RENAMED,
     check_result,
@@ -94,6 +95,7 @@ if TYPE_CHECKING:
 )
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
 @NO_CHECK
+@SHARD_SIZE
 @writing_options
 @RUNNERS
 @click.argument("more", nargs=-1, metavar="[-- CALIBRATE OPTIONS]", type=click.UNPROCESSED)
@@ -112,7 +114,7 @@ def export(
 ) -> None:
     """Quantize the checkpoint SOURCE into the directory OUT, file to file, and check the result."""
     dividing = {name: options.pop(name) for name in ("units", "ray")}
-    writing = {name: options.pop(name) for name in ("overwrite", "workers")}
+    writing = {name: options.pop(name) for name in ("overwrite", "workers", "shard_bytes")}
     writers = writers_given(dividing, writing)
     report_file: Path | None = options.pop("report_file")
     if more and not calibrate_texts:
@@ -145,7 +147,8 @@ def export(
     notes = UNCHECKED if no_check else {}
     if writers is not None:
         arguments = {"source": source, **options}
-        manifest = write_in_units(writers, exporter.plan_export, arguments, out, notes)
+        more_options = {"notes": notes, "shard_bytes": writing["shard_bytes"]}
+        manifest = write_in_units(writers, exporter.plan_export, arguments, out, more_options)
     else:
         with writing_bar(exporter.plan_export(source, **options).nbytes) as progress:
             manifest = exporter.export(
@@ -188,6 +191,7 @@ def export(
     help="Activation scales of the experts: keep them, or write 1.0.",
 )
 @NO_CHECK
+@SHARD_SIZE
 @writing_options
 @RUNNERS
 @click.pass_context
@@ -201,6 +205,7 @@ def merge(
     no_check: bool,
     overwrite: bool,
     workers: int | None,
+    shard_bytes: int | None,
     report_file: Path | None,
     **dividing: str | None,
 ) -> None:
@@ -219,7 +224,8 @@ def merge(
         from exporter.exporting import plan_merge_of  # noqa: PLC0415  (as above)
 
         arguments = {"experts": experts, "onto": onto, "input_scale": input_scale}
-        manifest = write_in_units(writers, plan_merge_of, arguments, out, notes)
+        more = {"notes": notes, "shard_bytes": shard_bytes}
+        manifest = write_in_units(writers, plan_merge_of, arguments, out, more)
     else:
         with writing_bar(_merged_bytes(experts, onto)) as progress:
             manifest = write(
@@ -229,6 +235,7 @@ def merge(
                 input_scale=input_scale,  # type: ignore[arg-type]
                 overwrite=overwrite,
                 workers=workers,
+                shard_bytes=shard_bytes,
                 progress=progress,
                 notes=notes,
             )

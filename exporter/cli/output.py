@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -21,6 +22,7 @@ from verifier.cli.terminal import note, on_interrupt
 from verifier.errors import UsageError
 from verifier.files import require_writable
 from verifier.progress import Progress
+from verifier.text import counted
 
 if TYPE_CHECKING:
     from exporter.plan import Plan
@@ -59,6 +61,24 @@ def writing_options(command: Command) -> Command:
     return command
 
 
+def _bytes(_ctx: click.Context, _param: click.Parameter, value: str | None) -> int | None:
+    """Return the bytes that ``2GB`` or ``500MB`` names."""
+    if value is None:
+        return None
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([MG])B", value)
+    count = int(float(match[1]) * {"M": 10**6, "G": 10**9}[match[2]]) if match else 0
+    if not count:
+        raise click.BadParameter(f"{value!r}: write a size above 0 in MB or GB, such as 2GB")
+    return count
+
+
+SHARD_SIZE = click.option(
+    "--shard-size",
+    "shard_bytes",
+    metavar="SIZE",
+    callback=_bytes,
+    help="Size at which a new shard of OUT begins, such as 2GB.  [default: 5GB]",
+)
 NO_CHECK = click.option(
     "--no-check", is_flag=True, help="Leave out the check of OUT; output and manifest say so."
 )
@@ -135,10 +155,10 @@ def write_in_units(
     function: Callable[..., Plan],
     arguments: Mapping[str, Any],
     out: str,
-    notes: Mapping[str, Any],
+    more: Mapping[str, Any],
 ) -> Manifest | None:
-    """Write the shards of a plan that a function makes, or some of them; ``notes`` are added to
-    those of the manifest.
+    """Write the shards of a plan that a function makes, or some of them; ``more`` are further
+    fields of `WriteOptions`.
 
     Returns:
         The manifest; None where other processes have shards left.
@@ -149,8 +169,15 @@ def write_in_units(
     call = PlanCall(function, tuple(arguments.items()))
     with given as runner, progress_bar("writing", unit="byte") as bar:
         progress = _accumulating(bar, 0) if runner.here else None
-        options = WriteOptions(workers=runner.workers, progress=progress, notes=notes)
-        manifest = runner(WriteJob(call, Path(out), options))
+        options = WriteOptions(workers=runner.workers, progress=progress, **more)
+        job = WriteJob(call, Path(out), options, new=not runner.here)
+        shards, parts = len(job.units()), runner.of or runner.slots
+        if shards < parts:
+            note(
+                f"{counted(shards, 'shard')} for {parts:,} parts: a smaller --shard-size gives "
+                "work to all"
+            )
+        manifest = runner(job)
     if manifest is None:
         note(f"this part is written; the last part to end makes {out}")
     return manifest

@@ -3,7 +3,7 @@
 
 from exporter.emit.configs import PRODUCER, declare, with_quantization
 from exporter.emit.files import copy_auxiliary_files, write_configs, write_index, write_json
-from exporter.emit.manifest import adaptations, declares_kv_cache, manifest_of
+from exporter.emit.manifest import adaptations, declares_kv_cache, manifest_of, sources_of
 
 __all__ = [
     "PRODUCER",
@@ -12,6 +12,7 @@ __all__ = [
     "declare",
     "declares_kv_cache",
     "manifest_of",
+    "sources_of",
     "with_quantization",
     "write_configs",
     "write_index",

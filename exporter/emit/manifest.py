@@ -88,7 +88,7 @@ def manifest_of(
         kind=plan.kind,
         name=name,
         made_by={"tool": "ckptgate", "version": __version__, "python": sys.version.split()[0]},
-        sources=_sources(plan),
+        sources=sources_of(plan),
         options=plan.options,
         formats=dict(Counter(fmt.algo for fmt in formats if fmt is not None)),
         tensors=len(plan.specs),
@@ -98,7 +98,8 @@ def manifest_of(
     )
 
 
-def _sources(plan: Plan) -> list[SourceRecord]:
+def sources_of(plan: Plan) -> list[SourceRecord]:
+    """Return what identifies the checkpoints that a plan reads."""
     roles: list[tuple[Role, Checkpoint]] = [
         ("experts" if plan.kind == "merge" else "source", plan.source)
     ]

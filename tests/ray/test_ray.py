@@ -23,7 +23,8 @@ from exporter.out import work_folder
 from tests.faults.conditions import RECIPE, Conditions, write_large
 from tests.kill.run import files_of
 from tests.paths import ROOT
-from tests.ray.jobs import OPTIONS, SHARD, SOURCE, Deadly, Slow, export_job
+from tests.ray.jobs import Deadly, Slow
+from tests.units.cases import CASES, EXPORT, SOURCE, Alone, Case
 from verifier.errors import MachineError
 from verifier.ray_runner import on_ray
 
@@ -54,11 +55,8 @@ def cluster(head: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Export on one machine."""
-    out = tmp_path_factory.mktemp("whole") / "out"
-    exporter.export(SOURCE, out, **OPTIONS, shard_bytes=SHARD)
-    return out
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Alone:
+    return Alone(tmp_path_factory.mktemp("alone"))
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
@@ -68,59 +66,58 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
-def begun(log: Path) -> list[tuple[str, str]]:
-    """Return (node, unit) for each unit that was begun."""
-    lines = log.read_text().splitlines() if log.exists() else []
-    return [(node, unit) for node, unit in (line.split(maxsplit=1) for line in lines)]
-
-
 def recorded(out: Path) -> set[str]:
     return {p.stem for p in (work_folder(out) / "records").glob("*.json")}
 
 
-def test_a_killed_node_loses_nothing(cluster: Any, whole: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_killed_node_loses_nothing(
+    case: Case, cluster: Any, alone: Alone, tmp_path: Path
+) -> None:
     (second,) = cluster.worker_nodes
-    job = Slow(export_job(tmp_path / "out"), tmp_path / "log")
-    lost: list[str] = []
+    folder = tmp_path / "units"
+    folder.mkdir()
+    job = Slow(case.job(alone.inputs, folder), tmp_path / "log")
+    lost: set[str] = set()
 
     def kill_it_at_work() -> None:
-        def at_work() -> list[str]:
-            done = recorded(job.job.out)
-            return [u for node, u in begun(job.log) if node == second.node_id and u not in done]
+        def at_work() -> set[str]:
+            ended = {unit for _, unit in job.noted("ended")}
+            return {u for node, u in job.noted("begun") if node == second.node_id} - ended
 
-        wait_for(lambda: len(recorded(job.job.out)) >= 2 and bool(at_work()))
-        lost.extend(at_work())
+        wait_for(lambda: bool(job.noted("ended")) and bool(at_work()))
+        lost.update(at_work())
         cluster.remove_node(second, allow_graceful=False)
 
     killer = threading.Thread(target=kill_it_at_work)
     killer.start()
     with on_ray(cluster.address, 1, ignore) as runner:
         assert runner.slots == 2
-        manifest = runner(job)
+        result = runner(job)
     killer.join()
-    assert manifest is not None
-    assert files_of(job.job.out) == files_of(whole)
-    again = {unit for node, unit in begun(job.log) if node != second.node_id}
     assert lost
-    assert again.issuperset(lost)
-    assert {p.name for p in tmp_path.iterdir()} == {"out", "log"}
+    assert {unit for node, unit in job.noted("begun") if node != second.node_id} >= lost
+    assert case.outcome(folder, result) == alone.outcome(case)
 
 
-def test_a_killed_driver_resumes(cluster: Any, whole: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    command = [sys.executable, "-m", "tests.ray.jobs", cluster.address, str(out)]
-    driver = subprocess.Popen(command, cwd=ROOT)
+def test_a_killed_command_resumes(cluster: Any, tmp_path: Path) -> None:
+    for name in ("large", "alone"):
+        (tmp_path / name).mkdir()
+    source, out = write_large(tmp_path / "large"), tmp_path / "out"
+    more = ["--shard-size", "20MB", "--ray", cluster.address]
+    command = NORMAL.start(["export", str(source), str(out), *RECIPE, "--no-check", *more, "-q"])
     wait_for(lambda: len(recorded(out)) >= 2)
-    driver.send_signal(signal.SIGKILL)
-    assert driver.wait() == -signal.SIGKILL
+    command.send_signal(signal.SIGKILL)
+    assert command.wait() == -signal.SIGKILL
     assert not out.exists()
     kept = {unit: (work_folder(out) / "checkpoint" / unit).stat().st_ino for unit in recorded(out)}
-    subprocess.run(command, cwd=ROOT, check=True, timeout=300)
-    assert files_of(out) == files_of(whole)
+    assert NORMAL.export(out, source, *more) == (0, "")
     assert {unit: (out / unit).stat().st_ino for unit in kept} == kept
+    assert NORMAL.export(tmp_path / "alone" / "out", source, *more[:2]) == (0, "")
+    assert files_of(out) == files_of(tmp_path / "alone" / "out")
 
 
-def test_a_command_on_two_nodes(cluster: Any, whole: Path, tmp_path: Path) -> None:
+def test_a_command_on_two_nodes(cluster: Any, tmp_path: Path) -> None:
     def command(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-m", "ckptgate", *arguments, "--ray", cluster.address, "-q"],
@@ -132,14 +129,12 @@ def test_a_command_on_two_nodes(cluster: Any, whole: Path, tmp_path: Path) -> No
             check=False,
         )
 
-    options = ["--recipe", OPTIONS["recipe"], "--input-scale", OPTIONS["input_scale"]]
-    done = command("export", str(SOURCE), "out", *options)
+    done = command("export", str(SOURCE), "out", *RECIPE)
     assert (done.returncode, done.stderr) == (0, "")
-    alone = tmp_path / "alone"
-    alone.mkdir()
-    exporter.export(SOURCE, alone / "out", **OPTIONS)
-    assert files_of(tmp_path / "out") == files_of(alone / "out")
-    done = command("export", str(SOURCE), "out", *options)
+    (tmp_path / "alone").mkdir()
+    exporter.export(SOURCE, tmp_path / "alone" / "out", **EXPORT)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "alone" / "out")
+    done = command("export", str(SOURCE), "out", *RECIPE)
     assert (done.returncode, done.stdout) == (2, "")
     assert "already exists" in done.stderr
     done = command("check", "out", "--records", "records", "--depth", "payload")
@@ -147,7 +142,7 @@ def test_a_command_on_two_nodes(cluster: Any, whole: Path, tmp_path: Path) -> No
     assert "verdict: PASSED" in done.stdout
     nan = tmp_path / "nan"
     _with_a_nan(nan)
-    done = command("export", str(nan), "other", *options)
+    done = command("export", str(nan), "other", *RECIPE)
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1
     assert "NaN" in done.stderr

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Work in units: shares of a job array."""
+"""Work in units: shares of a job array, and Ray."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -13,118 +14,101 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
-import numpy as np
 import pytest
 
 import exporter
-from exporter.exporting import plan_export, plan_merge_of
 from exporter.out import work_folder
-from exporter.units import PlanCall, WriteJob
-from exporter.writing import WriteOptions
 from tests.kill.run import files_of
 from tests.paths import ROOT
+from tests.units.cases import (
+    CORPUS,
+    EXPORT,
+    SCORED,
+    SHARD,
+    SOURCE,
+    WITHOUT_MODEL,
+    Alone,
+    Case,
+    check_job,
+    export_job,
+    merge_job,
+)
 from tests.units.runners import RAY, RUNNERS, SHARES, one_after_the_other, result_of
-from verifier import check, ray_runner
+from verifier import ray_runner
 from verifier.checkpoint import open_checkpoint
 from verifier.cli import run as ckptgate
 from verifier.cli.units import CheckJob, ScoreJob
 from verifier.errors import CkptgateError, UsageError
-from verifier.findings import Report
-from verifier.gate import score_run
 from verifier.gate.corpora import load_corpus
-from verifier.selftest import CORRUPTORS
+from verifier.run import report_of
 from verifier.units import share_of
 
-SOURCE = ROOT / "goldens" / "qwen3-moe-tiny" / "bf16"
-CORPUS = SOURCE.parent / "corpus.jsonl"
-SHARD = 200_000
-EXPORT = {"recipe": "nvfp4_experts_only", "input_scale": "one"}
+COMPARING = ("QC515", "QC605")
+"""The rules that compare weights with the base, quantized or not."""
 Run = Callable[[Any], list[Any]]
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Export on one machine."""
-    out = tmp_path_factory.mktemp("whole") / "out"
-    exporter.export(SOURCE, out, **EXPORT, shard_bytes=SHARD)
-    return out
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Alone:
+    return Alone(tmp_path_factory.mktemp("alone"))
 
 
-@pytest.fixture(scope="module")
-def broken(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Copy the export, with a defect that a payload check finds."""
-    folder = tmp_path_factory.mktemp("broken") / "out"
-    shutil.copytree(whole, folder)
-    next(c for c in CORRUPTORS if c.rule == "QC501").apply(folder)
-    return folder
+@pytest.fixture
+def whole(alone: Alone) -> Path:
+    return alone.inputs.whole
 
 
-def export_job(out: Path, source: Path = SOURCE) -> WriteJob:
-    call = PlanCall(plan_export, (("source", str(source)), *EXPORT.items()))
-    return WriteJob(call, out, WriteOptions(shard_bytes=SHARD))
-
-
-def check_job(path: Path, place: str, of: int = 3) -> CheckJob:
-    options = {"base": str(SOURCE), "depth": "payload"}
-    job = CheckJob.for_runner(SHARES[0], str(path), options, place)
-    return replace(job, of=of)
-
-
-def timeless(report: Report) -> Report:
-    return replace(report, summary=replace(report.summary, seconds=None))
+@pytest.fixture
+def broken(alone: Alone) -> Path:
+    return alone.inputs.broken
 
 
 @pytest.mark.parametrize("run", RUNNERS)
-def test_an_export_in_units_has_the_bytes_of_one_machine(
-    run: Run, whole: Path, tmp_path: Path
+@pytest.mark.parametrize("case", WITHOUT_MODEL, ids=str)
+def test_units_make_what_one_machine_makes(
+    case: Case, run: Run, alone: Alone, tmp_path: Path
 ) -> None:
-    job = export_job(tmp_path / "out")
+    job = case.job(alone.inputs, tmp_path)
     assert len(job.units()) > len(SHARES)
-    assert result_of(run, job).name == "out"
-    assert files_of(job.out) == files_of(whole)
-    assert [p.name for p in tmp_path.iterdir()] == ["out"]
-
-
-@pytest.mark.parametrize("run", RUNNERS)
-def test_a_merge_in_units_has_the_bytes_of_one_machine(
-    run: Run, whole: Path, tmp_path: Path
-) -> None:
-    (tmp_path / "one").mkdir()
-    exporter.merge(whole, tmp_path / "one" / "out", onto=SOURCE, shard_bytes=SHARD)
-    options = (("experts", str(whole)), ("onto", str(SOURCE)))
-    job = WriteJob(
-        PlanCall(plan_merge_of, options), tmp_path / "out", WriteOptions(shard_bytes=SHARD)
-    )
-    assert result_of(run, job).kind == "merge"
-    assert files_of(job.out) == files_of(tmp_path / "one" / "out")
-
-
-@pytest.mark.parametrize("run", RUNNERS)
-def test_a_check_in_units_gives_the_report_of_one_machine(
-    run: Run, broken: Path, tmp_path: Path
-) -> None:
-    report = result_of(run, check_job(broken, str(tmp_path)))
-    alone = check(broken, base=str(SOURCE), depth="payload", workers=1)
-    assert "QC501" in {f.rule for f in report.findings}
-    assert timeless(report) == timeless(alone)
+    assert case.outcome(tmp_path, result_of(run, job)) == alone.outcome(case)
 
 
 @pytest.mark.parametrize("run", [one_after_the_other, RAY])
-def test_a_score_in_units_is_that_of_one_machine(run: Run, tmp_path: Path) -> None:
-    checkpoint, corpus = open_checkpoint(SOURCE), load_corpus(str(CORPUS)).head(3)
-    options = {"journal": tmp_path / "run.part", "workers": 1, "seq_len": 32, "batch": 1}
-    scored = result_of(run, ScoreJob(str(SOURCE), corpus, options, 2))
-    whole = score_run(checkpoint, corpus, workers=1, seq_len=32, batch=1)
-    assert whole is not None
-    assert all(np.array_equal(scored.arrays[k], v) for k, v in whole.arrays.items())
-    header = scored.header.model_copy(update={"seconds": whole.header.seconds})
-    assert header == whole.header
+def test_a_score_in_units_is_that_of_one_machine(run: Run, alone: Alone, tmp_path: Path) -> None:
+    job = replace(SCORED.job(alone.inputs, tmp_path), of=2)
+    assert SCORED.outcome(tmp_path, result_of(run, job)) == alone.outcome(SCORED)
+
+
+@pytest.mark.parametrize("shards", ["several", "one"])
+def test_every_unit_of_a_check_has_modules(shards: str, alone: Alone, tmp_path: Path) -> None:
+    path = alone.inputs.broken if shards == "several" else alone.inputs.one_shard
+    job = check_job(path, str(tmp_path))
+    assert (len(open_checkpoint(path).shards) == 1) == (shards == "one")
+    one_after_the_other(job)
+    parts = [report_of(json.loads(file.read_bytes())) for file in Path(job.place).iterdir()]
+    checked = [sum(c.checked for c in p.coverage if c.rule in COMPARING) for p in parts]
+    assert len(checked) == job.of
+    assert all(checked)
+
+
+class Nodes:
+    """A runner with five slots."""
+
+    of, workers, slots, here = None, 1, 5, False
+
+
+def test_parts_of_a_check_are_those_of_the_run_before(broken: Path, tmp_path: Path) -> None:
+    def job() -> CheckJob:
+        return CheckJob.for_runner(Nodes(), str(broken), {"depth": "payload"}, str(tmp_path))
+
+    shards = len(open_checkpoint(broken).shards)
+    assert job().of == max(shards, Nodes.slots)
+    begun = replace(job(), of=7)
+    begun.do(begun.units()[:1])
+    assert job().of == 7
 
 
 def test_parts_of_a_score_are_those_of_the_run_before(tmp_path: Path) -> None:
-    class Nodes:
-        of, workers, slots, here = None, 1, 5, False
-
     corpus, part = load_corpus(str(CORPUS)), tmp_path / "run.part"
     of = ScoreJob.for_runner(Nodes(), str(SOURCE), corpus, {"journal": part}, print).of
     (tmp_path / "run.part.0-of-7").touch()
@@ -141,7 +125,7 @@ def test_without_ray(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
 def test_records_in_an_object_store(broken: Path) -> None:
     job = check_job(broken, "memory://records")
     assert [share(job) is None for share in SHARES] == [True, True, False]
-    assert len(fsspec.filesystem("memory").glob(f"{job.place}/*.json")) == len(SHARES)
+    assert len(fsspec.filesystem("memory").glob(f"{job.place}/*.json")) == job.of
 
 
 def test_a_lost_shard_is_written_again_and_no_other(whole: Path, tmp_path: Path) -> None:
@@ -188,6 +172,15 @@ def test_a_share_that_comes_late_does_not_touch_the_result(whole: Path, tmp_path
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+def test_a_unit_that_was_lost_after_the_last_one_is_done(alone: Alone, tmp_path: Path) -> None:
+    job = export_job(tmp_path / "out", new=True)
+    made = result_of(one_after_the_other, job)
+    assert SHARES[0](job) == made
+    with pytest.raises(UsageError, match="already exists"):
+        SHARES[0](merge_job(alone.inputs, tmp_path))
+    assert files_of(job.out) == files_of(alone.inputs.whole)
+
+
 @pytest.mark.parametrize("text", ["0/2", "3/2", "2", "1/0", "a/b", "1/10001"])
 def test_no_such_share(text: str) -> None:
     with pytest.raises(UsageError, match="write k/n, such as 2/8"):
@@ -202,6 +195,8 @@ def test_no_such_share(text: str) -> None:
         (["export", "A", "B", "--recipe", "R", "--overwrite", "--units", "1/2"], "not --overwrite"),
         (["merge", "A", "B", "--onto", "C", "--units", "1/2", "--ray"], "exclude each other"),
         (["check", "--ray", "A"], "'A' is not HOST:PORT"),
+        (["export", "A", "B", "--recipe", "R", "--shard-size", "2"], "'2': write a size above 0"),
+        (["export", "A", "B", "--recipe", "R", "--shard-size", "0MB"], "write a size above 0"),
     ],
 )
 def test_options_that_do_not_go_together(
@@ -214,6 +209,20 @@ def test_options_that_do_not_go_together(
 def test_records_that_cannot_be_opened(broken: Path) -> None:
     with pytest.raises(CkptgateError, match="nosuch"):
         SHARES[0](check_job(broken, "nosuch://records"))
+
+
+def test_more_parts_than_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def export(out: str, *more: str) -> str:
+        arguments = ["export", str(SOURCE), str(tmp_path / out), "--recipe", EXPORT["recipe"]]
+        arguments += ["--input-scale", EXPORT["input_scale"], "--units", "2/3", *more]
+        assert ckptgate(arguments) == 0
+        return capsys.readouterr().err
+
+    assert "1 shard for 3 parts: a smaller --shard-size gives work to all" in export("one")
+    assert "shards for" not in export("several", "--shard-size", "0.2MB")
+    assert {p.stem for p in (work_folder(tmp_path / "several") / "records").iterdir()} == set(
+        export_job(tmp_path / "several").units()[1::3]
+    )
 
 
 def test_the_slurm_example(whole: Path, tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ DIRECT = (
 @click.option(
     "--subset",
     metavar="K/N",
-    help="Read part K of N of the shards; merge-reports combines the N reports.",
+    help="Read part K of N of the modules; merge-reports combines the N reports.",
 )
 @RUNNERS
 @click.option(

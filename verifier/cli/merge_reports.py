@@ -34,7 +34,7 @@ def merge_reports(
     """Merge the JSON reports of a check that ran in subsets.
 
     Each REPORT is the output of `check --subset K/N --format json`, one for each K. Result and exit
-    code are those of one check of all shards.
+    code are those of one check of all modules.
     """
     targets = outputs(formats, files)
     require(targets)

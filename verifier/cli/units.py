@@ -6,7 +6,8 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,7 +45,7 @@ class CheckJob:
     Attributes:
         uri: the checkpoint.
         options: arguments of `verifier.check`.
-        of: how many subsets.
+        of: how many subsets, each a run of modules; a large shard may lie in several.
         place: where their reports are kept.
     """
 
@@ -57,8 +58,9 @@ class CheckJob:
     def for_runner(
         cls, runner: Runner, uri: str, options: Mapping[str, Any], place: str
     ) -> CheckJob:
-        """Return the check of a checkpoint, in as many subsets as the runner has parts, else as
-        there are shards; its records are those of these files, options and this version.
+        """Return the check of a checkpoint, in as many subsets as the runner has parts; else as an
+        earlier run began, or as there are shards, or as are checked at a time if that is more. Its
+        records are those of these files, options and this version.
 
         Raises:
             CkptgateError: a checkpoint cannot be opened.
@@ -77,8 +79,9 @@ class CheckJob:
         options = {**options, "workers": runner.workers}
         if not runner.here:
             options.pop("progress", None)
-        of = runner.of or max(1, len(checkpoints[0].shards))
-        return cls(uri, options, of, f"{place.rstrip('/')}/{digest}")
+        place = f"{place.rstrip('/')}/{digest}"
+        of = runner.of or _parts_begun(Records(place).names())
+        return cls(uri, options, of or max(len(checkpoints[0].shards), runner.slots), place)
 
     def units(self) -> list[str]:
         """Return the names of all subsets."""
@@ -134,7 +137,9 @@ class ScoreJob:
         run began, or as are scored at a time.
         """
         more = {"workers": runner.workers, "progress": progress if runner.here else None}
-        of = runner.of or _parts_begun(options["journal"]) or runner.slots
+        journal: Path = options["journal"]
+        begun = (p.name for p in journal.parent.glob(f"{glob.escape(journal.name)}.*"))
+        of = runner.of or _parts_begun(begun) or runner.slots
         return cls(checkpoint, corpus, {**options, **more}, of)
 
     def units(self) -> list[str]:
@@ -154,8 +159,9 @@ class ScoreJob:
         return run
 
 
-def _parts_begun(journal: Path) -> int | None:
-    """Return into how many parts an earlier run divided a score; None where there is none."""
-    journals = journal.parent.glob(f"{glob.escape(journal.name)}.*-of-*")
-    numbers = [path.name.rpartition("-of-")[2] for path in journals]
-    return max((int(number) for number in numbers if number.isdecimal()), default=None)
+def _parts_begun(names: Iterable[str]) -> int | None:
+    """Return into how many parts an earlier run divided a job, by the names of its records; None
+    where there is none.
+    """
+    found = (re.search(r"-of-([0-9]+)(?:\.json)?$", name) for name in names)
+    return max((int(match[1]) for match in found if match), default=None)

@@ -3,6 +3,6 @@
 
 from verifier.rules.context import Context, Tally
 from verifier.rules.plugins import all_rules
-from verifier.rules.registry import DEPTHS, INCLUDED, Depth, Rule, rule
+from verifier.rules.registry import DEPTHS, INCLUDED, Check, Depth, Rule, rule
 
-__all__ = ["DEPTHS", "INCLUDED", "Context", "Depth", "Rule", "Tally", "all_rules", "rule"]
+__all__ = ["DEPTHS", "INCLUDED", "Check", "Context", "Depth", "Rule", "Tally", "all_rules", "rule"]

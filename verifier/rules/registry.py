@@ -55,6 +55,7 @@ class Rule:
         origin: the plugin it comes from, '' for a built-in rule.
         split: whether each module is checked by itself, so that the check may be run on parts of
             the modules (`Context.part`), in several processes and on several machines.
+        across: of a split rule: yields the findings that take all modules together; it is run once.
         repairable: whether `ckptgate repair` fixes what the rule finds, or most of it.
     """
 
@@ -71,6 +72,7 @@ class Rule:
     engines: Mapping[Engine, tuple[Severity, str]] = field(default_factory=dict)
     origin: str = ""
     split: bool = False
+    across: Check | None = None
     repairable: bool = False
 
 
@@ -100,6 +102,7 @@ def rule(
     sources: tuple[str, ...] = (),
     engines: Mapping[Engine, tuple[Severity, str]] | None = None,
     split: bool = False,
+    across: Check | None = None,
     repairable: bool = False,
 ) -> Callable[[Check], Check]:
     """Register the decorated function as the check of a rule; ``explain`` prints its docstring.
@@ -124,6 +127,7 @@ def rule(
             check,
             engines or {},
             split=split,
+            across=across,
             repairable=repairable,
         )
         return check

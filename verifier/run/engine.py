@@ -104,8 +104,8 @@ def check(
         workers: processes that read and check bytes (forks of this one; threads where it has other
             threads already, is not on Linux, or reads over the network). By default the available
             processors, at most four. The report does not depend on it.
-        subset: ``2/8`` reads the second eighth of the shards. Headers are checked in every subset;
-            `merge_reports` makes one report of all of them.
+        subset: ``2/8`` reads the second eighth of the modules, by bytes. Headers are checked in
+            every subset; `merge_reports` makes one report of all of them.
         sample: ``5%`` reads that share of the modules, at least one of each kind; the report says
             so.
         seed: which modules a sample takes.
@@ -330,7 +330,7 @@ def _results(
     coverage: list[Coverage] = []
     for rule in plan.rules.values():
         outcome = outcomes.get(rule.id, Outcome(deferred=not_run[rule.id]))
-        of_rule, covered = finish_rule(rule, outcome, all_shards=plan.reading.subset is None)
+        of_rule, covered = finish_rule(rule, outcome, all_modules=plan.reading.subset is None)
         findings += of_rule
         coverage.append(covered)
     return fingerprinted(sorted(findings, key=severity_rank)), coverage

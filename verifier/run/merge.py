@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Merges the reports on all subsets of a checkpoint into one, equal to that of one run over all
-shards.
+modules.
 """
 
 from __future__ import annotations
@@ -66,9 +66,9 @@ def _finding(value: Any) -> Finding:
 
 
 def merge_reports(reports: Iterable[Report]) -> Report:
-    """Return the report on all shards from one report on each subset.
+    """Return the report on all modules from one report on each subset.
 
-    Findings, coverage, verdict and exit code are those of one run over all shards; ``seconds`` is
+    Findings, coverage, verdict and exit code are those of one run over all modules; ``seconds`` is
     the sum.
 
     Args:
@@ -132,7 +132,7 @@ def _fetched(parts: Sequence[Report]) -> Fetched | None:
 
 def _not_checked(parts: Sequence[Report]) -> tuple[NotChecked, ...]:
     """Return what all subsets left unexamined: every one has read all headers, and the values of
-    its own shards.
+    its own modules.
     """
     of_headers = [e for e in parts[0].summary.not_checked if e.kind not in ("values", "weights")]
     entries = [e for p in parts for e in p.summary.not_checked]

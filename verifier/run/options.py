@@ -107,7 +107,9 @@ class CheckOptions:
             if size is not None and size < 1:
                 raise UsageError(f"cannot serve with {name} = {size}; 1 or more")
         if self.subset is not None and self.baseline is not None:
-            raise UsageError("--subset and --baseline: a baseline counts the defects of all shards")
+            raise UsageError(
+                "--subset and --baseline: a baseline counts the defects of all modules"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +122,7 @@ class Reading:
 
     @property
     def in_first_subset(self) -> bool:
-        """Whether rules that need all shards run here."""
+        """Whether rules that need all modules run here."""
         return self.subset is None or self.subset.is_first
 
 
@@ -138,7 +140,7 @@ def reading_of(options: CheckOptions) -> Reading:
         sample_of(sample, options.seed) if sample is not None else None,
     )
     if subset is not None and sample is not None:
-        raise UsageError("--subset and --sample: one of both; a subset reads all of its shards")
+        raise UsageError("--subset and --sample: one of both; a subset reads all of its modules")
     if options.depth == "header" and (subset is not None or sample is not None):
         option = "--subset" if subset is not None else "--sample"
         raise UsageError(f"{option} needs --depth payload: a header check reads no bytes")

@@ -5,17 +5,17 @@ a time, in several processes or threads.
 A rule that checks each module by itself (`Rule.split`) is run on one unit of work at a time: the
 modules of a shard, or of a large shard some that lie next to one another. Its findings are put
 together in the order of the shards, so the report does not depend on the number of workers and
-machines. A rule that compares modules is run once, on all of them. Rules that
-load the model come last, one by one.
+machines. A rule that compares modules, and what a rule says of all modules together
+(`Rule.across`), is run once, on all of them. Rules that load the model come last, one by one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
+from itertools import chain, groupby
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ from verifier.payload.reader import scanned_tensors
 from verifier.processes import can_fork, forked
 from verifier.progress import Progress, no_progress
 from verifier.reconstruction import compiled
-from verifier.rules import Context, Rule, Tally
+from verifier.rules import Check, Context, Rule, Tally
 from verifier.run.group import group
 from verifier.run.options import Reading
 from verifier.run.subset import Subset, file_of, subset_numbers
@@ -51,7 +51,7 @@ SCAN_SPEED = 16
 """Bytes that are only scanned take this many times less than bytes that are compared."""
 MAX_KINDS = 5_000
 """Kinds of findings per rule; beyond it a merged report may name other ones first than a report on
-all shards does."""
+all modules does."""
 
 
 @dataclass(slots=True)
@@ -100,14 +100,14 @@ def run_rules(
         rate: sets the severity of each finding, before equal findings are grouped.
         progress: called with the bytes that are checked and all that will be.
     """
-    outcomes = Outcomes({r.id: _run(r, ctx, rate) for r in rules if r.depth == "header"})
+    outcomes = Outcomes({r.id: _run(r, r.check, ctx, rate) for r in rules if r.depth == "header"})
     payload = [r for r in rules if r.depth == "payload"]
     if payload:
         outcomes.scales = _run_payload(ctx, payload, reading, rate, progress, outcomes.by_rule)
     for rule in (r for r in rules if r.depth not in ("header", "payload")):
         progress(0, 0, f"running {rule.id}")
         outcomes.by_rule[rule.id] = (
-            _run(rule, ctx, rate)
+            _run(rule, rule.check, ctx, rate)
             if reading.in_first_subset
             else _deferred(reading, "loads the whole model")
         )
@@ -129,29 +129,34 @@ def _run_payload(
 ) -> list[ReadScales]:
     """Add the outcome of each rule of depth payload, and return the scales that they read."""
     outcomes |= {rule.id: Outcome() for rule in rules}
-    split, whole = [r for r in rules if r.split], [r for r in rules if not r.split]
+    split, whole = [r for r in rules if r.split], [r for r in rules if not r.split or r.across]
     if not reading.in_first_subset:
-        deferred = _deferred(reading, "compares modules of all shards")
-        outcomes |= {rule.id: deferred for rule in whole}
+        deferred = _deferred(reading, "compares all modules")
+        outcomes |= {rule.id: deferred for rule in whole if not rule.split}
         whole = []
     modules = list(ctx.candidate.modules.values())
     parts = reading.sample.choose(modules) if reading.sample else _units(ctx, reading.subset)
-    tasks = [_Task(split, part, of) for part, of in parts if split and part]
+    tasks = [_Task(split, part, of) for part, of in parts if split]
     comparing = [_Task([rule], modules, len(modules)) for rule in whole]
-    amounts = _Amounts([_bytes_read(ctx, task) for task in tasks], progress)
+    amounts = _Amounts([_bytes_read(ctx, task.modules) for task in tasks], progress)
     scales: list[ReadScales] = []
     examined: set[str] = set()
     results = _results(ctx, tasks, comparing, reading.workers, rate, amounts)
-    for task, result in zip([*tasks, *comparing], results, strict=True):
+    for task, result in zip(tasks, results, strict=False):
         for rule, outcome in zip(task.rules, result.outcomes, strict=True):
             outcome.tally.of = task.scaled(outcome.tally.of)
             outcomes[rule.id].add(outcome)
         if result.scales is not None:
             scales.append(result.scales.scaled(task.scaled))
-        if not INPUT_SCALE_RULES.isdisjoint(rule.id for rule in task.rules):
+    # What takes all modules comes first, as the first of several subsets does in a merged report.
+    for rule, result in zip(whole, results, strict=True):
+        (outcome,) = result.outcomes
+        outcome.add(outcomes[rule.id])
+        outcomes[rule.id] = outcome
+        if rule.id in INPUT_SCALE_RULES:
             examined |= result.examined
     if {rule.id for rule in whole} >= INPUT_SCALE_RULES:
-        scales.append(read_scales(ctx.candidate, examined, inputs=True))
+        scales.insert(0, read_scales(ctx.candidate, examined, inputs=True))
     if reading.sample is not None:
         for rule in split:
             tally = outcomes[rule.id].tally
@@ -175,7 +180,7 @@ def _results(
         part.payload.announce(task.modules)
         outcomes = []
         for number, rule in enumerate(task.rules, 1):
-            outcomes.append(_run(rule, part, rate))
+            outcomes.append(_run(rule, rule.check, part, rate))
             advance(number / len(task.rules))
         if not {rule.id for rule in task.rules} >= SCALE_RULES:
             return _Result(outcomes)
@@ -185,7 +190,8 @@ def _results(
     def compare(task: _Task, _advance: Advance) -> _Result:
         amounts.detail(f"comparing modules, {task.rules[0].id}")
         part = ctx.part(task.modules)
-        return _Result([_run(rule, part, rate) for rule in task.rules], part.payload.examined)
+        outcomes = [_run(rule, rule.across or rule.check, part, rate) for rule in task.rules]
+        return _Result(outcomes, part.payload.examined)
 
     _keep_freed_memory()
     ctx.prepare()
@@ -233,7 +239,7 @@ class _Task:
     @property
     def nbytes(self) -> int:
         """The bytes of the modules' tensors."""
-        return sum(t.nbytes for m in self.modules for t in m.parts.values())
+        return _nbytes(self.modules)
 
     def scaled(self, count: int) -> int:
         """Return a count over the modules as one over those that they represent."""
@@ -253,51 +259,54 @@ class _Result:
     scales: ReadScales | None = None
 
 
-def _bytes_read(ctx: Context, task: _Task) -> int:
-    """Return the bytes that the rules of a task read: with another checkpoint to compare with, all;
-    without one, the scales and unquantized tensors.
+def _bytes_read(ctx: Context, modules: Iterable[Module]) -> int:
+    """Return the bytes of some modules that rules read: with another checkpoint to compare with,
+    all; without one, the scales and unquantized tensors.
     """
     if ctx.base is not None or ctx.merged_from is not None:
-        return task.nbytes
-    return sum(t.nbytes for m in task.modules for t in scanned_tensors(m))
+        return _nbytes(modules)
+    return sum(t.nbytes for m in modules for t in scanned_tensors(m))
+
+
+def _nbytes(modules: Iterable[Module]) -> int:
+    return sum(t.nbytes for m in modules for t in m.parts.values())
 
 
 def _units(ctx: Context, subset: Subset | None) -> list[tuple[list[Module], int]]:
     """Return the modules of each unit of work, in the shards' order, and their number."""
     units: list[list[Module]] = []
-    shards = _by_shard(ctx, subset)
-    sizes = {m.name: sum(t.nbytes for t in m.parts.values()) for shard in shards for m in shard}
-    limit = max(UNIT_BYTES, sum(sizes.values()) // MAX_UNITS)
-    for shard in shards:
+    modules = _in_shards_order(ctx, subset)
+    limit = max(UNIT_BYTES, _nbytes(modules) // MAX_UNITS)
+    for _, shard in groupby(modules, file_of):
         unit: list[Module] = []
         size = 0
         for module in shard:
-            if unit and size + sizes[module.name] > limit:
+            nbytes = _nbytes([module])
+            if unit and size + nbytes > limit:
                 units.append(unit)
                 unit, size = [], 0
             unit.append(module)
-            size += sizes[module.name]
+            size += nbytes
         units.append(unit)
     return [(unit, len(unit)) for unit in units]
 
 
-def _by_shard(ctx: Context, subset: Subset | None) -> list[list[Module]]:
-    """Return the modules of each shard, in the shards' order."""
-    modules: dict[str, list[Module]] = {s.file: [] for s in ctx.checkpoint.shards}
-    for module in ctx.candidate.modules.values():
-        modules[file_of(module)].append(module)
-    if subset is not None:
-        numbers = subset_numbers(ctx.checkpoint, subset.of)
-        modules = {f: m for f, m in modules.items() if numbers[f] == subset.number}
-    return list(modules.values())
+def _in_shards_order(ctx: Context, subset: Subset | None) -> list[Module]:
+    """Return the modules shard by shard: all, or those of a subset."""
+    place = {shard.file: number for number, shard in enumerate(ctx.checkpoint.shards)}
+    modules = sorted(ctx.candidate.modules.values(), key=lambda m: place[file_of(m)])
+    if subset is None:
+        return modules
+    numbers = subset_numbers([_bytes_read(ctx, [m]) for m in modules], subset.of)
+    return [m for m, number in zip(modules, numbers, strict=True) if number == subset.number]
 
 
-def _run(rule: Rule, ctx: Context, rate: Rate) -> Outcome:
+def _run(rule: Rule, check: Check, ctx: Context, rate: Rate) -> Outcome:
     own = ctx.for_rule(rule.id, rule.severity)
     findings: list[Finding] = []
     stopped = ""
     try:
-        findings.extend(map(rate, rule.check(own)))
+        findings.extend(map(rate, check(own)))
     except ContentError as error:
         # A file that is shorter than its checked header: it changed during the run.
         stopped = str(error)

@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which shards are read: all of them, or one of several subsets that several machines read."""
+"""Which modules are read: all of them, or one of several subsets that several machines read."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from verifier.checkpoint import Checkpoint
 from verifier.errors import UsageError
 from verifier.schemes import Module
 
@@ -16,7 +15,7 @@ MAX_SUBSETS = 10_000
 
 @dataclass(frozen=True, slots=True)
 class Subset:
-    """One of ``of`` subsets of the shards; ``number`` counts from 1."""
+    """One of ``of`` subsets of the modules; ``number`` counts from 1."""
 
     number: int
     of: int
@@ -26,7 +25,7 @@ class Subset:
 
     @property
     def is_first(self) -> bool:
-        """Whether rules that need all shards run in this subset."""
+        """Whether rules that need all modules run in this subset."""
         return self.number == 1
 
 
@@ -49,17 +48,16 @@ def file_of(module: Module) -> str:
     return (module.weight or next(iter(module.parts.values()))).file
 
 
-def subset_numbers(checkpoint: Checkpoint, of: int) -> Mapping[str, int]:
-    """Return the number of the subset that each shard belongs to, by file name.
+def subset_numbers(sizes: Sequence[int], of: int) -> list[int]:
+    """Return the number of the subset that each module belongs to, for modules in their order.
 
-    Subsets have about equal sizes. Each is a run of consecutive shards, so that the shards of all
-    subsets in their order are the checkpoint's.
+    Subsets have about equal sizes. Each is a run of consecutive modules, so that the modules of all
+    subsets in their order are the checkpoint's; a large shard may lie in several.
     """
-    sizes = {s.file: sum(t.nbytes for t in s.tensors.values()) for s in checkpoint.shards}
-    total, before = max(1, sum(sizes.values())), 0
-    numbers = {}
-    for file, size in sizes.items():
+    total, before = max(1, sum(sizes)), 0
+    numbers = []
+    for size in sizes:
         middle = before + size / 2
-        numbers[file] = min(of, int(middle * of / total) + 1)
+        numbers.append(min(of, int(middle * of / total) + 1))
         before += size
     return numbers

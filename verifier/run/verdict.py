@@ -19,20 +19,20 @@ def severity_rank(finding: Finding) -> int:
 
 
 def finish_rule(
-    rule: Rule, outcome: Outcome, *, all_shards: bool = True
+    rule: Rule, outcome: Outcome, *, all_modules: bool = True
 ) -> tuple[list[Finding], Coverage]:
     """Return a rule's findings, equal ones grouped, and its coverage.
 
     Args:
         rule: the rule.
         outcome: what its runs yielded.
-        all_shards: whether it ran on all shards; the findings of a subset are grouped when its
+        all_modules: whether it ran on all modules; the findings of a subset are grouped when its
             report is merged.
     """
     if outcome.deferred:
         return [], Coverage(rule.id, False, 0, 0, rule.unit, outcome.deferred, rule.title)
     tally = outcome.tally
-    limit = MAX_GROUPS if all_shards else MAX_KINDS
+    limit = MAX_GROUPS if all_modules else MAX_KINDS
     findings = group(sorted(outcome.findings, key=severity_rank), tally.of, limit)
     checked = 0 if outcome.stopped else tally.checked
     coverage = Coverage(rule.id, True, checked, tally.of, rule.unit, tally.reason, rule.title)

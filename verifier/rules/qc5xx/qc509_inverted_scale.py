@@ -26,12 +26,68 @@ FEWEST = 4
 _CODE_256 = 0x78
 
 
+def _check_all(ctx: Context) -> Iterator[Finding]:
+    yield from _default_scales(ctx)
+    yield from _check_activations(ctx)
+
+
+def _default_scales(ctx: Context) -> Iterator[Finding]:
+    """Yield FP8 weights whose every scale is 1.0 although the values fill the range of FP8: weights
+    up to 448 were divided by a scale that was lost.
+    """
+    found = [(m, f) for m, f in ctx.candidate.formatted if f.name in ("fp8", "fp8_per_channel")]
+    if len(found) < FEWEST or not all(_is_one(ctx, m) for m, _ in found):
+        return
+    weights = [m.weight for m, _ in found if m.weight is not None]
+    ctx.tally.see(len(weights))
+    filling = [w for w in weights if ctx.payload.extremes(w)[1] & 0x7F >= _CODE_256]
+    if len(filling) == len(weights):
+        yield ctx.finding(
+            "every weight_scale is 1.0, and the values fill the range of FP8: a default, not the"
+            " scale of the weights",
+            cause="default scales",
+            tensor=weights[0].name,
+            observed="weights up to 448",
+            expected="amax / 448",
+            count=len(weights),
+        )
+
+
+def _check_activations(ctx: Context) -> Iterator[Finding]:
+    """Yield activation scales that are implausible as stored and plausible under 1/x."""
+    for leaf in ("input_scale", "input_scale_2", "input_global_scale"):
+        tensors = [t for _, _, t in ctx.candidate.scale_tensors((leaf,)) if t.elements == 1]
+        if len(tensors) < FEWEST:
+            continue
+        values = np.asarray([float(ctx.payload.array(t).reshape(-1)[0]) for t in tensors])
+        good = values[np.isfinite(values) & (values > 0)]
+        if not good.size:
+            continue  # QC503
+        divisor = leaf == "input_global_scale"
+        median = float(np.median(1 / good if divisor else good))
+        code_max = float(E4M3_MAX * E2M1_MAX)
+        largest, largest_inverted = median * code_max, code_max / median
+        if largest > HUGE_ACTIVATION and ACTIVATION[0] <= largest_inverted <= ACTIVATION[1]:
+            yield ctx.finding(
+                f"{leaf} may be inverted: it implies activations above 10^6 as stored, and ordinary"
+                " ones under 1/x",
+                cause="inverted activations",
+                where=Where(tensors[0].name, tensors[0].file, byte=tensors[0].offset),
+                observed=f"median {float(np.median(good)):.3e}",
+                expected="2688 / amax" if divisor else "amax / 2688",
+                severity="warning",
+                count=len(tensors),
+            )
+
+
 @rule(
     "QC509",
     "scale convention is inverted",
     severity="error",
     depth="payload",
     unit="quantized weights",
+    split=True,
+    across=_check_all,
     consumers=("vLLM", "SGLang", "TensorRT-LLM"),
     sources=("FlashML-org/FreeToken#430", "vllm-project/vllm#42549"),
     engines={
@@ -77,30 +133,6 @@ def check(ctx: Context) -> Iterator[Finding]:
             reason = "weights are implausibly large as stored and ordinary under 1/x"
             observed = f"largest weight about {largest:.3g}, {largest_inverted:.3g} under 1/x"
             yield _inverted(ctx, tensor, reason, observed)
-    yield from _default_scales(ctx)
-    yield from _check_activations(ctx)
-
-
-def _default_scales(ctx: Context) -> Iterator[Finding]:
-    """Yield FP8 weights whose every scale is 1.0 although the values fill the range of FP8: weights
-    up to 448 were divided by a scale that was lost.
-    """
-    found = [(m, f) for m, f in ctx.candidate.formatted if f.name in ("fp8", "fp8_per_channel")]
-    if len(found) < FEWEST or not all(_is_one(ctx, m) for m, _ in found):
-        return
-    weights = [m.weight for m, _ in found if m.weight is not None]
-    ctx.tally.see(len(weights))
-    filling = [w for w in weights if ctx.payload.extremes(w)[1] & 0x7F >= _CODE_256]
-    if len(filling) == len(weights):
-        yield ctx.finding(
-            "every weight_scale is 1.0, and the values fill the range of FP8: a default, not the"
-            " scale of the weights",
-            cause="default scales",
-            tensor=weights[0].name,
-            observed="weights up to 448",
-            expected="amax / 448",
-            count=len(weights),
-        )
 
 
 def _is_one(ctx: Context, module: Module) -> bool:
@@ -174,30 +206,3 @@ def _median(values: Float32) -> float:
     if not values.size or np.isnan(values).any():
         return float("nan")
     return float(np.median(values.astype(np.float64)))
-
-
-def _check_activations(ctx: Context) -> Iterator[Finding]:
-    """Yield activation scales that are implausible as stored and plausible under 1/x."""
-    for leaf in ("input_scale", "input_scale_2", "input_global_scale"):
-        tensors = [t for _, _, t in ctx.candidate.scale_tensors((leaf,)) if t.elements == 1]
-        if len(tensors) < FEWEST:
-            continue
-        values = np.asarray([float(ctx.payload.array(t).reshape(-1)[0]) for t in tensors])
-        good = values[np.isfinite(values) & (values > 0)]
-        if not good.size:
-            continue  # QC503
-        divisor = leaf == "input_global_scale"
-        median = float(np.median(1 / good if divisor else good))
-        code_max = float(E4M3_MAX * E2M1_MAX)
-        largest, largest_inverted = median * code_max, code_max / median
-        if largest > HUGE_ACTIVATION and ACTIVATION[0] <= largest_inverted <= ACTIVATION[1]:
-            yield ctx.finding(
-                f"{leaf} may be inverted: it implies activations above 10^6 as stored, and ordinary"
-                " ones under 1/x",
-                cause="inverted activations",
-                where=Where(tensors[0].name, tensors[0].file, byte=tensors[0].offset),
-                observed=f"median {float(np.median(good)):.3e}",
-                expected="2688 / amax" if divisor else "amax / 2688",
-                severity="warning",
-                count=len(tensors),
-            )

@@ -16,13 +16,15 @@ import pytest
 from test_schedule import BASE, NVFP4, damage, reshard
 
 import verifier
+from verifier.checkpoint import Bytes
+from verifier.checkpoint.source import LocalSource
 from verifier.cli import run
 from verifier.errors import ContentError, UsageError
 from verifier.findings import Report
 from verifier.report import render_json, render_text
 from verifier.run import merge_reports, report_of
 from verifier.run.sample import sample_of
-from verifier.run.subset import Subset, file_of, subset_numbers, subset_of
+from verifier.run.subset import Subset, subset_numbers, subset_of
 from verifier.schemes import gather
 from verifier.selftest.editor import CheckpointEditor, RawShard, write_shard
 
@@ -132,24 +134,46 @@ def test_a_defect_is_told_by_the_subset_that_holds_it(tmp_path: Path) -> None:
         )
 
 
-def test_every_module_is_in_one_share_and_shares_are_in_order(checkpoint: Path) -> None:
-    ckpt = verifier.open_checkpoint(checkpoint)
-    for of in (1, 2, 5, 40):
-        found = subset_numbers(ckpt, of)
-        assert list(found) == [s.file for s in ckpt.shards]
-        assert list(found.values()) == sorted(found.values())
-        assert set(found.values()) <= set(range(1, of + 1))
-        assert all(file_of(m) in found for m in gather(ckpt.tensors.values()).values())
+SIZES = [[], [0, 0, 0], [7], [5, 0, 90, 1, 1, 1, 1, 1], [3] * 1000]
 
 
-def test_shares_are_about_equal(tmp_path: Path) -> None:
-    ckpt = verifier.open_checkpoint(reshard(NVFP4, tmp_path / "ckpt", 40))
-    size = {s.file: sum(t.nbytes for t in s.tensors.values()) for s in ckpt.shards}
+@pytest.mark.parametrize("of", [1, 2, 5, 40])
+@pytest.mark.parametrize("sizes", SIZES, ids=lambda sizes: f"{len(sizes)} modules")
+def test_subsets_are_in_order_and_about_equal(sizes: list[int], of: int) -> None:
+    numbers = subset_numbers(sizes, of)
+    assert len(numbers) == len(sizes)
+    assert numbers == sorted(numbers)
+    assert set(numbers) <= set(range(1, of + 1))
     found: Counter[int] = Counter()
-    for file, number in subset_numbers(ckpt, 8).items():
-        found[number] += size[file]
-    assert set(found) == set(range(1, 9))
-    assert max(found.values()) <= sum(size.values()) / 8 + max(size.values())
+    for number, size in zip(numbers, sizes, strict=True):
+        found[number] += size
+    assert all(total <= sum(sizes) / of + max(sizes) for total in found.values())
+
+
+SURVEYS = "QC519"
+"""Reads some weights of the whole checkpoint, in the first subset."""
+
+
+@pytest.mark.parametrize("files", [1, 6])
+def test_each_subset_reads_its_part_of_the_base(
+    files: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, read = reshard(NVFP4, tmp_path / "ckpt", files), Counter[str]()
+    read_into = LocalSource.read_into
+
+    def counted(self: LocalSource, name: str, offset: int, out: Bytes) -> None:
+        read[self.uri] += out.size
+        read_into(self, name, offset, out)
+
+    monkeypatch.setattr(LocalSource, "read_into", counted)
+
+    def of_base(subset: str | None) -> int:
+        read.clear()
+        verifier.check(path, base=BASE, depth="payload", subset=subset, workers=1, ignore=SURVEYS)
+        return read[str(BASE)]
+
+    parts = [of_base(f"{k}/4") for k in range(1, 5)]
+    assert sum(parts) < 1.1 * of_base(None), "each reads all headers, and no more"
 
 
 def test_reports_that_do_not_fit_are_refused(tmp_path: Path) -> None:
