@@ -105,10 +105,10 @@ def test_a_killed_command_resumes(cluster: Any, tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
     source, out = write_large(tmp_path / "large"), tmp_path / "out"
     more = ["--shard-size", "20MB", "--ray", cluster.address]
-    command = NORMAL.start(["export", str(source), str(out), *RECIPE, "--no-check", *more, "-q"])
-    wait_for(lambda: len(recorded(out)) >= 2)
-    command.send_signal(signal.SIGKILL)
-    assert command.wait() == -signal.SIGKILL
+    with NORMAL.start(["export", str(source), str(out), *RECIPE, "--no-check", *more]) as command:
+        wait_for(lambda: len(recorded(out)) >= 2)
+        command.send_signal(signal.SIGKILL)
+    assert command.returncode == -signal.SIGKILL
     assert not out.exists()
     kept = {unit: (work_folder(out) / "checkpoint" / unit).stat().st_ino for unit in recorded(out)}
     assert NORMAL.export(out, source, *more) == (0, "")
