@@ -305,7 +305,7 @@ def _intact(path: Path, entry: list[Any] | None, stop: threading.Event) -> bool:
         return False
     try:
         with path.open("rb") as handle:
-            return digest_of(handle.fileno(), stop) == entry[0]
+            return digest_of(handle.fileno(), stop) == str(entry[0])
     except OSError:  # a shard that cannot be read is written again
         return False
 
