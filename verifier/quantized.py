@@ -244,7 +244,7 @@ class QuantizedCheckpoint:
             for m in self.modules.values()
             if m.dims is not None
             and m.signature.weight not in (None, "")
-            and role(m.name) not in ("embedding", "norm")
+            and role(m.stem) not in ("embedding", "norm")
         )
 
     def values(self, module: Module) -> Float32 | None:

@@ -139,9 +139,11 @@ def _pairs(value: Any, colons: int) -> bool:
     hold: strings contain colons too.
     """
     count, level = 0, [value]
-    while level and count < colons:
+    while level:
         objects = [v for v in level if type(v) is dict]
         count += sum(map(len, objects))
+        if count >= colons:
+            break
         arrays = [v for v in level if type(v) is list]
         level = [*chain.from_iterable(v.values() for v in objects), *chain.from_iterable(arrays)]
     return count == colons

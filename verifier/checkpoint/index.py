@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from itertools import groupby
 from pathlib import PurePosixPath
 
 from verifier.checkpoint.header import Problem, read_json
@@ -14,13 +15,21 @@ from verifier.checkpoint.source import Source
 INDEX = "model.safetensors.index.json"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Index:
     """``model.safetensors.index.json``: which shard should hold which tensor."""
 
     weight_map: Mapping[str, str]
     total_size: int | None
     problems: tuple[Problem, ...]
+
+    @cached_property
+    def names_by_file(self) -> Mapping[str, Sequence[str]]:
+        """The tensors that each file should hold, in order."""
+        names: dict[str, list[str]] = {}
+        for file, of_file in groupby(self.weight_map, self.weight_map.__getitem__):
+            names.setdefault(file, []).extend(of_file)
+        return names
 
 
 def read_index(source: Source, files: Mapping[str, int]) -> Index:
@@ -33,13 +42,13 @@ def read_index(source: Source, files: Mapping[str, int]) -> Index:
     if not isinstance(raw, dict):
         problems.append(Problem("json", INDEX, "has no weight_map object"))
         raw = {}
-    weight_map: dict[str, str] = {}
-    for name, file in raw.items():
-        if isinstance(file, str) and plain_name(file):
-            weight_map[name] = file
-            continue
+    named = {file for file in raw.values() if isinstance(file, str)}
+    plain = {file for file in named if plain_name(file)}
+    wrong = {n: f for n, f in raw.items() if not isinstance(f, str) or f not in plain}
+    for name, file in wrong.items():
         message = f"names the shard {str(file)[:80]!r}, which is not a plain file name"
         problems.append(Problem("path", INDEX, message, name))
+    weight_map = {n: f for n, f in raw.items() if n not in wrong} if wrong else raw
     metadata = value.get("metadata")
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
     if isinstance(total, float) and total.is_integer():

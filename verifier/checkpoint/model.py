@@ -73,9 +73,13 @@ class Checkpoint:
         tensors: dict[str, Tensor] = {}
         weight_map = self.index.weight_map if self.index else {}
         for shard in self.shards:
-            for name, tensor in shard.tensors.items():
-                if name not in tensors or weight_map.get(name) == shard.file:
-                    tensors[name] = tensor
+            again = shard.tensors.keys() & tensors.keys()
+            known = {name for name in again if weight_map.get(name) != shard.file}
+            tensors |= (
+                {name: t for name, t in shard.tensors.items() if name not in known}
+                if known
+                else shard.tensors
+            )
         return MappingProxyType(tensors)
 
     @cached_property
@@ -139,7 +143,7 @@ class Checkpoint:
         value = (self.config or {}).get("model_type")
         return value if isinstance(value, str) else None
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """The bytes of all tensors together."""
         return sum(t.nbytes for t in self.tensors.values())

@@ -193,7 +193,7 @@ def untensored_heads(modules: Iterable[str], config: Mapping[str, Any] | None) -
     of a model that ties it to the embedding.
 
     Args:
-        modules: the stored modules.
+        modules: the stored modules, or their stems.
         config: config.json; a model whose config unties the head has a different one.
     """
     text = (config or {}).get("text_config")
@@ -211,6 +211,18 @@ def asked_names(module: str, family: str | None, engines: Iterable[Engine]) -> I
             whole = _as_asked(module)
             if whole == name.stored or whole.endswith(f".{name.stored}"):
                 yield name
+
+
+def all_asked_names(
+    modules: Iterable[str], family: str | None, engines: Iterable[Engine]
+) -> frozenset[str]:
+    """Return the whole names by which engines ask for some modules, where they are not those on
+    disk; '' where they ask without a name.
+    """
+    readers = frozenset(engines)
+    if not any(n.engine in readers and family in n.families for n in ASKED_NAMES):
+        return frozenset()
+    return frozenset(n.in_full(m) for m in modules for n in asked_names(m, family, readers))
 
 
 def _as_asked(module: str) -> str:

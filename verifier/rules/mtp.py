@@ -15,7 +15,9 @@ def mtp_modules(ctx: Context) -> frozenset[str]:
     """Return the linear layers of the MTP head: ``mtp.…``, or layers numbered from
     ``num_hidden_layers`` on (DeepSeek, GLM).
     """
-    return frozenset(m.name for m in ctx.candidate.linears if ctx.expectations.is_mtp(m.name))
+    linears = ctx.candidate.linears
+    stems = {stem for stem in {m.stem for m in linears} if ctx.expectations.is_mtp(stem)}
+    return frozenset(m.name for m in linears if m.stem in stems)
 
 
 def head_and_tail(module: str) -> tuple[str, str]:

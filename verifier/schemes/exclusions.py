@@ -22,6 +22,7 @@ from typing import Literal
 
 from verifier.schemes.groups import FUSED_PARAMETERS, PACKED, fused_names
 from verifier.schemes.patterns import Regex, compile_regex
+from verifier.schemes.roles import stem
 
 MAX_MATCHES = 1_000_000
 MANY = 1000
@@ -67,6 +68,7 @@ class Exclusions:
         self._answers: dict[str, bool] = {}
         self._part_answers: dict[str, bool] = {}
         self._candidates: dict[str, tuple[str, ...]] = {}
+        self._named_stems: dict[str, bool] = {}
 
     @cached_property
     def _globs(self) -> re.Pattern[str] | None:
@@ -183,9 +185,30 @@ class Exclusions:
         """Whether the module is excluded under any reading at all."""
         found = self._answers.get(module)
         if found is None:
-            found = self._read(module) or self._names_fused(module)
+            found = self._may_exclude(stem(module)) and (
+                self._read(module) or self._names_fused(module)
+            )
             self._answers[module] = found
         return found
+
+    def _may_exclude(self, of_names: str) -> bool:
+        """Whether a name of some stem may be excluded under any reading. Plain patterns exclude
+        names that contain them, so one whose outline is not in the stem's excludes none.
+        """
+        found = self._named_stems.get(of_names)
+        if found is None:
+            outline = _outline(of_names)
+            found = not self._only_plain or any(o in outline for o in self._plain_by_outline)
+            self._named_stems[of_names] = found
+        return found
+
+    @cached_property
+    def _only_plain(self) -> bool:
+        """Whether no pattern is empty, a glob, a regular expression or the name of a fused
+        parameter, and few differ in more than numbers.
+        """
+        plain = all(p and not p.startswith("re:") and not set(_WILD) & set(p) for p in self._exact)
+        return plain and not self._fused_patterns and len(self._plain_by_outline) <= MANY
 
     def _names_fused(self, module: str) -> bool:
         """Whether a pattern is the name of a parameter that engines build of the module."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from operator import itemgetter
 
 from verifier.checkpoint import Tensor
 from verifier.schemes.formats import FORMATS, Format
@@ -16,6 +17,7 @@ from verifier.schemes.recognition import (
     scale_leaf,
     weight_leaf,
 )
+from verifier.schemes.roles import stem
 from verifier.schemes.shapes import Shape
 
 SCALE_LEAVES = frozenset(
@@ -112,6 +114,7 @@ class Module:
 
     Attributes:
         name: the module's name on disk.
+        stem: the name with the number of a routed expert as 0 (`verifier.schemes.roles.stem`).
         parts: its tensors by leaf.
         weight: the weight, packed or not; a bare parameter is its own weight.
         scale: the block, row or tensor scale, whichever its name.
@@ -133,6 +136,7 @@ class Module:
         "scale",
         "scales",
         "signature",
+        "stem",
         "weight",
     )
 
@@ -140,7 +144,7 @@ class Module:
         self, name: str, parts: Mapping[str, Tensor], look: Signature | None = None
     ) -> None:
         look = look or look_at(parts)
-        self.name, self.parts, self.signature = name, parts, look
+        self.name, self.stem, self.parts, self.signature = name, stem(name), parts, look
         self.weight = parts[look.weight] if look.weight is not None else None
         self.scale = parts[look.scale] if look.scale is not None else None
         self.scales, self.quantized, self.dims, self.inferred_format = (
@@ -212,6 +216,9 @@ def _holds_codes(leaf: str | None, weight: Tensor, declared: Format | None = Non
 DeclaredFor = Callable[[str], Format | None]
 
 
+_DTYPE_AND_SHAPE = itemgetter(Tensor._fields.index("dtype"), Tensor._fields.index("shape"))
+
+
 def gather(tensors: Iterable[Tensor], declared_for: DeclaredFor | None = None) -> dict[str, Module]:
     """Return the modules of some tensors by name, in their order.
 
@@ -243,7 +250,7 @@ def gather(tensors: Iterable[Tensor], declared_for: DeclaredFor | None = None) -
     modules = {}
     for name, p in parts.items():
         declared = declared_for(name) if declared_for is not None else None
-        key = (declared, *[(leaf, t[1], t[2]) for leaf, t in p.items()])
+        key = (declared, *p, *map(_DTYPE_AND_SHAPE, p.values()))
         look = looks.get(key)
         if look is None:
             look = looks[key] = look_at(p, declared)

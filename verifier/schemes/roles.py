@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from functools import lru_cache
+from sys import intern
 
 ROLES = (
     "mtp",
@@ -58,6 +59,15 @@ _PATTERNS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
 _EXPERT = re.compile(r"^(?P<container>.+\.experts)\.(?P<expert>\d+)\.(?P<leaf>[^.]+)$")
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
+
+
+def stem(module: str) -> str:
+    """Return a name with the number of its routed expert as 0: one string for all experts of a
+    projection. The role, the layer and the container of a name are those of its stem.
+    """
+    head, found, tail = module.rpartition(".experts.")
+    number, _, leaf = tail.partition(".")
+    return intern(f"{head}.experts.0.{leaf}") if found and leaf and number.isdigit() else module
 
 
 @lru_cache(maxsize=1 << 18)

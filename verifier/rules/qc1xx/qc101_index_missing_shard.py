@@ -57,10 +57,7 @@ def check(ctx: Context) -> Iterator[Finding]:
             cause=problem.kind,
             where=Where(problem.tensor, problem.file),
         )
-    names_by_file: dict[str, list[str]] = {}
-    for name, file in index.weight_map.items():
-        names_by_file.setdefault(file, []).append(name)
-    for file, names in sorted(names_by_file.items()):
+    for file, names in sorted(index.names_by_file.items()):
         ctx.tally.see()
         if file not in ckpt.files:
             yield ctx.finding(

@@ -41,10 +41,11 @@ def check(ctx: Context) -> Iterator[Finding]:
         return
     # QC101 and QC104 report the other shards.
     headers = {s.file: s.tensors for s in ckpt.shards if not s.problems}
-    entries = [(name, file) for name, file in ckpt.index.weight_map.items() if file in headers]
-    ctx.tally.see(len(entries))
-    for name, file in entries:
-        if name not in headers[file]:
+    listed = {file: ckpt.index.names_by_file.get(file, ()) for file in headers}
+    ctx.tally.see(sum(map(len, listed.values())))
+    absent = {n for file, names in listed.items() for n in names if n not in headers[file]}
+    for name, file in ckpt.index.weight_map.items() if absent else ():
+        if name in absent:
             tensor = ckpt.tensors.get(name)
             actual = f"it is in {tensor.file}" if tensor else "no shard contains it"
             yield ctx.finding(

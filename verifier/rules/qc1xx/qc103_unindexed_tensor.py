@@ -67,11 +67,10 @@ def check(ctx: Context) -> Iterator[Finding]:
                 expected=f"{len(ckpt.tensors):,}",
             )
         return
-    indexed_files = set(index.weight_map.values())
     for shard in ckpt.shards:
         unindexed = [n for n in shard.tensors if n not in index.weight_map]
         if unindexed:
-            omitted = shard.file not in indexed_files
+            omitted = shard.file not in index.names_by_file
             scope = "omits it" if omitted else "lists only some of its tensors"
             yield ctx.finding(
                 f"{counted(len(unindexed), 'tensor')} in {shard.file}"

@@ -43,19 +43,22 @@ def check(ctx: Context) -> Iterator[Finding]:
         return
     if ctx.expectations.unrelated_base:
         return
-    for name, shape in sorted(ctx.candidate.shapes.items()):
-        expected = ctx.expectations.shapes.get(name)
-        if shape is None or expected is None:
-            continue
-        ctx.tally.see()
-        if shape != expected:
-            transposed = len(shape) == 2 and shape == expected[::-1]
-            yield ctx.finding(
-                "wrong shape (transposed)" if transposed else "wrong shape",
-                tensor=_stored(ctx, name),
-                observed=list(shape),
-                expected=list(expected),
-            )
+    expected_shapes = ctx.expectations.shapes
+    wrong = []
+    for name, shape in ctx.candidate.shapes.items():
+        expected = expected_shapes.get(name)
+        if shape is not None and expected is not None:
+            ctx.tally.see()
+            if shape != expected:
+                wrong.append((name, shape, expected))
+    for name, shape, expected in sorted(wrong):
+        transposed = len(shape) == 2 and shape == expected[::-1]
+        yield ctx.finding(
+            "wrong shape (transposed)" if transposed else "wrong shape",
+            tensor=_stored(ctx, name),
+            observed=list(shape),
+            expected=list(expected),
+        )
 
 
 def _stored(ctx: Context, name: str) -> str | None:

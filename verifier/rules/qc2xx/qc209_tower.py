@@ -57,7 +57,7 @@ def check(ctx: Context) -> Iterator[Finding]:
             expected=plain,
         )
     for module in ctx.candidate.modules.values():
-        if role(module.name) != "vision":
+        if role(module.stem) != "vision":
             continue
         ctx.tally.see()
         weight, fmt = module.weight, module.inferred_format

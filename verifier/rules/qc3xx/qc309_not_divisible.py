@@ -147,7 +147,7 @@ def _check_ranks(ctx: Context) -> Iterator[Finding]:
         weight = module.weight
         if weight is None or module.dims is None or "" in module.parts:
             continue
-        kind, leaf = role(module.name), module.name.rpartition(".")[2]
+        kind, leaf = role(module.stem), module.name.rpartition(".")[2]
         indivisible = _indivisible(kind, leaf, module.dims, _format_name(ctx, module), ranks)
         if indivisible is None:
             unknown += 1

@@ -44,18 +44,22 @@ def check(ctx: Context) -> Iterator[Finding]:
     declaration = ctx.candidate.declaration
     if declaration is None:
         return
-    for module in ctx.candidate.quantized_modules:
-        ctx.tally.see()
+    modules, exclusions = ctx.candidate.quantized_modules, declaration.exclusions
+    ctx.tally.see(len(modules))
+    for module in modules:
+        excluded = exclusions.loose(module.name)
+        if declaration.mixed and not excluded:
+            continue  # QC410
         if is_kept(ctx, module):
             continue
-        if not declaration.exclusions.loose(module.name):
+        if not excluded:
             yield from _by_other_means(ctx, declaration, module)
             continue
-        pattern = declaration.exclusions.pattern_for(module.name) or ""
+        pattern = exclusions.pattern_for(module.name) or ""
         listed = declaration.mixed and declaration.declared_for(module.name).via == "exact"
         part = module.parts.get(module.scales[0]) if module.scales else module.weight
         where = Where(part.name, part.file) if part else Where(module.name)
-        if declaration.exclusions.strict(module.name):
+        if exclusions.strict(module.name):
             yield ctx.finding(
                 f"excluded by {pattern!r}, but has scales",
                 cause=f"excluded {pattern}",
@@ -78,8 +82,8 @@ def check(ctx: Context) -> Iterator[Finding]:
 def _by_other_means(ctx: Context, declaration: Declaration, module: Module) -> Iterator[Finding]:
     """Yield a quantized module that a recipe of its own, or no recipe, leaves unquantized."""
     declared = declaration.declared_for(module.name)
-    if declared.algo is not None or declaration.mixed or not declaration.schemes():
-        return  # QC410
+    if declared.algo is not None or not declaration.schemes():
+        return
     weight = module.weight
     if weight is None:
         return

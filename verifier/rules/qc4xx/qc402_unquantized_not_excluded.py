@@ -107,7 +107,7 @@ def _of_some_engines(ctx: Context, declaration: Declaration, module: Module) -> 
     """Return what engines do with a layer that only some of them build as quantized; None where
     all build it alike.
     """
-    kind, form = role(module.name), declaration.form
+    kind, form = role(module.stem), declaration.form
     if declaration.declared_for(module.name).algo is None:
         return None
     if declaration.exclusions.loose(module.name):

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from verifier.findings import Finding, Where
-from verifier.layouts.engine_needs import HEAD, asked_names, untensored_heads
+from verifier.layouts.engine_needs import HEAD, all_asked_names, untensored_heads
 from verifier.rules.context import Context
 from verifier.rules.registry import rule
 from verifier.schemes import CLASS_NAME, ENGINES, Declaration, Names
@@ -42,9 +42,9 @@ def check(ctx: Context) -> Iterator[Finding]:
     ctx.tally.see(len(declaration.exclude))
     modules = set(ctx.candidate.modules)
     parents = {m.rpartition(".")[0] for m in modules}
-    tied = bool(untensored_heads(modules, ctx.checkpoint.config))
-    family = ctx.checkpoint.model_type
-    asked = {n.in_full(m) for m in modules for n in asked_names(m, family, ENGINES)}
+    stems = {m.stem for m in ctx.candidate.modules.values()}
+    tied = bool(untensored_heads(stems, ctx.checkpoint.config))
+    asked = all_asked_names(modules, ctx.checkpoint.model_type, ENGINES)
     for pattern in declaration.exclusions.dead(modules | parents):
         if pattern in ctx.expectations.wrapped_exclusions:
             continue  # QC209

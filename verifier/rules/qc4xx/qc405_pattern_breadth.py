@@ -76,7 +76,7 @@ def check(ctx: Context) -> Iterator[Finding]:
         # reported by QC402 or QC403.
         if not exclusions.loose(module.name):
             continue
-        kind = role(module.name)
+        kind = role(module.stem)
         readers = [r for r in READERS if r != "trtllm" or kind not in _NOT_TEXT]
         missing = [r for r in readers if not exclusions.excludes(r, module.name)]
         if missing:

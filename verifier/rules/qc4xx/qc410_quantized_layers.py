@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from verifier.findings import Finding, Severity, Where
-from verifier.layouts.engine_needs import asked_names
+from verifier.layouts.engine_needs import all_asked_names, asked_names
 from verifier.rules.context import Context
 from verifier.rules.registry import rule
 from verifier.schemes import (
@@ -193,7 +193,7 @@ def _check_entries(ctx: Context, declaration: Declaration) -> Iterator[Finding]:
     family = ctx.checkpoint.model_type
     parents = {m.rpartition(".")[0] for m in modules}
     parents.update(filter(None, map(packed_name, modules)))
-    parents.update(n.in_full(m) for m in modules for n in asked_names(m, family, ENGINES))
+    parents |= all_asked_names(modules, family, ENGINES)
     for name in unmatched:
         if name not in parents and not any(p.startswith(f"{name}.") for p in parents):
             ctx.tally.see()

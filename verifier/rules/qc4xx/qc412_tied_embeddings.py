@@ -56,7 +56,7 @@ def check(ctx: Context) -> Iterator[Finding]:
     text = config.get("text_config")
     top = config.get(FLAG)
     inner = text.get(FLAG) if isinstance(text, Mapping) else None
-    head = next((m for m in ctx.candidate.modules if role(m) == "lm_head"), None)
+    head = next((n for n, m in ctx.candidate.modules.items() if role(m.stem) == "lm_head"), None)
     stored = f"{head} is stored" if head else "no lm_head is stored"
     where = Where(None, "config.json")
     for value in (top, inner):

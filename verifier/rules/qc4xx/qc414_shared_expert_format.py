@@ -43,7 +43,10 @@ def check(ctx: Context) -> Iterator[Finding]:
     """
     routed: dict[str, Module] = {}
     shared: dict[str, Module] = {}
+    by_stem: dict[str, Module] = {}
     for module in ctx.candidate.linears:
+        by_stem.setdefault(module.stem, module)
+    for module in by_stem.values():
         if ".shared_expert" in module.name and role(module.name) == "shared_expert":
             shared.setdefault(module.name[: module.name.index(".shared_expert")], module)
         elif key := expert_key(module.name):

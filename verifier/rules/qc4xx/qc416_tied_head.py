@@ -45,7 +45,8 @@ def check(ctx: Context) -> Iterator[Finding]:
         return
     if not declaration.schemes():
         return
-    for head in untensored_heads(ctx.candidate.modules, ctx.checkpoint.config):
+    stems = {m.stem for m in ctx.candidate.modules.values()}
+    for head in untensored_heads(stems, ctx.checkpoint.config):
         ctx.tally.see()
         names = asked_names(head, ctx.checkpoint.model_type, ENGINES)
         if declaration.expects(head) or any(not name.asked for name in names):

@@ -69,7 +69,7 @@ def _layouts(ctx: Context) -> Iterator[Finding]:
     layout = stack_layout_of(ctx.checkpoint.config)
     if layout is None or declaration is None or declaration.form not in ("flat", "nested"):
         return
-    experts = [m for m in ctx.candidate.quantized_modules if expert_key(m.name)]
+    experts = [m for m in ctx.candidate.quantized_modules if expert_key(m.stem)]
     ctx.tally.see(len(experts))
     if not experts:
         return

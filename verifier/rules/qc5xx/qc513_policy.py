@@ -38,7 +38,7 @@ def check(ctx: Context) -> Iterator[Finding]:
     **Fix.** Exclude the module and copy its weight from the base.
     """
     for module in ctx.candidate.modules.values():
-        kind = role(module.name)
+        kind = role(module.stem)
         if kind not in ROLES or module.weight is None or module.dims is None:
             continue
         ctx.tally.see()
