@@ -140,6 +140,13 @@ class QuantizedCheckpoint:
         """Return the format that a quantized module must satisfy (`verifier.schemes.format_of`)."""
         return self._formats[module.name] if module.quantized else None
 
+    def siblings(self, module: Module) -> tuple[tuple[str, Sibling], ...]:
+        """Return the leaves of a quantized module that its format has, each with what the format
+        requires of the tensor; () where the format is not known.
+        """
+        fmt = self.format_of(module)
+        return _siblings(fmt, module.scales) if fmt is not None else ()
+
     def stored_format(self, module: Module) -> Format | None:
         """Return the format that a module must satisfy, else the one that its tensors show."""
         return self.format_of(module) or module.inferred_format
@@ -169,6 +176,11 @@ class QuantizedCheckpoint:
                 key += declaration.declared_for(module.name).kind
             groups.setdefault(key, []).append(module)
         return tuple(self._group(modules) for modules in groups.values())
+
+    def in_file_order(self, groups: Iterable[ModuleGroup]) -> list[Module]:
+        """Return the modules of some groups in file order."""
+        names = {module.name for group in groups for module in group.modules}
+        return [module for module in self.quantized_modules if module.name in names]
 
     def _group(self, modules: list[Module]) -> ModuleGroup:
         declared = self.declared_for(modules[0])

@@ -6,7 +6,7 @@ explanation.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from verifier.checkpoint import Tensor
@@ -141,6 +141,12 @@ def classify(
 def leaked(name: str) -> bool:
     """Whether a name is that of a calibration buffer, which ModelOpt strips at export."""
     return ("quantizer" in name or name.endswith("_amax")) and _LEAKED.search(name) is not None
+
+
+def all_leaked(names: Collection[str]) -> list[str]:
+    """Return the names of calibration buffers, in order."""
+    text = "\n".join(names)
+    return list(filter(leaked, names)) if "quantizer" in text or "_amax" in text else []
 
 
 def unwrapped(name: str) -> str | None:

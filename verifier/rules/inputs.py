@@ -7,20 +7,25 @@ from typing import NamedTuple
 
 from verifier.quantized import ModuleGroup
 from verifier.rules.context import Context
-from verifier.schemes import Format, Module, Sibling, required_siblings
+from verifier.schemes import Format, Sibling, required_siblings
 
 
 class RequiredInput(NamedTuple):
-    """A module that has to have a scale of its activations."""
+    """Modules that have to have a scale of their activations: all of them have it, or none."""
 
-    module: Module
+    group: ModuleGroup
     format: Format
     sibling: Sibling
 
     @property
+    def count(self) -> int:
+        """The number of modules."""
+        return len(self.group.modules)
+
+    @property
     def present(self) -> bool:
-        """Whether it has the scale."""
-        return any(leaf in self.module.parts for leaf in self.sibling.leaves)
+        """Whether they have the scale."""
+        return any(leaf in self.group.first.parts for leaf in self.sibling.leaves)
 
 
 def required_inputs(ctx: Context) -> dict[str, list[RequiredInput]]:
@@ -29,8 +34,7 @@ def required_inputs(ctx: Context) -> dict[str, list[RequiredInput]]:
     for group in ctx.candidate.module_groups:
         fmt, sibling = group.format, _required_input(group)
         if sibling is not None and fmt is not None:
-            found = kinds.setdefault(fmt.name, [])
-            found += (RequiredInput(module, fmt, sibling) for module in group.modules)
+            kinds.setdefault(fmt.name, []).append(RequiredInput(group, fmt, sibling))
     return kinds
 
 

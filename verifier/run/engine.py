@@ -389,17 +389,19 @@ def contents_of(stored: Checkpoint, checkpoint: QuantizedCheckpoint) -> Contents
     """Return what a checkpoint holds: tensors as they are stored, modules with the experts of
     stacks one by one.
     """
-    quantized, modules = checkpoint.quantized_modules, checkpoint.modules.values()
-    formats = Counter(
-        m.inferred_format.algo if m.inferred_format else "undetermined" for m in quantized
-    )
+    formats: Counter[str] = Counter()
+    scale_bytes = 0
+    for group in checkpoint.module_groups:
+        first, shown = group.first, group.first.inferred_format
+        formats[shown.algo if shown else "undetermined"] += len(group.modules)
+        scale_bytes += len(group.modules) * sum(first.parts[leaf].nbytes for leaf in first.scales)
+    modules = checkpoint.modules.values()
     dtypes = Counter(m.weight.dtype for m in modules if not m.quantized and m.weight)
-    scales = (m.parts[leaf] for m in quantized for leaf in m.scales)
     return Contents(
         tensors=len(stored.tensors),
         shards=len(stored.shards),
         bytes=stored.nbytes,
-        scale_bytes=sum(t.nbytes for t in scales),
+        scale_bytes=scale_bytes,
         formats=dict(formats),
         unquantized=dict(dtypes),
         model_type=stored.model_type,

@@ -31,8 +31,7 @@ that is its name or a pattern. ``class``: a target that is its class. ``implied`
 module as quantized where its tensors are."""
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """One entry of ``quantized_layers``."""
 
     algo: str
@@ -69,7 +68,7 @@ class Scheme:
 
 class DeclaredFormat(NamedTuple):
     """What the declaration says about one module: its algorithm (None: unquantized) and how it says
-    so.
+    so. ``entry`` is the entry, target or exclusion that does; '' for an entry of the module's name.
     """
 
     algo: str | None

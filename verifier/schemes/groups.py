@@ -143,18 +143,16 @@ def fused_groups(
     """Yield (fused name, members present) for each group with more than one member, in order of
     appearance; ``family`` as for `packed_name`.
     """
-    groups: dict[str, list[str]] = {}
-    orders: dict[str, tuple[str, ...]] = {}
+    groups: dict[str, tuple[Fusion, dict[str, str]]] = {}
     for module in modules:
         head, _, leaf = module.rpartition(".")
         fusion = _fusion_of(leaf, family)
         if fusion is not None and head:
             name = f"{head}.{fusion.parameter}"
-            groups.setdefault(name, []).append(module)
-            orders[name] = fusion.members
-    for name, members in groups.items():
-        if len(members) > 1:
-            yield name, _in_order(members, orders[name])
+            groups.setdefault(name, (fusion, {}))[1][leaf] = module
+    for name, (fusion, found) in groups.items():
+        if len(found) > 1:
+            yield name, tuple(found[leaf] for leaf in fusion.members if leaf in found)
 
 
 def engine_groups(

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from verifier.findings import Finding
-from verifier.layouts.name_differences import leaked
+from verifier.layouts.name_differences import all_leaked
 from verifier.rules.context import Context
 from verifier.rules.registry import rule
 
@@ -42,8 +42,9 @@ def check(ctx: Context) -> Iterator[Finding]:
     listed = ckpt.index.weight_map if ckpt.index else {}
     known = ctx.base.names if ctx.base else ctx.expectations.shapes
     ctx.tally.see(len(ckpt.tensors))
-    for name, tensor in ckpt.tensors.items():
-        if leaked(name) and name not in known and (not listed or name in listed):
+    for name in all_leaked(ckpt.tensors):
+        tensor = ckpt.tensors[name]
+        if name not in known and (not listed or name in listed):
             yield ctx.finding(
                 "a calibration buffer is saved with the weights",
                 tensor=name,

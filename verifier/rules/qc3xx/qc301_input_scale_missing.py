@@ -42,14 +42,15 @@ def check(ctx: Context) -> Iterator[Finding]:
     policy.
     """
     for required in required_inputs(ctx).values():
-        ctx.tally.see(len(required))
+        ctx.tally.see(sum(r.count for r in required))
         without = [r for r in required if not r.present]
         if len(without) == len(required):
             continue  # QC303: not a gap but a different format
-        for module, _, sibling in without:
-            yield ctx.finding(
-                f"the module has no {sibling.leaves[0]}",
-                where=Where(f"{module.name}.{sibling.leaves[0]}"),
-                observed="absent",
-                expected=f"{' or '.join(sibling.dtypes)} scalar",
-            )
+        for group, _, sibling in without:
+            for module in group.modules:
+                yield ctx.finding(
+                    f"the module has no {sibling.leaves[0]}",
+                    where=Where(f"{module.name}.{sibling.leaves[0]}"),
+                    observed="absent",
+                    expected=f"{' or '.join(sibling.dtypes)} scalar",
+                )

@@ -9,7 +9,6 @@ from verifier.findings import Finding, Where
 from verifier.rules.context import Context
 from verifier.rules.inputs import required_inputs
 from verifier.rules.registry import rule
-from verifier.schemes import Module
 
 
 @rule(
@@ -39,9 +38,10 @@ def check(ctx: Context) -> Iterator[Finding]:
     write input scales.
     """
     for required in required_inputs(ctx).values():
-        ctx.tally.see(len(required))
-        module, fmt, sibling = required[0]
-        if any(r.present for r in required) or ctx.candidate.declared_for(module) is None:
+        count = sum(r.count for r in required)
+        ctx.tally.see(count)
+        group, fmt, sibling = required[0]
+        if any(r.present for r in required) or group.declared is None:
             continue
         leaf = sibling.leaves[0]
         nvfp4 = fmt.name == "nvfp4"
@@ -50,28 +50,25 @@ def check(ctx: Context) -> Iterator[Finding]:
             if nvfp4
             else f"{fmt.algo} with scaled activations is declared, but no module has an {leaf}",
             cause="scales missing",
-            where=Where(f"{module.name}.{leaf}"),
+            where=Where(f"{group.first.name}.{leaf}"),
             observed="0 input scales",
             expected="W4A16_NVFP4" if nvfp4 else f"{leaf}, or activations without a stored scale",
-            count=len(required),
+            count=count,
         )
-    weight_only = _declared(ctx, "w4a16_nvfp4")
-    ctx.tally.see(len(weight_only))
-    unused = [m.parts["input_scale"].name for m in weight_only if "input_scale" in m.parts]
+    weight_only = [
+        group
+        for group in ctx.candidate.module_groups
+        if group.format and group.format.name == "w4a16_nvfp4" and group.declared is not None
+    ]
+    ctx.tally.see(sum(len(group.modules) for group in weight_only))
+    unused = [group for group in weight_only if "input_scale" in group.first.parts]
     if unused:
         yield ctx.finding(
             "weight-only NVFP4 is declared, so engines ignore the stored input scales",
             cause="scales unused",
-            tensor=unused[0],
+            tensor=unused[0].first.parts["input_scale"].name,
             severity="warning",
             observed="W4A16_NVFP4",
             expected="NVFP4",
-            count=len(unused),
+            count=sum(len(group.modules) for group in unused),
         )
-
-
-def _declared(ctx: Context, name: str) -> list[Module]:
-    """Return the modules of one format that the declaration states a format for."""
-    candidate = ctx.candidate
-    modules = [m for m, fmt in candidate.formatted if fmt.name == name]
-    return [m for m in modules if candidate.declared_for(m) is not None]

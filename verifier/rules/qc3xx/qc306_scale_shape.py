@@ -6,9 +6,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from verifier.findings import Finding
+from verifier.rules.alike import each_quantized
 from verifier.rules.context import Context
 from verifier.rules.registry import rule
-from verifier.schemes import runtime_layout
+from verifier.schemes import Module, runtime_layout
 
 
 @rule(
@@ -36,10 +37,19 @@ def check(ctx: Context) -> Iterator[Finding]:
 
     **Fix.** Write the scale in the linear layout, computed from the unpacked weight.
     """
-    for module, fmt, sibling, tensor in ctx.candidate.scales:
-        ctx.tally.see()
-        out, in_ = module.dims or (0, 0)
-        shapes = sibling.shapes(out, in_)
+    for group in ctx.candidate.module_groups:
+        ctx.tally.see(len(group.modules) * len(ctx.candidate.siblings(group.first)))
+    yield from each_quantized(ctx, _check_module)
+
+
+def _check_module(ctx: Context, module: Module) -> Iterator[Finding]:
+    """Yield the scales of a module that do not fit its weight."""
+    fmt = ctx.candidate.format_of(module)
+    if fmt is None:
+        return
+    out, in_ = module.dims or (0, 0)
+    for leaf, sibling in ctx.candidate.siblings(module):
+        tensor, shapes = module.parts[leaf], sibling.shapes(out, in_)
         if tensor.shape in shapes:
             continue
         declared = ctx.candidate.declared_group_size(module, fmt)
@@ -47,9 +57,9 @@ def check(ctx: Context) -> Iterator[Finding]:
             continue  # QC308: scales that follow a wrong declaration
         if tensor is module.scale and fmt.rowwise and runtime_layout(tensor.shape, *shapes[0]):
             continue  # QC307
-        leaf = tensor.name.rpartition(".")[2]
         yield ctx.finding(
-            f"{fmt.algo}: {leaf} does not fit its weight of shape [{out}, {in_}]",
+            f"{fmt.algo}: {tensor.name.rpartition('.')[2]} does not fit its weight of shape "
+            f"[{out}, {in_}]",
             tensor=tensor.name,
             observed=list(tensor.shape),
             expected=list(shapes[0]),

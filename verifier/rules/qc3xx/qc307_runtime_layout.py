@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from verifier.findings import Finding
+from verifier.rules.alike import each_quantized
 from verifier.rules.context import Context
 from verifier.rules.registry import rule
 from verifier.schemes import FORMATS, Format, Module, runtime_layout
@@ -40,32 +41,53 @@ def check(ctx: Context) -> Iterator[Finding]:
 
     **Fix.** Write the scale before padding and swizzling, or undo them; no value is lost.
     """
-    for module, fmt in (*ctx.candidate.formatted, *_undeclared(ctx)):
-        scale = module.scale
-        if scale is None or module.dims is None or not fmt.rowwise or not fmt.group_size:
-            continue
-        ctx.tally.see()
-        rows, columns = module.dims[0], -(-module.dims[1] // fmt.group_size)
-        layout = runtime_layout(scale.shape, rows, columns)
-        if layout:
-            yield ctx.finding(
-                f"{fmt.algo}: the block scale is {layout}, as kernels expect it at run time",
-                tensor=scale.name,
-                observed=list(scale.shape),
-                expected=[rows, columns],
-            )
+    for group in ctx.candidate.module_groups:
+        fmt = group.format or _undeclared_format(ctx, group.first)
+        if fmt is not None and _rows_and_columns(group.first, fmt) is not None:
+            ctx.tally.see(len(group.modules))
+    yield from each_quantized(ctx, _of_known_format)
+    yield from each_quantized(ctx, _of_undeclared_format)
 
 
-def _undeclared(ctx: Context) -> Iterator[tuple[Module, Format]]:
-    """Yield the modules that are MXFP8 by their dtypes.
+def _of_known_format(ctx: Context, module: Module) -> Iterator[Finding]:
+    yield from _check_module(ctx, module, ctx.candidate.format_of(module))
 
-    Without a declaration, a wrong shape hides their format.
+
+def _of_undeclared_format(ctx: Context, module: Module) -> Iterator[Finding]:
+    yield from _check_module(ctx, module, _undeclared_format(ctx, module))
+
+
+def _check_module(ctx: Context, module: Module, fmt: Format | None) -> Iterator[Finding]:
+    """Yield a block scale that has a layout of kernels."""
+    sizes, scale = _rows_and_columns(module, fmt) if fmt else None, module.scale
+    if fmt is None or sizes is None or scale is None:
+        return
+    layout = runtime_layout(scale.shape, *sizes)
+    if layout:
+        yield ctx.finding(
+            f"{fmt.algo}: the block scale is {layout}, as kernels expect it at run time",
+            tensor=scale.name,
+            observed=list(scale.shape),
+            expected=list(sizes),
+        )
+
+
+def _rows_and_columns(module: Module, fmt: Format) -> tuple[int, int] | None:
+    """Return the shape of the block scale that a module has under a format; None where it has none
+    or the format has no blocks of a row.
     """
-    for module in ctx.candidate.quantized_modules:
-        declared = ctx.candidate.declared_for(module)
-        if declared is not None and declared.algo is not None:
-            continue
-        weight, scale = module.weight, module.scale
-        if module.inferred_format is None and weight is not None and scale is not None:
-            if weight.dtype == "F8_E4M3" and scale.dtype in ("U8", "F8_E8M0"):
-                yield module, FORMATS["mxfp8"]
+    if module.scale is None or module.dims is None or not fmt.rowwise or not fmt.group_size:
+        return None
+    return module.dims[0], -(-module.dims[1] // fmt.group_size)
+
+
+def _undeclared_format(ctx: Context, module: Module) -> Format | None:
+    """Return MXFP8 for a module that is MXFP8 by its dtypes, where nothing is declared: a wrong
+    shape hides its format then.
+    """
+    declared, weight, scale = ctx.candidate.declared_for(module), module.weight, module.scale
+    if (declared is not None and declared.algo is not None) or module.inferred_format is not None:
+        return None
+    if weight is None or scale is None or weight.dtype != "F8_E4M3":
+        return None
+    return FORMATS["mxfp8"] if scale.dtype in ("U8", "F8_E8M0") else None

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from verifier.findings import Finding, Severity, Where
 from verifier.quantized import config_value
+from verifier.rules.alike import each_quantized
 from verifier.rules.context import Context
 from verifier.rules.registry import rule
 from verifier.schemes import FORMATS, Format, Module, expert_key, role, split_tiles
@@ -96,21 +97,35 @@ def check(ctx: Context) -> Iterator[Finding]:
 
     **Fix.** Leave such a layer unquantized; serve with fewer ranks, or with expert parallelism.
     """
-    for module, fmt in ctx.candidate.formatted:
-        if module.dims is None or not fmt.rowwise or not fmt.group_size:
-            continue
-        ctx.tally.see()
-        if module.dims[1] % fmt.group_size and module.weight is not None:
-            yield ctx.finding(
-                f"{fmt.algo}: the input width is not a multiple of the block size",
-                cause="block",
-                tensor=module.weight.name,
-                observed=module.dims[1],
-                expected=f"a multiple of {fmt.group_size}",
-            )
+    for group in ctx.candidate.module_groups:
+        if _block_width(ctx, group.first):
+            ctx.tally.see(len(group.modules))
+    yield from each_quantized(ctx, _check_blocks)
     if ctx.inputs.tp is not None or ctx.inputs.ep is not None:
         yield from _check_tiles(ctx)
         yield from _check_ranks(ctx)
+
+
+def _block_width(ctx: Context, module: Module) -> int | None:
+    """Return the width of the blocks of a row, None where the format has none."""
+    fmt = ctx.candidate.format_of(module)
+    blocks = fmt is not None and module.dims is not None and fmt.rowwise
+    return fmt.group_size if blocks and fmt is not None else None
+
+
+def _check_blocks(ctx: Context, module: Module) -> Iterator[Finding]:
+    """Yield a weight whose rows are not whole blocks."""
+    fmt, width = ctx.candidate.format_of(module), _block_width(ctx, module)
+    if fmt is None or not width or module.dims is None or module.weight is None:
+        return
+    if module.dims[1] % width:
+        yield ctx.finding(
+            f"{fmt.algo}: the input width is not a multiple of the block size",
+            cause="block",
+            tensor=module.weight.name,
+            observed=module.dims[1],
+            expected=f"a multiple of {width}",
+        )
 
 
 def _check_tiles(ctx: Context) -> Iterator[Finding]:

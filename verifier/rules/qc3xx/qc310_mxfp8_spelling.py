@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from verifier.findings import Finding, Severity
 from verifier.rules.context import Context
 from verifier.rules.registry import rule
+from verifier.schemes import Module
 
 _REJECTED: dict[str, tuple[Severity, str]] = {
     "vllm": ("error", "has no parameter of this name and stops (vLLM 0.32, run on a CPU)")
@@ -53,9 +54,11 @@ def check(ctx: Context) -> Iterator[Finding]:
     **Fix.** Rename the tensors in the headers and in the index; the data does not change.
     """
     yield from _unread_leaves(ctx)
-    modules = [
-        m for m, fmt in ctx.candidate.formatted if fmt.name == "mxfp8" and m.scale is not None
-    ]
+    modules = ctx.candidate.in_file_order(
+        group
+        for group in ctx.candidate.module_groups
+        if group.format and group.format.name == "mxfp8" and group.first.scale is not None
+    )
     ctx.tally.see(len(modules))
     plain = [m for m in modules if PLAIN in m.parts]
     inverse = [m for m in modules if INVERSE in m.parts]
@@ -98,11 +101,10 @@ def check(ctx: Context) -> Iterator[Finding]:
 def _unread_leaves(ctx: Context) -> Iterator[Finding]:
     """Yield scales of blocks of FP8 under a name that readers of their declaration do not know."""
     wrong = []
-    for module, fmt in ctx.candidate.formatted:
-        declared = ctx.candidate.declared_for(module)
-        leaf = declared.scheme.scale_leaf if declared and declared.scheme else ""
-        scale = module.scale
-        if not leaf or scale is None or fmt.name == "mxfp8" or fmt.sibling(leaf) is None:
+    groups = [group for group in ctx.candidate.module_groups if _leaf_read(ctx, group.first)]
+    for module in ctx.candidate.in_file_order(groups):
+        leaf, scale = _leaf_read(ctx, module), module.scale
+        if scale is None:
             continue
         if scale.name.rpartition(".")[2] not in (leaf, "scale"):  # DeepSeek-V4's loaders map it
             wrong.append((leaf, scale))
@@ -118,6 +120,15 @@ def _unread_leaves(ctx: Context) -> Iterator[Finding]:
             count=len(wrong),
             severity="error",
         )
+
+
+def _leaf_read(ctx: Context, module: Module) -> str:
+    """Return the name that readers of a module's declaration look for, where the format has it; ''
+    for any.
+    """
+    declared, fmt = ctx.candidate.declared_for(module), ctx.candidate.format_of(module)
+    leaf = declared.scheme.scale_leaf if declared and declared.scheme else ""
+    return leaf if fmt and fmt.name != "mxfp8" and fmt.sibling(leaf) is not None else ""
 
 
 def _expected_name(ctx: Context) -> tuple[str, Severity]:

@@ -4,11 +4,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 
 from verifier.checkpoint import Tensor
 from verifier.findings import Finding
 from verifier.rules.context import Context
 from verifier.rules.registry import rule
+from verifier.schemes import Module
+
+Kind = tuple[str, str]
+"""What scalars of one shape have in common: the dtype of the weight, and the leaf."""
+SCALARS = ((), (1,))
 
 
 @rule(
@@ -43,29 +49,39 @@ def check(ctx: Context) -> Iterator[Finding]:
 
     **Fix.** Write the shape of the majority; the four bytes do not change.
     """
-    kinds: dict[tuple[str, str], tuple[list[Tensor], list[Tensor]]] = {}
-
-    def add(kind: str, leaf: str, tensor: Tensor) -> None:
-        if tensor.shape in ((), (1,)):
-            kinds.setdefault((kind, leaf), ([], []))[len(tensor.shape)].append(tensor)
-
-    for _, fmt, sibling, tensor in ctx.candidate.scales:
-        if sibling.scalar:
-            add(fmt.weight_dtype, tensor.name.rpartition(".")[2], tensor)
-    for _, leaf, tensor in ctx.candidate.kv_scales:
-        add("", leaf, tensor)
-    for (_, leaf), (zero_d, one_d) in sorted(kinds.items()):
-        ctx.tally.see(len(zero_d) + len(one_d))
+    counts: dict[Kind, list[int]] = {}
+    for group in ctx.candidate.module_groups:
+        for kind, tensor in _scalars(ctx, group.first):
+            counts.setdefault(kind, [0, 0])[len(tensor.shape)] += len(group.modules)
+    for kind, tensor in _cache_scalars(ctx):
+        counts.setdefault(kind, [0, 0])[len(tensor.shape)] += 1
+    for kind, (zero_d, one_d) in sorted(counts.items()):
+        ctx.tally.see(zero_d + one_d)
         if not zero_d or not one_d:
             continue
-        if len(one_d) <= len(zero_d):
-            minority, here, elsewhere = one_d, "[1]", "0-d"
-        else:
-            minority, here, elsewhere = zero_d, "0-d", "[1]"
-        for tensor in minority:
-            yield ctx.finding(
-                f"{leaf} is {here} here and {elsewhere} elsewhere",
-                tensor=tensor.name,
-                observed=here,
-                expected=elsewhere,
-            )
+        rank, here, elsewhere = (1, "[1]", "0-d") if one_d <= zero_d else (0, "0-d", "[1]")
+        stored = (_scalars(ctx, module) for module in ctx.candidate.quantized_modules)
+        for other, tensor in chain(_cache_scalars(ctx), *stored):
+            if other == kind and len(tensor.shape) == rank:
+                yield ctx.finding(
+                    f"{kind[1]} is {here} here and {elsewhere} elsewhere",
+                    tensor=tensor.name,
+                    observed=here,
+                    expected=elsewhere,
+                )
+
+
+def _scalars(ctx: Context, module: Module) -> Iterator[tuple[Kind, Tensor]]:
+    """Yield the scalars next to a weight, each with its kind."""
+    fmt = ctx.candidate.format_of(module)
+    for leaf, sibling in ctx.candidate.siblings(module):
+        tensor = module.parts[leaf]
+        if fmt is not None and sibling.scalar and tensor.shape in SCALARS:
+            yield (fmt.weight_dtype, leaf), tensor
+
+
+def _cache_scalars(ctx: Context) -> Iterator[tuple[Kind, Tensor]]:
+    """Yield the scalars of the KV cache, each with its kind."""
+    for _, leaf, tensor in ctx.candidate.kv_scales:
+        if tensor.shape in SCALARS:
+            yield ("", leaf), tensor

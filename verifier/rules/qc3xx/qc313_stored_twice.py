@@ -6,9 +6,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from verifier.findings import Finding
+from verifier.rules.alike import each_quantized
 from verifier.rules.context import Context
 from verifier.rules.registry import rule
-from verifier.schemes import FLOATS
+from verifier.schemes import FLOATS, Module
 
 
 @rule(
@@ -42,31 +43,10 @@ def check(ctx: Context) -> Iterator[Finding]:
 
     **Fix.** Drop the redundant copy, or clear the flag if head and embedding differ.
     """
-    for module in ctx.candidate.quantized_modules:
-        weight, parts = module.weight, module.parts
-        if weight is None:
-            continue
-        ctx.tally.see()
-        stored = [leaf for leaf in ("weight", "weight_packed", "qweight") if leaf in parts]
-        if len(stored) > 1:
-            yield ctx.finding(
-                "the weight is stored twice, packed and unpacked",
-                cause="two weights",
-                tensor=parts[stored[0]].name,
-                observed=" and ".join(stored),
-                expected="one of them",
-            )
-            continue
-        declared = ctx.candidate.declared_for(module)
-        scales = [leaf for leaf in module.scales if leaf != "pre_quant_scale"]
-        if weight.dtype in FLOATS and scales and (declared is None or declared.algo is not None):
-            yield ctx.finding(
-                "scales next to an unquantized weight",
-                cause="plain weight with scales",
-                tensor=weight.name,
-                observed=f"{weight.dtype} {list(weight.shape)} with {', '.join(scales)}",
-                expected="quantized values, or no scales",
-            )
+    for group in ctx.candidate.module_groups:
+        if group.first.weight is not None:
+            ctx.tally.see(len(group.modules))
+    yield from each_quantized(ctx, _check_module)
     for name in sorted(ctx.candidate.tied_heads):
         ctx.tally.see()
         head = ctx.candidate.modules[name.rpartition(".")[0]]
@@ -87,3 +67,30 @@ def check(ctx: Context) -> Iterator[Finding]:
                 expected="absent, or tie_word_embeddings: false",
                 severity="warning",
             )
+
+
+def _check_module(ctx: Context, module: Module) -> Iterator[Finding]:
+    """Yield a weight that is stored twice, or plain next to scales."""
+    weight, parts = module.weight, module.parts
+    if weight is None:
+        return
+    stored = [leaf for leaf in ("weight", "weight_packed", "qweight") if leaf in parts]
+    if len(stored) > 1:
+        yield ctx.finding(
+            "the weight is stored twice, packed and unpacked",
+            cause="two weights",
+            tensor=parts[stored[0]].name,
+            observed=" and ".join(stored),
+            expected="one of them",
+        )
+        return
+    declared = ctx.candidate.declared_for(module)
+    scales = [leaf for leaf in module.scales if leaf != "pre_quant_scale"]
+    if weight.dtype in FLOATS and scales and (declared is None or declared.algo is not None):
+        yield ctx.finding(
+            "scales next to an unquantized weight",
+            cause="plain weight with scales",
+            tensor=weight.name,
+            observed=f"{weight.dtype} {list(weight.shape)} with {', '.join(scales)}",
+            expected="quantized values, or no scales",
+        )

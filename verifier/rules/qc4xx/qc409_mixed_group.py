@@ -54,9 +54,12 @@ def check(ctx: Context) -> Iterator[Finding]:
         modules = [ctx.candidate.modules[m] for m in members]
         if not any(m.quantized for m in modules):
             continue
-        if any(m.quantized and ctx.candidate.format_of(m) is None for m in modules):
+        formats = [ctx.candidate.format_of(m) for m in modules]
+        if any(m.quantized and f is None for m, f in zip(modules, formats, strict=True)):
             continue  # QC305, QC408 or QC410
         ctx.tally.see()
+        if len(set(map(id, formats))) == 1:
+            continue
         mismatch = _mismatch(ctx, modules)
         if mismatch is not None and mismatch.weight is not None:
             yield ctx.finding(

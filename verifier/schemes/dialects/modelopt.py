@@ -23,6 +23,7 @@ from verifier.schemes.declared import (
     Group,
     Inputs,
     Scheme,
+    Via,
 )
 from verifier.schemes.dialects.common import (
     EXCLUSION_KEYS,
@@ -79,7 +80,7 @@ class ModelOpt(Dialect):
             return super().cover(declaration, module)
         layers = declaration.layers
         if module in layers:
-            return _of_entry(layers[module], "exact", module)
+            return _of_entry(layers[module], "exact")
         packed = packed_name(module)
         if packed and packed in layers:
             return _of_entry(layers[packed], "packed", packed)
@@ -132,7 +133,7 @@ class DeepseekV4(Dialect):
     def cover(self, declaration: Declaration, module: str) -> DeclaredFormat:
         """Return the experts' recipe for a routed expert, that of FP8 for all else."""
         if module in declaration.layers:
-            return _of_entry(declaration.layers[module], "exact", module)
+            return _of_entry(declaration.layers[module], "exact")
         scheme: Scheme | None = declaration.scheme
         if _of_expert(module):
             kept = bool(self._kept.patterns) and self._kept.strict(module)
@@ -182,7 +183,9 @@ def scheme_of(algo: str, group_size: int | None = None) -> Scheme:
     return Scheme(algo, fmt, _INPUTS.get(algo, "unknown"), group_size=group_size)
 
 
-def _of_entry(entry: Entry, via: Any, name: str) -> DeclaredFormat:
+@lru_cache(maxsize=4096)
+def _of_entry(entry: Entry, via: Via, name: str = "") -> DeclaredFormat:
+    """Return what an entry says; ``name`` is that of an entry for more than the module."""
     scheme = scheme_of(entry.algo, entry.group_size)
     return DeclaredFormat(entry.algo, via, name, entry.group_size, scheme)
 
