@@ -6,6 +6,7 @@ and an exit code.
 from __future__ import annotations
 
 import errno
+import gc
 import importlib
 import io
 import os
@@ -278,7 +279,9 @@ def main() -> NoReturn:
         signal.signal(signal.SIGINT, _interrupted)
     sys.stdout, sys.stderr = _unbreakable(sys.stdout), _unbreakable(sys.stderr)
     try:
-        sys.exit(run(sys.argv[1:]))
+        code = run(sys.argv[1:])
+        gc.freeze()  # the interpreter looks for cycles among all that is alive before it ends
+        sys.exit(code)
     except SystemExit as stop:
         if stop.code == TERMINATED:
             _fail(ended("terminated"), TERMINATED)

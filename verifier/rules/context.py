@@ -17,10 +17,12 @@ from verifier.payload.pass_through import PassThrough
 from verifier.payload.reader import PayloadReader
 from verifier.quantized import QuantizedCheckpoint
 from verifier.rules.deprecated import moved_attribute
-from verifier.rules.engine_loading import EngineLoader, EngineLoads
 from verifier.rules.expectations import Expectations
-from verifier.rules.loading import Loaded, Loader
 from verifier.schemes import Module
+
+if TYPE_CHECKING:
+    from verifier.rules.engine_loading import EngineLoader, EngineLoads
+    from verifier.rules.loading import Loaded, Loader
 
 T = TypeVar("T")
 

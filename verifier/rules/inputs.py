@@ -18,7 +18,7 @@ class RequiredInput(NamedTuple):
     sibling: Sibling
 
     @property
-    def count(self) -> int:
+    def total(self) -> int:
         """The number of modules."""
         return len(self.group.modules)
 

@@ -20,8 +20,6 @@ from verifier.progress import Progress, no_progress
 from verifier.quantized import QuantizedCheckpoint
 from verifier.rules import INCLUDED, Context, Depth, Rule, all_rules
 from verifier.rules.context import Inputs
-from verifier.rules.engine_loading import EngineLoader
-from verifier.rules.loading import Loader
 from verifier.rules.texts import section
 from verifier.run.causes import explained
 from verifier.run.fingerprints import fingerprinted
@@ -44,6 +42,8 @@ from verifier.summary import (
 )
 
 if TYPE_CHECKING:
+    from verifier.rules.engine_loading import EngineLoader
+    from verifier.rules.loading import Loader
     from verifier.run.baseline import Baseline
 
 

@@ -6,11 +6,14 @@ takes torch, transformers and seconds, which no other depth may cost.
 from __future__ import annotations
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 from verifier.evaluation import Evaluate
-from verifier.rules.engine_loading import EngineLoader
-from verifier.rules.loading import Loader
 from verifier.run.options import EngineOptions
+
+if TYPE_CHECKING:
+    from verifier.rules.engine_loading import EngineLoader
+    from verifier.rules.loading import Loader
 
 LOADER = "verifier.load.reload"
 ENGINE_LOADER = "verifier.engines.loader"

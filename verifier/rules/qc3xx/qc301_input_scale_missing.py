@@ -42,7 +42,7 @@ def check(ctx: Context) -> Iterator[Finding]:
     policy.
     """
     for required in required_inputs(ctx).values():
-        ctx.tally.see(sum(r.count for r in required))
+        ctx.tally.see(sum(r.total for r in required))
         without = [r for r in required if not r.present]
         if len(without) == len(required):
             continue  # QC303: not a gap but a different format

@@ -38,7 +38,7 @@ def check(ctx: Context) -> Iterator[Finding]:
     write input scales.
     """
     for required in required_inputs(ctx).values():
-        count = sum(r.count for r in required)
+        count = sum(r.total for r in required)
         ctx.tally.see(count)
         group, fmt, sibling = required[0]
         if any(r.present for r in required) or group.declared is None:

@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from verifier.findings import Finding, Where
 from verifier.rules.context import Context
-from verifier.rules.engine_loading import EngineLoad
 from verifier.rules.registry import rule
+
+if TYPE_CHECKING:
+    from verifier.rules.engine_loading import EngineLoad
 
 
 @rule(

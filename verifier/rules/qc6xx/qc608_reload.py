@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
 
 from verifier.findings import Finding, Where
 from verifier.rules.context import Context
-from verifier.rules.loading import Forward, Kind, Misfit
 from verifier.rules.registry import rule
+
+if TYPE_CHECKING:
+    from verifier.rules.loading import Forward, Kind, Misfit
 
 FAR, LOST = 0.35, 1.0
 """Relative distance to the base's logits above which it is a warning, and an error."""
