@@ -52,14 +52,15 @@ def check(ctx: Context) -> Iterator[Finding]:
     names = [m.name for m in ctx.candidate.linears]
     for _, members in fused_groups(names, ctx.checkpoint.model_type):
         modules = [ctx.candidate.modules[m] for m in members]
+        formats = [ctx.candidate.format_of(m) for m in modules]
+        if formats[0] is not None and len(set(formats)) == 1:
+            ctx.tally.see()
+            continue
         if not any(m.quantized for m in modules):
             continue
-        formats = [ctx.candidate.format_of(m) for m in modules]
         if any(m.quantized and f is None for m, f in zip(modules, formats, strict=True)):
             continue  # QC305, QC408 or QC410
         ctx.tally.see()
-        if len(set(map(id, formats))) == 1:
-            continue
         mismatch = _mismatch(ctx, modules)
         if mismatch is not None and mismatch.weight is not None:
             yield ctx.finding(
