@@ -1,23 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """Time and memory of the verifier on the real MiniMax-M3 mixed release and on slices of it.
 
-    python benchmarks/verify.py [--rounds 9] [--only header,scan,payload,memory] [--out
-    benchmarks/results/verify.json]
+    python benchmarks/verify.py [--rounds 9] [--only header,scan,payload,memory] [--out FILE]
 
-header    the whole command on 22,000 to 350,000 tensors in sparse files, and on a tiny checkpoint,
-each a process of its
-          own; beside it a process that parses the real release's headers with the standard library
-          alone.
-scan      depth payload without a base on one layer, all 128 experts, scales between the codes as
-released; beside it
-          `readinto` of the same bytes.
-payload   depth payload with a base on one layer with some experts, by one worker and by two; beside
-it `readinto` of both. memory    private pages at depth payload beyond those of the idle process,
-with tensors far larger than any expert.
+Parts:
+
+- ``header``: the whole command at depth header, each run a process of its own: on the release and
+  on copies of it with fewer and more layers (22,000 to 350,000 tensors in sparse files); on the
+  release with its BF16 base, and with the vendor's checkpoint as ``--merged-from``; on a tiny
+  checkpoint. The reference is a process that parses the headers of the release with the standard
+  library alone.
+- ``scan``: depth payload without a base, on one layer with all 128 experts; scales lie between the
+  codes as in the release. The reference is ``readinto`` of the same bytes.
+- ``payload``: depth payload with a base, on one layer with some experts, by one worker and by two.
+  The reference is ``readinto`` of both checkpoints.
+- ``memory``: private pages at depth payload beyond those of the idle process, on tensors far larger
+  than any expert.
 
 Within a part everything runs in turn in each round; the first round fills caches and is left out.
 Layers of a slice have the released names, shapes and dtypes; values are random, and the same rows
-again and again. About 3 GB of disk, 3 minutes.
+again and again. Needs about 3 GB of disk and 4 minutes.
 """
 
 from __future__ import annotations
@@ -200,6 +202,16 @@ def write_release(layers: int, path: str) -> int:
     return len(rows)
 
 
+def write_sources(base: str, vendor: str) -> None:
+    """Write what the release was made from as sparse files: the BF16 model, and the vendor's
+    checkpoint, from which it keeps all but the routed experts.
+    """
+    rows, config = sparse.rows(), sparse.m3_config()
+    sparse.write(Path(base), sparse.bf16(rows), config, 60)
+    quantization = {"quantization_config": sparse.vendor_quantization()}
+    sparse.write(Path(vendor), rows, config | quantization, 60)
+
+
 def header_part(rounds: int, folder: Path) -> dict[str, Any]:
     """Measure header checks."""
     paths = {layers: str(folder / str(layers)) for layers in LAYERS}
@@ -209,10 +221,14 @@ def header_part(rounds: int, folder: Path) -> dict[str, Any]:
             layers: pool.submit(write_release, layers, path).result()
             for layers, path in paths.items()
         }
+        base, vendor = str(folder / "base"), str(folder / "vendor")
+        pool.submit(write_sources, base, vendor).result()
     commands = {
         f"check_{layers}": ["-m", "verifier", "check", path] for layers, path in paths.items()
     }
     commands |= {
+        "with_base": [*commands["check_60"], "--base", base],
+        "with_merged_from": [*commands["check_60"], "--merged-from", vendor],
         "parse_60": ["-c", PARSE, paths[60]],
         "tiny": ["-m", "verifier", "check", str(TINY)],
     }
