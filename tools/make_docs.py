@@ -156,6 +156,9 @@ def verify_section(r: dict[str, Any]) -> list[str]:
         row(f"{counts['60']:,} tensors", "header", "check_60_s", "2 s", "1 s"),
         row("CPU time of the same", "header", "check_60_cpu_s", "", ""),
         row("memory", "header", "check_60_mb", "300 MB", "200 MB", 0),
+        row("with `--base`, the BF16 model", "header", "with_base_s", "", "1.5 s"),
+        row("memory with `--base`", "header", "with_base_mb", "", "", 0),
+        row("with `--merged-from`, the vendor's", "header", "with_merged_from_s", "", "1.5 s"),
         row("parsing the same headers with `json` alone", "header", "parse_60_s", "", ""),
         *(
             row(f"{count:,} tensors", "header", f"check_{layers}_s", "", "")
