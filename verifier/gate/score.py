@@ -134,7 +134,7 @@ class Journaled:
                 options.say(f"{self.file}: from another run or version; scoring from scratch")
             if journal.done:
                 options.say(
-                    f"{self.file}: {len(journal.done)} of {len(plan.units)} units are done; "
+                    f"{self.file}: {len(journal.done)} of {len(plan.all_units)} units are done; "
                     "resuming"
                 )
             scores = _score_left(plan.all_units, plan, journal, options.processes)
