@@ -14,8 +14,8 @@ Parts:
   codes as in the release. The reference is ``readinto`` of the same bytes.
 - ``payload``: depth payload with a base, on one layer with some experts, by one worker and by two.
   The reference is ``readinto`` of both checkpoints.
-- ``memory``: private pages at depth payload beyond those of the idle process, on tensors far larger
-  than any expert.
+- ``memory``: what depth payload allocates beyond the idle process, on tensors far larger than any
+  expert.
 
 Within a part everything runs in turn in each round; the first round fills caches and is left out.
 Layers of a slice have the released names, shapes and dtypes; values are random, and the same rows
@@ -91,26 +91,23 @@ def run(args: list[str]) -> tuple[float, float, float, str]:
     return seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1000, output
 
 
-def private(pid: int) -> float:
-    """Return the private megabytes of a process and of its copies; 0 where it has ended."""
+def allocated(pid: int) -> float:
+    """Return the megabytes that a process and its copies have allocated, pages that they share
+    counted once; 0 where it has ended. Pages of files, libraries among them, do not count.
+    """
     try:
-        with open(f"/proc/{pid}/smaps_rollup") as rollup:
-            found = (
-                sum(int(line.split()[1]) for line in rollup if line.startswith("Private_")) / 1000
-            )
-        children = [
-            int(c)
-            for f in Path(f"/proc/{pid}/task").glob("*/children")
-            for c in f.read_text().split()
-        ]
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+        children = Path(f"/proc/{pid}/task").glob("*/children")
+        pids = [int(child) for file in children for child in file.read_text().split()]
     except (OSError, ProcessLookupError):
         return 0.0
-    return found + sum(map(private, children))
+    own = sum(int(line.split()[1]) for line in lines if line.startswith(("Pss_Anon", "Pss_Shmem")))
+    return own / 1000 + sum(map(allocated, pids))
 
 
 def grown(arguments: list[str]) -> tuple[float, float]:
-    """Return the private megabytes of an idle process, and by how many it and its copies grow in a
-    payload check.
+    """Return the megabytes that an idle process has allocated, and by how many it and its copies
+    grow in a payload check.
     """
     child = subprocess.Popen(
         [sys.executable, "-c", MEMORY, *arguments],
@@ -121,11 +118,11 @@ def grown(arguments: list[str]) -> tuple[float, float]:
     )
     assert child.stdin is not None and child.stdout is not None
     child.stdout.readline()
-    idle = peak = private(child.pid)
+    idle = peak = allocated(child.pid)
     child.stdin.write("\n")
     child.stdin.close()
     while child.poll() is None:
-        peak = max(peak, private(child.pid))
+        peak = max(peak, allocated(child.pid))
         time.sleep(0.005)
     if child.returncode:
         raise SystemExit(f"the check ended with {child.returncode}")
@@ -486,7 +483,7 @@ def payload_part(rounds: int, folder: Path) -> dict[str, Any]:
 
 
 def memory_part(rounds: int, folder: Path) -> dict[str, Any]:
-    """Measure private pages with an embedding of 200,064 x 6144 and an expert of 16,384 x
+    """Measure allocated pages with an embedding of 200,064 x 6144 and an expert of 16,384 x
     16,384.
     """
     values, expert = Values(), "language_model.model.layers.3.block_sparse_moe.experts.0.w1"

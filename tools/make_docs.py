@@ -188,7 +188,7 @@ def verify_section(r: dict[str, Any]) -> list[str]:
         row("with a base, ratio of CPU time", "payload", "cpu_ratio", "", "", 3),
         row("with a base, speedup of two processes", "payload", "speedup", "1.7", ""),
         "",
-        "Private memory beyond the idle process, with an embedding of "
+        "Memory allocated beyond the idle process, with an embedding of "
         f"{r['memory']['largest_tensor_mb']:,.0f} MB and an expert of 16,384 x 16,384:",
         "",
         *head[1:],
