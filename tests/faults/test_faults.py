@@ -6,7 +6,6 @@ well.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import resource
@@ -14,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ import exporter
 import verifier
 from exporter.cli.output import UNCHECKED
 from exporter.out import work_folder
+from exporter.stream.write import RESULT
 from tests.faults.conditions import RECIPE, SOURCE, Conditions, write_large
 from tests.kill.run import files_of
 from verifier.cli import run
@@ -112,13 +113,14 @@ def test_a_source_that_cannot_be_read(
 def test_a_finished_shard_that_cannot_be_read_is_written_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    digest, failed = hashlib.file_digest, []
+    preadv, failed = os.preadv, []
 
-    def unreadable_once(file: Any, name: str) -> Any:
-        if not failed:
-            failed.append(file.name)
+    def unreadable_once(fd: int, buffers: Sequence[Any], offset: int) -> int:
+        path = Path(f"/proc/self/fd/{fd}").readlink()
+        if not failed and path.parent.name == RESULT and path.suffix == ".safetensors":
+            failed.append(path.name)
             raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return digest(file, name)
+        return preadv(fd, buffers, offset)
 
     def export(out: Path, **options: Any) -> None:
         exporter.export(
@@ -131,7 +133,7 @@ def test_a_finished_shard_that_cannot_be_read_is_written_again(
 
     with pytest.raises(MachineError, match="stopped"):
         export(tmp_path / "out", progress=stop, workers=1)
-    monkeypatch.setattr(hashlib, "file_digest", unreadable_once)
+    monkeypatch.setattr(os, "preadv", unreadable_once)
     export(tmp_path / "out")
     assert failed
     (tmp_path / "whole").mkdir()
