@@ -138,6 +138,7 @@ def verify_section(r: dict[str, Any]) -> list[str]:
         return f"| {what} | {middle} {span} | {must} | {aim} |"
 
     counts = r["header"]["tensors"]
+    ratios = [x["check_60_cpu_s"] / x["parse_60_cpu_s"] for x in r["header"]["rounds"]]
     head = ["", "| measurement | median (range) | limit | target |", "| --- | --- | --- | --- |"]
     lines = [
         f"`{r['command']}`, medians (range) of {len(r['header']['rounds'])} rounds after a warm-up "
@@ -160,6 +161,8 @@ def verify_section(r: dict[str, Any]) -> list[str]:
         row("memory with `--base`", "header", "with_base_mb", "", "", 0),
         row("with `--merged-from`, the vendor's", "header", "with_merged_from_s", "", "1.5 s"),
         row("parsing the same headers with `json` alone", "header", "parse_60_s", "", ""),
+        "| the check as a multiple of that, CPU time | "
+        f"{statistics.median(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f}) | | |",
         *(
             row(f"{count:,} tensors", "header", f"check_{layers}_s", "", "")
             for layers, count in counts.items()
