@@ -9,6 +9,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from exporter import emit, stream
 from exporter.plan import Plan
 from exporter.writing import WriteOptions, disk_failures, write_result
@@ -79,17 +81,16 @@ class WriteJob:
 
     def _made_by(self, plan: Plan) -> Manifest | None:
         """Return the manifest of OUT where the plan made it."""
-        file = self.out / MANIFEST
-        if not file.exists():
+        try:
+            manifest = Manifest.model_validate_json((self.out / MANIFEST).read_bytes())
+        except (OSError, ValidationError):  # something else stands there
             return None
-        found = Manifest.model_validate_json(file.read_bytes())
-        wanted = Manifest(
-            kind=plan.kind,
-            name=self.out.name,
-            made_by={},
-            sources=emit.sources_of(plan),
-            options=plan.options,
+        wanted = manifest.model_copy(
+            update={
+                "kind": plan.kind,
+                "name": self.out.name,
+                "sources": emit.sources_of(plan),
+                "options": plan.options,
+            }
         )
-        same = {"kind", "name", "sources", "options"}
-        equal = found.model_dump_json(include=same) == wanted.model_dump_json(include=same)
-        return found if equal else None
+        return manifest if manifest.model_dump_json() == wanted.model_dump_json() else None

@@ -147,8 +147,8 @@ def export(
     notes = UNCHECKED if no_check else {}
     if writers is not None:
         arguments = {"source": source, **options}
-        more_options = {"notes": notes, "shard_bytes": writing["shard_bytes"]}
-        manifest = write_in_units(writers, exporter.plan_export, arguments, out, more_options)
+        fields = {"notes": notes, "shard_bytes": writing["shard_bytes"]}
+        manifest = write_in_units(writers, exporter.plan_export, arguments, out, fields)
     else:
         with writing_bar(exporter.plan_export(source, **options).nbytes) as progress:
             manifest = exporter.export(
@@ -224,8 +224,8 @@ def merge(
         from exporter.exporting import plan_merge_of  # noqa: PLC0415  (as above)
 
         arguments = {"experts": experts, "onto": onto, "input_scale": input_scale}
-        more = {"notes": notes, "shard_bytes": shard_bytes}
-        manifest = write_in_units(writers, plan_merge_of, arguments, out, more)
+        fields = {"notes": notes, "shard_bytes": shard_bytes}
+        manifest = write_in_units(writers, plan_merge_of, arguments, out, fields)
     else:
         with writing_bar(_merged_bytes(experts, onto)) as progress:
             manifest = write(

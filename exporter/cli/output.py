@@ -155,10 +155,10 @@ def write_in_units(
     function: Callable[..., Plan],
     arguments: Mapping[str, Any],
     out: str,
-    more: Mapping[str, Any],
+    fields: Mapping[str, Any],
 ) -> Manifest | None:
-    """Write the shards of a plan that a function makes, or some of them; ``more`` are further
-    fields of `WriteOptions`.
+    """Write the shards of a plan that a function makes, or some of them; ``fields`` are further
+    ones of `WriteOptions`.
 
     Returns:
         The manifest; None where other processes have shards left.
@@ -169,7 +169,7 @@ def write_in_units(
     call = PlanCall(function, tuple(arguments.items()))
     with given as runner, progress_bar("writing", unit="byte") as bar:
         progress = _accumulating(bar, 0) if runner.here else None
-        options = WriteOptions(workers=runner.workers, progress=progress, **more)
+        options = WriteOptions(workers=runner.workers, progress=progress, **fields)
         job = WriteJob(call, Path(out), options, new=not runner.here)
         shards, parts = len(job.units()), runner.of or runner.slots
         if shards < parts:

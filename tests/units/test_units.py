@@ -40,6 +40,7 @@ from verifier.cli import run as ckptgate
 from verifier.cli.units import CheckJob, ScoreJob
 from verifier.errors import CkptgateError, UsageError
 from verifier.gate.corpora import load_corpus
+from verifier.manifest import MANIFEST
 from verifier.run import report_of
 from verifier.units import share_of
 
@@ -179,6 +180,9 @@ def test_a_unit_that_was_lost_after_the_last_one_is_done(alone: Alone, tmp_path:
     with pytest.raises(UsageError, match="already exists"):
         SHARES[0](merge_job(alone.inputs, tmp_path))
     assert files_of(job.out) == files_of(alone.inputs.whole)
+    (job.out / MANIFEST).write_text("{}")
+    with pytest.raises(UsageError, match="already exists"):
+        SHARES[0](job)
 
 
 @pytest.mark.parametrize("text", ["0/2", "3/2", "2", "1/0", "a/b", "1/10001"])

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain, groupby
+from itertools import chain, groupby, islice
 from typing import Any
 
 import numpy as np
@@ -142,7 +142,7 @@ def _run_payload(
     scales: list[ReadScales] = []
     examined: set[str] = set()
     results = _results(ctx, tasks, comparing, reading.workers, rate, amounts)
-    for task, result in zip(tasks, results, strict=False):
+    for task, result in zip(tasks, islice(results, len(tasks)), strict=True):
         for rule, outcome in zip(task.rules, result.outcomes, strict=True):
             outcome.tally.of = task.scaled(outcome.tally.of)
             outcomes[rule.id].add(outcome)
