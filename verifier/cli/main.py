@@ -284,6 +284,9 @@ def main() -> NoReturn:
     # OpenMP reads it when torch is loaded. Threads that spin for one another lose a third of a
     # command's time where another process holds a core.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Imports make objects and no cycles: with the default of 700, looking for cycles takes a tenth
+    # of the time in which torch and numba are imported.
+    gc.set_threshold(10_000, *gc.get_threshold()[1:])
     signal.signal(signal.SIGTERM, _terminated)
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # shells have it ignored in "… &"
         signal.signal(signal.SIGINT, _interrupted)

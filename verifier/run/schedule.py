@@ -11,6 +11,7 @@ machines. A rule that compares modules, and what a rule says of all modules toge
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -211,21 +212,30 @@ class _Amounts:
     """Sums up how much of each task is done; several threads may report."""
 
     def __init__(self, sizes: Sequence[int], progress: Progress) -> None:
-        self._sizes, self._shares = sizes, [0.0] * len(sizes)
-        self._progress, self._total = progress, sum(sizes)
+        self._sizes, self._progress, self._total = sizes, progress, sum(sizes)
+        self._lock = threading.Lock()
+        self._finished = self._nbytes = 0
+        self._shares: dict[int, float] = {}
+        """Of the tasks that are begun."""
         if self._total:
             progress(0, self._total)
 
     def advance(self, task: int, share: float) -> None:
-        """Note that a share of a task is done."""
-        self._shares[task] = share
-        finished = sum(share == 1 for share in self._shares)
-        self.detail(f"{finished:,} of {counted(len(self._sizes), 'part')}")
+        """Note that a share of a task is done; 1 once."""
+        with self._lock:
+            if share < 1:
+                self._shares[task] = share
+            else:
+                self._shares.pop(task, None)
+                self._finished += 1
+                self._nbytes += self._sizes[task]
+        self.detail(f"{self._finished:,} of {counted(len(self._sizes), 'part')}")
 
     def detail(self, text: str) -> None:
         """Report what is done, and a remark."""
-        pairs = zip(self._sizes, self._shares, strict=True)
-        self._progress(int(sum(nbytes * share for nbytes, share in pairs)), self._total, text)
+        with self._lock:
+            begun = sum(self._sizes[task] * share for task, share in self._shares.items())
+        self._progress(self._nbytes + int(begun), self._total, text)
 
 
 @dataclass(frozen=True, slots=True)
