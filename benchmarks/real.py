@@ -5,9 +5,10 @@
 
 One MoE layer as released (128 experts of w1, w3 [3072, 6144] and w2 [6144, 3072], attention, norms
 and router), BF16 from a seeded generator, 15.3 GB; ``--experts 16`` is 1.9 GB. Every command is a
-process of its own. Within a round everything runs in turn, `cp`, SHA-256 and plain reads too:
-on a machine that other work shares, only ratios within a round mean anything. What the machine
-gains with two processors at a time is measured with two processes that share nothing.
+process of its own, and begins with a full page cache. Within a round everything runs in turn, `cp`,
+SHA-256 and plain reads too: on a machine that other work shares, only ratios within a round mean
+anything. What the machine gains with two processors at a time is measured with two processes that
+share nothing.
 ``--before`` measures another checkout in turn with this one, with the Python of its ``.venv`` if it
 has one.
 """
@@ -33,6 +34,7 @@ import numpy as np
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.machine import allocated, fill_page_cache  # noqa: E402
 from tests import sparse  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "real.json"
@@ -46,7 +48,7 @@ ONCE = (*MACHINE, "check_base_numpy", "check_base_pair")
 """Steps that are measured with this checkout only."""
 STEPS = (
     *MACHINE,
-    *("export_max", "export_sweep_1", "export_sweep", "export_command", "merge"),
+    *("start", "export_max", "export_sweep_1", "export_sweep", "export_command", "merge"),
     *("check_header", "check_payload", "check_base_numpy"),
     *("check_base_1", "check_base_pair", "check_base"),
     *("dry_run_whole", "dry_run_onto"),
@@ -156,21 +158,6 @@ def _fill(handle: Any, nbytes: int, dtype: str, rng: np.random.Generator) -> Non
         nbytes -= count * width
 
 
-def private_kb(pid: int) -> int:
-    """Return the private kilobytes of a process and its children; 0 where it has ended.
-
-    Pages of libraries count where no other process maps them.
-    """
-    try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-        children = Path(f"/proc/{pid}/task").glob("*/children")
-        pids = [int(child) for file in children for child in file.read_text().split()]
-    except OSError:
-        return 0
-    own = sum(int(line.split()[1]) for line in lines if line.startswith("Private_"))
-    return own + sum(map(private_kb, pids))
-
-
 class Bench:
     """Runs commands one after another, with the package of one checkout."""
 
@@ -182,14 +169,17 @@ class Bench:
         self.experts = experts
         self.whole = scratch / "whole"
         self.onto = scratch / "onto"
+        self.holes = scratch / "holes"
+        self.holes.mkdir(exist_ok=True)
         self.environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
 
     def run(
         self, *command: object, codes: tuple[int, ...] = (0,), **variables: str
     ) -> dict[str, Any]:
-        """Return seconds, processor seconds and peak private megabytes of a process, and its
+        """Return seconds, processor seconds and peak allocated megabytes of a process, and its
         output; ``variables`` are added to its environment.
         """
+        fill_page_cache(self.holes)
         started = time.perf_counter()
         child = subprocess.Popen(
             [str(c) for c in command],
@@ -199,10 +189,10 @@ class Bench:
             env=self.environment | variables,
             cwd=self.scratch,
         )
-        peak, sampled = 0, 0.0
+        peak, sampled = 0.0, 0.0
         while (found := os.wait4(child.pid, os.WNOHANG))[0] == 0:
             if time.perf_counter() - sampled >= 0.5:  # a sample takes processor time itself
-                peak, sampled = max(peak, private_kb(child.pid)), time.perf_counter()
+                peak, sampled = max(peak, allocated(child.pid)), time.perf_counter()
             time.sleep(0.02)
         seconds, usage = time.perf_counter() - started, found[2]
         child.returncode = os.waitstatus_to_exitcode(found[1])
@@ -211,7 +201,7 @@ class Bench:
         if child.returncode not in codes:
             raise SystemExit(f"{command} ended with {child.returncode}:\n{output[-3000:]}")
         cpu = usage.ru_utime + usage.ru_stime
-        return {"s": seconds, "cpu_s": cpu, "private_mb": peak / 1000, "output": output}
+        return {"s": seconds, "cpu_s": cpu, "allocated_mb": peak, "output": output}
 
     def python(self, script: str, *arguments: object) -> dict[str, Any]:
         """Run a script."""
@@ -260,6 +250,7 @@ class Bench:
             "codec_sweep_2": lambda: codec("sweep", 2),
             "sha256": lambda: self.python(SHA256, *results()),
             "cp_sync": copied,
+            "start": lambda: self.python("from exporter import export"),
             "export_max": lambda: written(EXPORT, self.source, "nvfp4_experts_only"),
             "export_sweep_1": lambda: self.python(
                 EXPORT, self.source, self.removed("out"), "nvfp4_experts_only_mse", 1
@@ -299,6 +290,7 @@ def measure(
 ) -> dict[str, Any]:
     """Return the figures of every step of every checkout, round by round."""
     first = next(iter(benches.values()))
+    fill_page_cache(first.holes)  # first, so that what is measured is the last to leave it
     make_source(first.source, first.experts)
     if any(name.startswith("dry_run") for name in only):
         make_whole(first)

@@ -48,6 +48,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import verifier
+from benchmarks.machine import allocated
 from tests import sparse
 from verifier.findings import Report
 from verifier.reconstruction.yardstick import max_scales
@@ -89,20 +90,6 @@ def run(args: list[str]) -> tuple[float, float, float, str]:
     if child.returncode:
         raise SystemExit(f"{args} ended with {child.returncode}:\n{output[:2000]}")
     return seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1000, output
-
-
-def allocated(pid: int) -> float:
-    """Return the megabytes that a process and its copies have allocated, pages that they share
-    counted once; 0 where it has ended. Pages of files, libraries among them, do not count.
-    """
-    try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-        children = Path(f"/proc/{pid}/task").glob("*/children")
-        pids = [int(child) for file in children for child in file.read_text().split()]
-    except (OSError, ProcessLookupError):
-        return 0.0
-    own = sum(int(line.split()[1]) for line in lines if line.startswith(("Pss_Anon", "Pss_Shmem")))
-    return own / 1000 + sum(map(allocated, pids))
 
 
 def grown(arguments: list[str]) -> tuple[float, float]:

@@ -102,7 +102,7 @@ EXPLAINED = (
 @dataclass(frozen=True)
 class Rates:
     """What `benchmarks/real.py` measured: bytes of source per second and core, of SHA-256 on one
-    core, and private megabytes of a process.
+    core, and megabytes that a command allocates.
     """
 
     export: float
@@ -131,8 +131,8 @@ def rates(results: dict[str, Any]) -> Rates:
         export=nbytes["source"] / middle("export_max", "cpu_s"),
         check=nbytes["source"] / middle("check_base", "cpu_s"),
         sha256=nbytes["export"] / middle("sha256", "cpu_s"),
-        export_mb=middle("export_max", "private_mb"),
-        check_mb=middle("check_base", "private_mb"),
+        export_mb=middle("export_max", "allocated_mb"),
+        check_mb=middle("check_base", "allocated_mb"),
     )
 
 
@@ -172,7 +172,7 @@ def scale_lines(results: dict[str, Any]) -> list[str]:
         f"[performance](performance.md)): a core exports {rate.export / 1e9:.2f} GB of source a",
         f"second (`max`) and checks {rate.check / 1e9:.2f} GB of base; SHA-256 takes "
         f"{rate.sha256 / 1e9:.1f} GB/s. With {arguments['workers']} workers an export holds",
-        f"{rate.export_mb:,.0f} MB of private memory, a check {rate.check_mb:,.0f} MB, whatever "
+        f"{rate.export_mb:,.0f} MB of memory, a check {rate.check_mb:,.0f} MB, whatever "
         "the size of the model. Computed from that, for",
         "sources in BF16 and experts in NVFP4. It assumes that the rates grow with `--workers`, "
         f"set to the number of cores, at most {MAX_WORKERS};",
