@@ -16,7 +16,15 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from exporter.codecs.constants import E2M1_MAX, E4M3_MAX, MX_BLOCK, NVFP4_BLOCK, SCALE_FLOOR
+from exporter.codecs.constants import (
+    E2M1_MAX,
+    E4M3_MAX,
+    E4M3_ONE,
+    HEADROOM,
+    MX_BLOCK,
+    NVFP4_BLOCK,
+    SCALE_FLOOR,
+)
 
 F32: Any = np.float32
 I32: Any = np.int32
@@ -154,7 +162,7 @@ def nvfp4_encode(
                 for b in range(blocks.size):
                     quotient = _real(tops[b]) / (F32(E2M1_MAX) * shared)
                     clamped = I32(min(max(_bits(quotient), _E4M3_FLOOR), _E4M3_MAX))
-                    blocks[b] = U8(0x38) if quotient == F32(0) else U8(_e4m3(clamped))
+                    blocks[b] = U8(E4M3_ONE) if quotient == F32(0) else U8(_e4m3(clamped))
             for b in range(blocks.size):
                 combined[b] = table[blocks[b]] * shared
             _e2m1_codes(x[i, left:right], combined[: blocks.size], code)
@@ -308,48 +316,85 @@ def _bound(top: Any, scale: Any, trust: Any) -> Any:
 
 
 @_compiled
-def sweep(x: Any, tops: Any, scale_2: Any, trust: Any, table: Any, scales: Any) -> None:
-    """Do what `exporter.weights.search._sweep` does, block by block, two candidates at a time.
+def _near_one(top: Any, shared: Any) -> Any:
+    """Return the power of two by which `exporter.weights.search.near_one` multiplies a block."""
+    whole = I32(_bits(shared) >> I32(23)) - I32(127)
+    shift = min(I32(127) - I32(_bits(top) >> I32(23)), I32(HEADROOM) - whole)
+    return _real(I32(I32(min(max(shift, I32(-126)), I32(126)) + I32(127)) << I32(23)))
+
+
+@_compiled
+def _best_scale(x: Any, top: Any, shared: Any, trust: Any, table: Any, errors: Any) -> int:
+    """Return the code of the scale with the least squared error.
 
     Args:
-        x: magnitudes, float32 [rows, in].
-        tops: their maxima, float32 [rows, in/16].
+        x: the magnitudes of a block brought near 1, twice, float32 [32].
+        top: their maximum.
+        shared: the tensor's scale, brought there with them.
+        trust: see `sweep`.
+        table: see `sweep`.
+        errors: where to work, float32 [32].
+    """
+    first = _first(top, shared, table)
+    best, least = first, F32(np.inf)
+    end = min(first + (16 if first <= 8 else 8), 127)
+    for code in range(first, end, 2):
+        _errors(x, table[code] * shared, table[code + 1] * shared, errors)
+        loss = _folded(errors, 0)
+        if loss < least or code == first:
+            best, least = code, loss
+        loss = _folded(errors, 16)
+        if loss < least and code + 1 < end:
+            best, least = code + 1, loss
+    code = first - 1
+    while code >= 1:
+        low, high = table[code] * shared, table[code - 1] * shared
+        if not _bound(top, low, trust) <= least:
+            break
+        _errors(x, low, high, errors)
+        loss = _folded(errors, 0)
+        if loss <= least:  # downwards, an equal loss is an earlier first minimum
+            best, least = code, loss
+        if code == 1 or not _bound(top, high, trust) <= least:
+            break
+        loss = _folded(errors, 16)
+        if loss <= least:
+            best, least = code - 1, loss
+        code -= 2
+    return best
+
+
+@_compiled
+def sweep(x: Any, bits: Any, scale_2: Any, trust: Any, table: Any, scales: Any) -> int:
+    """Choose block scales as `exporter.weights.search.block_scales` does with ``sweep``; return the
+    bits of the largest magnitude, as `nvfp4_encode` does.
+
+    Args:
+        x: float32 [rows, in]; ``bits`` is its view as int32.
+        bits: see ``x``.
         scale_2: float32 [rows], or [1] for all.
         trust: factor below 1 of a bound, for the rounding of the losses.
         table: the values of E4M3 bytes, float32 [256].
         scales: E4M3 bytes, uint8 [rows, in/16]; written.
     """
     twice, errors = np.empty(32, F32), np.empty(32, F32)
+    largest = I32(0)
     for i in range(x.shape[0]):
         shared = scale_2[i if scale_2.size > 1 else 0]
-        for b in range(tops.shape[1]):
-            top = tops[i, b]
-            twice[:16] = x[i, b * 16 : b * 16 + 16]
-            twice[16:] = x[i, b * 16 : b * 16 + 16]
-            first = _first(top, shared, table)
-            best, least = first, F32(np.inf)
-            end = min(first + (16 if first <= 8 else 8), 127)
-            for code in range(first, end, 2):
-                _errors(twice, table[code] * shared, table[code + 1] * shared, errors)
-                loss = _folded(errors, 0)
-                if loss < least or code == first:
-                    best, least = code, loss
-                loss = _folded(errors, 16)
-                if loss < least and code + 1 < end:
-                    best, least = code + 1, loss
-            code = first - 1
-            while code >= 1:
-                low, high = table[code] * shared, table[code - 1] * shared
-                if not _bound(top, low, trust) <= least:
-                    break
-                _errors(twice, low, high, errors)
-                loss = _folded(errors, 0)
-                if loss <= least:  # downwards, an equal loss is an earlier first minimum
-                    best, least = code, loss
-                if code == 1 or not _bound(top, high, trust) <= least:
-                    break
-                loss = _folded(errors, 16)
-                if loss <= least:
-                    best, least = code - 1, loss
-                code -= 2
-            scales[i, b] = U8(best)
+        raw, values = bits[i], x[i]
+        for b in range(scales.shape[1]):
+            size = _top(raw, b * NVFP4_BLOCK)
+            largest = I32(max(largest, size))
+            top = _real(size)
+            if top / (F32(E2M1_MAX) * shared) == F32(0):
+                scales[i, b] = U8(E4M3_ONE)
+                continue
+            factor = _near_one(top, shared)
+            block = values[b * NVFP4_BLOCK : b * NVFP4_BLOCK + NVFP4_BLOCK]
+            for j in range(NVFP4_BLOCK):
+                magnitude = abs(block[j]) * factor
+                twice[j], twice[j + NVFP4_BLOCK] = magnitude, magnitude
+            scales[i, b] = U8(
+                _best_scale(twice, top * factor, shared * factor, trust, table, errors)
+            )
+    return int(largest)

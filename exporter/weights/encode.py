@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 
 from exporter import codecs
+from exporter.codecs import fast
 from exporter.codecs.blocks import (
     Chunk,
     Scratch,
@@ -17,7 +18,7 @@ from exporter.codecs.blocks import (
     rows_of,
 )
 from exporter.codecs.constants import NVFP4_BLOCK
-from exporter.weights.search import Method, block_scales, global_divisor
+from exporter.weights.search import Method, block_scales, compiled_sweep, global_divisor
 from verifier.errors import EncodeError
 
 
@@ -78,14 +79,21 @@ def search(
     grid = (rows.shape[0], rows.shape[1] // NVFP4_BLOCK)
     scales = torch.empty(grid, dtype=torch.float8_e4m3fn, device=x.device)
 
+    kernels = fast.kernels(x.device) if method == "sweep" else None
+
     def work(chunk: Chunk, scratch: Scratch) -> None:
         values = scratch.floats(rows.read(chunk))
+        shared = per_row(scale_2, chunk, x.shape)
+        target = chunk.slice(scales, NVFP4_BLOCK)
+        if kernels is not None:
+            if not fast.finite(compiled_sweep(values, shared, target, kernels)):
+                require_finite(values.abs(), values, chunk, x.shape)
+            return
         maxima = block_amax(values, NVFP4_BLOCK, scratch)
         require_finite(maxima, values, chunk, x.shape)
         magnitude = torch.abs(values, out=scratch.take("wide", torch.float32, *values.shape))
         magnitude = magnitude.view(*maxima.shape, NVFP4_BLOCK)
-        best = block_scales(magnitude, maxima, per_row(scale_2, chunk, x.shape), method)
-        chunk.slice(scales, NVFP4_BLOCK).copy_(best)
+        target.copy_(block_scales(magnitude, maxima, shared, method))
 
     each_chunk(rows.shape, x.device, threads, work)
     return scales.reshape(*x.shape[:-1], grid[1])

@@ -10,13 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from exporter.codecs import fast
-from exporter.codecs.constants import E2M1_MAX, E4M3_MAX, NVFP4_RANGE, SCALE_FLOOR
+from exporter.codecs.constants import (
+    E2M1_MAX,
+    E4M3_MAX,
+    E4M3_ONE,
+    HEADROOM,
+    NVFP4_RANGE,
+    SCALE_FLOOR,
+)
 from exporter.weights.loss import block_loss
 
 Method = Literal["max", "mse", "sweep", "four_over_six"]
@@ -24,13 +31,9 @@ METHODS: tuple[Method, ...] = ("max", "mse", "sweep", "four_over_six")
 MULTIPLIERS = 39
 """ModelOpt's ``mse`` calibrator: 39 multiples of the block's maximum, evenly from 0.25 to 4. 1.0 is
 not among them, so ``max`` would win in 6% of normal blocks: it is tried too."""
-HEADROOM = 100
-"""Binary exponent that the tensor's scale does not exceed once values are brought near 1."""
 FOUR_OVER_SIX_TOP = 256.0
 """Largest block scale that ``four_over_six`` derives from the maximum: times 6/4 it stays below 448
 (arXiv 2512.02010)."""
-ONE = 0x38
-"""1.0 as E4M3."""
 SLACK = 1e-5
 """Relative rounding error of the float32 loss: lower bounds are reduced by it."""
 
@@ -51,24 +54,36 @@ def block_scales(
         scale_2: ``weight_scale_2`` of each row, float32 [rows, 1] or [1, 1].
         method: one of `METHODS`.
     """
-    compiled = fast.kernels(magnitude.device)
     zero = (maxima / (E2M1_MAX * scale_2)) == 0
     if method == "max":
         chosen = _cast(maxima / (E2M1_MAX * scale_2))
-    elif method == "sweep" and compiled is not None:
-        magnitude, maxima, scale_2 = near_one(magnitude, maxima, scale_2)
-        chosen = torch.empty(maxima.shape, dtype=torch.float8_e4m3fn)
-        compiled.sweep(
-            fast.array(magnitude.view(-1, magnitude.shape[-1])),
-            fast.array(maxima.view(-1, 1)),
-            fast.array(scale_2.view(-1)),
-            np.float32(1 - SLACK),
-            fast.array(_e4m3_values(magnitude.device)),
-            fast.array(chosen.view(-1, 1)),
-        )
     else:
         chosen = _SEARCHES[method](*near_one(magnitude, maxima, scale_2))
-    return chosen.view(torch.uint8).masked_fill_(zero, ONE).view(torch.float8_e4m3fn)
+    return chosen.view(torch.uint8).masked_fill_(zero, E4M3_ONE).view(torch.float8_e4m3fn)
+
+
+def compiled_sweep(
+    values: torch.Tensor, scale_2: torch.Tensor, scales: torch.Tensor, kernels: Any
+) -> int:
+    """Write the block scales that `block_scales` chooses with ``sweep``, and return the bits of the
+    largest magnitude (`exporter.codecs.fast.finite`).
+
+    Args:
+        values: contiguous float32 [rows, in].
+        scale_2: as for `block_scales`.
+        scales: contiguous float8_e4m3fn [rows, in/16].
+        kernels: the compiled back end.
+    """
+    array = fast.array(values)
+    largest: int = kernels.sweep(
+        array,
+        array.view("int32"),
+        fast.array(scale_2.view(-1)),
+        np.float32(1 - SLACK),
+        fast.array(_e4m3_values(values.device)),
+        fast.array(scales),
+    )
+    return largest
 
 
 def _cast(scale: torch.Tensor) -> torch.Tensor:
