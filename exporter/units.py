@@ -39,14 +39,11 @@ class WriteJob:
         call: makes the plan.
         out: the directory to make, on a file system that all machines share.
         options: how each process writes.
-        new: OUT did not exist when the job was made. A unit that finds it made by the same plan was
-            lost after the last one was done, and is done.
     """
 
     call: PlanCall
     out: Path
     options: WriteOptions
-    new: bool = False
 
     def units(self) -> list[str]:
         """Return the names of all shards."""
@@ -55,6 +52,9 @@ class WriteJob:
     def do(self, units: Sequence[str]) -> Manifest | None:
         """Write some shards; where all are written, give OUT its name and return its manifest.
 
+        Units that find OUT made by the same plan are done: they came late, or were lost after the
+        last one was done. They return its manifest; without a unit there is nothing to return.
+
         Raises:
             EncodeError, MachineError, UsageError: as `exporter.export`.
         """
@@ -62,10 +62,10 @@ class WriteJob:
         try:
             return self._written(plan, units)
         except UsageError:
-            made = self._made_by(plan) if self.new else None
+            made = self._made_by(plan)
             if made is None:
                 raise
-            return made
+            return made if units else None
 
     def _written(self, plan: Plan, units: Sequence[str]) -> Manifest | None:
         tasks, progress = self.options.tasks(plan), self.options.progress
@@ -80,10 +80,14 @@ class WriteJob:
             return write_result(plan, self.out, writers.folder / stream.RESULT, quiet)
 
     def _made_by(self, plan: Plan) -> Manifest | None:
-        """Return the manifest of OUT where the plan made it."""
+        """Return the manifest of OUT where the plan made it of these files."""
+        file = self.out / MANIFEST
         try:
-            manifest = Manifest.model_validate_json((self.out / MANIFEST).read_bytes())
+            manifest = Manifest.model_validate_json(file.read_bytes())
+            made = file.stat().st_mtime_ns
         except (OSError, ValidationError):  # something else stands there
+            return None
+        if _changed(plan) > made:
             return None
         wanted = manifest.model_copy(
             update={
@@ -94,3 +98,10 @@ class WriteJob:
             }
         )
         return manifest if manifest.model_dump_json() == wanted.model_dump_json() else None
+
+
+def _changed(plan: Plan) -> int:
+    """Return when a local file that a plan reads changed last, in nanoseconds; 0 without one."""
+    sources = [source for source in (plan.source, plan.onto) if source is not None]
+    versions = [v for source in sources for v in source.versions().values()]
+    return max((v[0] for v in versions if v and isinstance(v[0], int)), default=0)

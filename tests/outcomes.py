@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -27,7 +27,11 @@ class _Outcomes:
 
 
 def run_and_write(
-    command: str, tests: Sequence[str], results: Path, packages: Sequence[str]
+    command: str,
+    tests: Sequence[str],
+    results: Path,
+    packages: Sequence[str],
+    programs: Mapping[str, str] | None = None,
 ) -> int:
     """Run tests from the root of the repository and return the exit code of pytest.
 
@@ -36,6 +40,7 @@ def run_and_write(
         tests: arguments of pytest.
         results: the file of the results.
         packages: whose versions are written.
+        programs: the versions of what is no package.
     """
     parser = argparse.ArgumentParser(prog=command)
     parser.add_argument("--write", action="store_true", help=f"write {results.name}")
@@ -48,6 +53,7 @@ def run_and_write(
         "versions": {
             "python": platform.python_version(),
             **{package: version(package) for package in packages},
+            **(programs or {}),
         },
     }
     if options.write:

@@ -35,6 +35,8 @@ FAULTS = {
     "signals once and repeated, two commands into one OUT, a source that changes; the same bytes "
     "with 1 to 8 workers, other hash seeds, umask, directory, locale and time zone",
     "ray": "export, merge, check and score on Ray; a killed node, a killed driver, signals",
+    "slurm": "the same as arrays on Slurm; a killed task, a cancelled one, a killed node; arrays "
+    "submitted again",
 }
 """Folders of tests, and what they do."""
 

@@ -126,7 +126,8 @@ def export(
         out,
         source,
         options["onto"],
-        overwrite=writing["overwrite"] or dry_run,
+        # A part may find OUT made by the others.
+        overwrite=writing["overwrite"] or dry_run or dividing["units"] is not None,
         recipe=options["recipe"],
     )
     require_report_file(report_file, out)
@@ -213,7 +214,7 @@ def merge(
     OUT.
     """
     writers = writers_given(dividing, {"overwrite": overwrite, "workers": workers})
-    require_inputs(out, experts, onto, overwrite=overwrite)
+    require_inputs(out, experts, onto, overwrite=overwrite or dividing["units"] is not None)
     require_report_file(report_file, out)
     import exporter  # noqa: PLC0415  (as above)
 

@@ -89,7 +89,8 @@ UNCHECKED = {"check": "left out (--no-check)"}
 def require_inputs(
     out: str, *inputs: str | None, overwrite: bool, recipe: str | None = None
 ) -> None:
-    """Refuse what is wrong with a call, before torch is imported.
+    """Refuse what is wrong with a call, before torch is imported; with ``overwrite``, OUT may be a
+    checkpoint.
 
     Raises:
         UsageError: an input that is not a checkpoint, an OUT that cannot be written, an unknown
@@ -170,7 +171,7 @@ def write_in_units(
     with given as runner, progress_bar("writing", unit="byte") as bar:
         progress = _accumulating(bar, 0) if runner.here else None
         options = WriteOptions(workers=runner.workers, progress=progress, **fields)
-        job = WriteJob(call, Path(out), options, new=not runner.here)
+        job = WriteJob(call, Path(out), options)
         shards, parts = len(job.units()), runner.of or runner.slots
         if shards < parts:
             note(

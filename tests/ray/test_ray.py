@@ -11,8 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,8 @@ from tests.faults.conditions import RECIPE, Conditions, write_large
 from tests.kill.run import files_of
 from tests.paths import ROOT
 from tests.ray.jobs import Deadly, Slow
-from tests.units.cases import CASES, EXPORT, SOURCE, Alone, Case
+from tests.units.cases import CASES, EXPORT, SOURCE, Alone, Case, recorded
+from tests.units.runners import wait_for
 from verifier.errors import MachineError
 from verifier.ray_runner import on_ray
 
@@ -58,17 +58,6 @@ def cluster(head: Any) -> Any:
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Alone:
     return Alone(tmp_path_factory.mktemp("alone"))
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 300
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in five minutes"
-        time.sleep(0.05)
-
-
-def recorded(out: Path) -> set[str]:
-    return {p.stem for p in (work_folder(out) / "records").glob("*.json")}
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

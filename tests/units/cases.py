@@ -12,6 +12,7 @@ from typing import Any
 
 import exporter
 from exporter.exporting import plan_export, plan_merge_of
+from exporter.out import work_folder
 from exporter.units import PlanCall, WriteJob
 from exporter.writing import WriteOptions
 from tests.kill.run import files_of
@@ -76,17 +77,22 @@ class Case:
         return self.name
 
 
-def export_job(out: Path, source: Path = SOURCE, *, new: bool = False) -> WriteJob:
+def export_job(out: Path, source: Path = SOURCE) -> WriteJob:
     """Return an export."""
     call = PlanCall(plan_export, (("source", str(source)), *EXPORT.items()))
-    return WriteJob(call, out, WriteOptions(shard_bytes=SHARD, workers=1), new=new)
+    return WriteJob(call, out, WriteOptions(shard_bytes=SHARD, workers=1))
+
+
+def recorded(out: Path) -> set[str]:
+    """Return the shards of an output that is not complete that have a completion record."""
+    return {p.stem for p in (work_folder(out) / "records").glob("*.json")}
 
 
 def merge_job(inputs: Inputs, folder: Path) -> WriteJob:
     """Return a merge."""
     options = (("experts", str(inputs.whole)), ("onto", str(SOURCE)))
     write = WriteOptions(shard_bytes=SHARD, workers=1)
-    return WriteJob(PlanCall(plan_merge_of, options), folder / "out", write, new=True)
+    return WriteJob(PlanCall(plan_merge_of, options), folder / "out", write)
 
 
 def _merge(inputs: Inputs, folder: Path) -> Any:
@@ -124,7 +130,7 @@ def _scored(_folder: Path, run: Run) -> dict[str, Any]:
 WITHOUT_MODEL = (
     Case(
         "export",
-        lambda _inputs, folder: export_job(folder / "out", new=True),
+        lambda _inputs, folder: export_job(folder / "out"),
         lambda _inputs, folder: exporter.export(
             SOURCE, folder / "out", **EXPORT, shard_bytes=SHARD
         ),

@@ -32,6 +32,7 @@ from tests.units.cases import (
     check_job,
     export_job,
     merge_job,
+    recorded,
 )
 from tests.units.runners import RAY, RUNNERS, SHARES, one_after_the_other, result_of
 from verifier import ray_runner
@@ -42,7 +43,7 @@ from verifier.errors import CkptgateError, UsageError
 from verifier.gate.corpora import load_corpus
 from verifier.manifest import MANIFEST
 from verifier.run import report_of
-from verifier.units import share_of
+from verifier.units import Share, share_of
 
 COMPARING = ("QC515", "QC605")
 """The rules that compare weights with the base, quantized or not."""
@@ -161,20 +162,46 @@ def test_shards_of_a_source_that_changed_are_written_again(whole: Path, tmp_path
     exporter.units._plan_of.cache_clear()
     assert SHARES[1](job) is None
     assert SHARES[2](job) is None
-    records = {p.stem for p in (work_folder(job.out) / "records").iterdir()}
-    assert records.isdisjoint(job.units()[0::3])
+    assert recorded(job.out).isdisjoint(job.units()[0::3])
 
 
 def test_a_share_that_comes_late_does_not_touch_the_result(whole: Path, tmp_path: Path) -> None:
     job = export_job(tmp_path / "out")
     shutil.copytree(whole, job.out)
+    assert SHARES[0](job) is not None
+    assert Share(10_000, 10_000)(job) is None  # it has no unit
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert files_of(job.out) == files_of(whole)
+
+
+def test_an_out_of_a_source_that_changed_is_not_the_result(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(SOURCE, source)
+    job = export_job(tmp_path / "out", source)
+    assert result_of(one_after_the_other, job) is not None
+    next(source.glob("*.safetensors")).touch()
     with pytest.raises(UsageError, match="already exists"):
         SHARES[0](job)
-    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_parts_that_begin_after_the_last_one_ended(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    arguments = ["export", str(SOURCE), str(out), "--recipe", EXPORT["recipe"], "--no-check"]
+    arguments += ["--input-scale", EXPORT["input_scale"]]
+    outputs = []
+    for part in ("1/3", "2/3", "1/3"):  # there is one shard
+        assert ckptgate([*arguments, "--units", part]) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs == [outputs[0], "", outputs[0]]
+    assert outputs[0].startswith(f"wrote {out}: ")
+    assert ckptgate([*arguments, "--units", "1/3", "--layers", "0"]) == 2
+    assert "already exists" in capsys.readouterr().err
 
 
 def test_a_unit_that_was_lost_after_the_last_one_is_done(alone: Alone, tmp_path: Path) -> None:
-    job = export_job(tmp_path / "out", new=True)
+    job = export_job(tmp_path / "out")
     made = result_of(one_after_the_other, job)
     assert SHARES[0](job) == made
     with pytest.raises(UsageError, match="already exists"):
@@ -224,9 +251,8 @@ def test_more_parts_than_shards(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
     assert "1 shard for 3 parts: a smaller --shard-size gives work to all" in export("one")
     assert "shards for" not in export("several", "--shard-size", "0.2MB")
-    assert {p.stem for p in (work_folder(tmp_path / "several") / "records").iterdir()} == set(
-        export_job(tmp_path / "several").units()[1::3]
-    )
+    written = export_job(tmp_path / "several").units()[1::3]
+    assert recorded(tmp_path / "several") == set(written)
 
 
 def test_the_slurm_example(whole: Path, tmp_path: Path) -> None:
