@@ -24,7 +24,7 @@ from tests.kill.run import files_of
 from tests.paths import ROOT
 from tests.ray.jobs import Deadly, Slow
 from tests.units.cases import CASES, EXPORT, SOURCE, Alone, Case, recorded
-from tests.units.runners import wait_for
+from tests.waiting import wait_for
 from verifier.errors import MachineError
 from verifier.ray_runner import on_ray
 

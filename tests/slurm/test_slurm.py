@@ -30,7 +30,7 @@ from tests.units.cases import (
     Inputs,
     recorded,
 )
-from tests.units.runners import wait_for
+from tests.waiting import wait_for
 from verifier.gate import read_run
 from verifier.run import report_of
 

@@ -5,7 +5,6 @@ Ray on this machine, where it is installed.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
@@ -44,14 +43,6 @@ def by_ray(job: Any) -> list[Any]:
 NEEDS_RAY = pytest.mark.skipif(not find_spec("ray"), reason="needs the extra 'ray': tox -e ray")
 RAY = pytest.param(by_ray, marks=NEEDS_RAY)
 RUNNERS = (one_after_the_other, at_once, alone, RAY)
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    """Wait until a condition holds, five minutes at most."""
-    deadline = time.monotonic() + 300
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in five minutes"
-        time.sleep(0.05)
 
 
 def result_of(run: Callable[[Any], list[Any]], job: Any) -> Any:
