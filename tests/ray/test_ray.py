@@ -11,7 +11,6 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,29 +34,6 @@ NORMAL = Conditions()
 
 def ignore(_done: int, _total: int) -> None:
     """Show no progress."""
-
-
-@pytest.fixture(scope="module")
-def head() -> Iterator[Any]:
-    from ray.cluster_utils import Cluster
-
-    one = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-    yield one
-    one.shutdown()
-
-
-@pytest.fixture
-def cluster(head: Any) -> Any:
-    """Return a cluster of two nodes, where an earlier test killed one, too."""
-    if not head.worker_nodes:
-        head.add_node(num_cpus=1)
-        head.wait_for_nodes(timeout=120)  # until the killed one counts as dead
-    return head
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Alone:
-    return Alone(tmp_path_factory.mktemp("alone"))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

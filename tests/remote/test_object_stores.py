@@ -3,14 +3,8 @@
 
 from __future__ import annotations
 
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import fsspec
 import pytest
@@ -18,41 +12,15 @@ import pytest
 import exporter
 import verifier
 from tests.remote.conftest import BASE, CANDIDATE, Call, Server
+from tests.remote.s3 import SECRET, client, serving, variables
 from verifier.checkpoint import local_directory
-
-KEY, SECRET = "TESTKEY0123456789", "TestSecret/0123456789"
-
-
-def client(url: str) -> Any:
-    import boto3
-
-    session = boto3.Session(KEY, SECRET, region_name="us-east-1")
-    return session.client("s3", endpoint_url=url)
 
 
 @pytest.fixture(scope="module")
 def moto() -> Iterator[str]:
     """Return the URL of a running S3 server."""
-    for module in ("s3fs", "moto", "boto3"):
-        pytest.importorskip(module)
-    from botocore.exceptions import EndpointConnectionError
-
-    with closing(socket.socket()) as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    line = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    url = f"http://127.0.0.1:{port}"
-    store = client(url)
-    for _ in range(600):
-        try:
-            store.create_bucket(Bucket="bucket")
-            break
-        except EndpointConnectionError:
-            time.sleep(0.1)
-    yield url
-    process.terminate()
-    process.wait(30)
+    with serving() as url:
+        yield url
 
 
 @pytest.fixture
@@ -60,12 +28,7 @@ def bucket(
     moto: str, repositories: Path, environment: pytest.MonkeyPatch
 ) -> Iterator[tuple[str, Path]]:
     """Return the address of a bucket with the checkpoints, and the same files here."""
-    for name, value in (
-        ("AWS_ENDPOINT_URL", moto),
-        ("AWS_ACCESS_KEY_ID", KEY),
-        ("AWS_SECRET_ACCESS_KEY", SECRET),
-        ("AWS_DEFAULT_REGION", "us-east-1"),
-    ):
+    for name, value in variables(moto).items():
         environment.setenv(name, value)
     store = client(moto)
     for path in (repositories / "org").rglob("*.*"):
