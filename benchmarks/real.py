@@ -10,7 +10,7 @@ SHA-256 and plain reads too: on a machine that other work shares, only ratios wi
 anything. What the machine gains with two processors at a time is measured with two processes that
 share nothing.
 ``--before`` measures another checkout in turn with this one, with the Python of its ``.venv`` if it
-has one.
+has one; it must have ``--no-check``.
 """
 
 from __future__ import annotations
@@ -69,18 +69,8 @@ for name in sys.argv[1:]:
     with open(name, "rb") as handle:
         hashlib.file_digest(handle, "sha256")
 """
-EXPORT = """
-import sys
-from exporter import export
-source, out, recipe, workers = sys.argv[1:]
-export(source, out, recipe=recipe, input_scale="one", workers=int(workers))
-"""
-MERGE = """
-import sys
-from exporter import merge
-experts, out, onto, workers = sys.argv[1:]
-merge(experts, out, onto=onto, workers=int(workers))
-"""
+MAX = ("--recipe", "nvfp4_experts_only", "--input-scale", "one")
+SWEEP = ("--recipe", "nvfp4_experts_only_mse", "--input-scale", "one")
 WARM = """
 import contextlib, importlib
 with contextlib.suppress(ImportError):
@@ -223,13 +213,20 @@ class Bench:
         shards = sorted(self.source.glob("*.safetensors"))
         check = ("check", self.export, "--depth", "payload")
         based = (*check, "--base", self.source)
-        plain = ("--recipe", "nvfp4_experts_only", "--input-scale", "one", "--dry-run")
+        unchecked = ("--no-check", "--workers")
 
         def results() -> list[Path]:
             return sorted(self.export.glob("*.safetensors"))
 
-        def written(script: str, source: Path, *rest: object) -> dict[str, Any]:
-            return self.python(script, source, self.removed("out"), *rest, self.workers)
+        def exported(*options: object) -> dict[str, Any]:
+            return self.command("export", self.source, self.removed("out"), *options)
+
+        def planned(source: Path, *options: object) -> dict[str, Any]:
+            return self.command("export", source, "never", "--dry-run", *MAX, *options)
+
+        def merged() -> dict[str, Any]:
+            command = ("merge", self.export, self.removed("out"), "--onto", self.source)
+            return self.command(*command, *unchecked, self.workers)
 
         def copied() -> dict[str, Any]:
             target = self.removed("copy")
@@ -250,18 +247,12 @@ class Bench:
             "codec_sweep_2": lambda: codec("sweep", 2),
             "sha256": lambda: self.python(SHA256, *results()),
             "cp_sync": copied,
-            "start": lambda: self.python("from exporter import export"),
-            "export_max": lambda: written(EXPORT, self.source, "nvfp4_experts_only"),
-            "export_sweep_1": lambda: self.python(
-                EXPORT, self.source, self.removed("out"), "nvfp4_experts_only_mse", 1
-            ),
-            "export_sweep": lambda: written(EXPORT, self.source, "nvfp4_experts_only_mse"),
-            "export_command": lambda: self.command(
-                *("export", self.source, self.removed("out"), *plain[:-1])
-            ),
-            "merge": lambda: self.python(
-                MERGE, self.export, self.removed("out"), self.source, self.workers
-            ),
+            "start": lambda: planned(self.source),
+            "export_max": lambda: exported(*MAX, *unchecked, self.workers),
+            "export_sweep_1": lambda: exported(*SWEEP, *unchecked, 1),
+            "export_sweep": lambda: exported(*SWEEP, *unchecked, self.workers),
+            "export_command": lambda: exported(*MAX),
+            "merge": merged,
             "check_header": lambda: self.command("check", self.export, "--depth", "header"),
             "check_payload": lambda: self.command(*check),
             "check_base_numpy": lambda: self.command(*based, "--workers", "1", CKPTGATE_FAST="0"),
@@ -270,10 +261,8 @@ class Bench:
                 *(PAIR, self.interpreter, "-m", "ckptgate", *based, "--workers", "1")
             ),
             "check_base": lambda: self.command(*based, "--workers", str(self.workers)),
-            "dry_run_whole": lambda: self.command("export", self.whole, "never", *plain),
-            "dry_run_onto": lambda: self.command(
-                *("export", self.whole, "never", "--onto", self.onto, *plain)
-            ),
+            "dry_run_whole": lambda: planned(self.whole),
+            "dry_run_onto": lambda: planned(self.whole, "--onto", self.onto),
         }
 
 
@@ -294,7 +283,7 @@ def measure(
     make_source(first.source, first.experts)
     if any(name.startswith("dry_run") for name in only):
         make_whole(first)
-    first.python(EXPORT, first.source, first.export, "nvfp4_experts_only", first.workers)
+    first.command("export", first.source, first.export, *MAX)
     for bench in benches.values():  # compile
         bench.python(f"{CODEC}\n{WARM}", "sweep", 0.01, 1)
         bench.python(CODEC, "max", 0.01, 1)

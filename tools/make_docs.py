@@ -216,7 +216,7 @@ REAL_STEPS = {
     "codec_sweep_2": "the same in two processes of their own",
     "sha256": "SHA-256 of the export, by hashlib",
     "cp_sync": "`cp` and `sync` of the export",
-    "start": "start of an export: Python imports its libraries",
+    "start": "start of an export: imports, headers, plan (`--dry-run`)",
     "export_max": "export, `max`, without the check",
     "export_sweep_1": "export, sweep, without the check, one worker",
     "export_sweep": "export, sweep, without the check",
