@@ -221,8 +221,8 @@ def faults_lines() -> list[str]:
         )
     first, last = (soak["after"][number] for number in (*soak["after"],)[-2:])
     lines.append(
-        f"| exports and checks in one process; private memory {first['private_kb'] / 1000:.0f} MB "
-        f"after {(*soak['after'],)[-2]} and {last['private_kb'] / 1000:.0f} MB at the end "
+        f"| exports and checks in one process; memory {first['allocated_kb'] / 1000:.0f} MB "
+        f"after {(*soak['after'],)[-2]} and {last['allocated_kb'] / 1000:.0f} MB at the end "
         f"| {(*soak['after'],)[-1]} | {len(soak['grown'])} |"
     )
     return [*lines, ""]

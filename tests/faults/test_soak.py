@@ -9,15 +9,15 @@ import pytest
 
 from tests.faults.soak import MOST_KB, WARM, Held, grown
 
-STATE = Held(private_kb=200_000, descriptors=6, threads=1, leftovers=0)
+STATE = Held(allocated_kb=200_000, descriptors=6, threads=1, leftovers=0)
 
 
 @pytest.mark.parametrize(
     ("change", "names"),
     [
         ({}, []),
-        ({"private_kb": STATE.private_kb + MOST_KB}, []),
-        ({"private_kb": STATE.private_kb + MOST_KB + 1}, ["private_kb"]),
+        ({"allocated_kb": STATE.allocated_kb + MOST_KB}, []),
+        ({"allocated_kb": STATE.allocated_kb + MOST_KB + 1}, ["allocated_kb"]),
         ({"descriptors": 7, "leftovers": 1}, ["descriptors", "leftovers"]),
         ({"threads": 2}, ["threads"]),
     ],

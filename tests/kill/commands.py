@@ -65,7 +65,11 @@ def _export(_inputs: Inputs, out: Path) -> None:
 
 def _overwrite(inputs: Inputs, out: Path) -> None:
     if not out.exists() and not list(out.parent.iterdir()):
-        shutil.copytree(inputs.vendor, out)
+        # A kill may come here, too: what is to be overwritten is whole when it gets its name.
+        old = inputs.vendor.with_name("old")
+        shutil.rmtree(old, ignore_errors=True)
+        shutil.copytree(inputs.vendor, old)
+        old.rename(out)
     exporter.export(
         SOURCE,
         out,
