@@ -374,7 +374,7 @@ def sweep(x: Any, bits: Any, scale_2: Any, trust: Any, table: Any, scales: Any) 
         bits: see ``x``.
         scale_2: float32 [rows], or [1] for all.
         trust: factor below 1 of a bound, for the rounding of the losses.
-        table: the values of E4M3 bytes, float32 [256].
+        table: the values of positive E4M3 bytes, float32 [128].
         scales: E4M3 bytes, uint8 [rows, in/16]; written.
     """
     twice, errors = np.empty(32, F32), np.empty(32, F32)
