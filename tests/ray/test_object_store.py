@@ -4,16 +4,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.paths import ROOT
+from tests.ray.commands import ckptgate_in
 from tests.remote.s3 import BUCKET, client, serving, variables
 from tests.units.cases import CASES, SOURCE, Alone
 from verifier.run import report_of
@@ -43,18 +40,10 @@ def test_a_check_with_records_in_a_bucket(
 ) -> None:
     (case,) = (case for case in CASES if case.name == "check")
     line = ["check", str(alone.inputs.broken), "--base", str(SOURCE), "--depth", "payload"]
-    line += ["--records", f"s3://{BUCKET}/records", "--ray", cluster.address, "-o", "report.json"]
+    line += ["--records", f"s3://{BUCKET}/records", "-o", "report.json"]
 
     def report() -> Any:
-        done = subprocess.run(
-            [sys.executable, "-m", "ckptgate", *line, "-q"],
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
+        done = ckptgate_in(tmp_path, cluster.address, *line)
         assert (done.returncode, done.stderr) == (1, "")
         return report_of(json.loads((tmp_path / "report.json").read_bytes()))
 

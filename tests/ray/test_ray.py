@@ -5,12 +5,10 @@ where a node or the driver is killed.
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ import exporter
 from exporter.out import work_folder
 from tests.faults.conditions import RECIPE, Conditions, write_large
 from tests.kill.run import files_of
-from tests.paths import ROOT
+from tests.ray.commands import ckptgate_in
 from tests.ray.jobs import Deadly, Slow
 from tests.units.cases import CASES, EXPORT, SOURCE, Alone, Case, recorded
 from tests.waiting import wait_for
@@ -84,17 +82,7 @@ def test_a_killed_command_resumes(cluster: Any, tmp_path: Path) -> None:
 
 
 def test_a_command_on_two_nodes(cluster: Any, tmp_path: Path) -> None:
-    def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "ckptgate", *arguments, "--ray", cluster.address, "-q"],
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-
+    command = partial(ckptgate_in, tmp_path, cluster.address)
     done = command("export", str(SOURCE), "out", *RECIPE)
     assert (done.returncode, done.stderr) == (0, "")
     (tmp_path / "alone").mkdir()

@@ -215,18 +215,17 @@ class _Amounts:
         self._sizes, self._progress, self._total = sizes, progress, sum(sizes)
         self._lock = threading.Lock()
         self._finished = self._nbytes = 0
-        self._shares: dict[int, float] = {}
-        """Of the tasks that are begun."""
+        self._begun: dict[int, float] = {}  # the share that is done of each
         if self._total:
             progress(0, self._total)
 
     def advance(self, task: int, share: float) -> None:
-        """Note that a share of a task is done; 1 once."""
+        """Note that a share of a task is done; it is 1 once for each task."""
         with self._lock:
             if share < 1:
-                self._shares[task] = share
+                self._begun[task] = share
             else:
-                self._shares.pop(task, None)
+                self._begun.pop(task, None)
                 self._finished += 1
                 self._nbytes += self._sizes[task]
         self.detail(f"{self._finished:,} of {counted(len(self._sizes), 'part')}")
@@ -234,8 +233,9 @@ class _Amounts:
     def detail(self, text: str) -> None:
         """Report what is done, and a remark."""
         with self._lock:
-            begun = sum(self._sizes[task] * share for task, share in self._shares.items())
-        self._progress(self._nbytes + int(begun), self._total, text)
+            nbytes = sum(self._sizes[task] * share for task, share in self._begun.items())
+            nbytes += self._nbytes
+        self._progress(int(nbytes), self._total, text)
 
 
 @dataclass(frozen=True, slots=True)
