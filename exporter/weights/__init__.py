@@ -3,12 +3,11 @@
 
 from exporter.weights.encode import encode, search
 from exporter.weights.exact import exact, top_exponent
-from exporter.weights.search import METHODS, Method, block_scales, global_divisor, sweep_all
+from exporter.weights.search import METHODS, Method, global_divisor, sweep_all
 
 __all__ = [
     "METHODS",
     "Method",
-    "block_scales",
     "encode",
     "exact",
     "global_divisor",

@@ -53,14 +53,24 @@ def blocks(kind: int, seed: int) -> np.ndarray:
 @pytest.mark.parametrize("kind", range(8))
 def test_the_sweep_is_the_brute_force(kind: int) -> None:
     for seed in range(3):
-        x = torch.from_numpy(blocks(kind, seed)).abs()
-        top = x.amax(-1)
-        scale_2 = (top.max() / weights.global_divisor("sweep")).clamp(min=2.0**-149).reshape(1, 1)
-        found = weights.block_scales(x, top, scale_2, "sweep").view(torch.uint8)
-        want = weights.sweep_all(x, scale_2.expand(64, 1)).view(torch.uint8)
-        lost = top / (6 * scale_2) == 0
-        assert torch.equal(found[~lost], want[~lost])
-        assert bool((found[lost] == 0x38).all())
+        x = torch.from_numpy(blocks(kind, seed))
+        top = x.abs().amax(-1)
+        scale_2 = (top.max() / weights.global_divisor("sweep")).clamp(min=2.0**-149)
+        for shared in (scale_2, 0.75 * scale_2, 2.0**100 * scale_2):
+            found = weights.search(x.reshape(64, -1), shared, "sweep").view(torch.uint8)
+            want = weights.sweep_all(x.abs(), shared.expand(64, 1)).view(torch.uint8)
+            lost = top / (6 * shared) == 0
+            assert torch.equal(found[~lost], want[~lost])
+            assert bool((found[lost] == 0x38).all())
+
+
+@pytest.mark.parametrize("method", [m for m in weights.METHODS if m != "max"])
+@pytest.mark.parametrize(("value", "name"), [(float("nan"), "NaN"), (float("-inf"), "infinity")])
+def test_a_search_names_what_is_not_finite(method: weights.Method, value: float, name: str) -> None:
+    x = torch.ones(4, 64)
+    x[2, 33] = value
+    with pytest.raises(EncodeError, match=rf"{name} at index \[2, 33\]"):
+        weights.search(x, torch.tensor(1.0), method)
 
 
 @pytest.mark.parametrize(
@@ -87,8 +97,8 @@ def test_no_search_is_worse_than_max_in_any_block(method: weights.Method) -> Non
     top = codecs.amax(x, "nvfp4")
 
     def loss(m: weights.Method) -> torch.Tensor:
-        scale_2, size = top / weights.global_divisor("max"), x.abs().reshape(32, 16, 16)
-        scales = weights.block_scales(size, size.amax(-1), scale_2.reshape(1, 1), m)
+        scale_2 = top / weights.global_divisor("max")
+        scales = weights.search(x, scale_2, m)
         parts = codecs.encode(x, "nvfp4", weight_scale_2=scale_2, weight_scale=scales)
         return (codecs.decode(parts, "nvfp4") - x).square().reshape(32, 16, 16).sum(-1)
 
