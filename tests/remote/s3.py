@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from typing import Any
 
 import pytest
@@ -39,21 +39,27 @@ def serving() -> Iterator[str]:
     """Yield the URL of a running server that has `BUCKET`; skip the test where moto is missing."""
     for module in ("s3fs", "moto", "boto3"):
         pytest.importorskip(module)
-    from botocore.exceptions import EndpointConnectionError
-
     with closing(socket.socket()) as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     line = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     url = f"http://127.0.0.1:{port}"
-    store = client(url)
+    try:
+        _make_bucket(client(url))
+        yield url
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def _make_bucket(store: Any) -> None:
+    """Make `BUCKET` as soon as the server answers, within a minute."""
+    from botocore.exceptions import EndpointConnectionError
+
     for _ in range(600):
-        try:
+        with suppress(EndpointConnectionError):
             store.create_bucket(Bucket=BUCKET)
-            break
-        except EndpointConnectionError:
-            time.sleep(0.1)
-    yield url
-    process.terminate()
-    process.wait(30)
+            return
+        time.sleep(0.1)
+    pytest.fail("moto does not answer")
